@@ -1,0 +1,140 @@
+"""From channel weights and activations to a map: the last, cheap step of every method.
+
+Pure functions over NumPy arrays or torch tensors, whichever is given: only operators and methods
+that both share are used, so nothing heavy is imported and services can stay without torch.
+"""
+
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+
+from .errors import InputError
+
+Array = TypeVar("Array")
+"""A NumPy array or a torch tensor; what comes in is what goes out."""
+
+
+def cam(weights: Array, activations: Array) -> Array:
+    """Class activation map ReLU(sum_k w_k A_k) (Selvaraju et al. 2017, eq. 2).
+
+    Args:
+        weights: channel weights, `[B K]`, or `[K]` for one image.
+        activations: `[B K H W]`, or `[K H W]` for one image.
+
+    Returns:
+        The map, `[B H W]` or `[H W]`, >= 0, not normalised.
+
+    Raises:
+        InputError: the shapes do not belong together.
+    """
+    w_shape, a_shape = tuple(weights.shape), tuple(activations.shape)  # type: ignore[attr-defined]
+    if len(a_shape) != len(w_shape) + 2 or a_shape[: len(w_shape)] != w_shape or not w_shape:
+        raise InputError(
+            f"weights {list(w_shape)} and activations {list(a_shape)} do not belong together; "
+            "expected [B K] with [B K H W], or [K] with [K H W]"
+        )
+    *batch, channels, height, width = a_shape
+    flat = activations.reshape(*batch, channels, height * width)  # type: ignore[attr-defined]
+    mixed = weights.reshape(*batch, 1, channels) @ flat  # type: ignore[attr-defined]
+    return mixed.reshape(*batch, height, width).clip(min=0)
+
+
+def resize(maps: Array, size: tuple[int, int]) -> Array:
+    """Bilinear resizing U(.) with pixel centres aligned (`align_corners=False`), no antialiasing.
+
+    Args:
+        maps: `[... h w]`.
+        size: (H, W) wanted, both >= 1.
+
+    Returns:
+        `[... H W]`, within the range of the input.
+    """
+    height, width = _checked_size(size)
+    h, w = tuple(maps.shape)[-2:]  # type: ignore[attr-defined]
+    return _sandwich(maps, _bilinear(h, height), _bilinear(w, width))
+
+
+def area_average(maps: Array, size: tuple[int, int]) -> Array:
+    """Average each map over equal rectangles, exactly, cells cut by a border counted by area.
+
+    Args:
+        maps: `[... h w]`.
+        size: (H, W) wanted, at most (h, w).
+
+    Returns:
+        `[... H W]`; the mean of every map is kept.
+    """
+    height, width = _checked_size(size)
+    h, w = tuple(maps.shape)[-2:]  # type: ignore[attr-defined]
+    if height > h or width > w:
+        raise InputError(f"a {h} x {w} map cannot be averaged to {height} x {width}; use resize")
+    return _sandwich(maps, _area(h, height), _area(w, width))
+
+
+def normalize(maps: Array) -> Array:
+    """Min-max normalisation N(.) of each map to [0, 1]; a constant map becomes zeros, never NaN.
+
+    For showing one map by itself. It hides how strong the evidence is: never use it before
+    comparing maps.
+
+    Args:
+        maps: `[... H W]`.
+    """
+    *lead, height, width = tuple(maps.shape)  # type: ignore[attr-defined]
+    flat = maps.reshape(*lead, height * width)  # type: ignore[attr-defined]
+    # Two sorted ends instead of amin/min(axis), whose return types differ between the libraries.
+    low = -_largest(-flat)
+    span = _largest(flat) - low
+    flat_map = span == 0
+    scaled = (flat - low) / (span + flat_map)
+    return scaled.reshape(*lead, height, width)
+
+
+def _largest(flat: Array) -> Array:
+    """`[... N]` -> `[... 1]`, the largest value along the last axis."""
+    best = flat.max(-1)  # type: ignore[attr-defined]
+    values = getattr(best, "values", best)
+    return values[..., None]
+
+
+def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = (int(n) for n in size)
+    if height < 1 or width < 1:
+        raise InputError(f"size {tuple(size)} has an empty side; give (height, width), both >= 1")
+    return height, width
+
+
+def _sandwich(maps: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
+    """rows @ maps @ columns^T in the maps' own library, type and device."""
+    if isinstance(maps, np.ndarray):
+        kind = maps.dtype if maps.dtype in (np.float32, np.float64) else np.dtype(np.float32)
+        return rows.astype(kind) @ maps @ columns.astype(kind).T
+    left, right = maps.new_tensor(rows), maps.new_tensor(columns)  # type: ignore[attr-defined]
+    return left @ maps @ right.mT
+
+
+@lru_cache(maxsize=256)
+def _bilinear(source: int, target: int) -> np.ndarray:
+    """Interpolation matrix `[target source]`; each row sums to 1."""
+    centre = (np.arange(target) + 0.5) * (source / target) - 0.5
+    centre = np.clip(centre, 0, source - 1)
+    low = np.floor(centre).astype(int)
+    high = np.minimum(low + 1, source - 1)
+    part = centre - low
+    matrix = np.zeros((target, source))
+    np.add.at(matrix, (np.arange(target), low), 1 - part)
+    np.add.at(matrix, (np.arange(target), high), part)
+    matrix.setflags(write=False)
+    return matrix
+
+
+@lru_cache(maxsize=256)
+def _area(source: int, target: int) -> np.ndarray:
+    """Overlap matrix `[target source]`: the share of each source cell in each target cell."""
+    edges = np.arange(target + 1) * (source / target)
+    cell = np.arange(source)
+    overlap = np.minimum(edges[1:, None], cell + 1) - np.maximum(edges[:-1, None], cell)
+    matrix = np.clip(overlap, 0, None) * (target / source)
+    matrix.setflags(write=False)
+    return matrix

@@ -1,0 +1,304 @@
+"""How a weight vector is kept in an index: top-m, low-rank or dense. NumPy only.
+
+Every encoding says which fields it keeps for each image (`fields`), which arrays it keeps once
+(`fitted`), and turns weights `[n K]` into rows of those fields and back. Half-precision values lie
+beside one float32 scale an image (its largest magnitude), so that weights of 1e-4, the usual size
+for embeddings, keep their eleven bits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from .errors import InputError
+
+Rows = Mapping[str, np.ndarray]
+DTYPES = ("float16", "float32")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array kept for each image: its type and its shape without the leading axis."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Encoding:
+    """Weights `[n K]` <-> rows of fields. Subclasses: `TopM`, `LowRank`, `Dense`."""
+
+    name: ClassVar[str]
+    n_channels: int
+    dtype: str
+    fields: dict[str, Field]
+    fitted: dict[str, np.ndarray]
+    uses_embedding = False
+    """True where the code is derived from the stored embedding and nothing is kept beside it."""
+
+    def spec(self) -> dict[str, Any]:
+        """What `from_spec` needs beside the channel count and the fitted arrays; JSON-able."""
+        raise NotImplementedError  # pragma: no cover - every subclass says
+
+    def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows of `fields` for weights `[n K]`."""
+        raise NotImplementedError  # pragma: no cover - every subclass says
+
+    def decode(self, rows: Rows) -> np.ndarray:
+        """Weights `[n K]` float32, missing channels zero."""
+        raise NotImplementedError  # pragma: no cover - every subclass says
+
+    def norms(self, rows: Rows) -> np.ndarray:
+        """L2 norm of each decoded weight vector, `[n]` float64."""
+        return np.linalg.norm(self.decode(rows).astype(np.float64), axis=-1)
+
+    def combine(self, rows: Rows, coefficients: np.ndarray) -> np.ndarray:
+        """sum_i coefficients_i * weights_i, `[K]` float32."""
+        return coefficients.astype(np.float32) @ self.decode(rows)
+
+    def bytes_per_image(self) -> int:
+        """Bytes kept for each image."""
+        return sum(
+            np.dtype(f.dtype).itemsize * int(np.prod(f.shape, dtype=int))
+            for f in self.fields.values()
+        )
+
+
+class Dense(Encoding):
+    """All K channels."""
+
+    name = "dense"
+
+    def __init__(self, n_channels: int, dtype: str = "float16") -> None:
+        self.n_channels, self.dtype = _channels(n_channels), _dtype(dtype)
+        self.fitted = {}
+        self.fields = {"values": Field(dtype, (n_channels,)), **_scale_field(dtype)}
+
+    def spec(self) -> dict[str, Any]:  # noqa: D102
+        return {"name": self.name, "dtype": self.dtype}
+
+    def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:  # noqa: D102
+        return _pack("values", _checked(weights, self.n_channels), self.dtype)
+
+    def decode(self, rows: Rows) -> np.ndarray:  # noqa: D102
+        return _unpack(rows, "values")
+
+
+class TopM(Encoding):
+    """The paper's encoding: the M largest channels and their values, the others dropped.
+
+    Args:
+        n_channels: K.
+        m: channels kept, 1..K (the paper keeps 50).
+        by: "signed" keeps the largest values (the paper), "magnitude" the largest |values|.
+        dtype: of the values.
+    """
+
+    name = "top-m"
+
+    def __init__(
+        self, n_channels: int, m: int = 50, by: str = "signed", dtype: str = "float16"
+    ) -> None:
+        self.n_channels, self.dtype = _channels(n_channels), _dtype(dtype)
+        if by not in ("signed", "magnitude"):
+            raise InputError(f"top-m by {by!r} is unknown; use 'signed' or 'magnitude'")
+        if not 1 <= m <= n_channels:
+            raise InputError(f"m = {m} channels of {n_channels}: m must be 1 to {n_channels}")
+        self.m, self.by = int(m), by
+        self.fitted = {}
+        index_type = "uint16" if n_channels <= 1 << 16 else "uint32"
+        self.fields = {
+            "channels": Field(index_type, (m,)),
+            "values": Field(dtype, (m,)),
+            **_scale_field(dtype),
+        }
+
+    def spec(self) -> dict[str, Any]:  # noqa: D102
+        return {"name": self.name, "m": self.m, "by": self.by, "dtype": self.dtype}
+
+    def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:  # noqa: D102
+        weights = _checked(weights, self.n_channels)
+        rank = np.abs(weights) if self.by == "magnitude" else weights
+        # A stable sort, so that ties fall to the lower channel on every machine.
+        channels = np.argsort(-rank, axis=1, kind="stable")[:, : self.m]
+        values = np.take_along_axis(weights, channels, axis=1)
+        kept = _pack("values", values, self.dtype)
+        return {"channels": channels.astype(self.fields["channels"].dtype), **kept}
+
+    def decode(self, rows: Rows) -> np.ndarray:  # noqa: D102
+        values = _unpack(rows, "values")
+        weights = np.zeros((len(values), self.n_channels), np.float32)
+        np.put_along_axis(weights, rows["channels"].astype(np.int64), values, axis=1)
+        return weights
+
+
+class LowRank(Encoding):
+    """weights = codes `[n R]` @ basis `[R K]` + offset `[K]`; basis and offset are kept once.
+
+    With the head's own matrix as the basis (`exact`) the code is dy/dz and nothing is lost. With
+    principal components the basis is orthonormal and the code the projection of weights - offset.
+    With `codes="embedding"` the code is the image's stored embedding and no field is kept at all.
+
+    Args:
+        basis: `[R K]`.
+        offset: `[K]`.
+        origin: "head" (codes are given, not projected) or "pca" (orthonormal rows).
+        codes: "stored" or "embedding".
+        dtype: of stored codes.
+    """
+
+    name = "low-rank"
+
+    def __init__(
+        self,
+        basis: np.ndarray,
+        offset: np.ndarray,
+        origin: str = "pca",
+        codes: str = "stored",
+        dtype: str = "float16",
+    ) -> None:
+        basis, offset = np.asarray(basis, np.float32), np.asarray(offset, np.float32)
+        if basis.ndim != 2 or offset.shape != basis.shape[1:]:
+            raise InputError(
+                f"basis {list(basis.shape)} and offset {list(offset.shape)} do not belong "
+                "together; expected [R K] and [K]"
+            )
+        if origin not in ("head", "pca") or codes not in ("stored", "embedding"):
+            raise InputError(f"low-rank with origin {origin!r} and codes {codes!r} is unknown")
+        self.n_channels, self.dtype = basis.shape[1], _dtype(dtype)
+        self.rank, self.origin, self.codes = basis.shape[0], origin, codes
+        self.fitted = {"basis": basis, "offset": offset}
+        self.uses_embedding = codes == "embedding"
+        stored = {"codes": Field(dtype, (self.rank,)), **_scale_field(dtype)}
+        self.fields = {} if self.uses_embedding else stored
+
+    def spec(self) -> dict[str, Any]:  # noqa: D102
+        return {
+            "name": self.name,
+            "rank": self.rank,
+            "origin": self.origin,
+            "codes": self.codes,
+            "dtype": self.dtype,
+        }
+
+    def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Codes of weights `[n K]` by projection; only for an orthonormal (PCA) basis."""
+        weights = _checked(weights, self.n_channels)
+        if self.origin != "pca":
+            raise InputError("codes in the head's own basis are dy/dz: give them to encode_codes")
+        return self.encode_codes((weights - self.fitted["offset"]) @ self.fitted["basis"].T)
+
+    def encode_codes(self, codes: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows of given codes `[n R]`."""
+        return {} if self.uses_embedding else _pack("codes", _checked(codes, self.rank), self.dtype)
+
+    def decode(self, rows: Rows) -> np.ndarray:  # noqa: D102
+        return self._codes(rows) @ self.fitted["basis"] + self.fitted["offset"]
+
+    def combine(self, rows: Rows, coefficients: np.ndarray) -> np.ndarray:
+        """Averages the codes and decodes once: the same sum, R numbers a neighbour instead of K."""
+        coefficients = coefficients.astype(np.float32)
+        mixed = coefficients @ self._codes(rows)
+        return mixed @ self.fitted["basis"] + coefficients.sum() * self.fitted["offset"]
+
+    def _codes(self, rows: Rows) -> np.ndarray:
+        return np.asarray(rows["embedding"]) if self.uses_embedding else _unpack(rows, "codes")
+
+
+def from_spec(spec: Mapping[str, Any], n_channels: int, fitted: Rows) -> Encoding:
+    """The encoding that an index's manifest describes.
+
+    Args:
+        spec: what `Encoding.spec` returned.
+        n_channels: K.
+        fitted: arrays kept once (`basis`, `offset` for low-rank).
+
+    Raises:
+        InputError: an unknown encoding, or arrays that do not fit the description.
+    """
+    kind = spec.get("name")
+    dtype = spec.get("dtype", "float16")
+    if kind == Dense.name:
+        return Dense(n_channels, dtype)
+    if kind == TopM.name:
+        return TopM(n_channels, int(spec["m"]), str(spec["by"]), dtype)
+    if kind == LowRank.name:
+        basis = fitted["basis"]
+        if basis.shape != (spec["rank"], n_channels):
+            raise InputError(
+                f"the basis has shape {list(basis.shape)}; the description says "
+                f"[{spec['rank']} {n_channels}]"
+            )
+        return LowRank(basis, fitted["offset"], str(spec["origin"]), str(spec["codes"]), dtype)
+    raise InputError(f"encoding {kind!r} is unknown; known: top-m, low-rank, dense")
+
+
+def fit_pca(sample: np.ndarray, rank: int, dtype: str = "float16") -> LowRank:
+    """Low-rank encoding from the principal components of a sample of weight vectors.
+
+    Args:
+        sample: weights `[n K]`, n >= 1.
+        rank: R wanted; fewer where the sample spans fewer dimensions (always at least 1).
+        dtype: of the stored codes.
+    """
+    sample = _checked(sample, sample.shape[-1]).astype(np.float64)
+    if rank < 1:
+        raise InputError(f"rank = {rank} is too small; give at least 1")
+    offset = sample.mean(axis=0)
+    centred = sample - offset
+    n, channels = centred.shape
+    # The smaller of the two Gram matrices has the same non-zero spectrum.
+    gram = centred @ centred.T if n < channels else centred.T @ centred
+    values, vectors = np.linalg.eigh(gram)
+    spanned = int((values > values[-1] * max(n, channels) * np.finfo(np.float64).eps).sum())
+    kept = max(1, min(rank, spanned))
+    basis = vectors[:, ::-1][:, :kept].T
+    if n < channels:
+        basis = basis @ centred
+        lengths = np.linalg.norm(basis, axis=1, keepdims=True)
+        basis = np.divide(basis, lengths, out=np.zeros_like(basis), where=lengths > 0)
+    # Eigenvectors have no sign of their own: make the largest entry positive.
+    largest = np.take_along_axis(basis, np.abs(basis).argmax(axis=1)[:, None], axis=1)
+    return LowRank(basis * np.where(largest < 0, -1, 1), offset, "pca", "stored", dtype)
+
+
+def _pack(field: str, values: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    if dtype == "float32":
+        return {field: np.ascontiguousarray(values, np.float32)}
+    scales = np.abs(values).max(axis=1).astype(np.float32)
+    safe = np.where(scales > 0, scales, 1)[:, None]
+    return {field: (values / safe).astype(np.float16), "scales": scales}
+
+
+def _unpack(rows: Rows, field: str) -> np.ndarray:
+    values = np.asarray(rows[field])
+    if values.dtype == np.float32:
+        return values
+    return values.astype(np.float32) * np.asarray(rows["scales"])[:, None]
+
+
+def _scale_field(dtype: str) -> dict[str, Field]:
+    return {"scales": Field("float32", ())} if dtype == "float16" else {}
+
+
+def _checked(values: np.ndarray, width: int) -> np.ndarray:
+    values = np.asarray(values)
+    if values.ndim != 2 or values.shape[1] != width:
+        raise InputError(f"got an array of shape {list(values.shape)}; expected [n {width}]")
+    if not np.isfinite(values).all():
+        bad = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
+        raise InputError(f"row {bad} holds a NaN or an infinity; weights must be finite")
+    return values
+
+
+def _channels(n_channels: int) -> int:
+    if n_channels < 1:
+        raise InputError(f"{n_channels} channels: an encoding needs at least 1")
+    return int(n_channels)
+
+
+def _dtype(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} cannot be stored; use one of {', '.join(DTYPES)}")
+    return dtype

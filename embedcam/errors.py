@@ -1,0 +1,45 @@
+"""Everything embedcam raises on purpose.
+
+EmbedcamError
+├── InputError (also ValueError)     an argument, array or option that cannot be used
+│   ├── ImageError                   an image that cannot be read, with its path
+│   └── RecipeError                  choices that do not go together; names the nearest valid ones
+├── NetworkError                     a network, layer or weights file that cannot be used
+│   └── NetworkMismatch              a working network, but not the one the index was built with
+└── IndexFormatError                 an index on disk that is broken, unfinished or too new
+    └── IndexBusyError               another process is writing to the index
+
+A message says what was given, what was expected, and what to do next.
+"""
+
+
+class EmbedcamError(Exception):
+    """Base of every error embedcam raises on purpose."""
+
+
+class InputError(EmbedcamError, ValueError):
+    """An argument, array or option that cannot be used."""
+
+
+class ImageError(InputError):
+    """An image that cannot be read; the message begins with its path or name."""
+
+
+class RecipeError(InputError):
+    """Choices that do not go together; the message names the nearest valid ones."""
+
+
+class NetworkError(EmbedcamError):
+    """A network, layer or weights file that cannot be used."""
+
+
+class NetworkMismatch(NetworkError):  # noqa: N818 - reads as the fact it states
+    """A working network, but not the one the index was built with."""
+
+
+class IndexFormatError(EmbedcamError):
+    """An index on disk that is broken, unfinished or of another version."""
+
+
+class IndexBusyError(IndexFormatError):
+    """Another process is writing to the index."""

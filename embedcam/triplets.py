@@ -1,0 +1,351 @@
+"""Which triplets explain an anchor: sampling, and exact means over all of them. Arrays only.
+
+Draws are made for fixed blocks of anchors from generators seeded by (seed, block), so that an
+anchor's triplets do not depend on batches, on workers, or on where a killed build resumed.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from .errors import InputError, RecipeError
+
+SAMPLINGS = ("random", "semihard", "hard", "all")
+BLOCK = 1024
+"""Anchors that share a generator."""
+N_POSITIVES = 10
+"""Without labels (or alone in a class): positives are drawn from this many nearest images."""
+N_EXCLUDED = 100
+"""Without labels: negatives are drawn from outside this many nearest images."""
+N_HARD = 50
+"""`hard`: negatives are drawn from this many nearest images of other labels."""
+
+Nearest = Callable[[np.ndarray, int], np.ndarray]
+"""(anchor positions [a], k) -> positions [a k] of each anchor's nearest other images, in order."""
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """Positions of positives and negatives, `[a S]` int64 each, for the anchors `[a]`."""
+
+    anchors: np.ndarray
+    positives: np.ndarray
+    negatives: np.ndarray
+
+
+@dataclass
+class Classes:
+    """Images grouped by label: `order` lists positions class by class."""
+
+    codes: np.ndarray
+    order: np.ndarray = field(init=False)
+    starts: np.ndarray = field(init=False)
+    sizes: np.ndarray = field(init=False)
+    ranks: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        _, self.codes = np.unique(self.codes, return_inverse=True)
+        self.order = np.argsort(self.codes, kind="stable")
+        self.sizes = np.bincount(self.codes)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.ranks = np.empty(len(self.codes), np.int64)
+        self.ranks[self.order] = np.arange(len(self.codes)) - self.starts[self.codes[self.order]]
+
+    @property
+    def n_single(self) -> int:
+        """Classes of one image; their positives are their nearest neighbours."""
+        return int((self.sizes == 1).sum())
+
+
+def label_codes(labels: list[str | None]) -> np.ndarray | None:
+    """Labels as integers `[N]`; None where no image has one.
+
+    An image without a label among labelled ones is a class of its own.
+    """
+    if all(label is None for label in labels):
+        return None
+    known = {label: code for code, label in enumerate(sorted({s for s in labels if s is not None}))}
+    free = iter(range(len(known), len(known) + len(labels)))
+    return np.array([next(free) if label is None else known[label] for label in labels], np.int64)
+
+
+class TripletSampler:
+    """Draws S triplets for each anchor.
+
+    Args:
+        embeddings: `[N D]` of every image that may be drawn.
+        labels: integer labels `[N]`, or None: then nearness stands in for them.
+        sampling: "random" (with replacement), "semihard" (D(a,p) < D(a,n) < D(a,p) + margin, else
+            the nearest beyond; Schroff et al. 2015), "hard" (negatives from the 50 nearest images
+            of other labels) or "all" (no draw: `mean_difference` is exact).
+        n_triplets: S, >= 1.
+        margin: of semihard.
+        seed: of every draw.
+        nearest: finds neighbours; asked only where needed.
+
+    Raises:
+        InputError: too few images, or a single class.
+    """
+
+    def __init__(
+        self,
+        embeddings: np.ndarray,
+        labels: np.ndarray | None,
+        nearest: Nearest,
+        *,
+        sampling: str = "random",
+        n_triplets: int = 50,
+        margin: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        if sampling not in SAMPLINGS:
+            raise RecipeError(
+                f"sampling {sampling!r} is unknown; use one of {', '.join(SAMPLINGS)}"
+            )
+        if n_triplets < 1:
+            raise InputError(f"{n_triplets} triplets an image: give at least 1")
+        if len(embeddings) < 3:
+            raise InputError(
+                f"{len(embeddings)} images are too few for triplets, which take an anchor, a "
+                "positive and a negative; give at least 3, or use the target 'centred'"
+            )
+        self.embeddings, self.nearest = embeddings, nearest
+        self.sampling, self.n_triplets = sampling, n_triplets
+        self.margin, self.seed = margin, seed
+        self.classes = None if labels is None else Classes(np.asarray(labels))
+        if self.classes is not None and len(self.classes.sizes) == 1:
+            raise InputError(
+                f"all {len(embeddings)} images have one label, so there are no negatives; give "
+                "images of at least two labels, build without labels, or use the target 'centred'"
+            )
+
+    def draw(self, anchors: np.ndarray) -> Triplets:
+        """S triplets for each anchor position `[a]`; the same for an anchor in whatever company."""
+        anchors = np.asarray(anchors, np.int64)
+        uniform = self._uniform(anchors)
+        positives = self._positives(anchors, uniform[..., 0])
+        if self.sampling == "semihard":
+            negatives = self._semihard(anchors, positives, uniform[..., 1])
+        elif self.sampling == "hard":
+            negatives = self._hard(anchors, uniform[..., 1])
+        else:
+            negatives = self._random_negatives(anchors, uniform[..., 1])
+        return Triplets(anchors, positives, negatives)
+
+    def mean_difference(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean of f_p - f_n over *every* possible triplet, in closed form from class sums.
+
+        Returns:
+            The means `[a D]` float32, and how many triplets each stands for, `[a]` int64.
+        """
+        anchors = np.asarray(anchors, np.int64)
+        total = self._total
+        n = len(self.embeddings)
+        if self.classes is None:
+            near, far = self._neighbourhoods(anchors)
+            outside = n - 1 - far.shape[1]
+            own = np.asarray(self.embeddings[anchors], np.float64)
+            p_mean = self._gathered_mean(near)
+            n_sum = total - own - far.shape[1] * self._gathered_mean(far)
+            counts = np.full(len(anchors), near.shape[1] * outside)
+            return (p_mean - n_sum / outside).astype(np.float32), counts
+        codes = self.classes.codes[anchors]
+        sizes = self.classes.sizes[codes]
+        sums = self._class_sums[codes]
+        own = np.asarray(self.embeddings[anchors], np.float64)
+        p_mean = np.divide(
+            sums - own, (sizes - 1)[:, None], out=np.zeros_like(own), where=sizes[:, None] > 1
+        )
+        n_sum, n_count = total - sums, n - sizes
+        counts = (sizes - 1) * n_count
+        alone = sizes == 1
+        if alone.any():
+            near = self._lonely_positives(anchors[alone])
+            p_mean[alone] = self._gathered_mean(near)
+            n_sum[alone] -= near.shape[1] * p_mean[alone]
+            n_count[alone] -= near.shape[1]
+            counts[alone] = near.shape[1] * n_count[alone]
+        return (p_mean - n_sum / n_count[:, None]).astype(np.float32), counts
+
+    def _uniform(self, anchors: np.ndarray) -> np.ndarray:
+        """Numbers in [0, 1), `[a S 2]`, from the generator of each anchor's block."""
+        drawn = np.empty((len(anchors), self.n_triplets, 2))
+        blocks = anchors // BLOCK
+        for block in np.unique(blocks):
+            here = blocks == block
+            generator = np.random.Generator(np.random.Philox(key=[self.seed, int(block)]))
+            # Anchor after anchor, so that the first rows do not depend on how many follow.
+            last = int(anchors[here].max()) % BLOCK + 1
+            rows = generator.random((last, self.n_triplets, 2))
+            drawn[here] = rows[anchors[here] % BLOCK]
+        return drawn
+
+    def _positives(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        if self.classes is None:
+            near, _ = self._neighbourhoods(anchors)
+            return np.take_along_axis(near, _pick(uniform, near.shape[1]), axis=1)
+        codes = self.classes.codes[anchors]
+        others = self.classes.sizes[codes] - 1
+        step = _pick(uniform, np.maximum(others, 1)[:, None])
+        step += step >= self.classes.ranks[anchors][:, None]
+        step = np.minimum(step, others[:, None])
+        positives = self.classes.order[self.classes.starts[codes][:, None] + step]
+        alone = others == 0
+        if alone.any():
+            near = self._lonely_positives(anchors[alone])
+            chosen = np.take_along_axis(near, _pick(uniform[alone], near.shape[1]), axis=1)
+            positives[alone] = chosen
+        return positives
+
+    def _random_negatives(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        n = len(self.embeddings)
+        if self.classes is None:
+            _, far = self._neighbourhoods(anchors)
+            return _outside(uniform, np.concatenate([anchors[:, None], far], axis=1), n)
+        codes = self.classes.codes[anchors]
+        start, size = self.classes.starts[codes][:, None], self.classes.sizes[codes][:, None]
+        step = _pick(uniform, n - size)
+        negatives = self.classes.order[step + np.where(step >= start, size, 0)]
+        alone = size[:, 0] == 1
+        if alone.any():
+            near = self._lonely_positives(anchors[alone])
+            excluded = np.concatenate([anchors[alone][:, None], near], axis=1)
+            negatives[alone] = _outside(uniform[alone], excluded, n)
+        return negatives
+
+    def _hard(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        negatives = np.empty(uniform.shape, np.int64)
+        for row, distances, candidates in self._candidates(anchors):
+            count = min(N_HARD, len(candidates))
+            nearest = np.lexsort((candidates, distances))[:count]
+            negatives[row] = candidates[nearest][_pick(uniform[row], count)]
+        return negatives
+
+    def _semihard(
+        self, anchors: np.ndarray, positives: np.ndarray, uniform: np.ndarray
+    ) -> np.ndarray:
+        negatives = np.empty(uniform.shape, np.int64)
+        for row, distances, candidates in self._candidates(anchors):
+            order = np.lexsort((candidates, distances))
+            ranked = distances[order]
+            to_positives = _squared(self.embeddings[anchors[row]], self.embeddings[positives[row]])
+            first = np.searchsorted(ranked, to_positives, side="right")
+            beyond = np.searchsorted(ranked, to_positives + self.margin, side="left")
+            # An empty window is widened to the nearest beyond; past the last, to the farthest.
+            first = np.minimum(first, len(order) - 1)
+            width = np.maximum(beyond - first, 1)
+            negatives[row] = candidates[order[first + _pick(uniform[row], width)]]
+        return negatives
+
+    def _candidates(self, anchors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """For each anchor: its row, and every allowed negative with its squared distance."""
+        n = len(self.embeddings)
+        everything = np.asarray(self.embeddings)
+        for row, anchor in enumerate(anchors):
+            keep = np.ones(n, bool)
+            keep[anchor] = False
+            if self.classes is None:
+                keep[self._neighbourhoods(anchors[row : row + 1])[1][0]] = False
+            elif self.classes.sizes[self.classes.codes[anchor]] == 1:
+                keep[self._lonely_positives(anchors[row : row + 1])[0]] = False
+            else:
+                keep &= self.classes.codes != self.classes.codes[anchor]
+            candidates = np.flatnonzero(keep)
+            yield row, _squared(everything[anchor], everything[candidates]), candidates
+
+    def _neighbourhoods(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Without labels: the images positives come from, and those no negative comes from.
+
+        Small sets have smaller neighbourhoods: at least half of the other images stay negatives.
+        """
+        n = len(self.embeddings)
+        near = max(1, min(N_POSITIVES, (n - 1) // 3))
+        far = max(near, min(N_EXCLUDED, (n - 1) // 2))
+        found = self.nearest(anchors, far)
+        return found[:, :near], found
+
+    def _lonely_positives(self, anchors: np.ndarray) -> np.ndarray:
+        """Positives of an image alone in its class: its nearest images, whatever their label."""
+        n = len(self.embeddings)
+        return self.nearest(anchors, max(1, min(N_POSITIVES, (n - 1) // 3)))
+
+    def _gathered_mean(self, positions: np.ndarray) -> np.ndarray:
+        return np.asarray(self.embeddings[positions], np.float64).mean(axis=1)
+
+    @cached_property
+    def _total(self) -> np.ndarray:
+        return self.embeddings.sum(axis=0, dtype=np.float64)
+
+    @cached_property
+    def _class_sums(self) -> np.ndarray:
+        assert self.classes is not None
+        sums = np.zeros((len(self.classes.sizes), self.embeddings.shape[1]))
+        for start in range(0, len(self.embeddings), 1 << 16):
+            rows = slice(start, start + (1 << 16))
+            np.add.at(sums, self.classes.codes[rows], self.embeddings[rows])
+        return sums
+
+
+def given_triplets(anchors: np.ndarray, pairs: np.ndarray, n_images: int) -> Triplets:
+    """Triplets from the user's own array.
+
+    Args:
+        anchors: positions `[a]`.
+        pairs: `[N S 2]` positions of (positive, negative) for every image.
+        n_images: N.
+
+    Raises:
+        InputError: wrong shape, positions out of range, or an anchor that is its own positive or
+            negative.
+    """
+    pairs = np.asarray(pairs)
+    if pairs.ndim != 3 or pairs.shape[0] != n_images or pairs.shape[2] != 2 or not pairs.shape[1]:
+        raise InputError(
+            f"the triplets have shape {list(pairs.shape)}; expected [{n_images} S 2]: the "
+            "positions of a positive and a negative for each of S triplets of every image"
+        )
+    if pairs.dtype.kind not in "iu" or pairs.min() < 0 or pairs.max() >= n_images:
+        raise InputError(f"triplets must be whole numbers from 0 to {n_images - 1}")
+    if (pairs == np.arange(n_images)[:, None, None]).any():
+        own = int(np.flatnonzero((pairs == np.arange(n_images)[:, None, None]).any((1, 2)))[0])
+        raise InputError(f"image {own} is its own positive or negative; name two other images")
+    chosen = pairs[anchors].astype(np.int64)
+    return Triplets(np.asarray(anchors, np.int64), chosen[..., 0], chosen[..., 1])
+
+
+def active(triplets: Triplets, embeddings: np.ndarray, margin: float) -> np.ndarray:
+    """Triplets whose hinge is *not* satisfied: D(a,p) - D(a,n) + margin > 0, `[a S]` booleans.
+
+    The others have zero gradient; they are no evidence and must not be averaged in.
+    """
+    anchors = np.asarray(embeddings[triplets.anchors])[:, None]
+    to_positives = _squared(anchors, np.asarray(embeddings[triplets.positives]))
+    to_negatives = _squared(anchors, np.asarray(embeddings[triplets.negatives]))
+    return to_positives - to_negatives + margin > 0
+
+
+def _pick(uniform: np.ndarray, count: np.ndarray | int) -> np.ndarray:
+    """Uniform numbers in [0, 1) to whole numbers in 0 .. count - 1."""
+    return np.minimum((uniform * count).astype(np.int64), np.asarray(count) - 1)
+
+
+def _outside(uniform: np.ndarray, excluded: np.ndarray, n: int) -> np.ndarray:
+    """Uniform picks from 0 .. n - 1 without each row's excluded positions."""
+    excluded = np.sort(excluded, axis=1)
+    picks = _pick(uniform, n - excluded.shape[1])
+    # The k-th free position is k plus the number of excluded ones at or before it.
+    free_before = excluded - np.arange(excluded.shape[1])
+    jumps = np.stack(
+        [
+            np.searchsorted(row, pick, side="right")
+            for row, pick in zip(free_before, picks, strict=True)
+        ]
+    )
+    return picks + jumps
+
+
+def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    difference = np.asarray(a, np.float32) - np.asarray(b, np.float32)
+    return np.einsum("...d,...d->...", difference, difference)

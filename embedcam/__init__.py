@@ -17,21 +17,37 @@ _WHERE = {
     "Index": "index",
     "Preprocess": "preprocess",
     "Recipe": "recipe",
-    "add": "build",
-    "build": "build",
-    "cam": "cam",
+    "add_images": "build",
+    "build_from_features": "features",
+    "build_index": "build",
     "find_images": "images",
     "from_dataset": "images",
     "load_network": "models",
 }
 
-__all__ = sorted([*_WHERE, "__version__"])  # noqa: PLE0605 - the table is the one source
+__all__ = [
+    "BuildReport",
+    "EmbedcamError",
+    "EmbeddingNetwork",
+    "Explainer",
+    "Explanation",
+    "Index",
+    "Preprocess",
+    "Recipe",
+    "__version__",
+    "add_images",
+    "build_from_features",
+    "build_index",
+    "find_images",
+    "from_dataset",
+    "load_network",
+]
 
 if TYPE_CHECKING:
-    from .build import BuildReport, add, build
-    from .cam import cam
+    from .build import BuildReport, add_images, build_index
     from .errors import EmbedcamError
     from .explain import Explainer, Explanation
+    from .features import build_from_features
     from .images import find_images, from_dataset
     from .index import Index
     from .models import load_network

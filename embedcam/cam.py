@@ -5,7 +5,7 @@ that both share are used, so nothing heavy is imported and services can stay wit
 """
 
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -81,6 +81,7 @@ def normalize(maps: Array) -> Array:
     Args:
         maps: `[... H W]`.
     """
+    maps = _floating(maps)
     *lead, height, width = tuple(maps.shape)  # type: ignore[attr-defined]
     flat = maps.reshape(*lead, height * width)  # type: ignore[attr-defined]
     # Two sorted ends instead of amin/min(axis), whose return types differ between the libraries.
@@ -89,6 +90,14 @@ def normalize(maps: Array) -> Array:
     flat_map = span == 0
     scaled = (flat - low) / (span + flat_map)
     return scaled.reshape(*lead, height, width)
+
+
+def _floating(maps: Array) -> Array:
+    """Bytes and other whole numbers as float32, which neither wraps nor truncates."""
+    if "float" in str(maps.dtype):  # type: ignore[attr-defined]
+        return maps
+    widened: Any = maps.astype(np.float32) if isinstance(maps, np.ndarray) else maps.float()  # type: ignore[attr-defined]
+    return widened
 
 
 def _largest(flat: Array) -> Array:
@@ -107,8 +116,9 @@ def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
 
 def _sandwich(maps: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
     """rows @ maps @ columns^T in the maps' own library, type and device."""
+    maps = _floating(maps)
     if isinstance(maps, np.ndarray):
-        kind = maps.dtype if maps.dtype in (np.float32, np.float64) else np.dtype(np.float32)
+        kind = maps.dtype if maps.dtype == np.float64 else np.dtype(np.float32)
         return rows.astype(kind) @ maps @ columns.astype(kind).T
     left, right = maps.new_tensor(rows), maps.new_tensor(columns)  # type: ignore[attr-defined]
     return left @ maps @ right.mT

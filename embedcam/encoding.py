@@ -194,15 +194,16 @@ class LowRank(Encoding):
         return {} if self.uses_embedding else _pack("codes", _checked(codes, self.rank), self.dtype)
 
     def decode(self, rows: Rows) -> np.ndarray:  # noqa: D102
-        return self._codes(rows) @ self.fitted["basis"] + self.fitted["offset"]
+        return self.stored_codes(rows) @ self.fitted["basis"] + self.fitted["offset"]
 
     def combine(self, rows: Rows, coefficients: np.ndarray) -> np.ndarray:
         """Averages the codes and decodes once: the same sum, R numbers a neighbour instead of K."""
         coefficients = coefficients.astype(np.float32)
-        mixed = coefficients @ self._codes(rows)
+        mixed = coefficients @ self.stored_codes(rows)
         return mixed @ self.fitted["basis"] + coefficients.sum() * self.fitted["offset"]
 
-    def _codes(self, rows: Rows) -> np.ndarray:
+    def stored_codes(self, rows: Rows) -> np.ndarray:
+        """The codes `[n R]` that multiply the basis, as float32."""
         return np.asarray(rows["embedding"]) if self.uses_embedding else _unpack(rows, "codes")
 
 
@@ -218,19 +219,22 @@ def from_spec(spec: Mapping[str, Any], n_channels: int, fitted: Rows) -> Encodin
         InputError: an unknown encoding, or arrays that do not fit the description.
     """
     kind = spec.get("name")
-    dtype = spec.get("dtype", "float16")
-    if kind == Dense.name:
-        return Dense(n_channels, dtype)
-    if kind == TopM.name:
-        return TopM(n_channels, int(spec["m"]), str(spec["by"]), dtype)
-    if kind == LowRank.name:
-        basis = fitted["basis"]
-        if basis.shape != (spec["rank"], n_channels):
-            raise InputError(
-                f"the basis has shape {list(basis.shape)}; the description says "
-                f"[{spec['rank']} {n_channels}]"
-            )
-        return LowRank(basis, fitted["offset"], str(spec["origin"]), str(spec["codes"]), dtype)
+    try:
+        dtype = str(spec.get("dtype"))
+        if kind == Dense.name:
+            return Dense(n_channels, dtype)
+        if kind == TopM.name:
+            return TopM(n_channels, int(spec["m"]), str(spec["by"]), dtype)
+        if kind == LowRank.name:
+            basis, shape = fitted["basis"], (int(spec["rank"]), n_channels)
+            if basis.shape != shape:
+                raise InputError(
+                    f"the basis has shape {list(basis.shape)}; the description says "
+                    f"[{shape[0]} {shape[1]}]"
+                )
+            return LowRank(basis, fitted["offset"], str(spec["origin"]), str(spec["codes"]), dtype)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"the description of the encoding lacks {error}") from error
     raise InputError(f"encoding {kind!r} is unknown; known: top-m, low-rank, dense")
 
 
@@ -242,6 +246,8 @@ def fit_pca(sample: np.ndarray, rank: int, dtype: str = "float16") -> LowRank:
         rank: R wanted; fewer where the sample spans fewer dimensions (always at least 1).
         dtype: of the stored codes.
     """
+    if len(sample) == 0:
+        raise InputError("a low-rank basis needs at least one weight vector to be fitted on")
     sample = _checked(sample, sample.shape[-1]).astype(np.float64)
     if rank < 1:
         raise InputError(f"rank = {rank} is too small; give at least 1")

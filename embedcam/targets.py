@@ -48,7 +48,7 @@ def through_norm(cotangent: Array, embedding: Array, length: Array) -> Array:
         length: |z|, `[...]`, > 0.
     """
     along = (embedding * cotangent).sum(-1)[..., None]  # type: ignore[operator]
-    return (cotangent - embedding * along) / length[..., None]  # type: ignore[index,operator]
+    return (cotangent - embedding * along) / length[..., None]  # type: ignore[index]
 
 
 def head_cotangent(

@@ -111,6 +111,11 @@ class TripletSampler:
                 f"{len(embeddings)} images are too few for triplets, which take an anchor, a "
                 "positive and a negative; give at least 3, or use the target 'centred'"
             )
+        if labels is not None and np.shape(labels) != (len(embeddings),):
+            raise InputError(
+                f"{len(embeddings)} embeddings came with labels of shape {list(np.shape(labels))}; "
+                f"expected [{len(embeddings)}]"
+            )
         self.embeddings, self.nearest = embeddings, nearest
         self.sampling, self.n_triplets = sampling, n_triplets
         self.margin, self.seed = margin, seed
@@ -219,7 +224,7 @@ class TripletSampler:
         negatives = np.empty(uniform.shape, np.int64)
         for row, distances, candidates in self._candidates(anchors):
             count = min(N_HARD, len(candidates))
-            nearest = np.lexsort((candidates, distances))[:count]
+            nearest = np.lexsort((candidates, distances[candidates]))[:count]
             negatives[row] = candidates[nearest][_pick(uniform[row], count)]
         return negatives
 
@@ -228,9 +233,10 @@ class TripletSampler:
     ) -> np.ndarray:
         negatives = np.empty(uniform.shape, np.int64)
         for row, distances, candidates in self._candidates(anchors):
-            order = np.lexsort((candidates, distances))
-            ranked = distances[order]
-            to_positives = _squared(self.embeddings[anchors[row]], self.embeddings[positives[row]])
+            to_negatives = distances[candidates]
+            order = np.lexsort((candidates, to_negatives))
+            ranked = to_negatives[order]
+            to_positives = distances[positives[row]]
             first = np.searchsorted(ranked, to_positives, side="right")
             beyond = np.searchsorted(ranked, to_positives + self.margin, side="left")
             # An empty window is widened to the nearest beyond; past the last, to the farthest.
@@ -240,10 +246,13 @@ class TripletSampler:
         return negatives
 
     def _candidates(self, anchors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """For each anchor: its row, and every allowed negative with its squared distance."""
+        """For each anchor: its row, its squared distance to every image, and its negatives."""
         n = len(self.embeddings)
         everything = np.asarray(self.embeddings)
         for row, anchor in enumerate(anchors):
+            # One product an anchor, so that its rounding does not depend on the others' company.
+            squares = self._squares
+            distances = squares + squares[anchor] - 2 * (everything @ everything[anchor])
             keep = np.ones(n, bool)
             keep[anchor] = False
             if self.classes is None:
@@ -252,8 +261,7 @@ class TripletSampler:
                 keep[self._lonely_positives(anchors[row : row + 1])[0]] = False
             else:
                 keep &= self.classes.codes != self.classes.codes[anchor]
-            candidates = np.flatnonzero(keep)
-            yield row, _squared(everything[anchor], everything[candidates]), candidates
+            yield row, np.maximum(distances, 0), np.flatnonzero(keep)
 
     def _neighbourhoods(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Without labels: the images positives come from, and those no negative comes from.
@@ -273,6 +281,10 @@ class TripletSampler:
 
     def _gathered_mean(self, positions: np.ndarray) -> np.ndarray:
         return np.asarray(self.embeddings[positions], np.float64).mean(axis=1)
+
+    @cached_property
+    def _squares(self) -> np.ndarray:
+        return np.einsum("nd,nd->n", self.embeddings, self.embeddings)
 
     @cached_property
     def _total(self) -> np.ndarray:
@@ -311,6 +323,11 @@ def given_triplets(anchors: np.ndarray, pairs: np.ndarray, n_images: int) -> Tri
     if (pairs == np.arange(n_images)[:, None, None]).any():
         own = int(np.flatnonzero((pairs == np.arange(n_images)[:, None, None]).any((1, 2)))[0])
         raise InputError(f"image {own} is its own positive or negative; name two other images")
+    if (same := (pairs[..., 0] == pairs[..., 1]).any(1)).any():
+        raise InputError(
+            f"image {int(np.flatnonzero(same)[0])} has a triplet whose positive is its negative, "
+            "which says nothing; name two different images"
+        )
     chosen = pairs[anchors].astype(np.int64)
     return Triplets(np.asarray(anchors, np.int64), chosen[..., 0], chosen[..., 1])
 

@@ -1,0 +1,242 @@
+"""Commands that change an index: build, add, remove, compact; and the demo."""
+
+import argparse
+import csv
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, RecipeError
+from .networks import named, network_options
+from .report import emit, note
+
+_RECIPE = (
+    "method", "target", "norm", "sampling", "hinge", "margin", "seed",
+    "encoding", "rank", "m", "by", "dtype", "faiss", "metric",
+)  # fmt: skip
+
+
+def build(options: argparse.Namespace) -> None:
+    """Build an index from images, or from features."""
+    recipe, images, network = _recipe(options)
+    if options.embeddings or options.pooled:
+        report = _build_features(options, recipe, network)
+    else:
+        report = _build_images(options, recipe, images, network)
+    _report(options, report, "built")
+
+
+def add(options: argparse.Namespace) -> None:
+    """Add images to an index."""
+    from ..build import add_images
+    from ..images import find_images
+    from ..index import Index
+
+    with Index.open(options.index) as index:
+        stored = (index.manifest["network"] or {}).get("loading") or {}
+    report = add_images(
+        find_images(options.images, options.labels or "auto"),
+        named({**stored, **network_options(options)}),
+        options.index,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        on_unreadable=options.on_unreadable or "fail",
+        scratch_gb=options.scratch_gb,
+        progress=False if options.quiet else None,
+    )
+    _report(options, report, "added to")
+
+
+def remove(options: argparse.Namespace) -> None:
+    """Remove images by id."""
+    from ..index import Index
+    from ..index import remove as remove_ids
+
+    ids = list(options.ids)
+    if options.file:
+        ids += _lines(options.file)
+    if not ids:
+        raise InputError("no id was given; name some, or give a file of them with --from")
+    remove_ids(options.index, ids)
+    with Index.open(options.index) as index:
+        left = len(index)
+    emit(
+        options,
+        {"removed": len(ids), "images": left},
+        f"{len(ids)} images removed, {left} left; `embedcam compact` drops their bytes",
+    )
+
+
+def compact(options: argparse.Namespace) -> None:
+    """Drop the bytes of removed images."""
+    from ..index import Index
+    from ..index import compact as compact_parts
+
+    compact_parts(options.index)
+    with Index.open(options.index) as index:
+        left = len(index)
+    emit(options, {"images": left}, f"{options.index}: compact, {left} images")
+
+
+def demo(options: argparse.Namespace) -> None:
+    """The main job, end to end, on handwritten digits."""
+    import json
+
+    from ..demo import run_demo
+
+    summary = run_demo(options.folder, seed=options.seed, progress=not options.quiet)
+    if options.json:
+        print(json.dumps(summary, indent=2))
+
+
+def _build_images(
+    options: argparse.Namespace, recipe: Any, images: dict[str, Any], network: dict[str, Any]
+) -> Any:
+    from ..build import build_index, indexed_images
+    from ..images import find_images
+    from ..index import Index
+
+    path = options.images or images.get("path")
+    if path is None and options.refit:
+        with Index.open(options.index) as index:
+            stored = (index.manifest["network"] or {}).get("loading") or {}
+            source = indexed_images(index)
+            network = {**stored, **network}
+    elif path is None:
+        raise InputError(
+            "no images were given; name a folder or a CSV before the index, or set [images] path "
+            "in the recipe"
+        )
+    else:
+        source = find_images(path, options.labels or images.get("labels", "auto"))
+    triplets = _given_triplets(options)
+    return build_index(
+        source,
+        named(network),
+        options.index,
+        recipe,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        on_unreadable=options.on_unreadable or images.get("on_unreadable", "fail"),
+        triplets=triplets,
+        own_maps=not options.no_own_maps,
+        scratch_gb=options.scratch_gb,
+        replace=options.refit,
+        progress=False if options.quiet else None,
+    )
+
+
+def _build_features(options: argparse.Namespace, recipe: Any, network: dict[str, Any]) -> Any:
+    from ..features import build_from_features, read_array, read_head
+
+    if not (options.embeddings and options.pooled and options.grid):
+        raise InputError(
+            "an index from features needs --embeddings, --pooled and --grid; one is missing"
+        )
+    if options.images:
+        raise InputError("give either IMAGES or --embeddings and --pooled, not both")
+    pooled = read_array(options.pooled)
+    embeddings = read_array(options.embeddings)
+    ids, labels = _ids(options.ids)
+    return build_from_features(
+        embeddings,
+        pooled,
+        options.index,
+        recipe,
+        grid=options.grid,
+        head=None if network.get("head") is None else read_head(network["head"]),
+        normalize=network.get("normalize", True),
+        ids=ids,
+        labels=labels,
+        positive_pooled=(
+            None if options.positive_pooled is None else read_array(options.positive_pooled)
+        ),
+        triplets=_given_triplets(options),
+        network=named(network) if network.get("network") else None,
+        replace=options.refit,
+    )
+
+
+def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The recipe with the command line's choices over it, and its images and network."""
+    from ..recipe import Recipe, read_toml
+
+    recipe = Recipe()
+    images: dict[str, Any] = {}
+    network: dict[str, Any] = {}
+    if options.recipe:
+        recipe, images, network = read_toml(options.recipe)
+    elif options.refit and (Path(options.index) / "manifest.json").exists():
+        from ..index import Index
+
+        with Index.open(options.index) as index:
+            recipe = Recipe.from_dict(index.manifest["recipe"], "the index's recipe")
+    changes = {n: getattr(options, n) for n in _RECIPE if getattr(options, n) is not None}
+    if options.triplets is not None:
+        if options.triplets.endswith(".npy"):
+            changes["sampling"] = "given"
+        elif options.triplets.isdigit():
+            changes["triplets"] = int(options.triplets)
+        else:
+            raise RecipeError(
+                f"--triplets {options.triplets}: give a number, or a .npy file of shape [N S 2]; "
+                "for every triplet there is use --sampling all"
+            )
+    unknown = set(images) - {"path", "labels", "on_unreadable"}
+    if unknown:
+        raise RecipeError(f"[images] has no entry {unknown.pop()!r}; known: path, labels, "
+                          "on_unreadable")  # fmt: skip
+    return replace(recipe, **changes), images, {**network, **network_options(options)}
+
+
+def _given_triplets(options: argparse.Namespace) -> Any:
+    if options.triplets is None or not options.triplets.endswith(".npy"):
+        return None
+    from ..features import read_array
+
+    return read_array(options.triplets)
+
+
+def _ids(path: str | None) -> tuple[list[str] | None, list[str | None] | None]:
+    """Ids and labels from a CSV with the columns id[,label]."""
+    if path is None:
+        return None, None
+    try:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read as CSV ({error})") from error
+    if not rows or "id" not in rows[0]:
+        raise InputError(f"{path}: needs a header with the column id, and perhaps label")
+    labels = [row["label"] or None for row in rows] if "label" in rows[0] else None
+    return [row["id"] for row in rows], labels
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: the ids cannot be read ({error})") from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _report(options: argparse.Namespace, report: Any, verb: str) -> None:
+    for name, reason in report.skipped[:20]:
+        note(options, f"skipped {name}: {reason}")
+    if len(report.skipped) > 20:
+        note(options, f"... and {len(report.skipped) - 20} more")
+    if report.n_single:
+        note(
+            options,
+            f"{report.n_single} labels have one image only; their positives are its neighbours",
+        )
+    if report.n_without_triplets:
+        note(options, f"{report.n_without_triplets} images had no triplet left to learn from")
+    seconds = sum(report.seconds.values())
+    text = f"{report.path} is complete already"
+    if report.n_images:
+        text = f"{report.n_images} images {verb} {report.path} in {seconds:.1f} s"
+        if verb == "built":
+            text = f"{report.path} built: {report.n_images} images in {seconds:.1f} s"
+    emit(options, {**asdict(report), "path": str(report.path)}, text)

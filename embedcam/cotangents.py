@@ -1,0 +1,107 @@
+"""The cotangent of each anchor under a recipe: from cached embeddings alone, no forward pass."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import InputError
+from .index import nearest
+from .recipe import Recipe
+from .targets import centred_cotangent, margin_cotangent
+from .triplets import Nearest, Triplets, TripletSampler, active, given_triplets
+
+
+@dataclass(frozen=True)
+class Cotangents:
+    """What a batch of anchors is differentiated along, at the embedding f.
+
+    Args:
+        values: `[a D]`, the mean over the triplets that count, or `[a S D]`, one a triplet.
+        used: with `[a S D]`, the triplets that count, `[a S]` booleans.
+        counts: triplets that count, `[a]`; with the centred target 1.
+    """
+
+    values: np.ndarray
+    used: np.ndarray | None
+    counts: np.ndarray
+
+
+class AnchorCotangents:
+    """Cotangents of anchors under a recipe.
+
+    Args:
+        recipe: target, method, sampling, hinge and seed.
+        embeddings: f of every image, `[N D]`.
+        labels: integer labels `[N]`, or None.
+        mean: mean embedding `[D]`, for the centred target.
+        given: the user's own triplets `[N S 2]`, with sampling "given".
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        embeddings: np.ndarray,
+        labels: np.ndarray | None,
+        mean: np.ndarray,
+        given: np.ndarray | None = None,
+    ) -> None:
+        self.recipe, self.embeddings, self.mean, self.given = recipe, embeddings, mean, given
+        self.sampler: TripletSampler | None = None
+        if (given is not None) != (recipe.sampling == "given" and recipe.target == "margin"):
+            raise InputError(
+                "an array of triplets goes with target 'margin' and sampling 'given', and with "
+                "nothing else; give both or neither"
+            )
+        if recipe.target == "margin" and given is None:
+            self.sampler = TripletSampler(
+                embeddings,
+                labels,
+                nearest_others(embeddings),
+                sampling=recipe.sampling,
+                n_triplets=recipe.triplets,
+                margin=recipe.margin,
+                seed=recipe.seed,
+            )
+
+    def of(self, anchors: np.ndarray) -> Cotangents:
+        """Cotangents of the anchors at positions `[a]`."""
+        anchors = np.asarray(anchors, np.int64)
+        if self.recipe.target == "centred":
+            values = centred_cotangent(np.asarray(self.embeddings[anchors]), self.mean)
+            return Cotangents(values, None, np.ones(len(anchors), np.int64))
+        if self.sampler is not None and self.recipe.sampling == "all":
+            difference, counts = self.sampler.mean_difference(anchors)
+            return Cotangents(2 * difference, None, counts)
+        return self._of_triplets(self._triplets(anchors))
+
+    def _triplets(self, anchors: np.ndarray) -> Triplets:
+        if self.sampler is not None:
+            return self.sampler.draw(anchors)
+        assert self.given is not None
+        return given_triplets(anchors, self.given, len(self.embeddings))
+
+    def _of_triplets(self, triplets: Triplets) -> Cotangents:
+        used = np.ones(triplets.positives.shape, bool)
+        if self.recipe.hinge:
+            used = active(triplets, self.embeddings, self.recipe.margin)
+        counts = used.sum(1)
+        positives = np.asarray(self.embeddings[triplets.positives])
+        negatives = np.asarray(self.embeddings[triplets.negatives])
+        if self.recipe.method == "gradcam++":
+            return Cotangents(margin_cotangent(positives, negatives), used, counts)
+        share = (used / np.maximum(counts, 1)[:, None]).astype(positives.dtype)[:, None]
+        return Cotangents(
+            margin_cotangent((share @ positives)[:, 0], (share @ negatives)[:, 0]), None, counts
+        )
+
+
+def nearest_others(embeddings: np.ndarray) -> Nearest:
+    """Finds the nearest images of anchors among embeddings `[N D]`, themselves left out."""
+
+    def find(anchors: np.ndarray, k: int) -> np.ndarray:
+        found = nearest(embeddings, np.asarray(embeddings[anchors]), k + 1).positions
+        # A duplicate may stand before the anchor itself, or push it out of the list.
+        rows = zip(anchors, found, strict=True)
+        return np.stack([row[row != anchor][:k] for anchor, row in rows])
+
+    return find

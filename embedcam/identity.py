@@ -1,0 +1,246 @@
+"""Which network an index was built with: recorded once, checked whenever the two meet.
+
+An `Identity` is a SHA-256 of the parameters, the settings that change what they compute, and a
+*probe*: what the network makes of one fixed synthetic picture. The digest says whether the
+parameters are the same bytes; the probe says whether they do the same, and so admits compiled,
+exported and half-precision networks, whose parameters have other names or bytes.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import IndexFormatError, NetworkMismatch
+from .network import EmbeddingNetwork
+from .network.layers import bare_name
+
+SAME = 1e-3
+"""Largest relative difference of the probe for the same parameters in the same precision."""
+ALIKE = 2e-2
+"""Largest relative difference of the probe for other parameters or another precision."""
+
+_MAX_WIDTH = 1 << 20
+
+
+class NetworkWarning(UserWarning):
+    """A network was admitted that is not, byte for byte, the one of the index."""
+
+
+@dataclass(frozen=True, eq=False)
+class Identity:
+    """What tells one network from another.
+
+    parameters_sha256: of the sorted state dict: names without wrappers' prefixes, dtypes, shapes,
+        bytes; counters of batch norms left out.
+    layer, preprocess, normalize: must be equal.
+    output, layout, precision, name: recorded for people; the probe decides.
+    probe_embedding: float32 `[D]`, the embedding of the synthetic picture.
+    probe_pooled: float32 `[K]`, the mean over positions of its activations.
+    """
+
+    parameters_sha256: str
+    layer: str
+    preprocess: dict[str, Any] | None
+    normalize: bool
+    output: str | int | None
+    layout: str
+    precision: str
+    name: str | None
+    probe_embedding: np.ndarray
+    probe_pooled: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the probe's arrays, ready for JSON."""
+        return {
+            "parameters_sha256": self.parameters_sha256,
+            "layer": self.layer,
+            "preprocess": self.preprocess,
+            "normalize": self.normalize,
+            "output": self.output,
+            "layout": self.layout,
+            "precision": self.precision,
+            "name": self.name,
+        }
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The probe: `probe_embedding` float32 `[D]` and `probe_pooled` float32 `[K]`."""
+        return {"probe_embedding": self.probe_embedding, "probe_pooled": self.probe_pooled}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Self:
+        """The identity that `to_dict` and `arrays` described.
+
+        Raises:
+            IndexFormatError: a value is missing or of a wrong kind.
+        """
+        for key, kinds in _KINDS.items():
+            if key not in values:
+                raise IndexFormatError(f"the network's identity has no {key!r}; verify the index")
+            if not isinstance(values[key], kinds):
+                raise IndexFormatError(
+                    f"the network's identity has {key} = {values[key]!r}, which is not of the "
+                    "expected kind; verify the index"
+                )
+        return cls(
+            **{key: values[key] for key in _KINDS},
+            probe_embedding=_probe_array(arrays, "probe_embedding"),
+            probe_pooled=_probe_array(arrays, "probe_pooled"),
+        )
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "parameters_sha256": (str,),
+    "layer": (str,),
+    "preprocess": (dict, type(None)),
+    "normalize": (bool,),
+    "output": (str, int, type(None)),
+    "layout": (str,),
+    "precision": (str,),
+    "name": (str, type(None)),
+}
+
+
+def _probe_array(arrays: Mapping[str, np.ndarray], key: str) -> np.ndarray:
+    found = arrays.get(key)
+    good = isinstance(found, np.ndarray) and found.ndim == 1 and found.dtype.kind == "f"
+    if not good or found is None or not 0 < found.size <= _MAX_WIDTH:
+        raise IndexFormatError(
+            f"the network's identity has no usable {key}: expected a row of floats; verify the "
+            "index"
+        )
+    if not np.isfinite(found).all():
+        raise IndexFormatError(f"the network's {key} holds NaN or infinity; verify the index")
+    return np.asarray(found, dtype=np.float32)
+
+
+def hash_parameters(module: nn.Module) -> str:
+    """SHA-256, in hexadecimal, of a module's sorted state dict.
+
+    Of each entry its name, dtype, shape and bytes. `module.` before every name (data parallel) and
+    `_orig_mod.` anywhere (compiled) are left out, as is `num_batches_tracked`, which counts
+    training steps and computes nothing.
+    """
+    state = {key: value for key, value in module.state_dict().items() if torch.is_tensor(value)}
+    names = {key: bare_name(key) for key in state}
+    if len(set(names.values())) < len(names):
+        # Only part of the network is called `module`; that name belongs to it.
+        names = {key: key.replace("_orig_mod.", "") for key in state}
+    digest = hashlib.sha256()
+    for key in sorted(state, key=names.__getitem__):
+        if key.rpartition(".")[2] == "num_batches_tracked":
+            continue
+        tensor = state[key].detach().cpu().contiguous()
+        header = [names[key], str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        digest.update(json.dumps(header).encode() + b"\n")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint(network: EmbeddingNetwork) -> Identity:
+    """The identity of a network, its probe taken with one forward pass.
+
+    A network without preprocess is asked at the input size it has seen, 224 x 224 before any.
+    """
+    features = network.forward(network.probe_images())
+    described = network.describe()
+    precision = str(network.autocast or network.dtype).removeprefix("torch.")
+    return Identity(
+        parameters_sha256=hash_parameters(network.module),
+        layer=described["layer"],
+        preprocess=_plain(described["preprocess"]),
+        normalize=described["normalize"],
+        output=described["output"],
+        layout=described["layout"],
+        precision=precision,
+        name=described["name"],
+        probe_embedding=features.embedding[0].float().cpu().numpy(),
+        probe_pooled=features.activations[0].mean((1, 2)).float().cpu().numpy(),
+    )
+
+
+def check(stored: Identity, network: EmbeddingNetwork) -> None:
+    """Refuse a network that is not the one an index was built with.
+
+    The same parameters in the same precision may differ in the probe by 1e-3, relative; others
+    (compiled, exported, half precision, autocast) by 2e-2, with a `NetworkWarning`.
+
+    Raises:
+        NetworkMismatch: naming the index's value and the network's.
+    """
+    given = fingerprint(network)
+    _refuse_settings(stored, given)
+    same = stored.parameters_sha256 == given.parameters_sha256
+    precise = same and stored.precision == given.precision
+    allowed = SAME if precise else ALIKE
+    difference, what = max(
+        (_difference(a, b), key)
+        for key, a, b in (
+            ("embedding", stored.probe_embedding, given.probe_embedding),
+            ("pooled activations", stored.probe_pooled, given.probe_pooled),
+        )
+    )
+    about = (
+        f"parameters {stored.parameters_sha256[:12]} ({stored.precision}) in the index, "
+        f"{given.parameters_sha256[:12]} ({given.precision}) given"
+    )
+    if not difference <= allowed:
+        raise NetworkMismatch(
+            f"this is not the network of the index: {about}; on the probe picture they differ "
+            f"by {difference:.2g} in the {what}, where {allowed:g} is allowed "
+            f"({_values(stored, what)} in the index, {_values(given, what)} given); give the "
+            "network and weights that the index was built with, or build the index again"
+        )
+    if not precise:
+        warnings.warn(
+            f"{about}: not the same computation, admitted because on the probe picture they differ "
+            f"by only {difference:.2g} in the {what}",
+            NetworkWarning,
+            stacklevel=2,
+        )
+
+
+def _refuse_settings(stored: Identity, given: Identity) -> None:
+    advice = {
+        "layer": "choose that layer (--layer, or layer= of EmbeddingNetwork and from_parts)",
+        "preprocess": "give the network that preprocess",
+        "normalize": "give the network that normalize",
+    }
+    for key, step in advice.items():
+        old, new = getattr(stored, key), getattr(given, key)
+        if old != new:
+            raise NetworkMismatch(
+                f"this is not the network of the index: its {key} is {_shown(old)}, given is one "
+                f"with {_shown(new)}; {step}, or build the index again"
+            )
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else repr(value)
+
+
+def _values(identity: Identity, what: str) -> str:
+    """The first numbers of a probe array, to be compared by eye."""
+    array = identity.probe_embedding if what == "embedding" else identity.probe_pooled
+    first = ", ".join(f"{value:.4g}" for value in array[:3])
+    return f"{array.size} numbers: {first}, ..."
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+    """|a - b| / |a|, infinite for arrays of different sizes."""
+    if a.shape != b.shape:
+        return float("inf")
+    size = float(np.linalg.norm(a.astype(np.float64)))
+    distance = float(np.linalg.norm(a.astype(np.float64) - b))
+    return distance / size if size > 0 else (0.0 if distance == 0 else float("inf"))
+
+
+def _plain(value: Any) -> Any:
+    """As it will come back from JSON: tuples as lists."""
+    return None if value is None else json.loads(json.dumps(value))

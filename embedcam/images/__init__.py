@@ -1,0 +1,24 @@
+"""Image files and data sets: found, named, read and prepared for the network.
+
+`find_images` and `from_dataset` list what there is, each image under a stable string id;
+`read_image` decodes one, upright and in RGB, within limits; `load_batches` feeds a network.
+This room owns the outside world of image files. It never imports torch.
+"""
+
+from embedcam.images.batches import Batch, load_batches
+from embedcam.images.datasets import DatasetSource, from_dataset
+from embedcam.images.reading import EXTENSIONS, MAX_PIXELS, read_image
+from embedcam.images.sources import ImageSource, Item, find_images
+
+__all__ = [
+    "EXTENSIONS",
+    "MAX_PIXELS",
+    "Batch",
+    "DatasetSource",
+    "ImageSource",
+    "Item",
+    "find_images",
+    "from_dataset",
+    "load_batches",
+    "read_image",
+]

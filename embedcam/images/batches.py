@@ -1,0 +1,172 @@
+"""Images in batches for a network: read ahead by threads, in order, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from embedcam.errors import ImageError, InputError
+from embedcam.images.sources import ImageSource
+
+Prepare = Callable[[Image.Image], np.ndarray]
+Outcome = tuple[np.ndarray, tuple[int, int]] | ImageError
+
+
+@dataclass
+class Batch:
+    """Some consecutive images of the positions asked for, without those that cannot be read.
+
+    positions: int64 `[b]`, indices into the source.
+    images: float32 `[b 3 H W]`, preprocessed.
+    sizes: int64 `[b 2]`, (width, height) of the upright originals.
+    errors: (position, message) of the images left out.
+    """
+
+    positions: np.ndarray
+    images: np.ndarray
+    sizes: np.ndarray
+    errors: list[tuple[int, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+def default_workers() -> int:
+    """Threads worth having here: one for each usable core, at most eight."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(8, usable or 1))
+
+
+def load_batches(
+    source: ImageSource,
+    positions: Sequence[int] | np.ndarray,
+    preprocess: Prepare,
+    batch_size: int,
+    *,
+    workers: int | None = None,
+    on_error: Literal["fail", "skip"] = "fail",
+) -> Generator[Batch, None, None]:
+    """Read and preprocess images, a batch at a time, in the order of `positions`.
+
+    Batch j covers positions[j * batch_size : (j + 1) * batch_size], whatever could be read of it,
+    so that an unreadable image moves no other. `workers` threads read ahead by about one batch;
+    0 reads in the calling thread. Closing the generator stops them.
+
+    on_error: "fail" raises the ImageError of the first unreadable image; "skip" leaves it out and
+        reports it in `Batch.errors`. Any other exception, such as a transform's own, is raised.
+    """
+    wanted = np.asarray(positions)
+    if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
+        raise InputError(f"positions: expected whole numbers [n], given {wanted.dtype}")
+    wanted = wanted.astype(np.int64)
+    if wanted.size and (wanted.min() < 0 or wanted.max() >= len(source)):
+        raise InputError(
+            f"positions: {wanted.min()} to {wanted.max()} given, "
+            f"the source has {len(source)} images"
+        )
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size: expected a whole number from 1, given {batch_size!r}")
+    workers = default_workers() if workers is None else workers
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+        raise InputError(f"workers: expected a whole number from 0, given {workers!r}")
+    if on_error not in ("fail", "skip"):
+        raise InputError(f'on_error: expected "fail" or "skip", given {on_error!r}')
+    prepare = partial(_prepare, source, preprocess)
+    outcomes = _inline(prepare, wanted)
+    if workers:
+        outcomes = _threaded(prepare, wanted, workers, ahead=batch_size + 2 * workers)
+    return _batches(source, wanted, outcomes, batch_size, on_error, _expected_shape(preprocess))
+
+
+def _prepare(source: ImageSource, preprocess: Prepare, position: int) -> Outcome:
+    """The input of one image, or why there is none; other exceptions get the image's name."""
+    try:
+        image = source.open(position)
+        return preprocess(image), image.size
+    except ImageError as error:
+        name = source.name(position)
+        return error if str(error).startswith(name) else ImageError(f"{name}: {error}")
+    except InputError as error:
+        # The transform is at fault, not the image: skipping would only hide it.
+        raise InputError(f"{source.name(position)}: {error}") from error
+    except Exception as error:
+        error.add_note(f"while preparing the image {source.name(position)}")
+        raise
+
+
+def _inline(
+    prepare: Callable[[int], Outcome], positions: np.ndarray
+) -> Generator[Outcome, None, None]:
+    for position in positions.tolist():
+        yield prepare(position)
+
+
+def _threaded(
+    prepare: Callable[[int], Outcome], positions: np.ndarray, workers: int, ahead: int
+) -> Generator[Outcome, None, None]:
+    """Outcomes in order, with at most `ahead` images in the making or waiting."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="embedcam-images")
+    waiting: deque[Future[Outcome]] = deque()
+    try:
+        for position in positions.tolist():
+            if len(waiting) == ahead:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(prepare, position))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _expected_shape(preprocess: Prepare) -> tuple[int, ...] | None:
+    size = getattr(preprocess, "size", None)
+    return (3, *size) if isinstance(size, tuple) else None
+
+
+def _batches(
+    source: ImageSource,
+    positions: np.ndarray,
+    outcomes: Generator[Outcome, None, None],
+    batch_size: int,
+    on_error: str,
+    shape: tuple[int, ...] | None,
+) -> Generator[Batch, None, None]:
+    try:
+        for start in range(0, len(positions), batch_size):
+            kept: list[int] = []
+            arrays: list[np.ndarray] = []
+            sizes: list[tuple[int, int]] = []
+            errors: list[tuple[int, str]] = []
+            for position in positions[start : start + batch_size].tolist():
+                outcome = next(outcomes)
+                if isinstance(outcome, ImageError):
+                    if on_error == "fail":
+                        raise outcome
+                    errors.append((position, str(outcome)))
+                    continue
+                array, size = outcome
+                shape = array.shape if shape is None else shape
+                if array.shape != shape:
+                    raise InputError(
+                        f"{source.name(position)}: preprocessed to {list(array.shape)}, the images "
+                        f"before it to {list(shape)}; a network takes one size, so resize or crop"
+                    )
+                kept.append(position)
+                arrays.append(array)
+                sizes.append(size)
+            yield Batch(
+                positions=np.array(kept, dtype=np.int64),
+                images=np.stack(arrays) if arrays else np.zeros((0, *(shape or (3, 0, 0))), "f4"),
+                sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
+                errors=errors,
+            )
+    finally:
+        outcomes.close()

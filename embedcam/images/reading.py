@@ -1,0 +1,249 @@
+"""One image: from a file, bytes, Pillow or numpy to an upright RGB picture, within limits.
+
+What becomes of pictures that are not plain 8-bit RGB:
+
+- EXIF orientation is applied; a broken EXIF block counts as none.
+- Grey, palette, CMYK and YCbCr are converted; colour profiles are ignored, as networks' training
+  pipelines ignore them.
+- Transparency is composed on white.
+- 16 bits a channel are scaled to 8 (65535 becomes 255), not clipped.
+- Of an animation or a multi-page file the first picture is taken.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import struct
+from typing import IO, TYPE_CHECKING, Any, Final
+
+import numpy as np
+from PIL import Image
+
+from embedcam.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
+
+# Pillow's own threshold for a warning: 89 million pixels, 268 MB once decoded.
+MAX_PIXELS: Final = 178_956_970 // 2
+
+# The decoders used, whatever a file is called. Pillow knows more, some of which run programs (EPS).
+FORMATS: Final = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+EXTENSIONS: Final = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif",
+))  # fmt: skip
+
+_ORIENTATION_TAG: Final = 0x0112
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+ImageLike = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray
+
+
+def read_image(
+    source: ImageLike, *, max_pixels: int = MAX_PIXELS, name: str | None = None
+) -> Image.Image:
+    """The picture as a person sees it: RGB, 8 bits, upright.
+
+    source: a path, the bytes of a file, an open binary file, a Pillow image, or a numpy array:
+        uint8 or uint16 `[H W]`, `[H W 3]`, `[H W 4]`, or floats of these shapes in [0, 1].
+    max_pixels: more than this many pixels are refused before they are decoded.
+    name: what to call the image in messages; a path by default.
+
+    Raises ImageError, which begins with the path or name, for whatever cannot be read.
+    """
+    if isinstance(source, np.ndarray):
+        name = name or "array"
+        _check_size(name, source.shape[1::-1], max_pixels)
+        return Image.fromarray(_eight_bits(name, source))
+    if isinstance(source, Image.Image):
+        name = name or str(getattr(source, "filename", "") or "picture")
+        return _finish(name, source, max_pixels)
+    if isinstance(source, bytes | bytearray | memoryview):
+        name = name or f"image of {len(source)} bytes"
+        return _decode(name, io.BytesIO(source), len(source), max_pixels)
+    if hasattr(source, "read"):
+        name = name or str(getattr(source, "name", "open file"))
+        data = source.read()
+        if not isinstance(data, bytes):
+            raise ImageError(f"{name}: opened as text; open it in binary mode (rb)")
+        return _decode(name, io.BytesIO(data), len(data), max_pixels)
+    if not isinstance(source, str | os.PathLike):
+        raise ImageError(
+            f"{name or 'image'}: expected a path, bytes, a binary file, a Pillow image or a numpy "
+            f"array, given {type(source).__name__}"
+        )
+    return _read_file(os.fspath(source), name or os.fspath(source), max_pixels)
+
+
+def _read_file(path: str, name: str, max_pixels: int) -> Image.Image:
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise ImageError(f"{name}: is a folder, not an image")
+        if not stat.S_ISREG(mode):
+            # Opening a named pipe would wait for ever.
+            raise ImageError(f"{name}: is not a regular file")
+        with open(path, "rb") as stream:
+            return _decode(name, stream, os.fstat(stream.fileno()).st_size, max_pixels)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            target = os.readlink(path)
+            raise ImageError(f"{name}: is a link to {target}, which does not exist") from None
+        raise ImageError(f"{name}: does not exist") from None
+    except PermissionError:
+        raise ImageError(f"{name}: may not be read (permission denied)") from None
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be opened ({error.strerror or error})") from None
+    except ValueError as error:
+        if isinstance(error, ImageError):
+            raise
+        raise ImageError(f"{name!r}: is not a path ({error})") from None
+
+
+def _decode(name: str, stream: IO[bytes], n_bytes: int, max_pixels: int) -> Image.Image:
+    if n_bytes == 0:
+        raise ImageError(f"{name}: is empty (0 bytes)")
+    try:
+        image = _open_header(stream)
+    except Exception as error:
+        # A crafted header can make a decoder raise nearly anything.
+        raise ImageError(f"{name}: has a broken header ({_reason(error)})") from None
+    if image is None:
+        raise ImageError(f"{name}: is not an image of a known kind ({', '.join(FORMATS)})")
+    return _finish(name, image, max_pixels)
+
+
+def _open_header(stream: IO[bytes]) -> ImageFile | None:
+    """The image with only its header read; None if no decoder knows it.
+
+    `Image.open` without its check for decompression bombs: that check warns or raises by a global
+    setting and does not tell the size, and warnings cannot be caught safely beside other threads.
+    The size is checked by `_check_size` instead, before a pixel is decoded.
+    """
+    Image.init()
+    prefix = stream.read(16)
+    refusals = []
+    for kind in FORMATS:
+        if kind not in Image.OPEN:  # built without this decoder
+            continue
+        factory, accepts = Image.OPEN[kind]
+        accepted = accepts(prefix) if accepts else True
+        if not accepted or isinstance(accepted, str):
+            continue
+        stream.seek(0)
+        try:
+            return factory(stream, "")
+        except (SyntaxError, IndexError, TypeError, struct.error) as error:
+            # "Not mine", in the decoders' ways of saying so: another one may know it.
+            refusals.append(f"{kind}: {_reason(error)}")
+    if refusals:
+        raise SyntaxError(refusals[0])
+    return None
+
+
+def _finish(name: str, image: Image.Image, max_pixels: int) -> Image.Image:
+    """Decode, convert to RGB and turn upright."""
+    _check_size(name, image.size, max_pixels)
+    try:
+        # A truncated file is found here. PNG and TIFF know their orientation only afterwards.
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        rgb = _to_rgb(name, image)
+        if turn is None:
+            return rgb
+        upright = rgb.transpose(turn)
+        # Without the old EXIF block: read again, the picture must not turn again.
+        upright.info = {}
+        return upright
+    except ImageError:
+        raise
+    except Exception as error:
+        reason = _reason(error)
+        if "truncated" in reason.lower() or isinstance(error, EOFError):
+            raise ImageError(f"{name}: is truncated ({reason})") from None
+        raise ImageError(f"{name}: cannot be decoded ({reason})") from None
+
+
+def _check_size(name: str, size: Any, max_pixels: int) -> None:
+    if len(size) != 2 or min(size) < 1:
+        raise ImageError(f"{name}: has no pixels ({' x '.join(map(str, size))})")
+    width, height = size
+    if width * height > max_pixels:
+        raise ImageError(
+            f"{name}: has {width} x {height} pixels, above the limit of {max_pixels}; "
+            "raise max_pixels if you trust it"
+        )
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # a broken EXIF block says nothing about the pixels
+        return 1
+
+
+def _to_rgb(name: str, image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        return Image.fromarray(_eight_bits(name, _wide_values(name, image)))
+    if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _wide_values(name: str, image: Image.Image) -> np.ndarray:
+    """The values of a one-channel picture of more than 8 bits, as uint16 or float `[H W]`."""
+    values = np.asarray(image)
+    if image.mode != "I":
+        return values.astype(np.float32) if image.mode == "F" else values.astype(np.uint16)
+    # Pillow before 11 opens 16-bit PNG in this mode; true 32-bit pictures have no agreed white.
+    if values.min() < 0 or values.max() > 65_535:
+        raise ImageError(
+            f"{name}: has 32-bit values from {values.min()} to {values.max()}; "
+            "convert it to 8 or 16 bits"
+        )
+    return values.astype(np.uint16)
+
+
+def _eight_bits(name: str, values: np.ndarray) -> np.ndarray:
+    """uint8 `[H W 3]` of an array that `read_image` accepts; transparency composed on white."""
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)):
+        raise ImageError(
+            f"{name}: expected an array [H W], [H W 3] or [H W 4], given {list(values.shape)}"
+        )
+    kind = values.dtype
+    if kind.kind == "f":
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 1):  # NaN included
+            raise ImageError(
+                f"{name}: floating-point values must lie in [0, 1], given {low:g} to {high:g}; "
+                "scale them, or give uint8"
+            )
+        values = np.rint(values * 255).astype(np.uint8)
+    elif kind == np.uint16:
+        values = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    elif kind != np.uint8:
+        raise ImageError(f"{name}: expected uint8, uint16 or floats in [0, 1], given {kind}")
+    if values.ndim == 2:
+        return np.repeat(values[:, :, None], 3, axis=2)
+    if values.shape[2] == 3:
+        return np.ascontiguousarray(values)
+    return np.asarray(_to_rgb(name, Image.fromarray(np.ascontiguousarray(values))))
+
+
+def _reason(error: Exception) -> str:
+    """What a decoder complained about, on one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

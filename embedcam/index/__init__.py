@@ -1,0 +1,34 @@
+"""The index on disk: created offline, opened online. NumPy and FAISS, no torch.
+
+The format is index/README.md. `Index.open(path)` reads; `create`, `append`, `remove`, `compact`
+and `rebuild_faiss` write, one writer at a time, each change visible through one rename; `verify`
+checks.
+"""
+
+from .faiss_files import check_factory
+from .locking import lock
+from .manifest import FORMAT_VERSION
+from .parts import PartData, check_ids, quantize_coarse
+from .reader import Index
+from .search import Neighbors, nearest
+from .verify import Report, verify
+from .writer import append, compact, create, rebuild_faiss, remove
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Index",
+    "Neighbors",
+    "PartData",
+    "Report",
+    "append",
+    "check_factory",
+    "check_ids",
+    "compact",
+    "create",
+    "lock",
+    "nearest",
+    "quantize_coarse",
+    "rebuild_faiss",
+    "remove",
+    "verify",
+]

@@ -1,0 +1,292 @@
+"""FAISS files: built the same way every time, written durably, loaded only after checks.
+
+FAISS is imported when it is first needed. Everything that builds runs on one OpenMP thread, because
+graphs (HNSW, NSG) and OPQ give other bytes with another number of threads.
+"""
+
+import contextlib
+import os
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from .files import ArrayLike, blocks, broken, open_checked, sha256_of, sync
+from .search import metric_code, threads
+
+REBUILD = "the file is derived, make it again with embedcam.index.rebuild_faiss"
+EF_SEARCH = 64
+_FLAT = {b"IxF2": 1, b"IxFI": 0}
+_MAPPED = {*_FLAT, b"IwFl", b"IwSq", b"IwPQ"}
+_HEADER = struct.Struct("<4siqqqBi")
+
+
+def check_factory(factory: str, width: int, n_images: int, metric: str = "l2") -> None:
+    """Refuse a factory string that cannot serve so many images, before anything is computed.
+
+    Raises:
+        InputError: not a FAISS factory string, or one that needs more images for its training.
+    """
+    needed = _training_need(_make(factory, width, metric))
+    if needed > n_images:
+        raise InputError(
+            f"the FAISS factory {factory!r} needs at least {needed} images to train, and there are "
+            f"{n_images}; use 'Flat', or one with fewer lists or codes"
+        )
+
+
+def build(
+    factory: str,
+    embeddings: Any,
+    metric: str,
+    training: np.ndarray | None = None,
+) -> tuple[Any, int]:
+    """A FAISS index over embeddings `[N D]`, the same bytes every time.
+
+    Args:
+        factory: FAISS's factory string.
+        embeddings: every row, numbered by position.
+        metric: "l2" or "ip".
+        training: rows that may be trained on; None for all of them.
+
+    Returns:
+        The index, and how many rows it was trained on (0 where it needs no training).
+    """
+    total, width = embeddings.shape
+    index = _make(factory, width, metric)
+    rows = np.arange(total) if training is None else training
+    trained_on = 0
+    with threads(1), _as_input_error(factory):
+        if not index.is_trained:
+            check_factory(factory, width, len(rows), metric)
+            sample = _sample(rows, max(1 << 16, 256 * _training_need(index)))
+            index.train(np.asarray(embeddings[sample], np.float32))
+            trained_on = len(sample)
+        add(index, embeddings)
+    if index.ntotal != total:
+        raise InputError(f"the FAISS factory {factory!r} keeps {index.ntotal} of {total} rows")
+    return index, trained_on
+
+
+def add(index: Any, embeddings: ArrayLike) -> None:
+    """Add rows, in blocks; graphs that cannot grow (NSG) need all of them at once."""
+    if "NSG" in type(index).__name__ or "NNDescent" in type(index).__name__:
+        if len(everything := np.asarray(embeddings[:], np.float32)):
+            index.add(np.ascontiguousarray(everything))
+        return
+    for _, block in blocks(embeddings):
+        index.add(np.ascontiguousarray(block, np.float32))
+
+
+def grow(index: Any, embeddings: ArrayLike, start: int) -> None:
+    """Add the rows from `start` on to an index that holds those before; training stays."""
+
+    class Tail:
+        shape = (embeddings.shape[0] - start, *embeddings.shape[1:])
+        dtype = embeddings.dtype
+
+        def __getitem__(self, rows: slice) -> np.ndarray:
+            low, high, _ = rows.indices(self.shape[0])
+            return embeddings[start + low : start + high]
+
+    with threads(1):
+        if "NSG" in type(index).__name__:
+            index.reset()
+            add(index, embeddings)
+        else:
+            add(index, Tail())
+
+
+def refill(index: Any, embeddings: ArrayLike) -> None:
+    """Replace every row, keeping what was trained."""
+    with threads(1):
+        index.reset()
+        add(index, embeddings)
+
+
+def search_settings(index: Any) -> dict[str, int]:
+    """Sensible search parameters, to be recorded: nprobe for IVF, ef for HNSW."""
+    settings = {}
+    for piece in _pieces(index):
+        name = type(piece).__name__
+        if "IVF" in name:
+            settings["nprobe"] = min(int(piece.nlist), max(8, int(piece.nlist) // 32))
+        elif "HNSW" in name:
+            settings["ef_search"] = EF_SEARCH
+    return settings
+
+
+def parameters(index: Any, nprobe: int, ef_search: int) -> Any:
+    """FAISS search parameters for an index and what it wraps; None where it takes none."""
+    import faiss
+
+    options: Any = faiss  # its keyword arguments are added at run time, unseen by type checkers
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = parameters(index.index, nprobe, ef_search)
+        return None if inner is None else options.SearchParametersPreTransform(index_params=inner)
+    if isinstance(index, faiss.IndexRefine):
+        inner = parameters(index.base_index, nprobe, ef_search)
+        return options.IndexRefineSearchParameters(k_factor=2.0, base_index_params=inner)
+    if isinstance(index, faiss.IndexIVF):
+        return options.SearchParametersIVF(nprobe=min(nprobe, int(index.nlist)))
+    if isinstance(index, faiss.IndexHNSW):
+        return options.SearchParametersHNSW(efSearch=ef_search)
+    return None
+
+
+def write_faiss(root: Path, index: Any, name: str) -> dict[str, Any]:
+    """Write a FAISS file durably; returns its size and checksum."""
+    import faiss
+
+    unfinished = root / f"{name}.tmp"
+    faiss.write_index(index, str(unfinished))
+    descriptor = os.open(unfinished, os.O_RDONLY)
+    try:
+        sync(descriptor)
+        entry = {"bytes": os.fstat(descriptor).st_size, "sha256": sha256_of(descriptor)}
+    finally:
+        os.close(descriptor)
+    os.replace(unfinished, root / name)
+    return {"file": name, **entry}
+
+
+def open_faiss(root: Path, manifest: dict[str, Any]) -> int:
+    """A descriptor of the FAISS file, its size and header checked; it survives a `compact`."""
+    entry = manifest["faiss"]
+    descriptor = open_checked(root, entry["file"], entry["bytes"], REBUILD)
+    try:
+        _check_header(root, manifest, os.pread(descriptor, _HEADER.size + 8, 0))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def load_faiss(root: Path, manifest: dict[str, Any], descriptor: int, mapped: bool = True) -> Any:
+    """Read a checked FAISS file; Flat and IVF are mapped, so that a million rows load at once.
+
+    Raises:
+        IndexFormatError: the file is not the one that the manifest describes.
+    """
+    import faiss
+
+    entry = manifest["faiss"]
+    kind = os.pread(descriptor, 4, 0)
+    # Sizes inside a file other than Flat cannot be checked from outside, so its bytes are.
+    if kind not in _FLAT and sha256_of(descriptor) != entry["sha256"]:
+        raise broken(root, entry["file"], "does not match its checksum", REBUILD)
+    flags = 0
+    if mapped and kind in _MAPPED:
+        flags = getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
+    try:
+        # By descriptor: `compact` may have taken the name away since the index was opened.
+        index = faiss.read_index(f"/dev/fd/{descriptor}", flags)
+    except RuntimeError as error:
+        raise broken(root, entry["file"], f"FAISS refuses it ({_brief(error)})", REBUILD) from error
+    width, rows = manifest["embedding"]["width"], manifest["counts"]["rows"]
+    if (index.d, index.ntotal, index.metric_type) != (width, rows, metric_code(manifest["metric"])):
+        raise broken(
+            root,
+            entry["file"],
+            f"holds {index.ntotal} vectors of width {index.d}; the index has {rows} of {width}",
+            REBUILD,
+        )
+    return index
+
+
+def _check_header(root: Path, manifest: dict[str, Any], head: bytes) -> None:
+    name, size = manifest["faiss"]["file"], manifest["faiss"]["bytes"]
+    width, rows = manifest["embedding"]["width"], manifest["counts"]["rows"]
+    if len(head) < _HEADER.size:
+        raise broken(root, name, f"is no FAISS file with its {size} bytes", REBUILD)
+    kind, found_width, found_rows, _, _, trained, metric = _HEADER.unpack_from(head)
+    if not re.fullmatch(rb"I[A-Za-z0-9]{3}", kind):
+        raise broken(root, name, f"begins with {kind!r}, so it is no FAISS index", REBUILD)
+    if (found_width, found_rows) != (width, rows):
+        raise broken(
+            root,
+            name,
+            f"holds {found_rows} vectors of width {found_width}; the index has {rows} of {width}",
+            REBUILD,
+        )
+    if metric != metric_code(manifest["metric"]) or trained != 1:
+        raise broken(root, name, f"was not made for the metric {manifest['metric']}", REBUILD)
+    if kind in _FLAT:
+        numbers = struct.unpack_from("<Q", head, _HEADER.size)[0] if len(head) > 44 else -1
+        if (
+            _FLAT[kind] != metric
+            or numbers != width * rows
+            or size != _HEADER.size + 8 + 4 * numbers
+        ):
+            raise broken(root, name, "its header does not go with its size", REBUILD)
+
+
+def _make(factory: str, width: int, metric: str) -> Any:
+    import faiss
+
+    with _as_input_error(factory):
+        index = faiss.index_factory(width, factory, metric_code(metric))
+    if "IDMap" in type(index).__name__:
+        raise InputError(f"the FAISS factory {factory!r} numbers its rows itself; drop IDMap")
+    for piece in _pieces(index):
+        for holder in (piece, getattr(piece, "pq", None)):
+            if holder is not None and hasattr(holder, "cp"):
+                # Few images a centroid is the user's choice; FAISS would print a line for each.
+                holder.cp.min_points_per_centroid = 1
+    return index
+
+
+def _pieces(index: Any) -> Iterator[Any]:
+    """The index and those it wraps, outermost first."""
+    import faiss
+
+    index = faiss.downcast_index(index)
+    yield index
+    for name in ("index", "base_index"):
+        if isinstance(inner := getattr(index, name, None), faiss.Index):
+            yield from _pieces(inner)
+
+
+def _training_need(index: Any) -> int:
+    """Fewest vectors that the index can be trained on."""
+    import faiss
+
+    if index.is_trained:
+        return 0
+    need = 1
+    for piece in _pieces(index):
+        if "IVF" in type(piece).__name__:
+            coarse = type(faiss.downcast_index(piece.quantizer)).__name__
+            # A product quantizer's lists are combinations: far fewer vectors train it.
+            need = max(need, 1 if "MultiIndex" in coarse else int(piece.nlist))
+        quantizer = getattr(piece, "pq", None)
+        if quantizer is not None and not piece.is_trained:
+            need = max(need, int(quantizer.ksub))
+    return need
+
+
+def _sample(rows: np.ndarray, most: int) -> np.ndarray:
+    if len(rows) <= most:
+        return rows
+    return rows[np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False))]
+
+
+@contextlib.contextmanager
+def _as_input_error(factory: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(
+            f"the FAISS factory {factory!r} cannot be used ({_brief(error)}); 'Flat' always can"
+        ) from error
+
+
+def _brief(error: Exception) -> str:
+    """FAISS's reason without the function signature and source line before it."""
+    text = " ".join(str(error).split())
+    return re.sub(r"^Error in .*?\.(?:cpp|h):\d+: ", "", text)[:200]

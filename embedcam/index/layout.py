@@ -1,0 +1,180 @@
+"""Which files a part and the fitted folder hold, with their types and shapes."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..encoding import Encoding, from_spec
+from ..errors import EmbedcamError
+from . import manifest as manifest_file
+from .files import SUFFIXES, broken, file_name, map_array
+from .manifest import Manifest
+
+_FITTED = re.compile(r"(?:layer([0-9]{1,4})\.)?([a-z][a-z0-9_]*)\.([a-z0-9]+)")
+FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*")
+RESERVED = ("coarse", "coarse_scales")
+STRINGS = ("ids", "paths", "labels")
+Shape = tuple[int | None, ...]
+"""Sizes of each axis; None where the data decides (blobs and their offsets)."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One explained layer: its name, channels, encoding and the grid of its coarse maps."""
+
+    number: int
+    name: str
+    channels: int
+    encoding: Encoding
+    coarse_grid: tuple[int, int] | None
+
+    def stem(self, field: str) -> str:
+        """Beginning of a field's file name."""
+        return f"layer{self.number}.{field}"
+
+    def file(self, field: str) -> str:
+        """File name of one of the encoding's fields."""
+        return file_name(self.stem(field), self.encoding.fields[field].dtype)
+
+    @property
+    def coarse_files(self) -> tuple[str, str]:
+        """File names of the coarse maps and of their scales."""
+        return file_name(self.stem("coarse"), "uint8"), file_name(
+            self.stem("coarse_scales"), "float32"
+        )
+
+
+def order_dtype(n_rows: int) -> str:
+    """Narrowest type that numbers the rows of a part."""
+    return "uint32" if n_rows < 1 << 32 else "uint64"
+
+
+def part_files(n_rows: int, width: int, layers: list[Layer]) -> dict[str, tuple[str, Shape]]:
+    """File name -> (dtype, shape) of a part of `n_rows` rows."""
+    order = order_dtype(n_rows)
+    files: dict[str, tuple[str, Shape]] = {
+        "embeddings.f32": ("float32", (n_rows, width)),
+        "triplets_used.u32": ("uint32", (n_rows,)),
+        file_name("ids.order", order): (order, (n_rows,)),
+        "labels.codes.i32": ("int32", (n_rows,)),
+    }
+    for stem in STRINGS:
+        files[f"{stem}.utf8"] = ("uint8", (None,))
+        files[f"{stem}.offsets.u64"] = ("uint64", (None if stem == "labels" else n_rows + 1,))
+    for layer in layers:
+        for name, field in layer.encoding.fields.items():
+            files[layer.file(name)] = (field.dtype, (n_rows, *field.shape))
+        if layer.coarse_grid is not None:
+            maps, scales = layer.coarse_files
+            files[maps] = ("uint8", (n_rows, *layer.coarse_grid))
+            files[scales] = ("float32", (n_rows,))
+    return files
+
+
+def map_part(
+    root: Path, part: Mapping[str, Any], width: int, layers: list[Layer]
+) -> dict[str, Any]:
+    """Every file of a part, mapped, after type, shape and size were checked.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        IndexFormatError: a file or its entry is not what the layout asks for.
+    """
+    expected = part_files(part["count"], width, layers)
+    entries: Mapping[str, Any] = part["files"]
+    for name in sorted(expected.keys() ^ entries.keys()):
+        what = "is not listed in the manifest" if name in expected else "is no file of a part"
+        raise broken(root, f"{part['directory']}/{name}", what)
+    for name, (dtype, shape) in expected.items():
+        entry = entries[name]
+        fits = len(shape) == len(entry["shape"]) and all(
+            want is None or want == got for want, got in zip(shape, entry["shape"], strict=True)
+        )
+        if entry["dtype"] != dtype or not fits:
+            raise broken(
+                root,
+                f"{part['directory']}/{name}",
+                f"the manifest says {entry['dtype']} {entry['shape']} where the format asks for "
+                f"{dtype} {_say(shape)}",
+            )
+    if entries["labels.offsets.u64"]["shape"] == [0]:
+        raise broken(root, f"{part['directory']}/labels.offsets.u64", "is empty")
+    return {
+        name: map_array(root, f"{part['directory']}/{name}", entry)
+        for name, entry in entries.items()
+    }
+
+
+def map_fitted(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+    """The arrays kept once, mapped, by file name."""
+    directory = manifest["fitted"]["directory"]
+    for name, entry in manifest["fitted"]["files"].items():
+        found = _FITTED.fullmatch(name)
+        known = found and (found[1] is None or int(found[1]) < len(manifest["layers"]))
+        if not found or not known or found[3] != SUFFIXES[entry["dtype"]]:
+            raise broken(root, f"{directory}/{name}", "is no file of the fitted folder")
+    return {
+        name: map_array(root, f"{directory}/{name}", entry)
+        for name, entry in manifest["fitted"]["files"].items()
+    }
+
+
+def of_layer(files: Mapping[str, np.ndarray], number: int | None) -> dict[str, np.ndarray]:
+    """Arrays of one layer by name, or with None those that belong to the whole index."""
+    stem = "" if number is None else f"layer{number}."
+    return {
+        name.removeprefix(stem).split(".")[0]: array
+        for name, array in files.items()
+        if name.startswith(stem) and name.removeprefix(stem).count(".") == 1
+    }
+
+
+def make_layers(root: Path, manifest: Manifest, fitted: list[dict[str, Any]]) -> list[Layer]:
+    """The layers that a manifest describes, with their encodings.
+
+    Raises:
+        IndexFormatError: a description that no encoding answers to.
+    """
+    layers = []
+    for number, entry in enumerate(manifest["layers"]):
+        try:
+            encoding = from_spec(entry["encoding"], entry["channels"], fitted[number])
+        except (EmbedcamError, KeyError, TypeError, ValueError, OverflowError) as error:
+            what = f"lacks {error}" if isinstance(error, KeyError) else f"is unusable ({error})"
+            raise broken(
+                root, manifest_file.NAME, f"the encoding of layers[{number}] {what}"
+            ) from error
+        grid = entry.get("coarse_grid")
+        layer = Layer(
+            number,
+            str(entry.get("name")),
+            entry["channels"],
+            encoding,
+            None if grid is None else (grid[0], grid[1]),
+        )
+        width = manifest["embedding"]["width"]
+        if encoding.uses_embedding and getattr(encoding, "rank", width) != width:
+            raise broken(
+                root,
+                manifest_file.NAME,
+                f"layers[{number}] derives its codes from embeddings of width {width}, and its "
+                f"rank is {getattr(encoding, 'rank', None)}",
+            )
+        layers.append(layer)
+    return layers
+
+
+def empty_rows(layer: Layer) -> dict[str, np.ndarray]:
+    """Fields of no images."""
+    return {
+        name: np.empty((0, *field.shape), field.dtype)
+        for name, field in layer.encoding.fields.items()
+    }
+
+
+def _say(shape: Shape) -> str:
+    return "[" + ", ".join("any" if n is None else str(n) for n in shape) + "]"

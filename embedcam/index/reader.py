@@ -1,0 +1,390 @@
+"""An index opened for reading: everything mapped, nothing read until it is asked for."""
+
+import os
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..encoding import Encoding
+from ..errors import IndexFormatError, InputError
+from . import manifest as manifest_file
+from .faiss_files import REBUILD, load_faiss, open_faiss
+from .files import broken, map_array
+from .layout import Layer, empty_rows, make_layers, map_fitted, of_layer
+from .parts import Part
+from .query import search_batch
+from .search import SLACK, Neighbors, check_count, check_queries, join, threads
+from .strings import Strings, StringTable, check_positions, check_row
+
+if TYPE_CHECKING:
+    from .verify import Progress
+
+_NEAR = 8
+
+
+class Index:
+    """An index on disk, opened by `Index.open(path)`; a context manager.
+
+    It keeps what it opened: later changes by a writer are seen by opening again.
+
+    Attributes:
+        path: the directory.
+        manifest: the manifest as it stands, a dict (see index/README.md).
+        n_rows: rows, removed ones included; `len(index)` counts live ones.
+        width: D of the embeddings.
+        normalized: whether embeddings have unit length.
+        metric: "l2" or "ip".
+        ids, labels, paths: sequences over positions, decoded on demand.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], with_faiss: bool) -> None:
+        self.path, self.manifest = path, manifest
+        self.n_rows: int = manifest["counts"]["rows"]
+        self.width: int = manifest["embedding"]["width"]
+        self.normalized: bool = manifest["embedding"]["normalized"]
+        self.metric: str = manifest["metric"]
+        self._faiss: Any = None
+        self.faiss_file: int | None = None
+        self.fitted_files = map_fitted(path, manifest)
+        self._shared = of_layer(self.fitted_files, None)
+        fitted = [of_layer(self.fitted_files, n) for n in range(len(manifest["layers"]))]
+        self.layers: list[Layer] = make_layers(path, manifest, fitted)
+        parts = [Part(path, p, self.width, self.layers) for p in manifest["parts"]]
+        self._parts: list[Part] | None = parts
+        self._starts = np.cumsum([0, *(p.count for p in parts)])
+        entry = manifest["tombstones"]
+        self._removed = (
+            np.empty(0, np.uint64) if entry is None else map_array(path, entry["file"], entry)
+        )
+        self.ids: Strings[str] = Strings(self.n_rows, lambda at: self._strings(at, "ids"))
+        self.paths: Strings[str] = Strings(self.n_rows, lambda at: self._strings(at, "paths"))
+        self.labels: Strings[str | None] = Strings(self.n_rows, self._labels)
+        if with_faiss and manifest["faiss"] is not None:
+            self.faiss_file = open_faiss(path, manifest)
+
+    @classmethod
+    def open(cls, path: str | Path, *, with_faiss: bool = True) -> "Index":
+        """Open an index for reading.
+
+        Args:
+            path: its directory.
+            with_faiss: False leaves the FAISS file alone; `search` then compares with every row.
+
+        Raises:
+            IndexFormatError: no index, an unfinished one, or a broken file, which is named. Sizes
+                and the manifest are checked here; checksums are `verify`'s.
+        """
+        root = Path(path)
+        manifest = manifest_file.read(root)
+        while True:
+            try:
+                return cls(root, manifest, with_faiss)
+            except FileNotFoundError as error:
+                # A writer may have swept this generation between our two steps.
+                newer = manifest_file.read(root)
+                if newer["generation"] == manifest["generation"]:
+                    raise _missing(root, manifest, error) from None
+                manifest = newer
+
+    def __len__(self) -> int:
+        return self.n_rows - len(self._removed)
+
+    def __repr__(self) -> str:
+        return f"<Index {str(self.path)!r}: {len(self)} images, D = {self.width}>"
+
+    def __enter__(self) -> "Index":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "faiss_file", None) is not None:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of files; arrays handed out before stay valid."""
+        if self.faiss_file is not None:
+            os.close(self.faiss_file)
+        self.faiss_file, self._faiss, self._parts = None, None, None
+
+    # Rows
+
+    def embeddings(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Stored embeddings of rows, float32 `[n D]`."""
+        return self.gather("embeddings.f32", positions, np.empty((0, self.width), np.float32))
+
+    def triplets_used(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Triplets that gave evidence for each row's weights, uint32 `[n]`."""
+        return self.gather("triplets_used.u32", positions, np.empty(0, np.uint32))
+
+    def encoding(self, layer: int = 0) -> Encoding:
+        """How a layer's weights are kept."""
+        return self._layer(layer).encoding
+
+    def fitted(self, name: str) -> np.ndarray:
+        """An array kept once for the whole index, such as "embedding_mean".
+
+        What belongs to a layer's encoding is `encoding(layer).fitted`.
+        """
+        if name not in self._shared:
+            known = ", ".join(sorted(self._shared)) or "none"
+            raise InputError(f"the index keeps no array {name!r}; it keeps: {known}")
+        return self._shared[name]
+
+    def probe(self) -> dict[str, np.ndarray]:
+        """The arrays of the network's probe, by name ("probe_...")."""
+        return {n: a for n, a in self._shared.items() if n.startswith("probe_")}
+
+    def rows(self, positions: np.ndarray | Sequence[int], layer: int = 0) -> dict[str, np.ndarray]:
+        """What the layer's encoding decodes: its fields, and "embedding" where it uses that."""
+        found = self._layer(layer)
+        rows = {
+            name: self.gather(found.file(name), positions, empty)
+            for name, empty in empty_rows(found).items()
+        }
+        if "channels" in rows and rows["channels"].max(initial=0) >= found.channels:
+            raise broken(
+                self.path, found.file("channels"), f"names a channel beyond {found.channels}"
+            )
+        if found.encoding.uses_embedding:
+            rows["embedding"] = self.embeddings(positions)
+        return rows
+
+    def weights(self, positions: np.ndarray | Sequence[int], layer: int = 0) -> np.ndarray:
+        """Decoded channel weights of rows, float32 `[n K]`."""
+        return self.encoding(layer).decode(self.rows(positions, layer))
+
+    def coarse(self, positions: np.ndarray | Sequence[int], layer: int = 0) -> np.ndarray | None:
+        """Coarse CAMs of rows, float32 `[n h w]`, or None where none are stored."""
+        found = self._layer(layer)
+        if found.coarse_grid is None:
+            return None
+        maps, scales = found.coarse_files
+        stored = self.gather(maps, positions, np.empty((0, *found.coarse_grid), np.uint8))
+        scale = self.gather(scales, positions, np.empty(0, np.float32))
+        return stored * (scale[:, None, None] / np.float32(255))
+
+    def live(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
+        """Which rows have not been removed, bool `[n]`."""
+        return ~self._is_removed(check_positions(positions, self.n_rows))
+
+    def live_positions(self) -> np.ndarray:
+        """Positions of all live rows, int64 `[len(index)]`."""
+        kept = np.ones(self.n_rows, bool)
+        kept[np.asarray(self._removed, np.int64)] = False
+        return np.flatnonzero(kept)
+
+    # Ids
+
+    def position(self, id: str) -> int:
+        """Position of an image.
+
+        Raises:
+            InputError: unknown (with the nearest known ids) or removed.
+        """
+        rows = self._find(id)
+        if not rows:
+            near = self._near(id)
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see `index.ids`"
+            raise InputError(f"the index has no image {id!r}; {hint}")
+        alive = [row for row in rows if not self._is_removed(np.array([row]))[0]]
+        if not alive:
+            raise InputError(f"the image {id!r} was removed from the index; add it again first")
+        return alive[0]
+
+    def positions(self, ids: Sequence[str]) -> np.ndarray:
+        """Positions of many images, int64 `[n]`; errors as `position`."""
+        if isinstance(ids, str):
+            raise InputError(f"expected a list of ids, got the string {ids!r}; use position()")
+        if len(ids) * 16 < self.n_rows:
+            return np.array([self.position(i) for i in ids], np.int64)
+        # Many ids: one pass over all rows is cheaper than a bisection each.
+        known = self.find_live(ids)
+        return np.array([known[i] if i in known else self.position(i) for i in ids], np.int64)
+
+    def find_live(self, ids: Sequence[str]) -> dict[str, int]:
+        """Positions of those of the ids that the index holds live; the others are left out."""
+        wanted, found = set(ids), {}
+        if len(wanted) * 16 < self.n_rows:
+            for text in wanted:
+                for row in self._find(text):
+                    if not self._is_removed(np.array([row]))[0]:
+                        found[text] = row
+            return found
+        for part, start in zip(self.parts, self._starts, strict=False):
+            for first in range(0, part.count, 65536):
+                stop = min(first + 65536, part.count)
+                alive = self.live(np.arange(start + first, start + stop))
+                for row, text in enumerate(part.ids.tolist(first, stop)):
+                    if text in wanted and alive[row]:
+                        found[text] = int(start) + first + row
+        return found
+
+    # Search
+
+    def search(
+        self, queries: np.ndarray, n_neighbors: int, *, nprobe: int | None = None
+    ) -> Neighbors:
+        """Nearest live images of each query.
+
+        FAISS (or, opened without it, brute force) finds candidates; the distances and similarities
+        returned are exact, computed from the stored embeddings, and decide the order.
+
+        Args:
+            queries: `[B D]`.
+            n_neighbors: k; where fewer images are live, all of them come back.
+            nprobe: IVF lists to visit; None takes the manifest's.
+
+        Raises:
+            InputError: wrong shape, NaN, no FAISS in this index, or no image left.
+            IndexFormatError: the FAISS file is broken.
+        """
+        queries = check_queries(queries, self.width)
+        k = min(check_count(n_neighbors), len(self))
+        if self.manifest["faiss"] is None:
+            raise InputError(
+                "this index was built without FAISS; give neighbors= ids that your own search "
+                "found, or call embedcam.index.rebuild_faiss(path, 'Flat')"
+            )
+        if nprobe is not None and nprobe < 1:
+            raise InputError(f"nprobe = {nprobe}; at least 1 list must be visited")
+        if k == 0:
+            raise InputError("every image of this index has been removed; add images first")
+        loaded = self._open_faiss()
+        with threads(1 if len(queries) == 1 else None):
+            step = max(1, (8 << 20) // ((k + SLACK) * self.width))
+            found = [
+                search_batch(self, loaded, queries[i : i + step], k, nprobe)
+                for i in range(0, len(queries), step)
+            ]
+        return join(found, k)
+
+    def verify(self, *, progress: "Progress | None" = None) -> list[str]:
+        """Check every promise of the format; see `embedcam.index.verify`.
+
+        Returns:
+            The promises that were checked.
+
+        Raises:
+            IndexFormatError: the first one that does not hold.
+        """
+        from .verify import verify_open
+
+        return verify_open(self, progress=progress).checks
+
+    # Inside
+
+    @property
+    def parts(self) -> list[Part]:
+        """The mapped parts, in the order of their rows."""
+        if self._parts is None:
+            raise InputError(f"{self.path}: the index is closed; open it again")
+        return self._parts
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Position of each part's first row, and behind the last the number of rows."""
+        return self._starts
+
+    @property
+    def tombstones(self) -> np.ndarray:
+        """Positions of removed rows, uint64, rising."""
+        return self._removed
+
+    def _open_faiss(self) -> Any:
+        if self._faiss is None and self.faiss_file is not None:
+            self._faiss = load_faiss(self.path, self.manifest, self.faiss_file)
+        return self._faiss
+
+    def _is_removed(self, positions: np.ndarray) -> np.ndarray:
+        if not len(self._removed):
+            return np.zeros(positions.shape, bool)
+        # One type on both sides: uint64 against int64 would compare as float64.
+        removed = self._removed.view("<i8")
+        at = np.minimum(np.searchsorted(removed, positions), len(removed) - 1)
+        return np.asarray(removed[at] == positions)
+
+    def _layer(self, number: int) -> Layer:
+        if not 0 <= number < len(self.layers):
+            raise InputError(f"layer {number} of an index of {len(self.layers)} layers")
+        return self.layers[number]
+
+    def _split(self, positions: np.ndarray) -> list[tuple[Part, np.ndarray, np.ndarray]]:
+        """(part, which of the positions lie in it, their rows there)."""
+        home = np.searchsorted(self._starts, positions, side="right") - 1
+        return [
+            (self.parts[number], where, positions[where] - self._starts[number])
+            for number in np.unique(home).tolist()
+            for where in [np.flatnonzero(home == number)]
+        ]
+
+    def gather(
+        self, file: str, positions: np.ndarray | Sequence[int], empty: np.ndarray
+    ) -> np.ndarray:
+        """Rows of a file by position, like `empty` `[0 ...]`."""
+        positions = check_positions(positions, self.n_rows)
+        out = np.empty((len(positions), *empty.shape[1:]), empty.dtype)
+        for part, where, rows in self._split(positions):
+            out[where] = part.arrays[file][rows]
+        return out
+
+    def _strings(self, positions: np.ndarray, kind: str) -> list[str]:
+        out = [""] * len(positions)
+        for part, where, rows in self._split(positions):
+            table: StringTable = getattr(part, kind)
+            first, last = int(rows[0]), int(rows[-1])
+            # Many rows in a run are decoded from one piece of the blob.
+            run = (
+                len(rows) > 1 and last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all())
+            )
+            found = table.tolist(first, last + 1) if run else [table[r] for r in rows.tolist()]
+            for slot, text in zip(where.tolist(), found, strict=True):
+                out[slot] = text
+        return out
+
+    def _labels(self, positions: np.ndarray) -> list[str | None]:
+        out: list[str | None] = [None] * len(positions)
+        for part, where, rows in self._split(positions):
+            names: dict[int, str | None] = {-1: None}
+            for slot, code in zip(where.tolist(), part.codes[rows].tolist(), strict=True):
+                if code not in names:
+                    names[code] = part.labels[check_row(code, len(part.labels))]
+                out[slot] = names[code]
+        return out
+
+    def _find(self, id: str) -> list[int]:
+        if not isinstance(id, str):
+            raise InputError(f"an id is a string; got {id!r}")
+        key = id.encode("utf-8", "replace")
+        return [
+            int(start) + row
+            for part, start in zip(self.parts, self._starts, strict=False)
+            for row in part.find(key)
+        ]
+
+    def _near(self, id: str) -> list[str]:
+        """Known ids close to a misspelt one: looked for around it and around its beginning only."""
+        pool: set[str] = set()
+        for key in (id, id[: max(1, len(id) // 2)]):
+            for part in self.parts:
+                pool.update(part.neighbours(key.encode("utf-8", "replace"), _NEAR))
+        near = get_close_matches(id, sorted(pool), 8, 0.4)
+        return [text for text in near if text in self.find_live(near)][:3]
+
+
+def _missing(root: Path, manifest: Mapping[str, Any], error: FileNotFoundError) -> IndexFormatError:
+    faiss = manifest["faiss"]
+    name = os.path.relpath(error.filename or root, root)
+    if faiss is not None and name == faiss["file"]:
+        return broken(root, name, "is missing", REBUILD)
+    return broken(root, name, "is missing")

@@ -1,0 +1,184 @@
+"""Nearest neighbours by exact values: FAISS proposes candidates, the embeddings decide."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from .files import ArrayLike, blocks
+
+SLACK = 16
+"""Candidates beyond k, so that rounding inside FAISS cannot push out a true neighbour."""
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The k nearest rows of each query, nearest first.
+
+    Attributes:
+        positions: int64 `[B k]`, rows of the index.
+        distances: float32 `[B k]`, squared Euclidean: smaller is nearer.
+        similarities: float32 `[B k]`, inner products: larger is nearer.
+    """
+
+    positions: np.ndarray
+    distances: np.ndarray
+    similarities: np.ndarray
+
+
+def check_queries(queries: np.ndarray, width: int) -> np.ndarray:
+    """Queries as float32 `[B D]`.
+
+    Raises:
+        InputError: another shape, a NaN or an infinity.
+    """
+    found = np.asarray(queries)
+    if found.ndim != 2 or found.shape[1] != width or found.dtype.kind not in "fiu":
+        raise InputError(
+            f"queries of shape {list(found.shape)} and type {found.dtype}; expected numbers "
+            f"[B {width}]"
+        )
+    found = np.ascontiguousarray(found, np.float32)
+    finite = np.isfinite(found).all(axis=1)
+    if not finite.all():
+        raise InputError(f"query {int(np.argmin(finite))} holds a NaN or an infinity")
+    return found
+
+
+def check_count(n_neighbors: int) -> int:
+    """k as an int; at least 1."""
+    if isinstance(n_neighbors, bool) or not isinstance(n_neighbors, (int, np.integer)):
+        raise InputError(f"n_neighbors = {n_neighbors!r}; expected a whole number from 1")
+    if n_neighbors < 1:
+        raise InputError(f"n_neighbors = {n_neighbors}; at least 1 is needed")
+    return int(n_neighbors)
+
+
+def rank(
+    queries: np.ndarray, candidates: np.ndarray, vectors: np.ndarray, k: int, metric: str
+) -> Neighbors:
+    """The k best of each query's candidates by exact values; ties fall to the lower position.
+
+    Args:
+        queries: `[B D]`.
+        candidates: positions `[B C]`; -1 marks none.
+        vectors: `[B C D]`, the candidates' embeddings (anything where there is none).
+        k: results wanted; each query must have that many candidates.
+        metric: "l2" or "ip".
+    """
+    wide = queries.astype(np.float64)[:, None]
+    vectors = vectors.astype(np.float64)
+    similarities = np.matmul(vectors, wide.transpose(0, 2, 1))[..., 0]
+    vectors -= wide  # in place: differences, so that an exact match has a distance of exactly 0
+    distances = np.einsum("bcd,bcd->bc", vectors, vectors)
+    scores = np.where(candidates < 0, np.inf, distances if metric == "l2" else -similarities)
+    best = np.lexsort((candidates, scores), axis=1)[:, :k]
+
+    def take(values: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(values, best, axis=1)
+
+    return Neighbors(
+        take(candidates).astype(np.int64),
+        take(distances).astype(np.float32),
+        take(similarities).astype(np.float32),
+    )
+
+
+def nearest(
+    embeddings: ArrayLike,
+    queries: np.ndarray,
+    n_neighbors: int,
+    metric: str = "l2",
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Neighbors:
+    """Exact nearest rows by brute force, in blocks; the same result for any batching.
+
+    Args:
+        embeddings: `[N D]`, may be a memory map.
+        queries: `[B D]`.
+        n_neighbors: k; N where there are fewer rows.
+        metric: "l2" or "ip".
+        progress: called with the number of queries just finished.
+
+    Raises:
+        InputError: wrong shapes, non-finite queries, an unknown metric, or no rows at all.
+    """
+    total, width = embeddings.shape
+    queries = check_queries(queries, width)
+    k = min(check_count(n_neighbors), total)
+    if total == 0:
+        raise InputError("there are no embeddings to search")
+    kind = metric_code(metric)
+    fetch = min(total, k + SLACK)
+    # Exact ranking gathers [rows fetch D] float64: keep that below about 64 MiB.
+    step = max(1, min(4096, (8 << 20) // (fetch * width)))
+    found = []
+    for start in range(0, len(queries), step):
+        batch = queries[start : start + step]
+        candidates = _knn(embeddings, batch, fetch, kind)
+        rows, where = np.unique(candidates, return_inverse=True)
+        vectors = _rows(embeddings, rows)[where.reshape(candidates.shape)]
+        found.append(rank(batch, candidates, vectors, k, metric))
+        if progress is not None:
+            progress(len(batch))
+    return join(found, k)
+
+
+def join(found: list[Neighbors], k: int) -> Neighbors:
+    """Results of consecutive batches as one."""
+    empty = Neighbors(
+        np.empty((0, k), np.int64), np.empty((0, k), np.float32), np.empty((0, k), np.float32)
+    )
+    return Neighbors(
+        *(
+            np.concatenate([getattr(f, name) for f in [empty, *found]])
+            for name in ("positions", "distances", "similarities")
+        )
+    )
+
+
+def _knn(embeddings: ArrayLike, queries: np.ndarray, fetch: int, kind: int) -> np.ndarray:
+    import faiss
+
+    scores = np.empty((len(queries), 0), np.float32)
+    positions = np.empty((len(queries), 0), np.int64)
+    with threads(1 if len(queries) == 1 else None):
+        for start, block in blocks(embeddings):
+            block = np.ascontiguousarray(block, np.float32)
+            near, rows = faiss.knn(queries, block, min(fetch, len(block)), metric=kind)
+            scores = np.concatenate([scores, near if kind == faiss.METRIC_L2 else -near], axis=1)
+            positions = np.concatenate([positions, rows + start], axis=1)
+            # Stable, and blocks come in rising order: ties fall to the lower position.
+            best = np.argsort(scores, axis=1, kind="stable")[:, :fetch]
+            scores = np.take_along_axis(scores, best, axis=1)
+            positions = np.take_along_axis(positions, best, axis=1)
+    return positions
+
+
+def _rows(embeddings: Any, rows: np.ndarray) -> np.ndarray:
+    return np.asarray(embeddings[rows], np.float32)
+
+
+def metric_code(metric: str) -> int:
+    """FAISS's number for a metric."""
+    if metric not in ("l2", "ip"):
+        raise InputError(f"metric {metric!r} is unknown; use 'l2' or 'ip'")
+    return 1 if metric == "l2" else 0
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """FAISS on `count` OpenMP threads (None: as it is), put back afterwards."""
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    if count is not None:
+        faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

@@ -1,0 +1,310 @@
+"""Every change of an index: new files first, then one rename of the manifest, then the sweep."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import IndexFormatError, InputError
+from . import faiss_files, locking
+from . import manifest as manifest_file
+from .files import remove as delete
+from .files import sync_folder, write_array
+from .header import Arrays, counts, new_manifest, plain, write_fitted
+from .joining import join_rows, parts_to_keep
+from .layout import make_layers
+from .manifest import Manifest
+from .parts import PartData, check_ids, write_part
+from .query import EmbeddingRows
+from .reader import Index
+
+SCRATCH = ".building"
+_TRASH = re.compile(
+    r"faiss-[0-9]+\.index(\.tmp)?|tombstones-[0-9]+\.u64(\.tmp)?|manifest\.json\.tmp"
+)
+_FOLDER = re.compile(r"[0-9]{6,12}(\.tmp)?")
+
+
+def create(
+    path: str | Path,
+    header: Mapping[str, Any],
+    fitted: Sequence[Arrays],
+    shared: Arrays,
+    part: PartData,
+    *,
+    factory: str | None = None,
+    replace: bool = False,
+) -> Path:
+    """Write a new index.
+
+    Args:
+        path: a directory that is missing, empty, or holds an unfinished build.
+        header: "recipe" (dict), "embedding" ({"width", "normalized"}), "metric", "method",
+            "target", "norm", "triplets" (dict), "layers" (a list of dicts "name", "channels",
+            "grid", "cells", "encoding" (`Encoding.spec()`), "coarse_grid"), and optionally
+            "network" (dict or None), "images" (dict or None), "libraries" (dict of versions),
+            "sign" ("margin") and "fitted_on" (else the part's rows).
+        fitted: for each layer, arrays kept once, by name (`Encoding.fitted`).
+        shared: arrays kept once for the whole index, by name: "embedding_mean", "probe_embedding",
+            "probe_pooled" and the like.
+        part: the rows; memory maps are streamed.
+        factory: FAISS factory string, "none" to leave searching to others; None takes the recipe's
+            "faiss", and "Flat" where it has none.
+        replace: swap a finished index that is there for this one; readers keep the old one.
+
+    Raises:
+        InputError: a directory that holds something else, or arrays that do not fit.
+        IndexBusyError: another process writes to the index.
+    """
+    root = Path(path)
+    _check_target(root, replace)
+    with _writing(root):
+        _check_target(root, replace)
+        previous = manifest_file.read(root)["generation"] if _finished(root) else 0
+        generation = previous + 1
+        manifest = new_manifest(header, generation, len(part), part.embeddings.shape[-1])
+        layers = make_layers(root, manifest, [dict(f) for f in fitted])
+        check_ids(part.ids)
+        chosen = _factory(factory or str(manifest["recipe"].get("faiss", "Flat")))
+        if chosen is not None:
+            faiss_files.check_factory(
+                chosen, manifest["embedding"]["width"], len(part), manifest["metric"]
+            )
+        manifest["fitted"] = write_fitted(root, generation, fitted, shared)
+        entry = write_part(root, generation, part, *_shape_of(manifest), layers)
+        manifest["parts"] = [entry]
+        if chosen is not None:
+            manifest["faiss"] = _fresh_faiss(root, manifest, chosen)
+        _commit(root, manifest)
+    return root
+
+
+def append(path: str | Path, part: PartData) -> int:
+    """Add rows; what the first build fitted stays as it is.
+
+    Returns:
+        Position of the first new row.
+
+    Raises:
+        InputError: an id that the index already holds, or arrays that do not fit; nothing changed.
+    """
+    root = Path(path)
+    with _changing(root) as (index, manifest):
+        check_ids(part.ids)
+        if known := sorted(index.find_live(part.ids)):
+            some = ", ".join(map(repr, known[:3])) + (" ..." if len(known) > 3 else "")
+            raise InputError(
+                f"{len(known)} of {len(part)} ids are already in the index: {some}; remove them "
+                "first, or leave them out"
+            )
+        kept = parts_to_keep(index, len(part))
+        first = int(index.starts[kept])
+        joined = join_rows(index, np.arange(first, index.n_rows), part)
+        entry = write_part(root, manifest["generation"], joined, *_shape_of(manifest), index.layers)
+        manifest["parts"] = [*manifest["parts"][:kept], entry]
+        for key in ("rows", "live", "added_after_fit"):
+            manifest["counts"][key] += len(part)
+        if manifest["faiss"] is not None:
+            loaded = _load_faiss(root, index.manifest)
+            rows = EmbeddingRows(_reopened(root, manifest))
+            faiss_files.grow(loaded, rows, index.n_rows)
+            manifest["faiss"] |= _save_faiss(root, manifest, loaded)
+        _commit(root, manifest)
+        return index.n_rows
+
+
+def remove(path: str | Path, ids: Sequence[str]) -> int:
+    """Mark images as removed; they are never returned again, and `compact` drops their bytes.
+
+    Returns:
+        How many were removed.
+
+    Raises:
+        InputError: an id that is unknown or already removed; nothing changed.
+    """
+    root = Path(path)
+    with _changing(root) as (index, manifest):
+        gone = np.unique(index.positions(ids))
+        if not len(gone):
+            return 0
+        tombstones = np.union1d(np.asarray(index.tombstones, np.int64), gone).astype(np.uint64)
+        name = f"tombstones-{manifest['generation']:06d}.u64"
+        entry = write_array(root, f"{name}.tmp", tombstones, "uint64")
+        (root / f"{name}.tmp").rename(root / name)
+        manifest["tombstones"] = {"file": name, **entry}
+        manifest["counts"]["live"] -= len(gone)
+        manifest["counts"]["added_after_fit"] -= int((gone >= manifest["fit"]["rows"]).sum())
+        _commit(root, manifest)
+        return len(gone)
+
+
+def compact(path: str | Path) -> int:
+    """Rewrite the live rows as one part; positions change, ids do not.
+
+    Returns:
+        How many rows were dropped.
+    """
+    root = Path(path)
+    with _changing(root) as (index, manifest):
+        kept = index.live_positions()
+        dropped = index.n_rows - len(kept)
+        if not dropped and len(index.parts) == 1:
+            return 0
+        entry = write_part(
+            root,
+            manifest["generation"],
+            join_rows(index, kept, None),
+            *_shape_of(manifest),
+            index.layers,
+        )
+        manifest["parts"], manifest["tombstones"] = [entry], None
+        seen = int((kept < manifest["fit"]["rows"]).sum())
+        manifest["fit"]["rows"] = seen
+        manifest["counts"] = counts(len(kept), len(kept) - seen)
+        if manifest["faiss"] is not None:
+            loaded = _load_faiss(root, index.manifest)
+            faiss_files.refill(loaded, EmbeddingRows(index, kept))
+            manifest["faiss"] |= _save_faiss(root, manifest, loaded)
+        _commit(root, manifest)
+        return dropped
+
+
+def rebuild_faiss(path: str | Path, factory: str | None = None) -> None:
+    """Make the FAISS file again from the embeddings, training included; the old one is not read.
+
+    Args:
+        path: the index.
+        factory: another factory string; "none" drops FAISS; None keeps the present one.
+    """
+    root = Path(path)
+    with _changing(root) as (_, manifest):
+        if factory is None:
+            if manifest["faiss"] is None:
+                raise InputError(f"{root}: built without FAISS; name a factory, such as 'Flat'")
+            factory = manifest["faiss"]["factory"]
+        chosen = _factory(factory)
+        manifest["faiss"] = None if chosen is None else _fresh_faiss(root, manifest, chosen)
+        _commit(root, manifest)
+
+
+# Steps
+
+
+def _check_target(root: Path, replace: bool) -> None:
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise InputError(f"{root}: not a directory; give a new one for the index")
+    if _finished(root):
+        if not replace:
+            raise InputError(
+                f"{root}: already holds a finished index; add to it, replace it, or choose another "
+                "directory"
+            )
+        return
+    known = {SCRATCH, locking.NAME, "parts", "fitted"}
+    for entry in root.iterdir():
+        if entry.name not in known and not _TRASH.fullmatch(entry.name):
+            raise InputError(
+                f"{root}: holds {entry.name!r}, which is no part of an index; choose an empty or a "
+                "new directory"
+            )
+
+
+def _finished(root: Path) -> bool:
+    return (root / manifest_file.NAME).exists()
+
+
+@contextlib.contextmanager
+def _writing(root: Path) -> Iterator[None]:
+    """Hold the lock, and leave nothing behind that the manifest in place does not name."""
+    with locking.lock(root):
+        _sweep(root)
+        try:
+            yield
+        finally:
+            _sweep(root)
+
+
+@contextlib.contextmanager
+def _changing(root: Path) -> Iterator[tuple[Index, Manifest]]:
+    """An index opened for a change, and the manifest of its next generation."""
+    manifest_file.read(root)  # refuse before a lock file appears in some other directory
+    with _writing(root), Index.open(root, with_faiss=False) as index:
+        manifest = plain(index.manifest)
+        manifest["generation"] += 1
+        yield index, manifest
+
+
+def _sweep(root: Path) -> None:
+    """Delete what no manifest names: leftovers of a killed writer, files of older generations."""
+    named = set()
+    if _finished(root):
+        manifest = manifest_file.read(root)
+        named = {manifest["fitted"]["directory"], *(p["directory"] for p in manifest["parts"])}
+        for key in ("tombstones", "faiss"):
+            if manifest[key] is not None:
+                named.add(manifest[key]["file"])
+    for kind in ("parts", "fitted"):
+        folder = root / kind
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            if _FOLDER.fullmatch(entry.name) and f"{kind}/{entry.name}" not in named:
+                delete(entry)
+    for entry in list(root.iterdir()):
+        if _TRASH.fullmatch(entry.name) and entry.name not in named:
+            delete(entry)
+
+
+def _commit(root: Path, manifest: Manifest) -> None:
+    sync_folder(root)
+    manifest_file.write(root, manifest)
+
+
+def _shape_of(manifest: Manifest) -> tuple[int, bool]:
+    return manifest["embedding"]["width"], manifest["embedding"]["normalized"]
+
+
+def _factory(factory: str) -> str | None:
+    return None if factory.lower() == "none" else factory
+
+
+def _fresh_faiss(root: Path, manifest: Manifest, factory: str) -> dict[str, Any]:
+    rows = _reopened(root, manifest)
+    index, trained_on = faiss_files.build(
+        factory, EmbeddingRows(rows), manifest["metric"], rows.live_positions()
+    )
+    return {
+        "factory": factory,
+        "trained_on": trained_on,
+        "search": faiss_files.search_settings(index),
+        **_save_faiss(root, manifest, index),
+    }
+
+
+def _save_faiss(root: Path, manifest: Manifest, index: Any) -> dict[str, Any]:
+    import faiss
+
+    name = f"faiss-{manifest['generation']:06d}.index"
+    return {**faiss_files.write_faiss(root, index, name), "version": faiss.__version__}
+
+
+def _load_faiss(root: Path, manifest: Manifest) -> Any:
+    try:
+        descriptor = faiss_files.open_faiss(root, manifest)
+    except FileNotFoundError as error:
+        name = manifest["faiss"]["file"]
+        raise IndexFormatError(f"{root / name}: is missing; {faiss_files.REBUILD}") from error
+    try:
+        # Not mapped: FAISS aborts the process where a mapped index is added to.
+        return faiss_files.load_faiss(root, manifest, descriptor, mapped=False)
+    finally:
+        os.close(descriptor)
+
+
+def _reopened(root: Path, manifest: Manifest) -> Index:
+    """Rows as they will be once the manifest is in place."""
+    return Index(root, manifest, with_faiss=False)

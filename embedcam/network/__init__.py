@@ -1,0 +1,24 @@
+"""Any torch module and the layer to explain, as one object: `EmbeddingNetwork`.
+
+layers.py             finding a layer in a module; why one cannot be explained
+layouts.py            what a layer and a network hand back, read
+tap.py                the ONLY file that registers hooks: one run, tapped at the layer
+gradients.py          what a run gives, and dy/dA for a cotangent at the embedding
+head.py               whether the head is pooled and affine, found by asking it
+probe.py              the synthetic pictures a network is asked about
+embedding_network.py  the object itself
+"""
+
+from .embedding_network import EmbeddingNetwork
+from .gradients import Features, HeadPass
+from .head import HeadKind
+from .layouts import LayoutName, OutputChoice
+
+__all__ = [
+    "EmbeddingNetwork",
+    "Features",
+    "HeadKind",
+    "HeadPass",
+    "LayoutName",
+    "OutputChoice",
+]

@@ -1,0 +1,409 @@
+"""`EmbeddingNetwork`: any torch module and the layer to explain.
+
+Two ways through a network:
+
+    forward      image -> embedding and activations, nothing differentiable, nothing kept
+    head_pass    the same, and dy/dA of any cotangent at the embedding, as often as wanted
+
+In both, the part before the layer (the trunk) runs without gradients: in a `head_pass` the layer's
+output becomes a leaf and only what follows it (the head) is differentiated. Parameters, their
+`.grad` and `requires_grad`, modes and hooks stay as they are, also after an exception.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, NetworkError
+from .gradients import (
+    Features,
+    HeadPass,
+    at_least_single,
+    make_features,
+    refuse_unreached,
+    replay_vjp,
+)
+from .head import HeadKind, ask_head
+from .layers import (
+    bare_name,
+    find_layer,
+    module_device,
+    refuse_elsewhere,
+    refuse_inference,
+    refuse_training,
+)
+from .layouts import (
+    Layout,
+    LayoutName,
+    OutputChoice,
+    check_images,
+    check_options,
+    choose_embedding,
+    describe_choice,
+    resolve,
+)
+from .probe import probe_inputs
+from .tap import Change, Parts, run_parts, run_tapped
+
+DEFAULT_INPUT_SIZE = (224, 224)
+Images = np.ndarray | Tensor
+
+
+class EmbeddingNetwork:
+    """A module that turns images into embeddings, and the layer whose activations explain them.
+
+    Args:
+        module: any `nn.Module` in eval mode; images `[B C H W]` in, an embedding `[B D]` somewhere
+            in what it returns.
+        layer: dotted name, or the submodule itself.
+        head: activations in the layer's own layout -> the module's output, as a function. Only
+            needed for heads that are pooled but not affine, whose derivative can then be had from
+            pooled vectors alone; checked numerically before it is believed.
+        trunk: images -> activations, where the network is given as two functions: `from_parts`.
+        normalize: L2-normalise the embedding. Part of an index's identity.
+        output: which part of the module's output is the embedding: None for a tensor, the first
+            of a tuple or the only entry of a dict; a name, a position, or a function.
+        layout: "auto", "bkhw", "bhwk" or "btk".
+        grid: (H, W) of the tokens, when it cannot be found from the input's shape.
+        prefix_tokens: how many tokens come before the grid's (class and register tokens).
+        preprocess: picture -> input `[3 H W]`, as `embedcam.preprocess.Preprocess`.
+        input_size: (H, W) of the input, for a network without preprocess whose input size is fixed.
+        device: where the module is; default: where its parameters are.
+        autocast: torch.bfloat16 or torch.float16 to compute in it; results are float32.
+        channels_last: hand images on in that memory format, which convolutions on CPUs prefer.
+        name: what to call it in an index.
+
+    `spec`, where `embedcam.models.load_network` made the network, holds what loads it again.
+
+    Hooks do not fire inside compiled modules: compile trunk and head separately and use
+    `from_parts`. Concurrent calls are safe.
+
+    Raises:
+        NetworkError, InputError: with what was given, what was expected and what to do.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layer: str | nn.Module,
+        *,
+        head: Callable[[Any], Any] | None = None,
+        trunk: Callable[[Tensor], Any] | None = None,
+        normalize: bool = True,
+        output: OutputChoice = None,
+        layout: LayoutName = "auto",
+        grid: tuple[int, int] | None = None,
+        prefix_tokens: int | None = None,
+        preprocess: Any = None,
+        input_size: tuple[int, int] | None = None,
+        device: str | torch.device | None = None,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
+        name: str | None = None,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise InputError(
+                f"expected a torch.nn.Module, given {type(module).__name__}; for two functions use "
+                "EmbeddingNetwork.from_parts(trunk, head)"
+            )
+        if autocast not in (None, torch.bfloat16, torch.float16):
+            raise InputError(f"autocast={autocast!r}; give torch.bfloat16, torch.float16 or None")
+        check_options(layout, grid, prefix_tokens, output)
+        self._hooked: nn.Module | None = None
+        if trunk is None:
+            found, self._hooked = find_layer(module, layer)
+            layer = bare_name(found)
+        self.module, self.layer = module, str(layer)
+        self.normalize, self.output, self.preprocess = normalize, output, preprocess
+        self.autocast, self.channels_last, self.name = autocast, channels_last, name
+        self.spec: dict[str, Any] | None = None
+        self._trunk, self._head = trunk, head
+        self._layout_options = (layout, grid, prefix_tokens)
+        self._layout: Layout | None = None
+        self._input_size = input_size
+        self._device = None if device is None else torch.device(device)
+        refuse_elsewhere(module, self._device)
+        self._lock = threading.RLock()
+        self._reached = False
+        self._kind: HeadKind | None = None
+        self._matrix: Tensor | None = None
+        self._replays = False
+
+    @classmethod
+    def from_parts(
+        cls,
+        trunk: Callable[[Tensor], Any],
+        head: Callable[[Any], Any],
+        *,
+        layer: str = "trunk",
+        module: nn.Module | None = None,
+        **settings: Any,
+    ) -> Self:
+        """A network given as trunk (images -> activations) and head (activations -> embedding).
+
+        No hooks: each may be compiled, exported, or a plain function.
+
+        Args:
+            trunk: images `[B C H W]` -> activations, in any of the layouts.
+            head: what the trunk returns -> what the network returns.
+            layer: what to call the trunk's output; an index remembers it.
+            module: holds the parameters, where trunk and head are functions.
+            **settings: as of the constructor.
+        """
+        for part, role in ((trunk, "trunk"), (head, "head")):
+            if not callable(part):
+                raise InputError(f"{role} is a {type(part).__name__}; expected something to call")
+        parts = Parts(trunk, head) if module is None else module
+        return cls(parts, layer, trunk=trunk, head=head, **settings)
+
+    # ---------------------------------------------------------------- facts
+
+    @property
+    def device(self) -> torch.device:
+        """Where images are sent: where the parameters are, unless told at construction."""
+        return self._device or module_device(self.module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters: the input is converted to it."""
+        kinds = (p.dtype for p in self.module.parameters() if p.is_floating_point())
+        return next(kinds, torch.float32)
+
+    @property
+    def layout(self) -> str:
+        """The layer's layout, as found in the last forward; before one, as it was given."""
+        return self._layout_options[0] if self._layout is None else self._layout.kind
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies this network beside its parameters, ready for JSON."""
+        return {
+            "name": self.name,
+            "layer": self.layer,
+            "output": describe_choice(self.output),
+            "layout": self.layout,
+            "normalize": self.normalize,
+            "preprocess": None if self.preprocess is None else self.preprocess.to_dict(),
+        }
+
+    def probe_images(self, count: int = 1) -> np.ndarray:
+        """The synthetic pictures as this network's input, through its own preprocessing.
+
+        Returns:
+            float32 `[count 3 H W]`.
+        """
+        return probe_inputs(count, self.preprocess, self._input_size or DEFAULT_INPUT_SIZE)
+
+    # ---------------------------------------------------------------- passes
+
+    def forward(self, images: Images) -> Features:
+        """Embeddings and activations of preprocessed images; no gradients.
+
+        Args:
+            images: `[B C H W]`, an array or tensor.
+
+        Raises:
+            InputError: images of a wrong shape, or with NaN.
+            NetworkError: training mode; a layer called twice or never; an embedding that is not
+                finite, or zero and to be normalised.
+        """
+
+        def keep(raw: Tensor) -> tuple[Tensor, Tensor]:
+            # The copy is kept and the original handed on: what follows may change it in place. Not
+            # an inference tensor, so that whoever gets it may use it freely.
+            with torch.inference_mode(False):
+                return raw.clone(), raw
+
+        with self._context(gradients=False):
+            batch = self._prepare(images)
+            z, raw = self._call(batch, keep, len(batch))
+        with torch.inference_mode(False), torch.no_grad():
+            return self._features(batch, z.clone(), raw)[0]
+
+    __call__ = forward
+
+    def head_pass(self, images: Images) -> HeadPass:
+        """As `forward`, but differentiable from the layer on; works inside inference mode too.
+
+        Raises:
+            as `forward`; NetworkError: the layer's output, or that of all its patch tokens, never
+                reaches the embedding.
+        """
+
+        def cut(raw: Tensor) -> tuple[Tensor, Tensor]:
+            leaf = raw.detach().clone().requires_grad_()
+            torch.set_grad_enabled(True)  # until the end of the context below
+            return leaf, leaf.clone()  # the head may begin with an in-place unit
+
+        if not self._reached:
+            refuse_inference(self.module)
+        with self._context(gradients=True):
+            batch = self._prepare(images)
+            z, leaf = self._call(batch, cut, len(batch))
+        with torch.inference_mode(False), torch.no_grad():
+            features, layout = self._features(batch, z.detach(), leaf.detach())
+        made = HeadPass(features, z, leaf, layout, self.layer)
+        if not self._reached:
+            refuse_unreached(made, self.module)
+            self._reached = True
+        return made
+
+    def check(self) -> None:
+        """Run the probe picture through once, so that a layer that cannot be explained says so."""
+        self.head_pass(self.probe_images()).close()
+
+    # ---------------------------------------------------------------- the head
+
+    @property
+    def head_kind(self) -> HeadKind:
+        """Whether the head is pooled and affine; found once, at the network's input size."""
+        with self._lock:
+            if self._kind is None:
+                self._kind = self._ask_head()
+            return self._kind
+
+    @property
+    def already_normalized(self) -> bool:
+        """Whether the module's own output always has length 1."""
+        return self.head_kind.unit_norm
+
+    @property
+    def pooled_replay(self) -> bool:
+        """Whether `pooled_vjp` can be used: the head is pooled, and affine or known as a function.
+
+        A head that is pooled but neither is to be treated as any other head.
+        """
+        kind = self.head_kind
+        return kind.pooled and (kind.affine or self._replays)
+
+    def pooled_vjp(self, pooled: Images, cotangents: Images) -> Any:
+        """dy/dp of a pooled head, without images: p is the mean of the activations over positions.
+
+        Args:
+            pooled: p, `[B K]`.
+            cotangents: dy/dz before normalisation, `[B D]` or `[B S D]`.
+
+        Returns:
+            `[B K]` or `[B S K]`; an array if `pooled` is one, else a tensor.
+
+        Raises:
+            InputError: shapes that do not belong together.
+            NetworkError: not `pooled_replay`.
+        """
+        if not self.pooled_replay:
+            raise NetworkError(
+                f"what follows layer {self.layer!r} is not a function of the pooled activations; "
+                "use head_pass(images).vjp"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            single = torch.float64 if self.dtype == torch.float64 else torch.float32
+            p = torch.as_tensor(pooled, device=self.device).to(single)
+            c = torch.as_tensor(cotangents, device=self.device).to(single)
+            if p.ndim != 2 or c.ndim not in (2, 3) or len(c) != len(p):
+                raise InputError(
+                    f"pooled {list(p.shape)} and cotangents {list(c.shape)} do not belong "
+                    "together; expected [B K] with [B D] or [B S D]"
+                )
+            found = self._pooled_vjp(p.clone(), c.clone())
+        return found.cpu().numpy() if isinstance(pooled, np.ndarray) else found
+
+    def _pooled_vjp(self, pooled: Tensor, cotangents: Tensor) -> Tensor:
+        kind = self.head_kind
+        if kind.identity:
+            return cotangents
+        if kind.affine:
+            if self._matrix is None or self._matrix.device != cotangents.device:
+                self._matrix = torch.as_tensor(kind.matrix, device=cotangents.device)
+            return cotangents @ self._matrix.to(cotangents.dtype)
+        with self._autocast(True):
+            every = cotangents if cotangents.ndim == 3 else cotangents[:, None]
+            found = replay_vjp(self._replay, pooled, every)
+        return found if cotangents.ndim == 3 else found[:, 0]
+
+    def _replay(self, pooled: Tensor) -> Tensor:
+        """z `[n D]` of pooled activations `[n K]`, by running the head on a grid of one cell."""
+        assert self._head is not None
+        assert self._layout is not None
+        output = self._head(self._layout.one_cell(pooled.to(self.dtype)))
+        return at_least_single(choose_embedding(output, self.output, len(pooled)))
+
+    def _ask_head(self) -> HeadKind:
+        """Ask the head what it is, with probe pictures before it and its activations replaced."""
+        with self._context(gradients=True, autocast=False):
+            pictures = self._prepare(self.probe_images(2))
+
+        def run(picture: Tensor, change: Change, batch: int) -> tuple[Tensor, Tensor]:
+            with self._context(gradients=True, autocast=False):
+                return self._call(picture, change, batch)
+
+        with torch.inference_mode(False):
+            try:
+                _, raw = run(pictures[:1], lambda raw: (raw, raw.clone()), 1)
+            except RuntimeError as error:
+                said = str(error).strip().partition("\n")[0][:200]
+                raise NetworkError(
+                    f"a probe picture {list(pictures[:1].shape)} cannot go through the network "
+                    f"({said}); give preprocess=, or input_size=(H, W)"
+                ) from error
+            layout = self._read_layout(pictures[:1], raw)
+            replay = None if self._head is None else self._replay
+            kind, self._replays = ask_head(run, pictures, raw, layout, replay, self.dtype)
+        return kind
+
+    # ---------------------------------------------------------------- inside
+
+    def _prepare(self, images: Images) -> Tensor:
+        """Images as the module wants them: `[B C H W]`, its device, dtype and memory format."""
+        modules = [self.module] if self._trunk is None else [self.module, self._trunk, self._head]
+        refuse_training([part for part in modules if isinstance(part, nn.Module)])
+        checked = check_images(images)
+        if self._input_size is None:
+            self._input_size = (checked.shape[2], checked.shape[3])
+        batch = checked.to(self.device, self.dtype)
+        if self.channels_last:
+            batch = batch.contiguous(memory_format=torch.channels_last)
+        # Outside inference mode, an inference tensor cannot take part in gradients.
+        inference = batch.is_inference() and not torch.is_inference_mode_enabled()
+        return batch.clone() if inference else batch
+
+    @contextmanager
+    def _context(self, *, gradients: bool, autocast: bool = True) -> Iterator[None]:
+        """No gradients (a tap may switch them on), the chosen precision; all undone at the end."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(not gradients))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self._autocast(autocast))
+            yield
+
+    def _autocast(self, wanted: bool) -> torch.autocast:
+        kind = self.device.type
+        if self.autocast is None or not wanted:
+            # Also shields from an autocast around the call: precision is a setting of the network.
+            known = torch.amp.autocast_mode.is_autocast_available(kind)
+            return torch.autocast(kind if known else "cpu", enabled=False)
+        # Casted weights must not be cached: the first use may be without gradients.
+        return torch.autocast(kind, dtype=self.autocast, cache_enabled=False)
+
+    def _call(self, images: Tensor, change: Change, batch: int) -> tuple[Tensor, Tensor]:
+        """Run the network once with a tap at the layer: z `[batch D]`, and what the tap kept."""
+        if self._trunk is not None:
+            assert self._head is not None
+            output, kept = run_parts(self._trunk, self._head, self.layer, images, change)
+        else:
+            assert self._hooked is not None
+            with self._lock:
+                output, kept = run_tapped(self.module, self._hooked, self.layer, images, change)
+        return at_least_single(choose_embedding(output, self.output, batch)), kept
+
+    def _read_layout(self, images: Tensor, raw: Tensor) -> Layout:
+        kind, grid, prefix = self._layout_options
+        self._layout = resolve(raw, images, kind, grid, prefix, self.layer)
+        return self._layout
+
+    def _features(self, images: Tensor, z: Tensor, raw: Tensor) -> tuple[Features, Layout]:
+        layout = self._read_layout(images, raw)
+        return make_features(images, z, layout.to_maps(raw), self.normalize), layout

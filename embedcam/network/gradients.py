@@ -1,0 +1,198 @@
+"""What a forward pass gives, and the derivatives of the head: dy/dA for a cotangent at z."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, NetworkError
+from .layers import before_attention
+from .layouts import Layout
+
+_CHUNK_NUMBERS = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What one forward pass of B images gives; float32, or float64 for a float64 network.
+
+    embedding: `[B D]`, of length 1 iff the network normalises.
+    norm: `[B]`, the length |z| of the head's output z before that.
+    activations: `[B K H W]`, whatever the layer's own layout.
+    """
+
+    embedding: Tensor
+    norm: Tensor
+    activations: Tensor
+
+
+class HeadPass:
+    """One forward of B images that can be differentiated from the layer on, as often as wanted.
+
+    Holds the head's graph until it is dropped or closed (`with` closes it).
+    """
+
+    def __init__(
+        self, features: Features, z: Tensor, leaf: Tensor, layout: Layout, layer: str
+    ) -> None:
+        self.features, self.layout, self.layer = features, layout, layer
+        self._graph: tuple[Tensor, Tensor] | None = (z, leaf)
+
+    def vjp(self, cotangents: np.ndarray | Tensor) -> Tensor:
+        """dy/dA `[B K H W]` for the cotangents dy/dz `[B D]` at z, BEFORE any normalisation.
+
+        Raises:
+            InputError: wrong shape, or the pass was closed.
+            NetworkError: the layer's output never reaches the embedding.
+        """
+        return self.layout.to_maps(self._raw_vjp(cotangents)).contiguous()
+
+    def close(self) -> None:
+        """Free the graph; the features stay."""
+        self._graph = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _raw_vjp(self, cotangents: np.ndarray | Tensor) -> Tensor:
+        """The gradient in the layer's own layout, prefix tokens included."""
+        if self._graph is None:
+            raise InputError("this head pass was closed; call head_pass again")
+        z, leaf = self._graph
+        with torch.inference_mode(False), torch.no_grad():
+            c = torch.as_tensor(cotangents, device=z.device).to(z.dtype)
+            if c.shape != z.shape:
+                raise InputError(
+                    f"cotangents are {list(c.shape)}; expected one for each embedding, "
+                    f"{list(z.shape)}"
+                )
+            if not z.requires_grad:
+                raise unreachable(self.layer)
+            return _differentiate(z, leaf, c.clone() if c.is_inference() else c, self.layer)
+
+
+def _differentiate(z: Tensor, leaf: Tensor, c: Tensor, layer: str) -> Tensor:
+    scale = torch.ones(len(c), 1, dtype=c.dtype, device=c.device)
+    if leaf.dtype == torch.float16:
+        # Gradients of embeddings are about 1e-4 and would lose their digits in half precision.
+        # A power of two and its inverse are exact.
+        largest = c.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+        scale = torch.exp2(8 - torch.log2(largest).ceil())
+    # autograd.grad, never backward: no parameter's .grad is touched.
+    found = torch.autograd.grad(z, leaf, c * scale, retain_graph=True, allow_unused=True)[0]
+    if found is None:
+        raise unreachable(layer)
+    if leaf.dtype != torch.float16:
+        return at_least_single(found)
+    return found.float() / scale.reshape(-1, *[1] * (found.ndim - 1))
+
+
+def make_features(images: Tensor, z: Tensor, maps: Tensor, normalize: bool) -> Features:
+    """Features of a forward pass, refused where an embedding is not a usable vector.
+
+    Args:
+        images: the input `[B C H W]`, to tell a bad picture from a bad network.
+        z: the head's output, `[B D]`.
+        maps: activations, `[B K H W]`.
+        normalize: whether the embedding is z / |z| or z.
+
+    Raises:
+        InputError: an image holds NaN or infinity.
+        NetworkError: an embedding does, or is zero and was to be normalised.
+    """
+    norm = torch.linalg.vector_norm(z, dim=1)
+    good = torch.isfinite(norm) & (norm > 0) if normalize else torch.isfinite(norm)
+    if not bool(good.all()):
+        raise _bad_embedding(images, norm)
+    embedding = z / norm[:, None] if normalize else z
+    return Features(embedding, norm, at_least_single(maps).contiguous())
+
+
+def _bad_embedding(images: Tensor, norm: Tensor) -> Exception:
+    bad_images = ~torch.isfinite(images.flatten(1)).all(dim=1)
+    if bool(bad_images.any()):
+        return InputError(
+            f"images at positions {_positions(bad_images)} of the batch hold NaN or infinity; "
+            "check their preprocessing"
+        )
+    infinite = ~torch.isfinite(norm)
+    if bool(infinite.any()):
+        return NetworkError(
+            f"the embeddings at positions {_positions(infinite)} of the batch hold NaN or "
+            "infinity; check the weights, or compute in float32"
+        )
+    return NetworkError(
+        f"the embeddings at positions {_positions(norm == 0)} of the batch are zero and cannot be "
+        "normalised; check the weights, or use normalize=False"
+    )
+
+
+def _positions(flags: Tensor) -> str:
+    found = flags.nonzero().flatten().tolist()
+    shown = ", ".join(map(str, found[:10]))
+    return f"{shown}, ..." if len(found) > 10 else shown
+
+
+def refuse_unreached(made: HeadPass, module: nn.Module) -> None:
+    """Refuse a layer whose output, or whose patch tokens, cannot change the embedding.
+
+    Raises:
+        NetworkError: naming a layer that can be taken instead, where one is known.
+    """
+    assert made._graph is not None
+    z = made._graph[0]
+    pattern = torch.linspace(-1, 1, z.shape[1] + 1, device=z.device)[1:].expand_as(z)
+    gradient = made.vjp(pattern)
+    if made.layout.kind == "btk" and not bool(gradient.any()):
+        nearest = before_attention(module)
+        advice = f", {nearest!r}" if nearest and nearest != made.layer else ""
+        raise NetworkError(
+            f"the patch tokens of layer {made.layer!r} never reach the embedding (their gradient "
+            "is zero): after the last attention only the class token counts; take the layer "
+            f"before its attention{advice}"
+        )
+
+
+def unreachable(layer: str) -> NetworkError:
+    """The error for a layer that the embedding does not depend on."""
+    return NetworkError(
+        f"the output of layer {layer!r} never reaches the embedding, so it cannot explain it; "
+        "choose a layer between the image and the embedding (and one not run under no_grad)"
+    )
+
+
+def at_least_single(values: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def replay_vjp(replay: Callable[[Tensor], Tensor], pooled: Tensor, cotangents: Tensor) -> Tensor:
+    """dy/dp of a head behind the pooling, by running it on the pooled vectors.
+
+    Args:
+        replay: p `[n K]` -> z `[n D]`.
+        pooled: `[B K]`.
+        cotangents: dy/dz, `[B S D]`.
+
+    Returns:
+        `[B S K]`.
+    """
+    images, triplets, width = cotangents.shape
+    rows = pooled.repeat_interleave(triplets, dim=0)
+    flat = cotangents.reshape(-1, width)
+    step = max(1, _CHUNK_NUMBERS // max(pooled.shape[1], width))
+    found = []
+    with torch.enable_grad():
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step].detach().clone().requires_grad_()
+            # A clone is handed on: the head may begin with an in-place unit.
+            z = replay(part.clone())
+            found.append(torch.autograd.grad(z, part, flat[start : start + step])[0])
+    gradients = torch.cat(found) if found else torch.zeros_like(rows)
+    return gradients.reshape(images, triplets, -1)

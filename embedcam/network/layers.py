@@ -1,0 +1,162 @@
+"""Finding a layer in a module, and saying why one cannot be explained."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, NetworkError
+
+# Layers that treat a batch differently in training mode: their numbers would mix images.
+_MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+_WRAPPERS = ("module", "_orig_mod")
+
+
+def near_misses(word: str, known: Iterable[str], count: int = 4) -> str:
+    """ ", did you mean a, b?" or nothing: the names nearest to a wrong one."""
+    names = list(known)
+    tail = word.rpartition(".")[2]
+    close = difflib.get_close_matches(word, names, n=count, cutoff=0.5)
+    same_tail = [name for name in names if name.rpartition(".")[2] == tail and name not in close]
+    close = (close + same_tail)[:count]
+    return f"; did you mean {', '.join(close)}?" if close else ""
+
+
+def bare_name(name: str) -> str:
+    """A dotted name without what wrappers put into it (`module.` of DDP, `_orig_mod.`)."""
+    parts = [part for part in name.split(".") if part != "_orig_mod"]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def find_layer(module: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
+    """(dotted name, module) of a layer given either way.
+
+    A name may leave out the `module.` that wrappers such as DistributedDataParallel add.
+
+    Raises:
+        NetworkError: there is none, with the nearest names; or it lies inside a compiled module.
+    """
+    named = dict(module.named_modules())
+    if isinstance(layer, nn.Module):
+        name = next((name for name, found in named.items() if found is layer), None)
+        if name is None:
+            raise NetworkError(
+                f"the given layer, a {type(layer).__name__}, is not part of the "
+                f"{type(module).__name__}; give one of its submodules, or a name such as "
+                f"{_last_name(named)!r}"
+            )
+    elif isinstance(layer, str):
+        bare = {bare_name(name): name for name in reversed(named)}
+        name = layer if layer in named else bare.get(layer)
+        if not name:
+            raise NetworkError(
+                f"{type(module).__name__} has no layer {layer!r}"
+                f"{near_misses(layer, [name for name in bare if name])}"
+            )
+    else:
+        raise InputError(f"layer={layer!r} is neither a name nor a module of the network")
+    _refuse_compiled(named, name)
+    return name, named[name]
+
+
+def _last_name(named: dict[str, nn.Module]) -> str:
+    return next(reversed(named), "")
+
+
+def _refuse_compiled(named: dict[str, nn.Module], layer: str) -> None:
+    """Hooks added after `torch.compile` do not fire, so nothing could be captured."""
+    parts = layer.split(".") if layer else []
+    for depth in range(len(parts) + 1):
+        name = ".".join(parts[:depth])
+        found = named[name]
+        inside = depth < len(parts) and parts[depth] == "_orig_mod"
+        if inside or getattr(found, "_compiled_call_impl", None) is not None:
+            raise NetworkError(
+                f"layer {bare_name(layer)!r} lies inside a compiled module, where hooks do not "
+                "fire; give the module as it was before torch.compile, or compile trunk and head "
+                "separately and use EmbeddingNetwork.from_parts"
+            )
+
+
+def refuse_training(modules: Iterable[nn.Module]) -> None:
+    """Refuse a network in training mode.
+
+    Raises:
+        NetworkError: the network itself, or one batch norm or dropout in it, is in training mode.
+    """
+    for module in modules:
+        # The graph of an exported program carries a meaningless flag, and no modal layers.
+        if module.training and not type(module).__name__.startswith("GraphModule"):
+            raise NetworkError(
+                f"the network ({type(module).__name__}) is in training mode, where batch norm and "
+                "dropout make each embedding depend on the others; call .eval() on it first"
+            )
+        for name, part in module.named_modules():
+            if part.training and isinstance(part, _MODAL):
+                raise NetworkError(
+                    f"{name!r} ({type(part).__name__}) of the network is in training mode; call "
+                    ".eval() on the network first"
+                )
+
+
+def before_attention(module: nn.Module | None) -> str | None:
+    """The normalisation before the last attention of a transformer, by name, if there is one."""
+    if module is None:
+        return None
+    named = dict(module.named_modules())
+    attentions = [
+        name for name, part in named.items() if "attention" in type(part).__name__.lower()
+    ]
+    # The outermost of nested attention modules stands beside the block's normalisation.
+    outermost = [
+        name for name in attentions if not any(name.startswith(f"{other}.") for other in attentions)
+    ]
+    if not outermost:
+        return None
+    block = outermost[-1].rpartition(".")[0]
+    for name, part in named[block].named_children():
+        if "norm" in type(part).__name__.lower():
+            return bare_name(f"{block}.{name}" if block else name)
+    return None
+
+
+def refuse_inference(module: nn.Module) -> None:
+    """Refuse parameters that autograd can do nothing with.
+
+    Raises:
+        NetworkError: they were made inside inference mode.
+    """
+    if any(tensor.is_inference() for tensor in _tensors(module)):
+        raise NetworkError(
+            "the network's parameters were made inside torch.inference_mode and cannot be "
+            "differentiated through; make the network outside of it"
+        )
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """Where a module's parameters or buffers are; the CPU if it has none."""
+    return next((tensor.device for tensor in _tensors(module)), torch.device("cpu"))
+
+
+def refuse_elsewhere(module: nn.Module, device: torch.device | None) -> None:
+    """Refuse a module that is not where it is said to be: the caller's module is never moved.
+
+    Raises:
+        NetworkError: with both places.
+    """
+    found = next((tensor.device for tensor in _tensors(module)), device)
+    if device is None or found is None:
+        return
+    if found.type != device.type or device.index not in (None, found.index):
+        raise NetworkError(
+            f"device={str(device)!r} was given, but the network is on {str(found)!r}; move it "
+            f"with module.to({str(device)!r}) first"
+        )
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()

@@ -1,0 +1,55 @@
+"""One fixed synthetic picture: what a network is asked about itself.
+
+Whole-number arithmetic only, so that the picture is the same on every machine and with every
+version of every library.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+PROBE_SIZE = (240, 320)
+"""(H, W) of the picture: not square, so that a crop and a squash of it differ."""
+
+
+def probe_picture(index: int = 0) -> np.ndarray:
+    """The synthetic picture of that number: uint8 `[240 320 3]`.
+
+    Slopes, blocks and fine texture, differing in every channel, so that filters of every size have
+    something to answer to.
+    """
+    height, width = PROBE_SIZE
+    y, x = np.mgrid[0:height, 0:width].astype(np.int64)
+    channels = []
+    for channel in range(3):
+        slope = (x * (2 + channel) + y * (3 - channel) + 41 * index) // 4 % 256
+        blocks = _scatter(x // 32, y // 24, 7 * index + channel)
+        texture = _scatter(x // 3, y // 3, 7 * index + channel + 3)
+        channels.append((2 * slope + 4 * blocks + 2 * texture) // 8)
+    return np.stack(channels, axis=-1).astype(np.uint8)
+
+
+def probe_inputs(
+    count: int, preprocess: Callable[[Image.Image], Any] | None, size: tuple[int, int]
+) -> np.ndarray:
+    """The first pictures as a network's input: float32 `[count 3 H W]`.
+
+    Through `preprocess`; without one, sampled to `size` = (H, W) and scaled to [-2, 2].
+    """
+    pictures = [probe_picture(index) for index in range(count)]
+    if preprocess is not None:
+        return np.stack([preprocess(Image.fromarray(picture)) for picture in pictures])
+    height, width = size
+    rows = np.arange(height) * PROBE_SIZE[0] // height
+    columns = np.arange(width) * PROBE_SIZE[1] // width
+    sampled = np.stack([picture[rows][:, columns].transpose(2, 0, 1) for picture in pictures])
+    return sampled.astype(np.float32) / np.float32(63.75) - np.float32(2)
+
+
+def _scatter(x: np.ndarray, y: np.ndarray, salt: int) -> np.ndarray:
+    """Numbers 0..255 that look random, from whole-number mixing that never overflows int64."""
+    mixed = (x * 73_856_093) ^ (y * 19_349_663) ^ ((salt + 1) * 83_492_791)
+    mixed = (mixed & 0xFFFFFFF) * 2_654_435 & 0xFFFFFFFFFF
+    return mixed >> 16 & 0xFF

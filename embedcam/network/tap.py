@@ -1,0 +1,86 @@
+"""One run of a network, tapped at the layer. The only file that registers hooks."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import NetworkError
+from .layouts import first_tensor, replace_first
+
+Change = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""What a tap does with the layer's output: what to keep of it, and what to hand on."""
+
+
+class Parts(nn.Module):
+    """Trunk and head side by side, for their parameters; neither is changed."""
+
+    def __init__(self, trunk: Any, head: Any) -> None:
+        super().__init__()
+        self.training = False
+        for name, part in (("trunk", trunk), ("head", head)):
+            if isinstance(part, nn.Module):
+                self.add_module(name, part)
+
+
+class _Tap:
+    """Sees the layer's output once, keeps one tensor of it and decides what goes on."""
+
+    def __init__(self, change: Change, layer: str) -> None:
+        self.change, self.layer = change, layer
+        self.kept: Tensor | None = None
+        self.calls = 0
+        self.thread = threading.get_ident()
+
+    def take(self, output: Any) -> Any:
+        self.calls += 1
+        if self.calls > 1:
+            return output
+        self.kept, onward = self.change(first_tensor(output, self.layer))
+        return replace_first(output, onward)
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
+        # Another thread may be running the same module for somebody else.
+        return self.take(output) if threading.get_ident() == self.thread else None
+
+
+def run_tapped(
+    module: nn.Module, hooked: nn.Module, layer: str, images: Tensor, change: Change
+) -> tuple[Any, Tensor]:
+    """(what the module returned, what `change` kept of its layer's output).
+
+    Raises:
+        NetworkError: the layer is called never or more than once. The hook is gone either way.
+    """
+    tap = _Tap(change, layer)
+    handle = hooked.register_forward_hook(tap)
+    try:
+        output = module(images)
+    finally:
+        handle.remove()
+    if tap.kept is None:
+        raise NetworkError(
+            f"layer {layer!r} is never called in a forward; choose one that is, or give the "
+            "network as two functions with EmbeddingNetwork.from_parts"
+        )
+    if tap.calls > 1:
+        raise NetworkError(
+            f"layer {layer!r} is called {tap.calls} times in one forward, so its output is not one "
+            "thing; choose a layer that is called once, such as the block around it"
+        )
+    return output, tap.kept
+
+
+def run_parts(
+    trunk: Callable[[Tensor], Any],
+    head: Callable[[Any], Any],
+    layer: str,
+    images: Tensor,
+    change: Change,
+) -> tuple[Any, Tensor]:
+    """The same for a network given as two functions, without any hook."""
+    tap = _Tap(change, layer)
+    output = head(tap.take(trunk(images)))
+    assert tap.kept is not None
+    return output, tap.kept

@@ -1,0 +1,187 @@
+"""The choices that make an index what it is, checked together; read from and written to TOML."""
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from .encoding import DTYPES
+from .errors import RecipeError
+from .targets import NORMS, TARGETS
+from .triplets import SAMPLINGS
+
+METHODS = ("gradcam", "gradcam++")
+ENCODINGS = ("low-rank", "top-m", "dense")
+METRICS = ("l2", "ip")
+
+
+class RecipeWarning(UserWarning):
+    """Choices that are allowed and rarely wise."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is computed and how it is stored. The defaults are what measured best.
+
+    Args:
+        method: "gradcam" or "gradcam++".
+        target: "margin" (triplets) or "centred" (no labels, no sampling).
+        norm: the gradient "through" the L2 norm or "around" it.
+        sampling: "random", "semihard", "hard", "all" (exact mean over every triplet) or "given".
+        triplets: S, triplets drawn for each image.
+        hinge: leave out triplets that the margin already satisfies.
+        margin: of the hinge and of semihard sampling.
+        seed: of every draw.
+        encoding: "low-rank", "top-m" (the paper's) or "dense".
+        rank: R of low-rank.
+        m: M, channels kept by top-m.
+        by: top-m by "signed" value (the paper) or by "magnitude".
+        dtype: of stored weights, "float16" or "float32".
+        faiss: FAISS factory string; "none" leaves searching to others.
+        metric: "l2" (squared) or "ip" (inner product).
+    """
+
+    method: str = "gradcam"
+    target: str = "margin"
+    norm: str = "through"
+    sampling: str = "random"
+    triplets: int = 50
+    hinge: bool = False
+    margin: float = 0.2
+    seed: int = 0
+    encoding: str = "low-rank"
+    rank: int = 128
+    m: int = 50
+    by: str = "signed"
+    dtype: str = "float16"
+    faiss: str = "Flat"
+    metric: str = "l2"
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            _one_of(name, getattr(self, name), known)
+        for name in ("triplets", "rank", "m"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} = {getattr(self, name)} is too small; give at least 1")
+        if not self.margin > 0:
+            raise RecipeError(f"margin = {self.margin} must be greater than 0; the usual is 0.2")
+        if not 0 <= self.seed < 1 << 64:
+            raise RecipeError(f"seed = {self.seed} must be a whole number from 0 to 2**64 - 1")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.target == "centred" and self.hinge:
+            raise RecipeError(
+                "a hinge needs triplets, and the target 'centred' has none; drop the hinge, or "
+                "use the target 'margin'"
+            )
+        if self.target == "margin" and self.sampling == "all":
+            if self.hinge:
+                raise RecipeError(
+                    "the exact mean over 'all' triplets cannot leave out satisfied ones; drop the "
+                    "hinge, or use sampling 'random' with it"
+                )
+            if self.method == "gradcam++":
+                raise RecipeError(
+                    "Grad-CAM++ is not linear in the triplet, so 'all' has no closed form for it; "
+                    "use method 'gradcam' with 'all', or sampling 'random' with gradcam++"
+                )
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "Recipe":
+        """The paper's own setting: top 50 channels by signed value, gradient through the norm."""
+        return replace(cls(encoding="top-m", m=50, by="signed"), **changes)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the recipe") -> "Recipe":
+        """A recipe from plain values; unknown names and wrong types are errors."""
+        known = {f.name: type(getattr(cls(), f.name)) for f in fields(cls)}
+        for name, value in values.items():
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+                raise RecipeError(f"{where} has an unknown entry {name!r}; {hint}")
+            right = type(value) is known[name] or (known[name] is float and type(value) is int)
+            if not right:
+                raise RecipeError(
+                    f"{where}: {name} = {value!r} should be of type {known[name].__name__}"
+                )
+        choices: dict[str, Any] = dict(values)
+        if "margin" in choices:
+            choices["margin"] = float(choices["margin"])
+        return cls(**choices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a manifest."""
+        return asdict(self)
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON of the choices."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_toml(path: str | Path) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
+    """A recipe file: the recipe, and the images and the network it names.
+
+    Returns:
+        The recipe, and the tables `[images]` and `[network]` as they stand.
+
+    Raises:
+        RecipeError: unreadable, not TOML, or with entries that mean nothing.
+    """
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: the recipe cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a TOML file ({error})") from error
+    version = tables.pop("recipe_version", 1)
+    if version != 1:
+        raise RecipeError(f"{path}: recipe_version = {version!r}; this embedcam reads version 1")
+    images, network = tables.pop("images", {}), tables.pop("network", {})
+    choices: dict[str, Any] = {}
+    for table, names in _TABLES.items():
+        for name, value in tables.pop(table, {}).items():
+            if names.get(name) is None:
+                known = ", ".join(names)
+                raise RecipeError(f"{path}: [{table}] has no entry {name!r}; known: {known}")
+            choices[names[name]] = value
+    if tables:
+        known = ", ".join(["images", "network", *_TABLES])
+        raise RecipeError(f"{path}: unknown table [{next(iter(tables))}]; known: {known}")
+    return Recipe.from_dict(choices, str(path)), images, network
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "method": METHODS,
+    "target": TARGETS,
+    "norm": NORMS,
+    "sampling": (*SAMPLINGS, "given"),
+    "encoding": ENCODINGS,
+    "by": ("signed", "magnitude"),
+    "dtype": DTYPES,
+    "metric": METRICS,
+}
+_TABLES: dict[str, dict[str, str]] = {
+    "weights": {
+        name: name
+        for name in (
+            "method", "target", "norm", "sampling", "triplets", "hinge", "margin", "seed",
+        )
+    },
+    "encoding": {"name": "encoding", **{name: name for name in ("rank", "m", "by", "dtype")}},
+    "search": {"faiss": "faiss", "metric": "metric"},
+}  # fmt: skip
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        near = get_close_matches(str(value), known, 1, 0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(f"{name} = {value!r} is unknown; {hint}known: {', '.join(known)}")

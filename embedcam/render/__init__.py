@@ -1,0 +1,12 @@
+"""Pictures: maps laid over images, panels of a query and its results, and pages of panels.
+
+Pillow draws, matplotlib lends its colour maps and fonts (imported when first needed, never pyplot).
+`overlay` is one picture, `panel` one PNG, `page` one self-contained HTML file.
+"""
+
+from embedcam.render.overlay import colormap, overlay, stretch
+from embedcam.render.page import Row, Table, page
+from embedcam.render.panel import panel
+from embedcam.render.tiles import Tile, top_value
+
+__all__ = ["Row", "Table", "Tile", "colormap", "overlay", "page", "panel", "stretch", "top_value"]

@@ -1,0 +1,129 @@
+"""A tile: one picture with its map and its words; what panels and pages are laid out from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from embedcam.errors import InputError
+from embedcam.render.overlay import ALPHA, COLORMAP, Extent, checked_cam, checked_extent, overlay
+
+Scale = Literal["joint", "each"]
+
+
+@dataclass
+class Tile:
+    """A picture, its map and what to write below.
+
+    image: None where it cannot be had any more; the map is then shown by itself.
+    cam: `[h w]`, >= 0; None for a picture without a map.
+    extent: (x0, y0, x1, y1) in pixels of `image` that the map covers; default all of it.
+    caption: usually the id; shortened in the middle where it is too long.
+    subcaption: label, distance, ...; "\\n" begins another line.
+    """
+
+    image: Image.Image | None
+    cam: np.ndarray | None = None
+    extent: Extent | None = None
+    caption: str = ""
+    subcaption: str = ""
+
+    @property
+    def cropped(self) -> bool:
+        """Whether the map leaves a visible part of the picture out."""
+        if self.image is None or self.cam is None or self.extent is None:
+            return False
+        width, height = self.image.size
+        x0, y0, x1, y1 = checked_extent(self.extent, width, height)
+        # Half a pixel is rounding, not a crop.
+        return x0 > 0.5 or y0 > 0.5 or x1 < width - 0.5 or y1 < height - 0.5
+
+
+def check_scale(scale: str) -> None:
+    """Refuse a scale that is neither of the two."""
+    if scale not in ("joint", "each"):
+        raise InputError(f'scale is {scale!r}; give "joint" (one for all results) or "each"')
+
+
+def top_value(tiles: Iterable[Tile]) -> float:
+    """The largest value of the tiles' maps: the end of their common colour scale; 0 for none."""
+    return max(
+        (float(checked_cam(tile.cam).max()) for tile in tiles if tile.cam is not None), default=0.0
+    )
+
+
+def top_values(query: Tile, results: Sequence[Tile], scale: Scale) -> tuple[float, list[float]]:
+    """The end of the colour scale of the query and of each result.
+
+    The query's map always has its own: its weights are averaged from neighbours of unit norm, the
+    results' are their own, so the two are in different units.
+    """
+    if scale == "each":
+        return top_value([query]), [top_value([tile]) for tile in results]
+    return top_value([query]), [top_value(results)] * len(results)
+
+
+def fitted(tile: Tile, width: int, height: int) -> tuple[int, int]:
+    """(width, height) of the tile's picture, made to fit a box with its shape kept."""
+    if tile.image is None:
+        return min(width, height), min(width, height)
+    across, down = tile.image.size
+    factor = min(width / across, height / down)
+    return max(1, round(across * factor)), max(1, round(down * factor))
+
+
+def plain_picture(tile: Tile, size: tuple[int, int]) -> Image.Image | None:
+    """The tile's picture at (width, height) `size`."""
+    if tile.image is None:
+        return None
+    return tile.image.convert("RGB").resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def mapped_picture(
+    tile: Tile, size: tuple[int, int], vmax: float, alpha: float = ALPHA, cmap: str = COLORMAP
+) -> Image.Image | None:
+    """The tile's picture at `size` with its map over it, and a frame around a cropped extent.
+
+    The picture is made small first and the map drawn at that size: the same, without the cost of
+    colouring megapixels.
+    """
+    if tile.cam is None:
+        return None
+    plain = plain_picture(tile, size)
+    if plain is None or tile.image is None:
+        # By itself: on a middle grey, at full opacity.
+        return overlay(Image.new("RGB", size, (128, 128, 128)), tile.cam, None, vmax, 1.0, cmap)
+    extent = checked_extent(tile.extent, *tile.image.size)
+    across, down = size[0] / tile.image.width, size[1] / tile.image.height
+    small = (extent[0] * across, extent[1] * down, extent[2] * across, extent[3] * down)
+    drawn = overlay(plain, tile.cam, small, vmax, alpha, cmap)
+    if tile.cropped:
+        _draw_frame(drawn, small)
+    return drawn
+
+
+def _draw_frame(picture: Image.Image, extent: Extent) -> None:
+    """A thin line, light on dark, around what the network saw."""
+    width, height = picture.size
+    x0, y0 = max(0, round(extent[0])), max(0, round(extent[1]))
+    x1, y1 = min(width, round(extent[2])) - 1, min(height, round(extent[3])) - 1
+    if x1 - x0 < 2 or y1 - y0 < 2:
+        return
+    draw = ImageDraw.Draw(picture, "RGBA")
+    draw.rectangle((x0, y0, x1, y1), outline=(255, 255, 255, 190))
+    draw.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), outline=(0, 0, 0, 70))
+
+
+def number(value: float) -> str:
+    """A number with three digits that count, for people."""
+    return f"{value:.3g}"
+
+
+def clean(text: str) -> str:
+    """Text that can be drawn and encoded: no control characters, no lone surrogates."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return "".join(c if c.isprintable() or c == " " else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,0 +1,126 @@
+"""Unfinished work on disk: chunks of arrays that a killed job finds again.
+
+A scratch folder belongs to one key, the digest of everything its content depends on; another key
+empties it. A chunk appears by one rename, with a checksum of each array, so that a chunk cut short
+by a power failure is computed again rather than believed.
+"""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+
+_KEY = "key.json"
+
+
+class Scratch:
+    """Chunks of named arrays under a folder.
+
+    Args:
+        path: the folder; created where missing.
+        key: digest of everything the chunks depend on. A folder of another key is emptied first.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path, self.key = path, key
+        if path.exists() and self._stored_key() != key:
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        if self._stored_key() != key:
+            _write_text(path / _KEY, json.dumps({"key": key}))
+        for leftover in path.glob("*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def has(self, stage: str, chunk: int) -> bool:
+        """Whether the chunk was finished, by its listing; its bytes are checked by `read`."""
+        return (self._folder(stage, chunk) / "arrays.json").exists()
+
+    def write(self, stage: str, chunk: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep the arrays; visible all at once."""
+        folder = self._folder(stage, chunk)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished = folder.with_suffix(".tmp")
+        unfinished.mkdir()
+        listing = {}
+        for name, array in arrays.items():
+            array = np.ascontiguousarray(array)
+            (unfinished / f"{name}.bin").write_bytes(array.data if array.size else b"")
+            listing[name] = {
+                "dtype": array.dtype.str,
+                "shape": list(array.shape),
+                "crc32": zlib.crc32(array.data if array.size else b""),
+            }
+        _write_text(unfinished / "arrays.json", json.dumps(listing))
+        os.replace(unfinished, folder)
+
+    def read(self, stage: str, chunk: int, *names: str) -> dict[str, np.ndarray]:
+        """The named arrays of a finished chunk (all of them where none is named), memory-mapped."""
+        folder = self._folder(stage, chunk)
+        listing = json.loads((folder / "arrays.json").read_text())
+        return {name: _open(folder / f"{name}.bin", listing[name]) for name in names or listing}
+
+    def intact(self, stage: str, chunk: int) -> bool:
+        """Whether an earlier run's chunk is whole, checksums included; a broken one is dropped."""
+        if not self.has(stage, chunk):
+            return False
+        folder = self._folder(stage, chunk)
+        try:
+            listing = json.loads((folder / "arrays.json").read_text())
+            arrays = self.read(stage, chunk)
+            if all(zlib.crc32(arrays[n].data if arrays[n].size else b"") == listing[n]["crc32"]
+                   for n in listing):  # fmt: skip
+                return True
+        except (OSError, ValueError, KeyError):
+            pass
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
+
+    def holds(self, stage: str, chunk: int, name: str) -> bool:
+        """Whether a finished chunk has an array of this name."""
+        return (self._folder(stage, chunk) / f"{name}.bin").exists()
+
+    def array(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A writable array on disk, zero at first; for results too large to hold."""
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        return np.memmap(self.path / f"{name}.array", np.dtype(dtype), "w+", shape=shape)
+
+    def remove(self) -> None:
+        """Delete the folder with everything in it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def free_bytes(self) -> int:
+        """Free space where the folder lies."""
+        return shutil.disk_usage(self.path).free
+
+    def _folder(self, stage: str, chunk: int) -> Path:
+        return self.path / f"{stage}-{chunk:07d}"
+
+    def _stored_key(self) -> str | None:
+        try:
+            return str(json.loads((self.path / _KEY).read_text())["key"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def _open(path: Path, entry: Mapping[str, Any]) -> np.ndarray:
+    dtype, shape = np.dtype(entry["dtype"]), tuple(int(side) for side in entry["shape"])
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    if path.stat().st_size != size:
+        raise InputError(f"{path.name}: {path.stat().st_size} bytes where {size} were written")
+    if size == 0:
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, "r", shape=shape)
+
+
+def _write_text(path: Path, text: str) -> None:
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)

@@ -1,0 +1,477 @@
+"""Slow, literal re-implementations of the papers' equations: what the fast code is judged by.
+
+Nothing here imports embedcam. Everything is a loop over single numbers, single channels or single
+triplets, in the order of the printed formula and in double precision; where a gradient is needed,
+the whole target is differentiated by autograd, one triplet at a time. `tests/test_oracles.py`
+breaks each of them once and watches a check tell the break apart.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray
+Head = Callable[[Tensor], Tensor]
+Triplets = Sequence[tuple[int, int]]  # (positive, negative) of one anchor
+
+
+# --- distances, the triplet loss and its margin (Chen et al., WACV 2020, equations 1 and 2) -------
+
+
+def squared_distance(a: Array, b: Array) -> float:
+    """D(a, b), squared Euclidean."""
+    total = 0.0
+    for x, y in zip(a.tolist(), b.tolist(), strict=True):
+        total += (x - y) * (x - y)
+    return total
+
+
+def triplet_loss(a: Array, p: Array, n: Array, delta: float) -> float:
+    """L_tri = [D(a, p) - D(a, n) + delta]_+ ."""
+    return max(squared_distance(a, p) - squared_distance(a, n) + delta, 0.0)
+
+
+def margin(a: Array, p: Array, n: Array) -> float:
+    """y = D(a, n) - D(a, p): larger where the anchor is nearer to its positive."""
+    return squared_distance(a, n) - squared_distance(a, p)
+
+
+def margin_gradient(a: Array, p: Array, n: Array) -> Array:
+    """dy/da by central differences, one coordinate at a time: knows no closed form."""
+    a = a.astype(np.float64)
+    out = np.zeros_like(a)
+    step = 1e-4
+    for i in range(a.size):
+        up, down = a.copy(), a.copy()
+        up[i] += step
+        down[i] -= step
+        out[i] = (margin(up, p, n) - margin(down, p, n)) / (2 * step)
+    return out
+
+
+def hinge_is_satisfied(a: Array, p: Array, n: Array, delta: float) -> bool:
+    """Whether the loss is exactly zero, so that this triplet says nothing."""
+    return triplet_loss(a, p, n, delta) == 0.0
+
+
+def centred_target(embeddings: Array, i: int) -> Array:
+    """f_i - mean(f), the mean over every image, the i-th included."""
+    n, d = embeddings.shape
+    out = np.zeros(d)
+    for j in range(d):
+        total = 0.0
+        for row in range(n):
+            total += float(embeddings[row, j])
+        out[j] = float(embeddings[i, j]) - total / n
+    return out
+
+
+# --- the norm's two ways and the gradient of one triplet ---
+
+
+def _distance(f: Tensor, g: Tensor) -> Tensor:
+    return ((f - g) ** 2).sum()
+
+
+def gradient(
+    head: Head,
+    activations: Tensor,
+    score: Callable[[Tensor], Tensor],
+    *,
+    normalize: bool,
+    norm: str,
+) -> Tensor:
+    """G = d score / dA for one image [K H W]: the whole chain differentiated by autograd.
+
+    `through` differentiates score(z / |z|); `around` takes the gradient of the score at
+    f = z / |z| and hands it to z unchanged. Without normalisation f = z and the two agree.
+    """
+    A = activations.detach().double().clone().requires_grad_(True)
+    z = head(A.unsqueeze(0))[0]
+    if not normalize:
+        (G,) = torch.autograd.grad(score(z), A)
+        return G
+    if norm == "through":
+        (G,) = torch.autograd.grad(score(z / z.norm()), A)
+        return G
+    assert norm == "around"
+    f = (z / z.norm()).detach().requires_grad_(True)
+    (at_f,) = torch.autograd.grad(score(f), f)
+    (G,) = torch.autograd.grad((z * at_f).sum(), A)
+    return G
+
+
+def margin_score(p: Tensor, n: Tensor) -> Callable[[Tensor], Tensor]:
+    """y(f) = D(f, n) - D(f, p), p and n held constant."""
+    return lambda f: _distance(f, n.double()) - _distance(f, p.double())
+
+
+def dot_score(c: Tensor) -> Callable[[Tensor], Tensor]:
+    """y(f) = f . c, c held constant: the centred target with c = f_r - mean f."""
+    return lambda f: (f * c.double()).sum()
+
+
+# --- channel weights of one gradient ---
+
+
+def gradcam_weights(G: Tensor) -> Array:
+    """alpha_k = (1/Z) sum_ij G_ij^k (Selvaraju et al. 2017, equation 1)."""
+    K, H, W = G.shape
+    out = np.zeros(K)
+    for k in range(K):
+        total = 0.0
+        for i in range(H):
+            for j in range(W):
+                total += float(G[k, i, j])
+        out[k] = total / (H * W)
+    return out
+
+
+def gradcampp_weights(G: Tensor, activations: Tensor) -> Array:
+    """w_k = sum_ij a ReLU(G), a = 1 / (2 + S_k G), S_k = sum_ij max(A, 0) (Chattopadhay 2018)."""
+    K, H, W = G.shape
+    out = np.zeros(K)
+    for k in range(K):
+        S = sum(max(float(activations[k, i, j]), 0.0) for i in range(H) for j in range(W))
+        for i in range(H):
+            for j in range(W):
+                g = float(G[k, i, j])
+                if g > 0.0:
+                    out[k] += g / (2.0 + S * g)
+    return out
+
+
+def gradcampp_weights_as_printed(G: Tensor, activations: Tensor) -> Array:
+    """The same from the paper's own fraction G^2 / (2 G^2 + S G^3), equation 19; needs A >= 0."""
+    K, H, W = G.shape
+    out = np.zeros(K)
+    for k in range(K):
+        S = sum(float(activations[k, i, j]) for i in range(H) for j in range(W))
+        for i in range(H):
+            for j in range(W):
+                g = float(G[k, i, j])
+                if g != 0.0:
+                    a = g**2 / (2.0 * g**2 + S * g**3)
+                    out[k] += a * max(g, 0.0)
+    return out
+
+
+# --- weights averaged over the triplets of one anchor: one backward a triplet ---
+
+
+def averaged_weights(
+    head: Head,
+    activations: Tensor,
+    embedding: Array,
+    embeddings: Array,
+    triplets: Triplets,
+    *,
+    method: str = "gradcam",
+    normalize: bool = True,
+    norm: str = "through",
+    hinge: float | None = None,
+) -> tuple[Array, int]:
+    """Mean over the triplets of the weights of each one's margin, and how many were counted.
+
+    `embedding` is the anchor's own cached embedding, by which the hinge is judged. A triplet whose
+    hinge is satisfied is neither summed nor counted; if none is left the weights are zero.
+    """
+    total = np.zeros(activations.shape[0])
+    used = 0
+    for p, n in triplets:
+        if hinge is not None and hinge_is_satisfied(embedding, embeddings[p], embeddings[n], hinge):
+            continue
+        score = margin_score(torch.from_numpy(embeddings[p]), torch.from_numpy(embeddings[n]))
+        total += target_weights(
+            head, activations, score, method=method, normalize=normalize, norm=norm
+        )
+        used += 1
+    return (total / used if used else total), used
+
+
+def target_weights(
+    head: Head,
+    activations: Tensor,
+    score: Callable[[Tensor], Tensor],
+    *,
+    method: str = "gradcam",
+    normalize: bool = True,
+    norm: str = "through",
+) -> Array:
+    """Channel weights [K] of one score of one image's embedding."""
+    G = gradient(head, activations, score, normalize=normalize, norm=norm)
+    if method == "gradcam":
+        return gradcam_weights(G)
+    assert method == "gradcam++"
+    return gradcampp_weights(G, activations)
+
+
+def every_triplet(labels: Sequence[object], anchor: int) -> list[tuple[int, int]]:
+    """All (positive, negative) of an anchor: its class without itself x every other class."""
+    out = []
+    for p, label_p in enumerate(labels):
+        if p == anchor or label_p != labels[anchor]:
+            continue
+        for n, label_n in enumerate(labels):
+            if label_n != labels[anchor]:
+                out.append((p, n))
+    return out
+
+
+def mean_cotangent(embeddings: Array, triplets: Triplets) -> Array:
+    """Mean over the triplets of dy/df_a = 2 (f_p - f_n), one triplet at a time."""
+    total = np.zeros(embeddings.shape[1])
+    for p, n in triplets:
+        for d in range(total.size):
+            total[d] += 2.0 * (float(embeddings[p, d]) - float(embeddings[n, d]))
+    return total / len(triplets)
+
+
+# --- encodings ---
+
+
+def top_m(weights: Array, m: int, by: str) -> Array:
+    """The m largest of one vector [K] kept, zero elsewhere: `signed` value or `magnitude`."""
+    out = np.zeros(len(weights))
+    left = list(range(len(weights)))
+    for _ in range(min(m, len(weights))):
+        best = left[0]
+        for k in left:
+            here, there = float(weights[k]), float(weights[best])
+            if by == "magnitude":
+                here, there = abs(here), abs(there)
+            if here > there:
+                best = k
+        out[best] = float(weights[best])
+        left.remove(best)
+    return out
+
+
+def low_rank_decode(codes: Array, basis: Array, offset: Array) -> Array:
+    """offset + sum_r code_r basis_r for one code [R]."""
+    R, K = basis.shape
+    out = np.zeros(K)
+    for k in range(K):
+        out[k] = float(offset[k])
+        for r in range(R):
+            out[k] += float(codes[r]) * float(basis[r, k])
+    return out
+
+
+def best_rank_error(rows: Array, offset: Array, rank: int) -> float:
+    """The least sum of squared errors that any rank-R basis around the offset can leave.
+
+    Eckart-Young: the sum of the scatter matrix's smallest eigenvalues.
+    """
+    K = rows.shape[1]
+    scatter = np.zeros((K, K))
+    for row in rows.astype(np.float64):
+        scatter += np.outer(row - offset, row - offset)
+    return float(np.linalg.eigvalsh(scatter)[: max(K - rank, 0)].sum())
+
+
+def half(value: float) -> float:
+    """The nearest half-precision number, by the IEEE conversion of the standard library."""
+    return float(struct.unpack("<e", struct.pack("<e", value))[0])
+
+
+def half_bound(vector: Array) -> Array:
+    """What half precision with one scale a vector (its largest magnitude to 1) may be off, each.
+
+    Half an ulp: 2^-11 of the value, or half the spacing 2^-24 of subnormals, in units of the scale;
+    and a few roundings of single precision for the division and the multiplication.
+    """
+    scale = max((abs(float(v)) for v in vector), default=0.0)
+    return np.array(
+        [max(2.0**-11 * abs(float(v)), 2.0**-25 * scale) + 2.0**-21 * abs(float(v)) for v in vector]
+    )
+
+
+# --- transfer ---
+
+
+def l2_norm(vector: Array) -> float:
+    return math.sqrt(sum(float(v) ** 2 for v in vector))
+
+
+def transfer_mean(rows: Array) -> Array:
+    """Each neighbour's weights divided by their L2 norm, then averaged; one neighbour: as it is.
+
+    A neighbour whose weights are all zero has no direction: it is not averaged in.
+    """
+    if len(rows) == 1:
+        return rows[0].astype(np.float64)
+    counted = [row for row in rows if l2_norm(row) > 0]
+    total = np.zeros(rows.shape[1])
+    for row in counted:
+        length = l2_norm(row)
+        for k in range(len(total)):
+            total[k] += float(row[k]) / length
+    return total / max(len(counted), 1)
+
+
+def distance_shares(squared: Sequence[float]) -> list[float]:
+    """Shares of the neighbours: 1 / Euclidean distance, exact matches take all; they sum to 1."""
+    exact = [s == 0.0 for s in squared]
+    if any(exact):
+        raw = [1.0 if e else 0.0 for e in exact]
+    else:
+        raw = [1.0 / math.sqrt(s) for s in squared]
+    return [r / sum(raw) for r in raw]
+
+
+def transfer_distance(rows: Array, squared: Sequence[float]) -> Array:
+    """As `transfer_mean`, averaged with `distance_shares` in place of equal shares."""
+    if len(rows) == 1:
+        return rows[0].astype(np.float64)
+    counted = [(row, s) for row, s in zip(rows, squared, strict=True) if l2_norm(row) > 0]
+    total = np.zeros(rows.shape[1])
+    if not counted:
+        return total
+    for (row, _), share in zip(counted, distance_shares([s for _, s in counted]), strict=True):
+        length = l2_norm(row)
+        for k in range(len(total)):
+            total[k] += share * float(row[k]) / length
+    return total
+
+
+# --- maps ---
+
+
+def cam(weights: Array, activations: Array) -> Array:
+    """ReLU(sum_k w_k A_k) of one image, [H W]."""
+    K, H, W = activations.shape
+    out = np.zeros((H, W))
+    for i in range(H):
+        for j in range(W):
+            total = 0.0
+            for k in range(K):
+                total += float(weights[k]) * float(activations[k, i, j])
+            out[i, j] = max(total, 0.0)
+    return out
+
+
+def bilinear(image: Array, height: int, width: int) -> Array:
+    """Bilinear resizing with half-pixel centres (align_corners=False), edges repeated."""
+    h, w = image.shape
+    out = np.zeros((height, width))
+    for i in range(height):
+        y = max((i + 0.5) * h / height - 0.5, 0.0)
+        y0 = min(math.floor(y), h - 1)
+        y1 = min(y0 + 1, h - 1)
+        fy = y - y0
+        for j in range(width):
+            x = max((j + 0.5) * w / width - 0.5, 0.0)
+            x0 = min(math.floor(x), w - 1)
+            x1 = min(x0 + 1, w - 1)
+            fx = x - x0
+            top = (1 - fx) * float(image[y0, x0]) + fx * float(image[y0, x1])
+            bottom = (1 - fx) * float(image[y1, x0]) + fx * float(image[y1, x1])
+            out[i, j] = (1 - fy) * top + fy * bottom
+    return out
+
+
+def _overlap(a0: float, a1: float, b0: float, b1: float) -> float:
+    return max(min(a1, b1) - max(a0, b0), 0.0)
+
+
+def area_average(image: Array, height: int, width: int) -> Array:
+    """Each output cell: the mean of the input over the cell's rectangle, by exact areas."""
+    h, w = image.shape
+    out = np.zeros((height, width))
+    for i in range(height):
+        for j in range(width):
+            y0, y1 = i * h / height, (i + 1) * h / height
+            x0, x1 = j * w / width, (j + 1) * w / width
+            total = 0.0
+            for r in range(h):
+                for c in range(w):
+                    area = _overlap(y0, y1, r, r + 1) * _overlap(x0, x1, c, c + 1)
+                    total += area * float(image[r, c])
+            out[i, j] = total / ((y1 - y0) * (x1 - x0))
+    return out
+
+
+def min_max(image: Array) -> Array:
+    """(x - min) / (max - min), a constant map to zeros."""
+    values = [float(v) for v in image.ravel()]
+    low, high = min(values), max(values)
+    if high == low:
+        return np.zeros(image.shape)
+    return np.array([(v - low) / (high - low) for v in values]).reshape(image.shape)
+
+
+# --- metrics ---
+
+
+def energy_in_mask(image: Array, mask: Array) -> float:
+    """Share of a map's energy inside a mask [H W]; a map of zero energy scores the area's share."""
+    inside = total = area = 0.0
+    H, W = image.shape
+    for i in range(H):
+        for j in range(W):
+            total += float(image[i, j])
+            area += float(mask[i, j])
+            inside += float(image[i, j]) * float(mask[i, j])
+    return inside / total if total > 0 else area / (H * W)
+
+
+def box_mask(box: tuple[float, float, float, float], height: int, width: int) -> Array:
+    """The part of each pixel [H W] that a box (x0, y0, x1, y1) covers, pixel (i, j) = [j, j+1)."""
+    x0, y0, x1, y1 = box
+    out = np.zeros((height, width))
+    for i in range(height):
+        for j in range(width):
+            out[i, j] = _overlap(y0, y1, i, i + 1) * _overlap(x0, x1, j, j + 1)
+    return out
+
+
+def recall_at(embeddings: Array, labels: Sequence[object], k: int) -> float:
+    """Share of images with an image of their label among their k nearest others."""
+    n = len(embeddings)
+    hits = 0
+    for q in range(n):
+        others = [(squared_distance(embeddings[q], embeddings[i]), i) for i in range(n) if i != q]
+        hits += any(labels[i] == labels[q] for _, i in sorted(others)[:k])
+    return hits / n
+
+
+def pearson(a: Array, b: Array) -> float:
+    """Correlation of two maps."""
+    x, y = [float(v) for v in a.ravel()], [float(v) for v in b.ravel()]
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    cov = sum((u - mx) * (v - my) for u, v in zip(x, y, strict=True))
+    vx = sum((u - mx) ** 2 for u in x)
+    vy = sum((v - my) ** 2 for v in y)
+    return cov / math.sqrt(vx * vy)
+
+
+# --- rules of sampling (judged, not drawn) ---
+
+
+def semihard_allows(
+    embeddings: Array, labels: Sequence[object], a: int, p: int, n: int, delta: float
+) -> bool:
+    """D(a,p) < D(a,n) < D(a,p) + delta; if no negative is so, the nearest beyond the positive."""
+    d_p = squared_distance(embeddings[a], embeddings[p])
+    d_n = squared_distance(embeddings[a], embeddings[n])
+    negatives = [i for i in range(len(labels)) if labels[i] != labels[a]]
+    d = {i: squared_distance(embeddings[a], embeddings[i]) for i in negatives}
+    if any(d_p < d[i] < d_p + delta for i in negatives):
+        return d_p < d_n < d_p + delta
+    beyond = [d[i] for i in negatives if d[i] > d_p]
+    if beyond:
+        return d_n == min(beyond)
+    return d_n == max(d.values())  # every negative is nearer than the positive
+
+
+def nearest(embeddings: Array, a: int, among: Sequence[int], k: int) -> list[int]:
+    """The k nearest of `among` to image a, the nearest first; itself never."""
+    rest = [i for i in among if i != a]
+    return sorted(rest, key=lambda i: (squared_distance(embeddings[a], embeddings[i]), i))[:k]

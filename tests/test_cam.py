@@ -1,0 +1,184 @@
+"""The map, resizing and averaging: against loops, against torch, and by their laws."""
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from embedcam.cam import area_average, cam, normalize, resize
+from embedcam.errors import InputError
+
+RNG = np.random.default_rng(0)
+NUMBERS = st.floats(-8, 8, width=32)
+SIDES = st.integers(1, 9)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_numbers() -> None:
+    """Every test draws the same numbers, whichever ran before it."""
+    global RNG
+    RNG = np.random.default_rng(0)
+
+
+def maps() -> st.SearchStrategy[np.ndarray]:
+    return hnp.arrays(np.float32, st.tuples(SIDES, SIDES), elements=NUMBERS)
+
+
+def both(array: np.ndarray) -> list:
+    return [array, torch.from_numpy(array)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_the_map_is_the_loop_over_channels(data) -> None:
+    B, K, H, W = (data.draw(st.integers(1, 4)) for _ in range(4))
+    w = data.draw(hnp.arrays(np.float64, (B, K), elements=NUMBERS))
+    A = data.draw(hnp.arrays(np.float64, (B, K, H, W), elements=NUMBERS))
+    got = cam(w, A)
+    assert got.shape == (B, H, W)
+    for b in range(B):
+        np.testing.assert_allclose(got[b], oracles.cam(w[b], A[b]), atol=1e-10)
+        np.testing.assert_allclose(cam(w[b], A[b]), got[b], atol=1e-12)
+
+
+def test_the_map_by_hand() -> None:
+    # 2 * [1 0 -1] - 1 * [0 3 -4] = [2 -3 2], cut at zero
+    A = np.array([[[1.0, 0.0, -1.0]], [[0.0, 3.0, -4.0]]], np.float32)
+    for w, a in zip(both(np.array([2.0, -1.0], np.float32)), both(A), strict=True):
+        got = cam(w, a)
+        assert type(got) is type(a)
+        assert got.dtype == a.dtype
+        np.testing.assert_array_equal(np.asarray(got), [[2.0, 0.0, 2.0]])
+
+
+def test_the_map_of_tensors_is_that_of_arrays() -> None:
+    w, A = RNG.normal(size=(3, 5)), RNG.normal(size=(3, 5, 2, 4))
+    got = cam(torch.from_numpy(w), torch.from_numpy(A))
+    np.testing.assert_allclose(got.numpy(), cam(w, A), rtol=1e-12)
+
+
+def test_a_map_scales_with_its_weights_and_adds_only_before_the_cut() -> None:
+    w, v, A = RNG.normal(size=5), RNG.normal(size=5), RNG.normal(size=(5, 3, 3))
+    np.testing.assert_allclose(cam(3.0 * w, A), 3.0 * cam(w, A), rtol=1e-12)
+    # Linear before the ReLU: f(w) - f(-w) is the signed sum.
+    signed = lambda x: cam(x, A) - cam(-x, A)  # noqa: E731
+    np.testing.assert_allclose(signed(w + v), signed(w) + signed(v), atol=1e-12)
+    # The ReLU itself is not linear: a map of two vectors is not the sum of their maps.
+    assert not np.allclose(cam(w, A) + cam(-w, A), cam(w - w, A))
+
+
+@pytest.mark.parametrize(
+    ("w", "a"),
+    [((3,), (4, 2, 2)), ((2, 3), (3, 2, 2)), ((2, 3), (4, 3, 2, 2)), ((), (2, 2)), ((3,), (3, 2))],
+)
+def test_shapes_that_do_not_belong_together_are_named(w, a) -> None:
+    with pytest.raises(InputError) as caught:
+        cam(np.zeros(w), np.zeros(a))
+    message = str(caught.value)
+    assert str(list(w)) in message
+    assert str(list(a)) in message
+    assert "[B K] with [B K H W], or [K] with [K H W]" in message
+
+
+@settings(max_examples=40, deadline=None)
+@given(maps(), SIDES, SIDES)
+def test_resizing_is_the_loop(image, height, width) -> None:
+    wanted = oracles.bilinear(image, height, width)
+    for given_ in both(image):
+        got = resize(given_, (height, width))
+        np.testing.assert_allclose(np.asarray(got), wanted, atol=1e-5)
+    np.testing.assert_allclose(resize(image.astype(float), (height, width)), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (7, 7), (10, 3), (1, 1), (5, 300)])
+def test_resizing_is_torchs_without_aligned_corners(size) -> None:
+    A = torch.from_numpy(RNG.random((2, 7, 7)))
+    wanted = torch.nn.functional.interpolate(A[None], size, mode="bilinear", align_corners=False)
+    np.testing.assert_allclose(resize(A, size).numpy(), wanted[0].numpy(), atol=1e-12)
+    assert resize(A.float(), size).dtype == torch.float32
+
+
+@settings(max_examples=30, deadline=None)
+@given(maps(), SIDES, SIDES)
+def test_resizing_stays_within_the_maps_range_and_keeps_constants(image, height, width) -> None:
+    got = resize(image, (height, width))
+    slack = 1e-5 * (1 + np.abs(image).max())
+    assert got.min() >= image.min() - slack
+    assert got.max() <= image.max() + slack
+    constant = resize(np.full_like(image, 3.5), (height, width))
+    np.testing.assert_allclose(constant, 3.5, rtol=1e-6)
+    np.testing.assert_allclose(resize(image, image.shape), image, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(maps(), st.data())
+def test_area_averaging_is_the_loop_and_keeps_the_mean(image, data) -> None:
+    h, w = image.shape
+    size = data.draw(st.tuples(st.integers(1, h), st.integers(1, w)))
+    wanted = oracles.area_average(image, *size)
+    for given_ in both(image):
+        np.testing.assert_allclose(np.asarray(area_average(given_, size)), wanted, atol=1e-4)
+    got = area_average(image.astype(float), size)
+    np.testing.assert_allclose(got, wanted, atol=1e-12)
+    np.testing.assert_allclose(got.mean(), image.astype(float).mean(), atol=1e-12)
+
+
+def test_area_averaging_refuses_to_enlarge() -> None:
+    with pytest.raises(InputError, match="2 x 3 map cannot be averaged to 3 x 3; use resize"):
+        area_average(np.zeros((2, 3)), (3, 3))
+
+
+@pytest.mark.parametrize("function", [resize, area_average])
+def test_an_empty_size_is_refused(function) -> None:
+    with pytest.raises(InputError, match=r"size \(0, 4\) has an empty side.*both >= 1"):
+        function(np.zeros((5, 5)), (0, 4))
+
+
+def test_many_maps_at_once_are_each_their_own() -> None:
+    A = RNG.random((2, 3, 5, 4))
+    for function in (resize, area_average):
+        whole = function(A, (3, 2))
+        assert whole.shape == (2, 3, 3, 2)
+        for index in np.ndindex(2, 3):
+            np.testing.assert_allclose(whole[index], function(A[index], (3, 2)), atol=1e-12)
+    whole = normalize(A)
+    for index in np.ndindex(2, 3):
+        np.testing.assert_allclose(whole[index], oracles.min_max(A[index]), atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(maps())
+def test_min_max_is_the_loop(image) -> None:
+    for given_ in both(image):
+        got = np.asarray(normalize(given_))
+        np.testing.assert_allclose(got, oracles.min_max(image), atol=1e-5)
+        assert got.min() == 0.0
+        assert got.max() in (0.0, pytest.approx(1.0))
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0, 1e-30, 7.0])
+def test_a_constant_map_normalises_to_zeros(value) -> None:
+    for given_ in both(np.full((2, 3, 3), value, np.float32)):
+        np.testing.assert_array_equal(np.asarray(normalize(given_)), np.zeros((2, 3, 3)))
+
+
+def test_what_is_given_is_not_changed() -> None:
+    w, A = RNG.normal(size=(2, 3)), RNG.normal(size=(2, 3, 4, 4))
+    before = A.copy()
+    cam(w, A)
+    for function in (lambda a: resize(a, (2, 2)), lambda a: area_average(a, (2, 2)), normalize):
+        function(A)
+    np.testing.assert_array_equal(A, before)
+
+
+def test_a_single_bright_cell_lands_where_it_was() -> None:
+    """Half-pixel centres: enlarging n-fold keeps the centre of mass, aligned corners move it."""
+    image = np.zeros((4, 4))
+    image[1, 2] = 1.0
+    big = resize(image, (32, 32))
+    rows, columns = np.mgrid[0:32, 0:32] + 0.5
+    assert (big * rows).sum() / big.sum() == pytest.approx(1.5 * 8)
+    assert (big * columns).sum() / big.sum() == pytest.approx(2.5 * 8)

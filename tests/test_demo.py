@@ -1,0 +1,343 @@
+"""The demonstration: its scenes, its training, its measurement, and the whole of it in small."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from embedcam.demo import run_demo
+from embedcam.demo.digits_network import (
+    LAYER,
+    DigitsNetwork,
+    digits_preprocess,
+    initialise,
+    load_weights,
+    save_weights,
+)
+from embedcam.demo.doodles import draw_doodle
+from embedcam.demo.measure import Measured, OwnWeights, Scores, features, questions
+from embedcam.demo.scene_files import read_scenes, write_scenes
+from embedcam.demo.scenes import SceneMaker, _split_digits
+from embedcam.demo.settings import DemoSettings
+from embedcam.demo.stages import Stages
+from embedcam.demo.training import _Batches, train, triplet_loss
+from embedcam.encoding import TopM
+from embedcam.errors import InputError, NetworkError
+from embedcam.images import find_images
+from embedcam.index import Index
+from embedcam.network import EmbeddingNetwork
+from embedcam.recipe import Recipe
+
+TINY = DemoSettings(
+    scene_size=64,
+    input_size=64,
+    n_train=60,
+    n_gallery=40,
+    n_query=10,
+    n_pairs=10,
+    steps=4,
+    batch_size=20,
+    channels=24,
+    embedding_size=8,
+    n_triplets=5,
+    top_m=6,
+)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    run_demo(folder, progress=False, settings=TINY)
+    return folder
+
+
+def test_importing_the_demo_is_cheap() -> None:
+    code = (
+        "import sys, embedcam.demo; print(sorted({'torch', 'sklearn', 'faiss'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_handwriting_is_in_two_splits() -> None:
+    splits = {
+        name: {image.tobytes() for images in classes for image in images}
+        for name, classes in _split_digits(0).items()
+    }
+    sizes = {name: len(images) for name, images in splits.items()}
+    assert sizes == {"train": 1078, "gallery": 359, "query": 360}
+    assert not splits["train"] & splits["query"]
+    assert not splits["gallery"] & splits["query"]
+    assert not splits["gallery"] & splits["train"]
+
+
+def test_scenes_depend_on_their_number_alone() -> None:
+    maker = SceneMaker(3, 64)
+    first = maker.scene("gallery", 7)
+    maker.scene("gallery", 8)
+    again = SceneMaker(3, 64).scene("gallery", 7)
+    np.testing.assert_array_equal(first.pixels, again.pixels)
+    assert first.digits == again.digits
+    assert first.digits[0].label == "7"
+    assert not np.array_equal(first.pixels, SceneMaker(4, 64).scene("gallery", 7).pixels)
+
+
+def test_the_box_holds_the_digit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without clutter all ink lies in the box, and touches each of its sides."""
+    from embedcam.demo import scenes
+
+    inks = []
+    monkeypatch.setattr(scenes._Canvas, "clutter", lambda self, shape: None)
+    monkeypatch.setattr(
+        scenes._Canvas, "pixels", lambda self: inks.append(self._ink) or np.zeros((4, 4, 3))
+    )
+    maker = SceneMaker(0, 96)
+    for number in range(20):
+        x0, y0, x1, y1 = maker.scene("query", number).digits[0].box
+        rows, columns = np.nonzero(inks[-1] > 0.4)
+        assert 0 <= x0 < x1 <= 96
+        assert 0 <= y0 < y1 <= 96
+        assert x0 <= columns.min() <= columns.max() < x1
+        assert y0 <= rows.min() <= rows.max() < y1
+        assert columns.max() - columns.min() >= x1 - x0 - 3
+
+
+def test_pairs_have_two_classes_in_two_halves() -> None:
+    maker = SceneMaker(0, 96)
+    for number in range(20):
+        left, right = maker.scene("pair", number).digits
+        assert left.label != right.label
+        assert left.box[2] <= 48 <= right.box[0]
+
+
+def test_doodles_are_made_like_digits() -> None:
+    rng = np.random.default_rng(0)
+    doodles = np.stack([draw_doodle(rng) for _ in range(60)])
+    assert doodles.shape == (60, 8, 8)
+    assert doodles.dtype == np.float32
+    assert doodles.min() >= 0
+    assert doodles.max() <= 1
+    # Counted in 4 x 4 blocks: multiples of 1/16, as scikit-learn's digits are.
+    np.testing.assert_allclose(doodles * 16, np.rint(doodles * 16), atol=1e-4)
+    assert (doodles.sum((1, 2)) > 2).all()
+
+
+def literal_loss(embeddings: np.ndarray, labels: list[int], margin: float) -> float:
+    hinges = []
+    n = len(labels)
+    distance = [
+        [float(((embeddings[i] - embeddings[j]) ** 2).sum()) for j in range(n)] for i in range(n)
+    ]
+    for a in range(n):
+        negatives = [distance[a][j] for j in range(n) if labels[j] != labels[a]]
+        for p in range(n):
+            if p == a or labels[p] != labels[a]:
+                continue
+            beyond = [d for d in negatives if d > distance[a][p]]
+            negative = min(beyond) if beyond else max(negatives)
+            hinges.append(max(distance[a][p] - negative + margin, 0))
+    return float(np.mean(hinges))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_triplet_loss_is_the_literal_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    embeddings = rng.normal(size=(9, 4))
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    labels = [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    found = triplet_loss(torch.from_numpy(embeddings), torch.tensor(labels), 0.2)
+    assert found.item() == pytest.approx(literal_loss(embeddings, labels, 0.2), abs=1e-9)
+    assert found.item() != pytest.approx(literal_loss(embeddings, labels, 0.3), abs=1e-3)
+
+
+def test_training_is_seeded_and_leaves_the_random_state_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, second = (train(TINY, progress=False) for _ in range(2))
+    assert torch.equal(torch.rand(3), expected)
+    assert not first.training
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+    start = initialise(TINY.channels, TINY.embedding_size, TINY.seed)
+    assert not torch.equal(first.head.weight, start.head.weight)
+
+
+def test_training_windows_hold_the_digit() -> None:
+    batches = _Batches(TINY, progress=False)
+    assert batches.draw(0.5).shape == (20, 3, 32, 32)
+    for low, high in ((0, 20), (30, 64), (44, 64), (17, 40)):
+        for _ in range(20):
+            start = batches._start(low, high, 40)
+            assert 0 <= start <= low
+            assert high <= start + 40 <= 64
+
+
+def test_network_weights_come_back(tmp_path: Path) -> None:
+    network = initialise(12, 4, seed=1).eval()
+    save_weights(network, tmp_path / "w.safetensors")
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert torch.equal(load_weights(tmp_path / "w.safetensors")(images), network(images))
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    with pytest.raises(NetworkError, match=r"bad\.safetensors: not the weights .* run the demo"):
+        load_weights(tmp_path / "bad.safetensors")
+    assert network.trunk(images).shape == (2, 12, 4, 4)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(InputError, match="batch_size is 25"):
+        DemoSettings(batch_size=25)
+    with pytest.raises(InputError, match="at least 10"):
+        DemoSettings(n_query=3)
+    with pytest.raises(InputError, match="less than one batch"):
+        DemoSettings(n_train=40)
+    assert DemoSettings().digest() == DemoSettings().digest()
+    assert DemoSettings().digest("seed") != DemoSettings(seed=1).digest("seed")
+    assert DemoSettings().digest("steps") == DemoSettings(seed=1).digest("steps")
+
+
+def test_stages_run_once_and_make_later_ones_run_again(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def go(first: str) -> list[str]:
+        ran.clear()
+        stages = Stages(tmp_path / "out")
+        for name, digest in (("one", first), ("two", "same")):
+            product = tmp_path / "out" / name
+            stages.run(name, digest, product, lambda p=product, n=name: (p.touch(), ran.append(n)))
+        return list(ran)
+
+    assert go("a") == ["one", "two"]
+    assert go("a") == []
+    assert go("b") == ["one", "two"]
+    (tmp_path / "out" / "two").unlink()
+    assert go("b") == ["two"]
+
+
+def test_a_stage_that_fails_is_not_taken_for_finished(tmp_path: Path) -> None:
+    product = tmp_path / "out" / "one"
+    Stages(tmp_path / "out").run("one", "a", product, product.touch)
+    with pytest.raises(ZeroDivisionError):
+        Stages(tmp_path / "out").run("one", "b", product, lambda: 1 / 0)
+    ran = []
+    Stages(tmp_path / "out").run("one", "a", product, lambda: ran.append(1))
+    assert ran == [1]
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="give an empty or new folder"):
+        run_demo(tmp_path, progress=False, settings=TINY)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_scene_files(tmp_path: Path) -> None:
+    write_scenes(TINY, tmp_path, progress=False)
+    source = find_images(tmp_path / "gallery")
+    assert len(source) == TINY.n_gallery
+    assert source.labels == [item.path.split("/")[0] for item in source.items]
+    files = read_scenes(tmp_path, "pair")
+    assert len(files) == TINY.n_pairs
+    scene = SceneMaker(TINY.seed, TINY.scene_size).scene("pair", 3)
+    assert files[3].digits == scene.digits
+    with Image.open(files[3].path) as image:
+        np.testing.assert_array_equal(np.asarray(image), scene.pixels)
+
+
+@pytest.fixture
+def wrapped() -> EmbeddingNetwork:
+    network: DigitsNetwork = initialise(24, 8, seed=0).eval()
+    return EmbeddingNetwork(network, LAYER, preprocess=digits_preprocess(64), name="digits")
+
+
+def test_scores(tmp_path: Path, wrapped: EmbeddingNetwork) -> None:
+    write_scenes(TINY, tmp_path, progress=False)
+    gallery, queries, pairs = (
+        features(wrapped, read_scenes(tmp_path, split)) for split in ("gallery", "query", "pair")
+    )
+    asked = questions(gallery, pairs)
+    assert [(q.scene, q.side) for q in asked[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for question in asked:
+        label = pairs.files[question.scene].digits[question.side].label
+        assert {gallery.labels[i] for i in question.results} == {label}
+    scores = Scores(queries, pairs, asked)
+    zero = scores.row(np.zeros((10, 24), np.float32), np.zeros((20, 24), np.float32))
+    assert zero == pytest.approx(scores.chance())
+    # A map that does not depend on the question is right half of the time, on average.
+    same = scores.row(np.ones((10, 24), np.float32), np.ones((20, 24), np.float32))
+    assert (same["share"], same["right"]) == pytest.approx((0.5, 0.5))
+
+    # One channel that is on in the left half, one in the right: the perfect answer scores 1.
+    halves = np.zeros((10, 24, 8, 8), np.float32)
+    halves[:, 0, :, :4] = halves[:, 1, :, 4:] = 1
+    ideal = Measured(pairs.files, pairs.embedding, pairs.length, halves)
+    weights = np.zeros((20, 24), np.float32)
+    weights[np.arange(20), [question.side for question in asked]] = 1
+    perfect = Scores(queries, ideal, asked).row(np.zeros((10, 24), np.float32), weights)
+    assert perfect["right"] == 1
+    assert perfect["share"] > 0.9
+
+
+def test_the_whole_demo(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads((demo / "summary.json").read_text())
+    names = [row["weights"] for row in summary["rows"]]
+    assert names[:3] == ["chance (area)", "mean activation", "one triplet"]
+    assert names[4] == "5 triplets, top 6 of 24 (the paper)"
+    assert names[-2:] == ["transferred from 1 neighbour", "transferred from 5 neighbours"]
+    for row in summary["rows"]:
+        assert all(0 <= row[score] <= 1 for score in ("energy", "share", "right"))
+    assert 0 <= summary["recall_at_1"] <= 1
+    with Image.open(demo / "why.png") as image:
+        assert image.width > 1000
+        assert np.asarray(image).std() > 20
+    page = (demo / "why.html").read_text()
+    assert page.lstrip().lower().startswith("<!doctype html")
+    assert "data:image/" in page
+    assert 'src="http' not in page
+    assert "the paper" in page
+    assert not list(demo.rglob("*.part"))
+
+    kept = ("summary.json", "why.png", "why.html", "index/manifest.json", "network.safetensors")
+    before = {name: (demo / name).read_bytes() for name in kept}
+    again = run_demo(demo, progress=True, settings=TINY)
+    assert list(again["seconds"]) == ["total"]
+    assert {name: (demo / name).read_bytes() for name in kept} == before
+    printed = capsys.readouterr().out
+    assert "Recall@1 on 10 held-out scenes" in printed
+    assert "transferred from 5 neighbours" in printed
+
+
+def test_own_weights_are_those_a_build_stores(demo: Path) -> None:
+    network = EmbeddingNetwork(
+        load_weights(demo / "network.safetensors"), LAYER, preprocess=digits_preprocess(64)
+    )
+    gallery = features(network, read_scenes(demo / "scenes", "gallery"))
+    nobody = Measured(
+        [], *(part[:0] for part in (gallery.embedding, gallery.length, gallery.activations))
+    )
+    own = OwnWeights(network, gallery, nobody)
+    # The index keeps its images in the order of their paths, the set in the order of its table.
+    order = np.argsort([file.path.as_posix() for file in gallery.files])
+    ordered = Measured(
+        [gallery.files[i] for i in order],
+        gallery.embedding[order],
+        gallery.length[order],
+        gallery.activations[order],
+    )
+    own = OwnWeights(network, ordered, nobody)
+    recipe = Recipe(triplets=TINY.n_triplets, seed=TINY.seed)
+    with Index.open(demo / "index") as index:
+        stored = index.weights(np.arange(len(index)))
+    expected = own.of(recipe, np.arange(len(order)))
+    np.testing.assert_allclose(stored, expected, atol=2e-3 * np.abs(expected).max())
+    paper = own.of(Recipe.paper(triplets=TINY.n_triplets, m=6), np.arange(len(order)))
+    assert ((paper != 0).sum(1) <= 6).all()
+    full = own.of(Recipe(norm="through", triplets=TINY.n_triplets), np.arange(len(order)))
+    top = TopM(24, 6, "signed", "float16")
+    np.testing.assert_allclose(paper, top.decode(top.encode(full)), rtol=1e-6)

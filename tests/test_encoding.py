@@ -1,0 +1,363 @@
+"""Encodings: rows of bytes and back, against loops, and what each promises to keep."""
+
+import json
+
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from embedcam.encoding import Dense, Encoding, LowRank, TopM, fit_pca, from_spec
+from embedcam.errors import InputError
+
+RNG = np.random.default_rng(0)
+DTYPES = ["float16", "float32"]
+# Embedding gradients are about 1e-4: plain half precision would keep few of their bits.
+SIZES = st.sampled_from([1e-9, 1e-4, 1.0, 3e4, 1e12])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_numbers() -> None:
+    """Every test draws the same numbers, whichever ran before it."""
+    global RNG
+    RNG = np.random.default_rng(0)
+
+
+@st.composite
+def vectors(draw, width: int | None = None) -> np.ndarray:
+    n, K = draw(st.integers(1, 4)), width or draw(st.integers(1, 12))
+    unit = draw(hnp.arrays(np.float32, (n, K), elements=st.floats(-1, 1, width=32)))
+    return unit * np.float32(draw(SIZES))
+
+
+def random_rows(n: int = 30, K: int = 9, size: float = 1e-4) -> np.ndarray:
+    mixing = RNG.normal(size=(K, K)) * np.linspace(1, 0.05, K)[:, None]
+    return ((RNG.normal(size=(n, K)) + 0.5) @ mixing * size).astype(np.float32)
+
+
+def every_encoding(K: int = 9, dtype: str = "float16") -> list[Encoding]:
+    basis, offset = RNG.normal(size=(3, K)), RNG.normal(size=K)
+    return [
+        Dense(K, dtype),
+        TopM(K, 4, "signed", dtype),
+        TopM(K, 4, "magnitude", dtype),
+        fit_pca(random_rows(K=K), 3, dtype),
+        LowRank(basis, offset, "head", "stored", dtype),
+        LowRank(basis, offset, "head", "embedding", dtype),
+    ]
+
+
+def rows_of(encoding: Encoding, n: int = 5) -> dict[str, np.ndarray]:
+    if isinstance(encoding, LowRank) and encoding.origin == "head":
+        codes = RNG.normal(size=(n, encoding.rank)).astype(np.float32)
+        rows = encoding.encode_codes(codes)
+        return {**rows, "embedding": codes} if encoding.uses_embedding else rows
+    return encoding.encode(random_rows(n, encoding.n_channels))
+
+
+def case(encoding: Encoding) -> str:
+    extra = getattr(encoding, "by", getattr(encoding, "codes", ""))
+    return f"{encoding.name}-{extra}-{encoding.dtype}"
+
+
+ALL = [e for dtype in DTYPES for e in every_encoding(dtype=dtype)]
+
+
+# --- half precision beside one scale ---
+
+
+@settings(max_examples=60, deadline=None)
+@given(vectors())
+def test_half_precision_keeps_eleven_bits_at_any_size(w) -> None:
+    rows = Dense(w.shape[1]).encode(w)
+    assert rows["values"].dtype == np.float16
+    assert rows["scales"].dtype == np.float32
+    got = Dense(w.shape[1]).decode(rows)
+    assert got.dtype == np.float32
+    for there, here in zip(w, got, strict=True):
+        assert (np.abs(there.astype(float) - here) <= oracles.half_bound(there)).all()
+
+
+def test_half_precision_is_the_ieee_rounding_of_the_quotient() -> None:
+    w = random_rows()
+    rows = Dense(9).encode(w)
+    for row, values, scale in zip(w, rows["values"], rows["scales"], strict=True):
+        assert scale == max(abs(float(v)) for v in row)
+        wanted = [oracles.half(float(np.float32(v) / scale)) for v in row]
+        assert values.tolist() == wanted
+
+
+def test_the_largest_magnitude_survives_exactly() -> None:
+    w = random_rows()
+    got = Dense(9).decode(Dense(9).encode(w))
+    at = np.abs(w).argmax(1)
+    np.testing.assert_array_equal(got[np.arange(len(w)), at], w[np.arange(len(w)), at])
+
+
+@settings(max_examples=30, deadline=None)
+@given(vectors())
+def test_single_precision_keeps_every_bit(w) -> None:
+    encoding = Dense(w.shape[1], "float32")
+    rows = encoding.encode(w)
+    assert set(rows) == {"values"}
+    np.testing.assert_array_equal(encoding.decode(rows), w)
+
+
+@pytest.mark.parametrize("encoding", [Dense(9), TopM(9, 4), Dense(9, "float32")], ids=case)
+def test_zero_weights_come_back_as_zero(encoding) -> None:
+    got = encoding.decode(encoding.encode(np.zeros((2, 9), np.float32)))
+    np.testing.assert_array_equal(got, np.zeros((2, 9)))
+
+
+# --- top-m ---
+
+
+@pytest.mark.parametrize("by", ["signed", "magnitude"])
+@settings(max_examples=60, deadline=None)
+@given(vectors(), st.data())
+def test_top_m_is_the_loop(by, w, data) -> None:
+    m = data.draw(st.integers(1, w.shape[1]))
+    encoding = TopM(w.shape[1], m, by, "float32")
+    got = encoding.decode(encoding.encode(w))
+    np.testing.assert_array_equal(got, [oracles.top_m(row, m, by) for row in w])
+
+
+@pytest.mark.parametrize("by", ["signed", "magnitude"])
+def test_top_m_in_half_precision_keeps_the_same_channels(by) -> None:
+    w = random_rows()
+    encoding = TopM(9, 4, by)
+    got = encoding.decode(encoding.encode(w))
+    for row, here in zip(w, got, strict=True):
+        wanted = oracles.top_m(row, 4, by)
+        assert (np.flatnonzero(here) == np.flatnonzero(wanted)).all()
+        assert (np.abs(here - wanted) <= oracles.half_bound(wanted)).all()
+
+
+def test_ties_fall_to_the_lower_channel() -> None:
+    w = np.array([[1.0, 2.0, 2.0, 2.0]], np.float32)
+    assert TopM(4, 2).encode(w)["channels"].tolist() == [[1, 2]]
+
+
+def test_signed_keeps_the_largest_values_even_when_all_are_negative() -> None:
+    w = np.array([[-3.0, -1.0, -2.0]], np.float32)
+    encoding = TopM(3, 2, dtype="float32")
+    np.testing.assert_array_equal(encoding.decode(encoding.encode(w)), [[0.0, -1.0, -2.0]])
+
+
+def test_many_channels_take_wider_numbers() -> None:
+    K = (1 << 16) + 5
+    w = np.zeros((1, K), np.float32)
+    w[0, -1] = 2.0
+    encoding = TopM(K, 1)
+    assert encoding.fields["channels"].dtype == "uint32"
+    assert TopM(1 << 16, 1).fields["channels"].dtype == "uint16"
+    assert encoding.decode(encoding.encode(w))[0, -1] == 2.0
+
+
+# --- low rank ---
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_low_rank_decodes_as_the_loop(data) -> None:
+    R, K = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))
+    numbers = st.floats(-4, 4, width=32)
+    basis = data.draw(hnp.arrays(np.float32, (R, K), elements=numbers))
+    offset = data.draw(hnp.arrays(np.float32, K, elements=numbers))
+    codes = data.draw(hnp.arrays(np.float32, (3, R), elements=numbers))
+    wanted = [oracles.low_rank_decode(code, basis, offset) for code in codes]
+    stored = LowRank(basis, offset, "head", "stored", "float32")
+    np.testing.assert_allclose(stored.decode(stored.encode_codes(codes)), wanted, atol=1e-4)
+    derived = LowRank(basis, offset, "head", "embedding")
+    assert derived.fields == {}
+    assert derived.encode_codes(codes) == {}
+    np.testing.assert_allclose(derived.decode({"embedding": codes}), wanted, atol=1e-4)
+
+
+def test_the_heads_own_matrix_loses_nothing() -> None:
+    """Behind pooling and an affine head the weights are W^T c / Z: D numbers hold all channels."""
+    W, Z = RNG.normal(size=(4, 9)), 49
+    cotangents = RNG.normal(size=(6, 4)) * 1e-2
+    weights = cotangents @ W / Z
+    encoding = LowRank(W / Z, np.zeros(9), "head", dtype="float32")
+    got = encoding.decode(encoding.encode_codes(cotangents))
+    np.testing.assert_allclose(got, weights, rtol=1e-4, atol=1e-9)
+    half = LowRank(W / Z, np.zeros(9), "head")
+    got = half.decode(half.encode_codes(cotangents))
+    assert np.abs(got - weights).max() <= 1e-3 * np.abs(weights).max()
+
+
+def test_what_the_embedding_determines_is_derived_from_it() -> None:
+    """Centred, around: the code is embedding - mean; the mean goes into the offset."""
+    W, Z = RNG.normal(size=(4, 9)), 49
+    embeddings = RNG.normal(size=(6, 4)).astype(np.float32)
+    centred = [oracles.centred_target(embeddings, i) for i in range(6)]
+    offset = -embeddings.mean(0, dtype=np.float64) @ W / Z
+    encoding = LowRank(W / Z, offset, "head", "embedding")
+    np.testing.assert_allclose(
+        encoding.decode({"embedding": embeddings}), centred @ W / Z, atol=1e-6
+    )
+    assert encoding.bytes_per_image() == 0
+
+
+@pytest.mark.parametrize("n", [40, 5])
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+def test_principal_components_leave_the_least_error(rank, n) -> None:
+    """Eckart-Young, also where there are fewer vectors than channels."""
+    rows = random_rows(n, 6, size=1.0)
+    encoding = fit_pca(rows, rank, "float32")
+    left = ((encoding.decode(encoding.encode(rows)).astype(float) - rows) ** 2).sum()
+    offset = rows.mean(0, dtype=np.float64)
+    least = oracles.best_rank_error(rows, offset, rank)
+    assert left == pytest.approx(least, rel=1e-4, abs=1e-9)
+    # Any other basis of that rank leaves more.
+    other, _ = np.linalg.qr(RNG.normal(size=(6, rank)))
+    centred = rows - offset
+    assert ((centred - centred @ other @ other.T) ** 2).sum() > left
+
+
+@pytest.mark.parametrize("n", [40, 5])
+def test_principal_components_are_orthonormal_with_the_mean_as_offset(n) -> None:
+    rows = random_rows(n, 6)
+    encoding = fit_pca(rows, 4)
+    basis = encoding.fitted["basis"].astype(float)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(4), atol=1e-6)
+    np.testing.assert_allclose(encoding.fitted["offset"], rows.mean(0), rtol=1e-5, atol=1e-9)
+    # Deterministic, signs included.
+    np.testing.assert_array_equal(fit_pca(rows, 4).fitted["basis"], encoding.fitted["basis"])
+    np.testing.assert_allclose(np.abs(fit_pca(-rows, 4).fitted["basis"]), np.abs(basis), atol=1e-6)
+    largest = np.abs(basis).argmax(1)
+    assert (basis[np.arange(4), largest] > 0).all()
+
+
+def test_the_first_component_is_the_direction_of_most_spread() -> None:
+    rows = np.array([[1.0, 1.0, 5.0]]) + np.outer([-2, -1, 0, 1, 2], [0.6, 0.0, -0.8])
+    encoding = fit_pca(rows, 1, "float32")
+    np.testing.assert_allclose(encoding.fitted["basis"], [[-0.6, 0.0, 0.8]], atol=1e-6)
+    np.testing.assert_allclose(encoding.encode(rows)["codes"][:, 0], [2, 1, 0, -1, -2], atol=1e-6)
+
+
+def test_components_stop_where_the_sample_does() -> None:
+    rows = random_rows(40, 6)
+    full = fit_pca(rows, 99, "float32")
+    assert full.rank == 6
+    fresh = random_rows(3, 6)
+    np.testing.assert_allclose(full.decode(full.encode(fresh)), fresh, atol=1e-9)
+    # Three vectors span two directions around their mean.
+    few = fit_pca(rows[:3], 99, "float32")
+    assert few.rank == 2
+    np.testing.assert_allclose(few.decode(few.encode(rows[:3])), rows[:3], atol=1e-9)
+    # Weights that are W^T c with D = 2 need no third component.
+    flat = RNG.normal(size=(40, 2)) @ RNG.normal(size=(2, 6))
+    assert fit_pca(flat, 5).rank == 2
+
+
+@pytest.mark.parametrize("rows", [np.zeros((4, 3)), np.ones((4, 3)), np.ones((1, 3))])
+def test_a_sample_without_spread_is_its_mean(rows) -> None:
+    encoding = fit_pca(rows, 2, "float32")
+    assert encoding.rank == 1
+    assert np.isfinite(encoding.fitted["basis"]).all()
+    np.testing.assert_allclose(encoding.decode(encoding.encode(rows)), rows, atol=1e-6)
+
+
+# --- one interface ---
+
+
+@pytest.mark.parametrize("encoding", ALL, ids=case)
+def test_rows_are_the_fields_promised(encoding) -> None:
+    rows = rows_of(encoding)
+    rows.pop("embedding", None)
+    assert set(rows) == set(encoding.fields)
+    for name, field in encoding.fields.items():
+        assert rows[name].dtype == field.dtype
+        assert rows[name].shape == (5, *field.shape)
+    size = sum(row[:1].nbytes for row in rows.values())
+    assert encoding.bytes_per_image() == size
+
+
+@pytest.mark.parametrize("encoding", ALL, ids=case)
+def test_a_description_gives_the_same_encoding_back(encoding) -> None:
+    rows = rows_of(encoding)
+    spec = json.loads(json.dumps(encoding.spec()))
+    again = from_spec(spec, encoding.n_channels, encoding.fitted)
+    assert type(again) is type(encoding)
+    assert again.fields == encoding.fields
+    assert again.uses_embedding == encoding.uses_embedding
+    assert again.spec() == encoding.spec()
+    np.testing.assert_array_equal(again.decode(rows), encoding.decode(rows))
+
+
+@pytest.mark.parametrize("encoding", ALL, ids=case)
+def test_combining_is_decoding_and_adding(encoding) -> None:
+    rows = rows_of(encoding)
+    decoded = encoding.decode(rows).astype(float)
+    c = RNG.normal(size=5)
+    got = encoding.combine(rows, c)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, c @ decoded, atol=2e-6 * np.abs(decoded).max() * 10)
+    lengths = [oracles.l2_norm(row) for row in decoded]
+    np.testing.assert_allclose(encoding.norms(rows), lengths, rtol=1e-6)
+
+
+@pytest.mark.parametrize("encoding", ALL, ids=case)
+def test_a_row_does_not_depend_on_its_company(encoding) -> None:
+    rows = rows_of(encoding)
+    whole = encoding.decode(rows)
+    for i in range(5):
+        alone = encoding.decode({name: values[i : i + 1] for name, values in rows.items()})
+        np.testing.assert_allclose(alone[0], whole[i], rtol=1e-5, atol=1e-9)
+
+
+def test_the_bytes_of_the_two_small_encodings_stay_within_the_promise() -> None:
+    coarse = 7 * 7 + 4
+    assert TopM(2048).bytes_per_image() + coarse + 4 <= 320
+    low = LowRank(np.zeros((128, 2048)), np.zeros(2048))
+    assert low.bytes_per_image() + coarse + 4 <= 320
+    assert Dense(1280).bytes_per_image() == 2 * 1280 + 4
+
+
+# --- errors ---
+
+
+def test_errors_say_what_was_given_and_what_is_expected() -> None:
+    with pytest.raises(InputError, match="m = 10 channels of 9: m must be 1 to 9"):
+        TopM(9, 10)
+    with pytest.raises(InputError, match="m = 0 channels of 9"):
+        TopM(9, 0)
+    with pytest.raises(InputError, match="by 'size' is unknown; use 'signed' or 'magnitude'"):
+        TopM(9, 2, "size")
+    with pytest.raises(InputError, match="'float64' cannot be stored; use one of float16, float32"):
+        Dense(9, "float64")
+    with pytest.raises(InputError, match="0 channels: an encoding needs at least 1"):
+        Dense(0)
+    with pytest.raises(InputError, match=r"shape \[2, 8\]; expected \[n 9\]"):
+        Dense(9).encode(np.zeros((2, 8)))
+    with pytest.raises(InputError, match=r"basis \[2, 3\] and offset \[4\] do not belong together"):
+        LowRank(np.zeros((2, 3)), np.zeros(4))
+    with pytest.raises(InputError, match="origin 'magic' and codes 'stored' is unknown"):
+        LowRank(np.zeros((2, 3)), np.zeros(3), "magic")
+    with pytest.raises(InputError, match="give them to encode_codes"):
+        LowRank(np.zeros((2, 3)), np.zeros(3), "head").encode(np.zeros((1, 3)))
+    with pytest.raises(InputError, match="rank = 0 is too small"):
+        fit_pca(np.ones((3, 3)), 0)
+    with pytest.raises(InputError, match="'sparse' is unknown; known: top-m, low-rank, dense"):
+        from_spec({"name": "sparse"}, 9, {})
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("encoding", [Dense(3), TopM(3, 2), fit_pca(np.eye(3), 2)], ids=case)
+def test_weights_that_are_not_numbers_are_refused_with_their_row(encoding, bad) -> None:
+    rows = np.ones((4, 3))
+    rows[2, 1] = bad
+    with pytest.raises(InputError, match="row 2 holds a NaN or an infinity"):
+        encoding.encode(rows)
+
+
+def test_a_basis_that_does_not_fit_its_description_is_refused() -> None:
+    encoding = fit_pca(random_rows(), 3)
+    with pytest.raises(InputError, match=r"shape \[3, 9\]; the description says \[4 9\]"):
+        from_spec({**encoding.spec(), "rank": 4}, 9, encoding.fitted)
+    with pytest.raises(InputError, match=r"shape \[3, 9\]; the description says \[3 8\]"):
+        from_spec(encoding.spec(), 8, encoding.fitted)

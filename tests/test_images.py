@@ -1,0 +1,748 @@
+"""Images: found, named, read as they look, and batched in order whatever is broken."""
+
+import gc
+import io
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from embedcam.errors import ImageError, InputError
+from embedcam.images import (
+    MAX_PIXELS,
+    ImageSource,
+    Item,
+    find_images,
+    from_dataset,
+    load_batches,
+    read_image,
+)
+from embedcam.preprocess import Preprocess, custom
+
+PLAIN = Preprocess((4, 4), mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def noise(width=9, height=7, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def file_of(image, kind="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def write(path, data=None, value=128):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(file_of(Image.new("RGB", (6, 5), (value,) * 3)) if data is None else data)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------
+# read_image
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_what", ["path", "str", "bytes", "file", "pil", "numpy"])
+def test_every_kind_of_source_gives_the_same_picture(tmp_path, as_what):
+    image = noise()
+    path = write(tmp_path / "a.png", file_of(image))
+    with open(path, "rb") as stream:
+        source = {
+            "path": path,
+            "str": str(path),
+            "bytes": path.read_bytes(),
+            "file": stream,
+            "pil": image,
+            "numpy": np.asarray(image),
+        }[as_what]
+        read = read_image(source)
+    assert read.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(read), np.asarray(image))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(kind, orientation):
+    corners = np.zeros((8, 16, 3), dtype=np.uint8)
+    corners[:4, :8] = 255, 0, 0
+    corners[4:, 8:] = 0, 0, 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 95} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    data = file_of(Image.fromarray(corners), kind, exif=exif, **options)
+    read = read_image(data)
+    with Image.open(io.BytesIO(data)) as stored:
+        stored.load()
+        expected = ImageOps.exif_transpose(stored).convert("RGB")
+    assert read.size == ((16, 8) if orientation < 5 else (8, 16))
+    np.testing.assert_array_equal(np.asarray(read), np.asarray(expected))
+    # What is upright stays so when it is read again.
+    np.testing.assert_array_equal(np.asarray(read_image(read)), np.asarray(read))
+
+
+def test_orientation_by_hand():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: what is stored on the left belongs on top
+    stored = Image.new("RGB", (20, 10), "white")
+    stored.paste((0, 0, 0), (0, 0, 5, 10))
+    read = np.asarray(read_image(file_of(stored, exif=exif)))
+    assert read.shape == (20, 10, 3)
+    assert read[:5].max() == 0
+    assert read[5:].min() == 255
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # Pillow's own word on it
+def test_a_broken_exif_block_counts_as_none():
+    data = file_of(noise(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7fgarbage")
+    assert read_image(data).size == (9, 7)
+
+
+def grey16():
+    return Image.fromarray(np.array([[0, 257, 32768, 65535]], dtype=np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("image", "kind", "expected"),
+    [
+        (Image.new("L", (1, 1), 77), "PNG", (77, 77, 77)),
+        (Image.new("1", (1, 1), 1), "PNG", (255, 255, 255)),
+        (Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "TIFF", (0, 255, 255)),
+        (Image.new("CMYK", (8, 8), (0, 0, 0, 0)), "JPEG", (255, 255, 255)),
+        (Image.new("RGBA", (1, 1), (255, 0, 0, 51)), "PNG", (255, 204, 204)),
+        (Image.new("RGBA", (1, 1), (9, 9, 9, 0)), "PNG", (255, 255, 255)),
+        (Image.new("LA", (1, 1), (0, 51)), "PNG", (204, 204, 204)),
+        (Image.new("RGB", (1, 1), (1, 2, 3)).quantize(4), "PNG", (1, 2, 3)),
+    ],
+    ids=["grey", "bits", "cmyk", "cmyk-jpeg", "alpha", "clear", "grey-alpha", "palette"],
+)
+def test_colour_modes(image, kind, expected):
+    read = read_image(file_of(image, kind))
+    assert read.mode == "RGB"
+    np.testing.assert_allclose(read.getpixel((0, 0)), expected, atol=1)
+
+
+def test_transparency_that_is_not_a_channel():
+    image = Image.new("RGB", (2, 1), (10, 20, 30))
+    image.putpixel((1, 0), (40, 50, 60))
+    read = np.asarray(read_image(file_of(image, transparency=(10, 20, 30))))
+    np.testing.assert_array_equal(read[0], [[255, 255, 255], [40, 50, 60]])
+    grey = Image.new("L", (1, 1), 5)
+    assert read_image(file_of(grey, transparency=5)).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (1, 1), 0)
+    palette.putpalette([1, 2, 3, 4, 5, 6])
+    data = file_of(palette, transparency=bytes([0, 255]))
+    assert read_image(data).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(kind):
+    read = np.asarray(read_image(file_of(grey16(), kind)))
+    np.testing.assert_array_equal(read[0, :, 0], [0, 1, 128, 255])
+
+
+def test_wide_values_without_an_agreed_white_are_refused():
+    with pytest.raises(ImageError, match="32-bit values from -5 to 70000; convert"):
+        read_image(Image.fromarray(np.array([[-5, 70_000]], dtype=np.int32)))
+    np.testing.assert_array_equal(
+        read_image(Image.fromarray(np.array([[0, 65_535]], dtype=np.int32))).getpixel((1, 0)), 255
+    )
+    half = Image.fromarray(np.array([[0.0, 0.2]], dtype=np.float32))
+    assert read_image(half).getpixel((1, 0)) == (51, 51, 51)
+    with pytest.raises(ImageError, match=r"must lie in \[0, 1\], given 0 to 300"):
+        read_image(Image.fromarray(np.array([[0.0, 300.0]], dtype=np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (np.full((2, 2), 9, np.uint8), (9, 9, 9)),
+        (np.full((2, 2, 4), (0, 0, 255, 51), np.uint8), (204, 204, 255)),
+        (np.full((2, 2, 3), 65_535, np.uint16), (255, 255, 255)),
+        (np.full((2, 2, 3), (0.0, 0.2, 1.0)), (0, 51, 255)),
+        (np.full((4, 2, 3), 7, np.uint8)[::2, ::-1], (7, 7, 7)),
+    ],
+)
+def test_arrays(array, expected):
+    read = read_image(array)
+    assert read.size == (2, 2)
+    np.testing.assert_allclose(read.getpixel((0, 0)), expected, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((2, 2, 3), 2.0), r"must lie in \[0, 1\], given 2 to 2"),
+        (np.full((2, 2, 3), np.nan), r"must lie in \[0, 1\], given nan"),
+        (np.zeros((2, 2), np.int64), "expected uint8, uint16 or floats .* given int64"),
+        (np.zeros((2, 2), bool), "given bool"),
+        (np.zeros((3, 5, 2), np.uint8), r"given \[3, 5, 2\]"),
+        (np.zeros((2, 2, 2, 3), np.uint8), r"given \[2, 2, 2, 3\]"),
+        (np.zeros((0, 2, 3), np.uint8), r"has no pixels \(2 x 0\)"),
+        (np.zeros(3, np.uint8), "has no pixels"),
+        (np.array(["a"]), "has no pixels"),
+    ],
+)
+def test_arrays_that_are_no_picture(array, message):
+    with pytest.raises(ImageError, match=message):
+        read_image(array)
+
+
+def test_sources_that_are_no_picture(tmp_path):
+    with pytest.raises(ImageError, match=r"query: expected a path, bytes, .* given int"):
+        read_image(3, name="query")
+    with pytest.raises(ImageError, match="opened as text"):
+        read_image(io.StringIO("text"))
+    with pytest.raises(ImageError, match="is not a path"):
+        read_image("a\0b.png")
+
+
+def broken_files(folder):
+    """Path and what its message says, for every way in which a file can be no image."""
+    jpeg = file_of(noise(200, 100), "JPEG")
+    png = file_of(noise(200, 100))
+    yield write(folder / "empty.png", b""), r"is empty \(0 bytes\)"
+    yield write(folder / "text.jpg", b"hello world, this is text"), "not an image of a known kind"
+    yield write(folder / "short.jpg", b"\xff"), "not an image of a known kind"
+    yield write(folder / "cut.jpg", jpeg[: len(jpeg) // 2]), "is truncated"
+    yield write(folder / "cut.png", png[: len(png) // 2]), "is truncated"
+    yield write(folder / "header.jpg", jpeg[:30]), "has a broken header"
+    yield write(folder / "header.png", png[:20]), "has a broken header"
+    yield write(folder / "cut.gif", file_of(noise(50, 50), "GIF")[:900]), "is truncated|decoded"
+    yield write(folder / "cut.webp", file_of(noise(50, 50), "WEBP")[:90]), "header|decoded"
+    damaged = bytearray(png)
+    damaged[60:5000] = bytes(4940)
+    yield write(folder / "damaged.png", bytes(damaged)), "cannot be decoded|header|truncated"
+    (folder / "folder.png").mkdir()
+    yield folder / "folder.png", "is a folder, not an image"
+    yield folder / "missing.png", "does not exist"
+    os.symlink("nowhere.png", folder / "link.png")
+    yield folder / "link.png", "is a link to nowhere.png, which does not exist"
+    os.symlink("self.png", folder / "self.png")
+    yield folder / "self.png", "cannot be opened"
+    os.mkfifo(folder / "pipe.png")
+    yield folder / "pipe.png", "is not a regular file"
+    yield folder / ("n" * 300 + ".png"), "cannot be opened"
+
+
+def test_whatever_is_broken_is_named_with_its_reason(tmp_path):
+    for path, reason in broken_files(tmp_path):
+        with pytest.raises(ImageError, match=reason) as caught:
+            read_image(path)
+        message = str(caught.value)
+        assert message.startswith(str(path))
+        assert "\n" not in message
+
+
+def test_no_permission(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.png")
+
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(ImageError, match=r"a\.png: may not be read \(permission denied\)"):
+        read_image(path)
+
+
+def bomb(width, height):
+    """A small PNG that claims to be huge."""
+    data = bytearray(file_of(noise()))
+    data[16:20], data[20:24] = width.to_bytes(4, "big"), height.to_bytes(4, "big")
+    import zlib
+
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("side", [9_500, 20_000, 2_000_000_000])
+def test_decompression_bombs_are_refused_by_their_header(side):
+    """Above Pillow's warning, above its error and far beyond: one error with the numbers."""
+    with pytest.raises(ImageError) as caught:
+        read_image(bomb(side, side), name="b.png")
+    assert str(caught.value) == (
+        f"b.png: has {side} x {side} pixels, above the limit of {MAX_PIXELS}; "
+        "raise max_pixels if you trust it"
+    )
+
+
+def test_the_limit_is_the_callers():
+    data = file_of(noise(20, 10))
+    assert read_image(data, max_pixels=200).size == (20, 10)
+    for source in (data, noise(20, 10), np.asarray(noise(20, 10))):
+        with pytest.raises(ImageError, match="has 20 x 10 pixels, above the limit of 199"):
+            read_image(source, max_pixels=199)
+
+
+def test_reading_leaves_no_file_open_and_the_callers_picture_alone(tmp_path):
+    path = write(tmp_path / "a.png", file_of(noise()))
+    before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    images = [read_image(path) for _ in range(3)]
+    if before is not None:
+        assert set(os.listdir("/proc/self/fd")) == before
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(io.BytesIO(file_of(noise(), exif=exif))) as mine:
+        turned = read_image(mine)
+        assert mine.getexif()[0x0112] == 3
+        np.testing.assert_array_equal(np.asarray(turned), np.asarray(mine)[::-1, ::-1])
+    assert len(images) == 3
+
+
+# ---------------------------------------------------------------------------------------------
+# find_images: folders
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_per_class(tmp_path):
+    for name in ("b/2.png", "b/10.png", "a/x/deep.JPG", "a/ä.png", "B/1.png"):
+        write(tmp_path / name)
+    write(tmp_path / "b/notes.txt", b"no image")
+    write(tmp_path / "b/.hidden.png")
+    write(tmp_path / ".cache/1.png")
+    write(tmp_path / "readme.md", b"text")
+    source = find_images(tmp_path)
+    assert source.ids == ["B/1.png", "a/x/deep.JPG", "a/ä.png", "b/10.png", "b/2.png"]
+    assert source.labels == ["B", "a", "a", "b", "b"]
+    assert [item.path for item in source.items] == source.ids
+    assert sorted(source.ids, key=str.encode) == source.ids
+    assert source.root == tmp_path
+    assert len(source) == 5
+    assert source.open(3).size == (6, 5)
+    assert find_images(tmp_path, "none").labels == [None] * 5
+    assert find_images(str(tmp_path), "folders").items == source.items
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+    for name in ("2.png", "1.png"):
+        write(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    source = find_images(tmp_path)
+    assert source.items == (Item("1.png", "1.png", None), Item("2.png", "2.png", None))
+    with pytest.raises(InputError, match='no subfolder to take labels from; take labels="none"'):
+        find_images(tmp_path, "folders")
+
+
+def test_images_beside_class_folders(tmp_path):
+    write(tmp_path / "a/1.png")
+    write(tmp_path / "stray.png")
+    for labels in ("auto", "folders"):
+        with pytest.raises(InputError, match=r"1 images such as 'stray.png' lie beside the class"):
+            find_images(tmp_path, labels)
+    assert find_images(tmp_path, "none").ids == ["a/1.png", "stray.png"]
+
+
+def test_places_without_images(tmp_path):
+    with pytest.raises(InputError, match=r"contains no images \(.avif, .bmp"):
+        find_images(tmp_path)
+    with pytest.raises(InputError, match=r"does not exist; give a folder of images or a .csv"):
+        find_images(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"expected a folder of images or a .csv file"):
+        find_images(write(tmp_path / "one.png"))
+    with pytest.raises(InputError, match='expected "auto", "folders" or "none", given \'yes\''):
+        find_images(tmp_path, "yes")
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    write(tmp_path / "z/1.png")
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    write(outside / "2.png")
+    try:
+        os.symlink(tmp_path, tmp_path / "z" / "up")
+        os.symlink("z", tmp_path / "alias")
+        os.symlink(outside, tmp_path / "linked")
+        os.symlink(outside, outside / "again")
+        os.symlink("../z/1.png", tmp_path / "z" / "same.png")
+        os.symlink("nowhere", tmp_path / "z" / "dead.png")
+        os.symlink("loop", tmp_path / "loop")
+        source = find_images(tmp_path)
+        # A dead link is an image that cannot be read: listed, and reported when it is.
+        assert source.ids == ["linked/2.png", "z/1.png", "z/dead.png", "z/same.png"]
+        with pytest.raises(ImageError, match="is a link to nowhere, which does not exist"):
+            source.open(2)
+        assert source.fingerprint(2) == "unreadable"
+    finally:
+        for path in sorted(outside.iterdir()):
+            path.unlink()
+        outside.rmdir()
+
+
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    write(tmp_path / "a/1.png")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("a"):
+            raise PermissionError
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match=r"a: may not be read \(permission denied\)"):
+        find_images(tmp_path)
+
+
+def test_names_that_are_not_text(tmp_path):
+    write(tmp_path / "1.png")
+    try:
+        os.rename(tmp_path / "1.png", os.fsencode(tmp_path) + b"/\xff.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    with pytest.raises(InputError, match="is not UTF-8; rename it"):
+        find_images(tmp_path)
+
+
+def test_the_fingerprint_follows_the_file(tmp_path):
+    path = write(tmp_path / "1.png")
+    source = find_images(tmp_path)
+    first = source.fingerprint(0)
+    assert first == f"{path.stat().st_size}:{path.stat().st_mtime_ns}"
+    assert source.fingerprint(0) == first
+    os.utime(path, ns=(1, 1))
+    assert source.fingerprint(0) != first
+
+
+# ---------------------------------------------------------------------------------------------
+# find_images: CSV
+# ---------------------------------------------------------------------------------------------
+
+
+def csv_of(folder, text, encoding="utf-8"):
+    path = folder / "list.csv"
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def test_csv(tmp_path):
+    outside = tmp_path / "other" / "c.png"
+    for name in ("sets/b.png", "sets/deep/a.png", "other/c.png"):
+        write(tmp_path / name)
+    path = csv_of(
+        tmp_path / "sets",
+        f'path,label,split\r\nb.png,cat,1\r\n"deep/../deep/a.png"," dog, small ",2\r\n'
+        f"\r\n../other/c.png,,3\r\nmissing.png,cat,4\r\n{tmp_path}/sets/./deep/a.png,,\r\n",
+    )
+    with pytest.raises(InputError, match=r"lines 3 and 7 have the same id 'deep/a.png'.*column id"):
+        find_images(path)
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+    source = find_images(path)
+    # In the order of the file, so that arrays made beside it stay aligned.
+    assert source.items == (
+        Item("b.png", "b.png", "cat"),
+        Item("deep/a.png", "deep/a.png", "dog, small"),
+        Item(str(outside), str(outside), None),
+        Item("missing.png", "missing.png", "cat"),
+    )
+    assert source.open(2).size == (6, 5)
+    with pytest.raises(ImageError, match=r"sets/missing\.png: does not exist"):
+        source.open(3)
+    assert find_images(path, "none").labels == [None] * 4
+
+
+def test_csv_with_ids_and_a_byte_order_mark(tmp_path):
+    path = csv_of(tmp_path, "path,label,id\na.png,x,7\na.png,x,8\n", "utf-8-sig")
+    assert find_images(path).ids == ["7", "8"]
+    assert find_images(csv_of(tmp_path, "path\na.png\n"), "none").ids == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,label\na,b\n", "header lacks path; expected .* found file,label"),
+        ("file;label\na;b\n", "lacks path and label; .* found file;label"),
+        ("path\na.png\n", "lacks label"),
+        ("", "found an empty file"),
+        ("path,label\n", "no lines below its header"),
+        ("path,label,path\na,b,c\n", "names a column twice"),
+        ("path,label\na.png,x\n,x\n", "line 3: the path is empty"),
+        ("path,label\na.png\n", "line 2: 1 fields under a header of 2"),
+        ("path,label\na.png,b,c\n", "line 2: 3 fields under a header of 2; .* double quotes"),
+        ("path,label,id\na.png,b,\n", "line 2: the id is empty"),
+        ("path,label,id\na,x,1\nb,x,2\nc,x,1\n", "lines 2 and 4 have the same id '1'; ids must be"),
+        ('path,label\n"a,b\n', "line 2: is not a CSV"),
+        ("path,label\n" + "a" * 200_000 + ",b\n", "line 2: is not a CSV"),
+    ],
+)
+def test_csvs_that_cannot_be_used(tmp_path, text, message):
+    with pytest.raises(InputError, match=message) as caught:
+        find_images(csv_of(tmp_path, text))
+    assert "list.csv" in str(caught.value)
+
+
+def test_csvs_in_another_encoding(tmp_path):
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        find_images(csv_of(tmp_path, "path,label\nä.png,x\n", "latin-1"))
+    with pytest.raises(InputError, match="a CSV has a label column"):
+        find_images(csv_of(tmp_path, "path,label\na.png,x\n"), "folders")
+
+
+# ---------------------------------------------------------------------------------------------
+# from_dataset
+# ---------------------------------------------------------------------------------------------
+
+
+class Pairs:
+    """A data set of (picture, number)."""
+
+    classes = ("cat", "dog")
+
+    def __init__(self, n=4):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, position):
+        return Image.new("L", (3, 2), position), np.int64(position % 2)
+
+
+def test_a_data_set_of_pairs():
+    source = from_dataset(Pairs())
+    assert source.ids == ["0", "1", "2", "3"]
+    assert source.labels == ["cat", "dog", "cat", "dog"]
+    assert source.open(3).getpixel((0, 0)) == (3, 3, 3)
+    assert source.fingerprint(3) == "id:3"
+    assert source.root is None
+    assert from_dataset(Pairs(), labels="none").labels == [None] * 4
+    named = from_dataset(Pairs(2), ids=["x", "y"], labels=["one", None])
+    assert named.items == (Item("x", "", "one"), Item("y", "", None))
+
+
+def test_a_list_of_pictures_has_no_labels():
+    source = from_dataset([np.full((2, 2), 9, np.uint8), Image.new("RGB", (4, 3))])
+    assert source.labels == [None, None]
+    assert source.open(0).getpixel((1, 1)) == (9, 9, 9)
+    assert source.open(1).size == (4, 3)
+
+
+def test_torchvisions_image_folder(tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    for value, name in enumerate(("cat/1.png", "cat/2.png", "dog/1.png")):
+        write(tmp_path / name, value=value)
+    source = from_dataset(ImageFolder(tmp_path))
+    assert source.items == find_images(tmp_path).items
+    assert source.open(2).getpixel((0, 0)) == (2, 2, 2)
+    assert source.name(2) == str(tmp_path / "dog/1.png")
+    write(tmp_path / "dog/1.png", b"")
+    with pytest.raises(ImageError, match=r"dog/1\.png: cannot be read"):
+        source.open(2)
+
+
+def test_tensors_of_a_data_set():
+    import torch
+
+    channel_first = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 2, 2)
+    data = torch.utils.data.TensorDataset(channel_first, torch.tensor([5, 6]))
+    source = from_dataset(data)
+    assert source.labels == ["5", "6"]
+    assert source.open(1).getpixel((1, 0)) == (13, 17, 21)
+    grey = from_dataset(torch.utils.data.TensorDataset(torch.full((1, 1, 2, 2), 0.2)))
+    assert grey.open(0).getpixel((0, 0)) == (51, 51, 51)
+    normalised = from_dataset([torch.full((3, 2, 2), -1.5)])
+    with pytest.raises(ImageError, match=r"^0: floating-point values must lie in \[0, 1\]"):
+        normalised.open(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: from_dataset([]), "data set is empty"),
+        (lambda: from_dataset(iter([])), "has no length"),
+        (lambda: from_dataset(Pairs(), ids=["a"]), "ids: 1 given for a data set of 4"),
+        (lambda: from_dataset(Pairs(2), ids=["a", "a"]), "images 0 and 1 have the same id 'a'"),
+        (lambda: from_dataset(Pairs(2), ids=["a", 3]), "ids: 3 given; an id is a string"),
+        (lambda: from_dataset(Pairs(), labels=["a"]), "labels: 1 given for a data set of 4"),
+        (lambda: from_dataset(Pairs(), labels="auto"), "or \"none\", given 'auto'"),
+        (lambda: from_dataset(Pairs(2), labels=[0, -1]), "-1 given, the data set names 2 classes"),
+        (lambda: from_dataset([(1, {"box": 2})]), "a label of type dict given; pass labels="),
+    ],
+)
+def test_data_sets_that_cannot_be_used(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_a_data_set_is_asked_by_one_thread_at_a_time_unless_it_says_so():
+    class Watched(Pairs):
+        inside = most = 0
+
+        def __getitem__(self, position):
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            time.sleep(0.002)
+            self.inside -= 1
+            return super().__getitem__(position)
+
+    careful, parallel = Watched(24), Watched(24)
+    for data, thread_safe in ((careful, False), (parallel, True)):
+        source = from_dataset(data, labels="none", thread_safe=thread_safe)
+        list(load_batches(source, range(24), PLAIN, 8, workers=4))
+    assert careful.most == 1
+    assert parallel.most > 1
+
+
+# ---------------------------------------------------------------------------------------------
+# load_batches
+# ---------------------------------------------------------------------------------------------
+
+
+def numbered(folder, n=11, broken=()):
+    for i in range(n):
+        write(folder / f"{i:02d}.png", b"" if i in broken else None, value=10 * i)
+    return find_images(folder)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_come_in_order(tmp_path, workers):
+    source = numbered(tmp_path)
+    batches = list(load_batches(source, [3, 1, 4, 1, 10, 9, 2], PLAIN, 3, workers=workers))
+    assert [batch.positions.tolist() for batch in batches] == [[3, 1, 4], [1, 10, 9], [2]]
+    for batch in batches:
+        assert batch.images.shape == (len(batch), 3, 4, 4)
+        assert batch.images.dtype == np.float32
+        assert batch.positions.dtype == np.int64
+        np.testing.assert_allclose(batch.images[:, 1, 2, 2], batch.positions * 10 / 255, rtol=1e-6)
+        np.testing.assert_array_equal(batch.sizes, [[6, 5]] * len(batch))
+        assert batch.errors == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_moves_no_other(tmp_path, workers):
+    source = numbered(tmp_path, 9, broken=(1, 3, 4, 5))
+    batches = list(load_batches(source, range(9), PLAIN, 3, workers=workers, on_error="skip"))
+    assert [batch.positions.tolist() for batch in batches] == [[0, 2], [], [6, 7, 8]]
+    assert [[at for at, _ in batch.errors] for batch in batches] == [[1], [3, 4, 5], []]
+    assert batches[0].errors == [(1, f"{tmp_path}/01.png: is empty (0 bytes)")]
+    assert batches[1].images.shape == (0, 3, 4, 4)
+    assert batches[1].sizes.shape == (0, 2)
+    for batch in batches:
+        np.testing.assert_allclose(batch.images[:, 0, 0, 0], batch.positions * 10 / 255, rtol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_fatal_by_default(tmp_path, workers):
+    source = numbered(tmp_path, 9, broken=(4, 7))
+    batches = load_batches(source, range(9), PLAIN, 3, workers=workers)
+    assert next(batches).positions.tolist() == [0, 1, 2]
+    with pytest.raises(ImageError, match=r"04\.png: is empty"):
+        next(batches)
+    assert image_threads() == []
+
+
+def test_a_picture_too_thin_for_its_preprocessing_is_skipped_by_name(tmp_path):
+    write(tmp_path / "thin.png", file_of(Image.new("L", (1, 100_000))))
+    source = find_images(tmp_path)
+    (batch,) = load_batches(source, [0], Preprocess.imagenet(), 1, workers=0, on_error="skip")
+    ((position, message),) = batch.errors
+    assert position == 0
+    assert message.startswith(f"{tmp_path}/thin.png: a picture of 1 x 100000 pixels is too long")
+
+
+def image_threads():
+    return [t for t in threading.enumerate() if t.name.startswith("embedcam-images")]
+
+
+def test_memory_is_bounded_however_slow_the_reader(tmp_path):
+    started = []
+
+    def prepare(image):
+        started.append(1)
+        return np.zeros((3, 2, 2), np.float32)
+
+    source = from_dataset(Pairs(200), labels="none")
+    batches = load_batches(source, range(200), custom(prepare), 4, workers=2)
+    next(batches)
+    time.sleep(0.1)
+    assert 4 <= len(started) <= 4 + 4 + 2 * 2
+    batches.close()
+    assert image_threads() == []
+    assert len(started) < 20
+
+
+def test_dropping_the_batches_stops_the_threads(tmp_path):
+    batches = load_batches(numbered(tmp_path), range(11), PLAIN, 2, workers=2)
+    next(batches)
+    assert image_threads()
+    del batches
+    gc.collect()
+    assert image_threads() == []
+
+
+def test_an_interrupt_while_waiting_stops_the_threads(tmp_path, monkeypatch):
+    from concurrent.futures import Future
+
+    batches = load_batches(numbered(tmp_path), range(11), PLAIN, 2, workers=2)
+    next(batches)
+
+    def interrupted(self, timeout=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Future, "result", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+    assert image_threads() == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_a_transforms_own_faults_are_never_skipped(tmp_path, workers, on_error):
+    source = numbered(tmp_path, 3)
+
+    def buggy(image):
+        return {}["key"]
+
+    with pytest.raises(KeyError) as caught:
+        list(load_batches(source, range(3), buggy, 2, workers=workers, on_error=on_error))
+    assert caught.value.__notes__ == [f"while preparing the image {tmp_path}/00.png"]
+
+    flat = custom(lambda image: np.zeros(3), name="flat")
+    with pytest.raises(InputError, match=r"00\.png: preprocess flat: expected an array") as caught:
+        list(load_batches(source, range(3), flat, 2, workers=workers, on_error=on_error))
+    assert not isinstance(caught.value, ImageError)
+
+
+def test_shapes_that_vary_name_the_image(tmp_path):
+    write(tmp_path / "a.png", file_of(noise(4, 4)))
+    write(tmp_path / "b.png", file_of(noise(5, 4)))
+    whole = custom(lambda image: np.asarray(image).transpose(2, 0, 1), name="whole")
+    source = find_images(tmp_path)
+    with pytest.raises(InputError, match=r"b\.png: preprocessed to \[3, 4, 5\], .* \[3, 4, 4\]"):
+        list(load_batches(source, [0, 1], whole, 1, workers=0))
+    (only,) = load_batches(source, [1], whole, 4, workers=0)
+    assert only.images.shape == (1, 3, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": [0, 2]}, "0 to 2 given, the source has 2 images"),
+        ({"positions": [-1]}, "-1 to -1 given"),
+        ({"positions": [0.5]}, "expected whole numbers"),
+        ({"positions": [[0]]}, "expected whole numbers"),
+        ({"batch_size": 0}, "batch_size: expected a whole number from 1, given 0"),
+        ({"workers": -1}, "workers: expected a whole number from 0, given -1"),
+        ({"on_error": "ignore"}, 'expected "fail" or "skip", given \'ignore\''),
+    ],
+)
+def test_options_are_checked_at_the_call(tmp_path, options, message):
+    source = ImageSource([Item("a", "a.png"), Item("b", "b.png")], tmp_path)
+    given = {"positions": [0], "preprocess": PLAIN, "batch_size": 2, **options}
+    with pytest.raises(InputError, match=message):
+        load_batches(source, **given)
+
+
+def test_no_positions_no_batches(tmp_path):
+    source = ImageSource([Item("a", "a.png")], tmp_path)
+    assert list(load_batches(source, [], PLAIN, 2)) == []
+
+
+def test_reading_needs_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, embedcam.images; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

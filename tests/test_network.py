@@ -1,0 +1,339 @@
+"""EmbeddingNetwork: gradients equal full autograd, nothing is left behind, misuse is refused."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from toys import VIT_LAYER, images, seeded, small_vgg, small_vit, toy
+
+from embedcam.errors import InputError, NetworkError
+from embedcam.network import EmbeddingNetwork
+from embedcam.preprocess import Preprocess
+
+# A layer, an embedding of ten numbers, and the layout the layer has.
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
+    "resnet18": (lambda: models.resnet18(num_classes=10), "layer4", "bkhw"),
+    "resnet18-inside": (lambda: models.resnet18(num_classes=10), "layer4.1.bn1", "bkhw"),
+    "vgg": (small_vgg, "features.9", "bkhw"),
+    "densenet": (lambda: models.densenet121(num_classes=10), "features", "bkhw"),
+    "mobilenet_v2": (lambda: models.mobilenet_v2(num_classes=10), "features", "bkhw"),
+    "efficientnet_b0": (lambda: models.efficientnet_b0(num_classes=10), "features", "bkhw"),
+    "convnext_tiny": (lambda: models.convnext_tiny(num_classes=10), "features", "bkhw"),
+    "swin_t": (lambda: models.swin_t(num_classes=10), "norm", "bhwk"),
+    "vit": (small_vit, VIT_LAYER, "btk"),
+}
+
+
+def full_autograd(module: nn.Module, layer: str, x: Tensor, cotangents: Tensor) -> Tensor:
+    """The oracle: the whole network differentiated, dy/dA read off the retained activations."""
+    kept = []
+
+    def keep(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        output.retain_grad()
+        kept.append(output)
+        return output.clone()
+
+    handle = dict(module.named_modules())[layer].register_forward_hook(keep)
+    (module(x) * cotangents).sum().backward()
+    handle.remove()
+    module.zero_grad(set_to_none=True)
+    return kept[0].grad
+
+
+def as_maps(gradient: Tensor, layout: str, grid: tuple[int, int]) -> Tensor:
+    if layout == "bhwk":
+        return gradient.permute(0, 3, 1, 2)
+    if layout == "btk":
+        return gradient[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2)
+    return gradient
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_gradient_is_that_of_full_autograd(name: str) -> None:
+    build, layer, layout = NETWORKS[name]
+    module = seeded(build)
+    x = images(2, 64, 64 if name == "vit" else 96)
+    cotangents = torch.randn(2, 10, generator=torch.Generator().manual_seed(5))
+    network = EmbeddingNetwork(module, layer, normalize=False)
+    single = network.head_pass(x).vjp(cotangents)
+    module.double()
+    made = network.head_pass(x)
+    double = made.vjp(cotangents)
+    raw = full_autograd(module, layer, x.double(), cotangents.double())
+    expected = as_maps(raw, layout, tuple(made.features.activations.shape[2:]))
+    assert double.dtype == torch.float64
+    assert relative(double, expected) < 1e-10
+    assert single.dtype == torch.float32
+    assert relative(single, expected) < 2e-4
+    assert network.layout == layout
+    # Both ways through give the same features, in-place units after the layer or not.
+    plain = network.forward(x)
+    torch.testing.assert_close(plain.activations, made.features.activations)
+    torch.testing.assert_close(plain.embedding, made.features.embedding)
+    torch.testing.assert_close(plain.embedding, module(x.double()).detach())
+
+
+def test_the_oracle_can_fail() -> None:
+    module, x, c = toy(), images(), torch.ones(2, 5)
+    right = EmbeddingNetwork(module, "norm", normalize=False).head_pass(x).vjp(c)
+    wrong = full_autograd(module, "relu", x, c)
+    assert relative(right, wrong) > 1e-2
+
+
+def test_in_place_units_do_not_reach_back_into_the_activations() -> None:
+    module = toy()
+    network, x = EmbeddingNetwork(module, "norm"), images()
+    expected = module.norm(module.conv(x)).detach()
+    assert (expected < 0).any()  # what the in-place ReLU would have cut off
+    torch.testing.assert_close(network.forward(x).activations, expected)
+    torch.testing.assert_close(network.head_pass(x).features.activations, expected)
+
+
+def test_a_head_pass_answers_as_often_as_asked_until_it_is_closed() -> None:
+    network, x = EmbeddingNetwork(toy(), "relu"), images()
+    a, b = torch.randn(2, 5), torch.randn(2, 5)
+    with network.head_pass(x) as made:
+        both = made.vjp(2 * a - b)
+        torch.testing.assert_close(both, 2 * made.vjp(a) - made.vjp(b))
+        np.testing.assert_array_equal(made.vjp(a.numpy()), made.vjp(a))
+        with pytest.raises(InputError, match=r"cotangents are \[2, 4\]; expected .* \[2, 5\]"):
+            made.vjp(torch.ones(2, 4))
+    with pytest.raises(InputError, match="was closed; call head_pass again"):
+        made.vjp(a)
+    assert made.features.embedding.shape == (2, 5)
+
+
+def test_normalisation_is_the_users_choice_and_the_norm_is_kept() -> None:
+    module, x = toy(), images()
+    z = module(x).detach()
+    plain = EmbeddingNetwork(module, "relu", normalize=False).forward(x)
+    torch.testing.assert_close(plain.embedding, z)
+    unit = EmbeddingNetwork(module, "relu").forward(x)
+    torch.testing.assert_close(unit.norm, z.norm(dim=1))
+    torch.testing.assert_close(unit.embedding, z / z.norm(dim=1, keepdim=True))
+    # The cotangent is at z, whether or not the embedding is normalised.
+    c = torch.randn(2, 5)
+    one = EmbeddingNetwork(module, "relu", normalize=False).head_pass(x).vjp(c)
+    torch.testing.assert_close(EmbeddingNetwork(module, "relu").head_pass(x).vjp(c), one)
+
+
+# ------------------------------------------------------------------ it comes back as it was
+
+
+def state_of(module: nn.Module) -> dict[str, Any]:
+    return {
+        "modes": [part.training for part in module.modules()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in module.modules()],
+        "requires": [p.requires_grad for p in module.parameters()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in module.parameters()],
+        "values": [value.clone() for value in module.state_dict().values()],
+        "enabled": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+    }
+
+
+def assert_same_state(before: dict[str, Any], after: dict[str, Any]) -> None:
+    for key in before:
+        if key not in ("grads", "values"):
+            assert before[key] == after[key], key
+    for key in ("grads", "values"):
+        for one, other in zip(before[key], after[key], strict=True):
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)
+
+
+def test_the_module_comes_back_as_it_was_also_after_an_exception() -> None:
+    fails = False
+
+    def wrap(z: Tensor) -> Tensor:
+        if fails:
+            raise KeyError("in the middle of a forward")
+        return z
+
+    module = toy(wrap)
+    module.linear.weight.requires_grad_(False)
+    module.conv.weight.grad = torch.full_like(module.conv.weight, 7)
+    module.relu.register_forward_hook(lambda *_: None)  # the caller's own
+    network, before = EmbeddingNetwork(module, "relu", autocast=torch.bfloat16), state_of(module)
+    network.forward(images())
+    network.head_pass(images()).vjp(torch.ones(2, 5))
+    assert network.head_kind.pooled
+    assert_same_state(before, state_of(module))
+    fails = True
+    for call in (network.forward, network.head_pass):
+        with pytest.raises(KeyError, match="in the middle"):
+            call(images())
+        assert_same_state(before, state_of(module))
+
+
+def test_gradients_inside_inference_mode_and_no_grad() -> None:
+    network, c = EmbeddingNetwork(toy(), "relu"), torch.randn(2, 5)
+    expected = network.head_pass(images()).vjp(c)
+    with torch.no_grad():
+        torch.testing.assert_close(network.head_pass(images()).vjp(c), expected)
+        assert not torch.is_grad_enabled()
+    with torch.inference_mode():
+        x, inner = images().clone(), c.clone()
+        assert x.is_inference()
+        found = network.head_pass(x).vjp(inner)
+        pooled = network.forward(x).activations.mean((2, 3))
+        by_pool = network.pooled_vjp(pooled, inner)
+        assert torch.is_inference_mode_enabled()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(by_pool, expected.sum((2, 3)))
+
+
+def test_features_are_ordinary_tensors() -> None:
+    features = EmbeddingNetwork(toy(), "relu").forward(images())
+    for tensor in (features.embedding, features.norm, features.activations):
+        assert not tensor.is_inference()
+        assert not tensor.requires_grad
+
+
+def test_concurrent_calls_do_not_mix() -> None:
+    module = toy()
+    first, second = EmbeddingNetwork(module, "relu"), EmbeddingNetwork(module, "conv")
+    batches = [images(seed=seed) for seed in range(8)]
+    c = torch.randn(2, 5)
+    expected = [
+        (first.head_pass(x).vjp(c), second.forward(x).activations, first.forward(x).embedding)
+        for x in batches
+    ]
+    barrier = threading.Barrier(4)
+
+    def work(number: int) -> None:
+        barrier.wait()
+        for turn in range(24):
+            i = (number + turn) % len(batches)
+            assert torch.equal(first.head_pass(batches[i]).vjp(c), expected[i][0])
+            assert torch.equal(second.forward(batches[i]).activations, expected[i][1])
+            assert torch.equal(first.forward(batches[i]).embedding, expected[i][2])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert not module.relu._forward_hooks
+    assert not module.conv._forward_hooks
+
+
+# ------------------------------------------------------------------ precision and memory
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_gives_float32_near_the_full_precision(dtype: torch.dtype) -> None:
+    module, x, c = toy(), images(4), torch.randn(4, 5) * 1e-4
+    full = EmbeddingNetwork(module, "relu")
+    low = EmbeddingNetwork(module, "relu", autocast=dtype)
+    exact, made = full.head_pass(x), low.head_pass(x)
+    assert made.features.activations.dtype == made.features.embedding.dtype == torch.float32
+    assert 0 < relative(made.features.embedding, exact.features.embedding) < 2e-2
+    gradient = made.vjp(c)
+    assert gradient.dtype == torch.float32
+    assert relative(gradient, exact.vjp(c)) < 2e-2
+    torch.testing.assert_close(low.forward(x).embedding, made.features.embedding)
+
+
+def test_gradients_in_half_precision_keep_their_digits_however_small_they_are() -> None:
+    network = EmbeddingNetwork(toy(), "relu", autocast=torch.float16)
+    c = torch.randn(2, 5)
+    made = network.head_pass(images())
+    assert relative(made.vjp(c * 1e-9) * 1e9, made.vjp(c)) < 1e-3
+    assert made.vjp(torch.zeros(2, 5)).abs().sum() == 0
+
+
+def test_the_networks_precision_does_not_depend_on_an_autocast_around_it() -> None:
+    network = EmbeddingNetwork(toy(), "relu")
+    expected = network.forward(images()).embedding
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(network.forward(images()).embedding, expected)
+
+
+def test_half_precision_modules_take_float32_images() -> None:
+    module, x = toy(), images()
+    expected = EmbeddingNetwork(module, "relu").head_pass(x)
+    c = torch.randn(2, 5)
+    gradient = expected.vjp(c)
+    found = EmbeddingNetwork(module.to(torch.bfloat16), "relu").head_pass(x)
+    assert found.features.embedding.dtype == torch.float32
+    assert relative(found.features.embedding, expected.features.embedding) < 3e-2
+    assert relative(found.vjp(c), gradient) < 3e-2
+
+
+def test_channels_last_changes_the_memory_and_not_the_result() -> None:
+    seen = []
+    module = toy()
+    module.conv.register_forward_hook(
+        lambda _, arguments, __: seen.append(
+            arguments[0].is_contiguous(memory_format=torch.channels_last)
+        )
+    )
+    x = images()
+    expected = EmbeddingNetwork(module, "relu").forward(x)
+    found = EmbeddingNetwork(module, "relu", channels_last=True).forward(x)
+    assert seen == [False, True]
+    torch.testing.assert_close(found.activations, expected.activations)
+    assert found.activations.is_contiguous()
+
+
+def test_arrays_go_in_read_only_or_not() -> None:
+    network, x = EmbeddingNetwork(toy(), "relu"), images()
+    array = x.numpy().copy()
+    array.flags.writeable = False
+    assert torch.equal(network.forward(array).embedding, network.forward(x).embedding)
+
+
+# ------------------------------------------------------------------ trunk and head
+
+
+def test_parts_give_what_the_hooked_module_gives() -> None:
+    module, x, c = toy(), images(), torch.randn(2, 5)
+    hooked = EmbeddingNetwork(module, "norm").head_pass(x)
+    trunk = nn.Sequential(module.conv, module.norm).eval()
+    parts = EmbeddingNetwork.from_parts(
+        trunk, lambda a: module.linear(module.relu(a).mean((2, 3))), layer="norm"
+    )
+    made = parts.head_pass(x)
+    torch.testing.assert_close(made.vjp(c), hooked.vjp(c))
+    torch.testing.assert_close(made.features.activations, hooked.features.activations)
+    torch.testing.assert_close(parts.forward(x).embedding, hooked.features.embedding)
+    assert parts.layer == "norm"
+
+
+# Dynamo itself looks at .grad of what it is given, and hides the warning unless it is an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_parts_work_where_hooks_would_not_fire() -> None:
+    module, x, c = toy(), images(), torch.randn(2, 5)
+    expected = EmbeddingNetwork(module, "relu").head_pass(x).vjp(c)
+    trunk = torch.compile(
+        nn.Sequential(module.conv, module.norm, nn.ReLU()).eval(), backend="eager"
+    )
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), module.linear).eval()
+    network = EmbeddingNetwork.from_parts(trunk, torch.compile(head, backend="eager"))
+    torch.testing.assert_close(network.head_pass(x).vjp(c), expected)
+    with pytest.raises(NetworkError, match=r"'relu' lies inside a compiled.*from_parts"):
+        EmbeddingNetwork(torch.compile(module, backend="eager"), "relu")
+
+
+def test_describe_is_ready_for_json() -> None:
+    preprocess = Preprocess(size=(16, 24))
+    network = EmbeddingNetwork(toy(), "relu", preprocess=preprocess, name="toy")
+    assert network.probe_images(2).shape == (2, 3, 16, 24)
+    network.forward(network.probe_images())
+    assert network.describe() == {
+        "name": "toy",
+        "layer": "relu",
+        "output": None,
+        "layout": "bkhw",
+        "normalize": True,
+        "preprocess": preprocess.to_dict(),
+    }

@@ -1,0 +1,121 @@
+"""What `EmbeddingNetwork` refuses, and in which words."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+from toys import VIT_LAYER, images, seeded, small_vit, toy
+
+from embedcam.errors import InputError, NetworkError
+from embedcam.network import EmbeddingNetwork
+
+
+def test_a_network_in_training_mode_is_refused() -> None:
+    module = toy()
+    network = EmbeddingNetwork(module, "relu")
+    module.train()
+    with pytest.raises(NetworkError, match=r"\(Toy\) is in training mode.*\.eval\(\)"):
+        network.forward(images())
+    module.eval().norm.train()
+    with pytest.raises(NetworkError, match=r"'norm' \(BatchNorm2d\).*\.eval\(\)"):
+        network.head_pass(images())
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 1))
+    parts = EmbeddingNetwork.from_parts(trunk, lambda a: a.mean((2, 3)))
+    with pytest.raises(NetworkError, match="training mode"):
+        parts.forward(images())
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ("unused", r"layer 'unused' is never called.*from_parts"),
+        ("side", r"layer 'side' never reaches the embedding.*between the image and the embedding"),
+        ("linear", r"layer 'linear' returned a tensor \[2, 5\]; .*before the pooling"),
+        ("rleu", r"Toy has no layer 'rleu'; did you mean relu"),
+        ("wrong.name", r"Toy has no layer 'wrong\.name'"),
+        ("", r"Toy has no layer ''"),
+    ],
+)
+def test_layers_that_cannot_be_explained(layer: str, message: str) -> None:
+    with pytest.raises(NetworkError, match=message):
+        EmbeddingNetwork(toy(), layer).head_pass(images())
+
+
+def test_a_layer_called_twice_is_refused() -> None:
+    network = EmbeddingNetwork(seeded(lambda: models.resnet18(num_classes=4)), "layer4.0.relu")
+    with pytest.raises(NetworkError, match=r"called 2 times in one forward.*the block around it"):
+        network.forward(images(1, 64, 64))
+
+
+def test_a_layer_can_be_given_as_an_object() -> None:
+    module = toy()
+    assert EmbeddingNetwork(module, module.norm).layer == "norm"
+    with pytest.raises(NetworkError, match=r"a ReLU, is not part of the Toy"):
+        EmbeddingNetwork(module, nn.ReLU())
+    with pytest.raises(InputError, match="neither a name nor a module"):
+        EmbeddingNetwork(module, 3)
+
+
+@pytest.mark.parametrize("layer", ["encoder.layers.encoder_layer_2", "encoder.ln"])
+def test_patch_tokens_behind_the_last_attention_are_refused(layer: str) -> None:
+    network = EmbeddingNetwork(seeded(small_vit), layer)
+    network.forward(images(1, 64, 64))  # an embedding can be had
+    with pytest.raises(NetworkError, match=rf"patch tokens of layer '{layer}'.*'{VIT_LAYER}'"):
+        network.check()
+    EmbeddingNetwork(seeded(small_vit), VIT_LAYER, input_size=(64, 64)).check()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (torch.zeros(3, 8, 8), r"images are \[3, 8, 8\].*add the batch dimension"),
+        (torch.zeros(0, 3, 8, 8), r"images are \[0, 3, 8, 8\]"),
+        ("picture.jpg", r"images are str"),
+        (np.zeros((1, 3, 8, 8), np.uint8), r"uint8.*apply the network's preprocess"),
+    ],
+)
+def test_inputs_that_are_not_batches_of_images(given: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        EmbeddingNetwork(toy(), "relu").forward(given)
+
+
+def test_embeddings_that_are_not_vectors_name_their_positions() -> None:
+    x = images(4)
+    x[1, 0, 0, 0], x[3, 2, 1, 1] = float("nan"), float("inf")
+    network = EmbeddingNetwork(toy(), "relu")
+    for call in (network.forward, network.head_pass):
+        with pytest.raises(InputError, match=r"images at positions 1, 3 of the batch hold NaN"):
+            call(x)
+    pick = torch.tensor([1.0, float("inf"), 1.0, 1.0])[:, None]
+    infinite = EmbeddingNetwork(toy(lambda z: z * pick), "relu")
+    with pytest.raises(NetworkError, match=r"embeddings at positions 1 of the batch hold NaN"):
+        infinite.forward(images(4))
+    some = torch.tensor([1.0, 0.0, 0.0, 1.0])[:, None]
+    zero = toy(lambda z: z * some)
+    with pytest.raises(NetworkError, match=r"positions 1, 2 of .* are zero.*normalize=False"):
+        EmbeddingNetwork(zero, "relu").forward(images(4))
+    unnormalised = EmbeddingNetwork(zero, "relu", normalize=False).forward(images(4))
+    assert unnormalised.norm[1] == 0
+
+
+def test_options_that_mean_nothing() -> None:
+    with pytest.raises(InputError, match=r"given function; for two functions use .*from_parts"):
+        EmbeddingNetwork(lambda x: x, "relu")
+    with pytest.raises(InputError, match=r"autocast=torch\.int8; give torch\.bfloat16"):
+        EmbeddingNetwork(toy(), "relu", autocast=torch.int8)
+    with pytest.raises(NetworkError, match=r"device='meta' was given, but the network is on 'cpu'"):
+        EmbeddingNetwork(toy(), "relu", device="meta")
+    with pytest.raises(InputError, match="head is a str; expected something to call"):
+        EmbeddingNetwork.from_parts(nn.Identity(), "head")
+
+
+def test_parameters_made_in_inference_mode_are_refused_for_gradients() -> None:
+    with torch.inference_mode():
+        module = toy()
+    network = EmbeddingNetwork(module, "relu")
+    network.forward(images())
+    with pytest.raises(NetworkError, match=r"made inside torch\.inference_mode"):
+        network.head_pass(images())

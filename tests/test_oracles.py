@@ -1,0 +1,383 @@
+"""Each oracle can fail: agrees with hand-computed numbers, and a broken formula is told apart.
+
+A check that a deliberately broken oracle passes would prove nothing, so every row below breaks one
+line of one oracle in a copy of its source, and the same check that the true one passes must fail.
+"""
+
+import ast
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import oracles
+import pytest
+import torch
+
+A_ = np.array([1.0, 2.0])
+P_ = np.array([2.0, 4.0])  # D = 5
+N_ = np.array([-1.0, 1.0])  # D = 5, of other direction
+F_ = np.array([4.0, 6.0])  # D = 25
+
+
+def toy() -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+    """Two channels of 1 x 2 cells, average-pooled, times the matrix [[3, 0], [0, 4]]."""
+    matrix = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    A = torch.tensor([[[1.0, 3.0]], [[0.0, 4.0]]], dtype=torch.float64)
+    return (lambda a: a.mean((2, 3)) @ matrix.T), A
+
+
+def check_loss(o: ModuleType) -> None:
+    assert o.triplet_loss(A_, P_, F_, 0.2) == 0.0
+    assert o.triplet_loss(A_, P_, N_, 0.2) == pytest.approx(0.2)
+    assert o.triplet_loss(A_, F_, P_, 0.2) == pytest.approx(20.2)
+
+
+def check_margin(o: ModuleType) -> None:
+    assert o.margin(A_, P_, F_) == 20.0
+    assert o.margin(A_, P_, N_) == 0.0
+
+
+def check_margin_gradient(o: ModuleType) -> None:
+    np.testing.assert_allclose(o.margin_gradient(A_, P_, F_), 2 * (P_ - F_), atol=1e-9)
+
+
+def check_hinge(o: ModuleType) -> None:
+    assert o.hinge_is_satisfied(A_, P_, F_, 0.2)
+    assert not o.hinge_is_satisfied(A_, P_, N_, 0.2)
+    # Exactly at the border the loss is zero too.
+    assert o.hinge_is_satisfied(A_, P_, F_, 20.0)
+
+
+def check_centred(o: ModuleType) -> None:
+    # mean of (1,2), (2,4), (6,0) = (3, 2)
+    rows = np.stack([A_, P_, np.array([6.0, 0.0])])
+    np.testing.assert_allclose(o.centred_target(rows, 2), [3.0, -2.0])
+
+
+def check_gradient_through(o: ModuleType) -> None:
+    # z = (6, 8), f = (.6, .8), y = f . (1, 0): dy/dz = ((1,0) - .6 (.6,.8)) / 10 = (.064, -.048);
+    # dy/dp = (3 * .064, 4 * -.048) = (.192, -.192); each of 2 cells takes half.
+    head, A = toy()
+    G = o.gradient(head, A, o.dot_score(torch.tensor([1.0, 0.0])), normalize=True, norm="through")
+    np.testing.assert_allclose(G.numpy(), [[[0.096, 0.096]], [[-0.096, -0.096]]], atol=1e-15)
+
+
+def check_gradient_around(o: ModuleType) -> None:
+    head, A = toy()
+    score = o.dot_score(torch.tensor([1.0, 0.5]))
+    for normalize, norm in ((True, "around"), (False, "through"), (False, "around")):
+        G = o.gradient(head, A, score, normalize=normalize, norm=norm)
+        np.testing.assert_allclose(G.numpy(), [[[1.5, 1.5]], [[1.0, 1.0]]], atol=1e-15)
+    # The cotangent at f = (.6, .8) of the margin is 2 (p - n), wherever f is.
+    p, n = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    G = o.gradient(head, A, o.margin_score(p, n), normalize=True, norm="around")
+    np.testing.assert_allclose(G.numpy(), [[[3.0, 3.0]], [[-4.0, -4.0]]], atol=1e-14)
+
+
+GRADIENT = torch.tensor([[[0.5, 1.0], [0.0, -2.0]]], dtype=torch.float64)
+VALUES = torch.tensor([[[1.0, 0.0], [2.0, 1.0]]], dtype=torch.float64)
+
+
+def check_gradcam(o: ModuleType) -> None:
+    np.testing.assert_allclose(o.gradcam_weights(GRADIENT), [-0.125])
+
+
+def check_gradcampp(o: ModuleType) -> None:
+    # S = 4: .5 / (2 + 2) + 1 / (2 + 4) ; zero and negative gradients add nothing
+    np.testing.assert_allclose(o.gradcampp_weights(GRADIENT, VALUES), [0.125 + 1 / 6])
+    # Negative activations do not take part in S: 3 + ... stays 4.
+    shifted = VALUES.clone()
+    shifted[0, 0, 1] = -7.0
+    np.testing.assert_allclose(o.gradcampp_weights(GRADIENT, shifted), [0.125 + 1 / 6])
+
+
+def check_gradcampp_printed(o: ModuleType) -> None:
+    np.testing.assert_allclose(o.gradcampp_weights_as_printed(GRADIENT, VALUES), [0.125 + 1 / 6])
+    tiny = o.gradcampp_weights_as_printed(GRADIENT * 1e-6, VALUES)
+    np.testing.assert_allclose(tiny, [0.75e-6], rtol=1e-4)
+
+
+def check_averaged(o: ModuleType) -> None:
+    # Not normalised, the weights of a triplet are W^T 2 (p - n) / Z, W = diag(3, 4), Z = 2.
+    head, A = toy()
+    rows = np.array([[1.0, 2.0], [2.0, 4.0], [4.0, 6.0], [-1.0, 1.0]])
+    triplets = [(1, 2), (1, 3)]
+    kwargs = {"normalize": False}
+    w, used = o.averaged_weights(head, A, rows[0], rows, triplets, **kwargs)
+    assert used == 2
+    np.testing.assert_allclose(w, [(-6.0 + 9.0) / 2, (-8.0 + 12.0) / 2])
+    w, used = o.averaged_weights(head, A, rows[0], rows, triplets, hinge=0.2, **kwargs)
+    assert used == 1
+    np.testing.assert_allclose(w, [9.0, 12.0])
+    # The mean of the weights is not the weight of the mean (S = 4, 4): 18 / (2 + 72) and so on.
+    w, _ = o.averaged_weights(head, A, rows[0], rows, triplets, method="gradcam++", **kwargs)
+    np.testing.assert_allclose(w, [2 * 9 / (2 + 4 * 9) / 2, 2 * 12 / (2 + 4 * 12) / 2])
+    w, used = o.averaged_weights(head, A, rows[0], rows, [(1, 2)], hinge=0.2, **kwargs)
+    assert used == 0
+    np.testing.assert_array_equal(w, [0.0, 0.0])
+
+
+def check_every_triplet(o: ModuleType) -> None:
+    assert o.every_triplet(["a", "b", "a", "c"], 0) == [(2, 1), (2, 3)]
+
+
+def check_mean_cotangent(o: ModuleType) -> None:
+    rows = np.array([[1.0, 2.0], [2.0, 4.0], [4.0, 6.0], [-1.0, 1.0]])
+    np.testing.assert_allclose(o.mean_cotangent(rows, [(1, 2), (1, 3)]), [1.0, 1.0])
+
+
+def check_top_m(o: ModuleType) -> None:
+    w = np.array([0.1, -5.0, 3.0, 2.0])
+    np.testing.assert_array_equal(o.top_m(w, 2, "signed"), [0, 0, 3, 2])
+    np.testing.assert_array_equal(o.top_m(w, 2, "magnitude"), [0, -5, 3, 0])
+    np.testing.assert_array_equal(o.top_m(np.array([1.0, 1.0]), 1, "signed"), [1, 0])
+    np.testing.assert_array_equal(o.top_m(w, 9, "signed"), w)
+
+
+def check_low_rank(o: ModuleType) -> None:
+    basis = np.array([[1.0, 0.0, 2.0], [0.0, 1.0, 1.0]])
+    got = o.low_rank_decode(np.array([2.0, -1.0]), basis, np.array([0.0, 0.5, 1.0]))
+    np.testing.assert_allclose(got, [2.0, -0.5, 4.0])
+
+
+def check_best_rank(o: ModuleType) -> None:
+    rows = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    assert o.best_rank_error(rows, np.zeros(2), 1) == pytest.approx(2.0)
+    assert o.best_rank_error(rows, np.zeros(2), 2) == 0.0
+    assert o.best_rank_error(rows + np.array([5, 5]), np.array([5.0, 5.0]), 1) == pytest.approx(2.0)
+
+
+def check_half(o: ModuleType) -> None:
+    assert o.half(1 + 2**-11) == 1.0  # a tie goes to the even neighbour
+    assert o.half(1 + 3 * 2**-11) == 1 + 2**-9
+    assert o.half(1e-9) == 0.0
+
+
+def check_half_bound(o: ModuleType) -> None:
+    bound = o.half_bound(np.array([-2.0, 1.0, 0.0]))
+    np.testing.assert_allclose(bound, [2**-10, 2**-11, 2**-24], rtol=2e-3)
+
+
+def check_mean(o: ModuleType) -> None:
+    rows = np.array([[3.0, 4.0], [0.0, 2.0]])
+    np.testing.assert_allclose(o.transfer_mean(rows), [0.3, 0.9])
+    np.testing.assert_allclose(o.transfer_mean(rows[:1]), [3.0, 4.0])
+    np.testing.assert_allclose(o.transfer_mean(np.vstack([rows, [[0.0, 0.0]]])), [0.3, 0.9])
+
+
+def check_distance(o: ModuleType) -> None:
+    rows = np.array([[3.0, 4.0], [0.0, 2.0]])
+    # Euclidean distances 1 and 3: shares 3/4 and 1/4
+    np.testing.assert_allclose(o.transfer_distance(rows, [1.0, 9.0]), [0.45, 0.85])
+    np.testing.assert_allclose(o.transfer_distance(rows, [1.0, 0.0]), [0.0, 1.0])
+    np.testing.assert_allclose(o.transfer_distance(rows[:1], [9.0]), [3.0, 4.0])
+
+
+def check_cam(o: ModuleType) -> None:
+    A = np.array([[[1.0, 2.0]], [[3.0, 0.0]]])
+    np.testing.assert_allclose(o.cam(np.array([1.0, -1.0]), A), [[0.0, 2.0]])
+
+
+def check_bilinear(o: ModuleType) -> None:
+    # [0, 4] stretched to four: 0, 1, 3, 4; with aligned corners it would be 0, 1.3, 2.7, 4
+    np.testing.assert_allclose(o.bilinear(np.array([[0.0, 4.0]]), 1, 4), [[0, 1, 3, 4]])
+    np.testing.assert_allclose(o.bilinear(np.array([[0.0], [4.0]]), 4, 1), [[0], [1], [3], [4]])
+
+
+def check_area(o: ModuleType) -> None:
+    np.testing.assert_allclose(o.area_average(np.array([[1.0, 2.0, 6.0]]), 1, 2), [[4 / 3, 14 / 3]])
+    column = np.array([[1.0], [2.0], [6.0]])
+    np.testing.assert_allclose(o.area_average(column, 2, 1), [[4 / 3], [14 / 3]])
+
+
+def check_min_max(o: ModuleType) -> None:
+    np.testing.assert_allclose(o.min_max(np.array([[2.0, 4.0, 3.0]])), [[0, 1, 0.5]])
+    np.testing.assert_allclose(o.min_max(np.array([[2.0, 2.0]])), [[0, 0]])
+
+
+def check_energy(o: ModuleType) -> None:
+    mask = np.array([[1.0, 0.0, 0.5, 0.0]])
+    assert o.energy_in_mask(np.array([[1.0, 2.0, 2.0, 3.0]]), mask) == 0.25
+    assert o.energy_in_mask(np.zeros((1, 4)), mask) == 0.375
+
+
+def check_box(o: ModuleType) -> None:
+    got = o.box_mask((0.5, -1.0, 2.0, 1.0), 2, 3)
+    np.testing.assert_allclose(got, [[0.5, 1.0, 0.0], [0.0, 0.0, 0.0]])
+
+
+def check_recall(o: ModuleType) -> None:
+    rows = np.array([[0.0], [1.0], [1.5], [9.0]])
+    assert o.recall_at(rows, ["a", "a", "b", "b"], 1) == 0.5
+    assert o.recall_at(rows, ["a", "a", "b", "b"], 2) == 0.75
+    assert o.recall_at(rows, ["a", "a", "b", "b"], 3) == 1.0
+
+
+def check_pearson(o: ModuleType) -> None:
+    assert o.pearson(np.array([1.0, 2, 3]), np.array([5.0, 3, 4])) == pytest.approx(-0.5)
+
+
+def check_semihard(o: ModuleType) -> None:
+    rows = np.array([[0.0], [1.0], [1.05], [2.0], [0.5]])
+    labels = ["a", "a", "b", "b", "b"]
+    assert [o.semihard_allows(rows, labels, 0, 1, n, 0.2) for n in (2, 3, 4)] == [
+        True,
+        False,
+        False,
+    ]
+    assert [o.semihard_allows(rows, labels, 0, 1, n, 0.01) for n in (2, 3)] == [True, False]
+
+
+def check_nearest(o: ModuleType) -> None:
+    rows = np.array([[0.0], [3.0], [1.0], [2.0]])
+    assert o.nearest(rows, 0, [0, 1, 2, 3], 2) == [2, 3]
+
+
+# (function, what is printed, what it is broken to, the check that must notice)
+BREAKS = [
+    ("squared_distance", "(x - y) * (x - y)", "abs(x - y)", check_margin),
+    ("triplet_loss", "delta, 0.0", "delta, -9.0", check_loss),
+    ("triplet_loss", "(a, p) -", "(a, p) +", check_loss),
+    ("margin", "squared_distance(a, n) -", "-squared_distance(a, n) +", check_margin),
+    ("margin_gradient", "(2 * step)", "step", check_margin_gradient),
+    ("hinge_is_satisfied", "delta) == 0.0", "0.0) == 0.0", check_hinge),
+    ("hinge_is_satisfied", "== 0.0", "< 0.0", check_hinge),
+    ("centred_target", "total / n", "total / (n - 1)", check_centred),
+    ("gradient", "score(z / z.norm()), A", "score(z), A", check_gradient_through),
+    ("gradient", "score(z / z.norm())", "score(z / z.norm().detach())", check_gradient_through),
+    ("gradient", "(z * at_f)", "(z / z.norm() * at_f)", check_gradient_around),
+    ("margin_score", "n.double()) - _", "n.double()) + _", check_gradient_around),
+    ("dot_score", "f * c", "f + c", check_gradient_around),
+    ("gradcam_weights", "/ (H * W)", "/ H", check_gradcam),
+    ("gradcam_weights", "float(G[k, i, j])", "max(float(G[k, i, j]), 0)", check_gradcam),
+    ("gradcampp_weights", "2.0 + S * g", "2.0 + S * g + 0.01", check_gradcampp),
+    ("gradcampp_weights", "max(float(activations[k, i, j]), 0.0)", "VALUES", check_gradcampp),
+    ("gradcampp_weights", "2.0 + S", "2.0 + float(activations[k, i, j])", check_gradcampp),
+    ("gradcampp_weights", "g > 0.0", "True", check_gradcampp),
+    ("gradcampp_weights_as_printed", "2.0 * g**2", "1e-6 + 2.0 * g**2", check_gradcampp_printed),
+    ("gradcampp_weights_as_printed", "max(g, 0.0)", "g", check_gradcampp_printed),
+    ("averaged_weights", "continue", "pass", check_averaged),
+    ("averaged_weights", "total / used", "total / len(triplets)", check_averaged),
+    ("averaged_weights", "method=method, ", "", check_averaged),
+    ("target_weights", "gradcampp_weights(G, a", "gradcampp_weights(G, 2 * a", check_averaged),
+    ("every_triplet", "p == anchor or ", "", check_every_triplet),
+    ("every_triplet", "label_n != labels[anchor]", "True", check_every_triplet),
+    ("mean_cotangent", "2.0 * (", "(", check_mean_cotangent),
+    ("mean_cotangent", "p, d]) -", "p, d]) +", check_mean_cotangent),
+    ("top_m", "abs(here), abs(there)", "here, there", check_top_m),
+    ("top_m", "here > there", "here >= there", check_top_m),
+    ("top_m", "min(m, len(weights))", "min(m + 1, len(weights))", check_top_m),
+    ("low_rank_decode", "float(offset[k])", "0.0", check_low_rank),
+    ("low_rank_decode", "basis[r, k]", "basis[r, 0]", check_low_rank),
+    ("best_rank_error", "max(K - rank, 0)", "rank", check_best_rank),
+    ("best_rank_error", "row - offset, row - offset", "row, row", check_best_rank),
+    ("half", '"<e"', '"<f"', check_half),
+    ("half_bound", "2.0**-11", "2.0**-10", check_half_bound),
+    ("half_bound", "2.0**-25", "2.0**-30", check_half_bound),
+    ("transfer_mean", "/ length", "", check_mean),
+    ("transfer_mean", "len(rows) == 1", "False", check_mean),
+    ("transfer_mean", "len(counted)", "len(rows)", check_mean),
+    ("l2_norm", "float(v) ** 2", "abs(float(v))", check_mean),
+    ("distance_shares", "math.sqrt(s)", "s", check_distance),
+    ("distance_shares", "1.0 if e else 0.0", "1.0", check_distance),
+    ("transfer_distance", "/ length", "", check_distance),
+    ("transfer_distance", "len(rows) == 1", "False", check_distance),
+    ("cam", "max(total, 0.0)", "total", check_cam),
+    ("cam", "float(weights[k]) *", "abs(float(weights[k])) *", check_cam),
+    ("bilinear", "(j + 0.5) * w / width - 0.5", "j * (w - 1) / (width - 1)", check_bilinear),
+    ("bilinear", "(i + 0.5) * h / height - 0.5", "i * h / height", check_bilinear),
+    ("bilinear", "fx = x - x0", "fx = round(x - x0)", check_bilinear),
+    ("area_average", "area = _overlap(y0, y1, r, r + 1) *", "area =", check_area),
+    ("area_average", "area * float", "(area > 0.6) * float", check_area),
+    ("_overlap", "max(a0, b0)", "b0", check_box),
+    ("min_max", "np.zeros(image.shape)", "image", check_min_max),
+    ("min_max", "(v - low)", "v", check_min_max),
+    ("energy_in_mask", "/ (H * W)", "", check_energy),
+    ("energy_in_mask", "* float(mask[i, j])", "* (float(mask[i, j]) > 0)", check_energy),
+    ("box_mask", "_overlap(x0, x1, j, j + 1)", "1", check_box),
+    ("recall_at", "if i != q", "", check_recall),
+    ("recall_at", "[:k]", "[:1]", check_recall),
+    ("pearson", "(u - mx) * (v - my)", "u * v", check_pearson),
+    ("semihard_allows", "d_p < d[i] < d_p + delta", "d[i] < d_p + delta", check_semihard),
+    ("semihard_allows", "d_p < d_n < d_p + delta", "d_n < d_p + delta", check_semihard),
+    ("semihard_allows", "d_n == min(beyond)", "True", check_semihard),
+    ("nearest", "if i != a", "", check_nearest),
+    ("nearest", "[:k]", "", check_nearest),
+]  # fmt: skip
+CHECKS = [value for name, value in sorted(globals().items()) if name.startswith("check_")]
+
+
+def broken(function: str, printed: str, replaced: str) -> ModuleType:
+    """A copy of the oracles in which one piece of one function's text is another."""
+    whole = inspect.getsource(oracles)
+    source = inspect.getsource(getattr(oracles, function))
+    head, body = source.split("\n", 1)
+    assert printed in body, f"{function} no longer holds {printed!r}: bring this row up to date"
+    module = ModuleType("broken_oracles")
+    module.__dict__["VALUES"] = 0.3
+    changed = head + "\n" + body.replace(printed, replaced)
+    exec(compile(whole.replace(source, changed), "broken_oracles", "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+def test_an_oracle_gives_the_numbers_of_the_hand_calculation(check) -> None:
+    check(oracles)
+
+
+@pytest.mark.parametrize(
+    ("function", "printed", "replaced", "check"),
+    BREAKS,
+    ids=[f"{i}-{row[0]}" for i, row in enumerate(BREAKS)],
+)
+def test_a_broken_oracle_is_told_apart(function, printed, replaced, check) -> None:
+    wrong = broken(function, printed, replaced)
+    # An error of another kind would be a break that does not run, which shows nothing.
+    with pytest.raises(AssertionError):
+        check(wrong)
+
+
+def test_every_oracle_is_broken_at_least_once() -> None:
+    functions = {
+        name
+        for name, value in vars(oracles).items()
+        if inspect.isfunction(value) and value.__module__ == "oracles" and name != "_distance"
+    }
+    assert functions == {row[0] for row in BREAKS}
+
+
+def test_the_oracles_do_not_know_the_code_they_judge() -> None:
+    tree = ast.parse(Path(oracles.__file__).read_text())
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    heads = {name.split(".")[0] for name in names}
+    assert heads <= {"__future__", "math", "struct", "collections", "numpy", "torch"}
+    assert heads <= set(sys.stdlib_module_names) | {"numpy", "torch"}
+
+
+def test_the_two_forms_of_gradcampp_agree_where_activations_are_positive() -> None:
+    generator = torch.Generator().manual_seed(0)
+    G = torch.randn(5, 3, 4, generator=generator, dtype=torch.float64) * 1e-4
+    A = torch.rand(5, 3, 4, generator=generator, dtype=torch.float64)
+    np.testing.assert_allclose(
+        oracles.gradcampp_weights(G, A),
+        oracles.gradcampp_weights_as_printed(G, A),
+        rtol=1e-10,
+    )
+
+
+@pytest.mark.parametrize("to", [(7, 9), (3, 2), (1, 1), (11, 4)])
+def test_resizing_agrees_with_torch(to) -> None:
+    image = np.random.default_rng(0).random((5, 6))
+    there = torch.from_numpy(image)[None, None]
+    wanted = torch.nn.functional.interpolate(there, to, mode="bilinear", align_corners=False)
+    np.testing.assert_allclose(oracles.bilinear(image, *to), wanted[0, 0].numpy(), atol=1e-12)
+
+
+def test_area_averaging_agrees_with_torch_where_cells_divide() -> None:
+    image = np.random.default_rng(0).random((6, 8))
+    wanted = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(image)[None], (3, 2))
+    np.testing.assert_allclose(oracles.area_average(image, 3, 2), wanted[0].numpy(), atol=1e-12)

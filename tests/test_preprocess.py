@@ -1,0 +1,277 @@
+"""The network's input, to the bit, and the rectangle of the picture that it shows."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from embedcam.errors import ImageError, InputError
+from embedcam.preprocess import (
+    CustomPreprocess,
+    Preprocess,
+    custom,
+    from_transform,
+    preprocess_from_dict,
+)
+
+SIZES = [
+    (224, 224), (256, 256), (257, 255), (500, 333), (333, 500), (1001, 37), (37, 1001),
+    (225, 301), (97, 113), (1, 1), (3, 2), (640, 479), (479, 640), (231, 999),
+]  # fmt: skip
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def preset(**settings):
+    from torchvision.transforms._presets import ImageClassification
+
+    return ImageClassification(**settings)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("resize_to", "crop"), [(256, 224), (232, 224), (73, 64), (40, 65)])
+def test_crop_equals_torchvision_to_the_bit(interpolation, resize_to, crop):
+    from torchvision.transforms import InterpolationMode
+
+    theirs = preset(
+        crop_size=crop, resize_size=resize_to, interpolation=InterpolationMode(interpolation)
+    )
+    ours = Preprocess((crop, crop), "crop", resize_to, interpolation)
+    assert from_transform(theirs) == ours
+    for width, height in SIZES:
+        image = picture(width, height)
+        np.testing.assert_array_equal(ours(image), theirs(image).numpy(), f"{width} x {height}")
+
+
+def test_a_crop_that_is_not_square_equals_torchvision():
+    from torchvision import transforms
+
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(48),
+            transforms.CenterCrop((96, 31)),
+            transforms.ToTensor(),
+            transforms.Normalize((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+        ]
+    )
+    ours = from_transform(theirs)
+    assert ours == Preprocess((96, 31), "crop", 48, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    for width, height in SIZES:
+        image = picture(width, height)
+        np.testing.assert_array_equal(ours(image), theirs(image).numpy())
+
+
+def test_squash_equals_torchvision():
+    from torchvision import transforms
+
+    theirs = transforms.Compose([transforms.Resize((20, 33)), transforms.ToTensor()])
+    ours = from_transform(theirs)
+    assert isinstance(ours, Preprocess)
+    assert ours.resize == "squash"
+    for width, height in SIZES:
+        image = picture(width, height)
+        np.testing.assert_array_equal(ours(image), theirs(image).numpy())
+        assert ours.extent(width, height) == (0, 0, width, height)
+
+
+def test_values_are_normalised_per_channel():
+    image = Image.new("RGB", (5, 7), (255, 0, 51))
+    output = Preprocess((2, 3), mean=(0.5, 0.25, 0.0), std=(0.5, 0.5, 2.0))(image)
+    assert output.dtype == np.float32
+    assert output.flags.c_contiguous
+    np.testing.assert_allclose(output[:, 0, 0], [1.0, -0.5, 0.1], rtol=1e-6)
+    assert output.shape == (3, 2, 3)
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (301, 517), (100, 1000)])
+def test_extent_says_where_the_pixels_come_from(shape):
+    """A ramp along x (y) reads, at each input column (row), the coordinate that extent implies."""
+    width, height = shape
+    preprocess = Preprocess((64, 48), "crop", 80, mean=(0, 0, 0), std=(1, 1, 1))
+    across = np.broadcast_to(np.arange(width) / width * 255, (height, width))
+    down = np.broadcast_to((np.arange(height) / height * 255)[:, None], (height, width))
+    ramp = np.stack([across, down, down], axis=-1).round().astype(np.uint8)
+    output = preprocess(Image.fromarray(ramp))
+    x0, y0, x1, y1 = preprocess.extent(width, height)
+    columns = (x0 + (np.arange(48) + 0.5) / 48 * (x1 - x0) - 0.5) / width
+    rows = (y0 + (np.arange(64) + 0.5) / 64 * (y1 - y0) - 0.5) / height
+    np.testing.assert_allclose(output[0].mean(axis=0)[1:-1], columns[1:-1], atol=0.006)
+    np.testing.assert_allclose(output[1].mean(axis=1)[1:-1], rows[1:-1], atol=0.006)
+
+
+def test_extent_by_hand():
+    preprocess = Preprocess.imagenet()
+    assert preprocess == Preprocess((224, 224), "crop", 256)
+    # 512 x 1024 -> 256 x 512; the crop begins at (16, 144): twice that in the original.
+    assert preprocess.extent(512, 1024) == (32.0, 288.0, 480.0, 736.0)
+    # The longer side is cut to int(256 * 333 / 500): an uneven stretch that extent keeps exactly.
+    x0, y0, x1, y1 = preprocess.extent(333, 500)
+    assert (x0, x1) == (16 * 333 / 256, 240 * 333 / 256)
+    assert (y0, y1) == (80 * 500 / 384, 304 * 500 / 384)
+
+
+def test_a_padded_crop_reaches_beyond_the_picture():
+    preprocess = Preprocess((10, 10), "crop", 4, mean=(0, 0, 0), std=(1, 1, 1))
+    output = preprocess(Image.new("RGB", (8, 8), "white"))
+    assert preprocess.extent(8, 8) == (-6.0, -6.0, 14.0, 14.0)
+    np.testing.assert_array_equal(np.argwhere(output[0])[[0, -1]], [[3, 3], [6, 6]])
+
+
+def test_a_thread_of_a_picture_is_refused_before_it_fills_the_memory():
+    with pytest.raises(ImageError, match=r"1 x 100000 .* too long and thin.*squash"):
+        Preprocess.imagenet()(Image.new("RGB", (1, 100_000)))
+    assert Preprocess((8, 8))(Image.new("RGB", (1, 100_000))).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 224}, r"size is 224; give \(height, width\)"),
+        ({"size": (0, 224)}, r"size\[0\] is 0 pixels; give 1 to 8192"),
+        ({"size": (224, 1e9)}, r"size\[1\] is 1000000000.0; give a whole number"),
+        ({"size": (224, True)}, "whole number"),
+        ({"size": "22"}, "size is '22'"),
+        ({"resize": "stretch"}, '"squash" or "crop"'),
+        ({"resize": "crop"}, "needs resize_to"),
+        ({"resize_to": 256}, "resize_to=256 has no meaning"),
+        ({"interpolation": "cubic"}, "'cubic'; give one of nearest, box, bilinear"),
+        ({"mean": (0.5, 0.5)}, "mean is .* three finite numbers"),
+        ({"mean": 0.5}, "three finite numbers"),
+        ({"mean": "abc"}, "three finite numbers"),
+        ({"std": (0.5, float("nan"), 0.5)}, "std is .* three finite numbers"),
+        ({"std": (0.5, 0.0, 0.5)}, "each must be above 0"),
+    ],
+)
+def test_settings_that_cannot_be_used(settings, message):
+    with pytest.raises(InputError, match=message):
+        Preprocess(**settings)
+
+
+def test_only_rgb_pictures():
+    with pytest.raises(InputError, match=r"given L; read it with embedcam.images.read_image"):
+        Preprocess()(Image.new("L", (4, 4)))
+    with pytest.raises(InputError, match="given ndarray"):
+        Preprocess()(np.zeros((4, 4, 3), dtype=np.uint8))
+    with pytest.raises(InputError, match="0 x 4 pixels has no extent"):
+        Preprocess().extent(0, 4)
+
+
+def test_dict_round_trip_through_json():
+    ours = Preprocess((224, 160), "crop", 240, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    restored = Preprocess.from_dict(json.loads(json.dumps(ours.to_dict())))
+    assert restored == ours
+    assert hash(restored) == hash(ours)
+    assert restored.size == (224, 160)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"zoom": 2}, "unknown settings zoom"),
+        ({"kind": "other"}, "kind is 'other'"),
+        ({"kind": "custom", "name": "mine"}, "'mine' is a transform .* pass the same transform"),
+        ({"size": [1, 2, 3]}, r"\(height, width\)"),
+    ],
+)
+def test_dicts_that_cannot_be_used(change, message):
+    with pytest.raises(InputError, match=message):
+        Preprocess.from_dict({**Preprocess().to_dict(), **change})
+
+
+def test_a_dict_with_missing_settings():
+    with pytest.raises(InputError, match="missing settings size, resize"):
+        Preprocess.from_dict({"interpolation": "bilinear"})
+    with pytest.raises(InputError, match="expected a table"):
+        Preprocess.from_dict([1])
+
+
+def test_custom_transforms():
+    import torch
+
+    def halves(image):
+        return torch.from_numpy(np.asarray(image, dtype=np.float32)).permute(2, 0, 1) / 510
+
+    ours = from_transform(halves)
+    assert isinstance(ours, CustomPreprocess)
+    assert ours.name.endswith("halves")
+    assert ours.to_dict() == {"kind": "custom", "name": ours.name, "extent": "whole"}
+    output = ours(Image.new("RGB", (5, 4), "white"))
+    assert isinstance(output, np.ndarray)
+    np.testing.assert_array_equal(output, np.full((3, 4, 5), 0.5, dtype=np.float32))
+    assert ours.extent(5, 4) == (0, 0, 5, 4)
+    told = custom(halves, name="left half", extent=lambda width, height: (0, 0, width / 2, height))
+    assert told.name == "left half"
+    assert told.extent(5, 4) == (0, 0, 2.5, 4)
+    assert from_transform(told) is told
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (np.zeros((4, 4, 3)), r"expected an array \[3 H W\].*\[4, 4, 3\]"),
+        (np.zeros((1, 3, 4, 4)), r"\[1, 3, 4, 4\]"),
+        (np.full((3, 4, 4), np.nan), "NaN or infinity"),
+        (np.full((3, 1, 1), "a"), "expected numbers"),
+        ("picture", "of shape"),
+    ],
+)
+def test_custom_transforms_that_return_something_else(output, message):
+    with pytest.raises(InputError, match=message):
+        custom(lambda image: output, name="mine")(Image.new("RGB", (4, 4)))
+
+
+def test_of_a_custom_transform_an_index_knows_the_name():
+    image = Image.new("RGB", (5, 4))
+    whole = preprocess_from_dict(custom(np.asarray, name="mine").to_dict())
+    assert whole.extent(5, 4) == (0, 0, 5, 4)
+    with pytest.raises(InputError, match=r"'mine' is a transform .* pass the same transform"):
+        whole(image)
+    told = custom(np.asarray, name="mine", extent=lambda width, height: (0, 0, 1, 1))
+    part = preprocess_from_dict(json.loads(json.dumps(told.to_dict())))
+    assert part.to_dict() == told.to_dict()
+    with pytest.raises(InputError, match="pass the same transform"):
+        part.extent(5, 4)
+    assert preprocess_from_dict(Preprocess().to_dict()) == Preprocess()
+    for change in ({"extent": "half"}, {"more": 1}, {"name": ""}):
+        with pytest.raises(InputError, match=r"described by kind, name|give the transform a name"):
+            preprocess_from_dict({**told.to_dict(), **change})
+
+
+def test_custom_wrappers_that_cannot_be_used():
+    with pytest.raises(InputError, match="expected a transform"):
+        from_transform(3)
+    with pytest.raises(InputError, match="name is ''"):
+        custom(lambda image: image, name="")
+    with pytest.raises(InputError, match="expected a function"):
+        CustomPreprocess(3, "three")
+    upside_down = custom(lambda image: image, extent=lambda width, height: (0, height, width, 0))
+    with pytest.raises(InputError, match="expected x0 < x1 and y0 < y1"):
+        upside_down.extent(4, 4)
+
+
+@pytest.mark.parametrize("name", ["ColorJitter", "Pad"])
+def test_chains_that_do_more_stay_custom(name):
+    from torchvision import transforms
+
+    extra = transforms.ColorJitter() if name == "ColorJitter" else transforms.Pad(2)
+    chain = transforms.Compose([transforms.Resize((8, 8)), extra, transforms.ToTensor()])
+    ours = from_transform(chain, name="training")
+    assert ours == CustomPreprocess(chain, "training")
+    no_crop = transforms.Compose([transforms.Resize(8), transforms.ToTensor()])
+    assert isinstance(from_transform(no_crop), CustomPreprocess)
+
+
+def test_timm_transforms_are_recognised():
+    timm_data = pytest.importorskip("timm.data")
+    theirs = timm_data.create_transform(
+        (3, 96, 96), is_training=False, interpolation="bicubic", crop_pct=0.875
+    )
+    ours = from_transform(theirs)
+    assert isinstance(ours, Preprocess)
+    assert ours.resize_to == 109
+    image = picture(150, 201)
+    np.testing.assert_array_equal(ours(image), theirs(image).numpy())

@@ -1,0 +1,462 @@
+"""Pictures: the pixels of an overlay, what a panel shows, and pages that are safe and whole."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from embedcam.cam import resize
+from embedcam.errors import InputError
+from embedcam.render import Row, Table, Tile, colormap, overlay, page, panel, stretch, top_value
+from embedcam.render.panel import shorten_end, shorten_middle, wrap
+
+GREY = 100
+
+
+def grey(width=12, height=8):
+    return Image.new("RGB", (width, height), (GREY,) * 3)
+
+
+def photo(width=60, height=40, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def changed(picture, original):
+    """Where a picture differs from its original, `[H W]`."""
+    return (np.asarray(picture) != np.asarray(original)).any(axis=-1)
+
+
+# ---------------------------------------------------------------------------------------------
+# colours
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["inferno", "viridis", "magma", "cividis"])
+def test_colours_are_matplotlibs(name):
+    from matplotlib import colormaps
+
+    values = np.arange(256, dtype=np.float32).reshape(16, 16) / 255
+    expected = colormaps[name](np.arange(256).reshape(16, 16))[..., :3]
+    np.testing.assert_allclose(colormap(values, name), expected, atol=1e-7)
+    assert colormap(values).dtype == np.float32
+
+
+def test_the_default_colours_grow_evenly_lighter():
+    """Perceptually uniform: lightness (CIE L*) is a straight line in the value."""
+    linear = colormap(np.linspace(0, 1, 256)).astype(float) ** 2.2
+    luminance = linear @ [0.2126, 0.7152, 0.0722]
+    light = np.where(luminance > 0.008856, 116 * np.cbrt(luminance) - 16, 903.3 * luminance)
+    assert (np.diff(light) > -0.1).all()
+    straight = np.linspace(light[0], light[-1], 256)
+    assert np.abs(light - straight).max() < 6
+
+
+def test_colours_of_values_beyond_the_ends():
+    np.testing.assert_array_equal(colormap(np.array([-1.0, 2.0])), colormap(np.array([0.0, 1.0])))
+    with pytest.raises(InputError, match="colour map 'jets' is not known; take inferno"):
+        colormap(np.zeros(1), "jets")
+    with pytest.raises(InputError, match="1 of 2 values are NaN"):
+        colormap(np.array([0.0, np.nan]))
+
+
+# ---------------------------------------------------------------------------------------------
+# stretch: the geometry
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(8, 12), (7, 7), (31, 17), (3, 2), (1, 1)])
+def test_without_an_extent_it_is_the_usual_resizing(size):
+    cam = np.random.default_rng(0).random((7, 5), dtype=np.float32)
+    np.testing.assert_allclose(stretch(cam, size), resize(cam, size), atol=1e-6)
+
+
+def literal_stretch(cam, size, extent):
+    """Pixel by pixel: is its centre inside, and what lies there."""
+    h, w = cam.shape
+    x0, y0, x1, y1 = extent
+    out = np.zeros(size)
+    for row in range(size[0]):
+        for column in range(size[1]):
+            x, y = column + 0.5, row + 0.5
+            if not (x0 <= x < x1 and y0 <= y < y1):
+                continue
+            u = min(max((x - x0) / (x1 - x0) * w - 0.5, 0), w - 1)
+            v = min(max((y - y0) / (y1 - y0) * h - 0.5, 0), h - 1)
+            i, j = int(v), int(u)
+            k, m = min(i + 1, h - 1), min(j + 1, w - 1)
+            top = cam[i, j] * (1 - (u - j)) + cam[i, m] * (u - j)
+            bottom = cam[k, j] * (1 - (u - j)) + cam[k, m] * (u - j)
+            out[row, column] = top * (1 - (v - i)) + bottom * (v - i)
+    return out
+
+
+@pytest.mark.parametrize(
+    "extent",
+    [
+        (2, 1, 10, 7),
+        (2.3, 0.7, 9.49, 7.51),
+        (2.5, 1.5, 3.5, 2.5),
+        (-4.0, -2.5, 16.0, 9.0),
+        (5.0, -3.0, 40.0, 4.2),
+        (20.0, 0.0, 30.0, 8.0),
+        (-9.0, 0.0, 0.2, 8.0),
+    ],
+)
+def test_an_extent_against_literal_loops(extent):
+    cam = np.random.default_rng(1).random((3, 4), dtype=np.float32)
+    expected = literal_stretch(cam, (8, 12), extent)
+    np.testing.assert_allclose(stretch(cam, (8, 12), extent), expected, atol=1e-6)
+
+
+def test_a_map_lands_where_the_network_looked():
+    """The cell of a feature in the network's input is drawn over that feature in the original."""
+    from embedcam.preprocess import Preprocess
+
+    preprocess = Preprocess((64, 64), "crop", 80, mean=(0, 0, 0), std=(1, 1, 1))
+    pixels = np.zeros((170, 311, 3), dtype=np.uint8)
+    pixels[60:75, 180:195] = 255
+    cam = preprocess(Image.fromarray(pixels))[0]
+    drawn = stretch(cam, (170, 311), preprocess.extent(311, 170))
+    rows, columns = np.nonzero(drawn > 0.5)
+    assert abs(rows.mean() - 67) < 0.6
+    assert abs(columns.mean() - 187) < 0.6
+
+
+# ---------------------------------------------------------------------------------------------
+# overlay
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cmap", ["inferno", "viridis"])
+@pytest.mark.parametrize("shade", [0, GREY, 250, 255])
+def test_overlay_by_hand(cmap, shade):
+    """Colour and opacity both by value; in float, so nothing wraps around at 255."""
+    image = Image.new("RGB", (4, 1), (shade,) * 3)
+    cam = np.array([[0.0, 0.25, 0.5, 1.0]])
+    drawn = np.asarray(overlay(image, cam, alpha=0.8, cmap=cmap)).astype(float)
+    opacity = 0.8 * cam[0][:, None]
+    expected = shade * (1 - opacity) + 255 * colormap(cam[0], cmap) * opacity
+    np.testing.assert_allclose(drawn[0], expected, atol=0.501)
+
+
+def test_no_evidence_leaves_the_picture_as_it_is():
+    image = photo()
+    for cam, vmax in [
+        (np.zeros((7, 7)), None),
+        (np.zeros((7, 7)), 1.0),
+        (np.full((7, 7), -1.0), None),
+        (np.ones((7, 7)), 0.0),
+        (np.ones((7, 7)), -1.0),
+    ]:
+        drawn = overlay(image, cam, vmax=vmax)
+        assert not changed(drawn, image).any()
+        assert drawn is not image
+
+
+def test_weak_evidence_looks_weak():
+    cam = np.ones((2, 2))
+    distance = [
+        np.abs(np.asarray(overlay(grey(), cam * s, vmax=1.0)).astype(int) - GREY).sum()
+        for s in (1.0, 0.5, 0.1, 0.01)
+    ]
+    assert distance[0] > 2 * distance[1] > 4 * distance[2]
+    assert distance[3] <= 3 * 12 * 8
+    strong, clipped = overlay(grey(), cam, vmax=1.0), overlay(grey(), 5 * cam, vmax=1.0)
+    assert not changed(strong, clipped).any()
+
+
+@pytest.mark.parametrize("extent", [(3, 2, 9, 6), (3.4, 1.6, 9.4, 5.6), (-5, -5, 4, 4)])
+def test_outside_the_extent_the_picture_is_plain(extent):
+    drawn = changed(overlay(grey(), np.ones((3, 3)), extent), grey())
+    np.testing.assert_array_equal(drawn, stretch(np.ones((3, 3)), (8, 12), extent) > 0)
+    assert 0 < drawn.sum() < 96
+
+
+def test_a_tall_picture_is_coloured_without_seams():
+    ramp = np.linspace(0, 1, 5)[:, None]
+    image = Image.new("RGB", (2, 700), (GREY,) * 3)
+    drawn = np.asarray(overlay(image, ramp, (0, 13.2, 2, 690.7)))[:, 0]
+    strength = stretch(ramp, (700, 2), (0, 13.2, 2, 690.7))[:, :1]
+    expected = GREY + 0.7 * strength * (255 * colormap(strength[:, 0]) - GREY)
+    np.testing.assert_allclose(drawn, expected, atol=0.51)
+
+
+def test_overlay_keeps_the_callers_picture_and_takes_every_mode():
+    image = photo()
+    before = np.asarray(image).copy()
+    drawn = overlay(image, np.ones((2, 2)))
+    np.testing.assert_array_equal(np.asarray(image), before)
+    assert drawn.size == image.size
+    assert overlay(image.convert("L"), np.ones((2, 2))).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cam": np.array([[np.nan, 1.0]])}, "cam: 1 of 2 values are NaN or infinite"),
+        ({"cam": np.array([[np.inf]])}, "NaN or infinite"),
+        ({"cam": np.zeros((1, 2, 2))}, r"expected a map \[h w\], given \[1, 2, 2\]"),
+        ({"cam": np.zeros((0, 2))}, r"given \[0, 2\]"),
+        ({"cam": np.array([["a"]])}, "expected numbers"),
+        ({"vmax": float("nan")}, "vmax is nan"),
+        ({"alpha": 1.5}, "alpha is 1.5; give an opacity from 0 to 1"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"extent": (0, 0, 0, 5)}, "expected x0 < x1 and y0 < y1"),
+        ({"extent": (0, 0, 5)}, "four finite numbers"),
+        ({"extent": (0, 0, 5, float("inf"))}, "four finite numbers"),
+        ({"image": np.zeros((4, 4, 3))}, "expected a Pillow image, given ndarray"),
+        ({"cmap": "none"}, "colour map 'none' is not known"),
+    ],
+)
+def test_overlays_that_cannot_be_drawn(options, message):
+    given = {"image": grey(), "cam": np.ones((2, 2)), **options}
+    with pytest.raises(InputError, match=message):
+        overlay(**given)
+
+
+# ---------------------------------------------------------------------------------------------
+# panel
+# ---------------------------------------------------------------------------------------------
+
+
+def tile(value=1.0, name="a.png", image=None, **options):
+    return Tile(image or grey(40, 40), np.full((2, 2), value), caption=name, **options)
+
+
+def colours(picture):
+    return {tuple(c) for c in np.asarray(picture).reshape(-1, 3)}
+
+
+def strongest(alpha=0.7):
+    """The colour of full evidence over `grey()`."""
+    return tuple(np.rint(GREY + alpha * (255 * colormap(np.ones(1))[0] - GREY)).astype(int))
+
+
+def test_a_panel_shows_pictures_and_maps():
+    drawn = panel(tile(), [tile(name=str(i)) for i in range(3)], title="Why?", subtitle="Because")
+    pixels = np.asarray(drawn)
+    assert drawn.mode == "RGB"
+    full = (pixels == strongest()).all(axis=-1)
+    plain = (pixels == GREY).all(axis=-1)
+    # Four columns of plain tiles and of coloured ones, with corners rounded.
+    for shown in (full, plain):
+        assert abs(shown.sum() / (4 * 240 * 240) - 1) < 0.01
+    assert np.flatnonzero(plain.any(axis=1)).max() < np.flatnonzero(full.any(axis=1)).min()
+
+
+def test_results_share_a_scale_and_the_query_has_its_own():
+    query, results = tile(100.0), [tile(2.0), tile(1.0)]
+    half = np.rint(GREY + 0.35 * (255 * colormap(np.array([0.5]))[0] - GREY)).astype(int)
+    joint = np.asarray(panel(query, results))
+    each = np.asarray(panel(query, results, scale="each"))
+    share = lambda pixels, c: (pixels == c).all(axis=-1).sum() / (240 * 240)  # noqa: E731
+    assert round(share(joint, strongest()), 1) == 2.0  # the query and the stronger result
+    assert round(share(joint, half), 1) == 1.0
+    assert round(share(each, strongest()), 1) == 3.0
+    assert round(share(each, half), 1) == 0.0
+    assert top_value(results) == 2.0
+    assert top_value([Tile(grey())]) == 0.0
+
+
+def test_a_panel_wraps_its_results():
+    five = [tile(name=str(i)) for i in range(5)]
+    wide, narrow = panel(tile(), five, side=60), panel(tile(), five, side=60, columns=2)
+    assert narrow.width < wide.width
+    assert narrow.height > wide.height + 2 * 120
+
+
+def test_panels_of_tiles_that_lack_something():
+    lone = panel(tile(), [])
+    assert strongest() in colours(lone)
+    gone = panel(tile(), [Tile(None, np.ones((3, 3)), caption="gone"), Tile(None, None)])
+    # Without its picture the map is shown by itself, opaque.
+    assert tuple(np.rint(255 * colormap(np.ones(1))[0]).astype(int)) in colours(gone)
+    no_maps = panel(Tile(grey()), [Tile(grey())])
+    assert no_maps.height < gone.height
+    empty = panel(tile(0.0), [tile(0.0)])
+    assert (GREY,) * 3 in colours(empty)
+    tiny = panel(tile(image=Image.new("RGB", (1, 900))), [tile(image=Image.new("RGB", (900, 1)))])
+    assert tiny.size == panel(tile(image=Image.new("RGB", (1, 900))), [tile()]).size
+
+
+def test_a_cropped_extent_gets_a_frame():
+    flat = Tile(Image.new("RGB", (240, 240), (0, 0, 0)), np.zeros((2, 2)), (40, 40, 200, 200))
+    maps = slice(40 + 28 + 240 + 8, 40 + 28 + 240 + 8 + 240)
+    light = np.argwhere(np.asarray(panel(flat, []))[maps, :, 0] == 190)
+    top, left = light.min(axis=0)
+    bottom, right = light.max(axis=0)
+    assert (top, left, bottom, right) == (40, 40 + 40, 199, 40 + 199)
+    whole = Tile(flat.image, flat.cam, (0, 0, 240, 240))
+    assert not whole.cropped
+    assert not Tile(flat.image, flat.cam, (-5, -5, 300, 300)).cropped
+    assert not Tile(flat.image, None, (40, 40, 200, 200)).cropped
+    assert 190 not in np.asarray(panel(whole, []))[maps, :, 0]
+
+
+def test_panels_are_the_same_every_time():
+    make = lambda: panel(tile(image=photo()), [tile(0.5, image=photo(seed=1))], title="T")  # noqa: E731
+    np.testing.assert_array_equal(np.asarray(make()), np.asarray(make()))
+
+
+def test_words_of_any_kind_fit():
+    name = "фото/写真/a\nb\0\ud800/" + "x" * 400
+    long = tile(name=name, subcaption="label " * 99 + "\ndistance 0.1")
+    short = tile(name="a", subcaption="b\nc")
+    drawn = panel(long, [long], title="title " * 60, subtitle="y" * 900)
+    assert drawn.width == panel(short, [short]).width
+
+
+def test_panels_that_cannot_be_drawn():
+    with pytest.raises(InputError, match=r'scale is \'all\'; give "joint"'):
+        panel(tile(), [], scale="all")
+    with pytest.raises(InputError, match="0 columns of 240 pixels"):
+        panel(tile(), [], columns=0)
+    with pytest.raises(InputError, match="5 columns of 9 pixels"):
+        panel(tile(), [], side=9)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        panel(tile(), [tile(), tile(np.nan)])
+
+
+def test_shortening():
+    at_most = lambda n: lambda text: len(text) <= n  # noqa: E731
+    assert shorten_middle("abcdefghij", at_most(10)) == "abcdefghij"
+    assert shorten_middle("abcdefghij", at_most(7)) == "abc…hij"
+    assert shorten_middle("abcdefghij", at_most(1)) == "…"
+    assert shorten_middle("abcdefghij", at_most(0)) == "…"
+    assert shorten_end("abc defghi", at_most(5)) == "abc…"
+    assert shorten_end("ab", at_most(2)) == "ab"
+    assert wrap("", (13, False), 100) == []
+    assert " ".join(wrap("one two three four", (13, False), 60)) == "one two three four"
+    assert len(wrap("one two three four", (13, False), 60)) > 1
+
+
+# ---------------------------------------------------------------------------------------------
+# page
+# ---------------------------------------------------------------------------------------------
+
+VOID = {"meta", "img", "wbr", "br"}
+
+
+class Reader(HTMLParser):
+    """Collects tags and text, and checks that every tag is closed."""
+
+    def __init__(self, document):
+        super().__init__()
+        self.open, self.tags, self.text = [], [], []
+        self.feed(document)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, name):
+        return [attrs for tag, attrs in self.tags if tag == name]
+
+
+NASTY = "<script>alert(1)</script>\"'&<img src=x onerror=y>"
+
+
+def test_everything_on_a_page_is_escaped():
+    nasty = tile(name=NASTY, subcaption=NASTY)
+    document = page(
+        [Row(nasty, [nasty], notes=NASTY, title=NASTY)],
+        title=NASTY,
+        intro=NASTY,
+        tables=[Table([NASTY], [[NASTY]], NASTY, NASTY)],
+    )
+    read = Reader(document)
+    assert read.all("script") == []
+    assert {tuple(sorted(a)) for a in read.all("img")} == {
+        ("alt", "class", "height", "src", "width")
+    }
+    assert sum(NASTY in text for text in read.text) >= 6
+    assert all(NASTY in a["alt"] for a in read.all("img"))
+
+
+def test_a_page_is_whole_by_itself():
+    document = page([Row(tile(), [tile(), tile()])], intro="One.\n\nTwo\nlines.")
+    read = Reader(document)
+    assert document.startswith("<!DOCTYPE html>")
+    # Nothing is fetched: no address anywhere but data.
+    assert not re.search(r"(https?:|url\(|@import|<link|<script|<iframe)", document)
+    assert all(a["src"].startswith("data:image/jpeg;base64,") for a in read.all("img"))
+    assert "prefers-color-scheme: dark" in document
+    assert read.all("html") == [{"lang": "en"}]
+    assert [a["class"] for a in read.all("p")].count("intro") == 2
+    assert "Two lines." in read.text
+    document.encode("utf-8")
+
+
+def test_the_pictures_on_a_page():
+    query = tile(name="q", image=grey(80, 40))
+    read = Reader(page([Row(query, [tile(2.0, "strong"), tile(1.0, "weak")])], side=64))
+    images = read.all("img")
+    assert [a["alt"] for a in images] == [
+        "query: q",
+        "map over query q",
+        "result: strong",
+        "map over result strong",
+        "result: weak",
+        "map over result weak",
+    ]
+    pixels = []
+    for attributes in images:
+        data = base64.b64decode(attributes["src"].partition(",")[2])
+        with Image.open(io.BytesIO(data)) as image:
+            assert (str(image.width), str(image.height)) == (
+                attributes["width"],
+                attributes["height"],
+            )
+            pixels.append(np.asarray(image).mean(axis=(0, 1)))
+    assert (images[0]["width"], images[0]["height"]) == ("64", "32")
+    np.testing.assert_allclose(pixels[2], GREY, atol=2)
+    np.testing.assert_allclose(pixels[3], strongest(), atol=4)
+    assert np.abs(pixels[5] - GREY).sum() < np.abs(pixels[3] - GREY).sum()
+    assert any("share one colour scale, 0 to 2" in text for text in read.text)
+    each = page([Row(query, [tile(2.0), tile(1.0)])], scale="each")
+    assert "Each map on its own scale" in each
+
+
+def test_tables_on_a_page():
+    table = Table(["map", "energy", "note"], [["a", 0.5, "x"], ["b", "0.25 (0.9)", "-"]], "Energy")
+    read = Reader(page([], tables=[table]))
+    assert read.text.count("0.25 (0.9)") == 1
+    assert [a.get("class") for a in read.all("td")] == [None, "number", None] * 2
+    assert read.all("img") == []
+
+
+def test_pages_of_tiles_that_lack_something():
+    row = Row(Tile(grey()), [Tile(None, np.ones((2, 2)), caption="gone"), Tile(None)])
+    read = Reader(page([row], title="a\ud800b"))
+    assert len(read.all("img")) == 2
+    assert "picture not found" in read.text
+    assert "no evidence" not in Reader(page([Row(Tile(grey()), [])])).text
+    with pytest.raises(InputError, match="scale is 'all'"):
+        page([], scale="all")
+
+
+def test_rendering_needs_no_pyplot_and_only_then_matplotlib():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, embedcam.render as r, numpy as np; from PIL import Image;"
+        "assert 'matplotlib' not in sys.modules;"
+        "r.panel(r.Tile(Image.new('RGB', (9, 9)), np.ones((2, 2)), caption='a'), []);"
+        "assert not {'matplotlib.pyplot', 'torch', 'cv2'} & set(sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

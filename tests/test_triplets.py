@@ -1,0 +1,403 @@
+"""Triplets: what may be drawn, that all of it is drawn, and that company does not matter."""
+
+from collections import Counter
+
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedcam.errors import InputError, RecipeError
+from embedcam.triplets import (
+    BLOCK,
+    N_EXCLUDED,
+    N_HARD,
+    N_POSITIVES,
+    SAMPLINGS,
+    TripletSampler,
+    active,
+    given_triplets,
+    label_codes,
+)
+
+DRAWN = ["random", "semihard", "hard"]
+
+
+def points(n: int, seed: int = 0, D: int = 3) -> np.ndarray:
+    """Embeddings on a grid: every squared distance is exact in single precision."""
+    return np.random.default_rng(seed).integers(-40, 41, (n, D)).astype(np.float32) / 8
+
+
+def brute_force(embeddings: np.ndarray):
+    """The neighbour finder the sampler is handed: literal, ties to the lower position."""
+
+    def nearest(anchors: np.ndarray, k: int) -> np.ndarray:
+        everyone = range(len(embeddings))
+        return np.array([oracles.nearest(embeddings, int(a), everyone, k) for a in anchors])
+
+    return nearest
+
+
+def sampler(embeddings: np.ndarray, labels, **kwargs) -> TripletSampler:
+    codes = None if labels is None else np.asarray(labels)
+    return TripletSampler(embeddings, codes, brute_force(embeddings), **kwargs)
+
+
+@st.composite
+def collections(draw) -> tuple[np.ndarray, list[int]]:
+    """Embeddings and labels of at least two classes, classes of one image among them."""
+    n = draw(st.integers(3, 16))
+    labels = draw(st.lists(st.integers(0, 4), min_size=n, max_size=n))
+    if len(set(labels)) == 1:
+        labels[draw(st.integers(0, n - 1))] += 1
+    return points(n, draw(st.integers(0, 2**32 - 1))), labels
+
+
+# --- laws of every sampling ---
+
+
+@pytest.mark.parametrize("sampling", DRAWN)
+@settings(max_examples=40, deadline=None)
+@given(collections(), st.integers(0, 99))
+def test_positives_share_the_label_and_negatives_do_not(sampling, given_, seed) -> None:
+    embeddings, labels = given_
+    n = len(labels)
+    drawn = sampler(embeddings, labels, sampling=sampling, n_triplets=7, seed=seed).draw(
+        np.arange(n)
+    )
+    assert drawn.positives.shape == drawn.negatives.shape == (n, 7)
+    assert drawn.positives.dtype == drawn.negatives.dtype == np.int64
+    for a in range(n):
+        alone = labels.count(labels[a]) == 1
+        for p, neg in zip(drawn.positives[a], drawn.negatives[a], strict=True):
+            assert p != a
+            assert neg != a
+            assert p != neg
+            assert labels[neg] != labels[a]
+            assert alone or labels[p] == labels[a]
+
+
+@settings(max_examples=40, deadline=None)
+@given(collections(), st.integers(0, 99), st.sampled_from([0.05, 0.5, 4.0, 30.0]))
+def test_semihard_negatives_lie_in_the_window_or_nearest_beyond(given_, seed, margin) -> None:
+    embeddings, labels = given_
+    drawn = sampler(
+        embeddings, labels, sampling="semihard", n_triplets=9, seed=seed, margin=margin
+    ).draw(np.arange(len(labels)))
+    for a in range(len(labels)):
+        if labels.count(labels[a]) == 1:
+            continue
+        for p, n in zip(drawn.positives[a], drawn.negatives[a], strict=True):
+            assert oracles.semihard_allows(embeddings, labels, a, int(p), int(n), margin)
+
+
+def test_semihard_by_hand() -> None:
+    embeddings = np.array([[0.0], [1.0], [0.5], [1.25], [1.5], [9.0]], np.float32)
+    labels = [0, 0, 1, 1, 2, 1]
+    # D(a, p) = 1; negatives at 0.25, 1.5625, 2.25, 81; the window is open at both ends.
+    for margin, wanted in ((0.1, {3}), (1.25, {3}), (1.5, {3, 4}), (100.0, {3, 4, 5})):
+        one = sampler(embeddings, labels, sampling="semihard", n_triplets=200, margin=margin)
+        drawn = one.draw(np.array([0]))
+        assert set(drawn.positives[0]) == {1}
+        assert set(drawn.negatives[0]) == wanted
+    # Every negative nearer than the positive: the one that is farthest.
+    labels = [0, 1, 1, 1, 1, 0]
+    drawn = sampler(embeddings, labels, sampling="semihard").draw(np.array([0]))
+    assert set(drawn.negatives[0]) == {4}
+
+
+def test_hard_negatives_are_the_fifty_nearest_of_other_labels() -> None:
+    embeddings = points(140, D=6)
+    labels = [i % 2 for i in range(140)]
+    drawn = sampler(embeddings, labels, sampling="hard", n_triplets=600).draw(np.arange(3))
+    for a in range(3):
+        others = [i for i in range(140) if labels[i] != labels[a]]
+        allowed = oracles.nearest(embeddings, a, others, N_HARD)
+        assert len(others) > len(allowed) == 50
+        assert set(drawn.negatives[a]) == set(allowed)
+        own = [i for i in range(140) if labels[i] == labels[a] and i != a]
+        assert set(drawn.positives[a]) == set(own)
+
+
+def test_random_draws_are_uniform_over_everything_allowed() -> None:
+    labels = [0, 1, 0, 2, 0, 1, 3]
+    drawn = sampler(points(7), labels, n_triplets=6000).draw(np.array([2, 5]))
+    for row, own, others in ((0, {0, 4}, {1, 3, 5, 6}), (1, {1}, {0, 2, 3, 4, 6})):
+        for found, allowed in ((drawn.positives[row], own), (drawn.negatives[row], others)):
+            counts = Counter(found.tolist())
+            assert set(counts) == allowed
+            # Six standard deviations of a binomial.
+            share = 1 / len(allowed)
+            slack = 6 * np.sqrt(6000 * share * (1 - share))
+            assert all(abs(count - 6000 * share) <= slack for count in counts.values())
+
+
+@pytest.mark.parametrize("sampling", DRAWN)
+def test_positives_and_negatives_are_drawn_independently(sampling) -> None:
+    embeddings = np.array([[0.0], [1.0], [2.0], [5.0], [6.0], [7.0]], np.float32)
+    one = sampler(embeddings, [0, 0, 0, 1, 1, 1], sampling=sampling, n_triplets=4000, margin=99.0)
+    drawn = one.draw(np.array([0]))
+    pairs = Counter(zip(drawn.positives[0].tolist(), drawn.negatives[0].tolist(), strict=True))
+    assert len(pairs) == 6
+    assert max(pairs.values()) - min(pairs.values()) < 6 * np.sqrt(4000 / 6)
+
+
+# --- determinism ---
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@pytest.mark.parametrize("sampling", DRAWN)
+def test_an_anchors_triplets_do_not_depend_on_its_company(sampling, labelled) -> None:
+    n = 40
+    labels = [i % 3 for i in range(n - 1)] + [9] if labelled else None
+    make = lambda seed=0: sampler(  # noqa: E731
+        points(n), labels, sampling=sampling, n_triplets=5, margin=30.0, seed=seed
+    )
+    whole = make().draw(np.arange(n))
+    for chunk in (1, 7, 16):
+        for start in range(0, n, chunk):
+            part = make().draw(np.arange(start, min(start + chunk, n)))
+            np.testing.assert_array_equal(part.positives, whole.positives[part.anchors])
+            np.testing.assert_array_equal(part.negatives, whole.negatives[part.anchors])
+    backwards = make().draw(np.arange(n)[::-1])
+    np.testing.assert_array_equal(backwards.positives[::-1], whole.positives)
+    np.testing.assert_array_equal(backwards.negatives[::-1], whole.negatives)
+    other = make(1).draw(np.arange(n))
+    assert (other.positives != whole.positives).any()
+    assert (other.negatives != whole.negatives).any()
+
+
+def test_blocks_of_anchors_have_draws_of_their_own() -> None:
+    n = 2 * BLOCK + 10
+    labels = np.arange(n) % 2
+    one = TripletSampler(points(n), labels, brute_force(points(n)), n_triplets=3)
+    edges = np.array([BLOCK + 1, 0, 2 * BLOCK, BLOCK, BLOCK - 1])
+    whole = one.draw(np.arange(n))
+    part = one.draw(edges)
+    np.testing.assert_array_equal(part.positives, whole.positives[edges])
+    np.testing.assert_array_equal(part.negatives, whole.negatives[edges])
+    # The same place in another block is not the same draw.
+    assert (whole.negatives[0] != whole.negatives[BLOCK]).any()
+
+
+# --- without labels, and alone in a class ---
+
+
+def test_without_labels_the_near_are_positives_and_the_far_are_negatives() -> None:
+    n = 260
+    embeddings = points(n, D=8)
+    drawn = sampler(embeddings, None, n_triplets=1500).draw(np.array([0, 7]))
+    for row, a in enumerate((0, 7)):
+        near = oracles.nearest(embeddings, a, range(n), N_EXCLUDED)
+        assert set(drawn.positives[row]) == set(near[:N_POSITIVES])
+        assert set(drawn.negatives[row]) == set(range(n)) - set(near) - {a}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(3, 40), st.sampled_from(DRAWN), st.integers(0, 99))
+def test_small_sets_without_labels_keep_near_and_far_apart(n, sampling, seed) -> None:
+    embeddings = points(n, seed)
+    drawn = sampler(embeddings, None, sampling=sampling, n_triplets=20, seed=seed).draw(
+        np.arange(n)
+    )
+    for a in range(n):
+        order = oracles.nearest(embeddings, a, range(n), n - 1)
+        nearness = {i: rank for rank, i in enumerate(order)}
+        assert a not in drawn.positives[a]
+        assert a not in drawn.negatives[a]
+        assert max(nearness[p] for p in drawn.positives[a]) < N_POSITIVES
+        assert max(nearness[p] for p in drawn.positives[a]) < min(
+            nearness[i] for i in drawn.negatives[a]
+        )
+
+
+def test_an_image_alone_in_its_class_takes_its_nearest_as_positives() -> None:
+    n = 60
+    embeddings = points(n)
+    labels = [99] + [i % 2 for i in range(n - 1)]
+    one = sampler(embeddings, labels, n_triplets=800)
+    assert one.classes is not None
+    assert one.classes.n_single == 1
+    drawn = one.draw(np.array([0]))
+    near = oracles.nearest(embeddings, 0, range(n), N_POSITIVES)
+    assert set(drawn.positives[0]) == set(near)
+    assert set(drawn.negatives[0]) == set(range(1, n)) - set(near)
+
+
+def test_labels_that_are_all_different_still_work() -> None:
+    embeddings = points(12)
+    one = sampler(embeddings, list(range(12)), n_triplets=30)
+    assert one.classes is not None
+    assert one.classes.n_single == 12
+    drawn = one.draw(np.arange(12))
+    assert np.isfinite(one.mean_difference(np.arange(12))[0]).all()
+    for a in range(12):
+        near = set(oracles.nearest(embeddings, a, range(12), 3))
+        assert set(drawn.positives[a]) <= near
+        assert not set(drawn.negatives[a]) & (near | {a})
+
+
+@pytest.mark.parametrize("labels", [None, [0, 0, 1], [0, 1, 2]])
+@pytest.mark.parametrize("sampling", DRAWN)
+def test_three_images_are_enough(sampling, labels) -> None:
+    drawn = sampler(points(3), labels, sampling=sampling, n_triplets=4).draw(np.arange(3))
+    for a in range(3):
+        assert {a, *drawn.positives[a], *drawn.negatives[a]} == {0, 1, 2}
+
+
+# --- every triplet at once ---
+
+
+@settings(max_examples=40, deadline=None)
+@given(collections())
+def test_the_exact_mean_is_the_loop_over_every_triplet(given_) -> None:
+    embeddings, labels = given_
+    n = len(labels)
+    got, counts = sampler(embeddings, labels, sampling="all").mean_difference(np.arange(n))
+    for a in range(n):
+        every = oracles.every_triplet(labels, a)
+        if labels.count(labels[a]) == 1:
+            near = oracles.nearest(embeddings, a, range(n), max(1, min(10, (n - 1) // 3)))
+            every = [(p, o) for p in near for o in range(n) if o != a and o not in near]
+        assert counts[a] == len(every)
+        np.testing.assert_allclose(2 * got[a], oracles.mean_cotangent(embeddings, every), atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [3, 20, 230])
+def test_the_exact_mean_without_labels_is_the_loop(n) -> None:
+    embeddings = points(n)
+    one = sampler(embeddings, None, sampling="all")
+    anchors = np.array([0, 2, n - 1])
+    got, counts = one.mean_difference(anchors)
+    for row, a in enumerate(anchors.tolist()):
+        near = oracles.nearest(embeddings, a, range(n), max(1, min(10, (n - 1) // 3)))
+        far = oracles.nearest(embeddings, a, range(n), max(1, min(100, (n - 1) // 2)))
+        rest = [i for i in range(n) if i != a and i not in far]
+        every = [(p, o) for p in near for o in rest]
+        assert counts[row] == len(every)
+        np.testing.assert_allclose(
+            2 * got[row], oracles.mean_cotangent(embeddings, every), atol=1e-5
+        )
+
+
+def test_many_draws_come_near_the_exact_mean() -> None:
+    embeddings, labels = points(30), [i % 4 for i in range(29)] + [7]
+    one = sampler(embeddings, labels, n_triplets=20000)
+    anchors = np.array([0, 5, 29])
+    drawn = one.draw(anchors)
+    sampled = (embeddings[drawn.positives] - embeddings[drawn.negatives]).mean(1)
+    exact, _ = one.mean_difference(anchors)
+    np.testing.assert_allclose(sampled, exact, atol=0.2)
+
+
+def test_the_exact_mean_does_not_depend_on_its_company_or_a_large_offset() -> None:
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(1000.0, 1.0, (30, 3)).astype(np.float32)
+    labels = [i % 4 for i in range(29)] + [7]
+    one = sampler(embeddings, labels, sampling="all")
+    whole, counts = one.mean_difference(np.arange(30))
+    for a in range(30):
+        alone, count = one.mean_difference(np.array([a]))
+        np.testing.assert_array_equal(alone[0], whole[a])
+        assert count[0] == counts[a]
+    for a in range(29):
+        wanted = oracles.mean_cotangent(embeddings, oracles.every_triplet(labels, a))
+        np.testing.assert_allclose(2 * whole[a], wanted, atol=1e-6)
+
+
+# --- the hinge ---
+
+
+@settings(max_examples=40, deadline=None)
+@given(collections(), st.sampled_from([0.125, 0.5, 8.0]))
+def test_a_satisfied_hinge_is_not_counted(given_, margin) -> None:
+    embeddings, labels = given_
+    drawn = sampler(embeddings, labels, n_triplets=6).draw(np.arange(len(labels)))
+    got = active(drawn, embeddings, margin)
+    for a in range(len(labels)):
+        for s in range(6):
+            p, n = drawn.positives[a, s], drawn.negatives[a, s]
+            assert got[a, s] == (
+                not oracles.hinge_is_satisfied(embeddings[a], embeddings[p], embeddings[n], margin)
+            )
+
+
+def test_a_hinge_exactly_at_its_border_is_satisfied() -> None:
+    embeddings = np.array([[0.0], [1.0], [2.0]], np.float32)  # D = 1 and 4
+    triplets = given_triplets(np.array([0]), np.array([[[1, 2]], [[0, 2]], [[0, 1]]]), 3)
+    assert active(triplets, embeddings, 3.0).tolist() == [[False]]
+    assert active(triplets, embeddings, 3.25).tolist() == [[True]]
+
+
+# --- labels, given triplets, errors ---
+
+
+def test_labels_become_codes_and_missing_ones_classes_of_their_own() -> None:
+    codes = label_codes(["b", None, "a", "b", None])
+    assert codes is not None
+    assert codes[0] == codes[3]
+    assert len(set(codes.tolist())) == 4
+    assert label_codes([None, None]) is None
+
+
+def test_labels_need_not_be_small_or_in_order() -> None:
+    embeddings = points(8)
+    small = sampler(embeddings, [0, 1, 0, 1, 2, 2, 0, 1]).draw(np.arange(8))
+    large = sampler(embeddings, [-5, 10**9, -5, 10**9, 10**12, 10**12, -5, 10**9]).draw(
+        np.arange(8)
+    )
+    np.testing.assert_array_equal(small.positives, large.positives)
+    np.testing.assert_array_equal(small.negatives, large.negatives)
+
+
+def test_given_triplets_are_taken_as_they_are() -> None:
+    pairs = np.array([[[1, 2], [2, 3]], [[0, 2], [0, 3]], [[3, 0], [3, 1]], [[2, 0], [2, 1]]])
+    got = given_triplets(np.array([2, 0]), pairs.astype(np.uint32), 4)
+    assert got.anchors.tolist() == [2, 0]
+    assert got.positives.tolist() == [[3, 3], [1, 2]]
+    assert got.negatives.tolist() == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "says"),
+    [
+        (np.zeros((3, 1, 2), int), r"shape \[3, 1, 2\]; expected \[4 S 2\]"),
+        (np.zeros((4, 0, 2), int), r"shape \[4, 0, 2\]; expected \[4 S 2\]"),
+        (np.zeros((4, 2), int), r"shape \[4, 2\]; expected \[4 S 2\]"),
+        (np.zeros((4, 1, 3), int), r"shape \[4, 1, 3\]; expected \[4 S 2\]"),
+        (np.full((4, 1, 2), 4), "whole numbers from 0 to 3"),
+        (np.full((4, 1, 2), -1), "whole numbers from 0 to 3"),
+        (np.full((4, 1, 2), 0.5), "whole numbers from 0 to 3"),
+        (np.full((4, 1, 2), 2), "image 2 is its own positive or negative; name two other images"),
+    ],
+)
+def test_given_triplets_that_cannot_be_used(pairs, says) -> None:
+    with pytest.raises(InputError, match=says):
+        given_triplets(np.arange(4), pairs, 4)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_single_class_gets_a_sentence(sampling) -> None:
+    with pytest.raises(InputError) as caught:
+        sampler(points(5), [3] * 5, sampling=sampling)
+    message = str(caught.value)
+    assert message.startswith("all 5 images have one label, so there are no negatives")
+    assert "at least two labels" in message
+    assert "without labels" in message
+    assert "'centred'" in message
+
+
+@pytest.mark.parametrize("n", [0, 1, 2])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_too_few_images_get_a_sentence(n, labelled) -> None:
+    with pytest.raises(InputError, match=rf"^{n} images are too few for triplets.*at least 3"):
+        sampler(points(n), list(range(n)) if labelled else None)
+
+
+def test_other_errors_name_what_is_known() -> None:
+    known = "sampling 'easy' is unknown; use one of random, semihard, hard, all"
+    with pytest.raises(RecipeError, match=known):
+        sampler(points(5), [0, 0, 1, 1, 1], sampling="easy")
+    with pytest.raises(InputError, match="0 triplets an image: give at least 1"):
+        sampler(points(5), [0, 0, 1, 1, 1], n_triplets=0)

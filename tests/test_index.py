@@ -3,13 +3,14 @@
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from index_samples import CHANNELS, GRID, WIDTH, encoding_of, header_of, make, part
+from index_samples import WIDTH, encoding_of, header_of, make, part
 
 from embedcam.errors import IndexBusyError, IndexFormatError, InputError
 from embedcam.index import (
@@ -28,6 +29,14 @@ from embedcam.index import (
 
 KINDS = ["top-m", "low-rank", "embedding", "dense", "dense32"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """What a power failure would leave is not asked here, and a sync takes milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
 
 
 def check_rows(index: Index, written: PartData, positions: np.ndarray, kind: str) -> None:
@@ -195,7 +204,9 @@ def test_an_unknown_id_names_near_ones(tmp_path: Path) -> None:
         index.position("image-00O7")
     with pytest.raises(InputError, match="list of ids"):
         index.positions("image-0001")
-    with pytest.raises(InputError, match="position 12 is outside the index, which has rows 0 to 11"):
+    with pytest.raises(
+        InputError, match="position 12 is outside the index, which has rows 0 to 11"
+    ):
         index.embeddings([12])
     with pytest.raises(InputError, match="no array 'mean'; it keeps: embedding_mean"):
         index.fitted("mean")
@@ -284,11 +295,10 @@ def test_replacing_keeps_old_readers_working(tmp_path: Path) -> None:
 
 
 def test_memory_maps_stream_in(tmp_path: Path) -> None:
-    encoding = encoding_of("dense32", channels=CHANNELS)
+    encoding = encoding_of("dense32")
     rows = part(0, 50, encoding)
-    for name in ("embeddings",):
-        np.save(tmp_path / f"{name}.npy", getattr(rows, name))
-        setattr(rows, name, np.load(tmp_path / f"{name}.npy", mmap_mode="r"))
+    np.save(tmp_path / "embeddings.npy", rows.embeddings)
+    rows.embeddings = np.load(tmp_path / "embeddings.npy", mmap_mode="r")
     path = create(tmp_path / "x", header_of(encoding), [encoding.fitted], {}, rows)
     with Index.open(path) as index:
         np.testing.assert_array_equal(index.embeddings(np.arange(50)), rows.embeddings)
@@ -359,11 +369,11 @@ def test_bytes_beyond_the_embedding_fit_the_budget(tmp_path: Path) -> None:
 def test_faiss_factories_are_checked_before_any_work() -> None:
     check_factory("IVF4,Flat", 8, 4)
     check_factory("Flat", 8, 0)
-    with pytest.raises(InputError, match="'IVF100,Flat' needs at least 100 images to train.* 12"):
+    with pytest.raises(InputError, match=r"'IVF100,Flat' needs at least 100 images to train.* 12"):
         check_factory("IVF100,Flat", 8, 12)
     with pytest.raises(InputError, match="'PQ4' needs at least 256"):
         check_factory("PQ4", 8, 12)
-    with pytest.raises(InputError, match="'Flatt' cannot be used .*could not parse"):
+    with pytest.raises(InputError, match=r"'Flatt' cannot be used .*could not parse"):
         check_factory("Flatt", 8, 12)
     with pytest.raises(InputError, match="drop IDMap"):
         check_factory("IDMap,Flat", 8, 12)
@@ -386,4 +396,43 @@ def test_faiss_is_derived(tmp_path: Path) -> None:
     with Index.open(path) as index:
         assert index.manifest["faiss"]["search"] == {"nprobe": 4}
         index.verify()
-    assert GRID == (2, 3)
+
+
+def test_the_worked_example_of_the_format(tmp_path: Path) -> None:
+    """index/README.md's example, written and compared byte for byte."""
+    from embedcam.encoding import TopM
+
+    encoding = TopM(3, 1, "signed", "float32")
+    rows = PartData(
+        ids=["b", "a"],
+        labels=["owl", None],
+        paths=["b.png", "a.png"],
+        embeddings=np.eye(2, dtype=np.float32),
+        triplets_used=np.array([50, 50]),
+        fields=[encoding.encode(np.array([[0, 0, 0.5], [0.25, 0, 0]]))],
+        coarse=[quantize_coarse(np.array([[[1, 0]], [[1, 2]]]))],
+    )
+    path = tmp_path / "x"
+    create(path, header_of(encoding, 2, (1, 2)), [encoding.fitted], {}, rows)
+    files = {f.name: f.read_bytes() for f in (path / "parts" / "000001").iterdir()}
+    readme = Path(__file__).parents[1].joinpath("index", "README.md").read_text(encoding="utf-8")
+    example = readme.split("## A worked example")[1].split("so image")[0]
+    seen = set()
+    for line in example.splitlines():
+        name, _, shown = line.strip().partition(" ")
+        if name not in files:
+            continue
+        numbers, found, _ = shown.partition(" as uint64")
+        if found:
+            expected = np.array([int(n) for n in numbers.split(",")], np.uint64).tobytes()
+        else:
+            expected = bytes.fromhex(shown.strip().split("   ")[0])
+        assert files[name] == expected, name
+        seen.add(name)
+    assert seen == set(files)
+    remove(path, ["b"])
+    assert (path / "tombstones-000002.u64").read_bytes() == bytes(8)
+    with Index.open(path) as index:
+        assert index.weights([0, 1]).tolist() == [[0, 0, 0.5], [0.25, 0, 0]]
+        np.testing.assert_allclose(index.coarse([0, 1]), [[[1, 0]], [[1.004, 2]]], atol=1e-4)
+        assert index.manifest["counts"] == {"rows": 2, "live": 1, "added_after_fit": 0}

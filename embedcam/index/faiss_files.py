@@ -82,7 +82,7 @@ def add(index: Any, embeddings: ArrayLike) -> None:
         index.add(np.ascontiguousarray(block, np.float32))
 
 
-def grow(index: Any, embeddings: ArrayLike, start: int) -> None:
+def grow(index: Any, embeddings: ArrayLike, start: int, factory: str) -> None:
     """Add the rows from `start` on to an index that holds those before; training stays."""
 
     class Tail:
@@ -93,7 +93,7 @@ def grow(index: Any, embeddings: ArrayLike, start: int) -> None:
             low, high, _ = rows.indices(self.shape[0])
             return embeddings[start + low : start + high]
 
-    with threads(1):
+    with threads(1), _as_input_error(factory):
         if "NSG" in type(index).__name__:
             index.reset()
             add(index, embeddings)
@@ -101,9 +101,9 @@ def grow(index: Any, embeddings: ArrayLike, start: int) -> None:
             add(index, Tail())
 
 
-def refill(index: Any, embeddings: ArrayLike) -> None:
+def refill(index: Any, embeddings: ArrayLike, factory: str) -> None:
     """Replace every row, keeping what was trained."""
-    with threads(1):
+    with threads(1), _as_input_error(factory):
         index.reset()
         add(index, embeddings)
 

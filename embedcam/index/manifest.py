@@ -18,7 +18,7 @@ MAX_BYTES = 16 << 20
 MAX_COARSE_CELLS = 64
 METRICS = ("l2", "ip")
 _DIRECTORY = {kind: re.compile(rf"{kind}/[0-9]{{6,12}}") for kind in ("parts", "fitted")}
-_PIECES = re.compile(r"(parts|fitted|\.building|faiss-.*|tombstones-.*|manifest\.json\.tmp)")
+_PIECES = re.compile(r"(parts|fitted|\.building|\.lock|faiss-.*|tombstones-.*|manifest\.json\.tmp)")
 Manifest = dict[str, Any]
 
 

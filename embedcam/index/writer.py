@@ -111,7 +111,7 @@ def append(path: str | Path, part: PartData) -> int:
         if manifest["faiss"] is not None:
             loaded = _load_faiss(root, index.manifest)
             rows = EmbeddingRows(_reopened(root, manifest))
-            faiss_files.grow(loaded, rows, index.n_rows)
+            faiss_files.grow(loaded, rows, index.n_rows, manifest["faiss"]["factory"])
             manifest["faiss"] |= _save_faiss(root, manifest, loaded)
         _commit(root, manifest)
         return index.n_rows
@@ -167,7 +167,8 @@ def compact(path: str | Path) -> int:
         manifest["counts"] = counts(len(kept), len(kept) - seen)
         if manifest["faiss"] is not None:
             loaded = _load_faiss(root, index.manifest)
-            faiss_files.refill(loaded, EmbeddingRows(index, kept))
+            rows = EmbeddingRows(index, kept)
+            faiss_files.refill(loaded, rows, manifest["faiss"]["factory"])
             manifest["faiss"] |= _save_faiss(root, manifest, loaded)
         _commit(root, manifest)
         return dropped

@@ -1,0 +1,126 @@
+"""Run as a program: kill a writer at every change it makes to the disk, and look at what is left.
+
+    python kill_index_writer.py OPERATION FOLDER
+
+A forked child does the operation and kills itself (SIGKILL) before its n-th open for writing,
+rename, removal or new folder, for n = 1, 2, ... until it gets through. Each time the index must
+open, verify, and be the old or the new one, and doing the operation again must end at the same
+manifest, byte for byte, as a run that nobody disturbed.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from index_samples import encoding_of, make, part
+
+from embedcam.errors import IndexFormatError
+from embedcam.index import Index, append, compact, rebuild_faiss, remove, verify
+
+WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
+
+
+def prepare_life(path: Path) -> None:
+    make(path, 20)
+    append(path, part(20, 23, encoding_of("top-m")))
+    remove(path, ["image-0004", "image-0021"])
+
+
+OPERATIONS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
+    "create": (lambda path: None, lambda path: make(path, 20)),
+    "append": (prepare_life, lambda path: append(path, part(30, 34, encoding_of("top-m")))),
+    "remove": (prepare_life, lambda path: remove(path, ["image-0007", "image-0020"])),
+    "compact": (prepare_life, compact),
+    "rebuild": (prepare_life, lambda path: rebuild_faiss(path, "HNSW8")),
+    "replace": (prepare_life, lambda path: make(path, 9, "dense", replace=True, start=100)),
+}
+
+
+def kill_before(change: int) -> None:
+    """Kill this process before its change number `change`."""
+    seen = 0
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if event not in WATCHED:
+            return
+        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+        seen += 1
+        if seen == change:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def survives(operate: Callable[[Path], Any], path: Path, change: int) -> bool:
+    """Whether a child did the operation without being killed."""
+    child = os.fork()
+    if child == 0:
+        kill_before(change)
+        operate(path)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
+    return not os.WIFSIGNALED(status)
+
+
+def state(path: Path) -> bytes | None:
+    """The manifest of a verified index, or None for an unfinished one."""
+    if not (path / "manifest.json").exists():
+        begun = path.exists() and any(path.iterdir())
+        message = "the index is unfinished" if begun else "no index here|not an embedcam index"
+        with pytest.raises(IndexFormatError, match=message):
+            Index.open(path)
+        return None
+    verify(path)
+    return (path / "manifest.json").read_bytes()
+
+
+def main(operation: str, folder: Path) -> None:
+    # A killed process loses nothing that it wrote: syncing would only slow this down.
+    os.fsync = lambda descriptor: None
+    prepare, operate = OPERATIONS[operation]
+    before, undisturbed, path = folder / "before", folder / "undisturbed", folder / "x"
+    prepare(before)
+    old = state(before)
+    if before.exists():
+        shutil.copytree(before, undisturbed)
+    operate(undisturbed)
+    new = state(undisturbed)
+    assert new is not None
+    assert new != old
+    kills, outcomes = 0, set()
+    while True:
+        if before.exists():
+            shutil.copytree(before, path)
+        through = survives(operate, path, kills + 1)
+        found = state(path)
+        assert found in (old, new), f"neither old nor new after {kills} changes"
+        outcomes.add(found == new)
+        if found == old:
+            operate(path)
+        else:
+            rebuild_faiss(path)  # any later writer sweeps what is left over
+            rebuild_faiss(path)
+        if found == old:
+            assert state(path) == new
+        leftovers = {p.name for p in path.rglob("*")} - {".lock"}
+        assert not [name for name in leftovers if name.endswith(".tmp")], leftovers
+        assert len(list(path.glob("faiss-*"))) == 1
+        shutil.rmtree(path)
+        if through:
+            break
+        kills += 1
+    assert kills >= 5
+    assert outcomes == {False, True}
+    print(kills)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

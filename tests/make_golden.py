@@ -1,0 +1,91 @@
+"""How `data/golden-format-1/` was made: run once, with format version 1, and never again.
+
+    python tests/make_golden.py FOLDER
+
+The committed index must open for ever (`test_index_golden.py`), so a later version of this program
+may write other bytes; what it says here is where every value in the index came from. Two layers
+(low-rank in half precision with coarse maps, and top-m), two parts, one removed image, FAISS Flat.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from embedcam.encoding import Encoding, LowRank, TopM
+from embedcam.index import PartData, append, create, quantize_coarse, remove, verify
+
+WIDTH, CHANNELS = 4, 6
+NAMES = ["owl", "crane", "åland", "猫", "owl 2", "none", "late"]
+
+
+def encodings() -> list[Encoding]:
+    basis = np.arange(12, dtype=np.float32).reshape(2, CHANNELS) / 4
+    return [
+        LowRank(basis, np.full(CHANNELS, 0.5, np.float32), "pca"),
+        TopM(CHANNELS, 2, "signed", "float32"),
+    ]
+
+
+def rows(start: int, stop: int) -> PartData:
+    """Image i: unit vector i mod 4 (negative from 4 on), codes (i, -i / 2), map with corner i."""
+    numbers = np.arange(start, stop)
+    embeddings = np.zeros((len(numbers), WIDTH), np.float32)
+    embeddings[np.arange(len(numbers)), numbers % WIDTH] = np.where(numbers < WIDTH, 1, -1)
+    low_rank, top_m = encodings()
+    codes = np.stack([numbers, -numbers / 2], axis=1)
+    weights = numbers[:, None] + np.arange(CHANNELS)[None, :] / 8
+    cams = np.zeros((len(numbers), 2, 3), np.float32)
+    cams[:, 0, 0], cams[:, 1, 2] = numbers, numbers / 5
+    return PartData(
+        ids=[f"{NAMES[n]}.jpg" for n in numbers],
+        labels=[None if n == 5 else ("bird" if n in (0, 1, 4) else "other") for n in numbers],
+        paths=[f"pictures/{NAMES[n]}.jpg" for n in numbers],
+        embeddings=embeddings,
+        triplets_used=(numbers * 10).astype(np.uint32),
+        fields=[low_rank.encode_codes(codes), top_m.encode(weights)],
+        coarse=[quantize_coarse(cams), None],
+    )
+
+
+def main(path: Path) -> None:
+    layers = [
+        {
+            "name": name,
+            "channels": CHANNELS,
+            "grid": grid,
+            "cells": grid[0] * grid[1],
+            "encoding": encoding.spec(),
+            "coarse_grid": coarse,
+        }
+        for name, grid, encoding, coarse in zip(
+            ("features.18", "features.10"), ([2, 3], [14, 14]), encodings(), ([2, 3], None),
+            strict=True,
+        )
+    ]  # fmt: skip
+    header = {
+        "recipe": {"method": "gradcam", "seed": 0},
+        "network": {"name": "golden", "layer": "features.18"},
+        "images": {"root": "pictures"},
+        "embedding": {"width": WIDTH, "normalized": True},
+        "metric": "l2",
+        "method": "gradcam",
+        "target": "margin",
+        "norm": "through",
+        "triplets": {"sampling": "random", "count": 50, "hinge": False, "margin": 0.2, "seed": 0},
+        "layers": layers,
+    }
+    shared = {
+        "embedding_mean": np.full(WIDTH, 0.25, np.float32),
+        "probe_embedding": np.array([1, 0, 0, 0], np.float32),
+        "probe_pooled": np.arange(CHANNELS, dtype=np.float32),
+    }
+    create(path, header, [e.fitted for e in encodings()], shared, rows(0, 6), factory="Flat")
+    append(path, rows(6, 7))
+    remove(path, ["crane.jpg"])
+    verify(path)
+    (path / ".lock").unlink()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,42 @@
+"""An index of format version 1 that was committed once and must open for ever."""
+
+from pathlib import Path
+
+import numpy as np
+
+from embedcam.index import Index
+
+GOLDEN = Path(__file__).parent / "data" / "golden-format-1"
+
+
+def test_the_golden_index_opens_for_ever() -> None:
+    with Index.open(GOLDEN) as index:
+        assert (len(index), index.n_rows, index.width, index.metric) == (6, 7, 4, "l2")
+        assert list(index.ids) == [
+            "owl.jpg", "crane.jpg", "åland.jpg", "猫.jpg", "owl 2.jpg", "none.jpg", "late.jpg",
+        ]  # fmt: skip
+        assert list(index.labels) == ["bird", "bird", "other", "other", "bird", None, "other"]
+        assert index.paths[3] == "pictures/猫.jpg"
+        assert index.position("猫.jpg") == 3
+        assert index.live_positions().tolist() == [0, 2, 3, 4, 5, 6]
+        assert index.triplets_used([6]).tolist() == [60]
+        assert index.embeddings([2, 6]).tolist() == [[0, 0, 1, 0], [0, 0, -1, 0]]
+        # codes (4, -2) in the basis (0 .. 5) / 4 and (6 .. 11) / 4, offset 0.5
+        np.testing.assert_allclose(
+            index.weights([4]), [[-2.5, -2, -1.5, -1, -0.5, 0]], rtol=0, atol=2e-3
+        )
+        np.testing.assert_array_equal(index.weights([2], layer=1), [[0, 0, 0, 0, 2.5, 2.625]])
+        np.testing.assert_allclose(index.coarse([5]), [[[5, 0, 0], [0, 0, 1]]], atol=1e-6)
+        assert index.coarse([5], layer=1) is None
+        assert index.fitted("embedding_mean").tolist() == [0.25] * 4
+        assert sorted(index.probe()) == ["probe_embedding", "probe_pooled"]
+        assert index.manifest["counts"] == {"rows": 7, "live": 6, "added_after_fit": 1}
+        found = index.search(np.array([[0, 0.6, 0.8, 0]], np.float32), 2)
+        assert index.ids[found.positions[0]] == ["åland.jpg", "owl.jpg"]
+        np.testing.assert_allclose(found.distances, [[0.4, 2.0]], rtol=1e-6)
+        np.testing.assert_allclose(found.similarities, [[0.8, 0]], rtol=1e-6)
+        assert len(index.verify()) == 8
+
+
+def test_the_golden_index_is_small() -> None:
+    assert sum(f.stat().st_size for f in GOLDEN.rglob("*") if f.is_file()) < 60_000

@@ -9,7 +9,8 @@ exported and half-precision networks, whose parameters have other names or bytes
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -148,7 +149,8 @@ def fingerprint(network: EmbeddingNetwork) -> Identity:
 
     A network without preprocess is asked at the input size it has seen, 224 x 224 before any.
     """
-    features = network.forward(network.probe_images())
+    with _full_float32(network.device):
+        features = network.forward(network.probe_images())
     described = network.describe()
     precision = str(network.autocast or network.dtype).removeprefix("torch.")
     return Identity(
@@ -163,6 +165,22 @@ def fingerprint(network: EmbeddingNetwork) -> Identity:
         probe_embedding=features.embedding[0].float().cpu().numpy(),
         probe_pooled=features.activations[0].mean((1, 2)).float().cpu().numpy(),
     )
+
+
+@contextmanager
+def _full_float32(device: torch.device) -> Iterator[None]:
+    """Without TF32, which on GPUs alone would move a deep network's probe by about `SAME`."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(
+        enabled=cudnn.enabled,
+        benchmark=cudnn.benchmark,
+        deterministic=cudnn.deterministic,
+        allow_tf32=False,
+    ):
+        yield
 
 
 def check(stored: Identity, network: EmbeddingNetwork) -> None:

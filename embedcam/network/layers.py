@@ -94,6 +94,8 @@ def refuse_training(modules: Iterable[nn.Module]) -> None:
                 f"the network ({type(module).__name__}) is in training mode, where batch norm and "
                 "dropout make each embedding depend on the others; call .eval() on it first"
             )
+        if not any(part.training for part in module.modules()):
+            continue  # the usual case, and at batch 1 the names would cost a percent
         for name, part in module.named_modules():
             if part.training and isinstance(part, _MODAL):
                 raise NetworkError(

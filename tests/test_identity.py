@@ -1,0 +1,230 @@
+"""Which networks count as the one of an index, and what is said to the others."""
+
+import copy
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from toys import seeded, toy
+
+from embedcam.errors import IndexFormatError, NetworkMismatch
+from embedcam.identity import Identity, NetworkWarning, check, fingerprint, hash_parameters
+from embedcam.models import load_network
+from embedcam.network import EmbeddingNetwork
+from embedcam.preprocess import Preprocess
+
+
+def network(module: nn.Module | None = None, **given: Any) -> EmbeddingNetwork:
+    settings = {"preprocess": Preprocess(size=(32, 32)), **given}
+    layer = settings.pop("layer", "relu")
+    return EmbeddingNetwork(toy() if module is None else module, layer, **settings)
+
+
+def stored(original: EmbeddingNetwork) -> Identity:
+    """As it comes back from an index: through JSON, and arrays apart."""
+    identity = fingerprint(original)
+    return Identity.from_dict(json.loads(json.dumps(identity.to_dict())), identity.arrays())
+
+
+def changed(name: str, change: float) -> nn.Module:
+    module = toy()
+    with torch.no_grad():
+        module.get_parameter(name).mul_(1 + change)
+    return module
+
+
+def test_the_probe_is_what_the_network_makes_of_the_picture() -> None:
+    original = network()
+    identity = fingerprint(original)
+    features = original.forward(original.probe_images())
+    np.testing.assert_array_equal(identity.probe_embedding, features.embedding[0])
+    np.testing.assert_allclose(identity.probe_pooled, features.activations[0].mean((1, 2)))
+    assert identity.probe_embedding.dtype == identity.probe_pooled.dtype == np.float32
+    assert fingerprint(network()).to_dict() == identity.to_dict()
+
+
+def test_the_picture_is_the_same_for_ever() -> None:
+    import hashlib
+
+    from embedcam.network.probe import probe_picture
+
+    assert probe_picture().shape == (240, 320, 3)
+    digests = [hashlib.sha256(probe_picture(i).tobytes()).hexdigest()[:16] for i in range(2)]
+    assert digests == ["a4fcb6b2a2123fd3", "75a0bf2930955ce0"]
+    assert probe_picture().std((0, 1)).min() > 20
+
+
+def test_the_digest_is_of_names_dtypes_shapes_and_bytes() -> None:
+    def digest(**tensors: torch.Tensor) -> str:
+        module = nn.Module()
+        for name, tensor in tensors.items():
+            module.register_buffer(name, tensor)
+        return hash_parameters(module)
+
+    a, b = torch.arange(6.0), torch.ones(2)
+    base = digest(a=a, b=b)
+    assert digest(b=b, a=a) == base  # the order of registration is nothing
+    others = [
+        digest(a=a, c=b),
+        digest(a=a.reshape(2, 3), b=b),
+        digest(a=a.double(), b=b),
+        digest(a=a.half(), b=b),
+        digest(a=a + 1e-6, b=b),
+        digest(a=a.int(), b=b),
+        digest(a=a),
+    ]
+    assert len({base, *others}) == len(others) + 1
+    assert digest(a=a, b=b, num_batches_tracked=torch.tensor(3)) == base
+    strided = torch.arange(12.0)[::2] / 2
+    assert digest(a=strided, b=b) == base
+    # Pinned: an index built today must be recognised for ever.
+    assert base.startswith("7930cbbf65629ea8")
+
+
+def test_prefixes_of_wrappers_change_nothing() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.training = False
+            self.module = module
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.module(x)
+
+    module = toy()
+    wrapped = Wrapper(Wrapper(module))
+    assert next(iter(wrapped.state_dict())).startswith("module.module.")
+    assert hash_parameters(wrapped) == hash_parameters(module)
+    assert hash_parameters(torch.compile(module, backend="eager")) == hash_parameters(module)
+    for layer in ("relu", "module.module.relu"):
+        other = network(wrapped, layer=layer)
+        assert other.layer == "relu"
+        check(stored(network(module)), other)
+
+
+def test_the_same_network_is_admitted_silently() -> None:
+    check(stored(network()), network())
+    loaded = load_network("torchvision:squeezenet1_1", weights="random", size=64)
+    check(stored(loaded), load_network(**loaded.spec))
+
+
+def test_nearly_the_same_computation_is_admitted_with_a_warning() -> None:
+    identity = stored(network())
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.warns(NetworkWarning, match=rf"\({str(dtype)[6:]}\) given: not the same"):
+            check(identity, network(toy().to(dtype)))
+        with pytest.warns(NetworkWarning, match="admitted because on the probe picture"):
+            check(identity, network(autocast=dtype))
+    with pytest.warns(NetworkWarning, match=r"differ by only 0\.00"):
+        check(identity, network(changed("linear.weight", 5e-3)))
+
+
+def test_other_trunks_and_heads_of_the_same_network_are_admitted() -> None:
+    module = toy()
+    trunk = nn.Sequential(module.conv, module.norm, nn.ReLU()).eval()
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), module.linear).eval()
+    preprocess = Preprocess(size=(32, 32))
+    identity = stored(network(module))
+    examples = torch.randn(2, 3, 32, 32), torch.randn(2, 6, 16, 16)
+    batch = ({0: torch.export.Dim("batch")},)
+    exported = [
+        torch.export.export(part, (x,), dynamic_shapes=batch).module()
+        for part, x in zip((trunk, head), examples, strict=True)
+    ]
+    compiled = [torch.compile(part, backend="eager") for part in (trunk, head)]
+    for parts in ([trunk, head], exported, compiled):
+        other = EmbeddingNetwork.from_parts(*parts, layer="relu", preprocess=preprocess)
+        with pytest.warns(NetworkWarning, match="not the same computation"):
+            check(identity, other)
+        unnamed = EmbeddingNetwork.from_parts(*parts, preprocess=preprocess)
+        with pytest.raises(NetworkMismatch, match=r"its layer is 'relu', given .*'trunk'.*layer="):
+            check(identity, unnamed)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"layer": "norm"}, r"its layer is 'relu', given is one with 'norm'; choose that layer"),
+        ({"normalize": False}, r"its normalize is True, given is one with False"),
+        ({"preprocess": None}, r'its preprocess is \{"kind".*\}, given is one with None'),
+        (
+            {"preprocess": Preprocess(size=(32, 32), mean=(0, 0, 0))},
+            r'"mean": \[0\.485.*given is one with .*"mean": \[0\.0, 0\.0, 0\.0\]',
+        ),
+    ],
+)
+def test_other_settings_are_refused_with_both_values(other: dict[str, Any], message: str) -> None:
+    with pytest.raises(NetworkMismatch, match=message):
+        check(stored(network()), network(**other))
+
+
+def test_other_parameters_are_refused_with_both_values() -> None:
+    identity, other = stored(network()), network(changed("conv.weight", 0.3))
+    with pytest.raises(NetworkMismatch) as caught:
+        check(identity, other)
+    said = str(caught.value)
+    assert identity.parameters_sha256[:12] in said
+    assert hash_parameters(other.module)[:12] in said
+    assert "where 0.02 is allowed" in said
+    for numbers in (identity, fingerprint(other)):
+        first = min((numbers.probe_pooled, numbers.probe_embedding), key=lambda a: a.size != 6)
+        assert f"{first[0]:.4g}" in said
+
+
+def test_the_same_parameters_that_compute_something_else_are_refused() -> None:
+    identity = stored(network())
+    slightly = toy(lambda z: z + 4e-3 * z.norm() * torch.eye(5)[0])
+    # The very same would be admitted, with a warning, if the parameters were others.
+    with pytest.raises(NetworkMismatch, match=r"in the embedding, where 0\.001 is allowed"):
+        check(identity, network(slightly))
+    with pytest.raises(
+        NetworkMismatch, match=r"differ by inf.*5 numbers: .* in the index, 3 numbers: .* given"
+    ):
+        check(identity, network(toy(lambda z: z[:, :3])))
+
+
+def test_a_head_of_its_own_is_part_of_the_parameters() -> None:
+    trunk, head = nn.Conv2d(3, 4, 4), nn.Linear(4, 3)
+    parts = EmbeddingNetwork.from_parts(trunk.eval(), lambda a: head(a.mean((2, 3))))
+    whole = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+    with_head = EmbeddingNetwork.from_parts(trunk, whole)
+    assert hash_parameters(parts.module) != hash_parameters(with_head.module)
+    before = hash_parameters(with_head.module)
+    with torch.no_grad():
+        head.bias.add_(1)
+    assert hash_parameters(with_head.module) != before
+
+
+def test_broken_identities_are_errors_of_the_index() -> None:
+    identity = fingerprint(network())
+    good, arrays = identity.to_dict(), identity.arrays()
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({k: v for k, v in good.items() if k != "layer"}, arrays, "has no 'layer'"),
+        ({**good, "normalize": "yes"}, arrays, r"normalize = 'yes'"),
+        ({**good, "parameters_sha256": 5}, arrays, "parameters_sha256 = 5"),
+        (good, {}, "no usable probe_embedding"),
+        (good, {**arrays, "probe_pooled": np.zeros((2, 2), np.float32)}, "no usable probe_pooled"),
+        (good, {**arrays, "probe_pooled": np.zeros(0, np.float32)}, "no usable probe_pooled"),
+        (good, {**arrays, "probe_pooled": np.full(6, np.nan, np.float32)}, "holds NaN"),
+    ]
+    for values, given, message in cases:
+        with pytest.raises(IndexFormatError, match=message):
+            Identity.from_dict(values, given)
+    # What a newer or older writer adds is left alone.
+    assert Identity.from_dict({**good, "loading": {}}, arrays).to_dict() == good
+
+
+def test_a_probe_that_is_not_a_number_is_never_near() -> None:
+    identity = fingerprint(network())
+    broken = copy.copy(identity)
+    object.__setattr__(broken, "probe_pooled", np.full(6, np.nan, np.float32))
+    with pytest.raises(NetworkMismatch):
+        check(broken, network())
+
+
+def test_seeds_make_different_networks() -> None:
+    with pytest.raises(NetworkMismatch, match="not the network of the index"):
+        check(stored(network()), network(seeded(lambda: type(toy())(), seed=1)))

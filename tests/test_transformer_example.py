@@ -1,0 +1,113 @@
+"""The example for CLIP and DINOv2, with small random networks."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("transformers")
+
+KINDS = ("dinov2", "clip")
+
+
+@pytest.fixture(scope="module")
+def example() -> ModuleType:
+    path = Path(__file__).parents[1] / "examples" / "transformer.py"
+    spec = importlib.util.spec_from_file_location("transformer_example", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def inputs(network: Any) -> np.ndarray:
+    return network.probe_images(2)
+
+
+def full_autograd(network: Any, images: np.ndarray, cotangents: torch.Tensor) -> torch.Tensor:
+    kept = []
+
+    def keep(module: Any, arguments: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        kept.append(output)
+
+    handle = network.module.get_submodule(network.layer).register_forward_hook(keep)
+    output = network.module(torch.from_numpy(images))
+    (output[network.output] * cotangents).sum().backward()
+    handle.remove()
+    network.module.zero_grad(set_to_none=True)
+    # The class token first, then 4 x 4 patches of 14 pixels.
+    return kept[0].grad[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_full_autograd(example: ModuleType, kind: str) -> None:
+    network = example.random_network(kind)
+    images = inputs(network)
+    with network.head_pass(images) as made:
+        cotangents = torch.randn_like(made.features.embedding)
+        expected = full_autograd(network, images, cotangents)
+        assert float(expected.abs().max()) > 0
+        torch.testing.assert_close(made.vjp(cotangents), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_map_is_grad_cam_of_the_cosine_similarity(example: ModuleType, kind: str) -> None:
+    network = example.random_network(kind)
+    query, other = inputs(network)
+    found = example.explain(network, query, other)
+
+    made = network.head_pass(query[None])
+    z = (made.features.embedding * made.features.norm[:, None]).clone().requires_grad_()
+    target = network.forward(other[None]).embedding
+    y = torch.nn.functional.cosine_similarity(z, target).sum()
+    gradient = made.vjp(torch.autograd.grad(y, z)[0])[0]
+    activations = made.features.activations[0]
+    expected = np.zeros((4, 4))
+    for k in range(len(activations)):
+        expected += float(gradient[k].mean()) * activations[k].numpy()
+    np.testing.assert_allclose(found, expected.clip(min=0), rtol=1e-3, atol=1e-6)
+    assert found.max() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patches_behind_the_last_attention_are_refused(example: ModuleType, kind: str) -> None:
+    from embedcam.errors import NetworkError
+    from embedcam.network import EmbeddingNetwork
+
+    network = example.random_network(kind)
+    last = network.layer.rpartition(".")[0]
+    behind = EmbeddingNetwork(network.module, f"{last}.mlp", output=network.output)
+    with pytest.raises(NetworkError, match=rf"before its attention, '{network.layer}'"):
+        behind.head_pass(inputs(network))
+    with pytest.raises(NetworkError, match=rf"{network.output}.*; say which is the embedding"):
+        EmbeddingNetwork(network.module, network.layer).forward(inputs(network))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_program_writes_a_picture(
+    example: ModuleType, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = np.random.default_rng(0)
+    for name in ("query.png", "other.png"):
+        pixels = generator.integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / name)
+    network = example.random_network(kind, seed=1)
+    network.module.save_pretrained(tmp_path / "checkpoint")
+    out = tmp_path / "why.png"
+    paths = [str(tmp_path / "query.png"), str(tmp_path / "other.png"), "--out", str(out)]
+    example.main([*paths, "--kind", kind])
+    first = np.asarray(Image.open(out))
+    assert first.shape == (60, 80, 3)
+    example.main([*paths, "--model", str(tmp_path / "checkpoint")])
+    assert not np.array_equal(np.asarray(Image.open(out)), first)  # other weights, another map
+    assert "looks like" in capsys.readouterr().out
+    loaded = example.load(tmp_path / "checkpoint")
+    images = inputs(network)
+    assert torch.equal(loaded.forward(images).embedding, network.forward(images).embedding)

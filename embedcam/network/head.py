@@ -50,7 +50,7 @@ class HeadKind:
 
     pooled: it sees activations only through p, their mean over positions.
     affine: it is z = W p + b; implies `pooled`.
-    matrix: W, float32 `[D K]`, if affine.
+    matrix: W `[D K]`, if affine; float64 for a float64 network, else float32.
     identity: W is the identity: the embedding is p itself (plus perhaps a constant).
     unit_norm: its output always has length 1: the module normalises by itself.
     """
@@ -108,7 +108,8 @@ def find_head_kind(
     if products is None:
         return HeadKind(pooled, False, unit_norm=unit_norm)
     if all(c.shape == w.shape and _near(w - c, 0.0, tolerance) for c, w in products):
-        return HeadKind(True, True, np.eye(shape[0], dtype=np.float32), True, unit_norm)
+        identity = torch.eye(shape[0], dtype=compute).numpy()
+        return HeadKind(True, True, identity, True, unit_norm)
     return HeadKind(True, True, _matrix(run, shape, compute, device), False, unit_norm)
 
 
@@ -177,14 +178,14 @@ def _matrix(
     maps = torch.ones(count, *shape, dtype=dtype, device=device, requires_grad=True)
     z = run(maps)
     width = z.shape[1]
-    rows = torch.empty(width, shape[0], dtype=torch.float32)
+    rows = torch.empty(width, shape[0], dtype=dtype)
     for start in range(0, width, count):
         stop = min(start + count, width)
         cotangents = torch.zeros_like(z)
         cotangents[torch.arange(stop - start), torch.arange(start, stop)] = 1
         gradient = _gradient(z, maps, cotangents)
         assert gradient is not None
-        rows[start:stop] = gradient.sum((2, 3))[: stop - start].float().cpu()
+        rows[start:stop] = gradient.sum((2, 3))[: stop - start].cpu()
     return rows.numpy()
 
 

@@ -36,7 +36,7 @@ from embedcam.cotangents import AnchorCotangents
 from embedcam.encoding import Encoding, LowRank
 from embedcam.features import AffineHead
 from embedcam.images import read_image
-from embedcam.metrics import bootstrap_interval, box_mask, energy_share, recall_at_k
+from embedcam.metrics import bootstrap_interval, box_mask, recall_at_k
 from embedcam.passes import is_exact
 from embedcam.recipe import Recipe
 from embedcam.targets import head_cotangent
@@ -55,6 +55,7 @@ class Pictures:
     paths: list[Path]
     labels: np.ndarray
     regions: np.ndarray
+    """`[N 224 224]` in [0, 1]; once the grid is known, seen from it, `[N 7 7]`."""
 
 
 @dataclass
@@ -101,7 +102,7 @@ def measure(folder: Path, options: argparse.Namespace) -> str:
     unseen = Pictures(
         [p for p, s in zip(pictures.paths, seen, strict=True) if not s],
         pictures.labels[~seen],
-        pictures.regions[~seen],
+        _projected(pictures.regions[~seen], features.activations),
     )
     gallery = Features(features.activations[~seen], features.pooled[~seen])
     scenes = make_scenes(unseen, backbone)
@@ -266,7 +267,7 @@ def _rows(
     lengths: np.ndarray,
     neighbors: np.ndarray,
 ) -> Iterator[str]:
-    area = unseen.regions.mean((1, 2))
+    area = unseen.regions.sum((1, 2)) / SIZE**2
     yield f"| chance (area) | | | {_figure(area)} | 0.500 | | | |"
     ones = np.ones_like(gallery.pooled)
     energy = _energy(gallery.activations, ones, unseen.regions)
@@ -278,11 +279,10 @@ def _rows(
     for name, recipe in SETTINGS.items():
         found = AnchorCotangents(recipe, embeddings, codes, mean).of(np.arange(len(codes)))
         at_head = head_cotangent(found.values, embeddings, lengths, recipe.norm, True)
+        dense = _weights(recipe, head, gallery, at_head, found.used)
         for encoding_name, changes in ENCODINGS.items():
             chosen = replace(recipe, **changes)
-            weights, encoding = _stored(
-                chosen, head, gallery, at_head, found.used, mean, embeddings
-            )
+            weights, encoding = _stored(chosen, head, at_head, dense, mean, embeddings)
             energy = _energy(gallery.activations, weights, unseen.regions)
             share = _share(scenes, weights[given])
             close = _correlation(gallery.activations, weights, neighbors, embeddings, 1)
@@ -295,60 +295,87 @@ def _rows(
             )
 
 
-def _stored(
+def _weights(
     recipe: Recipe,
     head: AffineHead,
     gallery: Features,
     at_head: np.ndarray,
     used: np.ndarray | None,
+) -> np.ndarray:
+    """Averaged weights `[N K]`."""
+    pooled = torch.from_numpy(gallery.pooled)
+    marks = None if used is None else torch.from_numpy(used)
+    made = weights_from_pooled(
+        head, pooled, pooled, torch.from_numpy(at_head), marks, 49, recipe.method
+    )
+    return made.numpy()
+
+
+def _stored(
+    recipe: Recipe,
+    head: AffineHead,
+    at_head: np.ndarray,
+    dense: np.ndarray,
     mean: np.ndarray,
     embeddings: np.ndarray,
 ) -> tuple[np.ndarray, Encoding]:
     """Weights as an index gives them back: encoded and decoded, `[N K]`."""
     exact = is_exact(recipe, head.matrix)
-    weights = at_head
-    if not exact:
-        pooled = torch.from_numpy(gallery.pooled)
-        marks = None if used is None else torch.from_numpy(used)
-        made = weights_from_pooled(
-            head, pooled, pooled, torch.from_numpy(at_head), marks, 49, recipe.method
-        )
-        weights = made.numpy()
     encoding = make_encoding(
         recipe,
         head.matrix if exact else None,
         GRID,
         mean,
         True,
-        lambda: weights[sample_places(len(weights), recipe.seed)],
+        lambda: dense[sample_places(len(dense), recipe.seed)],
     )
     if exact and isinstance(encoding, LowRank):
-        return encoding.decode(
-            {**encoding.encode_codes(weights), "embedding": embeddings}
-        ), encoding
-    return encoding.decode(encoding.encode(weights)), encoding
+        rows = {**encoding.encode_codes(at_head), "embedding": embeddings}
+        return encoding.decode(rows), encoding
+    return encoding.decode(encoding.encode(dense)), encoding
 
 
 def _energy(activations: np.ndarray, weights: np.ndarray, regions: np.ndarray) -> np.ndarray:
-    shares = []
-    for start in range(0, len(weights), 128):
-        rows = slice(start, start + 128)
-        maps = cam(weights[rows].astype(np.float32), activations[rows].astype(np.float32))
-        shares.append(energy_share(resize(maps, (SIZE, SIZE)), regions[rows]))
-    return np.concatenate(shares)
+    """Share of each map's energy in its region `[N h w]`, projected by `_projected`."""
+    maps = _maps(activations, weights)
+    inside, total = (maps * regions).sum((1, 2)), (maps * _projected(None, maps)).sum((1, 2))
+    chance = regions.sum((1, 2)) / _projected(None, maps).sum()
+    return np.where(total > 0, inside / np.where(total > 0, total, 1), chance)
+
+
+def _projected(regions: np.ndarray | None, maps: np.ndarray) -> np.ndarray:
+    """Regions `[.. H W]` seen from the maps' grid; without regions, the whole picture.
+
+    Resizing is linear, so sum(resize(map) * region) = sum(map * resize^T(region)): the same shares
+    without drawing every map at full size.
+    """
+    h, w = maps.shape[-2:]
+    down, across = (resize(np.eye(n, dtype=np.float32), (SIZE * n // 7, n)) for n in (h, w))
+    whole = np.ones((len(down), len(across)), np.float32)
+    return down.T @ (whole if regions is None else regions) @ across
+
+
+def _maps(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """cam of half-precision activations, in blocks, float64 `[N h w]`."""
+    return np.concatenate(
+        [
+            cam(
+                weights[i : i + 128].astype(np.float32), activations[i : i + 128].astype(np.float32)
+            )
+            for i in range(0, len(weights), 128)
+        ]
+    ).astype(np.float64)
 
 
 def _share(scenes: Scenes, weights: np.ndarray) -> np.ndarray:
-    """Share of each scene's energy on the explained side, averaged over its mirror image."""
+    """Share of each scene's energy on the explained side, `[2 n]`: upright, mirrored."""
     half = np.zeros((SIZE, 2 * SIZE), np.float32)
     half[:, :SIZE] = 1
-    shares = []
-    for start in range(0, len(weights), 128):
-        rows = slice(start, start + 128)
-        maps = cam(weights[rows], scenes.activations[rows].astype(np.float32))
-        upright = np.where(scenes.left[rows, None, None], half, 1 - half)
-        shares.append(energy_share(resize(maps, half.shape), upright))
-    return np.concatenate(shares).reshape(2, -1)
+    sides = np.stack(
+        [_projected(1 - half, scenes.activations), _projected(half, scenes.activations)]
+    )
+    shares = _energy(scenes.activations, weights, sides[scenes.left.astype(int)])
+    return shares.reshape(2, -1)
 
 
 def _explaining(embeddings: np.ndarray, labels: np.ndarray, explained: np.ndarray) -> np.ndarray:
@@ -375,17 +402,11 @@ def _correlation(
     """Pearson correlation of each picture's transferred map with its own."""
     near = neighbors[:, :k]
     distances = ((embeddings[:, None] - embeddings[near]) ** 2).sum(-1)
-    moved = transfer(weights[near], distances)
-    found = []
-    for start in range(0, len(weights), 128):
-        rows = slice(start, start + 128)
-        part = activations[rows].astype(np.float32)
-        pair = [cam(w[rows].astype(np.float32), part) for w in (weights, moved)]
-        a, b = (m.reshape(len(m), -1) - m.mean((1, 2))[:, None] for m in pair)
-        lengths = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-        product = (a * b).sum(1)
-        found.append(np.divide(product, lengths, out=np.zeros_like(product), where=lengths > 0))
-    return np.concatenate(found)
+    pair = (_maps(activations, w) for w in (weights, transfer(weights[near], distances)))
+    a, b = (m.reshape(len(m), -1) - m.mean((1, 2))[:, None] for m in pair)
+    lengths = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    product = (a * b).sum(1)
+    return np.divide(product, lengths, out=np.zeros_like(product), where=lengths > 0)
 
 
 def _figure(values: np.ndarray) -> str:

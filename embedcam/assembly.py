@@ -1,6 +1,5 @@
 """From the finished chunks of a build to a part of an index: embeddings, weights, own maps."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,16 @@ import torch
 
 from .encoding import Dense, Encoding, LowRank, TopM, fit_pca
 from .errors import InputError
-from .index import PartData
-from .passes import Work, coarse_grid, own_maps
+from .identity import Identity
+from .images.sources import relative_path
+from .index import Index, PartData
+from .network import EmbeddingNetwork
+from .passes import Work, coarse_grid, own_maps, skipped_of
 from .recipe import Recipe
 
 SAMPLE = 2048
 """Weight vectors that a low-rank basis is fitted on, at most."""
+_BLOCK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,8 @@ class Gathered:
     """What the embedding pass found.
 
     Attributes:
-        positions: places in the source of the images that could be read, `[N]`.
-        embeddings: theirs, `[N D]`, on disk.
+        positions: places in the source of the images that could be read, `[n]`.
+        embeddings: of the images in the index already, then theirs, `[N D]`, on disk.
         skipped: (id, reason) of the others.
     """
 
@@ -33,33 +36,47 @@ class Gathered:
     embeddings: np.ndarray
     skipped: list[tuple[str, str]]
 
+    @property
+    def n_before(self) -> int:
+        """Images that are in the index already."""
+        return len(self.embeddings) - len(self.positions)
 
-def gather(work: Work, before: np.ndarray | None = None) -> Gathered:
+    @property
+    def own(self) -> np.ndarray:
+        """Embeddings of the new images alone, `[n D]`."""
+        return self.embeddings[self.n_before :]
+
+
+def gather(work: Work, index: Index | None = None) -> Gathered:
     """Collect the chunks of the embedding pass.
 
     Args:
         work: with every chunk `embed` finished.
-        before: embeddings to put in front of the new ones, `[M D]`.
+        index: whose live images come before the new ones.
 
     Raises:
         InputError: not a single image could be read.
     """
-    positions, skipped, parts = [], [], []
-    for chunk in range(work.n_chunks):
-        arrays = work.scratch.read("embed", chunk)
-        for position, message in json.loads(bytes(arrays["errors"])):
-            skipped.append((work.source.items[position].id, message))
-        if "positions" in arrays:
-            positions.append(np.array(arrays["positions"]))
-            parts.append(arrays["embedding"])
-    if not parts:
+    chunks = range(work.n_chunks)
+    skipped = [
+        (work.source.items[position].id, message)
+        for chunk in chunks
+        for position, message in skipped_of(work, chunk)
+    ]
+    positions = np.concatenate([work.embedded(chunk) for chunk in chunks])
+    if not len(positions):
         first = skipped[0][1]
         raise InputError(f"none of the {len(skipped)} images could be read; the first: {first}")
-    parts = parts if before is None else [before, *parts]
-    shape = (sum(map(len, parts)), parts[-1].shape[1])
+    own = [work.scratch.read("embed", c, "embedding")["embedding"] for c in _filled(work)]
+    live = np.empty(0, np.int64) if index is None else index.live_positions()
+    shape = (len(live) + len(positions), own[0].shape[1])
     embeddings = work.scratch.array("embeddings", "float32", shape)
-    np.concatenate(parts, out=embeddings)
-    return Gathered(np.concatenate(positions), embeddings, skipped)
+    for start in range(0, len(live), _BLOCK):
+        assert index is not None
+        rows = live[start : start + _BLOCK]
+        embeddings[start : start + len(rows)] = index.embeddings(rows)
+    np.concatenate(own, out=embeddings[len(live) :])
+    return Gathered(positions, embeddings, skipped)
 
 
 def fit_encoding(work: Work, mean: np.ndarray) -> Encoding:
@@ -137,7 +154,7 @@ def header(
         "target": recipe.target,
         "norm": recipe.norm,
         "triplets": {
-            "sampling": recipe.sampling,
+            "sampling": recipe.resolved_sampling,
             "count": recipe.triplets,
             "hinge": recipe.hinge,
             "margin": recipe.margin,
@@ -156,8 +173,18 @@ def header(
     }
 
 
+def described(network: EmbeddingNetwork, identity: Identity) -> dict[str, Any]:
+    """What the manifest says of a network: its identity, and what loads it again."""
+    return {**identity.to_dict(), "loading": network.spec}
+
+
 def encode(
-    work: Work, encoding: Encoding, gathered: Gathered, mean: np.ndarray, with_maps: bool
+    work: Work,
+    encoding: Encoding,
+    gathered: Gathered,
+    mean: np.ndarray,
+    with_maps: bool,
+    root: Path | None,
 ) -> PartData:
     """The images of the chunks as one part of an index.
 
@@ -167,6 +194,7 @@ def encode(
         gathered: what the embedding pass found.
         mean: mean embedding the index was fitted with, `[D]`.
         with_maps: whether each image's own coarse map is kept.
+        root: folder that the index's paths are relative to.
     """
     n = len(gathered.positions)
     items = [work.source.items[position] for position in gathered.positions]
@@ -178,59 +206,62 @@ def encode(
     grid = coarse_grid(grid_of(work))
     maps = work.scratch.array("maps", "uint8", (n, *grid)) if with_maps else None
     scales = np.zeros(n, np.float32)
-    own = gathered.embeddings[len(gathered.embeddings) - n :]
     done = 0
     for chunk in _filled(work):
         arrays = work.scratch.read("weights", chunk)
         rows = slice(done, done + len(arrays["counts"]))
-        encoded, weights, codes = _encoded(work, encoding, arrays["weights"], own[rows], mean)
+        weights = np.asarray(arrays["weights"])
+        encoded, factors = _encoded(work, encoding, weights, gathered.own[rows], mean)
         for name, values in encoded.items():
             fields[name][rows] = values
         counts[rows] = np.minimum(arrays["counts"], np.iinfo(np.uint32).max)
         if maps is not None:
-            maps[rows], scales[rows] = own_maps(work, chunk, weights, codes)
+            maps[rows], scales[rows] = own_maps(work, chunk, factors)
         done = rows.stop
     return PartData(
         ids=[item.id for item in items],
         labels=[item.label for item in items],
-        paths=[item.path for item in items],
-        embeddings=own,
+        paths=[_stored_path(item.path, work.source.root, root) for item in items],
+        embeddings=gathered.own,
         triplets_used=counts,
         fields=[fields],
         coarse=[None if maps is None else (maps, scales)],
     )
 
 
+def _stored_path(path: str, root: Path | None, index_root: Path | None) -> str:
+    """A source's path as an index keeps it: relative to the index's root where it lies below."""
+    if not path or root == index_root:
+        return path
+    absolute = str((root or Path()).resolve() / path)
+    return absolute if index_root is None else relative_path(absolute, index_root.resolve())
+
+
 def grid_of(work: Work) -> tuple[int, int]:
     """(H, W) of the layer, the same for every image of a build."""
-    stage = "embed" if work.pooled else "weights"
-    grids = {
-        tuple(int(n) for n in row)
-        for chunk in _filled(work)
-        for row in np.unique(work.scratch.read(stage, chunk, "grid")["grid"], axis=0)
+    found = {
+        tuple(work.scratch.read("embed", chunk, "grid")["grid"].tolist()) for chunk in _filled(work)
     }
-    if len(grids) != 1:
-        found = ", ".join(f"{h} x {w}" for h, w in sorted(grids))
+    if len(found) != 1:
+        grids = ", ".join(f"{h} x {w}" for h, w in sorted(found))
         raise InputError(
-            f"the layer's grid differs between images ({found}); use a preprocessing that gives "
+            f"the layer's grid differs between images ({grids}); use a preprocessing that gives "
             "every image the same size"
         )
-    height, width = grids.pop()
+    height, width = found.pop()
     return height, width
 
 
 def _encoded(
     work: Work, encoding: Encoding, weights: np.ndarray, embeddings: np.ndarray, mean: np.ndarray
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray | None]:
-    """Rows of the fields, and what they decode to: weights `[n K]`, and codes where exact."""
-    if work.exact and isinstance(encoding, LowRank):
-        rows = encoding.encode_codes(np.asarray(weights))
-        if encoding.uses_embedding:
-            codes = embeddings - mean
-            return rows, encoding.decode({"embedding": embeddings}), codes
-        return rows, encoding.decode(rows), encoding.stored_codes(rows)
-    rows = encoding.encode(np.asarray(weights))
-    return rows, encoding.decode(rows), None
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Rows of the fields, and what they say multiplies the kept activations; see `own_maps`."""
+    if not (work.exact and isinstance(encoding, LowRank)):
+        rows = encoding.encode(weights)
+        return rows, encoding.decode(rows)
+    rows = encoding.encode_codes(weights)
+    codes = embeddings - mean if encoding.uses_embedding else encoding.stored_codes(rows)
+    return rows, codes / np.prod(grid_of(work))
 
 
 def _sample(work: Work) -> np.ndarray:
@@ -244,8 +275,4 @@ def _sample(work: Work) -> np.ndarray:
 
 def _filled(work: Work) -> list[int]:
     """Chunks in which at least one image could be read."""
-    return [
-        chunk
-        for chunk in range(work.n_chunks)
-        if work.scratch.has("embed", chunk) and work.scratch.holds("embed", chunk, "positions")
-    ]
+    return [chunk for chunk in range(work.n_chunks) if len(work.embedded(chunk))]

@@ -52,12 +52,15 @@ class AnchorCotangents:
                 "an array of triplets goes with target 'margin' and sampling 'given', and with "
                 "nothing else; give both or neither"
             )
+        if given is not None:
+            # All of them, once: a look at every triplet for every batch would take hours.
+            given_triplets(np.arange(0), given, len(embeddings))
         if recipe.target == "margin" and given is None:
             self.sampler = TripletSampler(
                 embeddings,
                 labels,
                 nearest_others(embeddings),
-                sampling=recipe.sampling,
+                sampling=recipe.resolved_sampling,
                 n_triplets=recipe.triplets,
                 margin=recipe.margin,
                 seed=recipe.seed,
@@ -69,7 +72,7 @@ class AnchorCotangents:
         if self.recipe.target == "centred":
             values = centred_cotangent(np.asarray(self.embeddings[anchors]), self.mean)
             return Cotangents(values, None, np.ones(len(anchors), np.int64))
-        if self.sampler is not None and self.recipe.sampling == "all":
+        if self.sampler is not None and self.recipe.resolved_sampling == "all":
             difference, counts = self.sampler.mean_difference(anchors)
             return Cotangents(2 * difference, None, counts)
         return self._of_triplets(self._triplets(anchors))
@@ -78,7 +81,8 @@ class AnchorCotangents:
         if self.sampler is not None:
             return self.sampler.draw(anchors)
         assert self.given is not None
-        return given_triplets(anchors, self.given, len(self.embeddings))
+        pairs = np.asarray(self.given[anchors], np.int64)
+        return Triplets(anchors, pairs[..., 0], pairs[..., 1])
 
     def _of_triplets(self, triplets: Triplets) -> Cotangents:
         used = np.ones(triplets.positives.shape, bool)

@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .assembly import header, make_encoding, sample_places
+from .assembly import described, header, make_encoding, sample_places
 from .build import BuildReport
+from .build.checks import check_amounts, disk_errors, warn_of_norm
 from .cotangents import AnchorCotangents
 from .encoding import LowRank
 from .errors import InputError, RecipeError
-from .identity import fingerprint
-from .index import PartData, create
+from .identity import ALIKE, Identity, fingerprint
+from .index import PartData, check_target, create
 from .models.checkpoints import read_affine
 from .network import EmbeddingNetwork
 from .passes import is_exact
@@ -26,6 +27,8 @@ from .weights import weights_from_pooled
 BLOCK = 1024
 AGREEMENT = 1e-3
 """How far the embeddings may be from what the head makes of the pooled activations."""
+UNIT = 1e-5
+"""Embeddings this near unit length are kept to the bit; others are divided by their length."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def build_from_features(
     pictures; without, with `Explainer.explain_features` alone.
 
     Args:
-        embeddings: `[N D]`, of unit length or not.
+        embeddings: `[N D]`; with `normalize` of unit length or not.
         pooled: mean of the layer's activations over positions, `[N K]`.
         path: folder of the index.
         recipe: the choices.
@@ -84,104 +87,121 @@ def build_from_features(
         labels: of the images, or None.
         positive_pooled: mean of max(A, 0), `[N K]`; Grad-CAM++ needs it where A can be negative.
         triplets: with sampling "given": `[N S 2]`.
-        network: whose identity to record.
+        network: whose identity to record; its layer, head and grid must be those of the features.
         replace: redo a finished index.
 
     Raises:
         InputError: shapes that do not fit, NaN, or features that the head does not connect.
     """
     recipe, path = recipe or Recipe(), Path(path)
-    embeddings, pooled = _matrix("embeddings", embeddings), _matrix("pooled", pooled)
-    head = head or _identity_head(embeddings, pooled)
-    z, lengths = _checked_head(head, embeddings, pooled, normalize)
-    embeddings = z / lengths[:, None] if normalize else z
-    positive = _positive(recipe, pooled, positive_pooled)
-    names = [str(i) for i in range(len(z))] if ids is None else [str(one) for one in ids]
-    kept_labels: list[str | None] = [None] * len(z) if labels is None else list(labels)
-    if not len(names) == len(kept_labels) == len(z):
-        raise InputError(
-            f"{len(z)} embeddings came with {len(names)} ids and {len(kept_labels)} labels"
-        )
-    mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
+    check_target(path, replace)
+    warn_of_norm(recipe, normalize, 2)
+    features = _checked(recipe, embeddings, pooled, positive_pooled, head, normalize, grid)
+    n, width = features.embeddings.shape
+    names = [str(i) for i in range(n)] if ids is None else [str(one) for one in ids]
+    kept_labels: list[str | None] = [None] * n if labels is None else list(labels)
+    if not len(names) == len(kept_labels) == n:
+        raise InputError(f"{n} embeddings came with {len(names)} ids and {len(kept_labels)} labels")
+    n_channels = features.pooled.shape[1]
+    check_amounts(recipe, n, kept_labels, width, n_channels, triplets)
+    identity = None if network is None else _identity(network, features)
+    mean = features.embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
     codes = label_codes(kept_labels)
-    anchors = AnchorCotangents(recipe, embeddings, codes, mean, triplets)
-    exact = is_exact(recipe, head.matrix)
-    weights, counts = _weights(recipe, head, anchors, embeddings, lengths, pooled, positive,
-                               normalize, grid, exact)  # fmt: skip
+    anchors = AnchorCotangents(recipe, features.embeddings, codes, mean, triplets)
+    exact = is_exact(recipe, features.head.matrix)
     encoding = make_encoding(
         recipe,
-        head.matrix if exact else None,
-        grid,
+        features.head.matrix if exact else None,
+        features.grid,
         mean,
         normalize,
-        lambda: weights[sample_places(len(weights), recipe.seed)],
+        lambda: features.weights(anchors, sample_places(n, recipe.seed), False)[0],
     )
-    rows = encoding.encode_codes(weights) if isinstance(encoding, LowRank) and exact else None
-    part = PartData(
-        ids=names,
-        labels=kept_labels,
-        paths=[""] * len(z),
-        embeddings=embeddings,
-        triplets_used=np.minimum(counts, np.iinfo(np.uint32).max).astype(np.uint32),
-        fields=[encoding.encode(weights) if rows is None else rows],
-        coarse=[None],
-    )
-    identity = None if network is None else fingerprint(network)
-    described = header(
+    fields = {name: np.empty((n, *f.shape), f.dtype) for name, f in encoding.fields.items()}
+    counts = np.empty(n, np.uint32)
+    for start in range(0, n, BLOCK):
+        places = np.arange(start, min(start + BLOCK, n))
+        weights, used = features.weights(anchors, places, exact)
+        if exact and isinstance(encoding, LowRank):
+            rows = encoding.encode_codes(weights)
+        else:
+            rows = encoding.encode(weights)
+        for name, values in rows.items():
+            fields[name][places] = values
+        counts[places] = np.minimum(used, np.iinfo(np.uint32).max)
+    part = PartData(names, kept_labels, [""] * n, features.embeddings, counts, [fields], [None])
+    about = header(
         recipe,
-        None
-        if network is None or identity is None
-        else ({**identity.to_dict(), "loading": network.spec}),
+        None if network is None or identity is None else described(network, identity),
         None,
-        embeddings.shape[1],
+        width,
         normalize,
         "given" if network is None else network.layer,
-        grid,
+        features.grid,
         encoding,
         None,
     )
     shared = {"embedding_mean": mean, **({} if identity is None else identity.arrays())}
-    create(path, described, [encoding.fitted], shared, part, replace=replace)
-    n_single = 0 if codes is None else Classes(codes).n_single
-    return BuildReport(path, len(z), [], n_single, int((counts == 0).sum()))
+    with disk_errors(path):
+        create(path, about, [encoding.fitted], shared, part, replace=replace)
+    by_label = codes is not None and recipe.target == "margin" and triplets is None
+    n_single = Classes(codes).n_single if by_label and codes is not None else 0
+    return BuildReport(path, n, [], n_single, int((counts == 0).sum()))
 
 
-def _weights(
-    recipe: Recipe,
-    head: AffineHead,
-    anchors: AnchorCotangents,
-    embeddings: np.ndarray,
-    lengths: np.ndarray,
-    pooled: np.ndarray,
-    positive: np.ndarray,
-    normalize: bool,
-    grid: tuple[int, int],
-    exact: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Averaged weights `[N K]`, or dy/dz `[N D]` where exact, and the triplets that counted."""
-    weights, counts = [], []
-    for start in range(0, len(embeddings), BLOCK):
-        rows = np.arange(start, min(start + BLOCK, len(embeddings)))
-        found = anchors.of(rows)
-        at_head = head_cotangent(
-            found.values, embeddings[rows], lengths[rows], recipe.norm, normalize
-        ).astype(np.float32)
-        counts.append(found.counts)
-        if exact:
-            weights.append(at_head)
-            continue
-        used = None if found.used is None else torch.from_numpy(found.used)
-        averaged = weights_from_pooled(
-            head,
-            torch.from_numpy(pooled[rows]),
-            torch.from_numpy(positive[rows]),
-            torch.from_numpy(at_head),
-            used,
-            grid[0] * grid[1],
-            recipe.method,
-        )
-        weights.append(averaged.numpy())
-    return np.concatenate(weights), np.concatenate(counts)
+@dataclass(frozen=True)
+class _Features:
+    """Features found to fit together.
+
+    Args:
+        recipe: the choices.
+        head: z of the pooled vectors.
+        embeddings: f, `[N D]`.
+        lengths: |z|, `[N]`.
+        pooled, positive: `[N K]`.
+        normalize: whether f = z / |z|.
+        grid: (H, W).
+    """
+
+    recipe: Recipe
+    head: AffineHead
+    embeddings: np.ndarray
+    lengths: np.ndarray
+    pooled: np.ndarray
+    positive: np.ndarray
+    normalize: bool
+    grid: tuple[int, int]
+
+    def weights(
+        self, anchors: AnchorCotangents, places: np.ndarray, exact: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Averaged weights `[n K]`, or dy/dz `[n D]` where exact, and the triplets that counted."""
+        weights, counts = [], []
+        for start in range(0, len(places), BLOCK):
+            rows = places[start : start + BLOCK]
+            found = anchors.of(rows)
+            at_head = head_cotangent(
+                found.values,
+                self.embeddings[rows],
+                self.lengths[rows],
+                self.recipe.norm,
+                self.normalize,
+            ).astype(np.float32)
+            counts.append(found.counts)
+            if exact:
+                weights.append(at_head)
+                continue
+            averaged = weights_from_pooled(
+                self.head,
+                torch.from_numpy(self.pooled[rows]),
+                torch.from_numpy(self.positive[rows]),
+                torch.from_numpy(at_head),
+                None if found.used is None else torch.from_numpy(found.used),
+                self.grid[0] * self.grid[1],
+                self.recipe.method,
+            )
+            weights.append(averaged.numpy())
+        return np.concatenate(weights), np.concatenate(counts)
 
 
 def read_array(path: str | Path) -> np.ndarray:
@@ -209,10 +229,79 @@ def _matrix(name: str, values: np.ndarray) -> np.ndarray:
         raise InputError(
             f"{name} is {values.dtype} of shape {list(values.shape)}; expected floats [N width]"
         )
+    if 0 in values.shape:
+        raise InputError(f"{name} is empty, {list(values.shape)}; expected floats [N width]")
     if not np.isfinite(values).all():
         bad = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
         raise InputError(f"{name}: row {bad} holds a NaN or an infinity")
     return values.astype(np.float32, copy=False)
+
+
+def _checked(
+    recipe: Recipe,
+    embeddings: np.ndarray,
+    pooled: np.ndarray,
+    positive_pooled: np.ndarray | None,
+    head: AffineHead | None,
+    normalize: bool,
+    grid: tuple[int, int],
+) -> _Features:
+    embeddings, pooled = _matrix("embeddings", embeddings), _matrix("pooled", pooled)
+    if len(grid) != 2 or any(int(side) != side or side < 1 for side in grid):
+        raise InputError(f"grid = {grid!r}; give (H, W) of the layer, such as (7, 7)")
+    head = head or _identity_head(embeddings, pooled)
+    z = _checked_head(head, embeddings, pooled)
+    lengths = np.linalg.norm(z, axis=1)
+    given = np.linalg.norm(embeddings, axis=1)
+    if normalize:
+        if not (np.minimum(lengths, given) > 0).all():
+            row = int(np.minimum(lengths, given).argmin())
+            raise InputError(f"embedding {row} has length 0, so it has no direction")
+        z = z / lengths[:, None]
+        if (np.abs(given - 1) > UNIT).any():
+            embeddings = embeddings / given[:, None]
+    made = np.linalg.norm(z, axis=1)
+    # Relative to each, but near 0 an embedding is all rounding.
+    off = np.linalg.norm(z - embeddings, axis=1) / np.maximum(made, 1e-3 * made.max() + 1e-30)
+    if off.max() > AGREEMENT:
+        worst = int(off.argmax())
+        raise InputError(
+            f"embedding {worst} is off by {off[worst]:.2g} from what the head makes of its pooled "
+            f"activations (allowed: {AGREEMENT:g}); give the head that belongs to these features, "
+            "and say whether the embeddings are L2-normalised"
+        )
+    positive = _positive(recipe, pooled, positive_pooled)
+    height, breadth = (int(side) for side in grid)
+    return _Features(
+        recipe, head, embeddings, lengths, pooled, positive, normalize, (height, breadth)
+    )
+
+
+def _identity(network: EmbeddingNetwork, features: _Features) -> Identity:
+    """The identity of the network, found to be one that these features can be of."""
+    identity, kind = fingerprint(network), network.head_kind
+    activations = network.forward(network.probe_images()).activations
+    shape = None if kind.matrix is None else list(kind.matrix.shape)
+    said = {
+        "normalize": (features.normalize, network.normalize),
+        "grid": (list(features.grid), list(activations.shape[2:])),
+        "head": (list(features.head.matrix.shape), shape),
+    }
+    for what, (mine, its) in said.items():
+        if mine != its:
+            raise InputError(
+                f"the features have {what} {mine} and the network {its}; give the network and "
+                "layer that the features were computed with"
+            )
+    matrix = features.head.matrix
+    assert kind.matrix is not None
+    off = float(np.linalg.norm(kind.matrix - matrix)) / max(float(np.linalg.norm(matrix)), 1e-30)
+    if off > ALIKE:
+        raise InputError(
+            f"the features' head is off by {off:.2g} from the network's (allowed: {ALIKE:g}); "
+            "give the network that the features were computed with"
+        )
+    return identity
 
 
 def _identity_head(embeddings: np.ndarray, pooled: np.ndarray) -> AffineHead:
@@ -224,38 +313,32 @@ def _identity_head(embeddings: np.ndarray, pooled: np.ndarray) -> AffineHead:
     return AffineHead(np.eye(pooled.shape[1], dtype=np.float32))
 
 
-def _checked_head(
-    head: AffineHead, embeddings: np.ndarray, pooled: np.ndarray, normalize: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """z `[N D]` and |z| `[N]` as the head makes them, found to agree with the embeddings."""
+def _checked_head(head: AffineHead, embeddings: np.ndarray, pooled: np.ndarray) -> np.ndarray:
+    """z `[N D]` as the head makes it."""
     expected = (embeddings.shape[1], pooled.shape[1])
-    if head.matrix.shape != expected or len(embeddings) != len(pooled):
+    bias = expected[:1] if head.bias is None else head.bias.shape
+    if head.matrix.shape != expected or bias != expected[:1] or len(embeddings) != len(pooled):
         raise InputError(
             f"{len(embeddings)} embeddings of {expected[0]} numbers, {len(pooled)} pooled vectors "
             f"of {expected[1]} and a head {list(head.matrix.shape)} do not fit together"
         )
     z = head.output(pooled).astype(np.float32)
-    lengths = np.linalg.norm(z, axis=1)
-    if normalize and not (lengths > 0).all():
-        raise InputError(f"embedding {int(lengths.argmin())} has length 0, so it has no direction")
-    given = np.linalg.norm(embeddings, axis=1)
-    made = z / lengths[:, None] if normalize else z
-    stated = embeddings / np.maximum(given, 1e-30)[:, None] if normalize else embeddings
-    off = np.linalg.norm(made - stated, axis=1) / np.maximum(np.linalg.norm(made, axis=1), 1e-30)
-    worst = int(off.argmax())
-    if off[worst] > AGREEMENT:
-        raise InputError(
-            f"embedding {worst} is off by {off[worst]:.2g} from what the head makes of its pooled "
-            f"activations (allowed: {AGREEMENT:g}); give the head that belongs to these features"
-        )
-    return z, lengths
+    if not np.isfinite(z).all():
+        raise InputError("the head makes a NaN or an infinity of the pooled vectors; check it")
+    return z
 
 
 def _positive(recipe: Recipe, pooled: np.ndarray, given: np.ndarray | None) -> np.ndarray:
     if recipe.method == "gradcam":
         return pooled
     if given is not None:
-        return _matrix("positive_pooled", given)
+        positive = _matrix("positive_pooled", given)
+        if positive.shape != pooled.shape or (positive < 0).any():
+            raise InputError(
+                f"positive_pooled is {list(positive.shape)}, its least value {positive.min():.3g}; "
+                f"expected means of max(A, 0), {list(pooled.shape)} and not negative"
+            )
+        return positive
     if (pooled < 0).any():
         raise RecipeError(
             "some pooled activations are negative, so the mean of the positive ones is not known; "

@@ -6,7 +6,7 @@ Behind a global average pool the first pass keeps the pooled vector, and no seco
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from .cotangents import AnchorCotangents
 from .errors import ImageError
 from .images import Batch, ImageSource, load_batches
 from .index import quantize_coarse
-from .network import EmbeddingNetwork, Features
+from .network import EmbeddingNetwork
 from .recipe import Recipe
 from .scratch import Scratch
 from .targets import head_cotangent
@@ -46,6 +46,7 @@ class Work:
         workers: threads that decode images.
         on_unreadable: "fail" or "skip".
         keep_grids: whether activations are kept for the images' own maps.
+        exact: keep dy/dz, the code in the head's own matrix, in place of the weights.
     """
 
     network: EmbeddingNetwork
@@ -53,9 +54,10 @@ class Work:
     recipe: Recipe
     scratch: Scratch
     batch_size: int
-    workers: int
+    workers: int | None
     on_unreadable: str
     keep_grids: bool
+    exact: bool
 
     @property
     def chunk_size(self) -> int:
@@ -70,19 +72,14 @@ class Work:
     @property
     def pooled(self) -> bool:
         """Whether the pooled vector stands in for a second pass."""
-        return self.network.head_kind.pooled and self.network.pooled_replay
-
-    @property
-    def exact(self) -> bool:
-        """Whether the code dy/dz in the head's own matrix holds the weights without loss."""
-        return self.pooled and is_exact(self.recipe, self.network.head_kind.matrix)
+        return self.network.pooled_replay
 
     def chunk_positions(self, chunk: int) -> np.ndarray:
         """Places in the source of a chunk's images."""
         start = chunk * self.chunk_size
         return np.arange(start, min(start + self.chunk_size, len(self.source)))
 
-    def batches(self, positions: np.ndarray) -> Iterator[Batch]:
+    def batches(self, positions: np.ndarray) -> Generator[Batch, None, None]:
         """Loaded batches of images at these places in the source."""
         return load_batches(
             self.source,
@@ -92,6 +89,10 @@ class Work:
             workers=self.workers,
             on_error="fail" if self.on_unreadable == "fail" else "skip",
         )
+
+    def embedded(self, chunk: int) -> np.ndarray:
+        """Places in the source of a finished chunk's images that could be read."""
+        return np.array(self.scratch.read("embed", chunk, "positions")["positions"])
 
 
 def is_exact(recipe: Recipe, matrix: np.ndarray | None) -> bool:
@@ -108,61 +109,92 @@ def chunk_size(batch_size: int) -> int:
     return -(-CHUNK // batch_size) * batch_size
 
 
+def spilled_numbers(network: EmbeddingNetwork, exact: bool) -> int:
+    """How many half-precision numbers an image's kept activations take."""
+    activations = network.forward(network.probe_images()).activations
+    return _spilled(network, exact, activations)["activations"].size
+
+
 def embedding_pass(work: Work, tick: Tick) -> None:
-    """Chunks `embed`: positions, embedding, length, pooled vectors, grids, messages of errors."""
-    todo = [c for c in range(work.n_chunks) if not work.scratch.intact("embed", c)]
+    """Chunks `embed`: positions, embeddings, lengths, pooled vectors, grids, messages of errors."""
+    todo = [chunk for chunk in range(work.n_chunks) if not _is_embedded(work, chunk)]
     tick(len(work.source) - sum(len(work.chunk_positions(chunk)) for chunk in todo))
     if not todo:
         return
     # One stream over all chunks, so that decoding runs ahead across their borders.
-    stream = work.batches(np.concatenate([work.chunk_positions(chunk) for chunk in todo]))
-    for chunk in todo:
-        n_batches = -(-len(work.chunk_positions(chunk)) // work.batch_size)
-        arrays = _embed(work, itertools.islice(stream, n_batches), tick)
-        work.scratch.write("embed", chunk, arrays)
+    places = np.concatenate([work.chunk_positions(chunk) for chunk in todo])
+    with closing(work.batches(places)) as stream:
+        for chunk in todo:
+            n = len(work.chunk_positions(chunk))
+            batches = itertools.islice(stream, -(-n // work.batch_size))
+            work.scratch.write("embed", chunk, _embed(work, batches, n, tick))
 
 
-def _embed(work: Work, batches: Iterable[Batch], tick: Tick) -> dict[str, np.ndarray]:
-    kept: dict[str, list[np.ndarray]] = {}
+def _is_embedded(work: Work, chunk: int) -> bool:
+    """Whether an earlier run's chunk serves; one that skipped images does not where that fails."""
+    if not work.scratch.intact("embed", chunk):
+        return False
+    return work.on_unreadable == "skip" or not skipped_of(work, chunk)
+
+
+def skipped_of(work: Work, chunk: int) -> list[tuple[int, str]]:
+    """Place and reason of the images of a finished chunk that could not be read."""
+    text = bytes(work.scratch.read("embed", chunk, "errors")["errors"])
+    return [(position, message) for position, message in json.loads(text)]
+
+
+def _embed(work: Work, batches: Iterable[Batch], n: int, tick: Tick) -> dict[str, np.ndarray]:
+    kept = _Rows(n)
     errors: list[tuple[int, str]] = []
+    grid = (0, 0)
     for batch in batches:
         errors += batch.errors
-        if len(batch.positions):
+        if len(batch):
             features = work.network.forward(batch.images)
-            for name, array in _kept(work, features).items():
-                kept.setdefault(name, []).append(array)
-            kept.setdefault("positions", []).append(batch.positions)
+            activations = features.activations
+            grid = (activations.shape[2], activations.shape[3])
+            rows = {
+                "positions": batch.positions,
+                "embedding": _numpy(features.embedding),
+                "length": _numpy(features.norm),
+            }
+            if work.pooled:
+                rows |= _pooled(work, activations)
+            kept.add(rows)
         tick(len(batch.positions) + len(batch.errors))
-    arrays = {name: np.concatenate(parts) for name, parts in kept.items()}
     text = json.dumps([[int(position), message] for position, message in errors])
-    return {**arrays, "errors": np.frombuffer(text.encode(), np.uint8)}
+    return {
+        "positions": np.empty(0, np.int64),
+        **kept.arrays(),
+        "grid": np.array(grid),
+        "errors": np.frombuffer(text.encode(), np.uint8),
+    }
 
 
-def _kept(work: Work, features: Features) -> dict[str, np.ndarray]:
-    """What later stages need of a batch."""
-    activations = features.activations
-    arrays = {"embedding": _numpy(features.embedding), "length": _numpy(features.norm)}
-    if not work.pooled:
-        return arrays
-    arrays["pooled"] = _numpy(activations.mean((-2, -1)))
+def _pooled(work: Work, activations: Tensor) -> dict[str, np.ndarray]:
+    """What later stages need of a batch's activations behind a global average pool."""
+    arrays = {"pooled": _numpy(activations.mean((-2, -1)))}
     if work.recipe.method == "gradcam++":
         arrays["positive_pooled"] = _numpy(activations.clamp(min=0).mean((-2, -1)))
-    arrays["grid"] = np.array([activations.shape[-2:]])
     if work.keep_grids:
-        arrays["activations"] = _spilled(work, activations)
+        arrays |= _spilled(work.network, work.exact, activations)
     return arrays
 
 
-def _spilled(work: Work, activations: Tensor) -> np.ndarray:
-    """Activations for the own maps, `[B C H W]` half precision.
+def _spilled(network: EmbeddingNetwork, exact: bool, activations: Tensor) -> dict[str, np.ndarray]:
+    """Activations for the own maps, `[B C H W]` in half precision, and their peaks `[B]`.
 
     In an exact low-rank index a map only needs the D combinations W A, not all K channels.
     """
-    head = work.network.head_kind
-    if work.exact and not head.identity:
+    head = network.head_kind
+    if exact and not head.identity:
         matrix = torch.from_numpy(head.matrix).to(activations)
         activations = torch.einsum("dk,bkhw->bdhw", matrix, activations)
-    return _numpy(activations.to(torch.float16))
+    # Divided by the peak, so that neither large nor tiny activations leave half precision's range.
+    peaks = activations.abs().amax((1, 2, 3))
+    safe = torch.where(peaks > 0, peaks, 1)[:, None, None, None]
+    halves = (activations / safe).to(torch.float16)
+    return {"activations": _numpy(halves), "peaks": _numpy(peaks.float())}
 
 
 def weights_pass(work: Work, anchors: AnchorCotangents, offset: int, tick: Tick) -> None:
@@ -175,74 +207,60 @@ def weights_pass(work: Work, anchors: AnchorCotangents, offset: int, tick: Tick)
         tick: told of progress.
     """
     for chunk in range(work.n_chunks):
-        embedded = work.scratch.read("embed", chunk)
-        n = len(embedded["positions"]) if "positions" in embedded else 0
-        if n and not work.scratch.intact("weights", chunk):
-            places = np.arange(offset, offset + n)
-            if work.pooled:
-                arrays = _weights_of_pooled(work, embedded, anchors, places)
-            else:
-                arrays = _weights_of_images(work, embedded, anchors, places, tick)
-            work.scratch.write("weights", chunk, arrays)
-        if work.pooled or not n:
-            tick(n)
+        n = len(work.embedded(chunk))
+        places = np.arange(offset, offset + n)
         offset += n
+        if n and not work.scratch.intact("weights", chunk):
+            find = _weights_of_pooled if work.pooled else _weights_of_images
+            work.scratch.write("weights", chunk, find(work, chunk, anchors, places, tick))
+        else:
+            tick(n)
 
 
 def _weights_of_pooled(
-    work: Work, embedded: dict[str, np.ndarray], anchors: AnchorCotangents, places: np.ndarray
+    work: Work, chunk: int, anchors: AnchorCotangents, places: np.ndarray, tick: Tick
 ) -> dict[str, np.ndarray]:
-    cells = int(np.prod(embedded["grid"][0]))
-    kept: dict[str, list[np.ndarray]] = {"weights": [], "counts": []}
+    embedded, device = work.scratch.read("embed", chunk), work.network.device
+    kept = _Rows(len(places))
     for start in range(0, len(places), work.batch_size):
         rows = slice(start, start + work.batch_size)
         at_head, used, counts = _at_head(work, embedded, anchors, places, rows)
-        if work.exact:
-            weights = at_head
-        else:
-            pooled = torch.from_numpy(np.array(embedded["pooled"][rows]))
+        if not work.exact:
+            pooled = torch.from_numpy(np.array(embedded["pooled"][rows])).to(device)
             positive = pooled
             if "positive_pooled" in embedded:
-                positive = torch.from_numpy(np.array(embedded["positive_pooled"][rows]))
-            weights = weights_from_pooled(
-                work.network, pooled, positive, at_head, used, cells, work.recipe.method
+                positive = torch.from_numpy(np.array(embedded["positive_pooled"][rows])).to(device)
+            at_head = weights_from_pooled(
+                work.network,
+                pooled,
+                positive,
+                at_head,
+                used,
+                int(np.prod(embedded["grid"])),
+                work.recipe.method,
             )
-        kept["weights"].append(_numpy(weights))
-        kept["counts"].append(counts)
-    return {name: np.concatenate(parts) for name, parts in kept.items()}
+        kept.add({"weights": _numpy(at_head), "counts": counts})
+        tick(len(counts))
+    return kept.arrays()
 
 
 def _weights_of_images(
-    work: Work,
-    embedded: dict[str, np.ndarray],
-    anchors: AnchorCotangents,
-    places: np.ndarray,
-    tick: Tick,
+    work: Work, chunk: int, anchors: AnchorCotangents, places: np.ndarray, tick: Tick
 ) -> dict[str, np.ndarray]:
-    kept: dict[str, list[np.ndarray]] = {"weights": [], "counts": [], "grid": []}
-    done = 0
-    for batch in work.batches(np.array(embedded["positions"])):
-        if batch.errors:
-            raise ImageError(f"{batch.errors[0][1]}; it could be read before: build again")
-        rows = slice(done, done + len(batch.positions))
+    embedded = work.scratch.read("embed", chunk)
+    kept = _Rows(len(places))
+    for batch in _read_again(work, chunk):
+        rows = slice(kept.done, kept.done + len(batch))
         at_head, used, counts = _at_head(work, embedded, anchors, places, rows)
         with closing(work.network.head_pass(batch.images)) as head_pass:
-            device = head_pass.features.activations.device
-            weights = weights_from_head(
-                head_pass,
-                at_head.to(device),
-                None if used is None else used.to(device),
-                work.recipe.method,
-            )
+            weights = weights_from_head(head_pass, at_head, used, work.recipe.method)
             activations = head_pass.features.activations.detach()
-        kept["weights"].append(_numpy(weights))
-        kept["counts"].append(counts)
-        kept["grid"].append(np.array([activations.shape[-2:]]))
+        arrays = {"weights": _numpy(weights), "counts": counts}
         if work.keep_grids:
-            kept.setdefault("activations", []).append(_spilled(work, activations))
-        done = rows.stop
-        tick(len(batch.positions))
-    return {name: np.concatenate(parts) for name, parts in kept.items()}
+            arrays |= _spilled(work.network, work.exact, activations)
+        kept.add(arrays)
+        tick(len(batch))
+    return kept.arrays()
 
 
 def _at_head(
@@ -261,47 +279,68 @@ def _at_head(
         work.recipe.norm,
         work.network.normalize,
     )
-    used = None if found.used is None else torch.from_numpy(found.used)
-    return torch.from_numpy(np.ascontiguousarray(values, np.float32)), used, found.counts
+    device = work.network.device
+    used = None if found.used is None else torch.from_numpy(found.used).to(device)
+    at_head = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(device)
+    return at_head, used, found.counts
 
 
-def own_maps(
-    work: Work, chunk: int, weights: np.ndarray, codes: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _read_again(work: Work, chunk: int) -> Iterator[Batch]:
+    """The batches of a finished chunk once more, composed as in the first pass, to the bit.
+
+    Raises:
+        ImageError: an image that could be read then and cannot now, or the other way round.
+    """
+    expected = work.embedded(chunk)
+    with closing(work.batches(work.chunk_positions(chunk))) as batches:
+        for batch in batches:
+            reasons = dict(batch.errors)
+            for position in [*batch.positions.tolist(), *reasons]:
+                if (position in reasons) == (position in expected):
+                    why = reasons.get(position, f"{work.source.name(position)}: can be read now")
+                    raise ImageError(
+                        f"{why}; its file changed during the build, so run the build again"
+                    )
+            if len(batch):
+                yield batch
+
+
+def own_maps(work: Work, chunk: int, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each image's own coarse map as bytes with one scale: map = bytes * scale / 255.
 
     Args:
         work: with chunks `embed` and `weights` finished.
         chunk: which.
-        weights: the stored weights, decoded, `[n K]`.
-        codes: where exact: the stored codes, mean taken off, `[n D]`.
+        factors: what multiplies the kept activations: the stored weights, decoded, `[n K]`; where
+            exact their codes, mean taken off, over the number of cells, `[n D]`.
 
     Returns:
         `[n h w]` uint8 and `[n]` float32; more than 64 cells are averaged to at most 64.
     """
-    stage = "embed" if work.pooled else "weights"
-    arrays = work.scratch.read(stage, chunk)
-    if "activations" in arrays:
-        spilled = arrays["activations"]
-        factors = weights if codes is None else codes / np.prod(spilled.shape[2:])
-        maps = cam(np.asarray(factors, np.float32), np.asarray(spilled, np.float32))
-    else:
-        maps = _maps_again(work, chunk, weights)
-    maps = area_average(maps, coarse_grid(maps.shape[1:]))
-    return quantize_coarse(maps)
+    made, done = [], 0
+    for kept in _activations(work, chunk):
+        activations = np.asarray(kept["activations"], np.float32)
+        rows = slice(done, done + len(activations))
+        # Times the peaks afterwards: a map scales with its activations.
+        maps = cam(np.asarray(factors[rows], np.float32), activations)
+        maps = maps * np.asarray(kept["peaks"])[:, None, None]
+        made.append(quantize_coarse(area_average(maps, coarse_grid(maps.shape[1:]))))
+        done = rows.stop
+    maps, scales = zip(*made, strict=True)
+    return np.concatenate(maps), np.concatenate(scales)
 
 
-def _maps_again(work: Work, chunk: int, weights: np.ndarray) -> np.ndarray:
-    """Own maps by one more forward pass, where the activations were too many to keep."""
-    positions = np.array(work.scratch.read("embed", chunk, "positions")["positions"])
-    maps, done = [], 0
-    for batch in work.batches(positions):
-        if batch.errors:
-            raise ImageError(f"{batch.errors[0][1]}; it could be read before: build again")
-        activations = _numpy(work.network.forward(batch.images).activations)
-        maps.append(cam(weights[done : done + len(activations)], activations))
-        done += len(activations)
-    return np.concatenate(maps)
+def _activations(work: Work, chunk: int) -> Iterator[dict[str, np.ndarray]]:
+    """A chunk's `_spilled` activations, a batch at a time; by one more forward where not kept."""
+    arrays = work.scratch.read("embed" if work.pooled else "weights", chunk)
+    if "activations" not in arrays:
+        for batch in _read_again(work, chunk):
+            activations = work.network.forward(batch.images).activations
+            yield _spilled(work.network, work.exact, activations)
+        return
+    for start in range(0, len(arrays["peaks"]), work.batch_size):
+        rows = slice(start, start + work.batch_size)
+        yield {name: arrays[name][rows] for name in ("activations", "peaks")}
 
 
 def coarse_grid(grid: tuple[int, ...]) -> tuple[int, int]:
@@ -312,6 +351,27 @@ def coarse_grid(grid: tuple[int, ...]) -> tuple[int, int]:
     shrink = (64 / (height * width)) ** 0.5
     rows = max(1, min(height, 64, int(height * shrink)))
     return rows, max(1, min(width, 64 // rows, round(width * shrink) or 1))
+
+
+class _Rows:
+    """Arrays of at most n rows filled batch by batch, so that no second copy is ever made."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.done = n, 0
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def add(self, rows: dict[str, np.ndarray]) -> None:
+        """Add rows of every array, the same number of each."""
+        count = {len(array) for array in rows.values()}.pop()
+        for name, array in rows.items():
+            if name not in self._arrays:
+                self._arrays[name] = np.empty((self.n, *array.shape[1:]), array.dtype)
+            self._arrays[name][self.done : self.done + count] = array
+        self.done += count
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The rows so far."""
+        return {name: array[: self.done] for name, array in self._arrays.items()}
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

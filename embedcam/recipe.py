@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,7 +32,9 @@ class Recipe:
         method: "gradcam" or "gradcam++".
         target: "margin" (triplets) or "centred" (no labels, no sampling).
         norm: the gradient "through" the L2 norm or "around" it.
-        sampling: "random", "semihard", "hard", "all" (exact mean over every triplet) or "given".
+        sampling: "random", "semihard", "hard", "all" (the exact mean over every triplet, in closed
+            form), "given", or "auto": "all" where it has a closed form (Grad-CAM without hinge) and
+            `triplets` is not changed, else "random".
         triplets: S, triplets drawn for each image.
         hinge: leave out triplets that the margin already satisfies.
         margin: of the hinge and of semihard sampling.
@@ -48,7 +51,7 @@ class Recipe:
     method: str = "gradcam"
     target: str = "margin"
     norm: str = "through"
-    sampling: str = "random"
+    sampling: str = "auto"
     triplets: int = 50
     hinge: bool = False
     margin: float = 0.2
@@ -62,16 +65,32 @@ class Recipe:
     metric: str = "l2"
 
     def __post_init__(self) -> None:
+        if type(self.margin) is int:
+            object.__setattr__(self, "margin", float(self.margin))
+        for entry in fields(self):
+            value, kind = getattr(self, entry.name), type(entry.default)
+            if type(value) is not kind:
+                raise RecipeError(f"{entry.name} = {value!r} should be of type {kind.__name__}")
         for name, known in _CHOICES.items():
             _one_of(name, getattr(self, name), known)
         for name in ("triplets", "rank", "m"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} = {getattr(self, name)} is too small; give at least 1")
-        if not self.margin > 0:
+        if not 0 < self.margin < math.inf:
             raise RecipeError(f"margin = {self.margin} must be greater than 0; the usual is 0.2")
         if not 0 <= self.seed < 1 << 64:
             raise RecipeError(f"seed = {self.seed} must be a whole number from 0 to 2**64 - 1")
+        if not self.faiss:
+            raise RecipeError("faiss is empty; give a factory string such as 'Flat', or 'none'")
         self._check_together()
+
+    @property
+    def resolved_sampling(self) -> str:
+        """The sampling, with "auto" decided."""
+        if self.sampling != "auto":
+            return self.sampling
+        closed_form = self.method == "gradcam" and not self.hinge
+        return "all" if closed_form and self.triplets == Recipe.triplets else "random"
 
     def _check_together(self) -> None:
         if self.target == "centred" and self.hinge:
@@ -94,26 +113,19 @@ class Recipe:
     @classmethod
     def paper(cls, **changes: Any) -> "Recipe":
         """The paper's own setting: top 50 channels by signed value, gradient through the norm."""
-        return replace(cls(encoding="top-m", m=50, by="signed"), **changes)
+        return replace(cls(sampling="random", encoding="top-m", m=50, by="signed"), **changes)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the recipe") -> "Recipe":
         """A recipe from plain values; unknown names and wrong types are errors."""
-        known = {f.name: type(getattr(cls(), f.name)) for f in fields(cls)}
-        for name, value in values.items():
+        known = [entry.name for entry in fields(cls)]
+        for name in values:
             if name not in known:
-                near = get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                raise RecipeError(f"{where} has an unknown entry {name!r}; {hint}")
-            right = type(value) is known[name] or (known[name] is float and type(value) is int)
-            if not right:
-                raise RecipeError(
-                    f"{where}: {name} = {value!r} should be of type {known[name].__name__}"
-                )
-        choices: dict[str, Any] = dict(values)
-        if "margin" in choices:
-            choices["margin"] = float(choices["margin"])
-        return cls(**choices)
+                raise RecipeError(f"{where} has an unknown entry {name!r}; {_hint(name, known)}")
+        try:
+            return cls(**values)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a manifest."""
@@ -144,25 +156,27 @@ def read_toml(path: str | Path) -> tuple[Recipe, dict[str, Any], dict[str, Any]]
     version = tables.pop("recipe_version", 1)
     if version != 1:
         raise RecipeError(f"{path}: recipe_version = {version!r}; this embedcam reads version 1")
-    images, network = tables.pop("images", {}), tables.pop("network", {})
+    for table, entries in tables.items():
+        if table not in ("images", "network", *_TABLES):
+            known = ["images", "network", *_TABLES]
+            raise RecipeError(f"{path}: unknown table [{table}]; {_hint(table, known)}")
+        if not isinstance(entries, dict):
+            raise RecipeError(f"{path}: {table} = {entries!r} should be a table, [{table}]")
     choices: dict[str, Any] = {}
     for table, names in _TABLES.items():
-        for name, value in tables.pop(table, {}).items():
-            if names.get(name) is None:
-                known = ", ".join(names)
-                raise RecipeError(f"{path}: [{table}] has no entry {name!r}; known: {known}")
+        for name, value in tables.get(table, {}).items():
+            if name not in names:
+                raise RecipeError(f"{path}: [{table}] has no entry {name!r}; {_hint(name, names)}")
             choices[names[name]] = value
-    if tables:
-        known = ", ".join(["images", "network", *_TABLES])
-        raise RecipeError(f"{path}: unknown table [{next(iter(tables))}]; known: {known}")
-    return Recipe.from_dict(choices, str(path)), images, network
+    recipe = Recipe.from_dict(choices, str(path))
+    return recipe, tables.get("images", {}), tables.get("network", {})
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "target": TARGETS,
     "norm": NORMS,
-    "sampling": (*SAMPLINGS, "given"),
+    "sampling": ("auto", *SAMPLINGS, "given"),
     "encoding": ENCODINGS,
     "by": ("signed", "magnitude"),
     "dtype": DTYPES,
@@ -182,6 +196,11 @@ _TABLES: dict[str, dict[str, str]] = {
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        near = get_close_matches(str(value), known, 1, 0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise RecipeError(f"{name} = {value!r} is unknown; {hint}known: {', '.join(known)}")
+        raise RecipeError(f"{name} = {value!r} is unknown; {_hint(value, known)}")
+
+
+def _hint(given: str, known: Iterable[str]) -> str:
+    """The nearest of the known names, and all of them."""
+    names = list(known)
+    near = get_close_matches(given, names, 1, 0.5)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(names)}"

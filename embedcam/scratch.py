@@ -18,6 +18,8 @@ import numpy as np
 from .errors import InputError
 
 _KEY = "key.json"
+_PROMISE = "promise.json"
+_LISTING = "arrays.json"
 
 
 class Scratch:
@@ -40,7 +42,7 @@ class Scratch:
 
     def has(self, stage: str, chunk: int) -> bool:
         """Whether the chunk was finished, by its listing; its bytes are checked by `read`."""
-        return (self._folder(stage, chunk) / "arrays.json").exists()
+        return (self._folder(stage, chunk) / _LISTING).exists()
 
     def write(self, stage: str, chunk: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep the arrays; visible all at once."""
@@ -57,13 +59,13 @@ class Scratch:
                 "shape": list(array.shape),
                 "crc32": zlib.crc32(array.data if array.size else b""),
             }
-        _write_text(unfinished / "arrays.json", json.dumps(listing))
+        _write_text(unfinished / _LISTING, json.dumps([listing, _crc_of(listing)]))
         os.replace(unfinished, folder)
 
     def read(self, stage: str, chunk: int, *names: str) -> dict[str, np.ndarray]:
         """The named arrays of a finished chunk (all of them where none is named), memory-mapped."""
         folder = self._folder(stage, chunk)
-        listing = json.loads((folder / "arrays.json").read_text())
+        listing = _read_listing(folder)
         return {name: _open(folder / f"{name}.bin", listing[name]) for name in names or listing}
 
     def intact(self, stage: str, chunk: int) -> bool:
@@ -72,29 +74,39 @@ class Scratch:
             return False
         folder = self._folder(stage, chunk)
         try:
-            listing = json.loads((folder / "arrays.json").read_text())
+            listing = _read_listing(folder)
             arrays = self.read(stage, chunk)
             if all(zlib.crc32(arrays[n].data if arrays[n].size else b"") == listing[n]["crc32"]
                    for n in listing):  # fmt: skip
                 return True
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError):
             pass
         shutil.rmtree(folder, ignore_errors=True)
         return False
-
-    def holds(self, stage: str, chunk: int, name: str) -> bool:
-        """Whether a finished chunk has an array of this name."""
-        return (self._folder(stage, chunk) / f"{name}.bin").exists()
 
     def array(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
         """A writable array on disk, zero at first; for results too large to hold."""
         if 0 in shape:
             return np.zeros(shape, dtype)
-        return np.memmap(self.path / f"{name}.array", np.dtype(dtype), "w+", shape=shape)
+        path = self.path / f"{name}.array"
+        with open(path, "wb") as file:
+            size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+            # Claimed now: writing to a map of a file with holes kills the process on a full disk.
+            claim = getattr(os, "posix_fallocate", None)
+            if claim is None:
+                file.truncate(size)
+            else:
+                claim(file.fileno(), 0, size)
+        return np.memmap(path, np.dtype(dtype), "r+", shape=shape)
 
     def remove(self) -> None:
         """Delete the folder with everything in it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path)
+
+    def promise(self, job: str, generation: int) -> None:
+        """Note, just before it happens, that this job becomes that generation of the index."""
+        text = json.dumps({"job": job, "generation": generation})
+        _write_text(self.path / _PROMISE, text)
 
     def free_bytes(self) -> int:
         """Free space where the folder lies."""
@@ -110,6 +122,25 @@ class Scratch:
             return None
 
 
+def finished_job(path: Path, generation: int) -> str | None:
+    """The job whose scratch folder this is, if it became that generation and then was killed."""
+    try:
+        found = json.loads((path / _PROMISE).read_text())
+        return str(found["job"]) if found["generation"] == generation else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remove(path: Path) -> None:
+    """Delete a scratch folder, what `finished_job` reads last, so that a kill loses no trace."""
+    for entry in path.iterdir() if path.is_dir() else ():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != _PROMISE:
+            entry.unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def _open(path: Path, entry: Mapping[str, Any]) -> np.ndarray:
     dtype, shape = np.dtype(entry["dtype"]), tuple(int(side) for side in entry["shape"])
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -118,6 +149,21 @@ def _open(path: Path, entry: Mapping[str, Any]) -> np.ndarray:
     if size == 0:
         return np.empty(shape, dtype)
     return np.memmap(path, dtype, "r", shape=shape)
+
+
+def _read_listing(folder: Path) -> dict[str, Any]:
+    text = (folder / _LISTING).read_text()
+    try:
+        listing, crc = json.loads(text)
+        if _crc_of(listing) == crc:
+            return dict(listing)
+    except (ValueError, TypeError):
+        pass
+    raise InputError(f"{folder / _LISTING}: was altered; run the same command again")
+
+
+def _crc_of(listing: object) -> int:
+    return zlib.crc32(json.dumps(listing, sort_keys=True).encode())
 
 
 def _write_text(path: Path, text: str) -> None:

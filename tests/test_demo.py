@@ -156,11 +156,13 @@ def test_triplet_loss_is_the_literal_one(seed: int) -> None:
 
 
 def test_training_is_seeded_and_leaves_the_random_state_alone() -> None:
+    threads = torch.get_num_threads()
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
     first, second = (train(TINY, progress=False) for _ in range(2))
     assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
     assert not first.training
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
@@ -225,9 +227,28 @@ def test_a_stage_that_fails_is_not_taken_for_finished(tmp_path: Path) -> None:
     Stages(tmp_path / "out").run("one", "a", product, product.touch)
     with pytest.raises(ZeroDivisionError):
         Stages(tmp_path / "out").run("one", "b", product, lambda: 1 / 0)
-    ran = []
-    Stages(tmp_path / "out").run("one", "a", product, lambda: ran.append(1))
-    assert ran == [1]
+    ran: list[str] = []
+    Stages(tmp_path / "out").run("one", "a", product, lambda: ran.append("one"))
+    assert ran == ["one"]
+
+
+def test_a_killed_run_leaves_no_later_stage_believed(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    stages = Stages(folder)
+    for name in ("one", "two"):
+        stages.run(name, "a", folder / name, (folder / name).touch)
+    Stages(folder).run("one", "b", folder / "one", (folder / "one").touch)  # and then killed
+    ran: list[str] = []
+    stages = Stages(folder)
+    stages.run("one", "b", folder / "one", lambda: ran.append("one"))
+    stages.run("two", "a", folder / "two", lambda: ran.append("two"))
+    assert ran == ["two"]
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "stages.json").write_text("[1")
+    with pytest.raises(InputError, match=r"stages\.json is damaged; delete the folder"):
+        Stages(tmp_path)
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ PACKAGE = Path(__file__).parents[1] / "embedcam"
 
 FLOORS = {
     0: ["errors"],
-    1: ["cam", "encoding", "metrics", "preprocess", "render", "transfer"],
+    1: ["cam", "encoding", "metrics", "preprocess", "queries", "render", "transfer"],
     2: ["images", "index", "network", "scratch", "targets", "triplets"],
     3: ["identity", "models", "recipe", "weights"],
-    4: ["cotangents"],
+    4: ["cotangents", "explanation"],
     5: ["explain", "passes"],
     6: ["assembly"],
     7: ["build"],
@@ -25,6 +25,8 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 FORBIDDEN = {
     "index": {"torch", "torchvision"},
     "explain": {"torch", "torchvision"},
+    "explanation": {"torch", "torchvision"},
+    "queries": {"torch", "torchvision", "faiss"},
     "transfer": {"torch", "torchvision", "faiss"},
     "encoding": {"torch", "torchvision", "faiss"},
     "targets": {"torch", "torchvision", "faiss"},

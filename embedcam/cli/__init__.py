@@ -1,22 +1,27 @@
 """The command line: `embedcam build | add | remove | compact | explain | info | verify | demo`.
 
 parser.py    what can be said, with examples; imports nothing heavy, so that --help is quick
-offline.py   build, add, remove, compact
+networks.py  the network that options, a recipe or an index name
+offline.py   build, add, remove, compact, demo
 online.py    explain
 report.py    info and verify, and how things are printed
 """
 
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from ..errors import (
-    EmbedcamError,
-    ImageError,
-    IndexFormatError,
-    NetworkError,
-)
+from ..errors import EmbedcamError, ImageError, IndexFormatError, NetworkError
 
-EXIT_CODES = {ImageError: 3, NetworkError: 4, IndexFormatError: 5, EmbedcamError: 2}
+EXIT_CODES: dict[type[Exception], int] = {
+    ImageError: 3,
+    NetworkError: 4,
+    IndexFormatError: 5,
+    EmbedcamError: 2,
+    OSError: 6,
+}
 """The first class that fits an error gives the exit code; 0 is success, 130 an interruption."""
 INTERRUPTED, UNEXPECTED = 130, 70
 
@@ -25,37 +30,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 done; 2 wrong arguments or choices; 3 an image; 4 the network; 5 the index; 70 a fault of
-        embedcam's own; 130 interrupted.
+        0 done; 2 wrong arguments or choices; 3 an image; 4 the network; 5 the index; 6 a file or
+        folder that cannot be read or written; 70 a fault of embedcam's own; 130 interrupted.
     """
-    from .parser import parser
+    from .parser import COMMANDS, parser
 
-    options = parser().parse_args(arguments)
     try:
-        options.run(options)
-    except EmbedcamError as error:
-        return _say(
-            options, error, next(c for kind, c in EXIT_CODES.items() if isinstance(error, kind))
+        options = parser().parse_args(arguments)
+    except SystemExit as stop:  # argparse has said what is wrong, or has printed the help
+        return int(stop.code or 0)
+    if options.command is None:
+        print(
+            f"embedcam: name a command: {', '.join(COMMANDS)}; see `embedcam --help`",
+            file=sys.stderr,
         )
-    except KeyboardInterrupt:
-        print("embedcam: interrupted; run the same command again to go on", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
-    except Exception as error:
-        if options.debug:
-            raise
-        return _say(options, error, UNEXPECTED)
+        return EXIT_CODES[EmbedcamError]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", module=r"embedcam\.")
+        warnings.showwarning = _one_line(warnings.showwarning)
+        try:
+            options.run(options)
+            sys.stdout.flush()  # a reader that has gone away is met here, not at exit
+        except KeyboardInterrupt:
+            hint = "; run the same command again to go on" if options.resumes else ""
+            print(f"embedcam: interrupted{hint}", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:
+            _let_go_of_output()
+        except Exception as error:
+            if options.debug:
+                raise
+            return _say(error)
     return 0
 
 
-def _say(options: object, error: Exception, code: int) -> int:
+def _say(error: Exception) -> int:
     """One sentence on the error stream; the whole traceback only with --debug."""
-    if getattr(options, "debug", False):
-        raise error
+    code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), UNEXPECTED)
     text = " ".join(str(error).split()) or type(error).__name__
-    if code == UNEXPECTED:
+    if code == EXIT_CODES[EmbedcamError] and isinstance(error.__cause__, OSError):
+        code = EXIT_CODES[OSError]
+    if isinstance(error, OSError) and error.strerror:
+        text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    elif code == UNEXPECTED:
         text = f"unexpected {type(error).__name__}: {text}; run again with --debug and report it"
     print(f"embedcam: {text}", file=sys.stderr)
     return code
+
+
+def _one_line(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """Show embedcam's own warnings as sentences, others as ever."""
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if category.__module__.startswith("embedcam."):
+            print(f"embedcam: warning: {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, *where, **more)
+
+    return show
+
+
+def _let_go_of_output() -> None:
+    """Nobody reads on (`embedcam info x | head -1`): what is left goes nowhere, in silence."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

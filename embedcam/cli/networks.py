@@ -1,16 +1,34 @@
 """The network that the options, a recipe or an index name."""
 
 import argparse
+import os
+import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import EmbedcamError, InputError, NetworkError
 
-_KNOWN = (
-    "network", "weights", "head", "layer", "normalize", "size", "resize", "output", "layout",
-    "grid", "prefix_tokens", "device", "autocast", "channels_last", "seed",
-)  # fmt: skip
+_KNOWN: dict[str, tuple[type, ...]] = {
+    "network": (str,),
+    "weights": (str,),
+    "head": (str,),
+    "layer": (str,),
+    "normalize": (bool,),
+    "size": (int, list, tuple),
+    "resize": (str,),
+    "output": (str, int),
+    "layout": (str,),
+    "grid": (list, tuple),
+    "prefix_tokens": (int,),
+    "device": (str,),
+    "autocast": (str,),
+    "channels_last": (bool,),
+    "seed": (int,),
+}
+_FILES = ("weights", "head")
+_FORMS = "--network torchvision:NAME, timm:NAME or package.module:factory"
 
 
 def network_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -22,31 +40,108 @@ def network_options(options: argparse.Namespace) -> dict[str, Any]:
     return said
 
 
+def network_of_index(manifest: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+    """How an index's network is loaded again: as it was for the build, but for what is said now.
+
+    Raises:
+        InputError: the index does not know its network, or not how to load it.
+        NetworkError: a file it was loaded from is gone.
+    """
+    if manifest["network"] is None:
+        raise InputError(
+            "this index was built from features alone and does not know its network, so pictures "
+            "cannot be embedded for it; build it again with --network, or use explain_features"
+        )
+    loading = manifest["network"].get("loading") or {}
+    if said.get("network", loading.get("network")) != loading.get("network"):
+        return dict(said)  # another way to the same network: layers and files have other names
+    if not loading:
+        raise InputError(
+            "this index was built with a network that was not loaded by name; write a function "
+            "that returns it, and give --network package.module:function"
+        )
+    for what in _FILES:
+        file = loading.get(what)
+        if what not in said and file not in (None, "random") and not Path(file).is_file():
+            raise NetworkError(
+                f"the index was built with --{what} {file}, which is not there any more; say where "
+                f"it lies now with --{what} FILE"
+            )
+    return {**loading, **said}
+
+
 def named(settings: Mapping[str, Any]) -> Any:
     """Load the network.
 
     Raises:
         InputError: none is named, or a setting means nothing.
+        NetworkError: it cannot be loaded.
     """
-    for name in settings:
-        if name not in _KNOWN:
-            near = get_close_matches(name, _KNOWN, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(_KNOWN)}"
-            raise InputError(f"[network] has no entry {name!r}; {hint}")
-    if not settings.get("network"):
-        raise InputError(
-            "no network was named; give --network torchvision:NAME, timm:NAME or "
-            "package.module:factory"
-        )
+    arguments = {name: value for name, value in settings.items() if value is not None}
+    _check(arguments)
+    if not arguments.get("network"):
+        raise InputError(f"no network was named; give {_FORMS}")
+    for what in _FILES:
+        # An index records the file, and is used from other folders later.
+        if arguments.get(what, "random") != "random":
+            arguments[what] = os.path.abspath(os.path.expanduser(arguments[what]))
+    for name in ("size", "grid"):
+        if isinstance(arguments.get(name), list):
+            arguments[name] = tuple(arguments[name])
+    name = str(arguments.pop("network"))
+    own = name.partition(":")[0] not in ("torchvision", "timm")
+    if own and os.getcwd() not in sys.path and "" not in sys.path:
+        # Behind all others, so that a file lying here shadows no library.
+        sys.path.append(os.getcwd())
     import torch
 
     from ..models import load_network
 
-    arguments = {name: value for name, value in settings.items() if value is not None}
-    for name in ("size", "grid"):
-        if isinstance(arguments.get(name), list):
-            arguments[name] = tuple(arguments[name])
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    if isinstance(arguments.get("autocast"), str):
-        arguments["autocast"] = kinds.get(arguments["autocast"])
-    return load_network(str(arguments.pop("network")), **arguments)
+    autocast = arguments.pop("autocast", "off")
+    precise = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[autocast]
+    _check_device(arguments.get("device"))
+    try:
+        loaded = load_network(name, autocast=precise, **arguments)
+    except EmbedcamError:
+        raise
+    except Exception as error:
+        if not own:
+            raise
+        said = " ".join(str(error).split())
+        raise NetworkError(f"{name} failed with {type(error).__name__}: {said}") from error
+    if loaded.spec is not None and precise is not None:
+        loaded.spec["autocast"] = autocast  # so that `explain` computes what `build` computed
+    return loaded
+
+
+def refuse_unknown(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse an entry of a recipe's table that means nothing, with the nearest one that does."""
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise InputError(f"{where} has no entry {name!r}; {hint}")
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    refuse_unknown("[network]", arguments, _KNOWN)
+    for name, value in arguments.items():
+        kinds = _KNOWN[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds if kind is not tuple)
+            raise InputError(f"[network] {name} = {value!r} should be of type {expected}")
+    if arguments.get("autocast", "off") not in ("bf16", "fp16", "off"):
+        raise InputError(f"autocast = {arguments['autocast']!r} is unknown; use bf16, fp16 or off")
+
+
+def _check_device(device: str | None) -> None:
+    if device is None:
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    # What is missing decides what torch raises: RuntimeError, AssertionError, and others.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"--device {device} cannot be used here ({reason}); try cpu") from error

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RecipeError
-from .networks import named, network_options
-from .report import emit, note
+from .networks import named, network_of_index, network_options, refuse_unknown
+from .report import counted, emit, note
 
 _RECIPE = (
     "method", "target", "norm", "sampling", "hinge", "margin", "seed",
@@ -33,11 +33,12 @@ def add(options: argparse.Namespace) -> None:
     from ..images import find_images
     from ..index import Index
 
+    source = find_images(options.images, options.labels or "auto")
     with Index.open(options.index) as index:
-        stored = (index.manifest["network"] or {}).get("loading") or {}
+        network = network_of_index(index.manifest, network_options(options))
     report = add_images(
-        find_images(options.images, options.labels or "auto"),
-        named({**stored, **network_options(options)}),
+        source,
+        named(network),
         options.index,
         batch_size=options.batch_size,
         workers=options.workers,
@@ -53,18 +54,19 @@ def remove(options: argparse.Namespace) -> None:
     from ..index import Index
     from ..index import remove as remove_ids
 
-    ids = list(options.ids)
-    if options.file:
-        ids += _lines(options.file)
+    ids = [*options.ids, *(_lines(options.file) if options.file else [])]
     if not ids:
         raise InputError("no id was given; name some, or give a file of them with --from")
-    remove_ids(options.index, ids)
-    with Index.open(options.index) as index:
+    # A folder without an index is refused before a lock file appears in it.
+    Index.open(options.index, with_faiss=False).close()
+    removed = remove_ids(options.index, ids)
+    with Index.open(options.index, with_faiss=False) as index:
         left = len(index)
     emit(
         options,
-        {"removed": len(ids), "images": left},
-        f"{len(ids)} images removed, {left} left; `embedcam compact` drops their bytes",
+        {"removed": removed, "images": left},
+        f"{options.index}: {counted(removed, 'image')} removed, {left:,} left; "
+        "`embedcam compact` drops their bytes",
     )
 
 
@@ -73,10 +75,15 @@ def compact(options: argparse.Namespace) -> None:
     from ..index import Index
     from ..index import compact as compact_parts
 
-    compact_parts(options.index)
-    with Index.open(options.index) as index:
+    Index.open(options.index, with_faiss=False).close()  # as in `remove`
+    dropped = compact_parts(options.index)
+    with Index.open(options.index, with_faiss=False) as index:
         left = len(index)
-    emit(options, {"images": left}, f"{options.index}: compact, {left} images")
+    emit(
+        options,
+        {"dropped": dropped, "images": left},
+        f"{options.index}: compact; {counted(dropped, 'removed image')} dropped, {left:,} left",
+    )
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -85,7 +92,8 @@ def demo(options: argparse.Namespace) -> None:
 
     from ..demo import run_demo
 
-    summary = run_demo(options.folder, seed=options.seed, progress=not options.quiet)
+    shown = not (options.quiet or options.json)
+    summary = run_demo(options.folder, seed=options.seed, progress=shown)
     if options.json:
         print(json.dumps(summary, indent=2))
 
@@ -98,22 +106,27 @@ def _build_images(
     from ..index import Index
 
     path = options.images or images.get("path")
-    if path is None and options.refit:
+    if options.refit and (path is None or (Path(options.index) / "manifest.json").exists()):
+        # What is not said is as it was; without images, those that the index knows are taken.
         with Index.open(options.index) as index:
-            stored = (index.manifest["network"] or {}).get("loading") or {}
-            source = indexed_images(index)
-            network = {**stored, **network}
+            source = indexed_images(index) if path is None else None
+            if index.manifest["network"] is not None or not network.get("network"):
+                network = network_of_index(index.manifest, network)
     elif path is None:
         raise InputError(
             "no images were given; name a folder or a CSV before the index, or set [images] path "
             "in the recipe"
         )
-    else:
+    if path is not None:
         source = find_images(path, options.labels or images.get("labels", "auto"))
+    assert source is not None
+    loaded = named(network)
+    if network.get("layer") is None:
+        note(options, f"{loaded.name}: explaining layer {loaded.layer} (--layer takes another)")
     triplets = _given_triplets(options)
     return build_index(
         source,
-        named(network),
+        loaded,
         options.index,
         recipe,
         batch_size=options.batch_size,
@@ -178,15 +191,18 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str,
             changes["sampling"] = "given"
         elif options.triplets.isdigit():
             changes["triplets"] = int(options.triplets)
+            if recipe.sampling not in ("random", "semihard", "hard"):
+                # Who asks for a number of triplets wants them drawn.
+                changes.setdefault("sampling", "random")
         else:
             raise RecipeError(
                 f"--triplets {options.triplets}: give a number, or a .npy file of shape [N S 2]; "
                 "for every triplet there is use --sampling all"
             )
-    unknown = set(images) - {"path", "labels", "on_unreadable"}
-    if unknown:
-        raise RecipeError(f"[images] has no entry {unknown.pop()!r}; known: path, labels, "
-                          "on_unreadable")  # fmt: skip
+    refuse_unknown("[images]", images, dict.fromkeys(("path", "labels", "on_unreadable")))
+    for name, value in images.items():
+        if not isinstance(value, str):
+            raise RecipeError(f"[images] {name} = {value!r} should be of type str")
     return replace(recipe, **changes), images, {**network, **network_options(options)}
 
 
@@ -218,7 +234,8 @@ def _lines(path: str) -> list[str]:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: the ids cannot be read ({error})") from error
-    return [line for line in text.splitlines() if line.strip()]
+    # Only line ends divide: an id may hold whatever else `splitlines` takes for one.
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line]
 
 
 def _report(options: argparse.Namespace, report: Any, verb: str) -> None:
@@ -229,14 +246,20 @@ def _report(options: argparse.Namespace, report: Any, verb: str) -> None:
     if report.n_single:
         note(
             options,
-            f"{report.n_single} labels have one image only; their positives are its neighbours",
+            f"{counted(report.n_single, 'image')} alone with a label: the nearest neighbours stand "
+            "in as positives",
         )
     if report.n_without_triplets:
-        note(options, f"{report.n_without_triplets} images had no triplet left to learn from")
-    seconds = sum(report.seconds.values())
-    text = f"{report.path} is complete already"
-    if report.n_images:
-        text = f"{report.n_images} images {verb} {report.path} in {seconds:.1f} s"
-        if verb == "built":
-            text = f"{report.path} built: {report.n_images} images in {seconds:.1f} s"
+        note(
+            options,
+            f"{counted(report.n_without_triplets, 'image')} without evidence: every triplet was "
+            "satisfied",
+        )
+    took = f"in {sum(report.seconds.values()):.1f} s"
+    if not report.n_images:
+        text = f"{report.path}: complete already"
+    elif verb == "built":
+        text = f"{report.path}: built, {counted(report.n_images, 'image')} {took}"
+    else:
+        text = f"{report.path}: {counted(report.n_images, 'image')} added {took}"
     emit(options, {**asdict(report), "path": str(report.path)}, text)

@@ -2,12 +2,14 @@
 
 import argparse
 import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from .networks import named, network_options
-from .report import note
+from ..errors import ImageError, InputError
+from .networks import named, network_of_index, network_options
+from .report import columns, note
 
 
 def explain(options: argparse.Namespace) -> None:
@@ -15,72 +17,164 @@ def explain(options: argparse.Namespace) -> None:
     from ..explain import Explainer
     from ..index import Index
 
-    if options.result and options.neighbors:
-        raise InputError("--result explains by one image and --neighbors by several; give one")
-    many = len(options.queries) > 1
+    # Whatever can be refused is refused before the network is loaded.
+    pictures = plan_pictures(options.output, options.queries)
+    _check_page(options.html, options.queries)
     with Index.open(options.index) as index:
-        stored = (index.manifest["network"] or {}).get("loading") or {}
-        network = named({**stored, **network_options(options)})
-        explainer = Explainer(
-            index,
-            network,
-            n_neighbors=options.n_neighbors,
-            transfer=options.transfer,
-            images=options.images,
+        asked = _asked(options, index)
+        network = named(network_of_index(index.manifest, network_options(options)))
+        explainer = Explainer(index, network, transfer=options.transfer, images=options.images)
+        records, rows = [], []
+        for query, picture in zip(options.queries, pictures, strict=True):
+            explanation = explainer.explain(query, **asked)
+            if picture is not None:
+                explanation.save(picture, scale=options.scale, title=Path(query).name)
+            if options.html:
+                rows.append(_row(query, explanation))
+            if options.json:
+                saved = {} if picture is None else {"picture": str(picture)}
+                records.append({"query": query, **saved, **explanation.to_dict()})
+            else:
+                print("\n".join(_lines(query, picture, explanation)))
+    if options.html:
+        _write_page(options, rows)
+    if options.json:
+        print(json.dumps(records))
+
+
+def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:
+    """What `Explainer.explain` is asked for, ids checked."""
+    if options.neighbors and options.n_neighbors:
+        raise InputError("--neighbors names the results and -n searches for them; give one")
+    asked: dict[str, Any] = {"n_neighbors": options.n_neighbors, "result": options.result}
+    if options.result is not None:
+        index.position(options.result)
+    if options.neighbors:
+        asked["neighbors"] = list(_ids(index, options.neighbors))
+        index.positions(asked["neighbors"])
+    for query in options.queries:
+        if Path(query).is_dir():
+            raise ImageError(f"{query}: is a folder; name the pictures in it, as in {query}/*.jpg")
+        if not Path(query).exists():
+            raise ImageError(f"{query}: does not exist")
+    return asked
+
+
+def _ids(index: Any, given: Sequence[str]) -> Iterator[str]:
+    """Ids separated by commas; an id that holds one itself is recognised as a whole."""
+    for text in given:
+        if text in index.find_live([text]):
+            yield text
+        else:
+            yield from (name for name in text.split(",") if name)
+
+
+def plan_pictures(output: str | None, queries: Sequence[str]) -> list[Path | None]:
+    """Where each query's picture goes: the file named, or one a query in the folder named.
+
+    Raises:
+        InputError: one file for several queries, an ending that is no picture's, a folder that
+            cannot be written, or a picture that would replace a query.
+    """
+    if output is None:
+        return [None] * len(queries)
+    from ..explanation import check_picture_name
+
+    where = Path(output)
+    folder = where.is_dir() or output.endswith("/") or not where.suffix
+    if not folder and len(queries) > 1:
+        raise InputError(
+            f"-o {output} is one file and there are {len(queries)} queries; give a folder, or "
+            "--html FILE for one page with all of them"
         )
-        found = []
-        for query in options.queries:
-            explanation = explainer.explain(
-                query,
-                result=options.result,
-                neighbors=options.neighbors.split(",") if options.neighbors else None,
-            )
-            found.append((query, explanation))
-            if options.output:
-                where = _output(Path(options.output), query, many)
-                explanation.save(where, scale=options.scale)
-                note(options, f"{query}: {where}")
-        if options.html:
-            _page(options, found)
-    _print(options, found)
+    if folder:
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"-o {output}: not a folder ({error.strerror})") from error
+        planned = [where / name for name in picture_names(queries)]
+    else:
+        check_picture_name(where)
+        _check_folder(where)
+        planned = [where]
+    for picture in planned:
+        _refuse_query(picture, queries)
+    return list(planned)
 
 
-def _output(output: Path, query: str, many: bool) -> Path:
-    """Where a query's picture goes: the file named, or one a query in the folder named."""
-    if not many and output.suffix:
-        return output
+def picture_names(queries: Sequence[str]) -> list[str]:
+    """A file name for each query's picture, all different: 1.png; a-1.png beside b-1.png."""
+    paths = [Path(query) for query in queries]
+    stems = Counter(path.stem for path in paths)
+    names = [
+        path.stem
+        if stems[path.stem] == 1
+        else "-".join(filter(None, (path.parent.name, path.stem)))
+        for path in paths
+    ]
+    taken: set[str] = set()
+    unique = []
+    for name in names:
+        number, other = 1, name
+        while other.casefold() in taken:
+            number += 1
+            other = f"{name}-{number}"
+        taken.add(other.casefold())
+        unique.append(f"{other}.png")
+    return unique
+
+
+def _check_page(page: str | None, queries: Sequence[str]) -> None:
+    if page is None:
+        return
+    if Path(page).is_dir():
+        raise InputError(f"--html {page} is a folder; give a file, such as {Path(page)}/why.html")
+    _check_folder(Path(page))
+    _refuse_query(Path(page), queries)
+
+
+def _check_folder(file: Path) -> None:
+    if not file.parent.is_dir():
+        raise InputError(f"{file}: there is no folder {file.parent}; make it first")
+
+
+def _refuse_query(file: Path, queries: Sequence[str]) -> None:
+    if file.exists() and any(file.samefile(query) for query in queries if Path(query).exists()):
+        raise InputError(f"{file} is a query itself and would be replaced; write somewhere else")
+
+
+def _row(query: str, explanation: Any) -> Any:
+    from ..render import Row
+
+    tile, results = explanation.tiles()
+    return Row(tile, results, title=Path(query).name)
+
+
+def _write_page(options: argparse.Namespace, rows: list[Any]) -> None:
+    from ..render import page
+
+    text = page(rows, title="Why did these come back?", scale=options.scale)
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        Path(options.html).write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(
-            f"{output}: not a folder ({error.strerror}); several queries need one for pictures"
+            f"{options.html}: the page cannot be written ({error.strerror})"
         ) from error
-    return output / f"{Path(query).stem}.png"
-
-
-def _page(options: argparse.Namespace, found: list[tuple[str, Any]]) -> None:
-    from ..render import Row, page
-
-    rows = []
-    for query, explanation in found:
-        tile, results = explanation.tiles()
-        rows.append(Row(tile, results, title=Path(query).name))
-    try:
-        Path(options.html).write_text(
-            page(rows, title="Why did these come back?", scale=options.scale), encoding="utf-8"
-        )
-    except OSError as error:
-        raise InputError(f"{options.html}: the page cannot be written ({error})") from error
     note(options, f"page: {options.html}")
 
 
-def _print(options: argparse.Namespace, found: list[tuple[str, Any]]) -> None:
-    if options.json:
-        records = [{"query": query, **explanation.to_dict()} for query, explanation in found]
-        print(json.dumps(records, ensure_ascii=False))
-        return
-    for query, explanation in found:
-        print(query)
-        rows = zip(explanation.ids, explanation.labels, explanation.distances, strict=True)
-        for place, (name, label, distance) in enumerate(rows, 1):
-            print(f"  {place:>2}  {distance:.4f}  {name}" + ("" if label is None else f"  {label}"))
+def _lines(query: str, picture: Path | None, explanation: Any) -> list[str]:
+    """The query, and below it a table of its results."""
+    labels = [label or "" for label in explanation.labels]
+    table = [
+        [str(place), f"{distance:.3g}", name, label]
+        for place, (name, label, distance) in enumerate(
+            zip(explanation.ids, labels, explanation.distances, strict=True), 1
+        )
+    ]
+    header = ["", "distance", "result", "label" if any(labels) else ""]
+    shown = columns([header, *table], right=(0, 1))
+    head = query if picture is None else f"{query} -> {picture}"
+    if explanation.explained != explanation.ids:
+        head += f" (what matched {explanation.explained[0]})"
+    return [head, *(f"  {line}" for line in shown)]

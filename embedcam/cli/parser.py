@@ -1,9 +1,11 @@
 """What can be said on the command line. Nothing heavy is imported until a command runs."""
 
 import argparse
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 from .. import __version__
 
@@ -14,7 +16,8 @@ examples:
   embedcam explain my.index query.jpg -o why.png
   embedcam info my.index
 
-exit codes: 0 done, 2 wrong arguments, 3 an image, 4 the network, 5 the index, 130 interrupted
+exit codes: 0 done, 2 wrong arguments, 3 an image, 4 the network, 5 the index,
+            6 a file or folder that cannot be read or written, 130 interrupted
 """
 BUILD = """\
 examples:
@@ -23,7 +26,7 @@ examples:
       --weights mobilenet.safetensors --head head.safetensors --resize squash
   embedcam build photos/ my.index --network mypackage.models:make --recipe index/recipes/paper.toml
   embedcam build my.index --embeddings e.npy --pooled p.npy --grid 7x7 --ids ids.csv
-  embedcam build photos/ my.index --network torchvision:resnet50 --refit
+  embedcam build my.index --refit                fit again on all images, also those added later
 
 A killed build goes on where it stopped when the same command is run again.
 IMAGES is a folder with a folder per class, a flat folder, or a CSV with path,label[,id].
@@ -48,9 +51,12 @@ example:
 EXPLAIN = """\
 examples:
   embedcam explain my.index query.jpg -o why.png
-  embedcam explain my.index queries/*.jpg --html why.html -n 10
+  embedcam explain my.index queries/*.jpg -o pictures/ --html why.html -n 10
   embedcam explain my.index query.jpg --result owls/1.jpg -o match.png
   embedcam explain my.index query.jpg --neighbors owls/1.jpg,owls/2.jpg --json
+
+The network is loaded as it was for the build; where its files have moved, say so with --weights
+and --head. Pictures are written for queries where -o or --html asks for them.
 """
 INFO = """\
 examples:
@@ -67,47 +73,109 @@ examples:
   embedcam demo out/ --seed 1
 """
 
+COMMANDS = {
+    "build": "offline.build",
+    "add": "offline.add",
+    "remove": "offline.remove",
+    "compact": "offline.compact",
+    "explain": "online.explain",
+    "info": "report.info",
+    "verify": "report.verify",
+    "demo": "offline.demo",
+}
+"""Each command's module and function."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and names the nearest option there is."""
+
+    def __init__(self, **settings: Any) -> None:
+        # An abbreviation that works today means something else once an option is added.
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.nargs == argparse.PARSER and arg_strings:
+            known = list(action.choices or ())
+            if arg_strings[0] not in known:
+                hint = _nearest(arg_strings[0], known) or f"known: {', '.join(known)}"
+                self.error(f"there is no command {arg_strings[0]!r}; {hint}")
+        return super()._get_values(action, arg_strings)
+
+
+class _Command(_Parser):
+    """A command; its options may stand before, between and behind its arguments."""
+
+    _mixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but refuses what it does not know, and takes options anywhere."""
+        if self._mixing:  # called back by argparse's own two passes
+            return super().parse_known_args(args, namespace)
+        self._mixing = True
+        try:
+            found, unknown = self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._mixing = False
+        if unknown:
+            options = [name for action in self._actions for name in action.option_strings]
+            hint = _nearest(unknown[0].partition("=")[0], options)
+            self.error(f"{' '.join(unknown)!r} means nothing here" + (hint and f"; {hint}"))
+        return found, []
+
+
+def _nearest(given: str, known: Sequence[str]) -> str:
+    near = get_close_matches(given, known, 1)
+    return f"did you mean {near[0]}?" if near else ""
+
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="embedcam",
         description="Why did this image come back? Class activation maps for embedding networks.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"embedcam {__version__}")
-    commands = top.add_subparsers(metavar="COMMAND", required=True)
-    _build(_command(commands, "build", "offline.build", BUILD, "build an index of CAM weights"))
-    _add(_command(commands, "add", "offline.add", ADD, "add images to an index"))
-    _remove(_command(commands, "remove", "offline.remove", REMOVE, "remove images by id"))
-    one = _command(commands, "compact", "offline.compact", COMPACT, "drop removed images' bytes")
-    one.add_argument("index", metavar="INDEX")
-    _explain(_command(commands, "explain", "online.explain", EXPLAIN, "explain query images"))
-    one = _command(commands, "info", "report.info", INFO, "say what an index holds")
-    one.add_argument("index", metavar="INDEX")
-    one = _command(commands, "verify", "report.verify", VERIFY, "check every promise of an index")
-    one.add_argument("index", metavar="INDEX")
-    one = _command(commands, "demo", "offline.demo", DEMO, "the main job on handwritten digits")
-    one.add_argument("folder", metavar="FOLDER", nargs="?", default="demo-output")
-    one.add_argument("--seed", type=int, default=0, help="of scenes and training")
+    commands = top.add_subparsers(metavar="COMMAND", dest="command", parser_class=_Command)
+    _build(_command(commands, "build", "[IMAGES] INDEX", BUILD, "build an index of CAM weights"))
+    _add(_command(commands, "add", "INDEX IMAGES", ADD, "add images to an index"))
+    _remove(_command(commands, "remove", "INDEX ID ...", REMOVE, "remove images by id"))
+    _index(_command(commands, "compact", "INDEX", COMPACT, "drop removed images' bytes"))
+    _explain(_command(commands, "explain", "INDEX IMAGE ...", EXPLAIN, "explain query images"))
+    _index(_command(commands, "info", "INDEX", INFO, "say what an index holds"))
+    _index(_command(commands, "verify", "INDEX", VERIFY, "check every promise of an index"))
+    one = _command(commands, "demo", "[FOLDER]", DEMO, "the main job on handwritten digits")
+    one.add_argument(
+        "folder",
+        metavar="FOLDER",
+        nargs="?",
+        type=_path,
+        default="demo-output",
+        help="where everything is written (default demo-output)",
+    )
+    one.add_argument("--seed", type=_whole, metavar="N", default=0, help="of scenes and training")
     return top
 
 
 def _command(
-    commands: Any, name: str, where: str, epilog: str, summary: str
+    commands: Any, name: str, positionals: str, epilog: str, summary: str
 ) -> argparse.ArgumentParser:
     one = commands.add_parser(
         name,
+        usage=f"embedcam {name} [options] {positionals}",
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     one.add_argument("--json", action="store_true", help="print JSON for machines")
     one.add_argument("--quiet", action="store_true", help="no progress bars, no notes")
     one.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    one.set_defaults(run=_deferred(where))
+    one.set_defaults(run=_deferred(COMMANDS[name]), resumes=name in ("build", "add", "demo"))
     return one
 
 
@@ -122,106 +190,177 @@ def _deferred(where: str) -> Callable[[argparse.Namespace], None]:
 
 def _network(one: argparse.ArgumentParser) -> None:
     group = one.add_argument_group("network")
-    group.add_argument("--network", help="torchvision:NAME, timm:NAME or package.module:factory")
+    group.add_argument(
+        "--network", metavar="NAME", help="torchvision:NAME, timm:NAME or package.module:factory"
+    )
     group.add_argument("--weights", metavar="FILE", help=".safetensors or .pt file, or 'random'")
     group.add_argument("--head", metavar="FILE", help="affine map, safetensors weight [D K], bias")
-    group.add_argument("--layer", help="dotted name of the layer to explain")
+    group.add_argument("--layer", metavar="NAME", help="dotted name of the layer to explain")
     group.add_argument(
         "--no-normalize", action="store_true", help="leave embeddings without their L2 norm"
     )
-    group.add_argument("--size", type=_size, help="input side, or HxW, in pixels")
+    group.add_argument("--size", type=_size, metavar="HxW", help="input side, or HxW, in pixels")
     group.add_argument(
         "--resize", choices=("squash", "crop"), help="whole picture squashed, or centre cropped"
     )
-    group.add_argument("--device", help="torch device, e.g. cpu or cuda")
-    group.add_argument("--autocast", choices=("bf16", "fp16"), help="compute in half precision")
+    group.add_argument("--device", metavar="NAME", help="torch device, e.g. cpu or cuda")
+    group.add_argument(
+        "--autocast", choices=("bf16", "fp16", "off"), help="compute in half precision"
+    )
 
 
 def _work(one: argparse.ArgumentParser) -> None:
     group = one.add_argument_group("work")
-    group.add_argument("--batch-size", type=_positive, default=32, help="images a forward pass")
-    group.add_argument("--workers", type=int, help="threads that decode images")
     group.add_argument(
-        "--on-unreadable", choices=("fail", "skip"), help="what to do with a broken image"
+        "--batch-size", type=_positive, metavar="N", default=32, help="images a pass (default 32)"
+    )
+    group.add_argument("--workers", type=_whole, metavar="N", help="threads that decode images")
+    group.add_argument(
+        "--on-unreadable",
+        choices=("fail", "skip"),
+        help="what to do with a broken image (default fail)",
     )
     group.add_argument(
-        "--scratch-gb", type=float, default=50.0, help="disk for activations kept while building"
+        "--scratch-gb",
+        type=_amount,
+        metavar="GB",
+        default=50.0,
+        help="disk for activations kept meanwhile (default 50)",
     )
+
+
+def _index(one: argparse.ArgumentParser) -> None:
+    one.add_argument("index", metavar="INDEX", type=_path, help="folder of the index")
 
 
 def _build(one: argparse.ArgumentParser) -> None:
-    one.add_argument("images", metavar="IMAGES", nargs="?", help="folder or CSV")
-    one.add_argument("index", metavar="INDEX", help="folder of the index")
+    one.add_argument("images", metavar="IMAGES", nargs="?", type=_path, help="folder or CSV")
+    _index(one)
     one.add_argument("--recipe", metavar="FILE", help="TOML file; other options win over it")
     one.add_argument("--labels", choices=("auto", "folders", "none"), help="where labels are")
     one.add_argument("--refit", action="store_true", help="redo a finished index")
     _network(one)
     group = one.add_argument_group("weights")
-    group.add_argument("--method", help="gradcam (default) or gradcam++")
-    group.add_argument("--target", help="margin (default) or centred")
-    group.add_argument("--norm", help="through (default) or around the L2 norm")
-    group.add_argument("--sampling", help="random (default), semihard, hard or all")
-    group.add_argument("--triplets", help="S for each image (default 50), or a .npy file [N S 2]")
-    group.add_argument("--hinge", action="store_true", default=None, help="leave out satisfied")
-    group.add_argument("--margin", type=float, help="of hinge and semihard (default 0.2)")
-    group.add_argument("--seed", type=int, help="of all sampling (default 0)")
+    group.add_argument("--method", metavar="NAME", help="gradcam (default) or gradcam++")
+    group.add_argument("--target", metavar="NAME", help="margin (default) or centred")
+    group.add_argument("--norm", metavar="WAY", help="through (default) or around the L2 norm")
+    group.add_argument(
+        "--sampling", metavar="NAME", help="auto (default), all, random, semihard or hard"
+    )
+    group.add_argument(
+        "--triplets", metavar="S|FILE", help="S for each image (default 50), or a .npy file [N S 2]"
+    )
+    group.add_argument(
+        "--hinge",
+        action="store_true",
+        default=None,
+        help="leave out triplets that the margin satisfies",
+    )
+    group.add_argument(
+        "--margin", type=float, metavar="X", help="of hinge and semihard (default 0.2)"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="of all sampling (default 0)")
     group = one.add_argument_group("storage")
-    group.add_argument("--encoding", help="low-rank (default), top-m or dense")
-    group.add_argument("--rank", type=int, help="R of low-rank (default 128)")
-    group.add_argument("--top-m", dest="m", type=int, help="M of top-m (default 50)")
-    group.add_argument("--by", help="top-m by signed (default) or magnitude")
-    group.add_argument("--dtype", help="float16 (default) or float32")
-    group.add_argument("--faiss", help="FAISS factory string (default Flat), or none")
-    group.add_argument("--metric", help="l2 (default) or ip")
+    group.add_argument("--encoding", metavar="NAME", help="low-rank (default), top-m or dense")
+    group.add_argument("--rank", type=int, metavar="R", help="R of low-rank (default 128)")
+    group.add_argument("--top-m", dest="m", type=int, metavar="M", help="M of top-m (default 50)")
+    group.add_argument("--by", metavar="WHAT", help="top-m by signed (default) or magnitude")
+    group.add_argument("--dtype", metavar="NAME", help="float16 (default) or float32")
+    group.add_argument(
+        "--faiss", metavar="FACTORY", help="FAISS factory string (default Flat), or none"
+    )
+    group.add_argument("--metric", metavar="NAME", help="l2 (default) or ip")
     group.add_argument("--no-own-maps", action="store_true", help="keep no maps of the images")
     _work(one)
     group = one.add_argument_group("from features instead of images")
     group.add_argument("--embeddings", metavar="FILE", help=".npy [N D]")
     group.add_argument("--pooled", metavar="FILE", help=".npy [N K]: mean activations")
     group.add_argument("--positive-pooled", metavar="FILE", help=".npy [N K]: mean of max(A, 0)")
-    group.add_argument("--grid", type=_size, help="HxW of the layer")
+    group.add_argument("--grid", type=_size, metavar="HxW", help="HxW of the layer")
     group.add_argument("--ids", metavar="FILE", help="CSV with id[,label], a row an embedding")
 
 
 def _add(one: argparse.ArgumentParser) -> None:
-    one.add_argument("index", metavar="INDEX")
-    one.add_argument("images", metavar="IMAGES", help="folder or CSV")
+    _index(one)
+    one.add_argument("images", metavar="IMAGES", type=_path, help="folder or CSV")
     one.add_argument("--labels", choices=("auto", "folders", "none"), help="where labels are")
     _network(one)
     _work(one)
 
 
 def _remove(one: argparse.ArgumentParser) -> None:
-    one.add_argument("index", metavar="INDEX")
-    one.add_argument("ids", metavar="ID", nargs="*")
+    _index(one)
+    one.add_argument("ids", metavar="ID", nargs="*", help="ids of images")
     one.add_argument("--from", dest="file", metavar="FILE", help="ids, one a line; - for stdin")
 
 
 def _explain(one: argparse.ArgumentParser) -> None:
-    one.add_argument("index", metavar="INDEX")
-    one.add_argument("queries", metavar="IMAGE", nargs="+")
-    one.add_argument("-o", "--output", metavar="PNG", help="picture; a folder for many queries")
-    one.add_argument("--html", metavar="FILE", help="one self-contained page with all queries")
-    one.add_argument("-n", "--n-neighbors", type=_positive, default=5)
-    one.add_argument("--transfer", choices=("mean", "distance"), default="mean")
-    one.add_argument("--result", metavar="ID", help="explain by this one result")
-    one.add_argument("--neighbors", metavar="IDS", help="ids found elsewhere, comma-separated")
-    one.add_argument("--scale", choices=("joint", "each"), default="joint")
+    _index(one)
+    one.add_argument("queries", metavar="IMAGE", nargs="+", type=_path, help="query pictures")
+    one.add_argument(
+        "-o", "--output", metavar="PNG", type=_path, help="picture; a folder for many queries"
+    )
+    one.add_argument(
+        "--html", metavar="FILE", type=_path, help="one self-contained page with all queries"
+    )
+    one.add_argument(
+        "-n", "--n-neighbors", type=_positive, metavar="N", help="results a query (default 5)"
+    )
+    one.add_argument(
+        "--transfer",
+        choices=("mean", "distance"),
+        default="mean",
+        help="how neighbours count (default mean)",
+    )
+    one.add_argument("--result", metavar="ID", help="explain by this one image of the index")
+    one.add_argument(
+        "--neighbors",
+        metavar="IDS",
+        action="append",
+        help="ids found elsewhere, comma-separated or repeated, instead of a search",
+    )
+    one.add_argument(
+        "--scale",
+        choices=("joint", "each"),
+        default="joint",
+        help="of the results' colours (default joint)",
+    )
     one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
     _network(one)
 
 
+def _path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name was given")
+    return text
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return _number(text, int, 1, "a whole number of at least 1")
+
+
+def _whole(text: str) -> int:
+    return _number(text, int, 0, "a whole number of at least 0")
+
+
+def _amount(text: str) -> float:
+    return _number(text, float, 0, "a number of at least 0")
+
+
+def _number(text: str, kind: Callable[[str], Any], least: int, expected: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = -math.inf
+    if not least <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return value
 
 
 def _size(text: str) -> tuple[int, int]:
     try:
         sides = [_positive(side) for side in text.lower().split("x")]
-    except ValueError:
+    except argparse.ArgumentTypeError:
         sides = []
     if len(sides) not in (1, 2):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; give 224 or 224x320")

@@ -3,13 +3,18 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+METHODS = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++"}
+METRICS = {"l2": "squared L2", "ip": "inner product"}
+_LABEL = 12
 
 
 def emit(options: argparse.Namespace, values: Mapping[str, Any], text: str) -> None:
     """Print JSON where asked for, else the text."""
-    print(json.dumps(values, indent=2, ensure_ascii=False) if options.json else text)
+    print(json.dumps(values, indent=2) if options.json else text)
 
 
 def note(options: argparse.Namespace, text: str) -> None:
@@ -18,51 +23,39 @@ def note(options: argparse.Namespace, text: str) -> None:
         print(text, file=sys.stderr)
 
 
+def counted(number: int, what: str) -> str:
+    """ "1 image", "2,000 images"."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Rows of cells as lines with columns of one width; `right` are set flush right."""
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if place in right else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
 def info(options: argparse.Namespace) -> None:
     """What an index holds."""
     from ..index import Index
 
-    with Index.open(options.index) as index:
+    with Index.open(options.index, with_faiss=False) as index:
         manifest = index.manifest
-        n_single, n_empty = _evidence(index)
-    layer, counts = manifest["layers"][0], manifest["counts"]
-    triplets, encoding = manifest["triplets"], layer["encoding"]
-    network = manifest["network"] or {}
-    shown = {
-        "images": f"{counts['live']} ({counts['rows'] - counts['live']} removed, "
-        f"{counts['added_after_fit']} added after the fit)",
-        "network": (network.get("name") or "not named")
-        + f", layer {layer['name']}, K = {layer['channels']}, grid {_grid(layer['grid'])}",
-        "embedding": f"D = {manifest['embedding']['width']}, "
-        + ("L2-normalised" if manifest["embedding"]["normalized"] else "not normalised"),
-        "weights": _weights_line(manifest, triplets),
-        "encoding": _encoding_line(encoding, layer),
-        "no evidence": f"{n_empty} images whose every triplet was satisfied",
-        "single": f"{n_single} labels of one image, whose positives are nearest neighbours",
-        "search": "none"
-        if manifest["faiss"] is None
-        else f"FAISS {manifest['faiss']['factory']}"
-        f", {'squared L2' if manifest['metric'] == 'l2' else 'inner product'}",
-        "recipe": manifest["recipe_sha256"][:16],
-        "generation": str(manifest["generation"]),
-    }
-    if not n_empty:
-        del shown["no evidence"]
-    if not n_single:
-        del shown["single"]
-    width = max(map(len, shown))
-    lines = [f"{name:<{width}}  {value}" for name, value in shown.items()]
-    if counts["added_after_fit"]:
-        lines.append(
-            "\n`embedcam build --refit` fits again on all images and redoes their weights."
-        )
+        evidence = _evidence(index)
+    bytes_all, bytes_image = _bytes(manifest)
     summary = {
-        key: manifest[key]
-        for key in ("format_version", "generation", "counts", "recipe", "recipe_sha256", "images",
-                    "embedding", "metric", "layers", "libraries")
+        key: manifest.get(key)
+        for key in ("format_version", "generation", "counts", "recipe", "recipe_sha256", "sign",
+                    "method", "target", "norm", "triplets", "images", "network", "embedding",
+                    "metric", "layers", "fit", "faiss", "libraries")
     }  # fmt: skip
-    summary |= {"labels_of_one_image": n_single, "images_without_evidence": n_empty}
-    emit(options, summary, "\n".join(lines))
+    summary |= {**evidence, "bytes": bytes_all, "bytes_an_image": bytes_image}
+    emit(options, summary, f"{options.index}\n" + _text(manifest, evidence, bytes_all, bytes_image))
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -75,46 +68,148 @@ def verify(options: argparse.Namespace) -> None:
     emit(
         options,
         {"whole": True, "images": n_live, "checks": checks},
-        f"{options.index}: whole; {n_live} images, {len(checks)} checks",
+        f"{options.index}: whole; {counted(n_live, 'image')}, {len(checks)} checks",
     )
 
 
-def _evidence(index: Any) -> tuple[int, int]:
-    """Labels of one image, and images without a triplet that counted."""
-    import numpy as np
-
+def _evidence(index: Any) -> dict[str, int]:
+    """Labels, labels of one image, and images without a triplet that counted."""
     live = index.live_positions()
-    labels = [label for label in index.labels[live] if label is not None]
-    sizes = np.unique(np.array(labels, dtype=object).astype(str), return_counts=True)[1]
-    return int((sizes == 1).sum()), int((index.triplets_used(live) == 0).sum())
+    sizes = Counter(label for label in index.labels[live] if label is not None)
+    return {
+        "labels": len(sizes),
+        "labels_of_one_image": sum(size == 1 for size in sizes.values()),
+        "images_without_evidence": int((index.triplets_used(live) == 0).sum()),
+    }
 
 
-def _weights_line(manifest: Mapping[str, Any], triplets: Mapping[str, Any]) -> str:
-    line = f"{manifest['method']} of the {manifest['target']} target, {manifest['norm']} the norm"
+def _bytes(manifest: Mapping[str, Any]) -> tuple[int, float]:
+    """All bytes of the index; and an image's, beyond id, label, path and embedding."""
+    parts = [file for part in manifest["parts"] for file in part["files"].items()]
+    once = list(manifest["fitted"]["files"].values())
+    once += [entry for key in ("faiss", "tombstones") if (entry := manifest[key]) is not None]
+    total = sum(entry["bytes"] for entry in [*(entry for _, entry in parts), *once])
+    known = ("ids.", "labels.", "paths.", "embeddings.")
+    own = sum(entry["bytes"] for name, entry in parts if not name.startswith(known))
+    return total, round(own / max(manifest["counts"]["rows"], 1), 1)
+
+
+def _text(
+    manifest: Mapping[str, Any], evidence: Mapping[str, int], bytes_all: int, bytes_image: float
+) -> str:
+    layer, network = manifest["layers"][0], manifest["network"] or {}
+    normalized = "L2-normalised" if manifest["embedding"]["normalized"] else "not normalised"
+    coarse = layer["coarse_grid"]
+    made = ", ".join(f"{name} {version}" for name, version in manifest["libraries"].items())
+    shown = [
+        ("images", _images_line(manifest["counts"], evidence)),
+        ("", _evidence_line(evidence)),
+        ("network", _network_line(manifest["network"])),
+        ("layer", f"{layer['name']}: {layer['channels']:,} channels{_on(layer['grid'])}"),
+        ("input", _input_line(network.get("preprocess"))),
+        ("embedding", f"{manifest['embedding']['width']:,} numbers, {normalized}"),
+        ("weights", _weights_line(manifest)),
+        ("stored as", _encoding_line(layer["encoding"])),
+        ("own maps", "none" if coarse is None else f"{coarse[0]} x {coarse[1]}"),
+        ("search", _search_line(manifest)),
+        ("size", f"{_size(bytes_all)}; {bytes_image:g} bytes an image beyond id, label, path and "
+                 "embedding"),
+        ("recipe", manifest["recipe_sha256"][:16]),
+        ("made with", f"{made}; generation {manifest['generation']}"),
+    ]  # fmt: skip
+    lines = [f"  {name:<{_LABEL}}{value}" for name, value in shown if value]
+    if manifest["counts"]["added_after_fit"]:
+        lines += ["", "  `embedcam build --refit` fits again on all images."]
+    return "\n".join(lines)
+
+
+def _images_line(counts: Mapping[str, int], evidence: Mapping[str, int]) -> str:
+    labels = evidence["labels"]
+    line = f"{counts['live']:,}, " + (counted(labels, "label") if labels else "no labels")
+    removed = counts["rows"] - counts["live"]
+    if removed:
+        line += f"; {removed:,} removed, not yet compacted"
+    if counts["added_after_fit"]:
+        line += f"; {counts['added_after_fit']:,} added after the fit"
+    return line
+
+
+def _evidence_line(evidence: Mapping[str, int]) -> str:
+    said = []
+    if evidence["labels_of_one_image"]:
+        said.append(
+            f"{counted(evidence['labels_of_one_image'], 'label')} of one image, with nearest "
+            "neighbours as positives"
+        )
+    if evidence["images_without_evidence"]:
+        said.append(
+            f"{counted(evidence['images_without_evidence'], 'image')} without evidence: every "
+            "triplet was satisfied"
+        )
+    return "; ".join(said)
+
+
+def _network_line(network: Mapping[str, Any] | None) -> str:
+    if network is None:
+        return "not known: built from features"
+    loading = network.get("loading") or {}
+    known = [network.get("name") or "not named"]
+    weights = loading.get("weights")
+    if weights is not None:
+        known.append("random weights" if weights == "random" else f"weights {weights}")
+    if loading.get("head") is not None:
+        known.append(f"head {loading['head']}")
+    return ", ".join(known)
+
+
+def _input_line(preprocess: Mapping[str, Any] | None) -> str:
+    if preprocess is None:
+        return ""
+    if preprocess.get("kind") == "custom":
+        return f"the caller's own {preprocess['name']}"
+    (height, width), crop = preprocess["size"], preprocess["resize"] == "crop"
+    return f"{height} x {width}, " + ("centre crop" if crop else "whole picture squashed")
+
+
+def _weights_line(manifest: Mapping[str, Any]) -> str:
+    method, triplets = METHODS[manifest["method"]], manifest["triplets"]
+    target = "centred target" if manifest["target"] == "centred" else "triplet margin"
+    line = f"{method} of the {target}, {manifest['norm']} the norm"
     if manifest["target"] == "centred":
         return line
-    drawn = (
-        "all triplets"
-        if triplets["sampling"] == "all"
-        else (f"{triplets['count']} {triplets['sampling']} triplets an image")
-    )
-    hinge = f", hinge at {triplets['margin']}" if triplets["hinge"] else ""
-    return f"{line}, {drawn}{hinge}, seed {triplets['seed']}"
+    count, sampling = triplets["count"], triplets["sampling"]
+    drawn = {
+        "all": "the exact mean of all triplets",
+        "given": "triplets of the user's own",
+    }.get(sampling, f"{count} {sampling} triplets an image, seed {triplets['seed']}")
+    hinge = f", hinge at {triplets['margin']:g}" if triplets["hinge"] else ""
+    return f"{line}; {drawn}{hinge}"
 
 
-def _encoding_line(encoding: Mapping[str, Any], layer: Mapping[str, Any]) -> str:
-    about = {
-        "top-m": lambda: f"top {encoding['m']} channels by {encoding['by']} value",
-        "low-rank": lambda: (
-            f"rank {encoding['rank']}, basis from {encoding['origin']}, codes "
-            + ("stored" if encoding["codes"] == "stored" else "derived from the embedding")
-        ),
-        "dense": lambda: "all channels",
-    }[encoding["name"]]()
-    coarse = layer["coarse_grid"]
-    maps = "no own maps" if coarse is None else f"own maps {_grid(coarse)}"
-    return f"{encoding['name']} ({about}), {encoding['dtype']}; {maps}"
+def _encoding_line(encoding: Mapping[str, Any]) -> str:
+    if encoding["name"] == "dense":
+        return f"dense, all channels, {encoding['dtype']}"
+    if encoding["name"] == "top-m":
+        by = "value" if encoding["by"] == "signed" else "magnitude"
+        return f"top {encoding['m']} channels by {by}, {encoding['dtype']}"
+    origin = "the head's own basis" if encoding["origin"] == "head" else "basis by PCA"
+    stored = "" if encoding["codes"] == "stored" else ", codes derived from the embedding"
+    return f"low-rank {encoding['rank']}, {origin}{stored}, {encoding['dtype']}"
 
 
-def _grid(grid: Any) -> str:
-    return "unknown" if grid is None else f"{grid[0]} x {grid[1]}"
+def _search_line(manifest: Mapping[str, Any]) -> str:
+    if manifest["faiss"] is None:
+        return "none; neighbours are named by the caller"
+    return f"FAISS {manifest['faiss']['factory']}, {METRICS[manifest['metric']]}"
+
+
+def _on(grid: Any) -> str:
+    return "" if grid is None else f" on a grid of {grid[0]} x {grid[1]}"
+
+
+def _size(n_bytes: float) -> str:
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while n_bytes >= 1000 and len(units) > 1:
+        n_bytes /= 1000
+        units.pop(0)
+    return f"{n_bytes:.3g} {units[0]}"

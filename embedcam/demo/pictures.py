@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from embedcam.explain import Explainer, Explanation
@@ -15,7 +14,7 @@ from embedcam.render import Row, Table, Tile, overlay, page
 
 from .scene_files import SceneFile
 
-_SIDE, _GAP, _MARGIN = 208, 14, 36
+_SIDE, _GAP, _MARGIN, _ROUND = 208, 14, 36, 10
 _INK, _QUIET, _ACCENT = (24, 28, 36), (98, 106, 120), (196, 60, 24)
 
 
@@ -36,8 +35,8 @@ class Double:
 
 
 def explain_singles(explainer: Explainer, files: Sequence[SceneFile]) -> list[Single]:
-    """The main job on files: each query by its five nearest images."""
-    found = explainer.explain_batch([file.path for file in files], n_neighbors=5)
+    """The main job on files: each query by its four nearest images."""
+    found = explainer.explain_batch([file.path for file in files], n_neighbors=4)
     return [Single(file, why) for file, why in zip(files, found, strict=True)]
 
 
@@ -62,7 +61,11 @@ def panel_picture(singles: Sequence[Single], doubles: Sequence[Double]) -> Image
     )
     for double in doubles:
         sheet.row(_double_cells(double))
-    sheet.words("", "Held-out queries and their nearest images, each with its own stored map.")
+    sheet.words(
+        "",
+        "Held-out queries and their nearest images, each with its own stored map. "
+        "Every map has its own scale.",
+    )
     for single in singles:
         sheet.row(_single_cells(single))
     return sheet.picture()
@@ -89,7 +92,11 @@ def html_page(
         rows.append(Row(query, results, title=f"A held-out {label} and its nearest images"))
     measured = Table(table[0], table[1:], "Where the maps' energy lies", notes)
     return page(
-        rows, title="embedcam: why did this image come back?", intro=intro, tables=[measured]
+        rows,
+        title="embedcam: why did this image come back?",
+        intro=intro,
+        tables=[measured],
+        scale="each",
     )
 
 
@@ -115,28 +122,28 @@ def _double_cells(double: Double) -> list[_Cell]:
     picture = _picture(double.file)
     digits = " and ".join(f"a {digit.label}" for digit in double.file.digits)
     cells = [_Cell(picture, f"query: {digits}")]
-    top = max(float(why.cam.max()) for why in double.whys)
     for digit, why in zip(double.file.digits, double.whys, strict=True):
         result = _result_tile(why)
         assert result.image is not None
         cells.append(_Cell(result.image, f"result: a {digit.label}"))
-        drawn = overlay(picture, why.cam, why.extent, top)
+        drawn = overlay(picture, why.cam, why.extent)
         cells.append(_Cell(drawn, f"what matched the {digit.label}", accent=True))
     return cells
 
 
 def _single_cells(single: Single) -> list[_Cell]:
-    query, results = single.why.tiles()
+    why = single.why
+    _, results = why.tiles()
     picture = _picture(single.file)
     cells = [
         _Cell(picture, f"query: a {single.file.digits[0].label}"),
-        _Cell(overlay(picture, query.cam, query.extent), "what matched", accent=True),
+        _Cell(overlay(picture, why.cam, why.extent), "what matched", accent=True),
     ]
-    top = max(float(np.max(tile.cam)) for tile in results)
-    for tile, label, distance in zip(
-        results[:3], single.why.labels, single.why.distances, strict=False
-    ):
-        drawn = overlay(tile.image, tile.cam, tile.extent, top)
+    assert why.neighbor_cams is not None
+    shown = zip(results, why.neighbor_cams, why.labels, why.distances, strict=True)
+    for tile, own, label, distance in list(shown)[:3]:
+        assert tile.image is not None
+        drawn = overlay(tile.image, own, tile.extent)
         cells.append(_Cell(drawn, f"result: a {label}, distance {distance:.2f}"))
     return cells
 
@@ -154,6 +161,11 @@ class _Sheet:
         self._sheet = Image.new("RGB", (width, 300 + n_rows * (_SIDE + 60)), "white")
         self._draw = ImageDraw.Draw(self._sheet)
         self._y = _MARGIN
+        # Drawn four times as large, for smooth round corners.
+        large = Image.new("L", (4 * _SIDE, 4 * _SIDE))
+        edge = (0, 0, 4 * _SIDE - 1, 4 * _SIDE - 1)
+        ImageDraw.Draw(large).rounded_rectangle(edge, 4 * _ROUND, fill=255)
+        self._corners = large.resize((_SIDE, _SIDE), Image.Resampling.BOX)
 
     def words(self, title: str, text: str) -> None:
         """A heading and a line below it."""
@@ -168,7 +180,7 @@ class _Sheet:
         for column, cell in enumerate(cells):
             x = _MARGIN + column * (_SIDE + _GAP)
             picture = cell.picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-            self._sheet.paste(picture, (x, self._y))
+            self._sheet.paste(picture, (x, self._y), self._corners)
             color = _ACCENT if cell.accent else _INK
             self._draw.text((x, self._y + _SIDE + 6), cell.caption, color, _font(13, cell.accent))
         self._y += _SIDE + 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ _TRAINING = (
     "seed", "input_size", "n_train", "steps", "batch_size", "learning_rate", "margin", "channels",
     "embedding_size",
 )  # fmt: skip
-N_SINGLES, N_DOUBLES = 2, 3
+#: Shown: the first two-digit scenes, and the first query of each of these digits.
+N_DOUBLES, SINGLES = 3, (3, 8)
 
 
 def run_demo(
@@ -51,8 +53,8 @@ def run_demo(
         settings: other sizes; their seed is replaced by `seed`.
 
     Returns:
-        What summary.json holds: recall_at_1, rows (the table), files, settings, seconds of the
-        stages that ran in this call.
+        What summary.json holds (recall_at_1, rows of the table, files, settings, recipe), with the
+        folder and the seconds of the stages that ran in this call.
 
     Raises:
         InputError: the folder holds something else.
@@ -64,7 +66,7 @@ def run_demo(
     recipe = demo.recipe
     stages.run(
         "scenes", settings.digest(*_SCENES), demo.scenes / TABLE,
-        lambda: write_scenes(settings, demo.scenes, progress),
+        demo.draw_scenes,
     )  # fmt: skip
     stages.run(
         "training", settings.digest(*_TRAINING), demo.weights,
@@ -73,6 +75,7 @@ def run_demo(
     stages.run("index", recipe.digest(), demo.index / "manifest.json", demo.build)
     stages.run("explanations", settings.digest(), demo.summary, demo.explain)
     summary: dict[str, Any] = json.loads(demo.summary.read_text(encoding="utf-8"))
+    summary["folder"] = str(folder)
     summary["seconds"] = {**stages.seconds, "total": round(time.perf_counter() - begun, 1)}
     if progress:
         print(describe(summary))
@@ -90,6 +93,11 @@ class _Demo:
         self.picture, self.page = folder / "why.png", folder / "why.html"
         self.summary = folder / "summary.json"
         self.recipe = Recipe(triplets=settings.n_triplets, seed=settings.seed)
+
+    def draw_scenes(self) -> None:
+        """The scenes as files; those of other settings are deleted."""
+        shutil.rmtree(self.scenes, ignore_errors=True)
+        write_scenes(self.settings, self.scenes, self.progress)
 
     def network(self) -> EmbeddingNetwork:
         """The trained network, wrapped."""
@@ -149,7 +157,7 @@ class _Demo:
             [ids[asked[2 * scene + side].results[0]] for side in (0, 1)]
             for scene in range(N_DOUBLES)
         ]
-        singles = explain_singles(explainer, queries.files[:N_SINGLES])
+        singles = explain_singles(explainer, [queries.files[digit] for digit in SINGLES])
         doubles = explain_doubles(explainer, pairs.files[:N_DOUBLES], results)
         unfinished = self.picture.with_name("why.part.png")
         panel_picture(singles, doubles).save(unfinished)
@@ -167,11 +175,11 @@ class _Demo:
             "settings": self.settings.__dict__,
             "recipe": self.recipe.to_dict(),
             "files": {
-                "panel": str(self.picture),
-                "page": str(self.page),
-                "index": str(self.index),
-                "network": str(self.weights),
-                "scenes": str(self.scenes),
+                "panel": self.picture.name,
+                "page": self.page.name,
+                "index": self.index.name,
+                "network": self.weights.name,
+                "scenes": self.scenes.name,
             },
         }
 
@@ -231,9 +239,10 @@ def describe(summary: dict[str, Any]) -> str:
             "",
             NOTES,
             "",
-            f"panel  {summary['files']['panel']}",
-            f"page   {summary['files']['page']}",
-            f"index  {summary['files']['index']}",
+            *(
+                f"{name:<8}{Path(summary['folder']) / file}"
+                for name, file in summary["files"].items()
+            ),
             f"{summary['seconds']['total']:.0f} seconds",
         ]
     )

@@ -33,7 +33,7 @@ class DemoSettings:
     n_gallery: int = 600
     n_query: int = 200
     n_pairs: int = 200
-    steps: int = 300
+    steps: int = 260
     batch_size: int = 80
     learning_rate: float = 3e-3
     margin: float = 0.2

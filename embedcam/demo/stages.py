@@ -17,37 +17,36 @@ class Stages:
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / _RECORD
-        self._done = self._read()
-        self._stale = False
-        self.seconds: dict[str, float] = {}
-        if not self._done and folder.exists() and any(folder.iterdir()):
+        recorded = self._read()
+        if recorded is None and folder.exists() and any(folder.iterdir()):
             raise InputError(
                 f"{folder} holds files that are not this demonstration's; give an empty or new "
                 "folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        if not self._done:
-            self._write()
+        self._recorded = recorded or {}
+        self._done: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
 
     def run(self, name: str, digest: str, product: Path, make: Callable[[], object]) -> None:
         """Call `make` unless `product` is there and was made under the same digest."""
-        entry = self._done.get(name)
-        if entry == digest and product.exists() and not self._stale:
+        if self._recorded.get(name) == digest and product.exists():
+            self._done[name] = digest
             return
-        self._stale = True
-        if self._done.pop(name, None) is not None:
-            self._write()
+        # Forgotten before the work begins, so that a killed run leaves no later stage believed.
+        self._recorded = {}
+        self._write()
         begun = time.perf_counter()
         make()
         self.seconds[name] = round(time.perf_counter() - begun, 1)
         self._done[name] = digest
         self._write()
 
-    def _read(self) -> dict[str, str]:
+    def _read(self) -> dict[str, str] | None:
         try:
             content = json.loads(self._path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            return {}
+            return None
         except (OSError, ValueError):
             content = None
         if not isinstance(content, dict):

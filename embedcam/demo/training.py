@@ -7,6 +7,9 @@ digit and ends on whole scenes, which also makes most steps cheap.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,14 +21,27 @@ from .scenes import SceneMaker
 from .settings import DemoSettings
 
 #: (share of the steps done, side of the window as a share of the scene's)
-VIEWS = ((0.45, 0.5), (0.8, 0.67), (1.0, 1.0))
+VIEWS = ((0.5, 0.5), (0.9, 0.67), (1.0, 1.0))
 
 
 def train(settings: DemoSettings, progress: bool = True) -> DigitsNetwork:
-    """Train on the scenes of the training split; returns the network in eval mode."""
+    """Train on the scenes of the training split; returns the network in eval mode.
+
+    One thread: the result then depends on no number of cores, and a core that is busy elsewhere
+    cannot stall every step.
+    """
     batches = _Batches(settings, progress)
     network = initialise(settings.channels, settings.embedding_size, settings.seed)
-    network.train()
+    # The layout of the batches too: an eighth faster.
+    network.to(memory_format=torch.channels_last)
+    with _one_thread():
+        _descend(network.train(), batches, settings, progress)
+    return network.eval()
+
+
+def _descend(
+    network: DigitsNetwork, batches: _Batches, settings: DemoSettings, progress: bool
+) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.2
@@ -40,7 +56,16 @@ def train(settings: DemoSettings, progress: bool = True) -> DigitsNetwork:
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return network.eval()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def triplet_loss(embeddings: Tensor, labels: Tensor, margin: float) -> Tensor:

@@ -12,7 +12,7 @@ from .parts import PartData, check_ids, quantize_coarse
 from .reader import Index
 from .search import Neighbors, nearest
 from .verify import Report, verify
-from .writer import append, compact, create, rebuild_faiss, remove
+from .writer import append, check_target, compact, create, rebuild_faiss, remove, sweep
 
 __all__ = [
     "FORMAT_VERSION",
@@ -23,6 +23,7 @@ __all__ = [
     "append",
     "check_factory",
     "check_ids",
+    "check_target",
     "compact",
     "create",
     "lock",
@@ -30,5 +31,6 @@ __all__ = [
     "quantize_coarse",
     "rebuild_faiss",
     "remove",
+    "sweep",
     "verify",
 ]

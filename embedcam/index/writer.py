@@ -61,9 +61,9 @@ def create(
         IndexBusyError: another process writes to the index.
     """
     root = Path(path)
-    _check_target(root, replace)
+    check_target(root, replace)
     with _writing(root):
-        _check_target(root, replace)
+        check_target(root, replace)
         previous = manifest_file.read(root)["generation"] if _finished(root) else 0
         generation = previous + 1
         manifest = new_manifest(header, generation, len(part), part.embeddings.shape[-1])
@@ -192,10 +192,25 @@ def rebuild_faiss(path: str | Path, factory: str | None = None) -> None:
         _commit(root, manifest)
 
 
+def sweep(path: str | Path) -> None:
+    """Delete what a killed writer left behind; every other change does so as well."""
+    root = Path(path)
+    manifest_file.read(root)
+    with _writing(root):
+        pass
+
+
 # Steps
 
 
-def _check_target(root: Path, replace: bool) -> None:
+def check_target(path: str | Path, replace: bool = False) -> None:
+    """Refuse a directory that `create` would refuse; a job asks before it begins.
+
+    Raises:
+        InputError: not a directory, one that holds something else than an index, or, unless it is
+            to be replaced, a finished index.
+    """
+    root = Path(path)
     if not root.exists():
         return
     if not root.is_dir():

@@ -1,0 +1,183 @@
+"""What a job refuses before it embeds an image, and what it says when the disk gives up."""
+
+import errno
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from ..cotangents import AnchorCotangents
+from ..encoding import Encoding, LowRank, TopM
+from ..errors import EmbedcamError, ImageError, InputError, NetworkMismatch, RecipeError
+from ..identity import Identity
+from ..images import ImageSource
+from ..index import Index, check_factory
+from ..network import EmbeddingNetwork
+from ..recipe import Recipe, RecipeWarning
+from ..triplets import label_codes
+
+_DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+}
+
+
+def check_options(
+    source: ImageSource, network: EmbeddingNetwork, batch_size: int, unreadable: str, gb: float
+) -> None:
+    """Refuse options that no job can work with."""
+    if len(source) == 0:
+        raise InputError("there are no images to index; give a folder or a CSV that names some")
+    if unreadable not in ("fail", "skip"):
+        raise InputError(f"on_unreadable = {unreadable!r}; use 'fail' or 'skip'")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size = {batch_size!r}; give a whole number from 1")
+    if not gb >= 0:
+        raise InputError(f"scratch_gb = {gb!r}; give 0 or more")
+    if network.preprocess is None:
+        raise InputError(
+            "the network has no preprocessing, so images cannot be turned into its input; give "
+            "EmbeddingNetwork(..., preprocess=Preprocess(...))"
+        )
+
+
+def check_norm(recipe: Recipe, network: EmbeddingNetwork) -> None:
+    """Refuse `around` for a module that normalises by itself."""
+    if recipe.norm == "around" and network.normalize and network.already_normalized:
+        raise RecipeError(
+            "norm 'around' needs the embedding before its L2 norm, and this module normalises its "
+            "output itself; use norm 'through', or a module that returns the vector before the norm"
+        )
+
+
+def warn_of_norm(recipe: Recipe, normalize: bool, stacklevel: int) -> None:
+    """Warn of the centred target through the norm."""
+    if recipe.target == "centred" and recipe.norm == "through" and normalize:
+        warnings.warn(
+            "the centred target through the L2 norm loses its own part at the image itself and "
+            "can point at the wrong object; 'around' is the safe choice",
+            RecipeWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def check_amounts(
+    recipe: Recipe,
+    n_images: int,
+    labels: list[str | None],
+    width: int,
+    n_channels: int,
+    given: np.ndarray | None,
+) -> None:
+    """Refuse what the encoding, FAISS or the triplets could only refuse after all the work.
+
+    Args:
+        recipe: the choices.
+        n_images: N, if all can be read.
+        labels: theirs, `[N]`.
+        width: D.
+        n_channels: K.
+        given: the user's triplets, or None.
+    """
+    if recipe.encoding == "top-m":
+        TopM(n_channels, recipe.m, recipe.by, recipe.dtype)
+    if recipe.faiss.lower() != "none":
+        check_factory(recipe.faiss, width, n_images, recipe.metric)
+    # No embedding is looked at before cotangents are asked for.
+    unseen = np.broadcast_to(np.float32(0), (n_images, width))
+    AnchorCotangents(recipe, unseen, label_codes(labels), unseen[0], given)
+
+
+def same_index(
+    index: Index, recipe: Recipe, identity: Identity, source: ImageSource, own_maps: bool
+) -> list[tuple[str, str]]:
+    """Refuse to call a finished index done where another one was asked for.
+
+    Returns:
+        (id, reason) of images that are not in it because they cannot be read.
+
+    Raises:
+        InputError: naming what differs.
+    """
+    manifest = index.manifest
+    network = manifest["network"] or {}
+    missing = sorted(set(source.ids) - set(index.ids[index.live_positions()]))
+    unreadable = _unreadable(source, missing)
+    checks = {
+        "recipe": manifest["recipe_sha256"] == recipe.digest(),
+        "network": identity.to_dict().items() <= network.items(),
+        "choice of own maps": (manifest["layers"][0]["coarse_grid"] is not None) == own_maps,
+        "list of images": unreadable is not None and len(index) + len(missing) == len(source),
+    }
+    differs = [what for what, same in checks.items() if not same]
+    if differs:
+        raise InputError(
+            f"{index.path} holds a finished index with another {' and '.join(differs)}; choose "
+            "another folder, add images with `embedcam add`, or redo it with --refit (replace=True)"
+        )
+    return unreadable or []
+
+
+def _unreadable(source: ImageSource, ids: list[str]) -> list[tuple[str, str]] | None:
+    """Why each of these images cannot be read; None if one of them can."""
+    place, found = {name: position for position, name in enumerate(source.ids)}, []
+    for name in ids:
+        try:
+            source.open(place[name])
+        except ImageError as error:
+            found.append((name, str(error)))
+        else:
+            return None
+    return found
+
+
+def check_addable(recipe: Recipe, encoding: Encoding, network: EmbeddingNetwork) -> bool:
+    """Refuse additions that the index's encoding cannot take; whether its codes are dy/dz."""
+    if recipe.sampling == "given" and recipe.target == "margin":
+        raise InputError(
+            "this index was built from given triplets, which say nothing about new images; build "
+            "it again with all images and their triplets"
+        )
+    if not isinstance(encoding, LowRank) or encoding.origin != "head":
+        return False
+    matrix = network.head_kind.matrix
+    if matrix is None or matrix.shape != encoding.fitted["basis"].shape:
+        raise NetworkMismatch(
+            "the index keeps weights in the matrix of an affine head behind average pooling, "
+            f"{list(encoding.fitted['basis'].shape)}, and this network "
+            f"{'has none' if matrix is None else f'has one of {list(matrix.shape)}'}; give the "
+            "network that the index was built with, in the same precision"
+        )
+    return True
+
+
+def check_new(index: Index, source: ImageSource) -> None:
+    """Refuse ids that the index already has."""
+    known = sorted(index.find_live(source.ids))
+    if known:
+        some = ", ".join(known[:3]) + (" ..." if len(known) > 3 else "")
+        raise InputError(
+            f"{len(known)} of {len(source)} images are in the index already ({some}); remove them "
+            "from the index first, or leave them out"
+        )
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """A full or unwritable disk as one sentence; what is finished stays, and is used again."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, EmbedcamError) or error.errno not in _DISK_ERRORS:
+            raise
+        raise EmbedcamError(
+            f"{error.filename or path}: cannot be written ({error.strerror}); see to the disk and "
+            "run the same command again: it goes on where it stopped"
+        ) from error

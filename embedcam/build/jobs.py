@@ -1,0 +1,337 @@
+"""The two jobs: build an index, and add images to one."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..assembly import Gathered, described, encode, fit_encoding, gather, grid_of, header
+from ..cotangents import AnchorCotangents
+from ..errors import InputError
+from ..identity import Identity, check, fingerprint
+from ..images import ImageSource, Item
+from ..index import Index, PartData, append, check_target, create, lock, sweep
+from ..network import EmbeddingNetwork
+from ..passes import (
+    Work,
+    chunk_size,
+    coarse_grid,
+    embedding_pass,
+    is_exact,
+    spilled_numbers,
+    weights_pass,
+)
+from ..recipe import Recipe
+from ..scratch import Scratch, finished_job
+from ..scratch import remove as remove_scratch
+from ..triplets import Classes, label_codes
+from .checks import (
+    check_addable,
+    check_amounts,
+    check_new,
+    check_norm,
+    check_options,
+    disk_errors,
+    same_index,
+    warn_of_norm,
+)
+from .report import BuildReport, Stages
+
+log = logging.getLogger(__name__)
+
+SCRATCH_GB = 50.0
+"""Activations kept between the passes, at most; beyond it own maps cost one more forward pass."""
+_SCRATCH = ".building"
+_CHUNKS = 1
+"""Version of what the chunks hold: older ones are not used again."""
+
+
+def build_index(
+    source: ImageSource,
+    network: EmbeddingNetwork,
+    path: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    batch_size: int = 32,
+    workers: int | None = None,
+    on_unreadable: str = "fail",
+    triplets: np.ndarray | None = None,
+    own_maps: bool = True,
+    scratch_gb: float = SCRATCH_GB,
+    replace: bool = False,
+    progress: bool | None = None,
+) -> BuildReport:
+    """Build an index of CAM weights; run again after an interruption, it goes on.
+
+    Args:
+        source: the images, from `find_images` or `from_dataset`.
+        network: the network to explain, with its preprocessing.
+        path: folder of the index; created where missing.
+        recipe: the choices; None takes the defaults, which are what measured best.
+        batch_size: images a forward pass; changes nothing beyond float rounding.
+        workers: threads that decode images; None takes one for each core.
+        on_unreadable: "fail" at an image that cannot be read, or "skip" and report it.
+        triplets: with sampling "given": places in the source of (positive, negative), `[N S 2]`.
+        own_maps: keep each image's own coarse map, so that results need no forward pass.
+        scratch_gb: disk that kept activations may take during the build; changes nothing else.
+        replace: redo a finished index instead of refusing.
+        progress: bars; None shows them on a terminal only.
+
+    Returns:
+        What was done. The index itself is opened with `Index.open(path)`.
+
+    Raises:
+        RecipeError: choices that do not go together.
+        ImageError: an unreadable image, with on_unreadable="fail".
+        InputError: no images, too few, a single label, or a folder that holds something else.
+        EmbedcamError: the disk is full or cannot be written; what is finished is used again.
+    """
+    recipe, path = recipe or Recipe(), Path(path)
+    check_options(source, network, batch_size, on_unreadable, scratch_gb)
+    check_norm(recipe, network)
+    warn_of_norm(recipe, network.normalize, 2)
+    check_target(path, replace=True)
+    identity = fingerprint(network)
+    width, n_channels = len(identity.probe_embedding), len(identity.probe_pooled)
+    check_amounts(recipe, len(source), source.labels, width, n_channels, triplets)
+    exact = is_exact(recipe, network.head_kind.matrix)
+    job = _digest(recipe, identity, source, chunk_size(batch_size), own_maps, triplets)
+    with disk_errors(path), lock(path):
+        generation = 1
+        if (path / "manifest.json").exists():
+            with Index.open(path) as index:
+                generation = index.manifest["generation"] + 1
+                if _tidied(index) == job or not replace:
+                    skipped = same_index(index, recipe, identity, source, own_maps)
+                    log.info("%s is complete already", path)
+                    return BuildReport(path, 0, skipped)
+        scratch = Scratch(path / _SCRATCH, job)
+        keep = own_maps and _fits(
+            spilled_numbers(network, exact) * len(source), scratch_gb, scratch
+        )
+        work = Work(
+            network, source, recipe, scratch, batch_size, workers, on_unreadable, keep, exact
+        )
+        stages = Stages(progress)
+        gathered, labels, mean = _weights(work, stages, triplets)
+        root = None if source.root is None else source.root.resolve()
+        with stages("encode"):
+            encoding = fit_encoding(work, mean)
+            part = encode(work, encoding, gathered, mean, own_maps, source.root)
+        with stages("write"):
+            grid = grid_of(work)
+            about = header(
+                recipe,
+                described(network, identity),
+                root,
+                width,
+                network.normalize,
+                network.layer,
+                grid,
+                encoding,
+                coarse_grid(grid) if own_maps else None,
+            )
+            shared = {**identity.arrays(), "embedding_mean": mean}
+            scratch.promise(job, generation)
+            create(path, about, [encoding.fitted], shared, part, replace=generation > 1)
+        scratch.remove()
+    return _report(path, recipe, part, gathered, labels, stages)
+
+
+def add_images(
+    source: ImageSource,
+    network: EmbeddingNetwork,
+    path: str | Path,
+    *,
+    batch_size: int = 32,
+    workers: int | None = None,
+    on_unreadable: str = "fail",
+    scratch_gb: float = SCRATCH_GB,
+    progress: bool | None = None,
+) -> BuildReport:
+    """Add images to an index; run again after an interruption, it goes on.
+
+    What the first build fitted (mean, basis, FAISS training) stays as it is. New images draw their
+    triplets from old and new ones; the weights of old images are not computed again.
+
+    Args:
+        source: the new images; their ids must not be in the index.
+        network: the one the index was built with; another is refused.
+        path: folder of the index.
+        batch_size, workers, on_unreadable, scratch_gb, progress: as for `build_index`.
+
+    Raises:
+        NetworkMismatch: the network is not the index's.
+        InputError: ids that are in the index already.
+        ImageError: an unreadable image, with on_unreadable="fail".
+        EmbedcamError: the disk is full or cannot be written; what is finished is used again.
+    """
+    path = Path(path)
+    check_options(source, network, batch_size, on_unreadable, scratch_gb)
+    Index.open(path).close()  # refuse a folder without an index before a lock file appears in it
+    with disk_errors(path), lock(path), Index.open(path) as index:
+        manifest, encoding = index.manifest, index.encoding()
+        recipe = Recipe.from_dict(manifest["recipe"], "the index's recipe")
+        check(_identity_of(index), network)
+        exact = check_addable(recipe, encoding, network)
+        job = _digest(recipe, fingerprint(network), source, chunk_size(batch_size))
+        if _tidied(index) == job:
+            log.info("%s has these images already", path)
+            return BuildReport(path, 0, [])
+        check_new(index, source)
+        layer = manifest["layers"][0]
+        with_maps = layer["coarse_grid"] is not None
+        scratch = Scratch(path / _SCRATCH, f"{job} {manifest['manifest_sha256']}")
+        keep = with_maps and _fits(
+            spilled_numbers(network, exact) * len(source), scratch_gb, scratch
+        )
+        work = Work(
+            network, source, recipe, scratch, batch_size, workers, on_unreadable, keep, exact
+        )
+        stages = Stages(progress)
+        gathered, labels, mean = _weights(work, stages, None, index)
+        if list(grid_of(work)) != layer["grid"]:
+            raise InputError(
+                f"the layer's grid is {list(grid_of(work))} for these images and {layer['grid']} "
+                "in the index; use the preprocessing that the index was built with"
+            )
+        with stages("encode"):
+            root = (manifest["images"] or {}).get("root")
+            stored_root = None if root is None else Path(root)
+            part = encode(work, encoding, gathered, mean, with_maps, stored_root)
+        with stages("write"):
+            scratch.promise(job, manifest["generation"] + 1)
+            append(path, part)
+        scratch.remove()
+    return _report(path, recipe, part, gathered, labels, stages)
+
+
+def indexed_images(index: Index, root: str | Path | None = None) -> ImageSource:
+    """The images of an index as a source again, for `build_index(..., replace=True)` (a refit).
+
+    Args:
+        index: an open index.
+        root: folder the images lie in now; None takes the one they were built from.
+    """
+    live = index.live_positions()
+    listed = zip(index.ids[live], index.paths[live], index.labels[live], strict=True)
+    items = [Item(name, path, label) for name, path, label in listed]
+    if any(not item.path for item in items):
+        raise InputError(
+            "the index does not know where its images lie (it was built from a data set or from "
+            "features), so it cannot be refitted from them; build it again from its source"
+        )
+    stored = (index.manifest["images"] or {}).get("root")
+    chosen = root if root is not None else stored
+    return ImageSource(items, None if chosen is None else Path(chosen))
+
+
+def _weights(
+    work: Work, stages: Stages, triplets: np.ndarray | None, index: Index | None = None
+) -> tuple[Gathered, np.ndarray | None, np.ndarray]:
+    """The passes over the images; the labels `[N]` of old and new ones, and the mean embedding."""
+    with stages("embed", len(work.source)) as tick:
+        embedding_pass(work, tick)
+    gathered = gather(work, index)
+    before = [] if index is None else index.labels[index.live_positions()]
+    labels = label_codes([*before, *(work.source.items[p].label for p in gathered.positions)])
+    if index is None:
+        mean = gathered.embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
+    else:
+        mean = index.fitted("embedding_mean")
+    given = None if triplets is None else _without_skipped(triplets, gathered, work.source)
+    anchors = AnchorCotangents(work.recipe, gathered.embeddings, labels, mean, given)
+    with stages("weights", len(gathered.positions)) as tick:
+        weights_pass(work, anchors, gathered.n_before, tick)
+    return gathered, labels, mean
+
+
+def _without_skipped(triplets: np.ndarray, gathered: Gathered, source: ImageSource) -> np.ndarray:
+    """Given triplets as places among the images that could be read."""
+    if not gathered.skipped:
+        return triplets
+    new_place = np.full(len(source), -1)
+    new_place[gathered.positions] = np.arange(len(gathered.positions))
+    kept = new_place[np.asarray(triplets)[gathered.positions]]
+    if (lost := (kept < 0).any((1, 2))).any():
+        name = source.items[gathered.positions[lost.argmax()]].id
+        raise InputError(
+            f"the triplets of image {name!r} name an image that could not be read (skipped: "
+            f"{', '.join(repr(name) for name, _ in gathered.skipped[:3])}); give it others"
+        )
+    return kept
+
+
+def _tidied(index: Index) -> str | None:
+    """The job that made this generation and was killed before it had tidied up, which is done."""
+    scratch = index.path / _SCRATCH
+    job = finished_job(scratch, index.manifest["generation"])
+    if job is not None or (scratch.is_dir() and not any(scratch.iterdir())):
+        sweep(index.path)
+        remove_scratch(scratch)
+    return job
+
+
+def _fits(numbers: int, scratch_gb: float, scratch: Scratch) -> bool:
+    """Whether so many half-precision numbers may be kept on disk between the passes."""
+    needed = 2 * numbers
+    fits = needed <= min(scratch_gb * 1e9, 0.8 * scratch.free_bytes())
+    if not fits and scratch_gb:
+        log.warning(
+            "keeping the activations of all images would take %.1f GB, more than allowed; the "
+            "images' own maps take one more forward pass instead",
+            needed / 1e9,
+        )
+    return fits
+
+
+def _identity_of(index: Index) -> Identity:
+    stored = index.manifest["network"]
+    if stored is None:
+        raise InputError(
+            "this index was built from features alone and does not know its network; build it "
+            "again with all images"
+        )
+    return Identity.from_dict(stored, index.probe())
+
+
+def _digest(recipe: Recipe, identity: Identity, source: ImageSource, *choices: Any) -> str:
+    """Digest of everything the chunks of a job depend on."""
+    digest = hashlib.sha256(recipe.digest().encode())
+    root = None if source.root is None else str(source.root.resolve())
+    digest.update(json.dumps([identity.to_dict(), root], sort_keys=True).encode())
+    for position, item in enumerate(source.items):
+        row = [item.id, item.path, item.label, source.fingerprint(position)]
+        digest.update(json.dumps(row).encode())
+    # The probe speaks for code that parameters do not show, to the bit: so do the chunks.
+    probe = [array for _, array in sorted(identity.arrays().items())]
+    for choice in (_CHUNKS, torch.__version__, np.__version__, *probe, *choices):
+        data = choice.tobytes() if isinstance(choice, np.ndarray) else repr(choice).encode()
+        digest.update(data + b"\0")
+    return digest.hexdigest()
+
+
+def _report(
+    path: Path,
+    recipe: Recipe,
+    part: PartData,
+    gathered: Gathered,
+    labels: np.ndarray | None,
+    stages: Stages,
+) -> BuildReport:
+    n_single = 0
+    if labels is not None and recipe.target == "margin" and recipe.sampling != "given":
+        classes = Classes(labels)
+        n_single = int((classes.sizes[classes.codes[gathered.n_before :]] == 1).sum())
+    return BuildReport(
+        path,
+        len(gathered.positions),
+        gathered.skipped,
+        n_single,
+        int((np.asarray(part.triplets_used) == 0).sum()),
+        stages.seconds,
+    )

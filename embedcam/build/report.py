@@ -1,0 +1,53 @@
+"""What a job tells the user: a progress bar while it runs, a report when it is done."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build did.
+
+    Attributes:
+        path: the index.
+        n_images: images indexed by this job.
+        skipped: (id, reason) of images that could not be read.
+        n_single: of these images, those alone in their class: their positives are their nearest
+            neighbours. 0 where labels draw nothing.
+        n_without_triplets: images whose every triplet was satisfied: their weights are zero.
+        seconds: wall time of each stage.
+    """
+
+    path: Path
+    n_images: int
+    skipped: list[tuple[str, str]]
+    n_single: int = 0
+    n_without_triplets: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Stages:
+    """Times named stages, and shows a bar for those that go through the images.
+
+    Args:
+        progress: True shows bars, False none, None only on a terminal.
+    """
+
+    def __init__(self, progress: bool | None) -> None:
+        self._silent = None if progress is None else not progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str, n_images: int = 0) -> Iterator[Callable[[int], Any]]:
+        """Yields what is to be told how many images were dealt with."""
+        start = time.perf_counter()
+        silent = self._silent if n_images else True
+        with tqdm(total=n_images, desc=stage, unit=" images", disable=silent) as bar:
+            yield bar.update
+        self.seconds[stage] = time.perf_counter() - start

@@ -1,0 +1,174 @@
+"""What `explain` returns: plain arrays that draw themselves."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import EmbedcamError, InputError
+from .images import read_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .preprocess import AnyPreprocess, Extent
+    from .render import Tile
+    from .render.tiles import Scale
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Explanation:
+    """A query, its nearest images, and where each of them shows why.
+
+    Attributes:
+        cam: the query's map, `[H W]` float32 >= 0, at the size asked for.
+        weights: the transferred channel weights, `[K]` float32.
+        ids, labels, paths: of the neighbours, nearest first; in the order given where they were
+            named.
+        distances: squared Euclidean, `[n]` float32; smaller is nearer.
+        similarities: inner products, `[n]` float32; larger is nearer.
+        neighbor_cams: each neighbour's own map, `[n h w]` float32 >= 0, or None where the index
+            keeps none.
+        explained: ids of the images whose weights were transferred.
+        transfer: "mean" or "distance".
+        extent: the rectangle of the query picture that the map covers, (x0, y0, x1, y1) in pixels
+            of the upright picture; outside it there is no evidence. None where the picture is
+            unknown.
+        image: the query picture, upright, or None.
+        preprocess: what was shown to the network of the neighbours' pictures, or None.
+    """
+
+    cam: np.ndarray
+    weights: np.ndarray
+    ids: list[str]
+    labels: list[str | None]
+    paths: list[str]
+    distances: np.ndarray
+    similarities: np.ndarray
+    neighbor_cams: np.ndarray | None
+    explained: list[str]
+    transfer: str
+    extent: Extent | None = None
+    image: Image.Image | None = None
+    preprocess: AnyPreprocess | None = field(default=None)
+
+    def __repr__(self) -> str:
+        height, width = self.cam.shape
+        return (
+            f"<Explanation: {height} x {width} map by {_some(self.explained)}; "
+            f"{len(self.ids)} neighbours: {_some(self.ids)}>"
+        )
+
+    def plot(self, *, scale: Scale = "joint", title: str | None = None) -> Image.Image:
+        """The query and its results, each with its map, as one picture.
+
+        Args:
+            scale: "joint" draws all results on one colour scale, so that weak evidence does not
+                look strong; "each" gives every result its own.
+            title: heading.
+        """
+        from . import render
+
+        query, results = self.tiles()
+        return render.panel(query, results, scale=scale, title=title)
+
+    def save(self, path: str | Path, *, scale: Scale = "joint", title: str | None = None) -> Path:
+        """Write the picture of `plot`; the file's ending chooses the format.
+
+        Raises:
+            InputError: an ending that names no format, or a place that cannot be written.
+        """
+        path = Path(path)
+        check_picture_name(path)
+        picture = self.plot(scale=scale, title=title)
+        try:
+            picture.save(path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path}: the picture cannot be written ({reason})") from error
+        return path
+
+    def tiles(self) -> tuple[Tile, list[Tile]]:
+        """The query's and the results' tiles for `render.panel` and `render.page`."""
+        from . import render
+
+        query = render.Tile(self.image, self.cam, self.extent, "query", self._transfer_note())
+        results = []
+        for place, name in enumerate(self.ids):
+            picture, extent = self._neighbor_picture(place)
+            own = None if self.neighbor_cams is None else self.neighbor_cams[place]
+            label = self.labels[place]
+            distance = f"distance {self.distances[place]:.3g}"
+            below = distance if label is None else f"{label}\n{distance}"
+            results.append(render.Tile(picture, own, extent, name, below))
+        return query, results
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, ready for JSON; all but the weights and the pictures."""
+        neighbors = []
+        for place, name in enumerate(self.ids):
+            own = None if self.neighbor_cams is None else self.neighbor_cams[place].tolist()
+            neighbors.append(
+                {
+                    "id": name,
+                    "label": self.labels[place],
+                    "path": self.paths[place],
+                    "distance": float(self.distances[place]),
+                    "similarity": float(self.similarities[place]),
+                    "cam": own,
+                }
+            )
+        return {
+            "cam": self.cam.tolist(),
+            "extent": None if self.extent is None else list(self.extent),
+            "transfer": self.transfer,
+            "explained": list(self.explained),
+            "neighbors": neighbors,
+        }
+
+    def _repr_html_(self) -> str:
+        held = io.BytesIO()
+        self.plot().save(held, "PNG")
+        data = base64.b64encode(held.getvalue()).decode()
+        alt = html.escape(f"query and its nearest images: {', '.join(self.ids)}", quote=True)
+        return f'<img alt="{alt}" style="max-width: 100%" src="data:image/png;base64,{data}">'
+
+    def _transfer_note(self) -> str:
+        if len(self.explained) == 1:
+            return f"what here matched {self.explained[0]}"
+        return f"weights of {len(self.explained)} neighbours, {self.transfer}"
+
+    def _neighbor_picture(self, place: int) -> tuple[Image.Image | None, Extent | None]:
+        """A neighbour's picture and what the network saw of it; None for what is not to be had."""
+        try:
+            picture = read_image(self.paths[place]) if self.paths[place] else None
+        except EmbedcamError:
+            return None, None
+        if picture is None or self.preprocess is None:
+            return picture, None
+        try:
+            return picture, self.preprocess.extent(*picture.size)
+        except EmbedcamError:
+            # A map over the wrong part of a picture would be worse than one beside it.
+            return None, None
+
+
+def check_picture_name(path: Path) -> None:
+    """Refuse a file name whose ending is no picture format, before any work is done for it."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    if known.get(path.suffix.lower()) not in Image.SAVE:
+        ending = path.suffix or "no ending"
+        raise InputError(f"{path}: {ending} is no picture format; name it .png or .jpg")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(map(repr, names[:2]))
+    return f"{shown}, ..." if len(names) > 2 else shown

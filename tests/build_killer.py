@@ -1,0 +1,223 @@
+"""Jobs that kill themselves with SIGKILL, in a process of their own; see test_build_kill.py.
+
+Reads lines "SCENARIO FOLDER", answers each with a line of JSON. It forks, so everything in it runs
+on one thread.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numpy as np
+import torch
+from build_samples import DENSE, Toy, dense, everything, paint, pictures, toy
+
+import embedcam.passes as passes
+from embedcam.build import add_images, build_index
+from embedcam.images import ImageSource, find_images
+from embedcam.index import Index, verify
+from embedcam.preprocess import custom
+from embedcam.recipe import Recipe
+
+Job = Callable[[Path], object]
+MUTATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
+
+
+class Killer:
+    """Kills this process before the n-th change to a folder's files."""
+
+    def __init__(self) -> None:
+        self.folder, self.left, self.seen = "", -1, 0
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, arguments: tuple) -> None:
+        if not self.folder or event not in MUTATIONS:
+            return
+        if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+            return
+        # What is below a folder being deleted is named from within it.
+        if not str(arguments[0]).startswith(self.folder) and event not in ("os.remove", "os.rmdir"):
+            return
+        self.seen += 1
+        if self.seen == self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+KILLER = Killer()
+
+
+def in_child(job: Job, folder: Path, kill_before: int = -1) -> bool:
+    """Run a job in a fork of this process; whether it was killed."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            KILLER.folder, KILLER.left, KILLER.seen = str(folder), kill_before, 0
+            job(folder)
+            os._exit(0)
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    if os.WIFSIGNALED(status):
+        return True
+    if os.WEXITSTATUS(status):
+        raise RuntimeError("the job failed by itself")
+    return False
+
+
+def killed_everywhere(
+    base: Path, before: Job | None, job: Job, points: int, check: Callable[[Path], str | None]
+) -> list[str]:
+    """What went wrong with a job killed at about that many points, run again, and compared."""
+    start, reference = base / "start", base / "reference"
+    start.mkdir()
+    if before is not None:
+        before(start)
+    shutil.copytree(start, reference)
+    KILLER.folder, KILLER.seen = str(reference), 0
+    job(reference)
+    KILLER.folder, total = "", KILLER.seen
+    expected, problems, killed = everything(reference), [], 0
+    if total < 40:
+        problems.append(f"only {total} changes were seen")
+    for point in sorted({1 + round(i * (total - 1) / (points - 1)) for i in range(points)}):
+        folder = base / f"at-{point}"
+        shutil.copytree(start, folder)
+        killed += in_child(job, folder, point)
+        if what := check(folder):
+            problems.append(f"killed at {point} of {total}: {what}")
+        if everything(folder) != expected:
+            in_child(job, folder)
+        found = everything(folder)
+        differing = sorted(n for n in {*found, *expected} if found.get(n) != expected.get(n))
+        if differing:
+            problems.append(f"killed at {point} of {total} and run again: {differing}")
+        shutil.rmtree(folder)
+    if killed < points - 2:
+        problems.append(f"only {killed} of {points} were killed")
+    return problems
+
+
+def unfinished_or_whole(folder: Path) -> str | None:
+    """A build's folder: not an index yet, or one without a fault."""
+    if not (folder / "manifest.json").exists():
+        return None
+    return "; ".join(verify(folder).problems) or None
+
+
+def old_or_new(*sizes: int) -> Callable[[Path], str | None]:
+    """An index that is changed: whole at every moment, with as many images as before or after."""
+
+    def check(folder: Path) -> str | None:
+        with Index.open(folder) as index:
+            if len(index) not in sizes:
+                return f"{len(index)} images"
+        return "; ".join(verify(folder).problems) or None
+
+    return check
+
+
+def build(it: Toy, source: ImageSource, recipe: Recipe = DENSE, **options) -> Job:
+    return lambda folder: build_index(
+        source, it.network, folder, recipe, batch_size=4, workers=0, progress=False, **options
+    )
+
+
+def add(it: Toy, source: ImageSource) -> Job:
+    return lambda folder: add_images(
+        source, it.network, folder, batch_size=4, workers=0, progress=False
+    )
+
+
+def scenario_pooled(base: Path) -> list[str]:
+    job = build(toy(), pictures(base / "p"), Recipe(triplets=4))
+    return killed_everywhere(base, None, job, 16, unfinished_or_whole)
+
+
+def scenario_other(base: Path) -> list[str]:
+    recipe = Recipe(triplets=4, method="gradcam++", rank=3)
+    job = build(toy("other"), pictures(base / "p"), recipe, scratch_gb=0)
+    return killed_everywhere(base, None, job, 16, unfinished_or_whole)
+
+
+def scenario_add(base: Path) -> list[str]:
+    it, first = toy(), pictures(base / "p")
+    paint(base / "q", range(20, 27))
+    job = add(it, find_images(base / "q"))
+    return killed_everywhere(base, build(it, first), job, 16, old_or_new(12, 19))
+
+
+def scenario_refit(base: Path) -> list[str]:
+    it, source = toy("other"), pictures(base / "p")
+    job = build(it, source, dense(norm="around"), replace=True)
+    return killed_everywhere(base, build(it, source), job, 16, old_or_new(12))
+
+
+def scenario_another_recipe(base: Path) -> list[str]:
+    """Killed, and then asked for something else: nothing of the first remains."""
+    it, source = toy(), pictures(base / "p")
+    first, second = build(it, source), build(it, source, dense(seed=5))
+    second(base / "fresh")
+    problems = []
+    for point in (5, 20, 30, 16, 60):
+        folder = base / f"at-{point}"
+        if not in_child(first, folder, point):
+            problems.append(f"not killed at {point}")
+        in_child(second, folder)
+        if everything(folder) != everything(base / "fresh"):
+            problems.append(f"killed at {point}: another index")
+    return problems
+
+
+def scenario_outside(base: Path) -> list[str]:
+    """Killed from outside at random moments, again and again, until one run is let finish."""
+    source = pictures(base / "p", 24)
+
+    def slow(image):
+        time.sleep(0.01)
+        return np.asarray(image.resize((16, 16)), np.float32).transpose(2, 0, 1) / 255
+
+    it = toy("other", preprocess=custom(slow, name="slow"))
+    job = build(it, source)
+    start = time.monotonic()
+    job(base / "whole")
+    seconds = time.monotonic() - start
+    chance, killed = random.Random(0), 0
+    for _ in range(8):
+        pid = os.fork()
+        if pid == 0:
+            job(base / "i")
+            os._exit(0)
+        time.sleep(seconds * chance.uniform(0.05, 0.3))
+        os.kill(pid, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    in_child(job, base / "i")
+    same = everything(base / "i") == everything(base / "whole")
+    return [] if same and killed > 2 else [f"same: {same}, killed {killed} times"]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    warnings.simplefilter("ignore", DeprecationWarning)  # of forks, from Python 3.12 on
+    passes.CHUNK = 4
+    os.fsync = lambda descriptor: None  # nothing here needs to survive a power failure
+    for line in sys.stdin:
+        name, folder = line.split(maxsplit=1)
+        try:
+            answer = globals()[f"scenario_{name}"](Path(folder.strip()))
+        except Exception as error:
+            answer = [f"{type(error).__name__}: {error}"]
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

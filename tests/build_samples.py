@@ -1,0 +1,261 @@
+"""Tiny networks of every kind of head, with their heads once more in float64, and pictures."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracles import averaged_weights, dot_score, target_weights
+from PIL import Image
+from torch import Tensor, nn
+from toys import seeded
+
+import embedcam.build.jobs as jobs
+from embedcam.cotangents import nearest_others
+from embedcam.images import ImageSource, find_images
+from embedcam.index import Index
+from embedcam.network import EmbeddingNetwork, probe
+from embedcam.preprocess import Preprocess
+from embedcam.recipe import Recipe
+from embedcam.triplets import TripletSampler, label_codes
+
+SIDE, CHANNELS, WIDTH = 16, 8, 5
+DENSE = Recipe(encoding="dense", dtype="float32", sampling="random", triplets=4)
+BAD = ["c0/003.png", "c1/004.png", "c2/005.png"]
+
+
+def dense(**choices) -> Recipe:
+    return Recipe(**{**DENSE.to_dict(), **choices})
+
+
+def quicken(monkeypatch) -> None:
+    """What a test of values need not wait for: the disk, and the same probe picture again."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(probe, "probe_picture", cache(probe.probe_picture))
+
+
+def interrupt(monkeypatch, stage: str, job: Callable[..., object], *given, **options) -> None:
+    """Run a job that the user interrupts when it comes to this step."""
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, stage, stop)
+        with pytest.raises(KeyboardInterrupt):
+            job(*given, **options)
+
+
+class Patches(nn.Module):
+    """Images to tokens with a class token before them, `[B 1+T K]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, CHANNELS, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, CHANNELS))
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.conv(images).flatten(2).transpose(1, 2)
+        return torch.cat([self.token.expand(len(tokens), -1, -1), tokens], 1)
+
+
+class TokenHead(nn.Module):
+    """One attention block; the class token is the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(CHANNELS)
+        self.mix = nn.MultiheadAttention(CHANNELS, 2, batch_first=True)
+        self.linear = nn.Linear(CHANNELS, WIDTH)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(tokens)
+        return self.linear((tokens + self.mix(x, x, x, need_weights=False)[0])[:, 0])
+
+
+class PowerMean(nn.Module):
+    """GeM pooling: sees positions, so it takes a second pass."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return (maps.clamp(min=1e-3) ** 3).mean((2, 3)) ** (1 / 3)
+
+
+class Mean(nn.Module):
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.mean((2, 3))
+
+
+def trunk(stride: int = 4, last: nn.Module | None = None) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, CHANNELS, 5, stride, 2), last or nn.ReLU())
+
+
+HEADS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
+    "affine": lambda: (trunk(), nn.Sequential(Mean(), nn.Linear(CHANNELS, WIDTH))),
+    "signed": lambda: (trunk(last=nn.SiLU()), nn.Sequential(Mean(), nn.Linear(CHANNELS, WIDTH))),
+    "pooled": lambda: (
+        trunk(),
+        nn.Sequential(Mean(), nn.Linear(CHANNELS, 7), nn.Tanh(), nn.Linear(7, WIDTH)),
+    ),
+    "other": lambda: (trunk(), nn.Sequential(PowerMean(), nn.Linear(CHANNELS, WIDTH))),
+    "tokens": lambda: (Patches(), TokenHead()),
+    "identity": lambda: (trunk(), Mean()),
+    "fine": lambda: (trunk(1), nn.Sequential(Mean(), nn.Linear(CHANNELS, WIDTH))),
+}
+
+
+@dataclass
+class Toy:
+    """A network, what it was called with, and its head in float64 for the literal loop."""
+
+    network: EmbeddingNetwork
+    head: Callable[[Tensor], Tensor]
+    batches: list[int] = field(default_factory=list)
+
+    def forwards(self, n_images: int, extra: int = 0) -> float:
+        """Forwards of each picture, probes (which come alone or in pairs first) aside."""
+        return (sum(self.batches) - extra) / n_images
+
+
+def toy(kind: str = "affine", *, normalize: bool = True, seed: int = 0, **settings) -> Toy:
+    parts = seeded(lambda: nn.ModuleList(HEADS[kind]()), seed)
+    first, head = parts
+    made: Toy
+    batches: list[int] = []
+
+    def counted(images: Tensor) -> Tensor:
+        batches.append(len(images))
+        return first(images)
+
+    options = {"preprocess": Preprocess((SIDE, SIDE)), "normalize": normalize, **settings}
+    network = EmbeddingNetwork.from_parts(counted, head, module=parts, **options)
+    precise = seeded(lambda: nn.ModuleList(HEADS[kind]()), seed).double()
+
+    def on_maps(maps: Tensor) -> Tensor:
+        if kind != "tokens":
+            return precise[1](maps)
+        tokens = maps.flatten(2).transpose(1, 2)
+        return precise[1](torch.cat([precise[0].token.expand(len(tokens), -1, -1), tokens], 1))
+
+    made = Toy(network, on_maps, batches)
+    return made
+
+
+def pictures(folder: Path, n: int = 12, classes: int = 3, seed: int = 5) -> ImageSource:
+    """n pictures in folders of their classes, each of a colour and with noise."""
+    paint(folder, range(n), classes, seed)
+    return find_images(folder, "folders" if classes else "none")
+
+
+def paint(folder: Path, numbers, classes: int = 3, seed: int = 5) -> None:
+    for number in numbers:
+        generator = np.random.default_rng([seed, number])
+        kind = number % classes if classes else 0
+        base = np.random.default_rng([seed, 1000 + kind]).integers(0, 160, (3, 3, 3))
+        base = np.kron(base, np.ones((8, 8, 1), int))
+        pixels = (base + generator.integers(0, 96, base.shape)).astype(np.uint8)
+        path = folder / (f"c{kind}" if classes else "") / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+
+def broken_pictures(folder: Path) -> ImageSource:
+    """Twelve pictures, of which one is empty, one no picture, and one cut short: `BAD`."""
+    pictures(folder)
+    (folder / BAD[0]).write_bytes(b"")
+    (folder / BAD[1]).write_text("a letter")
+    data = (folder / BAD[2]).read_bytes()
+    (folder / BAD[2]).write_bytes(data[: len(data) // 2])
+    return find_images(folder)
+
+
+def inputs(toy: Toy, source: ImageSource) -> np.ndarray:
+    return np.stack([toy.network.preprocess(source.open(i)) for i in range(len(source))])
+
+
+def activations_of(toy: Toy, source: ImageSource) -> Tensor:
+    return toy.network.forward(inputs(toy, source)).activations
+
+
+def drawn(recipe: Recipe, embeddings: np.ndarray, labels: list[str | None]) -> np.ndarray:
+    """The triplets that a build draws, `[N S 2]`."""
+    sampler = TripletSampler(
+        embeddings,
+        label_codes(labels),
+        nearest_others(embeddings),
+        sampling=recipe.resolved_sampling,
+        n_triplets=recipe.triplets,
+        margin=recipe.margin,
+        seed=recipe.seed,
+    )
+    found = sampler.draw(np.arange(len(embeddings)))
+    return np.stack([found.positives, found.negatives], -1)
+
+
+def literal_weights(
+    toy: Toy, source: ImageSource, recipe: Recipe, embeddings: np.ndarray, triplets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights `[N K]` by one backward a triplet through the head, and the triplets counted."""
+    activations = activations_of(toy, source)
+    kept = [
+        averaged_weights(
+            toy.head,
+            activations[row],
+            embeddings[row],
+            embeddings,
+            triplets[row].tolist(),
+            method=recipe.method,
+            normalize=toy.network.normalize,
+            norm=recipe.norm,
+            hinge=recipe.margin if recipe.hinge else None,
+        )
+        for row in range(len(embeddings))
+    ]
+    return np.stack([w for w, _ in kept]), np.array([used for _, used in kept])
+
+
+def literal_centred(
+    toy: Toy, source: ImageSource, recipe: Recipe, embeddings: np.ndarray
+) -> np.ndarray:
+    """Weights of the centred target, each image its own reference, `[N K]`."""
+    activations = activations_of(toy, source)
+    mean = embeddings.astype(np.float64).mean(0)
+    return np.stack(
+        [
+            target_weights(
+                toy.head,
+                activations[row],
+                dot_score(torch.from_numpy(embeddings[row] - mean)),
+                method=recipe.method,
+                normalize=toy.network.normalize,
+                norm=recipe.norm,
+            )
+            for row in range(len(embeddings))
+        ]
+    )
+
+
+def off(found: np.ndarray, expected: np.ndarray) -> float:
+    """Relative difference of all rows together; rows that should be zero must be."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def everything(folder: Path) -> dict[str, str]:
+    """Each file below a folder with a digest of its bytes."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[Index, np.ndarray]]:
+    """An index and its live positions."""
+    with Index.open(path) as index:
+        yield index, index.live_positions()

@@ -1,0 +1,369 @@
+"""The offline job: its values against the literal loop, and what it refuses, skips and repeats."""
+
+import os
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from build_samples import (
+    CHANNELS,
+    DENSE,
+    WIDTH,
+    activations_of,
+    dense,
+    drawn,
+    everything,
+    inputs,
+    interrupt,
+    literal_centred,
+    literal_weights,
+    off,
+    opened,
+    pictures,
+    quicken,
+    toy,
+)
+
+import embedcam.passes as passes
+from embedcam.build import build_index
+from embedcam.images import ImageSource, find_images
+from embedcam.index import verify
+from embedcam.recipe import Recipe
+
+HALF = 2.0**-10
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    quicken(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> ImageSource:
+    return pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of at least four images, so that a dozen make several."""
+    monkeypatch.setattr(passes, "CHUNK", 4)
+
+
+# ------------------------------------------------------------------ values
+
+
+def telling_margin(it, source) -> float:
+    """A margin that satisfies some of the hinges of the triplets drawn, and not others."""
+    f = it.network.forward(inputs(it, source)).embedding.numpy()
+    gaps = sorted(
+        oracles.margin(f[row], f[p], f[n])
+        for row, pairs in enumerate(drawn(DENSE, f, source.labels))
+        for p, n in pairs
+    )
+    wide = [gap for gap in gaps if gap > 0]
+    middle = len(wide) // 2
+    return float(wide[middle - 1] + wide[middle]) / 2
+
+
+@pytest.mark.parametrize("method", ["gradcam", "gradcam++"])
+@pytest.mark.parametrize("kind", ["affine", "signed", "pooled", "other", "tokens"])
+@pytest.mark.parametrize(
+    ("norm", "normalize", "hinge"),
+    [("through", True, False), ("around", True, True), ("through", False, True)],
+)
+def test_the_index_holds_the_literal_loops_weights(
+    tmp_path, source, kind, method, norm, normalize, hinge
+) -> None:
+    it = toy(kind, normalize=normalize)
+    recipe = dense(method=method, norm=norm, hinge=hinge, margin=telling_margin(it, source))
+    report = build_index(source, it.network, tmp_path / "i", recipe, batch_size=5)
+    with opened(tmp_path / "i") as (index, live):
+        embeddings = index.embeddings(live)
+        triplets = drawn(recipe, embeddings, source.labels)
+        expected, counts = literal_weights(it, source, recipe, embeddings, triplets)
+        assert off(index.weights(live), expected) < 2e-5
+        assert index.triplets_used(live).tolist() == counts.tolist()
+        assert list(index.ids[live]) == source.ids
+        features = it.network.forward(inputs(it, source))
+        np.testing.assert_allclose(embeddings, features.embedding, atol=1e-6)
+        assert report.n_without_triplets == (counts == 0).sum()
+        assert hinge == (counts.sum() < 48)
+        assert verify(tmp_path / "i").problems == []
+
+
+@pytest.mark.parametrize(
+    ("sampling", "labelled"),
+    [("semihard", True), ("hard", True), ("random", False), ("semihard", False), ("hard", False)],
+)
+def test_every_sampling_ends_in_the_same_literal_loop(tmp_path, source, sampling, labelled) -> None:
+    if not labelled:
+        source = find_images(source.root, "none")
+    recipe, it = dense(sampling=sampling), toy()
+    build_index(source, it.network, tmp_path / "i", recipe)
+    with opened(tmp_path / "i") as (index, live):
+        embeddings = index.embeddings(live)
+        triplets = drawn(recipe, embeddings, source.labels)
+        expected, _ = literal_weights(it, source, recipe, embeddings, triplets)
+        assert off(index.weights(live), expected) < 2e-5
+
+
+@pytest.mark.parametrize("choices", [{"sampling": "all"}, {"sampling": "auto", "triplets": 50}])
+@pytest.mark.parametrize("kind", ["affine", "other"])
+def test_all_is_the_mean_over_every_triplet(tmp_path, source, kind, choices) -> None:
+    recipe, it = dense(**choices), toy(kind)
+    build_index(source, it.network, tmp_path / "i", recipe)
+    with opened(tmp_path / "i") as (index, live):
+        every = [oracles.every_triplet(source.labels, row) for row in range(len(live))]
+        triplets = np.array(every)
+        expected, counts = literal_weights(it, source, recipe, index.embeddings(live), triplets)
+        assert off(index.weights(live), expected) < 2e-5
+        assert index.triplets_used(live).tolist() == counts.tolist() == [3 * 8] * 12
+        assert index.manifest["triplets"]["sampling"] == "all"
+
+
+@pytest.mark.parametrize("kind", ["affine", "pooled", "tokens"])
+@pytest.mark.parametrize("method", ["gradcam", "gradcam++"])
+def test_the_centred_target_needs_no_labels(tmp_path, source, kind, method) -> None:
+    recipe, it = dense(target="centred", norm="around", method=method), toy(kind)
+    build_index(find_images(source.root, "none"), it.network, tmp_path / "i", recipe)
+    with opened(tmp_path / "i") as (index, live):
+        expected = literal_centred(it, source, recipe, index.embeddings(live))
+        assert off(index.weights(live), expected) < 2e-5
+        assert index.triplets_used(live).tolist() == [1] * 12
+
+
+def test_given_triplets_are_used_as_they_are(tmp_path, source) -> None:
+    recipe, it = dense(sampling="given"), toy()
+    rows = np.arange(12)
+    given = np.stack([(rows[:, None] + [3, 6]) % 12, (rows[:, None] + [1, 2]) % 12], -1)
+    build_index(source, it.network, tmp_path / "i", recipe, triplets=given)
+    with opened(tmp_path / "i") as (index, live):
+        expected, counts = literal_weights(it, source, recipe, index.embeddings(live), given)
+        assert off(index.weights(live), expected) < 2e-5
+        assert index.triplets_used(live).tolist() == counts.tolist() == [2] * 12
+
+
+@pytest.mark.parametrize("kind", ["affine", "identity"])
+@pytest.mark.parametrize("norm", ["through", "around"])
+def test_exact_low_rank_is_dense_to_half_rounding(tmp_path, source, kind, norm) -> None:
+    it = toy(kind)
+    for name, recipe in (
+        ("dense", dense(norm=norm)),
+        ("half", Recipe(triplets=4, norm=norm)),
+        ("single", Recipe(triplets=4, norm=norm, dtype="float32")),
+    ):
+        build_index(source, it.network, tmp_path / name, recipe)
+    with opened(tmp_path / "dense") as (index, live):
+        expected = index.weights(live)
+    with opened(tmp_path / "half") as (index, live):
+        spec = index.encoding().spec()
+        width = index.width
+        assert (spec["origin"], spec["codes"], spec["rank"]) == ("head", "stored", width)
+        assert sorted(index.rows(live)) == ["codes", "scales"]
+        assert 0 < off(index.weights(live), expected) < HALF
+    with opened(tmp_path / "single") as (index, live):
+        assert off(index.weights(live), expected) < 1e-6
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_derived_encoding_stores_no_codes_and_equals_dense(tmp_path, source, normalize) -> None:
+    it = toy(normalize=normalize)
+    recipe = {"target": "centred", "norm": "around"}
+    build_index(source, it.network, tmp_path / "dense", dense(**recipe))
+    build_index(source, it.network, tmp_path / "derived", Recipe(**recipe))
+    with opened(tmp_path / "dense") as (index, live):
+        expected, maps = index.weights(live), index.coarse(live)
+    with opened(tmp_path / "derived") as (index, live):
+        assert index.encoding().bytes_per_image() == 0
+        assert index.encoding().uses_embedding
+        assert off(index.weights(live), expected) < 1e-5
+        np.testing.assert_allclose(index.coarse(live), maps, atol=2 / 255 * maps.max())
+
+
+def test_top_m_keeps_the_largest_of_each_image(tmp_path, source) -> None:
+    it = toy()
+    build_index(source, it.network, tmp_path / "dense", DENSE)
+    for by in ("signed", "magnitude"):
+        recipe = dense(encoding="top-m", m=3, by=by)
+        build_index(source, it.network, tmp_path / by, recipe)
+        with opened(tmp_path / by) as (index, live), opened(tmp_path / "dense") as (full, _):
+            expected = [oracles.top_m(w, 3, by) for w in full.weights(live)]
+            np.testing.assert_array_equal(index.weights(live), expected)
+
+
+def test_principal_components_leave_no_more_than_they_must(tmp_path, source) -> None:
+    it = toy("other")
+    build_index(source, it.network, tmp_path / "dense", DENSE)
+    build_index(source, it.network, tmp_path / "pca", Recipe(triplets=4, rank=3, dtype="float32"))
+    with opened(tmp_path / "dense") as (index, live):
+        weights = index.weights(live)
+    with opened(tmp_path / "pca") as (index, live):
+        offset = index.encoding().fitted["offset"]
+        np.testing.assert_allclose(offset, weights.mean(0), atol=1e-7)
+        left = ((index.weights(live) - weights) ** 2).sum()
+        bound = oracles.best_rank_error(weights, weights.astype(np.float64).mean(0), 3)
+        assert left == pytest.approx(bound, rel=1e-3)
+        assert index.encoding().spec()["origin"] == "pca"
+
+
+def test_a_head_wider_than_the_rank_takes_principal_components(tmp_path, source) -> None:
+    build_index(source, toy().network, tmp_path / "i", Recipe(triplets=4, rank=WIDTH - 1))
+    with opened(tmp_path / "i") as (index, _):
+        assert index.encoding().spec()["origin"] == "pca"
+
+
+# ------------------------------------------------------------------ own maps
+
+
+ENCODINGS = {
+    "dense": DENSE,
+    "half": dense(dtype="float16"),
+    "top-m": dense(encoding="top-m", m=3),
+    "low-rank": Recipe(triplets=4),
+    "derived": Recipe(target="centred", norm="around"),
+}
+
+
+@pytest.mark.parametrize("kind", ["affine", "identity", "other", "tokens", "fine"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_own_maps_are_drawn_from_the_stored_weights(
+    tmp_path, source, kind, encoding, small_chunks
+) -> None:
+    it = toy(kind)
+    for name, gigabytes in (("kept", 50.0), ("again", 0)):
+        build_index(
+            source, it.network, tmp_path / name, ENCODINGS[encoding], batch_size=3,
+            scratch_gb=gigabytes,
+        )  # fmt: skip
+    assert everything(tmp_path / "kept") == everything(tmp_path / "again")
+    with opened(tmp_path / "kept") as (index, live):
+        weights, maps = index.weights(live), index.coarse(live)
+        activations = activations_of(it, source).numpy()
+        assert maps.shape[1:] == ((8, 8) if kind == "fine" else activations.shape[2:])
+        for row in range(0, len(live), 4 if kind == "fine" else 1):
+            expected = oracles.cam(weights[row], activations[row])
+            if kind == "fine":
+                expected = oracles.area_average(expected, 8, 8)
+            # Bytes, and the half precision in which activations wait.
+            np.testing.assert_allclose(maps[row], expected, atol=expected.max() * (0.5 + 0.3) / 255)
+
+
+def test_activations_beyond_half_precision_make_no_infinite_map(tmp_path, source) -> None:
+    it = toy("identity")
+    with torch.no_grad():
+        it.network.module[0][0].weight.mul_(1e7)
+        it.network.module[0][0].bias.mul_(1e7)
+    build_index(source, it.network, tmp_path / "i", DENSE)
+    with opened(tmp_path / "i") as (index, live):
+        activations = activations_of(it, source).numpy()
+        assert activations.max() > 1e6
+        for row in range(len(live)):
+            expected = oracles.cam(index.weights(live)[row], activations[row])
+            np.testing.assert_allclose(
+                index.coarse(live)[row], expected, atol=expected.max() * 0.8 / 255
+            )
+
+
+def test_without_own_maps_nothing_is_kept(tmp_path, source, monkeypatch) -> None:
+    monkeypatch.setattr(passes, "_spilled", None)
+    build_index(source, toy().network, tmp_path / "i", DENSE, own_maps=False)
+    with opened(tmp_path / "i") as (index, live):
+        assert index.coarse(live) is None
+
+
+@pytest.mark.parametrize(
+    ("grid", "coarse"),
+    [((7, 7), (7, 7)), ((8, 8), (8, 8)), ((14, 14), (8, 8)), ((1, 100), (1, 64)),
+     ((100, 1), (64, 1)), ((9, 8), (8, 8)), ((28, 7), (16, 4))],
+)  # fmt: skip
+def test_the_coarse_grid_keeps_the_shape_in_64_cells(grid, coarse) -> None:
+    found = passes.coarse_grid(grid)
+    assert found == coarse
+    assert found[0] * found[1] <= 64
+    assert found[0] <= grid[0]
+    assert found[1] <= grid[1]
+
+
+# ------------------------------------------------------------------ forwards
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "most"),
+    [
+        ("affine", "gradcam", 1),
+        ("affine", "gradcam++", 1),
+        ("pooled", "gradcam", 1),
+        ("pooled", "gradcam++", 1),
+        ("identity", "gradcam", 1),
+        ("other", "gradcam", 2),
+        ("other", "gradcam++", 2),
+        ("tokens", "gradcam", 2),
+    ],
+)
+def test_each_image_is_forwarded_once_behind_a_pool_else_twice(
+    tmp_path, source, kind, method, most
+) -> None:
+    seen: list[bytes] = []
+    it = toy(kind)
+    forward = it.network._trunk
+
+    def watched(images):
+        seen.extend(one.numpy().tobytes() for one in images.detach())
+        return forward(images)
+
+    it.network._trunk = watched
+    build_index(source, it.network, tmp_path / "i", dense(method=method), batch_size=5)
+    wanted = [one.tobytes() for one in inputs(it, source)]
+    assert [seen.count(one) for one in wanted] == [most] * 12
+    probes = len(seen) - most * 12
+    assert probes < 40  # however many images there are
+
+
+# ------------------------------------------------------------------ determinism
+
+
+@pytest.mark.parametrize("kind", ["affine", "other"])
+def test_the_same_command_gives_the_same_bytes(tmp_path, source, kind, small_chunks) -> None:
+    for name, workers in (("a", 0), ("b", 3)):
+        build_index(
+            source, toy(kind).network, tmp_path / name, Recipe(triplets=4), batch_size=4,
+            workers=workers,
+        )  # fmt: skip
+    assert everything(tmp_path / "a") == everything(tmp_path / "b")
+    assert sorted(os.listdir(tmp_path / "a")) == [
+        ".lock", "faiss-000001.index", "fitted", "manifest.json", "parts",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["affine", "pooled", "other"])
+@pytest.mark.parametrize("method", ["gradcam", "gradcam++"])
+def test_the_batch_size_changes_nothing_beyond_rounding(
+    tmp_path, source, kind, method, small_chunks
+) -> None:
+    recipe = dense(method=method, sampling="semihard")
+    for size in (1, 5, 32):
+        build_index(source, toy(kind).network, tmp_path / str(size), recipe, batch_size=size)
+    with opened(tmp_path / "1") as (one, live):
+        for size in ("5", "32"):
+            with opened(tmp_path / size) as (index, _):
+                assert list(index.ids[live]) == list(one.ids[live])
+                assert off(index.embeddings(live), one.embeddings(live)) < 1e-6
+                assert off(index.weights(live), one.weights(live)) < 1e-5
+                step = one.coarse(live).max() / 255
+                np.testing.assert_allclose(index.coarse(live), one.coarse(live), atol=1.01 * step)
+
+
+def test_a_bar_counts_every_image_also_of_a_resumed_build(
+    tmp_path, source, capsys, monkeypatch, small_chunks
+) -> None:
+    given = (source, toy("other").network, tmp_path / "i", DENSE)
+    interrupt(monkeypatch, "fit_encoding", build_index, *given, progress=False)
+    assert capsys.readouterr().err == ""
+    report = build_index(*given, progress=True)
+    bars = capsys.readouterr().err
+    assert "embed: 100%" in bars
+    assert "weights: 100%" in bars
+    assert bars.count("12/12") >= 2
+    assert list(report.seconds) == ["embed", "weights", "encode", "write"]
+    assert CHANNELS == 8

@@ -1,0 +1,35 @@
+"""SIGKILL at any moment of a build, addition or refit: run again, it ends in the same bytes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def killer():
+    """A process that forks and kills; importing torch is paid for once."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    script = Path(__file__).with_name("build_killer.py")
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        yield process
+        process.stdin.close()
+        process.wait(60)
+
+
+@pytest.mark.parametrize(
+    "scenario", ["pooled", "other", "add", "refit", "another_recipe", "outside"]
+)
+def test_a_killed_job_run_again_ends_in_the_same_bytes(tmp_path, killer, scenario) -> None:
+    killer.stdin.write(f"{scenario} {tmp_path}\n")
+    killer.stdin.flush()
+    assert json.loads(killer.stdout.readline()) == []

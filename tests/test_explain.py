@@ -1,0 +1,871 @@
+"""`Explainer`: values against the oracles, whatever the query is given as, and what is refused."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import index_samples
+import numpy as np
+import oracles
+import pytest
+import torch
+from photo_samples import (
+    CHANNELS,
+    CROP,
+    SIDE,
+    WIDTH,
+    Flat,
+    Pooled,
+    build,
+    given_triplets,
+    network_of,
+    picture,
+    tensor_of,
+    write_photos,
+)
+from PIL import Image
+from torch import nn
+
+from embedcam import EmbeddingNetwork, Explainer, Explanation, Index, Recipe
+from embedcam.encoding import Dense
+from embedcam.errors import ImageError, InputError, NetworkMismatch
+from embedcam.explanation import check_picture_name
+from embedcam.index import compact, create, remove
+from embedcam.preprocess import custom
+
+DENSE = Recipe(encoding="dense", dtype="float32")
+GRID = (SIDE // 4, SIDE // 4)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos") / "photos")
+
+
+@pytest.fixture(scope="module")
+def network() -> EmbeddingNetwork:
+    return network_of()
+
+
+@pytest.fixture(scope="module")
+def dense(
+    photos: Path, network: EmbeddingNetwork, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return build(photos, tmp_path_factory.mktemp("dense") / "dense", network, DENSE)
+
+
+@pytest.fixture
+def explainer(dense: Path, network: EmbeddingNetwork) -> Iterator[Explainer]:
+    with Index.open(dense) as index:
+        yield Explainer(index, network, n_neighbors=3)
+
+
+def same(a: Explanation, b: Explanation, rtol: float = 0.0) -> None:
+    assert a.ids == b.ids
+    assert a.labels == b.labels
+    assert a.paths == b.paths
+    assert a.explained == b.explained
+    pairs = [(a.cam, b.cam), (a.weights, b.weights), (a.distances, b.distances)]
+    pairs += [(a.similarities, b.similarities)]
+    if a.neighbor_cams is not None:
+        assert b.neighbor_cams is not None
+        pairs.append((a.neighbor_cams, b.neighbor_cams))
+    for mine, other in pairs:
+        assert mine.shape == other.shape
+        np.testing.assert_allclose(mine, other, rtol=rtol, atol=rtol * np.abs(other).max())
+
+
+# --- the pinned equality: what was computed offline is what is drawn online ----------------------
+
+
+@pytest.mark.parametrize("kind", [Pooled, Flat])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("recipe", "tolerance"),
+    [
+        ({"encoding": "dense", "dtype": "float32"}, 2e-6),
+        ({"encoding": "dense", "dtype": "float16"}, 1e-3),
+        ({"encoding": "low-rank", "dtype": "float32"}, 2e-6),
+        ({"encoding": "low-rank", "dtype": "float16"}, 1e-3),
+    ],
+)
+def test_a_training_image_gets_its_own_offline_map(
+    photos: Path,
+    tmp_path: Path,
+    kind: type[nn.Module],
+    normalize: bool,
+    recipe: dict[str, Any],
+    tolerance: float,
+) -> None:
+    network = network_of(kind, normalize=normalize)
+    triplets = given_triplets()
+    path = build(
+        photos,
+        tmp_path / "index",
+        network,
+        Recipe(sampling="given", triplets=3, **recipe),
+        triplets=triplets,
+    )
+    head = seeded_head(kind)
+    with Index.open(path) as index:
+        explainer = Explainer(index, network)
+        embeddings = index.embeddings(np.arange(len(index)))
+        for place in (0, 7):
+            name = index.ids[place]
+            why = explainer.explain(photos / name, neighbors=[name])
+            activations = network.forward(tensor_of(Image.open(photos / name))[None]).activations[0]
+            weights, used = oracles.averaged_weights(
+                head,
+                activations,
+                embeddings[place],
+                embeddings,
+                [(int(p), int(n)) for p, n in triplets[place]],
+                normalize=normalize,
+            )
+            assert used == 3
+            own = oracles.cam(weights, activations.numpy())
+            expected = oracles.bilinear(own, SIDE, SIDE)
+            assert expected.max() > 0
+            assert why.cam.shape == (SIDE, SIDE)
+            assert why.cam.dtype == np.float32
+            assert np.abs(why.cam - expected).max() <= tolerance * expected.max()
+            assert why.ids == why.explained == [name]
+            # Bytes of the image's own coarse map: within half a step of its largest value.
+            assert why.neighbor_cams is not None
+            step = own.max() / 255
+            assert np.abs(why.neighbor_cams[0] - own).max() <= 0.51 * step + 2e-3 * own.max()
+
+
+def seeded_head(kind: type[nn.Module]) -> Any:
+    module: Any = network_of(kind).module
+    module = type(module)().double().eval()
+    module.load_state_dict(network_of(kind).module.state_dict())
+    return module.head
+
+
+def test_the_pinned_equality_can_fail(photos: Path, dense: Path, explainer: Explainer) -> None:
+    mine = explainer.explain(photos / "0/0.png", neighbors=["0/0.png"])
+    other = explainer.explain(photos / "0/0.png", neighbors=["1/0.png"])
+    assert np.abs(mine.cam - other.cam).max() > 0.01 * mine.cam.max()
+
+
+# --- transfer from the stored rows, with every encoding ------------------------------------------
+
+KINDS = ["top-m", "low-rank", "embedding", "dense", "dense32"]
+
+
+def query(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """An embedding `[D]` of unit length and activations `[K H W]` for `index_samples`."""
+    rng = np.random.default_rng(seed)
+    vector = rng.standard_normal(index_samples.WIDTH).astype(np.float32)
+    vector /= np.linalg.norm(vector)
+    maps = rng.standard_normal((index_samples.CHANNELS, *index_samples.GRID)).astype(np.float32)
+    return vector, maps
+
+
+def brute_force(index: Index, vector: np.ndarray, k: int) -> list[int]:
+    live = index.live_positions()
+    rows = index.embeddings(live)
+    far = [oracles.squared_distance(vector, row) for row in rows]
+    return [int(live[i]) for i in sorted(range(len(far)), key=far.__getitem__)[:k]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("transfer", ["mean", "distance"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_transferred_weights_equal_the_oracle(
+    tmp_path: Path, kind: str, transfer: str, k: int
+) -> None:
+    with Index.open(index_samples.make(tmp_path / "index", kind=kind)) as index:
+        vector, maps = query()
+        why = Explainer(index, transfer=transfer).explain_features(vector, maps, n_neighbors=k)
+        places = brute_force(index, vector, k)
+        assert why.ids == [f"image-{place:04d}" for place in places]
+        assert why.labels == [None if p % 5 == 4 else f"class {p % 3}" for p in places]
+        squared = [oracles.squared_distance(vector, row) for row in index.embeddings(places)]
+        np.testing.assert_allclose(why.distances, squared, rtol=1e-6)
+        inner = index.embeddings(places).astype(np.float64) @ vector
+        np.testing.assert_allclose(why.similarities, inner, rtol=1e-6, atol=1e-7)
+        # Decoded first and averaged then: low-rank codes are averaged the other way round.
+        decoded = index.weights(places)
+        expected = (
+            oracles.transfer_mean(decoded)
+            if transfer == "mean"
+            else oracles.transfer_distance(decoded, squared)
+        )
+        np.testing.assert_allclose(why.weights, expected, rtol=2e-5, atol=2e-6)
+        drawn = oracles.cam(expected, maps)
+        np.testing.assert_allclose(why.cam, drawn, rtol=2e-5, atol=1e-5)
+        if kind == "top-m" and k > 1:
+            # Never cut to M again.
+            assert np.count_nonzero(why.weights) > 2
+
+
+def test_an_exact_match_takes_all_by_distance_and_its_share_by_mean(tmp_path: Path) -> None:
+    with Index.open(index_samples.make(tmp_path / "index", kind="dense32")) as index:
+        vector, maps = index.embeddings([3])[0], query()[1]
+        own = index.weights([3])[0]
+        by_distance = Explainer(index, transfer="distance").explain_features(vector, maps)
+        assert by_distance.ids[0] == "image-0003"
+        assert by_distance.distances[0] == 0
+        np.testing.assert_allclose(by_distance.weights, own / np.linalg.norm(own), rtol=1e-6)
+        named = ["image-0008", "image-0003"]
+        again = Explainer(index, transfer="distance").explain_features(
+            vector, maps, neighbors=named
+        )
+        assert again.distances[1] == 0
+        np.testing.assert_allclose(again.weights, by_distance.weights, rtol=1e-6)
+        by_mean = Explainer(index).explain_features(vector, maps)
+        assert not np.allclose(by_mean.weights, by_distance.weights)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_chosen_result_gives_its_weights_unscaled(tmp_path: Path, kind: str) -> None:
+    with Index.open(index_samples.make(tmp_path / "index", kind=kind)) as index:
+        vector, maps = query()
+        explainer = Explainer(index, transfer="distance")
+        far = index.ids[brute_force(index, vector, 12)[-1]]
+        why = explainer.explain_features(vector, maps, result=far, n_neighbors=2)
+        np.testing.assert_allclose(why.weights, index.weights([index.position(far)])[0], rtol=1e-6)
+        assert why.explained == [far]
+        assert why.ids == [index.ids[p] for p in brute_force(index, vector, 2)]
+        both = explainer.explain_features(vector, maps, neighbors=[far, "image-0000"], result=far)
+        np.testing.assert_array_equal(both.weights, why.weights)
+        assert both.ids == [far, "image-0000"]
+
+
+def test_named_neighbours_keep_their_order_and_their_distances(tmp_path: Path) -> None:
+    with Index.open(index_samples.make(tmp_path / "index", kind="dense32")) as index:
+        vector, maps = query()
+        named = ["image-0011", "image-0002", "image-0007"]
+        why = Explainer(index).explain_features(vector, maps, neighbors=named)
+        assert why.ids == why.explained == named
+        squared = [oracles.squared_distance(vector, r) for r in index.embeddings([11, 2, 7])]
+        np.testing.assert_allclose(why.distances, squared, rtol=1e-6)
+        expected = oracles.transfer_mean(index.weights([11, 2, 7]))
+        np.testing.assert_allclose(why.weights, expected, rtol=1e-5)
+        searched = Explainer(index).explain_features(vector, maps, n_neighbors=12)
+        some = dict(zip(searched.ids, searched.distances, strict=True))
+        np.testing.assert_array_equal(why.distances, [some[name] for name in named])
+
+
+def test_removed_images_never_come_back(tmp_path: Path) -> None:
+    path = index_samples.make(tmp_path / "index", kind="dense32")
+    vector, maps = query()
+    with Index.open(path) as index:
+        first = Explainer(index).explain_features(vector, maps, n_neighbors=3)
+    remove(path, first.ids[:2])
+    for _ in range(2):
+        with Index.open(path) as index:
+            explainer = Explainer(index, n_neighbors=1000)
+            left = explainer.explain_features(vector, maps)
+            assert left.ids[0] == first.ids[2]
+            assert sorted([*left.ids, *first.ids[:2]]) == [f"image-{i:04d}" for i in range(12)]
+            with pytest.raises(InputError, match=f"'{first.ids[0]}'"):
+                explainer.explain_features(vector, maps, neighbors=first.ids[:1])
+            with pytest.raises(InputError, match=f"'{first.ids[0]}'"):
+                explainer.explain_features(vector, maps, result=first.ids[0])
+        compact(path)
+
+
+def test_a_removed_image_is_called_removed(tmp_path: Path) -> None:
+    path = index_samples.make(tmp_path / "index")
+    remove(path, ["image-0003"])
+    with (
+        Index.open(path) as index,
+        pytest.raises(InputError, match="'image-0003' was removed from the index"),
+    ):
+        Explainer(index).explain_features(*query(), neighbors=["image-0003"])
+
+
+def test_neighbours_without_evidence(tmp_path: Path) -> None:
+    encoding = Dense(index_samples.CHANNELS, "float32")
+    part = index_samples.part(0, 6, encoding)
+    weights = encoding.decode(part.fields[0]).copy()
+    weights[:4] = 0
+    part.fields[0].update(encoding.encode(weights))
+    part.triplets_used[:4] = 0
+    path = create(tmp_path / "index", index_samples.header_of(encoding), [{}], {}, part)
+    vector, maps = query()
+    ids = [f"image-{i:04d}" for i in range(6)]
+    with Index.open(path) as index:
+        for transfer in ("mean", "distance"):
+            explainer = Explainer(index, transfer=transfer)
+            for named in (ids[:4], ids[:1]):
+                none = explainer.explain_features(vector, maps, neighbors=named, size=(16, 24))
+                assert not none.weights.any()
+                np.testing.assert_array_equal(none.cam, np.zeros((16, 24)))
+                assert none.plot().width > 0
+            # They take no share from those that know something.
+            some = explainer.explain_features(vector, maps, neighbors=ids)
+            two = explainer.explain_features(vector, maps, neighbors=ids[4:])
+            np.testing.assert_allclose(some.weights, two.weights, rtol=1e-6)
+            assert two.cam.max() > 0
+
+
+# --- however a query is given --------------------------------------------------------------------
+
+
+def test_every_form_of_a_query_gives_the_same(
+    photos: Path, explainer: Explainer, network: EmbeddingNetwork
+) -> None:
+    path = photos / "1/2.png"
+    image = Image.open(path)
+    by_path = explainer.explain(path)
+    assert by_path.ids[0] == "1/2.png"
+    assert by_path.cam.shape == (SIDE, SIDE)
+    tensor = tensor_of(image)
+    features = network.forward(tensor[None])
+    vector, maps = features.embedding[0].numpy(), features.activations[0].numpy()
+    others = [
+        explainer.explain(str(path)),
+        explainer.explain(path.read_bytes()),
+        explainer.explain(image),
+        explainer.explain(np.asarray(image)),
+        explainer.explain(tensor),
+        explainer.explain(tensor.numpy()),
+        explainer.explain(tensor.double()),
+        explainer.explain(tensor.clone().requires_grad_()),
+        explainer.explain_features(vector, maps, size=(SIDE, SIDE)),
+        explainer.explain_features(vector[None], maps[None], size=(SIDE, SIDE))[0],
+        explainer.explain_features(vector.tolist(), maps.tolist(), size=(SIDE, SIDE)),
+    ]
+    for why in others:
+        same(why, by_path)
+    for why in others[:4]:
+        assert why.extent == (0, 0, 48, 40)
+        assert why.image is not None
+        assert why.image.size == (48, 40)
+    for why in others[4:]:
+        assert why.extent is None
+        assert why.image is None
+
+
+def test_a_batch_is_its_queries_one_at_a_time(
+    photos: Path, explainer: Explainer, network: EmbeddingNetwork
+) -> None:
+    queries = [photos / "0/1.png", photos / "2/3.png", photos / "1/0.png"]
+    alone = [explainer.explain(one) for one in queries]
+    for why, other in zip(explainer.explain_batch(queries), alone, strict=True):
+        same(why, other, rtol=1e-5)
+        assert why.image is not None
+    tensors = [tensor_of(Image.open(one)) for one in queries]
+    mixed = explainer.explain_batch([tensors[0], tensors[1].numpy(), queries[2]])
+    for why, other in zip(mixed, alone, strict=True):
+        same(why, other, rtol=1e-5)
+    features = network.forward(torch.stack(tensors))
+    numpy = features.embedding.numpy(), features.activations.numpy()
+    by_features = explainer.explain_features(*numpy, size=(SIDE, SIDE))
+    named = explainer.explain_features(*numpy, neighbors=[why.ids for why in alone])
+    for why, other, grid in zip(by_features, alone, named, strict=True):
+        same(why, other, rtol=1e-5)
+        assert grid.ids == other.ids
+    one_each = explainer.explain_batch(queries, neighbors=[["0/0.png"], ["1/0.png"], ["2/0.png"]])
+    assert [why.ids for why in one_each] == [["0/0.png"], ["1/0.png"], ["2/0.png"]]
+
+
+def test_empty_batches(explainer: Explainer) -> None:
+    assert explainer.explain_batch([]) == []
+    assert explainer.explain_features(np.empty((0, WIDTH)), np.empty((0, CHANNELS, *GRID))) == []
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (3, 5), (1, 1)])
+@pytest.mark.parametrize("size", [None, (20, 30), (3, 5), (1, 1)])
+def test_sizes(explainer: Explainer, shape: tuple[int, int], size: tuple[int, int] | None) -> None:
+    rng = np.random.default_rng(0)
+    maps = rng.random((CHANNELS, *shape)).astype(np.float32)
+    vector = explainer.index.embeddings([2])[0]
+    why = explainer.explain_features(vector, maps, size=size)
+    grid = oracles.cam(why.weights, maps)
+    expected = grid if size is None else oracles.bilinear(grid, *size)
+    np.testing.assert_allclose(why.cam, expected, rtol=1e-4, atol=1e-5 * expected.max())
+
+
+def test_inputs_of_another_size_and_shape(explainer: Explainer, network: EmbeddingNetwork) -> None:
+    wide = torch.rand(3, 24, 64, generator=torch.Generator().manual_seed(1))
+    why = explainer.explain(wide)
+    features = network.forward(wide[None])
+    grid = oracles.cam(why.weights, features.activations[0].numpy())
+    assert grid.shape == (6, 16)
+    expected = oracles.bilinear(grid, 24, 64)
+    np.testing.assert_allclose(why.cam, expected, rtol=1e-4, atol=1e-5 * expected.max())
+    with pytest.raises(InputError, match=r"one shape, got \[3, 24, 64\], \[3, 32, 32\]"):
+        explainer.explain_batch([wide, torch.rand(3, 32, 32)])
+
+
+def test_tokens_with_their_grid(explainer: Explainer) -> None:
+    rng = np.random.default_rng(2)
+    maps = rng.random((2, CHANNELS, 3, 5)).astype(np.float32)
+    tokens = maps.reshape(2, CHANNELS, 15).transpose(0, 2, 1)
+    vectors = explainer.index.embeddings([1, 6])
+    expected = explainer.explain_features(vectors, maps)
+    for why, other in zip(
+        explainer.explain_features(vectors, tokens, grid=(3, 5)), expected, strict=True
+    ):
+        same(why, other)
+    same(explainer.explain_features(vectors[0], tokens[0], grid=(3, 5)), expected[0])
+
+
+# --- without torch, without gradients ------------------------------------------------------------
+
+WITHOUT_TORCH = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision", "timm"):
+            raise ImportError(f"{name} must not be imported here")
+
+sys.meta_path.insert(0, Refuse())
+import numpy as np
+from embedcam import Explainer
+
+folder = sys.argv[1]
+data = np.load(f"{folder}/features.npz")
+why = Explainer(f"{folder}/index").explain_features(
+    data["embedding"], data["activations"], size=(20, 30), neighbors=["0/1.png", "2/2.png"]
+)
+found = Explainer(f"{folder}/index").explain_features(data["embedding"], data["activations"])
+why.save(f"{folder}/why.png")
+np.savez(f"{folder}/found.npz", cam=why.cam, ids=np.array(found.ids), grid=found.cam)
+"""
+
+
+def test_explaining_features_needs_no_torch(
+    photos: Path, network: EmbeddingNetwork, tmp_path: Path
+) -> None:
+    build(photos, tmp_path / "index", network, DENSE)
+    features = network.forward(tensor_of(picture(1, 77))[None])
+    vector, maps = features.embedding[0].numpy(), features.activations[0].numpy()
+    np.savez(tmp_path / "features.npz", embedding=vector, activations=maps)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT_TORCH, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "found.npz")
+    explainer = Explainer(tmp_path / "index", network)
+    named = explainer.explain_features(
+        vector, maps, size=(20, 30), neighbors=["0/1.png", "2/2.png"]
+    )
+    searched = explainer.explain_features(vector, maps)
+    np.testing.assert_array_equal(found["cam"], named.cam)
+    np.testing.assert_array_equal(found["grid"], searched.cam)
+    assert found["ids"].tolist() == searched.ids
+    assert (tmp_path / "why.png").stat().st_size > 0
+
+
+def test_no_gradient_is_asked_for_and_the_network_stays_as_it_was(
+    photos: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a gradient was asked for")
+
+    network = network_of()
+    module = network.module
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    plain = Explainer(dense, network).explain(photos / "0/0.png")
+    monkeypatch.setattr(torch.autograd, "grad", forbidden)
+    monkeypatch.setattr(torch.autograd, "backward", forbidden)
+    monkeypatch.setattr(torch.Tensor, "backward", forbidden)
+    with torch.inference_mode():
+        inside = Explainer(dense, network).explain(photos / "0/0.png")
+        same(inside, plain)
+        same(Explainer(dense, network).explain(tensor_of(picture(0, 0))), plain)
+    with torch.no_grad():
+        same(Explainer(dense, network).explain(photos / "0/0.png"), plain)
+    with pytest.raises(ImageError):
+        Explainer(dense, network).explain(photos / "nothing.png")
+    for part in module.modules():
+        assert not part.training
+        assert not part._forward_hooks
+        assert not part._forward_pre_hooks
+        assert not part._backward_hooks
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is None
+        assert parameter.requires_grad
+        assert torch.equal(parameter, before[name])
+
+
+def test_a_query_costs_nothing_that_grows_with_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedcam.index.strings import StringTable
+
+    touched = {"rows": 0, "strings": 0}
+    gather, raw, many = Index.gather, StringTable.raw, StringTable.tolist
+
+    def counting_gather(self: Index, file: str, positions: Any, empty: Any) -> Any:
+        touched["rows"] += len(positions)
+        return gather(self, file, positions, empty)
+
+    def counting_raw(self: StringTable, row: int) -> bytes:
+        touched["strings"] += 1
+        return raw(self, row)
+
+    def counting_many(self: StringTable, start: int = 0, stop: int | None = None) -> list[str]:
+        found = many(self, start, stop)
+        touched["strings"] += len(found)
+        return found
+
+    monkeypatch.setattr(Index, "gather", counting_gather)
+    monkeypatch.setattr(StringTable, "raw", counting_raw)
+    monkeypatch.setattr(StringTable, "tolist", counting_many)
+    vector, maps = query()
+    costs = {}
+    for n in (400, 4000):
+        with Index.open(index_samples.make(tmp_path / str(n), n=n)) as index:
+            explainer = Explainer(index)
+            explainer.explain_features(vector, maps)
+            for what, more in (
+                ("search", {}),
+                ("named", {"neighbors": ["image-0200", "image-0003"]}),
+                ("result", {"result": "image-0111"}),
+            ):
+                touched.update(rows=0, strings=0)
+                explainer.explain_features(vector, maps, **more)
+                costs[what, n] = dict(touched)
+    for what in ("search", "named", "result"):
+        small, large = costs[what, 400], costs[what, 4000]
+        assert large["rows"] == small["rows"] < 200
+        # A bisection: four steps more for ten times the images, for each id.
+        assert large["strings"] <= small["strings"] + 20
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v, a: (v * 2, a), r"query 0 has length 2; .*length 1: divide it by its L2 norm"),
+        (lambda v, a: (v * 0, a), r"query 0 has length 0"),
+        (lambda v, a: (v * np.nan, a), r"embedding of query 0 holds a NaN or an infinity"),
+        (lambda v, a: (v, a / 0), r"activations of query 0 holds a NaN or an infinity"),
+        (lambda v, a: (v * 1e300, a), r"embedding of query 0 holds a NaN or an infinity"),
+        (lambda v, a: (v[:4], a), r"embedding has shape \[4\]; .* 5 numbers .*\[5\] or \[B 5\]"),
+        (lambda v, a: (v[None, None], a), r"embedding has shape \[1, 1, 5\]"),
+        (lambda v, a: (v, a[:7]), r"shape \[7, 8, 8\]; this index needs \[8 H W\]"),
+        (lambda v, a: (v, a[None]), r"shape \[1, 8, 8, 8\]; this index needs \[8 H W\] for one"),
+        (lambda v, a: (v[None], a[0]), r"shape \[8, 8\]; .*\[T 8\] and \[B T 8\] with grid"),
+        (lambda v, a: (v, a[:, :0]), r"shape \[8, 0, 8\]"),
+        (lambda v, a: (np.stack([v, v]), a[None]), r"2 embeddings came with 1 activations"),
+        (lambda v, a: ("abc", a), r"the embedding cannot be read as an array of numbers"),
+        (lambda v, a: (v, [[1], [2, 3]]), r"the activations cannot be read as an array"),
+        (lambda v, a: (np.array([None] * 5), a), r"array of numbers \(type object\)"),
+    ],
+)
+def test_features_that_cannot_be_right(explainer: Explainer, change: Any, message: str) -> None:
+    vector = explainer.index.embeddings([0])[0].astype(np.float64)
+    maps = np.ones((CHANNELS, *GRID))
+    with np.errstate(all="ignore"), pytest.raises(InputError, match=message):
+        explainer.explain_features(*change(vector, maps))
+
+
+def test_the_second_of_a_batch_is_named(explainer: Explainer) -> None:
+    vectors = explainer.index.embeddings([0, 1, 2])
+    maps = np.ones((3, CHANNELS, *GRID), np.float32)
+    vectors[1] *= 1.5
+    with pytest.raises(InputError, match=r"query 1 has length 1\.5"):
+        explainer.explain_features(vectors, maps)
+    maps[2, 0, 0, 0] = np.inf
+    with pytest.raises(InputError, match="activations of query 2"):
+        explainer.explain_features(vectors, maps)
+
+
+def test_any_length_goes_where_the_index_is_not_normalised(photos: Path, tmp_path: Path) -> None:
+    network = network_of(normalize=False)
+    path = build(photos, tmp_path / "index", network, DENSE)
+    with Index.open(path) as index:
+        vector = 3 * index.embeddings([4])[0]
+        why = Explainer(index).explain_features(vector, np.ones((CHANNELS, *GRID)))
+        assert why.ids == [index.ids[p] for p in brute_force(index, vector, 5)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_neighbors": 0}, "n_neighbors = 0; give a whole number of at least 1"),
+        ({"n_neighbors": 2.5}, r"n_neighbors = 2\.5"),
+        ({"n_neighbors": True}, "n_neighbors = True"),
+        ({"n_neighbors": "3"}, "n_neighbors = '3'"),
+        ({"neighbors": []}, "no neighbour was given; name at least one id"),
+        ({"neighbors": "0/0.png"}, "list of ids as neighbours, got the string '0/0.png'"),
+        ({"neighbors": [3]}, "ids are strings, as in `index.ids`; given int"),
+        ({"neighbors": ["0/0.png", "0/0.png"]}, "'0/0.png' was given twice"),
+        ({"neighbors": ["0/0.pgn"]}, r"no image '0/0\.pgn'; did you mean .*'0/0\.png'"),
+        ({"neighbors": ["0/0.png"], "n_neighbors": 2}, "not both"),
+        ({"result": "1/O.png"}, r"no image '1/O\.png'; did you mean '1/"),
+    ],
+)
+def test_arguments_that_mean_nothing(
+    explainer: Explainer, arguments: dict[str, Any], message: str
+) -> None:
+    vector, maps = explainer.index.embeddings([0])[0], np.ones((CHANNELS, *GRID))
+    with pytest.raises(InputError, match=message):
+        explainer.explain_features(vector, maps, **arguments)
+    with pytest.raises(InputError, match=message):
+        explainer.explain(picture(0, 0), **arguments)
+
+
+def test_batches_with_lists_that_do_not_fit(explainer: Explainer) -> None:
+    vectors, maps = explainer.index.embeddings([0, 1]), np.ones((2, CHANNELS, *GRID))
+    with pytest.raises(InputError, match="neighbors holds 1 lists of ids for 2 queries"):
+        explainer.explain_features(vectors, maps, neighbors=[["0/0.png"]])
+    with pytest.raises(InputError, match="list of ids as neighbours, got the string"):
+        explainer.explain_features(vectors, maps, neighbors=["0/0.png", "1/0.png"])
+    with pytest.raises(InputError, match=r"use explain\(\)"):
+        explainer.explain_batch("0/0.png")
+
+
+@pytest.mark.parametrize("size", [5, (0, 3), (3,), (3, 4, 5), "ab", (2.5, 3)])
+def test_sizes_that_are_none(explainer: Explainer, size: Any) -> None:
+    vector, maps = explainer.index.embeddings([0])[0], np.ones((CHANNELS, *GRID))
+    with pytest.raises(InputError, match=r"size = .*; give \(height, width\)"):
+        explainer.explain_features(vector, maps, size=size)
+
+
+def test_grids_that_tokens_do_not_fill(explainer: Explainer) -> None:
+    vector, tokens = explainer.index.embeddings([0])[0], np.ones((16, CHANNELS))
+    with pytest.raises(InputError, match=r"16 tokens do not fill a grid of 3 x 5; drop class"):
+        explainer.explain_features(vector, tokens, grid=(3, 5))
+    with pytest.raises(InputError, match=r"grid = \(0, 16\)"):
+        explainer.explain_features(vector, tokens, grid=(0, 16))
+    with pytest.raises(InputError, match=r"shape \[8, 4, 4\]; .*tokens"):
+        explainer.explain_features(vector, np.ones((CHANNELS, 4, 4)), grid=(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        ("nothing.png", ImageError, "nothing.png: does not exist"),
+        (b"", ImageError, "is empty"),
+        (7, ImageError, "given int"),
+        (np.zeros((4, 4, 7), np.uint8), ImageError, r"\[H W 3\]"),
+        (np.zeros((1, 3, 32, 32), np.float32), InputError, r"shape \[1, 3, 32, 32\].*\[3 H W\]"),
+        (torch.zeros(3, 32, 32, dtype=torch.uint8), InputError, r"type torch\.uint8.*\[3 H W\]"),
+    ],
+)
+def test_queries_that_are_none(
+    explainer: Explainer, given: Any, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        explainer.explain(given)
+
+
+def test_another_network_layer_or_preprocessing_is_refused(dense: Path) -> None:
+    with pytest.raises(NetworkMismatch, match=r"differ by .*in the index, .* given"):
+        Explainer(dense, network_of(Flat))
+    conv = network_of()
+    with pytest.raises(NetworkMismatch, match="layer is 'relu', given is one with 'conv'"):
+        Explainer(dense, EmbeddingNetwork(conv.module, "conv", preprocess=conv.preprocess))
+    with pytest.raises(NetworkMismatch, match=r"preprocess is .*squash.*, given is .*crop"):
+        Explainer(dense, network_of(preprocess=CROP))
+    with pytest.raises(NetworkMismatch, match="normalize is True, given is one with False"):
+        Explainer(dense, network_of(normalize=False))
+    with pytest.raises(InputError, match=r"a Pooled; expected an EmbeddingNetwork: wrap it"):
+        Explainer(dense, conv.module)  # type: ignore[arg-type]
+
+
+def test_indexes_and_networks_that_do_not_go_together(
+    tmp_path: Path, dense: Path, network: EmbeddingNetwork
+) -> None:
+    without = index_samples.make(tmp_path / "index")
+    with pytest.raises(InputError, match=r"built from features alone .*use explain_features"):
+        Explainer(without, network)
+    with pytest.raises(InputError, match="has no network, so it cannot embed a picture"):
+        Explainer(dense).explain(picture(0, 0))
+    with pytest.raises(InputError, match="'median' is unknown; use one of mean, distance"):
+        Explainer(dense, transfer="median")
+    with pytest.raises(InputError, match="n_neighbors = 0"):
+        Explainer(dense, n_neighbors=0)
+
+
+def test_an_index_without_faiss_explains_named_neighbours(tmp_path: Path) -> None:
+    with Index.open(index_samples.make(tmp_path / "index", factory="none")) as index:
+        explainer = Explainer(index)
+        with pytest.raises(InputError, match="without FAISS; give neighbors= ids"):
+            explainer.explain_features(*query())
+        why = explainer.explain_features(*query(), neighbors=["image-0004"])
+        np.testing.assert_allclose(why.weights, index.weights([4])[0])
+
+
+def test_an_index_it_opened_is_closed_when_it_refuses(
+    dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Path] = []
+    close = Index.close
+    monkeypatch.setattr(Index, "close", lambda self: (closed.append(self.path), close(self)))
+    with pytest.raises(NetworkMismatch):
+        Explainer(dense, network_of(Flat))
+    assert closed[0] == dense
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cropped(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Explainer:
+    network = network_of(preprocess=CROP)
+    path = build(photos, tmp_path_factory.mktemp("cropped") / "index", network)
+    return Explainer(path, network, n_neighbors=2)
+
+
+def test_the_extent_is_what_the_crop_saw(cropped: Explainer) -> None:
+    # 90 x 40 becomes 81 x 36; 32 of it are kept, from (24, 2) on: half of 49 is rounded to even.
+    why = cropped.explain(picture(0, 3, (90, 40)))
+    left, top = 24 * 90 / 81, 2 * 40 / 36
+    expected = (left, top, left + 32 * 90 / 81, top + 32 * 40 / 36)
+    assert why.extent == pytest.approx(expected, rel=1e-12)
+    assert why.to_dict()["extent"] == pytest.approx(list(expected), rel=1e-12)
+    from embedcam.render import overlay
+
+    assert why.image is not None
+    drawn = np.asarray(overlay(why.image, np.ones_like(why.cam), why.extent), int)
+    changed = (drawn != np.asarray(why.image, int)).any(axis=2)
+    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    assert rows.min() >= np.floor(expected[1])
+    assert rows.max() < np.ceil(expected[3])
+    assert columns.min() >= np.floor(expected[0])
+    assert columns.max() < np.ceil(expected[2])
+    query_tile, results = why.tiles()
+    assert query_tile.extent == why.extent
+    assert results[0].extent == CROP.extent(48, 40)
+    assert results[0].image is not None
+    assert results[0].caption == why.ids[0]
+    assert results[0].subcaption.splitlines()[0] == why.labels[0]
+
+
+def test_to_dict_is_json_and_holds_what_it_says(cropped: Explainer) -> None:
+    why = cropped.explain(picture(2, 1))
+    told = json.loads(json.dumps(why.to_dict(), allow_nan=False))
+    np.testing.assert_array_equal(np.array(told["cam"], np.float32), why.cam)
+    assert told["transfer"] == "mean"
+    assert told["explained"] == why.ids
+    assert why.neighbor_cams is not None
+    for place, neighbor in enumerate(told["neighbors"]):
+        assert neighbor["id"] == why.ids[place]
+        assert neighbor["label"] == why.labels[place]
+        assert neighbor["path"] == why.paths[place]
+        assert np.float32(neighbor["distance"]) == why.distances[place]
+        assert np.float32(neighbor["similarity"]) == why.similarities[place]
+        np.testing.assert_array_equal(
+            np.array(neighbor["cam"], np.float32), why.neighbor_cams[place]
+        )
+
+
+@pytest.mark.parametrize("name", ["why.png", "why.JPG", "why.webp"])
+def test_save_writes_the_plot(cropped: Explainer, tmp_path: Path, name: str) -> None:
+    why = cropped.explain(picture(0, 0))
+    assert why.save(tmp_path / name, title="A title") == tmp_path / name
+    with Image.open(tmp_path / name) as written:
+        assert written.size == why.plot(title="A title").size
+    if name == "why.png":
+        with Image.open(tmp_path / name) as written:
+            np.testing.assert_array_equal(written, why.plot(title="A title"))
+
+
+def test_where_no_picture_can_be_written(cropped: Explainer, tmp_path: Path) -> None:
+    why = cropped.explain(picture(0, 0))
+    for name, message in (
+        ("why.txt", r"why\.txt: \.txt is no picture format; name it \.png or \.jpg"),
+        ("why", r"why: no ending is no picture format"),
+        ("nowhere/why.png", r"why\.png: the picture cannot be written \(No such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            why.save(tmp_path / name)
+    with pytest.raises(InputError, match="scale is 'both'"):
+        why.save(tmp_path / "why.png", scale="both")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+    check_picture_name(Path("a.jpeg"))
+
+
+def test_the_scale_reaches_the_panel(
+    cropped: Explainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from embedcam import render
+
+    panel, scales = render.panel, []
+
+    def watched(*tiles: Any, scale: str, **more: Any) -> Image.Image:
+        scales.append(scale)
+        return panel(*tiles, scale=scale, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(render, "panel", watched)
+    why = cropped.explain(picture(0, 0))
+    why.plot()
+    why.plot(scale="each")
+    why.save(tmp_path / "why.png", scale="each")
+    assert scales == ["joint", "each", "each"]
+
+
+def test_the_notebook_form_is_escaped_and_self_contained(cropped: Explainer) -> None:
+    from dataclasses import replace
+
+    why = replace(cropped.explain(picture(0, 0)), ids=['<b>"&.png', "b"])
+    html = why._repr_html_()
+    assert html.startswith('<img alt="query and its nearest images: &lt;b&gt;&quot;&amp;.png, b"')
+    assert 'src="data:image/png;base64,' in html
+    assert html.count("<") == 1
+    assert "http" not in html
+    assert repr(why).startswith("<Explanation: 32 x 32 map by ")
+
+
+def test_a_missing_picture_of_a_neighbour_breaks_nothing(
+    dense: Path, network: EmbeddingNetwork, tmp_path: Path
+) -> None:
+    gone = Explainer(dense, network, images=tmp_path / "moved").explain(picture(0, 0))
+    assert gone.paths[0].startswith(str(tmp_path / "moved"))
+    assert [tile.image for tile in gone.tiles()[1]] == [None] * 5
+    assert gone.plot().width > 0
+    write_photos(tmp_path / "moved")
+    back = Explainer(dense, network, images=tmp_path / "moved").explain(picture(0, 0))
+    assert all(tile.image is not None for tile in back.tiles()[1])
+
+
+def test_a_transform_of_the_callers_own(photos: Path, tmp_path: Path) -> None:
+    half = lambda width, height: (0.0, 0.0, width / 2, float(height))  # noqa: E731
+
+    def left_half(image: Image.Image) -> np.ndarray:
+        pixels = image.crop((0, 0, image.width // 2, image.height)).resize((SIDE, SIDE))
+        return np.asarray(pixels, np.float32).transpose(2, 0, 1) / 255
+
+    network = network_of(preprocess=custom(left_half, name="left half", extent=half))
+    path = build(photos, tmp_path / "index", network)
+    explainer = Explainer(path, network, n_neighbors=2)
+    why = explainer.explain(photos / "1/1.png")
+    assert why.ids[0] == "1/1.png"
+    assert why.extent == (0, 0, 24, 40)
+    assert why.tiles()[1][0].extent == (0, 0, 24, 40)
+    # Without the network its transform is but a name: results are drawn without their pictures.
+    vector, maps = explainer.index.embeddings([0])[0], np.ones((CHANNELS, *GRID))
+    alone = Explainer(path).explain_features(vector, maps)
+    assert [tile.image for tile in alone.tiles()[1]] == [None] * 5
+    assert alone.plot().width > 0
+    with pytest.raises(NetworkMismatch, match="left half"):
+        Explainer(path, network_of())
+
+
+def test_an_index_without_own_maps(photos: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
+    path = build(photos, tmp_path / "index", network, own_maps=False)
+    why = Explainer(path, network).explain(photos / "0/0.png")
+    assert why.neighbor_cams is None
+    assert why.to_dict()["neighbors"][0]["cam"] is None
+    assert why.plot().width > 0
+
+
+def test_queries_turned_by_exif_are_seen_upright(explainer: Explainer, tmp_path: Path) -> None:
+    image = picture(1, 5)
+    image.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise when shown
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=exif)
+    upright = explainer.explain(tmp_path / "upright.png")
+    lying = explainer.explain(tmp_path / "lying.png")
+    same(lying, upright)
+    assert lying.extent == upright.extent == (0, 0, 48, 40)

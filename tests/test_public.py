@@ -1,0 +1,116 @@
+"""What the package offers, and that importing it costs nothing."""
+
+import ast
+import subprocess
+import sys
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import embedcam
+
+PUBLIC = [
+    "BuildReport",
+    "EmbedcamError",
+    "EmbeddingNetwork",
+    "Explainer",
+    "Explanation",
+    "Index",
+    "Preprocess",
+    "Recipe",
+    "__version__",
+    "add_images",
+    "build_from_features",
+    "build_index",
+    "find_images",
+    "from_dataset",
+    "load_network",
+]
+HEAVY = ("torch", "torchvision", "numpy", "faiss", "matplotlib", "PIL", "sklearn", "tqdm", "timm")
+
+
+def loaded_after(code: str) -> set[str]:
+    """Which heavy packages a fresh process holds after running some code."""
+    told = f"import sys\n{code}\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", told], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_the_public_names_are_these() -> None:
+    assert embedcam.__all__ == PUBLIC
+    assert dir(embedcam) == PUBLIC
+    assert set(embedcam._WHERE) == set(PUBLIC) - {"__version__"}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_name_is_there_and_documented(name: str) -> None:
+    found = getattr(embedcam, name)
+    if name == "__version__":
+        assert found == version("embedcam")
+        return
+    assert found is getattr(import_module(f"embedcam.{embedcam._WHERE[name]}"), name)
+    assert found.__doc__
+    assert len(found.__doc__.strip()) > 10
+
+
+def test_unknown_names_are_attribute_errors() -> None:
+    with pytest.raises(AttributeError, match="module 'embedcam' has no attribute 'Explaner'"):
+        _ = embedcam.Explaner  # type: ignore[attr-defined]
+
+
+def test_what_type_checkers_see_is_what_is_there() -> None:
+    tree = ast.parse(Path(embedcam.__file__).read_text(encoding="utf-8"))
+    (guarded,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module
+        for node in guarded.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == embedcam._WHERE
+    assert (Path(embedcam.__file__).parent / "py.typed").exists()
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert loaded_after("import embedcam") == set()
+    assert loaded_after("import embedcam.errors, embedcam.cli, embedcam.cli.parser") == set()
+
+
+@pytest.mark.parametrize(
+    "module", ["index", "explain", "explanation", "transfer", "encoding", "images", "render"]
+)
+def test_what_serves_queries_needs_no_torch(module: str) -> None:
+    loaded = loaded_after(f"import embedcam.{module}")
+    assert not loaded & {"torch", "torchvision", "timm", "sklearn"}
+    names = "Explainer, Explanation, Index, Preprocess, find_images, EmbedcamError"
+    if module == "explain":
+        assert "torch" not in loaded_after(f"from embedcam import {names}")
+
+
+def test_where_back_propagation_lives_explaining_does_not_reach() -> None:
+    """Followed through every import, those inside functions too."""
+    from test_floors import FLOOR_OF, PACKAGE, imports, room_of, source_files
+
+    reached, ahead = set[str](), ["explain"]
+    while ahead:
+        room = ahead.pop()
+        if room in reached:
+            continue
+        reached.add(room)
+        for file in source_files():
+            if room_of(file) == room:
+                names = imports(ast.parse(file.read_text(encoding="utf-8")), file)
+                ahead += [
+                    part
+                    for name in names
+                    if name.startswith("embedcam.")
+                    for part in [name.split(".")[1]]
+                    if part in FLOOR_OF
+                ]
+    assert {"transfer", "cam", "index", "explanation"} <= reached
+    assert not reached & {"targets", "triplets", "weights", "cotangents", "passes", "build"}
+    assert PACKAGE.is_dir()

@@ -1,0 +1,226 @@
+"""Recipes: what goes together, what is said where it does not, and TOML there and back."""
+
+import tomllib
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedcam.errors import RecipeError
+from embedcam.recipe import Recipe, read_toml
+
+RECIPES = sorted((Path(__file__).parents[1] / "index" / "recipes").glob("*.toml"))
+TABLES = {
+    "weights": [
+        "method", "target", "norm", "sampling", "triplets", "hinge", "margin", "seed",
+    ],
+    "encoding": ["encoding", "rank", "m", "by", "dtype"],
+    "search": ["faiss", "metric"],
+}  # fmt: skip
+
+
+def as_toml(recipe: Recipe) -> str:
+    lines = ["recipe_version = 1"]
+    for table, names in TABLES.items():
+        lines.append(f"[{table}]")
+        for name in names:
+            value = getattr(recipe, name)
+            key = "name" if name == "encoding" else name
+            text = f'"{value}"' if isinstance(value, str) else str(value).lower()
+            lines.append(f"{key} = {text}")
+    return "\n".join(lines)
+
+
+def read(tmp_path, text: str):
+    (tmp_path / "r.toml").write_text(text)
+    return read_toml(tmp_path / "r.toml")
+
+
+recipes = st.builds(
+    Recipe,
+    method=st.just("gradcam"),
+    norm=st.sampled_from(["through", "around"]),
+    target=st.sampled_from(["margin", "centred"]),
+    sampling=st.sampled_from(["auto", "random", "semihard", "hard", "all", "given"]),
+    triplets=st.integers(1, 10**6),
+    margin=st.floats(1e-6, 1e6),
+    seed=st.integers(0, 2**63 - 1),
+    encoding=st.sampled_from(["low-rank", "top-m", "dense"]),
+    rank=st.integers(1, 4096),
+    m=st.integers(1, 4096),
+    by=st.sampled_from(["signed", "magnitude"]),
+    dtype=st.sampled_from(["float16", "float32"]),
+    faiss=st.sampled_from(["Flat", "HNSW32", "none"]),
+    metric=st.sampled_from(["l2", "ip"]),
+)
+
+
+@given(recipes)
+def test_a_recipe_survives_toml_and_plain_values(tmp_path_factory, recipe) -> None:
+    found, images, network = read(tmp_path_factory.mktemp("r"), as_toml(recipe))
+    assert found == recipe
+    assert (images, network) == ({}, {})
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert found.digest() == recipe.digest()
+
+
+def test_the_digest_tells_every_choice_apart() -> None:
+    other = Recipe(
+        "gradcam++", "centred", "around", "hard", 7, False, 0.3, 1, "dense", 9, 8, "magnitude",
+        "float32", "HNSW8", "ip",
+    )  # fmt: skip
+    digests = {Recipe().digest()}
+    for entry in fields(Recipe):
+        if entry.name != "hinge":
+            digests.add(replace(Recipe(), **{entry.name: getattr(other, entry.name)}).digest())
+    digests.add(Recipe(hinge=True).digest())
+    assert len(digests) == len(fields(Recipe)) + 1
+    assert Recipe(margin=1).digest() == Recipe(margin=1.0).digest()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_the_recipes_that_come_along_can_be_read(path) -> None:
+    recipe, images, network = read_toml(path)
+    assert (images, network) == ({}, {})
+    expected = {
+        "default": Recipe(),
+        "paper": Recipe.paper(),
+        "unlabelled": Recipe(target="centred", norm="around"),
+    }
+    assert recipe == expected.get(path.stem, recipe)
+    assert {"default", "paper", "unlabelled"} <= {p.stem for p in RECIPES}
+
+
+def test_the_papers_setting() -> None:
+    paper = Recipe.paper(triplets=9)
+    assert (paper.method, paper.target, paper.norm) == ("gradcam", "margin", "through")
+    assert (paper.encoding, paper.m, paper.by, paper.hinge) == ("top-m", 50, "signed", False)
+    assert paper.triplets == 9
+
+
+@pytest.mark.parametrize(
+    ("choices", "says"),
+    [
+        ({"sampling": "all", "hinge": True}, "drop the hinge, or use sampling 'random' with it"),
+        ({"sampling": "all", "method": "gradcam++"}, "use method 'gradcam' with 'all', or sampli"),
+        ({"target": "centred", "hinge": True}, "drop the hinge, or use the target 'margin'"),
+        ({"method": "gradcam+"}, "method = 'gradcam\\+' is unknown; did you mean 'gradcam\\+\\+'"),
+        ({"target": "center"}, "did you mean 'centred'"),
+        ({"norm": "round"}, "did you mean 'around'"),
+        ({"sampling": "semi-hard"}, "did you mean 'semihard'"),
+        ({"encoding": "lowrank"}, "did you mean 'low-rank'"),
+        ({"by": "sign"}, "did you mean 'signed'"),
+        ({"dtype": "bfloat16"}, "did you mean 'float16'"),
+        ({"metric": "cosine"}, "metric = 'cosine' is unknown; known: l2, ip"),
+        ({"triplets": 0}, "triplets = 0 is too small; give at least 1"),
+        ({"rank": -1}, "rank = -1 is too small"),
+        ({"m": 0}, "m = 0 is too small"),
+        ({"margin": 0.0}, "margin = 0.0 must be greater than 0"),
+        ({"margin": float("nan")}, "margin = nan"),
+        ({"margin": float("inf")}, "margin = inf"),
+        ({"seed": -1}, "seed = -1 must be a whole number from 0"),
+        ({"seed": 1 << 64}, "must be a whole number"),
+        ({"faiss": ""}, "faiss is empty; give a factory string"),
+        ({"triplets": "50"}, "triplets = '50' should be of type int"),
+        ({"triplets": True}, "triplets = True should be of type int"),
+        ({"triplets": 5.0}, "triplets = 5.0 should be of type int"),
+        ({"hinge": 1}, "hinge = 1 should be of type bool"),
+        ({"method": None}, "method = None should be of type str"),
+        ({"margin": "0.2"}, "margin = '0.2' should be of type float"),
+    ],
+)
+def test_what_does_not_go_together_names_what_does(choices, says) -> None:
+    with pytest.raises(RecipeError, match=says):
+        Recipe(**choices)
+    with pytest.raises(RecipeError, match="my file: .*" + says):
+        Recipe.from_dict(choices, "my file")
+
+
+def test_auto_is_every_triplet_where_that_has_a_closed_form() -> None:
+    assert Recipe().sampling == "auto"
+    assert Recipe().resolved_sampling == "all"
+    for changed in ({"method": "gradcam++"}, {"hinge": True}, {"triplets": 49}):
+        assert Recipe(**changed).resolved_sampling == "random"
+    for name in ("random", "semihard", "hard", "given", "all"):
+        assert Recipe(sampling=name).resolved_sampling == name
+
+
+def test_choices_that_another_choice_leaves_unused_are_allowed() -> None:
+    Recipe(target="centred", sampling="all", method="gradcam++")
+    Recipe(sampling="all", encoding="top-m")
+    Recipe(hinge=True, sampling="given")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "[weights]\nmetod = 'gradcam'",
+            r"\[weights\] has no entry 'metod'; did you mean 'method'",
+        ),
+        ("[weights]\nrank = 3", r"\[weights\] has no entry 'rank'; .*known: method, target"),
+        ("[encoding]\nencoding = 'dense'", "has no entry 'encoding'; "),
+        ("[encoding]\nranks = 3", "did you mean 'rank'"),
+        ("[weight]\nmethod = 'gradcam'", r"unknown table \[weight\]; did you mean 'weights'"),
+        ("method = 'gradcam'", r"unknown table \[method\]; .*known: images, network, weights"),
+        ("weights = 3", r"weights = 3 should be a table, \[weights\]"),
+        ("images = 'photos'", "images = 'photos' should be a table"),
+        ("recipe_version = 2", "recipe_version = 2; this embedcam reads version 1"),
+        ("[weights]\ntriplets = '50'", "triplets = '50' should be of type int"),
+        ("[weights]\nhinge = true\nsampling = 'all'", "drop the hinge"),
+        ("[weights", "not a TOML file"),
+        ("[weights]\nseed = 1\nseed = 2", "not a TOML file"),
+    ],
+)
+def test_a_file_with_a_mistake_says_where_and_what(tmp_path, text, says) -> None:
+    with pytest.raises(RecipeError, match=r"r\.toml: .*" + says):
+        read(tmp_path, text)
+
+
+def test_files_that_cannot_be_read(tmp_path) -> None:
+    with pytest.raises(RecipeError, match=r"none\.toml: the recipe cannot be read \(No such file"):
+        read_toml(tmp_path / "none.toml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        read_toml(tmp_path)
+    (tmp_path / "b.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecipeError, match="not a TOML file"):
+        read_toml(tmp_path / "b.toml")
+
+
+def test_images_and_network_pass_through_as_they_stand(tmp_path) -> None:
+    text = "[images]\npath = 'photos'\n[network]\nnetwork = 'torchvision:resnet50'\nsize = 224"
+    recipe, images, network = read(tmp_path, text)
+    assert recipe == Recipe()
+    assert images == {"path": "photos"}
+    assert network == {"network": "torchvision:resnet50", "size": 224}
+    assert tomllib.loads(as_toml(recipe))["encoding"]["name"] == "low-rank"
+
+
+def test_an_unknown_entry_of_a_stored_recipe_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="stored has an unknown entry 'tripletts'; did you mea"):
+        Recipe.from_dict({"tripletts": 3}, "stored")
+
+
+@pytest.mark.parametrize(
+    ("choices", "sampling"),
+    [
+        ({}, "all"),
+        ({"norm": "around", "encoding": "dense"}, "all"),
+        ({"method": "gradcam++"}, "random"),
+        ({"hinge": True}, "random"),
+        ({"triplets": 10}, "random"),
+        ({"sampling": "hard"}, "hard"),
+        ({"sampling": "random", "triplets": 50}, "random"),
+    ],
+)
+def test_auto_takes_every_triplet_where_there_is_a_closed_form(choices, sampling) -> None:
+    assert Recipe(**choices).resolved_sampling == sampling
+
+
+def test_the_paper_draws_its_triplets() -> None:
+    paper = Recipe.paper()
+    assert (paper.resolved_sampling, paper.triplets, paper.encoding, paper.m, paper.by) == (
+        "random", 50, "top-m", 50, "signed",
+    )  # fmt: skip

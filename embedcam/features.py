@@ -212,8 +212,12 @@ def read_array(path: str | Path) -> np.ndarray:
     """
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file; give a .npy array") from error
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read as a .npy array ({error})") from error
+        raise InputError(
+            f"{path}: not a .npy array of numbers; save one with numpy.save"
+        ) from error
 
 
 def read_head(path: str | Path) -> AffineHead:

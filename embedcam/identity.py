@@ -233,10 +233,19 @@ def _refuse_settings(stored: Identity, given: Identity) -> None:
     for key, step in advice.items():
         old, new = getattr(stored, key), getattr(given, key)
         if old != new:
+            old, new = _differing(old, new)
             raise NetworkMismatch(
                 f"this is not the network of the index: its {key} is {_shown(old)}, given is one "
                 f"with {_shown(new)}; {step}, or build the index again"
             )
+
+
+def _differing(old: Any, new: Any) -> tuple[Any, Any]:
+    """Of two dicts only the entries that differ, so that a message shows what matters."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return old, new
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return {key: old.get(key) for key in keys}, {key: new.get(key) for key in keys}
 
 
 def _shown(value: Any) -> str:

@@ -133,6 +133,14 @@ def test_build_add_remove_compact_refit(say: Say, tmp_path: Path) -> None:
     assert "2 removed, not yet compacted" in say("info", path)[1]
     assert answer(say, "compact", path) == {"dropped": 2, "images": 11}
     assert answer(say, "compact", path) == {"dropped": 0, "images": 11}
+
+    next(path.glob("faiss-*.index")).unlink()
+    code, _, err = say("verify", path)
+    assert (code, "`embedcam compact --rebuild-faiss`" in err) == (5, True)
+    assert answer(say, "compact", path, "--rebuild-faiss") == {"dropped": 0, "images": 11}
+    assert "FAISS Flat" in say("info", path)[1]
+    assert say("compact", path, "--rebuild-faiss", "HNSW8")[0] == 0
+    assert "FAISS HNSW8" in say("info", path)[1]
     assert say("verify", path)[1].startswith(f"{path}: whole; 11 images, ")
 
     # Without images: those that the index knows, with its own network and recipe.
@@ -385,7 +393,7 @@ def test_an_index_from_features(say: Say, refused: Callable[..., None], tmp_path
     (tmp_path / "ids.csv").write_text("id\n" + "".join(f"i{i}\n" for i in range(12)))
     refused(2, "pooled: row 3 holds a NaN", "build", tmp_path / "x", *grid)
     np.save(tmp_path / "p.npy", np.array([{}], object), allow_pickle=True)
-    refused(2, "p.npy: cannot be read as a .npy array", "build", tmp_path / "x", *grid)
+    refused(2, "p.npy: not a .npy array of numbers", "build", tmp_path / "x", *grid)
 
 
 # --- where a network's files lie -----------------------------------------------------------------
@@ -478,7 +486,7 @@ def test_a_network_that_no_name_loads_is_asked_for(
          ["build", "photos", "x", *NAMED, "--device", "nonsense"]),
         (2, "--triplets lots: give a number, or a .npy",
          ["build", "photos", "x", *NAMED, "--triplets", "lots"]),
-        (6, "none.npy: cannot be read", ["build", "photos", "x", *NAMED, "--triplets", "none.npy"]),
+        (6, "none.npy: there is no such file", ["build", "photos", "x", *NAMED, "--triplets", "none.npy"]),
         (2, "did you mean 'gradcam'?", ["build", "photos", "x", *NAMED, "--method", "gradcm"]),
         (2, "drop the hinge", ["build", "photos", "x", *NAMED, "--hinge", "--sampling", "all"]),
         (2, "FAISS factory 'Falt'", ["build", "photos", "x", *NAMED, "--faiss", "Falt"]),

@@ -280,7 +280,7 @@ def test_files_that_are_no_arrays(tmp_path) -> None:
     np.save(tmp_path / "o.npy", np.array([{}], object), allow_pickle=True)
     (tmp_path / "e.npy").write_bytes(b"")
     for name in ("x.npy", "o.npy", "e.npy", "none.npy"):
-        with pytest.raises(InputError, match=rf"{name}: cannot be read as a \.npy array"):
+        with pytest.raises(InputError, match=rf"{name}: (not a|there is no)"):
             read_array(tmp_path / name)
     with pytest.raises(NetworkError, match="not a file"):
         read_head(tmp_path / "none.safetensors")

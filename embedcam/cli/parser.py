@@ -45,8 +45,10 @@ examples:
 Removed images are never returned; `embedcam compact` then drops their bytes.
 """
 COMPACT = """\
-example:
+examples:
   embedcam compact my.index
+  embedcam compact my.index --rebuild-faiss              from the embeddings; the file is not read
+  embedcam compact my.index --rebuild-faiss HNSW32       with another factory, or none
 """
 EXPLAIN = """\
 examples:
@@ -145,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     _build(_command(commands, "build", "[IMAGES] INDEX", BUILD, "build an index of CAM weights"))
     _add(_command(commands, "add", "INDEX IMAGES", ADD, "add images to an index"))
     _remove(_command(commands, "remove", "INDEX ID ...", REMOVE, "remove images by id"))
-    _index(_command(commands, "compact", "INDEX", COMPACT, "drop removed images' bytes"))
+    _compact(_command(commands, "compact", "INDEX", COMPACT, "drop removed images' bytes"))
     _explain(_command(commands, "explain", "INDEX IMAGE ...", EXPLAIN, "explain query images"))
     _index(_command(commands, "info", "INDEX", INFO, "say what an index holds"))
     _index(_command(commands, "verify", "INDEX", VERIFY, "check every promise of an index"))
@@ -292,6 +294,17 @@ def _remove(one: argparse.ArgumentParser) -> None:
     _index(one)
     one.add_argument("ids", metavar="ID", nargs="*", help="ids of images")
     one.add_argument("--from", dest="file", metavar="FILE", help="ids, one a line; - for stdin")
+
+
+def _compact(one: argparse.ArgumentParser) -> None:
+    _index(one)
+    one.add_argument(
+        "--rebuild-faiss",
+        metavar="FACTORY",
+        nargs="?",
+        const="",
+        help="make the FAISS file again; FACTORY another one than it had",
+    )
 
 
 def _explain(one: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from ..errors import InputError
 from .files import ArrayLike, blocks, broken, open_checked, sha256_of, sync
 from .search import metric_code, threads
 
-REBUILD = "the file is derived, make it again with embedcam.index.rebuild_faiss"
+REBUILD = "the file is derived, make it again with `embedcam compact --rebuild-faiss`"
 EF_SEARCH = 64
 _FLAT = {b"IxF2": 1, b"IxFI": 0}
 _MAPPED = {*_FLAT, b"IwFl", b"IwSq", b"IwPQ"}

@@ -77,13 +77,15 @@ def _read_bytes(root: Path) -> bytes:
             if size > MAX_BYTES:
                 raise broken(root, NAME, f"has {size} bytes, and at most {MAX_BYTES} are read")
             return file.read(MAX_BYTES)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise _absent(root) from None
     except OSError as error:
         raise broken(root, NAME, f"cannot be read ({error.strerror})") from error
 
 
 def _absent(root: Path) -> IndexFormatError:
+    if root.is_file():
+        return IndexFormatError(f"{root}: a file, not an index; give the folder of the index")
     if not root.is_dir():
         return IndexFormatError(f"{root}: there is no index here; build one with `embedcam build`")
     if any(_PIECES.fullmatch(entry.name) for entry in root.iterdir()):

@@ -254,7 +254,7 @@ class Index:
         if self.manifest["faiss"] is None:
             raise InputError(
                 "this index was built without FAISS; give neighbors= ids that your own search "
-                "found, or call embedcam.index.rebuild_faiss(path, 'Flat')"
+                "found, or give it one with `embedcam compact --rebuild-faiss Flat`"
             )
         if nprobe is not None and nprobe < 1:
             raise InputError(f"nprobe = {nprobe}; at least 1 list must be visited")

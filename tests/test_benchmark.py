@@ -1,0 +1,231 @@
+"""scripts/benchmark.py: its parts on toy networks and tiny indexes. Values, never seconds."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from toys import seeded
+
+from embedcam import EmbeddingNetwork, find_images
+from embedcam.index import Index
+from embedcam.preprocess import Preprocess
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+PARTS = ("timing", "cases", "exactness", "building", "explaining", "indexes")
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[SimpleNamespace]:
+    """The modules of scripts/benchmark/ and, as `script`, scripts/benchmark.py."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        loaded = {name: importlib.import_module(f"benchmark.{name}") for name in PARTS}
+        spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPTS / "benchmark.py")
+        assert spec is not None
+        assert spec.loader is not None
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        yield SimpleNamespace(script=script, **loaded)
+    finally:
+        sys.path.remove(str(SCRIPTS))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "benchmark"]:
+            del sys.modules[name]
+
+
+def toy_module(width: int) -> nn.Module:
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, 4, 1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, width),
+        )
+    )
+
+
+def toy_network(width: int = 6) -> EmbeddingNetwork:
+    preprocess = Preprocess.imagenet(24)
+    return EmbeddingNetwork(toy_module(width), "1", preprocess=preprocess, name="toy")
+
+
+def rows_of(markdown: str) -> list[list[str]]:
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in rows if set("".join(row)) - set("-:")]
+
+
+class Clock:
+    """Seconds that a test decides: every run of a case takes what it adds."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_cases_take_turns_and_only_their_run_is_timed(
+    benchmark: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timing: ModuleType = benchmark.timing
+    clock, order = Clock(), []
+    monkeypatch.setattr(timing, "time", clock)
+
+    def case(name: str, seconds: float) -> object:
+        def run(ready: str) -> None:
+            order.append(f"{name} {ready}")
+            clock.now += seconds
+
+        def before() -> str:
+            clock.now += 100
+            return "made ready"
+
+        def after(ready: str) -> None:
+            clock.now += 100
+            order.append(f"tidied {ready}")
+
+        return timing.Case(run, before, after)
+
+    took = timing.alternate({"a": case("a", 2), "b": case("b", 3)}, rounds=2, warmup=1)
+    assert order == ["a made ready", "tidied made ready", "b made ready", "tidied made ready"] * 3
+    assert took["a"].tolist() == [2, 2]
+    assert took["b"].tolist() == [3, 3]
+
+
+def test_a_ratio_is_taken_round_by_round(benchmark: SimpleNamespace) -> None:
+    timing: ModuleType = benchmark.timing
+    # A machine twice as slow in the second round changes no ratio.
+    found = timing.ratio(np.array([1.1, 2.4, 1.0]), np.array([1.0, 2.0, 1.0]))
+    assert (found.median, found.low, found.high) == pytest.approx((1.1, 1.0, 1.2))
+    assert str(found) == "1.100 (1.000-1.200)"
+
+
+@pytest.mark.parametrize(
+    ("value", "bar", "at_least", "expected"),
+    [
+        (1.05, 1.05, False, "<= 1.05: met"),
+        (1.051, 1.05, False, "<= 1.05: **not met**"),
+        (2.4, 2.5, True, ">= 2.5: **not met**"),
+        (2.5, 2.5, True, ">= 2.5: met"),
+        (9, None, False, ""),
+    ],
+)
+def test_a_verdict_says_the_bar(
+    benchmark: SimpleNamespace, value: float, bar: float | None, at_least: bool, expected: str
+) -> None:
+    assert benchmark.timing.verdict(value, bar, at_least=at_least) == expected
+
+
+def test_a_table_is_markdown(benchmark: SimpleNamespace) -> None:
+    text = benchmark.timing.table(["case", "ms"], [["one", 1.5]])
+    assert text == "| case | ms |\n| --- | ---: |\n| one | 1.5 |\n"
+
+
+def test_exactness_of_a_toy_is_met_and_a_wrong_mean_is_not(
+    benchmark: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exactness: ModuleType = benchmark.exactness
+    subject = exactness.Subject("toy", toy_module(6), "1", 24)
+    rows = rows_of(exactness.report(anchors=2, triplets=5, chosen=[subject]))[1:]
+    assert len(rows) == 2 * 2 * 2
+    assert all(row[-1].endswith(": met") for row in rows)
+    assert {row[1] for row in rows} == {"float32", "float64"}
+
+    right = exactness.production
+    monkeypatch.setattr(exactness, "production", lambda *given: 1.001 * right(*given))
+    rows = rows_of(exactness.report(anchors=1, triplets=5, chosen=[subject]))[1:]
+    assert all(row[-1].endswith("**not met**") for row in rows)
+
+
+def test_a_build_forwards_each_image_once_and_its_stages_are_kept(
+    benchmark: SimpleNamespace, tmp_path: Path
+) -> None:
+    building: ModuleType = benchmark.building
+    source = find_images(benchmark.cases.write_pictures(tmp_path / "pictures", 12, classes=2))
+    subject = building.Subject("toy", toy_network(), ("gradcam", "gradcam++"), 1.05)
+    runs = building.Runs(subject, source, 4, tmp_path)
+    took = runs.seconds(rounds=1)
+    assert list(took) == ["embedding", building.CONTROL, "gradcam", "gradcam++"]
+    assert set(runs.stages["gradcam"][0]) == {"before", "embed", "weights", "encode", "write"}
+    few = building.Runs(subject, type(source)(source.items[::2], source.root), 4, tmp_path)
+    assert runs.forwards("gradcam") - few.forwards("gradcam") == 12 - 6
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_embedding_is_what_an_index_holds(benchmark: SimpleNamespace, tmp_path: Path) -> None:
+    building: ModuleType = benchmark.building
+    source = find_images(benchmark.cases.write_pictures(tmp_path / "pictures", 6, classes=2))
+    subject = building.Subject("toy", toy_network(), ("gradcam",), 1.05)
+    runs = building.Runs(subject, source, 4, tmp_path)
+    out = runs.ready()
+    runs.embed(out)
+    runs.build("gradcam", out)
+    with Index.open(out / "index") as index:
+        stored = index.embeddings(index.positions(source.ids))
+    np.testing.assert_allclose(np.load(out / "0.npy"), stored, atol=1e-6)
+
+
+def test_every_way_to_explain_draws_the_same_map(
+    benchmark: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explaining: ModuleType = benchmark.explaining
+    monkeypatch.setattr(explaining, "SIZE", 24)
+    network = toy_network()
+    path = explaining.make_index(network, tmp_path / "index", rows=40)
+    image = torch.randn(3, 24, 24, generator=torch.Generator().manual_seed(0))
+    query = explaining.Query(network, path, image)
+    expected = query.explain_and_search()
+    assert expected.shape == (24, 24)
+    np.testing.assert_allclose(query.explain(), expected, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(query.explain_ids(), expected, rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(query.embed(), query.embedding, atol=1e-6)
+    assert query.lean_gradcam().shape == (24, 24)
+    query.close()
+
+
+def test_bytes_of_an_index_are_all_counted(benchmark: SimpleNamespace, tmp_path: Path) -> None:
+    indexes: ModuleType = benchmark.indexes
+    encoding = indexes.encodings(channels=64, rank=16, m=5)["top-5"]
+    path = indexes.make_index(tmp_path / "index", 30, encoding, "none", tmp_path / "source", 4)
+    kept, named, once = indexes.bytes_of(path)
+    # Five channels and five halves, a scale; 49 bytes of map, a scale; the count of triplets.
+    assert kept == 30 * (5 * 2 + 5 * 2 + 4 + 49 + 4 + 4)
+    assert kept + named + once == sum(f.stat().st_size for f in path.rglob("*") if f.is_file())
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_another_process_opens_the_index_without_torch(
+    benchmark: SimpleNamespace, tmp_path: Path
+) -> None:
+    text = benchmark.indexes.open_report(200, 1, tmp_path)
+    assert [row[0] for row in rows_of(text)[1:]] == [
+        "opening, s",
+        "growth of the resident set, MB",
+        "first search (loads FAISS), s",
+        "second search, s",
+    ]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_search_has_a_row_for_each_factory(benchmark: SimpleNamespace, tmp_path: Path) -> None:
+    text = benchmark.indexes.search_report(300, 5, tmp_path, ("Flat", "HNSW8"))
+    rows = rows_of(text)[1:]
+    assert [row[0] for row in rows] == ["Flat", "HNSW8"]
+    assert rows[0][3] == "1.000"
+
+
+def test_the_script_refuses_an_unknown_section(
+    benchmark: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.script.arguments(["explian"])
+    assert "unknown section 'explian'" in capsys.readouterr().err
+    chosen = benchmark.script.arguments(["peers", "--quick"])
+    assert (chosen.sections, chosen.rounds) == (["peers"], 2)

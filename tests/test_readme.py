@@ -1,0 +1,86 @@
+"""The README is true: its Python runs, its commands parse, its links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import mobilenet_v2
+
+from embedcam.cli.parser import parser
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for label in ("owl", "gull"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(3):
+            pixels = generator.integers(0, 256, (90, 120, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / label / f"{number}.png")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = mobilenet_v2()
+    save_file(made.state_dict(), tmp_path / "weights.safetensors")
+    unit = generator.standard_normal(1280).astype(np.float32)
+    names = {
+        "photos": tmp_path / "photos",
+        "weights": tmp_path / "weights.safetensors",
+        "query": tmp_path / "photos" / "owl" / "1.png",
+        "embedding": unit / np.linalg.norm(unit),
+        "activations": generator.random((1280, 7, 7), np.float32),
+        "module": Named(made.features).eval(),
+        "trunk": made.features.eval(),
+        "head": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    }
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), names)
+    assert (tmp_path / "why.png").stat().st_size > 10_000
+    assert names["why"].ids
+    assert len(names["body"]["neighbors"]) == 5
+    assert names["match"].explained == [names["match"].ids[0]]
+
+
+class Named(nn.Module):
+    """A network with a layer called `features`."""
+
+    def __init__(self, features: nn.Module) -> None:
+        super().__init__()
+        self.features = features
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.features(images).mean((2, 3))
+
+
+def commands() -> list[str]:
+    joined = "\n".join(blocks("sh")).replace("\\\n", " ")
+    return [line for line in joined.splitlines() if line.startswith("embedcam ")]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_its_commands_parse(line: str) -> None:
+    assert callable(parser().parse_args(shlex.split(line, comments=True)[1:]).run)
+
+
+def test_every_command_is_documented() -> None:
+    known = re.findall(r"^\| `embedcam (\w+)", README, re.MULTILINE)
+    actions = [a for a in parser()._actions if a.choices]
+    assert sorted(set(known)) == sorted(actions[0].choices)
+
+
+def test_its_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target

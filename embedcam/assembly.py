@@ -16,6 +16,7 @@ from .index import Index, PartData
 from .network import EmbeddingNetwork
 from .passes import Work, coarse_grid, own_maps, skipped_of
 from .recipe import Recipe
+from .triplets import pairs_digest
 
 SAMPLE = 2048
 """Weight vectors that a low-rank basis is fitted on, at most."""
@@ -87,8 +88,16 @@ def fit_encoding(work: Work, mean: np.ndarray) -> Encoding:
         mean: mean embedding `[D]`.
     """
     matrix = work.network.head_kind.matrix if work.exact else None
+    # Only mapped: of an array that long, nothing but its shape is looked at.
+    first = work.scratch.read("weights", _filled(work)[0], "weights")["weights"]
     return make_encoding(
-        work.recipe, matrix, grid_of(work), mean, work.network.normalize, lambda: _sample(work)
+        work.recipe,
+        matrix,
+        grid_of(work),
+        mean,
+        work.network.normalize,
+        lambda: _sample(work),
+        n_channels=first.shape[1] if matrix is None else matrix.shape[1],
     )
 
 
@@ -99,6 +108,8 @@ def make_encoding(
     mean: np.ndarray,
     normalize: bool,
     sample: Callable[[], np.ndarray],
+    *,
+    n_channels: int | None = None,
 ) -> Encoding:
     """The encoding a recipe asks for.
 
@@ -108,7 +119,8 @@ def make_encoding(
         grid: (H, W) of the layer.
         mean: mean embedding `[D]`.
         normalize: whether embeddings are L2-normalised.
-        sample: gives weight vectors `[n K]` to fit on.
+        sample: gives weight vectors `[n K]` to fit on; not asked where nothing is fitted.
+        n_channels: K; None counts it in a sample.
     """
     if matrix is not None:
         basis = matrix / np.prod(grid)
@@ -116,12 +128,12 @@ def make_encoding(
         derived = recipe.target == "centred" and (recipe.norm == "around" or not normalize)
         offset = -mean @ basis if derived else np.zeros(basis.shape[1])
         return LowRank(basis, offset, "head", "embedding" if derived else "stored", recipe.dtype)
-    weights = sample()
+    if recipe.encoding == "low-rank":
+        return fit_pca(sample(), recipe.rank, recipe.dtype)
+    width = sample().shape[1] if n_channels is None else n_channels
     if recipe.encoding == "dense":
-        return Dense(weights.shape[1], recipe.dtype)
-    if recipe.encoding == "top-m":
-        return TopM(weights.shape[1], recipe.m, recipe.by, recipe.dtype)
-    return fit_pca(weights, recipe.rank, recipe.dtype)
+        return Dense(width, recipe.dtype)
+    return TopM(width, recipe.m, recipe.by, recipe.dtype)
 
 
 def sample_places(n: int, seed: int) -> np.ndarray:
@@ -141,25 +153,37 @@ def header(
     grid: tuple[int, int],
     encoding: Encoding,
     coarse: tuple[int, int] | None,
+    *,
+    files: str | None = None,
+    given: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """What the manifest of a new index says; see index/README.md."""
+    """What the manifest of a new index says; see index/README.md.
+
+    Args:
+        recipe: the choices.
+        network: what `described` says of it, or None.
+        root: folder that paths are relative to, or None.
+        width: D.
+        normalize: whether embeddings are L2-normalised.
+        layer: its name.
+        grid: (H, W) of the layer.
+        encoding: of the weights.
+        coarse: grid of the images' own maps, or None.
+        files: digest of the files that were read, or None where there were none.
+        given: the user's own triplets `[N S 2]`, or None.
+    """
+    images = {"root": None if root is None else str(root.resolve()), "files_sha256": files}
     return {
         "recipe": recipe.to_dict(),
         "network": network,
-        "images": None if root is None else {"root": str(root.resolve())},
+        "images": None if root is None and files is None else images,
         "libraries": {"torch": torch.__version__.split("+")[0]},
         "embedding": {"width": width, "normalized": normalize},
         "metric": recipe.metric,
         "method": recipe.method,
         "target": recipe.target,
         "norm": recipe.norm,
-        "triplets": {
-            "sampling": recipe.resolved_sampling,
-            "count": recipe.triplets,
-            "hinge": recipe.hinge,
-            "margin": recipe.margin,
-            "seed": recipe.seed,
-        },
+        "triplets": _evidence(recipe, given),
         "layers": [
             {
                 "name": layer,
@@ -171,6 +195,25 @@ def header(
             }
         ],
     }
+
+
+def _evidence(recipe: Recipe, given: np.ndarray | None) -> dict[str, Any]:
+    """The triplets behind the weights; a count of 0 says that none were drawn."""
+    sampling, count = recipe.resolved_sampling, recipe.n_triplets
+    if recipe.target == "centred":
+        sampling, count = "none", 0
+    elif sampling == "all":
+        count = 0
+    elif given is not None:
+        count = given.shape[1]
+    about = {
+        "sampling": sampling,
+        "count": count,
+        "hinge": recipe.hinge,
+        "margin": recipe.margin,
+        "seed": recipe.seed,
+    }
+    return about if given is None else {**about, "sha256": pairs_digest(given)}
 
 
 def described(network: EmbeddingNetwork, identity: Identity) -> dict[str, Any]:

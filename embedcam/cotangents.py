@@ -61,7 +61,7 @@ class AnchorCotangents:
                 labels,
                 nearest_others(embeddings),
                 sampling=recipe.resolved_sampling,
-                n_triplets=recipe.triplets,
+                n_triplets=recipe.n_triplets,
                 margin=recipe.margin,
                 seed=recipe.seed,
             )

@@ -169,6 +169,7 @@ class LowRank(Encoding):
         self.n_channels, self.dtype = basis.shape[1], _dtype(dtype)
         self.rank, self.origin, self.codes = basis.shape[0], origin, codes
         self.fitted = {"basis": basis, "offset": offset}
+        self._scale = _multiple_of_identity(basis)
         self.uses_embedding = codes == "embedding"
         stored = {"codes": Field(dtype, (self.rank,)), **_scale_field(dtype)}
         self.fields = {} if self.uses_embedding else stored
@@ -194,13 +195,17 @@ class LowRank(Encoding):
         return {} if self.uses_embedding else _pack("codes", _checked(codes, self.rank), self.dtype)
 
     def decode(self, rows: Rows) -> np.ndarray:  # noqa: D102
-        return self.stored_codes(rows) @ self.fitted["basis"] + self.fitted["offset"]
+        return self._spread(self.stored_codes(rows)) + self.fitted["offset"]
 
     def combine(self, rows: Rows, coefficients: np.ndarray) -> np.ndarray:
         """Averages the codes and decodes once: the same sum, R numbers a neighbour instead of K."""
         coefficients = coefficients.astype(np.float32)
         mixed = coefficients @ self.stored_codes(rows)
-        return mixed @ self.fitted["basis"] + coefficients.sum() * self.fitted["offset"]
+        return self._spread(mixed) + coefficients.sum() * self.fitted["offset"]
+
+    def _spread(self, codes: np.ndarray) -> np.ndarray:
+        """codes @ basis; where the embedding is the pooled vector itself, without the product."""
+        return codes @ self.fitted["basis"] if self._scale is None else codes * self._scale
 
     def stored_codes(self, rows: Rows) -> np.ndarray:
         """The codes `[n R]` that multiply the basis, as float32."""
@@ -267,6 +272,15 @@ def fit_pca(sample: np.ndarray, rank: int, dtype: str = "float16") -> LowRank:
     # Eigenvectors have no sign of their own: make the largest entry positive.
     largest = np.take_along_axis(basis, np.abs(basis).argmax(axis=1)[:, None], axis=1)
     return LowRank(basis * np.where(largest < 0, -1, 1), offset, "pca", "stored", dtype)
+
+
+def _multiple_of_identity(basis: np.ndarray) -> np.float32 | None:
+    """s where the basis is s times the identity matrix."""
+    if basis.shape[0] != basis.shape[1]:
+        return None
+    scale: np.float32 = basis[0, 0]
+    alike = np.count_nonzero(basis) == len(basis) and bool((basis.diagonal() == scale).all())
+    return scale if alike and scale != 0 else None
 
 
 def _pack(field: str, values: np.ndarray, dtype: str) -> dict[str, np.ndarray]:

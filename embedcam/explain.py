@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .cam import cam, resize
-from .errors import InputError
+from .encoding import Rows
+from .errors import IndexFormatError, InputError
 from .explanation import Explanation
 from .images import read_image
 from .index import Index, Neighbors
@@ -66,6 +67,7 @@ class Explainer:
             self._encoding = self.index.encoding()
             root = images if images is not None else (manifest.get("images") or {}).get("root")
             self._root = None if root is None else Path(root)
+            self._only_below = images is not None
             if network is not None:
                 self._check(network)
             self.preprocess = self._preprocess()
@@ -235,8 +237,13 @@ class Explainer:
         result: str | None,
         picture: Image.Image | None,
     ) -> Explanation:
-        sources = near if result is None else self._named(embedding, [result])
-        weights = self._transferred(sources)
+        rows = self.index.rows(near.positions)
+        norms = self._encoding.norms(rows)
+        weights = self._transferred(rows, norms, near.distances)
+        if result is not None:
+            chosen = self._named(embedding, [result])
+            row = self.index.rows(chosen.positions)
+            weights = self._transferred(row, self._encoding.norms(row), chosen.distances)
         drawn = cam(weights, activations)
         if size is not None:
             drawn = resize(drawn, size)
@@ -258,14 +265,22 @@ class Explainer:
             extent=extent,
             image=picture,
             preprocess=self.preprocess,
+            root=self._root or Path(),
+            only_below=self._only_below,
+            neighbor_norms=norms,
         )
 
-    def _transferred(self, sources: Neighbors) -> np.ndarray:
-        rows = self.index.rows(sources.positions)
-        # One neighbour is taken unscaled: its norm is not asked for.
-        alone = len(sources.positions) == 1
-        norms = np.ones(1) if alone else self._encoding.norms(rows)
-        return self._encoding.combine(rows, coefficients(norms, sources.distances, self.transfer))
+    def _transferred(self, rows: Rows, norms: np.ndarray, distances: np.ndarray) -> np.ndarray:
+        """The query's weights `[K]` from its neighbours' rows and their weights' norms `[n]`."""
+        if not np.isfinite(norms).all():
+            raise self._damaged()
+        return self._encoding.combine(rows, coefficients(norms, distances, self.transfer))
+
+    def _damaged(self) -> IndexFormatError:
+        return IndexFormatError(
+            f"{self.index.path}: stored weights hold a NaN or an infinity; `embedcam verify` says "
+            "which file is damaged"
+        )
 
     def _path(self, path: str) -> str:
         return str(self._root / path) if path and self._root is not None else path

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import io
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .cam import area_average
 from .errors import EmbedcamError, InputError
 from .images import read_image
 
@@ -42,6 +44,12 @@ class Explanation:
             unknown.
         image: the query picture, upright, or None.
         preprocess: what was shown to the network of the neighbours' pictures, or None.
+        neighbor_norms: L2 norm of each neighbour's stored weights, `[n]`, or None. Pictures divide
+            by it, so that results that share a colour scale are compared by weights of one length.
+        root: folder that `paths` were joined to. A path that climbs out of it ("..") is not
+            followed: its picture counts as not found. None where the paths are the caller's own.
+        only_below: with True absolute paths, too, are followed only below `root`: the caller named
+            the folder, so that an index from elsewhere has no say in which other files are read.
     """
 
     cam: np.ndarray
@@ -57,6 +65,14 @@ class Explanation:
     extent: Extent | None = None
     image: Image.Image | None = None
     preprocess: AnyPreprocess | None = field(default=None)
+    root: Path | None = None
+    only_below: bool = False
+    neighbor_norms: np.ndarray | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether the query's map is zero everywhere: nothing in it speaks for these results."""
+        return not bool(self.cam.any())
 
     def __repr__(self) -> str:
         height, width = self.cam.shape
@@ -102,18 +118,31 @@ class Explanation:
         results = []
         for place, name in enumerate(self.ids):
             picture, extent = self._neighbor_picture(place)
-            own = None if self.neighbor_cams is None else self.neighbor_cams[place]
+            own = self._shown_cam(place)
             label = self.labels[place]
-            distance = f"distance {self.distances[place]:.3g}"
+            distance = f"distance {self.distances[place]:.3f}"
             below = distance if label is None else f"{label}\n{distance}"
-            results.append(render.Tile(picture, own, extent, name, below))
+            results.append(render.Tile(picture, own, extent, name.rpartition("/")[2], below))
         return query, results
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, ready for JSON; all but the weights and the pictures."""
+    def _shown_cam(self, place: int) -> np.ndarray | None:
+        """A neighbour's own map as drawn: with weights of length 1."""
+        if self.neighbor_cams is None:
+            return None
+        own: np.ndarray = self.neighbor_cams[place]
+        norm = 0.0 if self.neighbor_norms is None else float(self.neighbor_norms[place])
+        return own / norm if norm > 0 else own
+
+    def to_dict(self, size: tuple[int, int] | None = None) -> dict[str, Any]:
+        """Plain lists and numbers, ready for JSON; all but the weights and the pictures.
+
+        Args:
+            size: (height, width) the query's map is averaged down to; None keeps it as it is.
+                A body for the network wants a small one: bilinear resizing draws it again.
+        """
         neighbors = []
         for place, name in enumerate(self.ids):
-            own = None if self.neighbor_cams is None else self.neighbor_cams[place].tolist()
+            own = None if self.neighbor_cams is None else _rounded(self.neighbor_cams[place])
             neighbors.append(
                 {
                     "id": name,
@@ -125,7 +154,8 @@ class Explanation:
                 }
             )
         return {
-            "cam": self.cam.tolist(),
+            "cam": _rounded(self.cam if size is None else area_average(self.cam, size)),
+            "empty": self.empty,
             "extent": None if self.extent is None else list(self.extent),
             "transfer": self.transfer,
             "explained": list(self.explained),
@@ -140,14 +170,17 @@ class Explanation:
         return f'<img alt="{alt}" style="max-width: 100%" src="data:image/png;base64,{data}">'
 
     def _transfer_note(self) -> str:
+        if self.empty:
+            return "no positive evidence\nfor these results"
         if len(self.explained) == 1:
-            return f"what here matched {self.explained[0]}"
+            return f"what here matched\n{self.explained[0].rpartition('/')[2]}"
         return f"weights of {len(self.explained)} neighbours, {self.transfer}"
 
     def _neighbor_picture(self, place: int) -> tuple[Image.Image | None, Extent | None]:
         """A neighbour's picture and what the network saw of it; None for what is not to be had."""
         try:
-            picture = read_image(self.paths[place]) if self.paths[place] else None
+            followed = may_follow(self.paths[place], self.root, self.only_below)
+            picture = read_image(self.paths[place]) if followed else None
         except EmbedcamError:
             return None, None
         if picture is None or self.preprocess is None:
@@ -157,6 +190,36 @@ class Explanation:
         except EmbedcamError:
             # A map over the wrong part of a picture would be worse than one beside it.
             return None, None
+
+
+def _rounded(cam: np.ndarray) -> list[Any]:
+    """A map as lists of numbers with the digits a float32 holds, not a double's."""
+    shortest: list[Any] = np.asarray(cam, np.float32).astype("U").astype(float).tolist()
+    return shortest
+
+
+def may_follow(path: str, root: Path | None, only_below: bool) -> bool:
+    """Whether a neighbour's picture is read: its path is what an index says, whoever wrote it.
+
+    Args:
+        path: as in `Explanation.paths`: joined to the root, or absolute.
+        root: see `Explanation.root`.
+        only_below: see `Explanation.only_below`.
+
+    The test is one of names: links that lie below the root are the reader's own, and followed.
+    """
+    if not path:
+        return False
+    if root is None:
+        return True
+    found = Path(path)
+    below = found.is_relative_to(root)
+    # Any "..", for behind a link it leads elsewhere than the names say; the root's own are fine.
+    if ".." in (found.relative_to(root) if below else found).parts:
+        return False
+    if below:
+        return True
+    return found.is_absolute() and (not only_below or found.is_relative_to(os.path.abspath(root)))
 
 
 def check_picture_name(path: Path) -> None:

@@ -1,6 +1,6 @@
 """OFFLINE, without images: an index from embeddings and pooled activations that already exist."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from .assembly import described, header, make_encoding, sample_places
 from .build import BuildReport
 from .build.checks import check_amounts, disk_errors, warn_of_norm
+from .build.report import Stages
 from .cotangents import AnchorCotangents
 from .encoding import LowRank
 from .errors import InputError, RecipeError
@@ -68,6 +69,7 @@ def build_from_features(
     triplets: np.ndarray | None = None,
     network: EmbeddingNetwork | None = None,
     replace: bool = False,
+    progress: bool | None = None,
 ) -> BuildReport:
     """Build an index from features that another system computed; no image is read.
 
@@ -89,6 +91,7 @@ def build_from_features(
         triplets: with sampling "given": `[N S 2]`.
         network: whose identity to record; its layer, head and grid must be those of the features.
         replace: redo a finished index.
+        progress: a bar; None shows it on a terminal only.
 
     Raises:
         InputError: shapes that do not fit, NaN, or features that the head does not connect.
@@ -116,19 +119,23 @@ def build_from_features(
         mean,
         normalize,
         lambda: features.weights(anchors, sample_places(n, recipe.seed), False)[0],
+        n_channels=n_channels,
     )
     fields = {name: np.empty((n, *f.shape), f.dtype) for name, f in encoding.fields.items()}
     counts = np.empty(n, np.uint32)
-    for start in range(0, n, BLOCK):
-        places = np.arange(start, min(start + BLOCK, n))
-        weights, used = features.weights(anchors, places, exact)
-        if exact and isinstance(encoding, LowRank):
-            rows = encoding.encode_codes(weights)
-        else:
-            rows = encoding.encode(weights)
-        for name, values in rows.items():
-            fields[name][places] = values
-        counts[places] = np.minimum(used, np.iinfo(np.uint32).max)
+    stages = Stages(progress)
+    with stages("weights", n) as tick:
+        for start in range(0, n, BLOCK):
+            places = np.arange(start, min(start + BLOCK, n))
+            weights, used = features.weights(anchors, places, exact)
+            if exact and isinstance(encoding, LowRank):
+                rows = encoding.encode_codes(weights)
+            else:
+                rows = encoding.encode(weights)
+            for name, values in rows.items():
+                fields[name][places] = values
+            counts[places] = np.minimum(used, np.iinfo(np.uint32).max)
+            tick(len(places))
     part = PartData(names, kept_labels, [""] * n, features.embeddings, counts, [fields], [None])
     about = header(
         recipe,
@@ -140,13 +147,14 @@ def build_from_features(
         features.grid,
         encoding,
         None,
+        given=triplets,
     )
     shared = {"embedding_mean": mean, **({} if identity is None else identity.arrays())}
-    with disk_errors(path):
+    with stages("write"), disk_errors(path):
         create(path, about, [encoding.fitted], shared, part, replace=replace)
     by_label = codes is not None and recipe.target == "margin" and triplets is None
     n_single = Classes(codes).n_single if by_label and codes is not None else 0
-    return BuildReport(path, n, [], n_single, int((counts == 0).sum()))
+    return BuildReport(path, n, [], n_single, int((counts == 0).sum()), stages.seconds)
 
 
 @dataclass(frozen=True)
@@ -235,10 +243,23 @@ def _matrix(name: str, values: np.ndarray) -> np.ndarray:
         )
     if 0 in values.shape:
         raise InputError(f"{name} is empty, {list(values.shape)}; expected floats [N width]")
-    if not np.isfinite(values).all():
-        bad = int(np.flatnonzero(~np.isfinite(values).all(1))[0])
+    bad = _first_row(values, lambda block: ~np.isfinite(block))
+    if bad is not None:
         raise InputError(f"{name}: row {bad} holds a NaN or an infinity")
     return values.astype(np.float32, copy=False)
+
+
+def _first_row(values: np.ndarray, bad: Callable[[np.ndarray], np.ndarray]) -> int | None:
+    """The first row `[N]` with a bad number, block after block: `[N K]` booleans may not fit."""
+    for start in range(0, len(values), BLOCK):
+        rows = bad(values[start : start + BLOCK]).any(axis=1)
+        if rows.any():
+            return start + int(rows.argmax())
+    return None
+
+
+def _negative(block: np.ndarray) -> np.ndarray:
+    return block < 0
 
 
 def _checked(
@@ -327,7 +348,7 @@ def _checked_head(head: AffineHead, embeddings: np.ndarray, pooled: np.ndarray) 
             f"of {expected[1]} and a head {list(head.matrix.shape)} do not fit together"
         )
     z = head.output(pooled).astype(np.float32)
-    if not np.isfinite(z).all():
+    if _first_row(z, lambda block: ~np.isfinite(block)) is not None:
         raise InputError("the head makes a NaN or an infinity of the pooled vectors; check it")
     return z
 
@@ -337,13 +358,13 @@ def _positive(recipe: Recipe, pooled: np.ndarray, given: np.ndarray | None) -> n
         return pooled
     if given is not None:
         positive = _matrix("positive_pooled", given)
-        if positive.shape != pooled.shape or (positive < 0).any():
+        if positive.shape != pooled.shape or _first_row(positive, _negative) is not None:
             raise InputError(
                 f"positive_pooled is {list(positive.shape)}, its least value {positive.min():.3g}; "
                 f"expected means of max(A, 0), {list(pooled.shape)} and not negative"
             )
         return positive
-    if (pooled < 0).any():
+    if _first_row(pooled, _negative) is not None:
         raise RecipeError(
             "some pooled activations are negative, so the mean of the positive ones is not known; "
             "give positive_pooled, or use method 'gradcam'"

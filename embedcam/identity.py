@@ -41,6 +41,8 @@ class Identity:
     parameters_sha256: of the sorted state dict: names without wrappers' prefixes, dtypes, shapes,
         bytes; counters of batch norms left out.
     layer, preprocess, normalize: must be equal.
+    structure_sha256: of names, dtypes and shapes alone; the same structure with other bytes is
+        another training, not another form of the same network.
     output, layout, precision, name: recorded for people; the probe decides.
     probe_embedding: float32 `[D]`, the embedding of the synthetic picture.
     probe_pooled: float32 `[K]`, the mean over positions of its activations.
@@ -56,6 +58,7 @@ class Identity:
     name: str | None
     probe_embedding: np.ndarray
     probe_pooled: np.ndarray
+    structure_sha256: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the probe's arrays, ready for JSON."""
@@ -68,6 +71,7 @@ class Identity:
             "layout": self.layout,
             "precision": self.precision,
             "name": self.name,
+            "structure_sha256": self.structure_sha256,
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -91,6 +95,7 @@ class Identity:
                 )
         return cls(
             **{key: values[key] for key in _KINDS},
+            structure_sha256=values.get("structure_sha256"),
             probe_embedding=_probe_array(arrays, "probe_embedding"),
             probe_pooled=_probe_array(arrays, "probe_pooled"),
         )
@@ -128,6 +133,15 @@ def hash_parameters(module: nn.Module) -> str:
     `_orig_mod.` anywhere (compiled) are left out, as is `num_batches_tracked`, which counts
     training steps and computes nothing.
     """
+    return _hash_state(module, with_bytes=True)
+
+
+def hash_structure(module: nn.Module) -> str:
+    """As `hash_parameters`, of names, dtypes and shapes alone."""
+    return _hash_state(module, with_bytes=False)
+
+
+def _hash_state(module: nn.Module, with_bytes: bool) -> str:
     state = {key: value for key, value in module.state_dict().items() if torch.is_tensor(value)}
     names = {key: bare_name(key) for key in state}
     if len(set(names.values())) < len(names):
@@ -137,10 +151,12 @@ def hash_parameters(module: nn.Module) -> str:
     for key in sorted(state, key=names.__getitem__):
         if key.rpartition(".")[2] == "num_batches_tracked":
             continue
-        tensor = state[key].detach().cpu().contiguous()
+        tensor = state[key].detach()
         header = [names[key], str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
         digest.update(json.dumps(header).encode() + b"\n")
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if with_bytes:
+            whole = tensor.cpu().contiguous()
+            digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -164,6 +180,7 @@ def fingerprint(network: EmbeddingNetwork) -> Identity:
         name=described["name"],
         probe_embedding=features.embedding[0].float().cpu().numpy(),
         probe_pooled=features.activations[0].mean((1, 2)).float().cpu().numpy(),
+        structure_sha256=hash_structure(network.module),
     )
 
 
@@ -186,8 +203,9 @@ def _full_float32(device: torch.device) -> Iterator[None]:
 def check(stored: Identity, network: EmbeddingNetwork) -> None:
     """Refuse a network that is not the one an index was built with.
 
-    The same parameters in the same precision may differ in the probe by 1e-3, relative; others
-    (compiled, exported, half precision, autocast) by 2e-2, with a `NetworkWarning`.
+    The same parameters in the same precision may differ in the probe by 1e-3, relative, and so may
+    other parameters of the same structure; other forms of the network (compiled, exported, half
+    precision, autocast) by 2e-2, both with a `NetworkWarning`.
 
     Raises:
         NetworkMismatch: naming the index's value and the network's.
@@ -196,7 +214,13 @@ def check(stored: Identity, network: EmbeddingNetwork) -> None:
     _refuse_settings(stored, given)
     same = stored.parameters_sha256 == given.parameters_sha256
     precise = same and stored.precision == given.precision
-    allowed = SAME if precise else ALIKE
+    # Of the same structure and precision, and yet other bytes: trained differently.
+    retrained = (
+        not same
+        and stored.precision == given.precision
+        and stored.structure_sha256 == given.structure_sha256
+    )
+    allowed = SAME if precise or retrained else ALIKE
     difference, what = max(
         (_difference(a, b), key)
         for key, a, b in (

@@ -95,13 +95,19 @@ class Work:
         return np.array(self.scratch.read("embed", chunk, "positions")["positions"])
 
 
-def is_exact(recipe: Recipe, matrix: np.ndarray | None) -> bool:
+def is_exact(recipe: Recipe, matrix: np.ndarray | None, normalize: bool = True) -> bool:
     """Whether dy/dz in the head's own matrix W `[D K]`, None if it has none, is all there is.
 
-    Grad-CAM behind a pooled affine head is W^T dy/dz / Z, also averaged over triplets.
+    Grad-CAM behind a pooled affine head is W^T dy/dz / Z, also averaged over triplets. A code that
+    is derived from the stored embedding takes no room, whatever its width.
     """
-    wanted = recipe.encoding == "low-rank" and recipe.method == "gradcam"
-    return wanted and matrix is not None and len(matrix) <= recipe.rank
+    wanted = recipe.encoding == "low-rank" and recipe.method == "gradcam" and matrix is not None
+    return wanted and (is_derived(recipe, normalize) or len(matrix) <= recipe.rank)  # type: ignore[arg-type]
+
+
+def is_derived(recipe: Recipe, normalize: bool) -> bool:
+    """Whether dy/dz is the stored embedding less the mean: centred, not through a norm."""
+    return recipe.target == "centred" and (recipe.norm == "around" or not normalize)
 
 
 def chunk_size(batch_size: int) -> int:

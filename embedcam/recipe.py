@@ -15,6 +15,8 @@ from .errors import RecipeError
 from .targets import NORMS, TARGETS
 from .triplets import SAMPLINGS
 
+N_TRIPLETS = 50
+"""S where none is asked for (Chen et al., WACV 2020)."""
 METHODS = ("gradcam", "gradcam++")
 ENCODINGS = ("low-rank", "top-m", "dense")
 METRICS = ("l2", "ip")
@@ -34,8 +36,8 @@ class Recipe:
         norm: the gradient "through" the L2 norm or "around" it.
         sampling: "random", "semihard", "hard", "all" (the exact mean over every triplet, in closed
             form), "given", or "auto": "all" where it has a closed form (Grad-CAM without hinge) and
-            `triplets` is not changed, else "random".
-        triplets: S, triplets drawn for each image.
+            no number of triplets is asked for, else "random".
+        triplets: S, triplets drawn for each image; None draws 50 where triplets are drawn.
         hinge: leave out triplets that the margin already satisfies.
         margin: of the hinge and of semihard sampling.
         seed: of every draw.
@@ -52,7 +54,7 @@ class Recipe:
     target: str = "margin"
     norm: str = "through"
     sampling: str = "auto"
-    triplets: int = 50
+    triplets: int | None = None
     hinge: bool = False
     margin: float = 0.2
     seed: int = 0
@@ -69,13 +71,17 @@ class Recipe:
             object.__setattr__(self, "margin", float(self.margin))
         for entry in fields(self):
             value, kind = getattr(self, entry.name), type(entry.default)
+            if entry.name == "triplets":
+                if value is None:
+                    continue
+                kind = int
             if type(value) is not kind:
                 raise RecipeError(f"{entry.name} = {value!r} should be of type {kind.__name__}")
         for name, known in _CHOICES.items():
             _one_of(name, getattr(self, name), known)
-        for name in ("triplets", "rank", "m"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} = {getattr(self, name)} is too small; give at least 1")
+        for name, value in (("triplets", self.n_triplets), ("rank", self.rank), ("m", self.m)):
+            if value < 1:
+                raise RecipeError(f"{name} = {value} is too small; give at least 1")
         if not 0 < self.margin < math.inf:
             raise RecipeError(f"margin = {self.margin} must be greater than 0; the usual is 0.2")
         if not 0 <= self.seed < 1 << 64:
@@ -90,13 +96,23 @@ class Recipe:
         if self.sampling != "auto":
             return self.sampling
         closed_form = self.method == "gradcam" and not self.hinge
-        return "all" if closed_form and self.triplets == Recipe.triplets else "random"
+        return "all" if closed_form and self.triplets is None else "random"
+
+    @property
+    def n_triplets(self) -> int:
+        """S, the triplets drawn for each image."""
+        return N_TRIPLETS if self.triplets is None else self.triplets
 
     def _check_together(self) -> None:
         if self.target == "centred" and self.hinge:
             raise RecipeError(
                 "a hinge needs triplets, and the target 'centred' has none; drop the hinge, or "
                 "use the target 'margin'"
+            )
+        if self.target == "margin" and self.sampling == "all" and self.triplets is not None:
+            raise RecipeError(
+                f"sampling 'all' takes every triplet, so triplets = {self.triplets} means nothing; "
+                "leave it out, or use sampling 'random'"
             )
         if self.target == "margin" and self.sampling == "all":
             if self.hinge:
@@ -113,7 +129,8 @@ class Recipe:
     @classmethod
     def paper(cls, **changes: Any) -> "Recipe":
         """The paper's own setting: top 50 channels by signed value, gradient through the norm."""
-        return replace(cls(sampling="random", encoding="top-m", m=50, by="signed"), **changes)
+        paper = cls(sampling="random", triplets=N_TRIPLETS, encoding="top-m", m=50, by="signed")
+        return replace(paper, **changes)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the recipe") -> "Recipe":

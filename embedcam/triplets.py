@@ -4,6 +4,7 @@ Draws are made for fixed blocks of anchors from generators seeded by (seed, bloc
 anchor's triplets do not depend on batches, on workers, or on where a killed build resumed.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -224,7 +225,7 @@ class TripletSampler:
         negatives = np.empty(uniform.shape, np.int64)
         for row, distances, candidates in self._candidates(anchors):
             count = min(N_HARD, len(candidates))
-            nearest = np.lexsort((candidates, distances[candidates]))[:count]
+            nearest = _nearest_of(distances[candidates], count)
             negatives[row] = candidates[nearest][_pick(uniform[row], count)]
         return negatives
 
@@ -234,15 +235,15 @@ class TripletSampler:
         negatives = np.empty(uniform.shape, np.int64)
         for row, distances, candidates in self._candidates(anchors):
             to_negatives = distances[candidates]
-            order = np.lexsort((candidates, to_negatives))
-            ranked = to_negatives[order]
             to_positives = distances[positives[row]]
+            ranked = np.sort(to_negatives)
             first = np.searchsorted(ranked, to_positives, side="right")
             beyond = np.searchsorted(ranked, to_positives + self.margin, side="left")
             # An empty window is widened to the nearest beyond; past the last, to the farthest.
-            first = np.minimum(first, len(order) - 1)
+            first = np.minimum(first, len(ranked) - 1)
             width = np.maximum(beyond - first, 1)
-            negatives[row] = candidates[order[first + _pick(uniform[row], width)]]
+            ranks = first + _pick(uniform[row], width)
+            negatives[row] = candidates[_at_rank(to_negatives, ranked, ranks)]
         return negatives
 
     def _candidates(self, anchors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -332,6 +333,15 @@ def given_triplets(anchors: np.ndarray, pairs: np.ndarray, n_images: int) -> Tri
     return Triplets(np.asarray(anchors, np.int64), chosen[..., 0], chosen[..., 1])
 
 
+def pairs_digest(pairs: np.ndarray) -> str:
+    """SHA-256 of given triplets `[N S 2]`, whatever type of whole numbers they are kept in."""
+    pairs = np.asarray(pairs)
+    digest = hashlib.sha256(repr(pairs.shape).encode())
+    for start in range(0, len(pairs), 1 << 14):
+        digest.update(pairs[start : start + (1 << 14)].astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
 def active(triplets: Triplets, embeddings: np.ndarray, margin: float) -> np.ndarray:
     """Triplets whose hinge is *not* satisfied: D(a,p) - D(a,n) + margin > 0, `[a S]` booleans.
 
@@ -346,6 +356,22 @@ def active(triplets: Triplets, embeddings: np.ndarray, margin: float) -> np.ndar
 def _pick(uniform: np.ndarray, count: np.ndarray | int) -> np.ndarray:
     """Uniform numbers in [0, 1) to whole numbers in 0 .. count - 1."""
     return np.minimum((uniform * count).astype(np.int64), np.asarray(count) - 1)
+
+
+def _nearest_of(distances: np.ndarray, count: int) -> np.ndarray:
+    """Places of the `count` smallest distances, ties by place, without sorting the others."""
+    kth = np.partition(distances, count - 1)[count - 1]
+    within = np.flatnonzero(distances <= kth)
+    return within[np.argsort(distances[within], kind="stable")[:count]]
+
+
+def _at_rank(distances: np.ndarray, ranked: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """Places of the distances of these ranks, ties by place, `ranked` being all of them sorted."""
+    values = ranked[ranks]
+    # Sorting numbers alone is many times faster than sorting places by them.
+    tied = ranks - np.searchsorted(ranked, values, side="left")
+    pairs = zip(values, tied, strict=True)
+    return np.array([np.flatnonzero(distances == value)[k] for value, k in pairs], np.int64)
 
 
 def _outside(uniform: np.ndarray, excluded: np.ndarray, n: int) -> np.ndarray:

@@ -80,9 +80,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("sections", nargs="*", help=f"any of {', '.join(SECTIONS)}; default: all")
-    parser.add_argument("--network", nargs="+", default=["resnet50", "mobilenet_v2"], metavar="NAME",
-                        help="torchvision models")  # fmt: skip
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument("--network", nargs="+", default=["resnet50", "mobilenet_v2"],
+                        metavar="NAME", help="torchvision models")  # fmt: skip
     parser.add_argument("--images", type=int, metavar="N", help="images of a build (512)")
     parser.add_argument("--rounds", type=int, help="rounds of each table (5)")
     parser.add_argument("--batch-size", type=int, default=32)
@@ -94,6 +94,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     unknown = sorted(set(options.sections) - set(SECTIONS))
     if unknown:
         parser.error(f"unknown section {unknown[0]!r}; known: {', '.join(SECTIONS)}")
+    if options.images is not None and options.images < 32:
+        parser.error(f"--images {options.images} is too few to time a build; give at least 32")
     options.sections = options.sections or list(SECTIONS)
     options.images = options.images or (64 if options.quick else 512)
     options.rounds = options.rounds or (2 if options.quick else 5)

@@ -189,7 +189,7 @@ def drawn(recipe: Recipe, embeddings: np.ndarray, labels: list[str | None]) -> n
         label_codes(labels),
         nearest_others(embeddings),
         sampling=recipe.resolved_sampling,
-        n_triplets=recipe.triplets,
+        n_triplets=recipe.n_triplets,
         margin=recipe.margin,
         seed=recipe.seed,
     )

@@ -74,14 +74,23 @@ def index(built: Path, tmp_path: Path) -> str:
     return str(shutil.copytree(built, tmp_path / "my.index"))
 
 
+def trusted(words: list[str]) -> list[str]:
+    """What names the code of an index of these tests, where a command loads it unnamed."""
+    loads = words[:1] in (["explain"], ["add"]) or "--refit" in words
+    manifests = [Path(word) / "manifest.json" for word in words]
+    ours = any(file.is_file() and NAMED[1] in file.read_text() for file in manifests)
+    return NAMED[:2] if loads and ours and "--network" not in words else []
+
+
 Say = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
 def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    def run(*arguments: object) -> tuple[int, str, str]:
+    def run(*arguments: object, trusting: bool = True) -> tuple[int, str, str]:
+        words = [str(argument) for argument in arguments]
         capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
+        code = main([*words, *(trusted(words) if trusting else [])])
         told = capsys.readouterr()
         return code, told.out, told.err
 
@@ -159,6 +168,18 @@ def test_build_add_remove_compact_refit(say: Say, tmp_path: Path) -> None:
         assert explainer.explain("photos/1/0.png").ids[0] == "1/0.png"
 
 
+def test_code_that_an_index_names_is_not_run_unasked(say: Say, index: str) -> None:
+    for command in (
+        ["explain", index, "photos/0/0.png"],
+        ["add", index, "photos"],
+        ["build", index, "--refit"],
+    ):
+        code, out, err = say(*command, trusting=False)
+        assert (code, out) == (2, "")
+        assert "if you trust it, say so with --network cli_toy_network:make" in err
+        assert err.count("\n") == 1
+
+
 def test_refit_builds_where_nothing_is(say: Say, tmp_path: Path) -> None:
     assert answer(say, "build", "photos", tmp_path / "i", "--refit", *NAMED)["n_images"] == 12
 
@@ -169,7 +190,7 @@ def test_explain_prints_what_the_explainer_finds(say: Say, built: Path, tmp_path
     expected = explainer.explain("photos/2/1.png")
     (told,) = answer(say, "explain", built, "photos/2/1.png", "-n", 3)
     assert told.pop("query") == "photos/2/1.png"
-    assert told == json.loads(json.dumps(expected.to_dict()))
+    assert told == json.loads(json.dumps(expected.to_dict((14, 14))))
 
     code, out, err = say("explain", built, "photos/2/1.png", "-n", 3, "-o", tmp_path / "why.png")
     assert (code, err) == (0, "")
@@ -192,7 +213,7 @@ def test_explain_by_one_result_by_named_neighbours_and_by_distance(say: Say, bui
     (told,) = answer(say, "explain", built, query, "--result", "2/3.png")
     expected = Explainer(built, network).explain(query, result="2/3.png")
     assert told["explained"] == ["2/3.png"]
-    assert told["cam"] == expected.cam.tolist()
+    assert told["cam"] == expected.to_dict((14, 14))["cam"]
     assert "(what matched 2/3.png)" in say("explain", built, query, "--result", "2/3.png")[1]
     named = ["2/3.png", "1/0.png"]
     expected = Explainer(built, network, transfer="distance").explain(query, neighbors=named)
@@ -202,7 +223,7 @@ def test_explain_by_one_result_by_named_neighbours_and_by_distance(say: Say, bui
     ):
         (told,) = answer(say, "explain", built, query, *given, "--transfer", "distance")
         assert [one["id"] for one in told["neighbors"]] == named
-        assert told["cam"] == expected.cam.tolist()
+        assert told["cam"] == expected.to_dict((14, 14))["cam"]
 
 
 def test_an_id_may_hold_a_comma(say: Say, tmp_path: Path) -> None:
@@ -291,7 +312,7 @@ def test_a_named_network_tells_its_layer(say: Say, tmp_path: Path) -> None:
     # Loaded again as it was, down to the seed of its random weights.
     (told,) = answer(say, "explain", path, "photos/0/2.png", "-n", 1)
     assert told["neighbors"][0]["id"] == "0/2.png"
-    assert np.shape(told["cam"]) == (64, 64)
+    assert np.shape(told["cam"]) == (14, 14)
 
 
 def test_half_precision_is_remembered(say: Say, tmp_path: Path) -> None:
@@ -349,11 +370,64 @@ def test_info_tells_of_lone_labels_and_other_encodings(say: Say, tmp_path: Path)
     assert code == 0
     assert "1 image alone with a label: the nearest neighbours stand in as positives" in err
     shown = say("info", path)[1]
-    assert "1 label of one image, with nearest neighbours as positives" in shown
+    assert "1 image alone in its class, with nearest neighbours as positives" in shown
     assert "top 3 channels by magnitude, float16" in shown
     assert "none; neighbours are named by the caller" in shown
     assert say("explain", path, "photos/0/0.png")[0] == 2
     assert say("explain", path, "photos/0/0.png", "--neighbors", "alone/1.png")[0] == 0
+
+
+def test_info_counts_unlabelled_images_as_classes_of_one(say: Say, tmp_path: Path) -> None:
+    lines = [f"{Path('photos').resolve()}/{c}/{i}.png,{c}\n" for c in (0, 1) for i in range(3)]
+    lines += [f"{Path('photos').resolve()}/2/{i}.png,{'alone' * (i == 0)}\n" for i in range(3)]
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(lines))
+    for name, options, said in (
+        ("margin", [], True),
+        ("centred", ["--target", "centred", "--norm", "around"], False),
+    ):
+        path = tmp_path / name
+        assert say("build", tmp_path / "list.csv", path, *NAMED, *options)[0] == 0
+        shown = say("info", path)[1]
+        line = (
+            "3 images alone in their class (2 of them without a label), with nearest neighbours "
+            "as positives"
+        )
+        assert (line in shown, "alone" in shown) == (said, said)
+        told = answer(say, "info", path)
+        assert told["labels"] == 3
+        assert (told["labels_of_one_image"], told["unlabelled_images"]) == (1, 2)
+    assert (told["triplets"]["sampling"], told["triplets"]["count"]) == ("none", 0)
+    assert "Grad-CAM of the centred target, around the norm\n" in shown
+
+
+def test_a_refit_keeps_the_choice_of_own_maps(say: Say, tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    assert say("build", "photos", path, *NAMED, "--no-own-maps")[0] == 0
+    for images in ([], ["photos"]):
+        assert answer(say, "build", *images, path, "--refit")["n_images"] == 12
+        assert answer(say, "info", path)["layers"][0]["coarse_grid"] is None
+    assert say("build", "photos", tmp_path / "j", *NAMED)[0] == 0
+    assert answer(say, "build", tmp_path / "j", "--refit")["n_images"] == 12
+    assert answer(say, "info", tmp_path / "j")["layers"][0]["coarse_grid"] == [8, 8]
+    assert answer(say, "build", tmp_path / "j", "--refit", "--no-own-maps")["n_images"] == 12
+    assert answer(say, "info", tmp_path / "j")["layers"][0]["coarse_grid"] is None
+
+
+def test_other_triplets_and_changed_pictures_are_not_complete_already(
+    say: Say, refused: Callable[..., None], tmp_path: Path
+) -> None:
+    write_photos(tmp_path / "photos")
+    rows = np.arange(12)
+    for step in (1, 2):
+        given = np.stack([(rows[:, None] + [5]) % 12, (rows[:, None] + [step]) % 12], -1)
+        np.save(tmp_path / f"{step}.npy", given)
+    there = ["build", tmp_path / "photos", tmp_path / "i", *NAMED, "--triplets"]
+    assert say(*there, tmp_path / "1.npy")[0] == 0
+    assert "triplets of the user's own" in say("info", tmp_path / "i")[1]
+    assert say(*there, tmp_path / "1.npy")[1] == f"{tmp_path / 'i'}: complete already\n"
+    refused(2, "with another array of given triplets;", *there, tmp_path / "2.npy")
+    picture(1, 77).save(tmp_path / "photos/0/0.png")
+    refused(2, "with image files changed since;", *there, tmp_path / "1.npy")
 
 
 def test_a_recipe_file_with_the_command_line_over_it(say: Say, tmp_path: Path) -> None:
@@ -489,6 +563,13 @@ def test_a_network_that_no_name_loads_is_asked_for(
         (6, "none.npy: there is no such file",
          ["build", "photos", "x", *NAMED, "--triplets", "none.npy"]),
         (2, "did you mean 'gradcam'?", ["build", "photos", "x", *NAMED, "--method", "gradcm"]),
+        (2, "--rank means nothing here: it goes with --encoding low-rank",
+         ["build", "photos", "x", *NAMED, "--encoding", "dense", "--rank", "3"]),
+        (2, "--top-m means nothing here", ["build", "photos", "x", *NAMED, "--encoding", "dense",
+                                           "--top-m", "3"]),
+        (2, "--margin means nothing here", ["build", "photos", "x", *NAMED, "--margin", "0.3"]),
+        (2, "triplets = 7 means nothing", ["build", "photos", "x", *NAMED, "--sampling", "all",
+                                           "--triplets", "7"]),
         (2, "drop the hinge", ["build", "photos", "x", *NAMED, "--hinge", "--sampling", "all"]),
         (2, "FAISS factory 'Falt'", ["build", "photos", "x", *NAMED, "--faiss", "Falt"]),
         (6, "none.toml: the recipe cannot be read",

@@ -30,6 +30,7 @@ from PIL import Image
 from torch import nn
 
 from embedcam import EmbeddingNetwork, Explainer, Explanation, Index, Recipe
+from embedcam.cam import area_average
 from embedcam.encoding import Dense
 from embedcam.errors import ImageError, InputError, NetworkMismatch
 from embedcam.explanation import check_picture_name
@@ -737,7 +738,7 @@ def test_the_extent_is_what_the_crop_saw(cropped: Explainer) -> None:
     assert query_tile.extent == why.extent
     assert results[0].extent == CROP.extent(48, 40)
     assert results[0].image is not None
-    assert results[0].caption == why.ids[0]
+    assert results[0].caption == why.ids[0].rpartition("/")[2]
     assert results[0].subcaption.splitlines()[0] == why.labels[0]
 
 
@@ -757,6 +758,22 @@ def test_to_dict_is_json_and_holds_what_it_says(cropped: Explainer) -> None:
         np.testing.assert_array_equal(
             np.array(neighbor["cam"], np.float32), why.neighbor_cams[place]
         )
+
+
+def test_a_small_body_has_the_map_averaged(cropped: Explainer) -> None:
+    why = cropped.explain(picture(2, 1))
+    told = why.to_dict(size=(4, 4))
+    np.testing.assert_allclose(told["cam"], area_average(why.cam, (4, 4)), rtol=1e-6)
+    assert told["empty"] is why.empty is False
+
+
+def test_results_are_drawn_with_weights_of_one_length(cropped: Explainer) -> None:
+    why = cropped.explain(picture(2, 1))
+    norms = np.linalg.norm(cropped.index.weights(cropped.index.positions(why.ids)), axis=1)
+    np.testing.assert_allclose(why.neighbor_norms, norms, rtol=1e-6)
+    _, results = why.tiles()
+    for tile, own, norm in zip(results, why.neighbor_cams, norms, strict=True):
+        np.testing.assert_allclose(tile.cam, own / norm, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["why.png", "why.JPG", "why.webp"])

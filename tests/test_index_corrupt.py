@@ -11,7 +11,7 @@ import pytest
 from index_samples import make
 
 from embedcam.errors import IndexFormatError
-from embedcam.index import Index, append, remove, verify
+from embedcam.index import Index, append, compact, remove, verify
 from embedcam.index.manifest import sealed
 
 Damage = Callable[[Path], None]
@@ -312,9 +312,10 @@ def test_seen_by_verify(
 def test_tombstones(indexes: Path, tmp_path: Path, values: tuple[int, int], what: str) -> None:
     path = copy_of(indexes, "removed", tmp_path)
     forge("tombstones-000002.u64", u64(*values))(path)
-    with pytest.raises(IndexFormatError, match=what) as caught:
-        verify(path)
-    one_sentence(caught.value, path, "tombstones-000002.u64")
+    for use in (Index.open, verify, compact, lambda path: Index.open(path, with_faiss=False)):
+        with pytest.raises(IndexFormatError, match=what) as caught:
+            use(path)
+        one_sentence(caught.value, path, "tombstones-000002.u64")
 
 
 def test_an_approximate_faiss_file_is_checked_before_it_is_loaded(

@@ -22,10 +22,17 @@ def test_a_network_in_training_mode_is_refused() -> None:
     module.eval().norm.train()
     with pytest.raises(NetworkError, match=r"'norm' \(BatchNorm2d\).*\.eval\(\)"):
         network.head_pass(images())
-    trunk = nn.Sequential(nn.Conv2d(3, 4, 1))
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     parts = EmbeddingNetwork.from_parts(trunk, lambda a: a.mean((2, 3)))
     with pytest.raises(NetworkError, match="training mode"):
         parts.forward(images())
+
+
+def test_plain_layers_have_no_mode() -> None:
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    parts = EmbeddingNetwork.from_parts(nn.Conv2d(3, 4, 1), head)
+    assert parts.forward(images()).embedding.shape[1] == 4
+    assert head.training
 
 
 @pytest.mark.parametrize(

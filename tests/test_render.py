@@ -426,7 +426,7 @@ def test_the_pictures_on_a_page():
     np.testing.assert_allclose(pixels[2], GREY, atol=2)
     np.testing.assert_allclose(pixels[3], strongest(), atol=4)
     assert np.abs(pixels[5] - GREY).sum() < np.abs(pixels[3] - GREY).sum()
-    assert any("share one colour scale, 0 to 2" in text for text in read.text)
+    assert any("share one colour scale" in text for text in read.text)
     each = page([Row(query, [tile(2.0), tile(1.0)])], scale="each")
     assert "Each map on its own scale" in each
 

@@ -19,6 +19,7 @@ from embedcam.triplets import (
     active,
     given_triplets,
     label_codes,
+    pairs_digest,
 )
 
 DRAWN = ["random", "semihard", "hard"]
@@ -118,6 +119,33 @@ def test_hard_negatives_are_the_fifty_nearest_of_other_labels() -> None:
         assert set(drawn.negatives[a]) == set(allowed)
         own = [i for i in range(140) if labels[i] == labels[a] and i != a]
         assert set(drawn.positives[a]) == set(own)
+
+
+@pytest.mark.parametrize("sampling", ["hard", "semihard"])
+@pytest.mark.parametrize("margin", [1e-9, 0.02, 0.3, 50.0])
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(3, 130), seed=st.integers(0, 2**32 - 1), sides=st.integers(2, 9))
+def test_draws_are_those_of_a_whole_sort(sampling, margin, n, seed, sides) -> None:
+    # Few places to be: most distances are those of several images.
+    rng = np.random.default_rng(seed)
+    embeddings = (rng.integers(0, sides, (n, 2)) / 8).astype(np.float32)
+    labels = rng.integers(0, 3, n)
+    labels[:2] = 0, 1
+    one = sampler(embeddings, labels, sampling=sampling, n_triplets=20, margin=margin, seed=seed)
+    anchors = np.arange(min(n, 6))
+    drawn = one.draw(anchors)
+    uniform = one._uniform(anchors)[..., 1]
+    for row, distances, candidates in one._candidates(anchors):
+        order = candidates[np.lexsort((candidates, distances[candidates]))]
+        ranked, to_positives = distances[order], distances[drawn.positives[row]]
+        first, count = np.zeros(20, np.int64), np.full(20, min(N_HARD, len(order)))
+        if sampling == "semihard":
+            first = np.searchsorted(ranked, to_positives, side="right")
+            beyond = np.searchsorted(ranked, to_positives + margin, side="left")
+            first = np.minimum(first, len(order) - 1)
+            count = np.maximum(beyond - first, 1)
+        picks = first + np.minimum((uniform[row] * count).astype(int), count - 1)
+        np.testing.assert_array_equal(drawn.negatives[row], order[picks])
 
 
 def test_random_draws_are_uniform_over_everything_allowed() -> None:
@@ -349,6 +377,16 @@ def test_labels_need_not_be_small_or_in_order() -> None:
     )
     np.testing.assert_array_equal(small.positives, large.positives)
     np.testing.assert_array_equal(small.negatives, large.negatives)
+
+
+def test_a_digest_tells_given_triplets_apart_and_not_their_type() -> None:
+    pairs = np.arange(40000 * 2).reshape(20000, 2, 2)
+    assert pairs_digest(pairs) == pairs_digest(pairs.astype(np.int32))
+    assert pairs_digest(pairs) == pairs_digest(np.asfortranarray(pairs))
+    assert pairs_digest(pairs) != pairs_digest(pairs.reshape(10000, 4, 2))
+    other = pairs.copy()
+    other[-1, 1, 1] += 1
+    assert pairs_digest(pairs) != pairs_digest(other)
 
 
 def test_given_triplets_are_taken_as_they_are() -> None:

@@ -1,8 +1,9 @@
 """What a job refuses before it embeds an image, and what it says when the disk gives up."""
 
 import errno
+import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,10 +96,27 @@ def check_amounts(
     AnchorCotangents(recipe, unseen, label_codes(labels), unseen[0], given)
 
 
+def files_digest(fingerprints: Sequence[str]) -> str:
+    """SHA-256 over what tells of each indexed image's file whether it changed, in order."""
+    return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
+
+
 def same_index(
-    index: Index, recipe: Recipe, identity: Identity, source: ImageSource, own_maps: bool
+    index: Index,
+    recipe: Recipe,
+    identity: Identity,
+    source: ImageSource,
+    files: Sequence[str],
+    own_maps: bool,
+    given: str | None,
 ) -> list[tuple[str, str]]:
     """Refuse to call a finished index done where another one was asked for.
+
+    Args:
+        index: the finished one.
+        recipe, identity, source, own_maps: what is asked for.
+        files: fingerprint of each image of the source.
+        given: digest of the user's own triplets, or None.
 
     Returns:
         (id, reason) of images that are not in it because they cannot be read.
@@ -108,31 +126,61 @@ def same_index(
     """
     manifest = index.manifest
     network = manifest["network"] or {}
-    missing = sorted(set(source.ids) - set(index.ids[index.live_positions()]))
-    unreadable = _unreadable(source, missing)
+    unreadable = _unreadable(source, set(index.ids[index.live_positions()]))
     checks = {
         "recipe": manifest["recipe_sha256"] == recipe.digest(),
         "network": identity.to_dict().items() <= network.items(),
         "choice of own maps": (manifest["layers"][0]["coarse_grid"] is not None) == own_maps,
-        "list of images": unreadable is not None and len(index) + len(missing) == len(source),
+        "array of given triplets": manifest["triplets"].get("sha256") == given,
     }
     differs = [what for what, same in checks.items() if not same]
-    if differs:
+    said = [f"another {' and '.join(differs)}"] if differs else []
+    said += _other_images(index, source, files, unreadable)
+    if said:
         raise InputError(
-            f"{index.path} holds a finished index with another {' and '.join(differs)}; choose "
+            f"{index.path} holds a finished index with {', and with '.join(said)}; choose "
             "another folder, add images with `embedcam add`, or redo it with --refit (replace=True)"
         )
-    return unreadable or []
+    return list((unreadable or {}).values())
 
 
-def _unreadable(source: ImageSource, ids: list[str]) -> list[tuple[str, str]] | None:
-    """Why each of these images cannot be read; None if one of them can."""
-    place, found = {name: position for position, name in enumerate(source.ids)}, []
-    for name in ids:
+def _other_images(
+    index: Index,
+    source: ImageSource,
+    files: Sequence[str],
+    unreadable: Mapping[int, tuple[str, str]] | None,
+) -> list[str]:
+    """How the images of an index differ from those of a source, its unreadable ones left out."""
+    counts, live = index.manifest["counts"], index.live_positions()
+    added = counts["added_after_fit"]
+    removed = index.manifest["fit"]["images"] - (counts["live"] - added)
+    changes = [f"{n:,} {how} since" for n, how in ((added, "added"), (removed, "removed")) if n]
+    if changes:
+        return [f"another list of images ({', '.join(changes)})"]
+    places = [p for p in range(len(source)) if p not in (unreadable or {})]
+    items = [source.items[place] for place in places]
+    listed = list(zip(index.ids[live], index.paths[live], strict=True))
+    if unreadable is None or [(item.id, item.path) for item in items] != listed:
+        return ["another list of images"]
+    said = []
+    if [item.label for item in items] != list(index.labels[live]):
+        said.append("other labels")
+    stored = (index.manifest["images"] or {}).get("files_sha256")
+    if stored is not None and stored != files_digest([files[place] for place in places]):
+        said.append("image files changed since")
+    return said
+
+
+def _unreadable(source: ImageSource, known: set[str]) -> dict[int, tuple[str, str]] | None:
+    """(id, reason) of the images that are not known, by place; None if one of them can be read."""
+    found = {}
+    for place, item in enumerate(source.items):
+        if item.id in known:
+            continue
         try:
-            source.open(place[name])
+            source.open(place)
         except ImageError as error:
-            found.append((name, str(error)))
+            found[place] = (item.id, str(error))
         else:
             return None
     return found
@@ -165,7 +213,8 @@ def check_new(index: Index, source: ImageSource) -> None:
         some = ", ".join(known[:3]) + (" ..." if len(known) > 3 else "")
         raise InputError(
             f"{len(known)} of {len(source)} images are in the index already ({some}); remove them "
-            "from the index first, or leave them out"
+            "from the index first, or leave them out; where they are other pictures of the same "
+            "names, a CSV with the columns path,label,id gives them other ids"
         )
 
 

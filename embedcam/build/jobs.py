@@ -28,7 +28,7 @@ from ..passes import (
 from ..recipe import Recipe
 from ..scratch import Scratch, finished_job
 from ..scratch import remove as remove_scratch
-from ..triplets import Classes, label_codes
+from ..triplets import Classes, label_codes, pairs_digest
 from .checks import (
     check_addable,
     check_amounts,
@@ -36,6 +36,7 @@ from .checks import (
     check_norm,
     check_options,
     disk_errors,
+    files_digest,
     same_index,
     warn_of_norm,
 )
@@ -99,14 +100,17 @@ def build_index(
     width, n_channels = len(identity.probe_embedding), len(identity.probe_pooled)
     check_amounts(recipe, len(source), source.labels, width, n_channels, triplets)
     exact = is_exact(recipe, network.head_kind.matrix)
-    job = _digest(recipe, identity, source, chunk_size(batch_size), own_maps, triplets)
+    # Once, before any is read: a file that changes meanwhile must not pass for the one indexed.
+    files = [source.fingerprint(position) for position in range(len(source))]
+    given = None if triplets is None else pairs_digest(triplets)
+    job = _digest(recipe, identity, source, files, chunk_size(batch_size), own_maps, given)
     with disk_errors(path), lock(path):
         generation = 1
         if (path / "manifest.json").exists():
             with Index.open(path) as index:
                 generation = index.manifest["generation"] + 1
                 if _tidied(index) == job or not replace:
-                    skipped = same_index(index, recipe, identity, source, own_maps)
+                    skipped = same_index(index, recipe, identity, source, files, own_maps, given)
                     log.info("%s is complete already", path)
                     return BuildReport(path, 0, skipped)
         scratch = Scratch(path / _SCRATCH, job)
@@ -134,6 +138,8 @@ def build_index(
                 grid,
                 encoding,
                 coarse_grid(grid) if own_maps else None,
+                files=files_digest([files[position] for position in gathered.positions]),
+                given=triplets,
             )
             shared = {**identity.arrays(), "embedding_mean": mean}
             scratch.promise(job, generation)
@@ -178,7 +184,8 @@ def add_images(
         recipe = Recipe.from_dict(manifest["recipe"], "the index's recipe")
         check(_identity_of(index), network)
         exact = check_addable(recipe, encoding, network)
-        job = _digest(recipe, fingerprint(network), source, chunk_size(batch_size))
+        files = [source.fingerprint(position) for position in range(len(source))]
+        job = _digest(recipe, fingerprint(network), source, files, chunk_size(batch_size))
         if _tidied(index) == job:
             log.info("%s has these images already", path)
             return BuildReport(path, 0, [])
@@ -299,14 +306,15 @@ def _identity_of(index: Index) -> Identity:
     return Identity.from_dict(stored, index.probe())
 
 
-def _digest(recipe: Recipe, identity: Identity, source: ImageSource, *choices: Any) -> str:
+def _digest(
+    recipe: Recipe, identity: Identity, source: ImageSource, files: list[str], *choices: Any
+) -> str:
     """Digest of everything the chunks of a job depend on."""
     digest = hashlib.sha256(recipe.digest().encode())
     root = None if source.root is None else str(source.root.resolve())
     digest.update(json.dumps([identity.to_dict(), root], sort_keys=True).encode())
-    for position, item in enumerate(source.items):
-        row = [item.id, item.path, item.label, source.fingerprint(position)]
-        digest.update(json.dumps(row).encode())
+    for item, file in zip(source.items, files, strict=True):
+        digest.update(json.dumps([item.id, item.path, item.label, file]).encode())
     # The probe speaks for code that parameters do not show, to the bit: so do the chunks.
     probe = [array for _, array in sorted(identity.arrays().items())]
     for choice in (_CHUNKS, torch.__version__, np.__version__, *probe, *choices):

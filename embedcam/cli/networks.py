@@ -60,6 +60,12 @@ def network_of_index(manifest: Mapping[str, Any], said: Mapping[str, Any]) -> di
             "this index was built with a network that was not loaded by name; write a function "
             "that returns it, and give --network package.module:function"
         )
+    name = str(loading.get("network", ""))
+    if "network" not in said and name.partition(":")[0] not in ("torchvision", "timm"):
+        raise InputError(
+            f"this index names the network {name!r}, which is code of whoever built it; if you "
+            f"trust it, say so with --network {name}"
+        )
     for what in _FILES:
         file = loading.get(what)
         if what not in said and file not in (None, "random") and not Path(file).is_file():
@@ -93,15 +99,11 @@ def named(settings: Mapping[str, Any]) -> Any:
     if own and os.getcwd() not in sys.path and "" not in sys.path:
         # Behind all others, so that a file lying here shadows no library.
         sys.path.append(os.getcwd())
-    import torch
-
     from ..models import load_network
 
-    autocast = arguments.pop("autocast", "off")
-    precise = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[autocast]
     _check_device(arguments.get("device"))
     try:
-        loaded = load_network(name, autocast=precise, **arguments)
+        loaded = load_network(name, **arguments)
     except EmbedcamError:
         raise
     except Exception as error:
@@ -109,8 +111,6 @@ def named(settings: Mapping[str, Any]) -> Any:
             raise
         said = " ".join(str(error).split())
         raise NetworkError(f"{name} failed with {type(error).__name__}: {said}") from error
-    if loaded.spec is not None and precise is not None:
-        loaded.spec["autocast"] = autocast  # so that `explain` computes what `build` computed
     return loaded
 
 

@@ -108,10 +108,14 @@ def _build_images(
     from ..index import Index
 
     path = options.images or images.get("path")
+    own_maps = not options.no_own_maps
     if options.refit and (path is None or (Path(options.index) / "manifest.json").exists()):
         # What is not said is as it was; without images, those that the index knows are taken.
         with Index.open(options.index) as index:
             source = indexed_images(index) if path is None else None
+            # An index from features had no maps to choose.
+            if index.manifest["images"] is not None:
+                own_maps &= index.manifest["layers"][0]["coarse_grid"] is not None
             if index.manifest["network"] is not None or not network.get("network"):
                 network = network_of_index(index.manifest, network)
     elif path is None:
@@ -135,7 +139,7 @@ def _build_images(
         workers=options.workers,
         on_unreadable=options.on_unreadable or images.get("on_unreadable", "fail"),
         triplets=triplets,
-        own_maps=not options.no_own_maps,
+        own_maps=own_maps,
         scratch_gb=options.scratch_gb,
         replace=options.refit,
         progress=False if options.quiet else None,
@@ -170,6 +174,7 @@ def _build_features(options: argparse.Namespace, recipe: Any, network: dict[str,
         triplets=_given_triplets(options),
         network=named(network) if network.get("network") else None,
         replace=options.refit,
+        progress=False if options.quiet else None,
     )
 
 
@@ -193,9 +198,6 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str,
             changes["sampling"] = "given"
         elif options.triplets.isdigit():
             changes["triplets"] = int(options.triplets)
-            if recipe.sampling not in ("random", "semihard", "hard"):
-                # Who asks for a number of triplets wants them drawn.
-                changes.setdefault("sampling", "random")
         else:
             raise RecipeError(
                 f"--triplets {options.triplets}: give a number, or a .npy file of shape [N S 2]; "
@@ -205,7 +207,24 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str,
     for name, value in images.items():
         if not isinstance(value, str):
             raise RecipeError(f"[images] {name} = {value!r} should be of type str")
-    return replace(recipe, **changes), images, {**network, **network_options(options)}
+    if "encoding" not in changes and {"m", "by"} & changes.keys():
+        changes["encoding"] = "top-m"
+    changed = replace(recipe, **changes)
+    _refuse_unused(changed, changes)
+    return changed, images, {**network, **network_options(options)}
+
+
+def _refuse_unused(recipe: Any, changes: dict[str, Any]) -> None:
+    """Refuse an option that the other choices leave without a meaning, rather than ignore it."""
+    hinged = recipe.hinge or recipe.sampling == "semihard"
+    for name, option, used, needs in (
+        ("m", "--top-m", recipe.encoding == "top-m", "--encoding top-m"),
+        ("by", "--by", recipe.encoding == "top-m", "--encoding top-m"),
+        ("rank", "--rank", recipe.encoding == "low-rank", "--encoding low-rank"),
+        ("margin", "--margin", hinged, "--hinge or --sampling semihard"),
+    ):
+        if name in changes and not used:
+            raise RecipeError(f"{option} means nothing here: it goes with {needs}")
 
 
 def _given_triplets(options: argparse.Namespace) -> Any:

@@ -27,19 +27,33 @@ def explain(options: argparse.Namespace) -> None:
         records, rows = [], []
         for query, picture in zip(options.queries, pictures, strict=True):
             explanation = explainer.explain(query, **asked)
+            if explanation.empty:
+                note(
+                    options,
+                    f"note: {query}: nothing in it speaks for these results, so its map is empty; "
+                    "more neighbours (-n) or an index built with --norm around may say more",
+                )
             if picture is not None:
                 explanation.save(picture, scale=options.scale, title=Path(query).name)
             if options.html:
                 rows.append(_row(query, explanation))
             if options.json:
                 saved = {} if picture is None else {"picture": str(picture)}
-                records.append({"query": query, **saved, **explanation.to_dict()})
+                # A small map can be drawn large again; fifty thousand numbers fill the terminal.
+                small = _body_size(explanation.cam.shape)
+                records.append({"query": query, **saved, **explanation.to_dict(small)})
             else:
                 print("\n".join(_lines(query, picture, explanation)))
     if options.html:
         _write_page(options, rows)
     if options.json:
         print(json.dumps(records))
+
+
+def _body_size(shape: Sequence[int]) -> tuple[int, int]:
+    """Of a map in JSON: at most 14 cells a side, twice the usual grid."""
+    height, width = shape
+    return min(14, height), min(14, width)
 
 
 def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:

@@ -73,11 +73,13 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def _evidence(index: Any) -> dict[str, int]:
-    """Labels, labels of one image, and images without a triplet that counted."""
+    """Labels, images alone in their class, and images without a triplet that counted."""
     live = index.live_positions()
-    sizes = Counter(label for label in index.labels[live] if label is not None)
+    sizes = Counter(index.labels[live])
+    unlabelled = sizes.pop(None, 0)
     return {
         "labels": len(sizes),
+        "unlabelled_images": unlabelled,
         "labels_of_one_image": sum(size == 1 for size in sizes.values()),
         "images_without_evidence": int((index.triplets_used(live) == 0).sum()),
     }
@@ -103,7 +105,7 @@ def _text(
     made = ", ".join(f"{name} {version}" for name, version in manifest["libraries"].items())
     shown = [
         ("images", _images_line(manifest["counts"], evidence)),
-        ("", _evidence_line(evidence)),
+        ("", _evidence_line(manifest, evidence)),
         ("network", _network_line(manifest["network"])),
         ("layer", f"{layer['name']}: {layer['channels']:,} channels{_on(layer['grid'])}"),
         ("input", _input_line(network.get("preprocess"))),
@@ -134,12 +136,18 @@ def _images_line(counts: Mapping[str, int], evidence: Mapping[str, int]) -> str:
     return line
 
 
-def _evidence_line(evidence: Mapping[str, int]) -> str:
+def _evidence_line(manifest: Mapping[str, Any], evidence: Mapping[str, int]) -> str:
     said = []
-    if evidence["labels_of_one_image"]:
+    # An image without a label among labelled ones is a class of its own.
+    alone = evidence["labels_of_one_image"] + evidence["unlabelled_images"]
+    # Where labels draw the positives: not for the centred target, nor for given triplets.
+    drawn = manifest["target"] == "margin" and manifest["triplets"]["sampling"] != "given"
+    if drawn and evidence["labels"] and alone:
+        unlabelled = evidence["unlabelled_images"]
+        without = f" ({unlabelled:,} of them without a label)" if unlabelled else ""
         said.append(
-            f"{counted(evidence['labels_of_one_image'], 'label')} of one image, with nearest "
-            "neighbours as positives"
+            f"{counted(alone, 'image')} alone in {'its' if alone == 1 else 'their'} class{without},"
+            " with nearest neighbours as positives"
         )
     if evidence["images_without_evidence"]:
         said.append(

@@ -5,6 +5,8 @@ graphs (HNSW, NSG) and OPQ give other bytes with another number of threads.
 """
 
 import contextlib
+import errno
+import hashlib
 import os
 import re
 import struct
@@ -140,19 +142,36 @@ def parameters(index: Any, nprobe: int, ef_search: int) -> Any:
 
 
 def write_faiss(root: Path, index: Any, name: str) -> dict[str, Any]:
-    """Write a FAISS file durably; returns its size and checksum."""
+    """Write a FAISS file durably; returns its size and checksum.
+
+    Raises:
+        OSError: it cannot be written whole, as on a full disk; nothing has its name then.
+    """
     import faiss
 
-    unfinished = root / f"{name}.tmp"
-    faiss.write_index(index, str(unfinished))
-    descriptor = os.open(unfinished, os.O_RDONLY)
-    try:
-        sync(descriptor)
-        entry = {"bytes": os.fstat(descriptor).st_size, "sha256": sha256_of(descriptor)}
-    finally:
-        os.close(descriptor)
+    callbacks: Any = faiss  # made at run time, unseen by type checkers
+    unfinished, digest, written = root / f"{name}.tmp", hashlib.sha256(), 0
+    # FAISS only prints a failing fclose and goes on, so that its last bytes can be lost unseen.
+    with open(unfinished, "xb") as file:
+
+        def put(data: bytes) -> int:
+            nonlocal written
+            file.write(data)
+            digest.update(data)
+            written += len(data)
+            return len(data)
+
+        try:
+            faiss.write_index(index, callbacks.PyCallbackIOWriter(put))
+        except RuntimeError as error:
+            reason = f"FAISS cannot write its file ({_brief(error)})"
+            raise OSError(errno.EIO, reason, str(unfinished)) from error
+        sync(file.fileno(), file.flush)
+        if (found := os.fstat(file.fileno()).st_size) != written:
+            reason = f"holds {found} of {written} bytes after writing"
+            raise OSError(errno.EIO, reason, str(unfinished))
     os.replace(unfinished, root / name)
-    return {"file": name, **entry}
+    return {"file": name, "bytes": written, "sha256": digest.hexdigest()}
 
 
 def open_faiss(root: Path, manifest: dict[str, Any]) -> int:
@@ -170,6 +189,13 @@ def open_faiss(root: Path, manifest: dict[str, Any]) -> int:
 def load_faiss(root: Path, manifest: dict[str, Any], descriptor: int, mapped: bool = True) -> Any:
     """Read a checked FAISS file; Flat and IVF are mapped, so that a million rows load at once.
 
+    Args:
+        root: the index directory.
+        manifest: of the index.
+        descriptor: from `open_faiss`.
+        mapped: False reads all of it, for a change; its checksum is then always compared, because
+            what is written next gets a checksum of its own.
+
     Raises:
         IndexFormatError: the file is not the one that the manifest describes.
     """
@@ -178,7 +204,7 @@ def load_faiss(root: Path, manifest: dict[str, Any], descriptor: int, mapped: bo
     entry = manifest["faiss"]
     kind = os.pread(descriptor, 4, 0)
     # Sizes inside a file other than Flat cannot be checked from outside, so its bytes are.
-    if kind not in _FLAT and sha256_of(descriptor) != entry["sha256"]:
+    if (kind not in _FLAT or not mapped) and sha256_of(descriptor) != entry["sha256"]:
         raise broken(root, entry["file"], "does not match its checksum", REBUILD)
     flags = 0
     if mapped and kind in _MAPPED:

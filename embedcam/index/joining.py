@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .files import ArrayLike
+from .files import ArrayLike, broken, sha256_of
 from .layout import Layer
 from .parts import Coarse, Gathered, PartData, check_shapes
 from .reader import Index
@@ -24,6 +24,33 @@ def parts_to_keep(index: Index, new_rows: int) -> int:
         kept -= 1
         size += index.parts[kept].count
     return kept
+
+
+def check_parts(index: Index, first: int = 0) -> None:
+    """Compare the files of the parts from `first` on with their checksums.
+
+    What rewrites rows asks for this: the new files get checksums of their own, which would vouch
+    for flipped bits that were copied along.
+
+    Raises:
+        IndexFormatError: naming the first file that is not what was written.
+    """
+    entries = index.manifest["parts"]
+    for part, entry in zip(index.parts[first:], entries[first:], strict=True):
+        for name, line in entry["files"].items():
+            if sha256_of(part.arrays[name]) != line["sha256"]:
+                raise broken(index.path, f"{part.directory}/{name}", "does not match its checksum")
+
+
+def check_tombstones(index: Index) -> None:
+    """Compare the tombstones with their checksum, before they are merged or rows are dropped.
+
+    Raises:
+        IndexFormatError: they are not what was written.
+    """
+    entry = index.manifest["tombstones"]
+    if entry is not None and sha256_of(index.tombstones) != entry["sha256"]:
+        raise broken(index.path, entry["file"], "does not match its checksum")
 
 
 def join_rows(index: Index, positions: np.ndarray, new: PartData | None) -> PartData:

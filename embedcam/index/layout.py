@@ -123,6 +123,25 @@ def map_fitted(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     }
 
 
+def map_tombstones(root: Path, manifest: Manifest) -> np.ndarray:
+    """Positions of removed rows, mapped, uint64 `[n]`.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        IndexFormatError: positions that do not rise or lie outside; every reader counts on them.
+    """
+    entry, rows = manifest["tombstones"], manifest["counts"]["rows"]
+    if entry is None:
+        return np.empty(0, np.uint64)
+    removed = map_array(root, entry["file"], entry)
+    if len(removed) and removed.max() >= rows:
+        what = f"removes row {removed.max()} of an index of {rows} rows"
+        raise broken(root, entry["file"], what)
+    if (removed[1:] <= removed[:-1]).any():
+        raise broken(root, entry["file"], "the positions do not rise")
+    return removed
+
+
 def of_layer(files: Mapping[str, np.ndarray], number: int | None) -> dict[str, np.ndarray]:
     """Arrays of one layer by name, or with None those that belong to the whole index."""
     stem = "" if number is None else f"layer{number}."

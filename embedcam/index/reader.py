@@ -13,8 +13,8 @@ from ..encoding import Encoding
 from ..errors import IndexFormatError, InputError
 from . import manifest as manifest_file
 from .faiss_files import REBUILD, load_faiss, open_faiss
-from .files import broken, map_array
-from .layout import Layer, empty_rows, make_layers, map_fitted, of_layer
+from .files import broken
+from .layout import Layer, empty_rows, make_layers, map_fitted, map_tombstones, of_layer
 from .parts import Part
 from .query import search_batch
 from .search import SLACK, Neighbors, check_count, check_queries, join, threads
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .verify import Progress
 
 _NEAR = 8
+_FEW = 100_000
 
 
 class Index:
@@ -56,10 +57,7 @@ class Index:
         parts = [Part(path, p, self.width, self.layers) for p in manifest["parts"]]
         self._parts: list[Part] | None = parts
         self._starts = np.cumsum([0, *(p.count for p in parts)])
-        entry = manifest["tombstones"]
-        self._removed = (
-            np.empty(0, np.uint64) if entry is None else map_array(path, entry["file"], entry)
-        )
+        self._removed = map_tombstones(path, manifest)
         self.ids: Strings[str] = Strings(self.n_rows, lambda at: self._strings(at, "ids"))
         self.paths: Strings[str] = Strings(self.n_rows, lambda at: self._strings(at, "paths"))
         self.labels: Strings[str | None] = Strings(self.n_rows, self._labels)
@@ -75,8 +73,8 @@ class Index:
             with_faiss: False leaves the FAISS file alone; `search` then compares with every row.
 
         Raises:
-            IndexFormatError: no index, an unfinished one, or a broken file, which is named. Sizes
-                and the manifest are checked here; checksums are `verify`'s.
+            IndexFormatError: no index, an unfinished one, or a broken file, which is named. Sizes,
+                the manifest and the removed positions are checked here; checksums are `verify`'s.
         """
         root = Path(path)
         manifest = manifest_file.read(root)
@@ -378,8 +376,16 @@ class Index:
         for key in (id, id[: max(1, len(id) // 2)]):
             for part in self.parts:
                 pool.update(part.neighbours(key.encode("utf-8", "replace"), _NEAR))
-        near = get_close_matches(id, sorted(pool), 8, 0.4)
+        near = self._ending(id) + get_close_matches(id, sorted(pool), 8, 0.4)
         return [text for text in near if text in self.find_live(near)][:3]
+
+    def _ending(self, id: str) -> list[str]:
+        """Ids in another folder, or without one, that end as this one: looked for in small sets."""
+        if self.n_rows > _FEW:
+            return []
+        last = id.rpartition("/")[2]
+        every = (text for part in self.parts for text in part.ids.tolist(0, part.count))
+        return [text for text in every if text.rpartition("/")[2] == last][:3]
 
 
 def _missing(root: Path, manifest: Mapping[str, Any], error: FileNotFoundError) -> IndexFormatError:

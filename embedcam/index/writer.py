@@ -15,7 +15,7 @@ from . import manifest as manifest_file
 from .files import remove as delete
 from .files import sync_folder, write_array
 from .header import Arrays, counts, new_manifest, plain, write_fitted
-from .joining import join_rows, parts_to_keep
+from .joining import check_parts, check_tombstones, join_rows, parts_to_keep
 from .layout import make_layers
 from .manifest import Manifest
 from .parts import PartData, check_ids, write_part
@@ -91,6 +91,8 @@ def append(path: str | Path, part: PartData) -> int:
 
     Raises:
         InputError: an id that the index already holds, or arrays that do not fit; nothing changed.
+        IndexFormatError: a file that would be rewritten does not match its checksum; nothing
+            changed.
     """
     root = Path(path)
     with _changing(root) as (index, manifest):
@@ -102,6 +104,7 @@ def append(path: str | Path, part: PartData) -> int:
                 "first, or leave them out"
             )
         kept = parts_to_keep(index, len(part))
+        check_parts(index, kept)
         first = int(index.starts[kept])
         joined = join_rows(index, np.arange(first, index.n_rows), part)
         entry = write_part(root, manifest["generation"], joined, *_shape_of(manifest), index.layers)
@@ -125,12 +128,14 @@ def remove(path: str | Path, ids: Sequence[str]) -> int:
 
     Raises:
         InputError: an id that is unknown or already removed; nothing changed.
+        IndexFormatError: the tombstones do not match their checksum; nothing changed.
     """
     root = Path(path)
     with _changing(root) as (index, manifest):
         gone = np.unique(index.positions(ids))
         if not len(gone):
             return 0
+        check_tombstones(index)
         tombstones = np.union1d(np.asarray(index.tombstones, np.int64), gone).astype(np.uint64)
         name = f"tombstones-{manifest['generation']:06d}.u64"
         entry = write_array(root, f"{name}.tmp", tombstones, "uint64")
@@ -147,6 +152,9 @@ def compact(path: str | Path) -> int:
 
     Returns:
         How many rows were dropped.
+
+    Raises:
+        IndexFormatError: a file does not match its checksum; nothing changed.
     """
     root = Path(path)
     with _changing(root) as (index, manifest):
@@ -154,6 +162,8 @@ def compact(path: str | Path) -> int:
         dropped = index.n_rows - len(kept)
         if not dropped and len(index.parts) == 1:
             return 0
+        check_tombstones(index)
+        check_parts(index)
         entry = write_part(
             root,
             manifest["generation"],

@@ -34,6 +34,16 @@ class _WithHead(nn.Module):
         return self.embedding_head(choose_embedding(self.module(images), self.output, None))
 
 
+_AUTOCAST_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _autocast(name: str) -> torch.dtype | None:
+    known = {"off": None, **{short: dtype for dtype, short in _AUTOCAST_NAMES.items()}}
+    if name not in known:
+        raise InputError(f"autocast = {name!r} is unknown; use 'bf16', 'fp16' or 'off'")
+    return known[name]
+
+
 def load_network(
     network: str,
     *,
@@ -49,7 +59,7 @@ def load_network(
     prefix_tokens: int | None = None,
     preprocess: Any = None,
     device: str | torch.device | None = None,
-    autocast: torch.dtype | None = None,
+    autocast: torch.dtype | str | None = None,
     channels_last: bool = False,
     seed: int = 0,
 ) -> EmbeddingNetwork:
@@ -68,7 +78,8 @@ def load_network(
         normalize: L2-normalise the embedding.
         size: of the network's input, H = W or (H, W); default as it was trained.
         resize: "crop" or "squash", how pictures are brought to that size; default as trained.
-        output, layout, grid, prefix_tokens, autocast, channels_last: as of `EmbeddingNetwork`.
+        output, layout, grid, prefix_tokens, channels_last: as of `EmbeddingNetwork`.
+        autocast: as of `EmbeddingNetwork`, or by name: "bf16", "fp16", "off".
         preprocess: instead of the network's own: a `Preprocess` or any transform.
         device: where to put it.
         seed: of random weights.
@@ -79,6 +90,8 @@ def load_network(
     Raises:
         NetworkError, InputError: in one sentence, with the next step.
     """
+    if isinstance(autocast, str):
+        autocast = _autocast(autocast)
     source, _, name = network.partition(":")
     if not name:
         from torchvision import models
@@ -141,6 +154,8 @@ def load_network(
         "layout": layout,
         "grid": None if grid is None else list(grid),
         "prefix_tokens": prefix_tokens,
+        "autocast": None if autocast is None else _AUTOCAST_NAMES[autocast],
+        "channels_last": channels_last,
         "seed": seed,
     }
     return made_network

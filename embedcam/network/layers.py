@@ -81,6 +81,16 @@ def _refuse_compiled(named: dict[str, nn.Module], layer: str) -> None:
             )
 
 
+def _is_modeless(module: nn.Module) -> bool:
+    """Whether training mode changes nothing: an exported graph, or plain layers without a mode."""
+    if type(module).__name__.startswith("GraphModule"):
+        return True
+    return all(
+        type(part).__module__.startswith("torch.nn.") and not isinstance(part, _MODAL)
+        for part in module.modules()
+    )
+
+
 def refuse_training(modules: Iterable[nn.Module]) -> None:
     """Refuse a network in training mode.
 
@@ -89,7 +99,7 @@ def refuse_training(modules: Iterable[nn.Module]) -> None:
     """
     for module in modules:
         # The graph of an exported program carries a meaningless flag, and no modal layers.
-        if module.training and not type(module).__name__.startswith("GraphModule"):
+        if module.training and not _is_modeless(module):
             raise NetworkError(
                 f"the network ({type(module).__name__}) is in training mode, where batch norm and "
                 "dropout make each embedding depend on the others; call .eval() on it first"

@@ -21,7 +21,6 @@ from embedcam.render.tiles import (
     clean,
     fitted,
     mapped_picture,
-    number,
     plain_picture,
     top_values,
 )
@@ -187,14 +186,12 @@ def _draw_line(
 
 def scale_note(query_top: float, result_tops: Sequence[float], scale: Scale) -> str:
     """What the colours mean, in one sentence or two."""
+    nothing = " There is no positive evidence in the query." if query_top == 0 else ""
     if not result_tops:
-        return f"Scale from 0 to {number(query_top)}."
+        return f"From no evidence to the strongest in this picture.{nothing}"
     if scale == "each":
-        return "Each map on its own scale: strengths cannot be compared between pictures."
-    return (
-        f"Results share one colour scale, 0 to {number(result_tops[0])}. "
-        f"The query's map has its own, 0 to {number(query_top)}."
-    )
+        return f"Each map on its own scale: strengths cannot be compared between pictures.{nothing}"
+    return f"Results share one colour scale. The query's map has its own.{nothing}"
 
 
 FRAME_NOTE: Final = "A frame marks what the network saw; there is no evidence outside it."

@@ -118,11 +118,6 @@ def _draw_frame(picture: Image.Image, extent: Extent) -> None:
     draw.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), outline=(0, 0, 0, 70))
 
 
-def number(value: float) -> str:
-    """A number with three digits that count, for people."""
-    return f"{value:.3g}"
-
-
 def clean(text: str) -> str:
     """Text that can be drawn and encoded: no control characters, no lone surrogates."""
     text = text.encode("utf-8", "replace").decode("utf-8")

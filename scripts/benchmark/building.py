@@ -129,7 +129,8 @@ class Runs:
 def report(name: str, images: int, rounds: int, batch: int, folder: Path) -> str:
     """Ratios, stages and the literal loop of one network."""
     source = find_images(write_pictures(folder / f"pictures-{images}", images))
-    few = ImageSource(source.items[:batch], source.root)
+    less = min(batch, len(source) // 4)
+    few = ImageSource(source.items[:: len(source) // less][:less], source.root)
     fit, apart = once_for_an_index(name, source, batch, folder)
     ratios, stages, loops = [], [], []
     for subject in subjects(name, folder):
@@ -147,10 +148,10 @@ def report(name: str, images: int, rounds: int, batch: int, folder: Path) -> str
         f"S = {TRIPLETS}, {images} pictures of 320 x 240 (JPEG), batches of {batch}, page cache "
         "warm. Embedding: the same loader, plain forward, embeddings written a chunk at a time. "
         "Build: everything `build_index` does with a network just wrapped, checksums included, "
-        f"FAISS not. *Each further image*: the same without what is paid once, ({images} - {batch} "
-        f"images) over ({images} - {batch} images). *At {LARGE:,}*: predicted from both, the fit of "
-        "principal components included. *Forwards*: pictures through the module for each image "
-        "built, and probe pictures once.\n\n"
+        "FAISS not. *Each further image*: the same without what is paid once, from builds and "
+        f"embeddings of {images} and of {less} images. *At {LARGE:,}*: predicted from both, the "
+        "fit of principal components included. *Forwards*: pictures through the module for each "
+        "image built, and probe pictures once.\n\n"
         + table(
             ["network and method", "seconds", f"ratio at {images}", "bar", "each further image",
              f"at {LARGE:,}", "bar", "forwards"],

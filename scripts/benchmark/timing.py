@@ -2,7 +2,8 @@
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +29,27 @@ class Case:
     def seconds(self) -> float:
         """One timed run."""
         ready = () if self.before is None else (self.before(),)
-        gc.collect()
-        was = gc.isenabled()
-        gc.disable()
         try:
-            start = time.perf_counter()
-            self.run(*ready)
-            return time.perf_counter() - start
+            with _no_garbage_collection():
+                start = time.perf_counter()
+                self.run(*ready)
+                return time.perf_counter() - start
         finally:
-            if was:
-                gc.enable()
             if self.after is not None:
                 self.after(*ready)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect what there is, then nothing until the end."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def alternate(cases: Mapping[str, Case], rounds: int, warmup: int = 1) -> dict[str, np.ndarray]:
@@ -51,11 +61,18 @@ def alternate(cases: Mapping[str, Case], rounds: int, warmup: int = 1) -> dict[s
         warmup: rounds before those, thrown away.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(warmup + rounds):
-        for name, case in cases.items():
-            took = case.seconds()
-            if number >= warmup:
-                seconds[name].append(took)
+    # What lives already is left out of the collections between runs: they would cost more than the
+    # runs, and empty the processor's cache.
+    gc.collect()
+    gc.freeze()
+    try:
+        for number in range(warmup + rounds):
+            for name, case in cases.items():
+                took = case.seconds()
+                if number >= warmup:
+                    seconds[name].append(took)
+    finally:
+        gc.unfreeze()
     return {name: np.array(took) for name, took in seconds.items()}
 
 

@@ -52,7 +52,8 @@ def resize(maps: Array, size: tuple[int, int]) -> Array:
     """
     height, width = _checked_size(size)
     h, w = tuple(maps.shape)[-2:]  # type: ignore[attr-defined]
-    return _sandwich(maps, _bilinear(h, height), _bilinear(w, width))
+    kind = "float64" if "float64" in str(maps.dtype) else "float32"  # type: ignore[attr-defined]
+    return _sandwich(maps, _bilinear(h, height, kind), _bilinear(w, width, kind))
 
 
 def area_average(maps: Array, size: tuple[int, int]) -> Array:
@@ -119,13 +120,13 @@ def _sandwich(maps: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
     maps = _floating(maps)
     if isinstance(maps, np.ndarray):
         kind = maps.dtype if maps.dtype == np.float64 else np.dtype(np.float32)
-        return rows.astype(kind) @ maps @ columns.astype(kind).T
+        return rows.astype(kind, copy=False) @ maps @ columns.astype(kind, copy=False).T
     left, right = maps.new_tensor(rows), maps.new_tensor(columns)  # type: ignore[attr-defined]
     return left @ maps @ right.mT
 
 
 @lru_cache(maxsize=256)
-def _bilinear(source: int, target: int) -> np.ndarray:
+def _bilinear(source: int, target: int, kind: str = "float64") -> np.ndarray:
     """Interpolation matrix `[target source]`; each row sums to 1."""
     centre = (np.arange(target) + 0.5) * (source / target) - 0.5
     centre = np.clip(centre, 0, source - 1)
@@ -135,6 +136,7 @@ def _bilinear(source: int, target: int) -> np.ndarray:
     matrix = np.zeros((target, source))
     np.add.at(matrix, (np.arange(target), low), 1 - part)
     np.add.at(matrix, (np.arange(target), high), part)
+    matrix = matrix.astype(kind, copy=False)
     matrix.setflags(write=False)
     return matrix
 

@@ -8,6 +8,7 @@ for embeddings, keep their eleven bits.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -206,6 +207,21 @@ class LowRank(Encoding):
     def _spread(self, codes: np.ndarray) -> np.ndarray:
         """codes @ basis; where the embedding is the pooled vector itself, without the product."""
         return codes @ self.fitted["basis"] if self._scale is None else codes * self._scale
+
+    def norms(self, rows: Rows) -> np.ndarray:
+        """From the codes and products of the basis with itself, without decoding."""
+        if self._scale is not None:
+            return super().norms(rows)
+        codes = self.stored_codes(rows).astype(np.float64)
+        gram, along, squared = self._products
+        squares = np.einsum("nr,nr->n", codes @ gram + 2 * along, codes) + squared
+        return np.sqrt(np.maximum(squares, 0))
+
+    @cached_property
+    def _products(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """basis basis^T `[R R]`, basis offset `[R]` and |offset|^2, in double precision."""
+        basis, offset = (self.fitted[name].astype(np.float64) for name in ("basis", "offset"))
+        return basis @ basis.T, basis @ offset, float(offset @ offset)
 
     def stored_codes(self, rows: Rows) -> np.ndarray:
         """The codes `[n R]` that multiply the basis, as float32."""

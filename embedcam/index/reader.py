@@ -319,6 +319,8 @@ class Index:
 
     def _split(self, positions: np.ndarray) -> list[tuple[Part, np.ndarray, np.ndarray]]:
         """(part, which of the positions lie in it, their rows there)."""
+        if len(self.parts) == 1:
+            return [(self.parts[0], np.arange(len(positions)), positions)] if len(positions) else []
         home = np.searchsorted(self._starts, positions, side="right") - 1
         return [
             (self.parts[number], where, positions[where] - self._starts[number])

@@ -11,8 +11,8 @@ output becomes a leaf and only what follows it (the head) is differentiated. Par
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self
 
 import numpy as np
@@ -218,7 +218,7 @@ class EmbeddingNetwork:
             with torch.inference_mode(False):
                 return raw.clone(), raw
 
-        with self._context(gradients=False):
+        with torch.inference_mode(), self._autocast(True):
             batch = self._prepare(images)
             z, raw = self._call(batch, keep, len(batch))
         with torch.inference_mode(False), torch.no_grad():
@@ -241,7 +241,7 @@ class EmbeddingNetwork:
 
         if not self._reached:
             refuse_inference(self.module)
-        with self._context(gradients=True):
+        with torch.inference_mode(False), torch.no_grad(), self._autocast(True):
             batch = self._prepare(images)
             z, leaf = self._call(batch, cut, len(batch))
         with torch.inference_mode(False), torch.no_grad():
@@ -333,11 +333,11 @@ class EmbeddingNetwork:
 
     def _ask_head(self) -> HeadKind:
         """Ask the head what it is, with probe pictures before it and its activations replaced."""
-        with self._context(gradients=True, autocast=False):
+        with torch.inference_mode(False), torch.no_grad(), self._autocast(False):
             pictures = self._prepare(self.probe_images(2))
 
         def run(picture: Tensor, change: Change, batch: int) -> tuple[Tensor, Tensor]:
-            with self._context(gradients=True, autocast=False):
+            with torch.inference_mode(False), torch.no_grad(), self._autocast(False):
                 return self._call(picture, change, batch)
 
         with torch.inference_mode(False):
@@ -370,23 +370,16 @@ class EmbeddingNetwork:
         inference = batch.is_inference() and not torch.is_inference_mode_enabled()
         return batch.clone() if inference else batch
 
-    @contextmanager
-    def _context(self, *, gradients: bool, autocast: bool = True) -> Iterator[None]:
-        """No gradients (a tap may switch them on), the chosen precision; all undone at the end."""
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(not gradients))
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(self._autocast(autocast))
-            yield
-
-    def _autocast(self, wanted: bool) -> torch.autocast:
+    def _autocast(self, wanted: bool) -> AbstractContextManager[Any]:
+        """The chosen precision; also shields from an autocast around the call."""
+        if self.autocast is not None and wanted:
+            # Casted weights must not be cached: the first use may be without gradients.
+            return torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False)
         kind = self.device.type
-        if self.autocast is None or not wanted:
-            # Also shields from an autocast around the call: precision is a setting of the network.
-            known = torch.amp.autocast_mode.is_autocast_available(kind)
-            return torch.autocast(kind if known else "cpu", enabled=False)
-        # Casted weights must not be cached: the first use may be without gradients.
-        return torch.autocast(kind, dtype=self.autocast, cache_enabled=False)
+        known = torch.amp.autocast_mode.is_autocast_available(kind)
+        if known and torch.is_autocast_enabled(kind):
+            return torch.autocast(kind, enabled=False)
+        return nullcontext()
 
     def _call(self, images: Tensor, change: Change, batch: int) -> tuple[Tensor, Tensor]:
         """Run the network once with a tap at the layer: z `[batch D]`, and what the tap kept."""

@@ -1,5 +1,6 @@
 """What a forward pass gives, and the derivatives of the head: dy/dA for a cotangent at z."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
@@ -107,8 +108,9 @@ def make_features(images: Tensor, z: Tensor, maps: Tensor, normalize: bool) -> F
         NetworkError: an embedding does, or is zero and was to be normalised.
     """
     norm = torch.linalg.vector_norm(z, dim=1)
-    good = torch.isfinite(norm) & (norm > 0) if normalize else torch.isfinite(norm)
-    if not bool(good.all()):
+    # In Python: for one query, five small tensor operations cost more than the division.
+    lengths = norm.tolist()
+    if not all(math.isfinite(length) for length in lengths) or (normalize and 0.0 in lengths):
         raise _bad_embedding(images, norm)
     embedding = z / norm[:, None] if normalize else z
     return Features(embedding, norm, at_least_single(maps).contiguous())

@@ -6,6 +6,7 @@ beside one float32 scale an image (its largest magnitude), so that weights of 1e
 for embeddings, keep their eleven bits.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +28,7 @@ class Field:
     shape: tuple[int, ...]
 
 
-class Encoding:
+class Encoding(ABC):
     """Weights `[n K]` <-> rows of fields. Subclasses: `TopM`, `LowRank`, `Dense`."""
 
     name: ClassVar[str]
@@ -38,17 +39,17 @@ class Encoding:
     uses_embedding = False
     """True where the code is derived from the stored embedding and nothing is kept beside it."""
 
+    @abstractmethod
     def spec(self) -> dict[str, Any]:
         """What `from_spec` needs beside the channel count and the fitted arrays; JSON-able."""
-        raise NotImplementedError  # pragma: no cover - every subclass says
 
+    @abstractmethod
     def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Rows of `fields` for weights `[n K]`."""
-        raise NotImplementedError  # pragma: no cover - every subclass says
 
+    @abstractmethod
     def decode(self, rows: Rows) -> np.ndarray:
         """Weights `[n K]` float32, missing channels zero."""
-        raise NotImplementedError  # pragma: no cover - every subclass says
 
     def norms(self, rows: Rows) -> np.ndarray:
         """L2 norm of each decoded weight vector, `[n]` float64."""

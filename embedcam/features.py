@@ -111,7 +111,7 @@ def build_from_features(
     mean = features.embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
     codes = label_codes(kept_labels)
     anchors = AnchorCotangents(recipe, features.embeddings, codes, mean, triplets)
-    exact = is_exact(recipe, features.head.matrix)
+    exact = is_exact(recipe, features.head.matrix, normalize)
     encoding = make_encoding(
         recipe,
         features.head.matrix if exact else None,

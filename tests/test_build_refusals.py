@@ -243,8 +243,9 @@ def test_another_writer_is_not_disturbed(tmp_path, source) -> None:
         thread.join()
 
 
-def test_around_is_refused_for_a_module_that_normalises(tmp_path, source) -> None:
-    it = toy()
+@pytest.mark.parametrize("normalize", [True, False])
+def test_around_is_refused_for_a_module_that_normalises(tmp_path, source, normalize) -> None:
+    it = toy(normalize=normalize)
     head = it.network._head
     it.network._head = lambda maps: torch.nn.functional.normalize(head(maps))
     with pytest.raises(RecipeError, match="this module normalises its output itself; use norm 'th"):

@@ -51,7 +51,7 @@ def check_options(
 
 def check_norm(recipe: Recipe, network: EmbeddingNetwork) -> None:
     """Refuse `around` for a module that normalises by itself."""
-    if recipe.norm == "around" and network.normalize and network.already_normalized:
+    if recipe.norm == "around" and network.already_normalized:
         raise RecipeError(
             "norm 'around' needs the embedding before its L2 norm, and this module normalises its "
             "output itself; use norm 'through', or a module that returns the vector before the norm"

@@ -94,12 +94,12 @@ def build_index(
     recipe, path = recipe or Recipe(), Path(path)
     check_options(source, network, batch_size, on_unreadable, scratch_gb)
     check_norm(recipe, network)
-    warn_of_norm(recipe, network.normalize, 2)
+    warn_of_norm(recipe, network.normalize or network.already_normalized, 2)
     check_target(path, replace=True)
     identity = fingerprint(network)
     width, n_channels = len(identity.probe_embedding), len(identity.probe_pooled)
     check_amounts(recipe, len(source), source.labels, width, n_channels, triplets)
-    exact = is_exact(recipe, network.head_kind.matrix)
+    exact = is_exact(recipe, network.head_kind.matrix, network.normalize)
     # Once, before any is read: a file that changes meanwhile must not pass for the one indexed.
     files = [source.fingerprint(position) for position in range(len(source))]
     given = None if triplets is None else pairs_digest(triplets)

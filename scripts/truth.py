@@ -418,6 +418,10 @@ def _preface(options: argparse.Namespace) -> str:
     names = " ".join(Path(folder).name for folder in options.data)
     return (
         "# Truth: do the maps point at the right object?\n\n"
+        "*Energy*: share of a picture's map inside its box or mask. *Share*: of two pictures of "
+        "different\nclasses side by side, drawn with the stored weights of a result of one class, "
+        "the share on that side.\n*Larger half right*: how often that side has the larger share. "
+        "*Bytes*: an image, beside id, label,\npath and embedding, own map included.\n\n"
         f"Made by `python scripts/truth.py {names} --weights mobilenet_v2_imagenet.safetensors` "
         "(protocol in its heading). Brackets: 95% bootstrap intervals over images or scenes.\n\n"
     )

@@ -37,7 +37,7 @@ def cam(weights: Array, activations: Array) -> Array:
     *batch, channels, height, width = a_shape
     flat = activations.reshape(*batch, channels, height * width)  # type: ignore[attr-defined]
     mixed = weights.reshape(*batch, 1, channels) @ flat  # type: ignore[attr-defined]
-    return mixed.reshape(*batch, height, width).clip(min=0)
+    return _relu(mixed.reshape(*batch, height, width))
 
 
 def resize(maps: Array, size: tuple[int, int]) -> Array:
@@ -52,7 +52,9 @@ def resize(maps: Array, size: tuple[int, int]) -> Array:
     """
     height, width = _checked_size(size)
     h, w = tuple(maps.shape)[-2:]  # type: ignore[attr-defined]
-    kind = "float64" if "float64" in str(maps.dtype) else "float32"  # type: ignore[attr-defined]
+    maps = _floating(maps)
+    # Eight bytes a number is float64 in either library.
+    kind = "float64" if maps.itemsize == 8 else "float32"  # type: ignore[attr-defined]
     return _sandwich(maps, _bilinear(h, height, kind), _bilinear(w, width, kind))
 
 
@@ -70,7 +72,7 @@ def area_average(maps: Array, size: tuple[int, int]) -> Array:
     h, w = tuple(maps.shape)[-2:]  # type: ignore[attr-defined]
     if height > h or width > w:
         raise InputError(f"a {h} x {w} map cannot be averaged to {height} x {width}; use resize")
-    return _sandwich(maps, _area(h, height), _area(w, width))
+    return _sandwich(_floating(maps), _area(h, height), _area(w, width))
 
 
 def normalize(maps: Array) -> Array:
@@ -93,12 +95,20 @@ def normalize(maps: Array) -> Array:
     return scaled.reshape(*lead, height, width)
 
 
+def _relu(maps: Array) -> Array:
+    if isinstance(maps, np.ndarray):
+        positive: Any = np.maximum(maps, 0)
+        return positive
+    return maps.clip(min=0)  # type: ignore[attr-defined]
+
+
 def _floating(maps: Array) -> Array:
     """Bytes and other whole numbers as float32, which neither wraps nor truncates."""
-    if "float" in str(maps.dtype):  # type: ignore[attr-defined]
-        return maps
-    widened: Any = maps.astype(np.float32) if isinstance(maps, np.ndarray) else maps.float()  # type: ignore[attr-defined]
-    return widened
+    if isinstance(maps, np.ndarray):
+        floats: Any = maps if maps.dtype.kind == "f" else maps.astype(np.float32)
+    else:
+        floats = maps if maps.is_floating_point() else maps.float()  # type: ignore[attr-defined]
+    return floats
 
 
 def _largest(flat: Array) -> Array:
@@ -117,7 +127,6 @@ def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
 
 def _sandwich(maps: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
     """rows @ maps @ columns^T in the maps' own library, type and device."""
-    maps = _floating(maps)
     if isinstance(maps, np.ndarray):
         kind = maps.dtype if maps.dtype == np.float64 else np.dtype(np.float32)
         return rows.astype(kind, copy=False) @ maps @ columns.astype(kind, copy=False).T

@@ -18,6 +18,8 @@ from .errors import InputError
 
 Rows = Mapping[str, np.ndarray]
 DTYPES = ("float16", "float32")
+_ORTHONORMAL = 3e-7
+"""Rows in single precision are orthonormal to about this, and norms no better."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,21 @@ class Encoding(ABC):
     def decode(self, rows: Rows) -> np.ndarray:
         """Weights `[n K]` float32, missing channels zero."""
 
-    def norms(self, rows: Rows) -> np.ndarray:
-        """L2 norm of each decoded weight vector, `[n]` float64."""
-        return np.linalg.norm(self.decode(rows).astype(np.float64), axis=-1)
+    def unpack(self, rows: Rows) -> np.ndarray:
+        """What `norms` and `combine` work on, float32 `[n C]`: the weights, or what makes them."""
+        return self.decode(rows)
 
-    def combine(self, rows: Rows, coefficients: np.ndarray) -> np.ndarray:
-        """sum_i coefficients_i * weights_i, `[K]` float32."""
-        return coefficients.astype(np.float32) @ self.decode(rows)
+    def norms(self, unpacked: np.ndarray) -> np.ndarray:
+        """L2 norm of each decoded weight vector, `[n]` float64, from what `unpack` returned."""
+        exact = unpacked.astype(np.float64)
+        exact *= exact
+        squares: np.ndarray = exact.sum(axis=1)
+        return np.sqrt(squares)
+
+    def combine(self, unpacked: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+        """sum_i coefficients_i * weights_i, `[K]` float32, from what `unpack` returned."""
+        combined: np.ndarray = coefficients.astype(np.float32, copy=False) @ unpacked
+        return combined
 
     def bytes_per_image(self) -> int:
         """Bytes kept for each image."""
@@ -197,32 +207,50 @@ class LowRank(Encoding):
         return {} if self.uses_embedding else _pack("codes", _checked(codes, self.rank), self.dtype)
 
     def decode(self, rows: Rows) -> np.ndarray:  # noqa: D102
-        return self._spread(self.stored_codes(rows)) + self.fitted["offset"]
+        codes = self.stored_codes(rows)
+        spread = codes @ self.fitted["basis"] if self._scale is None else codes * self._scale
+        decoded: np.ndarray = spread + self.fitted["offset"]
+        return decoded
 
-    def combine(self, rows: Rows, coefficients: np.ndarray) -> np.ndarray:
+    def unpack(self, rows: Rows) -> np.ndarray:
+        """The codes; where the basis is a multiple of the identity, the weights themselves."""
+        return self.stored_codes(rows) if self._scale is None else self.decode(rows)
+
+    def combine(self, unpacked: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
         """Averages the codes and decodes once: the same sum, R numbers a neighbour instead of K."""
-        coefficients = coefficients.astype(np.float32)
-        mixed = coefficients @ self.stored_codes(rows)
-        return self._spread(mixed) + coefficients.sum() * self.fitted["offset"]
+        mixed = super().combine(unpacked, coefficients)
+        if self._scale is not None:
+            return mixed
+        combined: np.ndarray = mixed @ self.fitted["basis"]
+        combined += np.float32(coefficients.sum()) * self.fitted["offset"]
+        return combined
 
-    def _spread(self, codes: np.ndarray) -> np.ndarray:
-        """codes @ basis; where the embedding is the pooled vector itself, without the product."""
-        return codes @ self.fitted["basis"] if self._scale is None else codes * self._scale
-
-    def norms(self, rows: Rows) -> np.ndarray:
+    def norms(self, unpacked: np.ndarray) -> np.ndarray:
         """From the codes and products of the basis with itself, without decoding."""
         if self._scale is not None:
-            return super().norms(rows)
-        codes = self.stored_codes(rows).astype(np.float64)
+            return super().norms(unpacked)
+        codes = unpacked.astype(np.float64)
         gram, along, squared = self._products
-        squares = np.einsum("nr,nr->n", codes @ gram + 2 * along, codes) + squared
+        mixed = codes if gram is None else codes @ gram
+        if along is not None:
+            mixed = mixed + along
+        squares = (mixed * codes).sum(axis=1) + squared
         return np.sqrt(np.maximum(squares, 0))
 
     @cached_property
-    def _products(self) -> tuple[np.ndarray, np.ndarray, float]:
-        """basis basis^T `[R R]`, basis offset `[R]` and |offset|^2, in double precision."""
+    def _products(self) -> tuple[np.ndarray | None, np.ndarray | None, float]:
+        """What |c B + o|^2 needs: B B^T `[R R]`, 2 B o `[R]` and |o|^2, in double precision.
+
+        None for a product that changes nothing: of orthonormal rows, of an offset of zeros.
+        """
         basis, offset = (self.fitted[name].astype(np.float64) for name in ("basis", "offset"))
-        return basis @ basis.T, basis @ offset, float(offset @ offset)
+        gram = basis @ basis.T
+        orthonormal = np.abs(gram - np.eye(self.rank)).max() < _ORTHONORMAL
+        return (
+            None if orthonormal else gram,
+            2 * basis @ offset if offset.any() else None,
+            float(offset @ offset),
+        )
 
     def stored_codes(self, rows: Rows) -> np.ndarray:
         """The codes `[n R]` that multiply the basis, as float32."""

@@ -6,6 +6,7 @@ object, and a service that already has embeddings and activations needs none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .cam import cam, resize
-from .encoding import Rows
 from .errors import IndexFormatError, InputError
 from .explanation import Explanation
 from .images import read_image
-from .index import Index, Neighbors
+from .index import Index, Neighbors, Selection
 from .preprocess import AnyPreprocess, preprocess_from_dict
 from .queries import check_count, check_features, check_sides, stacked
 from .transfer import coefficients
@@ -237,17 +237,15 @@ class Explainer:
         result: str | None,
         picture: Image.Image | None,
     ) -> Explanation:
-        rows = self.index.rows(near.positions)
-        norms = self._encoding.norms(rows)
-        weights = self._transferred(rows, norms, near.distances)
+        rows = self.index.select(near.positions)
+        weights, norms = self._transferred(rows, near.distances)
         if result is not None:
             chosen = self._named(embedding, [result])
-            row = self.index.rows(chosen.positions)
-            weights = self._transferred(row, self._encoding.norms(row), chosen.distances)
+            weights, _ = self._transferred(self.index.select(chosen.positions), chosen.distances)
         drawn = cam(weights, activations)
         if size is not None:
             drawn = resize(drawn, size)
-        ids = self.index.ids[near.positions]
+        ids = rows.ids
         extent = None
         if picture is not None and self.preprocess is not None:
             extent = self.preprocess.extent(*picture.size)
@@ -255,11 +253,11 @@ class Explainer:
             cam=drawn,
             weights=weights,
             ids=ids,
-            labels=self.index.labels[near.positions],
-            paths=[self._path(path) for path in self.index.paths[near.positions]],
+            labels=rows.labels,
+            paths=[self._path(path) for path in rows.paths],
             distances=near.distances,
             similarities=near.similarities,
-            neighbor_cams=self.index.coarse(near.positions),
+            neighbor_cams=rows.coarse(),
             explained=list(ids) if result is None else [result],
             transfer=self.transfer,
             extent=extent,
@@ -270,11 +268,14 @@ class Explainer:
             neighbor_norms=norms,
         )
 
-    def _transferred(self, rows: Rows, norms: np.ndarray, distances: np.ndarray) -> np.ndarray:
-        """The query's weights `[K]` from its neighbours' rows and their weights' norms `[n]`."""
-        if not np.isfinite(norms).all():
+    def _transferred(self, rows: Selection, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The query's weights `[K]` from its neighbours', and the norms `[n]` of theirs."""
+        unpacked = self._encoding.unpack(rows.fields())
+        norms = self._encoding.norms(unpacked)
+        if not all(map(math.isfinite, norms.tolist())):
             raise self._damaged()
-        return self._encoding.combine(rows, coefficients(norms, distances, self.transfer))
+        share = coefficients(norms, distances, self.transfer)
+        return self._encoding.combine(unpacked, share), norms
 
     def _damaged(self) -> IndexFormatError:
         return IndexFormatError(

@@ -6,6 +6,8 @@ Source: Chen et al., WACV 2020, section 3.3 (weights of the nearest training ima
 several neighbours as scikit-learn's nearest-neighbour estimators do.
 """
 
+import math
+
 import numpy as np
 
 from .errors import InputError
@@ -40,12 +42,10 @@ def coefficients(norms: np.ndarray, distances: np.ndarray, mode: str = "mean") -
             f"norms {list(norms.shape)} and distances {list(distances.shape)} must have one shape "
             "[... n] with at least one neighbour"
         )
-    if not (np.all(norms >= 0) and np.all(distances >= 0)):
-        raise InputError("norms and distances must be numbers >= 0; got a NaN or a negative value")
-    if norms.shape[-1] == 1:
-        return np.ones(norms.shape, np.float32)
-    shares = _shares(norms > 0, distances, mode)
-    return np.divide(shares, norms, out=np.zeros_like(norms), where=norms > 0).astype(np.float32)
+    n = norms.shape[-1]
+    given = zip(norms.reshape(-1, n).tolist(), distances.reshape(-1, n).tolist(), strict=True)
+    found = [_of_one_query(lengths, apart, mode) for lengths, apart in given]
+    return np.array(found, np.float32).reshape(norms.shape)
 
 
 def transfer(weights: np.ndarray, distances: np.ndarray, mode: str = "mean") -> np.ndarray:
@@ -65,13 +65,22 @@ def transfer(weights: np.ndarray, distances: np.ndarray, mode: str = "mean") -> 
     return (share[..., None, :] @ weights.astype(np.float32, copy=False))[..., 0, :]
 
 
-def _shares(counted: np.ndarray, distances: np.ndarray, mode: str) -> np.ndarray:
-    """Shares summing to 1 over the counted neighbours (all zero where none is)."""
-    raw = counted.astype(np.float64)
+def _of_one_query(norms: list[float], distances: list[float], mode: str) -> list[float]:
+    """In Python: ten neighbours are done before NumPy has set up its first operation."""
+    # Not "< 0", which a NaN passes.
+    if not all(value >= 0 for values in (norms, distances) for value in values):
+        raise InputError("norms and distances must be numbers >= 0; got a NaN or a negative value")
+    if len(norms) == 1:
+        return [1.0]
+    shares = [float(norm > 0) for norm in norms]
     if mode == "distance":
-        exact = counted & (distances == 0)
-        with np.errstate(divide="ignore"):
-            inverse = np.where(counted, 1 / np.sqrt(distances), 0)
-        raw = np.where(exact.any(-1, keepdims=True), exact, inverse)
-    total = raw.sum(-1, keepdims=True)
-    return np.divide(raw, total, out=np.zeros_like(raw), where=total > 0)
+        counted = [share * (apart == 0) for share, apart in zip(shares, distances, strict=True)]
+        if any(counted):
+            shares = counted
+        else:
+            shares = [
+                share and 1 / math.sqrt(apart)
+                for share, apart in zip(shares, distances, strict=True)
+            ]
+    total = sum(shares)
+    return [share and share / total / norm for share, norm in zip(shares, norms, strict=True)]

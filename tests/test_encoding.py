@@ -294,11 +294,12 @@ def test_combining_is_decoding_and_adding(encoding) -> None:
     rows = rows_of(encoding)
     decoded = encoding.decode(rows).astype(float)
     c = RNG.normal(size=5)
-    got = encoding.combine(rows, c)
+    unpacked = encoding.unpack(rows)
+    got = encoding.combine(unpacked, c)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, c @ decoded, atol=2e-6 * np.abs(decoded).max() * 10)
     lengths = [oracles.l2_norm(row) for row in decoded]
-    np.testing.assert_allclose(encoding.norms(rows), lengths, rtol=1e-6)
+    np.testing.assert_allclose(encoding.norms(unpacked), lengths, rtol=1e-6)
 
 
 @pytest.mark.parametrize("encoding", ALL, ids=case)

@@ -496,14 +496,20 @@ def test_no_gradient_is_asked_for_and_the_network_stays_as_it_was(
 def test_a_query_costs_nothing_that_grows_with_the_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from embedcam.index import Selection
     from embedcam.index.strings import StringTable
 
     touched = {"rows": 0, "strings": 0}
-    gather, raw, many = Index.gather, StringTable.raw, StringTable.tolist
+    array, take = Selection.array, StringTable.take
+    raw, many = StringTable.raw, StringTable.tolist
 
-    def counting_gather(self: Index, file: str, positions: Any, empty: Any) -> Any:
-        touched["rows"] += len(positions)
-        return gather(self, file, positions, empty)
+    def counting_array(self: Selection, file: str, empty: Any) -> Any:
+        touched["rows"] += len(self)
+        return array(self, file, empty)
+
+    def counting_take(self: StringTable, rows: Any) -> list[str]:
+        touched["strings"] += len(rows)
+        return take(self, rows)
 
     def counting_raw(self: StringTable, row: int) -> bytes:
         touched["strings"] += 1
@@ -514,7 +520,8 @@ def test_a_query_costs_nothing_that_grows_with_the_index(
         touched["strings"] += len(found)
         return found
 
-    monkeypatch.setattr(Index, "gather", counting_gather)
+    monkeypatch.setattr(Selection, "array", counting_array)
+    monkeypatch.setattr(StringTable, "take", counting_take)
     monkeypatch.setattr(StringTable, "raw", counting_raw)
     monkeypatch.setattr(StringTable, "tolist", counting_many)
     vector, maps = query()

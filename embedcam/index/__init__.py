@@ -11,6 +11,7 @@ from .manifest import FORMAT_VERSION
 from .parts import PartData, check_ids, quantize_coarse
 from .reader import Index
 from .search import Neighbors, nearest
+from .selection import Selection
 from .verify import Report, verify
 from .writer import append, check_target, compact, create, rebuild_faiss, remove, sweep
 
@@ -20,6 +21,7 @@ __all__ = [
     "Neighbors",
     "PartData",
     "Report",
+    "Selection",
     "append",
     "check_factory",
     "check_ids",

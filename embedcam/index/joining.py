@@ -66,7 +66,7 @@ def join_rows(index: Index, positions: np.ndarray, new: PartData | None) -> Part
         return Gathered(sources, old(positions[:0]) if extra is None else extra)
 
     def raw(file: str, like: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda rows: index.gather(file, rows, like)
+        return lambda rows: index.select(rows).array(file, like)
 
     def fields_of(layer: Layer) -> dict[str, ArrayLike]:
         return {

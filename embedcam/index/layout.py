@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,15 @@ class Layer:
         """File name of one of the encoding's fields."""
         return file_name(self.stem(field), self.encoding.fields[field].dtype)
 
-    @property
+    @cached_property
+    def no_rows(self) -> dict[str, tuple[str, np.ndarray]]:
+        """The encoding's fields: the name of each one's file, and the field of no images."""
+        return {
+            name: (self.file(name), np.empty((0, *field.shape), field.dtype))
+            for name, field in self.encoding.fields.items()
+        }
+
+    @cached_property
     def coarse_files(self) -> tuple[str, str]:
         """File names of the coarse maps and of their scales."""
         return file_name(self.stem("coarse"), "uint8"), file_name(
@@ -185,14 +194,6 @@ def make_layers(root: Path, manifest: Manifest, fitted: list[dict[str, Any]]) ->
             )
         layers.append(layer)
     return layers
-
-
-def empty_rows(layer: Layer) -> dict[str, np.ndarray]:
-    """Fields of no images."""
-    return {
-        name: np.empty((0, *field.shape), field.dtype)
-        for name, field in layer.encoding.fields.items()
-    }
 
 
 def _say(shape: Shape) -> str:

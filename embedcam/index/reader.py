@@ -14,11 +14,12 @@ from ..errors import IndexFormatError, InputError
 from . import manifest as manifest_file
 from .faiss_files import REBUILD, load_faiss, open_faiss
 from .files import broken
-from .layout import Layer, empty_rows, make_layers, map_fitted, map_tombstones, of_layer
+from .layout import Layer, make_layers, map_fitted, map_tombstones, of_layer
 from .parts import Part
 from .query import search_batch
 from .search import SLACK, Neighbors, check_count, check_queries, join, threads
-from .strings import Strings, StringTable, check_positions, check_row
+from .selection import Selection
+from .strings import Strings, check_positions
 
 if TYPE_CHECKING:
     from .verify import Progress
@@ -58,9 +59,11 @@ class Index:
         self._parts: list[Part] | None = parts
         self._starts = np.cumsum([0, *(p.count for p in parts)])
         self._removed = map_tombstones(path, manifest)
-        self.ids: Strings[str] = Strings(self.n_rows, lambda at: self._strings(at, "ids"))
-        self.paths: Strings[str] = Strings(self.n_rows, lambda at: self._strings(at, "paths"))
-        self.labels: Strings[str | None] = Strings(self.n_rows, self._labels)
+        self.ids: Strings[str] = Strings(self.n_rows, lambda at: self._selected(at).ids)
+        self.paths: Strings[str] = Strings(self.n_rows, lambda at: self._selected(at).paths)
+        self.labels: Strings[str | None] = Strings(
+            self.n_rows, lambda at: self._selected(at).labels
+        )
         if with_faiss and manifest["faiss"] is not None:
             self.faiss_file = open_faiss(path, manifest)
 
@@ -117,13 +120,21 @@ class Index:
 
     # Rows
 
+    def select(self, positions: np.ndarray | Sequence[int]) -> Selection:
+        """Some rows, to be fetched field by field; the cheapest way to several of their fields.
+
+        Raises:
+            InputError: positions that are not whole numbers `[n]` of this index.
+        """
+        return self._selected(check_positions(positions, self.n_rows))
+
     def embeddings(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
         """Stored embeddings of rows, float32 `[n D]`."""
-        return self.gather("embeddings.f32", positions, np.empty((0, self.width), np.float32))
+        return self.select(positions).embeddings
 
     def triplets_used(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
         """Triplets that gave evidence for each row's weights, uint32 `[n]`."""
-        return self.gather("triplets_used.u32", positions, np.empty(0, np.uint32))
+        return self.select(positions).triplets_used
 
     def encoding(self, layer: int = 0) -> Encoding:
         """How a layer's weights are kept."""
@@ -145,18 +156,8 @@ class Index:
 
     def rows(self, positions: np.ndarray | Sequence[int], layer: int = 0) -> dict[str, np.ndarray]:
         """What the layer's encoding decodes: its fields, and "embedding" where it uses that."""
-        found = self._layer(layer)
-        rows = {
-            name: self.gather(found.file(name), positions, empty)
-            for name, empty in empty_rows(found).items()
-        }
-        if "channels" in rows and rows["channels"].max(initial=0) >= found.channels:
-            raise broken(
-                self.path, found.file("channels"), f"names a channel beyond {found.channels}"
-            )
-        if found.encoding.uses_embedding:
-            rows["embedding"] = self.embeddings(positions)
-        return rows
+        self._layer(layer)
+        return self.select(positions).fields(layer)
 
     def weights(self, positions: np.ndarray | Sequence[int], layer: int = 0) -> np.ndarray:
         """Decoded channel weights of rows, float32 `[n K]`."""
@@ -164,13 +165,8 @@ class Index:
 
     def coarse(self, positions: np.ndarray | Sequence[int], layer: int = 0) -> np.ndarray | None:
         """Coarse CAMs of rows, float32 `[n h w]`, or None where none are stored."""
-        found = self._layer(layer)
-        if found.coarse_grid is None:
-            return None
-        maps, scales = found.coarse_files
-        stored = self.gather(maps, positions, np.empty((0, *found.coarse_grid), np.uint8))
-        scale = self.gather(scales, positions, np.empty(0, np.float32))
-        return stored * (scale[:, None, None] / np.float32(255))
+        self._layer(layer)
+        return self.select(positions).coarse(layer)
 
     def live(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
         """Which rows have not been removed, bool `[n]`."""
@@ -312,55 +308,13 @@ class Index:
         at = np.minimum(np.searchsorted(removed, positions), len(removed) - 1)
         return np.asarray(removed[at] == positions)
 
+    def _selected(self, positions: np.ndarray) -> Selection:
+        return Selection(self.path, self.parts, self._starts, self.layers, self.width, positions)
+
     def _layer(self, number: int) -> Layer:
         if not 0 <= number < len(self.layers):
             raise InputError(f"layer {number} of an index of {len(self.layers)} layers")
         return self.layers[number]
-
-    def _split(self, positions: np.ndarray) -> list[tuple[Part, np.ndarray, np.ndarray]]:
-        """(part, which of the positions lie in it, their rows there)."""
-        if len(self.parts) == 1:
-            return [(self.parts[0], np.arange(len(positions)), positions)] if len(positions) else []
-        home = np.searchsorted(self._starts, positions, side="right") - 1
-        return [
-            (self.parts[number], where, positions[where] - self._starts[number])
-            for number in np.unique(home).tolist()
-            for where in [np.flatnonzero(home == number)]
-        ]
-
-    def gather(
-        self, file: str, positions: np.ndarray | Sequence[int], empty: np.ndarray
-    ) -> np.ndarray:
-        """Rows of a file by position, like `empty` `[0 ...]`."""
-        positions = check_positions(positions, self.n_rows)
-        out = np.empty((len(positions), *empty.shape[1:]), empty.dtype)
-        for part, where, rows in self._split(positions):
-            out[where] = part.arrays[file][rows]
-        return out
-
-    def _strings(self, positions: np.ndarray, kind: str) -> list[str]:
-        out = [""] * len(positions)
-        for part, where, rows in self._split(positions):
-            table: StringTable = getattr(part, kind)
-            first, last = int(rows[0]), int(rows[-1])
-            # Many rows in a run are decoded from one piece of the blob.
-            run = (
-                len(rows) > 1 and last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all())
-            )
-            found = table.tolist(first, last + 1) if run else [table[r] for r in rows.tolist()]
-            for slot, text in zip(where.tolist(), found, strict=True):
-                out[slot] = text
-        return out
-
-    def _labels(self, positions: np.ndarray) -> list[str | None]:
-        out: list[str | None] = [None] * len(positions)
-        for part, where, rows in self._split(positions):
-            names: dict[int, str | None] = {-1: None}
-            for slot, code in zip(where.tolist(), part.codes[rows].tolist(), strict=True):
-                if code not in names:
-                    names[code] = part.labels[check_row(code, len(part.labels))]
-                out[slot] = names[code]
-        return out
 
     def _find(self, id: str) -> list[int]:
         if not isinstance(id, str):

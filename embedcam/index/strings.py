@@ -8,6 +8,8 @@ import numpy as np
 
 from ..errors import IndexFormatError, InputError
 
+_FEW = 100
+
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -28,6 +30,12 @@ class StringTable:
     def __getitem__(self, row: int) -> str:
         # A damaged byte must not stop a search half way; `verify` reports it.
         return self.raw(row).decode("utf-8", "replace")
+
+    def take(self, rows: np.ndarray) -> list[str]:
+        """Some rows `[n]`."""
+        starts, stops = self.offsets[rows].tolist(), self.offsets[rows + 1].tolist()
+        blob = self.blob.data
+        return [str(blob[a:b], "utf-8", "replace") for a, b in zip(starts, stops, strict=True)]
 
     def tolist(self, start: int = 0, stop: int | None = None) -> list[str]:
         """Rows start .. stop at once, faster than one by one."""
@@ -101,6 +109,11 @@ def check_positions(positions: object, total: int) -> np.ndarray:
     found = np.asarray(positions)
     if found.size == 0:
         return np.empty(0, np.int64)
+    if found.ndim == 1 and found.dtype == np.int64 and len(found) <= _FEW:
+        # A query's handful: Python compares it sooner than NumPy's reductions are set up.
+        rows = found.tolist()
+        if min(rows) >= 0 and max(rows) < total:
+            return found
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise InputError(
             f"positions of shape {list(found.shape)} and type {found.dtype}; expected whole "

@@ -29,14 +29,7 @@ from .gradients import (
     replay_vjp,
 )
 from .head import HeadKind, ask_head
-from .layers import (
-    bare_name,
-    find_layer,
-    module_device,
-    refuse_elsewhere,
-    refuse_inference,
-    refuse_training,
-)
+from .layers import bare_name, find_layer
 from .layouts import (
     Layout,
     LayoutName,
@@ -48,6 +41,7 @@ from .layouts import (
     resolve,
 )
 from .probe import probe_inputs
+from .state import ModuleState, refuse_elsewhere, refuse_inference
 from .tap import Change, Parts, run_parts, run_tapped
 
 DEFAULT_INPUT_SIZE = (224, 224)
@@ -125,9 +119,12 @@ class EmbeddingNetwork:
         self._trunk, self._head = trunk, head
         self._layout_options = (layout, grid, prefix_tokens)
         self._layout: Layout | None = None
+        self._last_layout: tuple[tuple[torch.Size, torch.Size], Layout] | None = None
         self._input_size = input_size
         self._device = None if device is None else torch.device(device)
         refuse_elsewhere(module, self._device)
+        run_by = [part for part in (trunk, head) if isinstance(part, nn.Module)]
+        self._state = ModuleState([module, *(run_by if trunk is not None else [])])
         self._lock = threading.RLock()
         self._reached = False
         self._kind: HeadKind | None = None
@@ -166,13 +163,12 @@ class EmbeddingNetwork:
     @property
     def device(self) -> torch.device:
         """Where images are sent: where the parameters are, unless told at construction."""
-        return self._device or module_device(self.module)
+        return self._device or self._state.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the parameters: the input is converted to it."""
-        kinds = (p.dtype for p in self.module.parameters() if p.is_floating_point())
-        return next(kinds, torch.float32)
+        return self._state.dtype
 
     @property
     def layout(self) -> str:
@@ -358,8 +354,7 @@ class EmbeddingNetwork:
 
     def _prepare(self, images: Images) -> Tensor:
         """Images as the module wants them: `[B C H W]`, its device, dtype and memory format."""
-        modules = [self.module] if self._trunk is None else [self.module, self._trunk, self._head]
-        refuse_training([part for part in modules if isinstance(part, nn.Module)])
+        self._state.refuse_training()
         checked = check_images(images)
         if self._input_size is None:
             self._input_size = (checked.shape[2], checked.shape[3])
@@ -376,7 +371,8 @@ class EmbeddingNetwork:
             # Casted weights must not be cached: the first use may be without gradients.
             return torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False)
         kind = self.device.type
-        known = torch.amp.autocast_mode.is_autocast_available(kind)
+        # Asked first on the CPU, which knows autocast: devices that do not would raise.
+        known = kind == "cpu" or torch.amp.autocast_mode.is_autocast_available(kind)
         if known and torch.is_autocast_enabled(kind):
             return torch.autocast(kind, enabled=False)
         return nullcontext()
@@ -393,9 +389,13 @@ class EmbeddingNetwork:
         return at_least_single(choose_embedding(output, self.output, batch)), kept
 
     def _read_layout(self, images: Tensor, raw: Tensor) -> Layout:
-        kind, grid, prefix = self._layout_options
-        self._layout = resolve(raw, images, kind, grid, prefix, self.layer)
-        return self._layout
+        shapes = (raw.shape, images.shape)
+        known = self._last_layout
+        if known is None or known[0] != shapes:
+            kind, grid, prefix = self._layout_options
+            known = shapes, resolve(raw, images, kind, grid, prefix, self.layer)
+            self._last_layout, self._layout = known, known[1]
+        return known[1]
 
     def _features(self, images: Tensor, z: Tensor, raw: Tensor) -> tuple[Features, Layout]:
         layout = self._read_layout(images, raw)

@@ -1,15 +1,12 @@
 """Finding a layer in a module, and saying why one cannot be explained."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import InputError, NetworkError
 
-# Layers that treat a batch differently in training mode: their numbers would mix images.
-_MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 _WRAPPERS = ("module", "_orig_mod")
 
 
@@ -81,50 +78,6 @@ def _refuse_compiled(named: dict[str, nn.Module], layer: str) -> None:
             )
 
 
-def _is_modeless(module: nn.Module) -> bool:
-    """Whether training mode changes nothing: an exported graph, or plain layers without a mode."""
-    if type(module).__name__.startswith("GraphModule"):
-        return True
-    return all(
-        type(part).__module__.startswith("torch.nn.") and not isinstance(part, _MODAL)
-        for part in module.modules()
-    )
-
-
-def refuse_training(modules: Iterable[nn.Module]) -> None:
-    """Refuse a network in training mode.
-
-    Raises:
-        NetworkError: the network itself, or one batch norm or dropout in it, is in training mode.
-    """
-    for module in modules:
-        # The graph of an exported program carries a meaningless flag, and no modal layers.
-        if module.training and not _is_modeless(module):
-            raise NetworkError(
-                f"the network ({type(module).__name__}) is in training mode, where batch norm and "
-                "dropout make each embedding depend on the others; call .eval() on it first"
-            )
-        if not _any_training(module):
-            continue
-        for name, part in module.named_modules():
-            if part.training and isinstance(part, _MODAL):
-                raise NetworkError(
-                    f"{name!r} ({type(part).__name__}) of the network is in training mode; call "
-                    ".eval() on the network first"
-                )
-
-
-def _any_training(module: nn.Module) -> bool:
-    """Whether any part is in training mode; asked before every forward."""
-    parts = [module]
-    # Grows as it is walked: `modules()` makes names and takes five times as long.
-    for part in parts:
-        if part.training:
-            return True
-        parts.extend([child for child in part._modules.values() if child is not None])
-    return False
-
-
 def before_attention(module: nn.Module | None) -> str | None:
     """The normalisation before the last attention of a transformer, by name, if there is one."""
     if module is None:
@@ -144,42 +97,3 @@ def before_attention(module: nn.Module | None) -> str | None:
         if "norm" in type(part).__name__.lower():
             return bare_name(f"{block}.{name}" if block else name)
     return None
-
-
-def refuse_inference(module: nn.Module) -> None:
-    """Refuse parameters that autograd can do nothing with.
-
-    Raises:
-        NetworkError: they were made inside inference mode.
-    """
-    if any(tensor.is_inference() for tensor in _tensors(module)):
-        raise NetworkError(
-            "the network's parameters were made inside torch.inference_mode and cannot be "
-            "differentiated through; make the network outside of it"
-        )
-
-
-def module_device(module: nn.Module) -> torch.device:
-    """Where a module's parameters or buffers are; the CPU if it has none."""
-    return next((tensor.device for tensor in _tensors(module)), torch.device("cpu"))
-
-
-def refuse_elsewhere(module: nn.Module, device: torch.device | None) -> None:
-    """Refuse a module that is not where it is said to be: the caller's module is never moved.
-
-    Raises:
-        NetworkError: with both places.
-    """
-    found = next((tensor.device for tensor in _tensors(module)), device)
-    if device is None or found is None:
-        return
-    if found.type != device.type or device.index not in (None, found.index):
-        raise NetworkError(
-            f"device={str(device)!r} was given, but the network is on {str(found)!r}; move it "
-            f"with module.to({str(device)!r}) first"
-        )
-
-
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()

@@ -242,6 +242,8 @@ def choose_embedding(output: Any, choice: OutputChoice, batch: int | None) -> Te
 
 
 def _chosen(output: Any, choice: OutputChoice) -> Any:
+    if choice is None and isinstance(output, Tensor):
+        return output
     if callable(choice):
         return choice(output)
     named = _named(output)

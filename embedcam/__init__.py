@@ -9,35 +9,51 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "METHODS": "registry",
     "BuildReport": "build",
+    "ClassProxy": "targets",
+    "Coordinate": "targets",
     "EmbedcamError": "errors",
     "EmbeddingNetwork": "network",
     "Explainer": "explain",
     "Explanation": "explain",
     "Index": "index",
+    "NegativeDistance": "targets",
+    "PairContribution": "targets",
     "Preprocess": "preprocess",
     "Recipe": "recipe",
+    "Similarity": "targets",
+    "TripletMargin": "targets",
     "add_images": "build",
     "build_from_features": "features",
     "build_index": "build",
+    "cam_for": "methods",
     "find_images": "images",
     "from_dataset": "images",
     "load_network": "models",
 }
 
 __all__ = [
+    "METHODS",
     "BuildReport",
+    "ClassProxy",
+    "Coordinate",
     "EmbedcamError",
     "EmbeddingNetwork",
     "Explainer",
     "Explanation",
     "Index",
+    "NegativeDistance",
+    "PairContribution",
     "Preprocess",
     "Recipe",
+    "Similarity",
+    "TripletMargin",
     "__version__",
     "add_images",
     "build_from_features",
     "build_index",
+    "cam_for",
     "find_images",
     "from_dataset",
     "load_network",
@@ -50,10 +66,20 @@ if TYPE_CHECKING:
     from .features import build_from_features
     from .images import find_images, from_dataset
     from .index import Index
+    from .methods import cam_for
     from .models import load_network
     from .network import EmbeddingNetwork
     from .preprocess import Preprocess
     from .recipe import Recipe
+    from .registry import METHODS
+    from .targets import (
+        ClassProxy,
+        Coordinate,
+        NegativeDistance,
+        PairContribution,
+        Similarity,
+        TripletMargin,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -91,7 +91,7 @@ class AnchorCotangents:
         counts = used.sum(1)
         positives = np.asarray(self.embeddings[triplets.positives])
         negatives = np.asarray(self.embeddings[triplets.negatives])
-        if self.recipe.method == "gradcam++":
+        if self.recipe.per_triplet:
             return Cotangents(margin_cotangent(positives, negatives), used, counts)
         share = (used / np.maximum(counts, 1)[:, None]).astype(positives.dtype)[:, None]
         return Cotangents(

@@ -39,6 +39,8 @@ class Explanation:
             keeps none.
         explained: ids of the images whose weights were transferred.
         transfer: "mean" or "distance".
+        method: title of the method that made the query's map itself, where its weights were not
+            transferred but computed on the query; else empty.
         extent: the rectangle of the query picture that the map covers, (x0, y0, x1, y1) in pixels
             of the upright picture; outside it there is no evidence. None where the picture is
             unknown.
@@ -68,6 +70,7 @@ class Explanation:
     root: Path | None = None
     only_below: bool = False
     neighbor_norms: np.ndarray | None = None
+    method: str = ""
 
     @property
     def empty(self) -> bool:
@@ -158,6 +161,7 @@ class Explanation:
             "empty": self.empty,
             "extent": None if self.extent is None else list(self.extent),
             "transfer": self.transfer,
+            "method": self.method or None,
             "explained": list(self.explained),
             "neighbors": neighbors,
         }
@@ -172,6 +176,8 @@ class Explanation:
     def _transfer_note(self) -> str:
         if self.empty:
             return "no positive evidence\nfor these results"
+        if self.method:
+            return f"{self.method},\ncomputed on the query"
         if len(self.explained) == 1:
             return f"what here matched\n{self.explained[0].rpartition('/')[2]}"
         return f"weights of {len(self.explained)} neighbours, {self.transfer}"

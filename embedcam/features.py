@@ -19,7 +19,7 @@ from .identity import ALIKE, Identity, fingerprint
 from .index import PartData, check_target, create
 from .models.checkpoints import read_affine
 from .network import EmbeddingNetwork
-from .passes import is_exact
+from .passes import POOLED_METHODS, is_exact
 from .recipe import Recipe
 from .targets import head_cotangent
 from .triplets import Classes, label_codes
@@ -98,6 +98,11 @@ def build_from_features(
     """
     recipe, path = recipe or Recipe(), Path(path)
     check_target(path, replace)
+    if recipe.method not in POOLED_METHODS:
+        raise RecipeError(
+            f"method = {recipe.method!r} needs the images, and features alone are given; use "
+            f"{' or '.join(map(repr, POOLED_METHODS))}, or build from the images"
+        )
     warn_of_norm(recipe, normalize, 2)
     features = _checked(recipe, embeddings, pooled, positive_pooled, head, normalize, grid)
     n, width = features.embeddings.shape

@@ -20,14 +20,19 @@ from .cotangents import AnchorCotangents
 from .errors import ImageError
 from .images import Batch, ImageSource, load_batches
 from .index import quantize_coarse
+from .methods import Subject, weights_for
 from .network import EmbeddingNetwork
 from .recipe import Recipe
+from .registry import WeightMethod
 from .scratch import Scratch
-from .targets import head_cotangent
+from .targets import Direction, head_cotangent
 from .weights import weights_from_head, weights_from_pooled
 
 CHUNK = 256
 """Images a chunk, at least; a kill loses at most one chunk of work."""
+
+POOLED_METHODS = ("gradcam", "gradcam++")
+"""Methods whose weights, behind a global average pool, are functions of the pooled vector."""
 
 Tick = Callable[[int], Any]
 """Told how many images were dealt with."""
@@ -72,7 +77,7 @@ class Work:
     @property
     def pooled(self) -> bool:
         """Whether the pooled vector stands in for a second pass."""
-        return self.network.pooled_replay
+        return self.recipe.method in POOLED_METHODS and self.network.pooled_replay
 
     def chunk_positions(self, chunk: int) -> np.ndarray:
         """Places in the source of a chunk's images."""
@@ -257,16 +262,57 @@ def _weights_of_images(
     kept = _Rows(len(places))
     for batch in _read_again(work, chunk):
         rows = slice(kept.done, kept.done + len(batch))
-        at_head, used, counts = _at_head(work, embedded, anchors, places, rows)
-        with closing(work.network.head_pass(batch.images)) as head_pass:
-            weights = weights_from_head(head_pass, at_head, used, work.recipe.method)
-            activations = head_pass.features.activations.detach()
+        find = _by_head if work.recipe.method in POOLED_METHODS else _by_method
+        weights, activations, counts = find(work, batch, embedded, anchors, places, rows)
         arrays = {"weights": _numpy(weights), "counts": counts}
         if work.keep_grids:
             arrays |= _spilled(work.network, work.exact, activations)
         kept.add(arrays)
         tick(len(batch))
     return kept.arrays()
+
+
+def _by_head(
+    work: Work,
+    batch: Batch,
+    embedded: dict[str, np.ndarray],
+    anchors: AnchorCotangents,
+    places: np.ndarray,
+    rows: slice,
+) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Weights `[n K]`, activations `[n K H W]`, triplets that count: by the head's derivative."""
+    at_head, used, counts = _at_head(work, embedded, anchors, places, rows)
+    with closing(work.network.head_pass(batch.images)) as head_pass:
+        weights = weights_from_head(head_pass, at_head, used, work.recipe.method)
+        return weights, head_pass.features.activations.detach(), counts
+
+
+def _by_method(
+    work: Work,
+    batch: Batch,
+    embedded: dict[str, np.ndarray],
+    anchors: AnchorCotangents,
+    places: np.ndarray,
+    rows: slice,
+) -> tuple[Tensor, Tensor, np.ndarray]:
+    """The same by any storable method of the zoo.
+
+    The margin is affine in the anchor's embedding, so the mean over triplets is one direction, and
+    no method asks for more than differences of scores.
+    """
+    found, recipe = anchors.of(places[rows]), work.recipe
+    assert isinstance(recipe.entry, WeightMethod)
+    values = found.values if found.values.ndim == 3 else found.values[:, None]
+    with Subject(
+        work.network,
+        torch.from_numpy(batch.images).to(work.network.device),
+        Direction(values, found.used),
+        norm=recipe.norm,
+        batch_size=work.batch_size,
+        seed=recipe.seed % (1 << 63),
+    ) as subject:
+        weights = weights_for(subject, recipe.entry)
+        return weights, subject.activations.detach(), found.counts
 
 
 def _at_head(

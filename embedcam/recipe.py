@@ -12,12 +12,12 @@ from typing import Any
 
 from .encoding import DTYPES
 from .errors import RecipeError
+from .registry import METHODS, Method, storable_methods, why_not_storable
 from .targets import NORMS, TARGETS
 from .triplets import SAMPLINGS
 
 N_TRIPLETS = 50
 """S where none is asked for (Chen et al., WACV 2020)."""
-METHODS = ("gradcam", "gradcam++")
 ENCODINGS = ("low-rank", "top-m", "dense")
 METRICS = ("l2", "ip")
 
@@ -31,12 +31,12 @@ class Recipe:
     """What is computed and how it is stored. The defaults are what measured best.
 
     Args:
-        method: "gradcam" or "gradcam++".
+        method: any of `registry.storable_methods()`, the methods that yield channel weights.
         target: "margin" (triplets) or "centred" (no labels, no sampling).
         norm: the gradient "through" the L2 norm or "around" it.
         sampling: "random", "semihard", "hard", "all" (the exact mean over every triplet, in closed
-            form), "given", or "auto": "all" where it has a closed form (Grad-CAM without hinge) and
-            no number of triplets is asked for, else "random".
+            form), "given", or "auto": "all" where it has a closed form (no hinge, and a method that
+            sees the mean of the triplets) and no number of triplets is asked for, else "random".
         triplets: S, triplets drawn for each image; None draws 50 where triplets are drawn.
         hinge: leave out triplets that the margin already satisfies.
         margin: of the hinge and of semihard sampling.
@@ -77,6 +77,8 @@ class Recipe:
                 kind = int
             if type(value) is not kind:
                 raise RecipeError(f"{entry.name} = {value!r} should be of type {kind.__name__}")
+        if self.method in METHODS and not METHODS[self.method].storable:
+            raise RecipeError(f"method = {self.method!r}: {why_not_storable(METHODS[self.method])}")
         for name, known in _CHOICES.items():
             _one_of(name, getattr(self, name), known)
         for name, value in (("triplets", self.n_triplets), ("rank", self.rank), ("m", self.m)):
@@ -95,8 +97,18 @@ class Recipe:
         """The sampling, with "auto" decided."""
         if self.sampling != "auto":
             return self.sampling
-        closed_form = self.method == "gradcam" and not self.hinge
+        closed_form = not self.per_triplet and not self.hinge
         return "all" if closed_form and self.triplets is None else "random"
+
+    @property
+    def entry(self) -> Method:
+        """The method's entry in the registry."""
+        return METHODS[self.method]
+
+    @property
+    def per_triplet(self) -> bool:
+        """Whether the method is not linear in the target, so that each triplet is seen apart."""
+        return bool(getattr(self.entry, "per_triplet", False))
 
     @property
     def n_triplets(self) -> int:
@@ -120,10 +132,11 @@ class Recipe:
                     "the exact mean over 'all' triplets cannot leave out satisfied ones; drop the "
                     "hinge, or use sampling 'random' with it"
                 )
-            if self.method == "gradcam++":
+            if self.per_triplet:
                 raise RecipeError(
-                    "Grad-CAM++ is not linear in the triplet, so 'all' has no closed form for it; "
-                    "use method 'gradcam' with 'all', or sampling 'random' with gradcam++"
+                    f"{self.entry.title} is not linear in the triplet, so 'all' has no closed form "
+                    f"for it; use method 'gradcam' with 'all', or sampling 'random' with "
+                    f"{self.method}"
                 )
 
     @classmethod
@@ -190,7 +203,7 @@ def read_toml(path: str | Path) -> tuple[Recipe, dict[str, Any], dict[str, Any]]
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "method": METHODS,
+    "method": storable_methods(),
     "target": TARGETS,
     "norm": NORMS,
     "sampling": ("auto", *SAMPLINGS, "given"),

@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from benchmark import building, exactness, explaining, indexes
+from benchmark import building, exactness, explaining, indexes, zoo
 
-SECTIONS = ("exactness", "build", "explain", "peers", "storage", "open", "search")
+SECTIONS = ("exactness", "build", "explain", "peers", "storage", "open", "search", "zoo")
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def section(name: str, options: argparse.Namespace, folder: Path) -> str:
         return exactness.report(anchors=1 if options.quick else 4, triplets=50)
     if name == "build":
         text = [
-            building.report(network, images, rounds, options.batch_size, folder)
+            building.report(network, images, rounds, options.batch_size, folder, options.heads)
             for network in options.network
         ]
         return "\n".join(text)
@@ -59,6 +59,16 @@ def section(name: str, options: argparse.Namespace, folder: Path) -> str:
         return indexes.storage_report(4096, folder)
     if name == "open":
         return indexes.open_report(100_000 if options.quick else 1_000_000, rounds, folder)
+    if name == "zoo":
+        fast = options.network[0]
+        return "\n".join(
+            (
+                zoo.peers_report(fast, "resnet18", 4 * rounds),
+                zoo.decomposition_report(20 * rounds),
+                zoo.memory_report("resnet18"),
+                zoo.online_report(fast, 4 * rounds, folder),
+            )
+        )
     return indexes.search_report(rows, 100 * rounds, folder)
 
 
@@ -85,6 +95,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
                         metavar="NAME", help="torchvision models")  # fmt: skip
     parser.add_argument("--images", type=int, metavar="N", help="images of a build (512)")
     parser.add_argument("--rounds", type=int, help="rounds of each table (5)")
+    parser.add_argument("--heads", nargs="+", choices=building.HEADS, default=building.HEADS,
+                        help="of the networks built with (all)")  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--quick", action="store_true", help="64 images, 2 rounds, smaller indexes")

@@ -103,7 +103,7 @@ def make_scenes(unseen: Pictures, network: EmbeddingNetwork) -> Scenes:
             for a, b in zip(first, second, strict=True):
                 scene = Image.new("RGB", (2 * SIZE, SIZE))
                 for place, one in enumerate((a, b)):
-                    scene.paste(_squashed(unseen.paths[one]), (place * SIZE, 0))
+                    scene.paste(squashed(unseen.paths[one]), (place * SIZE, 0))
                 yield scene.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else scene
 
     features = forward(network, pictures(), 2 * N_SCENES, (SIZE, 2 * SIZE), "scenes")
@@ -142,9 +142,10 @@ def _others(labels: np.ndarray, anchor: int, same: bool) -> np.ndarray:
     return np.flatnonzero(chosen)
 
 
-def _squashed(path: Path) -> Image.Image:
+def squashed(path: Path) -> Image.Image:
+    """A picture at 224 x 224, nothing cut off."""
     return read_image(path).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
 
 
 def loaded(paths: list[Path]) -> Iterator[Image.Image]:
-    return (_squashed(path) for path in paths)
+    return (squashed(path) for path in paths)

@@ -263,7 +263,7 @@ def _rows(
     yield Row("mean activation", energy=energy, share=share)
     codes = label_codes(list(unseen.labels))
     mean = embeddings.mean(0)
-    given = _explaining(embeddings, unseen.labels, scenes.explained)
+    given = explaining(embeddings, unseen.labels, scenes.explained)
     for name, recipe in SETTINGS.items():
         found = AnchorCotangents(recipe, embeddings, codes, mean).of(np.arange(len(codes)))
         at_head = head_cotangent(found.values, embeddings, lengths, recipe.norm, True)
@@ -365,7 +365,7 @@ def _share(scenes: Scenes, weights: np.ndarray) -> np.ndarray:
     return shares.reshape(2, -1)
 
 
-def _explaining(embeddings: np.ndarray, labels: np.ndarray, explained: np.ndarray) -> np.ndarray:
+def explaining(embeddings: np.ndarray, labels: np.ndarray, explained: np.ndarray) -> np.ndarray:
     """For each scene the nearest other picture of the explained one's class."""
     distances = 2 - 2 * embeddings[explained] @ embeddings.T
     distances[labels[explained][:, None] != labels] = np.inf

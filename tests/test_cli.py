@@ -870,3 +870,58 @@ def test_nothing_of_torch_is_left_changed(say: Say, built: Path) -> None:
     assert say("explain", built, "photos/0/0.png")[0] == 0
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
+
+
+# --- explain --method ----------------------------------------------------------------------------
+
+
+def test_explain_by_a_method_computed_on_the_query(say: Say, built: Path, tmp_path: Path) -> None:
+    import numpy as np
+    from cli_toy_network import make
+
+    from embedcam import EmbeddingNetwork, Index, Similarity, cam_for
+
+    module, preprocess = make()
+    network = EmbeddingNetwork(module, "relu", preprocess=preprocess)
+    query = sorted(Path("photos").rglob("*.png"))[0]
+    picture = tmp_path / "why.png"
+    with Index.open(built) as index:
+        name = index.ids[3]
+        reference = index.embeddings([3])[0]
+    code, out, err = say(
+        "explain", built, query, "--result", name, "--method", "Layer-CAM", "--json", "-o", picture
+    )
+    assert (code, err) == (0, "")
+    record = json.loads(out)[0]
+    assert record["method"] == "Layer-CAM"
+    assert picture.stat().st_size > 1000
+    expected = cam_for(network, query, Similarity(reference), "layercam").cam
+    from embedcam.cam import area_average
+
+    drawn = np.array(record["cam"])
+    np.testing.assert_allclose(
+        drawn, area_average(expected, drawn.shape), rtol=1e-4, atol=1e-6 * expected.max()
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("scorcam", "method 'scorcam' is unknown; did you mean 'scorecam'"),
+        ("abn", "ABN draws with a branch that is trained with the network"),
+        ("polycam", "Poly-CAM draws with several layers, which the command line cannot name"),
+    ],
+)
+def test_a_method_the_command_line_cannot_run_is_refused(
+    refused: Any, built: Path, method: str, message: str
+) -> None:
+    query = sorted(Path("photos").rglob("*.png"))[0]
+    refused(2, message, "explain", built, query, "--method", method)
+
+
+def test_a_build_by_a_method_without_weights_is_refused(refused: Any, tmp_path: Path) -> None:
+    refused(
+        2,
+        "RISE cannot be put in an index: it works on pixels and never sees the layer's channels",
+        "build", "photos", tmp_path / "index", "--method", "rise", *NAMED,
+    )  # fmt: skip

@@ -25,7 +25,7 @@ from embedcam.demo.scene_files import read_scenes, write_scenes
 from embedcam.demo.scenes import SceneMaker, _split_digits
 from embedcam.demo.settings import DemoSettings
 from embedcam.demo.stages import Stages
-from embedcam.demo.training import _Batches, train, triplet_loss
+from embedcam.demo.training import Batches, train, triplet_loss
 from embedcam.encoding import TopM
 from embedcam.errors import InputError, NetworkError
 from embedcam.images import find_images
@@ -171,7 +171,7 @@ def test_training_is_seeded_and_leaves_the_random_state_alone() -> None:
 
 
 def test_training_windows_hold_the_digit() -> None:
-    batches = _Batches(TINY, progress=False)
+    batches = Batches(TINY, progress=False)
     assert batches.draw(0.5).shape == (20, 3, 32, 32)
     for low, high in ((0, 20), (30, 64), (44, 64), (17, 40)):
         for _ in range(20):

@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).parents[1] / "embedcam"
 FLOORS = {
     0: ["errors"],
     1: ["cam", "encoding", "metrics", "preprocess", "queries", "render", "transfer"],
-    2: ["images", "index", "network", "scratch", "targets", "triplets"],
+    2: ["images", "index", "network", "registry", "scratch", "targets", "triplets"],
     3: ["identity", "models", "recipe", "weights"],
-    4: ["cotangents", "explanation"],
+    4: ["cotangents", "explanation", "methods"],
     5: ["explain", "passes"],
     6: ["assembly"],
     7: ["build"],
@@ -30,6 +30,7 @@ FORBIDDEN = {
     "transfer": {"torch", "torchvision", "faiss"},
     "encoding": {"torch", "torchvision", "faiss"},
     "targets": {"torch", "torchvision", "faiss"},
+    "registry": {"torch", "torchvision", "faiss"},
     "triplets": {"torch", "torchvision", "faiss"},
     "metrics": {"torch", "torchvision", "faiss"},
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ImageError, InputError
+from .direct import check_method, redrawn
 from .networks import named, network_of_index, network_options
 from .report import columns, note
 
@@ -20,6 +21,7 @@ def explain(options: argparse.Namespace) -> None:
     # Whatever can be refused is refused before the network is loaded.
     pictures = plan_pictures(options.output, options.queries)
     _check_page(options.html, options.queries)
+    method = check_method(options)
     with Index.open(options.index) as index:
         asked = _asked(options, index)
         network = named(network_of_index(index.manifest, network_options(options)))
@@ -27,6 +29,8 @@ def explain(options: argparse.Namespace) -> None:
         records, rows = [], []
         for query, picture in zip(options.queries, pictures, strict=True):
             explanation = explainer.explain(query, **asked)
+            if method is not None:
+                explanation = redrawn(explanation, index, network, query, method, options.quiet)
             if explanation.empty:
                 note(
                     options,

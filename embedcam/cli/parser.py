@@ -56,6 +56,7 @@ examples:
   embedcam explain my.index queries/*.jpg -o pictures/ --html why.html -n 10
   embedcam explain my.index query.jpg --result owls/1.jpg -o match.png
   embedcam explain my.index query.jpg --neighbors owls/1.jpg,owls/2.jpg --json
+  embedcam explain my.index query.jpg --method scorecam -o slow.png
 
 The network is loaded as it was for the build; where its files have moved, say so with --weights
 and --head. Pictures are written for queries where -o or --html asks for them.
@@ -243,7 +244,11 @@ def _build(one: argparse.ArgumentParser) -> None:
     one.add_argument("--refit", action="store_true", help="redo a finished index")
     _network(one)
     group = one.add_argument_group("weights")
-    group.add_argument("--method", metavar="NAME", help="gradcam (default) or gradcam++")
+    group.add_argument(
+        "--method",
+        metavar="NAME",
+        help="gradcam (default), gradcam++, scorecam, ...: any that yields channel weights",
+    )
     group.add_argument("--target", metavar="NAME", help="margin (default) or centred")
     group.add_argument("--norm", metavar="WAY", help="through (default) or around the L2 norm")
     group.add_argument(
@@ -326,6 +331,12 @@ def _explain(one: argparse.ArgumentParser) -> None:
         help="how neighbours count (default mean)",
     )
     one.add_argument("--result", metavar="ID", help="explain by this one image of the index")
+    one.add_argument(
+        "--method",
+        metavar="NAME",
+        help="compute the query's map itself, by any method (scorecam, rise, ...), in place of "
+        "transferred weights",
+    )
     one.add_argument(
         "--neighbors",
         metavar="IDS",

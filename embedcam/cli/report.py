@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-METHODS = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++"}
+from ..registry import METHODS
+
 METRICS = {"l2": "squared L2", "ip": "inner product"}
 _LABEL = 12
 
@@ -180,7 +181,7 @@ def _input_line(preprocess: Mapping[str, Any] | None) -> str:
 
 
 def _weights_line(manifest: Mapping[str, Any]) -> str:
-    method, triplets = METHODS[manifest["method"]], manifest["triplets"]
+    method, triplets = METHODS[manifest["method"]].title, manifest["triplets"]
     target = "centred target" if manifest["target"] == "centred" else "triplet margin"
     line = f"{method} of the {target}, {manifest['norm']} the norm"
     if manifest["target"] == "centred":

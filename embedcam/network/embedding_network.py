@@ -29,6 +29,7 @@ from .gradients import (
     replay_vjp,
 )
 from .head import HeadKind, ask_head
+from .injected import Injected
 from .layers import bare_name, find_layer
 from .layouts import (
     Layout,
@@ -62,7 +63,8 @@ class EmbeddingNetwork:
         normalize: L2-normalise the embedding. Part of an index's identity.
         output: which part of the module's output is the embedding: None for a tensor, the first
             of a tuple or the only entry of a dict; a name, a position, or a function.
-        layout: "auto", "bkhw", "bhwk" or "btk".
+        layout: "auto", "bkhw", "bhwk", "btk", or "bkl" for 1-D convolutions, whose inputs are
+            signals `[B C L]`, tables `[B L]` or the numbers of words `[B L]`.
         grid: (H, W) of the tokens, when it cannot be found from the input's shape.
         prefix_tokens: how many tokens come before the grid's (class and register tokens).
         preprocess: picture -> input `[3 H W]`, as `embedcam.preprocess.Preprocess`.
@@ -124,6 +126,7 @@ class EmbeddingNetwork:
         self._device = None if device is None else torch.device(device)
         refuse_elsewhere(module, self._device)
         run_by = [part for part in (trunk, head) if isinstance(part, nn.Module)]
+        self._example: Tensor | None = None
         self._state = ModuleState([module, *(run_by if trunk is not None else [])])
         self._lock = threading.RLock()
         self._reached = False
@@ -175,6 +178,16 @@ class EmbeddingNetwork:
         """The layer's layout, as found in the last forward; before one, as it was given."""
         return self._layout_options[0] if self._layout is None else self._layout.kind
 
+    @property
+    def hooked(self) -> bool:
+        """Whether layers are found by hooks: False where trunk and head were given."""
+        return self._hooked is not None
+
+    @property
+    def layout_options(self) -> tuple[LayoutName, tuple[int, int] | None, int | None]:
+        """Layout, grid and prefix tokens, as they were given."""
+        return self._layout_options
+
     def describe(self) -> dict[str, Any]:
         """What identifies this network beside its parameters, ready for JSON."""
         return {
@@ -196,11 +209,13 @@ class EmbeddingNetwork:
 
     # ---------------------------------------------------------------- passes
 
-    def forward(self, images: Images) -> Features:
+    def forward(self, images: Images, *, allow_zero: bool = False) -> Features:
         """Embeddings and activations of preprocessed images; no gradients.
 
         Args:
             images: `[B C H W]`, an array or tensor.
+            allow_zero: an output of zeros is embedded as zeros, not refused: what is left of a
+                masked picture may be nothing.
 
         Raises:
             InputError: images of a wrong shape, or with NaN.
@@ -218,7 +233,7 @@ class EmbeddingNetwork:
             batch = self._prepare(images)
             z, raw = self._call(batch, keep, len(batch))
         with torch.inference_mode(False), torch.no_grad():
-            return self._features(batch, z.clone(), raw)[0]
+            return self._features(batch, z.clone(), raw, allow_zero)[0]
 
     __call__ = forward
 
@@ -248,9 +263,59 @@ class EmbeddingNetwork:
             self._reached = True
         return made
 
+    def head_outputs(self, image: Images, activations: Tensor) -> Tensor:
+        """The head alone, on other activations than the layer's own; no gradients.
+
+        Args:
+            image: one input, `[1 C H W]`: its prefix tokens, if any, are kept, and the trunk runs
+                on it once (where a module cannot mix batches, once for each of the activations).
+            activations: `[n K H W]`.
+
+        Returns:
+            z `[n D]`, before any normalisation.
+        """
+        with torch.inference_mode(), self._autocast(True):
+            batch = self._prepare(image)
+            if self._layout is None:
+                _, raw = self._call(batch, lambda raw: (raw, raw.clone()), 1)
+                self._read_layout(batch, raw)
+            assert self._layout is not None
+            z = Injected(self._call, batch, self._layout)(activations.to(batch.device))
+        with torch.inference_mode(False):
+            return z.clone()
+
+    def run_several(
+        self,
+        images: Images,
+        run: Callable[[nn.Module, Tensor], tuple[Any, list[Tensor], list[int]]],
+    ) -> tuple[Tensor, list[Tensor], Tensor, list[int]]:
+        """For `several_pass`: z `[B D]`, what `run` kept, the prepared input, and `run`'s order."""
+        with torch.inference_mode(False), torch.no_grad(), self._autocast(True), self._lock:
+            batch = self._prepare(images)
+            output, kept, order = run(self.module, batch)
+            z = at_least_single(choose_embedding(output, self.output, len(batch)))
+        return z, kept, batch, order
+
+    def run_from_input(
+        self, images: Images, mode: AbstractContextManager[Any] | None
+    ) -> tuple[Features, Tensor, Tensor]:
+        """For `input_gradient`: features, z `[B D]` and the input as a leaf, gradients kept."""
+        with torch.inference_mode(False), torch.enable_grad(), self._autocast(True):
+            leaf = self._prepare(images).detach().clone().requires_grad_()
+            with mode or nullcontext():
+                # The clone keeps what an in-place unit behind the layer would overwrite.
+                z, raw = self._call(leaf, lambda raw: (raw.detach().clone(), raw), len(leaf))
+        with torch.inference_mode(False), torch.no_grad():
+            features, _ = self._features(leaf.detach(), z.detach(), raw)
+        return features, z, leaf
+
     def check(self) -> None:
-        """Run the probe picture through once, so that a layer that cannot be explained says so."""
-        self.head_pass(self.probe_images()).close()
+        """Run the probe picture through once, so that a layer that cannot be explained says so.
+
+        Raises:
+            InputError: a network over positions has seen no input yet, and no picture fits it.
+        """
+        self.head_pass(self._probes()[:1]).close()
 
     # ---------------------------------------------------------------- the head
 
@@ -330,7 +395,7 @@ class EmbeddingNetwork:
     def _ask_head(self) -> HeadKind:
         """Ask the head what it is, with probe pictures before it and its activations replaced."""
         with torch.inference_mode(False), torch.no_grad(), self._autocast(False):
-            pictures = self._prepare(self.probe_images(2))
+            pictures = self._prepare(self._probes())
 
         def run(picture: Tensor, change: Change, batch: int) -> tuple[Tensor, Tensor]:
             with torch.inference_mode(False), torch.no_grad(), self._autocast(False):
@@ -355,11 +420,16 @@ class EmbeddingNetwork:
     def _prepare(self, images: Images) -> Tensor:
         """Images as the module wants them: `[B C H W]`, its device, dtype and memory format."""
         self._state.refuse_training()
-        checked = check_images(images)
-        if self._input_size is None:
+        over_positions = self._layout_options[0] == "bkl"
+        checked = check_images(images, over_positions)
+        if over_positions:
+            self._example = checked[:1] if self._example is None else self._example
+        elif self._input_size is None:
             self._input_size = (checked.shape[2], checked.shape[3])
-        batch = checked.to(self.device, self.dtype)
-        if self.channels_last:
+        # Numbers of words stay whole, in a width that every embedding table takes.
+        kind = self.dtype if checked.is_floating_point() else torch.int64
+        batch = checked.to(self.device, kind)
+        if self.channels_last and not over_positions:
             batch = batch.contiguous(memory_format=torch.channels_last)
         # Outside inference mode, an inference tensor cannot take part in gradients.
         inference = batch.is_inference() and not torch.is_inference_mode_enabled()
@@ -388,6 +458,16 @@ class EmbeddingNetwork:
                 output, kept = run_tapped(self.module, self._hooked, self.layer, images, change)
         return at_least_single(choose_embedding(output, self.output, batch)), kept
 
+    def _probes(self) -> Images:
+        """Two inputs to ask the head with: pictures, or what came first and the same reversed."""
+        if self._layout_options[0] != "bkl":
+            return self.probe_images(2)
+        if self._example is None:
+            raise InputError(
+                "a network over positions has no probe of its own; run forward() on an input first"
+            )
+        return torch.cat([self._example, self._example.flip(-1)])
+
     def _read_layout(self, images: Tensor, raw: Tensor) -> Layout:
         shapes = (raw.shape, images.shape)
         known = self._last_layout
@@ -397,6 +477,9 @@ class EmbeddingNetwork:
             self._last_layout, self._layout = known, known[1]
         return known[1]
 
-    def _features(self, images: Tensor, z: Tensor, raw: Tensor) -> tuple[Features, Layout]:
+    def _features(
+        self, images: Tensor, z: Tensor, raw: Tensor, allow_zero: bool = False
+    ) -> tuple[Features, Layout]:
         layout = self._read_layout(images, raw)
-        return make_features(images, z, layout.to_maps(raw), self.normalize), layout
+        maps = layout.to_maps(raw)
+        return make_features(images, z, maps, self.normalize, allow_zero), layout

@@ -79,12 +79,7 @@ class HeadPass:
 
 
 def _differentiate(z: Tensor, leaf: Tensor, c: Tensor, layer: str) -> Tensor:
-    scale = torch.ones(len(c), 1, dtype=c.dtype, device=c.device)
-    if leaf.dtype == torch.float16:
-        # Gradients of embeddings are about 1e-4 and would lose their digits in half precision.
-        # A power of two and its inverse are exact.
-        largest = c.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
-        scale = torch.exp2(8 - torch.log2(largest).ceil())
+    scale = half_scale(c) if leaf.dtype == torch.float16 else torch.ones_like(c[:, :1])
     # autograd.grad, never backward: no parameter's .grad is touched.
     found = torch.autograd.grad(z, leaf, c * scale, retain_graph=True, allow_unused=True)[0]
     if found is None:
@@ -94,7 +89,19 @@ def _differentiate(z: Tensor, leaf: Tensor, c: Tensor, layer: str) -> Tensor:
     return found.float() / scale.reshape(-1, *[1] * (found.ndim - 1))
 
 
-def make_features(images: Tensor, z: Tensor, maps: Tensor, normalize: bool) -> Features:
+def half_scale(cotangents: Tensor) -> Tensor:
+    """`[B 1]`: by what to multiply cotangents `[B D]` before they go back in half precision.
+
+    Gradients of embeddings are about 1e-4 and would lose their digits there. A power of two and its
+    inverse are exact.
+    """
+    largest = cotangents.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+    return torch.exp2(8 - torch.log2(largest).ceil())
+
+
+def make_features(
+    images: Tensor, z: Tensor, maps: Tensor, normalize: bool, allow_zero: bool = False
+) -> Features:
     """Features of a forward pass, refused where an embedding is not a usable vector.
 
     Args:
@@ -102,6 +109,7 @@ def make_features(images: Tensor, z: Tensor, maps: Tensor, normalize: bool) -> F
         z: the head's output, `[B D]`.
         maps: activations, `[B K H W]`.
         normalize: whether the embedding is z / |z| or z.
+        allow_zero: normalise a z of zeros to zeros instead of refusing it.
 
     Raises:
         InputError: an image holds NaN or infinity.
@@ -110,9 +118,11 @@ def make_features(images: Tensor, z: Tensor, maps: Tensor, normalize: bool) -> F
     norm = torch.linalg.vector_norm(z, dim=1)
     # In Python: for one query, five small tensor operations cost more than the division.
     lengths = norm.tolist()
-    if not all(math.isfinite(length) for length in lengths) or (normalize and 0.0 in lengths):
+    vanished = normalize and 0.0 in lengths
+    if not all(math.isfinite(length) for length in lengths) or (vanished and not allow_zero):
         raise _bad_embedding(images, norm)
-    embedding = z / norm[:, None] if normalize else z
+    divisor = torch.where(norm > 0, norm, 1) if vanished else norm
+    embedding = z / divisor[:, None] if normalize else z
     return Features(embedding, norm, at_least_single(maps).contiguous())
 
 

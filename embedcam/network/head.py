@@ -14,23 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import NetworkError
+from .injected import MODULE_FAILURES, Injected, RunNetwork
 from .layouts import Layout
-from .tap import Change
 
-RunNetwork = Callable[[Tensor, Change, int], tuple[Tensor, Tensor]]
-"""(picture, what to do with the layer's output, batch of the embedding) -> (z, what was kept)."""
-
-# Whatever a module says when it is given a batch or a grid that it was not made for.
-_MODULE_FAILURES = (
-    RuntimeError,
-    ValueError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    NetworkError,
-)
 # Scale and sign (0: both) of the random activations. Signed ones tell a ReLU or a power mean from a
 # mean, different scales a normalisation or a saturating unit from an affine map.
 _DRAWS = ((1.0, 0), (5.0, 0), (0.2, 0), (1.0, 1), (30.0, 0), (1.0, -1))
@@ -207,38 +193,6 @@ def _near(values: Tensor, target: float, tolerance: float) -> bool:
     return bool(((values - target).abs() <= tolerance).all())
 
 
-class _Injected:
-    """The head alone: the network on a synthetic picture, its layer's output replaced.
-
-    The trunk sees one picture and the head a batch, which most modules allow; where one does not,
-    the picture is repeated.
-    """
-
-    def __init__(self, network: RunNetwork, pictures: Tensor, layout: Layout) -> None:
-        self.network, self.pictures, self.layout = network, pictures, layout
-        self.repeat = False
-
-    def __call__(self, maps: Tensor, picture: int = 0, shake: bool = False) -> Tensor:
-        one = self.pictures[picture : picture + 1]
-        if not self.repeat:
-            try:
-                return self._run(one, maps, shake)
-            except _MODULE_FAILURES:
-                self.repeat = True
-        return self._run(one.repeat(len(maps), 1, 1, 1), maps, shake)
-
-    def _run(self, images: Tensor, maps: Tensor, shake: bool) -> Tensor:
-        wanted = torch.is_grad_enabled()
-
-        def inject(raw: Tensor) -> tuple[Tensor, Tensor]:
-            like = raw.detach() * -3 + 1 if shake else raw.detach()
-            torch.set_grad_enabled(wanted)
-            onward = self.layout.to_raw(maps, like.to(maps.dtype))
-            return raw, onward.to(raw.dtype).clone()
-
-        return self.network(images, inject, len(maps))[0]
-
-
 def ask_head(
     network: RunNetwork,
     pictures: Tensor,
@@ -258,7 +212,7 @@ def ask_head(
         dtype: of the parameters.
     """
     maps = layout.to_maps(raw)
-    run = _Injected(network, pictures, layout)
+    run = Injected(network, pictures, layout)
     kind = find_head_kind(
         run,
         (maps.shape[1], maps.shape[2], maps.shape[3]),
@@ -282,7 +236,7 @@ def _replay_agrees(
         try:
             found = replay(several.mean((2, 3)))
         # A head made for larger grids just cannot be replayed.
-        except _MODULE_FAILURES:
+        except MODULE_FAILURES:
             return False
         if found.shape != expected.shape:
             return False

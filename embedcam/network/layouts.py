@@ -1,8 +1,8 @@
 """What a network hands back, read: which tensor is the embedding, and how activations are laid out.
 
-A layer's output is `[B K H W]` ("bkhw", most CNNs), `[B H W K]` ("bhwk", Swin) or tokens `[B T K]`
-("btk", ViT), whose class and register tokens come first. Everything else in the package sees
-`[B K H W]`.
+A layer's output is `[B K H W]` ("bkhw", most CNNs), `[B H W K]` ("bhwk", Swin), tokens `[B T K]`
+("btk", ViT), whose class and register tokens come first, or `[B K L]` ("bkl", 1-D convolutions over
+signals, tables and text). Everything else in the package sees `[B K H W]`, with H = 1 for "bkl".
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..errors import InputError, NetworkError
 
-LayoutName = Literal["auto", "bkhw", "bhwk", "btk"]
+LayoutName = Literal["auto", "bkhw", "bhwk", "btk", "bkl"]
 OutputChoice = str | int | Callable[[Any], Tensor] | None
 
-LAYOUTS = ("auto", "bkhw", "bhwk", "btk")
+LAYOUTS = ("auto", "bkhw", "bhwk", "btk", "bkl")
 # Class token, register tokens and a distillation token: no published network has more.
 MAX_PREFIX = 16
 
@@ -28,7 +28,8 @@ MAX_PREFIX = 16
 class Layout:
     """How one layer's output is laid out.
 
-    kind: "bkhw", "bhwk" or "btk"; grid: (H, W) of the positions; prefix: tokens before the grid's.
+    kind: "bkhw", "bhwk", "btk" or "bkl"; grid: (H, W) of the positions; prefix: tokens before
+    the grid's.
     """
 
     kind: str
@@ -41,6 +42,8 @@ class Layout:
             return raw
         if self.kind == "bhwk":
             return raw.permute(0, 3, 1, 2)
+        if self.kind == "bkl":
+            return raw[:, :, None]
         tokens = raw[:, self.prefix :]
         return tokens.transpose(1, 2).reshape(len(raw), raw.shape[2], *self.grid)
 
@@ -50,6 +53,8 @@ class Layout:
             return maps
         if self.kind == "bhwk":
             return maps.permute(0, 2, 3, 1)
+        if self.kind == "bkl":
+            return maps[:, :, 0]
         prefix = like[:, : self.prefix].expand(len(maps), -1, -1)
         return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
 
@@ -80,7 +85,7 @@ def resolve(
     Raises:
         NetworkError: the output cannot be read as activations.
     """
-    shape, size = tuple(raw.shape), (int(images.shape[-2]), int(images.shape[-1]))
+    shape = tuple(raw.shape)
     if raw.ndim not in (3, 4):
         raise NetworkError(
             f"layer {layer!r} returned a tensor {list(shape)}; expected [B K H W], [B H W K] or "
@@ -91,6 +96,9 @@ def resolve(
             f"layer {layer!r} returned {list(shape)} for a batch of {len(images)}; expected the "
             "batch as first dimension: choose a layer that keeps images apart"
         )
+    if kind == "bkl":
+        return _positions(shape, grid, prefix, layer)
+    size = (int(images.shape[-2]), int(images.shape[-1]))
     if kind == "auto":
         kind = "btk" if raw.ndim == 3 else _four_dimensional(shape, size)
     if (kind == "btk") != (raw.ndim == 3):
@@ -108,6 +116,17 @@ def resolve(
             f"{_by(found)}, but grid={_by(grid)} was given; leave grid= out or set layout="
         )
     return Layout(kind, (found[0], found[1]))
+
+
+def _positions(
+    shape: tuple[int, ...], grid: tuple[int, int] | None, prefix: int | None, layer: str
+) -> Layout:
+    if len(shape) != 3 or grid is not None or prefix is not None:
+        raise NetworkError(
+            f"layer {layer!r} returned {list(shape)}, but layout='bkl' says [B K L], channels over "
+            "positions, without grid= or prefix_tokens="
+        )
+    return Layout("bkl", (1, shape[2]))
 
 
 def _four_dimensional(shape: tuple[int, ...], size: tuple[int, int]) -> str:
@@ -312,8 +331,12 @@ def check_options(
         )
 
 
-def check_images(images: np.ndarray | Tensor) -> Tensor:
+def check_images(images: np.ndarray | Tensor, positions: bool = False) -> Tensor:
     """A batch of preprocessed images as a tensor `[B C H W]` of floats.
+
+    Args:
+        images: the batch.
+        positions: expect signals `[B C L]`, tables `[B L]` or the numbers of words `[B L]` instead.
 
     Raises:
         InputError: another shape, none at all, or pixels that were never preprocessed.
@@ -321,6 +344,14 @@ def check_images(images: np.ndarray | Tensor) -> Tensor:
     if isinstance(images, np.ndarray):
         # torch warns about arrays it could write to though it should not.
         images = torch.from_numpy(images if images.flags.writeable else images.copy())
+    if positions:
+        if not isinstance(images, Tensor) or images.ndim not in (2, 3) or 0 in images.shape:
+            given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise InputError(
+                f"the input is {given}; layout='bkl' expects signals [B C L], tables [B L] or the "
+                "numbers of words [B L], at least one"
+            )
+        return images
     if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape:
         given = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise InputError(

@@ -1,9 +1,10 @@
 """One run of a network, tapped at the layer. The only file that registers hooks."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import NetworkError
@@ -59,17 +60,22 @@ def run_tapped(
         output = module(images)
     finally:
         handle.remove()
+    _check_called(tap)
+    assert tap.kept is not None
+    return output, tap.kept
+
+
+def _check_called(tap: _Tap) -> None:
     if tap.kept is None:
         raise NetworkError(
-            f"layer {layer!r} is never called in a forward; choose one that is, or give the "
+            f"layer {tap.layer!r} is never called in a forward; choose one that is, or give the "
             "network as two functions with EmbeddingNetwork.from_parts"
         )
     if tap.calls > 1:
         raise NetworkError(
-            f"layer {layer!r} is called {tap.calls} times in one forward, so its output is not one "
-            "thing; choose a layer that is called once, such as the block around it"
+            f"layer {tap.layer!r} is called {tap.calls} times in one forward, so its output is not "
+            "one thing; choose a layer that is called once, such as the block around it"
         )
-    return output, tap.kept
 
 
 def run_parts(
@@ -84,3 +90,46 @@ def run_parts(
     output = head(tap.take(trunk(images)))
     assert tap.kept is not None
     return output, tap.kept
+
+
+def run_tapped_several(
+    module: nn.Module, found: Sequence[tuple[str, nn.Module]], images: Tensor
+) -> tuple[Any, list[Tensor], list[int]]:
+    """Run a module and keep several layers' outputs, differentiable from the first that runs on.
+
+    Args:
+        module: the network; gradients are off when it starts, and are on behind the first layer.
+        found: (name, layer), each once.
+        images: its input.
+
+    Returns:
+        What the module returned; each layer's output; the layers' places in the order they ran.
+
+    Raises:
+        NetworkError: a layer is called never or more than once. The hooks are gone either way.
+    """
+    order: list[int] = []
+
+    def change(place: int) -> Change:
+        def keep(raw: Tensor) -> tuple[Tensor, Tensor]:
+            # Behind the first, a layer's output is part of the graph already.
+            kept = raw if raw.requires_grad else raw.detach().clone().requires_grad_()
+            torch.set_grad_enabled(True)  # until the end of the caller's context
+            order.append(place)
+            return kept, kept.clone()  # what follows may begin with an in-place unit
+
+        return keep
+
+    taps = [_Tap(change(place), name) for place, (name, _) in enumerate(found)]
+    handles = []
+    try:
+        for tap, (_, layer) in zip(taps, found, strict=True):
+            handles.append(layer.register_forward_hook(tap))
+        output = module(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for tap in taps:
+        _check_called(tap)
+    kept = [tap.kept for tap in taps if tap.kept is not None]
+    return output, kept, [order.index(place) for place in range(len(taps))]

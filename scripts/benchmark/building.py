@@ -3,6 +3,7 @@
 import hashlib
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,7 @@ CHUNK = 256
 POOLED_BAR, OTHER_BAR, LITERAL_BAR = 1.05, 2.2, 100
 LARGE = 10_000
 CONTROL = "embedding again (A/A)"
+HEADS = ("frozen", "linear", "gem")
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,17 @@ class Subject:
     bar: float
 
 
-def subjects(name: str, folder: Path) -> list[Subject]:
+def subjects(name: str, folder: Path, heads: Sequence[str]) -> list[Subject]:
     """The embeddings a build is measured for."""
     both = ("gradcam", "gradcam++")
-    return [
-        Subject("frozen pooled vector", frozen_network(name), both, POOLED_BAR),
-        Subject("linear head, 128", linear_network(name, folder), both, POOLED_BAR),
-        Subject("GeM head, 128", gem_network(name), ("gradcam",), OTHER_BAR),
-    ]
+    made = {
+        "frozen": lambda: Subject("frozen pooled vector", frozen_network(name), both, POOLED_BAR),
+        "linear": lambda: Subject(
+            "linear head, 128", linear_network(name, folder), both, POOLED_BAR
+        ),
+        "gem": lambda: Subject("GeM head, 128", gem_network(name), ("gradcam",), OTHER_BAR),
+    }
+    return [made[head]() for head in heads]
 
 
 class Runs:
@@ -126,14 +131,16 @@ class Runs:
         return seen
 
 
-def report(name: str, images: int, rounds: int, batch: int, folder: Path) -> str:
+def report(
+    name: str, images: int, rounds: int, batch: int, folder: Path, heads: Sequence[str] = HEADS
+) -> str:
     """Ratios, stages and the literal loop of one network."""
     source = find_images(write_pictures(folder / f"pictures-{images}", images))
     less = min(batch, len(source) // 4)
     few = ImageSource(source.items[:: len(source) // less][:less], source.root)
     fit, apart = once_for_an_index(name, source, batch, folder)
     ratios, stages, loops = [], [], []
-    for subject in subjects(name, folder):
+    for subject in subjects(name, folder, heads):
         large, small = (Runs(subject, s, batch, folder) for s in (source, few))
         took, took_few = large.seconds(rounds), small.seconds(rounds)
         ratios += _ratio_rows(large, small, took, took_few, fit)

@@ -29,7 +29,9 @@ PEER_BAR = 2.5
 CONTROL = "embedding again (A/A)"
 
 
-def make_index(network: EmbeddingNetwork, path: Path, rows: int = ROWS) -> Path:
+def make_index(
+    network: EmbeddingNetwork, path: Path, rows: int = ROWS, method: str = "gradcam"
+) -> Path:
     """An index of that network whose rows are random, own maps included."""
     features = network.forward(network.probe_images())
     channels, *grid = features.activations.shape[1:]
@@ -48,8 +50,8 @@ def make_index(network: EmbeddingNetwork, path: Path, rows: int = ROWS) -> Path:
         fields = encoding.encode(weights)
     identity = fingerprint(network)
     described = header(
-        Recipe(), {**identity.to_dict(), "loading": None}, None, width, network.normalize,
-        network.layer, (grid[0], grid[1]), encoding, (grid[0], grid[1]),
+        Recipe(method=method), {**identity.to_dict(), "loading": None}, None, width,
+        network.normalize, network.layer, (grid[0], grid[1]), encoding, (grid[0], grid[1]),
     )  # fmt: skip
     part = PartData(
         ids=[f"folder/{row:06d}.jpg" for row in range(rows)],

@@ -1,0 +1,51 @@
+"""`explain --method`: the query's map by a method of the zoo itself, beside the index's results."""
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..registry import METHODS, Method, find_method
+
+
+def check_method(options: argparse.Namespace) -> Method | None:
+    """The method that was asked for, refused before a network is loaded.
+
+    Raises:
+        InputError: unknown, or one that the command line cannot run.
+    """
+    if options.method is None:
+        return None
+    found = find_method(options.method)
+    if found.trained:
+        raise InputError(
+            f"{found.title} draws with a branch that is trained with the network; call "
+            "embedcam.cam_for with a network that has one (embedcam.methods.learned)"
+        )
+    if found.several and not found.storable and found.name == "polycam":
+        raise InputError(
+            "Poly-CAM draws with several layers, which the command line cannot name; call "
+            "embedcam.cam_for(..., method='polycam', layers=[...])"
+        )
+    return found
+
+
+def redrawn(
+    explanation: Any, index: Any, network: Any, query: str, method: Method, quiet: bool
+) -> Any:
+    """The explanation with its query's map made by the method, from the query's own passes.
+
+    The target is the cosine similarity to the result it is explained by; of several results, to
+    the mean of their normalised embeddings.
+    """
+    from ..methods import cam_for
+    from ..targets import ClassProxy, Similarity
+
+    vectors = np.asarray(index.embeddings(index.positions(explanation.explained)))
+    target = Similarity(vectors[0]) if len(vectors) == 1 else Similarity(ClassProxy(vectors).proxy)
+    made = cam_for(network, query, target, method.name, progress=False if quiet else None)
+    weights = np.zeros_like(explanation.weights) if made.weights is None else made.weights
+    drawn = np.maximum(made.cam, 0)
+    return replace(explanation, cam=drawn, weights=weights, method=METHODS[method.name].title)

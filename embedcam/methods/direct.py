@@ -1,0 +1,179 @@
+"""`cam_for`: any method, directly on a picture, with any target. No index needed."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..cam import cam, resize
+from ..errors import InputError
+from ..images import read_image
+from ..network import EmbeddingNetwork
+from ..registry import Method, WeightMethod, find_method
+from ..targets import Target
+from .custom import as_target
+from .subject import Found, Passes, Subject
+
+
+class MethodWarning(UserWarning):
+    """A method that cannot answer what it is asked."""
+
+
+@dataclass(frozen=True, eq=False)
+class MethodMap:
+    """What a method says of one input, or of a batch of B.
+
+    Attributes:
+        cam: the map at the input's size, float32 `[H W]`, or `[B H W]` for a batch; over positions
+            `[B L]`. >= 0 for every method but the two guided ones, not normalised.
+        grid_cam: the map before it was resized.
+        weights: channel weights float32 `[K]` or `[B K]`; None for methods that have none.
+        layer_weights: for methods of several layers, each layer's weights by its name.
+        method: its entry in `METHODS`.
+        passes: forward and backward passes spent.
+    """
+
+    cam: np.ndarray
+    grid_cam: np.ndarray
+    weights: np.ndarray | None
+    layer_weights: dict[str, np.ndarray] | None
+    method: Method
+    passes: Passes = field(default_factory=Passes)
+
+
+def cam_for(
+    network: EmbeddingNetwork,
+    images: Any,
+    target: Target | Callable[[Tensor], Tensor],
+    method: str = "gradcam",
+    *,
+    norm: str = "through",
+    size: tuple[int, int] | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    fill: Any = "mean",
+    progress: bool | None = None,
+    **options: Any,
+) -> MethodMap:
+    """The class activation map of a target, by any method of `METHODS`.
+
+    Args:
+        network: the network and the layer to explain.
+        images: the network's input as floats, `[C H W]` or a batch `[B C H W]`, an array or tensor;
+            or a picture (path, bytes, PIL image, `uint8 [H W 3]`) or a list of them, preprocessed
+            as the network says.
+        target: a score of the embedding: `Similarity`, `TripletMargin`, `NegativeDistance`,
+            `ClassProxy`, `PairContribution`, `Coordinate`, or a function from embeddings `[B D]` to
+            scores `[B]`.
+        method: a name in `METHODS`.
+        norm: the gradient "through" the L2 norm or "around" it.
+        size: (H, W) of the map; None takes the input's.
+        batch_size: inputs a forward pass; changes nothing beyond float rounding.
+        seed: of everything random; each image of a batch draws the same.
+        fill: what masked pixels become, and the baseline: "mean", "black", "blur", a number or a
+            tensor.
+        progress: a bar; None shows it on a terminal only.
+        **options: the method's own, see its function.
+
+    Raises:
+        InputError: an unknown method or option, or inputs and targets that do not fit.
+        NetworkError: a method that makes no sense for this network, with the reason.
+    """
+    entry, wanted = find_method(method), as_target(target)
+    function = entry.load()
+    _check_options(entry, function, options)
+    if not entry.targeted:
+        warnings.warn(
+            f"{entry.title} ignores the target: it shows what stands out, not what matched",
+            MethodWarning,
+            stacklevel=2,
+        )
+    batch, single = _inputs(network, images)
+    with (
+        tqdm(desc=entry.title, unit=" passes", disable=None if progress is None else not progress)
+        as bar,
+        Subject(
+            network, batch, wanted, norm=norm, batch_size=batch_size, seed=seed, fill=fill,
+            tick=bar.update,
+        ) as subject,
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # fmt: skip
+        found = function(subject, **options)
+        return _drawn(entry, subject, found, size, single)
+
+
+def weights_for(subject: Subject, method: WeightMethod, **options: Any) -> Tensor:
+    """Channel weights `[B K]` of a storable method, for an index."""
+    with torch.inference_mode(False), torch.no_grad():
+        found: Found = method.load()(subject, **options)
+    assert found.weights is not None
+    return found.weights
+
+
+def _drawn(
+    entry: Method, subject: Subject, found: Found, size: tuple[int, int] | None, single: bool
+) -> MethodMap:
+    weights = None if found.weights is None else _numpy(found.weights)
+    if found.maps is None:
+        assert weights is not None
+        grid = cam(weights, _numpy(subject.activations))
+    else:
+        grid = _numpy(found.maps)
+    over_positions = subject.network.layout == "bkl"
+    sides = subject.images.shape[-1:] if over_positions else subject.images.shape[-2:]
+    wanted = (1, sides[0]) if over_positions else (sides[0], sides[1])
+    drawn = resize(grid, wanted if size is None else size)
+    layers = None
+    if found.layers is not None:
+        layers = {name: _numpy(values) for name, values in found.layers.items()}
+    if over_positions:
+        drawn, grid = drawn[:, 0], grid[:, 0]
+    if single:
+        drawn, grid, weights = drawn[0], grid[0], None if weights is None else weights[0]
+        layers = None if layers is None else {name: values[0] for name, values in layers.items()}
+    return MethodMap(drawn, grid, weights, layers, entry, subject.passes)
+
+
+def _check_options(entry: Method, function: Callable[..., Any], options: dict[str, Any]) -> None:
+    known = list(inspect.signature(function).parameters)[1:]
+    for name in options:
+        if name not in known:
+            listed = f"its options are {', '.join(known)}" if known else "it has no options"
+            raise InputError(f"{entry.title} has no option {name!r}; {listed}")
+
+
+def _inputs(network: EmbeddingNetwork, images: Any) -> tuple[Tensor, bool]:
+    """The batch of inputs, and whether it was one alone."""
+    over_positions = network.layout_options[0] == "bkl"
+    kind = str(getattr(images, "dtype", ""))
+    if isinstance(images, Tensor | np.ndarray) and ("float" in kind or over_positions):
+        batch = torch.as_tensor(images)
+        # Signals have one axis less than pictures, tables and words one less than signals: a single
+        # one of those cannot be told from a batch of the next, so positions always come in batches.
+        single = batch.ndim == 3 and not over_positions
+        return (batch[None] if single else batch).to(network.device), single
+    several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+    if network.preprocess is None:
+        raise InputError(
+            "the network has no preprocessing, so a picture cannot be turned into its input; give "
+            "a float array [C H W], or EmbeddingNetwork(..., preprocess=...)"
+        )
+    listed = list(images) if several else [images]
+    if not listed:
+        raise InputError("the list of pictures is empty; give at least one")
+    prepared = [np.asarray(network.preprocess(read_image(picture))) for picture in listed]
+    if len({one.shape for one in prepared}) > 1:
+        raise InputError("the pictures of one batch must have one size after preprocessing")
+    return torch.from_numpy(np.stack(prepared)).to(network.device), not several
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    found: np.ndarray = tensor.detach().float().cpu().numpy()
+    return found

@@ -1,0 +1,57 @@
+"""The head alone: a network on one picture, its layer's output replaced."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..errors import NetworkError
+from .layouts import Layout
+from .tap import Change
+
+RunNetwork = Callable[[Tensor, Change, int], tuple[Tensor, Tensor]]
+"""(picture, what to do with the layer's output, batch of the embedding) -> (z, what was kept)."""
+
+# Whatever a module says when it is given a batch or a grid that it was not made for.
+MODULE_FAILURES = (
+    RuntimeError,
+    ValueError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    NetworkError,
+)
+
+
+class Injected:
+    """The head alone: the network on one picture at a time, its layer's output replaced.
+
+    The trunk sees one picture and the head a batch, which most modules allow; where one does not,
+    the picture is repeated.
+    """
+
+    def __init__(self, network: RunNetwork, pictures: Tensor, layout: Layout) -> None:
+        self.network, self.pictures, self.layout = network, pictures, layout
+        self.repeat = False
+
+    def __call__(self, maps: Tensor, picture: int = 0, shake: bool = False) -> Tensor:
+        """z `[n D]` for activations `[n K H W]`; `shake` also changes the prefix tokens."""
+        one = self.pictures[picture : picture + 1]
+        if not self.repeat:
+            try:
+                return self._run(one, maps, shake)
+            except MODULE_FAILURES:
+                self.repeat = True
+        return self._run(one.repeat(len(maps), *[1] * (one.ndim - 1)), maps, shake)
+
+    def _run(self, images: Tensor, maps: Tensor, shake: bool) -> Tensor:
+        wanted = torch.is_grad_enabled()
+
+        def inject(raw: Tensor) -> tuple[Tensor, Tensor]:
+            like = raw.detach() * -3 + 1 if shake else raw.detach()
+            torch.set_grad_enabled(wanted)
+            onward = self.layout.to_raw(maps, like.to(maps.dtype))
+            return raw, onward.to(raw.dtype).clone()
+
+        return self.network(images, inject, len(maps))[0]

@@ -1,0 +1,43 @@
+"""What is explained: targets, as scores of an embedding and as their cotangents there.
+
+cotangents.py  the triplet margin's and the centred target's cotangents, and the norm's two ways
+scores.py      targets as objects: a score for every embedding, what a method explains
+
+Arrays only: everything works on NumPy arrays and on tensors alike.
+"""
+
+from .cotangents import (
+    NORMS,
+    TARGETS,
+    centred_cotangent,
+    head_cotangent,
+    margin_cotangent,
+    through_norm,
+)
+from .scores import (
+    ClassProxy,
+    Coordinate,
+    Direction,
+    NegativeDistance,
+    PairContribution,
+    Similarity,
+    Target,
+    TripletMargin,
+)
+
+__all__ = [
+    "NORMS",
+    "TARGETS",
+    "ClassProxy",
+    "Coordinate",
+    "Direction",
+    "NegativeDistance",
+    "PairContribution",
+    "Similarity",
+    "Target",
+    "TripletMargin",
+    "centred_cotangent",
+    "head_cotangent",
+    "margin_cotangent",
+    "through_norm",
+]

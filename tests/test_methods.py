@@ -1,0 +1,324 @@
+"""What holds for every method of the zoo, parametrised from the registry."""
+
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo_cases
+import zoo_learned
+from build_samples import dense, inputs, opened, pictures, quicken, toy
+
+from embedcam import (
+    METHODS,
+    Coordinate,
+    EmbeddingNetwork,
+    Explainer,
+    Preprocess,
+    Recipe,
+    Similarity,
+    build_index,
+    cam_for,
+)
+from embedcam.errors import EmbedcamError, InputError, NetworkError, RecipeError
+from embedcam.methods import MethodWarning, Subject, weights_for
+from embedcam.registry import (
+    LayersMethod,
+    MapMethod,
+    WeightMethod,
+    find_method,
+    storable_methods,
+)
+from embedcam.targets import Direction
+
+FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("zoo_*.py"))
+UNTRAINED = [name for name, method in METHODS.items() if not method.trained]
+STORED = [name for name in storable_methods() if not METHODS[name].trained]
+# Enough for the law at hand; a mask, a sample or a step more changes no law.
+QUICK: dict[str, dict[str, Any]] = {"rise": {"masks": 20}, "lime": {"samples": 30}}
+
+
+def oracles() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for family in FAMILIES:
+        found |= getattr(import_module(family), "ORACLES", {})
+    return found
+
+
+def made(name: str, network: Any, images: Any, target: Any, **options: Any) -> Any:
+    """A map without the warning of methods that ignore the target."""
+    if name == "polycam":
+        options.setdefault("layers", ["features.1", "features"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MethodWarning)
+        return cam_for(
+            network, images, target, name, progress=False, **{**QUICK.get(name, {}), **options}
+        )
+
+
+def test_every_method_has_an_oracle() -> None:
+    assert set(oracles()) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_there_documented_and_of_a_type_that_says_whether_it_is_stored(
+    name: str,
+) -> None:
+    method = METHODS[name]
+    function = method.load()
+    assert function.__doc__
+    assert method.title
+    assert method.source
+    assert isinstance(method, WeightMethod) == method.storable
+    if isinstance(method, MapMethod | LayersMethod):
+        assert METHODS[method.nearest].storable
+        with pytest.raises(RecipeError) as refused:
+            Recipe(method=name)
+        assert f"{method.title} cannot be put in an index: {method.why}" in str(refused.value)
+        assert f"the nearest method that can is {method.nearest!r}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [("Grad-CAM", "gradcam"), ("Smooth Grad-CAM++", "smoothgradcam++"), ("LFI-CAM", "lficam")],
+)
+def test_methods_are_found_as_they_are_printed(given: str, found: str) -> None:
+    assert find_method(given).name == found
+
+
+def test_an_unknown_method_is_told_its_neighbours() -> None:
+    with pytest.raises(InputError, match="method 'scorcam' is unknown; did you mean 'scorecam'"):
+        find_method("scorcam")
+    with pytest.raises(InputError, match="named by a string such as 'gradcam'; given 3"):
+        find_method(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_a_batch_means_what_one_at_a_time_means(name: str) -> None:
+    case = zoo_cases.make("pooled" if name == "cam" else "curved")
+    several = torch.stack([case.image, case.image.flip(-1), 0.5 * case.image])
+    together = made(name, case.network, several, case.target, batch_size=4)
+    assert together.cam.shape == (3, *zoo_cases.SIZE)
+    for row, image in enumerate(several):
+        alone = made(name, case.network, image, case.target, batch_size=7)
+        np.testing.assert_allclose(
+            together.cam[row], alone.cam, atol=1e-6 * np.abs(together.cam).max() + 1e-12
+        )
+        if alone.weights is not None:
+            np.testing.assert_allclose(together.weights[row], alone.weights, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_the_network_comes_back_as_it_was_also_after_an_exception(name: str) -> None:
+    case = zoo_cases.make("pooled" if name == "cam" else "curved")
+    before = {key: value.clone() for key, value in case.module.state_dict().items()}
+    case.module.features[0].weight.requires_grad_(False)
+
+    def wrong(embeddings: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("the user's own")
+
+    if METHODS[name].targeted:
+        with pytest.raises(RuntimeError, match="the user's own"):
+            made(name, case.network, case.image, wrong)
+    made(name, case.network, case.image, case.target)
+    for key, value in case.module.state_dict().items():
+        assert torch.equal(value, before[key])
+    for part in case.module.modules():
+        assert not part._forward_hooks
+        assert not part._backward_hooks
+        assert not part._forward_pre_hooks
+        assert not part.training
+    parameters = list(case.module.parameters())
+    assert [p.requires_grad for p in parameters] == [False] + [True] * (len(parameters) - 1)
+    assert all(p.grad is None for p in parameters)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_maps_are_finite_where_nothing_speaks_for_the_target(name: str) -> None:
+    case = zoo_cases.make("pooled")
+    flat = torch.zeros_like(case.image)
+    found = made(name, case.network, torch.stack([flat, case.image]), Direction(np.zeros(3)))
+    assert np.isfinite(found.cam).all()
+    if METHODS[name].targeted and name not in ("clustercam", "eigengradcam", "polycam"):
+        np.testing.assert_allclose(found.cam[1], 0, atol=1e-6)
+
+
+def test_a_masked_picture_may_leave_nothing() -> None:
+    case = zoo_cases.make("pooled")
+    with torch.no_grad():
+        for part in case.module.modules():
+            if getattr(part, "bias", None) is not None:
+                part.bias.zero_()
+    with pytest.raises(NetworkError, match="are zero and cannot be normalised"):
+        case.network.forward(torch.zeros_like(case.image)[None])
+    for name in ("scorecam", "rise", "lime", "sbsm", "groupcam", "polycam"):
+        found = made(name, case.network, case.image, case.target)
+        assert np.isfinite(found.cam).all()
+
+
+def test_an_unknown_option_is_refused_with_those_there_are() -> None:
+    case = zoo_cases.make()
+    with pytest.raises(InputError, match="Grad-CAM has no option 'steps'; it has no options"):
+        cam_for(case.network, case.image, case.target, "gradcam", steps=3)
+    with pytest.raises(InputError, match="RISE has no option 'mask'; its options are masks"):
+        cam_for(case.network, case.image, case.target, "rise", mask=3)
+
+
+@pytest.mark.parametrize("name", [n for n in UNTRAINED if not METHODS[n].targeted])
+def test_a_method_that_ignores_the_target_says_so(name: str) -> None:
+    case = zoo_cases.make()
+    with pytest.warns(MethodWarning, match="ignores the target: it shows what stands out"):
+        cam_for(case.network, case.image, case.target, name, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (3, "target is 3; give one such as Similarity"),
+        (Similarity, "target is <class"),
+        (Similarity(np.ones(5)), "this network embeds in 3 numbers, so give \\[3\\]"),
+        (Coordinate(3), "coordinate 3 of an embedding of 3 numbers; give 0 to 2"),
+        (lambda f: f, "the target returned \\[1, 3\\] for embeddings \\[1, 3\\]"),
+        (lambda f: f.detach().sum(1), "does not depend on the embedding, or was cut from it"),
+    ],
+)
+def test_a_target_that_cannot_be_is_refused(target: Any, message: str) -> None:
+    case = zoo_cases.make()
+    with pytest.raises(InputError, match=message):
+        cam_for(case.network, case.image, target)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "beside"}, "norm 'beside' is unknown; use one of through, around"),
+        ({"batch_size": 0}, "batch_size = 0; give a whole number from 1"),
+        ({"seed": -1}, "seed = -1; give a whole number from 0"),
+        ({"fill": "pink"}, "fill = 'pink' is unknown; use mean, black, blur, a number or a tensor"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    case = zoo_cases.make()
+    with pytest.raises(InputError, match=message):
+        cam_for(case.network, case.image, case.target, "scorecam", progress=False, **options)
+
+
+def test_a_picture_goes_through_the_networks_own_preprocessing(tmp_path: Path) -> None:
+    network, source = toy("affine").network, pictures(tmp_path)
+    picture = tmp_path / source.items[3].path
+    whole = inputs(toy("affine"), source)[3]
+    target = Similarity(np.arange(5) + 1.0)
+    found = cam_for(network, picture, target)
+    np.testing.assert_array_equal(found.cam, cam_for(network, whole, target).cam)
+    assert cam_for(network, [picture, picture], target).cam.shape == (2, 16, 16)
+    with pytest.raises(InputError, match="the list of pictures is empty"):
+        cam_for(network, [], target)
+    case = zoo_cases.make()
+    with pytest.raises(InputError, match="the network has no preprocessing"):
+        cam_for(case.network, picture, case.target)
+
+
+def test_cam_needs_pooling_and_a_linear_map() -> None:
+    case = zoo_cases.make("curved")
+    with pytest.raises(NetworkError, match="CAM needs average pooling and one linear map"):
+        cam_for(case.network, case.image, case.target, "cam")
+
+
+@pytest.mark.parametrize("kind", ["affine", "other"])
+@pytest.mark.parametrize("name", STORED)
+def test_an_index_redraws_the_weight_form_of_every_storable_method(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "cam" and kind == "other":
+        pytest.skip("CAM needs an affine head")
+    quicken(monkeypatch)
+    made_of = toy(kind)
+    network, source = made_of.network, pictures(tmp_path / "photos", n=9)
+    recipe = dense(method=name, faiss="Flat")
+    build_index(source, network, tmp_path / "index", recipe, batch_size=4, progress=False)
+    images = torch.from_numpy(inputs(made_of, source))
+    with opened(tmp_path / "index") as (index, live):
+        vectors = index.embeddings(live)
+        stored = index.weights(live)
+        explainer = Explainer(index, network)
+        from embedcam.cotangents import AnchorCotangents
+        from embedcam.triplets import label_codes
+
+        labels = label_codes([item.label for item in source.items])
+        anchors = AnchorCotangents(recipe, vectors, labels, vectors.mean(0))
+        for row in (0, 5):
+            aims = anchors.of(np.array([row]))
+            values = aims.values if aims.values.ndim == 3 else aims.values[:, None]
+            with Subject(network, images[row : row + 1], Direction(values, aims.used)) as subject:
+                own = weights_for(subject, METHODS[name]).numpy()  # type: ignore[arg-type]
+            np.testing.assert_allclose(
+                stored[row], own[0], rtol=2e-4, atol=2e-6 * np.abs(own).max() + 1e-12
+            )
+            again = explainer.explain(images[row].numpy(), neighbors=[index.ids[row]])
+            drawn = np.maximum(
+                np.einsum(
+                    "k,khw->hw", own[0], network.forward(images[row : row + 1]).activations[0]
+                ),
+                0,
+            )
+            from embedcam.cam import resize
+
+            np.testing.assert_allclose(
+                again.cam,
+                resize(drawn.astype(np.float32), again.cam.shape),
+                atol=1e-4 * drawn.max() + 1e-7,
+            )
+    assert stored.any()
+
+
+def test_an_index_holds_what_lfi_cam_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicken(monkeypatch)
+    case = zoo_learned.lfi_case()
+    case.module.float()
+    network = EmbeddingNetwork(case.module, "trunk", preprocess=Preprocess(zoo_cases.SIZE))
+    source = pictures(tmp_path / "photos", n=9)
+    build_index(source, network, tmp_path / "index", dense(method="lficam"), progress=False)
+    with opened(tmp_path / "index") as (index, live):
+        image = network.preprocess(source.open(2))
+        found = made("lficam", network, image, case.target)
+        np.testing.assert_allclose(index.weights(live)[2], found.weights, rtol=1e-4)
+        drawn = Explainer(index, network).explain(image, neighbors=[index.ids[2]]).cam
+        np.testing.assert_allclose(drawn, found.cam, rtol=1e-4, atol=1e-6)
+
+
+def test_a_build_by_any_method_does_not_depend_on_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicken(monkeypatch)
+    source = pictures(tmp_path / "photos", n=9)
+    kept = []
+    for size in (1, 4):
+        path = tmp_path / str(size)
+        recipe = dense(method="scorecam", faiss="none")
+        build_index(source, toy("other").network, path, recipe, batch_size=size, progress=False)
+        with opened(path) as (index, live):
+            kept.append(index.weights(live))
+    np.testing.assert_allclose(kept[0], kept[1], rtol=1e-4, atol=1e-6 * np.abs(kept[0]).max())
+
+
+def test_features_alone_serve_the_methods_of_the_pooled_vector_only(tmp_path: Path) -> None:
+    from embedcam import build_from_features
+
+    vectors = np.eye(4, dtype=np.float32)
+    with pytest.raises(RecipeError, match="method = 'scorecam' needs the images, and features"):
+        build_from_features(
+            vectors, vectors, tmp_path / "index", Recipe(method="scorecam"), grid=(2, 2)
+        )
+
+
+def test_every_error_of_the_zoo_is_one_of_ours() -> None:
+    case = zoo_cases.make()
+    for name in UNTRAINED:
+        with pytest.raises(EmbedcamError):
+            made(name, case.network, case.image[:, :, :0], case.target)

@@ -1,0 +1,488 @@
+"""LFI-CAM and ABN beside literal loops, as networks that are trained, saved and explained."""
+
+import copy
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo_learned as oracle
+from PIL import Image
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+from zoo_cases import Case, Pooled, make, trunk
+
+from embedcam import METHODS, EmbeddingNetwork
+from embedcam.demo.digits_network import save_weights
+from embedcam.demo.settings import DemoSettings
+from embedcam.errors import InputError, NetworkError
+from embedcam.methods import Found, MethodMap, MethodWarning, Subject, cam_for
+from embedcam.methods.learned import ABNetwork, LFINetwork, at_stride_one
+from embedcam.models.checkpoints import load_state, read_state
+from embedcam.targets import Coordinate
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train_attention.py"
+TOLERANCE = 1e-9
+CHOICES = [
+    {"target": "similarity"},
+    {"target": "dot", "normalize": False},
+    {"target": "triplets", "signed": True},
+    {"target": "similarity", "signed": True, "normalize": False, "seed": 1},
+]
+
+
+def found_by(name: str, case: Case, images: Any = None, **settings: Any) -> tuple[Found, Subject]:
+    images = case.image[None] if images is None else images
+    with Subject(case.network, images, case.target, **settings) as subject, torch.no_grad():
+        return METHODS[name].load()(subject), subject
+
+
+def drawn(name: str, network: EmbeddingNetwork, images: Any, **settings: Any) -> MethodMap:
+    with pytest.warns(MethodWarning, match="ignores the target"):
+        return cam_for(network, images, Coordinate(0), name, progress=False, **settings)
+
+
+def off(found: Any, expected: Any) -> float:
+    """The largest difference, relative to the largest number."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+# --- beside the formulas --------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_lficam_weighs_by_the_importance_of_the_formula(choice: dict[str, Any]) -> None:
+    case = oracle.lfi_case(**choice)
+    expected = oracle.lficam(case)
+    found, subject = found_by("lficam", case)
+    assert found.weights is not None
+    assert found.maps is None
+    assert off(found.weights[0], expected.weights) < TOLERANCE
+    assert found.weights.sum().item() == pytest.approx(1, abs=1e-12)
+    assert found.weights.max() > 1.5 / 6, "the branch must have an opinion, or this shows nothing"
+    assert vars(subject.passes) == dict(forwards=1, heads=0, head_backwards=0, full_backwards=0)
+    assert off(drawn("lficam", case.network, case.image).grid_cam, expected.map) < 1e-6
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_abn_draws_the_map_of_the_formula(choice: dict[str, Any]) -> None:
+    case = oracle.abn_case(**choice)
+    expected = oracle.abn(case)
+    found, subject = found_by("abn", case)
+    assert found.maps is not None
+    assert found.weights is None
+    assert off(found.maps[0], expected.map) < TOLERANCE
+    assert np.ptp(expected.map) > 0.1, "the branch must have an opinion, or this shows nothing"
+    assert subject.passes.forwards == 1
+    assert off(drawn("abn", case.network, case.image).grid_cam, expected.map) < 1e-6
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_every_step_of_lfi_is_the_formulas(signed: bool) -> None:
+    case = oracle.lfi_case(signed=signed)
+    image, activations = oracle.numbers(case)
+    images = case.image[None]
+    with torch.no_grad():
+        a, importance, attention = case.module.attend(images)
+        assert off(a[0], activations) == 0
+        found = case.module.stacked(images, a)[0]
+        assert off(found, oracle.stacked(image, activations)) < TOLERANCE
+        expected = oracle.lficam(case)
+        assert off(importance[0], expected.weights) < TOLERANCE
+        seen = oracle.unit(expected.map)
+        assert off(attention[0], seen) < TOLERANCE
+        onward = torch.from_numpy(oracle.attended(activations, seen))
+        z = case.module.head(onward[None])
+        assert off(case.module(images), z) < TOLERANCE
+        assert off(case.module.head(a), z) > 1e-3, "attention must change the embedding"
+
+
+def test_every_step_of_abn_is_the_formulas() -> None:
+    case = oracle.abn_case()
+    _, activations = oracle.numbers(case)
+    attention, own = oracle.abn_branch(activations, case.module)
+    onward = torch.from_numpy(oracle.attended(activations, attention))
+    with torch.no_grad():
+        embedding, branch = case.module.both(case.image[None])
+        staged = oracle.relu(oracle.convolution(onward.numpy(), case.module.stage[0], stride=2))
+        z = case.module.head(torch.from_numpy(staged)[None])
+        assert off(branch[0], own) < TOLERANCE
+        assert off(embedding, z) < TOLERANCE
+        assert torch.equal(case.module(case.image[None]), embedding)
+        unseen = case.module.head(case.module.stage(torch.from_numpy(activations)[None]))
+        assert off(unseen, z) > 1e-3, "attention must change the embedding"
+
+
+def test_the_oracle_of_lfi_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = oracle.lfi_case()
+    found = found_by("lficam", case)[0].weights[0]
+    image, activations = oracle.numbers(case)
+    fin, right = case.module.fin, oracle.stacked(*oracle.numbers(case))
+    small = oracle.bilinear(oracle.grey(image), *activations.shape[1:])
+    one_scale = small * oracle.unit(activations.reshape(6, -1)).reshape(activations.shape)
+    breaks = {
+        "A not normalised": oracle.importance(small * activations, fin),
+        "A normalised over all channels at once": oracle.importance(one_scale, fin),
+        "no picture": oracle.importance(np.stack([oracle.unit(a) for a in activations]), fin),
+        "one colour for grey": oracle.importance(oracle.stacked(image[:1], activations), fin),
+        "largest for mean": oracle.importance(right, fin, pool=np.max),
+    }
+    monkeypatch.setattr(oracle, "softmax", lambda v: v)
+    breaks["no softmax"] = oracle.importance(right, fin)
+    monkeypatch.undo()
+    monkeypatch.setattr(oracle, "batch_norm", lambda x, layer: x)
+    breaks["no batch norm"] = oracle.importance(right, fin)
+    for name, broken in breaks.items():
+        assert off(found, broken) > 1e-3, name
+
+
+def test_the_oracle_of_abn_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = oracle.abn_case()
+    found = found_by("abn", case)[0].maps[0]
+    _, activations = oracle.numbers(case)
+    flipped = oracle.abn_branch(activations[:, ::-1], case.module)[0]
+    assert off(found, flipped) > 1e-3
+    monkeypatch.setattr(oracle, "batch_norm", lambda x, layer: x)
+    assert off(found, oracle.abn_branch(activations, case.module)[0]) > 1e-3
+
+
+# --- batches, modes, precisions ---------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lficam", "abn"])
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_a_batch_means_what_one_at_a_time_means(name: str, batch_size: int) -> None:
+    case = oracle.CASES[name]()
+    images = torch.cat([case.image[None], oracle.CASES[name](seed=5).image[None], case.image[None]])
+    images[2] *= 3
+    together, _ = found_by(name, case, images, batch_size=batch_size)
+    for row in range(3):
+        alone, _ = found_by(name, case, images[row : row + 1])
+        for field in ("weights", "maps"):
+            if getattr(alone, field) is not None:
+                assert off(getattr(together, field)[row], getattr(alone, field)[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["lficam", "abn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_other_precisions_give_the_same_to_their_rounding(name: str, dtype: torch.dtype) -> None:
+    case = oracle.CASES[name]()
+    expected = drawn(name, case.network, case.image)
+    module = copy.deepcopy(case.module).to(dtype)
+    network = EmbeddingNetwork(module, "trunk", input_size=(12, 18))
+    found = drawn(name, network, case.image)
+    close = 1e-5 if dtype == torch.float32 else 8e-2
+    assert found.grid_cam.dtype == np.float32
+    assert off(found.grid_cam, expected.grid_cam) < close
+    if name == "lficam":
+        # The very numbers of the branch, not only about the same.
+        with torch.no_grad():
+            own = module.attend(case.image[None].to(dtype))[1][0]
+        assert np.array_equal(found.weights, own.float().numpy())
+
+
+def test_autocast_is_the_networks_own_whatever_surrounds_the_call() -> None:
+    case = oracle.lfi_case()
+    module = copy.deepcopy(case.module).float()
+    image = case.image.float()
+    plain = EmbeddingNetwork(module, "trunk", input_size=(12, 18))
+    half = EmbeddingNetwork(module, "trunk", input_size=(12, 18), autocast=torch.bfloat16)
+    expected = drawn("lficam", plain, image).weights
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(drawn("lficam", plain, image).weights, expected)
+    rounded = drawn("lficam", half, image).weights
+    assert 1e-5 < off(rounded, expected) < 8e-2
+
+
+@pytest.mark.parametrize("name", ["lficam", "abn"])
+def test_a_network_in_training_mode_is_refused_and_otherwise_comes_back_as_it_was(
+    name: str,
+) -> None:
+    case = oracle.CASES[name]()
+    before = {key: value.clone() for key, value in case.module.state_dict().items()}
+    drawn(name, case.network, case.image)
+    assert all(torch.equal(before[k], v) for k, v in case.module.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in case.module.parameters())
+    assert not any(part.training for part in case.module.modules())
+    assert not any(part._forward_hooks for part in case.module.modules())
+    case.module.train()
+    with pytest.warns(MethodWarning), pytest.raises(NetworkError, match=r"call \.eval\(\) on it"):
+        cam_for(case.network, case.image, Coordinate(0), name, progress=False)
+
+
+def test_training_mode_mixes_a_batch_and_eval_mode_does_not() -> None:
+    case = oracle.lfi_case()
+    images = torch.randn(
+        4, 3, 12, 18, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
+    with torch.no_grad():
+        alone = case.module.attend(images[:1])[1]
+        assert off(case.module.attend(images)[1][:1], alone) < TOLERANCE
+        case.module.train()
+        assert off(case.module.attend(images)[1][:1], alone) > 1e-3
+
+
+# --- degenerate inputs ----------------------------------------------------------------
+
+
+def test_a_flat_channel_shows_the_branch_nothing() -> None:
+    case = oracle.lfi_case()
+    images, a = case.image[None], case.trunk(case.image)[None].detach()
+    other = a.clone()
+    a[:, 2], other[:, 2] = 7.0, 0.0
+    with torch.no_grad():
+        stacked = case.module.stacked(images, a)
+        assert torch.equal(stacked[:, 2], torch.zeros_like(stacked[:, 2]))
+        assert torch.equal(case.module.importance(images, a), case.module.importance(images, other))
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
+def test_where_all_is_flat_attention_is_zero_and_gradients_are_finite(value: float) -> None:
+    case = oracle.lfi_case()
+    images = case.image[None]
+    flat = torch.full((1, 6, 4, 6), value, dtype=torch.float64, requires_grad=True)
+    importance = case.module.importance(images, flat)
+    attention = case.module.attention(flat, importance)
+    assert torch.equal(attention, torch.zeros_like(attention))
+    assert torch.isfinite(importance).all()
+    z = case.module.embed(images, flat)
+    assert off(z.detach(), case.module.head(flat).detach()) == 0
+    (gradient,) = torch.autograd.grad(z.sum(), flat)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("name", ["lficam", "abn"])
+@pytest.mark.parametrize("value", [0.0, 2.0])
+def test_a_picture_of_one_colour_has_a_finite_map(name: str, value: float) -> None:
+    case = oracle.CASES[name]()
+    image = torch.full_like(case.image, value)
+    found = drawn(name, case.network, image)
+    expected = oracle.ORACLES[name](case.with_image(image))
+    assert np.isfinite(found.cam).all()
+    assert off(found.grid_cam, expected.map) < 1e-6
+
+
+def test_grey_is_the_mean_of_the_inputs_channels() -> None:
+    case = oracle.lfi_case()
+    a = case.trunk(case.image)[None].detach()
+    images = case.image[None]
+    with torch.no_grad():
+        expected = case.module.importance(images, a)
+        assert off(case.module.importance(images.flip(1), a), expected) < TOLERANCE
+        assert off(case.module.importance(images.mean(1, keepdim=True), a), expected) < TOLERANCE
+        assert off(case.module.importance(images[:, :1], a), expected) > 1e-3
+
+
+# --- as networks ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lficam", "abn"])
+@pytest.mark.parametrize("target", ["similarity", "triplets"])
+def test_other_methods_work_at_the_same_layer(name: str, target: str) -> None:
+    case = oracle.CASES[name](target)
+    case.network.check()
+    activations, gradient = case.gradient(case.image)
+    found, _ = found_by("gradcam", case)
+    assert off(found.weights[0], gradient.mean((1, 2))) < TOLERANCE
+    # Ablation-CAM puts many activations through the head beside one picture.
+    drops = []
+    for k in range(6):
+        cut = torch.from_numpy(activations.copy())
+        cut[k] = 0
+        with torch.no_grad():
+            drops.append(case.score_of_image(case.image) - float(case.score(case.head(cut))))
+    with Subject(case.network, case.image[None], case.target) as subject, torch.no_grad():
+        cuts = torch.from_numpy(np.stack([activations] * 6))
+        cuts[range(6), range(6)] = 0
+        scores = subject.head_scores(0, [cuts])
+        assert off(subject.scores(0, [case.image[None]]) - scores, drops) < TOLERANCE
+
+
+def test_gradients_reach_every_parameter_of_the_branches() -> None:
+    images = torch.randn(4, 3, 12, 18, generator=torch.Generator().manual_seed(3))
+    lfi = oracle.lively(oracle.lfi_module).train()
+    lfi(images).pow(2).sum().backward()
+    abn = oracle.lively(oracle.abn_module).train()
+    torch.stack([one.pow(2).sum() for one in abn.both(images)]).sum().backward()
+    for module in (lfi, abn):
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_abn_learns_through_its_map_alone_too() -> None:
+    abn = oracle.lively(oracle.abn_module).train()
+    images = torch.randn(4, 3, 12, 18, generator=torch.Generator().manual_seed(3))
+    abn(images).pow(2).sum().backward()
+    for part in (abn.branch, abn.evidence, abn.look):
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
+
+
+@pytest.mark.parametrize("build", [oracle.lfi_module, oracle.abn_module])
+def test_weights_come_back_from_a_file_and_others_are_refused(build: Any, tmp_path: Path) -> None:
+    module = oracle.lively(build)
+    images = torch.randn(2, 3, 12, 18, generator=torch.Generator().manual_seed(4))
+    path = tmp_path / "branch.safetensors"
+    save_weights(module, path)
+    fresh = oracle.lively(build, seed=9)
+    with torch.no_grad():
+        assert off(fresh(images), module(images)) > 1e-3
+        load_state(fresh, read_state(path), (), str(path))
+        assert torch.equal(fresh(images), module(images))
+    wider = LFINetwork(trunk(), Pooled(), 6, width=5)
+    with pytest.raises(NetworkError, match=r"branch\.safetensors do not fit the network"):
+        load_state(wider, read_state(path), (), str(path))
+
+
+def test_a_stage_at_stride_one_keeps_its_numbers_and_the_positions() -> None:
+    down = nn.Sequential(nn.Conv2d(4, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
+    stage = oracle.lively(lambda: nn.Sequential(BasicBlock(4, 8, 2, down), BasicBlock(8, 8)))
+    before = {key: value.clone() for key, value in stage.state_dict().items()}
+    made = at_stride_one(stage)
+    x = torch.randn(1, 4, 6, 10, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        assert made(x).shape == (1, 8, 6, 10)
+        # A convolution at stride 2 is every other place of the one at stride 1.
+        assert torch.allclose(made[0].conv1(x)[..., ::2, ::2], stage[0].conv1(x), atol=1e-6)
+        assert stage(x).shape == (1, 8, 3, 5)
+        for parameter in made.parameters():
+            parameter.zero_()
+    assert all(torch.equal(before[k], v) for k, v in stage.state_dict().items())
+
+
+# --- what is refused --------------------------------------------------------------------
+
+
+def test_networks_without_the_branch_are_told_what_to_do() -> None:
+    plain, lfi = make(), oracle.lfi_case()
+    wrapped = EmbeddingNetwork(nn.Sequential(nn.Identity(), lfi.module).eval(), "1.trunk")
+    parts = EmbeddingNetwork.from_parts(lfi.module.trunk, Pooled().double().eval())
+    for name, network, said in [
+        ("lficam", plain.network, "this Sequential has none; wrap trunk and head in embedcam.meth"),
+        ("lficam", wrapped, "this Sequential has none"),
+        ("lficam", parts, "this network given as trunk and head has none"),
+        ("abn", lfi.network, "this LFINetwork has none; wrap trunk and head in embedcam.methods."),
+        ("abn", plain.network, r"learned\.ABNetwork, train it as scripts/train_attention\.py does"),
+    ]:
+        with pytest.warns(MethodWarning), pytest.raises(NetworkError, match=said):
+            cam_for(network, lfi.image, Coordinate(0), name, progress=False)
+
+
+def test_a_layer_that_is_not_weighed_is_refused_by_lficam() -> None:
+    case = oracle.lfi_case()
+    network = EmbeddingNetwork(case.module, "trunk.0", input_size=(12, 18))
+    with (
+        pytest.warns(MethodWarning),
+        pytest.raises(NetworkError, match=r"explains layer 'trunk.0'"),
+    ):
+        cam_for(network, case.image, Coordinate(0), "lficam", progress=False)
+    last = EmbeddingNetwork(case.module, "trunk.4", input_size=(12, 18))
+    expected = drawn("lficam", case.network, case.image)
+    assert np.array_equal(drawn("lficam", last, case.image).cam, expected.cam)
+
+
+def test_abn_draws_the_same_whatever_layer_is_explained() -> None:
+    case = oracle.abn_case()
+    network = EmbeddingNetwork(case.module, "stage", input_size=(12, 18))
+    found, expected = drawn("abn", network, case.image), drawn("abn", case.network, case.image)
+    assert off(found.cam, expected.cam) < 1e-6
+    assert (found.passes.forwards, expected.passes.forwards) == (2, 1)
+
+
+def test_wrappers_that_hand_images_on_are_looked_through() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.module(images)
+
+    case = oracle.lfi_case()
+    network = EmbeddingNetwork(Wrapper(case.module).eval(), "trunk", input_size=(12, 18))
+    expected = drawn("lficam", case.network, case.image)
+    assert np.array_equal(drawn("lficam", network, case.image).weights, expected.weights)
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match="n_channels = 0"):
+        LFINetwork(trunk(), Pooled(), 0)
+    with pytest.raises(InputError, match="embedding_size = 0"):
+        ABNetwork(trunk(), nn.Identity(), Pooled(), 6, 0)
+    images = torch.zeros(1, 3, 12, 18)
+    with pytest.raises(NetworkError, match=r"is \[1, 6, 4, 6\]; expected \[B 5 H W\]"):
+        LFINetwork(trunk(), Pooled(), 5)(images)
+    shrinks = ABNetwork(trunk(), nn.MaxPool2d(2), Pooled(), 6, 4)
+    with pytest.raises(NetworkError, match=r"makes \[3, 5\] of the trunk's \[4, 6\] positions"):
+        shrinks(images)
+    own = ABNetwork(trunk(), nn.MaxPool2d(2), Pooled(), 6, 4, branch=nn.Identity())
+    assert own(images).shape == (1, 3)
+
+
+# --- the training -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_attention", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SMALL = DemoSettings(
+    input_size=48, scene_size=48, n_train=60, n_query=20, steps=24, batch_size=20, channels=24,
+    embedding_size=8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["lfi", "abn"])
+def test_training_lowers_the_loss_and_the_maps_are_the_branchs(
+    script: ModuleType, name: str
+) -> None:
+    module = (script.make_lfi if name == "lfi" else script.make_abn)(SMALL).eval()
+    untrained = copy.deepcopy(module)
+    losses = script.train(module, SMALL, progress=False)
+    assert losses[-5:].mean() < 0.9 * losses[:5].mean()
+    again = copy.deepcopy(untrained)
+    assert torch.equal(script.train(again, SMALL, progress=False), losses)
+    scenes = script.held_out(SMALL)[:2]
+    network = script.explained(module, SMALL)
+    network.check()
+    pictures = [Image.fromarray(scene.pixels) for scene in scenes]
+    images = torch.from_numpy(np.stack([network.preprocess(one) for one in pictures]))
+    with torch.no_grad():
+        a, second, third = module.attend(images)
+        before = untrained.attend(images)[1]
+    assert off(before, second) > 1e-3, "the branch itself must have learned"
+    found = drawn("lficam" if name == "lfi" else "abn", network, images)
+    if name == "abn":
+        assert off(found.grid_cam, second) < 1e-6
+    else:
+        assert off(found.weights, second) < 1e-6
+        assert off(found.grid_cam, torch.einsum("bk,bkhw->bhw", second, a).clamp(min=0)) < 1e-5
+        top = found.grid_cam.max((1, 2), keepdims=True)
+        low = found.grid_cam.min((1, 2), keepdims=True)
+        assert off((found.grid_cam - low) / (top - low), third) < 1e-4
+    plain = cam_for(network, images, Coordinate(0), "gradcam", progress=False)
+    assert np.isfinite(plain.cam).all()
+
+
+def test_the_script_writes_weights_and_a_picture(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.run(tmp_path, replace(SMALL, steps=2, n_query=10, n_train=20), 2, progress=False)
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines()[1:3]] == ["lficam", "abn"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "abn.safetensors", "attention.png", "lfi.safetensors",
+    ]  # fmt: skip

@@ -1,0 +1,636 @@
+"""Decomposition and perturbation against their oracles, and the laws they must keep."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo_perturbation as zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import Tensor, nn
+from zoo_cases import CHANNELS, SIZE, WIDTH, Case, Expected, make
+
+from embedcam import EmbeddingNetwork
+from embedcam.errors import InputError, NetworkError
+from embedcam.methods import decomposition, superpixels
+from embedcam.methods.masks import fill_like, unit_masks
+from embedcam.methods.subject import Found, Subject
+from embedcam.registry import METHODS
+from embedcam.targets import Coordinate, Direction, NegativeDistance, Similarity, Target
+
+CASES = {
+    "pooled": {},
+    "curved triplets": {"head": "curved", "target": "triplets"},
+    "pooled triplets signed": {"target": "triplets", "signed": True},
+    "curved dot signed": {"head": "curved", "target": "dot", "signed": True, "seed": 1},
+    "not normalised": {"target": "dot", "normalize": False, "seed": 2},
+    "curved, not normalised": {"head": "curved", "normalize": False, "signed": True, "seed": 3},
+}
+# Fewer passes than by default, which one test and the registry's own take.
+QUICK: dict[str, dict[str, Any]] = {
+    "rise": {"masks": 60, "cells": 3},
+    "lime": {"samples": 60, "superpixels": "grid", "segments": 9},
+}
+
+
+def find(case: Case, name: str, images: Tensor | None = None, **options: Any) -> Found:
+    """A method on a case, through a Subject."""
+    return find_by(case.network, case.image[None] if images is None else images, case.target, name,
+                   **options)  # fmt: skip
+
+
+def find_by(
+    network: EmbeddingNetwork, images: Tensor, target: Target, name: str, **options: Any
+) -> Found:
+    settings = {k: options.pop(k) for k in ("batch_size", "seed", "fill") if k in options}
+    with Subject(network, images, target, **settings) as subject, torch.no_grad():
+        return METHODS[name].load()(subject, **options)
+
+
+def values(found: Found) -> Iterable[Tensor]:
+    return [v for v in (found.weights, found.maps) if v is not None]
+
+
+def error(found: Found, expected: Expected, row: int = 0) -> float:
+    """The largest difference, relative to the largest value; every part must be there."""
+    pairs = [(found.weights, expected.weights), (found.maps, expected.map)]
+    assert all((f is None) == (e is None) for f, e in pairs)
+    worst = 0.0
+    for mine, theirs in pairs:
+        if mine is not None and theirs is not None:
+            assert mine[row].shape == theirs.shape
+            gap = np.abs(mine[row].numpy() - theirs).max()
+            worst = max(worst, float(gap / (np.abs(theirs).max() or 1.0)))
+    return worst
+
+
+@pytest.mark.parametrize("setting", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("name", zoo.ORACLES)
+def test_the_method_is_its_oracle(name: str, setting: dict[str, Any]) -> None:
+    case, options = make(**setting), QUICK.get(name, {})
+    assert error(find(case, name, **options), zoo.ORACLES[name](case, **options)) < 1e-9
+
+
+@pytest.mark.parametrize("name", ["rise", "lime"])
+def test_the_defaults_are_the_oracles(name: str) -> None:
+    case = make("curved", "triplets")
+    found = find(case, name)
+    assert error(found, zoo.ORACLES[name](case)) < 1e-9
+    assert found.maps is not None
+    assert found.maps.max() > 0
+
+
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "softmax": ("scorecam", {"weights": "softmax"}),
+    "sharp softmax": ("scorecam", {"weights": "softmax", "temperature": 0.05}),
+    "filled Score-CAM": ("scorecam", {"fill": 0.7}),
+    "filled RISE": ("rise", {"masks": 30, "cells": 2, "probability": 0.2, "fill": -1.5}),
+    "one cell": ("rise", {"masks": 20, "cells": 1}),
+    "more cells than pixels": ("rise", {"masks": 20, "cells": 15}),
+    "filled LIME": ("lime", {"samples": 50, "superpixels": "grid", "segments": 6, "fill": 2.0}),
+    "wide kernel": ("lime", {"samples": 50, "superpixels": "grid", "kernel": 3.0, "ridge": 0.1}),
+    "windows": ("sbsm", {"window": (5, 4), "stride": (3, 5), "fill": 0.4}),
+    "gaps": ("sbsm", {"window": (2, 3), "stride": (5, 6)}),
+    "one window": ("sbsm", {"window": SIZE, "stride": (1, 1)}),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS.values(), ids=OPTIONS.keys())
+def test_options_are_the_oracles(name: str, options: dict[str, Any]) -> None:
+    case = make("curved", seed=4)
+    assert error(find(case, name, **options), zoo.ORACLES[name](case, **options)) < 1e-9
+
+
+# --- the oracles can fail ---
+
+
+def broken_eigencam(case: Case) -> Expected:
+    """Centred first, as pytorch-grad-cam does."""
+    matrix = zoo.as_matrix(case.trunk(case.image).detach().numpy())
+    return Expected(weights=zoo.first_vector(matrix - matrix.mean(0)))
+
+
+def broken_eigengradcam(case: Case) -> Expected:
+    """v_1 of A in place of G A."""
+    A, G = case.gradient(case.image)
+    v = zoo.first_vector(zoo.as_matrix(A))
+    projected = (zoo.as_matrix(A * G) @ v).reshape(A.shape[1:])
+    return Expected(weights=G.mean((1, 2)) * v, map=np.maximum(projected, 0))
+
+
+def broken_scorecam(case: Case) -> Expected:
+    """Normalised before it is resized, without a baseline."""
+    A = case.trunk(case.image).detach().numpy()
+    found = []
+    for channel in A:
+        span = channel.max() - channel.min()
+        mask = zoo.resized((channel - channel.min()) / (span or 1), SIZE)
+        found.append(case.score_of_image(zoo.under_mask(case.image, mask, 0.0)) * (span > 0))
+    return Expected(weights=np.array(found))
+
+
+def broken_ablationcam(case: Case) -> Expected:
+    """Divided by y."""
+    y = case.score_of_image(case.image)
+    weights = zoo.ablationcam(case).weights
+    assert weights is not None
+    return Expected(weights=weights / y)
+
+
+def broken_rise(case: Case, masks: int, cells: int) -> Expected:
+    """The mean score left in."""
+    total = np.zeros(SIZE)
+    for mask in zoo.rise_masks(SIZE, masks, cells, 0.5):
+        total += case.score_of_image(zoo.under_mask(case.image, mask, 0.0)) * mask
+    return Expected(map=np.maximum(total / (masks * 0.5), 0))
+
+
+def broken_sbsm(case: Case) -> Expected:
+    """Similarity in place of distance."""
+
+    class Negated(Case):
+        def score(self, z: Tensor) -> Tensor:
+            return -super().score(z)
+
+    return zoo.sbsm(Negated(**vars(case)))
+
+
+BROKEN: dict[str, Callable[..., Expected]] = {
+    "eigencam": broken_eigencam,
+    "eigengradcam": broken_eigengradcam,
+    "scorecam": broken_scorecam,
+    "ablationcam": broken_ablationcam,
+    "rise": broken_rise,
+    "lime": lambda case, **options: zoo.lime(case, **options, kernel=0.35),
+    "sbsm": broken_sbsm,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_oracle_is_told_apart(name: str) -> None:
+    case, options = make("curved", "triplets"), QUICK.get(name, {})
+    assert error(find(case, name, **options), BROKEN[name](case, **options)) > 1e-2
+
+
+# --- batches and seeds ---
+
+
+@pytest.mark.parametrize("head", ["pooled", "curved"])
+@pytest.mark.parametrize("name", zoo.ORACLES)
+def test_a_batch_is_one_at_a_time_and_its_size_changes_nothing(name: str, head: str) -> None:
+    case, options = make(head, seed=5), QUICK.get(name, {})
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(3, 3, *SIZE, generator=generator, dtype=torch.float64)
+    references = torch.randn(3, WIDTH, generator=generator, dtype=torch.float64)
+    target = Similarity(references)
+    together = find_by(case.network, images, target, name, batch_size=7, **options)
+    for row in range(3):
+        alone = find_by(
+            case.network, images[row : row + 1], Similarity(references[row]), name, **options
+        )
+        for all_of, one in zip(values(together), values(alone), strict=True):
+            torch.testing.assert_close(all_of[row], one[0], rtol=1e-9, atol=1e-12)
+    for size in (1, 100):
+        again = find_by(case.network, images, target, name, batch_size=size, **options)
+        for first, second in zip(values(together), values(again), strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["rise", "lime"])
+def test_the_seed_decides_and_nothing_global(name: str) -> None:
+    case = make("curved", "triplets")
+    state = torch.random.get_rng_state()
+    runs = [find(case, name, seed=seed, **QUICK[name]).maps for seed in (0, 0, 1)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(runs[0], runs[1])  # type: ignore[arg-type]
+    assert not torch.allclose(runs[0], runs[2])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name", ["scorecam", "ablationcam", "rise", "lime", "sbsm", "eigengradcam"]
+)
+@settings(max_examples=8)
+@given(scale=st.floats(1e-3, 1e3))
+def test_scaling_the_target_scales_what_is_found(name: str, scale: float) -> None:
+    case, options = make("curved", "dot"), QUICK.get(name, {})
+    direction = case.target.directions  # type: ignore[attr-defined]
+    once = find_by(case.network, case.image[None], Direction(direction), name, **options)
+    more = find_by(case.network, case.image[None], Direction(direction * scale), name, **options)
+    for first, second in zip(values(once), values(more), strict=True):
+        torch.testing.assert_close(first * scale, second, rtol=1e-7, atol=1e-10 * scale)
+
+
+# --- decomposition ---
+
+
+@pytest.mark.parametrize(("channels", "side"), [(300, 7), (64, 14), (20, 20)])
+def test_the_truncated_decomposition_is_the_full_one(channels: int, side: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, channels, side, side + 1, generator=generator).clamp(min=0)
+    matrices = maps.flatten(2).mT
+    found = decomposition._first_direction(matrices)
+    full = torch.linalg.svd(matrices.double())[2][:, 0]
+    full = full * torch.sign((matrices.double() @ full[..., None]).sum((1, 2)))[:, None]
+    torch.testing.assert_close(found.double(), full, rtol=0, atol=1e-5)
+
+
+@given(
+    maps=arrays(np.float64, (2, 4, 6), elements=st.integers(-3, 3).map(float)),
+    vectors=arrays(np.float64, (2, 6), elements=st.integers(-3, 3).map(float)),
+)
+def test_the_sign_that_comes_back_does_not_matter(maps: np.ndarray, vectors: np.ndarray) -> None:
+    matrices, v = torch.from_numpy(maps), torch.from_numpy(vectors)
+    drawn = (matrices @ v[..., None])[..., 0]
+    first, second = decomposition.oriented(v, drawn), decomposition.oriented(-v, -drawn)
+    shown = drawn.any(1)
+    assert torch.equal(first[shown], second[shown])
+    assert bool(((matrices @ first[..., None]).sum((1, 2)) >= 0).all())
+
+
+@pytest.mark.parametrize("name", ["eigencam", "eigengradcam"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_decomposition_of_the_other_sign_draws_the_same(
+    name: str, signed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make("curved", "triplets", signed=signed)
+    before = find(case, name)
+    real = torch.linalg.eigh
+
+    def turned(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        vals, vectors = real(matrix)
+        return vals, -vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", turned)
+    for first, second in zip(values(before), values(find(case, name)), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_eigencam_knows_no_scale_in_single_precision(scale: float) -> None:
+    maps = torch.rand(1, 5, 3, 4, generator=torch.Generator().manual_seed(0))
+    matrix = maps.flatten(2).mT
+    torch.testing.assert_close(
+        decomposition._first_direction(matrix * scale), decomposition._first_direction(matrix)
+    )
+
+
+def test_eigencam_ignores_the_target() -> None:
+    case = make("curved")
+    other = find_by(case.network, case.image[None], Coordinate(1), "eigencam").weights
+    assert torch.equal(find(case, "eigencam").weights, other)  # type: ignore[arg-type]
+
+
+def test_behind_average_pooling_the_weights_of_eigengradcam_draw_its_map() -> None:
+    case = make()
+    found = find(case, "eigengradcam")
+    assert found.weights is not None
+    drawn = (found.weights[0, :, None, None] * case.trunk(case.image)).sum(0).clamp(min=0)
+    torch.testing.assert_close(drawn.detach(), found.maps[0])  # type: ignore[index]
+    curved = find(make("curved"), "eigengradcam")
+    assert curved.weights is not None
+    approximate = (curved.weights[0, :, None, None] * make("curved").trunk(case.image)).sum(0)
+    assert (approximate.clamp(min=0) - curved.maps[0]).abs().max() > 1e-3 * curved.maps.max()  # type: ignore[index,union-attr]
+
+
+def test_evidence_against_is_drawn_like_evidence_for_by_eigengradcam() -> None:
+    case = make()
+    against = Direction(-case.target.reference)  # type: ignore[attr-defined]
+    towards = Direction(case.target.reference)  # type: ignore[attr-defined]
+    first, second = (
+        find_by(case.network, case.image[None], target, "eigengradcam").maps
+        for target in (towards, against)
+    )
+    torch.testing.assert_close(first, second)
+
+
+# --- masks and ablation ---
+
+
+class FlatChannels(nn.Module):
+    """Channel 0 dead, channel 1 constant at 0.3, the others alive."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.inside(x)
+        fixed = torch.zeros_like(maps[:, :2])
+        fixed[:, 1] = 0.3
+        return torch.cat([fixed, maps[:, 2:]], 1)
+
+
+def flat_case(head: str = "curved", dtype: torch.dtype = torch.float64) -> Case:
+    case = make(head, signed=True)
+    module = nn.Sequential()
+    module.add_module("features", FlatChannels(case.module.features))
+    module.add_module("head", case.module.head)
+    module.to(dtype).eval()
+    return Case(
+        EmbeddingNetwork(module, "features"), module, case.image.to(dtype), case.target, case.scores
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_flat_channel_gets_no_weight_and_costs_no_pass(dtype: torch.dtype) -> None:
+    case = flat_case(dtype=dtype)
+    for options in ({}, {"weights": "softmax"}):
+        with Subject(case.network, case.image[None], case.target) as subject, torch.no_grad():
+            weights = METHODS["scorecam"].load()(subject, **options).weights
+        assert weights[0, :2].tolist() == [0, 0]
+        assert bool((weights[0, 2:] != 0).all())
+        assert subject.passes.forwards == CHANNELS - 2 + 2
+        if options:
+            assert float(weights.sum()) == pytest.approx(1)
+
+
+@settings(max_examples=30)
+@given(
+    value=st.floats(-1e6, 1e6, width=32),
+    size=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+)
+def test_a_flat_map_is_a_mask_of_zeros(value: float, size: tuple[int, int]) -> None:
+    # Resizing 0.1 to other sizes gives several numbers near 0.1: not a mask.
+    for dtype in (torch.float32, torch.float64):
+        masks = unit_masks(torch.full((2, 4, 6), value, dtype=dtype), size)
+        assert masks.shape == (2, *size)
+        assert not masks.any()
+
+
+def test_masks_run_from_zero_to_one() -> None:
+    maps = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
+    masks = unit_masks(maps, (12, 18))
+    assert masks.amin((1, 2)).tolist() == [0] * 5
+    assert masks.amax((1, 2)).tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("head", ["pooled", "curved"])
+def test_a_dead_channel_is_not_ablated(head: str) -> None:
+    case = flat_case(head)
+    with Subject(case.network, case.image[None], case.target) as subject, torch.no_grad():
+        weights = METHODS["ablationcam"].load()(subject).weights
+    assert weights[0, 0] == 0
+    assert bool((weights[0, 1:] != 0).all())
+    assert subject.passes.heads == (0 if head == "pooled" else CHANNELS - 1)
+    assert subject.passes.forwards == 1
+    assert error(Found(weights), zoo.ablationcam(case)) < 1e-9
+
+
+def test_the_rank_one_update_is_the_head_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make("pooled", "triplets", signed=True)
+    quick = find(case, "ablationcam").weights
+    monkeypatch.setattr("embedcam.methods.ablation._affine_head", lambda subject: None)
+    with Subject(case.network, case.image[None], case.target) as subject, torch.no_grad():
+        slow = METHODS["ablationcam"].load()(subject).weights
+    assert subject.passes.heads == CHANNELS
+    torch.testing.assert_close(quick, slow)
+
+
+def test_ablation_does_not_flip_where_the_score_is_not_positive() -> None:
+    # -|f - r|^2 = 2 f . r - 2 is never positive: the paper's division would turn its map around.
+    case = make("curved")
+    reference = torch.as_tensor(case.target.reference)  # type: ignore[attr-defined]
+    distances = find_by(case.network, case.image[None], NegativeDistance(reference), "ablationcam")
+    cosines = find(case, "ablationcam").weights
+    torch.testing.assert_close(distances.weights, 2 * cosines)  # type: ignore[operator]
+
+
+def test_an_embedding_that_vanishes_with_its_channel_scores_nothing() -> None:
+    module = nn.Sequential()
+    module.add_module("features", nn.Conv2d(3, 1, 1))
+    module.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    module.add_module("flat", nn.Flatten())
+    network = EmbeddingNetwork(module.double().eval(), "features")
+    image = torch.rand(1, 3, 5, 6, dtype=torch.float64)
+    found = find_by(network, image, Similarity([1.0]), "ablationcam").weights
+    assert found is not None
+    assert found.abs().tolist() == [[1.0]]
+
+
+def test_a_network_that_the_probe_does_not_fit_is_ablated_through_its_head() -> None:
+    class Grey(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Conv2d(1, 4, 3)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.features(x).mean((-2, -1)))
+
+    module = Grey().double().eval()
+    network = EmbeddingNetwork(module, "features")
+    image = torch.rand(1, 1, 8, 9, dtype=torch.float64)
+    with Subject(network, image, Coordinate(0)) as subject, torch.no_grad():
+        weights = METHODS["ablationcam"].load()(subject).weights
+    assert subject.passes.heads == 4
+    maps, y = module.features(image), network.forward(image).embedding[0, 0]
+    for k in range(4):
+        without = maps.clone()
+        without[:, k] = 0
+        z = module.head(without.mean((-2, -1)))[0]
+        torch.testing.assert_close(weights[0, k], y - (z / z.norm())[0])
+
+
+@pytest.mark.parametrize("name", ["eigencam", "ablationcam"])
+def test_over_positions(name: str) -> None:
+    module = nn.Sequential()
+    module.add_module("features", nn.Sequential(nn.Conv1d(2, 5, 3, padding=1), nn.ReLU()))
+    module.add_module("pool", nn.AdaptiveMaxPool1d(2))
+    module.add_module("flat", nn.Flatten())
+    module.add_module("head", nn.Linear(10, WIDTH))
+    network = EmbeddingNetwork(module.double().eval(), "features", layout="bkl", normalize=False)
+    signals = torch.randn(2, 2, 9, dtype=torch.float64)
+    found = find_by(network, signals, Coordinate(2), name).weights
+    assert found is not None
+    maps = module.features(signals).detach()
+    for row in range(2):
+        if name == "eigencam":
+            expected = zoo.first_vector(maps[row].T.numpy())
+        else:
+            tail = module[1:]
+            expected = np.zeros(5)
+            for k in range(5):
+                without = maps[row].clone()
+                without[k] = 0
+                drop = tail(maps[row][None]) - tail(without[None])
+                expected[k] = float(drop.detach()[0, 2])
+        np.testing.assert_allclose(found[row].numpy(), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["scorecam", "rise", "lime", "sbsm"])
+def test_positions_have_no_regions_to_mask(name: str) -> None:
+    network = EmbeddingNetwork(nn.Sequential(nn.Conv1d(2, 5, 3)).eval(), "0", layout="bkl")
+    with pytest.raises(NetworkError, match=r"masks regions of a picture .* use 'ablationcam'"):
+        find_by(network, torch.randn(1, 2, 9), Coordinate(0), name)
+
+
+def test_memory_and_passes_of_masks() -> None:
+    case = make("curved", signed=True)
+    sizes: list[int] = []
+    forward = case.network.forward
+
+    def watched(images: Tensor, **options: Any) -> Any:
+        sizes.append(len(images))
+        return forward(images, **options)
+
+    case.network.forward = watched  # type: ignore[method-assign,assignment]
+    find(case, "scorecam", batch_size=4)
+    assert sizes == [1, 1, 4, 2]
+    sizes.clear()
+    find(case, "rise", masks=10, batch_size=4)
+    assert sizes == [1, 4, 4, 2]
+
+
+# --- degenerate ---
+
+
+class Dead(nn.Module):
+    """Activations that are all 0, whatever the picture; an embedding that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Threshold(1e9, 0.0))
+        self.head = nn.Linear(4, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((-2, -1)))
+
+
+@pytest.mark.parametrize("name", zoo.ORACLES)
+def test_nothing_to_see_is_zero(name: str) -> None:
+    network = EmbeddingNetwork(Dead().double().eval(), "features")
+    image = torch.rand(1, 3, *SIZE, dtype=torch.float64)
+    for found in values(find_by(network, image, Coordinate(0), name, **QUICK.get(name, {}))):
+        assert not found.any()
+        assert not torch.isnan(found).any()
+
+
+@pytest.mark.parametrize("name", zoo.ORACLES)
+def test_a_picture_of_one_colour(name: str) -> None:
+    case = make("curved", "triplets")
+    image = torch.full((1, 3, *SIZE), 0.4, dtype=torch.float64)
+    options = {k: v for k, v in QUICK.get(name, {}).items() if k != "superpixels"}
+    for found in values(find(case, name, image, **options)):
+        assert bool(torch.isfinite(found).all())
+
+
+@pytest.mark.parametrize("name", zoo.ORACLES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_precisions(name: str, dtype: torch.dtype) -> None:
+    options = QUICK.get(name, {})
+    exact = find(make("curved", "triplets"), name, **options)
+    case = make("curved", "triplets")
+    case.module.to(dtype)
+    network = EmbeddingNetwork(case.module, "features")
+    rough = find_by(network, case.image[None].to(dtype), case.target, name, **options)
+    for mine, theirs in zip(values(rough), values(exact), strict=True):
+        assert mine.dtype == torch.float32
+        gap = (mine.double() - theirs).abs().max() / theirs.abs().max()
+        # Of differences of scores little is left in half precision.
+        assert gap < (1e-3 if dtype == torch.float32 else 1.0)
+
+
+def test_only_windows_cover_what_they_cover() -> None:
+    case = make("curved", "triplets")
+    maps = find(case, "sbsm", window=(2, 2), stride=(5, 6)).maps
+    assert maps is not None
+    covered = torch.zeros(SIZE, dtype=torch.bool)
+    for y in (0, 1, 5, 6, 10, 11):
+        for x in (0, 1, 6, 7, 12, 13, 16, 17):
+            covered[y, x] = True
+    assert not maps[0][~covered].any()
+    assert maps[0][covered].any()
+
+
+# --- superpixels and fills ---
+
+
+def test_superpixels_of_a_grid() -> None:
+    image = torch.zeros(3, 4, 6)
+    labels = superpixels.superpixels_of(image, "grid", 6)
+    assert labels.tolist() == [
+        [0, 0, 1, 1, 2, 2],
+        [0, 0, 1, 1, 2, 2],
+        [3, 3, 4, 4, 5, 5],
+        [3, 3, 4, 4, 5, 5],
+    ]
+    assert int(superpixels.superpixels_of(image, "grid", 1000).max()) == 23
+    given_labels = torch.tensor([[5] * 6, [5] * 6, [9] * 6, [7] * 6])
+    named = superpixels.superpixels_of(image, given_labels, 2)
+    assert named[:, 0].tolist() == [0, 0, 2, 1]
+
+
+def test_slic_follows_the_picture() -> None:
+    pytest.importorskip("skimage")
+    image = torch.zeros(3, 20, 30, dtype=torch.float64)
+    image[:, :, 15:] = 1.0
+    labels = superpixels.superpixels_of(image, "slic", 6)
+    assert not set(labels[:, :13].unique().tolist()) & set(labels[:, 17:].unique().tolist())
+    assert int(labels.max()) + 1 == len(labels.unique())
+    case = make("curved", "triplets")
+    options: dict[str, Any] = {"samples": 60, "superpixels": "slic", "segments": 12}
+    assert error(find(case, "lime", **options), zoo.lime(case, **options)) < 1e-9
+    grey = superpixels.superpixels_of(image[:1], "slic", 6)
+    assert grey.shape == (20, 30)
+
+
+def test_slic_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
+    with pytest.raises(InputError, match=r"pip install embedcam\[lime\], or .*'grid'"):
+        superpixels.superpixels_of(torch.zeros(3, 4, 6), "slic", 6)
+    monkeypatch.setattr(superpixels, "find_spec", lambda name: None)
+    found = superpixels.superpixels_of(torch.zeros(3, 4, 6), "auto", 6)
+    assert torch.equal(found, superpixels.superpixels_of(torch.zeros(3, 4, 6), "grid", 6))
+
+
+def test_superpixels_given_by_hand_are_used() -> None:
+    case = make("curved", "triplets")
+    labels = zoo.grid_labels(SIZE, 9)
+    by_hand = find(case, "lime", samples=60, superpixels=labels).maps
+    assert torch.equal(by_hand, find(case, "lime", **QUICK["lime"]).maps)  # type: ignore[arg-type]
+
+
+def test_fills() -> None:
+    image = torch.rand(3, 5, 6)
+    assert fill_like(image, torch.tensor([1.0, 2.0, 3.0])[:, None, None])[2, 0, 0] == 3
+    with pytest.raises(InputError, match=r"fill has shape \[2, 9\], .* \[3, 5, 6\]; give a number"):
+        fill_like(image, torch.zeros(2, 9))
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "weights": ("scorecam", {"weights": "relu"}, "'relu' is unknown; use 'raw' or 'softmax'"),
+    "cold": (
+        "scorecam",
+        {"weights": "softmax", "temperature": 0},
+        "temperature = 0; give a number greater than 0",
+    ),
+    "unused temperature": ("scorecam", {"temperature": 2.0}, "give weights='softmax' with it"),
+    "fill": ("scorecam", {"fill": "grey"}, "fill = 'grey' is unknown; use mean, black, blur"),
+    "masks": ("rise", {"masks": 1}, "masks = 1; give a whole number from 2"),
+    "cells": ("rise", {"cells": 2.5}, "cells = 2.5; give a whole number from 1"),
+    "probability": ("rise", {"probability": 1}, "probability = 1; give a number between 0 and 1"),
+    "samples": ("lime", {"samples": True}, "samples = True; give a whole number from 2"),
+    "segments": ("lime", {"segments": 0}, "segments = 0; give a whole number from 1"),
+    "kernel": ("lime", {"kernel": 0.0}, "kernel = 0.0; give a number greater than 0"),
+    "ridge": ("lime", {"ridge": "1"}, "ridge = '1'; give a number greater than 0"),
+    "superpixels": ("lime", {"superpixels": "quickshift"}, "use 'auto', 'slic', 'grid' or labels"),
+    "labels": (
+        "lime",
+        {"superpixels": np.zeros((3, 4), int)},
+        r"superpixels are \[3, 4\] of int64; .* each pixel \[12 18\]",
+    ),
+    "window": ("sbsm", {"window": 0}, "window = 0; give a whole number from 1"),
+    "large window": ("sbsm", {"window": (13, 2)}, "13 x 2 is larger than the picture, 12 x 18"),
+    "stride": ("sbsm", {"stride": (1, 2, 3)}, r"give \(height, width\) or one number of pixels"),
+}
+
+
+@pytest.mark.parametrize(("name", "options", "said"), REFUSED.values(), ids=REFUSED.keys())
+def test_wrong_options_are_refused(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        find(make(), name, **options)

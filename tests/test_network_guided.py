@@ -1,0 +1,246 @@
+"""The gradient at the input: plain against autograd, guided against a rule written out by hand."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from test_network import assert_same_state, relative, state_of
+from torch import Tensor, nn
+from torchvision import models
+from toys import images, seeded, small_vit, toy
+
+from embedcam.errors import InputError, NetworkError
+from embedcam.network import EmbeddingNetwork, Features, input_gradient
+
+Rectify = Callable[[Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _the_same_draws() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+class Two(nn.Module):
+    """Two rectifiers of any kind between linear maps; `a` is read again behind the first."""
+
+    def __init__(self, rectify: Rectify, top: float = np.inf) -> None:
+        super().__init__()
+        self.conv, self.mix = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1)
+        self.linear = nn.Linear(5, 3)
+        self.rectify, self.top, self.fails = rectify, top, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.conv(6 * x)
+        b = self.mix(self.rectify(a) + 0.0)
+        c = self.rectify(b)
+        if self.fails:
+            raise KeyError("in the middle of a forward")
+        return self.linear(c.mean((2, 3)))
+
+    def by_hand(self, x: Tensor, cotangent: Tensor) -> Tensor:
+        """Back through each map by its own adjoint; a rectifier keeps what is positive twice."""
+        with torch.no_grad():
+            a = self.conv(6 * x)
+            b = self.mix(a.clamp(0, self.top))
+            cells = b.shape[2] * b.shape[3]
+            g = (cotangent @ self.linear.weight)[:, :, None, None].expand_as(b) / cells
+            g = g * (g > 0) * (b > 0) * (b < self.top)
+            g = F.conv_transpose2d(g, self.mix.weight, padding=1)
+            g = g * (g > 0) * (a > 0) * (a < self.top)
+            return 6 * F.conv_transpose2d(g, self.conv.weight, padding=1)
+
+
+def with_ignored_result(x: Tensor) -> Tensor:
+    F.relu(x, inplace=True)
+    return x
+
+
+def with_ignored_method(x: Tensor) -> Tensor:
+    x.relu_()
+    return x
+
+
+shared = nn.ReLU(inplace=True)
+RECTIFIERS: dict[str, tuple[Rectify, float]] = {
+    "one module called twice": (shared, np.inf),
+    "modules": (nn.ReLU(), np.inf),
+    "F.relu": (F.relu, np.inf),
+    "F.relu in place": (lambda x: F.relu(x, inplace=True), np.inf),
+    "F.relu in place by position": (lambda x: F.relu(x, True), np.inf),
+    "F.relu in place, result ignored": (with_ignored_result, np.inf),
+    "F.relu_": (F.relu_, np.inf),
+    "torch.relu": (torch.relu, np.inf),
+    "torch.relu_": (torch.relu_, np.inf),
+    "x.relu()": (Tensor.relu, np.inf),
+    "x.relu_(), result ignored": (with_ignored_method, np.inf),
+    "ReLU6": (nn.ReLU6(), 6.0),
+    "ReLU6 in place": (nn.ReLU6(inplace=True), 6.0),
+    "F.relu6": (F.relu6, 6.0),
+    "F.relu6 in place": (lambda x: F.relu6(x, inplace=True), 6.0),
+    "hardtanh from 0": (lambda x: F.hardtanh(x, 0.0, 2.0), 2.0),
+    "hardtanh in place": (lambda x: F.hardtanh(x, 0.0, 2.0, True), 2.0),
+}
+
+
+@pytest.mark.parametrize("kind", RECTIFIERS)
+def test_every_rectifier_is_guided(kind: str) -> None:
+    module = seeded(lambda: Two(*RECTIFIERS[kind])).double()
+    x, c = images().double(), torch.tensor([[1.0, -0.5, 0.3], [-1.0, 0.2, 0.8]]).double()
+    network = EmbeddingNetwork(module, "conv")
+    features, found = input_gradient(network, x, lambda _: c)
+    expected = module.by_hand(x, c)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+    # The forward pass is the module's own.
+    torch.testing.assert_close(features.embedding, network.forward(x).embedding)
+    _, plain = input_gradient(network, x, lambda _: c, guided=False)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(plain, torch.autograd.grad(module(leaf), leaf, c)[0])
+    assert relative(plain, expected) > 0.1
+
+
+def test_units_that_are_not_rectifiers_are_left_alone() -> None:
+    class Other(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.hardtanh(x))  # from -1: no rectifier
+
+    module = seeded(lambda: Other(F.relu)).double()
+    x, c = images().double(), torch.ones(2, 3).double()
+    _, found = input_gradient(EmbeddingNetwork(module, "conv"), x, lambda _: c)
+    expected = module.by_hand(x.clamp(-1, 1), c) * ((x > -1) & (x < 1))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_the_cotangents_are_asked_for_what_the_forward_gave() -> None:
+    module, x = toy(), images()
+    seen: list[Features] = []
+
+    def cotangents(features: Features) -> Tensor:
+        seen.append(features)
+        return features.embedding
+
+    network = EmbeddingNetwork(module, "relu")
+    input_gradient(network, x, cotangents)
+    made = network.head_pass(x).features
+    assert len(seen) == 1
+    for name in ("embedding", "norm", "activations"):
+        torch.testing.assert_close(getattr(seen[0], name), getattr(made, name))
+        assert not getattr(seen[0], name).requires_grad
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_the_module_comes_back_as_it_was_also_after_an_exception(guided: bool) -> None:
+    module = seeded(lambda: Two(nn.ReLU(inplace=True)))
+    module.linear.weight.requires_grad_(False)
+    module.conv.weight.grad = torch.full_like(module.conv.weight, 7)
+    module.mix.register_forward_hook(lambda *_: None)  # the caller's own
+    network, before = EmbeddingNetwork(module, "conv"), state_of(module)
+    units = [type(part) for part in module.modules()]
+    x = images()
+    kept = x.clone()
+    input_gradient(network, x, lambda f: f.embedding, guided=guided)
+    assert_same_state(before, state_of(module))
+
+    def wrong(features: Features) -> Tensor:
+        raise KeyError("the caller's own")
+
+    with pytest.raises(KeyError, match="the caller's own"):
+        input_gradient(network, x, wrong, guided=guided)
+    module.fails = True
+    with pytest.raises(KeyError, match="in the middle"):
+        input_gradient(network, x, lambda f: f.embedding, guided=guided)
+    module.fails = False
+    assert_same_state(before, state_of(module))
+    assert units == [type(part) for part in module.modules()]
+    assert torch.equal(x, kept)
+    assert not x.requires_grad
+    # Rectifiers outside are plain again.
+    leaf = torch.tensor([2.0, -1.0], requires_grad=True)
+    (-F.relu(leaf)).sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == [-1, 0]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_works_where_gradients_are_off(mode: Callable[[], torch.no_grad]) -> None:
+    network = EmbeddingNetwork(toy(), "relu")
+    c = torch.randn(2, 5)
+    _, expected = input_gradient(network, images(), lambda _: c)
+    with mode():
+        _, found = input_gradient(network, images().clone(), lambda _: c.clone())
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad
+
+
+def test_residual_networks_with_one_unit_called_twice_in_a_block() -> None:
+    module = seeded(lambda: models.resnet18(num_classes=4)).double()
+    x, c = images(1, 64, 64).double(), torch.randn(1, 4).double()
+    _, found = input_gradient(EmbeddingNetwork(module, "layer4"), x, lambda _: c)
+
+    # Another way to the same rule: negative gradients are cut by hooks on the tensors themselves.
+    def cut(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = output.clone()
+        output.register_hook(lambda g: g.clamp(min=0))
+        return output
+
+    units = [part for part in module.modules() if isinstance(part, nn.ReLU)]
+    handles = [unit.register_forward_hook(cut) for unit in units]
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(module(leaf), leaf, c)
+    for handle in handles:
+        handle.remove()
+    assert relative(found, expected) < 1e-10
+
+
+@pytest.mark.parametrize("build", [small_vit, lambda: models.convnext_tiny(num_classes=4)])
+def test_networks_without_a_rectifier_are_refused(build: Callable[[], nn.Module]) -> None:
+    module = seeded(build)
+    layer = "features.7" if hasattr(module, "features") else "conv_proj"
+    network = EmbeddingNetwork(module, layer)
+    message = r"changes what goes back through ReLU, and this network has none; .* 'gradcam'"
+    with pytest.raises(NetworkError, match=message):
+        input_gradient(network, images(1, 64, 64), lambda f: f.embedding)
+    _, plain = input_gradient(network, images(1, 64, 64), lambda f: f.embedding + 1, guided=False)
+    assert bool(plain.abs().sum() > 0)
+
+
+def test_networks_cut_from_their_input_are_refused() -> None:
+    class Cut(Two):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.detach())
+
+    class Off(Two):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    for kind in (Cut, Off):
+        network = EmbeddingNetwork(seeded(lambda kind=kind: kind(F.relu)), "conv")
+        with pytest.raises(NetworkError, match=r"no gradient comes back .* detach\(\)"):
+            input_gradient(network, images(), lambda f: f.embedding)
+    with torch.inference_mode():
+        module = toy()
+    with pytest.raises(NetworkError, match=r"made inside torch\.inference_mode"):
+        input_gradient(EmbeddingNetwork(module, "relu"), images(), lambda f: f.embedding)
+
+
+def test_half_precision_keeps_the_digits_of_small_cotangents() -> None:
+    module, c = seeded(lambda: Two(F.relu)), torch.randn(2, 3)
+    _, exact = input_gradient(EmbeddingNetwork(module, "conv"), images(), lambda _: c)
+    for kind in (torch.float16, torch.bfloat16):
+        network = EmbeddingNetwork(module, "conv", autocast=kind)
+        _, found = input_gradient(network, images(), lambda _: 1e-9 * c)
+        assert found.dtype == torch.float32
+        assert relative(1e9 * found, exact) < 0.3
+
+
+def test_inputs_that_are_no_images() -> None:
+    network = EmbeddingNetwork(toy(), "relu")
+    with pytest.raises(InputError, match=r"whole numbers, such as words, which have no gradient"):
+        input_gradient(network, torch.zeros(1, 3, 8, 8, dtype=torch.uint8), lambda f: f.embedding)
+    found = input_gradient(network, images().numpy(), lambda f: f.embedding + 1)[1]
+    same = input_gradient(network, images(), lambda f: f.embedding + 1)[1]
+    torch.testing.assert_close(found, same)

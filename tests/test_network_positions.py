@@ -1,0 +1,288 @@
+"""Layout "bkl": 1-D convolutions over signals, tables and words, and maps over their positions."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracles import gradcam_weights, gradcampp_weights_as_printed
+from test_network import assert_same_state, state_of
+from torch import Tensor, nn
+from toys import seeded
+
+from embedcam import EmbeddingNetwork, Similarity, TripletMargin, cam_for
+from embedcam.errors import InputError, NetworkError
+from embedcam.network import several_pass
+
+L = 20
+METHODS_BY_ORACLE = ["gradcam", "gradcam++"]
+
+
+@pytest.fixture(autouse=True)
+def _the_same_draws() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+class OneD(nn.Module):
+    """Signals `[B 2 L]`, tables `[B L]` or words `[B L]` -> `[B 5 (L - 2) / 2]` -> `[B 3]`."""
+
+    def __init__(self, kind: str, pooled: bool) -> None:
+        super().__init__()
+        self.kind, self.pooled = kind, pooled
+        self.words = nn.Embedding(7, 2)
+        self.first = nn.Conv1d(1 if kind == "tables" else 2, 4, 3)
+        self.act = nn.ReLU(inplace=True)
+        self.second = nn.Sequential(nn.Conv1d(4, 5, 2, stride=2), nn.ReLU(inplace=True))
+        self.mix = nn.Conv1d(5, 5, 3, padding=1)
+        self.linear = nn.Linear(5, 3)
+
+    def before(self, x: Tensor) -> Tensor:
+        """A `[B K L']`."""
+        if self.kind == "words":
+            x = self.words(x).transpose(1, 2)
+        if self.kind == "tables":
+            x = x[:, None]
+        return self.second(self.act(self.first(x)))
+
+    def after(self, a: Tensor) -> Tensor:
+        if not self.pooled:
+            a = nn.functional.softplus(self.mix(a)) ** 2
+        return self.linear(a.mean(-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.before(x))
+
+
+def inputs(kind: str, batch: int = 3, length: int = L) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    if kind == "words":
+        return torch.randint(7, (batch, length), generator=generator)
+    shape = (batch, 2, length) if kind == "signals" else (batch, length)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def network_of(kind: str, pooled: bool = False, **settings: Any) -> tuple[OneD, EmbeddingNetwork]:
+    module = seeded(lambda: OneD(kind, pooled), seed=2).double()
+    return module, EmbeddingNetwork(module, "second", layout="bkl", **settings)
+
+
+KINDS = pytest.mark.parametrize("kind", ["signals", "tables", "words"])
+REFERENCE = torch.tensor([0.5, -1.0, 0.3], dtype=torch.float64)
+POSITIVES = torch.tensor([[1.0, 0.2, 0.0], [0.0, 1.0, 0.5]], dtype=torch.float64)
+NEGATIVES = torch.tensor([[0.0, 0.1, 1.0], [-1.0, 0.3, 0.2]], dtype=torch.float64)
+
+
+def oracle(module: OneD, x: Tensor, method: str, triplets: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Weights `[K]` and the map `[L']` of one input `[1 ...]`, triplet by triplet."""
+    scores = [lambda f: (f * REFERENCE).sum() / REFERENCE.norm() / f.norm()]
+    if triplets:
+        scores = [
+            lambda f, p=p, n=n: ((f - n) ** 2).sum() - ((f - p) ** 2).sum()
+            for p, n in zip(POSITIVES, NEGATIVES, strict=True)
+        ]
+    A = module.before(x).detach()
+    each = []
+    for score in scores:
+        leaf = A.clone().requires_grad_()
+        z = module.after(leaf)[0]
+        (G,) = torch.autograd.grad(score(z / z.norm()), leaf)
+        if method == "gradcam":
+            each.append(gradcam_weights(G[0][:, None]))
+        else:
+            each.append(gradcampp_weights_as_printed(G[0][:, None], A[0][:, None]))
+    weights = np.mean(each, axis=0)
+    drawn = [
+        max(sum(weights[k] * float(A[0, k, i]) for k in range(A.shape[1])), 0.0)
+        for i in range(A.shape[2])
+    ]
+    return weights, np.array(drawn)
+
+
+def stretched(values: np.ndarray, length: int) -> np.ndarray:
+    """Linear interpolation with centres aligned."""
+    places = (np.arange(length) + 0.5) * len(values) / length - 0.5
+    return np.interp(places, np.arange(len(values)), values)
+
+
+@KINDS
+@pytest.mark.parametrize("method", METHODS_BY_ORACLE)
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("triplets", [True, False])
+def test_maps_over_positions_are_the_formulas(
+    kind: str, method: str, pooled: bool, triplets: bool
+) -> None:
+    module, network = network_of(kind, pooled)
+    x = inputs(kind)
+    target = TripletMargin(POSITIVES, NEGATIVES) if triplets else Similarity(REFERENCE)
+    found = cam_for(network, x, target, method)
+    assert found.cam.shape == (3, L)
+    assert found.grid_cam.shape == (3, 9)
+    assert found.weights is not None
+    strongest = 0.0
+    for row in range(3):
+        weights, drawn = oracle(module, x[row : row + 1], method, triplets)
+        scale = np.abs(weights).max()
+        np.testing.assert_allclose(found.weights[row], weights, rtol=1e-5, atol=1e-6 * scale)
+        np.testing.assert_allclose(found.grid_cam[row], drawn, rtol=1e-4, atol=1e-6 * scale)
+        expected = stretched(drawn, L)
+        np.testing.assert_allclose(found.cam[row], expected, rtol=1e-4, atol=1e-6 * scale)
+        strongest = max(strongest, drawn.max())
+    assert strongest > 1e-4
+
+
+@KINDS
+def test_a_forward_and_its_derivative(kind: str) -> None:
+    module, network = network_of(kind)
+    x, c = inputs(kind), torch.randn(3, 3, dtype=torch.float64)
+    features = network.forward(x)
+    torch.testing.assert_close(features.activations, module.before(x)[:, :, None])
+    assert network.layout == network.describe()["layout"] == "bkl"
+    leaf = module.before(x).detach().requires_grad_()
+    (expected,) = torch.autograd.grad(module.after(leaf.clone()), leaf, c)
+    torch.testing.assert_close(network.head_pass(x).vjp(c), expected[:, :, None])
+    other = torch.randn(4, 5, 1, 9, dtype=torch.float64)
+    z = network.head_outputs(x[:1], other)
+    torch.testing.assert_close(z, module.after(other[:, :, 0]).detach())
+    # Of any length, and as arrays.
+    assert network.forward(inputs(kind, 2, 30).numpy()).activations.shape == (2, 5, 1, 14)
+
+
+@KINDS
+def test_a_pooled_head_is_found_from_what_came_first(kind: str) -> None:
+    module, network = network_of(kind, pooled=True)
+    with pytest.raises(InputError, match=r"no probe of its own; run forward\(\) on an input first"):
+        assert network.head_kind
+    with pytest.raises(InputError, match=r"run forward\(\) on an input first"):
+        network.check()
+    network.forward(inputs(kind))
+    network.check()
+    assert network.head_kind.affine
+    np.testing.assert_allclose(network.head_kind.matrix, module.linear.weight.detach(), atol=1e-9)
+    cam = cam_for(network, inputs(kind), Similarity(REFERENCE), "cam")
+    gradcam = cam_for(network, inputs(kind), Similarity(REFERENCE), "gradcam")
+    assert cam.weights is not None
+    np.testing.assert_allclose(cam.cam, 9 * gradcam.cam, rtol=1e-4, atol=1e-6)
+    _, bent = network_of(kind)
+    bent.forward(inputs(kind))
+    assert not bent.head_kind.pooled
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.uint8])
+def test_words_are_numbers_of_any_width(dtype: torch.dtype) -> None:
+    _, network = network_of("words")
+    x = inputs("words")
+    assert torch.equal(network.forward(x.to(dtype)).embedding, network.forward(x).embedding)
+
+
+def test_single_precision_signals_take_double_precision_ones() -> None:
+    module, _ = network_of("signals")
+    network = EmbeddingNetwork(module.float(), "second", layout="bkl")
+    features = network.forward(inputs("signals"))
+    assert features.activations.dtype == torch.float32
+
+
+@KINDS
+def test_methods_of_several_layers_and_positions(kind: str) -> None:
+    module, network = network_of(kind)
+    x, c = inputs(kind), torch.randn(3, 3, dtype=torch.float64)
+    with several_pass(network, x, ["act", "second"]) as made:
+        first, second = made.vjp(c)
+    assert first.shape == (3, 4, 1, 18)
+    torch.testing.assert_close(second, network.head_pass(x).vjp(c))
+    leaf = (
+        module.first(
+            module.words(x).transpose(1, 2)
+            if kind == "words"
+            else (x[:, None] if kind == "tables" else x)
+        )
+        .relu()
+        .detach()
+        .requires_grad_()
+    )
+    (expected,) = torch.autograd.grad(module.after(module.second(leaf)), leaf, c)
+    torch.testing.assert_close(first, expected[:, :, None])
+    for method in ("layercam", "zoomcam"):
+        found = cam_for(network, x, Similarity(REFERENCE), method, layers=["act", "second"])
+        assert found.cam.shape == found.grid_cam.shape == (3, L)
+        assert found.cam.max() > 0.5
+
+
+@pytest.mark.parametrize("kind", ["signals", "tables"])
+def test_methods_that_change_their_input(kind: str) -> None:
+    module, network = network_of(kind)
+    x = inputs(kind)
+    target = Similarity(REFERENCE)
+    leaf = x.clone().requires_grad_()
+    z = module(leaf)
+    (z / z.norm(dim=1, keepdim=True) @ (REFERENCE / REFERENCE.norm())).sum().backward()
+    assert leaf.grad is not None
+    for method in ("smoothgradcam++", "integratedgradcam", "guidedbackprop", "guidedgradcam"):
+        found = cam_for(network, x, target, method)
+        assert found.cam.shape == (3, L)
+        assert np.isfinite(found.cam).all()
+        alone = cam_for(network, x[1:2], target, method)
+        np.testing.assert_allclose(alone.cam[0], found.cam[1], rtol=1e-5, atol=1e-8)
+    assert np.abs(cam_for(network, x, target, "guidedbackprop").cam).max() > 0
+    # From a signal of zeros, one step, no baseline activations to speak of.
+    steps = cam_for(network, x, target, "integratedgradcam", steps=1)
+    one = cam_for(network, x, target, "gradcam")
+    assert steps.weights is not None
+    assert one.weights is not None
+    np.testing.assert_allclose(steps.weights, one.weights)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("smoothgradcam++", r"adds noise to its input, .* numbers of words \(torch\.int64\)"),
+        ("integratedgradcam", r"mixes its input with a baseline, .* 'gradcam'"),
+        ("guidedbackprop", r"whole numbers, such as words, which have no gradient; .* 'gradcam'"),
+        ("guidedgradcam", r"whole numbers, such as words"),
+    ],
+)
+def test_words_have_neither_noise_nor_gradient(method: str, message: str) -> None:
+    _, network = network_of("words")
+    with pytest.raises(InputError, match=message):
+        cam_for(network, inputs("words"), Similarity(REFERENCE), method)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    module, network = network_of("signals")
+    for bad in (torch.zeros(2, 3, 4, 5), torch.zeros(5), torch.zeros(0, 2, 9)):
+        with pytest.raises(InputError, match=r"expects signals \[B C L\], tables \[B L\] or the"):
+            network.forward(bad)
+    with pytest.raises(InputError, match=r"the input is str; layout='bkl' expects"):
+        network.forward("signal.wav")  # type: ignore[arg-type]
+    with pytest.raises(NetworkError, match=r"'linear' returned \[2, 3\].*|returned a tensor"):
+        EmbeddingNetwork(module, "linear", layout="bkl").forward(inputs("signals", 2))
+    for settings in ({"grid": (3, 3)}, {"prefix_tokens": 1}):
+        tokens = EmbeddingNetwork(module, "second", layout="bkl", **settings)  # type: ignore[arg-type]
+        with pytest.raises(NetworkError, match=r"says \[B K L\], .*without grid= or prefix_tokens"):
+            tokens.forward(inputs("signals"))
+    nan = inputs("signals")
+    nan[1, 0, 3] = float("nan")
+    with pytest.raises(InputError, match="images at positions 1 of the batch hold NaN"):
+        network.forward(nan)
+
+
+@KINDS
+def test_the_module_comes_back_as_it_was(kind: str) -> None:
+    module, network = network_of(kind)
+    before = state_of(module)
+    for method in ("gradcam", "gradcam++", "layercam"):
+        cam_for(network, inputs(kind), Similarity(REFERENCE), method)
+    with pytest.raises(InputError, match="reference has shape"):
+        cam_for(network, inputs(kind), Similarity([1.0, 2.0]), "gradcam")
+    assert_same_state(before, state_of(module))
+
+
+def test_trunk_and_head_as_functions() -> None:
+    module, network = network_of("signals")
+    parts = EmbeddingNetwork.from_parts(module.before, module.after, module=module, layout="bkl")
+    x, target = inputs("signals"), Similarity(REFERENCE)
+    for method in METHODS_BY_ORACLE:
+        one, other = (cam_for(n, x, target, method).cam for n in (parts, network))
+        np.testing.assert_allclose(one, other, rtol=1e-6)

@@ -1,0 +1,216 @@
+"""One run tapped at several layers: its derivatives, what it refuses, what it leaves behind."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_network import assert_same_state, relative, state_of
+from torch import Tensor, nn
+from torchvision import models
+from toys import images, seeded, toy
+
+from embedcam.errors import InputError, NetworkError
+from embedcam.network import EmbeddingNetwork, several_pass
+
+
+@pytest.fixture(autouse=True)
+def _the_same_draws() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+class Stages(nn.Module):
+    """Three stages with in-place units behind each, a branch, and a unit called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+        self.two = nn.Conv2d(4, 5, 3, stride=2)
+        self.side = nn.Conv2d(3, 5, 3, stride=2)
+        self.three = nn.Conv2d(5, 6, 3)
+        self.act = nn.ReLU(inplace=True)
+        self.off = nn.Conv2d(3, 2, 1)
+        self.unused = nn.Conv2d(3, 2, 1)
+        self.linear = nn.Linear(6, 4)
+        self.fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.off(x)
+        side = self.side(x)
+        a = self.act(self.one(x))
+        b = self.two(a).relu_() + side[..., : a.shape[-2] // 2, :]
+        if self.fails:
+            raise KeyError("in the middle of a forward")
+        return self.linear(self.act(self.three(b)).mean((2, 3)))
+
+
+def network(module: nn.Module, layer: str = "three", **settings: Any) -> EmbeddingNetwork:
+    return EmbeddingNetwork(module, layer, **settings)
+
+
+def by_full_autograd(
+    module: nn.Module, layers: list[str], x: Tensor, c: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and dy/dA of each layer: every parameter differentiable, retained from the input on."""
+    kept: dict[str, Tensor] = {}
+    handles = [
+        module.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: kept.setdefault(name, output).clone()
+        )
+        for name in layers
+    ]
+    z = module(x.clone().requires_grad_())
+    for handle in handles:
+        handle.remove()
+    found = torch.autograd.grad(z, [kept[name] for name in layers], c)
+    return {
+        name: (kept[name].detach(), gradient) for name, gradient in zip(layers, found, strict=True)
+    }
+
+
+ORDERS = [["one", "two", "three"], ["three", "one"], ["two"], ["side", "one", "three"]]
+
+
+@pytest.mark.parametrize("layers", ORDERS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_each_layer_has_the_gradient_of_full_autograd(layers: list[str], frozen: bool) -> None:
+    module, x, c = seeded(Stages).double(), images().double(), torch.randn(2, 4).double()
+    expected = by_full_autograd(module, layers, x, c)
+    module.requires_grad_(not frozen)
+    z = module(x).detach()
+    with several_pass(network(module), x, layers) as made:
+        assert made.layers == layers
+        gradients = made.vjp(c)
+        for name, A, G in zip(layers, made.activations, gradients, strict=True):
+            torch.testing.assert_close(A, expected[name][0], rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(G, expected[name][1], rtol=1e-10, atol=1e-14)
+            assert not A.requires_grad
+            assert not G.requires_grad
+        # As often as asked, linear in the cotangent.
+        torch.testing.assert_close(made.vjp(-2 * c)[0], -2 * gradients[0])
+        torch.testing.assert_close(made.features.norm, z.norm(dim=1))
+        torch.testing.assert_close(made.features.embedding, z / z.norm(dim=1, keepdim=True))
+        ran = sorted(layers, key=["side", "one", "two", "three"].index)
+        assert [layers[made.depth.index(place)] for place in range(len(layers))] == ran
+    with pytest.raises(InputError, match="was closed; make another"):
+        made.vjp(c)
+
+
+def test_a_block_and_a_layer_inside_it() -> None:
+    module = seeded(lambda: models.resnet18(num_classes=4)).double()
+    x, c = images(1, 64, 64).double(), torch.randn(1, 4).double()
+    layers = ["layer2", "layer2.1", "layer2.0.conv1", "layer4"]
+    expected = by_full_autograd(module, layers, x, c)
+    with several_pass(network(module, "layer4"), x, layers) as made:
+        for name, G in zip(layers, made.vjp(c), strict=True):
+            assert relative(G, expected[name][1]) < 1e-10
+        assert made.depth == [2, 1, 0, 3]
+
+
+def test_one_layer_is_what_head_pass_gives() -> None:
+    module, x, c = seeded(Stages), images(), torch.randn(2, 4)
+    alone = network(module).head_pass(x)
+    with several_pass(network(module), x, ["three"]) as made:
+        torch.testing.assert_close(made.vjp(c)[0], alone.vjp(c))
+        torch.testing.assert_close(made.features.activations, alone.features.activations)
+
+
+def test_half_precision_keeps_the_digits_of_small_cotangents() -> None:
+    module, x, c = seeded(Stages), images(), torch.randn(2, 4)
+    exact = several_pass(network(module), x, ["one", "three"]).vjp(c)
+    for kind in (torch.float16, torch.bfloat16):
+        made = several_pass(network(module, autocast=kind), x, ["one", "three"])
+        for place, gradient in enumerate(made.vjp(1e-9 * c)):
+            assert gradient.dtype == made.activations[place].dtype == torch.float32
+            # ReLUs at zero flip with rounding: a few positions only.
+            assert relative(1e9 * gradient, exact[place]) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        ([], InputError, r"give a list of layers, such as"),
+        ("three", InputError, r"give a list of layers, such as"),
+        (["one", "three", "one"], InputError, r"a layer is given twice among one, three, one"),
+        (["one", "thre"], NetworkError, r"no layer 'thre'; did you mean three"),
+        (["one", "act"], NetworkError, r"layer 'act' is called 2 times in one forward"),
+        (["unused", "one"], NetworkError, r"layer 'unused' is never called"),
+        (["one", "linear"], NetworkError, r"'linear' returned a tensor \[2, 4\]"),
+    ],
+)
+def test_what_is_refused_leaves_no_hook(layers: Any, error: type[Exception], message: str) -> None:
+    module = seeded(Stages)
+    before = state_of(module)
+    with pytest.raises(error, match=message):
+        several_pass(network(module), images(), layers)
+    assert_same_state(before, state_of(module))
+
+
+@pytest.mark.parametrize("layers", [["off"], ["off", "one"]])
+def test_a_layer_that_reaches_nothing_is_named(layers: list[str]) -> None:
+    with (
+        several_pass(network(seeded(Stages)), images(), layers) as made,
+        pytest.raises(NetworkError, match="'off' never reaches the embedding"),
+    ):
+        made.vjp(torch.ones(2, 4))
+
+
+def test_the_module_comes_back_as_it_was_also_after_an_exception() -> None:
+    module = seeded(Stages)
+    module.linear.weight.requires_grad_(False)
+    module.two.weight.grad = torch.full_like(module.two.weight, 7)
+    module.one.register_forward_hook(lambda *_: None)  # the caller's own
+    built, before = network(module, autocast=torch.bfloat16), state_of(module)
+    several_pass(built, images(), ["one", "three"]).vjp(torch.ones(2, 4))
+    assert_same_state(before, state_of(module))
+    module.fails = True
+    with pytest.raises(KeyError, match="in the middle"):
+        several_pass(built, images(), ["one", "three"])
+    assert_same_state(before, state_of(module))
+    with torch.inference_mode(), pytest.raises(KeyError):
+        several_pass(built, images(), ["one", "three"])
+    module.fails = False
+    module.one[1].train()
+    with pytest.raises(NetworkError, match="is in training mode"):
+        several_pass(built, images(), ["one"])
+    module.one[1].eval()
+    assert_same_state(before, state_of(module))
+
+
+def test_it_works_inside_inference_mode_and_no_grad() -> None:
+    module, c = seeded(Stages), torch.randn(2, 4)
+    expected = several_pass(network(module), images(), ["one", "three"]).vjp(c)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            found = several_pass(network(module), images().clone(), ["one", "three"]).vjp(c)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_networks_that_cannot_be_tapped_or_differentiated() -> None:
+    parts = EmbeddingNetwork.from_parts(nn.Conv2d(3, 4, 1), lambda a: a.mean((2, 3)))
+    with pytest.raises(NetworkError, match="no layer 'one'"):
+        several_pass(parts, images(), ["one"])
+    with pytest.raises(NetworkError, match="given as trunk and head, so no other layer"):
+        several_pass(parts, images(), ["trunk"])
+    with torch.inference_mode():
+        module = toy()
+    with pytest.raises(NetworkError, match=r"made inside torch\.inference_mode"):
+        several_pass(EmbeddingNetwork(module, "relu"), images(), ["relu"])
+
+
+def test_tokens_are_read_as_grids() -> None:
+    from toys import VIT_LAYER, small_vit
+
+    module = seeded(small_vit)
+    x, c = images(1, 64, 64), torch.randn(1, 10)
+    before = "encoder.layers.encoder_layer_1"
+    with several_pass(EmbeddingNetwork(module, VIT_LAYER), x, ["conv_proj", before]) as made:
+        gradients = made.vjp(c)
+        assert [list(A.shape) for A in made.activations] == [[1, 48, 4, 4]] * 2
+    full = by_full_autograd(module, [before], x, c)[before][1]
+    grid = full[:, 1:].transpose(1, 2).reshape(1, 48, 4, 4)
+    np.testing.assert_allclose(gradients[1], grid, rtol=1e-4, atol=1e-7)

@@ -1,0 +1,190 @@
+"""Group-, Cluster-, Cosine- and Poly-CAM beside what their published programs compute.
+
+No library among grad-cam, torchcam and captum has these methods. Their authors' programs are told
+here in literal form, for a target in place of the softmax: equal where they implement the formula;
+where they do not, a test says by what they differ.
+"""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo_cases
+import zoo_clustering as zoo
+from oracles import bilinear, cam
+from torch import Tensor
+from zoo_cases import Case
+
+from embedcam import METHODS
+from embedcam.methods import Found, Subject
+from embedcam.methods.clusters import clustered
+from embedcam.methods.polycam import _sharpened
+
+KINDS: list[dict[str, Any]] = [
+    {"head": "curved", "target": "triplets", "seed": 2},
+    {"head": "curved", "target": "triplets", "signed": True},
+    {"head": "pooled", "target": "triplets", "signed": True, "normalize": False, "seed": 3},
+]
+
+
+def of(name: str, case: Case, **options: Any) -> Found:
+    with Subject(case.network, case.image[None], case.target) as subject, torch.no_grad():
+        found: Found = METHODS[name].load()(subject, **options)
+    return found
+
+
+def upsampled(maps: Tensor | None) -> Tensor:
+    assert maps is not None
+    return F.interpolate(maps[:, None], zoo_cases.SIZE, mode="bilinear", align_corners=False)[0, 0]
+
+
+def scores(case: Case, pictures: Tensor) -> Tensor:
+    return torch.tensor([case.score_of_image(one) for one in pictures], dtype=torch.float64)
+
+
+def group_program(case: Case, groups: int, *, first: bool) -> Tensor:
+    """The authors' Group-CAM before its last min-max, all groups at once as they have it.
+
+    Args:
+        case: the case.
+        groups: a divisor of the channels.
+        first: the first program: a cut at the 70th percentile, masks weighted in place of the
+            maps and one ReLU at the end; else the later one, without a cut.
+    """
+    activations, gradients = case.gradient(case.image)
+    parts = torch.from_numpy(gradients).mean((1, 2))[:, None, None] * torch.from_numpy(activations)
+    drawn = torch.stack([chunk.sum(0) for chunk in parts.chunk(groups)]).relu()
+    if first:
+        limits = [float(np.percentile(one.numpy(), 70)) for one in drawn]
+        drawn = torch.stack([one * (one > q) for one, q in zip(drawn, limits, strict=True)])
+    drawn = F.interpolate(drawn[:, None], zoo_cases.SIZE, mode="bilinear", align_corners=False)
+    low, high = drawn.amin((-2, -1), keepdim=True), drawn.amax((-2, -1), keepdim=True)
+    masks = (drawn - low) / (high - low)
+    if first:  # it leaves out flat groups
+        masks = masks.nan_to_num(0)
+    dim = torch.from_numpy(zoo.blur(case.image.numpy()))
+    gain = scores(case, case.image * masks + dim * (1 - masks)) - scores(case, dim[None])
+    if first:
+        return (gain[:, None, None] * masks[:, 0]).sum(0).relu()
+    return (gain.relu()[:, None, None] * drawn[:, 0]).sum(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_group_cam_without_the_cut_is_the_later_program(kind: dict[str, Any]) -> None:
+    case = zoo_cases.make(**kind)
+    theirs = group_program(case, 3, first=False)
+    assert theirs.any()
+    ours = upsampled(of("groupcam", case, groups=3, percentile=None).maps)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-15)
+
+
+def test_a_flat_group_is_nan_in_the_later_program_and_nothing_here() -> None:
+    case = zoo_cases.make("curved", "triplets")
+    with torch.no_grad():  # one chunk of two channels is dead
+        case.module.features[3].weight[:2] = 0
+        case.module.features[3].bias[:2] = -1
+    assert group_program(case, 3, first=False).isnan().any()
+    found = of("groupcam", case, groups=3, percentile=None)
+    assert found.maps is not None
+    assert found.weights is not None
+    assert found.maps.isfinite().all()
+    assert not found.weights[0, :2].any()
+
+
+def test_the_first_program_cuts_like_ours_and_weights_the_masks_in_place_of_the_maps() -> None:
+    """The paper's map sums w_g M_g' before N: a group's strength counts there, and here."""
+    case = zoo_cases.make("curved", "triplets")
+    one = of("groupcam", case, groups=1)  # of a single group both are the same up to scale
+    theirs = group_program(case, 1, first=True)
+    ours = upsampled(one.maps)
+    lowest = ours.min() / ours.max()  # N takes away the least
+    torch.testing.assert_close(
+        (ours / ours.max() - lowest) / (1 - lowest), theirs / theirs.max(), rtol=1e-9, atol=1e-12
+    )
+    ours, theirs = (
+        upsampled(of("groupcam", case, groups=3).maps),
+        group_program(case, 3, first=True),
+    )
+    assert (ours / ours.max() - theirs / theirs.max()).abs().max() > 0.05
+
+
+def test_cluster_cam_scored_is_the_other_implementation_for_channels_of_their_own() -> None:
+    """Its value for the base is one entry of a vector of length 1; the scissors get v - 1."""
+    case = zoo_cases.make("curved", "triplets", signed=True)
+    found = of("clustercam", case, weighing="scored")  # 8 clusters: six channels, one each
+    assert found.weights is not None
+    activations, gradients = case.gradient(case.image)
+    alphas = gradients.mean((1, 2))
+    dim = zoo.blur(case.image.numpy())
+    gain = []
+    for alpha, own in zip(alphas, activations, strict=True):
+        drawn = bilinear(alpha * own, *zoo_cases.SIZE)
+        mask = (drawn - drawn.min()) / (drawn.max() - drawn.min())
+        picture = case.image.numpy() * mask + dim * (1 - mask)
+        gain.append(case.score_of_image(torch.from_numpy(picture)))
+    values = np.array(gain) - case.score_of_image(torch.from_numpy(dim))
+    values /= np.linalg.norm(values)
+    best, worst = values.argmax(), values.argmin()
+    share = np.zeros(6)
+    share[best], share[worst] = values[best], -(1 - values[best])
+    np.testing.assert_allclose(found.weights[0], share * alphas, rtol=1e-9)
+    assert found.maps is not None
+    np.testing.assert_allclose(found.maps[0], cam(share * alphas, activations), atol=1e-12)
+
+
+def test_left_singular_vectors_say_nothing_where_channels_are_fewer_than_positions() -> None:
+    """Why Cosine-CAM clusters the maps: the other code's features are then all equally apart."""
+    draw = torch.Generator().manual_seed(0)
+    one, two = torch.rand(2, 4, 6, generator=draw, dtype=torch.float64)
+    noise = 1e-3 * torch.rand(6, 4, 6, generator=draw, dtype=torch.float64)
+    maps = torch.stack([one, one, -one, two, two, two]) + noise
+    rows = maps.flatten(1)
+    theirs = F.normalize(
+        torch.linalg.svd((rows - rows.mean()) / rows.std(), full_matrices=False)[0]
+    )
+    apart = torch.cdist(theirs, theirs)[~torch.eye(6, dtype=torch.bool)]
+    torch.testing.assert_close(apart, torch.full_like(apart, 2**0.5))
+    ours = clustered(maps, 3, "kmeans", 0, unit=True).argmax(0)
+    assert ours.tolist() == [0, 0, 1, 2, 2, 2]
+
+
+def poly_program(drawn: Tensor, coarse: Tensor) -> Tensor:
+    """The authors' step from one layer to the next finer one."""
+
+    def to(maps: Tensor, like: Tensor) -> Tensor:
+        return F.interpolate(maps, like.shape[-2:], mode="bilinear", align_corners=False)
+
+    around = to(to(drawn, coarse), drawn).clamp(min=1e-12)
+    return drawn / around * to(coarse, drawn)
+
+
+def test_poly_cams_sharpening_is_the_authors_where_the_resized_map_is_not_zero() -> None:
+    draw = torch.Generator().manual_seed(0)
+    drawn = torch.rand(2, 12, 18, generator=draw, dtype=torch.float64) + 0.1
+    coarse = torch.rand(2, 4, 6, generator=draw, dtype=torch.float64)
+    torch.testing.assert_close(
+        _sharpened(drawn, coarse), poly_program(drawn[:, None], coarse[:, None])[:, 0]
+    )
+
+
+def test_where_the_resized_map_is_zero_the_authors_division_explodes_and_ours_is_zero() -> None:
+    """D looks at few of the positions: a spot that it misses has a local mean of 0."""
+    drawn = torch.zeros(1, 12, 18, dtype=torch.float64)
+    drawn[0, 0, 0], drawn[0, 4, 4] = 1, 1  # the first is between the places D looks at
+    coarse = torch.ones(1, 4, 6, dtype=torch.float64)
+    theirs = poly_program(drawn[:, None], coarse[:, None])[0, 0]
+    ours = _sharpened(drawn, coarse)[0]
+    assert theirs[0, 0] == pytest.approx(1e12)
+    assert ours[0, 0] == 0
+    torch.testing.assert_close(ours[4, 4], theirs[4, 4])
+
+
+def test_poly_cams_published_masks_divide_by_the_maximum_and_ours_by_the_span() -> None:
+    """Where activations have both signs, theirs is 1 far from the maximum, too."""
+    own = np.linspace(-1, 1, 24).reshape(4, 6)
+    low, high = np.percentile(own, [0.1, 99.9])
+    theirs = bilinear(np.clip((own - low) / high, 0, 1), *zoo_cases.SIZE)
+    ours = zoo.min_max(bilinear(own, *zoo_cases.SIZE))
+    assert (ours == 1).sum() < 10 < (theirs == 1).sum()

@@ -1,0 +1,275 @@
+"""Gradient methods beside other implementations: equal where they follow the paper.
+
+Where they do not, the difference is stated, and why ours is the paper's. Each library is optional.
+"""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo_cases
+import zoo_gradients
+from torch import Tensor, nn
+from zoo_cases import Case
+
+from embedcam import METHODS
+from embedcam.methods import Found, Subject
+
+LAYERS = ["features.1", "features.2", "features"]
+SIGNED = {"head": "curved", "target": "triplets", "signed": True}
+
+
+def case_of(scale: float = 1.0, **settings: Any) -> Case:
+    """A case in which no unit works in place, and whose target is scaled."""
+    case = zoo_cases.make(**settings)
+    case.module.features[1].inplace = False
+    case.scores = [lambda f, score=score: scale * score(f) for score in case.scores]
+    case.target = _Scaled(case.target, scale)
+    return case
+
+
+class _Scaled:
+    """A target times a number: only what `Subject` asks for."""
+
+    def __init__(self, target: Any, scale: float) -> None:
+        self.target, self.scale = target, scale
+        self.parts, self.holds_norm, self.check = target.parts, False, target.check
+
+    def at(self, row: int) -> Any:
+        return self
+
+    def cotangents(self, embeddings: Tensor) -> Any:
+        each, used = self.target.cotangents(embeddings)
+        return self.scale * each, used
+
+
+def ours(name: str, case: Case, **options: Any) -> Found:
+    with (
+        Subject(case.network, case.image[None], case.target) as subject,
+        torch.no_grad(),
+    ):
+        return METHODS[name].load()(subject, **options)
+
+
+def own_map(name: str, case: Case, **options: Any) -> np.ndarray:
+    found = ours(name, case, **options)
+    if found.maps is not None:
+        return found.maps[0].numpy()
+    assert found.weights is not None
+    return zoo_gradients.weighted_map(found.weights[0].numpy(), case.gradient(case.image)[0])
+
+
+def close(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
+    return bool(np.abs(a - b).max() <= tolerance * np.abs(b).max())
+
+
+# ------------------------------------------------------------------ grad-cam
+
+
+def grad_cam_map(kind: str, case: Case) -> np.ndarray:
+    """Their map before it is resized and scaled, ReLU'd as their `forward` does."""
+    library = pytest.importorskip("pytorch_grad_cam")
+    with getattr(library, kind)(case.module, [case.module.features]) as made:
+        (z,) = made.activations_and_grads(case.image[None])
+        case.score(z).backward()
+        A, G = (
+            made.activations_and_grads.activations[0].numpy(),
+            made.activations_and_grads.gradients[0].numpy(),
+        )
+        drawn = made.get_cam_image(case.image[None], None, None, A, G, False)
+    case.module.zero_grad()
+    return np.maximum(drawn[0], 0)
+
+
+@pytest.mark.parametrize("settings", [SIGNED, {"head": "pooled", "seed": 3}])
+@pytest.mark.parametrize(
+    ("name", "kind", "tolerance"),
+    [
+        ("gradcam", "GradCAM", 1e-12),
+        ("hirescam", "HiResCAM", 1e-12),
+        ("layercam", "LayerCAM", 1e-12),
+        # They add 1e-7 to the sum of activations.
+        ("xgradcam", "XGradCAM", 1e-5),
+    ],
+)
+def test_grad_cam_draws_the_same(
+    name: str, kind: str, tolerance: float, settings: dict[str, Any]
+) -> None:
+    case = case_of(**settings)
+    theirs = grad_cam_map(kind, case)
+    assert theirs.max() > 0
+    assert close(own_map(name, case), theirs, tolerance)
+
+
+def test_grad_cams_epsilon_ruins_gradcam_plus_plus_at_the_gradients_of_embeddings() -> None:
+    """Their a = G^2 / (2 G^2 + S G^3 + 1e-6): near the paper's only where G^2 is far above 1e-6."""
+    large = case_of(1e4, head="curved", target="similarity")
+    assert close(own_map("gradcam++", large), grad_cam_map("GradCAMPlusPlus", large), 1e-5)
+    small = case_of(1e-2, head="curved", target="similarity")
+    A, G = small.gradient(small.image)
+    assert 1e-5 < np.abs(G).mean() < 1e-3
+    # S G is small, so a is 1 / 2, and the paper's map is half of that of ReLU(G)'s sums.
+    limit = zoo_gradients.weighted_map(np.maximum(G, 0).sum((1, 2)) / 2, A)
+    assert close(own_map("gradcam++", small), limit, 0.02)
+    assert grad_cam_map("GradCAMPlusPlus", small).max() < 0.1 * limit.max()
+
+
+# ------------------------------------------------------------------ torchcam
+
+
+def torchcam_maps(
+    kind: str, case: Case, layers: list[str], normalized: bool = False, **settings: Any
+) -> tuple[list[Tensor], Any]:
+    library = pytest.importorskip("torchcam.methods")
+    with getattr(library, kind)(
+        case.module, layers, input_shape=tuple(case.image.shape), **settings
+    ) as made:
+        z = case.module(case.image[None])
+        maps = made(scores=z, normalized=normalized, targets=case.score)
+    return maps, made
+
+
+@pytest.mark.parametrize("settings", [SIGNED, {"head": "pooled", "seed": 3}])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("gradcam", "GradCAM"), ("xgradcam", "XGradCAM"), ("layercam", "LayerCAM")]
+)
+def test_torchcam_draws_the_same(name: str, kind: str, settings: dict[str, Any]) -> None:
+    case = case_of(**settings)
+    (theirs,), _ = torchcam_maps(kind, case, ["features"])
+    assert float(theirs.max()) > 0
+    assert close(own_map(name, case), theirs[0].numpy(), 1e-5)
+
+
+def test_torchcams_gradcam_plus_plus_never_divides() -> None:
+    """It divides a copy, so a stays G^2 and its weights are sum_ij G^2 ReLU(G)."""
+    case = case_of(head="curved", target="similarity")
+    A, G = case.gradient(case.image)
+    (theirs,), _ = torchcam_maps("GradCAMpp", case, ["features"])
+    cubes = (G**2 * np.maximum(G, 0)).sum((1, 2))
+    assert close(theirs[0].numpy(), zoo_gradients.weighted_map(cubes, A), 1e-9)
+    assert not close(own_map("gradcam++", case), theirs[0].numpy(), 0.5)
+    paper = zoo_gradients.gradcam_plus_plus(case).weights
+    assert paper is not None
+    assert close(own_map("gradcam++", case), zoo_gradients.weighted_map(paper, A), 1e-9)
+
+
+def test_torchcams_smooth_form_takes_the_last_samples_gradient_and_sums_a_g3_jointly() -> None:
+    """sum_ij A G^3 is not (sum_ij A) G^3; ReLU(G) of one sample is not that of their mean.
+
+    It also draws with the last noisy input's activations in place of the image's.
+    """
+    case = case_of(300.0, head="curved", target="similarity")
+    torch.manual_seed(1)
+    (theirs,), _ = torchcam_maps("SmoothGradCAMpp", case, ["features"], num_samples=3, std=0.3)
+    torch.manual_seed(1)
+    noise = torch.distributions.normal.Normal(0, 0.3)
+    noisy = [case.image + noise.sample(case.image[None].shape)[0] for _ in range(3)]
+    drawn = [case.gradient(image)[1] for image in noisy]
+    m1, m2, m3 = (sum(g**power for g in drawn) / 3 for power in (1, 2, 3))
+    clean, last = (case.gradient(image)[0] for image in (case.image, noisy[-1]))
+
+    def map_of(first: np.ndarray, below: np.ndarray, A: np.ndarray) -> np.ndarray:
+        shares = m2 / (2 * m2 + below + 1e-8)
+        return zoo_gradients.weighted_map((shares * np.maximum(first, 0)).sum((1, 2)), A)
+
+    joint = (clean * m3).sum((1, 2), keepdims=True)
+    apart = clean.sum((1, 2), keepdims=True) * m3
+    given = theirs[0].numpy()
+    assert close(map_of(drawn[-1], joint, last), given, 1e-5)
+    # Each of the three departures alone moves the map.
+    assert not close(map_of(m1, joint, last), given, 0.02)
+    assert not close(map_of(drawn[-1], apart, last), given, 0.02)
+    assert not close(map_of(drawn[-1], joint, clean), given, 0.02)
+    # Ours, on three samples of its own, is the formula.
+    expected = zoo_gradients.smooth_gradcam_plus_plus(case, samples=3).weights
+    found = ours("smoothgradcam++", case, samples=3).weights
+    assert found is not None
+    assert expected is not None
+    assert close(found[0].numpy(), expected, 1e-9)
+
+
+def test_torchcams_layercam_fusion_lifts_every_layer() -> None:
+    """The paper lifts the shallow layers' maps by tanh; theirs lifts the deep ones' too."""
+    case = case_of(head="curved", target="triplets")
+    maps, made = torchcam_maps("LayerCAM", case, LAYERS)
+    # They scale by smallest and largest value before; eq. 9 divides by the largest alone.
+    theirs = made.fuse_cams([one / one.max() for one in maps], (12, 18))[0].numpy()
+    assert close(own_map("layercam", case, layers=LAYERS, shallow=LAYERS), theirs, 1e-5)
+    paper = own_map("layercam", case, layers=LAYERS)
+    assert not close(paper, theirs, 0.02)
+    expected = zoo_gradients.layercam(case, layers=LAYERS, shallow=["features.1"]).map
+    assert expected is not None
+    assert close(paper, expected, 1e-9)
+
+
+# ------------------------------------------------------------------ captum
+
+
+class Scored(nn.Module):
+    """The network with its target: input -> y `[1]`, as captum wants it."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.module, self.case = case.module, case
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.case.score(self.module(x)[0])[None]
+
+
+def captum_of(kind: str, case: Case, *layer: nn.Module, **settings: Any) -> np.ndarray:
+    library = pytest.importorskip("captum.attr")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = getattr(library, kind)(Scored(case), *layer)
+        return made.attribute(case.image[None].clone(), **settings)[0].detach().numpy()
+
+
+@pytest.mark.parametrize("settings", [SIGNED, {"head": "pooled", "seed": 3}])
+def test_captum_draws_the_same_gradcam(settings: dict[str, Any]) -> None:
+    """Without a ReLU unless asked."""
+    case = case_of(**settings)
+    theirs = captum_of("LayerGradCam", case, case.module.features, relu_attributions=True)[0]
+    assert theirs.max() > 0
+    assert close(own_map("gradcam", case), theirs, 1e-12)
+    A, G = case.gradient(case.image)
+    signed = captum_of("LayerGradCam", case, case.module.features)[0]
+    assert close((G.mean((1, 2))[:, None, None] * A).sum(0), signed, 1e-12)
+
+
+@pytest.mark.parametrize("settings", [SIGNED, {"head": "pooled", "seed": 3}])
+def test_captum_draws_the_same_guided_backprop(settings: dict[str, Any]) -> None:
+    case = case_of(**settings)
+    theirs = captum_of("GuidedBackprop", case).sum(0)
+    assert np.abs(theirs).max() > 0
+    assert close(own_map("guidedbackprop", case), theirs, 1e-12)
+
+
+def test_captums_guided_gradcam_is_ours_once_it_upsamples_bilinearly() -> None:
+    case = case_of(**SIGNED)
+    layer = case.module.features
+    bilinear = captum_of("GuidedGradCam", case, layer, interpolate_mode="bilinear").sum(0)
+    assert np.abs(bilinear).max() > 0
+    found = own_map("guidedgradcam", case)
+    assert close(found, bilinear, 1e-6)
+    # Its default repeats the nearest cell; the paper up-samples bilinearly.
+    assert not close(found, captum_of("GuidedGradCam", case, layer).sum(0), 0.05)
+
+
+def test_grad_cams_guided_backprop_draws_the_same_and_shares_one_new_relu() -> None:
+    """Theirs puts one new ReLU in every place; ours changes no module."""
+    library = pytest.importorskip("pytorch_grad_cam")
+    case = case_of(head="pooled", target="dot", normalize=False, seed=3)
+    coordinate = case.target.target.directions[0]  # type: ignore[attr-defined]
+    found = own_map("guidedbackprop", case)
+    head = nn.Linear(3, 1, bias=False).double()
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(coordinate))
+    model = library.GuidedBackpropReLUModel(
+        nn.Sequential(case.module.features, case.module.head, head).eval(), "cpu"
+    )
+    theirs = model(case.image[None].clone(), 0).sum(-1)
+    assert close(found, theirs, 1e-12)
+    units = [part for part in case.module.features if isinstance(part, nn.ReLU)]
+    assert units[0] is units[1]

@@ -1,0 +1,273 @@
+"""Beside grad-cam, torchcam and captum: equal where they have the formula, else what differs."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo_perturbation as zoo
+from torch import Tensor, nn
+from zoo_cases import CHANNELS, SIZE, Case, Pooled, make
+
+from embedcam import EmbeddingNetwork
+from embedcam.methods.subject import Subject
+from embedcam.registry import METHODS
+from embedcam.targets import Coordinate, NegativeDistance
+
+
+def find(case: Case, name: str, **options: Any) -> Any:
+    with Subject(case.network, case.image[None], case.target) as subject, torch.no_grad():
+        return METHODS[name].load()(subject, **options)
+
+
+def with_trunk(features: nn.Module, head: nn.Module | None = None) -> Case:
+    """A case whose trunk is another one; y is the second number of an embedding as it is."""
+    case = make("curved", normalize=False)
+    module = nn.Sequential()
+    module.add_module("features", features)
+    module.add_module("head", head or case.module.head)
+    module.double().eval()
+    network = EmbeddingNetwork(module, "features", normalize=False)
+    return Case(network, module, case.image, Coordinate(1), [lambda f: f[1]])
+
+
+def at_full_size() -> Case:
+    """Activations of the picture's size: nothing is resized."""
+    torch.manual_seed(3)
+    return with_trunk(nn.Sequential(nn.Conv2d(3, CHANNELS, 3, padding=1), nn.Tanh()))
+
+
+class Centred(nn.Module):
+    """Activations whose mean over positions is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, CHANNELS, 3, padding=1, stride=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.conv(x)
+        return maps - maps.mean((-2, -1), keepdim=True)
+
+
+def grad_cam(case: Case, name: str) -> tuple[Any, Tensor, np.ndarray]:
+    """grad-cam's class on the case's layer, A `[1 K h w]` and G."""
+    peers = pytest.importorskip("pytorch_grad_cam")
+    A, G = case.gradient(case.image)
+    return getattr(peers, name)(case.module, [case.module.features]), A[None], G[None]
+
+
+def weights_of_grad_cam(case: Case, name: str) -> np.ndarray:
+    peer, A, G = grad_cam(case, name)
+    targets = [lambda z: case.score(z)]
+    found: np.ndarray = peer.get_cam_weights(
+        case.image[None], case.module.features, targets, np.asarray(A), G
+    )
+    return found[0]
+
+
+def softmax(values: np.ndarray) -> np.ndarray:
+    powers = np.exp(values - values.max())
+    return powers / powers.sum()
+
+
+# --- Score-CAM ---
+
+
+def test_scorecam_by_softmax_is_grad_cams_where_nothing_is_resized() -> None:
+    case = at_full_size()
+    mine = find(case, "scorecam", weights="softmax").weights[0].numpy()
+    np.testing.assert_allclose(mine, weights_of_grad_cam(case, "ScoreCAM"), atol=1e-6)
+
+
+def test_grad_cam_resizes_masks_with_corners_aligned_and_has_no_baseline() -> None:
+    # The map is drawn with pixel centres aligned, in grad-cam too: a mask made the other way does
+    # not lie over the map it stands for.
+    case = make("curved", signed=True)
+    theirs = weights_of_grad_cam(case, "ScoreCAM")
+    A = case.trunk(case.image).detach()[:, None]
+    large = nn.functional.interpolate(A, SIZE, mode="bilinear", align_corners=True)[:, 0]
+    scores = []
+    for mask in large:
+        unit = (mask - mask.min()) / (mask.max() - mask.min())
+        scores.append(case.score_of_image(case.image * unit))
+    np.testing.assert_allclose(theirs, softmax(np.array(scores)), atol=1e-6)
+    mine = find(case, "scorecam", weights="softmax").weights[0].numpy()
+    assert np.abs(mine - theirs).max() > 1e-4
+
+
+def map_of_torchcam(case: Case) -> np.ndarray:
+    peers = pytest.importorskip("torchcam.methods")
+    with peers.ScoreCAM(case.module, "features", input_shape=(3, *SIZE)) as extractor:
+        case.module(case.image[None])
+        found: np.ndarray = extractor(1, normalized=False)[0][0].numpy()
+    return found
+
+
+def test_scorecam_by_softmax_is_torchcams_where_nothing_is_resized() -> None:
+    case = at_full_size()
+    weights = find(case, "scorecam", weights="softmax").weights[0]
+    drawn = (weights[:, None, None] * case.trunk(case.image)).sum(0).clamp(min=0)
+    np.testing.assert_allclose(drawn.detach().numpy(), map_of_torchcam(case), atol=1e-6)
+
+
+def test_torchcam_normalises_before_it_resizes() -> None:
+    # Enlarged by an even number, a map does not reach its extremes, so U(N(A)) does not run from 0
+    # to 1: the paper's masks are N(U(A)). Its baseline f(X) cancels under the softmax.
+    torch.manual_seed(4)
+    trunk = nn.Sequential(nn.Conv2d(3, CHANNELS, 3, padding=1, stride=2), nn.Tanh())
+    case = with_trunk(trunk)
+    A = case.trunk(case.image).detach()
+    scores = []
+    for channel in A.numpy():
+        unit = (channel - channel.min()) / (channel.max() - channel.min())
+        scores.append(case.score_of_image(zoo.under_mask(case.image, zoo.resized(unit, SIZE), 0.0)))
+    weights = torch.from_numpy(softmax(np.array(scores)))
+    theirs = map_of_torchcam(case)
+    drawn = (weights[:, None, None] * A).sum(0).clamp(min=0).numpy()
+    np.testing.assert_allclose(drawn, theirs, atol=1e-6)
+    mine = find(case, "scorecam", weights="softmax").weights[0]
+    assert np.abs((mine[:, None, None] * A).sum(0).clamp(min=0).numpy() - theirs).max() > 1e-4
+
+
+def test_a_softmax_over_channels_flattens_cosines() -> None:
+    # Why "raw" is the default: the target hardly changes what a softmax gives.
+    case = make("curved", signed=True)
+    flat = find(case, "scorecam", weights="softmax").weights[0].numpy()
+    raw = find(case, "scorecam").weights[0].numpy()
+    assert flat.std() / flat.mean() < 0.5 * raw.std() / np.abs(raw.mean())
+
+
+# --- Ablation-CAM ---
+
+
+@pytest.mark.parametrize("head", ["pooled", "curved"])
+def test_ablationcam_is_grad_cams_before_its_division(head: str) -> None:
+    case = make(head)
+    y = case.score_of_image(case.image)
+    mine = find(case, "ablationcam").weights[0].numpy()
+    theirs = weights_of_grad_cam(case, "AblationCAM")
+    np.testing.assert_allclose(mine / y, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_grad_cam_turns_ablationcam_around_where_the_score_is_negative() -> None:
+    # A negative distance is never positive: dividing by it shows what speaks against the match.
+    case = make("curved")
+    reference = torch.as_tensor(case.target.reference)  # type: ignore[attr-defined]
+    case.target = NegativeDistance(reference)
+    case.scores = [lambda f: -((f - reference) ** 2).sum()]
+    mine = find(case, "ablationcam").weights[0].numpy()
+    theirs = weights_of_grad_cam(case, "AblationCAM")
+    assert np.corrcoef(mine, theirs)[0, 1] == pytest.approx(-1, abs=1e-6)
+
+
+def test_grad_cam_does_not_ablate_to_zero_where_activations_are_negative() -> None:
+    # It puts the smallest activation less 1e7 there; the paper, and this, put 0.
+    case = make("curved", signed=True)
+    y = case.score_of_image(case.image)
+    A = case.trunk(case.image).detach()
+    found = []
+    for k in range(CHANNELS):
+        without = A.clone()
+        without[k] = A.min() - 1e7
+        found.append((y - float(case.score(case.head(without)).detach())) / y)
+    theirs = weights_of_grad_cam(case, "AblationCAM")
+    np.testing.assert_allclose(theirs, found, rtol=1e-4, atol=1e-5)
+    mine = find(case, "ablationcam").weights[0].numpy() / y
+    assert np.abs(mine - theirs).max() > 10 * np.abs(mine).max()
+
+
+# --- Eigen-CAM and EigenGrad-CAM ---
+
+
+def test_eigencam_is_grad_cams_where_channels_have_no_mean() -> None:
+    torch.manual_seed(5)
+    case = with_trunk(Centred())
+    peer, A, G = grad_cam(case, "EigenCAM")
+    theirs = peer.get_cam_image(None, None, None, A, G, False)[0]
+    mine = (find(case, "eigencam").weights[0].numpy()[:, None, None] * A[0]).sum(0)
+    sign = np.sign((mine * theirs).sum())
+    np.testing.assert_allclose(mine, sign * theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["EigenCAM", "EigenGradCAM"])
+def test_grad_cam_centres_and_takes_any_sign(name: str) -> None:
+    # The paper decomposes A itself: its first direction is what is strong. Centred, it is what
+    # varies, positive and negative, and half of the map is cut away by the ReLU.
+    case = make("curved")
+    peer, A, G = grad_cam(case, name)
+    theirs = peer.get_cam_image(None, None, None, A, G, False)[0]
+    matrix = zoo.as_matrix(A[0] if name == "EigenCAM" else A[0] * G[0])
+    centred = matrix - matrix.mean(0)
+    varies = (centred @ np.linalg.svd(centred)[2][0]).reshape(theirs.shape)
+    np.testing.assert_allclose(theirs, varies, atol=1e-5 * np.abs(varies).max())
+    found = find(case, name.lower())
+    drawn = found.maps
+    if drawn is None:
+        drawn = (found.weights[..., None, None] * torch.from_numpy(A)).sum(1)
+    mine = drawn[0].numpy()
+    for sign in (1, -1):
+        assert np.abs(mine - sign * theirs).max() > 0.1 * np.abs(mine).max()
+
+
+# --- LIME ---
+
+
+def test_lime_is_captums_with_the_same_samples_and_a_ridge() -> None:
+    captum = pytest.importorskip("captum.attr")
+    from captum._utils.models.linear_model import SkLearnRidge
+
+    case = make("curved", "triplets")
+    samples, kernel = 80, 0.4
+    labels = zoo.grid_labels(SIZE, 9)
+    count = int(labels.max()) + 1
+    present = torch.randint(2, (samples, count), generator=torch.Generator().manual_seed(0))
+    present[0] = 1
+    drawn = iter(present.double())
+
+    def similarity(original: Tensor, perturbed: Tensor, vector: Tensor, **_: Any) -> float:
+        return float(np.exp(-((1 - zoo.cosine_to_ones(vector[0].numpy())) ** 2) / kernel**2))
+
+    peer = captum.Lime(
+        lambda images: torch.stack([case.score(z) for z in case.module(images).detach()]),
+        interpretable_model=SkLearnRidge(alpha=1.0),
+        similarity_func=similarity,
+        perturb_func=lambda original, **_: next(drawn)[None],
+    )
+    theirs = peer.attribute(
+        case.image[None],
+        baselines=0.0,
+        feature_mask=torch.from_numpy(labels)[None, None],
+        n_samples=samples,
+    )[0, 0].numpy()
+    mine = (
+        find(case, "lime", samples=samples, superpixels="grid", segments=9, kernel=kernel)
+        .maps[0]
+        .numpy()
+    )
+    assert mine.max() > 0
+    np.testing.assert_allclose(mine, np.maximum(theirs, 0), atol=1e-5 * mine.max())
+
+
+def test_captums_own_lime_is_a_lasso() -> None:
+    captum = pytest.importorskip("captum.attr")
+    from captum._utils.models.linear_model import SkLearnLasso
+
+    # It sets small coefficients to 0, and scores of embeddings are small: with its own penalty of
+    # 0.01 nothing is left of a map that ridge draws.
+    torch.manual_seed(0)
+    case = make("pooled")
+    peer = captum.Lime(lambda images: torch.stack([case.score(z) for z in case.module(images)]))
+    assert isinstance(peer.interpretable_model, SkLearnLasso)
+    labels = torch.from_numpy(zoo.grid_labels(SIZE, 25))
+    theirs = peer.attribute(case.image[None], feature_mask=labels[None, None], n_samples=100)[0, 0]
+    mine = find(case, "lime", samples=100, superpixels=labels).maps[0]
+    assert int((theirs > 0).sum()) < int((mine > 0).sum())
+
+
+def test_pooled_is_what_the_pooled_case_has() -> None:
+    # The peers run the module itself: it is the network embedcam explains.
+    case = make()
+    assert isinstance(case.module.head, Pooled)
+    z = case.module(case.image[None])[0]
+    found = case.network.forward(case.image[None]).embedding[0]
+    torch.testing.assert_close((z / z.norm()).detach(), found)

@@ -1,0 +1,161 @@
+"""What the method zoo is tested on: small networks, a picture that is not square, and targets.
+
+An oracle gets a `Case` and returns an `Expected`. It is written as slow loops from the paper, in
+float64, and uses nothing of embedcam: only `case.trunk`, `case.head`, `case.embedding` and
+`case.score`. Each file zoo_<family>.py has a dict `ORACLES` of its methods' oracles by name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embedcam import EmbeddingNetwork
+from embedcam.targets import Direction, Similarity, Target, TripletMargin
+
+SIZE = (12, 18)
+WIDTH = 3
+CHANNELS = 6
+
+
+@dataclass
+class Expected:
+    """What a method should find for one image: weights `[K]`, its own map `[h w]`, or both."""
+
+    weights: np.ndarray | None = None
+    map: np.ndarray | None = None
+    layers: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Pooled(nn.Module):
+    """Average pooling, a linear map with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(CHANNELS, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.mean((-2, -1)))
+
+
+class Curved(nn.Module):
+    """A head that is neither pooled nor affine: a convolution, a bend, a power mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(CHANNELS, 5, 3, padding=1)
+        self.linear = nn.Linear(5, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bent = torch.nn.functional.softplus(self.mix(x))
+        return self.linear((bent**3).mean((-2, -1)) ** (1 / 3))
+
+
+def trunk(signed: bool = False) -> nn.Sequential:
+    """`[B 3 12 18]` -> `[B 6 4 6]`; stages 0-1 and 2-3 for methods of several layers."""
+    last: nn.Module = nn.Tanh() if signed else nn.ReLU()
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3, stride=1, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3),
+        nn.Conv2d(5, CHANNELS, 3, padding=1),
+        last,
+    )
+
+
+@dataclass
+class Case:
+    """One network, one picture, one target.
+
+    Attributes:
+        network: what embedcam gets.
+        module: the whole, `features` then `head`, in float64.
+        image: `[3 12 18]` float64.
+        target: what embedcam gets.
+        scores: the target's triplets as plain functions of one embedding `[D]`; their mean is y.
+    """
+
+    network: EmbeddingNetwork
+    module: Any
+    image: Tensor
+    target: Target
+    scores: list[Callable[[Tensor], Tensor]]
+
+    def trunk(self, image: Tensor) -> Tensor:
+        """A `[K h w]` of an input `[C H W]`."""
+        return self.module.features(image[None])[0]
+
+    def head(self, activations: Tensor) -> Tensor:
+        """z `[D]` of activations `[K h w]`, before the norm."""
+        return self.module.head(activations[None])[0]
+
+    def embedding(self, z: Tensor) -> Tensor:
+        """f = z / |z| where the network normalises."""
+        return z / z.norm() if self.network.normalize else z
+
+    def score(self, z: Tensor) -> Tensor:
+        """y of a head output `[D]`, through the norm."""
+        f = self.embedding(z)
+        return torch.stack([score(f) for score in self.scores]).mean()
+
+    def score_of_image(self, image: Tensor) -> float:
+        """y of an input `[C H W]`."""
+        with torch.no_grad():
+            return float(self.score(self.head(self.trunk(image))))
+
+    def gradient(self, image: Tensor, triplet: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """A and dy/dA `[K h w]` by full autograd, of y or of one of its triplets."""
+        leaf = self.trunk(image).detach().clone().requires_grad_()
+        z = self.head(leaf)
+        y = self.score(z) if triplet is None else self.scores[triplet](self.embedding(z))
+        (found,) = torch.autograd.grad(y, leaf)
+        return leaf.detach().numpy(), found.numpy()
+
+    def with_image(self, image: Tensor) -> "Case":
+        """The same with another picture."""
+        return replace(self, image=image)
+
+
+def make(
+    head: str = "pooled",
+    target: str = "similarity",
+    *,
+    normalize: bool = True,
+    signed: bool = False,
+    seed: int = 0,
+) -> Case:
+    """A case.
+
+    Args:
+        head: "pooled" (average pooling + linear with bias) or "curved".
+        target: "similarity" (cosine), "dot", or "triplets" (three of them).
+        normalize: whether f = z / |z|.
+        signed: activations of both signs.
+        seed: of parameters and picture.
+    """
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    module = nn.Sequential()
+    module.add_module("features", trunk(signed))
+    module.add_module("head", Pooled() if head == "pooled" else Curved())
+    module.double().eval()
+    image = torch.randn(3, *SIZE, dtype=torch.float64)
+    points = torch.randn(2, 3, WIDTH, dtype=torch.float64)
+    torch.random.set_rng_state(state)
+    points = points / points.norm(dim=-1, keepdim=True)
+    network = EmbeddingNetwork(module, "features", normalize=normalize)
+    reference = points[0, 0]
+    if target == "triplets":
+        aim: Target = TripletMargin(points[0], points[1])
+        scores = [
+            lambda f, p=p, n=n: ((f - n) ** 2).sum() - ((f - p) ** 2).sum()
+            for p, n in zip(points[0], points[1], strict=True)
+        ]
+    elif target == "dot":
+        aim, scores = Direction(reference), [lambda f: (f * reference).sum()]
+    else:
+        aim, scores = Similarity(reference), [lambda f: (f * reference).sum() / f.norm()]
+    return Case(network, module, image, aim, scores)

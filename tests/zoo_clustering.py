@@ -1,0 +1,309 @@
+"""Literal oracles of Group-CAM, Cluster-CAM, Cosine-CAM and Poly-CAM.
+
+Clusters are found by looking at every way there is to part a handful of channels: no k-means, no
+start, no seed. Everything else is a loop over the paper's formula.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from oracles import bilinear, cam, gradcam_weights, min_max
+from zoo_cases import Case, Expected
+
+Array = np.ndarray
+Groups = list[list[int]]
+
+
+# --- clusters ---
+
+
+def partitions(n: int, k: int) -> Iterator[Groups]:
+    """Every way to part 0 .. n - 1 into k groups, none of them empty."""
+
+    def grow(labels: list[int]) -> Iterator[list[int]]:
+        if len(labels) == n:
+            if max(labels, default=-1) + 1 == k:
+                yield labels
+            return
+        for label in range(min(max(labels, default=-1) + 2, k)):
+            yield from grow([*labels, label])
+
+    for labels in grow([]):
+        yield [[i for i in range(n) if labels[i] == g] for g in range(k)]
+
+
+def spread(points: Array, group: list[int]) -> float:
+    """The sum of squared distances to the group's mean."""
+    centre = sum(points[i] for i in group) / len(group)
+    return float(sum(((points[i] - centre) ** 2).sum() for i in group))
+
+
+def best_kmeans(points: Array, k: int) -> Groups:
+    """The least sum of spreads of all partitions."""
+    return min(partitions(len(points), k), key=lambda way: sum(spread(points, g) for g in way))
+
+
+def ward(points: Array, k: int) -> Groups:
+    """Merging, again and again, the two groups whose union adds the least spread."""
+    groups = [[i] for i in range(len(points))]
+    while len(groups) > k:
+        pairs = [(a, b) for a in range(len(groups)) for b in range(a)]
+        a, b = min(
+            pairs,
+            key=lambda pair: (
+                spread(points, groups[pair[0]] + groups[pair[1]])
+                - spread(points, groups[pair[0]])
+                - spread(points, groups[pair[1]])
+            ),
+        )
+        groups = [g for i, g in enumerate(groups) if i not in (a, b)] + [groups[a] + groups[b]]
+    return groups
+
+
+def normalised_cuts(points: Array, k: int) -> Groups:
+    """Best k-means over the k slowest eigenvectors of the graph's random walk."""
+    n = len(points)
+    square = np.array([[((points[i] - points[j]) ** 2).sum() for j in range(n)] for i in range(n)])
+    usual = np.median([square[i, j] for i in range(n) for j in range(n) if i != j])
+    near = np.exp(-square / (2 * usual))
+    # A vertex is no neighbour of its own.
+    np.fill_diagonal(near, 0)
+    degree = near.sum(1)
+    walk = np.eye(n) - near / np.sqrt(degree[:, None] * degree[None])
+    vectors = np.linalg.eigh(walk)[1][:, :k] / np.sqrt(degree)[:, None]
+    return best_kmeans(vectors, k)
+
+
+def parted(maps: Array, k: int, how: str, *, unit: bool = False) -> Groups:
+    """Groups of the maps that are not flat; at most as many as there are of them."""
+    seen = [i for i in range(len(maps)) if maps[i].max() > maps[i].min()]
+    points = [maps[i].ravel() for i in seen]
+    if unit:
+        points = [p / math.sqrt(float((p**2).sum())) for p in points]
+    if len(seen) <= k:
+        return [[i] for i in seen]
+    find = {"kmeans": best_kmeans, "agglomerative": ward, "spectral": normalised_cuts}[how]
+    return [[seen[i] for i in group] for group in find(np.array(points), k)]
+
+
+# --- masks ---
+
+
+def blur(image: Array, size: int = 51, sigma: float = 50.0) -> Array:
+    """Gaussian blur `[C H W]`, borders reflected; at most as far as the picture reaches."""
+    out = image.astype(np.float64)
+    for axis in (1, 2):
+        side = out.shape[axis]
+        reach = min(size // 2, side - 1)
+        kernel = [math.exp(-(d**2) / (2 * sigma**2)) for d in range(-reach, reach + 1)]
+        total = sum(kernel)
+        rows = np.moveaxis(out, axis, 0)
+        made = np.zeros_like(rows)
+        for i in range(side):
+            for d in range(-reach, reach + 1):
+                j = abs(i + d)
+                j = 2 * (side - 1) - j if j >= side else j
+                made[i] += kernel[d + reach] / total * rows[j]
+        out = np.moveaxis(made, 0, axis)
+    return out
+
+
+def seen_through(case: Case, drawn: Array, background: Array) -> float:
+    """y(X m + F (1 - m)), m = N(U(map))."""
+    image = case.image.numpy()
+    m = min_max(bilinear(drawn, *image.shape[1:]))
+    return case.score_of_image(torch.from_numpy(image * m + background * (1 - m)))
+
+
+def is_flat(drawn: Array) -> bool:
+    return bool(drawn.max() == drawn.min())
+
+
+def percentile_cut(drawn: Array, percentile: float | None) -> Array:
+    """phi(h, theta) = h where h > the percentile of all values, else 0."""
+    if percentile is None:
+        return drawn
+    limit = np.percentile(drawn, percentile)
+    return np.where(drawn > limit, drawn, 0.0)
+
+
+# --- the methods ---
+
+
+def groupcam(
+    case: Case,
+    *,
+    groups: int = 32,
+    clustering: str = "contiguous",
+    percentile: float | None = 70.0,
+    bend: Callable[[float], float] = lambda gain: max(gain, 0.0),
+) -> Expected:
+    A, G = case.gradient(case.image)
+    alpha = gradcam_weights(torch.from_numpy(G))
+    parts = np.array([alpha[k] * A[k] for k in range(len(A))])
+    if clustering == "contiguous":
+        size = math.ceil(len(A) / groups)
+        members = [list(range(len(A)))[i : i + size] for i in range(0, len(A), size)]
+    else:
+        members = parted(parts, groups, clustering)
+    background = blur(case.image.numpy())
+    base = case.score_of_image(torch.from_numpy(background))
+    weights, drawn = np.zeros(len(A)), np.zeros(A.shape[1:])
+    for group in members:
+        H = percentile_cut(np.maximum(sum(parts[k] for k in group), 0.0), percentile)
+        if is_flat(H):
+            continue
+        gain = bend(seen_through(case, H, background) - base)
+        drawn += gain * H
+        for k in group:
+            weights[k] = gain * alpha[k]
+    return Expected(weights, np.maximum(drawn, 0.0))
+
+
+def clustercam(
+    case: Case,
+    *,
+    n_clusters: int = 8,
+    clustering: str = "kmeans",
+    view: str = "difference",
+    weighing: str = "equal",
+    fill: float = 0.0,
+    scale: Callable[[Array], Array] = min_max,
+) -> Expected:
+    A, G = case.gradient(case.image)
+    if weighing == "scored":
+        return scored_clustercam(case, A, G, n_clusters, clustering, view)
+    groups = parted(A, n_clusters, clustering)
+    if not groups:
+        return Expected(np.zeros(len(A)), np.zeros(A.shape[1:]))
+    means = [sum(A[k] for k in group) / len(group) for group in groups]
+    background = np.full(case.image.shape, fill)
+    scores = [seen_through(case, mean, background) for mean in means]
+    base, scissors = int(np.argmax(scores)), int(np.argmin(scores))
+    drawn, weights = np.zeros(A.shape[1:]), np.zeros(len(A))
+    for place, sign, role in ((base, 1.0, "base"), (scissors, -1.0, "scissors")):
+        if view not in (role, "difference"):
+            continue
+        sign = 1.0 if view == role else sign
+        drawn += sign * scale(means[place])
+        span = means[place].max() - means[place].min()
+        for k in groups[place]:
+            weights[k] += sign / (len(groups[place]) * span)
+    return Expected(weights, np.maximum(drawn, 0.0))
+
+
+def scored_clustercam(
+    case: Case, A: Array, G: Array, n_clusters: int, clustering: str, view: str
+) -> Expected:
+    """+v on the best group's mean, -(1 - v) on the worst's."""
+    alpha = gradcam_weights(torch.from_numpy(G))
+    parts = np.array([alpha[k] * A[k] for k in range(len(A))])
+    groups = parted(parts, n_clusters, clustering)
+    means = [sum(parts[k] for k in group) / len(group) for group in groups]
+    scores = unit_gains(case, means)
+    base, scissors = int(np.argmax(scores)), int(np.argmin(scores))
+    v = scores[base]
+    share = {
+        "base": {base: v},
+        "scissors": {scissors: 1 - v},
+        "difference": {base: v, scissors: -(1 - v)},
+    }[view]
+    weights = np.zeros(len(A))
+    for place, value in share.items():
+        for k in groups[place]:
+            weights[k] = value * alpha[k] / len(groups[place])
+    return Expected(weights, cam(weights, A))
+
+
+def unit_gains(case: Case, means: list[Array]) -> list[float]:
+    background = blur(case.image.numpy())
+    base = case.score_of_image(torch.from_numpy(background))
+    gains = [seen_through(case, mean, background) - base for mean in means]
+    length = math.sqrt(sum(gain**2 for gain in gains))
+    return [gain / length for gain in gains]
+
+
+def cosinecam(case: Case, *, n_clusters: int = 8) -> Expected:
+    A, G = case.gradient(case.image)
+    alpha = gradcam_weights(torch.from_numpy(G))
+    parts = np.array([alpha[k] * A[k] for k in range(len(A))])
+    groups = parted(parts, n_clusters, "kmeans", unit=True)
+    means = [sum(parts[k] for k in group) / len(group) for group in groups]
+    scores = unit_gains(case, means)
+    drawn, weights = np.zeros(A.shape[1:]), np.zeros(len(A))
+    for score, mean, group in zip(scores, means, groups, strict=True):
+        drawn += score * mean
+        for k in group:
+            weights[k] = score * alpha[k] / len(group)
+    return Expected(weights, np.maximum(drawn, 0.0))
+
+
+def layer_output(case: Case, layer: str) -> Array:
+    """A of "features" or "features.<i>", run one by one so that no unit works in place on it."""
+    parts = list(case.module.features)
+    last = len(parts) - 1 if layer == "features" else int(layer.split(".")[1])
+    out = case.image[None]
+    with torch.no_grad():
+        for part in parts[: last + 1]:
+            out = part(out.clone())
+    found: Array = out[0].numpy()
+    return found
+
+
+def polycam(
+    case: Case,
+    *,
+    layers: tuple[str, ...] = ("features.1", "features"),
+    variant: str = "both",
+    fill: float = 0.0,
+    local: bool = True,
+    baseline: bool = True,
+) -> Expected:
+    """`layers` from the shallowest to the deepest."""
+    image = case.image.numpy()
+    whole = case.score_of_image(case.image)
+    empty = case.score_of_image(torch.full_like(case.image, fill)) if baseline else 0.0
+    P: Array | None = None
+    found: dict[str, Array] = {}
+    for layer in reversed(layers):
+        A = layer_output(case, layer)
+        weights = np.zeros(len(A))
+        for k in range(len(A)):
+            if is_flat(A[k]):
+                continue
+            m = min_max(bilinear(A[k], *image.shape[1:]))
+            kept = case.score_of_image(torch.from_numpy(image * m + fill * (1 - m)))
+            lost = case.score_of_image(torch.from_numpy(image * (1 - m) + fill * m))
+            weights[k] = {
+                "plus": kept - empty,
+                "minus": max(whole - lost, 0.0),
+                "both": max(kept - empty + whole - lost, 0.0),
+            }[variant]
+        found[layer] = weights
+        R = cam(weights, A)
+        P = R if P is None else sharpened(R, P, local)
+    return Expected(map=P, layers=found)
+
+
+def sharpened(R: Array, P: Array, local: bool = True) -> Array:
+    """L(R) U(P), L(R) = R / U(D(R))."""
+    finer = bilinear(P, *R.shape)
+    if not local:
+        return R * finer
+    around = bilinear(bilinear(R, *P.shape), *R.shape)
+    out = np.zeros(R.shape)
+    for i in range(R.shape[0]):
+        for j in range(R.shape[1]):
+            if around[i, j] > 0:
+                out[i, j] = R[i, j] / around[i, j] * finer[i, j]
+    return out
+
+
+ORACLES: dict[str, Callable[..., Expected]] = {
+    "groupcam": groupcam,
+    "clustercam": clustercam,
+    "cosinecam": cosinecam,
+    "polycam": polycam,
+}

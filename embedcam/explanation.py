@@ -30,7 +30,8 @@ class Explanation:
 
     Attributes:
         cam: the query's map, `[H W]` float32 >= 0, at the size asked for.
-        weights: the transferred channel weights, `[K]` float32.
+        weights: the transferred channel weights, `[K]` float32; with `method` that method's own,
+            and zeros where it has none.
         ids, labels, paths: of the neighbours, nearest first; in the order given where they were
             named.
         distances: squared Euclidean, `[n]` float32; smaller is nearer.

@@ -23,7 +23,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from embedcam import METHODS, EmbedcamError, EmbeddingNetwork, Similarity, cam_for, load_network
+from embedcam import (
+    METHODS,
+    Coordinate,
+    EmbedcamError,
+    EmbeddingNetwork,
+    Similarity,
+    cam_for,
+    load_network,
+)
 from embedcam.errors import InputError
 from embedcam.images import find_images, read_image
 from embedcam.methods import MethodMap, MethodWarning
@@ -44,10 +52,14 @@ def main() -> None:
     embedding = network.forward(torch.from_numpy(network.preprocess(result))[None]).embedding[0]
     shown = [("the query", scene, ""), ("the result", result, "")]
     print(f"{'method':24} {'ms':>9} {'forwards':>9} {'head':>6} {'back':>5} {'share':>6}")
+    branches = attention(options.attention, network) if options.attention else {}
     for method in METHODS.values():
-        if method.trained:
+        if method.trained and method.name not in branches:
             continue
-        made, seconds = timed(method, network, scene, Similarity(embedding), layers)
+        # A branch is trained with a network of its own, and ignores the target.
+        own = branches.get(method.name, network)
+        aim = Similarity(embedding) if own is network else Coordinate(0)
+        made, seconds = timed(method, own, scene, aim, layers)
         cam = np.maximum(made.cam, 0)
         share = cam[:, : cam.shape[1] // 2].sum() / cam.sum() if cam.any() else 0.5
         passes = made.passes
@@ -63,11 +75,27 @@ def main() -> None:
     print(f"written to {options.output}")
 
 
+def attention(folder: Path, network: EmbeddingNetwork) -> dict[str, EmbeddingNetwork]:
+    """The networks that scripts/train_attention.py trained on the demonstration's scenes."""
+    from train_attention import make_abn, make_lfi
+
+    from embedcam.demo.settings import DemoSettings
+    from embedcam.models.checkpoints import load_state, read_state
+
+    found = {}
+    for name, file, make in (("lficam", "lfi", make_lfi), ("abn", "abn", make_abn)):
+        path = folder / f"{file}.safetensors"
+        module = make(DemoSettings()).eval()
+        load_state(module, read_state(path), (), str(path))
+        found[name] = EmbeddingNetwork(module, "trunk", preprocess=network.preprocess)
+    return found
+
+
 def timed(
     method: Method,
     network: EmbeddingNetwork,
     scene: Image.Image,
-    target: Similarity,
+    target: Similarity | Coordinate,
     layers: list[str],
 ) -> tuple[MethodMap, float]:
     """A method's map of the scene, and the seconds it took once the network was warm."""
@@ -185,6 +213,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("folder", type=Path, help="of the demonstration, or of photographs")
     parser.add_argument("--weights", help="ImageNet weights of MobileNetV2, for photographs")
+    parser.add_argument("--attention", type=Path, help="of scripts/train_attention.py's networks")
     parser.add_argument("--number", type=int, default=0, help="which scene, from 0")
     parser.add_argument("--output", type=Path, default=Path("zoo.png"), help="picture to write")
     options = parser.parse_args()

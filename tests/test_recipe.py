@@ -110,6 +110,11 @@ def test_the_papers_setting() -> None:
         ({"sampling": "all", "triplets": 7}, "leave it out, or use sampling 'random'"),
         ({"sampling": "all", "hinge": True}, "drop the hinge, or use sampling 'random' with it"),
         ({"sampling": "all", "method": "gradcam++"}, "use method 'gradcam' with 'all', or sampli"),
+        (
+            {"sampling": "all", "method": "smoothgradcam++"},
+            "Smooth Grad-CAM\\+\\+ is not linear in the triplet",
+        ),
+        ({"method": "rise"}, "RISE cannot be put in an index: it works on pixels"),
         ({"target": "centred", "hinge": True}, "drop the hinge, or use the target 'margin'"),
         ({"method": "gradcam+"}, "method = 'gradcam\\+' is unknown; did you mean 'gradcam\\+\\+'"),
         ({"target": "center"}, "did you mean 'centred'"),

@@ -181,7 +181,10 @@ def _input_line(preprocess: Mapping[str, Any] | None) -> str:
 
 
 def _weights_line(manifest: Mapping[str, Any]) -> str:
-    method, triplets = METHODS[manifest["method"]].title, manifest["triplets"]
+    entry, triplets = METHODS.get(manifest["method"]), manifest["triplets"]
+    method = manifest["method"] if entry is None else entry.title
+    if entry is not None and not entry.targeted:
+        return f"{method}, which ignores targets: what stands out, not what matches"
     target = "centred target" if manifest["target"] == "centred" else "triplet margin"
     line = f"{method} of the {target}, {manifest['norm']} the norm"
     if manifest["target"] == "centred":

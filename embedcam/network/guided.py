@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError, NetworkError
-from .embedding_network import EmbeddingNetwork, Images
+from .embedding_network import EmbeddingNetwork
 from .gradients import Features, at_least_single, half_scale
+from .runs import Images
 from .state import refuse_inference
 
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)

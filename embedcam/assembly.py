@@ -1,7 +1,8 @@
 """From the finished chunks of a build to a part of an index: embeddings, weights, own maps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .identity import Identity
 from .images.sources import relative_path
 from .index import Index, PartData
 from .network import EmbeddingNetwork
-from .passes import Work, coarse_grid, own_maps, skipped_of
+from .passes import Work, own_grid, own_maps, skipped_of, weights_of_layer
 from .recipe import Recipe
 from .triplets import pairs_digest
 
@@ -80,25 +81,31 @@ def gather(work: Work, index: Index | None = None) -> Gathered:
     return Gathered(positions, embeddings, skipped)
 
 
-def fit_encoding(work: Work, mean: np.ndarray) -> Encoding:
-    """The encoding of a new index, fitted where it has something to fit.
+def fit_encodings(work: Work, mean: np.ndarray) -> list[Encoding]:
+    """The encoding of each layer of a new index, fitted where it has something to fit.
 
     Args:
         work: with every chunk `weights` finished.
         mean: mean embedding `[D]`.
     """
     matrix = work.network.head_kind.matrix if work.exact else None
-    # Only mapped: of an array that long, nothing but its shape is looked at.
-    first = work.scratch.read("weights", _filled(work)[0], "weights")["weights"]
-    return make_encoding(
-        work.recipe,
-        matrix,
-        grid_of(work),
-        mean,
-        work.network.normalize,
-        lambda: _sample(work),
-        n_channels=first.shape[1] if matrix is None else matrix.shape[1],
-    )
+    made = []
+    for number in range(max(1, len(work.layers))):
+        name = weights_of_layer(number)
+        # Only mapped: of an array that long, nothing but its shape is looked at.
+        first = work.scratch.read("weights", _filled(work)[0], name)[name]
+        made.append(
+            make_encoding(
+                work.recipe,
+                matrix,
+                grid_of(work),
+                mean,
+                work.network.normalize,
+                partial(_sample, work, name),
+                n_channels=first.shape[1] if matrix is None else matrix.shape[1],
+            )
+        )
+    return made
 
 
 def make_encoding(
@@ -184,16 +191,21 @@ def header(
         "target": recipe.target,
         "norm": recipe.norm,
         "triplets": _evidence(recipe, given),
-        "layers": [
-            {
-                "name": layer,
-                "channels": encoding.n_channels,
-                "grid": list(grid),
-                "cells": grid[0] * grid[1],
-                "encoding": encoding.spec(),
-                "coarse_grid": None if coarse is None else list(coarse),
-            }
-        ],
+        "layers": [layer_entry(layer, grid, encoding, coarse)],
+    }
+
+
+def layer_entry(
+    name: str, grid: tuple[int, int], encoding: Encoding, coarse: tuple[int, int] | None
+) -> dict[str, Any]:
+    """What the manifest says of one layer."""
+    return {
+        "name": name,
+        "channels": encoding.n_channels,
+        "grid": list(grid),
+        "cells": grid[0] * grid[1],
+        "encoding": encoding.spec(),
+        "coarse_grid": None if coarse is None else list(coarse),
     }
 
 
@@ -223,7 +235,7 @@ def described(network: EmbeddingNetwork, identity: Identity) -> dict[str, Any]:
 
 def encode(
     work: Work,
-    encoding: Encoding,
+    encodings: Sequence[Encoding],
     gathered: Gathered,
     mean: np.ndarray,
     with_maps: bool,
@@ -233,7 +245,7 @@ def encode(
 
     Args:
         work: with every chunk `weights` finished.
-        encoding: of the index.
+        encodings: of the index's layers.
         gathered: what the embedding pass found.
         mean: mean embedding the index was fitted with, `[D]`.
         with_maps: whether each image's own coarse map is kept.
@@ -241,25 +253,31 @@ def encode(
     """
     n = len(gathered.positions)
     items = [work.source.items[position] for position in gathered.positions]
-    fields = {
-        name: work.scratch.array(name, field.dtype, (n, *field.shape))
-        for name, field in encoding.fields.items()
-    }
+    fields = [
+        {
+            name: work.scratch.array(f"{name}{number or ''}", field.dtype, (n, *field.shape))
+            for name, field in encoding.fields.items()
+        }
+        for number, encoding in enumerate(encodings)
+    ]
     counts = np.zeros(n, np.uint32)
-    grid = coarse_grid(grid_of(work))
+    grid = own_grid(work, grid_of(work))
     maps = work.scratch.array("maps", "uint8", (n, *grid)) if with_maps else None
     scales = np.zeros(n, np.float32)
     done = 0
     for chunk in _filled(work):
         arrays = work.scratch.read("weights", chunk)
         rows = slice(done, done + len(arrays["counts"]))
-        weights = np.asarray(arrays["weights"])
-        encoded, factors = _encoded(work, encoding, weights, gathered.own[rows], mean)
-        for name, values in encoded.items():
-            fields[name][rows] = values
+        factors = []
+        for number, encoding in enumerate(encodings):
+            weights = np.asarray(arrays[weights_of_layer(number)])
+            encoded, drawn_by = _encoded(work, encoding, weights, gathered.own[rows], mean)
+            factors.append(drawn_by)
+            for name, values in encoded.items():
+                fields[number][name][rows] = values
         counts[rows] = np.minimum(arrays["counts"], np.iinfo(np.uint32).max)
         if maps is not None:
-            maps[rows], scales[rows] = own_maps(work, chunk, factors)
+            maps[rows], scales[rows] = own_maps(work, chunk, factors[0])
         done = rows.stop
     return PartData(
         ids=[item.id for item in items],
@@ -267,8 +285,8 @@ def encode(
         paths=[_stored_path(item.path, work.source.root, root) for item in items],
         embeddings=gathered.own,
         triplets_used=counts,
-        fields=[fields],
-        coarse=[None if maps is None else (maps, scales)],
+        fields=[dict(one) for one in fields],
+        coarse=[None if maps is None else (maps, scales), *[None] * (len(encodings) - 1)],
     )
 
 
@@ -307,9 +325,9 @@ def _encoded(
     return rows, codes / np.prod(grid_of(work))
 
 
-def _sample(work: Work) -> np.ndarray:
-    """Weight vectors of a seeded sample of the images, `[n K]`."""
-    arrays = [work.scratch.read("weights", c, "weights")["weights"] for c in _filled(work)]
+def _sample(work: Work, name: str) -> np.ndarray:
+    """Weight vectors of a seeded sample of the images, `[n K]`, of the layer of that name."""
+    arrays = [work.scratch.read("weights", c, name)[name] for c in _filled(work)]
     starts = np.cumsum([0, *map(len, arrays)])
     places = sample_places(int(starts[-1]), work.recipe.seed)
     owner = np.searchsorted(starts, places, side="right") - 1

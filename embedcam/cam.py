@@ -75,6 +75,30 @@ def area_average(maps: Array, size: tuple[int, int]) -> Array:
     return _sandwich(_floating(maps), _area(h, height), _area(w, width))
 
 
+def sharpen(fine: Array, coarse: Array) -> Array:
+    """L(R) U(P): a coarse map P, given the local structure of a finer one R.
+
+    L(R) = R / U(D(R)), D bilinear down to the size of P and U back up (Englebert et al. 2022): how
+    R differs within the cells of P. It is 0 where U(D(R)) is 0 to the rounding of R's largest.
+
+    Args:
+        fine: R, `[... H W]`, >= 0.
+        coarse: P, `[... h w]`, >= 0.
+
+    Returns:
+        `[... H W]`.
+    """
+    size = tuple(fine.shape)[-2:]  # type: ignore[attr-defined]
+    around: Any = resize(resize(fine, tuple(coarse.shape)[-2:]), size)  # type: ignore[attr-defined]
+    *lead, height, width = tuple(fine.shape)  # type: ignore[attr-defined]
+    largest: Any = _largest(fine.reshape(*lead, height * width))[..., None]  # type: ignore[attr-defined]
+    least = largest * (2.0**-52 if fine.itemsize == 8 else 2.0**-23)  # type: ignore[attr-defined]
+    seen = around > least
+    local = fine / (around * seen + ~seen) * seen
+    sharpened: Array = local * resize(coarse, size)
+    return sharpened
+
+
 def normalize(maps: Array) -> Array:
     """Min-max normalisation N(.) of each map to [0, 1]; a constant map becomes zeros, never NaN.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .cam import cam, resize
+from .cam import cam, resize, sharpen
 from .errors import IndexFormatError, InputError
 from .explanation import Explanation
 from .images import read_image
@@ -63,8 +63,9 @@ class Explainer:
         self.index = index if isinstance(index, Index) else Index.open(index)
         try:
             manifest = self.index.manifest
-            self._channels = int(manifest["layers"][0]["channels"])
-            self._encoding = self.index.encoding()
+            self._layers = [str(layer["name"]) for layer in manifest["layers"]]
+            self._channels = [int(layer["channels"]) for layer in manifest["layers"]]
+            self._encodings = [self.index.encoding(number) for number in range(len(self._layers))]
             root = images if images is not None else (manifest.get("images") or {}).get("root")
             self._root = None if root is None else Path(root)
             self._only_below = images is not None
@@ -122,20 +123,33 @@ class Explainer:
         if len(images) == 0:
             return []
         pictures, inputs = zip(*(self._prepared(image) for image in images), strict=True)
-        features = self.network.forward(stacked(inputs))
+        batch = stacked(inputs)
+        if len(self._layers) == 1:
+            features = self.network.forward(batch)
+            activations = [_numpy(features.activations)]
+        else:
+            features, tapped = self.network.forward_layers(batch, self._layers)
+            activations = [_numpy(maps) for maps in tapped]
         height, width = inputs[0].shape[-2:]
-        embeddings, activations = _numpy(features.embedding), _numpy(features.activations)
+        embeddings = _numpy(features.embedding)
         near = self._neighbors(embeddings, wanted, neighbors)
         size = (int(height), int(width))
         return [
-            self._one(embeddings[row], activations[row], near[row], size, result, picture)
+            self._one(
+                embeddings[row],
+                [maps[row] for maps in activations],
+                near[row],
+                size,
+                result,
+                picture,
+            )
             for row, picture in enumerate(pictures)
         ]
 
     def explain_features(
         self,
         embedding: np.ndarray,
-        activations: np.ndarray,
+        activations: np.ndarray | Sequence[np.ndarray],
         *,
         size: tuple[int, int] | None = None,
         neighbors: Sequence[str] | Sequence[Sequence[str]] | None = None,
@@ -147,7 +161,8 @@ class Explainer:
 
         Args:
             embedding: `[D]` or `[B D]`; of unit length where the index is normalised.
-            activations: `[K H W]` or `[B K H W]`; tokens `[T K]` or `[B T K]` with `grid`.
+            activations: `[K H W]` or `[B K H W]`; tokens `[T K]` or `[B T K]` with `grid`. For an
+                index of several layers a list of them, in the manifest's order.
             size: (height, width) of the maps; None leaves them on the layer's grid.
             neighbors: ids another search engine found (a list of lists for a batch).
             grid: (H, W) of token activations, class and register tokens already dropped.
@@ -161,15 +176,24 @@ class Explainer:
             InputError: a wrong shape, a NaN, or a vector that is not of unit length.
         """
         index = self.index
-        vectors, maps, single = check_features(
-            embedding, activations, index.width, self._channels, index.normalized, grid
-        )
+        given = [activations] if len(self._layers) == 1 else activations
+        if not isinstance(given, list | tuple) or len(given) != len(self._layers):
+            raise InputError(
+                f"this index draws with the layers {', '.join(self._layers)}; give their "
+                "activations as a list, in this order"
+            )
+        maps = []
+        for one, channels in zip(given, self._channels, strict=True):
+            vectors, checked, single = check_features(
+                embedding, one, index.width, channels, index.normalized, grid
+            )
+            maps.append(checked)
         size = None if size is None else check_sides("size", size)
         named: Any = [neighbors] if single and neighbors is not None else neighbors
         wanted = self._wanted(n_neighbors, named, len(vectors))
         near = self._neighbors(vectors, wanted, named)
         found = [
-            self._one(vectors[row], maps[row], near[row], size, result, None)
+            self._one(vectors[row], [one[row] for one in maps], near[row], size, result, None)
             for row in range(len(vectors))
         ]
         return found[0] if single else found
@@ -231,7 +255,7 @@ class Explainer:
     def _one(
         self,
         embedding: np.ndarray,
-        activations: np.ndarray,
+        activations: Sequence[np.ndarray],
         near: Neighbors,
         size: tuple[int, int] | None,
         result: str | None,
@@ -242,7 +266,9 @@ class Explainer:
         if result is not None:
             chosen = self._named(embedding, [result])
             weights, _ = self._transferred(self.index.select(chosen.positions), chosen.distances)
-        drawn = cam(weights, activations)
+        drawn = cam(weights[0], activations[0])
+        for own, finer in zip(weights[1:], activations[1:], strict=True):
+            drawn = sharpen(cam(own, finer), drawn)
         if size is not None:
             drawn = resize(drawn, size)
         ids = rows.ids
@@ -251,7 +277,7 @@ class Explainer:
             extent = self.preprocess.extent(*picture.size)
         return Explanation(
             cam=drawn,
-            weights=weights,
+            weights=weights[0],
             ids=ids,
             labels=rows.labels,
             paths=[self._path(path) for path in rows.paths],
@@ -266,16 +292,26 @@ class Explainer:
             root=self._root or Path(),
             only_below=self._only_below,
             neighbor_norms=norms,
+            layer_weights=dict(zip(self._layers, weights, strict=True)),
         )
 
-    def _transferred(self, rows: Selection, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The query's weights `[K]` from its neighbours', and the norms `[n]` of theirs."""
-        unpacked = self._encoding.unpack(rows.fields())
-        norms = self._encoding.norms(unpacked)
-        if not all(map(math.isfinite, norms.tolist())):
-            raise self._damaged()
-        share = coefficients(norms, distances, self.transfer)
-        return self._encoding.combine(unpacked, share), norms
+    def _transferred(
+        self, rows: Selection, distances: np.ndarray
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """The query's weights `[K]` of each layer from its neighbours', and norms `[n]` of theirs.
+
+        The norms are the first layer's.
+        """
+        weights, lengths = [], []
+        for number, encoding in enumerate(self._encodings):
+            unpacked = encoding.unpack(rows.fields(number))
+            norms = encoding.norms(unpacked)
+            if not all(map(math.isfinite, norms.tolist())):
+                raise self._damaged()
+            share = coefficients(norms, distances, self.transfer)
+            weights.append(encoding.combine(unpacked, share))
+            lengths.append(norms)
+        return weights, lengths[0]
 
     def _damaged(self) -> IndexFormatError:
         return IndexFormatError(

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from .cam import area_average, cam
-from .cotangents import AnchorCotangents
+from .cotangents import AnchorCotangents, Cotangents
 from .errors import ImageError
 from .images import Batch, ImageSource, load_batches
 from .index import quantize_coarse
-from .methods import Subject, weights_for
+from .methods import Subject, found_for, weights_for
 from .network import EmbeddingNetwork
 from .recipe import Recipe
 from .registry import WeightMethod
@@ -52,6 +52,7 @@ class Work:
         on_unreadable: "fail" or "skip".
         keep_grids: whether activations are kept for the images' own maps.
         exact: keep dy/dz, the code in the head's own matrix, in place of the weights.
+        layers: for a method of several layers, their names, deepest first, and their grids.
     """
 
     network: EmbeddingNetwork
@@ -63,6 +64,7 @@ class Work:
     on_unreadable: str
     keep_grids: bool
     exact: bool
+    layers: tuple[tuple[str, tuple[int, int]], ...] = ()
 
     @property
     def chunk_size(self) -> int:
@@ -262,11 +264,14 @@ def _weights_of_images(
     kept = _Rows(len(places))
     for batch in _read_again(work, chunk):
         rows = slice(kept.done, kept.done + len(batch))
-        find = _by_head if work.recipe.method in POOLED_METHODS else _by_method
-        weights, activations, counts = find(work, batch, embedded, anchors, places, rows)
-        arrays = {"weights": _numpy(weights), "counts": counts}
-        if work.keep_grids:
-            arrays |= _spilled(work.network, work.exact, activations)
+        if work.layers:
+            arrays = _by_layers(work, batch, anchors, places[rows])
+        else:
+            find = _by_head if work.recipe.method in POOLED_METHODS else _by_method
+            weights, activations, counts = find(work, batch, embedded, anchors, places, rows)
+            arrays = {"weights": _numpy(weights), "counts": counts}
+            if work.keep_grids:
+                arrays |= _spilled(work.network, work.exact, activations)
         kept.add(arrays)
         tick(len(batch))
     return kept.arrays()
@@ -295,24 +300,49 @@ def _by_method(
     places: np.ndarray,
     rows: slice,
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """The same by any storable method of the zoo.
+    """The same by any method of the zoo that yields one weight vector."""
+    found, entry = anchors.of(places[rows]), work.recipe.entry
+    assert isinstance(entry, WeightMethod)
+    with _subject(work, batch, found) as subject:
+        weights = weights_for(subject, entry)
+        return weights, subject.activations.detach(), found.counts
+
+
+def _by_layers(
+    work: Work, batch: Batch, anchors: AnchorCotangents, places: np.ndarray
+) -> dict[str, np.ndarray]:
+    """By a method of several layers: weights of each, triplets that count, and own maps."""
+    found, names = anchors.of(places), [name for name, _ in work.layers]
+    with _subject(work, batch, found) as subject:
+        made = found_for(subject, work.recipe.entry, layers=names)
+    assert made.layers is not None
+    assert made.maps is not None
+    arrays = {weights_of_layer(at): _numpy(made.layers[name]) for at, name in enumerate(names)}
+    maps = _numpy(made.maps.float())
+    own, scales = quantize_coarse(area_average(maps, coarse_grid(maps.shape[1:])))
+    return {**arrays, "counts": found.counts, "own": own, "own_scales": scales}
+
+
+def weights_of_layer(number: int) -> str:
+    """Name of a layer's array in a chunk of weights."""
+    return "weights" if number == 0 else f"weights{number}"
+
+
+def _subject(work: Work, batch: Batch, found: Cotangents) -> Subject:
+    """A batch with its margin, or centred target, as one direction an image (or a triplet).
 
     The margin is affine in the anchor's embedding, so the mean over triplets is one direction, and
     no method asks for more than differences of scores.
     """
-    found, recipe = anchors.of(places[rows]), work.recipe
-    assert isinstance(recipe.entry, WeightMethod)
     values = found.values if found.values.ndim == 3 else found.values[:, None]
-    with Subject(
+    return Subject(
         work.network,
         torch.from_numpy(batch.images).to(work.network.device),
         Direction(values, found.used),
-        norm=recipe.norm,
+        norm=work.recipe.norm,
         batch_size=work.batch_size,
-        seed=recipe.seed % (1 << 63),
-    ) as subject:
-        weights = weights_for(subject, recipe.entry)
-        return weights, subject.activations.detach(), found.counts
+        seed=work.recipe.seed % (1 << 63),
+    )
 
 
 def _at_head(
@@ -369,6 +399,9 @@ def own_maps(work: Work, chunk: int, factors: np.ndarray) -> tuple[np.ndarray, n
     Returns:
         `[n h w]` uint8 and `[n]` float32; more than 64 cells are averaged to at most 64.
     """
+    if work.layers:
+        kept_maps = work.scratch.read("weights", chunk, "own", "own_scales")
+        return np.asarray(kept_maps["own"]), np.asarray(kept_maps["own_scales"])
     made, done = [], 0
     for kept in _activations(work, chunk):
         # NumPy widens halves twenty times slower than torch does.
@@ -394,6 +427,11 @@ def _activations(work: Work, chunk: int) -> Iterator[dict[str, np.ndarray]]:
     for start in range(0, len(arrays["peaks"]), work.batch_size):
         rows = slice(start, start + work.batch_size)
         yield {name: arrays[name][rows] for name in ("activations", "peaks")}
+
+
+def own_grid(work: Work, grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid of own maps of a layer `grid`; of several layers the shallowest decides."""
+    return coarse_grid(work.layers[-1][1] if work.layers else grid)
 
 
 def coarse_grid(grid: tuple[int, ...]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .encoding import DTYPES
 from .errors import RecipeError
-from .registry import METHODS, Method, storable_methods, why_not_storable
+from .registry import METHODS, LayersMethod, Method, storable_methods, why_not_storable
 from .targets import NORMS, TARGETS
 from .triplets import SAMPLINGS
 
@@ -41,6 +41,8 @@ class Recipe:
         hinge: leave out triplets that the margin already satisfies.
         margin: of the hinge and of semihard sampling.
         seed: of every draw.
+        layers: names of the layers that a method of several layers draws with, the network's own
+            among them, which must be the deepest; empty for all other methods.
         encoding: "low-rank", "top-m" (the paper's) or "dense".
         rank: R of low-rank.
         m: M, channels kept by top-m.
@@ -58,6 +60,7 @@ class Recipe:
     hinge: bool = False
     margin: float = 0.2
     seed: int = 0
+    layers: tuple[str, ...] = ()
     encoding: str = "low-rank"
     rank: int = 128
     m: int = 50
@@ -69,6 +72,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if type(self.margin) is int:
             object.__setattr__(self, "margin", float(self.margin))
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
         for entry in fields(self):
             value, kind = getattr(self, entry.name), type(entry.default)
             if entry.name == "triplets":
@@ -90,7 +95,24 @@ class Recipe:
             raise RecipeError(f"seed = {self.seed} must be a whole number from 0 to 2**64 - 1")
         if not self.faiss:
             raise RecipeError("faiss is empty; give a factory string such as 'Flat', or 'none'")
+        self._check_layers()
         self._check_together()
+
+    def _check_layers(self) -> None:
+        if not all(isinstance(name, str) and name for name in self.layers):
+            raise RecipeError(f"layers = {list(self.layers)!r} should be names of layers")
+        if isinstance(self.entry, LayersMethod):
+            if len(set(self.layers)) < max(2, len(self.layers)):
+                raise RecipeError(
+                    f"{self.entry.title} draws with several layers and layers = "
+                    f"{list(self.layers)!r}; name at least two, each once, such as "
+                    "['layer2', 'layer3', 'layer4']"
+                )
+        elif self.layers:
+            raise RecipeError(
+                f"{self.entry.title} works on the network's own layer, so layers = "
+                f"{list(self.layers)!r} means nothing; leave it out, or use method 'polycam'"
+            )
 
     @property
     def resolved_sampling(self) -> str:
@@ -217,6 +239,7 @@ _TABLES: dict[str, dict[str, str]] = {
         name: name
         for name in (
             "method", "target", "norm", "sampling", "triplets", "hinge", "margin", "seed",
+            "layers",
         )
     },
     "encoding": {"name": "encoding", **{name: name for name in ("rank", "m", "by", "dtype")}},

@@ -2,8 +2,8 @@
 
 Whether a method can be put in an index is its type: a `WeightMethod` yields one number a channel,
 which an index keeps and transfers to queries; a `LayersMethod` yields such a vector for each of
-several layers; a `MapMethod` yields nothing but a map. Names and places only: the formulas are in
-`embedcam.methods` and are loaded on first use.
+several layers, and an index keeps them all; a `MapMethod` yields nothing but a map. Names and
+places only: the formulas are in `embedcam.methods` and are loaded on first use.
 """
 
 from collections.abc import Callable
@@ -64,15 +64,9 @@ class WeightMethod(Method):
 
 @dataclass(frozen=True)
 class LayersMethod(Method):
-    """Yields one weight vector a layer, and a map made of all of them.
+    """Yields one weight vector a layer, and a map made of all of them: an index can hold them."""
 
-    Attributes:
-        nearest: the storable method of one layer that comes nearest.
-        why: why an index of one layer cannot hold it.
-    """
-
-    nearest: str = ""
-    why: str = ""
+    storable: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -129,8 +123,7 @@ METHODS: dict[str, Method] = {
         WeightMethod("cosinecam", "Cosine-CAM", "tetutaro/class_activation_mapping",
                      "grouping:cosinecam", seeded=True, own_map=True),
         LayersMethod("polycam", "Poly-CAM", "Englebert et al., 2022", "polycam:polycam",
-                     several=True, nearest="scorecam",
-                     why="it keeps one vector a layer and draws with the activations of them all"),
+                     several=True),
         MapMethod("rise", "RISE", "Petsiuk et al., BMVC 2018", "pixels:rise", seeded=True,
                   nearest="scorecam", why=_PIXELS),
         MapMethod("lime", "LIME", "Ribeiro et al., KDD 2016", "pixels:lime", seeded=True,
@@ -170,7 +163,7 @@ def storable_methods() -> tuple[str, ...]:
 
 def why_not_storable(method: Method) -> str:
     """One sentence on why an index cannot hold a method, naming the nearest that it can."""
-    assert isinstance(method, MapMethod | LayersMethod)
+    assert isinstance(method, MapMethod)
     return (
         f"{method.title} cannot be put in an index: {method.why}; the nearest method that can is "
         f"{method.nearest!r}"

@@ -360,7 +360,7 @@ def test_a_bar_counts_every_image_also_of_a_resumed_build(
     tmp_path, source, capsys, monkeypatch, small_chunks
 ) -> None:
     given = (source, toy("other").network, tmp_path / "i", DENSE)
-    interrupt(monkeypatch, "fit_encoding", build_index, *given, progress=False)
+    interrupt(monkeypatch, "fit_encodings", build_index, *given, progress=False)
     assert capsys.readouterr().err == ""
     report = build_index(*given, progress=True)
     bars = capsys.readouterr().err

@@ -426,7 +426,7 @@ def test_what_was_finished_for_other_choices_is_not_used(
     tmp_path, monkeypatch, change, small_chunks
 ) -> None:
     source, it = pictures(tmp_path / "p"), toy()
-    interrupt(monkeypatch, "fit_encoding", build_index, source, it.network, tmp_path / "i", DENSE)
+    interrupt(monkeypatch, "fit_encodings", build_index, source, it.network, tmp_path / "i", DENSE)
     source, it, recipe = change(source, it)
     build_index(source, it.network, tmp_path / "i", recipe)
     build_index(source, it.network, tmp_path / "fresh", recipe)

@@ -909,7 +909,7 @@ def test_explain_by_a_method_computed_on_the_query(say: Say, built: Path, tmp_pa
     [
         ("scorcam", "method 'scorcam' is unknown; did you mean 'scorecam'"),
         ("abn", "ABN draws with a branch that is trained with the network"),
-        ("polycam", "Poly-CAM draws with several layers, which the command line cannot name"),
+        ("polycam", "Poly-CAM draws with several layers and this index has one"),
     ],
 )
 def test_a_method_the_command_line_cannot_run_is_refused(
@@ -925,3 +925,19 @@ def test_a_build_by_a_method_without_weights_is_refused(refused: Any, tmp_path: 
         "RISE cannot be put in an index: it works on pixels and never sees the layer's channels",
         "build", "photos", tmp_path / "index", "--method", "rise", *NAMED,
     )  # fmt: skip
+
+
+def test_a_build_by_a_method_of_several_layers_and_its_explanation(
+    say: Say, tmp_path: Path
+) -> None:
+    index, query = tmp_path / "index", sorted(Path("photos").rglob("*.png"))[0]
+    code, _, err = say(
+        "build", "photos", index, "--method", "polycam", "--layers", "conv,relu", "--quiet", *NAMED
+    )
+    assert (code, err) == (0, "")
+    assert say("verify", index)[0] == 0
+    code, out, _ = say("explain", index, query, "--json")
+    assert code == 0
+    assert json.loads(out)[0]["neighbors"]
+    assert say("explain", index, query, "--method", "polycam", "--json", "--quiet")[0] == 0
+    assert say("add", index, "photos", "--quiet")[0] == 2  # the same ids again

@@ -20,10 +20,14 @@ from embedcam import (
     Preprocess,
     Recipe,
     Similarity,
+    add_images,
     build_index,
     cam_for,
 )
+from embedcam.cam import area_average, resize
+from embedcam.cotangents import AnchorCotangents
 from embedcam.errors import EmbedcamError, InputError, NetworkError, RecipeError
+from embedcam.images import ImageSource
 from embedcam.methods import MethodWarning, Subject, weights_for
 from embedcam.registry import (
     LayersMethod,
@@ -33,10 +37,11 @@ from embedcam.registry import (
     storable_methods,
 )
 from embedcam.targets import Direction
+from embedcam.triplets import label_codes
 
 FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("zoo_*.py"))
 UNTRAINED = [name for name, method in METHODS.items() if not method.trained]
-STORED = [name for name in storable_methods() if not METHODS[name].trained]
+STORED = [name for name in UNTRAINED if isinstance(METHODS[name], WeightMethod)]
 # Enough for the law at hand; a mask, a sample or a step more changes no law.
 QUICK: dict[str, dict[str, Any]] = {"rise": {"masks": 20}, "lime": {"samples": 30}}
 
@@ -72,8 +77,9 @@ def test_every_method_is_there_documented_and_of_a_type_that_says_whether_it_is_
     assert function.__doc__
     assert method.title
     assert method.source
-    assert isinstance(method, WeightMethod) == method.storable
-    if isinstance(method, MapMethod | LayersMethod):
+    assert isinstance(method, WeightMethod | LayersMethod) == method.storable
+    assert (name in storable_methods()) == method.storable
+    if isinstance(method, MapMethod):
         assert METHODS[method.nearest].storable
         with pytest.raises(RecipeError) as refused:
             Recipe(method=name)
@@ -245,9 +251,6 @@ def test_an_index_redraws_the_weight_form_of_every_storable_method(
         vectors = index.embeddings(live)
         stored = index.weights(live)
         explainer = Explainer(index, network)
-        from embedcam.cotangents import AnchorCotangents
-        from embedcam.triplets import label_codes
-
         labels = label_codes([item.label for item in source.items])
         anchors = AnchorCotangents(recipe, vectors, labels, vectors.mean(0))
         for row in (0, 5):
@@ -265,14 +268,129 @@ def test_an_index_redraws_the_weight_form_of_every_storable_method(
                 ),
                 0,
             )
-            from embedcam.cam import resize
-
             np.testing.assert_allclose(
                 again.cam,
                 resize(drawn.astype(np.float32), again.cam.shape),
                 atol=1e-4 * drawn.max() + 1e-7,
             )
     assert stored.any()
+
+
+LAYERS = ("features.0", "features.2", "features")
+
+
+def layered(seed: int = 0) -> EmbeddingNetwork:
+    """A network with three layers of different grids."""
+    case = zoo_cases.make("curved", seed=seed)
+    case.module.float()
+    return EmbeddingNetwork(case.module, "features", preprocess=Preprocess(zoo_cases.SIZE))
+
+
+@pytest.mark.parametrize("encoding", ["dense", "low-rank", "top-m"])
+def test_an_index_holds_every_layer_of_poly_cam_and_redraws_its_map(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicken(monkeypatch)
+    network, source = layered(), pictures(tmp_path / "photos", n=9)
+    choices = {"encoding": encoding, "rank": 6, "m": 3, "layers": LAYERS}
+    recipe = dense(method="polycam", **choices)
+    build_index(source, network, tmp_path / "index", recipe, batch_size=4, progress=False)
+    with opened(tmp_path / "index") as (index, live):
+        index.verify()
+        assert [layer["name"] for layer in index.manifest["layers"]] == [
+            "features", "features.2", "features.0",
+        ]  # fmt: skip
+        vectors = index.embeddings(live)
+        labels = label_codes([item.label for item in source.items])
+        anchors = AnchorCotangents(recipe, vectors, labels, vectors.mean(0))
+        explainer = Explainer(index, network)
+        for row in (1, 6):
+            image = network.preprocess(source.open(row))
+            aim = Direction(anchors.of(np.array([row])).values[:, None])
+            own = made("polycam", network, torch.from_numpy(image)[None], aim, layers=LAYERS)
+            for number, name in enumerate(["features", "features.2", "features.0"]):
+                stored, expected = index.weights([row], number)[0], own.layer_weights[name][0]
+                if encoding != "top-m":
+                    scale = np.abs(expected).max()
+                    np.testing.assert_allclose(
+                        stored, expected, rtol=1e-3, atol=1e-4 * scale + 1e-9
+                    )
+            again = explainer.explain(image, neighbors=[index.ids[row]])
+            assert set(again.layer_weights) == set(LAYERS)
+            if encoding == "dense":
+                np.testing.assert_allclose(
+                    again.cam, own.cam[0], rtol=1e-3, atol=1e-4 * own.cam.max()
+                )
+                _, tapped = network.forward_layers(
+                    image[None], [layer["name"] for layer in index.manifest["layers"]]
+                )
+                alone = Explainer(index).explain_features(
+                    vectors[row],
+                    [maps[0].numpy() for maps in tapped],
+                    size=zoo_cases.SIZE,
+                    neighbors=[index.ids[row]],
+                )
+                np.testing.assert_allclose(alone.cam, again.cam, rtol=1e-5, atol=1e-9)
+                # The image's own map, kept as bytes of at most 64 cells.
+                kept, grid = index.coarse([row])[0], own.grid_cam[0]
+                assert kept.size <= 64
+                whole = area_average(grid, kept.shape)
+                np.testing.assert_allclose(kept, whole, atol=whole.max() / 400)
+
+
+def test_an_index_of_several_layers_grows_and_says_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicken(monkeypatch)
+    network, path = layered(), tmp_path / "index"
+    source = pictures(tmp_path / "photos", n=9)
+    recipe = dense(method="polycam", layers=LAYERS, faiss="Flat")
+    first = ImageSource(source.items[:6], source.root)
+    build_index(first, network, path, recipe, batch_size=4, progress=False)
+    with opened(path) as (index, _):
+        before = [index.weights(np.arange(6), number) for number in range(3)]
+    rest = ImageSource(source.items[6:], source.root)
+    add_images(rest, network, path, batch_size=2, progress=False)
+    with opened(path) as (index, live):
+        assert len(live) == 9
+        for number in range(3):
+            np.testing.assert_array_equal(index.weights(np.arange(6), number), before[number])
+            assert np.isfinite(index.weights([6, 7, 8], number)).all()
+        found = Explainer(index, network).explain(tmp_path / "photos" / source.items[0].path)
+        assert found.cam.shape == zoo_cases.SIZE
+        features = network.forward(network.probe_images())
+        with pytest.raises(
+            InputError, match=r"this index draws with the layers features, features\.2"
+        ):
+            Explainer(index).explain_features(
+                features.embedding[0].numpy(), features.activations[0].numpy()
+            )
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({}, "Poly-CAM draws with several layers and layers = \\[\\]; name at least two"),
+        ({"layers": ("a",)}, "name at least two, each once"),
+        ({"layers": ("a", "a")}, "name at least two, each once"),
+        ({"layers": ("a", 3)}, "should be names of layers"),
+        ({"method": "gradcam", "layers": ("a", "b")}, "Grad-CAM works on the network's own layer"),
+    ],
+)
+def test_layers_that_cannot_be_are_refused(choices: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe(**{"method": "polycam", **choices})
+
+
+def test_the_networks_own_layer_is_the_deepest_of_poly_cam(tmp_path: Path) -> None:
+    case = zoo_cases.make("curved")
+    case.module.float()
+    network = EmbeddingNetwork(case.module, "features.2", preprocess=Preprocess(zoo_cases.SIZE))
+    source = pictures(tmp_path / "photos", n=9)
+    recipe = dense(method="polycam", layers=LAYERS)
+    with pytest.raises(RecipeError, match=r"and the network explains 'features\.2'; name that one"):
+        build_index(source, network, tmp_path / "index", recipe, progress=False)
+    assert not (tmp_path / "index").exists()
 
 
 def test_an_index_holds_what_lfi_cam_learned(

@@ -12,11 +12,11 @@ from torch import nn
 from zoo_cases import Case, Expected
 
 from embedcam import METHODS, EmbeddingNetwork
+from embedcam.cam import sharpen
 from embedcam.errors import InputError, NetworkError
 from embedcam.methods import Found, Subject
 from embedcam.methods.clusters import clustered, contiguous
 from embedcam.methods.grouping import _cut
-from embedcam.methods.polycam import _sharpened
 from embedcam.targets import Direction, Similarity
 
 NAMES = sorted(zoo.ORACLES)
@@ -349,15 +349,15 @@ def test_where_the_resized_map_is_zero_poly_cam_is_zero_and_never_nan() -> None:
         R = np.maximum(draw.standard_normal(fine), 0)
         R[: fine[0] // 2] = 0
         P = np.maximum(draw.standard_normal(coarse), 0)
-        found = _sharpened(torch.from_numpy(R)[None], torch.from_numpy(P)[None])[0].numpy()
+        found = sharpen(torch.from_numpy(R)[None], torch.from_numpy(P)[None])[0].numpy()
         np.testing.assert_allclose(found, zoo.sharpened(R, P), rtol=1e-9, atol=1e-15)
         assert np.isfinite(found).all()
     R = np.zeros((6, 6))
     R[0, 0] = 1e30  # between the places that D looks at
     R[1, 1] = 1e-30
-    found = _sharpened(torch.from_numpy(R)[None].float(), torch.ones(1, 2, 2))
+    found = sharpen(torch.from_numpy(R)[None].float(), torch.ones(1, 2, 2))
     assert found.isfinite().all()
-    assert not _sharpened(torch.zeros(1, 6, 6), torch.ones(1, 2, 2)).any()
+    assert not sharpen(torch.zeros(1, 6, 6), torch.ones(1, 2, 2)).any()
 
 
 def test_poly_cam_takes_layers_in_any_order_and_says_which_weights_are_whose() -> None:

@@ -18,9 +18,9 @@ from torch import Tensor
 from zoo_cases import Case
 
 from embedcam import METHODS
+from embedcam.cam import sharpen
 from embedcam.methods import Found, Subject
 from embedcam.methods.clusters import clustered
-from embedcam.methods.polycam import _sharpened
 
 KINDS: list[dict[str, Any]] = [
     {"head": "curved", "target": "triplets", "seed": 2},
@@ -165,7 +165,7 @@ def test_poly_cams_sharpening_is_the_authors_where_the_resized_map_is_not_zero()
     drawn = torch.rand(2, 12, 18, generator=draw, dtype=torch.float64) + 0.1
     coarse = torch.rand(2, 4, 6, generator=draw, dtype=torch.float64)
     torch.testing.assert_close(
-        _sharpened(drawn, coarse), poly_program(drawn[:, None], coarse[:, None])[:, 0]
+        sharpen(drawn, coarse), poly_program(drawn[:, None], coarse[:, None])[:, 0]
     )
 
 
@@ -175,7 +175,7 @@ def test_where_the_resized_map_is_zero_the_authors_division_explodes_and_ours_is
     drawn[0, 0, 0], drawn[0, 4, 4] = 1, 1  # the first is between the places D looks at
     coarse = torch.ones(1, 4, 6, dtype=torch.float64)
     theirs = poly_program(drawn[:, None], coarse[:, None])[0, 0]
-    ours = _sharpened(drawn, coarse)[0]
+    ours = sharpen(drawn, coarse)[0]
     assert theirs[0, 0] == pytest.approx(1e12)
     assert ours[0, 0] == 0
     torch.testing.assert_close(ours[4, 4], theirs[4, 4])

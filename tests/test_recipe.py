@@ -72,15 +72,18 @@ def test_a_recipe_survives_toml_and_plain_values(tmp_path_factory, recipe) -> No
 
 def test_the_digest_tells_every_choice_apart() -> None:
     other = Recipe(
-        "gradcam++", "centred", "around", "hard", 7, False, 0.3, 1, "dense", 9, 8, "magnitude",
+        "gradcam++", "centred", "around", "hard", 7, False, 0.3, 1, (), "dense", 9, 8, "magnitude",
         "float32", "HNSW8", "ip",
     )  # fmt: skip
     digests = {Recipe().digest()}
     for entry in fields(Recipe):
-        if entry.name != "hinge":
+        if entry.name not in ("hinge", "layers"):
             digests.add(replace(Recipe(), **{entry.name: getattr(other, entry.name)}).digest())
     digests.add(Recipe(hinge=True).digest())
-    assert len(digests) == len(fields(Recipe)) + 1
+    # Several layers go with a method of several layers only.
+    digests.add(Recipe(method="polycam", layers=("a", "b")).digest())
+    digests.add(Recipe(method="polycam", layers=("a", "c")).digest())
+    assert len(digests) == len(fields(Recipe)) + 2
     assert Recipe(margin=1).digest() == Recipe(margin=1.0).digest()
 
 

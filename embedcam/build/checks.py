@@ -96,6 +96,27 @@ def check_amounts(
     AnchorCotangents(recipe, unseen, label_codes(labels), unseen[0], given)
 
 
+def layers_of(network: EmbeddingNetwork, recipe: Recipe) -> tuple[tuple[str, tuple[int, int]], ...]:
+    """Names and grids of the layers a method of several draws with, deepest first; else nothing.
+
+    Raises:
+        RecipeError: the deepest is not the network's own.
+        NetworkError: a layer that cannot be tapped.
+    """
+    if not recipe.layers:
+        return ()
+    run = network.run_several(network.probe_images(), recipe.layers, differentiable=False)
+    order = sorted(range(len(run.names)), key=lambda place: -run.depth[place])
+    found = tuple((run.names[place], run.layouts[place].grid) for place in order)
+    if found[0][0] != network.layer:
+        raise RecipeError(
+            f"the deepest of layers = {list(recipe.layers)!r} is {found[0][0]!r}, and the network "
+            f"explains {network.layer!r}; name that one as the deepest, or load the network with "
+            f"layer {found[0][0]!r}"
+        )
+    return found
+
+
 def files_digest(fingerprints: Sequence[str]) -> str:
     """SHA-256 over what tells of each indexed image's file whether it changed, in order."""
     return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..assembly import Gathered, described, encode, fit_encoding, gather, grid_of, header
+from ..assembly import (
+    Gathered,
+    described,
+    encode,
+    fit_encodings,
+    gather,
+    grid_of,
+    header,
+    layer_entry,
+)
 from ..cotangents import AnchorCotangents
 from ..errors import InputError
 from ..identity import Identity, check, fingerprint
@@ -19,9 +28,9 @@ from ..network import EmbeddingNetwork
 from ..passes import (
     Work,
     chunk_size,
-    coarse_grid,
     embedding_pass,
     is_exact,
+    own_grid,
     spilled_numbers,
     weights_pass,
 )
@@ -37,6 +46,7 @@ from .checks import (
     check_options,
     disk_errors,
     files_digest,
+    layers_of,
     same_index,
     warn_of_norm,
 )
@@ -96,6 +106,7 @@ def build_index(
     check_norm(recipe, network)
     warn_of_norm(recipe, network.normalize or network.already_normalized, 2)
     check_target(path, replace=True)
+    layers = layers_of(network, recipe)
     identity = fingerprint(network)
     width, n_channels = len(identity.probe_embedding), len(identity.probe_pooled)
     check_amounts(recipe, len(source), source.labels, width, n_channels, triplets)
@@ -114,18 +125,30 @@ def build_index(
                     log.info("%s is complete already", path)
                     return BuildReport(path, 0, skipped)
         scratch = Scratch(path / _SCRATCH, job)
-        keep = own_maps and _fits(
-            spilled_numbers(network, exact) * len(source), scratch_gb, scratch
+        # A method of several layers makes the own maps along with its weights.
+        keep = (
+            own_maps
+            and not layers
+            and _fits(spilled_numbers(network, exact) * len(source), scratch_gb, scratch)
         )
         work = Work(
-            network, source, recipe, scratch, batch_size, workers, on_unreadable, keep, exact
+            network,
+            source,
+            recipe,
+            scratch,
+            batch_size,
+            workers,
+            on_unreadable,
+            keep,
+            exact,
+            layers,
         )
         stages = Stages(progress)
         gathered, labels, mean = _weights(work, stages, triplets)
         root = None if source.root is None else source.root.resolve()
         with stages("encode"):
-            encoding = fit_encoding(work, mean)
-            part = encode(work, encoding, gathered, mean, own_maps, source.root)
+            encodings = fit_encodings(work, mean)
+            part = encode(work, encodings, gathered, mean, own_maps, source.root)
         with stages("write"):
             grid = grid_of(work)
             about = header(
@@ -136,14 +159,19 @@ def build_index(
                 network.normalize,
                 network.layer,
                 grid,
-                encoding,
-                coarse_grid(grid) if own_maps else None,
+                encodings[0],
+                own_grid(work, grid) if own_maps else None,
                 files=files_digest([files[position] for position in gathered.positions]),
                 given=triplets,
             )
+            about["layers"] += [
+                layer_entry(name, own, encoding, None)
+                for (name, own), encoding in zip(layers[1:], encodings[1:], strict=True)
+            ]
             shared = {**identity.arrays(), "embedding_mean": mean}
             scratch.promise(job, generation)
-            create(path, about, [encoding.fitted], shared, part, replace=generation > 1)
+            fitted = [encoding.fitted for encoding in encodings]
+            create(path, about, fitted, shared, part, replace=generation > 1)
         scratch.remove()
     return _report(path, recipe, part, gathered, labels, stages)
 
@@ -180,10 +208,12 @@ def add_images(
     check_options(source, network, batch_size, on_unreadable, scratch_gb)
     Index.open(path).close()  # refuse a folder without an index before a lock file appears in it
     with disk_errors(path), lock(path), Index.open(path) as index:
-        manifest, encoding = index.manifest, index.encoding()
+        manifest = index.manifest
+        encodings = [index.encoding(number) for number in range(len(index.layers))]
         recipe = Recipe.from_dict(manifest["recipe"], "the index's recipe")
         check(_identity_of(index), network)
-        exact = check_addable(recipe, encoding, network)
+        exact = check_addable(recipe, encodings[0], network)
+        layers = layers_of(network, recipe)
         files = [source.fingerprint(position) for position in range(len(source))]
         job = _digest(recipe, fingerprint(network), source, files, chunk_size(batch_size))
         if _tidied(index) == job:
@@ -193,11 +223,22 @@ def add_images(
         layer = manifest["layers"][0]
         with_maps = layer["coarse_grid"] is not None
         scratch = Scratch(path / _SCRATCH, f"{job} {manifest['manifest_sha256']}")
-        keep = with_maps and _fits(
-            spilled_numbers(network, exact) * len(source), scratch_gb, scratch
+        keep = (
+            with_maps
+            and not layers
+            and _fits(spilled_numbers(network, exact) * len(source), scratch_gb, scratch)
         )
         work = Work(
-            network, source, recipe, scratch, batch_size, workers, on_unreadable, keep, exact
+            network,
+            source,
+            recipe,
+            scratch,
+            batch_size,
+            workers,
+            on_unreadable,
+            keep,
+            exact,
+            layers,
         )
         stages = Stages(progress)
         gathered, labels, mean = _weights(work, stages, None, index)
@@ -209,7 +250,7 @@ def add_images(
         with stages("encode"):
             root = (manifest["images"] or {}).get("root")
             stored_root = None if root is None else Path(root)
-            part = encode(work, encoding, gathered, mean, with_maps, stored_root)
+            part = encode(work, encodings, gathered, mean, with_maps, stored_root)
         with stages("write"):
             scratch.promise(job, manifest["generation"] + 1)
             append(path, part)

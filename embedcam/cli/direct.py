@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..registry import METHODS, Method, find_method
+from ..registry import METHODS, LayersMethod, Method, find_method
 
 
 def check_method(options: argparse.Namespace) -> Method | None:
     """The method that was asked for, refused before a network is loaded.
 
     Raises:
-        InputError: unknown, or one that the command line cannot run.
+        InputError: unknown, or one whose branch is trained with the network.
     """
     if options.method is None:
         return None
@@ -23,11 +23,6 @@ def check_method(options: argparse.Namespace) -> Method | None:
         raise InputError(
             f"{found.title} draws with a branch that is trained with the network; call "
             "embedcam.cam_for with a network that has one (embedcam.methods.learned)"
-        )
-    if found.several and not found.storable and found.name == "polycam":
-        raise InputError(
-            "Poly-CAM draws with several layers, which the command line cannot name; call "
-            "embedcam.cam_for(..., method='polycam', layers=[...])"
         )
     return found
 
@@ -45,7 +40,14 @@ def redrawn(
 
     vectors = np.asarray(index.embeddings(index.positions(explanation.explained)))
     target = Similarity(vectors[0]) if len(vectors) == 1 else Similarity(ClassProxy(vectors).proxy)
-    made = cam_for(network, query, target, method.name, progress=False if quiet else None)
+    layers = [layer["name"] for layer in index.manifest["layers"]]
+    chosen = {"layers": layers} if isinstance(method, LayersMethod) else {}
+    if chosen and len(layers) < 2:
+        raise InputError(
+            f"{method.title} draws with several layers and this index has one; call "
+            "embedcam.cam_for(..., layers=[...])"
+        )
+    made = cam_for(network, query, target, method.name, progress=False if quiet else None, **chosen)
     weights = np.zeros_like(explanation.weights) if made.weights is None else made.weights
     drawn = np.maximum(made.cam, 0)
     return replace(explanation, cam=drawn, weights=weights, method=METHODS[method.name].title)

@@ -12,7 +12,7 @@ from .networks import named, network_of_index, network_options, refuse_unknown
 from .report import counted, emit, note
 
 _RECIPE = (
-    "method", "target", "norm", "sampling", "hinge", "margin", "seed",
+    "method", "target", "norm", "sampling", "hinge", "margin", "seed", "layers",
     "encoding", "rank", "m", "by", "dtype", "faiss", "metric",
 )  # fmt: skip
 

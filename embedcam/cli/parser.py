@@ -249,6 +249,12 @@ def _build(one: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="gradcam (default), gradcam++, scorecam, ...: any that yields channel weights",
     )
+    group.add_argument(
+        "--layers",
+        metavar="NAMES",
+        type=_names,
+        help="of a method of several layers, comma-separated, such as layer2,layer3,layer4",
+    )
     group.add_argument("--target", metavar="NAME", help="margin (default) or centred")
     group.add_argument("--norm", metavar="WAY", help="through (default) or around the L2 norm")
     group.add_argument(
@@ -351,6 +357,10 @@ def _explain(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
     _network(one)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def _path(text: str) -> str:

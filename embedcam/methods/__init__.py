@@ -21,7 +21,7 @@ learned/          the trainable branches of LFI-CAM and ABN
 Each method is a function `method(subject, **options) -> Found`; `embedcam.registry` lists them.
 """
 
-from .direct import MethodMap, MethodWarning, cam_for, weights_for
+from .direct import MethodMap, MethodWarning, cam_for, found_for, weights_for
 from .subject import Found, Passes, Subject
 
 __all__ = [
@@ -31,5 +31,6 @@ __all__ = [
     "Passes",
     "Subject",
     "cam_for",
+    "found_for",
     "weights_for",
 ]

@@ -110,11 +110,17 @@ def cam_for(
 
 
 def weights_for(subject: Subject, method: WeightMethod, **options: Any) -> Tensor:
-    """Channel weights `[B K]` of a storable method, for an index."""
-    with torch.inference_mode(False), torch.no_grad():
-        found: Found = method.load()(subject, **options)
+    """Channel weights `[B K]` of a storable method of one layer, for an index."""
+    found = found_for(subject, method, **options)
     assert found.weights is not None
     return found.weights
+
+
+def found_for(subject: Subject, method: Method, **options: Any) -> Found:
+    """All that a method finds, for an index."""
+    with torch.inference_mode(False), torch.no_grad():
+        found: Found = method.load()(subject, **options)
+    return found
 
 
 def _drawn(

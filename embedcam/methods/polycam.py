@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..cam import sharpen
 from ..errors import InputError
 from .clusters import flat, one_of
 from .grouping import blended, pictures_only
@@ -81,7 +81,7 @@ def polycam(
         )
         weights[names[place]] = found
         drawn = (found[:, :, None, None] * own).sum(1).clamp(min=0)
-        maps = drawn if maps is None else _sharpened(drawn, maps)
+        maps = drawn if maps is None else sharpen(drawn, maps)
     return Found(maps=maps, layers={name: weights[name] for name in names})
 
 
@@ -114,18 +114,3 @@ def _channel_weights(
         total = total.clamp(min=0)
     weights[seen] = total
     return weights
-
-
-def _sharpened(drawn: Tensor, coarse: Tensor) -> Tensor:
-    """L(R) U(P) for R `[B H W]` and P `[B h w]`, of R's size."""
-    around = _resized(_resized(drawn, coarse), drawn)
-    # What is 0 to the rounding of the map's largest value, or its quotient could overflow.
-    least = torch.finfo(drawn.dtype).eps * drawn.amax((-2, -1), keepdim=True)
-    local = drawn / torch.where(around > least, around, 1) * (around > least)
-    return local * _resized(coarse, drawn)
-
-
-def _resized(maps: Tensor, like: Tensor) -> Tensor:
-    """Bilinearly, to the size of others, `[B h w]`."""
-    size = like.shape[-2:]
-    return F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]

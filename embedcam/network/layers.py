@@ -1,7 +1,7 @@
 """Finding a layer in a module, and saying why one cannot be explained."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -57,6 +57,23 @@ def find_layer(module: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Modul
         raise InputError(f"layer={layer!r} is neither a name nor a module of the network")
     _refuse_compiled(named, name)
     return name, named[name]
+
+
+def find_layers(module: nn.Module, layers: Sequence[str]) -> list[tuple[str, nn.Module]]:
+    """(dotted name, module) of several layers.
+
+    Raises:
+        InputError: no list, an empty one, or a layer twice.
+        NetworkError: as `find_layer`.
+    """
+    if isinstance(layers, str) or not layers:
+        raise InputError("give a list of layers, such as ['layer3', 'layer4']")
+    found = [find_layer(module, layer) for layer in layers]
+    bare = [(bare_name(name), part) for name, part in found]
+    names = [name for name, _ in bare]
+    if len(set(names)) < len(names):
+        raise InputError(f"a layer is given twice among {', '.join(names)}; name each once")
+    return bare
 
 
 def _last_name(named: dict[str, nn.Module]) -> str:

@@ -4,17 +4,19 @@ The other half of `EmbeddingNetwork`, which says what for.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, NetworkError
 from .gradients import Features, at_least_single, make_features
 from .injected import Injected
+from .layers import find_layers
 from .layouts import (
     Layout,
     LayoutName,
@@ -25,10 +27,26 @@ from .layouts import (
 )
 from .probe import probe_inputs
 from .state import ModuleState
-from .tap import Change, run_parts, run_tapped
+from .tap import Change, run_parts, run_tapped, run_tapped_several
 
 DEFAULT_INPUT_SIZE = (224, 224)
 Images = np.ndarray | Tensor
+
+
+@dataclass
+class SeveralRun:
+    """One run tapped at several layers.
+
+    names: of the layers, as asked for; z: the head's output `[B D]`; kept: each layer's output;
+    batch: the prepared input; layouts: of the layers; depth: their places in the order they ran.
+    """
+
+    names: list[str]
+    z: Tensor
+    kept: list[Tensor]
+    batch: Tensor
+    layouts: list[Layout]
+    depth: list[int]
 
 
 class ModuleRuns:
@@ -112,16 +130,44 @@ class ModuleRuns:
             return z.clone()
 
     def run_several(
-        self,
-        images: Images,
-        run: Callable[[nn.Module, Tensor], tuple[Any, list[Tensor], list[int]]],
-    ) -> tuple[Tensor, list[Tensor], Tensor, list[int]]:
-        """For `several_pass`: z `[B D]`, what `run` kept, the prepared input, and `run`'s order."""
-        with torch.inference_mode(False), torch.no_grad(), self._autocast(True), self._lock:
+        self, images: Images, layers: Sequence[str], differentiable: bool = True
+    ) -> SeveralRun:
+        """One run tapped at several layers; see `several_pass`, and `forward_layers` without.
+
+        Raises:
+            InputError: no layer, or one twice.
+            NetworkError: an unknown layer, one that runs never or more than once; or trunk and head
+                were given, so that no other layer can be found.
+        """
+        found = find_layers(self.module, layers)
+        if self._hooked is None:
+            raise NetworkError(
+                "this network was given as trunk and head, so no other layer can be found in it; "
+                "give it as a module and a layer"
+            )
+        outer = torch.inference_mode(not differentiable)
+        with outer, torch.no_grad(), self._autocast(True), self._lock:
             batch = self._prepare(images)
-            output, kept, order = run(self.module, batch)
+            output, kept, depth = run_tapped_several(self.module, found, batch, differentiable)
             z = at_least_single(choose_embedding(output, self.output, len(batch)))
-        return z, kept, batch, order
+        names = [name for name, _ in found]
+        layouts = [self._layout_of(name, raw, batch) for name, raw in zip(names, kept, strict=True)]
+        return SeveralRun(names, z, kept, batch, layouts, depth)
+
+    def forward_layers(
+        self, images: Images, layers: Sequence[str]
+    ) -> tuple[Features, list[Tensor]]:
+        """As `forward`, with the activations `[B K H W]` of several layers, in the order given.
+
+        The features' own are those of the last layer. Raises as `forward` and `run_several`.
+        """
+        run = self.run_several(images, layers, differentiable=False)
+        with torch.inference_mode(False), torch.no_grad():
+            maps = [
+                at_least_single(layout.to_maps(raw)).contiguous()
+                for layout, raw in zip(run.layouts, run.kept, strict=True)
+            ]
+            return make_features(run.batch, run.z.clone(), maps[-1], self.normalize), maps
 
     def run_from_input(
         self, images: Images, mode: AbstractContextManager[Any] | None
@@ -197,6 +243,13 @@ class ModuleRuns:
             known = shapes, resolve(raw, images, kind, grid, prefix, self.layer)
             self._last_layout, self._layout = known, known[1]
         return known[1]
+
+    def _layout_of(self, layer: str, raw: Tensor, images: Tensor) -> Layout:
+        """The network's own options for its own layer; other layers are read by their shapes."""
+        kind, grid, prefix = self._layout_options
+        if layer == self.layer:
+            return resolve(raw, images, kind, grid, prefix, layer)
+        return resolve(raw, images, "bkl" if kind == "bkl" else "auto", None, None, layer)
 
     def _features(
         self, images: Tensor, z: Tensor, raw: Tensor, allow_zero: bool = False

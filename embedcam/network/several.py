@@ -7,13 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError, NetworkError
+from ..errors import InputError
 from .embedding_network import EmbeddingNetwork
 from .gradients import Features, at_least_single, half_scale, make_features, unreachable
-from .layers import bare_name, find_layer
-from .layouts import Layout, resolve
+from .layouts import Layout
 from .state import refuse_inference
-from .tap import run_tapped_several
 
 
 class SeveralPass:
@@ -95,31 +93,9 @@ def several_pass(
         NetworkError: an unknown layer, one that runs never or more than once, or one whose output
             never reaches the embedding.
     """
-    if isinstance(layers, str) or not layers:
-        raise InputError("give a list of layers, such as ['layer3', 'layer4']")
-    found = [find_layer(network.module, layer) for layer in layers]
-    names = [bare_name(name) for name, _ in found]
-    if len(set(names)) < len(names):
-        raise InputError(f"a layer is given twice among {', '.join(names)}; name each once")
-    if not network.hooked:
-        raise NetworkError(
-            "this network was given as trunk and head, so no other layer can be found in it; give "
-            "it as a module and a layer"
-        )
     refuse_inference(network.module)
-    z, kept, batch, depth = network.run_several(
-        images, lambda module, prepared: run_tapped_several(module, found, prepared)
-    )
-    layouts = [_layout(network, name, raw, batch) for name, raw in zip(names, kept, strict=True)]
+    run = network.run_several(images, layers)
     with torch.inference_mode(False), torch.no_grad():
-        last = layouts[-1].to_maps(kept[-1].detach())
-        features = make_features(batch, z.detach(), last, network.normalize)
-    return SeveralPass(names, features, z, kept, layouts, depth)
-
-
-def _layout(network: EmbeddingNetwork, name: str, raw: Tensor, batch: Tensor) -> Layout:
-    """The network's own options for its own layer; other layers are read by their shapes."""
-    kind, grid, prefix = network.layout_options
-    if name == network.layer:
-        return resolve(raw, batch, kind, grid, prefix, name)
-    return resolve(raw, batch, "bkl" if kind == "bkl" else "auto", None, None, name)
+        last = run.layouts[-1].to_maps(run.kept[-1].detach())
+        features = make_features(run.batch, run.z.detach(), last, network.normalize)
+    return SeveralPass(run.names, features, run.z, run.kept, run.layouts, run.depth)

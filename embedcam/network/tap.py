@@ -93,7 +93,10 @@ def run_parts(
 
 
 def run_tapped_several(
-    module: nn.Module, found: Sequence[tuple[str, nn.Module]], images: Tensor
+    module: nn.Module,
+    found: Sequence[tuple[str, nn.Module]],
+    images: Tensor,
+    differentiable: bool = True,
 ) -> tuple[Any, list[Tensor], list[int]]:
     """Run a module and keep several layers' outputs, differentiable from the first that runs on.
 
@@ -101,6 +104,7 @@ def run_tapped_several(
         module: the network; gradients are off when it starts, and are on behind the first layer.
         found: (name, layer), each once.
         images: its input.
+        differentiable: with False gradients stay off, and copies are kept.
 
     Returns:
         What the module returned; each layer's output; the layers' places in the order they ran.
@@ -112,6 +116,10 @@ def run_tapped_several(
 
     def change(place: int) -> Change:
         def keep(raw: Tensor) -> tuple[Tensor, Tensor]:
+            if not differentiable:
+                order.append(place)
+                with torch.inference_mode(False):
+                    return raw.clone(), raw
             # Behind the first, a layer's output is part of the graph already.
             kept = raw if raw.requires_grad else raw.detach().clone().requires_grad_()
             torch.set_grad_enabled(True)  # until the end of the caller's context

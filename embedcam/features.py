@@ -359,7 +359,7 @@ def _checked_head(head: AffineHead, embeddings: np.ndarray, pooled: np.ndarray) 
 
 
 def _positive(recipe: Recipe, pooled: np.ndarray, given: np.ndarray | None) -> np.ndarray:
-    if recipe.method == "gradcam":
+    if recipe.method != "gradcam++":
         return pooled
     if given is not None:
         positive = _matrix("positive_pooled", given)

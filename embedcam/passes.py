@@ -31,7 +31,7 @@ from .weights import weights_from_head, weights_from_pooled
 CHUNK = 256
 """Images a chunk, at least; a kill loses at most one chunk of work."""
 
-POOLED_METHODS = ("gradcam", "gradcam++")
+POOLED_METHODS = ("cam", "gradcam", "gradcam++")
 """Methods whose weights, behind a global average pool, are functions of the pooled vector."""
 
 Tick = Callable[[int], Any]

@@ -12,7 +12,14 @@ from typing import Any
 
 from .encoding import DTYPES
 from .errors import RecipeError
-from .registry import METHODS, LayersMethod, Method, storable_methods, why_not_storable
+from .registry import (
+    METHODS,
+    LayersMethod,
+    Method,
+    bare_name,
+    storable_methods,
+    why_not_storable,
+)
 from .targets import NORMS, TARGETS
 from .triplets import SAMPLINGS
 
@@ -82,6 +89,8 @@ class Recipe:
                 kind = int
             if type(value) is not kind:
                 raise RecipeError(f"{entry.name} = {value!r} should be of type {kind.__name__}")
+        if bare_name(self.method) in METHODS:
+            object.__setattr__(self, "method", bare_name(self.method))
         if self.method in METHODS and not METHODS[self.method].storable:
             raise RecipeError(f"method = {self.method!r}: {why_not_storable(METHODS[self.method])}")
         for name, known in _CHOICES.items():
@@ -138,6 +147,11 @@ class Recipe:
         return N_TRIPLETS if self.triplets is None else self.triplets
 
     def _check_together(self) -> None:
+        if self.norm == "around" and (self.entry.scored or not self.entry.targeted):
+            raise RecipeError(
+                f"norm 'around' changes the gradient, and {self.entry.title} never asks for one; "
+                "leave it out, or use a method of the gradient, such as 'gradcam'"
+            )
         if self.target == "centred" and self.hinge:
             raise RecipeError(
                 "a hinge needs triplets, and the target 'centred' has none; drop the hinge, or "

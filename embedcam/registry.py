@@ -26,6 +26,8 @@ class Method:
         where: "module:function" below `embedcam.methods`.
         seeded: whether it draws random numbers.
         targeted: False where the map ignores the target: it cannot say what matched.
+        scored: it asks for scores of the embedding and never for a gradient, so that the norm's two
+            ways, which differ in the gradient, are one.
         several: whether it can work on several layers at once.
         trained: whether it needs a branch of its own that was trained (`methods.learned`).
     """
@@ -36,6 +38,7 @@ class Method:
     where: str
     seeded: bool = False
     targeted: bool = True
+    scored: bool = False
     several: bool = False
     trained: bool = False
     storable: ClassVar[bool] = False
@@ -113,23 +116,23 @@ METHODS: dict[str, Method] = {
         WeightMethod("eigengradcam", "EigenGrad-CAM", "pytorch-grad-cam",
                      "decomposition:eigengradcam", own_map=True),
         WeightMethod("scorecam", "Score-CAM", "Wang et al., CVPR Workshops 2020",
-                     "masking:scorecam"),
+                     "masking:scorecam", scored=True),
         WeightMethod("ablationcam", "Ablation-CAM", "Desai and Ramaswamy, WACV 2020",
-                     "ablation:ablationcam"),
+                     "ablation:ablationcam", scored=True),
         WeightMethod("groupcam", "Group-CAM", "Zhang et al., 2021", "grouping:groupcam",
                      seeded=True, own_map=True),
         WeightMethod("clustercam", "Cluster-CAM", "Feng et al., 2023", "grouping:clustercam",
-                     seeded=True, own_map=True),
+                     seeded=True, own_map=True, scored=True),
         WeightMethod("cosinecam", "Cosine-CAM", "tetutaro/class_activation_mapping",
                      "grouping:cosinecam", seeded=True, own_map=True),
         LayersMethod("polycam", "Poly-CAM", "Englebert et al., 2022", "polycam:polycam",
-                     several=True),
+                     several=True, scored=True),
         MapMethod("rise", "RISE", "Petsiuk et al., BMVC 2018", "pixels:rise", seeded=True,
-                  nearest="scorecam", why=_PIXELS),
+                  scored=True, nearest="scorecam", why=_PIXELS),
         MapMethod("lime", "LIME", "Ribeiro et al., KDD 2016", "pixels:lime", seeded=True,
-                  nearest="scorecam", why=_PIXELS),
+                  scored=True, nearest="scorecam", why=_PIXELS),
         MapMethod("sbsm", "SBSM", "Dong et al., CVPR Workshops 2019", "pixels:sbsm",
-                  nearest="scorecam", why=_PIXELS),
+                  scored=True, nearest="scorecam", why=_PIXELS),
         WeightMethod("lficam", "LFI-CAM", "Lee et al., ICCV 2021", "attention:lficam",
                      targeted=False, trained=True),
         MapMethod("abn", "ABN", "Fukui et al., CVPR 2019", "attention:abn", targeted=False,
@@ -147,13 +150,18 @@ def find_method(name: str) -> Method:
     """
     if not isinstance(name, str):
         raise InputError(f"a method is named by a string such as 'gradcam'; given {name!r}")
-    bare = name.lower().replace("-", "").replace("_", "").replace(" ", "")
+    bare = bare_name(name)
     if bare in METHODS:
         return METHODS[bare]
     near = get_close_matches(bare, METHODS, 3, 0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "known:"
     listed = "" if near else f" {', '.join(METHODS)}"
     raise InputError(f"method {name!r} is unknown; {hint}{listed}")
+
+
+def bare_name(name: str) -> str:
+    """What a printed name is in `METHODS`, if it is there: "Grad-CAM" -> "gradcam"."""
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
 def storable_methods() -> tuple[str, ...]:

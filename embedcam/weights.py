@@ -91,11 +91,13 @@ def weights_from_pooled(
         head_cotangents: dy/dz, `[B D]` (Grad-CAM: of the mean) or `[B S D]`.
         used: triplets that count, `[B S]`, with `[B S D]`.
         cells: Z = H W.
-        method: "gradcam" or "gradcam++".
+        method: "cam", "gradcam" or "gradcam++".
 
     Returns:
         `[B K]`.
     """
+    if method == "cam":
+        return network.pooled_vjp(pooled, head_cotangents)
     if method == "gradcam":
         return pooled_gradcam(network.pooled_vjp(pooled, head_cotangents), cells)
     if head_cotangents.ndim == 2:

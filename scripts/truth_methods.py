@@ -7,8 +7,9 @@ The protocol, the reference embedding and the scenes are those of scripts/truth.
 mask pixels take up to thousands of passes a picture, so each row is of a seeded sample, whose
 size it names: `--pictures` of the fast methods, `--slow-pictures` of the others.
 
-- *energy, own*: one object; share of the method's own map inside the box or mask. The target is the
-  margin over every triplet of the gallery, as in the default index.
+- *energy, own*: one object; share of the method's own map inside the box or mask. The target is an
+  index's: the margin over every triplet of the gallery, or, for methods that average over triplets
+  apart, over 50 drawn ones.
 - *energy, weights*: the same of ReLU(sum w A), what an index draws.
 - *share, direct*: two objects; the method run on the scene itself, its target the cosine similarity
   to the given result; share of the map's energy on the result's side, chance 0.5.
@@ -24,6 +25,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,12 +39,16 @@ from embedcam.cotangents import AnchorCotangents
 from embedcam.methods import MethodMap, MethodWarning
 from embedcam.metrics import bootstrap_interval, energy_share, recall_at_k
 from embedcam.recipe import Recipe
-from embedcam.registry import Method
+from embedcam.registry import Method, WeightMethod
 from embedcam.targets import Direction
 from embedcam.triplets import label_codes
 
 SLOW = ("scorecam", "rise", "lime", "sbsm", "polycam")
-LAYERS = ["features.6", "features.13", "features"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "polycam": {"layers": ["features.6", "features.13", "features"]},
+    "rise": {"masks": 500},
+    "lime": {"samples": 300, "superpixels": "grid"},
+}
 
 
 @dataclass
@@ -52,8 +58,15 @@ class Setting:
     network: EmbeddingNetwork
     unseen: Pictures
     embeddings: np.ndarray
-    directions: np.ndarray
-    """Of the margin over every triplet, `[N D]`."""
+
+    def margin(self, method: Method, place: int) -> Direction:
+        """What an index differentiates an image along: every triplet, or 50 drawn ones apart."""
+        codes = label_codes(list(self.unseen.labels))
+        recipe = Recipe(method=method.name) if isinstance(method, WeightMethod) else Recipe()
+        anchors = AnchorCotangents(recipe, self.embeddings, codes, self.embeddings.mean(0))
+        found = anchors.of(np.array([place]))
+        several = found.values.ndim == 3
+        return Direction(found.values if several else found.values[:, None], found.used)
 
 
 @dataclass
@@ -133,12 +146,9 @@ def prepared(folder: Path, options: argparse.Namespace) -> tuple[Setting, str]:
     assert matrix is not None
     z = found.pooled[~seen] @ matrix.T
     embeddings = z / np.linalg.norm(z, axis=1, keepdims=True)
-    codes = label_codes(list(unseen.labels))
-    anchors = AnchorCotangents(Recipe(), embeddings, codes, embeddings.mean(0))
-    directions = anchors.of(np.arange(len(codes))).values
     recall = recall_at_k(embeddings, unseen.labels)
     said = f"{len(z)} pictures of unseen classes, reference embedding, Recall@1 {recall:.3f}."
-    return Setting(network, unseen, embeddings, directions), said
+    return Setting(network, unseen, embeddings), said
 
 
 def figures(method: Method, setting: Setting, count: int) -> Row:
@@ -153,12 +163,12 @@ def figures(method: Method, setting: Setting, count: int) -> Row:
     results = explaining(setting.embeddings, unseen.labels, places)
     for number, (place, other, result) in enumerate(zip(places, others, results, strict=True)):
         image, begun = _input(setting, [int(place)]), time.perf_counter()
-        made = _made(method, setting, image, Direction(setting.directions[place]))
+        made = _made(method, setting, image, setting.margin(method, int(place)))
         took.append(time.perf_counter() - begun)
         region = unseen.regions[place]
         row.own.append(_inside(np.maximum(made.cam, 0), region))
         activations = setting.network.forward(image[None]).activations[0].numpy()
-        if method.storable:
+        if isinstance(method, WeightMethod):
             drawn = cam(made.weights, activations)
             row.drawn.append(_inside(resize(drawn, (SIZE, SIZE)), region))
             row.form.append(_correlation(drawn, made.grid_cam))
@@ -169,12 +179,12 @@ def figures(method: Method, setting: Setting, count: int) -> Row:
         half[:, slice(0, SIZE) if left else slice(SIZE, None)] = 1
         aim = Similarity(setting.embeddings[result])
         row.direct.append(_inside(np.maximum(_made(method, setting, scene, aim).cam, 0), half))
-        if method.storable:
+        if isinstance(method, WeightMethod):
             stored = _made(
                 method,
                 setting,
                 _input(setting, [int(result)]),
-                Direction(setting.directions[result]),
+                setting.margin(method, int(result)),
             )
             maps = setting.network.forward(scene[None]).activations[0].numpy()
             row.transferred.append(
@@ -189,12 +199,12 @@ def figures(method: Method, setting: Setting, count: int) -> Row:
 def _made(
     method: Method, setting: Setting, image: torch.Tensor, target: Direction | Similarity
 ) -> MethodMap:
-    options = {"layers": LAYERS} if method.name == "polycam" else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MethodWarning)
         return cam_for(
-            setting.network, image, target, method.name, progress=False, batch_size=16, **options
-        )
+            setting.network, image, target, method.name, progress=False, batch_size=16,
+            **OPTIONS.get(method.name, {}),
+        )  # fmt: skip
 
 
 def _input(setting: Setting, places: list[int]) -> torch.Tensor:
@@ -235,7 +245,9 @@ def _preface(options: argparse.Namespace) -> str:
         f"Made by `python scripts/truth_methods.py {names} --weights "
         f"mobilenet_v2_imagenet.safetensors --pictures {options.pictures} --slow-pictures "
         f"{options.slow_pictures}` (protocol in its heading). Brackets: 95% bootstrap intervals "
-        "over the sample. *n*: pictures, and as many scenes.\n\n" + rules
+        "over the sample. *n*: pictures, and as many scenes. RISE with 500 masks, LIME with 300 "
+        "samples on a grid. Milliseconds on a machine with other work: see benchmark.md.\n\n"
+        + rules
     )
 
 

@@ -118,6 +118,7 @@ def test_the_papers_setting() -> None:
             "Smooth Grad-CAM\\+\\+ is not linear in the triplet",
         ),
         ({"method": "rise"}, "RISE cannot be put in an index: it works on pixels"),
+        ({"method": "Layer-CAM"}, "the nearest method that can is 'gradcam'"),
         ({"target": "centred", "hinge": True}, "drop the hinge, or use the target 'margin'"),
         ({"method": "gradcam+"}, "method = 'gradcam\\+' is unknown; did you mean 'gradcam\\+\\+'"),
         ({"target": "center"}, "did you mean 'centred'"),

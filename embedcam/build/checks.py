@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..cotangents import AnchorCotangents
 from ..encoding import Encoding, LowRank, TopM
@@ -15,8 +16,10 @@ from ..errors import EmbedcamError, ImageError, InputError, NetworkMismatch, Rec
 from ..identity import Identity
 from ..images import ImageSource
 from ..index import Index, check_factory
+from ..methods import Subject, found_for
 from ..network import EmbeddingNetwork
 from ..recipe import Recipe, RecipeWarning
+from ..targets import Direction
 from ..triplets import label_codes
 
 _DISK_ERRORS = {
@@ -60,7 +63,8 @@ def check_norm(recipe: Recipe, network: EmbeddingNetwork) -> None:
 
 def warn_of_norm(recipe: Recipe, normalize: bool, stacklevel: int) -> None:
     """Warn of the centred target through the norm."""
-    if recipe.target == "centred" and recipe.norm == "through" and normalize:
+    by_gradient = recipe.entry.targeted and not recipe.entry.scored
+    if by_gradient and recipe.target == "centred" and recipe.norm == "through" and normalize:
         warnings.warn(
             "the centred target through the L2 norm loses its own part at the image itself and "
             "can point at the wrong object; 'around' is the safe choice",
@@ -94,6 +98,20 @@ def check_amounts(
     # No embedding is looked at before cotangents are asked for.
     unseen = np.broadcast_to(np.float32(0), (n_images, width))
     AnchorCotangents(recipe, unseen, label_codes(labels), unseen[0], given)
+
+
+def check_method(recipe: Recipe, network: EmbeddingNetwork) -> None:
+    """Refuse a method that this network cannot do, before any image is embedded.
+
+    Raises:
+        NetworkError: CAM without an affine head, or a trained branch that is not there.
+    """
+    if recipe.method == "cam" or recipe.entry.trained:
+        features = network.forward(network.probe_images())
+        aim = Direction(np.zeros(features.embedding.shape[1]))
+        inputs = torch.from_numpy(network.probe_images()).to(network.device)
+        with Subject(network, inputs, aim) as subject:
+            found_for(subject, recipe.entry)
 
 
 def layers_of(network: EmbeddingNetwork, recipe: Recipe) -> tuple[tuple[str, tuple[int, int]], ...]:

@@ -41,6 +41,7 @@ from ..triplets import Classes, label_codes, pairs_digest
 from .checks import (
     check_addable,
     check_amounts,
+    check_method,
     check_new,
     check_norm,
     check_options,
@@ -107,6 +108,7 @@ def build_index(
     warn_of_norm(recipe, network.normalize or network.already_normalized, 2)
     check_target(path, replace=True)
     layers = layers_of(network, recipe)
+    check_method(recipe, network)
     identity = fingerprint(network)
     width, n_channels = len(identity.probe_embedding), len(identity.probe_pooled)
     check_amounts(recipe, len(source), source.labels, width, n_channels, triplets)

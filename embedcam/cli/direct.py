@@ -41,7 +41,7 @@ def redrawn(
     vectors = np.asarray(index.embeddings(index.positions(explanation.explained)))
     target = Similarity(vectors[0]) if len(vectors) == 1 else Similarity(ClassProxy(vectors).proxy)
     layers = [layer["name"] for layer in index.manifest["layers"]]
-    chosen = {"layers": layers} if isinstance(method, LayersMethod) else {}
+    chosen: dict[str, Any] = {"layers": layers} if isinstance(method, LayersMethod) else {}
     if chosen and len(layers) < 2:
         raise InputError(
             f"{method.title} draws with several layers and this index has one; call "

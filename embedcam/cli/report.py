@@ -186,7 +186,8 @@ def _weights_line(manifest: Mapping[str, Any]) -> str:
     if entry is not None and not entry.targeted:
         return f"{method}, which ignores targets: what stands out, not what matches"
     target = "centred target" if manifest["target"] == "centred" else "triplet margin"
-    line = f"{method} of the {target}, {manifest['norm']} the norm"
+    way = "" if entry is not None and entry.scored else f", {manifest['norm']} the norm"
+    line = f"{method} of the {target}{way}"
     if manifest["target"] == "centred":
         return line
     count, sampling = triplets["count"], triplets["sampling"]

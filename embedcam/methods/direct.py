@@ -18,7 +18,7 @@ from ..network import EmbeddingNetwork
 from ..registry import Method, WeightMethod, find_method
 from ..targets import Target
 from .custom import as_target
-from .subject import Found, Passes, Subject
+from .subject import Found, Passes, Subject, check_batch_size
 
 
 class MethodWarning(UserWarning):
@@ -72,7 +72,8 @@ def cam_for(
             `ClassProxy`, `PairContribution`, `Coordinate`, or a function from embeddings `[B D]` to
             scores `[B]`.
         method: a name in `METHODS`.
-        norm: the gradient "through" the L2 norm or "around" it.
+        norm: the gradient "through" the L2 norm or "around" it. A cosine does not change with the
+            length, so with it both differ by a factor only.
         size: (H, W) of the map; None takes the input's.
         batch_size: inputs a forward pass; changes nothing beyond float rounding.
         seed: of everything random; each image of a batch draws the same.
@@ -94,19 +95,25 @@ def cam_for(
             MethodWarning,
             stacklevel=2,
         )
+    if norm == "around" and (entry.scored or not entry.targeted):
+        raise InputError(
+            f"norm 'around' changes the gradient, and {entry.title} never asks for one; leave it "
+            "out"
+        )
+    check_batch_size(batch_size)
     batch, single = _inputs(network, images)
-    with (
-        tqdm(desc=entry.title, unit=" passes", disable=None if progress is None else not progress)
-        as bar,
-        Subject(
-            network, batch, wanted, norm=norm, batch_size=batch_size, seed=seed, fill=fill,
-            tick=bar.update,
-        ) as subject,
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):  # fmt: skip
-        found = function(subject, **options)
-        return _drawn(entry, subject, found, size, single)
+    wanted.check(len(batch), None)
+    made = []
+    silent = None if progress is None else not progress
+    with tqdm(desc=entry.title, unit=" passes", disable=silent) as bar:
+        for start in range(0, len(batch), batch_size):
+            part = slice(start, start + batch_size)
+            with Subject(
+                network, batch[part], wanted.at(part), norm=norm, batch_size=batch_size,
+                seed=seed, fill=fill, tick=bar.update,
+            ) as subject:  # fmt: skip
+                made.append(_drawn(entry, subject, found_for(subject, entry, **options), size))
+    return _joined(made, single)
 
 
 def weights_for(subject: Subject, method: WeightMethod, **options: Any) -> Tensor:
@@ -123,9 +130,35 @@ def found_for(subject: Subject, method: Method, **options: Any) -> Found:
     return found
 
 
+def _joined(made: list[MethodMap], single: bool) -> MethodMap:
+    """The pieces of a batch as one, or the only image of a batch of one."""
+
+    def together(name: str) -> Any:
+        whole = np.concatenate([getattr(one, name) for one in made])
+        return whole[0] if single else whole
+
+    first = made[0]
+    layers = None
+    if first.layer_weights is not None:
+        layers = {
+            name: np.concatenate([one.layer_weights[name] for one in made if one.layer_weights])
+            for name in first.layer_weights
+        }
+        layers = {name: values[0] for name, values in layers.items()} if single else layers
+    return MethodMap(
+        together("cam"),
+        together("grid_cam"),
+        None if first.weights is None else together("weights"),
+        layers,
+        first.method,
+        sum((one.passes for one in made), Passes()),
+    )
+
+
 def _drawn(
-    entry: Method, subject: Subject, found: Found, size: tuple[int, int] | None, single: bool
+    entry: Method, subject: Subject, found: Found, size: tuple[int, int] | None
 ) -> MethodMap:
+    """What was found for a piece of a batch, drawn."""
     weights = None if found.weights is None else _numpy(found.weights)
     if found.maps is None:
         assert weights is not None
@@ -141,9 +174,6 @@ def _drawn(
         layers = {name: _numpy(values) for name, values in found.layers.items()}
     if over_positions:
         drawn, grid = drawn[:, 0], grid[:, 0]
-    if single:
-        drawn, grid, weights = drawn[0], grid[0], None if weights is None else weights[0]
-        layers = None if layers is None else {name: values[0] for name, values in layers.items()}
     return MethodMap(drawn, grid, weights, layers, entry, subject.passes)
 
 

@@ -29,6 +29,12 @@ Tick = Callable[[int], Any]
 """Told how many inputs or activations were put through the network or its head."""
 
 
+def check_batch_size(batch_size: Any) -> None:
+    """Refuse what is no whole number from 1."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size = {batch_size!r}; give a whole number from 1")
+
+
 @dataclass
 class Found:
     """What a method hands back; `weights`, `maps` or both.
@@ -60,6 +66,10 @@ class Passes:
     head_backwards: int = 0
     full_backwards: int = 0
 
+    def __add__(self, other: "Passes") -> "Passes":
+        """Both together."""
+        return Passes(**{name: n + getattr(other, name) for name, n in vars(self).items()})
+
 
 class Subject:
     """A batch of inputs of a network, explained with respect to a target.
@@ -69,7 +79,8 @@ class Subject:
         images: preprocessed inputs, `[B C H W]` (with layout "bkl" `[B C L]` or `[B L]`).
         target: what is explained.
         norm: the gradient "through" the L2 norm or "around" it.
-        batch_size: inputs a forward pass; changes nothing beyond float rounding.
+        batch_size: of what a method makes (masks, noisy inputs, steps), inputs a forward pass; the
+            images themselves go together. Changes nothing beyond float rounding.
         seed: of everything random; each image of a batch draws the same numbers.
         fill: what replaces masked pixels and is the baseline, see `masks.fill_like`.
         tick: told of progress.
@@ -92,8 +103,7 @@ class Subject:
     ) -> None:
         if norm not in NORMS:
             raise InputError(f"norm {norm!r} is unknown; use one of {', '.join(NORMS)}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size = {batch_size!r}; give a whole number from 1")
+        check_batch_size(batch_size)
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
             raise InputError(f"seed = {seed!r}; give a whole number from 0 to 2**63 - 1")
         self.network, self.images, self.target = network, images, target
@@ -179,10 +189,12 @@ class Subject:
             `[n S D]`, S = 1 but for triplets, and which of them count, booleans `[n S]`.
         """
         target = self.target if row is None else self.target.at(row)
-        if self.norm == "around" and self.network.normalize and self.network.already_normalized:
+        held = self.norm == "around" or target.holds_norm
+        if held and self.network.already_normalized:
+            what = type(target).__name__ if target.holds_norm else "norm 'around'"
             raise RecipeError(
-                "norm 'around' needs the embedding before its L2 norm, and this module normalises "
-                "its output itself; use norm 'through'"
+                f"{what} needs the embedding before its L2 norm, and this module normalises its "
+                "output itself; use norm 'through', or a module that returns the vector before it"
             )
         each, used = target.cotangents(features.embedding)
         if target.holds_norm:

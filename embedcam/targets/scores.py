@@ -45,8 +45,8 @@ class Target(ABC):
             The cotangents, and which of them count, booleans `[B S]` (None: all).
         """
 
-    def at(self, row: int) -> Self:
-        """The target of one image of the batch."""
+    def at(self, row: int | slice) -> Self:
+        """The target of one image of the batch, or of a run of them."""
         own = object.__new__(type(self))
         own.__dict__.update(self.__dict__)
         for name, axes in self.single.items():
@@ -55,8 +55,12 @@ class Target(ABC):
                 setattr(own, name, value[row])
         return own
 
-    def check(self, batch: int, width: int) -> None:
+    def check(self, batch: int, width: int | None) -> None:
         """Refuse references that do not fit a batch of embeddings `[batch width]`.
+
+        Args:
+            batch: B.
+            width: D, or None where it is not known yet.
 
         Raises:
             InputError: with both shapes.
@@ -66,12 +70,13 @@ class Target(ABC):
             if value is None or name == "used":
                 continue
             fits = value.ndim == axes or (value.ndim == axes + 1 and len(value) == batch)
-            if not fits or value.shape[-1] != width:
-                expected = " ".join(["S"] * (axes - 1) + [str(width)])
+            if not fits or width not in (None, value.shape[-1]):
+                expected = " ".join(["S"] * (axes - 1) + [str(width or "D")])
+                embeds = "" if width is None else f"this network embeds in {width} numbers, so "
                 raise InputError(
-                    f"{type(self).__name__}: {name} has shape {list(value.shape)}; this network "
-                    f"embeds in {width} numbers, so give [{expected}] for every image, or "
-                    f"[{batch} {expected}], one for each of the {batch} images"
+                    f"{type(self).__name__}: {name} has shape {list(value.shape)}; {embeds}give "
+                    f"[{expected}] for every image, or [{batch} {expected}], one for each of the "
+                    f"{batch} images"
                 )
 
 
@@ -287,9 +292,9 @@ class Coordinate(_Direct):
             raise InputError(f"a coordinate is a whole number; given {index!r}")
         self.index = int(index)
 
-    def check(self, batch: int, width: int) -> None:
+    def check(self, batch: int, width: int | None) -> None:
         """Refuse a coordinate beyond the embedding."""
-        if not -width <= self.index < width:
+        if width is not None and not -width <= self.index < width:
             raise InputError(
                 f"coordinate {self.index} of an embedding of {width} numbers; give 0 to {width - 1}"
             )

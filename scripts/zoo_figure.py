@@ -53,7 +53,7 @@ def main() -> None:
     shown = [("the query", scene, ""), ("the result", result, "")]
     print(f"{'method':24} {'ms':>9} {'forwards':>9} {'head':>6} {'back':>5} {'share':>6}")
     branches = attention(options.attention, network) if options.attention else {}
-    for method in METHODS.values():
+    for method in (METHODS[name] for name in options.methods or METHODS):
         if method.trained and method.name not in branches:
             continue
         # A branch is trained with a network of its own, and ignores the target.
@@ -213,6 +213,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("folder", type=Path, help="of the demonstration, or of photographs")
     parser.add_argument("--weights", help="ImageNet weights of MobileNetV2, for photographs")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="only these")
     parser.add_argument("--attention", type=Path, help="of scripts/train_attention.py's networks")
     parser.add_argument("--number", type=int, default=0, help="which scene, from 0")
     parser.add_argument("--output", type=Path, default=Path("zoo.png"), help="picture to write")

@@ -17,7 +17,7 @@ from embedcam.index import Index
 from embedcam.preprocess import Preprocess
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-PARTS = ("timing", "cases", "exactness", "building", "explaining", "indexes")
+PARTS = ("timing", "cases", "exactness", "building", "explaining", "indexes", "zoo")
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +229,22 @@ def test_the_script_refuses_an_unknown_section(
     assert "unknown section 'explian'" in capsys.readouterr().err
     chosen = benchmark.script.arguments(["peers", "--quick"])
     assert (chosen.sections, chosen.rounds) == (["peers"], 2)
+
+
+def test_methods_are_timed_beside_the_same_methods_of_others(
+    benchmark: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pytorch_grad_cam")
+    pytest.importorskip("torchcam")
+    monkeypatch.setattr(benchmark.zoo, "frozen_network", lambda name: toy_network())
+    monkeypatch.setattr(benchmark.zoo, "query_input", lambda: torch.rand(3, 24, 24))
+    rows = rows_of(benchmark.zoo.peers_report("toy", "toy", 1))[1:]
+    pairs = {(row[0], row[3]) for row in rows}
+    assert {("Grad-CAM", "pytorch-grad-cam"), ("Score-CAM", "torch-cam")} <= pairs
+    assert all(float(row[5].split()[0]) > 0 for row in rows)
+
+
+def test_eigen_cam_is_timed_beside_a_full_decomposition(benchmark: SimpleNamespace) -> None:
+    rows = rows_of(benchmark.zoo.decomposition_report(1))[1:]
+    assert [row[0] for row in rows][:2] == ["2048 x 7 x 7", "1280 x 7 x 7"]
+    assert all(float(row[3].split()[0]) > 0 for row in rows)

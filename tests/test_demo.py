@@ -362,3 +362,20 @@ def test_own_weights_are_those_a_build_stores(demo: Path) -> None:
     full = own.of(Recipe(norm="through", triplets=TINY.n_triplets), np.arange(len(order)))
     top = TopM(24, 6, "signed", "float16")
     np.testing.assert_allclose(paper, top.decode(top.encode(full)), rtol=1e-6)
+
+
+def test_the_figure_of_all_methods_is_drawn_from_a_demo(demo: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "zoo_figure.py"
+    picture = tmp_path / "zoo.png"
+    done = subprocess.run(
+        [sys.executable, str(script), str(demo), "--output", str(picture), "--methods", "gradcam",
+         "eigencam", "polycam"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:4]] == [
+        "Grad-CAM",
+        "Eigen-CAM",
+        "Poly-CAM",
+    ]
+    with Image.open(picture) as drawn:
+        assert drawn.width > 500

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,24 +128,11 @@ def build_index(
                     log.info("%s is complete already", path)
                     return BuildReport(path, 0, skipped)
         scratch = Scratch(path / _SCRATCH, job)
-        # A method of several layers makes the own maps along with its weights.
-        keep = (
-            own_maps
-            and not layers
-            and _fits(spilled_numbers(network, exact) * len(source), scratch_gb, scratch)
-        )
+        keep = own_maps and _may_keep(network, source, exact, layers, scratch_gb, scratch)
         work = Work(
-            network,
-            source,
-            recipe,
-            scratch,
-            batch_size,
-            workers,
-            on_unreadable,
-            keep,
-            exact,
+            network, source, recipe, scratch, batch_size, workers, on_unreadable, keep, exact,
             layers,
-        )
+        )  # fmt: skip
         stages = Stages(progress)
         gathered, labels, mean = _weights(work, stages, triplets)
         root = None if source.root is None else source.root.resolve()
@@ -225,23 +213,11 @@ def add_images(
         layer = manifest["layers"][0]
         with_maps = layer["coarse_grid"] is not None
         scratch = Scratch(path / _SCRATCH, f"{job} {manifest['manifest_sha256']}")
-        keep = (
-            with_maps
-            and not layers
-            and _fits(spilled_numbers(network, exact) * len(source), scratch_gb, scratch)
-        )
+        keep = with_maps and _may_keep(network, source, exact, layers, scratch_gb, scratch)
         work = Work(
-            network,
-            source,
-            recipe,
-            scratch,
-            batch_size,
-            workers,
-            on_unreadable,
-            keep,
-            exact,
+            network, source, recipe, scratch, batch_size, workers, on_unreadable, keep, exact,
             layers,
-        )
+        )  # fmt: skip
         stages = Stages(progress)
         gathered, labels, mean = _weights(work, stages, None, index)
         if list(grid_of(work)) != layer["grid"]:
@@ -326,9 +302,18 @@ def _tidied(index: Index) -> str | None:
     return job
 
 
-def _fits(numbers: int, scratch_gb: float, scratch: Scratch) -> bool:
-    """Whether so many half-precision numbers may be kept on disk between the passes."""
-    needed = 2 * numbers
+def _may_keep(
+    network: EmbeddingNetwork,
+    source: ImageSource,
+    exact: bool,
+    layers: Sequence[object],
+    scratch_gb: float,
+    scratch: Scratch,
+) -> bool:
+    """Whether activations are kept on disk, in half precision, between the passes."""
+    if layers:
+        return False  # a method of several layers makes the own maps along with its weights
+    needed = 2 * spilled_numbers(network, exact) * len(source)
     fits = needed <= min(scratch_gb * 1e9, 0.8 * scratch.free_bytes())
     if not fits and scratch_gb:
         log.warning(

@@ -209,7 +209,10 @@ def test_a_target_that_cannot_be_is_refused(target: Any, message: str) -> None:
         ({"norm": "beside"}, "norm 'beside' is unknown; use one of through, around"),
         ({"batch_size": 0}, "batch_size = 0; give a whole number from 1"),
         ({"seed": -1}, "seed = -1; give a whole number from 0"),
-        ({"fill": "pink"}, "fill = 'pink' is unknown; use mean, black, blur, a number or a tensor"),
+        (
+            {"fill": "pink"},
+            "fill = 'pink' is unknown; use mean, black, blur, a number, a tensor or an array",
+        ),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:

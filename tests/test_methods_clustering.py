@@ -16,7 +16,7 @@ from embedcam.cam import sharpen
 from embedcam.errors import InputError, NetworkError
 from embedcam.methods import Found, Subject
 from embedcam.methods.clusters import clustered, contiguous
-from embedcam.methods.grouping import _cut
+from embedcam.methods.grouping import _cut, blended
 from embedcam.targets import Direction, Similarity
 
 NAMES = sorted(zoo.ORACLES)
@@ -295,6 +295,64 @@ def test_a_picture_of_one_colour_is_finite(name: str, colour: float) -> None:
         assert all(np.isfinite(one).all() for one in parts_of(of(name, plain)))
 
 
+SCORED: list[tuple[str, dict[str, Any]]] = [
+    ("cosinecam", {}),
+    ("groupcam", {}),
+    *(("clustercam", {"weighing": "scored", "view": v}) for v in ("base", "scissors")),
+    ("clustercam", {"weighing": "scored"}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), SCORED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_where_nothing_can_be_gained_rounding_is_not_drawn(
+    name: str, options: dict[str, Any], dtype: torch.dtype, batch_size: int
+) -> None:
+    for kind in CASES:
+        case = zoo_cases.make(**kind)
+        case.module.to(dtype)
+        network = EmbeddingNetwork(case.module, "features", normalize=case.network.normalize)
+        for colour in (0.1, 0.7, 2.0):
+            plain = torch.full_like(case.image, colour)[None].to(dtype)
+            found, _ = made(name, network, plain, case.target, options, batch_size=batch_size)
+            assert not any(one.any() for one in parts_of(found)), (kind, colour)
+
+
+@pytest.mark.parametrize(("name", "options"), SCORED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gain_within_the_rounding_of_the_scores_is_none(
+    name: str, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """An embedding that hardly moves: some units in the last place."""
+
+    class Still(nn.Module):
+        def __init__(self, inside: nn.Module) -> None:
+            super().__init__()
+            self.features, self.head = inside.features, inside.head
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            z = self.head(self.features(x))
+            return 1 + z.new_tensor([1.0, 3.0, 7.0]) + 32 * torch.finfo(z.dtype).eps * z
+
+    case = zoo_cases.make(**RICH)
+    network = EmbeddingNetwork(Still(case.module).to(dtype).eval(), "features")
+    for batch_size in (1, 2, 100):
+        found, _ = made(
+            name, network, case.image[None].to(dtype), case.target, options, batch_size=batch_size
+        )
+        assert not any(one.any() for one in parts_of(found))
+
+
+def test_what_is_filled_with_itself_stays_itself() -> None:
+    picture = torch.rand(3, 12, 18, generator=torch.Generator().manual_seed(0))
+    maps = torch.rand(5, 4, 6, generator=torch.Generator().manual_seed(1))
+    case = zoo_cases.make()
+    subject = Subject(case.network, picture[None], case.target, batch_size=2)
+    for piece in blended(subject, picture, maps, picture):
+        assert torch.equal(piece, picture.expand_as(piece))
+
+
 @pytest.mark.parametrize("clustering", ["kmeans", "spectral", "agglomerative"])
 def test_fewer_maps_that_differ_than_clusters_neither_warn_nor_fail(clustering: str) -> None:
     draw = torch.Generator().manual_seed(0)
@@ -475,5 +533,7 @@ class Signals(nn.Module):
 def test_inputs_that_are_no_pictures_are_refused(name: str) -> None:
     network = EmbeddingNetwork(Signals().eval(), "first", layout="bkl")
     title = METHODS[name].title
-    with pytest.raises(NetworkError, match=f"{title} masks pictures .* use 'gradcam' or 'ablation"):
+    with pytest.raises(
+        NetworkError, match=f"{title} masks regions of a picture .* use 'ablationcam'"
+    ):
         made(name, network, torch.rand(1, 2, 9), Similarity(np.ones(3)), {})

@@ -207,7 +207,7 @@ def test_the_batch_size_changes_nothing(name: str, batch_size: int) -> None:
         ("layercam", {"layers": LAYERS}, 1, 1, 0),
         ("zoomcam", {"layers": LAYERS}, 1, 1, 0),
         ("smoothgradcam++", {"samples": 9}, 10, 9, 0),
-        ("integratedgradcam", {"steps": 9}, 10, 10, 0),
+        ("integratedgradcam", {"steps": 9}, 10, 9, 0),
         ("guidedbackprop", {}, 1, 0, 1),
         ("guidedgradcam", {}, 2, 1, 1),
     ],
@@ -276,6 +276,24 @@ def test_integrated_takes_steps_and_a_baseline() -> None:
     # One step from a baseline of no activations is Grad-CAM, weights and map.
     one, _ = found_for("integratedgradcam", case, steps=1)
     np.testing.assert_allclose(one.weights, found_for("gradcam", case)[0].weights)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_a_baseline_that_is_embedded_as_zeros_is_a_start_like_any_other(steps: int) -> None:
+    case = zoo_cases.make("pooled", "triplets")
+    with torch.no_grad():
+        for part in (case.module.features[0], case.module.features[3], case.module.head.linear):
+            part.bias.zero_()
+    with pytest.raises(NetworkError, match="are zero and cannot be normalised"):
+        case.network.forward(torch.zeros_like(case.image)[None])
+    expected = zoo_gradients.integrated_gradcam(case, steps=steps)
+    for batch_size in (1, 3, 100):
+        found, subject = found_for("integratedgradcam", case, steps=steps, batch_size=batch_size)
+        assert distance(expected, found) < 1e-9
+        assert (subject.passes.forwards, subject.passes.head_backwards) == (steps + 1, steps)
+    assert said_something(expected)
+    by_numpy, _ = found_for("integratedgradcam", case, steps=np.int64(steps))
+    assert distance(expected, by_numpy) < 1e-9
 
 
 @pytest.mark.parametrize("shallow", [None, [], ["features.1", "features.2"]])

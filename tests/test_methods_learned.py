@@ -300,7 +300,9 @@ def test_other_methods_work_at_the_same_layer(name: str, target: str) -> None:
     with Subject(case.network, case.image[None], case.target) as subject, torch.no_grad():
         cuts = torch.from_numpy(np.stack([activations] * 6))
         cuts[range(6), range(6)] = 0
-        scores = subject.head_scores(0, [cuts])
+        scores = case.target.score(
+            subject.normalized(case.network.head_outputs(case.image[None], cuts))
+        )
         assert off(subject.scores(0, [case.image[None]]) - scores, drops) < TOLERANCE
 
 

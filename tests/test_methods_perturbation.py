@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
+from toys import VIT_LAYER, seeded, small_vit
 from zoo_cases import CHANNELS, SIZE, WIDTH, Case, Expected, make
 
 from embedcam import EmbeddingNetwork
@@ -375,7 +376,8 @@ def test_a_dead_channel_is_not_ablated(head: str) -> None:
     assert weights[0, 0] == 0
     assert bool((weights[0, 1:] != 0).all())
     assert subject.passes.heads == (0 if head == "pooled" else CHANNELS - 1)
-    assert subject.passes.forwards == 1
+    # The trunk runs once more beside the one piece of activations.
+    assert subject.passes.forwards == (1 if head == "pooled" else 2)
     assert error(Found(weights), zoo.ablationcam(case)) < 1e-9
 
 
@@ -408,6 +410,181 @@ def test_an_embedding_that_vanishes_with_its_channel_scores_nothing() -> None:
     found = find_by(network, image, Similarity([1.0]), "ablationcam").weights
     assert found is not None
     assert found.abs().tolist() == [[1.0]]
+
+
+class Unsteady(nn.Module):
+    """z = p / |p|: NaN where nothing is left; `limit`: infinity where p is short."""
+
+    def __init__(self, limit: float = 0.0) -> None:
+        super().__init__()
+        self.features, self.limit = nn.Conv2d(3, 3, 1), limit
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = self.features(x).abs().mean((-2, -1))
+        z = pooled / pooled.norm(dim=1, keepdim=True)
+        return z / (pooled.amin(1, keepdim=True) > self.limit) if self.limit else z
+
+
+def unsteady(limit: float = 0.0, alive: int = 3) -> tuple[EmbeddingNetwork, Tensor]:
+    module = Unsteady(limit).double().eval()
+    with torch.no_grad():
+        module.features.weight.fill_(1.0)
+        module.features.bias.zero_()
+        module.features.weight[alive:] = 0
+    image = torch.rand(1, 3, 5, 6, generator=torch.Generator().manual_seed(0)).double()
+    return EmbeddingNetwork(module, "features"), image
+
+
+def test_a_head_that_makes_nan_of_nothing_says_nothing_there() -> None:
+    network, image = unsteady(alive=1)
+    # The target at nothing is not 0: -|0 - r|^2 = -1, and y = -2 + 2 r_0.
+    reference = np.array([0.6, 0.8, 0.0])
+    found = find_by(network, image, NegativeDistance(reference), "ablationcam").weights
+    assert found is not None
+    np.testing.assert_allclose(found, [[-2 + 2 * 0.6 + 1, 0, 0]], atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [torch.inf, torch.nan])
+def test_an_ablated_embedding_that_is_not_finite_is_refused(kind: float) -> None:
+    network, image = unsteady(limit=1e-3)
+    with torch.no_grad():
+        network.forward(image)  # whole, it can be embedded
+    if kind is torch.nan:
+        network.module.register_forward_hook(lambda *a: a[2] * torch.where(a[2] > 1e9, kind, 1.0))
+    said = r"embeddings without channels 0, 1, 2 of the image at position 0 hold NaN or infinity; c"
+    with pytest.raises(NetworkError, match=said):
+        find_by(network, image, Similarity([1.0, 0.0, 0.0]), "ablationcam")
+
+
+def counted_parts(head: nn.Module, trunk: nn.Module, wrap: Callable[[Tensor], Any]) -> Any:
+    """A network of two functions, and how many inputs each was given."""
+    seen: dict[str, list[int]] = {"trunk": [], "head": []}
+
+    def first(x: Tensor) -> Any:
+        seen["trunk"].append(len(x))
+        return wrap(trunk(x))
+
+    def second(made: Any) -> Tensor:
+        maps = made if isinstance(made, Tensor) else made[0]
+        seen["head"].append(len(maps))
+        return head(maps)
+
+    module = nn.ModuleList([trunk, head]).eval()
+    return EmbeddingNetwork.from_parts(first, second, module=module), seen
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_head_given_as_a_function_needs_no_trunk(
+    plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make("curved", "triplets", signed=True)
+    wrap: Callable[[Tensor], Any] = (lambda t: t) if plain else (lambda t: (t, "more"))
+    network, seen = counted_parts(case.module.head, case.module.features, wrap)
+    assert not network.head_kind.affine
+    with Subject(network, case.image[None], case.target) as subject, torch.no_grad():
+        assert subject.activations.shape == (1, CHANNELS, 4, 6)
+        seen["trunk"].clear()
+        found = METHODS["ablationcam"].load()(subject)
+    assert error(found, zoo.ablationcam(case)) < 1e-9
+    # What comes beside the activations is had from the trunk.
+    assert seen["trunk"] == ([] if plain else [1])
+    assert subject.passes.forwards == (1 if plain else 2)
+    assert subject.passes.heads == CHANNELS
+
+
+def test_a_head_given_as_a_function_gets_its_class_token_from_the_trunk() -> None:
+    def trunk(x: Tensor) -> Tensor:
+        patches = torch.nn.functional.avg_pool2d(x, 4).flatten(2).mT
+        return torch.cat([patches.mean(1, keepdim=True) ** 2, patches], 1)
+
+    def head(tokens: Tensor) -> Tensor:
+        near = (tokens[:, 1:] * tokens[:, :1]).sum(-1, keepdim=True).softmax(1)
+        return tokens[:, 0] + (near * tokens[:, 1:]).sum(1)
+
+    network = EmbeddingNetwork.from_parts(
+        trunk, head, module=nn.Linear(1, 1).double().eval(), normalize=False
+    )
+    image = torch.rand(1, 3, 12, 16, generator=torch.Generator().manual_seed(0)).double()
+    found = find_by(network, image, Coordinate(1), "ablationcam").weights
+    assert found is not None
+    assert network.layout == "btk"
+    tokens = trunk(image)
+    for k in range(3):
+        without = tokens.clone()
+        without[:, 1:, k] = 0
+        drop = (head(tokens) - head(without))[0, 1]
+        torch.testing.assert_close(found[0, k], drop)
+
+
+@pytest.mark.parametrize(("pieces", "numbers"), [(1, 1 << 24), (3, 2 * CHANNELS * 24), (6, 1)])
+def test_ablated_activations_are_cut_by_their_size(
+    pieces: int, numbers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedcam.methods.ablation._AT_ONCE", numbers)
+    case = make("curved", "triplets", signed=True)
+    assert case.network.head_kind is not None
+    seen: list[int] = []
+    handle = case.module.features.register_forward_hook(lambda *a: seen.append(len(a[2])))
+    for batch_size in (1, 100):
+        seen.clear()
+        with (
+            Subject(case.network, case.image[None], case.target, batch_size=batch_size) as subject,
+            torch.no_grad(),
+        ):
+            found = METHODS["ablationcam"].load()(subject)
+        # Every run of the trunk is counted, and the size of a batch adds none.
+        assert seen == [1] * (1 + pieces)
+        assert subject.passes.forwards == 1 + pieces
+        assert error(found, zoo.ablationcam(case)) < 1e-9
+    handle.remove()
+
+
+def test_where_pictures_are_repeated_they_are_at_most_a_batch() -> None:
+    class Mixed(nn.Module):
+        """The head looks at the picture, so that trunk and head must see as many."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.head = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(5, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            grey = x.mean(1).view(len(x), 1, *SIZE)
+            maps = torch.stack([a * g for a, g in zip(self.features(x), grey, strict=True)])
+            return self.head(maps.pow(3).mean((-2, -1)))
+
+    module = Mixed().double().eval()
+    network, seen = EmbeddingNetwork(module, "features"), []
+    image = torch.rand(1, 3, *SIZE, dtype=torch.float64)
+    with torch.no_grad():
+        maps, whole = module.features(image), network.forward(image).embedding[0, 0]
+    network.head_kind  # noqa: B018
+    module.features.register_forward_hook(lambda *a: seen.append(len(a[2])))
+    with Subject(network, image, Coordinate(0), batch_size=2) as subject, torch.no_grad():
+        weights = METHODS["ablationcam"].load()(subject).weights
+    assert seen == [1, 1, 2, 2, 1]
+    assert subject.passes.forwards == sum(seen)
+    for k in range(5):
+        without = maps.clone()
+        without[:, k] = 0
+        z = module.head((without * image.mean(1, keepdim=True)).pow(3).mean((-2, -1)))[0]
+        torch.testing.assert_close(weights[0, k], whole - (z / z.norm())[0])
+
+
+@pytest.mark.parametrize("layer", ["encoder.layers.encoder_layer_2", "encoder.ln"])
+def test_ablation_refuses_patch_tokens_that_reach_nothing(layer: str) -> None:
+    network = EmbeddingNetwork(seeded(small_vit), layer)
+    pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        with pytest.raises(
+            NetworkError, match=rf"patch tokens of layer '{layer}' never.*{VIT_LAYER}"
+        ):
+            find_by(network, pictures, Coordinate(0), "ablationcam")
+    fine = EmbeddingNetwork(seeded(small_vit), VIT_LAYER, input_size=(64, 64))
+    for spent in (5, 4):  # the check runs one input, once a network
+        with Subject(fine, pictures, Coordinate(0)) as subject, torch.no_grad():
+            weights = METHODS["ablationcam"].load()(subject).weights
+        assert bool((weights != 0).all())
+        assert subject.passes.forwards == spent
 
 
 def test_a_network_that_the_probe_does_not_fit_is_ablated_through_its_head() -> None:
@@ -583,9 +760,14 @@ def test_slic_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "skimage.segmentation", None)
     with pytest.raises(InputError, match=r"pip install embedcam\[lime\], or .*'grid'"):
         superpixels.superpixels_of(torch.zeros(3, 4, 6), "slic", 6)
-    monkeypatch.setattr(superpixels, "find_spec", lambda name: None)
-    found = superpixels.superpixels_of(torch.zeros(3, 4, 6), "auto", 6)
-    assert torch.equal(found, superpixels.superpixels_of(torch.zeros(3, 4, 6), "grid", 6))
+    case = make()
+    with pytest.raises(InputError, match=r"superpixels = 'slic' needs scikit-image, which is not"):
+        find(case, "lime", superpixels="slic")
+    # The default asks for nothing, and says the same with and without the library.
+    missing = find(case, "lime", samples=20).maps
+    monkeypatch.undo()
+    assert torch.equal(missing, find(case, "lime", samples=20).maps)  # type: ignore[arg-type]
+    assert torch.equal(missing, find(case, "lime", samples=20, superpixels="grid").maps)  # type: ignore[arg-type]
 
 
 def test_superpixels_given_by_hand_are_used() -> None:
@@ -600,6 +782,80 @@ def test_fills() -> None:
     assert fill_like(image, torch.tensor([1.0, 2.0, 3.0])[:, None, None])[2, 0, 0] == 3
     with pytest.raises(InputError, match=r"fill has shape \[2, 9\], .* \[3, 5, 6\]; give a number"):
         fill_like(image, torch.zeros(2, 9))
+    colour = np.array([1.0, 2.0, 3.0])[:, None, None]
+    assert torch.equal(fill_like(image, colour), fill_like(image, torch.from_numpy(colour)))
+    for number in (np.float64(0.5), np.float32(0.5), np.array(0.5), torch.tensor(0.5), 0.5):
+        assert torch.equal(fill_like(image, number), torch.full_like(image, 0.5))
+    assert torch.equal(fill_like(image, np.int64(2)), torch.full_like(image, 2))
+    colour.setflags(write=False)
+    colour = fill_like(image, colour)
+    assert colour.dtype == image.dtype
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        float("nan"),
+        float("inf"),
+        np.float32("nan"),
+        1e39,
+        np.array([[[1.0]], [[np.inf]], [[0.0]]]),
+        torch.full((3, 5, 6), torch.nan),
+    ],
+)
+def test_fills_that_are_not_finite_are_refused(fill: Any) -> None:
+    with pytest.raises(InputError, match=r"fill holds NaN or infinity in torch\.float32, .*; g"):
+        fill_like(torch.rand(3, 5, 6), fill)
+
+
+@pytest.mark.parametrize(
+    ("fill", "said"),
+    [
+        (True, "fill = True is unknown; use mean, black, blur, a number, a tensor or an array"),
+        (None, "fill = None is unknown"),
+        ([0.0], r"fill = \[0.0\] is unknown"),
+        (np.array(["a"]), "fill is an array of <U1, which torch does not read; give float32"),
+        (1j * np.ones(3), "fill is of torch.complex128; give real numbers"),
+    ],
+)
+def test_fills_that_are_no_numbers_are_refused(fill: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        fill_like(torch.rand(3, 5, 6), fill)
+
+
+@pytest.mark.parametrize("shape", [(9,), (2, 9)])
+def test_fills_of_what_is_no_picture(shape: tuple[int, ...]) -> None:
+    image = torch.rand(shape)
+    for fill in ("blur", "black"):
+        with pytest.raises(InputError, match=rf"'{fill}' is for pictures .*; use 'mean' or a numb"):
+            fill_like(image, fill, preprocess=None)
+    assert not fill_like(image, "mean").any()
+    assert fill_like(image, 2.0).shape == shape
+    with pytest.raises(InputError, match="does not broadcast") as caught:
+        fill_like(image, torch.zeros(4, 4, 4, 4))
+    advised = str(caught.value).rpartition("such as ")[2]
+    assert fill_like(image, torch.ones(eval(advised))).shape == shape
+
+
+def test_what_the_refusal_of_black_advises_works() -> None:
+    image = torch.rand(3, 5, 6)
+    with pytest.raises(InputError, match="use 'mean', 'blur' or a number"):
+        fill_like(image, "black")
+    for fill in ("mean", "blur", 0.3):
+        assert fill_like(image, fill).shape == image.shape
+
+
+@pytest.mark.parametrize("name", ["rise", "lime", "sbsm"])
+def test_options_may_be_numpys_numbers(name: str) -> None:
+    case = make()
+    options = {
+        "rise": {"masks": 20, "cells": 3},
+        "lime": {"samples": 20, "segments": 9},
+        "sbsm": {"window": 4, "stride": 3},
+    }[name]
+    with_numpy = {key: np.int64(value) for key, value in options.items()}
+    plain, other = (find(case, name, **given).maps for given in (options, with_numpy))
+    assert torch.equal(plain, other)  # type: ignore[arg-type]
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -618,7 +874,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "segments": ("lime", {"segments": 0}, "segments = 0; give a whole number from 1"),
     "kernel": ("lime", {"kernel": 0.0}, "kernel = 0.0; give a number greater than 0"),
     "ridge": ("lime", {"ridge": "1"}, "ridge = '1'; give a number greater than 0"),
-    "superpixels": ("lime", {"superpixels": "quickshift"}, "use 'auto', 'slic', 'grid' or labels"),
+    "superpixels": ("lime", {"superpixels": "quickshift"}, "use 'grid', 'slic' or labels"),
     "labels": (
         "lime",
         {"superpixels": np.zeros((3, 4), int)},

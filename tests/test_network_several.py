@@ -202,6 +202,24 @@ def test_networks_that_cannot_be_tapped_or_differentiated() -> None:
         several_pass(EmbeddingNetwork(module, "relu"), images(), ["relu"])
 
 
+def test_patch_tokens_that_reach_nothing_are_refused() -> None:
+    from toys import VIT_LAYER, small_vit
+
+    module = seeded(small_vit)
+    last, x = "encoder.layers.encoder_layer_2", images(1, 64, 64)
+    built = EmbeddingNetwork(module, VIT_LAYER)
+    said = rf"patch tokens of layer '{last}' never reach.*before its attention, '{VIT_LAYER}'"
+    for kind in (None, torch.float16):
+        built = EmbeddingNetwork(module, VIT_LAYER, autocast=kind)
+        for layers in ([last], ["conv_proj", last], [last, VIT_LAYER]):
+            with several_pass(built, x, layers) as made, pytest.raises(NetworkError, match=said):
+                made.vjp(torch.randn(1, 10))
+        # Where the cotangent says nothing, zeros are the answer.
+        with several_pass(built, x, ["conv_proj", VIT_LAYER]) as made:
+            assert not any(gradient.any() for gradient in made.vjp(torch.zeros(1, 10)))
+            assert all(bool(gradient.any()) for gradient in made.vjp(torch.randn(1, 10)))
+
+
 def test_tokens_are_read_as_grids() -> None:
     from toys import VIT_LAYER, small_vit
 

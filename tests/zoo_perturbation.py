@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -187,14 +186,14 @@ def weighted_ridge(X: Array, y: Array, weights: Array, penalty: float) -> Array:
 def lime(
     case: Case,
     samples: int = 1000,
-    superpixels: str = "auto",
+    superpixels: str = "grid",
     segments: int = 50,
     kernel: float = 0.25,
     ridge: float = 1.0,
     fill: float = 0.0,
 ) -> Expected:
     """A ridge regression of scores on the presence of superpixels, negative values cut."""
-    if superpixels == "slic" or (superpixels == "auto" and find_spec("skimage") is not None):
+    if superpixels == "slic":
         labels = slic_labels(case.image, segments)
     else:
         labels = grid_labels(tuple(case.image.shape[1:]), segments)

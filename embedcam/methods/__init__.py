@@ -4,6 +4,7 @@ direct.py         `cam_for`: a method on a picture
 subject.py        what a method works on; runs networks, counts passes
 custom.py         any function as a target
 masks.py          masks and what fills them
+options.py        checks of options that several methods have
 gradients.py      CAM, Grad-CAM, Grad-CAM++, XGrad-CAM
 sampled.py        Smooth Grad-CAM++, Integrated Grad-CAM
 elementwise.py    HiResCAM, Layer-CAM, Zoom-CAM

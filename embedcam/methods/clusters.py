@@ -6,44 +6,16 @@ equal (to 1e-6 of the largest value) are one point with a count, so there are ne
 than points, and equal maps are never parted.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from .masks import flat
 
 RESTARTS = 10
 """Starts of k-means; the best is kept."""
 EQUAL = 6
 """Decimals, of maps scaled to a largest value of 1, to which equal maps agree."""
-
-
-def whole_number(name: str, value: Any) -> int:
-    """A whole number from 1.
-
-    Raises:
-        InputError: it is something else.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise InputError(f"{name} = {value!r}; give a whole number from 1")
-    return int(value)
-
-
-def one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Refuse what is not among the known.
-
-    Raises:
-        InputError: with those there are.
-    """
-    if not isinstance(value, str) or value not in known:
-        raise InputError(f"{name} = {value!r} is unknown; use one of {', '.join(known)}")
-
-
-def flat(maps: Tensor) -> Tensor:
-    """Which of the maps `[n h w]` have one value everywhere, booleans `[n]`."""
-    return maps.amax((-2, -1)) == maps.amin((-2, -1))
 
 
 def contiguous(maps: Tensor, groups: int) -> Tensor:

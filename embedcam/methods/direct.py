@@ -18,7 +18,8 @@ from ..network import EmbeddingNetwork
 from ..registry import Method, WeightMethod, find_method
 from ..targets import Target
 from .custom import as_target
-from .subject import Found, Passes, Subject, check_batch_size
+from .options import whole_number
+from .subject import Found, Passes, Subject
 
 
 class MethodWarning(UserWarning):
@@ -100,7 +101,7 @@ def cam_for(
             f"norm 'around' changes the gradient, and {entry.title} never asks for one; leave it "
             "out"
         )
-    check_batch_size(batch_size)
+    batch_size = whole_number("batch_size", batch_size)
     batch, single = _inputs(network, images)
     wanted.check(len(batch), None)
     made = []

@@ -11,14 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, NetworkError
+from ..errors import InputError
+from ..network import Features
 from ..weights import gradcam as gradcam_weights
-from .clusters import clustered, contiguous, flat, one_of, whole_number
-from .masks import blurred, fill_like, unit_masks
+from .clusters import clustered, contiguous
+from .masks import blurred, fill_like, flat, masked, pictures_only, unit_masks
+from .options import one_of, whole_number
 from .subject import Found, Subject
 
 PERCENTILE = 70.0
 """Group-CAM's cut: the paper's theta, and that of its first published code."""
+_INSTEAD = "ablationcam"
+# Of a sum of some dozens of numbers, in units of the last place.
+_ROUNDING = 64
 
 
 def groupcam(
@@ -40,6 +45,7 @@ def groupcam(
     the later published code has no cut: percentile=None.
 
     Where H_g is flat (all of it cut or negative, too) w_g is 0; where every group is, the map is 0.
+    So is a gain within the rounding of the scores, and the map of a picture of one colour.
     Passes: one backward through the head; 2 forwards and one for each group that is not flat.
 
     Args:
@@ -59,7 +65,7 @@ def groupcam(
     groups = whole_number("groups", groups)
     one_of("clustering", clustering, ("contiguous", "kmeans", "agglomerative"))
     _check_percentile(percentile)
-    pictures_only(subject, "Group-CAM")
+    pictures_only(subject, "Group-CAM", _INSTEAD)
     alphas, activations = gradcam_weights(subject.gradients), subject.activations
     weights, maps = [], []
     for row, (alpha, own) in enumerate(zip(alphas, activations, strict=True)):
@@ -99,7 +105,8 @@ def clustercam(
     exact. It takes a gradient, and view "scissors" is ReLU((1 - v) M_s).
 
     Flat channels are in no group; with one group base and scissors are the same, and the difference
-    is 0; with none all is 0. Of groups that score alike the one with the first channel is taken.
+    is 0; with none all is 0, and "scored" so it is where no group gains more than rounding, as in a
+    picture of one colour. Of groups that score alike the one with the first channel is taken.
     Passes: 1 forward and one for each group; "scored" one more, and a backward through the head.
 
     Args:
@@ -121,7 +128,7 @@ def clustercam(
     one_of("clustering", clustering, ("kmeans", "spectral"))
     one_of("view", view, ("base", "scissors", "difference"))
     one_of("weighing", weighing, ("equal", "scored"))
-    pictures_only(subject, "Cluster-CAM")
+    pictures_only(subject, "Cluster-CAM", _INSTEAD)
     scored = weighing == "scored"
     alphas = gradcam_weights(subject.gradients) if scored else None
     weights, maps = [], []
@@ -135,7 +142,8 @@ def clustercam(
         if scored:
             gains = _unit(_gains(subject, row, means))
             scales, offsets = torch.ones_like(scales), torch.zeros_like(scales)
-            signs = _base_and_scissors(gains, ~flat(means), view, scored)
+            # Where nothing was gained, no group is the best or the worst.
+            signs = _base_and_scissors(gains, gains.any() & ~flat(means), view, scored)
         else:
             picture = subject.images[row]
             fill = fill_like(picture, subject.fill, subject.network.preprocess)
@@ -161,7 +169,8 @@ def cosinecam(subject: Subject, *, n_clusters: int = 8) -> Found:
     mean, takes the number of groups by an elbow, weights by XGrad-CAM's alpha, and scores logits of
     a sigmoid; here the maps themselves are clustered, alpha is Grad-CAM's, and y the target's.
 
-    Flat maps are in no group; where no group scores otherwise than the blurred picture all is 0.
+    Flat maps are in no group; where no group scores otherwise than the blurred picture, beyond
+    rounding, all is 0, as it is for a picture of one colour.
     Passes: one backward through the head; 2 forwards and one for each group that is not flat.
 
     Args:
@@ -176,7 +185,7 @@ def cosinecam(subject: Subject, *, n_clusters: int = 8) -> Found:
         NetworkError: the network takes no pictures.
     """
     n_clusters = whole_number("n_clusters", n_clusters)
-    pictures_only(subject, "Cosine-CAM")
+    pictures_only(subject, "Cosine-CAM", _INSTEAD)
     alphas, activations = gradcam_weights(subject.gradients), subject.activations
     weights, maps = [], []
     for row, (alpha, own) in enumerate(zip(alphas, activations, strict=True)):
@@ -187,19 +196,6 @@ def cosinecam(subject: Subject, *, n_clusters: int = 8) -> Found:
         weights.append((scores @ member) * alpha)
         maps.append(_mixed(scores[None], means)[0].clamp(min=0))
     return Found(torch.stack(weights), torch.stack(maps))
-
-
-def pictures_only(subject: Subject, title: str) -> None:
-    """Refuse inputs that cannot be masked as pictures are.
-
-    Raises:
-        NetworkError: with what to use instead.
-    """
-    if subject.images.ndim != 4:
-        raise NetworkError(
-            f"{title} masks pictures [B C H W], and this network takes inputs "
-            f"{list(subject.images.shape)}; use 'gradcam' or 'ablationcam'"
-        )
 
 
 def blended(
@@ -218,8 +214,7 @@ def blended(
     """
     size = (picture.shape[-2], picture.shape[-1])
     for piece in subject.batches(len(maps)):
-        masks = unit_masks(maps[piece], size)[:, None]
-        yield picture * masks + background * (1 - masks)
+        yield masked(picture, background, unit_masks(maps[piece], size))
 
 
 def _check_percentile(percentile: Any) -> None:
@@ -263,13 +258,31 @@ def _seen_scores(subject: Subject, row: int, maps: Tensor, background: Tensor) -
 
 
 def _gains(subject: Subject, row: int, maps: Tensor) -> Tensor:
-    """y of a blurred picture made clear through each map, less y of it blurred; 0 for flat maps."""
+    """y of a blurred picture made clear through each map, less y of it blurred, `[n]`.
+
+    0 for flat maps, where the picture is of one colour and so its own blur, and where a difference
+    is the rounding of the scores: scaled to length 1, that would be a map at full strength.
+    """
     seen = ~flat(maps)
-    if not seen.any():
+    if not seen.any() or flat(subject.images[row]).all():
         return maps.new_zeros(len(maps))
     dim = blurred(subject.images[row : row + 1])
     scores = _seen_scores(subject, row, maps, dim[0])
-    return (scores - subject.scores(row, [dim]).to(scores)) * seen
+    base = subject.scores(row, [dim]).to(scores)
+    gains = scores - base
+    largest = torch.cat([scores[seen], base]).abs().max() + _terms(subject, row)
+    rounding = _ROUNDING * torch.finfo(gains.dtype).eps * largest
+    return gains * (seen & (gains.abs() > rounding))
+
+
+def _terms(subject: Subject, row: int) -> Tensor:
+    """How large the terms of y are, which may cancel: |dy/dz| |z|, the mean over triplets."""
+    part, whole = slice(row, row + 1), subject.features
+    own = Features(whole.embedding[part], whole.norm[part], whole.activations[part])
+    each, used = subject.cotangents(own, row)
+    counted = used.to(each.dtype)
+    sizes = torch.linalg.vector_norm(each, dim=2) * own.norm[:, None]
+    return (sizes * counted).sum() / counted.sum().clamp(min=1)
 
 
 def _unit(values: Tensor) -> Tensor:

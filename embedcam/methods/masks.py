@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,40 +15,47 @@ BLUR_SIZE, BLUR_SIGMA = 51, 50.0
 
 
 def fill_like(image: Tensor, fill: Any, preprocess: Any = None) -> Tensor:
-    """The picture with which masked pixels are filled, like one input `[C H W]`.
+    """What masked pixels are filled with, like one input: `[C H W]`, or a signal's or table's.
 
     "mean" is 0 in the normalised input, the mean colour: what masking the normalised input by a
     product fades to, as the authors of the masking methods do. "black" is a black pixel, -mean/std;
-    "blur" the image itself blurred (51 px, sigma 50); a number fills with that value; a tensor is
-    taken as it is, broadcast.
+    "blur" the image itself blurred (51 px, sigma 50); a number fills with that value; a tensor or
+    an array is taken as it is, broadcast.
 
     Args:
-        image: `[C H W]`.
-        fill: "mean", "black", "blur", a number or a tensor.
+        image: one input; `[C H W]` for "black" and "blur".
+        fill: "mean", "black", "blur", a number (Python's or NumPy's), a tensor or an array.
         preprocess: the network's, for "black".
 
     Raises:
-        InputError: an unknown fill, a tensor that does not fit, or "black" without a preprocessing
-            that knows mean and std.
+        InputError: an unknown fill, one that does not fit or is not finite, "blur" or "black" on
+            what is no picture, or "black" without a preprocessing that knows mean and std.
     """
-    if isinstance(fill, Tensor):
-        return _broadcast(fill, image)
-    if isinstance(fill, int | float) and not isinstance(fill, bool):
-        return torch.full_like(image, float(fill))
+    if isinstance(fill, Tensor | np.ndarray | np.generic | int | float) and not isinstance(
+        fill, bool | np.bool_
+    ):
+        return _given(fill, image)
+    if not isinstance(fill, str) or fill not in FILLS:
+        raise InputError(
+            f"fill = {fill!r} is unknown; use {', '.join(FILLS)}, a number, a tensor or an array"
+        )
     if fill == "mean":
         return torch.zeros_like(image)
+    if image.ndim != 3:
+        raise InputError(
+            f"fill {fill!r} is for pictures [C H W], and this network's inputs are "
+            f"{list(image.shape)}; use 'mean' or a number"
+        )
     if fill == "blur":
         return blurred(image[None])[0]
-    if fill == "black":
-        mean, std = (getattr(preprocess, name, None) for name in ("mean", "std"))
-        if mean is None or std is None:
-            raise InputError(
-                "fill 'black' is -mean/std of the preprocessing, and this network has none that "
-                "says them; use 'mean', 'blur' or a number"
-            )
-        colour = -image.new_tensor(mean) / image.new_tensor(std)
-        return _broadcast(colour[:, None, None], image)
-    raise InputError(f"fill = {fill!r} is unknown; use {', '.join(FILLS)}, a number or a tensor")
+    mean, std = (getattr(preprocess, name, None) for name in ("mean", "std"))
+    if mean is None or std is None:
+        raise InputError(
+            "fill 'black' is -mean/std of the preprocessing, and this network has none that says "
+            "them; use 'mean', 'blur' or a number"
+        )
+    colour = -image.new_tensor(mean) / image.new_tensor(std)
+    return _broadcast(colour[:, None, None], image)
 
 
 def blurred(images: Tensor, size: int = BLUR_SIZE, sigma: float = BLUR_SIGMA) -> Tensor:
@@ -122,11 +130,33 @@ def pictures_only(subject: Subject, title: str, instead: str) -> None:
         )
 
 
+def _given(fill: Any, image: Tensor) -> Tensor:
+    """A fill in numbers, checked."""
+    try:
+        numbers = fill if isinstance(fill, Tensor) else torch.as_tensor(np.asarray(fill).copy())
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"fill is an array of {np.asarray(fill).dtype}, which torch does not read; give "
+            "float32 or float64"
+        ) from error
+    if numbers.is_complex():
+        raise InputError(f"fill is of {numbers.dtype}; give real numbers")
+    # In the input's own precision, which may not reach as far.
+    whole = _broadcast(numbers, image)
+    if not bool(torch.isfinite(whole).all()):
+        raise InputError(
+            f"fill holds NaN or infinity in {image.dtype}, the input's own precision; give finite "
+            "numbers"
+        )
+    return whole
+
+
 def _broadcast(fill: Tensor, image: Tensor) -> Tensor:
     try:
         return fill.to(image).expand_as(image)
     except RuntimeError as error:
+        fits = [len(image), *[1] * (image.ndim - 1)]
         raise InputError(
             f"fill has shape {list(fill.shape)}, which does not broadcast to one input "
-            f"{list(image.shape)}; give a number, or a tensor such as [{image.shape[0]} 1 1]"
+            f"{list(image.shape)}; give a number, or a tensor such as {fits}"
         ) from error

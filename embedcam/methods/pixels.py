@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .masks import fill_like, masked, pictures_only
+from .options import whole_number
 from .subject import Found, Subject
 from .superpixels import superpixels_of
 
@@ -50,7 +51,7 @@ def rise(subject: Subject, *, masks: int = 2000, cells: int = 7, probability: fl
         NetworkError: inputs that are not pictures.
     """
     pictures_only(subject, "RISE", _INSTEAD)
-    total, side = _whole("masks", masks, 2), _whole("cells", cells, 1)
+    total, side = whole_number("masks", masks, 2), whole_number("cells", cells, 1)
     if not isinstance(probability, int | float) or not 0 < probability < 1:
         raise InputError(f"probability = {probability!r}; give a number between 0 and 1")
     like, (height, width) = subject.features.embedding, _size(subject)
@@ -85,7 +86,7 @@ def lime(
     subject: Subject,
     *,
     samples: int = 1000,
-    superpixels: Any = "auto",
+    superpixels: Any = "grid",
     segments: int = 50,
     kernel: float = 0.25,
     ridge: float = 1.0,
@@ -103,8 +104,9 @@ def lime(
     Args:
         subject: pictures.
         samples: masked pictures, one pass each.
-        superpixels: "slic" (scikit-image: `pip install embedcam[lime]`), "grid" (a regular grid of
-            cells), "auto" (slic if scikit-image is installed, else grid), or labels `[H W]`.
+        superpixels: "grid" (a regular grid of cells), "slic" (follows edges; scikit-image:
+            `pip install embedcam[lime]`), or labels `[H W]`. The grid is the default because a map
+            must not depend on what is installed.
         segments: superpixels wanted; slic and grid come near it.
         kernel: s.
         ridge: weight of the penalty.
@@ -117,7 +119,7 @@ def lime(
         NetworkError: inputs that are not pictures.
     """
     pictures_only(subject, "LIME", _INSTEAD)
-    total, wanted = _whole("samples", samples, 2), _whole("segments", segments, 1)
+    total, wanted = whole_number("samples", samples, 2), whole_number("segments", segments, 1)
     _positive("kernel", kernel)
     _positive("ridge", ridge)
     maps = subject.features.embedding.new_zeros(len(subject), *_size(subject))
@@ -239,14 +241,8 @@ def _pair(name: str, value: Any, size: tuple[int, int], share: float) -> tuple[i
     if isinstance(value, tuple | list):
         if len(value) != 2:
             raise InputError(f"{name} = {value!r}; give (height, width) or one number of pixels")
-        return _whole(name, value[0], 1), _whole(name, value[1], 1)
-    return _whole(name, value, 1), _whole(name, value, 1)
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} = {value!r}; give a whole number from {least}")
-    return value
+        return whole_number(name, value[0], 1), whole_number(name, value[1], 1)
+    return whole_number(name, value, 1), whole_number(name, value, 1)
 
 
 def _positive(name: str, value: Any) -> None:

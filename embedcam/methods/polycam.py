@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ..cam import sharpen
 from ..errors import InputError
-from .clusters import flat, one_of
-from .grouping import blended, pictures_only
-from .masks import fill_like
+from .grouping import blended
+from .masks import fill_like, flat, pictures_only
+from .options import one_of
 from .subject import Found, Subject
 
 
@@ -62,7 +62,7 @@ def polycam(
             f"Poly-CAM draws from several layers and layers = {layers!r}; give their names, such "
             "as layers=['layer1', 'layer2', 'layer3', 'layer4']: nothing sharpens the map of one"
         )
-    pictures_only(subject, "Poly-CAM")
+    pictures_only(subject, "Poly-CAM", "ablationcam")
     with subject.several(list(layers)) as made:
         names, depth, activations = made.layers, made.depth, made.activations
         embedding = made.features.embedding

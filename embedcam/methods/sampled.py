@@ -10,6 +10,7 @@ from ..cam import cam as draw
 from ..errors import InputError
 from ..weights import gradcam as gradcam_weights
 from .masks import fill_like
+from .options import whole_number
 from .subject import Found, Subject
 
 # Gradients held at once: noisy inputs times triplets.
@@ -39,7 +40,7 @@ def smooth_gradcam_plus_plus(subject: Subject, *, samples: int = 25, sigma: floa
     Raises:
         InputError: wrong options, or inputs that are numbers of words.
     """
-    _check_count("samples", samples)
+    samples = whole_number("samples", samples)
     if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 <= sigma < math.inf:
         raise InputError(f"sigma = {sigma!r}; give a share of the image's range, such as 0.15")
     _refuse_words(subject, "Smooth Grad-CAM++ adds noise to its input")
@@ -98,16 +99,17 @@ def integrated_gradcam(subject: Subject, *, steps: int = 20) -> Found:
 
     Args:
         subject: what is explained.
-        steps: m; m + 1 forward passes, m + 1 backward.
+        steps: m; m + 1 forward passes, m backward. The baseline is not differentiated: alpha(0) is
+            no part of the sum, and a baseline that is embedded as zeros has none.
 
     Returns:
         Weights `[B K]`, and the paper's maps `[B h w]`, >= 0; zero where the image is its baseline.
 
     Raises:
         InputError: wrong options, or inputs that are numbers of words.
-        NetworkError: the baseline's embedding is zero and cannot be normalised; use another fill.
+        NetworkError: a step's embedding is zero and cannot be normalised; use another fill.
     """
-    _check_count("steps", steps)
+    steps = whole_number("steps", steps)
     _refuse_words(subject, "Integrated Grad-CAM mixes its input with a baseline")
     last = gradcam_weights(subject.gradients)
     weights, maps = [], []
@@ -122,26 +124,24 @@ def _path(subject: Subject, row: int, steps: int, last: Tensor) -> tuple[Tensor,
     """Sums over t of the weights `[K]` and of the maps `[h w]`; t = 1 is the image itself."""
     image = subject.images[row]
     baseline = fill_like(image, subject.fill, subject.network.preprocess)
-    start: Tensor | None = None
-    alphas = last.clone()
-    total = last.new_zeros(subject.activations.shape[-2:])
-    for part in subject.batches(steps):
-        shares = torch.arange(part.start, part.stop, device=image.device).to(image) / steps
+    start = _start(subject, baseline)
+    alphas, total = last, draw(last, subject.activations[row] - start)
+    for part in subject.batches(steps - 1):
+        shares = torch.arange(part.start + 1, part.stop + 1, device=image.device).to(image) / steps
         shares = shares.reshape(-1, *[1] * image.ndim)
         features, gradients = subject.differentiate(baseline + shares * (image - baseline), row)
-        alpha, activations = gradcam_weights(gradients), features.activations
-        if start is None:
-            # t = 0 gives A(0) and is no step of the sum.
-            start, alpha, activations = activations[0].clone(), alpha[1:], activations[1:]
-        alphas += alpha.sum(0)
-        total += draw(alpha, activations - start).sum(0)
-    assert start is not None
-    return alphas, total + draw(last, subject.activations[row] - start)
+        alpha = gradcam_weights(gradients)
+        alphas = alphas + alpha.sum(0)
+        total = total + draw(alpha, features.activations - start).sum(0)
+    return alphas, total
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} = {value!r}; give a whole number from 1")
+def _start(subject: Subject, baseline: Tensor) -> Tensor:
+    """A(0), `[K h w]`, of a baseline that may be embedded as zeros; one forward."""
+    subject.passes.forwards += 1
+    activations = subject.network.forward(baseline[None], allow_zero=True).activations[0]
+    subject.tick(1)
+    return activations
 
 
 def _refuse_words(subject: Subject, what: str) -> None:

@@ -24,15 +24,10 @@ from ..network import (
     several_pass,
 )
 from ..targets import NORMS, Target, head_cotangent
+from .options import whole_number
 
 Tick = Callable[[int], Any]
 """Told how many inputs or activations were put through the network or its head."""
-
-
-def check_batch_size(batch_size: Any) -> None:
-    """Refuse what is no whole number from 1."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size = {batch_size!r}; give a whole number from 1")
 
 
 @dataclass
@@ -103,13 +98,13 @@ class Subject:
     ) -> None:
         if norm not in NORMS:
             raise InputError(f"norm {norm!r} is unknown; use one of {', '.join(NORMS)}")
-        check_batch_size(batch_size)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-            raise InputError(f"seed = {seed!r}; give a whole number from 0 to 2**63 - 1")
+        batch_size, seed = whole_number("batch_size", batch_size), whole_number("seed", seed, 0)
+        if seed >= 1 << 63:
+            raise InputError(f"seed = {seed}; give a whole number below 2**63")
         self.network, self.images, self.target = network, images, target
         self.norm, self.batch_size, self.seed, self.fill = norm, batch_size, seed, fill
         self.passes = Passes()
-        self._tick = tick or (lambda n: None)
+        self.tick: Tick = tick or (lambda n: None)
         self._head: HeadPass | None = None
 
     def __len__(self) -> int:
@@ -137,7 +132,7 @@ class Subject:
             return self._head.features
         self.passes.forwards += len(self)
         features = self.network.forward(self.images)
-        self._tick(len(self))
+        self.tick(len(self))
         return self._checked(features)
 
     @property
@@ -151,7 +146,7 @@ class Subject:
         if self._head is None:
             self.passes.forwards += len(self)
             self._head = self.network.head_pass(self.images)
-            self._tick(len(self))
+            self.tick(len(self))
             self.__dict__["features"] = self._checked(self._head.features)
         return self._head
 
@@ -239,14 +234,14 @@ class Subject:
                 found = torch.stack([self.vjp(head, c) for c in all_of.unbind(1)])
             else:
                 found = self.vjp(head, self.mean_cotangents(features, row))
-        self._tick(len(inputs))
+        self.tick(len(inputs))
         return features, found
 
     def several(self, layers: list[str]) -> SeveralPass:
         """One forward of the images, differentiable back to the shallowest of several layers."""
         self.passes.forwards += len(self)
         made = several_pass(self.network, self.images, layers)
-        self._tick(len(self))
+        self.tick(len(self))
         self._checked(made.features)
         return made
 
@@ -264,7 +259,7 @@ class Subject:
             guided=guided,
         )
         self.passes.full_backwards += len(self)
-        self._tick(len(self))
+        self.tick(len(self))
         return found
 
     def scores(self, row: int, inputs: Iterable[Tensor]) -> Tensor:
@@ -282,25 +277,7 @@ class Subject:
             self.passes.forwards += len(piece)
             embedding = self.network.forward(piece, allow_zero=True).embedding
             found.append(target.score(embedding))
-            self._tick(len(piece))
-        return torch.cat(found)
-
-    def head_scores(self, row: int, activations: Iterable[Tensor]) -> Tensor:
-        """y of one image with other activations in its layer, through the head alone.
-
-        Args:
-            row: the image.
-            activations: pieces `[n K H W]`.
-
-        Returns:
-            `[total]`.
-        """
-        target, found = self.target.at(row), []
-        for piece in activations:
-            self.passes.heads += len(piece)
-            z = self.network.head_outputs(self.images[row : row + 1], piece)
-            found.append(target.score(self.normalized(z)))
-            self._tick(len(piece))
+            self.tick(len(piece))
         return torch.cat(found)
 
     def normalized(self, z: Tensor) -> Tensor:

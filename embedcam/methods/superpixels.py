@@ -1,6 +1,5 @@
 """A picture cut into regions that are masked as one."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
-KINDS = ("auto", "slic", "grid")
+KINDS = ("grid", "slic")
 
 
 def superpixels_of(image: Tensor, kind: Any, wanted: int) -> Tensor:
@@ -17,9 +16,8 @@ def superpixels_of(image: Tensor, kind: Any, wanted: int) -> Tensor:
 
     Args:
         image: `[C H W]`.
-        kind: "slic", "grid", "auto" (slic where scikit-image is installed, else grid), or labels
-            `[H W]`, an array or tensor of whole numbers.
-        wanted: d, nearly; of "slic" and "grid".
+        kind: "grid", "slic", or labels `[H W]`, an array or tensor of whole numbers.
+        wanted: d, nearly; of "grid" and "slic".
 
     Raises:
         InputError: an unknown kind, labels that do not fit, or "slic" without scikit-image.
@@ -30,7 +28,7 @@ def superpixels_of(image: Tensor, kind: Any, wanted: int) -> Tensor:
         raise InputError(
             f"superpixels = {kind!r} is unknown; use {', '.join(map(repr, KINDS))} or labels [H W]"
         )
-    elif kind == "grid" or (kind == "auto" and find_spec("skimage") is None):
+    elif kind == "grid":
         labels = grid(image.shape[1], image.shape[2], wanted)
     else:
         labels = _slic(image, wanted)
@@ -79,6 +77,6 @@ def _given(labels: Any, size: tuple[int, int]) -> np.ndarray:
     if found.shape != size or found.dtype.kind not in "iu":
         raise InputError(
             f"superpixels are {list(found.shape)} of {found.dtype}; expected a label, a whole "
-            f"number, for each pixel [{size[0]} {size[1]}], or 'slic' or 'grid'"
+            f"number, for each pixel [{size[0]} {size[1]}], or 'grid' or 'slic'"
         )
     return found

@@ -114,6 +114,7 @@ class EmbeddingNetwork(ModuleRuns):
         self._layout_options = (layout, grid, prefix_tokens)
         self._layout: Layout | None = None
         self._last_layout: tuple[tuple[torch.Size, torch.Size], Layout] | None = None
+        self._plain: torch.dtype | None = None
         self._input_size = input_size
         self._device = None if device is None else torch.device(device)
         refuse_elsewhere(module, self._device)
@@ -221,6 +222,25 @@ class EmbeddingNetwork(ModuleRuns):
             refuse_unreached(made, self.module)
             self._reached = True
         return made
+
+    def check_tokens(self, images: Images) -> int:
+        """Refuse a layer whose patch tokens never reach the embedding, as `head_pass` does.
+
+        For whoever asks for no gradient and would get rounding noise from such a layer.
+
+        Args:
+            images: `[B C H W]`, of which at most the first is run.
+
+        Returns:
+            How many inputs were run: 1, or 0 where the layer has no tokens or is known to be fine.
+
+        Raises:
+            as `head_pass`.
+        """
+        if self._reached or self.layout not in ("btk", "auto"):
+            return 0
+        self.head_pass(images[:1]).close()
+        return 1
 
     def check(self) -> None:
         """Run the probe picture through once, so that a layer that cannot be explained says so.

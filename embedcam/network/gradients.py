@@ -130,22 +130,27 @@ def _bad_embedding(images: Tensor, norm: Tensor) -> Exception:
     bad_images = ~torch.isfinite(images.flatten(1)).all(dim=1)
     if bool(bad_images.any()):
         return InputError(
-            f"images at positions {_positions(bad_images)} of the batch hold NaN or infinity; "
+            f"images at positions {listed(bad_images)} of the batch hold NaN or infinity; "
             "check their preprocessing"
         )
     infinite = ~torch.isfinite(norm)
     if bool(infinite.any()):
-        return NetworkError(
-            f"the embeddings at positions {_positions(infinite)} of the batch hold NaN or "
-            "infinity; check the weights, or compute in float32"
-        )
+        return not_finite(f"at positions {listed(infinite)} of the batch")
     return NetworkError(
-        f"the embeddings at positions {_positions(norm == 0)} of the batch are zero and cannot be "
+        f"the embeddings at positions {listed(norm == 0)} of the batch are zero and cannot be "
         "normalised; check the weights, or use normalize=False"
     )
 
 
-def _positions(flags: Tensor) -> str:
+def not_finite(which: str) -> NetworkError:
+    """The error for embeddings with NaN or infinity."""
+    return NetworkError(
+        f"the embeddings {which} hold NaN or infinity; check the weights, or compute in float32"
+    )
+
+
+def listed(flags: Tensor) -> str:
+    """The first few places where flags `[n]` are set, in words."""
     found = flags.nonzero().flatten().tolist()
     shown = ", ".join(map(str, found[:10]))
     return f"{shown}, ..." if len(found) > 10 else shown
@@ -158,17 +163,25 @@ def refuse_unreached(made: HeadPass, module: nn.Module) -> None:
         NetworkError: naming a layer that can be taken instead, where one is known.
     """
     assert made._graph is not None
-    z = made._graph[0]
-    pattern = torch.linspace(-1, 1, z.shape[1] + 1, device=z.device)[1:].expand_as(z)
-    gradient = made.vjp(pattern)
+    gradient = made.vjp(any_cotangents(made._graph[0]))
     if made.layout.kind == "btk" and not bool(gradient.any()):
-        nearest = before_attention(module)
-        advice = f", {nearest!r}" if nearest and nearest != made.layer else ""
-        raise NetworkError(
-            f"the patch tokens of layer {made.layer!r} never reach the embedding (their gradient "
-            "is zero): after the last attention only the class token counts; take the layer "
-            f"before its attention{advice}"
-        )
+        raise dead_tokens(made.layer, module)
+
+
+def any_cotangents(z: Tensor) -> Tensor:
+    """Cotangents `[B D]` that look at every number of z: what they do not reach, nothing does."""
+    return torch.linspace(-1, 1, z.shape[1] + 1, device=z.device)[1:].expand_as(z)
+
+
+def dead_tokens(layer: str, module: nn.Module) -> NetworkError:
+    """The error for a layer whose patch tokens the embedding does not depend on."""
+    nearest = before_attention(module)
+    advice = f", {nearest!r}" if nearest and nearest != layer else ""
+    return NetworkError(
+        f"the patch tokens of layer {layer!r} never reach the embedding (their gradient is zero): "
+        "after the last attention only the class token counts; take the layer before its "
+        f"attention{advice}"
+    )
 
 
 def unreachable(layer: str) -> NetworkError:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, NetworkError
 from .gradients import Features, at_least_single, make_features
-from .injected import Injected
+from .injected import HeadAlone, Injected
 from .layers import find_layers
 from .layouts import (
     Layout,
@@ -65,6 +65,7 @@ class ModuleRuns:
     _layout_options: tuple[LayoutName, tuple[int, int] | None, int | None]
     _layout: Layout | None
     _last_layout: tuple[tuple[torch.Size, torch.Size], Layout] | None
+    _plain: torch.dtype | None
     _input_size: tuple[int, int] | None
     _example: Tensor | None
     _device: torch.device | None
@@ -112,22 +113,52 @@ class ModuleRuns:
         """The head alone, on other activations than the layer's own; no gradients.
 
         Args:
-            image: one input, `[1 C H W]`: its prefix tokens, if any, are kept, and the trunk runs
-                on it once (where a module cannot mix batches, once for each of the activations).
+            image: one input, `[1 C H W]`, see `head_alone`.
             activations: `[n K H W]`.
 
         Returns:
             z `[n D]`, before any normalisation.
         """
+        return self.head_alone(image)(activations)
+
+    def head_alone(self, image: Images, most: int | None = None) -> HeadAlone:
+        """The head of one input as a function of the activations; no gradients.
+
+        A head that was given as a function, with its trunk, is called by itself. Elsewhere, and
+        where it needs more of the trunk (prefix tokens, or several outputs), the trunk runs on the
+        image once a call; where a module cannot mix batches, once for each of the activations.
+
+        Args:
+            image: one input, `[1 C H W]`: its prefix tokens, if any, are kept.
+            most: inputs at once, where the image must be repeated; None: no limit.
+        """
+        asked = 0
         with torch.inference_mode(), self._autocast(True):
             batch = self._prepare(image)
             if self._layout is None:
                 _, raw = self._call(batch, lambda raw: (raw, raw.clone()), 1)
                 self._read_layout(batch, raw)
-            assert self._layout is not None
-            z = Injected(self._call, batch, self._layout)(activations.to(batch.device))
-        with torch.inference_mode(False):
-            return z.clone()
+                asked = 1
+        layout, head, dtype = self._layout, self._head, self._plain
+        assert layout is not None
+
+        def alone(maps: Tensor) -> Tensor:
+            assert head is not None
+            # A copy: the head may begin with an in-place unit.
+            output = head(layout.to_raw(maps, maps).to(dtype, copy=True))
+            return at_least_single(choose_embedding(output, self.output, len(maps)))
+
+        direct = self._trunk is not None and dtype is not None and layout.prefix == 0
+        injected = None if direct else Injected(self._call, batch, layout, most)
+        run = injected or alone
+
+        def apply(maps: Tensor) -> Tensor:
+            with torch.inference_mode(), self._autocast(True):
+                z = run(maps.to(batch.device))
+            with torch.inference_mode(False):
+                return z.clone()
+
+        return HeadAlone(apply, injected, asked)
 
     def run_several(
         self, images: Images, layers: Sequence[str], differentiable: bool = True
@@ -218,12 +249,20 @@ class ModuleRuns:
         """Run the network once with a tap at the layer: z `[batch D]`, and what the tap kept."""
         if self._trunk is not None:
             assert self._head is not None
-            output, kept = run_parts(self._trunk, self._head, self.layer, images, change)
+            output, kept = run_parts(self._run_trunk, self._head, self.layer, images, change)
         else:
             assert self._hooked is not None
             with self._lock:
                 output, kept = run_tapped(self.module, self._hooked, self.layer, images, change)
         return at_least_single(choose_embedding(output, self.output, batch)), kept
+
+    def _run_trunk(self, images: Tensor) -> Any:
+        """The trunk; notes in which type its output is one plain tensor, as calls compute it."""
+        assert self._trunk is not None
+        output = self._trunk(images)
+        if self.autocast is None or torch.is_autocast_enabled(self.device.type):
+            self._plain = output.dtype if isinstance(output, Tensor) else None
+        return output
 
     def _probes(self) -> Images:
         """Two inputs to ask the head with: pictures, or what came first and the same reversed."""

@@ -5,11 +5,19 @@ from typing import Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from .embedding_network import EmbeddingNetwork
-from .gradients import Features, at_least_single, half_scale, make_features, unreachable
+from .gradients import (
+    Features,
+    any_cotangents,
+    at_least_single,
+    dead_tokens,
+    half_scale,
+    make_features,
+    unreachable,
+)
 from .layouts import Layout
 from .state import refuse_inference
 
@@ -32,13 +40,14 @@ class SeveralPass:
         kept: list[Tensor],
         layouts: list[Layout],
         depth: list[int],
+        module: nn.Module,
     ) -> None:
         self.layers, self.features, self.depth = layers, features, depth
         self.activations = [
             at_least_single(layout.to_maps(raw.detach())).contiguous()
             for raw, layout in zip(kept, layouts, strict=True)
         ]
-        self._layouts = layouts
+        self._layouts, self._module = layouts, module
         self._graph: tuple[Tensor, list[Tensor]] | None = (z, kept)
 
     def vjp(self, cotangents: Tensor) -> list[Tensor]:
@@ -46,7 +55,8 @@ class SeveralPass:
 
         Raises:
             InputError: the pass was closed.
-            NetworkError: a layer's output never reaches the embedding.
+            NetworkError: a layer's output, or that of all its patch tokens, never reaches the
+                embedding.
         """
         if self._graph is None:
             raise InputError("this pass was closed; make another")
@@ -62,10 +72,26 @@ class SeveralPass:
             if gradient is None:
                 raise unreachable(layer)
         scales = scale[:, :, None, None]
-        return [
+        gradients = [
             at_least_single(layout.to_maps(gradient)).contiguous() / scales
             for layout, gradient in zip(self._layouts, found, strict=True)
         ]
+        self._refuse_dead_tokens(z, kept, gradients)
+        return gradients
+
+    def _refuse_dead_tokens(self, z: Tensor, kept: list[Tensor], gradients: list[Tensor]) -> None:
+        """Zeros may be the target's own; those that no cotangent moves are the network's."""
+        for layer, layout, raw, gradient in zip(
+            self.layers, self._layouts, kept, gradients, strict=True
+        ):
+            if layout.kind != "btk" or bool(gradient.any()):
+                continue
+            with torch.inference_mode(False), torch.no_grad():
+                every = any_cotangents(z).to(z.dtype)
+                every = every * half_scale(every)
+                (reached,) = torch.autograd.grad(z, raw, every, retain_graph=True)
+            if not bool(layout.to_maps(reached).any()):
+                raise dead_tokens(layer, self._module)
 
     def close(self) -> None:
         """Free the graph."""
@@ -98,4 +124,4 @@ def several_pass(
     with torch.inference_mode(False), torch.no_grad():
         last = run.layouts[-1].to_maps(run.kept[-1].detach())
         features = make_features(run.batch, run.z.detach(), last, network.normalize)
-    return SeveralPass(run.names, features, run.z, run.kept, run.layouts, run.depth)
+    return SeveralPass(run.names, features, run.z, run.kept, run.layouts, run.depth, network.module)

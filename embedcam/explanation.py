@@ -165,6 +165,7 @@ class Explanation:
             "empty": self.empty,
             "extent": None if self.extent is None else list(self.extent),
             "transfer": self.transfer,
+            # Of the query's map; the neighbours' are the index's own.
             "method": self.method or None,
             "explained": list(self.explained),
             "neighbors": neighbors,
@@ -181,7 +182,7 @@ class Explanation:
         if self.empty:
             return "no positive evidence\nfor these results"
         if self.method:
-            return f"{self.method},\ncomputed on the query"
+            return f"{self.method}, on the query;\nresults: stored maps"
         if len(self.explained) == 1:
             return f"what here matched\n{self.explained[0].rpartition('/')[2]}"
         return f"weights of {len(self.explained)} neighbours, {self.transfer}"

@@ -69,7 +69,7 @@ class Work:
     @property
     def chunk_size(self) -> int:
         """Images a chunk: a multiple of the batch size, so that resuming repeats its batches."""
-        return chunk_size(self.batch_size)
+        return chunk_size(self.batch_size, self.recipe.method)
 
     @property
     def n_chunks(self) -> int:
@@ -117,9 +117,9 @@ def is_derived(recipe: Recipe, normalize: bool) -> bool:
     return recipe.target == "centred" and (recipe.norm == "around" or not normalize)
 
 
-def chunk_size(batch_size: int) -> int:
-    """Images a chunk for a batch size."""
-    return -(-CHUNK // batch_size) * batch_size
+def chunk_size(batch_size: int, method: str = "gradcam") -> int:
+    """Images a chunk for a batch size: one batch for methods that may take seconds an image."""
+    return batch_size if method not in POOLED_METHODS else -(-CHUNK // batch_size) * batch_size
 
 
 def spilled_numbers(network: EmbeddingNetwork, exact: bool) -> int:

@@ -194,6 +194,7 @@ def test_a_method_that_ignores_the_target_says_so(name: str) -> None:
         (Similarity(np.ones((5, 3))), r"\[1 D\], one for each of the 1 images"),
         (Coordinate(3), "coordinate 3 of an embedding of 3 numbers; give 0 to 2"),
         (lambda f: f, "the target returned \\[1, 3\\] for embeddings \\[1, 3\\]"),
+        (lambda f: f.sum(1) * float("nan"), "the target returned a NaN or an infinity"),
         (lambda f: f.detach().sum(1), "does not depend on the embedding, or was cut from it"),
     ],
 )
@@ -208,6 +209,9 @@ def test_a_target_that_cannot_be_is_refused(target: Any, message: str) -> None:
     [
         ({"norm": "beside"}, "norm 'beside' is unknown; use one of through, around"),
         ({"batch_size": 0}, "batch_size = 0; give a whole number from 1"),
+        ({"size": 50}, "size = 50; give \\(height, width\\)"),
+        ({"size": "x"}, "size = 'x'; give"),
+        ({"size": (0, 3)}, "size = \\(0, 3\\); give"),
         ({"seed": -1}, "seed = -1; give a whole number from 0"),
         (
             {"fill": "pink"},
@@ -234,6 +238,14 @@ def test_a_picture_goes_through_the_networks_own_preprocessing(tmp_path: Path) -
     case = zoo_cases.make()
     with pytest.raises(InputError, match="the network has no preprocessing"):
         cam_for(case.network, picture, case.target)
+
+
+def test_inputs_that_are_no_input_are_refused() -> None:
+    case = zoo_cases.make()
+    with pytest.raises(InputError, match="holds no input; give at least one"):
+        cam_for(case.network, np.zeros((0, 3, 12, 18)), case.target)
+    with pytest.raises(InputError, match="floats with channels last; give the network's input"):
+        cam_for(case.network, np.zeros((12, 18, 3)), case.target)
 
 
 def test_cam_needs_pooling_and_a_linear_map() -> None:

@@ -39,8 +39,6 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "photos": tmp_path / "photos",
         "weights": tmp_path / "weights.safetensors",
         "query": tmp_path / "photos" / "owl" / "1.png",
-        "positives": np.eye(1280)[:2],
-        "negatives": np.eye(1280)[2:4],
         "embedding": unit / np.linalg.norm(unit),
         "activations": generator.random((1280, 7, 7), np.float32),
         "module": Named(made.features).eval(),

@@ -117,7 +117,9 @@ def build_index(
     # Once, before any is read: a file that changes meanwhile must not pass for the one indexed.
     files = [source.fingerprint(position) for position in range(len(source))]
     given = None if triplets is None else pairs_digest(triplets)
-    job = _digest(recipe, identity, source, files, chunk_size(batch_size), own_maps, given)
+    job = _digest(
+        recipe, identity, source, files, chunk_size(batch_size, recipe.method), own_maps, given
+    )
     with disk_errors(path), lock(path):
         generation = 1
         if (path / "manifest.json").exists():
@@ -205,7 +207,9 @@ def add_images(
         exact = check_addable(recipe, encodings[0], network)
         layers = layers_of(network, recipe)
         files = [source.fingerprint(position) for position in range(len(source))]
-        job = _digest(recipe, fingerprint(network), source, files, chunk_size(batch_size))
+        job = _digest(
+            recipe, fingerprint(network), source, files, chunk_size(batch_size, recipe.method)
+        )
         if _tidied(index) == job:
             log.info("%s has these images already", path)
             return BuildReport(path, 0, [])

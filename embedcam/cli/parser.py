@@ -253,7 +253,8 @@ def _build(one: argparse.ArgumentParser) -> None:
         "--layers",
         metavar="NAMES",
         type=_names,
-        help="of a method of several layers, comma-separated, such as layer2,layer3,layer4",
+        help="of a method of several layers, such as layer2,layer3,layer4; the last is the one "
+        "the network explains, named as a build prints it",
     )
     group.add_argument("--target", metavar="NAME", help="margin (default) or centred")
     group.add_argument("--norm", metavar="WAY", help="through (default) or around the L2 norm")

@@ -108,7 +108,11 @@ def _text(
         ("images", _images_line(manifest["counts"], evidence)),
         ("", _evidence_line(manifest, evidence)),
         ("network", _network_line(manifest["network"])),
-        ("layer", f"{layer['name']}: {layer['channels']:,} channels{_on(layer['grid'])}"),
+        *(
+            ("" if number else "layer",
+             f"{one['name']}: {one['channels']:,} channels{_on(one['grid'])}")
+            for number, one in enumerate(manifest["layers"])
+        ),
         ("input", _input_line(network.get("preprocess"))),
         ("embedding", f"{manifest['embedding']['width']:,} numbers, {normalized}"),
         ("weights", _weights_line(manifest)),

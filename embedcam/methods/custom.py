@@ -24,7 +24,7 @@ class Custom(Target):
         """y `[B]`.
 
         Raises:
-            InputError: the function returned something else.
+            InputError: the function returned something else, or no finite number.
         """
         found = self.function(embeddings)
         if not isinstance(found, Tensor) or found.shape != embeddings.shape[:1]:
@@ -32,6 +32,11 @@ class Custom(Target):
             raise InputError(
                 f"the target returned {given} for embeddings {list(embeddings.shape)}; expected "
                 f"one score an image, a tensor [{len(embeddings)}]"
+            )
+        if not bool(torch.isfinite(found).all()):
+            raise InputError(
+                "the target returned a NaN or an infinity; a score must be a number for every "
+                "embedding"
             )
         return found
 

@@ -15,6 +15,7 @@ from ..cam import cam, resize
 from ..errors import InputError
 from ..images import read_image
 from ..network import EmbeddingNetwork
+from ..queries import check_sides
 from ..registry import Method, WeightMethod, find_method
 from ..targets import Target
 from .custom import as_target
@@ -55,7 +56,7 @@ def cam_for(
     method: str = "gradcam",
     *,
     norm: str = "through",
-    size: tuple[int, int] | None = None,
+    size: tuple[int, int] | int | None = None,
     batch_size: int = 32,
     seed: int = 0,
     fill: Any = "mean",
@@ -68,14 +69,14 @@ def cam_for(
         network: the network and the layer to explain.
         images: the network's input as floats, `[C H W]` or a batch `[B C H W]`, an array or tensor;
             or a picture (path, bytes, PIL image, `uint8 [H W 3]`) or a list of them, preprocessed
-            as the network says.
+            as the network says. With layout "bkl" always a batch: `[B C L]` or `[B L]`.
         target: a score of the embedding: `Similarity`, `TripletMargin`, `NegativeDistance`,
             `ClassProxy`, `PairContribution`, `Coordinate`, or a function from embeddings `[B D]` to
             scores `[B]`.
         method: a name in `METHODS`.
         norm: the gradient "through" the L2 norm or "around" it. A cosine does not change with the
             length, so with it both differ by a factor only.
-        size: (H, W) of the map; None takes the input's.
+        size: (H, W) of the map, over positions a number; None takes the input's.
         batch_size: inputs a forward pass; changes nothing beyond float rounding.
         seed: of everything random; each image of a batch draws the same.
         fill: what masked pixels become, and the baseline: "mean", "black", "blur", a number or a
@@ -102,6 +103,9 @@ def cam_for(
             "out"
         )
     batch_size = whole_number("batch_size", batch_size)
+    if size is not None:
+        positions = network.layout_options[0] == "bkl" and isinstance(size, int | np.integer)
+        size = check_sides("size", (1, size) if positions else size)
     batch, single = _inputs(network, images)
     wanted.check(len(batch), None)
     made = []
@@ -195,6 +199,13 @@ def _inputs(network: EmbeddingNetwork, images: Any) -> tuple[Tensor, bool]:
         # Signals have one axis less than pictures, tables and words one less than signals: a single
         # one of those cannot be told from a batch of the next, so positions always come in batches.
         single = batch.ndim == 3 and not over_positions
+        if len(batch) == 0:
+            raise InputError(f"the batch {list(batch.shape)} holds no input; give at least one")
+        if single and batch.shape[0] > 4 >= batch.shape[2]:
+            raise InputError(
+                f"the input is {list(batch.shape)}, floats with channels last; give the network's "
+                "input [C H W], or a picture as uint8 [H W 3]"
+            )
         return (batch[None] if single else batch).to(network.device), single
     several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
     if network.preprocess is None:

@@ -63,10 +63,10 @@ def section(name: str, options: argparse.Namespace, folder: Path) -> str:
         fast = options.network[0]
         return "\n".join(
             (
-                zoo.peers_report(fast, "resnet18", 4 * rounds),
-                zoo.decomposition_report(20 * rounds),
                 zoo.memory_report("resnet18"),
+                zoo.decomposition_report(20 * rounds),
                 zoo.online_report(fast, 4 * rounds, folder),
+                zoo.peers_report(fast, "resnet18", 4 * rounds),
             )
         )
     return indexes.search_report(rows, 100 * rounds, folder)

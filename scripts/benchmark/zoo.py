@@ -1,6 +1,5 @@
 """Every method beside the same one of pytorch-grad-cam and torch-cam, and online beside itself."""
 
-import resource
 import subprocess
 import sys
 import warnings
@@ -179,7 +178,7 @@ def memory_report(model: str) -> str:
         )  # fmt: skip
         grown[which] = float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
     own, peer = grown["embedcam"] - grown["none"], grown["pytorch-grad-cam"] - grown["none"]
-    share = own / peer
+    share = own / peer if peer else float("nan")
     return (
         f"\n## Peak memory of Score-CAM, {model}\n\nGrowth of the resident set over one embedding "
         f"in a process of its own, batches of 16: embedcam {own:.0f} MB, pytorch-grad-cam "
@@ -195,7 +194,9 @@ def peak(model: str, which: str) -> float:
         cam_for(network, image, Similarity(reference), "scorecam", batch_size=16, progress=False)
     elif which != "none":
         _peers("scorecam", network, image, reference)[which]()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage's, which a child inherits from the process that started it.
+    status = Path("/proc/self/status").read_text()
+    return float(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def online_report(model: str, rounds: int, folder: Path) -> str:

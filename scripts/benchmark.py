@@ -64,6 +64,7 @@ def section(name: str, options: argparse.Namespace, folder: Path) -> str:
         return "\n".join(
             (
                 zoo.memory_report("resnet18"),
+                zoo.memory_report("mobilenet_v2"),
                 zoo.decomposition_report(20 * rounds),
                 zoo.online_report(fast, 4 * rounds, folder),
                 zoo.peers_report(fast, "resnet18", 4 * rounds),

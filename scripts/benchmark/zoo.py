@@ -99,7 +99,7 @@ def _beside_peers(name: str, model: str, rounds: int) -> list[list[Any]]:
 
 
 def _peers(
-    name: str, network: EmbeddingNetwork, image: Tensor, reference: Tensor
+    name: str, network: EmbeddingNetwork, image: Tensor, reference: Tensor, batch: int = 32
 ) -> dict[str, Callable[[], Any]]:
     """The same method of other packages, where they are installed."""
     found: dict[str, Callable[[], Any]] = {}
@@ -112,7 +112,7 @@ def _peers(
 
             peer = getattr(pytorch_grad_cam, GRAD_CAM[name])(model=scored, target_layers=[layer])
             if hasattr(peer, "batch_size"):
-                peer.batch_size = 32
+                peer.batch_size = batch
             aims = [ClassifierOutputTarget(0)]
             found["pytorch-grad-cam"] = lambda: peer(input_tensor=image[None], targets=aims)
         except ImportError:
@@ -193,7 +193,7 @@ def peak(model: str, which: str) -> float:
     if which == "embedcam":
         cam_for(network, image, Similarity(reference), "scorecam", batch_size=16, progress=False)
     elif which != "none":
-        _peers("scorecam", network, image, reference)[which]()
+        _peers("scorecam", network, image, reference, batch=16)[which]()
     # Not getrusage's, which a child inherits from the process that started it.
     status = Path("/proc/self/status").read_text()
     return float(status.partition("VmHWM:")[2].split()[0]) / 1024

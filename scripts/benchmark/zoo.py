@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from embedcam import METHODS, EmbeddingNetwork, Explainer, Similarity, cam_for
 from embedcam.methods import Subject
+from embedcam.registry import WeightMethod
 
 from .cases import SIZE, frozen_network, query_input
 from .explaining import make_index
@@ -203,7 +204,7 @@ def online_report(model: str, rounds: int, folder: Path) -> str:
     """Explaining from indexes built with different methods costs the same: only bytes differ."""
     network, image = frozen_network(model), query_input()
     explainers = {}
-    for name in (n for n, m in METHODS.items() if m.storable and not m.trained):
+    for name in (n for n, m in METHODS.items() if isinstance(m, WeightMethod) and not m.trained):
         path = make_index(network, folder / f"online-{name}", method=name)
         explainers[name] = Explainer(path, network, n_neighbors=10)
     cases = {name: Case(lambda e=e: e.explain(image)) for name, e in explainers.items()}

@@ -49,8 +49,8 @@ class Explanation:
         preprocess: what was shown to the network of the neighbours' pictures, or None.
         neighbor_norms: L2 norm of each neighbour's stored weights, `[n]`, or None. Pictures divide
             by it, so that results that share a colour scale are compared by weights of one length.
-        layer_weights: the transferred weights of every layer by its name: several where the method
-            draws with several.
+        layer_weights: the transferred weights of every layer by its name, several where the method
+            draws with several; with `method` that method's own, or None.
         root: folder that `paths` were joined to. A path that climbs out of it ("..") is not
             followed: its picture counts as not found. None where the paths are the caller's own.
         only_below: with True absolute paths, too, are followed only below `root`: the caller named

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from benchmark import building, exactness, explaining, indexes, zoo
 
-SECTIONS = ("exactness", "build", "explain", "peers", "storage", "open", "search", "zoo")
+SECTIONS = ("exactness", "build", "explain", "peers", "storage", "open", "search", "zoo", "memory",
+            "eigencam", "online")  # fmt: skip
 
 
 def main() -> None:
@@ -59,17 +60,15 @@ def section(name: str, options: argparse.Namespace, folder: Path) -> str:
         return indexes.storage_report(4096, folder)
     if name == "open":
         return indexes.open_report(100_000 if options.quick else 1_000_000, rounds, folder)
+    fast = options.network[0]
     if name == "zoo":
-        fast = options.network[0]
-        return "\n".join(
-            (
-                zoo.memory_report("resnet18"),
-                zoo.memory_report("mobilenet_v2"),
-                zoo.decomposition_report(20 * rounds),
-                zoo.online_report(fast, 4 * rounds, folder),
-                zoo.peers_report(fast, "resnet18", 4 * rounds),
-            )
-        )
+        return zoo.peers_report(fast, "resnet18", 4 * rounds)
+    if name == "memory":
+        return "\n".join(map(zoo.memory_report, ("resnet18", "mobilenet_v2")))
+    if name == "eigencam":
+        return zoo.decomposition_report(20 * rounds)
+    if name == "online":
+        return zoo.online_report(fast, 4 * rounds, folder)
     return indexes.search_report(rows, 100 * rounds, folder)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..registry import METHODS, LayersMethod, Method, find_method
+from ..registry import LayersMethod, Method, find_method
 
 
 def check_method(options: argparse.Namespace) -> Method | None:
@@ -49,5 +49,10 @@ def redrawn(
         )
     made = cam_for(network, query, target, method.name, progress=False if quiet else None, **chosen)
     weights = np.zeros_like(explanation.weights) if made.weights is None else made.weights
-    drawn = np.maximum(made.cam, 0)
-    return replace(explanation, cam=drawn, weights=weights, method=METHODS[method.name].title)
+    return replace(
+        explanation,
+        cam=np.maximum(made.cam, 0),
+        weights=weights,
+        layer_weights=made.layer_weights,
+        method=method.title,
+    )

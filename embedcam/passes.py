@@ -20,7 +20,7 @@ from .cotangents import AnchorCotangents, Cotangents
 from .errors import ImageError
 from .images import Batch, ImageSource, load_batches
 from .index import quantize_coarse
-from .methods import Subject, found_for, weights_for
+from .methods import Subject, found_for, inputs_a_pass, weights_for
 from .network import EmbeddingNetwork
 from .recipe import Recipe
 from .registry import WeightMethod
@@ -304,7 +304,7 @@ def _by_method(
     found, entry = anchors.of(places[rows]), work.recipe.entry
     assert isinstance(entry, WeightMethod)
     with _subject(work, batch, found) as subject:
-        weights = weights_for(subject, entry)
+        weights = weights_for(subject, entry, **work.recipe.method_options)
         return weights, subject.activations.detach(), found.counts
 
 
@@ -314,7 +314,8 @@ def _by_layers(
     """By a method of several layers: weights of each, triplets that count, and own maps."""
     found, names = anchors.of(places), [name for name, _ in work.layers]
     with _subject(work, batch, found) as subject:
-        made = found_for(subject, work.recipe.entry, layers=names)
+        options = work.recipe.method_options
+        made = found_for(subject, work.recipe.entry, layers=names, **options)
     assert made.layers is not None
     assert made.maps is not None
     arrays = {weights_of_layer(at): _numpy(made.layers[name]) for at, name in enumerate(names)}
@@ -340,8 +341,9 @@ def _subject(work: Work, batch: Batch, found: Cotangents) -> Subject:
         torch.from_numpy(batch.images).to(work.network.device),
         Direction(values, found.used),
         norm=work.recipe.norm,
-        batch_size=work.batch_size,
+        batch_size=inputs_a_pass(work.network.device, work.batch_size),
         seed=work.recipe.seed % (1 << 63),
+        fill=work.recipe.fill,
     )
 
 

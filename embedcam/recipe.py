@@ -13,6 +13,7 @@ from typing import Any
 from .encoding import DTYPES
 from .errors import RecipeError
 from .registry import (
+    FILLS,
     METHODS,
     LayersMethod,
     Method,
@@ -50,6 +51,9 @@ class Recipe:
         seed: of every draw.
         layers: names of the layers that a method of several layers draws with, the network's own
             among them, which must be the deepest; empty for all other methods.
+        fill: what a masking method shows in place of masked pixels, and its baseline: "mean",
+            "black" or "blur".
+        options: the method's own, a mapping such as {"samples": 50}; kept as pairs in order.
         encoding: "low-rank", "top-m" (the paper's) or "dense".
         rank: R of low-rank.
         m: M, channels kept by top-m.
@@ -68,6 +72,8 @@ class Recipe:
     margin: float = 0.2
     seed: int = 0
     layers: tuple[str, ...] = ()
+    fill: str = "mean"
+    options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
     encoding: str = "low-rank"
     rank: int = 128
     m: int = 50
@@ -81,6 +87,7 @@ class Recipe:
             object.__setattr__(self, "margin", float(self.margin))
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "options", _pairs(self.options))
         for entry in fields(self):
             value, kind = getattr(self, entry.name), type(entry.default)
             if entry.name == "triplets":
@@ -105,6 +112,7 @@ class Recipe:
         if not self.faiss:
             raise RecipeError("faiss is empty; give a factory string such as 'Flat', or 'none'")
         self._check_layers()
+        self._check_options()
         self._check_together()
 
     def _check_layers(self) -> None:
@@ -122,6 +130,20 @@ class Recipe:
                 f"{self.entry.title} works on the network's own layer, so layers = "
                 f"{list(self.layers)!r} means nothing; leave it out, or use method 'polycam'"
             )
+
+    def _check_options(self) -> None:
+        if self.fill != "mean" and not self.entry.filled:
+            raise RecipeError(
+                f"{self.entry.title} fills nothing in, so fill = {self.fill!r} means nothing; "
+                "leave it out, or use a method that masks, such as 'scorecam'"
+            )
+        if "layers" in self.method_options:
+            raise RecipeError("layers is an entry of its own and not one of options")
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The method's own options by name."""
+        return dict(self.options)
 
     @property
     def resolved_sampling(self) -> str:
@@ -194,8 +216,14 @@ class Recipe:
             raise RecipeError(f"{where}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a manifest."""
-        return asdict(self)
+        """Plain values, for a manifest; options as a table, where there are any."""
+        values = asdict(self)
+        values["options"] = self.method_options
+        # Left out where they say nothing, so that an older index keeps its digest.
+        for name in ("fill", "options"):
+            if values[name] == getattr(Recipe, name) or not values[name]:
+                del values[name]
+        return values
 
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of the choices."""
@@ -242,6 +270,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "method": storable_methods(),
     "target": TARGETS,
     "norm": NORMS,
+    "fill": FILLS,
     "sampling": ("auto", *SAMPLINGS, "given"),
     "encoding": ENCODINGS,
     "by": ("signed", "magnitude"),
@@ -253,12 +282,29 @@ _TABLES: dict[str, dict[str, str]] = {
         name: name
         for name in (
             "method", "target", "norm", "sampling", "triplets", "hinge", "margin", "seed",
-            "layers",
+            "layers", "fill", "options",
         )
     },
     "encoding": {"name": "encoding", **{name: name for name in ("rank", "m", "by", "dtype")}},
     "search": {"faiss": "faiss", "metric": "metric"},
 }  # fmt: skip
+
+
+def _pairs(options: Any) -> tuple[tuple[str, Any], ...]:
+    """Options as pairs in the order of their names, so that one set of choices is one recipe."""
+    try:
+        pairs = dict(options)
+    except (TypeError, ValueError):
+        pairs = {"": None}
+    plain = (bool, int, float, str)
+    for name, value in pairs.items():
+        fine = type(value) in plain and (type(value) is not float or math.isfinite(value))
+        if not isinstance(name, str) or not name or not (fine or value is None):
+            raise RecipeError(
+                f"options = {options!r}; give a table of the method's options, each a number, a "
+                "text or a truth value, such as { samples = 50 }"
+            )
+    return tuple(sorted(pairs.items()))
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -29,6 +29,7 @@ class Method:
         scored: it asks for scores of the embedding and never for a gradient, so that the norm's two
             ways, which differ in the gradient, are one.
         several: whether it can work on several layers at once.
+        filled: whether what it masks, or begins its steps from, takes the fill that is asked for.
         trained: whether it needs a branch of its own that was trained (`methods.learned`).
     """
 
@@ -40,6 +41,7 @@ class Method:
     targeted: bool = True
     scored: bool = False
     several: bool = False
+    filled: bool = False
     trained: bool = False
     storable: ClassVar[bool] = False
 
@@ -85,6 +87,9 @@ class MapMethod(Method):
     why: str = ""
 
 
+FILLS = ("mean", "black", "blur")
+"""What masked pixels may become, by name; `methods.masks.fill_like` says what each is."""
+
 _EACH = "its gradient differs from position to position, so no one number a channel draws its map"
 _PIXELS = "it works on pixels and never sees the layer's channels"
 _BRANCH = "its map comes out of a trained branch and not of a sum over channels"
@@ -100,7 +105,7 @@ METHODS: dict[str, Method] = {
                      "sampled:smooth_gradcam_plus_plus", seeded=True, per_triplet=True),
         WeightMethod("xgradcam", "XGrad-CAM", "Fu et al., BMVC 2020", "gradients:xgradcam"),
         WeightMethod("integratedgradcam", "Integrated Grad-CAM", "Sattarzadeh et al., ICASSP 2021",
-                     "sampled:integrated_gradcam", own_map=True),
+                     "sampled:integrated_gradcam", own_map=True, filled=True),
         MapMethod("hirescam", "HiResCAM", "Draelos and Carin, 2020", "elementwise:hirescam",
                   nearest="gradcam", why=_EACH),
         MapMethod("layercam", "Layer-CAM", "Jiang et al., TIP 2021", "elementwise:layercam",
@@ -116,23 +121,23 @@ METHODS: dict[str, Method] = {
         WeightMethod("eigengradcam", "EigenGrad-CAM", "pytorch-grad-cam",
                      "decomposition:eigengradcam", own_map=True),
         WeightMethod("scorecam", "Score-CAM", "Wang et al., CVPR Workshops 2020",
-                     "masking:scorecam", scored=True),
+                     "masking:scorecam", scored=True, filled=True),
         WeightMethod("ablationcam", "Ablation-CAM", "Desai and Ramaswamy, WACV 2020",
                      "ablation:ablationcam", scored=True),
         WeightMethod("groupcam", "Group-CAM", "Zhang et al., 2021", "grouping:groupcam",
                      seeded=True, own_map=True),
         WeightMethod("clustercam", "Cluster-CAM", "Feng et al., 2023", "grouping:clustercam",
-                     seeded=True, own_map=True, scored=True),
+                     seeded=True, own_map=True, scored=True, filled=True),
         WeightMethod("cosinecam", "Cosine-CAM", "tetutaro/class_activation_mapping",
                      "grouping:cosinecam", seeded=True, own_map=True),
         LayersMethod("polycam", "Poly-CAM", "Englebert et al., 2022", "polycam:polycam",
-                     several=True, scored=True),
+                     several=True, scored=True, filled=True),
         MapMethod("rise", "RISE", "Petsiuk et al., BMVC 2018", "pixels:rise", seeded=True,
-                  scored=True, nearest="scorecam", why=_PIXELS),
+                  scored=True, filled=True, nearest="scorecam", why=_PIXELS),
         MapMethod("lime", "LIME", "Ribeiro et al., KDD 2016", "pixels:lime", seeded=True,
-                  scored=True, nearest="scorecam", why=_PIXELS),
+                  scored=True, filled=True, nearest="scorecam", why=_PIXELS),
         MapMethod("sbsm", "SBSM", "Dong et al., CVPR Workshops 2019", "pixels:sbsm",
-                  scored=True, nearest="scorecam", why=_PIXELS),
+                  scored=True, filled=True, nearest="scorecam", why=_PIXELS),
         WeightMethod("lficam", "LFI-CAM", "Lee et al., ICCV 2021", "attention:lficam",
                      targeted=False, trained=True),
         MapMethod("abn", "ABN", "Fukui et al., CVPR 2019", "attention:abn", targeted=False,

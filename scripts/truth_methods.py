@@ -202,7 +202,7 @@ def _made(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MethodWarning)
         return cam_for(
-            setting.network, image, target, method.name, progress=False, batch_size=16,
+            setting.network, image, target, method.name, progress=False,
             **OPTIONS.get(method.name, {}),
         )  # fmt: skip
 

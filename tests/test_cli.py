@@ -941,3 +941,48 @@ def test_a_build_by_a_method_of_several_layers_and_its_explanation(
     assert json.loads(out)[0]["neighbors"]
     assert say("explain", index, query, "--method", "polycam", "--json", "--quiet")[0] == 0
     assert say("add", index, "photos", "--quiet")[0] == 2  # the same ids again
+
+
+def test_a_methods_fill_and_options_can_be_said(say: Say, built: Path, tmp_path: Path) -> None:
+    from cli_toy_network import make
+
+    from embedcam import EmbeddingNetwork, Similarity, cam_for
+    from embedcam.cam import area_average
+
+    index, query = tmp_path / "index", sorted(Path("photos").rglob("*.png"))[0]
+    chosen = ["--method", "scorecam", "--fill", "blur", "--option", "weights=softmax"]
+    chosen += ["--option", "temperature=0.5"]
+    assert say("build", "photos", index, *chosen, "--quiet", *NAMED)[0] == 0
+    with Index.open(index) as opened:
+        recipe, name, reference = opened.manifest["recipe"], opened.ids[3], opened.embeddings([3])
+        assert recipe["fill"] == "blur"
+        assert recipe["options"] == {"weights": "softmax", "temperature": 0.5}
+    record = answer(say, "explain", built, query, "--result", name, *chosen, "--quiet")[0]
+    module, preprocess = make()
+    network = EmbeddingNetwork(module, "relu", preprocess=preprocess)
+    expected = cam_for(
+        network, query, Similarity(reference[0]), "scorecam", fill="blur", weights="softmax",
+        temperature=0.5,
+    ).cam  # fmt: skip
+    drawn = np.array(record["cam"])
+    np.testing.assert_allclose(
+        drawn, area_average(expected, drawn.shape), rtol=1e-4, atol=1e-6 * expected.max()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fill", "black"], "--fill and --option are a method's; name it with --method"),
+        (["--method", "gradcam", "--fill", "black"], "Grad-CAM fills nothing in; leave out --fill"),
+        (["--method", "rise", "--fill", "white"], "fill = 'white' is unknown"),
+        (["--method", "rise", "--option", "masks"], "'masks' is not NAME=VALUE, such as samples"),
+        (["--method", "rise", "--option", "masks=none"], "masks = None; give a whole number"),
+        (["--method", "rise", "--option", "mask=5"], "RISE has no option 'mask'; its options are"),
+    ],
+)
+def test_a_fill_or_an_option_that_means_nothing_is_refused(
+    refused: Any, built: Path, options: list[str], message: str
+) -> None:
+    query = sorted(Path("photos").rglob("*.png"))[0]
+    refused(2, message, "explain", built, query, *options)

@@ -43,6 +43,7 @@ def test_plain_layers_have_no_mode() -> None:
         ("linear", r"layer 'linear' returned a tensor \[2, 5\]; .*before the pooling"),
         ("rleu", r"Toy has no layer 'rleu'; did you mean relu"),
         ("wrong.name", r"Toy has no layer 'wrong\.name'"),
+        ("zzz", r"Toy has no layer 'zzz'; its parts are .*norm.*, relu"),
         ("", r"Toy has no layer ''"),
     ],
 )
@@ -87,6 +88,19 @@ def test_patch_tokens_behind_the_last_attention_are_refused(layer: str) -> None:
 def test_inputs_that_are_not_batches_of_images(given: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         EmbeddingNetwork(toy(), "relu").forward(given)
+
+
+def test_a_wrong_number_of_channels_is_said_and_other_errors_pass() -> None:
+    network = EmbeddingNetwork(toy(), "relu")
+    for call in (network.forward, network.head_pass, lambda x: network.forward_layers(x, ["relu"])):
+        with pytest.raises(InputError, match=r"images are \[2, 4, .*takes another number"):
+            call(torch.zeros(2, 4, 32, 32))
+
+    def fails(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("the user's own")
+
+    with pytest.raises(RuntimeError, match="the user's own"):
+        EmbeddingNetwork(toy(fails), "relu").forward(images())
 
 
 def test_embeddings_that_are_not_vectors_name_their_positions() -> None:

@@ -72,18 +72,20 @@ def test_a_recipe_survives_toml_and_plain_values(tmp_path_factory, recipe) -> No
 
 def test_the_digest_tells_every_choice_apart() -> None:
     other = Recipe(
-        "gradcam++", "centred", "around", "hard", 7, False, 0.3, 1, (), "dense", 9, 8, "magnitude",
-        "float32", "HNSW8", "ip",
+        "gradcam++", "centred", "around", "hard", 7, False, 0.3, 1, (), "mean", {"a": 1},
+        "dense", 9, 8, "magnitude", "float32", "HNSW8", "ip",
     )  # fmt: skip
     digests = {Recipe().digest()}
     for entry in fields(Recipe):
-        if entry.name not in ("hinge", "layers"):
+        if entry.name not in ("hinge", "layers", "fill"):
             digests.add(replace(Recipe(), **{entry.name: getattr(other, entry.name)}).digest())
     digests.add(Recipe(hinge=True).digest())
     # Several layers go with a method of several layers only.
     digests.add(Recipe(method="polycam", layers=("a", "b")).digest())
     digests.add(Recipe(method="polycam", layers=("a", "c")).digest())
-    assert len(digests) == len(fields(Recipe)) + 2
+    # A fill with a method that masks only.
+    digests |= {Recipe("scorecam", fill=fill).digest() for fill in ("mean", "black", "blur")}
+    assert len(digests) == len(fields(Recipe)) + 4
     assert Recipe(margin=1).digest() == Recipe(margin=1.0).digest()
 
 
@@ -142,6 +144,13 @@ def test_the_papers_setting() -> None:
         ({"triplets": 5.0}, "triplets = 5.0 should be of type int"),
         ({"hinge": 1}, "hinge = 1 should be of type bool"),
         ({"method": None}, "method = None should be of type str"),
+        ({"fill": "white"}, "fill = 'white' is unknown; known: mean, black, blur"),
+        ({"fill": "blur"}, "Grad-CAM fills nothing in, so fill = 'blur' means nothing; leave it"),
+        ({"options": {"layers": "a"}}, "layers is an entry of its own and not one of options"),
+        ({"options": {"samples": [5]}}, "such as { samples = 50 }"),
+        ({"options": {"sigma": float("nan")}}, "each a number, a text or a truth value"),
+        ({"options": {"": 1}}, "give a table of the method's options"),
+        ({"options": 5}, "options = 5; give a table"),
         ({"margin": "0.2"}, "margin = '0.2' should be of type float"),
     ],
 )
@@ -238,3 +247,26 @@ def test_the_paper_draws_its_triplets() -> None:
     assert (paper.resolved_sampling, paper.triplets, paper.encoding, paper.m, paper.by) == (
         "random", 50, "top-m", 50, "signed",
     )  # fmt: skip
+
+
+def test_a_fill_and_a_methods_own_options_are_kept(tmp_path) -> None:
+    text = """
+    recipe_version = 1
+    [weights]
+    method = "scorecam"
+    fill = "blur"
+    options = { temperature = 0.1, weights = "softmax" }
+    """
+    recipe, _, _ = read(tmp_path, text)
+    assert recipe == Recipe(
+        "scorecam", fill="blur", options={"weights": "softmax", "temperature": 0.1}
+    )
+    assert recipe.to_dict()["fill"] == "blur"
+    assert recipe.to_dict()["options"] == {"temperature": 0.1, "weights": "softmax"}
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert hash(recipe) != hash(Recipe("scorecam"))
+
+
+def test_what_is_not_chosen_is_not_written_so_that_older_indexes_keep_their_digest() -> None:
+    assert not {"fill", "options"} & Recipe("scorecam").to_dict().keys()
+    assert Recipe().digest() == ("01bd5e4180e4ec512a65213d613dd74d6a300fbb5bc1ee92e8e2d1b039712c14")

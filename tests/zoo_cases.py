@@ -5,6 +5,7 @@ float64, and uses nothing of embedcam: only `case.trunk`, `case.head`, `case.emb
 `case.score`. Each file zoo_<family>.py has a dict `ORACLES` of its methods' oracles by name.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embedcam import EmbeddingNetwork
+from embedcam import EmbeddingNetwork, cam_for
+from embedcam.methods import MethodWarning
 from embedcam.targets import Direction, Similarity, Target, TripletMargin
 
 SIZE = (12, 18)
@@ -159,3 +161,18 @@ def make(
     else:
         aim, scores = Similarity(reference), [lambda f: (f * reference).sum() / f.norm()]
     return Case(network, module, image, aim, scores)
+
+
+# Enough for the law at hand; a mask, a sample or a step more changes no law.
+QUICK: dict[str, dict[str, Any]] = {"rise": {"masks": 20}, "lime": {"samples": 30}}
+
+
+def made(name: str, network: Any, images: Any, target: Any, **options: Any) -> Any:
+    """A map without the warning of methods that ignore the target."""
+    if name == "polycam":
+        options.setdefault("layers", ["features.1", "features"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MethodWarning)
+        return cam_for(
+            network, images, target, name, progress=False, **{**QUICK.get(name, {}), **options}
+        )

@@ -4,8 +4,9 @@ import errno
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from ..identity import Identity
 from ..images import ImageSource
 from ..index import Index, check_factory
 from ..methods import Subject, found_for
+from ..methods.masks import fill_like
 from ..network import EmbeddingNetwork
 from ..recipe import Recipe, RecipeWarning
 from ..targets import Direction
@@ -104,14 +106,35 @@ def check_method(recipe: Recipe, network: EmbeddingNetwork) -> None:
     """Refuse a method that this network cannot do, before any image is embedded.
 
     Raises:
+        InputError: options that the method does not have, or values they do not take.
         NetworkError: CAM without an affine head, or a trained branch that is not there.
     """
-    if recipe.method == "cam" or recipe.entry.trained:
-        features = network.forward(network.probe_images())
-        aim = Direction(np.zeros(features.embedding.shape[1]))
-        inputs = torch.from_numpy(network.probe_images()).to(network.device)
-        with Subject(network, inputs, aim) as subject:
-            found_for(subject, recipe.entry)
+    inputs = torch.from_numpy(network.probe_images()).to(network.device)
+    options = recipe.method_options
+    if recipe.layers:
+        options["layers"] = list(recipe.layers)
+    if recipe.fill != "mean":
+        fill_like(inputs[0], recipe.fill, network.preprocess)
+    whole = recipe.method == "cam" or recipe.entry.trained
+    width = network.forward(inputs).embedding.shape[1] if whole else 1
+    kind = Subject if whole else _Rehearsal
+    with kind(network, inputs, Direction(np.zeros(width))) as subject, suppress(_FirstPass):
+        found_for(subject, recipe.entry, **options)
+
+
+class _FirstPass(Exception):  # noqa: N818 - an event, caught above
+    """A method asks for its first pass: by then it has checked its options."""
+
+
+class _Rehearsal(Subject):
+    """Runs nothing: a method of a thousand passes is not to be run for its options' sake."""
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise _FirstPass
+
+    features = property(_refuse)
+    head = property(_refuse)
+    differentiate = several = scores = _refuse
 
 
 def layers_of(network: EmbeddingNetwork, recipe: Recipe) -> tuple[tuple[str, tuple[int, int]], ...]:

@@ -17,8 +17,12 @@ def check_method(options: argparse.Namespace) -> Method | None:
         InputError: unknown, or one whose branch is trained with the network.
     """
     if options.method is None:
+        if options.fill is not None or options.option:
+            raise InputError("--fill and --option are a method's; name it with --method")
         return None
     found = find_method(options.method)
+    if options.fill is not None and not found.filled:
+        raise InputError(f"{found.title} fills nothing in; leave out --fill")
     if found.trained:
         raise InputError(
             f"{found.title} draws with a branch that is trained with the network; call "
@@ -27,13 +31,34 @@ def check_method(options: argparse.Namespace) -> Method | None:
     return found
 
 
+def options_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The method's own options, and its fill, as `cam_for` takes them."""
+    asked = dict(options.option or ())
+    return asked if options.fill is None else {**asked, "fill": options.fill}
+
+
 def redrawn(
-    explanation: Any, index: Any, network: Any, query: str, method: Method, quiet: bool
+    explanation: Any,
+    index: Any,
+    network: Any,
+    query: str,
+    method: Method,
+    asked: dict[str, Any],
+    quiet: bool,
 ) -> Any:
     """The explanation with its query's map made by the method, from the query's own passes.
 
     The target is the cosine similarity to the result it is explained by; of several results, to
     the mean of their normalised embeddings.
+
+    Args:
+        explanation: of the query, from the index.
+        index: the index.
+        network: its network.
+        query: path of the picture.
+        method: what draws.
+        asked: its options, and its fill.
+        quiet: no progress bar.
     """
     from ..methods import cam_for
     from ..targets import ClassProxy, Similarity
@@ -47,7 +72,9 @@ def redrawn(
             f"{method.title} draws with several layers and this index has one; call "
             "embedcam.cam_for(..., layers=[...])"
         )
-    made = cam_for(network, query, target, method.name, progress=False if quiet else None, **chosen)
+    made = cam_for(
+        network, query, target, method.name, progress=False if quiet else None, **chosen, **asked
+    )  # fmt: skip
     weights = np.zeros_like(explanation.weights) if made.weights is None else made.weights
     return replace(
         explanation,

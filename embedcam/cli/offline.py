@@ -12,7 +12,7 @@ from .networks import named, network_of_index, network_options, refuse_unknown
 from .report import counted, emit, note
 
 _RECIPE = (
-    "method", "target", "norm", "sampling", "hinge", "margin", "seed", "layers",
+    "method", "target", "norm", "sampling", "hinge", "margin", "seed", "layers", "fill",
     "encoding", "rank", "m", "by", "dtype", "faiss", "metric",
 )  # fmt: skip
 
@@ -207,6 +207,8 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str,
     for name, value in images.items():
         if not isinstance(value, str):
             raise RecipeError(f"[images] {name} = {value!r} should be of type str")
+    if options.option:
+        changes["options"] = dict(options.option)
     if "encoding" not in changes and {"m", "by"} & changes.keys():
         changes["encoding"] = "top-m"
     changed = replace(recipe, **changes)

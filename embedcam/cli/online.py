@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ImageError, InputError
-from .direct import check_method, redrawn
+from .direct import check_method, options_of, redrawn
 from .networks import named, network_of_index, network_options
 from .report import columns, note
 
@@ -30,7 +30,9 @@ def explain(options: argparse.Namespace) -> None:
         for query, picture in zip(options.queries, pictures, strict=True):
             explanation = explainer.explain(query, **asked)
             if method is not None:
-                explanation = redrawn(explanation, index, network, query, method, options.quiet)
+                explanation = redrawn(
+                    explanation, index, network, query, method, options_of(options), options.quiet
+                )
             if explanation.empty:
                 note(
                     options,

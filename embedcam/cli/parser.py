@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
@@ -256,6 +257,7 @@ def _build(one: argparse.ArgumentParser) -> None:
         help="of a method of several layers, such as layer2,layer3,layer4; the last is the one "
         "the network explains, named as a build prints it",
     )
+    _method_options(group)
     group.add_argument("--target", metavar="NAME", help="margin (default) or centred")
     group.add_argument("--norm", metavar="WAY", help="through (default) or around the L2 norm")
     group.add_argument(
@@ -344,6 +346,7 @@ def _explain(one: argparse.ArgumentParser) -> None:
         help="compute the query's map itself, by any method (scorecam, rise, ...), in place of "
         "transferred weights",
     )
+    _method_options(one)
     one.add_argument(
         "--neighbors",
         metavar="IDS",
@@ -358,6 +361,32 @@ def _explain(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
     _network(one)
+
+
+def _method_options(group: Any) -> None:
+    group.add_argument(
+        "--fill",
+        metavar="WHAT",
+        help="what a masking method puts in place of masked pixels: mean (default), black or blur",
+    )
+    group.add_argument(
+        "--option",
+        metavar="NAME=VALUE",
+        type=_option,
+        action="append",
+        help="an option of the method, such as samples=50; may be repeated",
+    )
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, given, value = text.partition("=")
+    if not name or not given:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as samples=50")
+    words = {"true": True, "false": False, "none": None}
+    for kind in (int, float):
+        with suppress(ValueError):
+            return name, kind(value)
+    return name, words.get(value.lower(), value)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ Each method is a function `method(subject, **options) -> Found`; `embedcam.regis
 """
 
 from .direct import MethodMap, MethodWarning, cam_for, found_for, weights_for
-from .subject import Found, Passes, Subject
+from .subject import Found, Passes, Subject, inputs_a_pass
 
 __all__ = [
     "Found",
@@ -33,5 +33,6 @@ __all__ = [
     "Subject",
     "cam_for",
     "found_for",
+    "inputs_a_pass",
     "weights_for",
 ]

@@ -20,7 +20,7 @@ from ..registry import Method, WeightMethod, find_method
 from ..targets import Target
 from .custom import as_target
 from .options import whole_number
-from .subject import Found, Passes, Subject
+from .subject import Found, Passes, Subject, inputs_a_pass
 
 
 class MethodWarning(UserWarning):
@@ -57,7 +57,7 @@ def cam_for(
     *,
     norm: str = "through",
     size: tuple[int, int] | int | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     seed: int = 0,
     fill: Any = "mean",
     progress: bool | None = None,
@@ -77,7 +77,8 @@ def cam_for(
         norm: the gradient "through" the L2 norm or "around" it. A cosine does not change with the
             length, so with it both differ by a factor only.
         size: (H, W) of the map, over positions a number; None takes the input's.
-        batch_size: inputs a forward pass; changes nothing beyond float rounding.
+        batch_size: inputs a forward pass; changes nothing beyond float rounding. None takes 8 on a
+            CPU, where they fit its caches, and 32 elsewhere.
         seed: of everything random; each image of a batch draws the same.
         fill: what masked pixels become, and the baseline: "mean", "black", "blur", a number or a
             tensor.
@@ -90,7 +91,7 @@ def cam_for(
     """
     entry, wanted = find_method(method), as_target(target)
     function = entry.load()
-    _check_options(entry, function, options)
+    check_options(entry, function, options)
     if not entry.targeted:
         warnings.warn(
             f"{entry.title} ignores the target: it shows what stands out, not what matched",
@@ -102,6 +103,8 @@ def cam_for(
             f"norm 'around' changes the gradient, and {entry.title} never asks for one; leave it "
             "out"
         )
+    if batch_size is None:
+        batch_size = inputs_a_pass(network.device)
     batch_size = whole_number("batch_size", batch_size)
     if size is not None:
         positions = network.layout_options[0] == "bkl" and isinstance(size, int | np.integer)
@@ -130,8 +133,10 @@ def weights_for(subject: Subject, method: WeightMethod, **options: Any) -> Tenso
 
 def found_for(subject: Subject, method: Method, **options: Any) -> Found:
     """All that a method finds, for an index."""
+    function = method.load()
+    check_options(method, function, options)
     with torch.inference_mode(False), torch.no_grad():
-        found: Found = method.load()(subject, **options)
+        found: Found = function(subject, **options)
     return found
 
 
@@ -182,7 +187,12 @@ def _drawn(
     return MethodMap(drawn, grid, weights, layers, entry, subject.passes)
 
 
-def _check_options(entry: Method, function: Callable[..., Any], options: dict[str, Any]) -> None:
+def check_options(entry: Method, function: Callable[..., Any], options: dict[str, Any]) -> None:
+    """Refuse options that a method's function does not have.
+
+    Raises:
+        InputError: with those it has.
+    """
     known = list(inspect.signature(function).parameters)[1:]
     for name in options:
         if name not in known:

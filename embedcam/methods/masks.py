@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError, NetworkError
+from ..registry import FILLS
 from .subject import Subject
 
-FILLS = ("mean", "black", "blur")
 BLUR_SIZE, BLUR_SIGMA = 51, 50.0
 
 

@@ -66,6 +66,15 @@ class Passes:
         return Passes(**{name: n + getattr(other, name) for name, n in vars(self).items()})
 
 
+def inputs_a_pass(device: torch.device, most: int = 32) -> int:
+    """How many made inputs go through a network at once, at most `most`.
+
+    On a CPU 8: what a batch leaves behind still fits its caches there, and MobileNetV2 takes less
+    than half the time an input that it takes in batches of 32. Other devices want large batches.
+    """
+    return min(most, 8) if device.type == "cpu" else most
+
+
 class Subject:
     """A batch of inputs of a network, explained with respect to a target.
 
@@ -75,7 +84,8 @@ class Subject:
         target: what is explained.
         norm: the gradient "through" the L2 norm or "around" it.
         batch_size: of what a method makes (masks, noisy inputs, steps), inputs a forward pass; the
-            images themselves go together. Changes nothing beyond float rounding.
+            images themselves go together. Changes nothing beyond float rounding. None takes
+            `inputs_a_pass`.
         seed: of everything random; each image of a batch draws the same numbers.
         fill: what replaces masked pixels and is the baseline, see `masks.fill_like`.
         tick: told of progress.
@@ -91,13 +101,15 @@ class Subject:
         target: Target,
         *,
         norm: str = "through",
-        batch_size: int = 32,
+        batch_size: int | None = None,
         seed: int = 0,
         fill: Any = "mean",
         tick: Tick | None = None,
     ) -> None:
         if norm not in NORMS:
             raise InputError(f"norm {norm!r} is unknown; use one of {', '.join(NORMS)}")
+        if batch_size is None:
+            batch_size = inputs_a_pass(network.device)
         batch_size, seed = whole_number("batch_size", batch_size), whole_number("seed", seed, 0)
         if seed >= 1 << 63:
             raise InputError(f"seed = {seed}; give a whole number below 2**63")
@@ -106,6 +118,7 @@ class Subject:
         self.passes = Passes()
         self.tick: Tick = tick or (lambda n: None)
         self._head: HeadPass | None = None
+        self._channels_last = True
 
     def __len__(self) -> int:
         """B."""
@@ -275,10 +288,20 @@ class Subject:
         target, found = self.target.at(row), []
         for piece in inputs:
             self.passes.forwards += len(piece)
-            embedding = self.network.forward(piece, allow_zero=True).embedding
-            found.append(target.score(embedding))
+            found.append(target.score(self._embedding(piece)))
             self.tick(len(piece))
         return torch.cat(found)
+
+    def _embedding(self, piece: Tensor) -> Tensor:
+        """Embeddings `[n D]` of one piece, in the memory format that runs fastest."""
+        if self._channels_last and piece.ndim == 4 and piece.device.type == "cpu":
+            # Convolutions on CPUs run up to 1.6 times as fast on it.
+            turned = piece.contiguous(memory_format=torch.channels_last)
+            try:
+                return self.network.forward(turned, allow_zero=True).embedding
+            except RuntimeError:
+                self._channels_last = False  # a module that takes views of contiguous memory only
+        return self.network.forward(piece, allow_zero=True).embedding
 
     def normalized(self, z: Tensor) -> Tensor:
         """The embedding of head outputs z `[n D]`; a z of zeros stays zero, no evidence."""

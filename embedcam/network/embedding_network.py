@@ -337,7 +337,7 @@ class EmbeddingNetwork(ModuleRuns):
         with torch.inference_mode(False):
             try:
                 _, raw = run(pictures[:1], lambda raw: (raw, raw.clone()), 1)
-            except RuntimeError as error:
+            except (RuntimeError, InputError) as error:
                 said = str(error).strip().partition("\n")[0][:200]
                 raise NetworkError(
                     f"a probe picture {list(pictures[:1].shape)} cannot go through the network "

@@ -51,7 +51,7 @@ def find_layer(module: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Modul
         if not name:
             raise NetworkError(
                 f"{type(module).__name__} has no layer {layer!r}"
-                f"{near_misses(layer, [name for name in bare if name])}"
+                f"{near_misses(layer, [name for name in bare if name]) or _parts(module)}"
             )
     else:
         raise InputError(f"layer={layer!r} is neither a name nor a module of the network")
@@ -74,6 +74,13 @@ def find_layers(module: nn.Module, layers: Sequence[str]) -> list[tuple[str, nn.
     if len(set(names)) < len(names):
         raise InputError(f"a layer is given twice among {', '.join(names)}; name each once")
     return bare
+
+
+def _parts(module: nn.Module, most: int = 12) -> str:
+    """ "; its parts are conv1, bn1, ...": where no name comes near."""
+    names = [name for name, _ in module.named_children()]
+    more = ", ..." if len(names) > most else ""
+    return f"; its parts are {', '.join(names[:most])}{more}" if names else ""
 
 
 def _last_name(named: dict[str, nn.Module]) -> str:

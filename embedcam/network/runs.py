@@ -4,8 +4,8 @@ The other half of `EmbeddingNetwork`, which says what for.
 """
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +179,8 @@ class ModuleRuns:
         outer = torch.inference_mode(not differentiable)
         with outer, torch.no_grad(), self._autocast(True), self._lock:
             batch = self._prepare(images)
-            output, kept, depth = run_tapped_several(self.module, found, batch, differentiable)
+            with _channels_refused(batch):
+                output, kept, depth = run_tapped_several(self.module, found, batch, differentiable)
             z = at_least_single(choose_embedding(output, self.output, len(batch)))
         names = [name for name, _ in found]
         layouts = [self._layout_of(name, raw, batch) for name, raw in zip(names, kept, strict=True)]
@@ -247,13 +248,14 @@ class ModuleRuns:
 
     def _call(self, images: Tensor, change: Change, batch: int) -> tuple[Tensor, Tensor]:
         """Run the network once with a tap at the layer: z `[batch D]`, and what the tap kept."""
-        if self._trunk is not None:
-            assert self._head is not None
-            output, kept = run_parts(self._run_trunk, self._head, self.layer, images, change)
-        else:
-            assert self._hooked is not None
-            with self._lock:
-                output, kept = run_tapped(self.module, self._hooked, self.layer, images, change)
+        with _channels_refused(images):
+            if self._trunk is not None:
+                assert self._head is not None
+                output, kept = run_parts(self._run_trunk, self._head, self.layer, images, change)
+            else:
+                assert self._hooked is not None
+                with self._lock:
+                    output, kept = run_tapped(self.module, self._hooked, self.layer, images, change)
         return at_least_single(choose_embedding(output, self.output, batch)), kept
 
     def _run_trunk(self, images: Tensor) -> Any:
@@ -296,3 +298,18 @@ class ModuleRuns:
         layout = self._read_layout(images, raw)
         maps = layout.to_maps(raw)
         return make_features(images, z, maps, self.normalize, allow_zero), layout
+
+
+@contextmanager
+def _channels_refused(images: Tensor) -> Iterator[None]:
+    """Say in our words what a convolution says of inputs with a wrong number of channels."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).partition("\n")[0]
+        if "channels, but got" not in said:
+            raise
+        raise InputError(
+            f"the images are {list(images.shape)}, and the network takes another number of "
+            f"channels ({said}); give inputs as the network's preprocessing makes them"
+        ) from error

@@ -1,0 +1,412 @@
+"""Methods of the zoo in an index: what is stored is what they find, and draws again.
+
+Parametrised from the registry.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import oracles as oracle_file
+import pytest
+import torch
+import zoo_cases
+import zoo_learned
+from build_samples import activations_of, dense, drawn, inputs, opened, pictures, quicken, toy
+from zoo_cases import made
+
+from embedcam import (
+    METHODS,
+    EmbeddingNetwork,
+    Explainer,
+    Preprocess,
+    Recipe,
+    add_images,
+    build_index,
+)
+from embedcam.cam import area_average, resize
+from embedcam.cotangents import AnchorCotangents
+from embedcam.errors import InputError, NetworkError, RecipeError
+from embedcam.images import ImageSource
+from embedcam.methods import Subject, weights_for
+from embedcam.registry import (
+    WeightMethod,
+)
+from embedcam.targets import Direction
+from embedcam.triplets import label_codes
+
+UNTRAINED = [name for name, method in METHODS.items() if not method.trained]
+STORED = [name for name in UNTRAINED if isinstance(METHODS[name], WeightMethod)]
+CAM_OTHER = ("cam", "other")  # CAM needs an affine head
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name in STORED for kind in ("affine", "other") if (name, kind) != CAM_OTHER],
+)
+def test_an_index_redraws_the_weight_form_of_every_storable_method(
+    name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicken(monkeypatch)
+    made_of = toy(kind)
+    network, source = made_of.network, pictures(tmp_path / "photos", n=9)
+    recipe = dense(method=name, faiss="Flat")
+    build_index(source, network, tmp_path / "index", recipe, batch_size=4, progress=False)
+    images = torch.from_numpy(inputs(made_of, source))
+    with opened(tmp_path / "index") as (index, live):
+        vectors = index.embeddings(live)
+        stored = index.weights(live)
+        explainer = Explainer(index, network)
+        labels = label_codes([item.label for item in source.items])
+        anchors = AnchorCotangents(recipe, vectors, labels, vectors.mean(0))
+        for row in (0, 5):
+            aims = anchors.of(np.array([row]))
+            values = aims.values if aims.values.ndim == 3 else aims.values[:, None]
+            with Subject(network, images[row : row + 1], Direction(values, aims.used)) as subject:
+                own = weights_for(subject, METHODS[name]).numpy()  # type: ignore[arg-type]
+            np.testing.assert_allclose(
+                stored[row], own[0], rtol=2e-4, atol=2e-6 * np.abs(own).max() + 1e-12
+            )
+            again = explainer.explain(images[row].numpy(), neighbors=[index.ids[row]])
+            redrawn = np.maximum(
+                np.einsum(
+                    "k,khw->hw", own[0], network.forward(images[row : row + 1]).activations[0]
+                ),
+                0,
+            )
+            np.testing.assert_allclose(
+                again.cam,
+                resize(redrawn.astype(np.float32), again.cam.shape),
+                atol=1e-4 * redrawn.max() + 1e-7,
+            )
+    assert stored.any()
+
+
+LAYERS = ("features.0", "features.2", "features")
+
+
+def layered(seed: int = 0) -> EmbeddingNetwork:
+    """A network with three layers of different grids."""
+    case = zoo_cases.make("curved", seed=seed)
+    case.module.float()
+    return EmbeddingNetwork(case.module, "features", preprocess=Preprocess(zoo_cases.SIZE))
+
+
+@pytest.mark.parametrize("encoding", ["dense", "low-rank", "top-m"])
+def test_an_index_holds_every_layer_of_poly_cam_and_redraws_its_map(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicken(monkeypatch)
+    network, source = layered(), pictures(tmp_path / "photos", n=9)
+    choices = {"encoding": encoding, "rank": 6, "m": 3, "layers": LAYERS}
+    recipe = dense(method="polycam", **choices)
+    build_index(source, network, tmp_path / "index", recipe, batch_size=4, progress=False)
+    with opened(tmp_path / "index") as (index, live):
+        index.verify()
+        assert [layer["name"] for layer in index.manifest["layers"]] == [
+            "features", "features.2", "features.0",
+        ]  # fmt: skip
+        vectors = index.embeddings(live)
+        labels = label_codes([item.label for item in source.items])
+        anchors = AnchorCotangents(recipe, vectors, labels, vectors.mean(0))
+        explainer = Explainer(index, network)
+        for row in (1, 6):
+            image = network.preprocess(source.open(row))
+            aim = Direction(anchors.of(np.array([row])).values[:, None])
+            own = made("polycam", network, torch.from_numpy(image)[None], aim, layers=LAYERS)
+            for number, name in enumerate(["features", "features.2", "features.0"]):
+                stored, expected = index.weights([row], number)[0], own.layer_weights[name][0]
+                if encoding != "top-m":
+                    scale = np.abs(expected).max()
+                    np.testing.assert_allclose(
+                        stored, expected, rtol=1e-3, atol=1e-4 * scale + 1e-9
+                    )
+            again = explainer.explain(image, neighbors=[index.ids[row]])
+            assert set(again.layer_weights) == set(LAYERS)
+            if encoding == "dense":
+                np.testing.assert_allclose(
+                    again.cam, own.cam[0], rtol=1e-3, atol=1e-4 * own.cam.max()
+                )
+                _, tapped = network.forward_layers(
+                    image[None], [layer["name"] for layer in index.manifest["layers"]]
+                )
+                alone = Explainer(index).explain_features(
+                    vectors[row],
+                    [maps[0].numpy() for maps in tapped],
+                    size=zoo_cases.SIZE,
+                    neighbors=[index.ids[row]],
+                )
+                np.testing.assert_allclose(alone.cam, again.cam, rtol=1e-5, atol=1e-9)
+                # The image's own map, kept as bytes of at most 64 cells.
+                kept, grid = index.coarse([row])[0], own.grid_cam[0]
+                assert kept.size <= 64
+                whole = area_average(grid, kept.shape)
+                np.testing.assert_allclose(kept, whole, atol=whole.max() / 400)
+
+
+def test_an_index_of_several_layers_grows_and_says_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicken(monkeypatch)
+    network, path = layered(), tmp_path / "index"
+    source = pictures(tmp_path / "photos", n=9)
+    recipe = dense(method="polycam", layers=LAYERS, faiss="Flat")
+    first = ImageSource(source.items[:6], source.root)
+    build_index(first, network, path, recipe, batch_size=4, progress=False)
+    with opened(path) as (index, _):
+        before = [index.weights(np.arange(6), number) for number in range(3)]
+    rest = ImageSource(source.items[6:], source.root)
+    add_images(rest, network, path, batch_size=2, progress=False)
+    with opened(path) as (index, live):
+        assert len(live) == 9
+        for number in range(3):
+            np.testing.assert_array_equal(index.weights(np.arange(6), number), before[number])
+            assert np.isfinite(index.weights([6, 7, 8], number)).all()
+        found = Explainer(index, network).explain(tmp_path / "photos" / source.items[0].path)
+        assert found.cam.shape == zoo_cases.SIZE
+        features = network.forward(network.probe_images())
+        with pytest.raises(
+            InputError, match=r"this index draws with the layers features, features\.2"
+        ):
+            Explainer(index).explain_features(
+                features.embedding[0].numpy(), features.activations[0].numpy()
+            )
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({}, "Poly-CAM draws with several layers and layers = \\[\\]; name at least two"),
+        ({"layers": ("a",)}, "name at least two, each once"),
+        ({"layers": ("a", "a")}, "name at least two, each once"),
+        ({"layers": ("a", 3)}, "should be names of layers"),
+        ({"method": "gradcam", "layers": ("a", "b")}, "Grad-CAM works on the network's own layer"),
+    ],
+)
+def test_layers_that_cannot_be_are_refused(choices: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe(**{"method": "polycam", **choices})
+
+
+def test_the_networks_own_layer_is_the_deepest_of_poly_cam(tmp_path: Path) -> None:
+    case = zoo_cases.make("curved")
+    case.module.float()
+    network = EmbeddingNetwork(case.module, "features.2", preprocess=Preprocess(zoo_cases.SIZE))
+    source = pictures(tmp_path / "photos", n=9)
+    recipe = dense(method="polycam", layers=LAYERS)
+    with pytest.raises(RecipeError, match=r"and the network explains 'features\.2'; name that one"):
+        build_index(source, network, tmp_path / "index", recipe, progress=False)
+    assert not (tmp_path / "index").exists()
+
+
+def test_an_index_holds_what_lfi_cam_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicken(monkeypatch)
+    case = zoo_learned.lfi_case()
+    case.module.float()
+    network = EmbeddingNetwork(case.module, "trunk", preprocess=Preprocess(zoo_cases.SIZE))
+    source = pictures(tmp_path / "photos", n=9)
+    build_index(source, network, tmp_path / "index", dense(method="lficam"), progress=False)
+    with opened(tmp_path / "index") as (index, live):
+        image = network.preprocess(source.open(2))
+        found = made("lficam", network, image, case.target)
+        np.testing.assert_allclose(index.weights(live)[2], found.weights, rtol=1e-4)
+        drawn = Explainer(index, network).explain(image, neighbors=[index.ids[2]]).cam
+        np.testing.assert_allclose(drawn, found.cam, rtol=1e-4, atol=1e-6)
+
+
+def literal_margin(vectors: np.ndarray, triplets: np.ndarray) -> np.ndarray:
+    """2 (f_p - f_n) of each triplet `[S 2]`, one number at a time, `[S D]`."""
+    found = np.zeros((len(triplets), vectors.shape[1]))
+    for s, (p, n) in enumerate(triplets):
+        for d in range(vectors.shape[1]):
+            found[s, d] = 2 * (float(vectors[p, d]) - float(vectors[n, d]))
+    return found
+
+
+def test_a_build_by_xgrad_cam_around_the_norm_is_the_literal_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicken(monkeypatch)
+    made_of, source = toy("other"), pictures(tmp_path / "photos", n=9)
+    recipe = dense(method="xgradcam", norm="around", seed=3, faiss="none")
+    build_index(source, made_of.network, tmp_path / "index", recipe, progress=False)
+    maps = activations_of(made_of, source).double()
+    with opened(tmp_path / "index") as (index, live):
+        vectors, stored = index.embeddings(live), index.weights(live)
+    triplets = drawn(recipe, vectors, [item.label for item in source.items])
+    for row in range(9):
+        c = torch.from_numpy(literal_margin(vectors, triplets[row]).mean(0))
+        leaf = maps[row : row + 1].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad((made_of.head(leaf)[0] * c).sum(), leaf)
+        for k in range(leaf.shape[1]):
+            share = leaf[0, k].detach() / leaf[0, k].detach().sum()
+            expected = float((share * gradient[0, k]).sum()) if share.isfinite().all() else 0.0
+            assert stored[row, k] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_a_build_by_score_cam_of_the_centred_target_is_the_literal_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicken(monkeypatch)
+    made_of, source = toy("other"), pictures(tmp_path / "photos", n=6)
+    recipe = dense(method="Score-CAM", target="centred", faiss="none")
+    assert recipe.method == "scorecam"
+    build_index(source, made_of.network, tmp_path / "index", recipe, progress=False)
+    with opened(tmp_path / "index") as (index, live):
+        vectors, stored = index.embeddings(live).astype(float), index.weights(live)
+    images, mean = inputs(made_of, source), vectors.mean(0)
+    maps = activations_of(made_of, source).double().numpy()
+
+    def score(image: np.ndarray, row: int) -> float:
+        f = made_of.network.forward(image[None].astype(np.float32)).embedding[0].double().numpy()
+        return float(((vectors[row] - mean) * f).sum())
+
+    for row in (0, 4):
+        nothing = score(np.zeros_like(images[row]), row)
+        for k in range(maps.shape[1]):
+            expected = 0.0
+            if maps[row, k].max() > maps[row, k].min():
+                mask = oracle_file.min_max(oracle_file.bilinear(maps[row, k], 16, 16))
+                expected = score(images[row] * mask, row) - nothing
+            assert stored[row, k] == pytest.approx(expected, rel=2e-3, abs=2e-5)
+
+
+def test_a_build_by_smooth_grad_cam_takes_the_seed_and_only_triplets_that_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicken(monkeypatch)
+    made_of, source = toy("other"), pictures(tmp_path / "photos", n=9)
+    recipe = dense(method="smoothgradcam++", hinge=True, margin=0.05, seed=7, faiss="none")
+    build_index(source, made_of.network, tmp_path / "index", recipe, progress=False)
+    with opened(tmp_path / "index") as (index, live):
+        vectors, stored = index.embeddings(live), index.weights(live)
+        counts = index.triplets_used(live)
+    triplets = drawn(recipe, vectors, [item.label for item in source.items])
+    images, some = torch.from_numpy(inputs(made_of, source)), 0
+    for row in range(9):
+        kept = [
+            (p, n)
+            for p, n in triplets[row]
+            if not oracle_file.hinge_is_satisfied(vectors[row], vectors[p], vectors[n], 0.05)
+        ]
+        assert counts[row] == len(kept)
+        if not kept:
+            assert not stored[row].any()
+            continue
+        some += len(kept) < len(triplets[row])
+        aim = Direction(literal_margin(vectors, np.array(kept)))
+        weights = {}
+        for seed in (7, 0):
+            with Subject(made_of.network, images[row : row + 1], aim, seed=seed) as subject:
+                weights[seed] = weights_for(subject, METHODS[recipe.method])[0].numpy()  # type: ignore[arg-type]
+        np.testing.assert_allclose(stored[row], weights[7], rtol=1e-3, atol=1e-7)
+        assert np.abs(weights[7] - weights[0]).max() > 1e-3 * np.abs(weights[7]).max()
+    assert some
+
+
+def test_a_method_that_the_network_cannot_do_is_refused_before_any_image_is_embedded(
+    tmp_path: Path,
+) -> None:
+    source = pictures(tmp_path / "photos", n=9)
+    for method, message in (("cam", "CAM needs average pooling"), ("lficam", "LFI")):
+        made_of = toy("other")
+        with pytest.raises(NetworkError, match=message):
+            build_index(
+                source, made_of.network, tmp_path / method, dense(method=method), progress=False
+            )
+        assert made_of.forwards(1) < 8  # probe pictures
+        assert not (tmp_path / method).exists()
+
+
+def test_cam_reads_each_image_once_and_is_grad_cam_times_the_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicken(monkeypatch)
+    source, kept = pictures(tmp_path / "photos", n=9), {}
+    for method in ("cam", "gradcam"):
+        made_of = toy("affine")
+        recipe = dense(method=method, faiss="none")
+        build_index(source, made_of.network, tmp_path / method, recipe, progress=False)
+        with opened(tmp_path / method) as (index, live):
+            kept[method] = index.weights(live)
+    np.testing.assert_allclose(kept["cam"], 16 * kept["gradcam"], rtol=1e-5)
+
+
+def test_a_build_by_any_method_does_not_depend_on_the_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicken(monkeypatch)
+    source = pictures(tmp_path / "photos", n=9)
+    kept = []
+    for size in (1, 4):
+        path = tmp_path / str(size)
+        recipe = dense(method="scorecam", faiss="none")
+        build_index(source, toy("other").network, path, recipe, batch_size=size, progress=False)
+        with opened(path) as (index, live):
+            kept.append(index.weights(live))
+    np.testing.assert_allclose(kept[0], kept[1], rtol=1e-4, atol=1e-6 * np.abs(kept[0]).max())
+
+
+def test_features_alone_serve_the_methods_of_the_pooled_vector_only(tmp_path: Path) -> None:
+    from embedcam import build_from_features
+
+    vectors = np.eye(4, dtype=np.float32)
+    with pytest.raises(RecipeError, match="method = 'scorecam' needs the images, and features"):
+        build_from_features(
+            vectors, vectors, tmp_path / "index", Recipe(method="scorecam"), grid=(2, 2)
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("scorecam", {"fill": "blur"}),
+        ("scorecam", {"options": {"weights": "softmax", "temperature": 0.1}}),
+        ("integratedgradcam", {"fill": "black", "options": {"steps": 3}}),
+        ("groupcam", {"options": {"groups": 2, "percentile": None}}),
+    ],
+)
+def test_a_recipes_fill_and_options_are_the_methods(
+    name: str, choices: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quicken(monkeypatch)
+    made_of, source = toy("other"), pictures(tmp_path / "photos", n=9)
+    recipe = dense(method=name, faiss="none", **choices)
+    build_index(source, made_of.network, tmp_path / "index", recipe, progress=False)
+    with opened(tmp_path / "index") as (index, live):
+        vectors, stored = index.embeddings(live), index.weights(live)
+        assert Recipe.from_dict(index.manifest["recipe"]) == recipe
+    codes = label_codes([item.label for item in source.items])
+    aim = AnchorCotangents(recipe, vectors, codes, vectors.mean(0)).of(np.array([3]))
+    image = torch.from_numpy(inputs(made_of, source))[3]
+    options = {**recipe.method_options, "fill": recipe.fill}
+    target = Direction(aim.values[:, None], aim.used)
+    chosen = made(name, made_of.network, image, target, **options).weights
+    plain = made(name, made_of.network, image, target).weights
+    np.testing.assert_allclose(stored[3], chosen, rtol=2e-3, atol=1e-6 * np.abs(chosen).max())
+    assert np.abs(chosen - plain).max() > 1e-3 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("scorecam", {"samples": 5}, "has no option 'samples'; its options are weights, temp"),
+        ("scorecam", {"weights": "hard"}, "weights = 'hard' is unknown"),
+        ("gradcam", {"steps": 5}, "Grad-CAM has no option 'steps'; it has no options"),
+        ("integratedgradcam", {"steps": 0}, "steps = 0; give a whole number from 1"),
+        ("smoothgradcam++", {"sigma": -1.0}, "sigma = -1.0"),
+        ("groupcam", {"clustering": "dbscan"}, "clustering = 'dbscan' is unknown"),
+        ("clustercam", {"n_clusters": 2.5}, "n_clusters = 2.5; give a whole number"),
+    ],
+)
+def test_options_a_method_does_not_take_are_refused_before_any_image_is_read(
+    name: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    made_of, source = toy("other"), pictures(tmp_path / "photos", n=9)
+    recipe = dense(method=name, options=options)
+    with pytest.raises(InputError, match=message):
+        build_index(source, made_of.network, tmp_path / "index", recipe, progress=False)
+    assert made_of.forwards(1) < 8  # probe pictures
+    assert not (tmp_path / "index").exists()

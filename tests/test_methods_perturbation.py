@@ -227,15 +227,39 @@ def test_scaling_the_target_scales_what_is_found(name: str, scale: float) -> Non
 # --- decomposition ---
 
 
-@pytest.mark.parametrize(("channels", "side"), [(300, 7), (64, 14), (20, 20)])
-def test_the_truncated_decomposition_is_the_full_one(channels: int, side: int) -> None:
+@pytest.mark.parametrize(("channels", "side"), [(300, 7), (64, 14), (20, 20), (150, 14), (400, 11)])
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_truncated_decomposition_is_the_full_one(
+    channels: int, side: int, signed: bool
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    maps = torch.randn(2, channels, side, side + 1, generator=generator).clamp(min=0)
-    matrices = maps.flatten(2).mT
+    maps = torch.randn(2, channels, side, side + 1, generator=generator)
+    matrices = (maps if signed else maps.clamp(min=0)).flatten(2).mT
     found = decomposition._first_direction(matrices)
+    assert torch.equal(found, decomposition._first_direction(matrices))
     full = torch.linalg.svd(matrices.double())[2][:, 0]
     full = full * torch.sign((matrices.double() @ full[..., None]).sum((1, 2)))[:, None]
-    torch.testing.assert_close(found.double(), full, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.double(), full, rtol=0, atol=1e-4 if signed else 1e-5)
+
+
+def test_a_decomposition_where_nothing_is_dominant_or_nothing_is_there() -> None:
+    assert not decomposition._first_direction(torch.zeros(1, 150, 150)).any()
+    even = torch.eye(150)[None]
+    found = decomposition._first_direction(even)[0]
+    torch.testing.assert_close(torch.linalg.vector_norm(found), torch.tensor(1.0))
+
+
+def test_a_decomposition_that_does_not_converge_is_made_directly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    matrices = torch.randn(1, 150, 120, generator=torch.Generator().manual_seed(1))
+    expected = decomposition._first_direction(matrices)
+
+    def gives_up(*_: Any, **__: Any) -> None:
+        raise decomposition.ArpackError(-9)
+
+    monkeypatch.setattr(decomposition, "eigsh", gives_up)
+    torch.testing.assert_close(decomposition._first_direction(matrices), expected)
 
 
 @given(

@@ -1,9 +1,14 @@
 """Methods that look for one dominant direction: Eigen-CAM and EigenGrad-CAM."""
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 from torch import Tensor
 
 from .subject import Found, Subject
+
+_LARGE = 100
+"""Channels or positions, whichever are fewer, from which iterating beats a decomposition."""
 
 
 def eigencam(subject: Subject) -> Found:
@@ -64,19 +69,38 @@ def oriented(directions: Tensor, maps: Tensor) -> Tensor:
 def _first_direction(matrices: Tensor) -> Tensor:
     """The first right singular vector of each `[B Z K]`, oriented; `[B K]`, 0 for a matrix of 0.
 
-    From the Gram matrix of the smaller side: the first vector of it is as exact as that of a full
-    decomposition, since squaring the singular values spreads the first two apart as much as it
-    squares the rounding.
+    Of small matrices from the Gram matrix of the smaller side: the first vector of it is as exact
+    as that of a full decomposition, since squaring the singular values spreads the first two apart
+    as much as it squares the rounding. Of large ones by Lanczos iteration (ARPACK).
     """
     # Activations of half precision reach 6e4 and gradients 1e-20, whose squares single precision
     # does not hold.
     scale = matrices.abs().amax((-2, -1), keepdim=True)
     scaled = matrices / torch.where(scale > 0, scale, 1)
-    if matrices.shape[2] <= matrices.shape[1]:
-        directions = torch.linalg.eigh(scaled.mT @ scaled)[1][..., -1]
+    upright = matrices.shape[2] <= matrices.shape[1]
+    tall = scaled if upright else scaled.mT
+    if tall.shape[2] > _LARGE:
+        short = torch.stack([_iterated(one) for one in tall])
     else:
-        left = torch.linalg.eigh(scaled @ scaled.mT)[1][..., -1]
-        directions = (left[:, None] @ scaled)[:, 0]
+        short = torch.linalg.eigh(tall.mT @ tall)[1][..., -1]
+    directions = short if upright else (short[:, None] @ scaled)[:, 0]
     lengths = torch.linalg.vector_norm(directions, dim=-1, keepdim=True)
     directions = directions / torch.where(lengths > 0, lengths, 1) * (scale[..., 0] > 0)
     return oriented(directions, (scaled @ directions[..., None])[..., 0])
+
+
+def _iterated(tall: Tensor) -> Tensor:
+    """The first right singular vector of one matrix `[Z K]`, K <= Z, `[K]`; any for one of 0."""
+    matrix = tall.detach().cpu().numpy()
+    gram = LinearOperator(
+        (matrix.shape[1],) * 2, matvec=lambda x: matrix.T @ (matrix @ x), dtype=matrix.dtype
+    )
+    # A fixed start, so that the same activations give the same bits; random, so that it is not
+    # orthogonal to what is looked for.
+    start = np.random.default_rng(0).standard_normal((matrix.shape[1],)).astype(matrix.dtype)
+    try:
+        found = eigsh(gram, k=1, which="LA", v0=start)[1][:, 0]
+    except ArpackError:
+        # Not found in time, as where nothing is dominant.
+        return torch.linalg.eigh(tall.mT @ tall)[1][:, -1]
+    return torch.as_tensor(found).to(tall)

@@ -13,6 +13,7 @@ _WHERE = {
     "BuildReport": "build",
     "ClassProxy": "targets",
     "Coordinate": "targets",
+    "DirectWeights": "fallback",
     "EmbedcamError": "errors",
     "EmbeddingNetwork": "network",
     "Explainer": "explain",
@@ -38,6 +39,7 @@ __all__ = [
     "BuildReport",
     "ClassProxy",
     "Coordinate",
+    "DirectWeights",
     "EmbedcamError",
     "EmbeddingNetwork",
     "Explainer",
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from .build import BuildReport, add_images, build_index
     from .errors import EmbedcamError
     from .explain import Explainer, Explanation
+    from .fallback import DirectWeights
     from .features import build_from_features
     from .images import find_images, from_dataset
     from .index import Index

@@ -7,12 +7,14 @@ object, and a service that already has embeddings and activations needs none.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from .calibration import Calibration, evidence
 from .cam import cam, resize, sharpen
 from .errors import IndexFormatError, InputError
 from .explanation import Explanation
@@ -27,7 +29,36 @@ if TYPE_CHECKING:
 
     from .network import EmbeddingNetwork
 
-__all__ = ["Explainer", "Explanation"]
+__all__ = ["Explainer", "Explanation", "Fallback"]
+
+TRUSTED_FROM = 0.5
+"""Expected correlation with the directly computed map from which a transfer counts as trusted."""
+N_NEGATIVES = 50
+
+
+class Fallback(Protocol):
+    """Computes weights on a query itself, where transferred ones are not trusted."""
+
+    def weights(
+        self, inputs: Any, positives: np.ndarray, negatives: np.ndarray
+    ) -> Sequence[np.ndarray]:
+        """Weights `[K]` of each layer, deepest first.
+
+        Args:
+            inputs: the network's input, `[3 H W]`.
+            positives: embeddings of the neighbours, `[P D]`.
+            negatives: of other images, `[Q D]`.
+        """
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """Weights `[K]` by layer; of the first one the neighbours' norms, shares and fields."""
+
+    weights: list[np.ndarray]
+    norms: np.ndarray
+    shares: np.ndarray
+    fields: Mapping[str, np.ndarray]
 
 
 class Explainer:
@@ -39,6 +70,9 @@ class Explainer:
             network, layer or preprocessing is refused.
         n_neighbors: images returned for a query, all of them in a smaller index.
         transfer: "mean" or "distance", see `transfer.coefficients`.
+        trusted_from: trust from which an explanation counts as trusted, 0 to 1.
+        fallback: computes the weights of a query whose transfer is not trusted, see
+            `fallback.DirectWeights`; None leaves them as they were transferred.
         images: folder the indexed images lie in now; None takes the one they were built from.
 
     Raises:
@@ -54,11 +88,16 @@ class Explainer:
         *,
         n_neighbors: int = 5,
         transfer: str = "mean",
+        trusted_from: float = TRUSTED_FROM,
+        fallback: Fallback | None = None,
         images: str | Path | None = None,
     ) -> None:
         self.n_neighbors = check_count(n_neighbors)
         coefficients(np.ones(1), np.ones(1), transfer)
         self.transfer = transfer
+        if isinstance(trusted_from, bool) or not 0 <= trusted_from <= 1:
+            raise InputError(f"trusted_from = {trusted_from!r}; give a number from 0 to 1")
+        self.trusted_from, self.fallback = float(trusted_from), fallback
         self.network = network
         self.index = index if isinstance(index, Index) else Index.open(index)
         try:
@@ -66,6 +105,10 @@ class Explainer:
             self._layers = [str(layer["name"]) for layer in manifest["layers"]]
             self._channels = [int(layer["channels"]) for layer in manifest["layers"]]
             self._encodings = [self.index.encoding(number) for number in range(len(self._layers))]
+            self._calibrations = {
+                name: Calibration.from_dict(values)
+                for name, values in (manifest.get("trust") or {}).items()
+            }
             root = images if images is not None else (manifest.get("images") or {}).get("root")
             self._root = None if root is None else Path(root)
             self._only_below = images is not None
@@ -142,6 +185,7 @@ class Explainer:
                 size,
                 result,
                 picture,
+                inputs[row],
             )
             for row, picture in enumerate(pictures)
         ]
@@ -260,12 +304,21 @@ class Explainer:
         size: tuple[int, int] | None,
         result: str | None,
         picture: Image.Image | None,
+        inputs: Any = None,
     ) -> Explanation:
         rows = self.index.select(near.positions)
-        weights, norms = self._transferred(rows, near.distances)
+        made = self._transferred(rows, near.distances)
+        norms, used, chosen = made.norms, rows, near
         if result is not None:
             chosen = self._named(embedding, [result])
-            weights, _ = self._transferred(self.index.select(chosen.positions), chosen.distances)
+            used = self.index.select(chosen.positions)
+            made = self._transferred(used, chosen.distances)
+        weights = made.weights
+        trust = self._trust(made, chosen.distances, activations[0])
+        direct = trust is not None and trust < self.trusted_from and inputs is not None
+        if direct and self.fallback is not None:
+            weights = list(self.fallback.weights(inputs, used.embeddings, self._others(rows)))
+        direct &= self.fallback is not None
         drawn = cam(weights[0], activations[0])
         for own, finer in zip(weights[1:], activations[1:], strict=True):
             drawn = sharpen(cam(own, finer), drawn)
@@ -293,25 +346,60 @@ class Explainer:
             only_below=self._only_below,
             neighbor_norms=norms,
             layer_weights=dict(zip(self._layers, weights, strict=True)),
+            trust=trust,
+            trusted_from=self.trusted_from,
+            direct=direct,
         )
 
-    def _transferred(
-        self, rows: Selection, distances: np.ndarray
-    ) -> tuple[list[np.ndarray], np.ndarray]:
-        """The query's weights `[K]` of each layer from its neighbours', and norms `[n]` of theirs.
-
-        The norms are the first layer's.
-        """
-        weights, lengths = [], []
+    def _transferred(self, rows: Selection, distances: np.ndarray) -> _Transfer:
+        """The query's weights of each layer from its neighbours'."""
+        weights, lengths, shares = [], [], []
+        first: Mapping[str, np.ndarray] = {}
         for number, encoding in enumerate(self._encodings):
-            unpacked = encoding.unpack(rows.fields(number))
+            fields = rows.fields(number)
+            first = first or fields
+            unpacked = encoding.unpack(fields)
             norms = encoding.norms(unpacked)
             if not all(map(math.isfinite, norms.tolist())):
                 raise self._damaged()
             share = coefficients(norms, distances, self.transfer)
             weights.append(encoding.combine(unpacked, share))
             lengths.append(norms)
-        return weights, lengths[0]
+            shares.append(share)
+        return _Transfer(weights, lengths[0], shares[0], first)
+
+    def _trust(
+        self, made: _Transfer, distances: np.ndarray, activations: np.ndarray
+    ) -> float | None:
+        """Expected correlation with the directly computed map; None where nothing was calibrated.
+
+        Args:
+            made: what was transferred.
+            distances: squared, of the images it was transferred from.
+            activations: of the first layer, `[K H W]`.
+        """
+        calibration = self._calibrations.get("one" if len(distances) == 1 else "several")
+        if calibration is None:
+            return None
+        decoded = self._encodings[0].decode(made.fields)
+        raw = np.tensordot(decoded, activations, 1)
+        norm = float(np.linalg.norm(made.weights[0]))
+        seen = evidence(raw, made.shares, norm, distances)
+        return float(calibration.trust(seen, np.min(distances)))
+
+    def _others(self, rows: Selection) -> np.ndarray:
+        """Embeddings of seeded random images that are no neighbours, nor labelled as they are."""
+        live = self.index.live_positions()
+        live = live[~np.isin(live, rows.positions)]
+        if len(live) == 0:
+            raise InputError(
+                "the index holds no image but the neighbours, so nothing is left to tell the query "
+                "from; ask for fewer neighbours, or leave out fallback"
+            )
+        drawn = np.random.default_rng(0).choice(live, min(8 * N_NEGATIVES, len(live)), False)
+        near = {label for label in rows.labels if label is not None}
+        apart = np.array([label not in near for label in self.index.select(drawn).labels])
+        return self.index.embeddings((drawn[apart] if apart.any() else drawn)[:N_NEGATIVES])
 
     def _damaged(self) -> IndexFormatError:
         return IndexFormatError(

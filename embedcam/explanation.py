@@ -51,6 +51,11 @@ class Explanation:
             by it, so that results that share a colour scale are compared by weights of one length.
         layer_weights: the transferred weights of every layer by its name, several where the method
             draws with several; with `method` that method's own, or None.
+        trust: the correlation to be expected between the map and the one that differentiating the
+            query itself would draw, in [0, 1], calibrated when the index was built; of the
+            transfer, also where `direct`. None where the index holds no calibration.
+        trusted_from: trust from which the explanation counts as `trusted`.
+        direct: the transfer was not trusted, and the weights were computed on the query itself.
         root: folder that `paths` were joined to. A path that climbs out of it ("..") is not
             followed: its picture counts as not found. None where the paths are the caller's own.
         only_below: with True absolute paths, too, are followed only below `root`: the caller named
@@ -75,6 +80,14 @@ class Explanation:
     neighbor_norms: np.ndarray | None = None
     method: str = ""
     layer_weights: dict[str, np.ndarray] | None = None
+    trust: float | None = None
+    trusted_from: float = 0.5
+    direct: bool = False
+
+    @property
+    def trusted(self) -> bool | None:
+        """Whether the map can be relied on; None where the index holds no calibration."""
+        return None if self.trust is None else self.direct or self.trust >= self.trusted_from
 
     @property
     def empty(self) -> bool:
@@ -167,6 +180,9 @@ class Explanation:
             "transfer": self.transfer,
             # Of the query's map; the neighbours' are the index's own.
             "method": self.method or None,
+            "trust": self.trust,
+            "trusted": self.trusted,
+            "direct": self.direct,
             "explained": list(self.explained),
             "neighbors": neighbors,
         }
@@ -183,9 +199,13 @@ class Explanation:
             return "no positive evidence\nfor these results"
         if self.method:
             return f"{self.method}, on the query;\nresults: stored maps"
+        if self.direct:
+            return f"computed on the query:\ntransfer not trusted ({self.trust:.2f})"
         if len(self.explained) == 1:
             return f"what here matched\n{self.explained[0].rpartition('/')[2]}"
-        return f"weights of {len(self.explained)} neighbours, {self.transfer}"
+        trust = "" if self.trust is None else f"\ntrust {self.trust:.2f}"
+        doubt = ": not trusted" if self.trusted is False else ""
+        return f"weights of {len(self.explained)} neighbours, {self.transfer}{trust}{doubt}"
 
     def _neighbor_picture(self, place: int) -> tuple[Image.Image | None, Extent | None]:
         """A neighbour's picture and what the network saw of it; None for what is not to be had."""

@@ -367,5 +367,5 @@ def test_a_bar_counts_every_image_also_of_a_resumed_build(
     assert "embed: 100%" in bars
     assert "weights: 100%" in bars
     assert bars.count("12/12") >= 2
-    assert list(report.seconds) == ["embed", "weights", "encode", "write"]
+    assert list(report.seconds) == ["embed", "weights", "encode", "trust", "write"]
     assert CHANNELS == 8

@@ -9,11 +9,11 @@ PACKAGE = Path(__file__).parents[1] / "embedcam"
 
 FLOORS = {
     0: ["errors"],
-    1: ["cam", "encoding", "metrics", "preprocess", "queries", "render", "transfer"],
-    2: ["images", "index", "network", "registry", "scratch", "targets", "triplets"],
+    1: ["calibration", "cam", "encoding", "metrics", "preprocess", "queries", "render", "transfer"],
+    2: ["images", "index", "network", "registry", "scratch", "targets", "triplets", "trust"],
     3: ["identity", "models", "recipe", "weights"],
     4: ["cotangents", "explanation", "methods"],
-    5: ["explain", "passes"],
+    5: ["explain", "fallback", "passes"],
     6: ["assembly"],
     7: ["build"],
     8: ["demo", "features"],

@@ -16,6 +16,7 @@ PUBLIC = [
     "BuildReport",
     "ClassProxy",
     "Coordinate",
+    "DirectWeights",
     "EmbedcamError",
     "EmbeddingNetwork",
     "Explainer",

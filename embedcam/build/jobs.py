@@ -39,6 +39,8 @@ from ..recipe import Recipe
 from ..scratch import Scratch, finished_job
 from ..scratch import remove as remove_scratch
 from ..triplets import Classes, label_codes, pairs_digest
+from ..trust import sample_rows
+from .calibrating import calibrate
 from .checks import (
     check_addable,
     check_amounts,
@@ -74,6 +76,7 @@ def build_index(
     on_unreadable: str = "fail",
     triplets: np.ndarray | None = None,
     own_maps: bool = True,
+    trust: bool = True,
     scratch_gb: float = SCRATCH_GB,
     replace: bool = False,
     progress: bool | None = None,
@@ -90,6 +93,7 @@ def build_index(
         on_unreadable: "fail" at an image that cannot be read, or "skip" and report it.
         triplets: with sampling "given": places in the source of (positive, negative), `[N S 2]`.
         own_maps: keep each image's own coarse map, so that results need no forward pass.
+        trust: calibrate how far transfers can be trusted, on images explained twice.
         scratch_gb: disk that kept activations may take during the build; changes nothing else.
         replace: redo a finished index instead of refusing.
         progress: bars; None shows them on a terminal only.
@@ -141,6 +145,10 @@ def build_index(
         with stages("encode"):
             encodings = fit_encodings(work, mean)
             part = encode(work, encodings, gathered, mean, own_maps, source.root)
+        calibrated = None
+        if trust:
+            with stages("trust", len(sample_rows(len(part), recipe.seed))) as tick:
+                calibrated = calibrate(work, encodings, gathered, part, labels, mean, tick)
         with stages("write"):
             grid = grid_of(work)
             about = header(
@@ -156,6 +164,7 @@ def build_index(
                 files=files_digest([files[position] for position in gathered.positions]),
                 given=triplets,
             )
+            about["trust"] = calibrated
             about["layers"] += [
                 layer_entry(name, own, encoding, None)
                 for (name, own), encoding in zip(layers[1:], encodings[1:], strict=True)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import IndexFormatError
+from ..calibration import Calibration
+from ..errors import IndexFormatError, InputError
 from .files import broken, check_entry, is_plain_name, is_sha256, replace, sync
 
 NAME = "manifest.json"
@@ -180,6 +181,7 @@ def _check(root: Path, manifest: Manifest) -> None:
         check.grid(layer, "coarse_grid", where)
     _check_rows(check, manifest)
     _check_faiss(check, manifest)
+    _check_trust(check, manifest)
 
 
 def _check_choices(check: _Checker, manifest: Manifest) -> None:
@@ -197,6 +199,18 @@ def _check_choices(check: _Checker, manifest: Manifest) -> None:
         raise check.fail(f"metric is {manifest['metric']!r}; known: l2, ip")
     if manifest["sign"] != "margin":
         raise check.fail(f"sign is {manifest['sign']!r}; this version knows only 'margin'")
+
+
+def _check_trust(check: _Checker, manifest: Manifest) -> None:
+    if manifest.get("trust") is None:
+        return
+    for name, values in check.get(manifest, "trust", dict).items():
+        if name not in ("one", "several"):
+            raise check.fail(f"trust has the unknown entry {_short(name)}; known: one, several")
+        try:
+            Calibration.from_dict(values)
+        except InputError as error:
+            raise check.fail(f"trust.{name}: {error}") from error
 
 
 def _check_rows(check: _Checker, manifest: Manifest) -> None:

@@ -1,0 +1,184 @@
+"""How far a transferred map can be trusted: evidence at hand, and the calibration that reads it.
+
+Arrays only, so that a service needs neither torch nor scikit-learn for it; `embedcam.trust` fits
+it. Trust is an expected correlation: of the drawn map with the one that differentiating the query
+itself would draw.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+
+EVIDENCE = (
+    "map agreement",
+    "weight agreement",
+    "mean nearness",
+    "nearness",
+    "peak",
+    "positive share",
+    "spread",
+)
+"""What is looked at; with a single neighbour only what follows the agreements."""
+ALONE = 3
+"""Place of the first evidence that a single neighbour has: there its nearness is the mean's."""
+
+
+def evidence(raw: np.ndarray, shares: np.ndarray, norm: float, distances: np.ndarray) -> np.ndarray:
+    """What predicts how well transferred weights draw a query.
+
+    - *map agreement*: mean correlation of each neighbour's map of the query with the drawn one;
+    - *weight agreement*: L2 norm of the mean of the neighbours' unit weight vectors;
+    - *mean nearness*, *nearness*: minus the squared distances' mean and minimum;
+    - *peak*: log of the drawn map's maximum over its mean; *spread*: its entropy in nats;
+    - *positive share*: of the magnitude of the signed map sum w A.
+
+    Args:
+        raw: each neighbour's signed map sum_k w_k A_k of the query, `[n h w]`.
+        shares: what each is multiplied by, see `transfer.coefficients`, `[n]`.
+        norm: L2 norm of the combined weights.
+        distances: squared Euclidean distances to the query, `[n]`.
+
+    Returns:
+        float64 `[7]`, or `[4]` for one neighbour; finite.
+    """
+    raw = np.asarray(raw, np.float64)
+    signed = np.tensordot(np.asarray(shares, np.float64), raw, 1)
+    drawn = np.maximum(signed, 0).ravel()
+    total, size = float(drawn.sum()), float(np.abs(signed).sum())
+    peak = math.log(drawn.max() * drawn.size / total) if total > 0 else math.log(drawn.size)
+    spread = 0.0
+    if total > 0:
+        parts = drawn[drawn > 0] / total
+        spread = -float((parts * np.log(parts)).sum())
+    shape = [peak, total / size if size > 0 else 0.0, spread]
+    nearest = -float(np.min(distances))
+    if len(raw) == 1:
+        return np.array([nearest, *shape])
+    maps = np.maximum(raw, 0).reshape(len(raw), -1)
+    agreement = float(np.mean([correlation(one, drawn) for one in maps]))
+    return np.array([agreement, norm, -float(np.mean(distances)), nearest, *shape])
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson correlation of two flat arrays; 0 where one of them is constant."""
+    a, b = a - a.mean(), b - b.mean()
+    size = math.sqrt(float(a @ a) * float(b @ b))
+    return float(a @ b) / size if size > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """From evidence to trust, for explanations by one neighbour or by several.
+
+    The score is a quadratic function of the standardised evidence; knots join scores to expected
+    correlations, never falling, and are linear in between. Beyond the largest distance that was
+    calibrated trust falls linearly, to 0 at twice that distance.
+
+    Args:
+        mean: of the evidence, `[F]`.
+        scale: its standard deviations, `[F]`, > 0.
+        linear: `[F]`.
+        quadratic: of the products of each two, in the order of `pairs`, `[F (F + 1) / 2]`.
+        intercept: of the score.
+        scores: of the knots, rising.
+        correlations: of the knots, in [0, 1], never falling.
+        largest_distance: squared Euclidean, of the nearest neighbours of the calibrated images.
+        neighbors: how many neighbours the calibrated images were explained by.
+        images: how many images were calibrated with.
+    """
+
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+    linear: tuple[float, ...]
+    quadratic: tuple[float, ...]
+    intercept: float
+    scores: tuple[float, ...]
+    correlations: tuple[float, ...]
+    largest_distance: float
+    neighbors: int
+    images: int
+
+    def score(self, evidence: np.ndarray) -> np.ndarray:
+        """The score of evidence `[... F]`, `[...]`."""
+        x = (np.asarray(evidence, np.float64) - self.mean) / self.scale
+        first, second = pairs(x.shape[-1])
+        products = x[..., first] * x[..., second]
+        found: np.ndarray = self.intercept + x @ self.linear + products @ self.quadratic
+        return found
+
+    def trust(self, evidence: np.ndarray, nearest: np.ndarray) -> np.ndarray:
+        """Expected correlation in [0, 1].
+
+        Args:
+            evidence: `[... F]`.
+            nearest: squared distance to the nearest neighbour, `[...]`.
+        """
+        expected = np.interp(self.score(evidence), self.scores, self.correlations)
+        return expected * fall(np.asarray(nearest, np.float64), self.largest_distance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a manifest."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
+        """From plain values, none of which is believed before it is checked.
+
+        Raises:
+            InputError: something lacks, is no finite number or does not fit.
+        """
+        taken: dict[str, Any] = {}
+        for name, kind in cls.__annotations__.items():
+            value = values.get(name) if isinstance(values, Mapping) else None
+            several = kind not in (int, float)
+            numbers = value if several else [value]
+            if not isinstance(numbers, list) or not all(map(_finite, numbers)):
+                raise InputError(f"the calibration's {name} should hold finite numbers")
+            taken[name] = tuple(map(float, numbers)) if several else value
+        width = len(taken["mean"])
+        known = (len(EVIDENCE), len(EVIDENCE) - ALONE)
+        fits = (
+            width == known[taken["neighbors"] == 1]
+            and len(taken["scale"]) == len(taken["linear"]) == width
+            and len(taken["quadratic"]) == width * (width + 1) // 2
+            and len(taken["scores"]) == len(taken["correlations"]) >= 1
+            and min(taken["scale"]) > 0
+            and all(0 <= value <= 1 for value in taken["correlations"])
+            and _rising(taken["scores"])
+            and _rising(taken["correlations"])
+            and taken["largest_distance"] >= 0
+        )
+        if not fits:
+            raise InputError("the calibration's numbers do not fit together")
+        return cls(**taken)
+
+
+def fall(distances: np.ndarray, largest: float) -> np.ndarray:
+    """1 up to the largest calibrated distance, then linearly to 0 at twice it, `[...]`."""
+    if largest <= 0:
+        return np.where(distances > 0, 0.0, 1.0)
+    return np.clip(2 - distances / largest, 0, 1)
+
+
+def pairs(width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which two of the evidence each quadratic coefficient belongs to, a <= b."""
+    first, second = np.triu_indices(width)
+    return first, second
+
+
+def _finite(value: Any) -> bool:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and math.isfinite(value)
+
+
+def _rising(values: tuple[float, ...]) -> bool:
+    return all(a <= b for a, b in pairwise(values))

@@ -1,0 +1,188 @@
+"""How far can trust be trusted? Calibration and novelty of transfers on photographs.
+
+    python scripts/trust.py DATA/birds20 DATA/objects24 --weights mobilenet_v2_imagenet.safetensors
+
+The data and the reference embedding are those of scripts/truth.py. For each data set an index is
+built of the pictures of unseen classes, which calibrates itself on a half of them; the other half
+are leave-one-out queries, so that nothing is measured on what was fitted. Queries from elsewhere:
+the other data set's unseen classes, noise (white, coarse, uniform) and blank pictures.
+
+- *calibration error*: mean |trust - true correlation| over ten bins of equal count;
+- *error / constant*: mean |trust - true correlation| over that of the best constant (bar 0.9);
+- *Spearman*: of trust with the true correlation of the transferred with the directly drawn map;
+- *AUROC*: of trust between leave-one-out queries and those from elsewhere.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from photographs import SIZE, forward, loaded, read_pictures, train_head
+from safetensors.numpy import save_file
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
+
+from embedcam import EmbedcamError, Explainer, Index, build_index, load_network, trust
+from embedcam.calibration import correlation
+from embedcam.cam import cam
+from embedcam.images import ImageSource, Item
+from embedcam.network import EmbeddingNetwork
+
+N_NOISE = 60
+
+
+def main() -> None:
+    options = arguments()
+    lines = [_preface(options)]
+    try:
+        for folder in options.data:
+            others = [other for other in options.data if other != folder]
+            lines.append(measure(folder, others, options))
+    except EmbedcamError as error:
+        sys.exit(f"trust: {error}")
+    if options.output:
+        options.output.write_text("\n".join(lines))
+        print(f"written to {options.output}")
+
+
+def measure(folder: Path, others: list[Path], options: argparse.Namespace) -> str:
+    """The table of one data set."""
+    backbone = load_network(
+        "torchvision:mobilenet_v2", weights=options.weights, size=SIZE, resize="squash",
+        channels_last=True,
+    )  # fmt: skip
+    pictures = read_pictures(folder)
+    classes = sorted(set(pictures.labels))
+    seen = np.isin(pictures.labels, classes[: len(classes) // 2])
+    features = forward(backbone, loaded(pictures.paths), len(seen), (SIZE, SIZE), folder.name)
+    with tempfile.TemporaryDirectory(prefix="embedcam-trust-") as scratch:
+        head = Path(scratch) / "head.safetensors"
+        save_file({"weight": train_head(features.pooled[seen], pictures.labels[seen])}, head)
+        network = load_network(
+            "torchvision:mobilenet_v2", weights=options.weights, head=head, size=SIZE,
+            resize="squash", channels_last=True,
+        )  # fmt: skip
+        unseen = np.flatnonzero(~seen)
+        items = [
+            Item(str(place), str(pictures.paths[place]), str(pictures.labels[place]))
+            for place in unseen
+        ]
+        # The other half of the pictures is left to be measured on.
+        trust.SAMPLE = len(items) // 2
+        path = Path(scratch) / "index"
+        build_index(ImageSource(items, None), network, path, batch_size=8)
+        elsewhere = {}
+        for other in others:
+            found = read_pictures(other)
+            kinds = sorted(set(found.labels))
+            rest = np.flatnonzero(~np.isin(found.labels, kinds[: len(kinds) // 2]))
+            paths = [found.paths[place] for place in rest]
+            elsewhere[other.name] = forward(
+                backbone, loaded(paths), len(paths), (SIZE, SIZE), other.name
+            )
+        with Index.open(path) as index:
+            text = table(folder.name, index, network, features.activations[unseen], elsewhere)
+    print(text, flush=True)
+    return text
+
+
+def table(name: str, index: Index, network: EmbeddingNetwork, own: np.ndarray, elsewhere) -> str:
+    """Figures for explanations by one and by five neighbours."""
+    lines = [
+        f"## {name}", "",
+        "| neighbours | n | mean correlation | calibration error (bar 0.05) | error / constant "
+        "(0.9) | Spearman (0.4) | AUROC: " + ", ".join([*elsewhere, "noise", "blank"])
+        + " (0.95) |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]  # fmt: skip
+    matrix = network.head_kind.matrix
+    made = synthetic(network)
+    for count in (1, 5):
+        explainer = Explainer(index, n_neighbors=count)
+        held = np.setdiff1d(np.arange(len(own)), trust.sample_rows(len(own), 0))
+        given, true = [], []
+        for row in held:
+            activations = own[row].astype(np.float32)
+            embedding = _embed(activations, matrix)
+            near = index.search(embedding[None], count + 1).positions[0]
+            near = [index.ids[place] for place in near if place != row][:count]
+            found = explainer.explain_features(embedding, activations, neighbors=near)
+            direct = cam(index.weights(np.array([row]))[0], activations)
+            given.append(found.trust)
+            true.append(correlation(found.cam.ravel(), direct.ravel()))
+        given, true = np.array(given), np.array(true)
+        areas = []
+        for activations in [*(f.activations for f in elsewhere.values()), *made]:
+            strange = [
+                explainer.explain_features(_embed(one, matrix), one).trust
+                for one in activations.astype(np.float32)
+            ]
+            known = np.r_[np.ones(len(given)), np.zeros(len(strange))]
+            areas.append(roc_auc_score(known, np.r_[given, strange]))
+        order = np.argsort(given, kind="stable")
+        bins = np.array_split(order, 10)
+        error = np.mean([abs(given[part].mean() - true[part].mean()) for part in bins])
+        constant = np.abs(true - np.median(true)).mean()
+        lines.append(
+            f"| {count} | {len(held)} | {true.mean():.3f} | {error:.3f} | "
+            f"{np.abs(given - true).mean() / constant:.2f} | {spearmanr(given, true)[0]:.2f} | "
+            f"{', '.join(f'{area:.3f}' for area in areas)} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def synthetic(network: EmbeddingNetwork) -> list[np.ndarray]:
+    """Activations of noise and of blank pictures, `[n K h w]` each."""
+    generator = np.random.default_rng(0)
+    noise = []
+    for place in range(N_NOISE):
+        if place % 3 == 0:
+            one = generator.normal(0, 1, (3, SIZE, SIZE))
+        elif place % 3 == 1:
+            one = generator.normal(0, 1, (3, 14, 14)).repeat(SIZE // 14, 1).repeat(SIZE // 14, 2)
+        else:
+            one = generator.uniform(-2, 2.5, (3, SIZE, SIZE))
+        noise.append(one.astype(np.float32))
+    colours = generator.uniform(-2.1, 2.6, (N_NOISE, 3, 1, 1)).astype(np.float32)
+    blank = np.broadcast_to(colours, (N_NOISE, 3, SIZE, SIZE))
+    return [
+        np.concatenate(
+            [
+                network.forward(torch.from_numpy(np.array(pictures[at : at + 10]))).activations
+                for at in range(0, N_NOISE, 10)
+            ]
+        )
+        for pictures in (np.stack(noise), blank)
+    ]
+
+
+def _embed(activations: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    z = matrix @ activations.mean((1, 2))
+    return (z / np.linalg.norm(z)).astype(np.float32)
+
+
+def _preface(options: argparse.Namespace) -> str:
+    names = " ".join(folder.name for folder in options.data)
+    rules = (__doc__ or "").partition("imagenet.safetensors\n\n")[2]
+    return (
+        "# How far trust can be trusted\n\n"
+        f"Made by `python scripts/trust.py {names} --weights mobilenet_v2_imagenet.safetensors`. "
+        + rules
+    )
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", nargs="+", type=Path, help="folders with annotations.csv")
+    parser.add_argument("--weights", required=True, help="ImageNet weights of MobileNetV2")
+    parser.add_argument("--output", type=Path, help="write the tables to this Markdown file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -39,8 +39,7 @@ def energy_share(maps: ArrayLike, inside: ArrayLike) -> np.ndarray:
     total = maps.sum((1, 2))
     chance = inside.mean((1, 2))
     share = (maps * inside).sum((1, 2)) / np.where(total > 0, total, 1)
-    # The two sums round apart where everything is inside.
-    return np.minimum(np.where(total > 0, share, chance), 1)
+    return np.where(total > 0, share, chance)
 
 
 def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
@@ -107,7 +106,6 @@ def iou_at(maps: ArrayLike, inside: ArrayLike, threshold: float) -> np.ndarray:
     maps, inside = maps_and_regions(maps, inside)
     marked = _marked(maps, threshold)
     both = (marked * inside).sum((1, 2))
-    # Not the sum less `both`: with parts of pixels that rounds a perfect map away from 1.
     either: np.ndarray = np.where(marked, 1.0, inside).sum((1, 2))
     return both / either
 

@@ -1,0 +1,198 @@
+"""How well embeddings retrieve their own label; nearness is squared Euclidean distance.
+
+Without a gallery every image queries all others, never itself. Of equally near ones the one stored
+first comes first.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from embedcam.errors import InputError
+
+from .checks import finite
+
+BLOCK = 2**23
+"""Distances held at once: 64 MB."""
+
+
+def recall_at_k(
+    embeddings: ArrayLike,
+    labels: ArrayLike,
+    k: int = 1,
+    gallery: ArrayLike | None = None,
+    gallery_labels: ArrayLike | None = None,
+) -> float:
+    """Share of images with an image of their own label among their k nearest others.
+
+    An image alone with its label misses: it counts as any other.
+
+    Args:
+        embeddings: `[N D]`; without a gallery, leave-one-out.
+        labels: `[N]`, numbers or strings.
+        k: neighbours looked at, 1 to N - 1 (to G with a gallery).
+        gallery: `[G D]`, to be searched in place of the others.
+        gallery_labels: `[G]`.
+
+    Returns:
+        A share in [0, 1].
+
+    Raises:
+        InputError: shapes that do not go together, a NaN or an infinity, k out of reach.
+    """
+    return recalls_at(embeddings, labels, [k], gallery, gallery_labels)[k]
+
+
+def recalls_at(
+    embeddings: ArrayLike,
+    labels: ArrayLike,
+    ks: Sequence[int],
+    gallery: ArrayLike | None = None,
+    gallery_labels: ArrayLike | None = None,
+) -> dict[int, float]:
+    """`recall_at_k` for several k from one pass over the distances.
+
+    Args:
+        embeddings: `[N D]`; without a gallery, leave-one-out.
+        labels: `[N]`, numbers or strings.
+        ks: each 1 to N - 1 (to G with a gallery).
+        gallery: `[G D]`, to be searched in place of the others.
+        gallery_labels: `[G]`.
+
+    Returns:
+        Recall@k of each k, in [0, 1], never falling with k.
+
+    Raises:
+        InputError: shapes that do not go together, a NaN or an infinity, a k out of reach, no k.
+    """
+    search = _Search(embeddings, labels, gallery, gallery_labels)
+    for k in ks:
+        if k != int(k) or not 1 <= k <= search.reach:
+            until = "N - 1" if gallery is None else "G"
+            raise InputError(f"k = {k} with {search.size} images; k must be 1 to {until}")
+    if not len(ks):
+        raise InputError("no k; give one or more, as [1, 5, 10]")
+    hits = dict.fromkeys((int(k) for k in ks), 0)
+    for distances, alike in search.blocks():
+        # The place of the nearest of one's own needs no sorting: those before it are counted.
+        own = np.where(alike, distances, np.inf)
+        first = own.argmin(1)[:, None]
+        nearest = np.take_along_axis(own, first, axis=1)
+        before = (distances < nearest).sum(1)
+        before += ((distances == nearest) & (np.arange(search.size) < first)).sum(1)
+        found = np.isfinite(nearest[:, 0])
+        for k in hits:
+            hits[k] += int((found & (before < k)).sum())
+    return {k: count / search.queries for k, count in hits.items()}
+
+
+def map_at_r(
+    embeddings: ArrayLike,
+    labels: ArrayLike,
+    gallery: ArrayLike | None = None,
+    gallery_labels: ArrayLike | None = None,
+) -> float:
+    """Mean average precision at R (Musgrave et al., ECCV 2020).
+
+    For a query with R others of its label: 1/R times the sum over i = 1..R of the precision among
+    the i nearest where the i-th is of its label, 0 where not; then the mean over queries. An image
+    alone with its label has R = 0 and is left out, unlike in `recall_at_k`, where it misses.
+
+    Args:
+        embeddings: `[N D]`; without a gallery, leave-one-out.
+        labels: `[N]`, numbers or strings.
+        gallery: `[G D]`, to be searched in place of the others.
+        gallery_labels: `[G]`.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        InputError: shapes that do not go together, a NaN or an infinity, or every image alone.
+    """
+    search = _Search(embeddings, labels, gallery, gallery_labels)
+    scores: list[float] = []
+    for distances, alike in search.blocks():
+        scores += [
+            _precision_at_r(row, own)
+            for row, own in zip(distances, alike, strict=True)
+            if own.any()
+        ]
+    if not scores:
+        raise InputError(
+            f"none of {search.queries} images has another of its label, and mAP@R has nothing to "
+            "average; check that the labels are classes, not ids"
+        )
+    return float(np.mean(scores))
+
+
+def _precision_at_r(distances: np.ndarray, alike: np.ndarray) -> float:
+    r = int(alike.sum())
+    # Only the nearest R, and what ties with the last of them, are worth sorting.
+    near = np.flatnonzero(distances <= np.partition(distances, r - 1)[r - 1])
+    hits = alike[near[np.argsort(distances[near], kind="stable")[:r]]]
+    return float((np.cumsum(hits) / np.arange(1, r + 1))[hits].sum() / r)
+
+
+class _Search:
+    """Queries and what they search, checked; distances in blocks that fit in memory."""
+
+    def __init__(
+        self,
+        embeddings: ArrayLike,
+        labels: ArrayLike,
+        gallery: ArrayLike | None,
+        gallery_labels: ArrayLike | None,
+    ) -> None:
+        if (gallery is None) != (gallery_labels is None):
+            raise InputError("a gallery needs its labels, and labels their gallery; give both")
+        self._embeddings, self._labels = _labelled(embeddings, labels, "embeddings", "N")
+        self._alone = gallery is None
+        self._gallery, self._gallery_labels = self._embeddings, self._labels
+        if gallery is not None and gallery_labels is not None:
+            self._gallery, self._gallery_labels = _labelled(gallery, gallery_labels, "gallery", "G")
+        if self._gallery.shape[1] != self._embeddings.shape[1]:
+            raise InputError(
+                f"embeddings {list(self._embeddings.shape)} and a gallery "
+                f"{list(self._gallery.shape)} differ in width; take both from one network"
+            )
+        if (self._labels.dtype.kind in "US") != (self._gallery_labels.dtype.kind in "US"):
+            raise InputError(
+                f"labels of type {self._labels.dtype} and gallery labels of type "
+                f"{self._gallery_labels.dtype} never match; give both as strings or as numbers"
+            )
+        # A power of two: which is nearer stays, and squares of extreme values stay numbers.
+        largest = max(np.abs(self._embeddings).max(), np.abs(self._gallery).max())
+        _, exponent = np.frexp(largest)
+        self._embeddings = np.ldexp(self._embeddings, -exponent)
+        self._gallery = np.ldexp(self._gallery, -exponent)
+        self.queries, self.size = len(self._embeddings), len(self._gallery)
+        self.reach = self.size - self._alone
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Distances `[b G]`, infinite to oneself, and which are of one's own label, `[b G]`."""
+        squares = (self._gallery**2).sum(1)
+        step = max(1, BLOCK // self.size)
+        for start in range(0, self.queries, step):
+            rows = np.arange(start, min(start + step, self.queries))
+            some = self._embeddings[rows]
+            distances = (some**2).sum(1)[:, None] + squares - 2 * some @ self._gallery.T
+            alike = self._labels[rows, None] == self._gallery_labels
+            if self._alone:
+                distances[np.arange(len(rows)), rows] = np.inf
+                alike[np.arange(len(rows)), rows] = False
+            yield distances, alike
+
+
+def _labelled(
+    embeddings: ArrayLike, labels: ArrayLike, what: str, axis: str
+) -> tuple[np.ndarray, np.ndarray]:
+    array, names = finite(embeddings, what, f"{axis} D"), np.asarray(labels)
+    if names.shape != array.shape[:1]:
+        raise InputError(
+            f"labels {list(names.shape)} with {what} {list(array.shape)}; give one label an image"
+        )
+    if names.dtype.kind == "f" and np.isnan(names).any():
+        raise InputError("a label is NaN, which equals nothing; give every image a label")
+    return array, names

@@ -1,0 +1,311 @@
+"""Slow, literal forms of the metrics: loops over single pixels, images and pairs.
+
+Nothing here imports embedcam, and nothing is vectorised. `tests/metrics_cases.py` holds them beside
+the fast code, `tests/test_oracles_metrics.py` breaks each of them and watches that comparison fail.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import pairwise
+
+import numpy as np
+
+Array = np.ndarray
+Box = tuple[float, float, float, float]
+Pixels = set[tuple[int, int]]
+
+
+# --- localisation ---
+
+
+def pointing(image: Array, mask: Array) -> float:
+    """The region's mean over the pixels of the largest value."""
+    best = max(float(v) for v in image.ravel())
+    hits = count = 0.0
+    for i in range(image.shape[0]):
+        for j in range(image.shape[1]):
+            if float(image[i, j]) == best:
+                hits += float(mask[i, j])
+                count += 1
+    return hits / count
+
+
+def marked(image: Array, threshold: float) -> Pixels:
+    """Pixels >= threshold times the largest."""
+    limit = threshold * max(float(v) for v in image.ravel())
+    H, W = image.shape
+    return {(i, j) for i in range(H) for j in range(W) if float(image[i, j]) >= limit}
+
+
+def iou(image: Array, mask: Array, threshold: float) -> float:
+    """Area of both over area of either, a pixel partly covered counting by its part."""
+    pixels = marked(image, threshold)
+    both = either = 0.0
+    for i in range(image.shape[0]):
+        for j in range(image.shape[1]):
+            m, r = float((i, j) in pixels), float(mask[i, j])
+            both += m * r
+            either += m + r - m * r
+    return both / either
+
+
+def best_iou(image: Array, mask: Array, thresholds: Sequence[float]) -> tuple[float, float]:
+    """The largest, and the first threshold that reaches it."""
+    best, at = -1.0, 0.0
+    for threshold in thresholds:
+        score = iou(image, mask, threshold)
+        if score > best + 1e-12:
+            best, at = score, threshold
+    return best, at
+
+
+def largest_box(image: Array, threshold: float) -> Box:
+    """Flood fill from each pixel in reading order; the first of the largest parts, boxed."""
+    left = marked(image, threshold)
+    largest: Pixels = set()
+    for i in range(image.shape[0]):
+        for j in range(image.shape[1]):
+            if (i, j) not in left:
+                continue
+            part, ahead = set[tuple[int, int]](), [(i, j)]
+            while ahead:
+                r, c = ahead.pop()
+                if (r, c) not in left:
+                    continue
+                left.remove((r, c))
+                part.add((r, c))
+                ahead += [(r + dr, c + dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1)]
+            if len(part) > len(largest):
+                largest = part
+    rows, columns = [r for r, _ in largest], [c for _, c in largest]
+    return (min(columns), min(rows), max(columns) + 1, max(rows) + 1)
+
+
+def boxes_iou(a: Box, b: Box) -> float:
+    """Area of both over area of either; 0 where neither has any."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    both = width * height if width > 0 and height > 0 else 0.0
+    either = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
+    return both / either if either > 0 else 0.0
+
+
+def found_share(boxes: Sequence[Box], truth: Sequence[Box], least: float) -> float:
+    """Share of pairs with that IoU or more."""
+    found = 0
+    for a, b in zip(boxes, truth, strict=True):
+        if boxes_iou(a, b) >= least:
+            found += 1
+    return found / len(boxes)
+
+
+# --- faithfulness ---
+
+
+def order(image: Array) -> list[int]:
+    """Flat positions, the largest value first, then the one that is read first."""
+    values = [float(v) for v in image.ravel()]
+    return sorted(range(len(values)), key=lambda p: (-values[p], p))
+
+
+def first_pixels(image: Array, share: Fraction) -> Array:
+    """Booleans [H W]: the first share of the order, to the nearest whole number, halves up."""
+    count = math.floor(share * image.size + Fraction(1, 2))
+    out = np.zeros(image.shape, bool)
+    for position in order(image)[:count]:
+        out[position // image.shape[1], position % image.shape[1]] = True
+    return out
+
+
+def area_under(scores: Sequence[float]) -> float:
+    """Trapezoids of width 1 / S."""
+    steps = len(scores) - 1
+    total = 0.0
+    for left, right in pairwise(scores):
+        total += (left + right) / 2 / steps
+    return total
+
+
+def place(scores: Sequence[float], item: int) -> float:
+    """Mean place, from 1, of the items that score as this one in a sorted gallery."""
+    ranked = sorted(scores, reverse=True)
+    places = [i + 1 for i, score in enumerate(ranked) if score == scores[item]]
+    return sum(places) / len(places)
+
+
+def drop(y: float, y_masked: float, y_base: float) -> float | None:
+    """max(0, y - y_masked) / (y - y_base), at most 1; None where y <= y_base."""
+    if y <= y_base:
+        return None
+    return min(max(0.0, y - y_masked) / (y - y_base), 1.0)
+
+
+def mean_drop(y: Sequence[float], y_masked: Sequence[float], y_base: Sequence[float]) -> float:
+    """Mean over those that have one."""
+    drops = [drop(*row) for row in zip(y, y_masked, y_base, strict=True)]
+    counted = [d for d in drops if d is not None]
+    return sum(counted) / len(counted)
+
+
+def increase(y: Sequence[float], y_masked: Sequence[float]) -> float:
+    """Share that scores higher when masked."""
+    return sum(after > before for before, after in zip(y, y_masked, strict=True)) / len(y)
+
+
+def impute(image: Array, mask: Array) -> Array:
+    """One dense equation a removed pixel: its value less its neighbours' weighted mean is zero."""
+    C, H, W = image.shape
+    removed = [(i, j) for i in range(H) for j in range(W) if mask[i, j]]
+    out = image.astype(np.float64)
+    for c in range(C):
+        matrix, right = np.zeros((len(removed), len(removed))), np.zeros(len(removed))
+        for n, (i, j) in enumerate(removed):
+            around = {}
+            for di in (-1, 0, 1):
+                for dj in (-1, 0, 1):
+                    if (di, dj) != (0, 0) and 0 <= i + di < H and 0 <= j + dj < W:
+                        around[i + di, j + dj] = 1 / 6 if di == 0 or dj == 0 else 1 / 12
+            total = sum(around.values())
+            matrix[n, n] = 1.0
+            for where, weight in around.items():
+                if mask[where]:
+                    matrix[n, removed.index(where)] -= weight / total
+                else:
+                    right[n] += weight / total * float(image[(c, *where)])
+        if removed:
+            for (i, j), value in zip(removed, np.linalg.solve(matrix, right), strict=True):
+                out[c, i, j] = value
+    return out
+
+
+# --- retrieval ---
+
+
+def found_by(query: Array, gallery: Array, without: int | None) -> list[int]:
+    """The gallery in order of squared distance, then of position, one of it left out."""
+    ranked = []
+    for i, row in enumerate(gallery):
+        if i != without:
+            total = 0.0
+            for x, y in zip(query.tolist(), row.tolist(), strict=True):
+                total += (x - y) * (x - y)
+            ranked.append((total, i))
+    return [i for _, i in sorted(ranked)]
+
+
+def recall(
+    queries: Array,
+    labels: Sequence[object],
+    k: int,
+    gallery: Array | None = None,
+    gallery_labels: Sequence[object] | None = None,
+) -> float:
+    """Share of queries with one of their label among the k nearest."""
+    hits = 0
+    for q in range(len(queries)):
+        if gallery is None or gallery_labels is None:
+            near = [labels[i] for i in found_by(queries[q], queries, q)]
+        else:
+            near = [gallery_labels[i] for i in found_by(queries[q], gallery, None)]
+        hits += labels[q] in near[:k]
+    return hits / len(queries)
+
+
+def precision_at_r(hits: Sequence[bool]) -> float | None:
+    """1/R sum_{i=1..R} P(i) [the i-th is right]; None for R = 0."""
+    r = sum(hits)
+    total = 0.0
+    for i in range(1, r + 1):
+        if hits[i - 1]:
+            total += sum(hits[:i]) / i
+    return total / r if r else None
+
+
+def map_r(
+    queries: Array,
+    labels: Sequence[object],
+    gallery: Array | None = None,
+    gallery_labels: Sequence[object] | None = None,
+) -> float:
+    """Mean over the queries that have others of their label."""
+    scores = []
+    for q in range(len(queries)):
+        if gallery is None or gallery_labels is None:
+            hits = [labels[i] == labels[q] for i in found_by(queries[q], queries, q)]
+        else:
+            hits = [gallery_labels[i] == labels[q] for i in found_by(queries[q], gallery, None)]
+        score = precision_at_r(hits)
+        if score is not None:
+            scores.append(score)
+    return sum(scores) / len(scores)
+
+
+# --- agreement ---
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    """a . b / |a| |b|; 0 for a zero vector."""
+    dot = norm_a = norm_b = 0.0
+    for x, y in zip(a, b, strict=True):
+        dot += x * y
+        norm_a += x * x
+        norm_b += y * y
+    return dot / math.sqrt(norm_a * norm_b) if norm_a > 0 and norm_b > 0 else 0.0
+
+
+def correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Pearson; 0 where either is constant."""
+    if len(set(a)) == 1 or len(set(b)) == 1:
+        return 0.0
+    mean_a, mean_b = math.fsum(a) / len(a), math.fsum(b) / len(b)
+    return cosine([x - mean_a for x in a], [y - mean_b for y in b])
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Pearson of ranks, each counted pixel by pixel: those below, and half of its equals."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        return [sum(u < v for u in values) + (sum(u == v for u in values) + 1) / 2 for v in values]
+
+    return correlation(ranks(a), ranks(b))
+
+
+def top_iou(a: Array, b: Array, fraction: float) -> float:
+    """IoU of the first pixels of the order, those at the map's smallest value left out."""
+    tops = []
+    for image in (a, b):
+        count = max(1, math.floor(fraction * image.size + 0.5))
+        values = [float(v) for v in image.ravel()]
+        tops.append({p for p in order(image)[:count] if values[p] > min(values)})
+    either = tops[0] | tops[1]
+    return len(tops[0] & tops[1]) / len(either) if either else 0.0
+
+
+# --- intervals ---
+
+
+def interval_of_mean(
+    values: Sequence[float], level: float, draws: int, seed: int
+) -> tuple[float, float]:
+    """Means of resamples, sorted, read off between the two nearest."""
+    n = len(values)
+    picks = np.random.default_rng(seed).integers(0, n, (draws, n))
+    means = sorted(sum(values[i] for i in row) / n for row in picks.tolist())
+    ends = []
+    for q in ((1 - level) / 2, (1 + level) / 2):
+        at = q * (draws - 1)
+        low = min(math.floor(at), draws - 1)
+        high = min(low + 1, draws - 1)
+        ends.append(means[low] + (at - low) * (means[high] - means[low]))
+    return ends[0], ends[1]
+
+
+def win_rate(a: Sequence[float], b: Sequence[float]) -> float:
+    """Share of pairs won, one half for an equal pair."""
+    wins = 0.0
+    for x, y in zip(a, b, strict=True):
+        wins += 1.0 if x > y else 0.5 if x == y else 0.0
+    return wins / len(a)

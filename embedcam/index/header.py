@@ -26,7 +26,7 @@ def new_manifest(header: Mapping[str, Any], generation: int, rows: int, width: i
     """
     needed = ("recipe", "embedding", "metric", "method", "target", "norm", "triplets", "layers")
     missing = [key for key in needed if key not in header]
-    known = {*needed, "sign", "network", "images", "libraries", "fitted_on"}
+    known = {*needed, "sign", "network", "images", "libraries", "fitted_on", "compressed"}
     unknown = sorted(set(header) - known)
     if missing or unknown:
         raise InputError(
@@ -50,6 +50,8 @@ def new_manifest(header: Mapping[str, Any], generation: int, rows: int, width: i
     try:
         manifest = plain({key: header[key] for key in needed})
         manifest |= plain({"network": header.get("network"), "images": header.get("images")})
+        if header.get("compressed") is not None:
+            manifest["compressed"] = plain(header["compressed"])
         manifest["recipe_sha256"] = manifest_file.digest(recipe)
     except (TypeError, ValueError) as error:
         raise InputError(f"the header cannot be written as JSON ({error})") from error

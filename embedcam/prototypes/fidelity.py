@@ -127,7 +127,7 @@ def _without(found: np.ndarray, itself: np.ndarray) -> np.ndarray:
     kept = found != itself[:, None]
     # Among many that are alike it may not be there: then the farthest goes.
     kept[kept.all(axis=1), -1] = False
-    return found[kept].reshape(len(found), -1)
+    return found[kept].reshape(len(found), found.shape[1] - 1)
 
 
 def _left_out_embedding(made: Compressed, rows: np.ndarray) -> np.ndarray:

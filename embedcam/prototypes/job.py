@@ -70,7 +70,8 @@ def compress(
         index: an open index or its folder; it is only read.
         path: folder of the new index: missing, empty, or holding an unfinished one.
         prototypes: how many, 1 to the number of live images; with `per_class` for each label.
-            Images that are alike, and labels of fewer images, make fewer.
+            Images that are alike and labels of fewer images make fewer, and the batches in which
+            a large index is divided can leave a few empty.
         per_class: divide each label by itself, so that every prototype has its label; images
             without one are divided by themselves.
         seed: of k-means and of the sample that the loss is measured on, 0 to 2^32 - 1.

@@ -21,6 +21,7 @@ from index_samples import encoding_of, make, part
 
 from embedcam.errors import IndexFormatError
 from embedcam.index import Index, append, compact, rebuild_faiss, remove, verify
+from embedcam.prototypes import compress
 
 WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
@@ -37,6 +38,10 @@ OPERATIONS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
     "remove": (prepare_life, lambda path: remove(path, ["image-0007", "image-0020"])),
     "compact": (prepare_life, compact),
     "rebuild": (prepare_life, lambda path: rebuild_faiss(path, "HNSW8")),
+    "compress": (
+        lambda path: make(path.with_name("source"), 20),
+        lambda path: compress(path.with_name("source"), path, 4, per_class=True),
+    ),
     "replace": (prepare_life, lambda path: make(path, 9, "dense", replace=True, start=100)),
 }
 

@@ -470,6 +470,59 @@ def test_an_index_from_features(say: Say, refused: Callable[..., None], tmp_path
     refused(2, "p.npy: not a .npy array of numbers", "build", tmp_path / "x", *grid)
 
 
+def test_compress_explain_and_what_prototypes_do_not_take(
+    say: Say, refused: Callable[..., None], built: Path, tmp_path: Path
+) -> None:
+    small = tmp_path / "small"
+    told = answer(say, "compress", built, small, "--prototypes", 2, "--per-class")
+    about = told["compressed"]
+    assert (told["path"], told["n_images"], told["n_prototypes"]) == (str(small), 12, 6)
+    shown = say("info", small)[1]
+    assert "  prototypes  2 for each label asked for, 6 made of 12 images, seed 0\n" in shown
+    assert answer(say, "info", small)["compressed"] == about
+    assert answer(say, "info", small)["bytes"] == told["bytes"]
+    assert answer(say, "info", built)["compressed"] is None
+    assert answer(say, "info", built)["bytes"] == about["from_bytes"]
+    assert say("verify", small)[0] == 0
+    (why,) = answer(say, "explain", small, "photos/2/1.png", "-n", 1, "-o", tmp_path / "w.png")
+    (nearest,) = why["neighbors"]
+    assert nearest["id"].startswith(f"{nearest['label']}/000")
+    assert Path(nearest["path"]).is_file()
+
+    code, out, err = say("compress", built, tmp_path / "one", "--prototypes", 1, "--seed", 3)
+    assert (code, err) == (0, "")
+    first, header, *rows = out.splitlines()
+    assert first.startswith(f"{tmp_path / 'one'}: 1 prototype of 12 images in ")
+    assert " kB before, " in first
+    assert header.split() == ["12", "images", "left", "out", "in", "turn", "prototypes", "all",
+                              "images", "lost"]  # fmt: skip
+    with Index.open(tmp_path / "one") as opened:
+        lost = opened.manifest["compressed"]["fidelity"]
+    for row, (what, one) in zip(
+        rows,
+        [("cosine of weights from 1", lost["cosine"]["1"]),
+         ("cosine of weights from 5", lost["cosine"]["5"]), ("Recall@1", lost["recall_at_1"])],
+        strict=False,
+    ):  # fmt: skip
+        figures = [f"{one[key]:.3f}" for key in ("prototypes", "index", "loss")]
+        assert row.split() == [*what.split(), *figures]
+    assert "alone in its class" not in say("info", tmp_path / "one")[1]
+    assert "1 asked for, 1 made of 12 images, seed 3" in say("info", tmp_path / "one")[1]
+
+    before = sorted(tmp_path.rglob("*"))
+    there = ["compress", built, tmp_path / "x", "--prototypes"]
+    refused(
+        2, "prototypes = 13; give a whole number from 1 to 12, the number of images", *there, 13
+    )
+    refused(2, "seed = 4294967296; give", *there, 3, "--seed", 1 << 32)
+    refused(2, "already holds a finished index", "compress", built, small, "--prototypes", 3)
+    refused(2, "holds prototypes, each merged from several images; compress the index it was made",
+            "compress", small, tmp_path / "x", "--prototypes", 3)  # fmt: skip
+    refused(2, "add images to the index it was compressed from", "add", small, "photos")
+    refused(2, "refit the index it was compressed from", "build", small, "--refit")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 # --- where a network's files lie -----------------------------------------------------------------
 
 
@@ -542,6 +595,11 @@ def test_a_network_that_no_name_loads_is_asked_for(
         (5, "photos: not an embedcam index", ["compact", "photos"]),
         (5, "there is no index here", ["remove", "nothing", "x"]),
         (5, "there is no index here", ["compact", "nothing"]),
+        (5, "photos: not an embedcam index", ["compress", "photos", "x", "--prototypes", "3"]),
+        (5, "there is no index here", ["compress", "nothing", "x", "--prototypes", "3"]),
+        (2, "required: --prototypes", ["compress", "nothing", "x"]),
+        (2, "'0' is not a whole number of at least 1",
+         ["compress", "nothing", "x", "--prototypes", "0"]),
         (5, "there is no index here", ["build", "nothing", "--refit"]),
         (2, "nowhere: does not exist", ["build", "nowhere", "x", *NAMED]),
         (2, "empty: contains no images", ["build", "empty", "x", *NAMED]),
@@ -829,6 +887,7 @@ def test_the_examples_of_help_parse() -> None:
             "ADD",
             "REMOVE",
             "COMPACT",
+            "COMPRESS",
             "EXPLAIN",
             "INFO",
             "VERIFY",

@@ -24,7 +24,17 @@ from ..cotangents import AnchorCotangents
 from ..errors import InputError
 from ..identity import Identity, check, fingerprint
 from ..images import ImageSource, Item
-from ..index import Index, PartData, append, check_target, create, lock, sweep
+from ..index import (
+    ADD_INSTEAD,
+    Index,
+    PartData,
+    append,
+    check_target,
+    create,
+    lock,
+    refuse_prototypes,
+    sweep,
+)
 from ..network import EmbeddingNetwork
 from ..passes import (
     Work,
@@ -201,7 +211,7 @@ def add_images(
 
     Raises:
         NetworkMismatch: the network is not the index's.
-        InputError: ids that are in the index already.
+        InputError: ids that are in the index already, or an index of prototypes.
         ImageError: an unreadable image, with on_unreadable="fail".
         EmbedcamError: the disk is full or cannot be written; what is finished is used again.
     """
@@ -210,6 +220,7 @@ def add_images(
     Index.open(path).close()  # refuse a folder without an index before a lock file appears in it
     with disk_errors(path), lock(path), Index.open(path) as index:
         manifest = index.manifest
+        refuse_prototypes(path, manifest, ADD_INSTEAD)
         encodings = [index.encoding(number) for number in range(len(index.layers))]
         recipe = Recipe.from_dict(manifest["recipe"], "the index's recipe")
         check(_identity_of(index), network)
@@ -255,7 +266,12 @@ def indexed_images(index: Index, root: str | Path | None = None) -> ImageSource:
     Args:
         index: an open index.
         root: folder the images lie in now; None takes the one they were built from.
+
+    Raises:
+        InputError: an index of prototypes, or one that does not know where its images lie.
     """
+    instead = "refit the index it was compressed from, and compress that again"
+    refuse_prototypes(index.path, index.manifest, instead)
     live = index.live_positions()
     listed = zip(index.ids[live], index.paths[live], index.labels[live], strict=True)
     items = [Item(name, path, label) for name, path, label in listed]

@@ -1,8 +1,8 @@
-"""The command line: `embedcam build | add | remove | compact | explain | info | verify | demo`.
+"""The command line: `embedcam build | add | remove | compact | compress | explain | info | ...`.
 
 parser.py    what can be said, with examples; imports nothing heavy, so that --help is quick
 networks.py  the network that options, a recipe or an index name
-offline.py   build, add, remove, compact, demo
+offline.py   build, add, remove, compact, compress, demo
 online.py    explain
 report.py    info and verify, and how things are printed
 """

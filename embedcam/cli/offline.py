@@ -1,4 +1,4 @@
-"""Commands that change an index: build, add, remove, compact; and the demo."""
+"""Commands that make or change an index: build, add, remove, compact, compress; the demo."""
 
 import argparse
 import csv
@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import InputError, RecipeError
 from .networks import named, network_of_index, network_options, refuse_unknown
-from .report import counted, emit, note
+from .report import counted, emit, fidelity_lines, note, size_text
 
 _RECIPE = (
     "method", "target", "norm", "sampling", "hinge", "margin", "seed", "layers", "fill",
@@ -31,10 +31,11 @@ def add(options: argparse.Namespace) -> None:
     """Add images to an index."""
     from ..build import add_images
     from ..images import find_images
-    from ..index import Index
+    from ..index import ADD_INSTEAD, Index, refuse_prototypes
 
     source = find_images(options.images, options.labels or "auto")
     with Index.open(options.index) as index:
+        refuse_prototypes(index.path, index.manifest, ADD_INSTEAD)  # before a network is loaded
         network = network_of_index(index.manifest, network_options(options))
     report = add_images(
         source,
@@ -86,6 +87,28 @@ def compact(options: argparse.Namespace) -> None:
         {"dropped": dropped, "images": left},
         f"{options.index}: compact; {counted(dropped, 'removed image')} dropped, {left:,} left",
     )
+
+
+def compress(options: argparse.Namespace) -> None:
+    """Write a small index of prototypes, and say what is lost."""
+    from ..prototypes import compress as compress_index
+
+    report = compress_index(
+        options.index,
+        options.output,
+        options.prototypes,
+        per_class=options.per_class,
+        seed=options.seed,
+        progress=False if options.quiet else None,
+    )
+    about = report.compressed
+    lines = [
+        f"{report.path}: {counted(report.n_prototypes, 'prototype')} of "
+        f"{counted(report.n_images, 'image')} in {report.seconds:.1f} s; "
+        f"{size_text(about['from_bytes'])} before, {size_text(report.bytes)} now",
+        *(f"  {line}" for line in fidelity_lines(about)),
+    ]
+    emit(options, {**asdict(report), "path": str(report.path)}, "\n".join(lines))
 
 
 def demo(options: argparse.Namespace) -> None:

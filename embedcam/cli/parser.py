@@ -51,6 +51,14 @@ examples:
   embedcam compact my.index --rebuild-faiss              from the embeddings; the file is not read
   embedcam compact my.index --rebuild-faiss HNSW32       with another factory, or none
 """
+COMPRESS = """\
+examples:
+  embedcam compress my.index small.index --prototypes 500
+  embedcam compress my.index small.index --prototypes 5 --per-class
+
+Near images are merged into one prototype with the mean of their weights, shown by the picture of
+the image in their middle. What that loses is measured and printed; `embedcam info` repeats it.
+"""
 EXPLAIN = """\
 examples:
   embedcam explain my.index query.jpg -o why.png
@@ -82,6 +90,7 @@ COMMANDS = {
     "add": "offline.add",
     "remove": "offline.remove",
     "compact": "offline.compact",
+    "compress": "offline.compress",
     "explain": "online.explain",
     "info": "report.info",
     "verify": "report.verify",
@@ -150,6 +159,9 @@ def parser() -> argparse.ArgumentParser:
     _add(_command(commands, "add", "INDEX IMAGES", ADD, "add images to an index"))
     _remove(_command(commands, "remove", "INDEX ID ...", REMOVE, "remove images by id"))
     _compact(_command(commands, "compact", "INDEX", COMPACT, "drop removed images' bytes"))
+    _compress(
+        _command(commands, "compress", "INDEX OUTPUT", COMPRESS, "merge an index into prototypes")
+    )
     _explain(_command(commands, "explain", "INDEX IMAGE ...", EXPLAIN, "explain query images"))
     _index(_command(commands, "info", "INDEX", INFO, "say what an index holds"))
     _index(_command(commands, "verify", "INDEX", VERIFY, "check every promise of an index"))
@@ -318,6 +330,28 @@ def _compact(one: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         help="make the FAISS file again; FACTORY another one than it had",
+    )
+
+
+def _compress(one: argparse.ArgumentParser) -> None:
+    _index(one)
+    one.add_argument("output", metavar="OUTPUT", type=_path, help="folder of the new index")
+    one.add_argument(
+        "--prototypes",
+        type=_positive,
+        metavar="N",
+        required=True,
+        help="how many, at most the number of images",
+    )
+    one.add_argument(
+        "--per-class", action="store_true", help="N for each label, each with its label"
+    )
+    one.add_argument(
+        "--seed",
+        type=_whole,
+        metavar="N",
+        default=0,
+        help="of k-means and of the images that the loss is measured on (default 0)",
     )
 
 

@@ -53,7 +53,7 @@ def info(options: argparse.Namespace) -> None:
         key: manifest.get(key)
         for key in ("format_version", "generation", "counts", "recipe", "recipe_sha256", "sign",
                     "method", "target", "norm", "triplets", "images", "network", "embedding",
-                    "metric", "layers", "fit", "faiss", "libraries")
+                    "metric", "layers", "fit", "faiss", "libraries", "compressed")
     }  # fmt: skip
     summary |= {**evidence, "bytes": bytes_all, "bytes_an_image": bytes_image}
     emit(options, summary, f"{options.index}\n" + _text(manifest, evidence, bytes_all, bytes_image))
@@ -88,13 +88,12 @@ def _evidence(index: Any) -> dict[str, int]:
 
 def _bytes(manifest: Mapping[str, Any]) -> tuple[int, float]:
     """All bytes of the index; and an image's, beyond id, label, path and embedding."""
+    from ..index import named_bytes
+
     parts = [file for part in manifest["parts"] for file in part["files"].items()]
-    once = list(manifest["fitted"]["files"].values())
-    once += [entry for key in ("faiss", "tombstones") if (entry := manifest[key]) is not None]
-    total = sum(entry["bytes"] for entry in [*(entry for _, entry in parts), *once])
     known = ("ids.", "labels.", "paths.", "embeddings.")
     own = sum(entry["bytes"] for name, entry in parts if not name.startswith(known))
-    return total, round(own / max(manifest["counts"]["rows"], 1), 1)
+    return named_bytes(manifest), round(own / max(manifest["counts"]["rows"], 1), 1)
 
 
 def _text(
@@ -104,9 +103,12 @@ def _text(
     normalized = "L2-normalised" if manifest["embedding"]["normalized"] else "not normalised"
     coarse = layer["coarse_grid"]
     made = ", ".join(f"{name} {version}" for name, version in manifest["libraries"].items())
+    compressed = manifest.get("compressed")
+    merged = [] if compressed is None else [_merged_line(compressed), *fidelity_lines(compressed)]
     shown = [
         ("images", _images_line(manifest["counts"], evidence)),
         ("", _evidence_line(manifest, evidence)),
+        *(("" if number else "prototypes", line) for number, line in enumerate(merged)),
         ("network", _network_line(manifest["network"])),
         *(
             ("" if number else "layer",
@@ -119,8 +121,8 @@ def _text(
         ("stored as", _encoding_line(layer["encoding"])),
         ("own maps", "none" if coarse is None else f"{coarse[0]} x {coarse[1]}"),
         ("search", _search_line(manifest)),
-        ("size", f"{_size(bytes_all)}; {bytes_image:g} bytes an image beyond id, label, path and "
-                 "embedding"),
+        ("size", f"{size_text(bytes_all)}; {bytes_image:g} bytes an image beyond id, label, path "
+                 "and embedding"),
         ("recipe", manifest["recipe_sha256"][:16]),
         ("made with", f"{made}; generation {manifest['generation']}"),
     ]  # fmt: skip
@@ -147,6 +149,7 @@ def _evidence_line(manifest: Mapping[str, Any], evidence: Mapping[str, int]) -> 
     alone = evidence["labels_of_one_image"] + evidence["unlabelled_images"]
     # Where labels draw the positives: not for the centred target, nor for given triplets.
     drawn = manifest["target"] == "margin" and manifest["triplets"]["sampling"] != "given"
+    drawn &= manifest.get("compressed") is None  # a prototype alone is no image alone
     if drawn and evidence["labels"] and alone:
         unlabelled = evidence["unlabelled_images"]
         without = f" ({unlabelled:,} of them without a label)" if unlabelled else ""
@@ -160,6 +163,34 @@ def _evidence_line(manifest: Mapping[str, Any], evidence: Mapping[str, int]) -> 
             "triplet was satisfied"
         )
     return "; ".join(said)
+
+
+def _merged_line(compressed: Mapping[str, Any]) -> str:
+    way = " for each label" if compressed["per_class"] else ""
+    return (
+        f"{compressed['prototypes']:,}{way} asked for, {compressed['rows']:,} made of "
+        f"{counted(compressed['from_rows'], 'image')}, seed {compressed['seed']}"
+    )
+
+
+def fidelity_lines(compressed: Mapping[str, Any]) -> list[str]:
+    """What an index of prototypes lost, as a table."""
+    fidelity = compressed["fidelity"]
+    cosine = {f"cosine of weights from {n}": one for n, one in fidelity["cosine"].items()}
+    measured = {**cosine, "Recall@1": fidelity["recall_at_1"]}
+    rows = [
+        [what, *(f"{one[key]:.3f}" for key in ("prototypes", "index", "loss"))]
+        for what, one in measured.items()
+        if one is not None
+    ]
+    if not rows:
+        return ["what is lost cannot be measured here: no image has another to be compared with"]
+    title = f"{counted(fidelity['images'], 'image')} left out in turn"
+    lines = columns([[title, "prototypes", "all images", "lost"], *rows], right=(1, 2, 3))
+    known = [one["prototypes"] for one in fidelity["cosine"].values() if one is not None]
+    if known and known[0] > known[-1]:
+        lines.append("The nearest prototype alone tells more than several: explain with -n 1.")
+    return lines
 
 
 def _network_line(network: Mapping[str, Any] | None) -> str:
@@ -224,7 +255,8 @@ def _on(grid: Any) -> str:
     return "" if grid is None else f" on a grid of {grid[0]} x {grid[1]}"
 
 
-def _size(n_bytes: float) -> str:
+def size_text(n_bytes: float) -> str:
+    """ "296 kB"."""
     units = ["bytes", "kB", "MB", "GB", "TB"]
     while n_bytes >= 1000 and len(units) > 1:
         n_bytes /= 1000

@@ -6,16 +6,18 @@ checks.
 """
 
 from .faiss_files import check_factory
+from .joining import check_fitted, check_parts, check_tombstones
 from .locking import lock
-from .manifest import FORMAT_VERSION
+from .manifest import FORMAT_VERSION, named_bytes, refuse_prototypes
 from .parts import PartData, check_ids, quantize_coarse
 from .reader import Index
 from .search import Neighbors, nearest
 from .selection import Selection
 from .verify import Report, verify
-from .writer import append, check_target, compact, create, rebuild_faiss, remove, sweep
+from .writer import ADD_INSTEAD, append, check_target, compact, create, rebuild_faiss, remove, sweep
 
 __all__ = [
+    "ADD_INSTEAD",
     "FORMAT_VERSION",
     "Index",
     "Neighbors",
@@ -24,14 +26,19 @@ __all__ = [
     "Selection",
     "append",
     "check_factory",
+    "check_fitted",
     "check_ids",
+    "check_parts",
     "check_target",
+    "check_tombstones",
     "compact",
     "create",
     "lock",
+    "named_bytes",
     "nearest",
     "quantize_coarse",
     "rebuild_faiss",
+    "refuse_prototypes",
     "remove",
     "sweep",
     "verify",

@@ -26,7 +26,8 @@ def new_manifest(header: Mapping[str, Any], generation: int, rows: int, width: i
     """
     needed = ("recipe", "embedding", "metric", "method", "target", "norm", "triplets", "layers")
     missing = [key for key in needed if key not in header]
-    known = {*needed, "sign", "network", "images", "libraries", "fitted_on", "trust"}
+    optional = {"network", "images", "libraries", "fitted_on", "trust", "compressed"}
+    known = {*needed, "sign", *optional}
     unknown = sorted(set(header) - known)
     if missing or unknown:
         raise InputError(
@@ -50,8 +51,9 @@ def new_manifest(header: Mapping[str, Any], generation: int, rows: int, width: i
     try:
         manifest = plain({key: header[key] for key in needed})
         manifest |= plain({"network": header.get("network"), "images": header.get("images")})
-        if header.get("trust") is not None:
-            manifest |= plain({"trust": header["trust"]})
+        for key in ("trust", "compressed"):
+            if header.get(key) is not None:
+                manifest[key] = plain(header[key])
         manifest["recipe_sha256"] = manifest_file.digest(recipe)
     except (TypeError, ValueError) as error:
         raise InputError(f"the header cannot be written as JSON ({error})") from error

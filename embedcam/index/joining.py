@@ -53,6 +53,18 @@ def check_tombstones(index: Index) -> None:
         raise broken(index.path, entry["file"], "does not match its checksum")
 
 
+def check_fitted(index: Index) -> None:
+    """Compare what was fitted once with its checksums, before it is copied into another index.
+
+    Raises:
+        IndexFormatError: naming the first file that is not what was written.
+    """
+    entry = index.manifest["fitted"]
+    for name, line in entry["files"].items():
+        if sha256_of(index.fitted_files[name]) != line["sha256"]:
+            raise broken(index.path, f"{entry['directory']}/{name}", "does not match its checksum")
+
+
 def join_rows(index: Index, positions: np.ndarray, new: PartData | None) -> PartData:
     """Rows of an index, and behind them new ones, as one part that streams."""
     count = len(positions)

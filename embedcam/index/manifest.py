@@ -70,6 +70,29 @@ def read(root: Path) -> Manifest:
     return manifest
 
 
+def named_bytes(manifest: Mapping[str, Any]) -> int:
+    """Bytes of all files that a manifest names; its own are not among them."""
+    entries = [entry for part in manifest["parts"] for entry in part["files"].values()]
+    entries += manifest["fitted"]["files"].values()
+    entries += [entry for key in ("faiss", "tombstones") if (entry := manifest[key]) is not None]
+    return sum(entry["bytes"] for entry in entries)
+
+
+def refuse_prototypes(root: Path, manifest: Mapping[str, Any], instead: str) -> None:
+    """Refuse what needs the images themselves where rows are prototypes merged from several.
+
+    Args:
+        root: of the index.
+        manifest: its manifest.
+        instead: what to do, as the end of a sentence.
+
+    Raises:
+        InputError: the index holds prototypes.
+    """
+    if manifest.get("compressed") is not None:
+        raise InputError(f"{root}: holds prototypes, each merged from several images; {instead}")
+
+
 def _read_bytes(root: Path) -> bytes:
     path = root / NAME
     try:
@@ -182,6 +205,8 @@ def _check(root: Path, manifest: Manifest) -> None:
     _check_rows(check, manifest)
     _check_faiss(check, manifest)
     _check_trust(check, manifest)
+    if manifest.get("compressed") is not None:
+        _check_compressed(check, check.get(manifest, "compressed", dict))
 
 
 def _check_choices(check: _Checker, manifest: Manifest) -> None:
@@ -259,6 +284,33 @@ def _check_faiss(check: _Checker, manifest: Manifest) -> None:
     check.count(faiss, "trained_on", "faiss.")
     if not is_sha256(faiss.get("sha256")):
         raise check.fail("its entry for the FAISS file has no SHA-256")
+
+
+def _check_compressed(check: _Checker, compressed: Mapping[str, Any]) -> None:
+    where = "compressed."
+    images = check.count(compressed, "from_rows", where, 1)
+    check.count(compressed, "from_bytes", where)
+    check.count(compressed, "seed", where)
+    check.get(compressed, "per_class", bool, where)
+    for key in ("prototypes", "rows"):
+        if check.count(compressed, key, where, 1) > images:
+            raise check.fail(f"{where}{key} is {compressed[key]}, of {images} images")
+    fidelity = check.get(compressed, "fidelity", dict, where)
+    where += "fidelity."
+    if check.count(fidelity, "images", where) > images:
+        raise check.fail(f"{where}images is {fidelity['images']}, of {images}")
+    cosine = check.get(fidelity, "cosine", dict, where)
+    named = {f"cosine.{count}": one for count, one in cosine.items()}
+    if not all(count.isascii() and count.isdigit() for count in cosine):
+        raise check.fail(f"{where}cosine is {_short(cosine)}; expected numbers of neighbours")
+    for name, one in {**named, "recall_at_1": fidelity.get("recall_at_1")}.items():
+        if one is None:
+            continue
+        if not isinstance(one, dict):
+            raise check.fail(f"{where}{name} is {_short(one)}, not of type dict")
+        for key in ("index", "prototypes", "loss"):
+            if type(one.get(key)) not in (int, float) or not -2 <= one[key] <= 2:
+                raise check.fail(f"{where}{name}.{key} is {_short(one.get(key))}; no such share")
 
 
 def _numbered(check: _Checker, holder: Mapping[str, Any], stem: str, ending: str) -> str:

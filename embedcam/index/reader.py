@@ -150,6 +150,10 @@ class Index:
             raise InputError(f"the index keeps no array {name!r}; it keeps: {known}")
         return self._shared[name]
 
+    def shared(self) -> dict[str, np.ndarray]:
+        """The arrays kept once for the whole index, by name."""
+        return dict(self._shared)
+
     def probe(self) -> dict[str, np.ndarray]:
         """The arrays of the network's probe, by name ("probe_...")."""
         return {n: a for n, a in self._shared.items() if n.startswith("probe_")}

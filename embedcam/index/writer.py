@@ -23,6 +23,7 @@ from .query import EmbeddingRows
 from .reader import Index
 
 SCRATCH = ".building"
+ADD_INSTEAD = "add images to the index it was compressed from, and compress that again"
 _TRASH = re.compile(
     r"faiss-[0-9]+\.index(\.tmp)?|tombstones-[0-9]+\.u64(\.tmp)?|manifest\.json\.tmp"
 )
@@ -47,7 +48,8 @@ def create(
             "target", "norm", "triplets" (dict), "layers" (a list of dicts "name", "channels",
             "grid", "cells", "encoding" (`Encoding.spec()`), "coarse_grid"), and optionally
             "network" (dict or None), "images" (dict or None), "libraries" (dict of versions),
-            "sign" ("margin") and "fitted_on" (else the part's rows).
+            "sign" ("margin"), "fitted_on" (else the part's rows) and "compressed" (dict, of an
+            index of prototypes).
         fitted: for each layer, arrays kept once, by name (`Encoding.fitted`).
         shared: arrays kept once for the whole index, by name: "embedding_mean", "probe_embedding",
             "probe_pooled" and the like.
@@ -90,12 +92,14 @@ def append(path: str | Path, part: PartData) -> int:
         Position of the first new row.
 
     Raises:
-        InputError: an id that the index already holds, or arrays that do not fit; nothing changed.
+        InputError: an id that the index already holds, arrays that do not fit, or an index of
+            prototypes; nothing changed.
         IndexFormatError: a file that would be rewritten does not match its checksum; nothing
             changed.
     """
     root = Path(path)
     with _changing(root) as (index, manifest):
+        manifest_file.refuse_prototypes(root, manifest, ADD_INSTEAD)
         check_ids(part.ids)
         if known := sorted(index.find_live(part.ids)):
             some = ", ".join(map(repr, known[:3])) + (" ..." if len(known) > 3 else "")

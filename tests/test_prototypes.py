@@ -1,0 +1,669 @@
+"""Prototypes: what is merged, what is measured, and what is refused, against literal loops."""
+
+import json
+import os
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from build_samples import everything
+from index_samples import CHANNELS, GRID, WIDTH, encoding_of, header_of, make, part
+
+from embedcam import Explainer, Index
+from embedcam.encoding import LowRank, TopM
+from embedcam.errors import IndexFormatError, InputError
+from embedcam.index import PartData, append, compact, create, remove
+from embedcam.index import manifest as manifest_file
+from embedcam.prototypes import compress, fidelity, grouping, job, merging
+from embedcam.prototypes.grouping import Groups, group, sums_of_groups
+
+KINDS = ["top-m", "low-rank", "embedding", "dense", "dense32"]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def clustered(
+    path: Path, kind: str = "dense32", n: int = 30, *, metric: str = "l2", normalized: bool = True,
+    labels: Any = None, **more: Any,
+) -> Path:  # fmt: skip
+    """An index of vectors around six centres; every third row's neighbours share its label."""
+    rng = np.random.default_rng(11)
+    encoding = encoding_of(kind)
+    vectors = rng.standard_normal((6, WIDTH))[np.arange(n) % 6]
+    vectors = vectors + 0.2 * rng.standard_normal((n, WIDTH))
+    if normalized:
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    made = part(0, n, encoding)
+    made.embeddings = vectors.astype(np.float32)
+    made.labels = [f"class {row % 3}" for row in range(n)] if labels is None else labels
+    header = header_of(encoding, metric=metric, **more)
+    header["embedding"] = {"width": WIDTH, "normalized": normalized}
+    shared = {"embedding_mean": vectors.mean(0).astype(np.float32), "probe_pooled": np.ones(3)}
+    return create(path, header, [encoding.fitted], shared, made)
+
+
+def members_of(index: Index, wanted: int, *, per_class: bool = False, seed: int = 0) -> list[Any]:
+    """Positions of each group, by the same k-means."""
+    live = index.live_positions()
+    labels = index.labels[live] if per_class else None
+    of = group(index.embeddings(live), labels, wanted, seed, lambda n: None).of
+    return [live[of == number] for number in range(of.max() + 1)]
+
+
+def merged_row(index: Index, members: np.ndarray) -> np.ndarray:
+    """The mean of decoded weights in a literal loop, encoded as the index does, decoded."""
+    if len(members) == 1:
+        return index.weights(members)[0]
+    total = np.zeros(index.encoding().n_channels)
+    for position in members:
+        total += index.weights([position])[0].astype(np.float64)
+    mean, encoding = total / len(members), index.encoding()
+    if isinstance(encoding, TopM):
+        rank = np.abs(mean) if encoding.by == "magnitude" else mean
+        kept = sorted(range(len(mean)), key=lambda k: (-rank[k], k))[: encoding.m]
+        return np.array([mean[k] if k in kept else 0 for k in range(len(mean))])
+    return mean
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    return vector / np.linalg.norm(vector)
+
+
+# --- what is merged ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("normalized", [True, False])
+def test_embeddings_and_weights_are_means_of_their_members(
+    tmp_path: Path, kind: str, normalized: bool
+) -> None:
+    source = clustered(tmp_path / "a", kind, normalized=normalized)
+    remove(source, ["image-0003", "image-0010", "image-0029"])
+    report = compress(source, tmp_path / "b", 6)
+    with Index.open(source) as index, Index.open(tmp_path / "b") as small:
+        groups = members_of(index, 6)
+        assert (report.n_images, report.n_prototypes, len(small)) == (27, 6, len(groups))
+        assert sum(map(len, groups)) == 27
+        small.verify()
+        for row, members in enumerate(groups):
+            mean = index.embeddings(members).astype(np.float64).mean(0)
+            expected = unit(mean) if normalized else mean
+            np.testing.assert_allclose(small.embeddings([row])[0], expected, rtol=0, atol=1e-6)
+            expected = merged_row(index, members)
+            scale = max(np.abs(expected).max(), np.abs(index.weights(members)).max())
+            half = 2e-3 if small.encoding().dtype == "float16" else 1e-5
+            np.testing.assert_allclose(small.weights([row])[0], expected, rtol=0, atol=half * scale)
+            distances = [np.linalg.norm(index.embeddings([m])[0] - small.embeddings([row])[0])
+                         for m in members]  # fmt: skip
+            medoid = members[int(np.argmin(distances))]
+            assert small.paths[row] == index.paths[medoid]
+            assert small.triplets_used([row])[0] == index.triplets_used(members).sum()
+            labels = {index.labels[int(m)] for m in members}
+            assert small.labels[row] == (labels.pop() if len(labels) == 1 else None)
+            # Drawn by pictures, which divide by the length of the weights: the medoid's own map.
+            lengths = [
+                np.linalg.norm(w[0]) for w in (small.weights([row]), index.weights([medoid]))
+            ]
+            np.testing.assert_allclose(
+                small.coarse([row])[0] / lengths[0],
+                index.coarse([medoid])[0] / lengths[1], rtol=5e-3, atol=1e-6,
+            )  # fmt: skip
+        assert list(small.ids) == [f"prototype-{n:04d}" for n in range(1, 7)]
+        for name, array in index.encoding().fitted.items():
+            np.testing.assert_array_equal(small.encoding().fitted[name], array)
+        for name, array in index.shared().items():
+            np.testing.assert_array_equal(small.fitted(name), array)
+
+
+def test_codes_derived_from_embeddings_are_stored_where_means_are_made_unit_vectors(
+    tmp_path: Path,
+) -> None:
+    for normalized, codes in ((True, "stored"), (False, "embedding")):
+        source = clustered(tmp_path / f"a{codes}", "embedding", normalized=normalized)
+        compress(source, tmp_path / codes, 4)
+        with Index.open(source) as index, Index.open(tmp_path / codes) as small:
+            encoding = small.encoding()
+            assert isinstance(encoding, LowRank)
+            assert (encoding.codes, encoding.origin) == (codes, "head")
+            for row, members in enumerate(members_of(index, 4)):
+                exact = index.weights(members).astype(np.float64).mean(0)
+                found = small.weights([row])[0]
+                assert np.linalg.norm(found - exact) <= 1e-3 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+def test_as_many_prototypes_as_images_are_the_images(
+    tmp_path: Path, kind: str, metric: str
+) -> None:
+    source = clustered(tmp_path / "a", kind, metric=metric)
+    remove(source, ["image-0004"])
+    report = compress(source, tmp_path / "b", 29)
+    for one in (*report.compressed["fidelity"]["cosine"].values(),
+                report.compressed["fidelity"]["recall_at_1"]):  # fmt: skip
+        assert abs(one["loss"]) <= (1e-3 if kind == "embedding" else 0)
+    rng = np.random.default_rng(0)
+    query = unit(rng.standard_normal(WIDTH)).astype(np.float32)
+    maps = rng.random((CHANNELS, *GRID), np.float32)
+    with Index.open(source) as index, Index.open(tmp_path / "b") as small:
+        live = index.live_positions()
+        assert small.manifest["metric"] == metric
+        np.testing.assert_array_equal(small.embeddings(range(29)), index.embeddings(live))
+        close = np.testing.assert_array_equal if kind != "embedding" else _near
+        close(small.weights(range(29)), index.weights(live))
+        old = Explainer(index).explain_features(query, maps)
+        new = Explainer(small).explain_features(query, maps)
+        assert [small.position(name) for name in new.ids] == [
+            live.tolist().index(index.position(name)) for name in old.ids
+        ]
+        close(new.cam, old.cam)
+        close(new.neighbor_cams, old.neighbor_cams)
+        assert (new.paths, new.labels) == (old.paths, old.labels)
+
+
+def _near(found: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
+
+
+def test_signed_top_m_of_one_image_keeps_its_negative_values(tmp_path: Path) -> None:
+    encoding = TopM(CHANNELS, 3, "signed", "float32")
+    made = part(0, 8, encoding)
+    made.fields = [encoding.encode(-1 - np.random.default_rng(1).random((8, CHANNELS)))]
+    create(tmp_path / "a", header_of(encoding), [{}], {}, made)
+    compress(tmp_path / "a", tmp_path / "b", 8)
+    with Index.open(tmp_path / "a") as index, Index.open(tmp_path / "b") as small:
+        assert (index.weights(range(8)) <= 0).all()
+        np.testing.assert_array_equal(small.weights(range(8)), index.weights(range(8)))
+
+
+def test_prototypes_of_each_label(tmp_path: Path) -> None:
+    labels = ["owl"] * 12 + ["gull/a"] * 2 + [None] * 5 + ["crane"] * 11
+    source = clustered(tmp_path / "a", labels=labels)
+    remove(source, ["image-0000"])
+    report = compress(source, tmp_path / "b", 3, per_class=True)
+    assert report.compressed["rows"] == report.n_prototypes == 3 + 2 + 3 + 3
+    with Index.open(source) as index, Index.open(tmp_path / "b") as small:
+        small.verify()
+        assert list(small.ids) == [
+            *(f"crane/{n:04d}" for n in (1, 2, 3)), "gull/a/0001", "gull/a/0002",
+            *(f"owl/{n:04d}" for n in (1, 2, 3)), *(f"prototype-{n:04d}" for n in (1, 2, 3)),
+        ]  # fmt: skip
+        assert list(small.labels) == ["crane"] * 3 + ["gull/a"] * 2 + ["owl"] * 3 + [None] * 3
+        groups = members_of(index, 3, per_class=True)
+        assert len(groups) == 11
+        for row, members in enumerate(groups):
+            assert {index.labels[int(m)] for m in members} == {small.labels[row]}
+            np.testing.assert_allclose(
+                small.weights([row])[0], merged_row(index, members), rtol=0, atol=1e-5
+            )
+
+
+def test_several_layers(tmp_path: Path) -> None:
+    first, second = encoding_of("low-rank"), encoding_of("top-m")
+    one, two = part(0, 20, first), part(0, 20, second)
+    header = header_of(first)
+    header["layers"].append({**header_of(second)["layers"][0], "name": "b", "coarse_grid": None})
+    both = PartData(one.ids, one.labels, one.paths, one.embeddings, one.triplets_used,
+                    [one.fields[0], two.fields[0]], [one.coarse[0], None])  # fmt: skip
+    create(tmp_path / "a", header, [first.fitted, second.fitted], {}, both)
+    report = compress(tmp_path / "a", tmp_path / "b", 5)
+    with Index.open(tmp_path / "a") as index, Index.open(tmp_path / "b") as small:
+        small.verify()
+        assert small.coarse([0], 1) is None
+        for row, members in enumerate(members_of(index, 5)):
+            exact = np.mean([index.weights([m], 0)[0].astype(np.float64) for m in members], axis=0)
+            np.testing.assert_allclose(small.weights([row])[0], exact, rtol=0, atol=1e-2)
+            exact = np.mean([index.weights([m], 1)[0].astype(np.float64) for m in members], axis=0)
+            expected = second.decode(second.encode(exact[None]))[0]
+            np.testing.assert_allclose(small.weights([row], 1)[0], expected, rtol=0, atol=1e-6)
+        assert literal_fidelity(index, 5) == close_to(report.compressed["fidelity"])
+        maps = [np.random.default_rng(2).random((CHANNELS, *GRID), np.float32)] * 2
+        why = Explainer(small).explain_features(small.embeddings([2])[0], maps)
+        assert why.ids[0] == "prototype-0003"
+
+
+# --- what is lost --------------------------------------------------------------------------------
+
+
+def literal_fidelity(
+    index: Index, wanted: int, *, per_class: bool = False, seed: int = 0
+) -> dict[str, Any]:
+    """Each image in turn: the whole index and the prototypes again, without it."""
+    live = index.live_positions().tolist()
+    groups = [g.tolist() for g in members_of(index, wanted, per_class=per_class, seed=seed)]
+    layers = range(len(index.layers))
+    stored = {p: index.embeddings([p])[0].astype(np.float64) for p in live}
+    cosines: dict[tuple[int, str], list[float]] = {}
+    hits: dict[str, list[bool]] = {"index": [], "prototypes": []}
+    images = 0
+    for image in live:
+        rests = [[m for m in members if m != image] for members in groups]
+        rests = [rest for rest in rests if rest]
+        sides = {"index": [[p] for p in live if p != image], "prototypes": rests}
+        own = [index.weights([image], layer)[0].astype(np.float64) for layer in layers]
+        if not all(w.any() for w in own):
+            continue
+        images += 1
+        for side, candidates in sides.items():
+            places = []
+            for members in candidates:
+                mean = np.mean([stored[m] for m in members], axis=0)
+                places.append(unit(mean) if index.normalized and len(members) > 1 else mean)
+            near = sorted(range(len(places)), key=lambda c: apart(index, places[c], stored[image]))
+            if index.labels[image] is not None:
+                names = {index.labels[m] for m in candidates[near[0]]}
+                hits[side].append(names == {index.labels[image]})
+            for count in (1, 5):
+                found = []
+                for layer in layers:
+                    taken = [merged_of(index, candidates[c], layer) for c in near[:count]]
+                    if len(taken) > 1:
+                        taken = [unit(w) for w in taken if w.any()] or [np.zeros(1)]
+                    drawn = np.mean(taken, axis=0)
+                    found.append(float(unit(drawn) @ unit(own[layer])) if drawn.any() else 0.0)
+                cosines.setdefault((count, side), []).append(float(np.mean(found)))
+
+    def compared(index_side: list[Any], other: list[Any]) -> dict[str, float] | None:
+        if not index_side:
+            return None
+        a, b = float(np.mean(index_side)), float(np.mean(other))
+        return {"index": a, "prototypes": b, "loss": a - b}
+
+    return {
+        "images": images,
+        "cosine": {str(k): compared(cosines[k, "index"], cosines[k, "prototypes"]) for k in (1, 5)},
+        "recall_at_1": compared(hits["index"], hits["prototypes"]),
+    }
+
+
+def apart(index: Index, place: np.ndarray, query: np.ndarray) -> float:
+    return -float(place @ query) if index.metric == "ip" else float(((place - query) ** 2).sum())
+
+
+def merged_of(index: Index, members: list[int], layer: int) -> np.ndarray:
+    if len(members) == 1:
+        return index.weights(members, layer)[0].astype(np.float64)
+    mean = np.mean([index.weights([m], layer)[0].astype(np.float64) for m in members], axis=0)
+    encoding = index.encoding(layer)
+    if isinstance(encoding, TopM):
+        mean = encoding.decode(encoding.encode(mean[None]))[0].astype(np.float64)
+    return mean
+
+
+def close_to(found: dict[str, Any], by: float = 2e-3) -> Any:
+    """Fidelity within half precision of stored codes."""
+    return {
+        "images": found["images"],
+        "cosine": {k: one and pytest.approx(one, abs=by) for k, one in found["cosine"].items()},
+        "recall_at_1": found["recall_at_1"] and pytest.approx(found["recall_at_1"], abs=1e-5),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize("wanted", [1, 4])
+def test_fidelity_is_what_a_literal_loop_measures(
+    tmp_path: Path, kind: str, per_class: bool, wanted: int
+) -> None:
+    labels = [None if row % 7 == 6 else f"class {row % 3}" for row in range(30)]
+    source = clustered(tmp_path / "a", kind, labels=labels)
+    remove(source, ["image-0007", "image-0020"])
+    report = compress(source, tmp_path / "b", wanted, per_class=per_class, seed=3)
+    with Index.open(source) as index:
+        expected = literal_fidelity(index, wanted, per_class=per_class, seed=3)
+    assert expected == close_to(report.compressed["fidelity"])
+    for one in (expected["cosine"]["1"], expected["recall_at_1"]):
+        assert one["loss"] == pytest.approx(one["index"] - one["prototypes"])
+
+
+def test_fidelity_by_inner_products_of_vectors_of_any_length(tmp_path: Path) -> None:
+    source = clustered(tmp_path / "a", "embedding", metric="ip", normalized=False)
+    report = compress(source, tmp_path / "b", 5)
+    with Index.open(source) as index:
+        assert literal_fidelity(index, 5) == close_to(report.compressed["fidelity"], 1e-5)
+
+
+def test_images_without_weights_tell_nothing(tmp_path: Path) -> None:
+    encoding = encoding_of("dense32")
+    made = part(0, 9, encoding)
+    made.fields[0]["values"][[2, 5]] = 0
+    made.labels = [None] * 9
+    create(tmp_path / "a", header_of(encoding), [{}], {}, made)
+    report = compress(tmp_path / "a", tmp_path / "b", 3)
+    found = report.compressed["fidelity"]
+    assert (found["images"], found["recall_at_1"]) == (7, None)
+    with Index.open(tmp_path / "a") as index:
+        assert literal_fidelity(index, 3) == close_to(found)
+    made.fields[0]["values"][:] = 0
+    create(tmp_path / "c", header_of(encoding), [{}], {}, made)
+    found = compress(tmp_path / "c", tmp_path / "d", 3).compressed["fidelity"]
+    assert found == {"images": 0, "cosine": {"1": None, "5": None}, "recall_at_1": None}
+    with Index.open(tmp_path / "d") as small:
+        small.verify()
+
+
+def test_one_image_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
+    report = compress(make(tmp_path / "a", 1), tmp_path / "b", 1)
+    found = report.compressed["fidelity"]
+    assert found == {"images": 0, "cosine": {"1": None, "5": None}, "recall_at_1": None}
+
+
+def test_the_sample_is_seeded_and_at_most_a_thousand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fidelity.SAMPLE == 1000
+    assert fidelity.sample_rows(1000, 3).tolist() == list(range(1000))
+    assert len(set(fidelity.sample_rows(5000, 3).tolist())) == 1000
+    assert (np.diff(fidelity.sample_rows(5000, 3)) > 0).all()
+    assert fidelity.sample_rows(5000, 3).tolist() != fidelity.sample_rows(5000, 4).tolist()
+    monkeypatch.setattr(fidelity, "SAMPLE", 10)
+    found = compress(clustered(tmp_path / "a"), tmp_path / "b", 5).compressed
+    assert found["fidelity"]["images"] == 10
+
+
+def test_images_that_are_all_alike(tmp_path: Path) -> None:
+    encoding = encoding_of("dense32")
+    made = part(0, 12, encoding)
+    made.embeddings = np.repeat(made.embeddings[:2], 6, axis=0)
+    create(tmp_path / "a", header_of(encoding), [{}], {}, made)
+    report = compress(tmp_path / "a", tmp_path / "b", 5)
+    assert (report.compressed["prototypes"], report.compressed["rows"]) == (5, 2)
+    with Index.open(tmp_path / "b") as small:
+        small.verify()
+        expected = made.fields[0]["values"][:6].mean(0)
+        np.testing.assert_allclose(small.weights([0])[0], expected, rtol=1e-5)
+
+
+def test_members_that_cancel_are_stood_for_by_the_first(tmp_path: Path) -> None:
+    encoding = encoding_of("dense32")
+    made = part(0, 4, encoding)
+    made.embeddings = np.array([1, -1, 1, -1], np.float32)[:, None] * made.embeddings[:1]
+    create(tmp_path / "a", header_of(encoding), [{}], {}, made)
+    compress(tmp_path / "a", tmp_path / "b", 1)
+    with Index.open(tmp_path / "b") as small:
+        small.verify()
+        np.testing.assert_array_equal(small.embeddings([0])[0], made.embeddings[0])
+        assert small.paths[0] == made.paths[0]
+
+
+# --- how it is done ------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    source = clustered(tmp_path / "a", n=60)
+    for name, seed in (("b", 5), ("c", 5), ("d", 6)):
+        compress(source, tmp_path / name, 7, seed=seed)
+    assert everything(tmp_path / "b") == everything(tmp_path / "c")
+    assert everything(tmp_path / "b") != everything(tmp_path / "d")
+
+
+@pytest.mark.parametrize("full", [4e9, 0])
+def test_groups_are_those_of_k_means(full: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each vector is nearest to its own group's mean, and apart centres are told apart."""
+    monkeypatch.setattr(grouping, "_FULL", full)
+    rng = np.random.default_rng(0)
+    which = rng.permutation(np.arange(90) % 3)
+    vectors = (10 * np.eye(3)[which] + 0.1 * rng.standard_normal((90, 3))).astype(np.float32)
+    told: list[int] = []
+    groups = group(vectors, None, 3, 1, told.append)
+    assert sum(told) == 90
+    means = [vectors[groups.of == number].mean(0) for number in range(3)]
+    for row, vector in enumerate(vectors):
+        assert np.argmin([((vector - mean) ** 2).sum() for mean in means]) == groups.of[row]
+    assert len({(a, b) for a, b in zip(which, groups.of, strict=True)}) == 3
+    assert groups.firsts.tolist() == [np.flatnonzero(groups.of == g)[0] for g in range(3)]
+    assert (np.diff(groups.firsts) > 0).all()
+
+
+def test_large_indexes_are_divided_batch_by_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouping, "_FULL", 0)
+    source = clustered(tmp_path / "a", n=60)
+    for name in ("b", "c"):
+        compress(source, tmp_path / name, 6)
+    assert everything(tmp_path / "b") == everything(tmp_path / "c")
+    with Index.open(source) as index:
+        groups = members_of(index, 6)
+        assert [int(g[0]) for g in groups] == sorted(int(g[0]) for g in groups)
+        assert max(len({int(m) % 6 for m in g}) for g in groups) <= 2
+
+
+def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = clustered(tmp_path / "a", n=60)
+    compress(source, tmp_path / "b", 4)
+    monkeypatch.setattr(grouping, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(merging, "_ROWS", 3)
+    monkeypatch.setattr(fidelity, "_STEP", 4)
+    compress(source, tmp_path / "c", 4)
+    with Index.open(tmp_path / "b") as one, Index.open(tmp_path / "c") as other:
+        np.testing.assert_allclose(one.weights(range(4)), other.weights(range(4)), rtol=1e-6)
+        np.testing.assert_allclose(one.embeddings(range(4)), other.embeddings(range(4)), rtol=1e-6)
+        assert one.paths[range(4)] == other.paths[range(4)]
+        found = one.manifest["compressed"]["fidelity"]
+        assert other.manifest["compressed"]["fidelity"] == close_to(found, 1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 100])
+def test_sums_of_groups_are_a_loop_s(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouping, "_BLOCK_ROWS", rows)
+    rng = np.random.default_rng(4)
+    groups = Groups(np.concatenate([[0, 1, 2, 3], rng.integers(0, 4, 19)]))
+    values = rng.standard_normal((23, 3))
+    pieces = list(sums_of_groups(groups, lambda some: values[some], 3))
+    assert pieces[0][0] == 0
+    for (start, sums), (next_start, _) in pairwise(pieces):
+        assert start + len(sums) == next_start
+    expected = [sum(values[row] for row in range(23) if groups.of[row] == g) for g in range(4)]
+    np.testing.assert_allclose(np.concatenate([s for _, s in pieces]), expected, rtol=1e-12)
+
+
+def test_nothing_else_is_changed_and_what_is_said_is_true(tmp_path: Path) -> None:
+    about = {"network": {"name": "n", "layer": "features.18"},
+             "images": {"root": "pictures", "files_sha256": "0" * 64, "more": 1}}  # fmt: skip
+    source = clustered(tmp_path / "a", "low-rank", recipe={"faiss": "IVF4,Flat"}, **about)
+    append(source, part(30, 33, encoding_of("low-rank")))
+    before = everything(source)
+    report = compress(source, tmp_path / "b", 5)
+    assert everything(source) == before
+    with Index.open(source) as index, Index.open(tmp_path / "b") as small:
+        old, new = index.manifest, small.manifest
+        for key in ("recipe", "recipe_sha256", "network", "embedding", "metric", "method", "target",
+                    "norm", "triplets", "layers", "sign"):  # fmt: skip
+            assert new[key] == old[key]
+        assert new["images"] == {"root": "pictures", "files_sha256": None, "more": 1}
+        assert new["fit"] == {"images": 30, "rows": 5}
+        assert new["faiss"]["factory"] == "Flat"
+        assert new["compressed"] == report.compressed
+        assert report.compressed["from_rows"] == 33
+        for path, size in ((source, report.compressed["from_bytes"]),
+                           (tmp_path / "b", report.bytes)):  # fmt: skip
+            files = [f for f in path.rglob("*") if f.is_file() and f.name != "manifest.json"]
+            assert sum(f.stat().st_size for f in files) == size
+
+
+def test_it_is_searched_changed_and_kept_as_prototypes(tmp_path: Path) -> None:
+    compress(clustered(tmp_path / "a"), tmp_path / "b", 6)
+    with Index.open(tmp_path / "b") as small:
+        said = small.manifest["compressed"]
+        found = small.search(small.embeddings(range(6)), 2)
+        assert found.positions[:, 0].tolist() == list(range(6))
+    remove(tmp_path / "b", ["prototype-0002"])
+    compact(tmp_path / "b")
+    with Index.open(tmp_path / "b") as small:
+        small.verify()
+        assert small.manifest["compressed"] == said
+        assert list(small.ids)[:2] == ["prototype-0001", "prototype-0003"]
+
+
+def test_an_open_index_stays_open(tmp_path: Path) -> None:
+    with Index.open(clustered(tmp_path / "a")) as index:
+        compress(index, tmp_path / "b", 2)
+        assert len(index.parts) == 1
+
+
+def test_bars_are_shown_where_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = clustered(tmp_path / "a")
+    compress(source, tmp_path / "b", 3)
+    compress(source, tmp_path / "c", 3, progress=False)
+    assert capsys.readouterr().err == ""
+    compress(source, tmp_path / "d", 3, per_class=True, progress=True)
+    told = capsys.readouterr().err
+    for stage in ("group", "merge", "measure"):
+        assert f"{stage}: 100%" in told
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "options", "message"),
+    [
+        (0, {}, "prototypes = 0; give a whole number from 1 to 30, the number of images"),
+        (-3, {}, "prototypes = -3; give a whole number from 1"),
+        (31, {}, "prototypes = 31; give a whole number from 1 to 30, the number of images"),
+        (31, {"per_class": True}, "prototypes = 31; give"),
+        (2.5, {}, "prototypes = 2.5; give a whole number"),
+        (True, {}, "prototypes = True; give a whole number"),
+        (3, {"seed": -1}, "seed = -1; give a whole number from 0 to 4,294,967,295"),
+        (3, {"seed": 1 << 32}, "seed = 4294967296; give a whole number"),
+    ],
+)
+def test_numbers_that_cannot_be(
+    tmp_path: Path, wanted: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        compress(clustered(tmp_path / "a"), tmp_path / "b", wanted, **options)
+    assert not (tmp_path / "b").exists()
+
+
+def test_places_and_indexes_that_cannot_be(tmp_path: Path) -> None:
+    source = clustered(tmp_path / "a", labels=[None] * 30)
+    with pytest.raises(InputError, match=r"no image has a label.*leave out --per-class"):
+        compress(source, tmp_path / "b", 3, per_class=True)
+    with pytest.raises(InputError, match="already holds a finished index"):
+        compress(source, source, 3)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/letter.txt").touch()
+    with pytest.raises(InputError, match=r"holds 'letter.txt', which is no part of an index"):
+        compress(source, tmp_path / "full", 3)
+    with pytest.raises(IndexFormatError, match="there is no index here"):
+        compress(tmp_path / "nothing", tmp_path / "b", 3)
+    remove(source, [f"image-{n:04d}" for n in range(30)])
+    with pytest.raises(InputError, match="every image was removed"):
+        compress(source, tmp_path / "b", 3)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("file", ["embeddings.f32", "layer0.codes.f16", "layer0.basis.f32"])
+def test_flipped_bits_are_not_vouched_for(tmp_path: Path, file: str) -> None:
+    source = clustered(tmp_path / "a", "low-rank")
+    (damaged,) = source.rglob(file)
+    data = bytearray(damaged.read_bytes())
+    data[1] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(IndexFormatError, match=f"{file}: does not match its checksum"):
+        compress(source, tmp_path / "b", 3)
+    assert not (tmp_path / "b").exists()
+
+
+def test_prototypes_take_no_images_and_are_not_compressed_again(tmp_path: Path) -> None:
+    compress(clustered(tmp_path / "a"), tmp_path / "b", 5)
+    before = everything(tmp_path / "b")
+    with pytest.raises(InputError, match=r"holds prototypes, .*; add images to the index it was"):
+        append(tmp_path / "b", part(40, 41, encoding_of("dense32")))
+    with pytest.raises(InputError, match=r"holds prototypes, .*; compress the index it was made"):
+        compress(tmp_path / "b", tmp_path / "c", 2)
+    from embedcam.build import indexed_images
+
+    with (
+        Index.open(tmp_path / "b") as small,
+        pytest.raises(InputError, match=r"holds prototypes, .*; refit the index it was compressed"),
+    ):
+        indexed_images(small)
+    assert everything(tmp_path / "b") == before
+
+
+def test_what_was_cut_short_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an exception; test_index_crash.py kills it at every change that it makes."""
+    source, path = clustered(tmp_path / "a"), tmp_path / "b"
+
+    def stop(root: Path, manifest: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifest_file, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress(source, path, 5)
+    with pytest.raises(IndexFormatError, match="unfinished"):
+        Index.open(path)
+    compress(source, path, 5)
+    compress(source, tmp_path / "c", 5)
+    assert everything(path) == everything(tmp_path / "c")
+
+
+# --- the manifest --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ((), [1], "compressed is .1., not of type dict"),
+        (("from_rows",), 0, "compressed.from_rows = 0 is impossible"),
+        (("from_bytes",), -1, "compressed.from_bytes = -1"),
+        (("prototypes",), 31, "compressed.prototypes is 31, of 30 images"),
+        (("rows",), "5", "compressed.rows is '5', not of type int"),
+        (("per_class",), 1, "compressed.per_class is 1, not of type bool"),
+        (("seed",), None, "compressed.seed is None"),
+        (("fidelity",), None, "compressed.fidelity is None"),
+        (("fidelity", "images"), 31, "compressed.fidelity.images is 31, of 30"),
+        (("fidelity", "cosine"), {"many": None}, "expected numbers of neighbours"),
+        (("fidelity", "cosine", "1"), 3, "compressed.fidelity.cosine.1 is 3"),
+        (("fidelity", "cosine", "5", "loss"), "x", "compressed.fidelity.cosine.5.loss is 'x'"),
+        (("fidelity", "recall_at_1", "index"), 7.5, "compressed.fidelity.recall_at_1.index is 7.5"),
+    ],
+)
+def test_what_a_manifest_says_of_prototypes_is_checked(
+    tmp_path: Path, place: tuple[str, ...], value: Any, message: str
+) -> None:
+    compress(clustered(tmp_path / "a"), tmp_path / "b", 5)
+    manifest = json.loads((tmp_path / "b/manifest.json").read_text())
+    holder = manifest
+    for key in ("compressed", *place)[:-1]:
+        holder = holder[key]
+    holder[("compressed", *place)[-1]] = value
+    manifest_file.write(tmp_path / "b", manifest)
+    with pytest.raises(IndexFormatError, match=message):
+        Index.open(tmp_path / "b")
+
+
+def test_other_indexes_say_nothing_of_prototypes(tmp_path: Path) -> None:
+    with Index.open(make(tmp_path / "a")) as index:
+        assert "compressed" not in index.manifest
+    golden = Path(__file__).parent / "data" / "golden-format-1"
+    shutil.copytree(golden, tmp_path / "golden")
+    report = compress(tmp_path / "golden", tmp_path / "b", 3)
+    assert (report.n_images, report.n_prototypes) == (6, 3)
+    with Index.open(tmp_path / "b") as small:
+        small.verify()
+        assert len(small.layers) == 2
+
+
+def test_ids_are_all_different() -> None:
+    names = ["a", "a", "a/0001", None, "prototype-", "", None]
+    ids = job.ids_of(names, True)
+    assert len(set(ids)) == len(ids)
+    assert ids[3:] == ["prototype-0001", "prototype-/0001", "/0001", "prototype-0002"]
+    assert job.ids_of(names, False)[-1] == "prototype-0007"
+
+
+def test_torch_is_not_needed() -> None:
+    from test_public import loaded_after
+
+    assert not loaded_after("import embedcam.prototypes") & {"torch", "torchvision", "sklearn"}

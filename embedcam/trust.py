@@ -4,6 +4,7 @@ A sample of the index's images is drawn by its own weights and by those of its n
 left out; what can be seen of the second without the first is held against how well both agree.
 """
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -25,17 +26,16 @@ _BLOCK = 1 << 14
 class Drawn(Protocol):
     """One image of the sample, to be drawn with stored weights of any rows."""
 
-    def raw(self, rows: np.ndarray) -> np.ndarray:
-        """Signed maps sum_k w_k A_k of the (deepest) layer by each row's weights, `[n h w]`."""
+    def look(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """By each row's weights of the (deepest) layer.
 
-    def map(self, rows: np.ndarray, shares: np.ndarray) -> np.ndarray:
-        """The map that combined weights draw, `[h w]` >= 0; of several layers all together."""
+        Returns:
+            Signed maps sum_k w_k A_k `[n h w]`, and products of the weights with each other,
+            `[n n]`.
+        """
 
-    def norms(self, rows: np.ndarray) -> np.ndarray:
-        """L2 norms of the rows' weights, `[n]`."""
-
-    def norm(self, rows: np.ndarray, shares: np.ndarray) -> float:
-        """L2 norm of combined weights."""
+    def fuse(self, drawn: np.ndarray, rows: np.ndarray, shares: np.ndarray) -> np.ndarray:
+        """The map of all layers together, from the deepest layer's `[h w]` >= 0."""
 
 
 def sample_rows(n_rows: int, seed: int) -> np.ndarray:
@@ -75,19 +75,28 @@ class Twice:
 
     def see(self, place: int, drawn: Drawn) -> None:
         """Explain one image of the sample both ways, by one neighbour and by several."""
-        own = drawn.map(self.rows[place : place + 1], np.ones(1, np.float32)).ravel()
+        ways = []
         for new, (rows, distances) in ((False, self.neighbors), (True, self.strangers)):
-            near, apart = rows[place], distances[place]
-            near, apart = near[np.isfinite(apart)], apart[np.isfinite(apart)]
+            left = np.isfinite(distances[place])
+            ways.append((new, rows[place][left], distances[place][left]))
+        own = self.rows[place : place + 1]
+        rows = np.concatenate([own, *(near for _, near, _ in ways)])
+        raw, gram = drawn.look(rows)
+        expected = drawn.fuse(np.maximum(raw[0], 0), own, np.ones(1, np.float32)).ravel()
+        start = 1
+        for new, near, apart in ways:
             for count in {1, len(near)} - {0}:
-                chosen, far = near[:count], apart[:count]
-                shares = coefficients(drawn.norms(chosen), far)
-                seen = evidence(drawn.raw(chosen), shares, drawn.norm(chosen, shares), far)
+                these = slice(start, start + count)
+                norms = np.sqrt(np.maximum(gram.diagonal()[these], 0))
+                shares = coefficients(norms, apart[:count])
+                norm = math.sqrt(max(float(shares @ gram[these, these] @ shares), 0.0))
+                seen = evidence(raw[these], shares, norm, apart[:count])
+                mixed = np.maximum(np.tensordot(shares, raw[these], 1), 0)
+                found = drawn.fuse(mixed, near[:count], shares).ravel()
                 key = (min(count, 2), new)
                 self._found.setdefault(key, []).append(seen)
-                self._agree.setdefault(key, []).append(
-                    correlation(drawn.map(chosen, shares).ravel(), own)
-                )
+                self._agree.setdefault(key, []).append(correlation(found, expected))
+            start += len(near)
 
     def fit(self) -> dict[str, Calibration]:
         """Calibrations for explanations by "one" neighbour and by "several"."""

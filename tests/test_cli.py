@@ -1045,3 +1045,40 @@ def test_a_fill_or_an_option_that_means_nothing_is_refused(
 ) -> None:
     query = sorted(Path("photos").rglob("*.png"))[0]
     refused(2, message, "explain", built, query, *options)
+
+
+# --- trust ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calibrated(here: Path) -> Path:
+    """An index of enough images to calibrate."""
+    from build_samples import pictures
+
+    pictures(here / "many", n=44, classes=4)
+    assert main(["build", "many", "calibrated", "--quiet", *NAMED]) == 0
+    return here / "calibrated"
+
+
+def test_what_is_not_trusted_is_said_and_computed_on_demand(
+    say: Say, refused: Any, calibrated: Path, built: Path, tmp_path: Path
+) -> None:
+    query = sorted(Path("many").rglob("*.png"))[0]
+    assert "calibrated on 44 images explained twice" in say("info", calibrated)[1]
+    record = answer(say, "explain", calibrated, query)[0]
+    assert 0 <= record["trust"] <= 1
+    assert record["trusted"] == (record["trust"] >= 0.5)
+    code, out, err = say("explain", calibrated, query, "--trusted-from", "1", "--json")
+    if json.loads(out)[0]["trust"] < 1:
+        assert "its map is not to be trusted (expected correlation" in err
+        assert "--fallback computes one" in err
+        direct = answer(say, "explain", calibrated, query, "--trusted-from", "1", "--fallback")[0]
+        assert (code, direct["direct"], direct["trusted"]) == (0, True, True)
+    assert "trust       not calibrated" in say("info", built)[1]
+    for option in (["--fallback"], ["--trusted-from", "0.3"]):
+        refused(2, "holds no calibration of trust", "explain", built, query, *option)
+    refused(2, "'1.5' is not a number from 0 to 1", "explain", calibrated, query,
+            "--trusted-from", "1.5")  # fmt: skip
+    index = tmp_path / "plain"
+    assert say("build", "many", index, "--no-trust", "--quiet", *NAMED)[0] == 0
+    assert "trust       not calibrated" in say("info", index)[1]

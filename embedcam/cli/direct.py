@@ -37,6 +37,31 @@ def options_of(options: argparse.Namespace) -> dict[str, Any]:
     return asked if options.fill is None else {**asked, "fill": options.fill}
 
 
+def trust_of(options: argparse.Namespace, index: Any, network: Any) -> dict[str, Any]:
+    """What `Explainer` is told of trust.
+
+    Raises:
+        InputError: a fallback or a threshold without a calibration.
+    """
+    asked = options.fallback or options.trusted_from is not None
+    if asked and index.manifest.get("trust") is None:
+        raise InputError(
+            f"{index.path} holds no calibration of trust (built without one, from features, or of "
+            "fewer than 40 images), so no transfer is found wanting; leave out --fallback and "
+            "--trusted-from, or build the index again"
+        )
+    given: dict[str, Any] = {}
+    if options.trusted_from is not None:
+        given["trusted_from"] = options.trusted_from
+    if options.fallback:
+        from ..fallback import DirectWeights
+        from ..recipe import Recipe
+
+        recipe = Recipe.from_dict(index.manifest["recipe"], "the index's recipe")
+        given["fallback"] = DirectWeights(network, recipe)
+    return given
+
+
 def redrawn(
     explanation: Any,
     index: Any,
@@ -82,4 +107,6 @@ def redrawn(
         weights=weights,
         layer_weights=made.layer_weights,
         method=method.title,
+        trust=None,
+        direct=False,
     )

@@ -163,6 +163,7 @@ def _build_images(
         on_unreadable=options.on_unreadable or images.get("on_unreadable", "fail"),
         triplets=triplets,
         own_maps=own_maps,
+        trust=not options.no_trust,
         scratch_gb=options.scratch_gb,
         replace=options.refit,
         progress=False if options.quiet else None,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ImageError, InputError
-from .direct import check_method, options_of, redrawn
+from .direct import check_method, options_of, redrawn, trust_of
 from .networks import named, network_of_index, network_options
 from .report import columns, note
 
@@ -25,13 +25,25 @@ def explain(options: argparse.Namespace) -> None:
     with Index.open(options.index) as index:
         asked = _asked(options, index)
         network = named(network_of_index(index.manifest, network_options(options)))
-        explainer = Explainer(index, network, transfer=options.transfer, images=options.images)
+        explainer = Explainer(
+            index,
+            network,
+            transfer=options.transfer,
+            images=options.images,
+            **trust_of(options, index, network),
+        )
         records, rows = [], []
         for query, picture in zip(options.queries, pictures, strict=True):
             explanation = explainer.explain(query, **asked)
             if method is not None:
                 explanation = redrawn(
                     explanation, index, network, query, method, options_of(options), options.quiet
+                )
+            if explanation.trusted is False:
+                note(
+                    options,
+                    f"note: {query}: its map is not to be trusted (expected correlation with a "
+                    f"directly computed one: {explanation.trust:.2f}); --fallback computes one",
                 )
             if explanation.empty:
                 note(

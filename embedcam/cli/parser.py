@@ -299,6 +299,9 @@ def _build(one: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--metric", metavar="NAME", help="l2 (default) or ip")
     group.add_argument("--no-own-maps", action="store_true", help="keep no maps of the images")
+    group.add_argument(
+        "--no-trust", action="store_true", help="calibrate no trust in the index's transfers"
+    )
     _work(one)
     group = one.add_argument_group("from features instead of images")
     group.add_argument("--embeddings", metavar="FILE", help=".npy [N D]")
@@ -373,6 +376,17 @@ def _explain(one: argparse.ArgumentParser) -> None:
         default="mean",
         help="how neighbours count (default mean)",
     )
+    one.add_argument(
+        "--trusted-from",
+        type=_share,
+        metavar="T",
+        help="trust from which a transfer counts, 0 to 1 (default 0.5)",
+    )
+    one.add_argument(
+        "--fallback",
+        action="store_true",
+        help="where the transfer is not trusted, compute the weights on the query itself",
+    )
     one.add_argument("--result", metavar="ID", help="explain by this one image of the index")
     one.add_argument(
         "--method",
@@ -443,6 +457,13 @@ def _whole(text: str) -> int:
 
 def _amount(text: str) -> float:
     return _number(text, float, 0, "a number of at least 0")
+
+
+def _share(text: str) -> float:
+    value = _number(text, float, 0, "a number from 0 to 1")
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
 
 
 def _number(text: str, kind: Callable[[str], Any], least: int, expected: str) -> Any:

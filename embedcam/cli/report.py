@@ -120,6 +120,7 @@ def _text(
         ("weights", _weights_line(manifest)),
         ("stored as", _encoding_line(layer["encoding"])),
         ("own maps", "none" if coarse is None else f"{coarse[0]} x {coarse[1]}"),
+        ("trust", _trust_line(manifest.get("trust"))),
         ("search", _search_line(manifest)),
         ("size", f"{size_text(bytes_all)}; {bytes_image:g} bytes an image beyond id, label, path "
                  "and embedding"),
@@ -130,6 +131,18 @@ def _text(
     if manifest["counts"]["added_after_fit"]:
         lines += ["", "  `embedcam build --refit` fits again on all images."]
     return "\n".join(lines)
+
+
+def _trust_line(trust: Mapping[str, Any] | None) -> str:
+    if not trust:
+        return "not calibrated"
+    one = next(iter(trust.values()))
+    worth = ", ".join(
+        f"{values['correlations'][0]:.2f} to {values['correlations'][-1]:.2f} from "
+        f"{counted(values['neighbors'], 'neighbour')}"
+        for values in sorted(trust.values(), key=lambda values: values["neighbors"])
+    )
+    return f"{worth}; calibrated on {counted(one['images'], 'image')} explained twice"
 
 
 def _images_line(counts: Mapping[str, int], evidence: Mapping[str, int]) -> str:

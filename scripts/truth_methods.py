@@ -34,7 +34,7 @@ from safetensors.numpy import save_file
 from truth import explaining
 
 from embedcam import METHODS, EmbedcamError, EmbeddingNetwork, Similarity, cam_for, load_network
-from embedcam.cam import cam, resize
+from embedcam.cam import cam, resize, sharpen
 from embedcam.cotangents import AnchorCotangents
 from embedcam.methods import MethodMap, MethodWarning
 from embedcam.metrics import bootstrap_interval, energy_share, recall_at_k
@@ -167,9 +167,8 @@ def figures(method: Method, setting: Setting, count: int) -> Row:
         took.append(time.perf_counter() - begun)
         region = unseen.regions[place]
         row.own.append(_inside(np.maximum(made.cam, 0), region))
-        activations = setting.network.forward(image[None]).activations[0].numpy()
-        if isinstance(method, WeightMethod):
-            drawn = cam(made.weights, activations)
+        if method.storable:
+            drawn = _by_weights(setting.network, made, image)
             row.drawn.append(_inside(resize(drawn, (SIZE, SIZE)), region))
             row.form.append(_correlation(drawn, made.grid_cam))
         left = number % 2 == 0
@@ -179,17 +178,15 @@ def figures(method: Method, setting: Setting, count: int) -> Row:
         half[:, slice(0, SIZE) if left else slice(SIZE, None)] = 1
         aim = Similarity(setting.embeddings[result])
         row.direct.append(_inside(np.maximum(_made(method, setting, scene, aim).cam, 0), half))
-        if isinstance(method, WeightMethod):
+        if method.storable:
             stored = _made(
                 method,
                 setting,
                 _input(setting, [int(result)]),
                 setting.margin(method, int(result)),
             )
-            maps = setting.network.forward(scene[None]).activations[0].numpy()
-            row.transferred.append(
-                _inside(resize(cam(stored.weights, maps), (SIZE, 2 * SIZE)), half)
-            )
+            drawn = _by_weights(setting.network, stored, scene)
+            row.transferred.append(_inside(resize(drawn, (SIZE, 2 * SIZE)), half))
         print(f"\r{method.title}: {number + 1}/{count}  ", end="", file=sys.stderr, flush=True)
     print("\r", end="", file=sys.stderr)
     row.seconds = float(np.median(took))
@@ -205,6 +202,18 @@ def _made(
             setting.network, image, target, method.name, progress=False,
             **OPTIONS.get(method.name, {}),
         )  # fmt: skip
+
+
+def _by_weights(network: EmbeddingNetwork, made: MethodMap, image: torch.Tensor) -> np.ndarray:
+    """The map that a method's weights, or those of its layers, draw on an input, `[h w]`."""
+    if made.layer_weights is None:
+        return cam(made.weights, network.forward(image[None]).activations[0].numpy())
+    names = OPTIONS["polycam"]["layers"][::-1]
+    maps = [one[0].numpy() for one in network.forward_layers(image[None], names)[1]]
+    drawn = cam(made.layer_weights[names[0]], maps[0])
+    for name, finer in zip(names[1:], maps[1:], strict=True):
+        drawn = sharpen(cam(made.layer_weights[name], finer), drawn)
+    return drawn
 
 
 def _input(setting: Setting, places: list[int]) -> torch.Tensor:

@@ -20,6 +20,8 @@ from embedcam.images import read_image
 from embedcam.metrics import box_mask
 
 SIZE, N_SCENES = 224, 500
+BATCH = 8
+"""Pictures a forward pass; on a CPU few at once stay in its cache."""
 
 
 @dataclass
@@ -42,11 +44,13 @@ class Features:
 
 @dataclass
 class Scenes:
-    """Side-by-side pairs: activations `[n K 7 14]`, which picture is explained, on which side."""
+    """Side-by-side pairs `[n K 7 14]`, which picture is explained, on which side, beside which."""
 
     activations: np.ndarray
     explained: np.ndarray
     left: np.ndarray
+    other: np.ndarray
+    pooled: np.ndarray
 
 
 def read_pictures(folder: Path) -> Pictures:
@@ -75,12 +79,12 @@ def forward(
     size: tuple[int, int],
     what: str,
 ) -> Features:
-    """Frozen activations, in batches of 32, half precision in memory."""
+    """Frozen activations, in small batches, half precision in memory."""
     prepare = replace(network.preprocess, size=size)
     kept, pooled, batch = [], [], []
     for number, picture in enumerate(pictures, 1):
         batch.append(prepare(picture))
-        if len(batch) == 32 or number == total:
+        if len(batch) == BATCH or number == total:
             activations = network.forward(np.stack(batch)).activations
             kept.append(activations.half().numpy())
             pooled.append(activations.mean((-2, -1)).numpy())
@@ -92,23 +96,37 @@ def forward(
 
 def make_scenes(unseen: Pictures, network: EmbeddingNetwork) -> Scenes:
     """500 side-by-side pairs of different classes, and their mirror images."""
+    first, second = scene_pairs(unseen.labels)
+    pictures = (scene_picture(unseen, number, first, second) for number in range(2 * len(first)))
+    features = forward(network, pictures, 2 * len(first), (SIZE, 2 * SIZE), "scenes")
+    return scenes_of(features, first, second)
+
+
+def scene_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Seeded pairs of pictures of different classes; the first of each is explained."""
     generator = np.random.default_rng(0)
-    first = generator.integers(len(unseen.paths), size=N_SCENES)
-    second = np.array(
-        [generator.choice(np.flatnonzero(unseen.labels != unseen.labels[i])) for i in first]
+    first = generator.integers(len(labels), size=N_SCENES)
+    second = [generator.choice(np.flatnonzero(labels != labels[i])) for i in first]
+    return first, np.array(second)
+
+
+def scene_picture(
+    unseen: Pictures, number: int, first: np.ndarray, second: np.ndarray
+) -> Image.Image:
+    """The pair of that number side by side; from n on, pair number - n mirrored."""
+    scene = Image.new("RGB", (2 * SIZE, SIZE))
+    for place, one in enumerate((first, second)):
+        scene.paste(squashed(unseen.paths[one[number % len(first)]]), (place * SIZE, 0))
+    mirrored = number >= len(first)
+    return scene.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else scene
+
+
+def scenes_of(features: Features, first: np.ndarray, second: np.ndarray) -> Scenes:
+    """Scenes of the pairs and their mirror images, in the order of `scene_picture`."""
+    left = np.repeat([True, False], len(first))
+    return Scenes(
+        features.activations, np.tile(first, 2), left, np.tile(second, 2), features.pooled
     )
-
-    def pictures() -> Iterator[Image.Image]:
-        for mirrored in (False, True):
-            for a, b in zip(first, second, strict=True):
-                scene = Image.new("RGB", (2 * SIZE, SIZE))
-                for place, one in enumerate((a, b)):
-                    scene.paste(squashed(unseen.paths[one]), (place * SIZE, 0))
-                yield scene.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else scene
-
-    features = forward(network, pictures(), 2 * N_SCENES, (SIZE, 2 * SIZE), "scenes")
-    left = np.repeat([True, False], N_SCENES)
-    return Scenes(features.activations, np.tile(first, 2), left)
 
 
 def train_head(pooled: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -116,7 +134,7 @@ def train_head(pooled: np.ndarray, labels: np.ndarray) -> np.ndarray:
     torch.manual_seed(0)
     centred = pooled - pooled.mean(0)
     directions = np.linalg.svd(centred, full_matrices=False)[2][:128]
-    head = nn.Linear(pooled.shape[1], 128, bias=False)
+    head = nn.Linear(pooled.shape[1], len(directions), bias=False)
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(directions))
     loss = nn.TripletMarginWithDistanceLoss(

@@ -23,7 +23,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
+from measuring import (
+    COARSE_BYTES,
+    dense_weights,
+    energy_in,
+    explaining,
+    figure,
+    halves,
+    nearest_others,
+    projected,
+    right,
+    share_of,
+    stored,
+    transfer_correlation,
+)
 from photographs import (
     SIZE,
     Features,
@@ -37,21 +50,12 @@ from photographs import (
 )
 
 from embedcam import EmbedcamError, load_network
-from embedcam.assembly import make_encoding, sample_places
-from embedcam.cam import cam, resize
 from embedcam.cotangents import AnchorCotangents
-from embedcam.encoding import Encoding, LowRank
 from embedcam.features import AffineHead
-from embedcam.metrics import bootstrap_interval, recall_at_k
-from embedcam.passes import is_exact
+from embedcam.metrics import recall_at_k
 from embedcam.recipe import Recipe
 from embedcam.targets import head_cotangent
-from embedcam.transfer import transfer
 from embedcam.triplets import label_codes
-from embedcam.weights import weights_from_pooled
-
-GRID = (7, 7)
-COARSE_BYTES = 7 * 7 + 4 + 4  # own map, its scale, the count of triplets
 
 
 @dataclass
@@ -69,7 +73,7 @@ class Row:
     def line(self) -> str:
         """The row as Markdown."""
         cells = [self.weights, self.encoding, "" if self.size is None else str(self.size)]
-        cells += [_figure(self.energy), _figure(self.share), _right(self.share)]
+        cells += [figure(self.energy), figure(self.share), right(self.share)]
         cells.append("" if self.close is None else
                      f"{self.close.mean():.2f} ({np.quantile(self.close, 0.05):.2f})")  # fmt: skip
         cells.append("" if self.closer is None else f"{self.closer.mean():.2f}")
@@ -129,7 +133,7 @@ def choice(tables: Tables) -> str:
             figures = (
                 row.energy.mean() - _find(rows, ("mean activation", "")).energy.mean(),
                 row.share.mean(),
-                _halves(row.share).mean(),
+                halves(row.share).mean(),
                 row.size,
                 max(0.0, dense.share.mean() - row.share.mean()),
             )
@@ -167,7 +171,7 @@ def measure(folder: Path, options: argparse.Namespace, tables: Tables) -> tuple[
     unseen = Pictures(
         [p for p, s in zip(pictures.paths, seen, strict=True) if not s],
         pictures.labels[~seen],
-        _projected(pictures.regions[~seen], features.activations),
+        projected(pictures.regions[~seen], features.activations),
     )
     gallery = Features(features.activations[~seen], features.pooled[~seen])
     scenes = make_scenes(unseen, backbone)
@@ -224,7 +228,7 @@ def table(
     z = head.output(gallery.pooled)
     lengths = np.linalg.norm(z, axis=1)
     embeddings = (z / lengths[:, None]).astype(np.float32)
-    neighbors = _neighbors(embeddings, 5)
+    neighbors = nearest_others(embeddings, 5)
     recall = recall_at_k(embeddings, unseen.labels)
     frozen = gallery.pooled / np.linalg.norm(gallery.pooled, axis=1, keepdims=True)
     usual = recall_at_k(frozen, unseen.labels)
@@ -258,8 +262,8 @@ def _rows(
     chance = np.full((2, len(scenes.left) // 2), 0.5)
     yield Row("chance (area)", energy=unseen.regions.sum((1, 2)) / SIZE**2, share=chance)
     ones = np.ones_like(gallery.pooled)
-    energy = _energy(gallery.activations, ones, unseen.regions)
-    share = _share(scenes, np.ones((len(scenes.left), ones.shape[1]), np.float32))
+    energy = energy_in(gallery.activations, ones, unseen.regions)
+    share = share_of(scenes, np.ones((len(scenes.left), ones.shape[1]), np.float32))
     yield Row("mean activation", energy=energy, share=share)
     codes = label_codes(list(unseen.labels))
     mean = embeddings.mean(0)
@@ -267,151 +271,19 @@ def _rows(
     for name, recipe in SETTINGS.items():
         found = AnchorCotangents(recipe, embeddings, codes, mean).of(np.arange(len(codes)))
         at_head = head_cotangent(found.values, embeddings, lengths, recipe.norm, True)
-        dense = _weights(recipe, head, gallery, at_head, found.used)
+        dense = dense_weights(recipe, head, gallery, at_head, found.used)
         for encoding_name, changes in ENCODINGS.items():
             chosen = replace(recipe, **changes)
-            weights, encoding = _stored(chosen, head, at_head, dense, mean, embeddings)
+            weights, encoding = stored(chosen, head, at_head, dense, mean, embeddings)
             yield Row(
                 name,
                 encoding_name,
                 encoding.bytes_per_image() + COARSE_BYTES,
-                _energy(gallery.activations, weights, unseen.regions),
-                _share(scenes, weights[given]),
-                _correlation(gallery.activations, weights, neighbors, embeddings, 1),
-                _correlation(gallery.activations, weights, neighbors, embeddings, 5),
+                energy_in(gallery.activations, weights, unseen.regions),
+                share_of(scenes, weights[given]),
+                transfer_correlation(gallery.activations, weights, neighbors, embeddings, 1),
+                transfer_correlation(gallery.activations, weights, neighbors, embeddings, 5),
             )
-
-
-def _weights(
-    recipe: Recipe,
-    head: AffineHead,
-    gallery: Features,
-    at_head: np.ndarray,
-    used: np.ndarray | None,
-) -> np.ndarray:
-    """Averaged weights `[N K]`."""
-    pooled = torch.from_numpy(gallery.pooled)
-    marks = None if used is None else torch.from_numpy(used)
-    made = weights_from_pooled(
-        head, pooled, pooled, torch.from_numpy(at_head), marks, 49, recipe.method
-    )
-    return made.numpy()
-
-
-def _stored(
-    recipe: Recipe,
-    head: AffineHead,
-    at_head: np.ndarray,
-    dense: np.ndarray,
-    mean: np.ndarray,
-    embeddings: np.ndarray,
-) -> tuple[np.ndarray, Encoding]:
-    """Weights as an index gives them back: encoded and decoded, `[N K]`."""
-    exact = is_exact(recipe, head.matrix)
-    encoding = make_encoding(
-        recipe,
-        head.matrix if exact else None,
-        GRID,
-        mean,
-        True,
-        lambda: dense[sample_places(len(dense), recipe.seed)],
-    )
-    if exact and isinstance(encoding, LowRank):
-        rows = {**encoding.encode_codes(at_head), "embedding": embeddings}
-        return encoding.decode(rows), encoding
-    return encoding.decode(encoding.encode(dense)), encoding
-
-
-def _energy(activations: np.ndarray, weights: np.ndarray, regions: np.ndarray) -> np.ndarray:
-    """Share of each map's energy in its region `[N h w]`, projected by `_projected`."""
-    maps = _maps(activations, weights)
-    inside, total = (maps * regions).sum((1, 2)), (maps * _projected(None, maps)).sum((1, 2))
-    chance = regions.sum((1, 2)) / _projected(None, maps).sum()
-    return np.where(total > 0, inside / np.where(total > 0, total, 1), chance)
-
-
-def _projected(regions: np.ndarray | None, maps: np.ndarray) -> np.ndarray:
-    """Regions `[.. H W]` seen from the maps' grid; without regions, the whole picture.
-
-    Resizing is linear, so sum(resize(map) * region) = sum(map * resize^T(region)): the same shares
-    without drawing every map at full size.
-    """
-    h, w = maps.shape[-2:]
-    down, across = (resize(np.eye(n, dtype=np.float32), (SIZE * n // 7, n)) for n in (h, w))
-    whole = np.ones((len(down), len(across)), np.float32)
-    return down.T @ (whole if regions is None else regions) @ across
-
-
-def _maps(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """cam of half-precision activations, in blocks, float64 `[N h w]`."""
-    return np.concatenate(
-        [
-            cam(
-                weights[i : i + 128].astype(np.float32), activations[i : i + 128].astype(np.float32)
-            )
-            for i in range(0, len(weights), 128)
-        ]
-    ).astype(np.float64)
-
-
-def _share(scenes: Scenes, weights: np.ndarray) -> np.ndarray:
-    """Share of each scene's energy on the explained side, `[2 n]`: upright, mirrored."""
-    half = np.zeros((SIZE, 2 * SIZE), np.float32)
-    half[:, :SIZE] = 1
-    sides = np.stack(
-        [_projected(1 - half, scenes.activations), _projected(half, scenes.activations)]
-    )
-    shares = _energy(scenes.activations, weights, sides[scenes.left.astype(int)])
-    return shares.reshape(2, -1)
-
-
-def explaining(embeddings: np.ndarray, labels: np.ndarray, explained: np.ndarray) -> np.ndarray:
-    """For each scene the nearest other picture of the explained one's class."""
-    distances = 2 - 2 * embeddings[explained] @ embeddings.T
-    distances[labels[explained][:, None] != labels] = np.inf
-    distances[np.arange(len(explained)), explained] = np.inf
-    return distances.argmin(1)
-
-
-def _neighbors(embeddings: np.ndarray, k: int) -> np.ndarray:
-    similarities = embeddings @ embeddings.T
-    np.fill_diagonal(similarities, -np.inf)
-    return np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-
-
-def _correlation(
-    activations: np.ndarray,
-    weights: np.ndarray,
-    neighbors: np.ndarray,
-    embeddings: np.ndarray,
-    k: int,
-) -> np.ndarray:
-    """Pearson correlation of each picture's transferred map with its own."""
-    near = neighbors[:, :k]
-    distances = ((embeddings[:, None] - embeddings[near]) ** 2).sum(-1)
-    pair = (_maps(activations, w) for w in (weights, transfer(weights[near], distances)))
-    a, b = (m.reshape(len(m), -1) - m.mean((1, 2))[:, None] for m in pair)
-    lengths = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    product = (a * b).sum(1)
-    return np.divide(product, lengths, out=np.zeros_like(product), where=lengths > 0)
-
-
-def _figure(values: np.ndarray) -> str:
-    """Mean and 95% bootstrap interval over images or scenes."""
-    if values.ndim == 2:
-        values = values.mean(0)
-    low, high = bootstrap_interval(values)
-    return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _right(share: np.ndarray) -> str:
-    """How often the larger half is the right one, with its interval."""
-    return _figure(_halves(share))
-
-
-def _halves(share: np.ndarray) -> np.ndarray:
-    """1 where the larger half is the right one, 1/2 for an even split."""
-    return (share > 0.5) + 0.5 * (share == 0.5)
 
 
 def _preface(options: argparse.Namespace) -> str:

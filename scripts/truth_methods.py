@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import explaining
 from photographs import SIZE, Pictures, forward, loaded, read_pictures, squashed, train_head
 from safetensors.numpy import save_file
-from truth import explaining
 
 from embedcam import METHODS, EmbedcamError, EmbeddingNetwork, Similarity, cam_for, load_network
 from embedcam.cam import cam, resize, sharpen

@@ -1,0 +1,212 @@
+"""One data set under the reference embedding, and what is measured on it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from measuring import (
+    COARSE_BYTES,
+    dense_weights,
+    energy_in,
+    explaining,
+    projected,
+    share_of,
+    stored,
+)
+from photographs import (
+    SIZE,
+    Features,
+    Pictures,
+    Scenes,
+    read_pictures,
+    scene_pairs,
+    scene_picture,
+    scenes_of,
+    squashed,
+    train_head,
+)
+
+from embedcam import EmbeddingNetwork, load_network
+from embedcam.cotangents import AnchorCotangents, Cotangents
+from embedcam.errors import InputError
+from embedcam.features import AffineHead
+from embedcam.metrics import recall_at_k
+from embedcam.recipe import Recipe
+from embedcam.targets import head_cotangent
+from embedcam.triplets import label_codes
+
+from .cache import Cache
+
+
+@dataclass
+class Row:
+    """What one setting scores.
+
+    Args:
+        cells: what names it, a cell a column.
+        energy: of each picture's own map, `[N]`.
+        share: of each scene and its mirror image, `[2 n]`.
+        against: the row it is compared with, picture by picture.
+        counts: triplets that count for each picture, `[N]`, where some may not.
+        bytes: an image.
+    """
+
+    cells: tuple[str, ...]
+    energy: np.ndarray
+    share: np.ndarray
+    against: "Row | None" = None
+    counts: np.ndarray | None = None
+    bytes: int | None = None
+
+
+@dataclass
+class Bench:
+    """Pictures of unseen classes and scenes of two of them, forwarded once."""
+
+    name: str
+    unseen: Pictures
+    gallery: Features
+    scenes: Scenes
+    head: AffineHead
+    embeddings: np.ndarray = field(init=False)
+    lengths: np.ndarray = field(init=False)
+    codes: np.ndarray = field(init=False)
+    mean: np.ndarray = field(init=False)
+    given: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.embeddings, self.lengths = self.embed(self.gallery.pooled)
+        codes = label_codes(list(self.unseen.labels))
+        assert codes is not None
+        self.codes, self.mean = codes, self.embeddings.mean(0)
+        self.given = explaining(self.embeddings, self.unseen.labels, self.scenes.explained)
+
+    def embed(self, pooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """f `[n D]` and |z| `[n]` of pooled vectors `[n K]`."""
+        z = self.head.output(pooled)
+        lengths = np.linalg.norm(z, axis=1)
+        return (z / lengths[:, None]).astype(np.float32), lengths
+
+    def cotangents(self, recipe: Recipe) -> Cotangents:
+        """dy/df of every picture as an anchor."""
+        anchors = AnchorCotangents(recipe, self.embeddings, self.codes, self.mean)
+        return anchors.of(np.arange(len(self.codes)))
+
+    def weights(
+        self,
+        recipe: Recipe,
+        cotangents: Cotangents | None = None,
+        rows: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, int]:
+        """Weights `[n K]` as an index gives them back, and the bytes an image takes there.
+
+        Args:
+            recipe: method, norm, encoding, and where no cotangents are given the target.
+            cotangents: dy/df; None for the recipe's own.
+            rows: pictures `[n]` the cotangents are of; None for all.
+        """
+        rows = np.arange(len(self.codes)) if rows is None else rows
+        return self.weights_at(
+            recipe,
+            cotangents or self.cotangents(recipe),
+            self.gallery.pooled[rows],
+            self.embeddings[rows],
+            self.lengths[rows],
+        )
+
+    def weights_at(
+        self,
+        recipe: Recipe,
+        found: Cotangents,
+        pooled: np.ndarray,
+        embeddings: np.ndarray,
+        lengths: np.ndarray,
+    ) -> tuple[np.ndarray, int]:
+        """The same, differentiated at any embeddings, such as those of scenes."""
+        values = found.values.astype(np.float32, copy=False)
+        at_head = head_cotangent(values, embeddings, lengths, recipe.norm, True)
+        dense = dense_weights(recipe, self.head, Features(pooled, pooled), at_head, found.used)
+        weights, encoding = stored(recipe, self.head, at_head, dense, self.mean, embeddings)
+        return weights, encoding.bytes_per_image() + COARSE_BYTES
+
+    def row(
+        self, cells: tuple[str, ...], recipe: Recipe, cotangents: Cotangents | None = None
+    ) -> Row:
+        """What a setting scores."""
+        found = cotangents or self.cotangents(recipe)
+        weights, size = self.weights(recipe, found)
+        return replace(self.scored(cells, weights), counts=found.counts, bytes=size)
+
+    def scored(self, cells: tuple[str, ...], weights: np.ndarray) -> Row:
+        """What weights `[N K]` score."""
+        energy = energy_in(self.gallery.activations, weights, self.unseen.regions)
+        return Row(cells, energy, share_of(self.scenes, weights[self.given]))
+
+    def said(self) -> str:
+        """What the bench is, and whether its embedding retrieves as the frozen features do."""
+        frozen = self.gallery.pooled
+        frozen = frozen / np.linalg.norm(frozen, axis=1, keepdims=True)
+        labels = self.unseen.labels
+        recalls = [recall_at_k(one, labels) for one in (self.embeddings, frozen)]
+        return (
+            f"{self.name}: {len(labels)} pictures of {len(set(labels))} unseen classes, "
+            f"{len(self.scenes.left) // 2} scenes and their mirror images; Recall@1 "
+            f"{recalls[0]:.3f} (frozen features {recalls[1]:.3f})."
+        )
+
+
+def read_bench(folder: Path, weights: str, cache: Path | None) -> Bench:
+    """A data folder's pictures put through the frozen network, and the head trained on half.
+
+    Args:
+        folder: as scripts/prepare_data.py makes it.
+        weights: of MobileNetV2.
+        cache: folder of features kept between runs, or None.
+
+    Raises:
+        InputError: a folder without annotations.csv.
+    """
+    if not (folder / "annotations.csv").is_file():
+        official = (folder / "bounding_boxes.txt").is_file()
+        what = "is CUB-200-2011 as it is downloaded" if official else "has no annotations.csv"
+        raise InputError(
+            f"{folder} {what}; convert the download first: python scripts/prepare_data.py "
+            f"{'birds' if official else 'birds|objects'} {folder} DATA/NAME"
+        )
+    network = _network(weights)
+    pictures = read_pictures(folder)
+    kept = Cache(cache, network, [folder / "annotations.csv", *pictures.paths])
+    found = kept.features(
+        f"{folder.name}-pictures",
+        lambda number: squashed(pictures.paths[number]),
+        len(pictures.paths),
+        (SIZE, SIZE),
+    )
+    classes = sorted(set(pictures.labels))
+    seen = np.isin(pictures.labels, classes[: len(classes) // 2])
+    head = kept.array(
+        f"{folder.name}-head", lambda: train_head(found.pooled[seen], pictures.labels[seen])
+    )
+    unseen = Pictures(
+        [path for path, s in zip(pictures.paths, seen, strict=True) if not s],
+        pictures.labels[~seen],
+        projected(pictures.regions[~seen], found.activations),
+    )
+    first, second = scene_pairs(unseen.labels)
+    picture: Callable[[int], object] = partial(scene_picture, unseen, first=first, second=second)
+    scenes = kept.features(f"{folder.name}-scenes", picture, 2 * len(first), (SIZE, 2 * SIZE))
+    gallery = Features(found.activations[~seen].astype(np.float32), found.pooled[~seen])
+    scenes.activations = scenes.activations.astype(np.float32)
+    return Bench(folder.name, unseen, gallery, scenes_of(scenes, first, second), AffineHead(head))
+
+
+def _network(weights: str) -> EmbeddingNetwork:
+    return load_network(
+        "torchvision:mobilenet_v2",
+        weights=weights,
+        size=SIZE,
+        resize="squash",
+        channels_last=True,
+    )

@@ -5,5 +5,6 @@ bench.py       one data set under the reference embedding, and what is measured 
 weights.py     which weights: averaging, encodings, targets, methods, sampling
 transfers.py   weights from neighbours and prototypes, beside weights of the query's own
 report.py      rows, Markdown, figures
+carrying.py    the section on transfer
 sections.py    each section's tables, what they say, and its bars
 """

@@ -1,6 +1,7 @@
 """The cotangent of each anchor under a recipe: from cached embeddings alone, no forward pass."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -9,6 +10,10 @@ from .index import nearest
 from .recipe import Recipe
 from .targets import centred_cotangent, margin_cotangent
 from .triplets import Nearest, Triplets, TripletSampler, active, given_triplets
+
+_BLOCK = 1 << 14
+_UNIT = 4e-3
+"""How far from 1 the squared length of a normalised embedding may be."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,12 @@ class AnchorCotangents:
         embeddings: f of every image, `[N D]`.
         labels: integer labels `[N]`, or None.
         mean: mean embedding `[D]`, for the centred target.
+
+    The *discriminant* target measures the margin where the collection is alike in all directions,
+    as Fisher's discriminant does, and asks what the images of a label share: with C the covariance
+    of the embeddings and A = (C + tr(C) / D I)^-1, each image's is A times its margin's cotangent,
+    taken through the norm at that image, and a label's the mean of its images'. These are at the
+    head already: nothing is taken through the norm again, see `Recipe.head_norm`.
         given: the user's own triplets `[N S 2]`, with sampling "given".
     """
 
@@ -55,7 +66,7 @@ class AnchorCotangents:
         if given is not None:
             # All of them, once: a look at every triplet for every batch would take hours.
             given_triplets(np.arange(0), given, len(embeddings))
-        if recipe.target == "margin" and given is None:
+        if recipe.target in ("margin", "discriminant") and given is None:
             self.sampler = TripletSampler(
                 embeddings,
                 labels,
@@ -72,10 +83,62 @@ class AnchorCotangents:
         if self.recipe.target == "centred":
             values = centred_cotangent(np.asarray(self.embeddings[anchors]), self.mean)
             return Cotangents(values, None, np.ones(len(anchors), np.int64))
+        if self.recipe.target == "discriminant":
+            return self._shared(anchors)
         if self.sampler is not None and self.recipe.resolved_sampling == "all":
             difference, counts = self.sampler.mean_difference(anchors)
             return Cotangents(2 * difference, None, counts)
         return self._of_triplets(self._triplets(anchors))
+
+    def _shared(self, anchors: np.ndarray) -> Cotangents:
+        """The discriminant target: what the images of each anchor's label share."""
+        assert self.sampler is not None
+        classes = self.sampler.classes
+        counts = self.sampler.mean_difference(anchors)[1]
+        if classes is None:
+            return Cotangents(self._whitened(anchors).astype(np.float32), None, counts)
+        sums, codes = self._class_sums, classes.codes[anchors]
+        values = sums[codes] / classes.sizes[codes][:, None]
+        return Cotangents(values.astype(np.float32), None, counts)
+
+    def _whitened(self, places: np.ndarray) -> np.ndarray:
+        """A times the margin's cotangent, through the norm where there is one, `[n D]` float64."""
+        assert self.sampler is not None
+        difference = self.sampler.mean_difference(places)[0].astype(np.float64)
+        found: np.ndarray = 2 * difference @ self._whitening
+        if self.recipe.norm == "around":
+            return found
+        own = np.asarray(self.embeddings[places], np.float64)
+        lengths = (own * own).sum(1, keepdims=True)
+        unit = np.abs(lengths - 1) < _UNIT
+        return found - unit * own * (own * found).sum(1, keepdims=True)
+
+    @cached_property
+    def _class_sums(self) -> np.ndarray:
+        """Sums of the whitened cotangents over the images of each label, `[L D]`."""
+        assert self.sampler is not None
+        assert self.sampler.classes is not None
+        codes = self.sampler.classes.codes
+        sums = np.zeros((len(self.sampler.classes.sizes), self.embeddings.shape[1]))
+        for start in range(0, len(codes), _BLOCK):
+            places = np.arange(start, min(start + _BLOCK, len(codes)))
+            np.add.at(sums, codes[places], self._whitened(places))
+        return sums
+
+    @cached_property
+    def _whitening(self) -> np.ndarray:
+        """A = (C + tr(C) / D I)^-1, `[D D]`; without any spread the identity."""
+        n, width = self.embeddings.shape
+        total, squares = np.zeros(width), np.zeros((width, width))
+        for start in range(0, n, _BLOCK):
+            block = np.asarray(self.embeddings[start : start + _BLOCK], np.float64)
+            total += block.sum(0)
+            squares += block.T @ block
+        covariance = squares / n - np.outer(total, total) / n**2
+        spread = float(np.trace(covariance)) / width
+        if spread <= 1e-12 * float(np.trace(squares)) / n / width:
+            return np.eye(width)
+        return np.linalg.inv(covariance + spread * np.eye(width))
 
     def _triplets(self, anchors: np.ndarray) -> Triplets:
         if self.sampler is not None:

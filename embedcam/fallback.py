@@ -18,7 +18,8 @@ class DirectWeights:
     """Weights of a query by the recipe's own method and target, with the query as anchor.
 
     Its neighbours are the positives; with the target "margin" seeded random other images are the
-    negatives, with "centred" the mean of both stands for the collection's. Through the head alone
+    negatives, with "centred" the mean of both stands for the collection's. The discriminant target
+    is of a label's images, and a query has no label: it is given the margin. Through the head alone
     where the method is Grad-CAM's kind; works inside inference mode too.
 
     Args:

@@ -340,11 +340,16 @@ def _subject(work: Work, batch: Batch, found: Cotangents) -> Subject:
         work.network,
         torch.from_numpy(batch.images).to(work.network.device),
         Direction(values, found.used),
-        norm=work.recipe.norm,
+        norm=_head_norm(work),
         batch_size=inputs_a_pass(work.network.device, work.batch_size),
         seed=work.recipe.seed % (1 << 63),
         fill=work.recipe.fill,
     )
+
+
+def _head_norm(work: Work) -> str:
+    """The norm's way; a module that normalises itself knows none but through it."""
+    return "through" if work.network.already_normalized else work.recipe.head_norm
 
 
 def _at_head(
@@ -360,7 +365,7 @@ def _at_head(
         found.values,
         np.array(embedded["embedding"][rows]),
         np.array(embedded["length"][rows]),
-        work.recipe.norm,
+        work.recipe.head_norm,
         work.network.normalize,
     )
     device = work.network.device

@@ -40,7 +40,9 @@ class Recipe:
 
     Args:
         method: any of `registry.storable_methods()`, the methods that yield channel weights.
-        target: "margin" (triplets) or "centred" (no labels, no sampling).
+        target: "margin" (triplets), "discriminant" (the margin in whitened embeddings, mean of a
+            label's images; see `cotangents.AnchorCotangents`) or "centred" (needs neither labels
+            nor sampling).
         norm: the gradient "through" the L2 norm or "around" it.
         sampling: "random", "semihard", "hard", "all" (the exact mean over every triplet, in closed
             form), "given", or "auto": "all" where it has a closed form (no hinge, and a method that
@@ -148,10 +150,17 @@ class Recipe:
     @property
     def resolved_sampling(self) -> str:
         """The sampling, with "auto" decided."""
+        if self.target == "discriminant":
+            return "all"
         if self.sampling != "auto":
             return self.sampling
         closed_form = not self.per_triplet and not self.hinge
         return "all" if closed_form and self.triplets is None else "random"
+
+    @property
+    def head_norm(self) -> str:
+        """The norm's way that is left for the head: the discriminant target has taken its own."""
+        return "around" if self.target == "discriminant" else self.norm
 
     @property
     def entry(self) -> Method:
@@ -178,6 +187,16 @@ class Recipe:
             raise RecipeError(
                 "a hinge needs triplets, and the target 'centred' has none; drop the hinge, or "
                 "use the target 'margin'"
+            )
+        if self.target == "discriminant" and (self.hinge or self.triplets is not None):
+            raise RecipeError(
+                "the target 'discriminant' takes every triplet in closed form, so a hinge or a "
+                "number of triplets means nothing; leave them out, or use the target 'margin'"
+            )
+        if self.target == "discriminant" and self.sampling not in ("auto", "all"):
+            raise RecipeError(
+                f"the target 'discriminant' takes every triplet, so sampling = {self.sampling!r} "
+                "means nothing; leave it out, or use the target 'margin'"
             )
         if self.target == "margin" and self.sampling == "all" and self.triplets is not None:
             raise RecipeError(

@@ -207,6 +207,8 @@ for _target, _sampling, _count in (
                 sampling=_sampling,
                 triplets=None if _sampling == "all" else _count,
             )
+for _norm in ("through", "around"):
+    SETTINGS[f"gradcam, discriminant, {_norm}"] = Recipe(target="discriminant", norm=_norm)
 ENCODINGS = {
     "dense": {"encoding": "dense"},
     "low-rank 128": {"encoding": "low-rank"},
@@ -270,7 +272,7 @@ def _rows(
     given = explaining(embeddings, unseen.labels, scenes.explained)
     for name, recipe in SETTINGS.items():
         found = AnchorCotangents(recipe, embeddings, codes, mean).of(np.arange(len(codes)))
-        at_head = head_cotangent(found.values, embeddings, lengths, recipe.norm, True)
+        at_head = head_cotangent(found.values, embeddings, lengths, recipe.head_norm, True)
         dense = dense_weights(recipe, head, gallery, at_head, found.used)
         for encoding_name, changes in ENCODINGS.items():
             chosen = replace(recipe, **changes)

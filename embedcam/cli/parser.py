@@ -270,7 +270,7 @@ def _build(one: argparse.ArgumentParser) -> None:
         "the network explains, named as a build prints it",
     )
     _method_options(group)
-    group.add_argument("--target", metavar="NAME", help="margin (default) or centred")
+    group.add_argument("--target", metavar="NAME", help="margin (default), discriminant or centred")
     group.add_argument("--norm", metavar="WAY", help="through (default) or around the L2 norm")
     group.add_argument(
         "--sampling", metavar="NAME", help="auto (default), all, random, semihard or hard"

@@ -161,7 +161,7 @@ def _evidence_line(manifest: Mapping[str, Any], evidence: Mapping[str, int]) -> 
     # An image without a label among labelled ones is a class of its own.
     alone = evidence["labels_of_one_image"] + evidence["unlabelled_images"]
     # Where labels draw the positives: not for the centred target, nor for given triplets.
-    drawn = manifest["target"] == "margin" and manifest["triplets"]["sampling"] != "given"
+    drawn = manifest["target"] != "centred" and manifest["triplets"]["sampling"] != "given"
     drawn &= manifest.get("compressed") is None  # a prototype alone is no image alone
     if drawn and evidence["labels"] and alone:
         unlabelled = evidence["unlabelled_images"]
@@ -233,7 +233,8 @@ def _weights_line(manifest: Mapping[str, Any]) -> str:
     method = manifest["method"] if entry is None else entry.title
     if entry is not None and not entry.targeted:
         return f"{method}, which ignores targets: what stands out, not what matches"
-    target = "centred target" if manifest["target"] == "centred" else "triplet margin"
+    named = {"centred": "centred target", "discriminant": "discriminant target"}
+    target = named.get(manifest["target"], "triplet margin")
     way = "" if entry is not None and entry.scored else f", {manifest['norm']} the norm"
     line = f"{method} of the {target}{way}"
     if manifest["target"] == "centred":

@@ -91,7 +91,7 @@ class OwnWeights:
         anchors = AnchorCotangents(recipe, self._embedding, self._labels, mean)
         found = anchors.of(places)
         at_head = head_cotangent(
-            found.values, self._embedding[places], self._length[places], recipe.norm, True
+            found.values, self._embedding[places], self._length[places], recipe.head_norm, True
         )
         weights = weights_from_pooled(
             self._network,

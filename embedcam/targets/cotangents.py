@@ -1,4 +1,4 @@
-"""Cotangents of the two targets an index is built with, and the norm's two ways.
+"""Cotangents of the targets an index is built with, and the norm's two ways.
 
 Arrays only: plain arithmetic that works on NumPy arrays and on tensors alike. A cotangent is the
 gradient of the target y with respect to the anchor's embedding f, everything else held constant.
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 Array = TypeVar("Array")
 
-TARGETS = ("margin", "centred")
+TARGETS = ("margin", "centred", "discriminant")
 NORMS = ("through", "around")
 
 

@@ -126,7 +126,7 @@ class Bench:
     ) -> tuple[np.ndarray, int]:
         """The same, differentiated at any embeddings, such as those of scenes."""
         values = found.values.astype(np.float32, copy=False)
-        at_head = head_cotangent(values, embeddings, lengths, recipe.norm, True)
+        at_head = head_cotangent(values, embeddings, lengths, recipe.head_norm, True)
         dense = dense_weights(recipe, self.head, Features(pooled, pooled), at_head, found.used)
         weights, encoding = stored(recipe, self.head, at_head, dense, self.mean, embeddings)
         return weights, encoding.bytes_per_image() + COARSE_BYTES

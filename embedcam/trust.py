@@ -85,7 +85,7 @@ class Twice:
         expected = drawn.fuse(np.maximum(raw[0], 0), own, np.ones(1, np.float32)).ravel()
         start = 1
         for new, near, apart in ways:
-            for count in {1, len(near)} - {0}:
+            for count in sorted({1, len(near)}) if len(near) else ():
                 these = slice(start, start + count)
                 norms = np.sqrt(np.maximum(gram.diagonal()[these], 0))
                 shares = coefficients(norms, apart[:count])

@@ -445,6 +445,17 @@ def test_an_explanation_says_how_far_to_trust_it(
             Explainer(path, trusted_from=wrong)
 
 
+def test_where_all_images_have_one_label_none_is_strange(quick: None, tmp_path: Path) -> None:
+    made_of, alike = toy(), pictures(tmp_path / "photos", n=42, classes=1)
+    path = built(alike, made_of, tmp_path / "index", Recipe(target="centred", norm="around"))
+    with Index.open(path) as index:
+        found = Calibration.from_dict(index.manifest["trust"]["several"])
+        vectors = index.embeddings(np.arange(42))
+        near = index.search(vectors, 2).distances.max(1)
+    assert found.images == 42
+    assert found.largest_distance == pytest.approx(float(near.max()), rel=1e-3)
+
+
 def test_what_is_added_leaves_the_calibration(
     quick: None, source: ImageSource, tmp_path: Path
 ) -> None:

@@ -68,7 +68,7 @@ def encodings(bench: Bench) -> list[Row]:
 
 
 def targets(bench: Bench) -> list[Row]:
-    """The margin, its two distances alone, the centred target, the hinge; through and around."""
+    """The margin, its two distances alone, other targets, the hinge; through and around."""
     positives, negatives = pair_means(bench.embeddings, bench.codes)
     f, ones = bench.embeddings, np.ones(len(bench.codes), np.int64)
     rows = []
@@ -84,6 +84,8 @@ def targets(bench: Bench) -> list[Row]:
             bench.row((name, norm), recipe, Cotangents(values, None, ones))
             for name, values in alone.items()
         ]
+        shared = Recipe(target="discriminant", norm=norm)
+        compared.append(bench.row(("discriminant", norm), shared))
         compared.append(bench.row(("centred", norm), replace(ALL, target="centred", norm=norm)))
         for row in compared:
             row.against = margin

@@ -132,7 +132,7 @@ def make_encoding(
     if matrix is not None:
         basis = matrix / np.prod(grid)
         # dy/dz is then embedding - mean: nothing that is not stored already.
-        derived = recipe.target == "centred" and (recipe.norm == "around" or not normalize)
+        derived = recipe.resolved_target == "centred" and (recipe.norm == "around" or not normalize)
         offset = -mean @ basis if derived else np.zeros(basis.shape[1])
         return LowRank(basis, offset, "head", "embedding" if derived else "stored", recipe.dtype)
     if recipe.encoding == "low-rank":
@@ -188,7 +188,7 @@ def header(
         "embedding": {"width": width, "normalized": normalize},
         "metric": recipe.metric,
         "method": recipe.method,
-        "target": recipe.target,
+        "target": recipe.resolved_target,
         "norm": recipe.norm,
         "triplets": _evidence(recipe, given),
         "layers": [layer_entry(layer, grid, encoding, coarse)],
@@ -212,7 +212,7 @@ def layer_entry(
 def _evidence(recipe: Recipe, given: np.ndarray | None) -> dict[str, Any]:
     """The triplets behind the weights; a count of 0 says that none were drawn."""
     sampling, count = recipe.resolved_sampling, recipe.n_triplets
-    if recipe.target == "centred":
+    if recipe.resolved_target == "centred":
         sampling, count = "none", 0
     elif sampling == "all":
         count = 0

@@ -58,7 +58,8 @@ class AnchorCotangents:
     ) -> None:
         self.recipe, self.embeddings, self.mean, self.given = recipe, embeddings, mean, given
         self.sampler: TripletSampler | None = None
-        if (given is not None) != (recipe.sampling == "given" and recipe.target == "margin"):
+        takes = recipe.sampling == "given" and recipe.resolved_target == "margin"
+        if (given is not None) != takes:
             raise InputError(
                 "an array of triplets goes with target 'margin' and sampling 'given', and with "
                 "nothing else; give both or neither"
@@ -66,7 +67,7 @@ class AnchorCotangents:
         if given is not None:
             # All of them, once: a look at every triplet for every batch would take hours.
             given_triplets(np.arange(0), given, len(embeddings))
-        if recipe.target in ("margin", "discriminant") and given is None:
+        if recipe.resolved_target in ("margin", "discriminant") and given is None:
             self.sampler = TripletSampler(
                 embeddings,
                 labels,
@@ -80,10 +81,10 @@ class AnchorCotangents:
     def of(self, anchors: np.ndarray) -> Cotangents:
         """Cotangents of the anchors at positions `[a]`."""
         anchors = np.asarray(anchors, np.int64)
-        if self.recipe.target == "centred":
+        if self.recipe.resolved_target == "centred":
             values = centred_cotangent(np.asarray(self.embeddings[anchors]), self.mean)
             return Cotangents(values, None, np.ones(len(anchors), np.int64))
-        if self.recipe.target == "discriminant":
+        if self.recipe.resolved_target == "discriminant":
             return self._shared(anchors)
         if self.sampler is not None and self.recipe.resolved_sampling == "all":
             difference, counts = self.sampler.mean_difference(anchors)

@@ -73,7 +73,7 @@ class DirectWeights:
     def _target(
         self, positives: np.ndarray, negatives: np.ndarray, batch: torch.Tensor
     ) -> Direction | TripletMargin:
-        if self.recipe.target == "centred":
+        if self.recipe.resolved_target == "centred":
             own = self.network.forward(batch).embedding[0].cpu().numpy()
             return Direction(own - np.concatenate([positives, negatives]).mean(0))
         if not self.recipe.per_triplet:

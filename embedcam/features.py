@@ -157,7 +157,7 @@ def build_from_features(
     shared = {"embedding_mean": mean, **({} if identity is None else identity.arrays())}
     with stages("write"), disk_errors(path):
         create(path, about, [encoding.fitted], shared, part, replace=replace)
-    by_label = codes is not None and recipe.target != "centred" and triplets is None
+    by_label = codes is not None and recipe.resolved_target != "centred" and triplets is None
     n_single = Classes(codes).n_single if by_label and codes is not None else 0
     return BuildReport(path, n, [], n_single, int((counts == 0).sum()), stages.seconds)
 

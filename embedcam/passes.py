@@ -114,7 +114,7 @@ def is_exact(recipe: Recipe, matrix: np.ndarray | None, normalize: bool = True) 
 
 def is_derived(recipe: Recipe, normalize: bool) -> bool:
     """Whether dy/dz is the stored embedding less the mean: centred, not through a norm."""
-    return recipe.target == "centred" and (recipe.norm == "around" or not normalize)
+    return recipe.resolved_target == "centred" and (recipe.norm == "around" or not normalize)
 
 
 def chunk_size(batch_size: int, method: str = "gradcam") -> int:

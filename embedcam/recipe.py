@@ -41,8 +41,9 @@ class Recipe:
     Args:
         method: any of `registry.storable_methods()`, the methods that yield channel weights.
         target: "margin" (triplets), "discriminant" (the margin in whitened embeddings, mean of a
-            label's images; see `cotangents.AnchorCotangents`) or "centred" (needs neither labels
-            nor sampling).
+            label's images; see `cotangents.AnchorCotangents`), "centred" (needs neither labels nor
+            sampling), or "auto": "discriminant" where the mean over every triplet has a closed
+            form and nothing else is asked for, else "margin".
         norm: the gradient "through" the L2 norm or "around" it.
         sampling: "random", "semihard", "hard", "all" (the exact mean over every triplet, in closed
             form), "given", or "auto": "all" where it has a closed form (no hinge, and a method that
@@ -66,7 +67,7 @@ class Recipe:
     """
 
     method: str = "gradcam"
-    target: str = "margin"
+    target: str = "auto"
     norm: str = "through"
     sampling: str = "auto"
     triplets: int | None = None
@@ -150,7 +151,7 @@ class Recipe:
     @property
     def resolved_sampling(self) -> str:
         """The sampling, with "auto" decided."""
-        if self.target == "discriminant":
+        if self.resolved_target == "discriminant":
             return "all"
         if self.sampling != "auto":
             return self.sampling
@@ -158,9 +159,18 @@ class Recipe:
         return "all" if closed_form and self.triplets is None else "random"
 
     @property
+    def resolved_target(self) -> str:
+        """The target, with "auto" decided."""
+        if self.target != "auto":
+            return self.target
+        drawn = self.triplets is not None or self.sampling not in ("auto", "all")
+        plain = not (drawn or self.hinge or self.per_triplet)
+        return "discriminant" if plain else "margin"
+
+    @property
     def head_norm(self) -> str:
         """The norm's way that is left for the head: the discriminant target has taken its own."""
-        return "around" if self.target == "discriminant" else self.norm
+        return "around" if self.resolved_target == "discriminant" else self.norm
 
     @property
     def entry(self) -> Method:
@@ -198,12 +208,12 @@ class Recipe:
                 f"the target 'discriminant' takes every triplet, so sampling = {self.sampling!r} "
                 "means nothing; leave it out, or use the target 'margin'"
             )
-        if self.target == "margin" and self.sampling == "all" and self.triplets is not None:
+        if self.target != "centred" and self.sampling == "all" and self.triplets is not None:
             raise RecipeError(
                 f"sampling 'all' takes every triplet, so triplets = {self.triplets} means nothing; "
                 "leave it out, or use sampling 'random'"
             )
-        if self.target == "margin" and self.sampling == "all":
+        if self.target != "centred" and self.sampling == "all":
             if self.hinge:
                 raise RecipeError(
                     "the exact mean over 'all' triplets cannot leave out satisfied ones; drop the "
@@ -219,7 +229,10 @@ class Recipe:
     @classmethod
     def paper(cls, **changes: Any) -> "Recipe":
         """The paper's own setting: top 50 channels by signed value, gradient through the norm."""
-        paper = cls(sampling="random", triplets=N_TRIPLETS, encoding="top-m", m=50, by="signed")
+        paper = cls(
+            target="margin", sampling="random", triplets=N_TRIPLETS, encoding="top-m", m=50,
+            by="signed",
+        )  # fmt: skip
         return replace(paper, **changes)
 
     @classmethod
@@ -287,7 +300,7 @@ def read_toml(path: str | Path) -> tuple[Recipe, dict[str, Any], dict[str, Any]]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "method": storable_methods(),
-    "target": TARGETS,
+    "target": ("auto", *TARGETS),
     "norm": NORMS,
     "fill": FILLS,
     "sampling": ("auto", *SAMPLINGS, "given"),

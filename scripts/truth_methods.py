@@ -62,7 +62,8 @@ class Setting:
     def margin(self, method: Method, place: int) -> Direction:
         """What an index differentiates an image along: every triplet, or 50 drawn ones apart."""
         codes = label_codes(list(self.unseen.labels))
-        recipe = Recipe(method=method.name) if isinstance(method, WeightMethod) else Recipe()
+        name = method.name if isinstance(method, WeightMethod) else "gradcam"
+        recipe = Recipe(method=name, target="margin")
         anchors = AnchorCotangents(recipe, self.embeddings, codes, self.embeddings.mean(0))
         found = anchors.of(np.array([place]))
         several = found.values.ndim == 3

@@ -113,7 +113,7 @@ def test_every_sampling_ends_in_the_same_literal_loop(tmp_path, source, sampling
 )
 @pytest.mark.parametrize("kind", ["affine", "other"])
 def test_all_is_the_mean_over_every_triplet(tmp_path, source, kind, choices) -> None:
-    recipe, it = dense(**choices), toy(kind)
+    recipe, it = dense(target="margin", **choices), toy(kind)
     build_index(source, it.network, tmp_path / "i", recipe)
     with opened(tmp_path / "i") as (index, live):
         every = [oracles.every_triplet(source.labels, row) for row in range(len(live))]

@@ -78,7 +78,7 @@ ADDABLE = {
     "exact": ("affine", Recipe(triplets=4, dtype="float32")),
     "derived": ("affine", Recipe(target="centred", norm="around")),
     "top-m": ("tokens", dense(encoding="top-m", m=4)),
-    "all": ("pooled", dense(sampling="all", triplets=None)),
+    "all": ("pooled", dense(target="margin", sampling="all", triplets=None)),
     "hinge": ("affine", dense(hinge=True, method="gradcam++")),
 }
 

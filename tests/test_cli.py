@@ -305,7 +305,7 @@ def test_a_named_network_tells_its_layer(say: Say, tmp_path: Path) -> None:
         "layer       features: 512 channels on a grid of 3 x 3",
         "input       64 x 64, centre crop",
         "embedding   512 numbers, not normalised",
-        "stored as   low-rank 4, basis by PCA, float16",
+        "stored as   low-rank 2, basis by PCA, float16",
         "own maps    3 x 3",
     ):
         assert f"  {line}\n" in shown
@@ -340,7 +340,7 @@ def test_info_says_what_the_manifest_holds(say: Say, built: Path) -> None:
     assert shown["layer"] == "relu: 8 channels on a grid of 8 x 8"
     assert shown["embedding"] == "5 numbers, L2-normalised"
     assert shown["weights"] == (
-        "Grad-CAM of the triplet margin, through the norm; the exact mean of all triplets"
+        "Grad-CAM of the discriminant target, through the norm; the exact mean of all triplets"
     )
     assert shown["stored as"] == "low-rank 5, the head's own basis, float16"
     assert shown["own maps"] == "8 x 8"

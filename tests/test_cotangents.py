@@ -80,7 +80,7 @@ def test_grad_cam_plus_plus_gets_one_cotangent_a_triplet() -> None:
 
 
 def test_all_is_the_mean_over_every_possible_triplet() -> None:
-    got = cotangents(sampling="all").of(np.arange(N))
+    got = cotangents(target="margin", sampling="all").of(np.arange(N))
     for a in range(N - 1):  # the last is alone in its class
         every = oracles.every_triplet(LABELS.tolist(), a)
         assert got.counts[a] == len(every)

@@ -77,8 +77,10 @@ def test_the_cotangent_is_the_literal_one(
 
 def test_without_labels_it_is_the_images_own() -> None:
     vectors, _ = some(True)
-    margin = AnchorCotangents(Recipe(), vectors, None, vectors.mean(0)).of(np.arange(14)).values
-    found = AnchorCotangents(RECIPE, vectors, None, vectors.mean(0)).of(np.arange(14)).values
+    margin, found = (
+        AnchorCotangents(recipe, vectors, None, vectors.mean(0)).of(np.arange(14)).values
+        for recipe in (Recipe(target="margin"), RECIPE)
+    )
     centred = vectors - vectors.mean(0)
     covariance = centred.T @ centred / 14
     white = margin @ np.linalg.inv(covariance + np.trace(covariance) / 4 * np.eye(4))

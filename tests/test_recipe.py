@@ -269,4 +269,15 @@ def test_a_fill_and_a_methods_own_options_are_kept(tmp_path) -> None:
 
 def test_what_is_not_chosen_is_not_written_so_that_older_indexes_keep_their_digest() -> None:
     assert not {"fill", "options"} & Recipe("scorecam").to_dict().keys()
-    assert Recipe().digest() == ("01bd5e4180e4ec512a65213d613dd74d6a300fbb5bc1ee92e8e2d1b039712c14")
+    known = "01bd5e4180e4ec512a65213d613dd74d6a300fbb5bc1ee92e8e2d1b039712c14"
+    assert Recipe(target="margin").digest() == known
+
+
+def test_the_target_is_the_discriminant_where_nothing_else_is_asked_for() -> None:
+    for plain in ({}, {"method": "scorecam"}, {"norm": "around"}, {"sampling": "all"}):
+        assert Recipe(**plain).resolved_target == "discriminant"
+        assert Recipe(**plain).resolved_sampling == "all"
+    for other in ({"triplets": 9}, {"hinge": True}, {"method": "gradcam++"}, {"sampling": "given"}):
+        assert Recipe(**other).resolved_target == "margin"
+    assert Recipe.paper().resolved_target == "margin"
+    assert Recipe(target="centred", norm="around").resolved_target == "centred"

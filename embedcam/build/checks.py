@@ -66,7 +66,8 @@ def check_norm(recipe: Recipe, network: EmbeddingNetwork) -> None:
 def warn_of_norm(recipe: Recipe, normalize: bool, stacklevel: int) -> None:
     """Warn of the centred target through the norm."""
     by_gradient = recipe.entry.targeted and not recipe.entry.scored
-    if by_gradient and recipe.target == "centred" and recipe.norm == "through" and normalize:
+    centred = recipe.resolved_target == "centred"
+    if by_gradient and centred and recipe.norm == "through" and normalize:
         warnings.warn(
             "the centred target through the L2 norm loses its own part at the image itself and "
             "can point at the wrong object; 'around' is the safe choice",
@@ -250,7 +251,7 @@ def _unreadable(source: ImageSource, known: set[str]) -> dict[int, tuple[str, st
 
 def check_addable(recipe: Recipe, encoding: Encoding, network: EmbeddingNetwork) -> bool:
     """Refuse additions that the index's encoding cannot take; whether its codes are dy/dz."""
-    if recipe.sampling == "given" and recipe.target == "margin":
+    if recipe.sampling == "given" and recipe.resolved_target == "margin":
         raise InputError(
             "this index was built from given triplets, which say nothing about new images; build "
             "it again with all images and their triplets"

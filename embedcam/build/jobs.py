@@ -389,7 +389,7 @@ def _report(
     stages: Stages,
 ) -> BuildReport:
     n_single = 0
-    if labels is not None and recipe.target != "centred" and recipe.sampling != "given":
+    if labels is not None and recipe.resolved_target != "centred" and recipe.sampling != "given":
         classes = Classes(labels)
         n_single = int((classes.sizes[classes.codes[gathered.n_before :]] == 1).sum())
     return BuildReport(

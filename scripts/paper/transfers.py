@@ -27,8 +27,8 @@ FOLDS = 5
 NEIGHBORS = (1, 3, 5, 10)
 PROTOTYPES = (50, 100, 200)
 RECIPES = {
-    "all triplets, through": Recipe(),
-    "all triplets, around": Recipe(norm="around"),
+    "all triplets, through": Recipe(target="margin"),
+    "all triplets, around": Recipe(target="margin", norm="around"),
     "50 triplets, top 50, through": Recipe.paper(),
 }
 

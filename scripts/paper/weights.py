@@ -19,7 +19,7 @@ ENCODINGS = {
     "low-rank 128, around": {"encoding": "low-rank", "norm": "around"},
     "top 50 signed": {"encoding": "top-m", "m": 50, "by": "signed"},
 }
-ALL = Recipe(sampling="all", encoding="dense")
+ALL = Recipe(target="margin", sampling="all", encoding="dense")
 
 
 def drawing(count: int, **changes: object) -> Recipe:

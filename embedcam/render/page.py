@@ -8,11 +8,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import groupby
 from typing import Final
 
 import numpy as np
 from PIL import Image
 
+from embedcam.render.chart import STYLE as CHART_STYLE
+from embedcam.render.chart import Chart, chart_svg
 from embedcam.render.overlay import ALPHA, COLORMAP, colormap
 from embedcam.render.panel import FRAME_NOTE, scale_note, shorten_middle
 from embedcam.render.tiles import (
@@ -52,12 +55,24 @@ class Table:
     notes: str = field(default="")
 
 
+@dataclass
+class Notice:
+    """What a reader must see before the figures: a heading and a list of sentences.
+
+    good: whether it is good news.
+    """
+
+    title: str
+    lines: Sequence[str] = ()
+    good: bool = False
+
+
 def page(
     rows: Sequence[Row],
     *,
     title: str = "Explanations",
     intro: str = "",
-    tables: Sequence[Table] = (),
+    tables: Sequence[Table | Chart | Notice] = (),
     scale: Scale = "joint",
     side: int = _SIDE,
     alpha: float = ALPHA,
@@ -66,17 +81,21 @@ def page(
     """A whole HTML document, self-contained: pictures and styles are inside.
 
     intro: plain text; an empty line begins a new paragraph.
+    tables: in the order given; charts that follow one another stand side by side.
     scale: as in `panel`, for the results of each row by itself.
     side: the longest side of the pictures stored in the page, in pixels.
     """
     check_scale(scale)
     tiles = [tile for row in rows for tile in (row.query, *row.results)]
-    parts = [_paragraphs(intro, "intro"), *map(_table, tables)]
+    parts = [_paragraphs(intro, "intro"), *_blocks(tables)]
     if any(tile.cam is not None for tile in tiles):
         parts.append(_legend(any(tile.cropped for tile in tiles), alpha, cmap))
+    charted = any(isinstance(block, Chart) for block in tables)
     parts += [_row(row, scale, side, alpha, cmap) for row in rows]
     return _DOCUMENT.format(
-        title=_text(title), style=_STYLE, body="\n".join(part for part in parts if part)
+        title=_text(title),
+        style=_STYLE + (CHART_STYLE if charted else ""),
+        body="\n".join(part for part in parts if part),
     )
 
 
@@ -92,6 +111,28 @@ def _breakable(text: str) -> str:
 def _paragraphs(text: str, kind: str) -> str:
     blocks = [" ".join(block.split()) for block in text.replace("\r", "").split("\n\n")]
     return "\n".join(f'<p class="{kind}">{_text(block)}</p>' for block in blocks if block)
+
+
+def _blocks(blocks: Sequence[Table | Chart | Notice]) -> list[str]:
+    made = []
+    for kind, run in groupby(blocks, type):
+        if kind is Chart:
+            drawn = "\n".join(chart_svg(one) for one in run if isinstance(one, Chart))
+            made.append(f'<div class="charts">{drawn}</div>')
+            continue
+        for one in run:
+            if isinstance(one, Table):
+                made.append(_table(one))
+            elif isinstance(one, Notice):
+                made.append(_notice(one))
+    return made
+
+
+def _notice(notice: Notice) -> str:
+    lines = "".join(f"<li>{_text(line)}</li>" for line in notice.lines)
+    kind = "notice good" if notice.good else "notice"
+    body = f"<ul>{lines}</ul>" if lines else ""
+    return f'<div class="{kind}"><b>{_text(notice.title)}</b>{body}</div>'
 
 
 def _table(table: Table) -> str:
@@ -252,6 +293,10 @@ caption { text-align: left; font-weight: 600; padding-bottom: .6rem; }
 th, td { text-align: left; padding: .45rem 1.5rem .45rem 0; border-bottom: 1px solid var(--line);
   vertical-align: baseline; }
 th { color: var(--quiet); font-weight: 500; font-size: .8125rem; }
+.notice { max-width: 52rem; margin: 1.25rem 0; padding: .7rem 1rem; border-radius: .4rem;
+  background: var(--mat); border-left: 4px solid var(--accent); font-size: .9375rem; }
+.notice.good { border-left-color: #2e8b57; }
+.notice ul { margin: .35rem 0 0; padding-left: 1.1rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 @media print { main { padding: 0; } section { break-inside: avoid; } }
 """

@@ -1,6 +1,8 @@
 """The best and the worst, as small pictures: read again at the end, so that none is kept before."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -53,8 +55,7 @@ class Examples:
         for title, row in _ends(pairs, lambda row: row["share"], settings.examples):
             made = self._attempt(self._scene, row)
             if made is not None:
-                made.title = f"Two pictures, {title}"
-                shown.append(made)
+                shown.append(replace(made, title=f"Two pictures, {title}", compact=True))
         score = _score(rows)
         ranked = [
             {**row, "position": place} for place, row in rows.items() if score(row) is not None
@@ -62,8 +63,7 @@ class Examples:
         for title, row in _ends(ranked, score, settings.examples):
             made = self._attempt(self._query, row, settings)
             if made is not None:
-                made.title = f"One picture, {title}"
-                shown.append(made)
+                shown.append(replace(made, title=f"One picture, {title}", compact=True))
         return shown
 
     def _attempt(self, draw: Any, *given: Any) -> Row | None:
@@ -137,14 +137,15 @@ def _score(rows: Mapping[int, dict[str, Any]]) -> Any:
 
 
 def _ends(rows: Sequence[dict[str, Any]], score: Any, count: int) -> list[tuple[str, Any]]:
-    """The best and the worst, each once; of few rows the best are shown first."""
+    """The best beside the worst, each once; of few rows the best are taken first."""
     order = sorted(range(len(rows)), key=lambda place: -score(rows[place]))
     best = order[:count]
     worst = [place for place in order[::-1][:count] if place not in best]
     return [
-        (f"{what} {number}", rows[place])
-        for what, places in (("best", best), ("worst", worst))
-        for number, place in enumerate(places, 1)
+        (what if count == 1 else f"{what} {number}", rows[place])
+        for number, pair in enumerate(zip_longest(best, worst), 1)
+        for what, place in zip(("best", "worst"), pair, strict=True)
+        if place is not None
     ]
 
 

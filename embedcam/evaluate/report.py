@@ -103,8 +103,13 @@ def _verdict(summary: Mapping[str, Any]) -> Notice:
     return Notice("Nothing was held against a control, so these figures prove little")
 
 
+def _number(value: float) -> str:
+    """Three decimals for shares and similarities, one for places in a ranking."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
 def _interval(one: Mapping[str, Any]) -> str:
-    return f"{one['mean']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+    return f"{_number(one['mean'])} [{_number(one['low'])}, {_number(one['high'])}]"
 
 
 def _retrieval(found: Mapping[str, Any], indexed: int) -> Table | None:
@@ -186,7 +191,7 @@ def _against(entry: Mapping[str, Any], way: str) -> str:
     if way not in entry["ways"]:
         return "–"
     star = "" if entry["differences"][way]["beats"] else "*"
-    return f"{entry['ways'][way]['mean']:.3f}{star}"
+    return f"{_number(entry['ways'][way]['mean'])}{star}"
 
 
 def _faithfulness(summary: Mapping[str, Any]) -> Table | None:

@@ -32,17 +32,22 @@ from embedcam.render.tiles import (
 _SIDE: Final = 320
 _QUALITY: Final = 88
 _CAPTION: Final = 40  # letters of an id; its whole is in the tooltip
+_SHARED_NOTE: Final = "The results of one query share a colour scale; the query's map has its own."
 _ONE_ROUND: Final = 1.35  # taller than this, a picture is shown smaller rather than the row taller
 
 
 @dataclass
 class Row:
-    """A query, its results, and what there is to say about them."""
+    """A query, its results, and what there is to say about them.
+
+    compact: small, and side by side with the compact rows before and after it.
+    """
 
     query: Tile
     results: Sequence[Tile]
     notes: str = ""
     title: str = ""
+    compact: bool = False
 
 
 @dataclass
@@ -91,7 +96,12 @@ def page(
     if any(tile.cam is not None for tile in tiles):
         parts.append(_legend(any(tile.cropped for tile in tiles), alpha, cmap))
     charted = any(isinstance(block, Chart) for block in tables)
-    parts += [_row(row, scale, side, alpha, cmap) for row in rows]
+    for compact, run in groupby(rows, lambda row: row.compact):
+        drawn = [_row(row, scale, side, alpha, cmap) for row in run]
+        if compact:
+            note = _paragraphs(_SHARED_NOTE if scale == "joint" else "", "quiet")
+            drawn = ['<div class="compact">', *drawn, "</div>", note]
+        parts += drawn
     return _DOCUMENT.format(
         title=_text(title),
         style=_STYLE + (CHART_STYLE if charted else ""),
@@ -158,8 +168,15 @@ def _table(table: Table) -> str:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a cell reads as a number: 12, 0.5, 83%, 0.92 (0.95), or a dash for none."""
-    words = str(value).replace("%", "").replace("(", " ").replace(")", " ").replace("±", " ")
+    """Whether a cell reads as a number: 12, 0.5, 83%, 0.92 (0.95), 0.4*, or a dash for none."""
+    words = (
+        str(value)
+        .replace("%", "")
+        .replace("*", "")
+        .replace("(", " ")
+        .replace(")", " ")
+        .replace("±", " ")
+    )
     words = words.replace("[", " ").replace("]", " ").replace(",", " ")
     try:
         return all(word in "-–—" or np.isfinite(float(word)) for word in words.split())
@@ -187,12 +204,12 @@ def _row(row: Row, scale: Scale, side: int, alpha: float, cmap: str) -> str:
     query_top, result_tops = top_values(row.query, row.results, scale)
     shape = max(size[1] / size[0] for size in (fitted(tile, side, side) for tile in tiles))
     figures = [
-        _figure(tile, top, side, alpha, cmap, "query" if i == 0 else "result")
+        _figure(tile, top, side, alpha, cmap, "query" if i == 0 else "result", row.compact)
         for i, (tile, top) in enumerate(zip(tiles, [query_top, *result_tops], strict=True))
     ]
     heading = f"<h2>{_breakable(row.title)}</h2>\n" if row.title else ""
     has_map = any(tile.cam is not None for tile in tiles)
-    note = scale_note(query_top, result_tops, scale) if has_map else ""
+    note = "" if row.compact or not has_map else scale_note(query_top, result_tops, scale)
     return (
         f'<section style="--shape:{1 / min(shape, _ONE_ROUND):.4f}">\n{heading}'
         f"{_paragraphs(row.notes, 'notes')}"
@@ -201,19 +218,25 @@ def _row(row: Row, scale: Scale, side: int, alpha: float, cmap: str) -> str:
     )
 
 
-def _figure(tile: Tile, top: float, side: int, alpha: float, cmap: str, role: str) -> str:
+def _figure(
+    tile: Tile, top: float, side: int, alpha: float, cmap: str, role: str, compact: bool
+) -> str:
     size = fitted(tile, side, side)
     what = _text(tile.caption or role)
     plain = _img(plain_picture(tile, size), f"{role}: {what}", "plain")
     drawn = _img(mapped_picture(tile, size, top, alpha, cmap), f"map over {role} {what}", "map")
     inside = plain + drawn or "<span>picture not found</span>"
     focus = ' tabindex="0"' if plain and drawn else ""
+    # Two objects side by side are shown as large as one beside them.
+    wide = compact and role == "query" and size[0] > 1.5 * size[1]
+    shape = f' style="--shape:{size[0] / size[1]:.4f}"' if wide else ""
+    kind = f"{role} wide" if wide else role
     badge = '<span class="badge">Query</span>' if role == "query" else ""
     short = shorten_middle(tile.caption, lambda text: len(text) <= _CAPTION)
     lines = [f'<b title="{what}">{_breakable(short)}</b>'] if tile.caption else []
     lines += [f"<span>{_breakable(text)}</span>" for text in tile.subcaption.split("\n") if text]
     return (
-        f'<figure class="{role}"><div class="frame"{focus}>{inside}{badge}</div>\n'
+        f'<figure class="{kind}"{shape}><div class="frame"{focus}>{inside}{badge}</div>\n'
         f"<figcaption>{''.join(lines)}</figcaption></figure>\n"
     )
 
@@ -272,6 +295,12 @@ section { border-top: 1px solid var(--line); margin-top: 2rem; padding-top: 1.5r
 .tiles { display: grid; gap: 1.25rem 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(11.5rem, 44%), 1fr)); }
 figure { margin: 0; min-width: 0; }
+.wide { grid-column: span 2; }
+.compact { display: grid; gap: 0 2.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); }
+.compact .tiles { gap: .75rem; grid-template-columns: repeat(4, 1fr); }
+.compact h2 { font-size: 1rem; }
+@media (max-width: 34rem) { .compact .tiles { grid-template-columns: repeat(2, 1fr); } }
 .frame { position: relative; display: grid; aspect-ratio: var(--shape); overflow: hidden;
   border-radius: .5rem; background: var(--mat); place-items: center; color: var(--quiet);
   font-size: .875rem; }
@@ -289,7 +318,8 @@ figcaption span { display: block; color: var(--quiet); overflow-wrap: anywhere;
   font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; margin: 1.75rem 0 .5rem; }
 table { border-collapse: collapse; font-size: .9375rem; }
-caption { text-align: left; font-weight: 600; padding-bottom: .6rem; }
+table { min-width: min(100%, 30rem); }
+caption { text-align: left; font-weight: 600; padding-bottom: .6rem; text-wrap: balance; }
 th, td { text-align: left; padding: .45rem 1.5rem .45rem 0; border-bottom: 1px solid var(--line);
   vertical-align: baseline; }
 th { color: var(--quiet); font-weight: 500; font-size: .8125rem; }

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toys
 from photo_samples import CROP, SQUASH, Flat, build, network_of, picture, write_photos
 from PIL import Image
 
@@ -160,14 +161,16 @@ def test_localisation_and_its_controls_literally(
             line = (folder / "boxes.csv").read_text().splitlines()[1 + place].split(",")
             x0, y0, x1, y1 = np.array(line[1:5], float) * [32 / 48, 32 / 40, 32 / 48, 32 / 40]
 
-            def energy(drawn: np.ndarray, box: Any = (x0, y0, x1, y1)) -> float:
+            def energy(
+                drawn: np.ndarray, box: Any = (x0, y0, x1, y1), area: float = row["area"]
+            ) -> float:
                 share = 0.0
                 for y in range(32):
                     for x in range(32):
                         across = max(0, min(x + 1, box[2]) - max(x, box[0]))
                         share += drawn[y, x] * across * max(0, min(y + 1, box[3]) - max(y, box[1]))
                 # A map without energy scores chance.
-                return share / drawn.sum() if drawn.any() else row["area"]
+                return share / drawn.sum() if drawn.any() else area
 
             assert row["energy"] == pytest.approx(energy(one.map), rel=1e-4)
             assert row["area"] == pytest.approx((x1 - x0) * (y1 - y0) / 1024)
@@ -289,7 +292,7 @@ def test_the_shuffled_network_keeps_numbers_and_leaves_the_original_alone(
     before = {k: v.clone() for k, v in network.module.state_dict().items()}
     image = torch.from_numpy(network.probe_images(1))
     here = network.forward(image).embedding
-    other = ShuffledNetwork(network, 0)
+    other = ShuffledNetwork(network, 0, network.probe_images(2))
     assert other.count == 2  # a convolution and a linear layer
     assert other.stages[-1] == 2
     other.shuffle(2)
@@ -303,6 +306,25 @@ def test_the_shuffled_network_keeps_numbers_and_leaves_the_original_alone(
     assert not torch.equal(head.linear.weight, before["linear.weight"])
     other.shuffle(0)
     torch.testing.assert_close(other.network.forward(image).embedding, here)
+
+
+def test_batch_norms_of_the_shuffled_network_are_measured_anew() -> None:
+    network = EmbeddingNetwork(toys.toy(), "relu")
+    images = toys.images(4).numpy()
+    other = ShuffledNetwork(network, 0, images)
+    norm = other.network.module.norm
+    before = norm.running_mean.clone()
+    for modules in (other.count, 0, other.count):
+        other.shuffle(modules)
+        if modules:
+            seen = other.network.module.conv(torch.from_numpy(images)).transpose(0, 1).flatten(1)
+            torch.testing.assert_close(norm.running_mean, seen.mean(1))
+            torch.testing.assert_close(norm.running_var, seen.var(1))
+        else:
+            torch.testing.assert_close(norm.running_mean, before)
+        assert not norm.training
+        assert norm.momentum == 0.1
+    assert not network.module.norm.training
 
 
 def test_without_controls_nothing_is_compared(folder: Path, network: EmbeddingNetwork) -> None:

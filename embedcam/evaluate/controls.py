@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import EmbedcamError
 from ..network import EmbeddingNetwork
@@ -70,19 +71,23 @@ def wrong_rows(
 class ShuffledNetwork:
     """A copy of a network whose parameters are shuffled from the head down, step by step.
 
-    Each parameter's own numbers are put in another order: their scale, on which a deep network
-    depends to compute anything at all, stays. `stages` names how many of the modules with
-    parameters, counted from the output, are shuffled at each step; the last shuffles all.
+    Each parameter's own numbers are put in another order, so that their scale stays. What batch
+    norms know of their inputs is measured anew on some images: with the old statistics a deep
+    network computes nearly the same for every image, and a control that draws nothing is easily
+    beaten. `stages` names how many of the modules with parameters, counted from the output, are
+    shuffled at each step; the last shuffles all.
 
     Args:
         network: to be copied; it stays as it is.
         seed: of the shuffling.
+        images: inputs `[n C H W]` to measure batch norms' statistics on; of fewer than two the
+            statistics stay.
 
     Raises:
         EmbedcamError: it was given as two functions, or its module cannot be copied.
     """
 
-    def __init__(self, network: EmbeddingNetwork, seed: int) -> None:
+    def __init__(self, network: EmbeddingNetwork, seed: int, images: np.ndarray) -> None:
         if not network.hooked:
             raise EmbedcamError("the network was given as a trunk and a head, which are not copied")
         try:
@@ -118,6 +123,12 @@ class ShuffledNetwork:
         self._kept = [[one.detach().clone() for one in group] for group in self._groups]
         drawn = torch.Generator().manual_seed(seed)
         self._other = [[_shuffled(one, drawn) for one in group] for group in self._kept]
+        self._images = torch.from_numpy(images).to(self.network.device, self.network.dtype)
+        self._norms: list[Any] = [
+            part for part in module.modules()
+            if isinstance(part, _BatchNorm) and part.running_mean is not None
+        ]  # fmt: skip
+        self._statistics = {0: self._read_statistics()}
 
     def shuffle(self, modules: int) -> None:
         """Shuffle the first so many modules, counted from the output; the others are as they were.
@@ -130,6 +141,32 @@ class ShuffledNetwork:
                 values = self._other[place] if place < modules else self._kept[place]
                 for parameter, value in zip(group, values, strict=True):
                     parameter.copy_(value)
+            if modules not in self._statistics:
+                self._statistics[modules] = self._measure_statistics()
+            for norm, (mean, var) in zip(self._norms, self._statistics[modules], strict=True):
+                norm.running_mean.copy_(mean)
+                norm.running_var.copy_(var)
+
+    def _read_statistics(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(norm.running_mean.clone(), norm.running_var.clone()) for norm in self._norms]
+
+    def _measure_statistics(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of the images, through the parameters as they are now."""
+        if not self._norms or len(self._images) < 2:
+            return self._statistics[0]
+        momenta = [norm.momentum for norm in self._norms]
+        try:
+            for norm in self._norms:
+                norm.train()
+                norm.momentum = 1.0
+            self.network.module(self._images)
+        except (RuntimeError, ValueError):
+            return self._statistics[0]
+        finally:
+            for norm, momentum in zip(self._norms, momenta, strict=True):
+                norm.eval()
+                norm.momentum = momentum
+        return self._read_statistics()
 
     def see(self, mapper: Mapper, inputs: Any) -> Seen | None:
         """A forward pass as it is shuffled now; None where nothing finite comes out."""

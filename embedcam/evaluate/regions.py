@@ -350,5 +350,6 @@ def _seen(mask: Image.Image, extent: Extent, grid: tuple[int, int]) -> np.ndarra
         padded.paste(mask, (left, top))
         mask = padded
     box = (x0 + left, y0 + top, x1 + left, y1 + top)
-    small = mask.resize((grid[1], grid[0]), Image.Resampling.BOX, box=box)
+    # In floating point: a byte holds no half.
+    small = mask.convert("F").resize((grid[1], grid[0]), Image.Resampling.BOX, box=box)
     return np.asarray(small, np.float64) / 255

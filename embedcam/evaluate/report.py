@@ -182,6 +182,8 @@ def _beside(summary: Mapping[str, Any]) -> Table | None:
     return Table(
         ["measure", "better", "transferred [95%]", *ways], rows,
         f"Beside controls that know nothing, {summary['sample']} images",
+        "On pictures of one object mean activation, which shows what is salient, is hard to beat: "
+        "what is salient is mostly what matched. Two objects tell them apart. "
         "* the method does not beat this control: the 95% interval of the paired difference "
         "reaches 0 or lies on the wrong side.",
     )  # fmt: skip

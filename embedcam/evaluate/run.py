@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import EmbedcamError, InputError
+from ..explanation import may_follow
 from ..images import Batch, ImageSource, Item, load_batches
 from ..index import Index
 from ..methods.subject import inputs_a_pass
@@ -36,6 +37,9 @@ from .queries import OwnPositions, chosen
 from .regions import Region, Regions, of_boxes, of_masks
 from .scenes import NoScenesError, Scenes
 from .settings import KS, METHOD, Clock, Settings
+
+CALIBRATED = 16
+"""Images that a shuffled network's batch norms are measured on."""
 
 
 def evaluate_index(
@@ -251,7 +255,7 @@ class _Job:
         sample = read[chosen(len(read), settings.faithfulness, settings.seed)]
         if localise and not faithful:
             sample = np.array([place for place in sample if self.regions.has(int(place))])
-        shuffled = self._shuffled() if settings.controls else None
+        shuffled = self._shuffled(sample) if settings.controls else None
         asking = Faithfulness(self.mapper.network, self.gallery, settings, self.clock)
         correlations: dict[int, list[float]] = {}
         with self._bar(len(sample), "controls" if settings.controls else "faithfulness") as tick:
@@ -326,9 +330,10 @@ class _Job:
             self._note("the index holds too few images for a control with wrong images' weights")
         return maps
 
-    def _shuffled(self) -> ShuffledNetwork | None:
+    def _shuffled(self, sample: np.ndarray) -> ShuffledNetwork | None:
+        some = next(self._batches(sample[:CALIBRATED], None, CALIBRATED))
         try:
-            return ShuffledNetwork(self.mapper.network, self.settings.seed)
+            return ShuffledNetwork(self.mapper.network, self.settings.seed, some.images)
         except EmbedcamError as error:
             self._note(f"no network of shuffled parameters as a control: {error}")
             return None
@@ -404,17 +409,18 @@ class _Job:
             return _Part(self.source, some), np.array([self.held[place] for place in some])
         root = (self.index.manifest["images"] or {}).get("root")
         rows = self.gallery.positions[chosen(len(self.gallery), wanted, seed)]
+        if root is None:
+            return None, rows[:0]
         listed = zip(self.index.ids[rows], self.index.paths[rows], rows.tolist(), strict=True)
-        # What an index names is read only below the folder it was built from.
-        below = [
+        there = [
             (Item(name, path), row)
             for name, path, row in listed
-            if path and not Path(path).is_absolute() and ".." not in Path(path).parts
+            if path and may_follow(str(Path(root) / path), Path(root), False)
         ]
-        if root is None or not any((Path(root) / item.path).is_file() for item, _ in below):
-            return None, np.empty(0, np.int64)
-        source = ImageSource([item for item, _ in below], Path(root))
-        return source, np.array([row for _, row in below])
+        if not any((Path(root) / item.path).is_file() for item, _ in there):
+            return None, rows[:0]
+        source = ImageSource([item for item, _ in there], Path(root))
+        return source, np.array([row for _, row in there])
 
     # ---------------------------------------------------------------- what is said
 
@@ -502,13 +508,18 @@ class _Job:
 
     # ---------------------------------------------------------------- reading
 
-    def _batches(self, positions: np.ndarray, tick: Callable[[int], Any] | None) -> Iterator[Batch]:
+    def _batches(
+        self,
+        positions: np.ndarray,
+        tick: Callable[[int], Any] | None,
+        batch_size: int | None = None,
+    ) -> Iterator[Batch]:
         """Images that can be read, a batch at a time."""
         loaded = load_batches(
             self.source,
             positions,
             self.preprocess,
-            self.batch_size,
+            batch_size or self.batch_size,
             workers=self.workers,
             on_error=self.on_unreadable,
         )

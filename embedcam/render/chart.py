@@ -92,10 +92,11 @@ def ticks(low: float, high: float) -> list[float]:
         margin = max(abs(low), 1e-9) / 2
         low, high = low - margin, high + margin
     rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
+    digits = -math.floor(math.log10(rough))
+    power = 10.0**-digits
     step = next(power * one for one in (1, 2, 5, 10) if power * one >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    return [round(number * step, digits) for number in range(first, last + 1)]
 
 
 def _kind(place: int) -> str:

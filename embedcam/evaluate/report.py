@@ -54,15 +54,20 @@ def intro(summary: Mapping[str, Any]) -> str:
     """What was measured, in two sentences."""
     images, settings = summary["images"], summary["settings"]
     text = (
-        f"{images['measured']:,} query images against an index of {summary['indexed_images']:,} "
+        f"{images['measured']:,} of {_images(images['given'])} against an index of "
+        f"{summary['indexed_images']:,} "
         f"({summary['index']}); each map is drawn with weights transferred from "
         f"{settings['n_neighbors']} neighbours."
     )
     if images["indexed"]:
         text += f" The index holds {images['indexed']:,} of them, which never explain themselves."
     if images["skipped"]:
-        text += f" {len(images['skipped'])} images could not be read."
+        text += f" {_images(len(images['skipped']))} could not be read."
     return text
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image" + ("" if count == 1 else "s")
 
 
 def charts(summary: Mapping[str, Any]) -> list[Chart]:

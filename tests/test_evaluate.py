@@ -245,6 +245,42 @@ def _other(found: Evaluation, row: dict[str, Any]) -> float:
     return float(share)
 
 
+def test_boxes_of_several_labels_literally(
+    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+) -> None:
+    (tmp_path / "both").mkdir()
+    lines = ["path,x0,y0,x1,y1,label"]
+    for number in range(3):
+        both = Image.new("RGB", (96, 40))
+        for side in (0, 1):
+            both.paste(picture((number + side) % 3, 80 + number), (48 * side, 0))
+            edges = f"{48 * side},0,{48 * side + 48},40"
+            lines.append(f"{number}.png,{edges},{(number + side) % 3}")
+        both.save(tmp_path / "both" / f"{number}.png")
+    (tmp_path / "both/boxes.csv").write_text("\n".join([*lines, "0.png,0,0,9,9,stranger"]))
+    source = find_images(tmp_path / "both")
+    told = evaluate_index(
+        folder / "index", source, network, boxes=tmp_path / "both/boxes.csv",
+        progress=False, workers=0, **{**QUICK, "measures": ("objects",)},
+    )  # fmt: skip
+    asked = [(row["first"], row["label"]) for row in told.scenes]
+    assert asked == [(0, "0"), (0, "1"), (1, "1"), (1, "2"), (2, "2"), (2, "0")]
+    explainer = Explainer(folder / "index", network)
+    for place, row in enumerate(told.scenes):
+        drawn = explainer.explain(source.name(row["first"]), neighbors=[row["result"]]).cam
+        left, right = drawn[:, :16].sum(), drawn[:, 16:].sum()
+        if row["first"] == 0:  # what the stranger's box covers is nobody's alone
+            hidden = sum(
+                drawn[y, x] * min(1, 3 - x) * min(1, 7.2 - y) for y in range(8) for x in range(3)
+            )
+            left -= hidden
+        share = (left, right)[place % 2] / (left + right) if left + right > 0 else None
+        if share is not None:
+            assert row["share"] == pytest.approx(share, abs=1e-4)
+    assert told.summary["objects"]["boxes of several labels"]["questions"] == 6
+    assert [row.title for row in told.examples] == ["Two objects, best", "Two objects, worst"]
+
+
 # --- the images of the index itself --------------------------------------------------------------
 
 
@@ -333,6 +369,7 @@ def test_without_controls_nothing_is_compared(folder: Path, network: EmbeddingNe
     assert told["flags"] == []
     assert list(told["curves"]) == ["transferred"]
     assert told["faithfulness"]["rank_drop"]["n"] == 3
+    assert told["sanity"] == []
     # One wholly masked, and 3 + 3 + 3 pictures of one map, of each of three queries.
     assert told["masked_passes"] == 3 * (1 + 3 + 3 + 3)
 
@@ -469,6 +506,12 @@ def test_an_index_without_faiss(network: EmbeddingNetwork, folder: Path, tmp_pat
 
 
 # --- what comes out ------------------------------------------------------------------------------
+
+
+def test_the_cascade_ends_with_every_module(found: Evaluation) -> None:
+    stages = found.summary["sanity"]
+    assert [(one["modules"], one["of"], one["n"]) for one in stages] == [(1, 2, 3), (2, 2, 3)]
+    assert all(-1 <= one["mean"] <= 1 and 0 <= one["empty"] <= 1 for one in stages)
 
 
 def test_files(found: Evaluation, tmp_path: Path) -> None:

@@ -186,10 +186,14 @@ def test_a_method_that_does_not_beat_its_control_is_flagged() -> None:
     better = told.beside_controls(rows_of([0.9] * 8, [0.2] * 8, "energy"), ("localisation",))
     assert better["energy"]["differences"]["random weights"]["mean"] == pytest.approx(0.7)
     assert told.flags(better, "8 images") == []
+    assert told.beaten(better, "8 images") == [
+        "transferred (8 images): better than every control in energy inside"
+    ]
     worse = told.beside_controls(rows_of([0.2] * 8, [0.9] * 8, "energy"), ("localisation",))
     assert told.flags(worse, "8 images") == [
         "transferred beside random weights (8 images): worse in energy inside"
     ]
+    assert told.beaten(worse, "8 images") == []
     equal = told.beside_controls(rows_of([0.1, 0.9], [0.9, 0.1], "energy"), ("localisation",))
     assert told.flags(equal, "2 images") == [
         "transferred beside random weights (2 images): not told apart by energy inside"

@@ -38,11 +38,7 @@ def evaluate(options: argparse.Namespace) -> None:
             workers=options.workers,
             progress=False if options.quiet else None,
         )
-    summary = found.summary
-    if options.json:
-        print(json.dumps(found.to_dict(), indent=2))
-    else:
-        print("\n".join(_lines(summary, intro(summary), tables(summary))))
+    # Files first: a reader that goes away (`| head`) ends the command.
     for what, file, save in (
         ("page", options.html, found.save_html),
         ("numbers of each image", options.csv, found.save_csv),
@@ -50,6 +46,11 @@ def evaluate(options: argparse.Namespace) -> None:
         if file is not None:
             save(file)
             note(options, f"{what}: {file}")
+    summary = found.summary
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print("\n".join(_lines(summary, intro(summary), tables(summary))))
 
 
 def _settings(options: argparse.Namespace, kind: Any) -> Any:
@@ -89,6 +90,7 @@ def _lines(summary: dict[str, Any], intro: str, tables: list[Any]) -> list[str]:
     lines.append("")
     if any("*" in str(cell) for table in tables for row in table.rows for cell in row):
         lines.append("* not better than this control (95% interval of the paired difference)")
+    lines += summary["beats"]
     lines += [f"does not beat its controls: {text}" for text in summary["flags"]]
     lines += [f"note: {text}" for text in summary["notes"]]
     seconds = summary["seconds"]

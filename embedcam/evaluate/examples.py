@@ -51,11 +51,15 @@ class Examples:
         if not settings.examples:
             return []
         shown = []
-        pairs = [row for row in asked if row["second"] >= 0 and not row["empty"]]
-        for title, row in _ends(pairs, lambda row: row["share"], settings.examples):
-            made = self._attempt(self._scene, row)
-            if made is not None:
-                shown.append(replace(made, title=f"Two pictures, {title}", compact=True))
+        for what, draw, pasted in (
+            ("Two pictures", self._scene, True),
+            ("Two objects", self._boxed, False),
+        ):
+            pairs = [row for row in asked if (row["second"] >= 0) == pasted and not row["empty"]]
+            for title, row in _ends(pairs, lambda row: row["share"], settings.examples):
+                made = self._attempt(draw, row)
+                if made is not None:
+                    shown.append(replace(made, title=f"{what}, {title}", compact=True))
         score = _score(rows)
         ranked = [
             {**row, "position": place} for place, row in rows.items() if score(row) is not None
@@ -87,17 +91,8 @@ class Examples:
             words.append(f"insertion {row['insertion']:.2f}, deletion {row['deletion']:.2f}")
         if explained.empty:
             words.append("no positive evidence")
-        small = _small(picture)
-        for box in self.regions.pixels(position, picture.size):
-            _outline(small, box, small.width / picture.width, small.height / picture.height)
-        extent = self.preprocess.extent(*picture.size)
-        tile = Tile(
-            small,
-            explained.cam,
-            _scaled(extent, small.width / picture.width, small.height / picture.height),
-            row["id"],
-            "\n".join([*([row["label"]] if row["label"] else []), *words]),
-        )
+        label = [row["label"]] if row["label"] else []
+        tile = self._tile(position, picture, explained.cam, "\n".join([*label, *words]))
         _, results = explained.tiles()
         return Row(tile, [_shrunk(one) for one in results[:RESULTS]])
 
@@ -127,6 +122,26 @@ class Examples:
         )
         _, results = explained.tiles()
         return Row(tile, [_shrunk(one) for one in results[:1]])
+
+    def _boxed(self, row: dict[str, Any]) -> Row:
+        position = row["first"]
+        picture = self.source.open(position)
+        seen = self.mapper.see(self.preprocess(picture)[None])
+        result = self.gallery.index.position(row["result"])
+        explained = self.mapper.transferred(seen, [np.array([result])])[0]
+        words = f"asked for {row['label']}:\nshare {row['share']:.2f}"
+        tile = self._tile(position, picture, explained.cam, words)
+        _, results = explained.tiles()
+        return Row(tile, [_shrunk(one) for one in results[:1]])
+
+    def _tile(self, position: int, picture: Image.Image, drawn: np.ndarray, words: str) -> Tile:
+        """A query picture, small, with its map and its boxes."""
+        small = _small(picture)
+        across, down = small.width / picture.width, small.height / picture.height
+        for box in self.regions.pixels(position, picture.size):
+            _outline(small, box, across, down)
+        extent = _scaled(self.preprocess.extent(*picture.size), across, down)
+        return Tile(small, drawn, extent, self.source.items[position].id, words)
 
 
 def _score(rows: Mapping[int, dict[str, Any]]) -> Any:

@@ -34,7 +34,10 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
 def report(evaluation: Evaluation) -> str:
     """A self-contained page: verdict, tables, curves, and the best and the worst."""
     summary = evaluation.summary
-    blocks: list[Table | Chart | Notice] = [_verdict(summary)]
+    blocks: list[Table | Chart | Notice] = []
+    if summary["flags"] and summary["beats"]:
+        blocks.append(Notice("Beats every control", summary["beats"], good=True))
+    blocks.append(_verdict(summary))
     if summary["notes"]:
         blocks.append(Notice("Left out, or worth knowing", summary["notes"], good=True))
     shown = tables(summary)
@@ -102,7 +105,7 @@ def _verdict(summary: Mapping[str, Any]) -> Notice:
         entry["controls"] for entry in summary["objects"].values()
     )
     if flags:
-        return Notice("Does not beat its controls everywhere", flags)
+        return Notice("Does not beat every control", flags)
     if compared:
         return Notice("Beats every control on every measure", good=True)
     return Notice("Nothing was held against a control, so these figures prove little")
@@ -219,12 +222,14 @@ def _faithfulness(summary: Mapping[str, Any]) -> Table | None:
 def _sanity(found: Sequence[Mapping[str, Any]]) -> Table | None:
     if not found:
         return None
-    rows = [[f"{one['modules']} of {one['of']}", _interval(one)] for one in found]
+    rows = [
+        [f"{one['modules']} of {one['of']}", _interval(one), f"{one['empty']:.0%}"] for one in found
+    ]
     return Table(
-        ["shuffled from the output down", "rank correlation of the maps [95%]"], rows,
+        ["shuffled from the output down", "rank correlation of the maps [95%]", "empty maps"], rows,
         "Sanity: the network's parameters shuffled, module after module",
         "A map that hardly changes where the network no longer works does not show what the "
-        "network does.",
+        "network does. An empty map says that nothing speaks for the results.",
     )  # fmt: skip
 
 

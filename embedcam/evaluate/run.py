@@ -257,7 +257,7 @@ class _Job:
             sample = np.array([place for place in sample if self.regions.has(int(place))])
         shuffled = self._shuffled(sample) if settings.controls else None
         asking = Faithfulness(self.mapper.network, self.gallery, settings, self.clock)
-        correlations: dict[int, list[float]] = {}
+        correlations: dict[int, list[tuple[float, bool]]] = {}
         with self._bar(len(sample), "controls" if settings.controls else "faithfulness") as tick:
             for batch in self._batches(sample, None):
                 seen = self.mapper.see(batch.images)
@@ -298,7 +298,8 @@ class _Job:
                 {
                     "modules": stage,
                     "of": shuffled.count,
-                    **told.mean_of(np.array(values)),
+                    **told.mean_of(np.array([alike for alike, _ in values])),
+                    "empty": sum(empty for _, empty in values) / len(values),
                 }
                 for stage, values in sorted(correlations.items())
                 if values
@@ -345,7 +346,7 @@ class _Job:
         seen: Seen,
         near: list[np.ndarray],
         own: np.ndarray,
-        correlations: dict[int, list[float]],
+        correlations: dict[int, list[tuple[float, bool]]],
     ) -> np.ndarray | None:
         """Maps `[b H W]` of the wholly shuffled network; how alike each stage's are is noted."""
         here = self._maps(seen.small(), near)
@@ -362,7 +363,8 @@ class _Job:
             there = self._maps(other.small(), found)
             with self.clock("metrics"):
                 alike = rank_correlations(here, there)
-            correlations.setdefault(stage, []).extend(alike.tolist())
+            empty = [not drawn.any() for drawn in there]
+            correlations.setdefault(stage, []).extend(zip(alike.tolist(), empty, strict=True))
             if stage == shuffled.stages[-1]:
                 last = self._maps(other, found)
         return last
@@ -442,9 +444,8 @@ class _Job:
             for name, some in (("pasted pairs", pasted), ("boxes of several labels", boxed))
             if some
         }
-        flags = told.flags(controls, f"{compared['sample']} images")
-        for name, entry in objects.items():
-            flags += told.flags(entry["controls"], name)
+        held = [(controls, f"{compared['sample']} images")]
+        held += [(entry["controls"], name) for name, entry in objects.items()]
         self._count_notes(rows, compared)
         return {
             "index": str(self.index.path),
@@ -459,7 +460,8 @@ class _Job:
             },
             "indexed_images": len(self.gallery),
             "settings": self.settings.to_dict(),
-            "flags": flags,
+            "flags": [text for one, what in held for text in told.flags(one, what)],
+            "beats": [text for one, what in held for text in told.beaten(one, what)],
             "notes": self.notes,
             "retrieval": told.retrieval(rows),
             "localisation": told.measured(rows, "localisation"),

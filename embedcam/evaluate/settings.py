@@ -34,11 +34,11 @@ MEASURES: Final = {
         "pointing game", "localisation", 1, "area", "the map's largest value is on the object"
     ),
     "iou": Measure(
-        "IoU from a fifth", "localisation", 1, "area",
-        "overlap of the object and what is at least a fifth of the largest value",
+        "IoU", "localisation", 1, "area",
+        "overlap of the object and the pixels from the threshold up",
     ),
     "best_iou": Measure(
-        "IoU, best threshold", "localisation", 1, "",
+        "best IoU", "localisation", 1, "",
         "the same at each image's best threshold: an upper bound",
     ),
     "found": Measure(

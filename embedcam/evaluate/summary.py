@@ -108,6 +108,16 @@ def flags(compared: Mapping[str, Any], what: str) -> list[str]:
     return said
 
 
+def beaten(compared: Mapping[str, Any], what: str) -> list[str]:
+    """A sentence that names the measures in which the method beats every control; or none."""
+    names = [
+        MEASURES[name].title
+        for name, entry in compared.items()
+        if entry["differences"] and all(one["beats"] for one in entry["differences"].values())
+    ]
+    return [f"{METHOD} ({what}): better than every control in {_and(names)}"] if names else []
+
+
 def _and(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 

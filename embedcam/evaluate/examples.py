@@ -117,8 +117,8 @@ class Examples:
             scene,
             explained.cam,
             None,
-            " | ".join(labels),
-            f"share {row['share']:.2f} on the {side},\nwhere {row['label']} is",
+            f"asked for {row['label']}",
+            f"share {row['share']:.2f}, on the {side};\nbeside it {labels[1 - row['side']]}",
         )
         _, results = explained.tiles()
         return Row(tile, [_shrunk(one) for one in results[:1]])
@@ -141,7 +141,7 @@ class Examples:
         for box in self.regions.pixels(position, picture.size):
             _outline(small, box, across, down)
         extent = _scaled(self.preprocess.extent(*picture.size), across, down)
-        return Tile(small, drawn, extent, self.source.items[position].id, words)
+        return Tile(small, drawn, extent, self.source.items[position].id.rpartition("/")[2], words)
 
 
 def _score(rows: Mapping[int, dict[str, Any]]) -> Any:

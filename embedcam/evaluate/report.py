@@ -187,11 +187,17 @@ def _beside(summary: Mapping[str, Any]) -> Table | None:
         ]
         for name, one in compared.items()
     ]
+    empty = summary["empty_in_controls"]
+    rows.append(
+        ["empty maps", "–", *(f"{empty[way]:.3f}" if way in empty else "–"
+                              for way in (METHOD, *ways))]
+    )  # fmt: skip
     return Table(
         ["measure", "better", "transferred [95%]", *ways], rows,
         f"Beside controls that know nothing, {summary['sample']} images",
         "On pictures of one object mean activation, which shows what is salient, is hard to beat: "
-        "what is salient is mostly what matched. Two objects tell them apart. "
+        "what is salient is mostly what matched. Two objects tell them apart. An empty map scores "
+        "chance where it should mark a place, and removes pixels row by row. "
         "* the method does not beat this control: the 95% interval of the paired difference "
         "reaches 0 or lies on the wrong side.",
     )  # fmt: skip

@@ -275,6 +275,8 @@ class _Job:
                     controls = {way: drawn for way, drawn in maps.items() if way != METHOD}
                     self._localise(batch, placed, controls)
                 for place, position in enumerate(batch.positions.tolist()):
+                    for way, drawn in controls.items():
+                        self.rows[position][f"{way}: empty"] = not drawn[place].any()
                     if faithful:
                         asked = Asked(
                             batch.images[place],
@@ -469,6 +471,7 @@ class _Job:
             "sample": compared["sample"],
             "masked_passes": compared["passes"],
             "controls": controls,
+            "empty_in_controls": told.empties(rows),
             "curves": compared["curves"],
             "objects": objects,
             "fidelity": found,

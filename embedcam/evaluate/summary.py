@@ -79,6 +79,19 @@ def beside_controls(rows: Rows, groups: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def empties(rows: Rows) -> dict[str, float]:
+    """The share of each way's maps that are empty, on the images with controls."""
+    sample = [row for row in rows if any(f"{way}: empty" in row for way in CONTROLS)]
+    if not sample:
+        return {}
+    found = {METHOD: float(column(sample, "empty").mean())}
+    for way in CONTROLS:
+        values = column(sample, f"{way}: empty")
+        if len(values):
+            found[way] = float(values.mean())
+    return found
+
+
 def _has_control(row: Mapping[str, Any], name: str) -> bool:
     return any(row.get(f"{control}: {name}") is not None for control in CONTROLS)
 

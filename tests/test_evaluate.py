@@ -10,10 +10,18 @@ import numpy as np
 import pytest
 import torch
 import toys
-from photo_samples import CROP, SQUASH, Flat, build, network_of, picture, write_photos
+from photo_samples import CROP, SQUASH, Flat, Pooled, build, network_of, picture, write_photos
 from PIL import Image
 
-from embedcam import EmbeddingNetwork, Explainer, Index, Recipe, evaluate_index, find_images
+from embedcam import (
+    EmbeddingNetwork,
+    Explainer,
+    Index,
+    Preprocess,
+    Recipe,
+    evaluate_index,
+    find_images,
+)
 from embedcam.cam import cam, resize
 from embedcam.errors import ImageError, InputError, NetworkMismatch
 from embedcam.evaluate import Evaluation, Settings
@@ -449,6 +457,48 @@ def test_a_network_of_one_size_skips_scenes_in_words(tmp_path: Path) -> None:
     build(tmp_path / "photos", tmp_path / "index", network)
     told = run(tmp_path, network, images="photos", measures=("objects",)).summary
     assert "no scenes of two pictures: the network takes no picture of 32 x 64" in told["notes"][0]
+
+
+class Deep(Pooled):
+    """Two convolutions, for maps of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 6, 3, 2, 1)
+        self.conv = torch.nn.Conv2d(6, 8, 3, 2, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.relu(self.conv(self.first(images))))
+
+
+def test_maps_of_several_layers_tokens_and_networks_in_two_parts(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos")
+    module = toys.seeded(Deep)
+    deep = EmbeddingNetwork(module, "relu", preprocess=SQUASH)
+    parts = EmbeddingNetwork.from_parts(
+        lambda images: module.relu(module.conv(module.first(images))),
+        module.head,
+        module=module,
+        preprocess=SQUASH,
+    )
+    vit = EmbeddingNetwork(
+        toys.seeded(toys.small_vit), toys.VIT_LAYER, preprocess=Preprocess(size=(64, 64))
+    )
+    layers = Recipe(method="polycam", layers=("first", "relu"))
+    for name, network, recipe, said in (
+        ("layers", deep, layers, ""),
+        ("parts", parts, None, "given as a trunk and a head, which are not copied"),
+        ("tokens", vit, None, "the network takes no picture of 64 x 128"),
+    ):
+        build(photos, tmp_path / name, network, recipe)
+        told = evaluate_index(
+            tmp_path / name, find_images(photos), network, progress=False, workers=0, **QUICK
+        )
+        assert said in "\n".join(told.summary["notes"])
+        assert bool(told.summary["sanity"]) == (name != "parts")
+        assert bool(told.summary["objects"]) == (name != "tokens")
+        assert told.summary["faithfulness"]["insertion"]["n"] == 3
+        assert told.summary["fidelity"]["by_neighbors"][0]["n"] == 5
 
 
 def test_broken_images(folder: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:

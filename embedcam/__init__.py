@@ -29,6 +29,7 @@ _WHERE = {
     "build_from_features": "features",
     "build_index": "build",
     "cam_for": "methods",
+    "evaluate_index": "evaluate",
     "find_images": "images",
     "from_dataset": "images",
     "load_network": "models",
@@ -56,6 +57,7 @@ __all__ = [
     "build_from_features",
     "build_index",
     "cam_for",
+    "evaluate_index",
     "find_images",
     "from_dataset",
     "load_network",
@@ -64,6 +66,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .build import BuildReport, add_images, build_index
     from .errors import EmbedcamError
+    from .evaluate import evaluate_index
     from .explain import Explainer, Explanation
     from .fallback import DirectWeights
     from .features import build_from_features

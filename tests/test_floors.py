@@ -16,7 +16,7 @@ FLOORS = {
     5: ["explain", "fallback", "passes"],
     6: ["assembly", "prototypes"],
     7: ["build"],
-    8: ["demo", "features"],
+    8: ["demo", "evaluate", "features"],
     9: ["cli"],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}

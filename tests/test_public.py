@@ -33,6 +33,7 @@ PUBLIC = [
     "build_from_features",
     "build_index",
     "cam_for",
+    "evaluate_index",
     "find_images",
     "from_dataset",
     "load_network",

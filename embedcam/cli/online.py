@@ -127,7 +127,7 @@ def plan_pictures(output: str | None, queries: Sequence[str]) -> list[Path | Non
         planned = [where / name for name in picture_names(queries)]
     else:
         check_picture_name(where)
-        _check_folder(where)
+        check_folder(where)
         planned = [where]
     for picture in planned:
         _refuse_query(picture, queries)
@@ -161,11 +161,12 @@ def _check_page(page: str | None, queries: Sequence[str]) -> None:
         return
     if Path(page).is_dir():
         raise InputError(f"--html {page} is a folder; give a file, such as {Path(page)}/why.html")
-    _check_folder(Path(page))
+    check_folder(Path(page))
     _refuse_query(Path(page), queries)
 
 
-def _check_folder(file: Path) -> None:
+def check_folder(file: Path) -> None:
+    """Refuse a file in a folder that is not there."""
     if not file.parent.is_dir():
         raise InputError(f"{file}: there is no folder {file.parent}; make it first")
 

@@ -70,6 +70,16 @@ examples:
 The network is loaded as it was for the build; where its files have moved, say so with --weights
 and --head. Pictures are written for queries where -o or --html asks for them.
 """
+EVALUATE = """\
+examples:
+  embedcam evaluate my.index --images queries/ --html report.html
+  embedcam evaluate my.index --images queries/ --boxes boxes.csv --csv numbers.csv
+  embedcam evaluate my.index --images queries/ --masks masks/ --limit 500 --faithfulness 20
+  embedcam evaluate my.index --images list.csv --measures retrieval,objects --json
+
+boxes.csv has the columns path,x0,y0,x1,y1[,label][,width,height], a line a box; masks are named as
+the images are, white on the object. An image that the index holds is explained by others only.
+"""
 INFO = """\
 examples:
   embedcam info my.index
@@ -92,6 +102,7 @@ COMMANDS = {
     "compact": "offline.compact",
     "compress": "offline.compress",
     "explain": "online.explain",
+    "evaluate": "evaluation.evaluate",
     "info": "report.info",
     "verify": "report.verify",
     "demo": "offline.demo",
@@ -163,6 +174,11 @@ def parser() -> argparse.ArgumentParser:
         _command(commands, "compress", "INDEX OUTPUT", COMPRESS, "merge an index into prototypes")
     )
     _explain(_command(commands, "explain", "INDEX IMAGE ...", EXPLAIN, "explain query images"))
+    _evaluate(
+        _command(
+            commands, "evaluate", "INDEX --images IMAGES", EVALUATE, "measure how good the maps are"
+        )
+    )
     _index(_command(commands, "info", "INDEX", INFO, "say what an index holds"))
     _index(_command(commands, "verify", "INDEX", VERIFY, "check every promise of an index"))
     one = _command(commands, "demo", "[FOLDER]", DEMO, "the main job on handwritten digits")
@@ -409,6 +425,85 @@ def _explain(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
     _network(one)
+
+
+def _evaluate(one: argparse.ArgumentParser) -> None:
+    _index(one)
+    one.add_argument(
+        "--images", metavar="IMAGES", type=_path, required=True, help="query images: folder or CSV"
+    )
+    one.add_argument("--labels", choices=("auto", "folders", "none"), help="where labels are")
+    one.add_argument("--boxes", metavar="CSV", type=_path, help="where the objects are")
+    one.add_argument("--masks", metavar="FOLDER", type=_path, help="the same, as masks")
+    one.add_argument("--html", metavar="FILE", type=_path, help="one self-contained page")
+    one.add_argument("--csv", metavar="FILE", type=_path, help="the numbers of each image")
+    group = one.add_argument_group("what is measured")
+    group.add_argument(
+        "--measures",
+        metavar="NAMES",
+        type=_names,
+        help="of retrieval, localisation, faithfulness, objects, fidelity, sanity (default all)",
+    )
+    group.add_argument(
+        "--no-controls", action="store_true", help="leave out what the maps are held against"
+    )
+    group.add_argument("--limit", type=_positive, metavar="N", help="images queried, a sample")
+    group.add_argument(
+        "--faithfulness",
+        type=_whole,
+        metavar="N",
+        help="images whose pixels are removed and whose controls are drawn (default 50)",
+    )
+    group.add_argument(
+        "--scenes", type=_whole, metavar="N", help="pairs of pictures, side by side (default 100)"
+    )
+    group.add_argument(
+        "--fidelity",
+        type=_whole,
+        metavar="N",
+        help="indexed images whose own weights are compared with transferred ones (default 100)",
+    )
+    group.add_argument(
+        "-n", "--n-neighbors", type=_positive, metavar="N", help="neighbours a map (default 5)"
+    )
+    group.add_argument(
+        "--transfer", choices=("mean", "distance"), help="how neighbours count (default mean)"
+    )
+    group.add_argument(
+        "--steps", type=_positive, metavar="N", help="of deletion and insertion (default 20)"
+    )
+    group.add_argument(
+        "--removed",
+        type=_amount,
+        metavar="SHARE",
+        help="of the pixels, for the rank drop (default 0.2)",
+    )
+    group.add_argument(
+        "--threshold",
+        type=_amount,
+        metavar="SHARE",
+        help="of a map's largest value, for IoU and boxes (default 0.2)",
+    )
+    group.add_argument(
+        "--fill",
+        choices=("mean", "black", "blur"),
+        help="in place of removed pixels (default mean)",
+    )
+    group.add_argument(
+        "--examples", type=_whole, metavar="N", help="best and worst on the page (default 3 each)"
+    )
+    group.add_argument("--seed", type=_whole, metavar="N", help="of every sample (default 0)")
+    _network(one)
+    group = one.add_argument_group("work")
+    group.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="images a pass (default 8 on a CPU)"
+    )
+    group.add_argument("--workers", type=_whole, metavar="N", help="threads that decode images")
+    group.add_argument(
+        "--on-unreadable",
+        choices=("fail", "skip"),
+        help="what to do with a broken image (default fail)",
+    )
 
 
 def _method_options(group: Any) -> None:

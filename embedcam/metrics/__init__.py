@@ -38,7 +38,7 @@ from .localisation import (
     localisation_accuracy,
     pointing_hit,
 )
-from .retrieval import map_at_r, recall_at_k, recalls_at
+from .retrieval import map_at_r, precision_at_r, recall_at_k, recalls_at
 
 __all__ = [
     "PairedDifference",
@@ -62,6 +62,7 @@ __all__ = [
     "noisy_linear_imputation",
     "paired_difference",
     "pointing_hit",
+    "precision_at_r",
     "rank_correlations",
     "rank_drop",
     "rank_of",

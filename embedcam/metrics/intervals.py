@@ -10,6 +10,9 @@ from embedcam.errors import InputError
 
 from .checks import finite, same_shape, whole
 
+BLOCK = 2**20
+"""Resampled values held at once: 16 MB with their positions."""
+
 
 class PairedDifference(NamedTuple):
     """How two ways fare on the same images."""
@@ -35,7 +38,7 @@ def bootstrap_interval(
 
     Args:
         values: `[N]`, one figure an image or scene.
-        statistic: called with `axis=1` on `[draws N]`.
+        statistic: called with `axis=1` on some of the draws at a time, `[d N]`.
         level: coverage, in (0, 1).
         draws: resamples, 1 or more.
         seed: of the resampling.
@@ -50,8 +53,14 @@ def bootstrap_interval(
     if not 0 < level < 1:
         raise InputError(f"level = {level}; it must lie between 0 and 1: 0.95 for 95%")
     generator = np.random.default_rng(seed)
-    picks = generator.integers(0, len(values), (whole(draws, "draws", 1), len(values)))
-    low, high = np.quantile(statistic(values[picks], axis=1), [(1 - level) / 2, (1 + level) / 2])
+    count, step = whole(draws, "draws", 1), max(1, BLOCK // len(values))
+    # The numbers drawn are the same however they are cut.
+    resampled = [
+        statistic(values[generator.integers(0, len(values), (rows, len(values)))], axis=1)
+        for start in range(0, count, step)
+        for rows in [min(step, count - start)]
+    ]
+    low, high = np.quantile(np.concatenate(resampled), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

@@ -114,17 +114,44 @@ def map_at_r(
     search = _Search(embeddings, labels, gallery, gallery_labels)
     scores: list[float] = []
     for distances, alike in search.blocks():
-        scores += [
-            _precision_at_r(row, own)
-            for row, own in zip(distances, alike, strict=True)
-            if own.any()
-        ]
+        scores += precision_at_r(distances, alike)[alike.any(1)].tolist()
     if not scores:
         raise InputError(
             f"none of {search.queries} images has another of its label, and mAP@R has nothing to "
             "average; check that the labels are classes, not ids"
         )
     return float(np.mean(scores))
+
+
+def precision_at_r(distances: ArrayLike, alike: ArrayLike) -> np.ndarray:
+    """Average precision at R of single queries, whose mean is `map_at_r`.
+
+    For callers that search block by block, or leave images out of their own way.
+
+    Args:
+        distances: `[B N]`, smaller is nearer; infinite for what takes no part.
+        alike: `[B N]` booleans, which of the N are of the query's label.
+
+    Returns:
+        `[B]` float64 in [0, 1], 0 for a query without any alike.
+
+    Raises:
+        InputError: shapes that differ, or a NaN.
+    """
+    rows, own = np.asarray(distances, np.float64), np.asarray(alike)
+    if rows.ndim != 2 or rows.shape != own.shape or own.dtype != bool:
+        raise InputError(
+            f"distances {list(rows.shape)} and alike {list(own.shape)} of type {own.dtype}; give "
+            "both as [B N], alike as booleans"
+        )
+    if np.isnan(rows).any():
+        raise InputError("a distance is NaN; look at what computed it")
+    return np.array(
+        [
+            _precision_at_r(row, mine) if mine.any() else 0.0
+            for row, mine in zip(rows, own, strict=True)
+        ]
+    )
 
 
 def _precision_at_r(distances: np.ndarray, alike: np.ndarray) -> float:

@@ -4,9 +4,22 @@ Pillow draws, matplotlib lends its colour maps and fonts (imported when first ne
 `overlay` is one picture, `panel` one PNG, `page` one self-contained HTML file.
 """
 
+from embedcam.render.chart import Chart
 from embedcam.render.overlay import colormap, overlay, stretch
-from embedcam.render.page import Row, Table, page
+from embedcam.render.page import Notice, Row, Table, page
 from embedcam.render.panel import panel
 from embedcam.render.tiles import Tile, top_value
 
-__all__ = ["Row", "Table", "Tile", "colormap", "overlay", "page", "panel", "stretch", "top_value"]
+__all__ = [
+    "Chart",
+    "Notice",
+    "Row",
+    "Table",
+    "Tile",
+    "colormap",
+    "overlay",
+    "page",
+    "panel",
+    "stretch",
+    "top_value",
+]

@@ -8,11 +8,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import groupby
 from typing import Final
 
 import numpy as np
 from PIL import Image
 
+from embedcam.render.chart import STYLE as CHART_STYLE
+from embedcam.render.chart import Chart, chart_svg
 from embedcam.render.overlay import ALPHA, COLORMAP, colormap
 from embedcam.render.panel import FRAME_NOTE, scale_note, shorten_middle
 from embedcam.render.tiles import (
@@ -29,17 +32,22 @@ from embedcam.render.tiles import (
 _SIDE: Final = 320
 _QUALITY: Final = 88
 _CAPTION: Final = 40  # letters of an id; its whole is in the tooltip
+_SHARED_NOTE: Final = "The results of one query share a colour scale; the query's map has its own."
 _ONE_ROUND: Final = 1.35  # taller than this, a picture is shown smaller rather than the row taller
 
 
 @dataclass
 class Row:
-    """A query, its results, and what there is to say about them."""
+    """A query, its results, and what there is to say about them.
+
+    compact: small, and side by side with the compact rows before and after it.
+    """
 
     query: Tile
     results: Sequence[Tile]
     notes: str = ""
     title: str = ""
+    compact: bool = False
 
 
 @dataclass
@@ -52,12 +60,24 @@ class Table:
     notes: str = field(default="")
 
 
+@dataclass
+class Notice:
+    """What a reader must see before the figures: a heading and a list of sentences.
+
+    good: whether it is good news.
+    """
+
+    title: str
+    lines: Sequence[str] = ()
+    good: bool = False
+
+
 def page(
     rows: Sequence[Row],
     *,
     title: str = "Explanations",
     intro: str = "",
-    tables: Sequence[Table] = (),
+    tables: Sequence[Table | Chart | Notice] = (),
     scale: Scale = "joint",
     side: int = _SIDE,
     alpha: float = ALPHA,
@@ -66,17 +86,26 @@ def page(
     """A whole HTML document, self-contained: pictures and styles are inside.
 
     intro: plain text; an empty line begins a new paragraph.
+    tables: in the order given; charts that follow one another stand side by side.
     scale: as in `panel`, for the results of each row by itself.
     side: the longest side of the pictures stored in the page, in pixels.
     """
     check_scale(scale)
     tiles = [tile for row in rows for tile in (row.query, *row.results)]
-    parts = [_paragraphs(intro, "intro"), *map(_table, tables)]
+    parts = [_paragraphs(intro, "intro"), *_blocks(tables)]
     if any(tile.cam is not None for tile in tiles):
         parts.append(_legend(any(tile.cropped for tile in tiles), alpha, cmap))
-    parts += [_row(row, scale, side, alpha, cmap) for row in rows]
+    charted = any(isinstance(block, Chart) for block in tables)
+    for compact, run in groupby(rows, lambda row: row.compact):
+        drawn = [_row(row, scale, side, alpha, cmap) for row in run]
+        if compact:
+            note = _paragraphs(_SHARED_NOTE if scale == "joint" else "", "quiet")
+            drawn = ['<div class="compact">', *drawn, "</div>", note]
+        parts += drawn
     return _DOCUMENT.format(
-        title=_text(title), style=_STYLE, body="\n".join(part for part in parts if part)
+        title=_text(title),
+        style=_STYLE + (CHART_STYLE if charted else ""),
+        body="\n".join(part for part in parts if part),
     )
 
 
@@ -92,6 +121,28 @@ def _breakable(text: str) -> str:
 def _paragraphs(text: str, kind: str) -> str:
     blocks = [" ".join(block.split()) for block in text.replace("\r", "").split("\n\n")]
     return "\n".join(f'<p class="{kind}">{_text(block)}</p>' for block in blocks if block)
+
+
+def _blocks(blocks: Sequence[Table | Chart | Notice]) -> list[str]:
+    made = []
+    for kind, run in groupby(blocks, type):
+        if kind is Chart:
+            drawn = "\n".join(chart_svg(one) for one in run if isinstance(one, Chart))
+            made.append(f'<div class="charts">{drawn}</div>')
+            continue
+        for one in run:
+            if isinstance(one, Table):
+                made.append(_table(one))
+            elif isinstance(one, Notice):
+                made.append(_notice(one))
+    return made
+
+
+def _notice(notice: Notice) -> str:
+    lines = "".join(f"<li>{_text(line)}</li>" for line in notice.lines)
+    kind = "notice good" if notice.good else "notice"
+    body = f"<ul>{lines}</ul>" if lines else ""
+    return f'<div class="{kind}"><b>{_text(notice.title)}</b>{body}</div>'
 
 
 def _table(table: Table) -> str:
@@ -117,8 +168,15 @@ def _table(table: Table) -> str:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a cell reads as a number: 12, 0.5, 83%, 0.92 (0.95), or a dash for none."""
-    words = str(value).replace("%", "").replace("(", " ").replace(")", " ").replace("±", " ")
+    """Whether a cell reads as a number: 12, 0.5, 83%, 0.92 (0.95), 0.4*, or a dash for none."""
+    words = (
+        str(value)
+        .replace("%", "")
+        .replace("*", "")
+        .replace("(", " ")
+        .replace(")", " ")
+        .replace("±", " ")
+    )
     words = words.replace("[", " ").replace("]", " ").replace(",", " ")
     try:
         return all(word in "-–—" or np.isfinite(float(word)) for word in words.split())
@@ -146,12 +204,12 @@ def _row(row: Row, scale: Scale, side: int, alpha: float, cmap: str) -> str:
     query_top, result_tops = top_values(row.query, row.results, scale)
     shape = max(size[1] / size[0] for size in (fitted(tile, side, side) for tile in tiles))
     figures = [
-        _figure(tile, top, side, alpha, cmap, "query" if i == 0 else "result")
+        _figure(tile, top, side, alpha, cmap, "query" if i == 0 else "result", row.compact)
         for i, (tile, top) in enumerate(zip(tiles, [query_top, *result_tops], strict=True))
     ]
     heading = f"<h2>{_breakable(row.title)}</h2>\n" if row.title else ""
     has_map = any(tile.cam is not None for tile in tiles)
-    note = scale_note(query_top, result_tops, scale) if has_map else ""
+    note = "" if row.compact or not has_map else scale_note(query_top, result_tops, scale)
     return (
         f'<section style="--shape:{1 / min(shape, _ONE_ROUND):.4f}">\n{heading}'
         f"{_paragraphs(row.notes, 'notes')}"
@@ -160,19 +218,25 @@ def _row(row: Row, scale: Scale, side: int, alpha: float, cmap: str) -> str:
     )
 
 
-def _figure(tile: Tile, top: float, side: int, alpha: float, cmap: str, role: str) -> str:
+def _figure(
+    tile: Tile, top: float, side: int, alpha: float, cmap: str, role: str, compact: bool
+) -> str:
     size = fitted(tile, side, side)
     what = _text(tile.caption or role)
     plain = _img(plain_picture(tile, size), f"{role}: {what}", "plain")
     drawn = _img(mapped_picture(tile, size, top, alpha, cmap), f"map over {role} {what}", "map")
     inside = plain + drawn or "<span>picture not found</span>"
     focus = ' tabindex="0"' if plain and drawn else ""
+    # Two objects side by side are shown as large as one beside them.
+    wide = compact and role == "query" and size[0] > 1.5 * size[1]
+    shape = f' style="--shape:{size[0] / size[1]:.4f}"' if wide else ""
+    kind = f"{role} wide" if wide else role
     badge = '<span class="badge">Query</span>' if role == "query" else ""
     short = shorten_middle(tile.caption, lambda text: len(text) <= _CAPTION)
     lines = [f'<b title="{what}">{_breakable(short)}</b>'] if tile.caption else []
     lines += [f"<span>{_breakable(text)}</span>" for text in tile.subcaption.split("\n") if text]
     return (
-        f'<figure class="{role}"><div class="frame"{focus}>{inside}{badge}</div>\n'
+        f'<figure class="{kind}"{shape}><div class="frame"{focus}>{inside}{badge}</div>\n'
         f"<figcaption>{''.join(lines)}</figcaption></figure>\n"
     )
 
@@ -231,6 +295,12 @@ section { border-top: 1px solid var(--line); margin-top: 2rem; padding-top: 1.5r
 .tiles { display: grid; gap: 1.25rem 1rem;
   grid-template-columns: repeat(auto-fill, minmax(min(11.5rem, 44%), 1fr)); }
 figure { margin: 0; min-width: 0; }
+.wide { grid-column: span 2; }
+.compact { display: grid; gap: 0 2.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); }
+.compact .tiles { gap: .75rem; grid-template-columns: repeat(4, 1fr); }
+.compact h2 { font-size: 1rem; }
+@media (max-width: 34rem) { .compact .tiles { grid-template-columns: repeat(2, 1fr); } }
 .frame { position: relative; display: grid; aspect-ratio: var(--shape); overflow: hidden;
   border-radius: .5rem; background: var(--mat); place-items: center; color: var(--quiet);
   font-size: .875rem; }
@@ -248,10 +318,15 @@ figcaption span { display: block; color: var(--quiet); overflow-wrap: anywhere;
   font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; margin: 1.75rem 0 .5rem; }
 table { border-collapse: collapse; font-size: .9375rem; }
-caption { text-align: left; font-weight: 600; padding-bottom: .6rem; }
+table { min-width: min(100%, 30rem); }
+caption { text-align: left; font-weight: 600; padding-bottom: .6rem; text-wrap: balance; }
 th, td { text-align: left; padding: .45rem 1.5rem .45rem 0; border-bottom: 1px solid var(--line);
   vertical-align: baseline; }
 th { color: var(--quiet); font-weight: 500; font-size: .8125rem; }
+.notice { max-width: 52rem; margin: 1.25rem 0; padding: .7rem 1rem; border-radius: .4rem;
+  background: var(--mat); border-left: 4px solid var(--accent); font-size: .9375rem; }
+.notice.good { border-left-color: #2e8b57; }
+.notice ul { margin: .35rem 0 0; padding-left: 1.1rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 @media print { main { padding: 0; } section { break-inside: avoid; } }
 """

@@ -29,6 +29,7 @@ PROTOTYPES = (50, 100, 200)
 RECIPES = {
     "all triplets, through": Recipe(target="margin"),
     "all triplets, around": Recipe(target="margin", norm="around"),
+    "discriminant, through": Recipe(target="discriminant"),
     "50 triplets, top 50, through": Recipe.paper(),
 }
 
@@ -93,7 +94,10 @@ def _of_fold(
     generator = np.random.default_rng(0)
     anchors = AnchorCotangents(recipe, f[index], codes[index], bench.mean)
     weights, _ = bench.weights(recipe, anchors.of(np.arange(len(index))), index)
-    own = query_cotangents(recipe, codes[queries], f[index], codes[index], generator)
+    if recipe.target == "discriminant":
+        own = label_cotangents(anchors, codes[queries], codes[index])
+    else:
+        own = query_cotangents(recipe, codes[queries], f[index], codes[index], generator)
     counts = np.ones(len(queries), np.int64)
     yield "direct", bench.weights(recipe, Cotangents(own, None, counts), queries)[0]
     distances = ((f[queries][:, None] - f[index]) ** 2).sum(-1)
@@ -111,6 +115,19 @@ def _of_fold(
         generator.choice(np.flatnonzero(codes[index] != code), size=1) for code in codes[queries]
     ]
     yield "a random other class", weights[np.concatenate(strange)]
+
+
+def label_cotangents(
+    anchors: AnchorCotangents, query_codes: np.ndarray, codes: np.ndarray
+) -> np.ndarray:
+    """Of queries outside the index: what the index's pictures of their label share, else 0."""
+    every = anchors.of(np.arange(len(codes))).values
+    values = np.zeros((len(query_codes), every.shape[1]), np.float32)
+    for row, code in enumerate(query_codes):
+        alike = np.flatnonzero(codes == code)
+        if len(alike):
+            values[row] = every[alike[0]]
+    return values
 
 
 def query_cotangents(

@@ -1,0 +1,101 @@
+"""The command that measures how good an index's maps are."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .networks import named, network_of_index, network_options
+from .online import check_folder
+from .report import columns, note
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Measure the maps of an index on query images."""
+    from ..evaluate import Settings, evaluate_index
+    from ..evaluate.report import intro, tables
+    from ..images import find_images
+    from ..index import Index
+
+    # Whatever can be refused is refused before the network is loaded.
+    for file in (options.html, options.csv):
+        if file is not None:
+            _check_file(file)
+    settings = _settings(options, Settings)
+    source = find_images(options.images, options.labels or "auto")
+    _check_regions(options, source)
+    with Index.open(options.index) as index:
+        network = named(network_of_index(index.manifest, network_options(options)))
+        found = evaluate_index(
+            index,
+            source,
+            network,
+            boxes=options.boxes,
+            masks=options.masks,
+            settings=settings,
+            on_unreadable=options.on_unreadable or "fail",
+            workers=options.workers,
+            progress=False if options.quiet else None,
+        )
+    # Files first: a reader that goes away (`| head`) ends the command.
+    for what, file, save in (
+        ("page", options.html, found.save_html),
+        ("numbers of each image", options.csv, found.save_csv),
+    ):
+        if file is not None:
+            save(file)
+            note(options, f"{what}: {file}")
+    summary = found.summary
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    else:
+        print("\n".join(_lines(summary, intro(summary), tables(summary))))
+
+
+def _settings(options: argparse.Namespace, kind: Any) -> Any:
+    """The settings that were given; the others are the default's."""
+    names = (
+        "n_neighbors", "transfer", "limit", "faithfulness", "scenes", "fidelity", "steps",
+        "removed", "threshold", "fill", "measures", "seed", "batch_size", "examples",
+    )  # fmt: skip
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return kind(**given, controls=not options.no_controls)
+
+
+def _check_regions(options: argparse.Namespace, source: Any) -> None:
+    from ..evaluate.regions import of_boxes, of_masks
+
+    if options.boxes and options.masks:
+        raise InputError("give --boxes or --masks, not both")
+    if options.boxes:
+        of_boxes(options.boxes, source)
+    if options.masks:
+        of_masks(options.masks, source)
+
+
+def _check_file(file: str) -> None:
+    if Path(file).is_dir():
+        raise InputError(f"{file} is a folder; give the name of a file in it")
+    check_folder(Path(file))
+
+
+def _lines(summary: dict[str, Any], intro: str, tables: list[Any]) -> list[str]:
+    lines = [intro]
+    for table in tables:
+        # The page has room for what each measure says; the terminal has not.
+        kept = [place for place, name in enumerate(table.header) if name or place == 0]
+        cells = [[str(row[place]) for place in kept] for row in [table.header, *table.rows]]
+        lines += ["", table.caption, *(f"  {line}" for line in columns(cells, range(1, len(kept))))]
+    lines.append("")
+    if any("*" in str(cell) for table in tables for row in table.rows for cell in row):
+        lines.append("* not better than this control (95% interval of the paired difference)")
+    lines += summary["beats"]
+    lines += [f"does not beat its controls: {text}" for text in summary["flags"]]
+    lines += [f"note: {text}" for text in summary["notes"]]
+    seconds = summary["seconds"]
+    lines.append(
+        f"{seconds['total']:.0f} s: {seconds['forward']:.0f} in forward passes, "
+        f"{seconds['metrics']:.0f} in metrics"
+    )
+    return lines

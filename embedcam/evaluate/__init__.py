@@ -1,0 +1,26 @@
+"""How good an index's maps are, measured on query images; and whether the network retrieves at all.
+
+    images -> one forward -> neighbours, transferred weights, map -> numbers an image -> summary
+
+settings.py      what is measured, on how many images; the measures by name
+queries.py       which images are queried, and which of them the index holds itself
+gallery.py       the index as what is ranked: labels, exact ranks, mAP@R
+regions.py       boxes and masks, brought onto the map's grid
+maps.py          from network inputs to maps: transferred, and of the controls
+controls.py      random weights, the weights of wrong images, a network of shuffled parameters
+measures.py      retrieval and localisation, image by image
+faithfulness.py  masked images through the network: deletion, insertion, rank drop, ROAD
+scenes.py        two pictures side by side, and boxes of several labels: telling objects apart
+fidelity.py      transferred weights beside an image's own
+summary.py       means with intervals, and flags for what does not beat its controls
+evaluation.py    what comes out; report.py draws it
+run.py           all of it, streaming: a batch of images at a time
+
+An image that lies in the index never explains itself.
+"""
+
+from .evaluation import Evaluation
+from .run import evaluate_index
+from .settings import Settings
+
+__all__ = ["Evaluation", "Settings", "evaluate_index"]

@@ -1,0 +1,81 @@
+"""From network inputs to maps: transferred by the index, and of any other weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..cam import cam, resize, sharpen
+from ..explain import Explainer, Explanation
+from ..index import Index
+from ..network import EmbeddingNetwork
+from .settings import Clock, Settings
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one forward pass of b inputs gave: embeddings `[b D]`, each layer's maps `[b K h w]`."""
+
+    embeddings: np.ndarray
+    activations: list[np.ndarray]
+    size: tuple[int, int]
+
+    def row(self, place: int) -> "Seen":
+        """One of them, still as a batch."""
+        one = slice(place, place + 1)
+        return Seen(self.embeddings[one], [maps[one] for maps in self.activations], self.size)
+
+    def small(self) -> "Seen":
+        """The same, for maps on the layer's own grid; of several layers the finest one's."""
+        height, width = self.activations[-1].shape[-2:]
+        return replace(self, size=(int(height), int(width)))
+
+
+class Mapper:
+    """Draws maps of an index, refusing a network that is not its own."""
+
+    def __init__(
+        self, index: Index, network: EmbeddingNetwork, settings: Settings, clock: Clock
+    ) -> None:
+        self.index, self.network, self.clock = index, network, clock
+        self.explainer = Explainer(
+            index, network, n_neighbors=settings.n_neighbors, transfer=settings.transfer
+        )
+        self.layers = [str(layer["name"]) for layer in index.manifest["layers"]]
+        self.channels = [int(layer["channels"]) for layer in index.manifest["layers"]]
+
+    def see(self, inputs: Any, network: EmbeddingNetwork | None = None) -> Seen:
+        """One forward pass of `[b 3 H W]`, by the index's network or another of its shape."""
+        network = network or self.network
+        with self.clock("forward"):
+            if len(self.layers) == 1:
+                features = network.forward(inputs)
+                activations = [features.activations]
+            else:
+                features, activations = network.forward_layers(inputs, self.layers)
+        size = (int(inputs.shape[-2]), int(inputs.shape[-1]))
+        return Seen(_numpy(features.embedding), [_numpy(maps) for maps in activations], size)
+
+    def transferred(self, seen: Seen, rows: Sequence[np.ndarray]) -> list[Explanation]:
+        """Each query explained by the images at some rows of the index, `[b]` arrays of rows."""
+        with self.clock("explaining"):
+            given: Any = seen.activations[0] if len(self.layers) == 1 else seen.activations
+            ids = [self.index.ids[list(map(int, places))] for places in rows]
+            found: list[Explanation] = self.explainer.explain_features(
+                seen.embeddings, given, neighbors=ids, size=seen.size
+            )
+        return found
+
+    def drawn(self, seen: Seen, weights: Sequence[np.ndarray]) -> np.ndarray:
+        """Maps `[b H W]` of given weights, `[b K]` of each layer."""
+        with self.clock("explaining"):
+            maps = cam(weights[0], seen.activations[0])
+            for own, finer in zip(weights[1:], seen.activations[1:], strict=True):
+                maps = sharpen(cam(own, finer), maps)
+            return resize(maps, seen.size)
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    found: np.ndarray = tensor.cpu().numpy()
+    return found.astype(np.float32, copy=False)

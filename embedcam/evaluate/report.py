@@ -1,0 +1,299 @@
+"""The findings as tables, for the terminal and the page; and the page itself."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..render import Chart, Notice, Table, page
+from .controls import CONTROLS
+from .evaluation import Evaluation
+from .settings import MEASURES, METHOD
+
+_NAMES = {
+    **{f"recall_{k}": f"Recall@{k}" for k in (1, 5, 10)},
+    "map_at_r": "mAP@R",
+}
+
+
+def tables(summary: Mapping[str, Any]) -> list[Table]:
+    """Every table of an evaluation, each with its caption and what its figures mean."""
+    made = [
+        _retrieval(summary["retrieval"], summary["indexed_images"]),
+        _localisation(summary["localisation"]),
+        *(
+            _objects(name, entry, summary["settings"]["controls"])
+            for name, entry in summary["objects"].items()
+        ),
+        _beside(summary),
+        _faithfulness(summary),
+        _sanity(summary["sanity"]),
+        *_fidelity(summary["fidelity"]),
+    ]
+    return [table for table in made if table is not None]
+
+
+def report(evaluation: Evaluation) -> str:
+    """A self-contained page: verdict, tables, curves, and the best and the worst."""
+    summary = evaluation.summary
+    blocks: list[Table | Chart | Notice] = []
+    if summary["flags"] and summary["beats"]:
+        blocks.append(Notice("Beats every control", summary["beats"], good=True))
+    blocks.append(_verdict(summary))
+    if summary["notes"]:
+        blocks.append(Notice("Left out, or worth knowing", summary["notes"], good=True))
+    shown = tables(summary)
+    curves = charts(summary)
+    for table in shown:
+        blocks.append(table)
+        if table.caption.startswith(("Beside", "Faithfulness")):
+            blocks += curves
+            curves = []
+    blocks += [*curves, *_fidelity_charts(summary["fidelity"])]
+    return page(
+        evaluation.examples, title="How good are the maps?", intro=intro(summary), tables=blocks
+    )
+
+
+def intro(summary: Mapping[str, Any]) -> str:
+    """What was measured, in two sentences."""
+    images, settings = summary["images"], summary["settings"]
+    text = (
+        f"{images['measured']:,} of {_images(images['given'])} against an index of "
+        f"{summary['indexed_images']:,} "
+        f"({summary['index']}); each map is drawn with weights transferred from "
+        f"{settings['n_neighbors']} neighbours."
+    )
+    if images["indexed"]:
+        text += f" The index holds {images['indexed']:,} of them, which never explain themselves."
+    if images["skipped"]:
+        text += f" {_images(len(images['skipped']))} could not be read."
+    return text
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image" + ("" if count == 1 else "s")
+
+
+def charts(summary: Mapping[str, Any]) -> list[Chart]:
+    """The deletion and insertion curves."""
+    curves = summary["curves"]
+    if not curves:
+        return []
+    made = []
+    for kind, taken, better in (
+        ("deletion", "the map's top pixels removed", "The lower, the better"),
+        ("insertion", "only the map's top pixels shown", "The higher, the better"),
+    ):
+        lines = {
+            way: [(step / (len(one[kind]) - 1), y) for step, y in enumerate(one[kind])]
+            for way, one in curves.items()
+        }
+        made.append(
+            Chart(
+                f"{kind.capitalize()}: {taken}",
+                lines,
+                x_label="share of the pixels",
+                y_label="mean similarity to the nearest result",
+                notes=f"{better}.",
+            )
+        )
+    return made
+
+
+def _verdict(summary: Mapping[str, Any]) -> Notice:
+    flags = summary["flags"]
+    compared = bool(summary["controls"]) or any(
+        entry["controls"] for entry in summary["objects"].values()
+    )
+    if flags:
+        return Notice("Does not beat every control", flags)
+    if compared:
+        return Notice("Beats every control on every measure", good=True)
+    return Notice("Nothing was held against a control, so these figures prove little")
+
+
+def _number(value: float) -> str:
+    """Three decimals for shares and similarities, one for places in a ranking."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _interval(one: Mapping[str, Any]) -> str:
+    return f"{_number(one['mean'])} [{_number(one['low'])}, {_number(one['high'])}]"
+
+
+def _retrieval(found: Mapping[str, Any], indexed: int) -> Table | None:
+    if not found:
+        return None
+    header = ["", *(_NAMES[name] for name in found)]
+    row = [f"{next(iter(found.values()))['n']:,} queries", *map(_interval, found.values())]
+    return Table(
+        header, [row], "Does the network retrieve at all?",
+        "Queries against the index, never their own image. Maps of a network that does not bring "
+        "back the right images explain nothing worth knowing.",
+    )  # fmt: skip
+
+
+def _localisation(found: Mapping[str, Any]) -> Table | None:
+    if not found:
+        return None
+    rows = [
+        [
+            MEASURES[name].title,
+            f"{one['chance']:.3f}" if "chance" in one else "–",
+            _interval(one),
+            MEASURES[name].says,
+        ]
+        for name, one in found.items()
+    ]
+    count = next(iter(found.values()))["n"]
+    return Table(
+        ["measure", "chance", "transferred [95%]", ""], rows,
+        f"Localisation, {count:,} images with a box or mask",
+        "Chance is what a map that is the same everywhere scores: the region's share of the area. "
+        "A pointing game says little where objects stand in the middle.",
+    )  # fmt: skip
+
+
+def _objects(name: str, entry: Mapping[str, Any], controls: bool) -> Table | None:
+    found, compared = entry["measures"], entry["controls"]
+    ways = [way for way in CONTROLS if any(way in one["ways"] for one in compared.values())]
+    rows = [
+        [
+            MEASURES[measure].title,
+            f"{one['chance']:.3f}",
+            _interval(one),
+            *(_against(compared[measure], way) for way in ways),
+        ]
+        for measure, one in found.items()
+    ]
+    return Table(
+        ["", "chance", "transferred [95%]", *ways], rows,
+        f"Telling two objects apart: {name}, {entry['questions']:,} questions",
+        "Each object of a picture is asked about in turn with the stored weights of one result of "
+        "its kind; a map that ignores the question scores one half.",
+    )  # fmt: skip
+
+
+def _beside(summary: Mapping[str, Any]) -> Table | None:
+    compared = summary["controls"]
+    if not compared:
+        return None
+    ways = [way for way in CONTROLS if any(way in one["ways"] for one in compared.values())]
+    rows = [
+        [
+            MEASURES[name].title,
+            "more" if MEASURES[name].better > 0 else "less",
+            _interval(one["ways"][METHOD]),
+            *(_against(one, way) for way in ways),
+        ]
+        for name, one in compared.items()
+    ]
+    empty = summary["empty_in_controls"]
+    rows.append(
+        ["empty maps", "–", *(f"{empty[way]:.3f}" if way in empty else "–"
+                              for way in (METHOD, *ways))]
+    )  # fmt: skip
+    return Table(
+        ["measure", "better", "transferred [95%]", *ways], rows,
+        f"Beside controls that know nothing, {summary['sample']} images",
+        "On pictures of one object mean activation, which shows what is salient, is hard to beat: "
+        "what is salient is mostly what matched. Two objects tell them apart. An empty map scores "
+        "chance where it should mark a place, and removes pixels row by row. "
+        "* the method does not beat this control: the 95% interval of the paired difference "
+        "reaches 0 or lies on the wrong side.",
+    )  # fmt: skip
+
+
+def _against(entry: Mapping[str, Any], way: str) -> str:
+    if way not in entry["ways"]:
+        return "–"
+    star = "" if entry["differences"][way]["beats"] else "*"
+    return f"{_number(entry['ways'][way]['mean'])}{star}"
+
+
+def _faithfulness(summary: Mapping[str, Any]) -> Table | None:
+    found = summary["faithfulness"]
+    if not found or summary["controls"]:
+        return None
+    rows = [
+        [MEASURES[name].title, "more" if MEASURES[name].better > 0 else "less", _interval(one)]
+        for name, one in found.items()
+    ]
+    return Table(
+        ["measure", "better", "transferred [95%]"], rows,
+        f"Faithfulness, {summary['sample']} images",
+        "Without controls: a figure by itself says little.",
+    )  # fmt: skip
+
+
+def _sanity(found: Sequence[Mapping[str, Any]]) -> Table | None:
+    if not found:
+        return None
+    rows = [
+        [f"{one['modules']} of {one['of']}", _interval(one), f"{one['empty']:.0%}"] for one in found
+    ]
+    return Table(
+        ["shuffled from the output down", "rank correlation of the maps [95%]", "empty maps"], rows,
+        "Sanity: the network's parameters shuffled, module after module",
+        "A map that hardly changes where the network no longer works does not show what the "
+        "network does. An empty map says that nothing speaks for the results.",
+    )  # fmt: skip
+
+
+def _fidelity(found: Mapping[str, Any]) -> list[Table | None]:
+    if not found:
+        return []
+    names = ("cosine", "rank_correlation", "iou")
+    heads = ["cosine of the weights", "rank correlation of the maps", "IoU of the top fifths"]
+    by_count = [
+        [f"{one['n_neighbors']}", *(f"{one[name]:.3f}" for name in names)]
+        for one in found["by_neighbors"]
+    ]
+    by_distance = [
+        [
+            f"{one['n_neighbors']}",
+            f"{one['from']:.3g} – {one['to']:.3g}",
+            *(f"{one[name]:.3f}" for name in names),
+        ]
+        for one in found["by_distance"]
+    ]
+    count = found["by_neighbors"][0]["n"]
+    return [
+        Table(
+            ["neighbours", *heads], by_count,
+            f"Transfer fidelity: own weights beside the neighbours', {count} indexed images",
+        ),
+        Table(
+            ["neighbours", "distance of the nearest", *heads], by_distance,
+            "Transfer fidelity by distance, in quarters",
+        ),
+    ]  # fmt: skip
+
+
+def _fidelity_charts(found: Mapping[str, Any]) -> list[Chart]:
+    if not found or len(found["by_neighbors"]) < 2:
+        return []
+    names = {
+        "rank_correlation": "rank correlation of the maps",
+        "cosine": "cosine of the weights",
+        "iou": "IoU of the top fifths",
+    }
+    by_count = {
+        title: [(one["n_neighbors"], one[name]) for one in found["by_neighbors"]]
+        for name, title in names.items()
+    }
+    first = found["by_distance"][0]["n_neighbors"]
+    near = [one for one in found["by_distance"] if one["n_neighbors"] == first]
+    by_distance = {
+        title: [((one["from"] + one["to"]) / 2, one[name]) for one in near]
+        for name, title in names.items()
+    }
+    made = [Chart("Transfer fidelity, by number of neighbours", by_count, "neighbours")]
+    if len(near) > 1:
+        made.append(
+            Chart(
+                "Transfer fidelity from one neighbour, by distance",
+                by_distance,
+                "squared distance, middle of each quarter",
+            )
+        )
+    return made

@@ -1,0 +1,180 @@
+"""Telling objects apart: where in a picture of two objects is what a given result shows?
+
+A picture of one object hardly tells an explanation from a saliency map. In one of two a map that
+ignores the question scores exactly one half, as both objects are asked about in turn.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..errors import EmbedcamError, InputError
+from ..images import ImageSource, load_batches
+from .controls import MEAN, RANDOM, WRONG, mean_weights, random_weights
+from .gallery import Gallery
+from .maps import Mapper, Seen
+from .measures import shares
+from .queries import generator
+from .settings import METHOD, Settings
+
+
+class NoScenesError(InputError):
+    """Two pictures cannot be put side by side, and why."""
+
+
+class Scenes:
+    """Asks about pictures of two objects with the weights of one result at a time."""
+
+    def __init__(self, mapper: Mapper, gallery: Gallery, settings: Settings) -> None:
+        self.mapper, self.gallery, self.settings = mapper, gallery, settings
+
+    def ask(
+        self, seen: Seen, label: str, left_out: list[int], name: str
+    ) -> tuple[int, dict[str, np.ndarray]] | None:
+        """The map of one picture for a label: by its nearest image of that label in the index.
+
+        Args:
+            seen: one picture, as a batch.
+            label: asked about.
+            left_out: rows of the index that the picture itself shows.
+            name: of the picture, for what is random.
+
+        Returns:
+            The result's row, and the map `[H W]` by each way; None where no image has the label.
+        """
+        gallery = self.gallery
+        rows = gallery.of_label(label)
+        rows = rows[~np.isin(rows, left_out)]
+        if not len(rows):
+            return None
+        vectors = gallery.index.embeddings(rows).astype(np.float64)
+        nearness = vectors @ seen.embeddings[0].astype(np.float64)
+        if gallery.index.metric == "l2":
+            nearness = 2 * nearness - (vectors**2).sum(1)
+        result = int(rows[int(nearness.argmax())])
+        maps = {METHOD: self.mapper.transferred(seen, [np.array([result])])[0].cam}
+        if self.settings.controls:
+            channels, seed = self.mapper.channels, self.settings.seed
+            maps[MEAN] = self.mapper.drawn(seen, mean_weights(channels))[0]
+            drawn = random_weights(channels, seed, f"{name} {label}")
+            maps[RANDOM] = self.mapper.drawn(seen, drawn)[0]
+            others = gallery.positions[gallery.codes != gallery.code(label)]
+            others = others[~np.isin(others, left_out)]
+            if len(others):
+                wrong = generator(seed, "wrong", name, label).choice(others, 1)
+                maps[WRONG] = self.mapper.transferred(seen, [wrong])[0].cam
+        return result, maps
+
+    def record(
+        self, asked: dict[str, Any], maps: dict[str, np.ndarray], own: np.ndarray, other: np.ndarray
+    ) -> dict[str, Any]:
+        """One question's numbers, those of controls under their names."""
+        with self.mapper.clock("metrics"):
+            row = dict(asked)
+            for way, drawn in maps.items():
+                share, right, chance = shares(drawn, own, other)
+                prefix = "" if way == METHOD else f"{way}: "
+                row |= {f"{prefix}share": share, f"{prefix}right": float(right)}
+                row |= {"share_chance": chance, "right_chance": 0.5}
+            row["empty"] = not maps[METHOD].any()
+        return row
+
+    def of_boxes(
+        self, seen: Seen, by_label: dict[str, np.ndarray], own: int, position: int, name: str
+    ) -> Iterator[dict[str, Any]]:
+        """Every pair of labels that the boxes of one picture name, both asked about in turn."""
+        known = [label for label in by_label if len(self.gallery.of_label(label))]
+        for label in known:
+            asked = self.ask(seen, label, [own], name)
+            if asked is None:
+                continue
+            result, maps = asked
+            rest = [by_label[other] for other in by_label if other != label]
+            yield self.record(
+                {
+                    "first": position,
+                    "second": -1,
+                    "side": -1,
+                    "label": label,
+                    "result": self.gallery.index.ids[result],
+                },
+                maps,
+                by_label[label],
+                np.max(rest, axis=0),
+            )
+
+    def pasted(
+        self, source: ImageSource, positions: np.ndarray, own: Any, on_unreadable: Any, tick: Any
+    ) -> Iterator[dict[str, Any]]:
+        """Pairs of pictures of different labels side by side, each at the network's input size.
+
+        Args:
+            source: of the queries.
+            positions: among which pairs are drawn.
+            own: `OwnPositions` of them.
+            on_unreadable: "fail" or "skip".
+            tick: called with 1 after each scene.
+
+        Raises:
+            NoScenesError: no two labels that the index knows; or the network takes no other size.
+        """
+        pairs = self._pairs(source, positions)
+        preprocess = self.mapper.network.preprocess
+        for first, second in pairs:
+            (batch,) = load_batches(
+                source, [first, second], preprocess, 2, workers=0, on_error=on_unreadable
+            )
+            tick(1)
+            if len(batch) < 2:
+                continue
+            scene = np.concatenate([batch.images[:1], batch.images[1:]], axis=3)
+            try:
+                seen = self.mapper.see(scene)
+            except (EmbedcamError, RuntimeError, AssertionError, ValueError) as error:
+                said = str(error).strip().partition("\n")[0][:160]
+                raise NoScenesError(
+                    f"the network takes no picture of {scene.shape[2]} x {scene.shape[3]}, so two "
+                    f"cannot stand side by side ({said})"
+                ) from error
+            unsure = own.unsure([first, second])
+            singles = self.mapper.see(batch.images).embeddings if unsure else None
+            left_out = [int(row) for row in own.of([first, second], singles)]
+            height, width = seen.size
+            left = np.zeros((height, width))
+            left[:, : width // 2] = 1
+            name = f"{source.items[first].id} | {source.items[second].id}"
+            for side, half in enumerate((left, 1 - left)):
+                label = source.items[(first, second)[side]].label
+                assert label is not None
+                asked = self.ask(seen, label, left_out, name)
+                if asked is None:
+                    continue
+                result, maps = asked
+                row: dict[str, Any] = {
+                    "first": first,
+                    "second": second,
+                    "side": side,
+                    "label": label,
+                    "result": self.gallery.index.ids[result],
+                }
+                yield self.record(row, maps, half, 1 - half)
+
+    def _pairs(self, source: ImageSource, positions: np.ndarray) -> list[tuple[int, int]]:
+        """Seeded pairs of different labels that the index knows."""
+        labels = [source.items[place].label for place in positions.tolist()]
+        codes = np.array([self.gallery.code(label) for label in labels])
+        usable, codes = positions[codes >= 0], codes[codes >= 0]
+        if len(np.unique(codes)) < 2:
+            raise NoScenesError(
+                "pairs of pictures need two labels that the index knows, too"
+                if any(label is not None for label in labels)
+                else "pairs of pictures need labels, and the images have none"
+            )
+        drawn = generator(self.settings.seed, "scenes")
+        pairs = []
+        for _ in range(self.settings.scenes):
+            a = int(drawn.integers(len(usable)))
+            b = int(drawn.choice(np.flatnonzero(codes != codes[a])))
+            pairs.append((int(usable[a]), int(usable[b])))
+        return pairs

@@ -1,0 +1,158 @@
+"""What is measured, on how many images, and what each measure is called."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+from ..errors import InputError
+
+GROUPS: Final = ("retrieval", "localisation", "faithfulness", "objects", "fidelity", "sanity")
+"""What `measures` chooses among."""
+METHOD: Final = "transferred"
+"""The way that is judged; the others are its controls."""
+KS: Final = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number an image. better: 1 where larger is better, -1 where smaller; chance: its column."""
+
+    title: str
+    group: str
+    better: int
+    chance: str = ""
+    says: str = ""
+
+
+MEASURES: Final = {
+    "energy": Measure(
+        "energy inside", "localisation", 1, "area", "share of the map's energy on the object"
+    ),
+    "pointing": Measure(
+        "pointing game", "localisation", 1, "area", "the map's largest value is on the object"
+    ),
+    "iou": Measure(
+        "IoU", "localisation", 1, "area",
+        "overlap of the object and the pixels from the threshold up",
+    ),
+    "best_iou": Measure(
+        "best IoU", "localisation", 1, "",
+        "the same at each image's best threshold: an upper bound",
+    ),
+    "found": Measure(
+        "box found", "localisation", 1, "", "the box drawn from the map overlaps a true one by half"
+    ),
+    "insertion": Measure(
+        "insertion area", "faithfulness", 1, "",
+        "mean similarity to the result while the map's top pixels are put in",
+    ),
+    "deletion": Measure(
+        "deletion area", "faithfulness", -1, "", "the same while they are taken out"
+    ),
+    "rank_drop": Measure(
+        "rank drop", "faithfulness", 1, "",
+        "places the result falls without the map's top pixels",
+    ),
+    "left_top": Measure("leaves the results", "faithfulness", 1, "", "it falls out of the results"),
+    "road_drop": Measure(
+        "ROAD drop", "faithfulness", 1, "",
+        "similarity lost where the top pixels are filled in from around them",
+    ),
+    "drop": Measure(
+        "average drop", "faithfulness", -1, "", "share of the similarity lost with the map as mask"
+    ),
+    "increase": Measure(
+        "average increase", "faithfulness", 1, "", "images more similar with the map as mask"
+    ),
+    "share": Measure(
+        "share on the right object", "objects", 1, "share_chance",
+        "of the energy on either object, with the weights of a result of one of them",
+    ),
+    "right": Measure("larger share is the right one", "objects", 1, "right_chance", ""),
+}  # fmt: skip
+"""By the name of their column, in the order of the tables."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how. The defaults end in minutes on a CPU.
+
+    n_neighbors: images a query is explained by; the map is the one `explain` shows.
+    transfer: "mean" or "distance".
+    limit: images queried, a seeded sample; None for all.
+    faithfulness: images of them whose pixels are removed and whose controls are drawn.
+    scenes: pairs of pictures of different labels.
+    fidelity: indexed images whose own weights are compared with transferred ones.
+    steps: of the deletion and insertion curves.
+    removed: share of the pixels taken out for the rank drop and ROAD.
+    threshold: share of a map's largest value from which a pixel is marked, for IoU and boxes.
+    fill: what takes a removed pixel's place: "mean", "black" or "blur".
+    measures: groups among `GROUPS`.
+    controls: whether controls are drawn.
+    examples: best and worst ones shown, each.
+    seed: of every sample and every random weight.
+    batch_size: images a forward pass; None takes what is fast: 8 on a CPU, 32 elsewhere.
+    """
+
+    n_neighbors: int = 5
+    transfer: str = "mean"
+    limit: int | None = None
+    faithfulness: int = 50
+    scenes: int = 100
+    fidelity: int = 100
+    steps: int = 20
+    removed: float = 0.2
+    threshold: float = 0.2
+    fill: str = "mean"
+    measures: tuple[str, ...] = GROUPS
+    controls: bool = True
+    examples: int = 3
+    seed: int = 0
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("n_neighbors", 1), ("faithfulness", 0), ("scenes", 0), ("fidelity", 0), ("steps", 1),
+            ("examples", 0), ("seed", 0),
+        ):  # fmt: skip
+            _whole(name, getattr(self, name), least)
+        for name in ("limit", "batch_size"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1)
+        for name in ("removed", "threshold"):
+            if not 0 < getattr(self, name) < 1:
+                raise InputError(f"{name} = {getattr(self, name)}; give a share between 0 and 1")
+        if self.fill not in ("mean", "black", "blur"):
+            raise InputError(f"fill = {self.fill!r} is unknown; use mean, black or blur")
+        unknown = [name for name in self.measures if name not in GROUPS]
+        if unknown or not self.measures:
+            named = repr(unknown[0]) if unknown else "nothing"
+            raise InputError(f"measures names {named}; choose among {', '.join(GROUPS)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "measures": list(self.measures)}
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} = {value!r}; give a whole number of at least {least}")
+
+
+class Clock:
+    """Where the time went: reading, forward passes, explaining, metrics."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("reading", "forward", "explaining", "metrics"), 0.0)
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Count what runs inside."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.perf_counter() - begun

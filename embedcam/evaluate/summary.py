@@ -1,0 +1,176 @@
+"""From numbers an image to means with intervals, and flags for what does not beat its controls."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..metrics import bootstrap_interval, paired_difference
+from .controls import CONTROLS
+from .faithfulness import Curves
+from .settings import KS, MEASURES, METHOD
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def column(rows: Rows, name: str) -> np.ndarray:
+    """The values of a column that are there, `[n]`."""
+    return np.array([row[name] for row in rows if row.get(name) is not None], np.float64)
+
+
+def mean_of(values: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """Mean, its 95% bootstrap interval, and of how many."""
+    low, high = bootstrap_interval(values, seed=seed)
+    return {"mean": float(values.mean()), "low": low, "high": high, "n": len(values)}
+
+
+def retrieval(rows: Rows) -> dict[str, Any]:
+    """Recall@k and mAP@R; empty where nothing has a label."""
+    names = [*(f"recall_{k}" for k in KS), "map_at_r"]
+    return {name: mean_of(values) for name in names if len(values := column(rows, name))}
+
+
+def measured(rows: Rows, group: str) -> dict[str, Any]:
+    """Each measure of a group over the rows that have it: the method alone, beside chance."""
+    found: dict[str, Any] = {}
+    for name, measure in MEASURES.items():
+        values = column(rows, name) if measure.group == group else np.empty(0)
+        if not len(values):
+            continue
+        found[name] = mean_of(values)
+        if measure.chance:
+            there = [row for row in rows if row.get(name) is not None]
+            found[name]["chance"] = float(column(there, measure.chance).mean())
+    return found
+
+
+def beside_controls(rows: Rows, groups: Sequence[str]) -> dict[str, Any]:
+    """The method and its controls on the same rows, with paired differences.
+
+    A difference is turned so that above 0 the method is better. It beats a control where the whole
+    95% interval lies above 0.
+    """
+    found: dict[str, Any] = {}
+    for name, measure in MEASURES.items():
+        if measure.group not in groups:
+            continue
+        ways: dict[str, Any] = {}
+        differences: dict[str, Any] = {}
+        for control in CONTROLS:
+            both = [
+                (row[name], row[f"{control}: {name}"])
+                for row in rows
+                if row.get(name) is not None and row.get(f"{control}: {name}") is not None
+            ]
+            if not both:
+                continue
+            mine, theirs = np.array(both, np.float64).T
+            ways[METHOD] = mean_of(column([r for r in rows if _has_control(r, name)], name))
+            ways[control] = mean_of(theirs)
+            told = paired_difference(measure.better * mine, measure.better * theirs)
+            differences[control] = {
+                **told._asdict(),
+                "n": len(both),
+                "beats": bool(told.low > 0),
+                "worse": bool(told.high < 0),
+            }
+        if ways:
+            found[name] = {"ways": ways, "differences": differences}
+    return found
+
+
+def empties(rows: Rows) -> dict[str, float]:
+    """The share of each way's maps that are empty, on the images with controls."""
+    sample = [row for row in rows if any(f"{way}: empty" in row for way in CONTROLS)]
+    if not sample:
+        return {}
+    found = {METHOD: float(column(sample, "empty").mean())}
+    for way in CONTROLS:
+        values = column(sample, f"{way}: empty")
+        if len(values):
+            found[way] = float(values.mean())
+    return found
+
+
+def _has_control(row: Mapping[str, Any], name: str) -> bool:
+    return any(row.get(f"{control}: {name}") is not None for control in CONTROLS)
+
+
+def flags(compared: Mapping[str, Any], what: str) -> list[str]:
+    """A sentence for each control that the method does not beat in every measure."""
+    said = []
+    for control in CONTROLS:
+        told = {
+            name: entry["differences"][control]
+            for name, entry in compared.items()
+            if control in entry["differences"]
+        }
+        worse = [MEASURES[name].title for name, one in told.items() if one["worse"]]
+        equal = [
+            MEASURES[name].title
+            for name, one in told.items()
+            if not one["beats"] and not one["worse"]
+        ]
+        words = [
+            f"{verdict} {_and(titles)}"
+            for verdict, titles in (("worse in", worse), ("not told apart by", equal))
+            if titles
+        ]
+        if words:
+            said.append(f"{METHOD} beside {control} ({what}): {'; '.join(words)}")
+    return said
+
+
+def beaten(compared: Mapping[str, Any], what: str) -> list[str]:
+    """A sentence that names the measures in which the method beats every control; or none."""
+    names = [
+        MEASURES[name].title
+        for name, entry in compared.items()
+        if entry["differences"] and all(one["beats"] for one in entry["differences"].values())
+    ]
+    return [f"{METHOD} ({what}): better than every control in {_and(names)}"] if names else []
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def mean_curves(curves: Mapping[str, Curves]) -> dict[str, Any]:
+    """The mean deletion and insertion curves of each way."""
+    return {
+        way: {
+            "deletion": (one.deletion / one.count).tolist(),
+            "insertion": (one.insertion / one.count).tolist(),
+        }
+        for way, one in curves.items()
+    }
+
+
+def fidelity(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Transfer fidelity by number of neighbours, and by distance in quarters."""
+    if not records:
+        return {}
+    counts = sorted({one["n_neighbors"] for one in records})
+    names = ("cosine", "rank_correlation", "iou")
+
+    def means(some: Rows) -> dict[str, float]:
+        return {name: float(column(some, name).mean()) for name in names} | {"n": len(some)}
+
+    by_count = [
+        {"n_neighbors": int(count)} | means([one for one in records if one["n_neighbors"] == count])
+        for count in counts
+    ]
+    by_distance = []
+    for count in (counts[0], *([5.0] if 5.0 in counts else [])):
+        some = [one for one in records if one["n_neighbors"] == count]
+        apart = np.array([one["distance"] for one in some])
+        for quarter in np.array_split(np.argsort(apart, kind="stable"), min(4, len(some))):
+            by_distance.append(
+                {
+                    "n_neighbors": int(count),
+                    "from": float(apart[quarter].min()),
+                    "to": float(apart[quarter].max()),
+                }
+                | means([some[place] for place in quarter])
+            )
+    return {"by_neighbors": by_count, "by_distance": by_distance}

@@ -1,0 +1,586 @@
+"""Evaluating an index: what is orchestrated, against literal one-at-a-time re-computations."""
+
+import gc
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toys
+from photo_samples import CROP, SQUASH, Flat, Pooled, build, network_of, picture, write_photos
+from PIL import Image
+
+from embedcam import (
+    EmbeddingNetwork,
+    Explainer,
+    Index,
+    Preprocess,
+    Recipe,
+    evaluate_index,
+    find_images,
+)
+from embedcam.cam import cam, resize
+from embedcam.errors import ImageError, InputError, NetworkMismatch
+from embedcam.evaluate import Evaluation, Settings
+from embedcam.evaluate.controls import ShuffledNetwork, random_weights, wrong_rows
+from embedcam.evaluate.gallery import Gallery
+from embedcam.evaluate.queries import chosen
+from embedcam.images import ImageSource
+from embedcam.metrics import map_at_r, noisy_linear_imputation, recall_at_k
+
+QUICK: dict[str, Any] = {
+    "faithfulness": 3, "scenes": 4, "fidelity": 5, "steps": 4, "examples": 1, "n_neighbors": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures to index, others to query with, boxes of these, and an index."""
+    root = tmp_path_factory.mktemp("evaluate")
+    write_photos(root / "photos")
+    lines = ["path,x0,y0,x1,y1,label"]
+    for label in range(3):
+        (root / "queries" / str(label)).mkdir(parents=True)
+        for number in range(3):
+            one = picture(label, 50 + number)
+            one.save(root / "queries" / str(label) / f"q{number}.png")
+            at = np.argwhere(np.asarray(one).max(2) > 200)
+            (y0, x0), (y1, x1) = at.min(0), at.max(0) + 1
+            lines.append(f"queries/{label}/q{number}.png,{x0},{y0},{x1},{y1},{label}")
+    (root / "boxes.csv").write_text("\n".join(lines) + "\n")
+    build(root / "photos", root / "index", network_of())
+    return root
+
+
+@pytest.fixture(scope="module")
+def network() -> EmbeddingNetwork:
+    return network_of()
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, network: EmbeddingNetwork) -> Evaluation:
+    """One evaluation that several tests look at."""
+    return run(folder, network, boxes=folder / "boxes.csv")
+
+
+def run(folder: Path, network: EmbeddingNetwork, images: str = "queries", **more: Any) -> Any:
+    source = find_images(folder / images)
+    settings = {**QUICK, **more}
+    return evaluate_index(folder / "index", source, network, progress=False, workers=0, **settings)
+
+
+class Literal:
+    """One query of an index, asked about one picture at a time."""
+
+    def __init__(self, folder: Path, network: EmbeddingNetwork, position: int) -> None:
+        self.index, self.network = Index.open(folder / "index"), network
+        self.path = find_images(folder / "queries").name(position)
+        self.inputs = SQUASH(Image.open(self.path))
+        explained = Explainer(self.index, network, n_neighbors=2).explain(self.path)
+        self.map, self.result = explained.cam, explained.ids[0]
+        self.gallery = self.index.embeddings(np.arange(12)).astype(np.float64)
+        self.item = self.index.position(self.result)
+
+    def embed(self, inputs: np.ndarray) -> np.ndarray:
+        return self.network.forward(inputs[None]).embedding[0].numpy().astype(np.float64)
+
+    def similarity(self, inputs: np.ndarray) -> float:
+        return float(self.embed(inputs) @ self.gallery[self.item])
+
+    def rank(self, inputs: np.ndarray) -> int:
+        apart = [((row - self.embed(inputs)) ** 2).sum() for row in self.gallery]
+        return 1 + sum(one < apart[self.item] for one in apart)
+
+    def without(self, count: int) -> np.ndarray:
+        """The input without its map's top pixels, one after another."""
+        order = sorted(range(32 * 32), key=lambda i: (-self.map[i // 32, i % 32], i))
+        inputs = self.inputs.copy()
+        for i in order[:count]:
+            inputs[:, i // 32, i % 32] = 0
+        return inputs
+
+
+def sampled(found: Evaluation) -> list[int]:
+    places = [i for i, row in enumerate(found.rows) if "rank_drop" in row]
+    assert len(places) == 3
+    return places
+
+
+def test_rank_drop_by_masking_and_searching(
+    folder: Path, network: EmbeddingNetwork, found: Evaluation
+) -> None:
+    drops = []
+    for place in sampled(found):
+        one = Literal(folder, network, place)
+        fallen = one.without(205)  # a fifth of 1024, to the nearest
+        drops.append(one.rank(fallen) - one.rank(one.inputs))
+        assert found.rows[place]["rank_drop"] == drops[-1]
+        assert found.rows[place]["left_top"] == (one.rank(fallen) > 2)
+        assert found.rows[place]["result"] == one.result
+    assert any(drops)
+
+
+def test_deletion_and_insertion_one_picture_at_a_time(
+    folder: Path, network: EmbeddingNetwork, found: Evaluation
+) -> None:
+    curves = []
+    for place in sampled(found):
+        one = Literal(folder, network, place)
+        taken = [one.without(count) for count in (0, 256, 512, 768, 1024)]
+        deletion = [one.similarity(inputs) for inputs in taken]
+        insertion = [one.similarity(one.inputs - inputs) for inputs in taken]
+        curves.append((deletion, insertion))
+        for name, curve in (("deletion", deletion), ("insertion", insertion)):
+            area = (curve[0] / 2 + sum(curve[1:4]) + curve[4] / 2) / 4
+            assert found.rows[place][name] == pytest.approx(area, abs=1e-5)
+    means = found.summary["curves"]["transferred"]
+    np.testing.assert_allclose(means["deletion"], np.mean([c[0] for c in curves], 0), atol=1e-5)
+    np.testing.assert_allclose(means["insertion"], np.mean([c[1] for c in curves], 0), atol=1e-5)
+
+
+def test_road_and_average_drop_one_picture_at_a_time(
+    folder: Path, network: EmbeddingNetwork, found: Evaluation
+) -> None:
+    for place in sampled(found):
+        one, row = Literal(folder, network, place), found.rows[place]
+        gone = (one.without(205) != one.inputs).any(0)
+        filled = noisy_linear_imputation(one.inputs[None], gone[None])[0]
+        whole = one.similarity(one.inputs)
+        assert row["road_drop"] == pytest.approx(whole - one.similarity(filled), abs=1e-5)
+        shown = one.map / one.map.max()
+        assert one.map.min() == 0
+        masked, base = one.similarity(one.inputs * shown), one.similarity(0 * one.inputs)
+        if whole > base:
+            drop = min(max(whole - masked, 0) / (whole - base), 1)
+            assert row["drop"] == pytest.approx(drop, abs=1e-4)
+        assert row["increase"] == (masked > whole)
+
+
+def test_localisation_and_its_controls_literally(
+    folder: Path, network: EmbeddingNetwork, found: Evaluation
+) -> None:
+    with Index.open(folder / "index") as index:
+        gallery = Gallery(index)
+        for place in sampled(found):
+            one, row = Literal(folder, network, place), found.rows[place]
+            line = (folder / "boxes.csv").read_text().splitlines()[1 + place].split(",")
+            x0, y0, x1, y1 = np.array(line[1:5], float) * [32 / 48, 32 / 40, 32 / 48, 32 / 40]
+
+            def energy(
+                drawn: np.ndarray, box: Any = (x0, y0, x1, y1), area: float = row["area"]
+            ) -> float:
+                share = 0.0
+                for y in range(32):
+                    for x in range(32):
+                        across = max(0, min(x + 1, box[2]) - max(x, box[0]))
+                        share += drawn[y, x] * across * max(0, min(y + 1, box[3]) - max(y, box[1]))
+                # A map without energy scores chance.
+                return share / drawn.sum() if drawn.any() else area
+
+            assert row["energy"] == pytest.approx(energy(one.map), rel=1e-4)
+            assert row["area"] == pytest.approx((x1 - x0) * (y1 - y0) / 1024)
+            features = network.forward(one.inputs[None])
+            activations = features.activations[0].numpy()
+
+            near = index.search(features.embedding.numpy(), 2).positions[0]
+            wrong = wrong_rows(gallery, row["label"], near, -1, 0, row["id"])
+            assert wrong is not None
+            assert not {row["label"]} & set(index.labels[wrong])
+            theirs = index.weights(wrong)
+            mixed = sum(w / np.linalg.norm(w) / 2 for w in theirs)
+            drawn = resize(cam(mixed, activations), (32, 32))
+            assert row["wrong images: energy"] == pytest.approx(energy(drawn), rel=1e-3)
+            assert row["wrong images: energy"] != pytest.approx(row["energy"], rel=1e-3)
+
+            noise = random_weights([8], 0, row["id"])[0][0]
+            drawn = resize(cam(noise, activations), (32, 32))
+            assert row["random weights: energy"] == pytest.approx(energy(drawn), rel=1e-3)
+            drawn = resize(cam(np.ones(8, np.float32), activations), (32, 32))
+            assert row["mean activation: energy"] == pytest.approx(energy(drawn), rel=1e-3)
+
+
+def test_fidelity_literally(folder: Path, network: EmbeddingNetwork) -> None:
+    told = run(folder, network, measures=("fidelity",), fidelity=4).summary["fidelity"]
+    assert [one["n_neighbors"] for one in told["by_neighbors"]] == [1, 2, 5, 10]
+    assert [one["n"] for one in told["by_neighbors"]] == [4] * 4
+    explainer = Explainer(folder / "index", network)
+    index, cosines = explainer.index, []
+    for row in chosen(12, 4, 0):
+        path, own = folder / "photos" / index.ids[int(row)], index.weights([row])[0]
+        near = explainer.explain(path, n_neighbors=3)
+        others = [name for name in near.ids if name != index.ids[int(row)]][:2]
+        theirs = explainer.explain(path, neighbors=others).weights
+        cosines.append(own @ theirs / np.linalg.norm(own) / np.linalg.norm(theirs))
+    assert told["by_neighbors"][1]["cosine"] == pytest.approx(np.mean(cosines), abs=1e-4)
+
+
+def test_scenes_literally(folder: Path, network: EmbeddingNetwork, found: Evaluation) -> None:
+    assert len(found.scenes) == 8
+    explainer = Explainer(folder / "index", network)
+    source = find_images(folder / "queries")
+    index = explainer.index
+    for row in found.scenes:
+        inputs = [SQUASH(Image.open(source.name(row[name]))) for name in ("first", "second")]
+        scene = np.concatenate(inputs, 2)
+        assert scene.shape == (3, 32, 64)
+        embedding = network.forward(scene[None]).embedding[0].numpy()
+        apart = {
+            index.ids[i]: ((index.embeddings([i])[0] - embedding) ** 2).sum()
+            for i in range(12)
+            if index.labels[i] == row["label"]
+        }
+        nearest = min(apart, key=apart.__getitem__)
+        assert row["result"] == nearest
+        drawn = explainer.explain(scene, neighbors=[nearest]).cam
+        halves = drawn[:, :32].sum(), drawn[:, 32:].sum()
+        share = halves[row["side"]] / sum(halves) if sum(halves) else 0.5
+        assert row["share"] == pytest.approx(share, abs=1e-5)
+        assert row["right"] == (share > 0.5) + 0.5 * (share == 0.5)
+        assert row["mean activation: share"] + _other(found, row) == pytest.approx(1)
+
+
+def _other(found: Evaluation, row: dict[str, Any]) -> float:
+    """The same scene's share on the other side, of a map that ignores the question."""
+    pair = ("first", "second")
+    (share,) = {
+        one["mean activation: share"]
+        for one in found.scenes
+        if all(one[name] == row[name] for name in pair) and one["side"] != row["side"]
+    }
+    return float(share)
+
+
+def test_boxes_of_several_labels_literally(
+    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+) -> None:
+    (tmp_path / "both").mkdir()
+    lines = ["path,x0,y0,x1,y1,label"]
+    for number in range(3):
+        both = Image.new("RGB", (96, 40))
+        for side in (0, 1):
+            both.paste(picture((number + side) % 3, 80 + number), (48 * side, 0))
+            edges = f"{48 * side},0,{48 * side + 48},40"
+            lines.append(f"{number}.png,{edges},{(number + side) % 3}")
+        both.save(tmp_path / "both" / f"{number}.png")
+    (tmp_path / "both/boxes.csv").write_text("\n".join([*lines, "0.png,0,0,9,9,stranger"]))
+    source = find_images(tmp_path / "both")
+    told = evaluate_index(
+        folder / "index", source, network, boxes=tmp_path / "both/boxes.csv",
+        progress=False, workers=0, **{**QUICK, "measures": ("objects",)},
+    )  # fmt: skip
+    asked = [(row["first"], row["label"]) for row in told.scenes]
+    assert asked == [(0, "0"), (0, "1"), (1, "1"), (1, "2"), (2, "2"), (2, "0")]
+    explainer = Explainer(folder / "index", network)
+    for place, row in enumerate(told.scenes):
+        drawn = explainer.explain(source.name(row["first"]), neighbors=[row["result"]]).cam
+        left, right = drawn[:, :16].sum(), drawn[:, 16:].sum()
+        if row["first"] == 0:  # what the stranger's box covers is nobody's alone
+            hidden = sum(
+                drawn[y, x] * min(1, 3 - x) * min(1, 7.2 - y) for y in range(8) for x in range(3)
+            )
+            left -= hidden
+        share = (left, right)[place % 2] / (left + right) if left + right > 0 else None
+        if share is not None:
+            assert row["share"] == pytest.approx(share, abs=1e-4)
+    assert told.summary["objects"]["boxes of several labels"]["questions"] == 6
+    assert [row.title for row in told.examples] == ["Two objects, best", "Two objects, worst"]
+
+
+# --- the images of the index itself --------------------------------------------------------------
+
+
+def test_an_indexed_image_never_explains_itself(folder: Path, network: EmbeddingNetwork) -> None:
+    told = run(folder, network, images="photos")
+    assert all(row["indexed"] and row["result"] != row["id"] for row in told.rows)
+    assert told.summary["images"]["indexed"] == 12
+    with Index.open(folder / "index") as index:
+        embeddings, labels = index.embeddings(np.arange(12)), index.labels[np.arange(12)]
+    retrieval = told.summary["retrieval"]
+    for k in (1, 5, 10):
+        assert retrieval[f"recall_{k}"]["mean"] == pytest.approx(recall_at_k(embeddings, labels, k))
+    assert retrieval["map_at_r"]["mean"] == pytest.approx(map_at_r(embeddings, labels))
+
+
+def test_the_same_id_elsewhere_is_the_same_image_only_if_it_looks_the_same(
+    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+) -> None:
+    (tmp_path / "moved/0").mkdir(parents=True)
+    picture(0, 0).save(tmp_path / "moved/0/0.png")  # what was indexed, moved
+    picture(1, 77).save(tmp_path / "moved/0/1.png")  # another picture of an indexed name
+    told = evaluate_index(
+        folder / "index", find_images(tmp_path / "moved"), network, measures=("retrieval",),
+        progress=False, workers=0,
+    )  # fmt: skip
+    assert [row["indexed"] for row in told.rows] == [True, False]
+
+
+def test_an_index_of_the_query_alone_is_refused(network: EmbeddingNetwork, tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", labels=2, each=2)
+    build(tmp_path / "photos", tmp_path / "index", network)
+    from embedcam.index import remove
+
+    remove(tmp_path / "index", ["0/1.png", "1/0.png", "1/1.png"])
+    with pytest.raises(InputError, match="holds nothing but the query itself"):
+        run(tmp_path, network, images="photos", measures=("retrieval",))
+
+
+# --- controls ------------------------------------------------------------------------------------
+
+
+def test_the_shuffled_network_keeps_numbers_and_leaves_the_original_alone(
+    network: EmbeddingNetwork,
+) -> None:
+    before = {k: v.clone() for k, v in network.module.state_dict().items()}
+    image = torch.from_numpy(network.probe_images(1))
+    here = network.forward(image).embedding
+    other = ShuffledNetwork(network, 0, network.probe_images(2))
+    assert other.count == 2  # a convolution and a linear layer
+    assert other.stages[-1] == 2
+    other.shuffle(2)
+    assert not torch.allclose(other.network.forward(image).embedding, here)
+    for name, value in other.network.module.state_dict().items():
+        torch.testing.assert_close(value.flatten().sort()[0], before[name].flatten().sort()[0])
+        torch.testing.assert_close(network.module.state_dict()[name], before[name])
+    other.shuffle(1)
+    head = other.network.module
+    torch.testing.assert_close(head.conv.weight, before["conv.weight"])
+    assert not torch.equal(head.linear.weight, before["linear.weight"])
+    other.shuffle(0)
+    torch.testing.assert_close(other.network.forward(image).embedding, here)
+
+
+def test_batch_norms_of_the_shuffled_network_are_measured_anew() -> None:
+    network = EmbeddingNetwork(toys.toy(), "relu")
+    images = toys.images(4).numpy()
+    other = ShuffledNetwork(network, 0, images)
+    norm = other.network.module.norm
+    before = norm.running_mean.clone()
+    for modules in (other.count, 0, other.count):
+        other.shuffle(modules)
+        if modules:
+            seen = other.network.module.conv(torch.from_numpy(images)).transpose(0, 1).flatten(1)
+            torch.testing.assert_close(norm.running_mean, seen.mean(1))
+            torch.testing.assert_close(norm.running_var, seen.var(1))
+        else:
+            torch.testing.assert_close(norm.running_mean, before)
+        assert not norm.training
+        assert norm.momentum == 0.1
+    assert not network.module.norm.training
+
+
+def test_without_controls_nothing_is_compared(folder: Path, network: EmbeddingNetwork) -> None:
+    told = run(folder, network, controls=False, boxes=folder / "boxes.csv").summary
+    assert told["controls"] == {}
+    assert told["flags"] == []
+    assert list(told["curves"]) == ["transferred"]
+    assert told["faithfulness"]["rank_drop"]["n"] == 3
+    assert told["sanity"] == []
+    # One wholly masked, and 3 + 3 + 3 pictures of one map, of each of three queries.
+    assert told["masked_passes"] == 3 * (1 + 3 + 3 + 3)
+
+
+# --- what must always hold -----------------------------------------------------------------------
+
+
+def test_batches_and_seeds(folder: Path, network: EmbeddingNetwork, found: Evaluation) -> None:
+    again = run(folder, network, boxes=folder / "boxes.csv", batch_size=2)
+    assert len(again.rows) == len(found.rows) == 9
+    for here, there in zip(again.rows, found.rows, strict=True):
+        assert here.keys() == there.keys()
+        for name, value in here.items():
+            if isinstance(value, float):
+                assert value == pytest.approx(there[name], abs=2e-4), name
+            else:
+                assert value == there[name], name
+    assert [row["result"] for row in again.scenes] == [row["result"] for row in found.scenes]
+    other = run(folder, network, seed=1, limit=4, measures=("faithfulness",))
+    assert len(other.rows) == 4
+    assert other.summary["images"]["asked"] == 4
+
+
+class Counting(ImageSource):
+    """Counts the pictures that are alive at once."""
+
+    def __init__(self, inner: ImageSource) -> None:
+        super().__init__(inner.items, inner.root)
+        self.alive: list[weakref.ref[Image.Image]] = []
+        self.most = 0
+
+    def open(self, position: int) -> Image.Image:
+        made = super().open(position)
+        self.alive = [one for one in self.alive if one() is not None] + [weakref.ref(made)]
+        self.most = max(self.most, len(self.alive))
+        return made
+
+
+def test_pictures_are_let_go(network: EmbeddingNetwork, folder: Path, tmp_path: Path) -> None:
+    write_photos(tmp_path / "many", labels=3, each=20)
+    source = Counting(find_images(tmp_path / "many"))
+    gc.collect()
+    told = evaluate_index(folder / "index", source, network, progress=False, workers=0, **QUICK)
+    assert len(told.rows) == 60
+    assert source.most <= 4
+
+
+def test_the_network_and_the_index_are_left_as_they_were(
+    folder: Path, network: EmbeddingNetwork, found: Evaluation
+) -> None:
+    assert all(p.grad is None and p.requires_grad for p in network.module.parameters())
+    with Index.open(folder / "index") as index:
+        index.verify()
+
+
+# --- what cannot be measured is said -------------------------------------------------------------
+
+
+def test_without_labels_and_boxes(folder: Path, network: EmbeddingNetwork) -> None:
+    source = find_images(folder / "queries", "none")
+    told = evaluate_index(
+        folder / "index", source, network, progress=False, workers=0, **QUICK
+    ).summary
+    assert told["retrieval"] == {}
+    assert told["localisation"] == {}
+    assert told["objects"] == {}
+    notes = "\n".join(told["notes"])
+    assert "no retrieval quality: no image has a label" in notes
+    assert "no localisation: neither boxes nor masks were given" in notes
+    assert "no scenes of two pictures: pairs of pictures need labels, and the images" in notes
+    assert "a seeded sample of 3 of 9 images" in notes
+
+
+def test_a_network_of_one_size_skips_scenes_in_words(tmp_path: Path) -> None:
+    network = network_of(Flat)
+    write_photos(tmp_path / "photos")
+    build(tmp_path / "photos", tmp_path / "index", network)
+    told = run(tmp_path, network, images="photos", measures=("objects",)).summary
+    assert "no scenes of two pictures: the network takes no picture of 32 x 64" in told["notes"][0]
+
+
+class Deep(Pooled):
+    """Two convolutions, for maps of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(3, 6, 3, 2, 1)
+        self.conv = torch.nn.Conv2d(6, 8, 3, 2, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.relu(self.conv(self.first(images))))
+
+
+def test_maps_of_several_layers_tokens_and_networks_in_two_parts(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos")
+    module = toys.seeded(Deep)
+    deep = EmbeddingNetwork(module, "relu", preprocess=SQUASH)
+    parts = EmbeddingNetwork.from_parts(
+        lambda images: module.relu(module.conv(module.first(images))),
+        module.head,
+        module=module,
+        preprocess=SQUASH,
+    )
+    vit = EmbeddingNetwork(
+        toys.seeded(toys.small_vit), toys.VIT_LAYER, preprocess=Preprocess(size=(64, 64))
+    )
+    layers = Recipe(method="polycam", layers=("first", "relu"))
+    for name, network, recipe, said in (
+        ("layers", deep, layers, ""),
+        ("parts", parts, None, "given as a trunk and a head, which are not copied"),
+        ("tokens", vit, None, "the network takes no picture of 64 x 128"),
+    ):
+        build(photos, tmp_path / name, network, recipe)
+        told = evaluate_index(
+            tmp_path / name, find_images(photos), network, progress=False, workers=0, **QUICK
+        )
+        assert said in "\n".join(told.summary["notes"])
+        assert bool(told.summary["sanity"]) == (name != "parts")
+        assert bool(told.summary["objects"]) == (name != "tokens")
+        assert told.summary["faithfulness"]["insertion"]["n"] == 3
+        assert told.summary["fidelity"]["by_neighbors"][0]["n"] == 5
+
+
+def test_broken_images(folder: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    picture(0, 3).save(tmp_path / "images/a.png")
+    (tmp_path / "images/b.png").write_bytes(b"not a picture")
+    source = find_images(tmp_path / "images")
+    with pytest.raises(ImageError, match=r"b\.png: is not an image"):
+        evaluate_index(folder / "index", source, network, progress=False, workers=0)
+    told = evaluate_index(
+        folder / "index", source, network, on_unreadable="skip", progress=False, workers=0, **QUICK
+    )
+    assert [row["id"] for row in told.rows] == ["a.png"]
+    assert "b.png" in told.summary["images"]["skipped"][0]
+    only = ImageSource([source.items[1]], source.root)
+    with pytest.raises(InputError, match="none of the 1 images could be read"):
+        evaluate_index(folder / "index", only, network, on_unreadable="skip", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"steps": 0}, "steps = 0; give a whole number of at least 1"),
+        ({"limit": True}, "limit = True"),
+        ({"removed": 1.0}, "removed = 1.0; give a share between 0 and 1"),
+        ({"fill": "red"}, "fill = 'red' is unknown"),
+        ({"measures": ("energy",)}, "measures names 'energy'; choose among retrieval"),
+        ({"measures": ()}, "measures names nothing"),
+        ({"nothing": 1}, "unexpected keyword argument 'nothing'"),
+        ({"settings": Settings(), "steps": 3}, "not both"),
+        ({"boxes": "a", "masks": "b"}, "give boxes or masks, not both"),
+        ({"on_unreadable": "maybe"}, 'expected "fail" or "skip"'),
+    ],
+)
+def test_choices_that_mean_nothing(
+    folder: Path, network: EmbeddingNetwork, choices: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        evaluate_index(folder / "index", find_images(folder / "queries"), network, **choices)
+
+
+def test_another_network_is_refused(folder: Path) -> None:
+    other = network_of(preprocess=CROP)
+    with pytest.raises(NetworkMismatch):
+        run(folder, other)
+
+
+def test_an_index_without_faiss(network: EmbeddingNetwork, folder: Path, tmp_path: Path) -> None:
+    build(folder / "photos", tmp_path / "index", network, replace(Recipe(), faiss="none"))
+    source = find_images(folder / "queries")
+    some = {**QUICK, "measures": ("retrieval",), "progress": False, "workers": 0}
+    here = evaluate_index(tmp_path / "index", source, network, **some)
+    there = evaluate_index(folder / "index", source, network, **some)
+    assert [row["result"] for row in here.rows] == [row["result"] for row in there.rows]
+
+
+# --- what comes out ------------------------------------------------------------------------------
+
+
+def test_the_cascade_ends_with_every_module(found: Evaluation) -> None:
+    stages = found.summary["sanity"]
+    assert [(one["modules"], one["of"], one["n"]) for one in stages] == [(1, 2, 3), (2, 2, 3)]
+    assert all(-1 <= one["mean"] <= 1 and 0 <= one["empty"] <= 1 for one in stages)
+
+
+def test_files(found: Evaluation, tmp_path: Path) -> None:
+    text = found.save_html(tmp_path / "report.html").read_text()
+    for word in ("<script", "http://", "https://", "@import", "url("):
+        assert word not in text
+    for word in ("How good are the maps?", "Recall@1", "ROAD drop", "shuffled network", "<svg",
+                 "Deletion", "data:image/jpeg", "best", "prefers-color-scheme: dark"):  # fmt: skip
+        assert word in text
+    lines = found.save_csv(tmp_path / "numbers.csv").read_text().splitlines()
+    assert len(lines) == 10
+    assert lines[0].startswith("id,label,indexed,result,")
+    assert found.to_dict()["images"]["measured"] == 9
+    with pytest.raises(InputError, match="cannot be written"):
+        found.save_csv(tmp_path / "nowhere/numbers.csv")
+
+
+def test_time_is_accounted_for(found: Evaluation) -> None:
+    seconds = found.summary["seconds"]
+    assert 0 < seconds["forward"] < seconds["total"]
+    parts = sum(value for name, value in seconds.items() if name != "total")
+    assert parts <= seconds["total"]

@@ -1,0 +1,135 @@
+"""`embedcam evaluate` on the command line."""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from photo_samples import picture, write_photos
+from test_cli import NAMED, NETWORK
+
+from embedcam.cli import main
+
+FEW = ["--faithfulness", "2", "--scenes", "2", "--fidelity", "3", "--steps", "3", "--examples", "1"]
+TRUSTED = NAMED[:2]
+Say = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working folder with an index, queries, boxes and a network to be named."""
+    folder = tmp_path_factory.mktemp("evaluate-cli")
+    (folder / "cli_toy_network.py").write_text(NETWORK)
+    write_photos(folder / "photos")
+    for label in range(3):
+        (folder / "queries" / str(label)).mkdir(parents=True)
+        picture(label, 60).save(folder / "queries" / str(label) / "q.png")
+    (folder / "boxes.csv").write_text(
+        "path,x0,y0,x1,y1\n" + "".join(f"queries/{i}/q.png,10,10,40,30\n" for i in range(3))
+    )
+    (folder / "beyond.csv").write_text("path,x0,y0,x1,y1\nqueries/0/q.png,10,10,400,30\n")
+    (folder / "others.csv").write_text("path,x0,y0,x1,y1\nelsewhere/q.png,10,10,40,30\n")
+    (folder / "empty").mkdir()
+    before, path = Path.cwd(), list(sys.path)
+    os.chdir(folder)
+    assert main(["build", "photos", "my.index", "--quiet", *NAMED]) == 0
+    yield folder
+    os.chdir(before)
+    sys.path[:] = path
+    sys.modules.pop("cli_toy_network", None)
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["evaluate", "my.index", *map(str, arguments), *TRUSTED])
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+def test_a_table_a_page_and_numbers(say: Say, tmp_path: Path) -> None:
+    page, numbers = tmp_path / "report.html", tmp_path / "numbers.csv"
+    code, out, err = say("--images", "queries", "--boxes", "boxes.csv", *FEW,
+                         "--html", page, "--csv", numbers)  # fmt: skip
+    assert code == 0, err
+    for words in ("3 of 3 images against an index of 12", "Recall@1", "energy inside",
+                  "Telling two objects apart", "Beside controls that know nothing, 2 images",
+                  "shuffled network", "Transfer fidelity", "in forward passes"):  # fmt: skip
+        assert words in out
+    assert f"page: {page}" in err
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    with numbers.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == ["0/q.png", "1/q.png", "2/q.png"]
+    assert all(0 <= float(row["energy"]) <= 1 for row in rows)
+
+
+def test_json_and_choices(say: Say) -> None:
+    code, out, err = say("--images", "queries", *FEW, "--json", "--quiet", "--limit", 2, "-n", 1,
+                         "--measures", "retrieval,faithfulness", "--no-controls")  # fmt: skip
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    assert told["images"]["measured"] == 2
+    assert told["settings"]["n_neighbors"] == 1
+    assert told["settings"]["measures"] == ["retrieval", "faithfulness"]
+    assert (told["controls"], told["objects"], told["fidelity"]) == ({}, {}, {})
+    assert told["faithfulness"]["deletion"]["n"] == 2
+    assert "a seeded sample of 2 of 3 images was queried" in told["notes"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "arguments"),
+    [
+        (2, "required: --images", []),
+        (2, "nowhere: does not exist", ["--images", "nowhere"]),
+        (2, "empty: contains no images", ["--images", "empty"]),
+        (2, "none.csv: there is no such file of boxes",
+         ["--images", "queries", "--boxes", "none.csv"]),
+        (2, "no box belongs to one of the images",
+         ["--images", "queries", "--boxes", "others.csv"]),
+        (2, "beyond.csv, line 2: the box 10, 10, 400, 30 reaches beyond its picture of 48 x 40",
+         ["--images", "queries", "--boxes", "beyond.csv"]),
+        (2, "masks: there is no such folder", ["--images", "queries", "--masks", "masks"]),
+        (2, "holds no mask for any of the images", ["--images", "queries", "--masks", "empty"]),
+        (2, "give --boxes or --masks, not both",
+         ["--images", "queries", "--masks", "empty", "--boxes", "boxes.csv"]),
+        (2, "there is no folder nowhere", ["--images", "queries", "--html", "nowhere/r.html"]),
+        (2, "photos is a folder; give the name of a file",
+         ["--images", "queries", "--csv", "photos"]),
+        (2, "measures names 'energy'", ["--images", "queries", "--measures", "energy"]),
+        (2, "removed = 2.0; give a share", ["--images", "queries", "--removed", "2"]),
+        (2, "'0' is not a whole number", ["--images", "queries", "--steps", "0"]),
+        (2, "did you mean --boxes?", ["--images", "queries", "--boxs", "boxes.csv"]),
+        (4, "not the network of the index",
+         ["--images", "queries", "--weights", "random", "--layer", "conv"]),
+        (2, "steps = 2000; it must be a whole number, 1 to 1024",
+         ["--images", "queries", "--steps", "2000"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done(say: Say, code: int, message: str, arguments: list[str]) -> None:
+    found, out, err = say(*arguments, "--quiet")
+    assert (found, out) == (code, ""), err
+    assert message in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+def test_an_index_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "photos", "--images", "queries"]) == 5
+    assert "photos: not an embedcam index" in capsys.readouterr().err
+
+
+def test_broken_images_are_skipped_where_asked(say: Say, here: Path) -> None:
+    (here / "broken").mkdir()
+    picture(0, 61).save(here / "broken/a.png")
+    (here / "broken/b.png").write_bytes(b"nothing")
+    assert say("--images", "broken", *FEW, "--quiet")[0] == 3
+    code, out, _ = say("--images", "broken", *FEW, "--quiet", "--on-unreadable", "skip")
+    assert code == 0
+    assert "1 image could not be read" in out

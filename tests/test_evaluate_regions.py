@@ -1,0 +1,315 @@
+"""Boxes and masks onto the map's grid; the pure parts of an evaluation in closed form."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from photo_samples import CROP
+from PIL import Image
+
+from embedcam.errors import InputError
+from embedcam.evaluate import summary as told
+from embedcam.evaluate.faithfulness import Curves
+from embedcam.evaluate.gallery import Gallery
+from embedcam.evaluate.measures import retrieved, shares
+from embedcam.evaluate.queries import chosen, generator
+from embedcam.evaluate.regions import of_boxes, of_masks
+from embedcam.images import ImageSource, Item
+from embedcam.metrics import rank_of
+from embedcam.render import Chart, Notice, Table, page
+from embedcam.render.chart import chart_svg, ticks
+
+WHOLE = (0.0, 0.0, 40.0, 20.0)
+
+
+def source_of(folder: Path, *names: str, label: str | None = None) -> ImageSource:
+    return ImageSource([Item(name, name, label) for name in names], folder)
+
+
+def boxes(folder: Path, *lines: str, header: str = "path,x0,y0,x1,y1") -> Path:
+    (folder / "boxes.csv").write_text("\n".join([header, *lines]) + "\n")
+    return folder / "boxes.csv"
+
+
+def test_a_box_on_the_grid_of_a_squashed_and_of_a_cropped_picture(tmp_path: Path) -> None:
+    regions = of_boxes(boxes(tmp_path, "a.png,10,5,30,15"), source_of(tmp_path, "a.png", "b.png"))
+    assert len(regions) == 1
+    assert (regions.has(0), regions.has(1)) == (True, False)
+    found = regions.of(0, (40, 20), WHOLE, (4, 4))
+    assert found is not None
+    expected = np.zeros((4, 4))
+    expected[1:3, 1:3] = 1
+    np.testing.assert_allclose(found.inside, expected)
+    np.testing.assert_allclose(found.boxes, [[1, 1, 3, 3]])
+    # Only the right half was seen: the box reaches from its left edge to half of it.
+    right = regions.of(0, (40, 20), (20, 0, 40, 20), (4, 4))
+    assert right is not None
+    np.testing.assert_allclose(right.boxes, [[0, 1, 2, 3]])
+    assert right.inside.sum() == 4
+    # What was not seen is not measured.
+    assert regions.of(0, (40, 20), (32, 0, 40, 20), (4, 4)) is None
+    assert regions.of(1, (40, 20), WHOLE, (4, 4)) is None
+    # A crop that was padded reaches beyond the picture.
+    padded = regions.of(0, (40, 20), (0, -10, 40, 30), (4, 4))
+    assert padded is not None
+    np.testing.assert_allclose(padded.boxes, [[1, 1.5, 3, 2.5]])
+
+
+def test_a_box_agrees_with_the_preprocessing(tmp_path: Path) -> None:
+    """A bright box, through the preprocessing itself, lands where the region says."""
+    pixels = np.zeros((60, 90, 3), np.uint8)
+    pixels[20:40, 30:70] = 255
+    seen = CROP(Image.fromarray(pixels))
+    bright = (seen[0] > seen[0].mean()).astype(float)
+    regions = of_boxes(boxes(tmp_path, "a.png,30,20,70,40"), source_of(tmp_path, "a.png"))
+    found = regions.of(0, (90, 60), CROP.extent(90, 60), (32, 32))
+    assert found is not None
+    assert np.abs(found.inside - bright).mean() < 0.04
+
+
+def test_boxes_of_another_size_of_the_picture(tmp_path: Path) -> None:
+    file = boxes(tmp_path, "a.png,100,50,300,150,400,200", header="path,x0,y0,x1,y1,width,height")
+    found = of_boxes(file, source_of(tmp_path, "a.png")).of(0, (40, 20), WHOLE, (4, 4))
+    assert found is not None
+    np.testing.assert_allclose(found.boxes, [[1, 1, 3, 3]])
+
+
+def test_several_boxes_and_labels(tmp_path: Path) -> None:
+    lines = ("a.png,0,0,10,20,owl", "a.png,30,0,40,20,gull", "a.png,20,0,30,20,owl")
+    file = boxes(tmp_path, *lines, header="path,x0,y0,x1,y1,label")
+    found = of_boxes(file, source_of(tmp_path, "a.png")).of(0, (40, 20), WHOLE, (1, 4))
+    assert found is not None
+    np.testing.assert_allclose(found.inside, [[1, 0, 1, 1]])
+    np.testing.assert_allclose(found.by_label["owl"], [[1, 0, 1, 0]])
+    np.testing.assert_allclose(found.by_label["gull"], [[0, 0, 0, 1]])
+    # The image's own label says which boxes its map should mark.
+    owl = of_boxes(file, source_of(tmp_path, "a.png", label="owl"))
+    own = owl.of(0, (40, 20), WHOLE, (1, 4))
+    assert own is not None
+    np.testing.assert_allclose(own.inside, [[1, 0, 1, 0]])
+    assert owl.pixels(0, (40, 20)) == [(0, 0, 10, 20), (20, 0, 30, 20)]
+    assert owl.labels(0) == ["owl", "gull"]
+
+
+def test_paths_relative_to_the_csv_and_ids(tmp_path: Path) -> None:
+    source = ImageSource([Item("one", "sub/a.png"), Item("two", "b.png")], tmp_path)
+    assert len(of_boxes(boxes(tmp_path, "sub/a.png,0,0,1,1", "two,0,0,1,1"), source)) == 2
+    elsewhere = ImageSource([Item("a.png", "a.png")], tmp_path / "sub")
+    assert len(of_boxes(boxes(tmp_path, "sub/a.png,0,0,1,1", "c.png,0,0,1,1"), elsewhere)) == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "header", "message"),
+    [
+        (["a.png,1,2,3"], "path,x0,y0,x1", "the header lacks y1; expected path,x0,y0,x1,y1"),
+        ([], "path,x0,y0,x1,y1", "has no lines below its header"),
+        (["a.png,5,0,5,9"], "path,x0,y0,x1,y1", "line 2: the box 5, 0, 5, 9 is empty"),
+        (["a.png,0,0,x,9"], "path,x0,y0,x1,y1", "line 2: x1 is 'x'; give a number of pixels"),
+        (["a.png,0,0,inf,9"], "path,x0,y0,x1,y1", "line 2: x1 is 'inf'"),
+        (["a.png,0,0,4"], "path,x0,y0,x1,y1", "line 2: does not have the header's 5 fields"),
+        (["z.png,0,0,4,4"], "path,x0,y0,x1,y1", "no box belongs to one of the images: it names"),
+        (["a.png,0,0,4,4,0,9"], "path,x0,y0,x1,y1,width,height", "a picture of 0 x 9 pixels"),
+    ],
+)
+def test_boxes_that_are_none(tmp_path: Path, lines: list[str], header: str, message: str) -> None:
+    with pytest.raises(InputError, match=message.replace("(", r"\(")) as caught:
+        of_boxes(boxes(tmp_path, *lines, header=header), source_of(tmp_path, "a.png"))
+    assert "boxes.csv" in str(caught.value)
+
+
+def test_boxes_beyond_the_picture_and_files_that_are_not_there(tmp_path: Path) -> None:
+    source = source_of(tmp_path, "a.png")
+    regions = of_boxes(boxes(tmp_path, "a.png,0,0,100,10"), source)
+    with pytest.raises(InputError, match=r"line 2: the box 0, 0, 100, 10 reaches beyond its pic"):
+        regions.of(0, (40, 20), WHOLE, (4, 4))
+    with pytest.raises(InputError, match="there is no such file of boxes"):
+        of_boxes(tmp_path / "none.csv", source)
+    (tmp_path / "bytes.csv").write_bytes(b"path,x0,y0,x1,y1\n\xff,1,1,2,2\n")
+    with pytest.raises(InputError, match="the boxes cannot be read"):
+        of_boxes(tmp_path / "bytes.csv", source)
+
+
+def test_masks(tmp_path: Path) -> None:
+    (tmp_path / "masks/sub").mkdir(parents=True)
+    mask = np.zeros((20, 40), np.uint8)
+    mask[5:15, 10:30] = 255
+    Image.fromarray(mask).save(tmp_path / "masks/sub/a.gif")
+    source = source_of(tmp_path, "b.jpg", "sub/a.jpg")
+    regions = of_masks(tmp_path / "masks", source)
+    assert [regions.has(place) for place in (0, 1)] == [False, True]
+    found = regions.of(1, (40, 20), WHOLE, (4, 4))
+    assert found is not None
+    expected = np.zeros((4, 4))
+    expected[1:3, 1:3] = 1
+    np.testing.assert_allclose(found.inside, expected)
+    np.testing.assert_allclose(found.boxes, [[1, 1, 3, 3]])
+    padded = regions.of(1, (40, 20), (0, -10, 40, 30), (4, 4))
+    assert padded is not None
+    np.testing.assert_allclose(padded.inside[1:3, 1:3], 0.5, atol=0.01)
+    assert padded.inside[[0, 3]].sum() == 0
+    with pytest.raises(InputError, match="the mask is 40 x 20 pixels and its picture 80 x 40"):
+        regions.of(1, (80, 40), (0, 0, 80, 40), (4, 4))
+    with pytest.raises(InputError, match="holds no mask for any of the images; name it like"):
+        of_masks(tmp_path / "masks", source_of(tmp_path, "c.png"))
+    with pytest.raises(InputError, match="there is no such folder"):
+        of_masks(tmp_path / "nowhere", source)
+
+
+# --- pure parts ----------------------------------------------------------------------------------
+
+
+def test_shares_of_two_regions() -> None:
+    drawn = np.array([[3.0, 1.0, 0.0, 4.0]])
+    left, right = np.array([[1.0, 1, 0, 0]]), np.array([[0.0, 1, 1, 0]])
+    # What both cover counts for neither; what none covers, not at all.
+    assert shares(drawn, left, right) == (1, 1, 0.5)
+    assert shares(drawn, right, left) == (0, 0, 0.5)
+    assert shares(np.zeros((1, 4)), left, right) == (0.5, 0.5, 0.5)
+    share, right_half, chance = shares(np.ones((1, 4)), np.array([[1.0, 1, 1, 0]]), 1 - left)
+    assert (share, right_half, chance) == (pytest.approx(2 / 3), 1, pytest.approx(2 / 3))
+
+
+def test_recall_of_one_query() -> None:
+    labels = ["b", "a", None, "a", "c", "b"]
+    assert retrieved("a", labels) == {"recall_1": 0, "recall_5": 1, "recall_10": None}
+    assert retrieved(None, labels) == {"recall_1": None, "recall_5": None, "recall_10": None}
+
+
+def rows_of(mine: list[Any], theirs: list[Any], name: str) -> list[dict[str, Any]]:
+    return [{name: a, f"random weights: {name}": b} for a, b in zip(mine, theirs, strict=True)]
+
+
+def test_a_method_that_does_not_beat_its_control_is_flagged() -> None:
+    better = told.beside_controls(rows_of([0.9] * 8, [0.2] * 8, "energy"), ("localisation",))
+    assert better["energy"]["differences"]["random weights"]["mean"] == pytest.approx(0.7)
+    assert told.flags(better, "8 images") == []
+    assert told.beaten(better, "8 images") == [
+        "transferred (8 images): better than every control in energy inside"
+    ]
+    worse = told.beside_controls(rows_of([0.2] * 8, [0.9] * 8, "energy"), ("localisation",))
+    assert told.flags(worse, "8 images") == [
+        "transferred beside random weights (8 images): worse in energy inside"
+    ]
+    assert told.beaten(worse, "8 images") == []
+    equal = told.beside_controls(rows_of([0.1, 0.9], [0.9, 0.1], "energy"), ("localisation",))
+    assert told.flags(equal, "2 images") == [
+        "transferred beside random weights (2 images): not told apart by energy inside"
+    ]
+    # Of a deletion area less is better.
+    deletion = told.beside_controls(rows_of([0.2] * 8, [0.9] * 8, "deletion"), ("faithfulness",))
+    assert deletion["deletion"]["differences"]["random weights"]["beats"]
+    assert deletion["deletion"]["differences"]["random weights"]["mean"] == pytest.approx(0.7)
+
+
+def test_what_does_not_apply_is_left_out_of_means() -> None:
+    rows = rows_of([0.4, None, 0.6], [0.1, 0.2, None], "drop")
+    told_of = told.beside_controls(rows, ("faithfulness",))["drop"]
+    assert told_of["differences"]["random weights"]["n"] == 1
+    assert told.measured(rows, "faithfulness")["drop"]["mean"] == pytest.approx(0.5)
+    chance = told.measured([{"energy": 0.6, "area": 0.2}, {"energy": None, "area": 1}],
+                           "localisation")  # fmt: skip
+    assert (chance["energy"]["mean"], chance["energy"]["chance"]) == (0.6, 0.2)
+
+
+def test_mean_curves_and_fidelity() -> None:
+    curves = {"transferred": Curves(np.array([2.0, 1.0]), np.array([0.0, 2.0]), 2)}
+    assert told.mean_curves(curves) == {
+        "transferred": {"deletion": [1.0, 0.5], "insertion": [0.0, 1.0]}
+    }
+    records = [
+        {"n_neighbors": n, "distance": d, "cosine": d * n, "rank_correlation": d, "iou": 0.0}
+        for n in (1.0, 5.0)
+        for d in (0.4, 0.1, 0.3, 0.2)
+    ]
+    found = told.fidelity(records)
+    assert [one["cosine"] for one in found["by_neighbors"]] == pytest.approx([0.25, 1.25])
+    assert [one["from"] for one in found["by_distance"]] == [0.1, 0.2, 0.3, 0.4] * 2
+    assert told.fidelity([]) == {}
+
+
+def test_samples_hang_on_the_seed_alone() -> None:
+    assert chosen(10, None, 0).tolist() == chosen(10, 20, 0).tolist() == list(range(10))
+    some = chosen(100, 7, 3)
+    assert len(set(some.tolist())) == 7
+    assert (np.diff(some) > 0).all()
+    np.testing.assert_array_equal(some, chosen(100, 7, 3))
+    one, same, other = (generator(0, "a", b).random() for b in ("b", "b", "c"))
+    assert one == same != other
+
+
+class Memory:
+    """As much of an index as a gallery asks for."""
+
+    path, metric = "memory", "l2"
+
+    def __init__(self, embeddings: np.ndarray, labels: list[str | None]) -> None:
+        self._embeddings, self.n_rows = embeddings.astype(np.float32), len(embeddings)
+        self.width = embeddings.shape[1]
+        self.labels = np.array(labels, object)
+
+    def live_positions(self) -> np.ndarray:
+        return np.arange(self.n_rows)
+
+    def embeddings(self, positions: Any) -> np.ndarray:
+        return self._embeddings[positions]
+
+
+@pytest.mark.parametrize("held", [0, 1 << 28])
+def test_ranks_and_precision_block_by_block(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from embedcam.evaluate import gallery as module
+
+    monkeypatch.setattr(module, "HELD", held)
+    monkeypatch.setattr(module, "BLOCK", 50)
+    drawn = np.random.default_rng(0)
+    embeddings = drawn.standard_normal((30, 4)).astype(np.float32)
+    labels = [None if i == 7 else str(i % 3) for i in range(30)]
+    gallery = Gallery(Memory(embeddings, labels))  # type: ignore[arg-type]
+    queries = embeddings[:5] + 0.1
+    apart = ((queries[:, None].astype(float) - embeddings) ** 2).sum(2)
+    for item in (0, 11):
+        keep = np.delete(np.arange(30), 3)
+        expected = rank_of(-apart[:, keep], np.full(5, list(keep).index(item)))
+        np.testing.assert_array_equal(gallery.ranks(queries, item, 3), expected)
+    found = gallery.precision_at_r(queries, ["0", "1", "nowhere", None, "1"], np.full(5, -1))
+    assert found[2:4] == [None, None]
+    order = np.argsort(apart[0])[:10]
+    hits = [labels[i] == "0" for i in order]
+    precision = sum(sum(hits[: i + 1]) / (i + 1) for i in range(10) if hits[i]) / 10
+    assert found[0] == pytest.approx(precision)
+
+
+# --- charts and pages ----------------------------------------------------------------------------
+
+
+@given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
+def test_ticks_take_in_both_ends(low: float, span: float) -> None:
+    found = ticks(low, low + span)
+    step = found[1] - found[0]
+    assert 2 <= len(found) <= 8
+    assert found[0] <= low + 1e-6 * step + 1e-9
+    assert found[-1] >= low + span - 1e-6 * step - 1e-9
+    assert (np.diff(found) > 0).all()
+
+
+def test_a_chart_by_hand() -> None:
+    text = chart_svg(Chart("A <b>", {"one": [(0, 0), (1, 1)], "two": [(0, 1), (1, 0)]}, "x", "y"))
+    assert 'points="46.0,220.0 408.0,12.0"' in text
+    assert 'points="46.0,12.0 408.0,220.0"' in text
+    assert "A &lt;b&gt;" in text
+    assert "<b>one" not in text
+    for points in ({}, {"one": []}, {"one": [(0.0, float("nan"))]}):
+        with pytest.raises(InputError, match="has no points"):
+            chart_svg(Chart("c", points))
+
+
+def test_notices_charts_and_tables_in_their_order() -> None:
+    chart = Chart("chart", {"one": [(0, 1), (1, 2)]})
+    text = page([], tables=[Notice("first", ["<i>"]), Table(["h"], [["0.4*"]]), chart, chart])
+    places = [text.index(word) for word in ("first", "0.4*", 'class="charts"')]
+    assert places == sorted(places)
+    assert text.count('class="charts"') == 1
+    assert "&lt;i&gt;" in text
+    assert '<td class="number">0.4*' in text

@@ -68,7 +68,7 @@ def said(found: Mapping[str, list[Carried]]) -> str:
         rows = _carried(found, recipe, source).values()
         return " / ".join(f"{one.alike.mean():.2f}" for one in rows)
 
-    through, around, paper = transfers.RECIPES
+    through, around, _, paper = transfers.RECIPES
     ranges = {
         data: [
             ratio(one.kept, one.direct).mean

@@ -18,6 +18,8 @@ SAMPLE = 512
 LEAST = 40
 """Images from which a calibration is fitted; fewer say nothing that holds elsewhere."""
 FOLDS = 5
+STRANGERS = 0.3
+"""How much an image explained as if it were new counts beside one explained by its neighbours."""
 SEVERAL = 5
 """Neighbours that the calibration for several is fitted with."""
 _BLOCK = 1 << 14
@@ -67,9 +69,10 @@ class Twice:
         self.rows, self.seed = rows, seed
         count = min(SEVERAL, len(embeddings) - 1)
         usual = _itself(rows)
-        kind = _too_near(embeddings, rows, seed) if labels is None else _alike(labels, rows)
         self.neighbors = _nearest(embeddings, rows, count, metric, usual)
-        self.strangers = _nearest(embeddings, rows, count, metric, kind)
+        self.strangers = _nearest(
+            embeddings, rows, count, metric, _kindred(embeddings, labels, rows, seed)
+        )
         self._found: dict[tuple[int, bool], list[np.ndarray]] = {}
         self._agree: dict[tuple[int, bool], list[float]] = {}
 
@@ -131,7 +134,7 @@ def fit_calibration(
     """Fit scores by ridge regression and their meaning by isotonic regression.
 
     Images are explained by their neighbours, themselves left out, and once more as if they were of
-    a kind the index does not hold. The score learns from both: otherwise it could not know what
+    a kind the index does not hold (nothing of their label, nor of the nearer half). The score learns from both: otherwise it could not know what
     distance means, since all images of one collection lie about equally far apart. What a score is
     worth is fitted on the first alone, with scores of images that the regression did not see.
 
@@ -158,7 +161,9 @@ def fit_calibration(
     for values in (evidence, y, nearest, novel, novel_y):
         if not np.isfinite(values).all():
             raise InputError("evidence or correlations hold NaN or infinity; give finite numbers")
-    mean, scale = evidence.mean(0), evidence.std(0)
+    # Of both, or a distance that is usual among strangers would lie far out, where squares rule.
+    both = np.concatenate([evidence, novel])
+    mean, scale = both.mean(0), both.std(0)
     scale = np.where(scale > 1e-12 * (1 + np.abs(mean)), scale, 1.0)
     design, new = _design(evidence, mean, scale), _design(novel, mean, scale)
     fold = np.random.default_rng(seed).permutation(len(y)) % FOLDS
@@ -167,12 +172,9 @@ def fit_calibration(
         known = fold != part
         # An image is not scored by a fit that saw it in its other guise.
         known_new = known if again else slice(0)
-        weights, intercept = _ridge(
-            np.concatenate([design[known], new[known_new]]),
-            np.concatenate([y[known], novel_y[known_new]]),
-        )
+        weights, intercept = _ridge((design[known], y[known]), (new[known_new], novel_y[known_new]))
         unseen[~known] = design[~known] @ weights + intercept
-    weights, intercept = _ridge(np.concatenate([design, new]), np.concatenate([y, novel_y]))
+    weights, intercept = _ridge((design, y), (new, novel_y))
     scores, worth = _isotonic(unseen, y)
     width = evidence.shape[1]
     return Calibration(
@@ -196,13 +198,18 @@ def _design(values: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarr
     return np.concatenate([x, x[:, first] * x[:, second]], axis=1)
 
 
-def _ridge(design: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
+def _ridge(
+    usual: tuple[np.ndarray, np.ndarray], new: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, float]:
     """Coefficients `[C]` and intercept; the penalty chosen by leave-one-out error."""
     from sklearn.linear_model import RidgeCV
 
+    design, y = (np.concatenate(both) for both in zip(usual, new, strict=True))
+    counted = np.r_[np.ones(len(usual[1])), np.full(len(new[1]), STRANGERS)]
     centre, spread = design.mean(0), design.std(0)
     spread = np.where(spread > 1e-12, spread, 1.0)
-    model = RidgeCV(np.logspace(-2, 4, 13)).fit((design - centre) / spread, y)
+    model = RidgeCV(np.logspace(-2, 4, 13))
+    model.fit((design - centre) / spread, y, sample_weight=counted)
     weights = model.coef_ / spread
     return weights, float(model.intercept_ - centre @ weights)
 
@@ -231,26 +238,18 @@ def _itself(rows: np.ndarray) -> _Left:
     return left
 
 
-def _alike(labels: np.ndarray, rows: np.ndarray) -> _Left:
-    """As if the index held no image of its label."""
-
-    def left(start: int, distances: np.ndarray) -> np.ndarray:
-        stop = start + distances.shape[1]
-        same: np.ndarray = labels[rows][:, None] == labels[start:stop]
-        same &= labels[rows][:, None] >= 0
-        return same | _itself(rows)(start, distances)
-
-    return left
-
-
-def _too_near(embeddings: np.ndarray, rows: np.ndarray, seed: int) -> _Left:
-    """Without labels: as if the index held nothing of the nearest tenth."""
+def _kindred(
+    embeddings: np.ndarray, labels: np.ndarray | None, rows: np.ndarray, seed: int
+) -> _Left:
+    """As if the index held nothing of an image's label, nor of the nearer half of its images."""
     some = np.sort(np.random.default_rng(seed).permutation(len(embeddings))[:2048])
-    distances = _squared(embeddings[rows], embeddings[some])
-    border = np.quantile(distances, 0.1, axis=1)[:, None]
+    border = np.median(_squared(embeddings[rows], embeddings[some]), axis=1)[:, None]
 
     def left(start: int, distances: np.ndarray) -> np.ndarray:
-        return (distances <= border) | _itself(rows)(start, distances)
+        gone: np.ndarray = (distances <= border) | _itself(rows)(start, distances)
+        if labels is not None:
+            gone |= labels[rows][:, None] == labels[start : start + distances.shape[1]]
+        return gone
 
     return left
 

@@ -261,14 +261,16 @@ def test_neighbours_are_the_literal_ones(
         for place, row in enumerate(rows):
             squares = [float(((vectors[row].astype(float) - v) ** 2).sum()) for v in vectors]
             order = [-float(vectors[row].astype(float) @ v) for v in vectors]
-            border = np.quantile(squares, 0.1)
+            border = np.median(squares)
             left = [
                 at
                 for at in range(60)
                 if at != row
                 and not (
                     strangers
-                    and (labels[at] == labels[row] if labels is not None else squares[at] <= border)
+                    and (
+                        squares[at] <= border or (labels is not None and labels[at] == labels[row])
+                    )
                 )
             ]
             key = squares if metric == "l2" else order
@@ -346,8 +348,12 @@ def check_literally(
         both: dict[bool, list[list[Any]]] = {False: [], True: []}
         for new in both:
             for row in range(48):
+                border = np.median(squares[row])
                 left = [
-                    at for at in range(48) if at != row and not (new and labels[at] == labels[row])
+                    at
+                    for at in range(48)
+                    if at != row
+                    and not (new and (squares[row, at] <= border or labels[at] == labels[row]))
                 ]
                 near = sorted(left, key=lambda at, row=row: squares[row, at])[:count]
                 raw = np.stack([np.tensordot(weights[at], activations[row], 1) for at in near])

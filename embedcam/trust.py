@@ -134,9 +134,10 @@ def fit_calibration(
     """Fit scores by ridge regression and their meaning by isotonic regression.
 
     Images are explained by their neighbours, themselves left out, and once more as if they were of
-    a kind the index does not hold (nothing of their label, nor of the nearer half). The score learns from both: otherwise it could not know what
-    distance means, since all images of one collection lie about equally far apart. What a score is
-    worth is fitted on the first alone, with scores of images that the regression did not see.
+    a kind the index does not hold (nothing of their label, nor of the nearer half). The score
+    learns from both: otherwise it could not know what distance means, since all images of one
+    collection lie about equally far apart. What a score is worth is fitted on the first alone, with
+    scores of images that the regression did not see.
 
     Args:
         evidence: of the images explained by their neighbours, `[n F]`, see `calibration.evidence`.

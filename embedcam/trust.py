@@ -70,24 +70,23 @@ class Twice:
         count = min(SEVERAL, len(embeddings) - 1)
         usual = _itself(rows)
         self.neighbors = _nearest(embeddings, rows, count, metric, usual)
-        self.strangers = _nearest(
-            embeddings, rows, count, metric, _kindred(embeddings, labels, rows, seed)
-        )
-        self._found: dict[tuple[int, bool], list[np.ndarray]] = {}
-        self._agree: dict[tuple[int, bool], list[float]] = {}
+        guises = [_far(embeddings, rows, seed)] + ([] if labels is None else [_alike(labels, rows)])
+        self.strangers = [_nearest(embeddings, rows, count, metric, guise) for guise in guises]
+        self._found: dict[tuple[int, int], list[np.ndarray]] = {}
+        self._agree: dict[tuple[int, int], list[float]] = {}
 
     def see(self, place: int, drawn: Drawn) -> None:
-        """Explain one image of the sample both ways, by one neighbour and by several."""
+        """Explain one image of the sample every way, by one neighbour and by several."""
         ways = []
-        for new, (rows, distances) in ((False, self.neighbors), (True, self.strangers)):
+        for rows, distances in (self.neighbors, *self.strangers):
             left = np.isfinite(distances[place])
-            ways.append((new, rows[place][left], distances[place][left]))
+            ways.append((rows[place][left], distances[place][left]))
         own = self.rows[place : place + 1]
-        rows = np.concatenate([own, *(near for _, near, _ in ways)])
+        rows = np.concatenate([own, *(near for near, _ in ways)])
         raw, gram = drawn.look(rows)
         expected = drawn.fuse(np.maximum(raw[0], 0), own, np.ones(1, np.float32)).ravel()
         start = 1
-        for new, near, apart in ways:
+        for guise, (near, apart) in enumerate(ways):
             for count in sorted({1, len(near)}) if len(near) else ():
                 these = slice(start, start + count)
                 norms = np.sqrt(np.maximum(gram.diagonal()[these], 0))
@@ -96,7 +95,7 @@ class Twice:
                 seen = evidence(raw[these], shares, norm, apart[:count])
                 mixed = np.maximum(np.tensordot(shares, raw[these], 1), 0)
                 found = drawn.fuse(mixed, near[:count], shares).ravel()
-                key = (min(count, 2), new)
+                key = (min(count, 2), guise)
                 self._found.setdefault(key, []).append(seen)
                 self._agree.setdefault(key, []).append(correlation(found, expected))
             start += len(near)
@@ -106,14 +105,18 @@ class Twice:
         made = {}
         nearest = self.neighbors[1][:, 0]
         for name, key in (("one", 1), ("several", 2)):
-            if len(self._found.get((key, False), ())) < len(self.rows):
+            whole = [
+                guise
+                for guise in range(1 + len(self.strangers))
+                if len(self._found.get((key, guise), ())) == len(self.rows)
+            ]
+            if 0 not in whole:
                 continue  # two images have no several neighbours
-            again = len(self._found.get((key, True), ())) == len(self.rows)
             made[name] = fit_calibration(
-                np.array(self._found[key, False]),
-                np.array(self._agree[key, False]),
-                np.array(self._found[key, True] if again else []),
-                np.array(self._agree[key, True] if again else []),
+                np.array(self._found[key, 0]),
+                np.array(self._agree[key, 0]),
+                np.array([one for guise in whole[1:] for one in self._found[key, guise]]),
+                np.array([one for guise in whole[1:] for one in self._agree[key, guise]]),
                 nearest,
                 neighbors=1 if name == "one" else self.neighbors[0].shape[1],
                 seed=self.seed,
@@ -133,17 +136,18 @@ def fit_calibration(
 ) -> Calibration:
     """Fit scores by ridge regression and their meaning by isotonic regression.
 
-    Images are explained by their neighbours, themselves left out, and once more as if they were of
-    a kind the index does not hold (nothing of their label, nor of the nearer half). The score
-    learns from both: otherwise it could not know what distance means, since all images of one
+    Images are explained by their neighbours, themselves left out, and again as if they were of a
+    kind the index does not hold: nothing of the nearer half, nothing of their label. The score
+    learns from all: otherwise it could not know what distance means, since all images of one
     collection lie about equally far apart. What a score is worth is fitted on the first alone, with
     scores of images that the regression did not see.
 
     Args:
         evidence: of the images explained by their neighbours, `[n F]`, see `calibration.evidence`.
         correlations: of the transferred with the directly computed map, `[n]`.
-        novel: of the same images explained as if they were new, `[n F]`, or nothing.
-        novel_correlations: `[n]`, or nothing.
+        novel: of the same images explained as if they were new, all of them once or several times,
+            `[m n F]` as rows, or nothing.
+        novel_correlations: `[m n]`, or nothing.
         nearest: squared distance of each image's nearest neighbour, `[n]`.
         neighbors: how many explained an image.
         seed: of the folds.
@@ -155,9 +159,9 @@ def fit_calibration(
     y, novel_y = np.asarray(correlations, np.float64), np.asarray(novel_correlations, np.float64)
     if len(evidence) < LEAST:
         raise InputError(f"{len(evidence)} images calibrate no trust; give at least {LEAST}")
-    again = len(novel) > 0
     novel = novel.reshape(-1, evidence.shape[1])
-    if not len(evidence) == len(y) == len(nearest) or (again and len(novel) != len(y)):
+    guises, rest = divmod(len(novel), len(y))
+    if not len(evidence) == len(y) == len(nearest) or rest or len(novel) != len(novel_y):
         raise InputError("evidence, correlations and distances must be of the same images")
     for values in (evidence, y, nearest, novel, novel_y):
         if not np.isfinite(values).all():
@@ -172,7 +176,7 @@ def fit_calibration(
     for part in range(FOLDS):
         known = fold != part
         # An image is not scored by a fit that saw it in its other guise.
-        known_new = known if again else slice(0)
+        known_new = np.tile(known, guises)
         weights, intercept = _ridge((design[known], y[known]), (new[known_new], novel_y[known_new]))
         unseen[~known] = design[~known] @ weights + intercept
     weights, intercept = _ridge((design, y), (new, novel_y))
@@ -239,18 +243,23 @@ def _itself(rows: np.ndarray) -> _Left:
     return left
 
 
-def _kindred(
-    embeddings: np.ndarray, labels: np.ndarray | None, rows: np.ndarray, seed: int
-) -> _Left:
-    """As if the index held nothing of an image's label, nor of the nearer half of its images."""
+def _alike(labels: np.ndarray, rows: np.ndarray) -> _Left:
+    """As if the index held nothing of an image's label."""
+
+    def left(start: int, distances: np.ndarray) -> np.ndarray:
+        same: np.ndarray = labels[rows][:, None] == labels[start : start + distances.shape[1]]
+        return same | _itself(rows)(start, distances)
+
+    return left
+
+
+def _far(embeddings: np.ndarray, rows: np.ndarray, seed: int) -> _Left:
+    """As if the index held nothing of the nearer half of an image's."""
     some = np.sort(np.random.default_rng(seed).permutation(len(embeddings))[:2048])
     border = np.median(_squared(embeddings[rows], embeddings[some]), axis=1)[:, None]
 
     def left(start: int, distances: np.ndarray) -> np.ndarray:
-        gone: np.ndarray = (distances <= border) | _itself(rows)(start, distances)
-        if labels is not None:
-            gone |= labels[rows][:, None] == labels[start : start + distances.shape[1]]
-        return gone
+        return (distances <= border) | _itself(rows)(start, distances)
 
     return left
 

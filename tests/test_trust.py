@@ -257,7 +257,9 @@ def test_neighbours_are_the_literal_ones(
     labels = generator.integers(0, 4, 60) if labelled else None
     rows = sample_rows(60, 1)
     twice = Twice(vectors, labels, rows, metric, 1)
-    for strangers, (near, apart) in ((False, twice.neighbors), (True, twice.strangers)):
+    guises = dict(zip(["far", "alike"], twice.strangers, strict=False))
+    assert len(guises) == 1 + labelled
+    for guise, (near, apart) in {"itself": twice.neighbors, **guises}.items():
         for place, row in enumerate(rows):
             squares = [float(((vectors[row].astype(float) - v) ** 2).sum()) for v in vectors]
             order = [-float(vectors[row].astype(float) @ v) for v in vectors]
@@ -266,12 +268,8 @@ def test_neighbours_are_the_literal_ones(
                 at
                 for at in range(60)
                 if at != row
-                and not (
-                    strangers
-                    and (
-                        squares[at] <= border or (labels is not None and labels[at] == labels[row])
-                    )
-                )
+                and not (guise == "far" and squares[at] <= border)
+                and not (guise == "alike" and labels[at] == labels[row])
             ]
             key = squares if metric == "l2" else order
             expected = sorted(left, key=lambda at, key=key: key[at])[:5]
@@ -345,15 +343,16 @@ def check_literally(
     activations = made_of.network.forward(inputs(made_of, source)).activations.numpy()
     squares = ((vectors[:, None] - vectors[None]) ** 2).sum(-1)
     for name, count in (("one", 1), ("several", 5)):
-        both: dict[bool, list[list[Any]]] = {False: [], True: []}
-        for new in both:
+        both: dict[str, list[list[Any]]] = {"usual": [], "far": [], "alike": []}
+        for guise in both:
             for row in range(48):
                 border = np.median(squares[row])
                 left = [
                     at
                     for at in range(48)
                     if at != row
-                    and not (new and (squares[row, at] <= border or labels[at] == labels[row]))
+                    and not (guise == "far" and squares[row, at] <= border)
+                    and not (guise == "alike" and labels[at] == labels[row])
                 ]
                 near = sorted(left, key=lambda at, row=row: squares[row, at])[:count]
                 raw = np.stack([np.tensordot(weights[at], activations[row], 1) for at in near])
@@ -369,15 +368,16 @@ def check_literally(
                 apart = squares[row, near]
                 seen = literal_evidence(raw, np.array(shares), norm, apart)
                 own = np.maximum(np.tensordot(weights[row], activations[row], 1), 0).ravel()
-                both[new].append(
+                both[guise].append(
                     [seen, literal_correlation(
                         np.maximum(np.tensordot(mixed, activations[row], 1), 0).ravel().tolist(),
                         own.tolist(),
                     ), min(apart)]
                 )  # fmt: skip
-        (seen, y, nearest), (new_seen, new_y, _) = (
+        (seen, y, nearest), (far_seen, far_y, _), (new_seen, new_y, _) = (
             [np.array(column) for column in zip(*rows, strict=True)] for rows in both.values()
         )
+        new_seen, new_y = np.concatenate([far_seen, new_seen]), np.concatenate([far_y, new_y])
         expected = fit_calibration(seen, y, new_seen, new_y, nearest, neighbors=count)
         found = Calibration.from_dict(kept[name])
         assert found.images == 48

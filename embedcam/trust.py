@@ -105,18 +105,17 @@ class Twice:
         made = {}
         nearest = self.neighbors[1][:, 0]
         for name, key in (("one", 1), ("several", 2)):
+            # A guise in which some image has too few left to be explained by teaches nothing.
             whole = [
                 guise
-                for guise in range(1 + len(self.strangers))
+                for guise in range(1, 1 + len(self.strangers))
                 if len(self._found.get((key, guise), ())) == len(self.rows)
             ]
-            if 0 not in whole:
-                continue  # two images have no several neighbours
             made[name] = fit_calibration(
                 np.array(self._found[key, 0]),
                 np.array(self._agree[key, 0]),
-                np.array([one for guise in whole[1:] for one in self._found[key, guise]]),
-                np.array([one for guise in whole[1:] for one in self._agree[key, guise]]),
+                np.array([one for guise in whole for one in self._found[key, guise]]),
+                np.array([one for guise in whole for one in self._agree[key, guise]]),
                 nearest,
                 neighbors=1 if name == "one" else self.neighbors[0].shape[1],
                 seed=self.seed,

@@ -170,6 +170,9 @@ def test_a_calibration_survives_json(width: int) -> None:
         ({"scores": [], "correlations": []}, "do not fit together"),
         ({"largest_distance": -1.0}, "do not fit together"),
         ({"neighbors": 5}, "do not fit together"),
+        ({"neighbors": 2.5}, "neighbors should be a whole number from 1"),
+        ({"images": 0}, "images should be a whole number from 1"),
+        ({"intercept": 10**400}, "intercept should hold finite numbers"),
     ],
 )
 def test_a_calibration_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -177,6 +180,16 @@ def test_a_calibration_that_cannot_be_is_refused(changes: dict[str, Any], messag
         Calibration.from_dict({**some().to_dict(), **changes})
     with pytest.raises(InputError, match="finite numbers"):
         Calibration.from_dict([1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"scale": (1e-300,) * 4}, {"linear": (1e308,) * 4, "quadratic": (-1e308,) * 10}],
+    ids=["scale", "coefficients"],
+)
+def test_what_a_forged_calibration_makes_overflow_is_still_a_share(changes: dict[str, Any]) -> None:
+    found = some(**changes).trust(np.array([[3.0, -7.0, 5.0, 1.0]]), np.array([0.1]))
+    assert 0 <= found[0] <= 1
 
 
 # --- fitting ---
@@ -415,6 +428,23 @@ def test_too_few_images_calibrate_nothing_and_so_can_the_user(
             assert "trust" not in found._transfer_note()
 
 
+def test_an_index_without_the_calibration_asked_for_is_not_called_complete(
+    quick: None, source: ImageSource, tmp_path: Path
+) -> None:
+    made_of = toy()
+    path = built(source, made_of, tmp_path / "index", trust=False)
+    built(source, made_of, path, trust=False)
+    with pytest.raises(InputError, match=r"finished index with another choice of trust.*--refit"):
+        built(source, made_of, path)
+    built(source, made_of, path, replace=True)
+    built(source, made_of, path)
+    with pytest.raises(InputError, match="another choice of trust"):
+        built(source, made_of, path, trust=False)
+    few = pictures(tmp_path / "few", n=LEAST - 1)
+    for _ in range(2):  # too few for one: there is none to ask for
+        built(few, made_of, tmp_path / "small")
+
+
 def test_an_explanation_says_how_far_to_trust_it(
     quick: None, source: ImageSource, tmp_path: Path
 ) -> None:
@@ -486,6 +516,8 @@ def test_an_index_with_a_broken_calibration_is_refused(
     for broken, message in (
         ({**good, "many": {}}, "trust has the unknown entry 'many'"),
         ({"one": {**good["one"], "scale": [0] * 4}}, r"trust\.one: .*do not fit together"),
+        ({"several": good["one"]}, r"trust\.several is of explanations by 1 neighbours"),
+        ({"one": good["several"]}, r"trust\.one is of explanations by 5 neighbours"),
         ([1], "trust"),
     ):
         edit(lambda manifest, broken=broken: manifest.update(trust=broken))(path)
@@ -559,6 +591,33 @@ def test_an_explanation_that_is_not_trusted_is_computed_on_the_query(
     np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-3, atol=1e-4 * scale)
     np.testing.assert_allclose(found.cam, expected.cam, rtol=1e-3, atol=1e-4 * expected.cam.max())
     assert np.abs(found.weights - plain.weights).max() > 1e-3 * np.abs(plain.weights).max()
+
+
+def test_what_is_explained_by_one_result_is_not_told_from_that_result(
+    quick: None, source: ImageSource, tmp_path: Path
+) -> None:
+    made_of = toy("affine")
+    path = built(source, made_of, tmp_path / "index")
+    asked: list[tuple[np.ndarray, np.ndarray]] = []
+
+    class Noted:
+        def weights(self, inputs: Any, positives: Any, negatives: Any) -> Any:
+            asked.append((positives, negatives))
+            return [np.ones(8, np.float32)]
+
+    with Index.open(path) as index:
+        explainer = Explainer(index, made_of.network, trusted_from=1.0, fallback=Noted())
+        query = inputs(made_of, source)[5] * 1.1
+        near = explainer.explain(query, n_neighbors=2)
+        labels = {name: label for name, label in zip(index.ids, index.labels, strict=True)}
+        far = next(n for n in labels if labels[n] not in near.labels and n not in near.ids)
+        asked.clear()
+        assert explainer.explain(query, n_neighbors=2, result=far).direct
+        ((positives, negatives),) = asked
+        of = {tuple(v): labels[index.ids[i]] for i, v in enumerate(index.embeddings(range(48)))}
+    np.testing.assert_array_equal(positives, index_vectors(path, [far]))
+    assert len(negatives)
+    assert not {of[tuple(v)] for v in negatives} & {labels[far], *near.labels}
 
 
 def index_vectors(path: Path, ids: list[str]) -> np.ndarray:

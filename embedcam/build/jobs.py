@@ -140,7 +140,9 @@ def build_index(
             with Index.open(path) as index:
                 generation = index.manifest["generation"] + 1
                 if _tidied(index) == job or not replace:
-                    skipped = same_index(index, recipe, identity, source, files, own_maps, given)
+                    skipped = same_index(
+                        index, recipe, identity, source, files, own_maps, trust, given
+                    )
                     log.info("%s is complete already", path)
                     return BuildReport(path, 0, skipped)
         scratch = Scratch(path / _SCRATCH, job)

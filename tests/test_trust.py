@@ -230,6 +230,79 @@ def test_what_is_new_teaches_the_score_and_not_its_meaning() -> None:
     assert abs(made.trust(fresh, np.zeros(1000)).mean() - true.mean()) < 0.03
 
 
+def literal_ridge(x: np.ndarray, y: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Coefficients of columns of unit spread and, last, the intercept; left out one at a time."""
+
+    def solved(rows: np.ndarray, penalty: float) -> np.ndarray:
+        each = np.column_stack([x[rows], np.ones(len(rows))])
+        normal = each.T @ (counted[rows, None] * each)
+        normal[np.arange(x.shape[1]), np.arange(x.shape[1])] += penalty
+        return np.linalg.solve(normal, each.T @ (counted[rows] * y[rows]))
+
+    rows, errors = np.arange(len(y)), {}
+    for penalty in np.logspace(-2, 4, 13):
+        errors[penalty] = 0.0
+        for row in rows:
+            made = solved(rows[rows != row], penalty)
+            errors[penalty] += counted[row] * (y[row] - x[row] @ made[:-1] - made[-1]) ** 2
+    return solved(rows, min(errors, key=errors.__getitem__))
+
+
+def literal_rising(scores: np.ndarray, y: np.ndarray) -> list[float]:
+    """The best rising values at the scores: neighbours that fall are pooled until none does."""
+    pools: list[list[float]] = []
+    for place in np.argsort(scores):
+        pools.append([float(y[place]), 1.0])
+        while len(pools) > 1 and pools[-2][0] >= pools[-1][0]:
+            value, weight = pools.pop()
+            before, other = pools.pop()
+            total = weight + other
+            pools.append([(value * weight + before * other) / total, total])
+    worth = [value for value, weight in pools for _ in range(int(weight))]
+    ordered: np.ndarray = np.empty(len(y))
+    ordered[np.argsort(scores)] = np.clip(worth, 0, 1)
+    return list(ordered)
+
+
+@pytest.mark.parametrize("guises", [0, 1, 2])
+def test_a_fit_is_the_literal_one(guises: int) -> None:
+    """Scores of images that the regression saw in no guise; strangers at three tenths."""
+    generator = np.random.default_rng(guises)
+    n, width = 42, 4
+    seen = generator.normal(size=(n, width)) * [1, 30, 0.02, 1] + [0, 5, 1, -2]
+    y = np.tanh(seen[:, 0]) * 0.5 + 0.02 * seen[:, 1] - 0.1 + 0.2 * generator.normal(size=n)
+    new = generator.normal(size=(guises * n, width)) * [1, 60, 0.02, 1] + [-2, 5, 1, 0]
+    new_y = 0.3 * generator.normal(size=guises * n)
+    made = fit_calibration(seen, y, new, new_y, np.arange(n) / n, neighbors=1, seed=5)
+    assert (made.largest_distance, made.neighbors, made.images) == ((n - 1) / n, 1, n)
+
+    both = np.concatenate([seen, new])
+    np.testing.assert_allclose(made.mean, both.mean(0))
+    np.testing.assert_allclose(made.scale, both.std(0))
+    x = (both - both.mean(0)) / both.std(0)
+    design = np.column_stack(
+        [x, *(x[:, a] * x[:, b] for a in range(width) for b in range(a, width))]
+    )
+    target, counted = np.concatenate([y, new_y]), np.r_[np.ones(n), np.full(guises * n, 0.3)]
+    image = np.tile(np.arange(n), 1 + guises)
+
+    def scored(known: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        centre, spread = design[known].mean(0), design[known].std(0)
+        fitted = literal_ridge((design[known] - centre) / spread, target[known], counted[known])
+        return (design[asked] - centre) / spread @ fitted[:-1] + fitted[-1]
+
+    fold = np.random.default_rng(5).permutation(n) % 5
+    unseen = np.empty(n)
+    for part in range(5):
+        unseen[fold == part] = scored(
+            np.flatnonzero(fold[image] != part), np.flatnonzero(fold == part)
+        )
+    everything = np.arange(len(target))
+    np.testing.assert_allclose(made.score(both), scored(everything, everything), atol=1e-8)
+    worth = np.interp(unseen, made.scores, made.correlations)
+    np.testing.assert_allclose(worth, literal_rising(unseen, y), atol=1e-8)
+
+
 def test_a_fit_is_repeatable_and_takes_evidence_that_never_changes() -> None:
     seen, y, _ = known(60, 4)
     seen[:, 2] = 0.5
@@ -400,18 +473,39 @@ def check_literally(
         assert np.quantile(close, 0.9) < 0.05
 
 
-def test_several_layers_are_calibrated_by_the_map_they_draw_together(
-    quick: None, tmp_path: Path
+def test_maps_of_several_layers_are_compared_as_they_are_explained(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from test_methods_index import LAYERS, dense, layered
 
+    agreed: dict[int, np.ndarray] = {}
+
+    def noted(seen: Any, correlations: np.ndarray, *rest: Any, neighbors: int, **more: Any) -> Any:
+        agreed[neighbors] = correlations
+        return fit_calibration(seen, correlations, *rest, neighbors=neighbors, **more)
+
+    monkeypatch.setattr("embedcam.trust.fit_calibration", noted)
     network, source = layered(), pictures(tmp_path / "photos", n=44)
     recipe = dense(method="polycam", layers=LAYERS)
     build_index(source, network, tmp_path / "index", recipe, progress=False)
     with Index.open(tmp_path / "index") as index:
-        found = Explainer(index, network).explain(network.preprocess(source.open(3)))
-        assert 0 <= found.trust <= 1
-        assert index.manifest["trust"]["several"]["images"] == 44
+        explainer, names = Explainer(index), [layer["name"] for layer in index.manifest["layers"]]
+        images = np.stack([network.preprocess(source.open(place)) for place in range(44)])
+        features, maps = network.forward_layers(images, names)
+        near = index.search(features.embedding.numpy(), 6).positions
+        for count in (1, 5):
+            expected = []
+            for row in range(44):
+                given_ = (features.embedding[row].numpy(), [one[row].numpy() for one in maps])
+                own, theirs = (
+                    explainer.explain_features(*given_, neighbors=[index.ids[p] for p in places])
+                    for places in ([row], [p for p in near[row] if p != row][:count])
+                )
+                expected.append(
+                    literal_correlation(own.cam.ravel().tolist(), theirs.cam.ravel().tolist())
+                )
+            np.testing.assert_allclose(agreed[count], expected, atol=1e-4)
+            assert np.std(expected) > 0.01
 
 
 def test_too_few_images_calibrate_nothing_and_so_can_the_user(

@@ -52,8 +52,8 @@ class Twice:
 
     Args:
         embeddings: of all images of the index, `[N D]`; may be a memory map.
-        labels: codes of their labels `[N]`, its own for an image without one (`label_codes`); None
-            where no image has one.
+        labels: codes of their labels, as `classes.label_codes` gives them, `[N]`; None where no
+            image has one.
         rows: of the sample, see `sample_rows`, `[n]`.
         metric: "l2" or "ip", which neighbours a search finds.
         seed: of what is drawn.

@@ -12,6 +12,7 @@ FLOORS = {
     1: [
         "calibration",
         "cam",
+        "classes",
         "encoding",
         "metrics",
         "preprocess",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..classes import label_codes
 from ..cotangents import AnchorCotangents
 from ..encoding import Encoding, LowRank, TopM
 from ..errors import EmbedcamError, ImageError, InputError, NetworkMismatch, RecipeError
@@ -22,7 +23,6 @@ from ..methods.masks import fill_like
 from ..network import EmbeddingNetwork
 from ..recipe import Recipe, RecipeWarning
 from ..targets import Direction
-from ..triplets import label_codes
 from ..trust import LEAST
 
 _DISK_ERRORS = {

@@ -280,12 +280,22 @@ def _nearest(
         order = distances if metric == "l2" else -(queries @ block.T)
         order = np.where(left(start, distances), np.inf, order)
         keys = np.concatenate([best, order], axis=1)
-        places = np.argsort(keys, axis=1, kind="stable")[:, :count]
+        places = _smallest(keys, count)
         best = np.take_along_axis(keys, places, axis=1)
         numbers = np.broadcast_to(start + np.arange(len(block)), order.shape)
         found = np.take_along_axis(np.concatenate([found, numbers], 1), places, axis=1)
         apart = np.take_along_axis(np.concatenate([apart, distances], 1), places, axis=1)
     return found, np.where(np.isfinite(best), apart, np.inf)
+
+
+def _smallest(keys: np.ndarray, count: int) -> np.ndarray:
+    """Places of each row's smallest, ties by place, `[n count]`; the others are not sorted."""
+    last = np.partition(keys, count - 1, axis=1)[:, count - 1]
+    places = np.empty((len(keys), count), np.int64)
+    for row, (values, bound) in enumerate(zip(keys, last, strict=True)):
+        within = np.flatnonzero(values <= bound)
+        places[row] = within[np.argsort(values[within], kind="stable")[:count]]
+    return places
 
 
 def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:

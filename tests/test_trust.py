@@ -29,7 +29,7 @@ from embedcam.cam import cam, sharpen
 from embedcam.errors import IndexFormatError, InputError
 from embedcam.images import ImageSource
 from embedcam.targets import Direction
-from embedcam.trust import LEAST, Twice, fit_calibration, sample_rows
+from embedcam.trust import LEAST, Twice, _smallest, fit_calibration, sample_rows
 
 # --- what is looked at ---
 
@@ -361,6 +361,17 @@ def test_neighbours_are_the_literal_ones(
             expected = sorted(left, key=lambda at, key=key: key[at])[:5]
             assert near[place].tolist() == expected
             np.testing.assert_allclose(apart[place], [squares[at] for at in expected], rtol=1e-9)
+
+
+@given(st.data())
+def test_the_smallest_are_those_of_a_stable_sort(data: st.DataObject) -> None:
+    n, wide = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    value = st.sampled_from([0.0, 1.0, 2.0, math.inf])
+    rows = st.lists(value, min_size=wide, max_size=wide)
+    keys = np.array(data.draw(st.lists(rows, min_size=n, max_size=n)))
+    count = data.draw(st.integers(1, wide))
+    found = _smallest(keys, count)
+    assert found.tolist() == np.argsort(keys, axis=1, kind="stable")[:, :count].tolist()
 
 
 def test_few_images_are_no_sample() -> None:
@@ -712,6 +723,48 @@ def test_what_is_explained_by_one_result_is_not_told_from_that_result(
     np.testing.assert_array_equal(positives, index_vectors(path, [far]))
     assert len(negatives)
     assert not {of[tuple(v)] for v in negatives} & {labels[far], *near.labels}
+
+
+def test_without_labels_neighbours_and_the_result_are_still_no_negatives(
+    quick: None, tmp_path: Path
+) -> None:
+    made_of = toy("affine")
+    photos = pictures(tmp_path / "photos", n=42)
+    bare = ImageSource([replace(item, label=None) for item in photos.items], photos.root)
+    path = built(bare, made_of, tmp_path / "index")
+    asked: list[np.ndarray] = []
+
+    class Noted:
+        def weights(self, inputs: Any, positives: Any, negatives: Any) -> Any:
+            asked.append(negatives)
+            return [np.ones(8, np.float32)]
+
+    with Index.open(path) as index:
+        explainer = Explainer(index, made_of.network, trusted_from=1.0, fallback=Noted())
+        query = inputs(made_of, bare)[5] * 1.1
+        far = Explainer(index, made_of.network).explain(query, n_neighbors=42).ids[-1]
+        found = explainer.explain(query, n_neighbors=3, result=far)
+        left_out = index.embeddings(index.positions([*found.ids, far]))
+        (negatives,) = asked
+        assert len(negatives) == 42 - 4
+        assert not {tuple(v) for v in negatives} & {tuple(v) for v in left_out}
+
+
+def test_beyond_what_was_calibrated_it_is_the_nearest_that_counts(
+    quick: None, source: ImageSource, tmp_path: Path
+) -> None:
+    made_of = toy()
+    path = built(source, made_of, tmp_path / "index")
+    query = inputs(made_of, source)[0] * 1.1
+    with Index.open(path) as index:
+        near = Explainer(index, made_of.network).explain(query)
+    nearest, farthest = float(near.distances[0]), float(near.distances[-1])
+    assert farthest > 1.1 * nearest
+    edit(lambda m: m["trust"]["several"].update(largest_distance=nearest / 1.5))(path)
+    with Index.open(path) as index:
+        far = Explainer(index, made_of.network).explain(query)
+    assert far.trust == pytest.approx(near.trust / 2, rel=1e-3)
+    assert near.trust > 0.1
 
 
 def index_vectors(path: Path, ids: list[str]) -> np.ndarray:

@@ -534,6 +534,49 @@ def test_maps_of_several_layers_tokens_and_networks_in_two_parts(tmp_path: Path)
         assert told.summary["fidelity"]["by_neighbors"][0]["n"] == 5
 
 
+def test_controls_are_drawn_on_images_with_a_region(
+    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+) -> None:
+    source = find_images(folder / "queries")
+    choices = {**QUICK, "measures": ("localisation",), "progress": False, "workers": 0}
+    for number in range(9):
+        (tmp_path / "boxes.csv").write_text(f"path,x0,y0,x1,y1\n{source.ids[number]},0,0,20,20\n")
+        told = evaluate_index(
+            folder / "index", source, network, boxes=tmp_path / "boxes.csv",
+            **{**choices, "faithfulness": 1},
+        )  # fmt: skip
+        assert told.summary["controls"]["energy"]["differences"]["random weights"]["n"] == 1
+    (tmp_path / "masks/0").mkdir(parents=True)
+    Image.new("L", (48, 40)).save(tmp_path / "masks/0/q0.png")
+    for measures, stages in ((("localisation",), 0), (("localisation", "sanity"), 2)):
+        told = evaluate_index(
+            folder / "index", source, network, masks=tmp_path / "masks",
+            **{**choices, "measures": measures},
+        )  # fmt: skip
+        assert "localisation leaves out 9 of 9 images" in told.summary["notes"][0]
+        assert told.summary["controls"] == {}
+        assert len(told.summary["sanity"]) == stages
+        assert told.html()
+
+
+def test_images_that_go_while_it_runs(folder: Path, network: EmbeddingNetwork) -> None:
+    class Going(Counting):
+        def open(self, position: int) -> Image.Image:
+            if self.opened == 9:
+                raise ImageError("gone")
+            return super().open(position)
+
+    source = Going(find_images(folder / "queries"))
+    told = evaluate_index(
+        folder / "index", source, network, on_unreadable="skip", progress=False, workers=0, **QUICK
+    )
+    assert len(told.rows) == 9
+    assert (
+        "no controls: the images could be read before, and no longer can" in told.summary["notes"]
+    )
+    assert told.html()
+
+
 def test_broken_images(folder: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     picture(0, 3).save(tmp_path / "images/a.png")

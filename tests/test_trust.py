@@ -646,8 +646,10 @@ def test_a_build_is_the_same_bytes_again(quick: None, source: ImageSource, tmp_p
 @pytest.mark.parametrize(
     "recipe",
     [Recipe(), Recipe(method="gradcam++"), Recipe(target="centred", norm="around"),
-     Recipe(method="scorecam", encoding="dense")],
-    ids=lambda r: f"{r.method}, {r.target}",
+     Recipe(method="scorecam", encoding="dense"),
+     Recipe(method="scorecam", encoding="dense", fill="black"),
+     Recipe(method="smoothgradcam++", encoding="dense", seed=7, options={"samples": 3})],
+    ids=lambda r: f"{r.method}, {r.target}, {r.fill}",
 )  # fmt: skip
 def test_an_explanation_that_is_not_trusted_is_computed_on_the_query(
     quick: None, source: ImageSource, tmp_path: Path, recipe: Recipe
@@ -688,10 +690,13 @@ def test_an_explanation_that_is_not_trusted_is_computed_on_the_query(
         pairs_ = [(p, n) for p in positives for n in negatives]
         aim = TripletMargin(*map(np.array, zip(*pairs_, strict=True)))
     if recipe.per_triplet:
-        drawn = np.random.default_rng(0)
+        drawn = np.random.default_rng(recipe.seed)
         first, second = (drawn.integers(len(v), size=50) for v in (positives, negatives))
         aim = TripletMargin(positives[first], negatives[second])
-    expected = cam_for(made_of.network, query, aim, recipe.method, norm=recipe.norm, progress=False)
+    expected = cam_for(
+        made_of.network, query, aim, recipe.method, norm=recipe.norm, progress=False,
+        fill=recipe.fill, seed=recipe.seed, **dict(recipe.options),
+    )  # fmt: skip
     scale = np.abs(expected.weights).max()
     np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-3, atol=1e-4 * scale)
     np.testing.assert_allclose(found.cam, expected.cam, rtol=1e-3, atol=1e-4 * expected.cam.max())

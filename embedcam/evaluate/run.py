@@ -294,9 +294,13 @@ class _Job:
         if not settings.faithfulness or not (faithful or localise or sane):
             return found
         read = np.array(sorted(self.rows))
-        sample = read[chosen(len(read), settings.faithfulness, settings.seed)]
         if localise and not faithful:
-            sample = np.array([place for place in sample if self.regions.has(int(place))])
+            # Drawn among those that say something: of many images few may have a box.
+            located = [place for place, row in sorted(self.rows.items()) if "area" in row]
+            read = np.array(located) if located or not sane else read
+        if not len(read):
+            return found
+        sample = read[chosen(len(read), settings.faithfulness, settings.seed)]
         shuffled = self._shuffled(sample) if settings.controls else None
         asking = Faithfulness(self.mapper.network, self.gallery, settings, self.clock)
         correlations: dict[int, list[tuple[float, bool]]] = {}
@@ -376,7 +380,10 @@ class _Job:
         return maps
 
     def _shuffled(self, sample: np.ndarray) -> ShuffledNetwork | None:
-        some = next(self._batches(sample[:CALIBRATED], None, CALIBRATED))
+        some = next(self._batches(sample[:CALIBRATED], None, CALIBRATED), None)
+        if some is None:
+            self._note("no controls: the images could be read before, and no longer can")
+            return None
         try:
             return ShuffledNetwork(self.mapper.network, self.settings.seed, some.images)
         except EmbedcamError as error:

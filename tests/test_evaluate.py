@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from embedcam.evaluate.controls import ShuffledNetwork, random_weights, wrong_ro
 from embedcam.evaluate.gallery import Gallery
 from embedcam.evaluate.queries import chosen
 from embedcam.images import ImageSource
+from embedcam.index import remove
 from embedcam.metrics import map_at_r, noisy_linear_imputation, recall_at_k
 
 QUICK: dict[str, Any] = {
@@ -321,8 +323,6 @@ def test_the_same_id_elsewhere_is_the_same_image_only_if_it_looks_the_same(
 def test_an_index_of_the_query_alone_is_refused(network: EmbeddingNetwork, tmp_path: Path) -> None:
     write_photos(tmp_path / "photos", labels=2, each=2)
     build(tmp_path / "photos", tmp_path / "index", network)
-    from embedcam.index import remove
-
     remove(tmp_path / "index", ["0/1.png", "1/0.png", "1/1.png"])
     with pytest.raises(InputError, match="holds nothing but the query itself"):
         run(tmp_path, network, images="photos", measures=("retrieval",))
@@ -706,9 +706,14 @@ def test_an_index_without_faiss(network: EmbeddingNetwork, folder: Path, tmp_pat
     build(folder / "photos", tmp_path / "index", network, replace(Recipe(), faiss="none"))
     source = find_images(folder / "queries")
     some = {**QUICK, "measures": ("retrieval",), "progress": False, "workers": 0}
+    gone = ["0/0.png", "1/2.png"]  # positions and places among the live are no longer the same
+    shutil.copytree(folder / "index", tmp_path / "with")
+    for name in ("index", "with"):
+        remove(tmp_path / name, gone)
     here = evaluate_index(tmp_path / "index", source, network, **some)
-    there = evaluate_index(folder / "index", source, network, **some)
+    there = evaluate_index(tmp_path / "with", source, network, **some)
     assert [row["result"] for row in here.rows] == [row["result"] for row in there.rows]
+    assert not {row["result"] for row in here.rows} & set(gone)
 
 
 # --- what comes out ------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from build_samples import HEADS, Toy, inputs, opened, pictures, quicken, toy
+from build_samples import HEADS, Toy, inputs, interrupt, opened, pictures, quicken, toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_index_corrupt import edit
@@ -638,6 +638,37 @@ def test_a_build_is_the_same_bytes_again(quick: None, source: ImageSource, tmp_p
     assert kept[0] == kept[1]
     for name in ("one", "several"):
         np.testing.assert_allclose(kept[2][name]["mean"], kept[0][name]["mean"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("own_maps", [True, False])
+def test_a_build_that_is_stopped_while_it_calibrates_goes_on(
+    quick: None,
+    source: ImageSource,
+    tmp_path: Path,
+    own_maps: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made_of, given_ = toy("other"), {"own_maps": own_maps, "progress": False}
+    passes = [0]
+    forward = type(made_of.network).forward
+
+    def counted(self: Any, images: Any, **more: Any) -> Any:
+        passes[-1] += len(images)
+        return forward(self, images, **more)
+
+    monkeypatch.setattr(type(made_of.network), "forward", counted)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    build_index(source, made_of.network, whole, **given_)
+    passes.append(0)
+    interrupt(monkeypatch, "calibrate", build_index, source, made_of.network, cut, **given_)
+    assert not (cut / "manifest.json").exists()
+    passes.append(0)
+    build_index(source, made_of.network, cut, **given_)
+    assert passes[2] <= passes[0] - 48  # what was finished is used again
+    manifests = [json.loads((one / "manifest.json").read_text()) for one in (whole, cut)]
+    assert manifests[0]["trust"]["several"]["images"] == 48
+    for key in ("trust", "parts", "fitted"):
+        assert manifests[0][key] == manifests[1][key]
 
 
 # --- what is computed instead ---

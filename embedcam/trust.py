@@ -2,6 +2,9 @@
 
 A sample of the index's images is drawn by its own weights and by those of its neighbours, itself
 left out; what can be seen of the second without the first is held against how well both agree.
+
+Left out is the image as a neighbour. By the discriminant target it keeps its part in the weights
+that its label shares, 1/n of a label's n images: in labels of a few images they agree too well.
 """
 
 import math

@@ -30,6 +30,7 @@ from embedcam.errors import ImageError, InputError, NetworkMismatch
 from embedcam.evaluate import Evaluation, Settings
 from embedcam.evaluate.controls import ShuffledNetwork, random_weights, wrong_rows
 from embedcam.evaluate.gallery import Gallery
+from embedcam.evaluate.maps import Mapper
 from embedcam.evaluate.queries import chosen
 from embedcam.images import ImageSource
 from embedcam.index import remove
@@ -220,6 +221,19 @@ def test_fidelity_literally(folder: Path, network: EmbeddingNetwork) -> None:
     assert told["by_neighbors"][1]["cosine"] == pytest.approx(np.mean(cosines), abs=1e-4)
 
 
+def test_fidelity_of_weights_that_a_label_shares_says_so(
+    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+) -> None:
+    build(folder / "photos", tmp_path / "index", network, Recipe(target="margin"))
+    for where, said in ((folder, True), (tmp_path, False)):
+        told = evaluate_index(
+            where / "index", find_images(folder / "photos"), network, progress=False, workers=0,
+            **{**QUICK, "measures": ("fidelity",)},
+        )  # fmt: skip
+        words = "the images of a label share their weights, an image's own part included"
+        assert any(words in note for note in told.summary["notes"]) == said
+
+
 def test_scenes_literally(folder: Path, network: EmbeddingNetwork, found: Evaluation) -> None:
     assert len(found.scenes) == 8
     explainer = Explainer(folder / "index", network)
@@ -243,6 +257,32 @@ def test_scenes_literally(folder: Path, network: EmbeddingNetwork, found: Evalua
         assert row["share"] == pytest.approx(share, abs=1e-5)
         assert row["right"] == (share > 0.5) + 0.5 * (share == 0.5)
         assert row["mean activation: share"] + _other(found, row) == pytest.approx(1)
+
+
+def test_scenes_of_indexed_images_leave_both_out(
+    folder: Path, network: EmbeddingNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    transferred = Mapper.transferred
+
+    def noted(self: Mapper, seen: Any, rows: Any) -> Any:
+        if len(rows) == len(rows[0]) == 1:
+            asked.append(int(rows[0][0]))
+        return transferred(self, seen, rows)
+
+    monkeypatch.setattr(Mapper, "transferred", noted)
+    some = {"measures": ("objects",), "scenes": 30, "examples": 0}
+    told = run(folder, network, images="photos", **some)
+    ids = find_images(folder / "photos").ids
+    with Index.open(folder / "index") as index:
+        names = [(index.ids[place], index.labels[place]) for place in asked]
+    assert len(names) == 2 * len(told.scenes) == 120
+    for row, (result, label), (wrong, other) in zip(
+        told.scenes, names[::2], names[1::2], strict=True
+    ):
+        assert (row["result"], row["label"]) == (result, label)
+        assert other != label
+        assert not {ids[row["first"]], ids[row["second"]]} & {result, wrong}
 
 
 def _other(found: Evaluation, row: dict[str, Any]) -> float:

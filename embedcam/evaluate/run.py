@@ -460,6 +460,12 @@ class _Job:
             records, missing = fidelity(
                 self.mapper, self.gallery, source, rows, self.batch_size, tick
             )
+        if self.index.manifest["target"] == "discriminant" and self.gallery.labelled:
+            self._note(
+                "transfer fidelity: by the discriminant target the images of a label share their "
+                "weights, an image's own part included, so that it tells chiefly how often the "
+                "neighbours are of its label"
+            )
         if missing:
             self._note(f"transfer fidelity: {missing} indexed pictures could not be read")
         return told.fidelity(records)

@@ -2,6 +2,7 @@
 
 sides.py      what each cell and channel of one picture gives to its embedding
 receipt.py    the receipt of a pair, and of a result against its rival: numbers alone
+drawing.py    receipts as pictures
 explainer.py  receipts of queries against the images of an index
 """
 

@@ -12,11 +12,14 @@ bright in any picture then take most of it.)
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ..errors import InputError
+from ..explanation import as_html, save_picture
+from .drawing import draw_comparison, draw_receipt
 from .sides import Evidence, Side, evidence_of
 
 if TYPE_CHECKING:
@@ -191,6 +194,21 @@ class Receipt:
             ],
         }
 
+    def plot(self, *, lines: int = 10, links: int = 5, title: str | None = None) -> "Image.Image":
+        """Both pictures with their maps and links, and the sum, as one picture."""
+        return draw_receipt(self, lines, links, title)
+
+    def save(self, path: str | Path, **choices: Any) -> Path:
+        """Write the picture of `plot`, whose arguments are taken; the ending chooses the format.
+
+        Raises:
+            InputError: an ending that names no format, or a place that cannot be written.
+        """
+        return save_picture(lambda: self.plot(**choices), path)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.plot(), "query and result, and what their similarity is made of")
+
     def __repr__(self) -> str:
         first = ", ".join(f"channel {a.channel}: {a.contribution:+.3f}" for a in self.lines(2))
         return (
@@ -256,6 +274,17 @@ class Comparison:
             "result": _evidence_dict(self.result.result, self.result.result_shown),
             "rival": _evidence_dict(self.rival.result, self.rival.result_shown),
         }
+
+    def plot(self, *, lines: int = 10, title: str | None = None) -> "Image.Image":
+        """The query and both results with their maps, and the sum, as one picture."""
+        return draw_comparison(self, lines, title)
+
+    def save(self, path: str | Path, **choices: Any) -> Path:
+        """As `Receipt.save`."""
+        return save_picture(lambda: self.plot(**choices), path)
+
+    def _repr_html_(self) -> str:
+        return as_html(self.plot(), "query, result and rival, and what tells them apart")
 
     def __repr__(self) -> str:
         names = self.result.result_shown.name, self.rival.result_shown.name

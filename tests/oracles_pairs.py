@@ -50,19 +50,25 @@ def pair_product(one: list[float], other: list[float], mean: Array, n: int, m: i
 
 
 def greedy_links(matrix: Array, n: int) -> list[tuple[tuple[int, ...], float]]:
-    """The largest positive entry, then the largest whose cells are both free, and so on."""
+    """The largest positive entry, then the largest that is allowed beside those, and so on."""
     found: list[tuple[tuple[int, ...], float]] = []
-    left, right = set(), set()
     while len(found) < n:
         best, value = None, 0.0
         for place in np.ndindex(*matrix.shape):
-            if place[:2] in left or place[2:] in right:
-                continue
-            if matrix[place] > value:
+            if matrix[place] > value and all(allowed(place, taken) for taken, _ in found):
                 best, value = place, float(matrix[place])
         if best is None:
             break
         found.append((best, value))
-        left.add(best[:2])
-        right.add(best[2:])
     return found
+
+
+def allowed(place: tuple[int, ...], taken: tuple[int, ...]) -> bool:
+    """Neither cell is used, and not both touch those used together."""
+    i, j, k, m = place
+    a, b, c, d = taken
+    if (i, j) == (a, b) or (k, m) == (c, d):
+        return False
+    beside_query = i - a in (-1, 0, 1) and j - b in (-1, 0, 1)
+    beside_result = k - c in (-1, 0, 1) and m - d in (-1, 0, 1)
+    return not (beside_query and beside_result)

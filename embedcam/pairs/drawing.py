@@ -21,7 +21,7 @@ def draw_receipt(receipt: Receipt, lines: int, links: int, title: str | None) ->
     amounts = [(f"channel {line.channel}", line.contribution) for line in receipt.lines(lines)]
     others = float(receipt.channels.sum()) - sum(number for _, number in amounts)
     if receipt.centred:
-        amounts = [("the average image has this too", receipt.shared), *amounts]
+        amounts = [("shared with the average", receipt.shared), *amounts]
     amounts.append((f"{len(receipt.channels) - lines} other channels", others))
     if not receipt.exact or abs(receipt.remainder) >= _SMALL:
         amounts.append((_remainder_words(receipt.exact), receipt.remainder))
@@ -33,6 +33,7 @@ def draw_receipt(receipt: Receipt, lines: int, links: int, title: str | None) ->
         tiles,
         amounts,
         ("similarity", receipt.similarity),
+        apart=int(receipt.centred),
         headings=["Query", "Result"],
         links=[_mark(receipt, link.query, link.result) for link in receipt.links(links)],
         title=title,
@@ -60,10 +61,11 @@ def draw_comparison(comparison: Comparison, lines: int, title: str | None) -> Im
         [query, ours, theirs],
         amounts,
         ("nearer by", comparison.score),
-        headings=["Query: red for the result, blue for the rival", "Result", "Rival"],
+        headings=["Query", "Result", "Rival"],
         title=title,
-        note="Each result's own map shows what in it matches the query. Each map has its own "
-        "scale. " + _how(comparison.exact),
+        note="In the query red speaks for the result, blue for the rival; the others' own maps "
+        "show what in them matches the query. Each map has its own scale. "
+        + _how(comparison.exact),
     )
 
 
@@ -79,7 +81,9 @@ def _remainder_words(exact: bool) -> str:
 
 def _tile(evidence: Evidence, shown: Shown) -> Tile:
     name = shown.name.rpartition("/")[2]
-    return Tile(shown.image, evidence.cells, shown.extent, name, shown.label or "", signed=True)
+    return Tile(
+        shown.image, evidence.cells, shown.extent, name or "query", shown.label or "", signed=True
+    )
 
 
 def _mark(receipt: Receipt, query: tuple[int, int], result: tuple[int, int]) -> Mark:

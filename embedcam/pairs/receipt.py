@@ -150,9 +150,11 @@ class Receipt:
         return (ours @ theirs.T).reshape(*grids[0], *grids[1])
 
     def links(self, n: int = 5) -> list[Link]:
-        """The best matching cells, each cell in one link at most, best first.
+        """The best matching cells, best first.
 
-        Where the receipt is not `exact`, links begin only at the query's 16 cells that give most.
+        A cell is in one link at most, and a link that runs beside a better one (both ends next to
+        its ends) is left out: it says the same. Where the receipt is not `exact`, links begin only
+        at the query's 16 cells that give most.
         """
         query, result = self.sides
         (_, width), (_, wide) = query.activations.shape[1:], result.activations.shape[1:]
@@ -164,15 +166,12 @@ class Receipt:
             vectors = self._vectors(query, cells.tolist())
             rows = np.array([self._matched(query, result, v).ravel() for v in vectors])
         found: list[Link] = []
-        free_rows, free_columns = set(range(len(rows))), set(range(rows.shape[1]))
         for place in np.argsort(-rows, axis=None, kind="stable").tolist():
             row, column = divmod(place, rows.shape[1])
             if len(found) == n or rows[row, column] <= 0:
                 break
-            if row in free_rows and column in free_columns:
-                free_rows.remove(row)
-                free_columns.remove(column)
-                start, end = divmod(int(cells[row]), width), divmod(column, wide)
+            start, end = divmod(int(cells[row]), width), divmod(column, wide)
+            if not any(_says_the_same(link, start, end) for link in found):
                 found.append(Link(start, end, float(rows[row, column])))
         return found
 
@@ -336,6 +335,15 @@ def make_comparison(query: Side, result: Receipt, rival: Receipt, metric: str) -
     if metric == "l2":
         score += float(theirs @ theirs - ours @ ours) / 2
     return Comparison(score, evidence_of(query, ours - theirs, score, None), result, rival)
+
+
+def _says_the_same(link: Link, start: tuple[int, int], end: tuple[int, int]) -> bool:
+    """Whether a worse link shares a cell with this one, or runs beside it."""
+    near = [
+        max(abs(a - c) for a, c in zip(one, other, strict=True))
+        for one, other in ((link.query, start), (link.result, end))
+    ]
+    return 0 in near or max(near) <= 1
 
 
 def top_lines(channels: np.ndarray, n: int) -> list[Line]:

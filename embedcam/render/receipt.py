@@ -61,6 +61,7 @@ def receipt_picture(
     amounts: Sequence[tuple[str, float]],
     total: tuple[str, float],
     *,
+    apart: int = 0,
     headings: Sequence[str] = (),
     links: Sequence[Mark] = (),
     title: str | None = None,
@@ -73,6 +74,7 @@ def receipt_picture(
         tiles: two or three; signed ones show evidence against in another colour.
         amounts: what is added up, (words, number) each, in this order.
         total: what they sum to.
+        apart: so many first amounts are large beside the others, and have no bar.
         headings: one above each tile.
         links: between the first two tiles.
         title: heading of it all.
@@ -97,7 +99,7 @@ def receipt_picture(
     _draw_tiles(canvas, list(zip(lefts, tiles, strict=True)), side, links)
     end = canvas.y
     canvas.y = begun
-    _draw_sum(canvas, across, amounts, total)
+    _draw_sum(canvas, across, amounts, total, apart)
     canvas.y = max(canvas.y, end) + 8
     for line in wrap(note, TEXT, canvas.width - 2 * MARGIN):
         canvas.text(MARGIN, line, TEXT, QUIET, LEADING)
@@ -149,18 +151,24 @@ def _draw_link(draw: ImageDraw.ImageDraw, ends: list[tuple[int, int]], number: i
 
 
 def _draw_sum(
-    canvas: Canvas, left: int, amounts: Sequence[tuple[str, float]], total: tuple[str, float]
+    canvas: Canvas,
+    left: int,
+    amounts: Sequence[tuple[str, float]],
+    total: tuple[str, float],
+    apart: int,
 ) -> None:
     """Each amount with a bar from a middle line: to the right for, to the left against."""
-    top = max((abs(number) for _, number in amounts), default=0.0)
+    top = max((abs(number) for _, number in amounts[apart:]), default=0.0)
     middle, half = left + _BAR_LEFT + _BAR_WIDTH // 2, _BAR_WIDTH // 2
     fits = lambda text: font_of(*TEXT).getlength(text) <= _BAR_LEFT - 10  # noqa: E731
-    begun = canvas.y
-    for words, number in amounts:
-        y, length = canvas.y, 0 if top == 0 else round(half * number / top)
+    begun = canvas.y + apart * (LEADING + 4)
+    for place, (words, number) in enumerate(amounts):
+        barred = top > 0 and place >= apart
+        y, length = canvas.y, round(half * number / top) if barred else 0
         box = (min(middle, middle + length), y + 4, max(middle, middle + length), y + 14)
         color = FOR if number > 0 else AGAINST
-        canvas.draw(partial(ImageDraw.ImageDraw.rectangle, xy=box, fill=color))
+        if barred:
+            canvas.draw(partial(ImageDraw.ImageDraw.rectangle, xy=box, fill=color))
         _number(canvas, left, number, TEXT)
         canvas.text(left, shorten_end(clean(words), fits), TEXT, QUIET, LEADING + 4)
     canvas.rule(middle, begun, canvas.y - 4)

@@ -16,8 +16,8 @@ import numpy as np
 
 from .calibration import Calibration, evidence
 from .cam import cam, resize, sharpen
-from .errors import IndexFormatError, InputError
-from .explanation import Explanation
+from .errors import ImageError, IndexFormatError, InputError
+from .explanation import Explanation, may_follow
 from .images import read_image
 from .index import Index, Neighbors, Selection
 from .preprocess import AnyPreprocess, preprocess_from_dict
@@ -165,7 +165,7 @@ class Explainer:
         wanted = self._wanted(n_neighbors, neighbors, len(images))
         if len(images) == 0:
             return []
-        pictures, inputs = zip(*(self._prepared(image) for image in images), strict=True)
+        pictures, inputs = zip(*(self.prepared(image) for image in images), strict=True)
         batch = stacked(inputs)
         if len(self._layers) == 1:
             features = self.network.forward(batch)
@@ -417,8 +417,36 @@ class Explainer:
 
     # What is given
 
-    def _prepared(self, image: Any) -> tuple[Image.Image | None, Any]:
-        """The picture (None where the network's own input was given) and the input `[3 H W]`."""
+    def picture(self, id: str) -> Image.Image:
+        """The picture of an indexed image, upright.
+
+        Raises:
+            InputError: an unknown or removed id.
+            ImageError: it has no picture, or one that cannot be read or lies outside the folder of
+                the images.
+        """
+        row = self.index.select([self.index.position(id)])
+        path = self._path(row.paths[0])
+        if not may_follow(path, self._root or Path(), self._only_below):
+            raise ImageError(
+                f"{id}: the index names no picture of it below the folder of its images; give "
+                "images=, the folder they lie in now"
+            )
+        return read_image(path)
+
+    def prepared(self, image: Any) -> tuple[Image.Image | None, Any]:
+        """A query as the network takes it.
+
+        Args:
+            image: as `explain` takes it.
+
+        Returns:
+            The picture, upright (None where the network's own input was given), and the network's
+            input `[3 H W]`.
+
+        Raises:
+            ImageError, InputError: it cannot be read, or is neither.
+        """
         shape = tuple(getattr(image, "shape", ()))
         kind = str(getattr(image, "dtype", ""))
         if "float" in kind and len(shape) == 3 and shape[0] == 3 and shape[2] != 3:

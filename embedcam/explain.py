@@ -17,7 +17,7 @@ import numpy as np
 from .calibration import Calibration, evidence
 from .cam import cam, resize, sharpen
 from .errors import ImageError, IndexFormatError, InputError
-from .explanation import Explanation, may_follow
+from .explanation import Asked, Explanation, may_follow
 from .images import read_image
 from .index import Index, Neighbors, Selection
 from .preprocess import AnyPreprocess, preprocess_from_dict
@@ -135,7 +135,8 @@ class Explainer:
                 as the index says; or a float array or tensor `[3 H W]`: the network's input.
             n_neighbors: images returned; None takes the explainer's.
             result: id of one image of the index: *what in my query matched this one*. Its weights
-                alone are transferred.
+                alone are transferred, and pictures show it first. By the discriminant target the
+                images of a label have one answer: what speaks for the label.
             neighbors: ids that another search engine found, instead of searching.
 
         Raises:
@@ -308,11 +309,12 @@ class Explainer:
     ) -> Explanation:
         rows = self.index.select(near.positions)
         made = self._transferred(rows, near.distances)
-        norms, used, chosen = made.norms, rows, near
+        norms, used, chosen, asked = made.norms, rows, near, None
         if result is not None:
             chosen = self._named(embedding, [result])
             used = self.index.select(chosen.positions)
             made = self._transferred(used, chosen.distances)
+            asked = self._asked(used, chosen, made.norms)
         weights = made.weights
         trust = self._trust(made, chosen.distances, activations[0])
         direct = trust is not None and trust < self.trusted_from and inputs is not None
@@ -349,6 +351,21 @@ class Explainer:
             trust=trust,
             trusted_from=self.trusted_from,
             direct=direct,
+            asked=asked,
+            shared=self.index.manifest["target"] == "discriminant",
+        )
+
+    def _asked(self, used: Selection, chosen: Neighbors, norms: np.ndarray) -> Asked:
+        """The record of the one image that was named."""
+        own = used.coarse()
+        return Asked(
+            used.ids[0],
+            used.labels[0],
+            self._path(used.paths[0]),
+            float(chosen.distances[0]),
+            float(chosen.similarities[0]),
+            None if own is None else own[0],
+            float(norms[0]),
         )
 
     def _transferred(self, rows: Selection, distances: np.ndarray) -> _Transfer:

@@ -214,7 +214,7 @@ def test_explain_by_one_result_by_named_neighbours_and_by_distance(say: Say, bui
     expected = Explainer(built, network).explain(query, result="2/3.png")
     assert told["explained"] == ["2/3.png"]
     assert told["cam"] == expected.to_dict((14, 14))["cam"]
-    assert "(what matched 2/3.png)" in say("explain", built, query, "--result", "2/3.png")[1]
+    assert "(what speaks for 2)" in say("explain", built, query, "--result", "2/3.png")[1]
     named = ["2/3.png", "1/0.png"]
     expected = Explainer(built, network, transfer="distance").explain(query, neighbors=named)
     for given in (
@@ -318,8 +318,8 @@ def test_a_named_network_tells_its_layer(say: Say, tmp_path: Path) -> None:
 def test_half_precision_is_remembered(say: Say, tmp_path: Path) -> None:
     path = tmp_path / "index"
     assert say("build", "photos", path, *NAMED, "--autocast", "bf16")[0] == 0
-    assert say("explain", path, "photos/0/0.png")[2] == ""
-    code, _, err = say("explain", path, "photos/0/0.png", "--autocast", "off")
+    assert say("explain", path, "photos/0/0.png", "--quiet")[2] == ""
+    code, _, err = say("explain", path, "photos/0/0.png", "--autocast", "off", "--quiet")
     assert code == 0
     assert err.count("\n") == 1
     assert err.startswith("embedcam: warning: parameters ")
@@ -711,8 +711,16 @@ def test_ids_that_cannot_be_removed(
     refused(2, "no image '0/O.png'; did you mean '0/", "remove", index, "0/1.png", "0/O.png")
     assert answer(say, "info", index)["counts"]["live"] == 12
     assert say("remove", index, "0/1.png")[0] == 0
-    refused(2, "'0/1.png' was removed from the index", "remove", index, "0/1.png")
-    refused(2, "'0/1.png' was removed", "explain", index, "photos/0/0.png", "--result", "0/1.png")
+    refused(2, "'0/1.png' is not in the index any more", "remove", index, "0/1.png")
+    refused(
+        2,
+        "it was removed; add it again first",
+        "explain",
+        index,
+        "photos/0/0.png",
+        "--result",
+        "0/1.png",
+    )
     refused(6, "the ids cannot be read", "remove", index, "--from", tmp_path / "none")
     refused(2, "11 of 12 images are in the index already", "add", index, "photos")
 
@@ -1071,8 +1079,11 @@ def test_what_is_not_trusted_is_said_and_computed_on_demand(
     code, out, err = say("explain", calibrated, query, "--trusted-from", "1", "--json")
     if json.loads(out)[0]["trust"] < 1:
         assert "its map is not to be trusted (expected correlation" in err
-        assert "--fallback computes one" in err
-        direct = answer(say, "explain", calibrated, query, "--trusted-from", "1", "--fallback")[0]
+        assert "--fallback computes one on the query, which answers for the neighbours that" in err
+        asked = ("explain", calibrated, query, "--trusted-from", "1", "--fallback")
+        direct = answer(say, *asked)[0]
+        note = f"note: {query}: computed on the query itself, for the transfer was not trusted ("
+        assert say(*asked, "--json")[2].startswith(note)
         assert (code, direct["direct"], direct["trusted"]) == (0, True, True)
     assert "trust       not calibrated" in say("info", built)[1]
     for option in (["--fallback"], ["--trusted-from", "0.3"]):

@@ -277,7 +277,7 @@ def test_a_removed_image_is_called_removed(tmp_path: Path) -> None:
     remove(path, ["image-0003"])
     with (
         Index.open(path) as index,
-        pytest.raises(InputError, match="'image-0003' was removed from the index"),
+        pytest.raises(InputError, match="'image-0003' is not in the index any more"),
     ):
         Explainer(index).explain_features(*query(), neighbors=["image-0003"])
 

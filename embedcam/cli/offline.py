@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import InputError, RecipeError
 from .networks import named, network_of_index, network_options, refuse_unknown
-from .report import counted, emit, fidelity_lines, note, size_text
+from .report import counted, emit, fidelity_lines, listing_ids, note, size_text
 
 _RECIPE = (
     "method", "target", "norm", "sampling", "hinge", "margin", "seed", "layers", "fill",
@@ -52,7 +52,7 @@ def add(options: argparse.Namespace) -> None:
 
 def remove(options: argparse.Namespace) -> None:
     """Remove images by id."""
-    from ..index import Index
+    from ..index import REMOVED, Index
     from ..index import remove as remove_ids
 
     ids = [*options.ids, *(_lines(options.file) if options.file else [])]
@@ -60,7 +60,15 @@ def remove(options: argparse.Namespace) -> None:
         raise InputError("no id was given; name some, or give a file of them with --from")
     # A folder without an index is refused before a lock file appears in it.
     Index.open(options.index, with_faiss=False).close()
-    removed = remove_ids(options.index, ids)
+    try:
+        with listing_ids(options.index):
+            removed = remove_ids(options.index, ids)
+    except InputError as error:
+        known, gone, _ = str(error).partition(REMOVED)
+        if not gone:
+            raise
+        step = "nothing to do" if len(ids) == 1 else "leave it out; nothing was removed"
+        raise InputError(f"{known}{gone}; {step}") from error
     with Index.open(options.index, with_faiss=False) as index:
         left = len(index)
     emit(

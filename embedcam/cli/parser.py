@@ -84,6 +84,7 @@ INFO = """\
 examples:
   embedcam info my.index
   embedcam info my.index --json
+  embedcam info my.index --ids                   the ids of its images, one a line
 """
 VERIFY = """\
 example:
@@ -179,7 +180,9 @@ def parser() -> argparse.ArgumentParser:
             commands, "evaluate", "INDEX --images IMAGES", EVALUATE, "measure how good the maps are"
         )
     )
-    _index(_command(commands, "info", "INDEX", INFO, "say what an index holds"))
+    one = _command(commands, "info", "INDEX", INFO, "say what an index holds")
+    _index(one)
+    one.add_argument("--ids", action="store_true", help="list the ids of its images, one a line")
     _index(_command(commands, "verify", "INDEX", VERIFY, "check every promise of an index"))
     one = _command(commands, "demo", "[FOLDER]", DEMO, "the main job on handwritten digits")
     one.add_argument(
@@ -286,7 +289,12 @@ def _build(one: argparse.ArgumentParser) -> None:
         "the network explains, named as a build prints it",
     )
     _method_options(group)
-    group.add_argument("--target", metavar="NAME", help="margin (default), discriminant or centred")
+    group.add_argument(
+        "--target",
+        metavar="NAME",
+        help="auto (default: discriminant where it has a closed form, else margin), margin, "
+        "discriminant or centred",
+    )
     group.add_argument("--norm", metavar="WAY", help="through (default) or around the L2 norm")
     group.add_argument(
         "--sampling", metavar="NAME", help="auto (default), all, random, semihard or hard"

@@ -4,13 +4,16 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from ..errors import InputError
 from ..registry import METHODS
 
 METRICS = {"l2": "squared L2", "ip": "inner product"}
 _LABEL = 12
+_PIECE = 1 << 16
 
 
 def emit(options: argparse.Namespace, values: Mapping[str, Any], text: str) -> None:
@@ -29,6 +32,19 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
+@contextmanager
+def listing_ids(index: str) -> Iterator[None]:
+    """Errors of ids name the command that lists them, not what Python has for it."""
+    try:
+        yield
+    except InputError as error:
+        text = str(error)
+        if not text.startswith("the index has no image"):
+            raise
+        text = text.removesuffix("; see `index.ids`")
+        raise InputError(f"{text}; `embedcam info {index} --ids` lists those it has") from error
+
+
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Rows of cells as lines with columns of one width; `right` are set flush right."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
@@ -45,6 +61,10 @@ def info(options: argparse.Namespace) -> None:
     """What an index holds."""
     from ..index import Index
 
+    if options.ids:
+        with Index.open(options.index, with_faiss=False) as index:
+            _list_ids(options, index)
+        return
     with Index.open(options.index, with_faiss=False) as index:
         manifest = index.manifest
         evidence = _evidence(index)
@@ -57,6 +77,20 @@ def info(options: argparse.Namespace) -> None:
     }  # fmt: skip
     summary |= {**evidence, "bytes": bytes_all, "bytes_an_image": bytes_image}
     emit(options, summary, f"{options.index}\n" + _text(manifest, evidence, bytes_all, bytes_image))
+
+
+def _list_ids(options: argparse.Namespace, index: Any) -> None:
+    """The ids of all live images, one a line, or one JSON list; a piece at a time."""
+    live, begun = index.live_positions(), False
+    for start in range(0, len(live), _PIECE):
+        for name in index.ids[live[start : start + _PIECE]]:
+            if options.json:
+                print(("," if begun else "[") + "\n  " + json.dumps(name), end="")
+            else:
+                print(name)
+            begun = True
+    if options.json:
+        print("\n]" if begun else "[]")
 
 
 def verify(options: argparse.Namespace) -> None:

@@ -1,0 +1,190 @@
+"""What the command line says beside its results: notes, hints, and what is refused in words."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from photo_samples import write_photos
+from PIL import Image
+from test_cli import NAMED, NETWORK
+
+from embedcam import Explainer, Index, load_network
+from embedcam.cli import main
+from embedcam.cli.parser import COMMANDS
+
+TRUSTED = NAMED[:2]
+QUERY = "photos/0/0.png"
+Say = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working folder with photos, a network to be named, and two indexes."""
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "cli_toy_network.py").write_text(NETWORK)
+    write_photos(folder / "photos")
+    before, path = Path.cwd(), list(sys.path)
+    os.chdir(folder)
+    assert main(["build", "photos", "shared", "--quiet", *NAMED]) == 0
+    assert main(["build", "photos", "margin", "--quiet", "--target", "margin", *NAMED]) == 0
+    yield folder
+    os.chdir(before)
+    sys.path[:] = path
+    sys.modules.pop("cli_toy_network", None)
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+def explained(index: str, result: str) -> object:
+    network = load_network(NAMED[1], layer="relu")
+    return Explainer(index, network, n_neighbors=2).explain(QUERY, result=result)
+
+
+# --- one result -----------------------------------------------------------------------------------
+
+
+def test_images_of_a_label_that_share_an_answer_are_said_to(
+    say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert explained("shared", "2/3.png").tiles()[0].subcaption == "what here speaks for\n2"
+    assert explained("margin", "2/3.png").tiles()[0].subcaption == "what here matched\n3.png"
+    asked = ("explain", "shared", QUERY, "--result", "2/3.png", "-o", "why.png", *TRUSTED)
+    code, out, err = say(*asked)
+    assert code == 0
+    assert out.splitlines()[0] == f"{QUERY} -> why.png (what speaks for 2)"
+    note = "the images of a label share one answer: what speaks for 2; "
+    assert note in err
+    assert "embedcam.PairExplainer" in err or f"compare shared {QUERY} 2/3.png`" in err
+    monkeypatch.setitem(COMMANDS, "compare", "online.compare")
+    assert f"; `embedcam compare shared {QUERY} 2/3.png` says what matches this" in say(*asked)[2]
+    assert note not in say(*asked, "--quiet")[2]
+    # Margins are each image's own, and so is a map that a method makes of the result itself.
+    _, out, err = say("explain", "margin", QUERY, "--result", "2/3.png", "-o", "why.png", *TRUSTED)
+    assert "(what matched 2/3.png)" in out
+    assert err == ""
+    _, out, err = say(*asked, "--method", "eigencam")
+    assert "(what matched 2/3.png)" in out
+    assert note not in err
+
+
+def test_the_result_that_was_asked_for_is_shown_though_it_is_far(say: Say) -> None:
+    why = explained("margin", "2/3.png")
+    assert "2/3.png" not in why.ids
+    _, (first, *others) = why.tiles()
+    with Image.open("photos/2/3.png") as picture:
+        np.testing.assert_array_equal(first.image, picture)
+    with Index.open("margin") as index:
+        place = index.position("2/3.png")
+        norm = float(np.linalg.norm(index.weights([place])))
+        np.testing.assert_allclose(first.cam, index.coarse([place])[0] / norm, rtol=1e-5)
+        both = index.embeddings([place, index.position("0/0.png")]).astype(np.float64)
+    apart = ((both[0] - both[1]) ** 2).sum()
+    assert first.subcaption == f"2\ndistance {apart:.3f}\nasked for"
+    assert [tile.caption for tile in others] == [name.rpartition("/")[2] for name in why.ids]
+    record = why.to_dict()["result"]
+    assert (record["id"], record["label"], record["path"]) == ("2/3.png", "2", why.asked.path)
+    assert record["distance"] == pytest.approx(apart, rel=1e-5)
+    assert record["similarity"] == pytest.approx(both[0] @ both[1], rel=1e-5)
+    assert [one["id"] for one in why.to_dict()["neighbors"]] == why.ids
+    _, out, _ = say("explain", "margin", QUERY, "--result", "2/3.png", "-n", 2, *TRUSTED)
+    row = out.splitlines()[2].split()
+    assert row == ["asked", f"{apart:.3g}", "2/3.png", "2"]
+
+
+def test_a_result_among_the_nearest_is_shown_once(say: Say) -> None:
+    why = explained("margin", "0/0.png")
+    assert why.ids[0] == "0/0.png"
+    _, tiles = why.tiles()
+    assert [tile.caption for tile in tiles] == [name.rpartition("/")[2] for name in why.ids]
+    assert tiles[0].subcaption.endswith("\nasked for")
+    _, out, _ = say("explain", "margin", QUERY, "--result", "0/0.png", "-n", 2, *TRUSTED)
+    assert "asked" not in out
+    assert explained("margin", "0/0.png").to_dict()["result"]["id"] == "0/0.png"
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def test_that_no_picture_was_written_is_said(say: Say) -> None:
+    note = "note: no picture was written; -o why.png draws one\n"
+    assert say("explain", "margin", QUERY, *TRUSTED)[2] == note
+    for option in (["--json"], ["--quiet"], ["-o", "why.png"]):
+        assert say("explain", "margin", QUERY, *option, *TRUSTED)[2] == ""
+
+
+def test_indexed_pictures_that_moved_are_counted(say: Say, tmp_path: Path) -> None:
+    write_photos(tmp_path / "before", labels=2)
+    index = tmp_path / "index"
+    assert say("build", tmp_path / "before", index, "--quiet", *NAMED)[0] == 0
+    asked = ("explain", index, QUERY, "-n", 3, *TRUSTED)
+    assert say(*asked, "--html", tmp_path / "a.html")[2] == f"page: {tmp_path / 'a.html'}\n"
+    (tmp_path / "before").rename(tmp_path / "after")
+    _, _, err = say(*asked, "-o", tmp_path / "why.png")
+    assert err == (
+        f"note: 3 of 3 indexed pictures were not found under {tmp_path / 'before'}; "
+        "--images FOLDER says where they are\n"
+    )
+    assert say(*asked, "-o", tmp_path / "why.png", "--images", tmp_path / "after")[2] == ""
+    (tmp_path / "after/0/0.png").unlink()
+    _, _, err = say(*asked, "-o", tmp_path / "why.png", "--images", tmp_path / "after")
+    assert f"note: 1 of 3 indexed pictures were not found under {tmp_path / 'after'}; " in err
+    code, out, err = say(*asked, "--images", tmp_path / "none")
+    assert (code, out) == (2, "")
+    assert f"--images {tmp_path / 'none'}: there is no such folder; give the one" in err
+
+
+def test_a_folder_for_pictures_is_made_when_there_are_some(say: Say, tmp_path: Path) -> None:
+    wanted = tmp_path / "not" / "yet"
+    code, _, _ = say("explain", "margin", QUERY, "-o", wanted, "--result", "none", *TRUSTED)
+    assert code == 2
+    assert list(tmp_path.iterdir()) == []
+    assert say("explain", "margin", QUERY, "-o", wanted, *TRUSTED)[0] == 0
+    assert [file.name for file in wanted.iterdir()] == ["0.png"]
+
+
+# --- ids ------------------------------------------------------------------------------------------
+
+
+def test_ids_are_listed_and_their_list_is_named(say: Say) -> None:
+    expected = [f"{label}/{number}.png" for label in range(3) for number in range(4)]
+    code, out, _ = say("info", "margin", "--ids")
+    assert (code, out.splitlines()) == (0, expected)
+    assert json.loads(say("info", "margin", "--ids", "--json")[1]) == expected
+    for words in (["explain", "margin", QUERY, "--result", "zebra"], ["remove", "margin", "zebra"],
+                  ["explain", "margin", QUERY, "--neighbors", "0/0.png,zebra"]):  # fmt: skip
+        code, _, err = say(*words)
+        assert code == 2
+        assert err == (
+            "embedcam: the index has no image 'zebra'; "
+            "`embedcam info margin --ids` lists those it has\n"
+        )
+
+
+def test_ids_of_an_empty_index(say: Say, tmp_path: Path) -> None:
+    assert say("build", "photos", tmp_path / "i", "--quiet", *NAMED)[0] == 0
+    ids = say("info", tmp_path / "i", "--ids")[1].splitlines()
+    assert say("remove", tmp_path / "i", *ids[1:])[0] == 0
+    assert say("info", tmp_path / "i", "--ids")[1] == f"{ids[0]}\n"
+    code, _, err = say("remove", tmp_path / "i", ids[1])
+    assert (code, err) == (
+        2,
+        f"embedcam: the image {ids[1]!r} is not in the index any more: it was removed; "
+        "nothing to do\n",
+    )
+    assert "leave it out; nothing was removed" in say("remove", tmp_path / "i", *ids[:2])[2]
+    assert say("remove", tmp_path / "i", ids[0])[0] == 0
+    assert say("info", tmp_path / "i", "--ids")[1] == ""
+    assert json.loads(say("info", tmp_path / "i", "--ids", "--json")[1]) == []

@@ -91,12 +91,15 @@ def _check_files(options: argparse.Namespace) -> None:
 
 
 def _lines(summary: dict[str, Any], intro: str, tables: list[Any]) -> list[str]:
+    from ..evaluate.report import WORTH_KNOWING
+
     lines = [intro]
     for table in tables:
         # The page has room for what each measure says; the terminal has not.
         kept = [place for place, name in enumerate(table.header) if name or place == 0]
         cells = [[str(row[place]) for place in kept] for row in [table.header, *table.rows]]
         lines += ["", table.caption, *(f"  {line}" for line in columns(cells, range(1, len(kept))))]
+        lines += [f"  {text}" for text in WORTH_KNOWING if text in table.notes]
     lines.append("")
     if any("*" in str(cell) for table in tables for row in table.rows for cell in row):
         lines.append("* not better than this control (95% interval of the paired difference)")

@@ -353,6 +353,7 @@ class Explainer:
             direct=direct,
             asked=asked,
             shared=self.index.manifest["target"] == "discriminant",
+            prototypes=self.index.manifest.get("compressed") is not None,
         )
 
     def _asked(self, used: Selection, chosen: Neighbors, norms: np.ndarray) -> Asked:

@@ -83,6 +83,8 @@ class Explanation:
         asked: the image that `result` named; pictures show it first. The arrays above are of the
             neighbours alone, as they were searched or named.
         shared: the index's target is "discriminant": the images of a label share their weights.
+        prototypes: the results are prototypes merged from images, shown by the picture of the one
+            in their middle.
     """
 
     cam: np.ndarray
@@ -108,6 +110,7 @@ class Explanation:
     direct: bool = False
     asked: Asked | None = None
     shared: bool = False
+    prototypes: bool = False
 
     @property
     def trusted(self) -> bool | None:
@@ -198,13 +201,20 @@ class Explanation:
         from . import render
 
         picture, extent = self._picture(result.path)
+        name = self._short_name(result.id)
         words = [] if result.label is None else [result.label]
+        if self.prototypes and result.label is not None:
+            name, words = result.label, [name]
         words.append(f"distance {result.distance:.3f}")
         if result is self.asked:
             words.append("asked for")
         # Maps are drawn with weights of length 1.
         own = result.cam if not result.norm or result.cam is None else result.cam / result.norm
-        return render.Tile(picture, own, extent, result.id.rpartition("/")[2], "\n".join(words))
+        return render.Tile(picture, own, extent, name, "\n".join(words))
+
+    def _short_name(self, id: str) -> str:
+        name = id.rpartition("/")[2]
+        return f"prototype {name.removeprefix('prototype-')}" if self.prototypes else name
 
     def to_dict(self, size: tuple[int, int] | None = None) -> dict[str, Any]:
         """Plain lists and numbers, ready for JSON; all but the weights and the pictures.
@@ -245,7 +255,7 @@ class Explanation:
         if self.speaks_for is not None:
             return f"what here speaks for\n{self.speaks_for}"
         if len(self.explained) == 1:
-            return f"what here matched\n{self.explained[0].rpartition('/')[2]}"
+            return f"what here matched\n{self._short_name(self.explained[0])}"
         trust = "" if self.trust is None else f"\ntrust {self.trust:.2f}"
         doubt = ": not trusted" if self.trusted is False else ""
         return f"weights of {len(self.explained)} neighbours, {self.transfer}{trust}{doubt}"

@@ -515,12 +515,15 @@ def test_compress_explain_and_what_prototypes_do_not_take(
         2, "prototypes = 13; give a whole number from 1 to 12, the number of images", *there, 13
     )
     refused(2, "seed = 4294967296; give", *there, 3, "--seed", 1 << 32)
-    refused(2, "already holds a finished index", "compress", built, small, "--prototypes", 3)
+    refused(2, "--replace (replace=True) swaps it for the new one, or choose another folder",
+            "compress", built, small, "--prototypes", 3)  # fmt: skip
     refused(2, "holds prototypes, each merged from several images; compress the index it was made",
             "compress", small, tmp_path / "x", "--prototypes", 3)  # fmt: skip
     refused(2, "add images to the index it was compressed from", "add", small, "photos")
     refused(2, "refit the index it was compressed from", "build", small, "--refit")
     assert sorted(tmp_path.rglob("*")) == before
+    told = answer(say, "compress", built, small, "--prototypes", 1, "--replace")
+    assert (told["n_prototypes"], answer(say, "info", small)["counts"]["rows"]) == (1, 1)
 
 
 # --- where a network's files lie -----------------------------------------------------------------

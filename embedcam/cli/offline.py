@@ -107,6 +107,7 @@ def compress(options: argparse.Namespace) -> None:
         options.prototypes,
         per_class=options.per_class,
         seed=options.seed,
+        replace=options.replace,
         progress=False if options.quiet else None,
     )
     about = report.compressed

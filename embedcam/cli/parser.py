@@ -374,6 +374,11 @@ def _compress(one: argparse.ArgumentParser) -> None:
         "--per-class", action="store_true", help="N for each label, each with its label"
     )
     one.add_argument(
+        "--replace",
+        action="store_true",
+        help="swap an index of prototypes that OUTPUT holds for the new one",
+    )
+    one.add_argument(
         "--seed",
         type=_whole,
         metavar="N",

@@ -17,7 +17,7 @@ from ..images import EXTENSIONS, ImageSource, read_image
 from ..metrics import box_mask
 from ..preprocess import Extent
 
-_GREY, _COLOURED, _COLOURS = 32, 0.05, 32
+_GREY, _COLOURED, _COLOURS, _LOOKED = 32, 0.05, 32, 8
 """A mask's channels differ by no more, but for few pixels or of few colours."""
 NEEDED = ("path", "x0", "y0", "x1", "y1")
 
@@ -245,7 +245,7 @@ def of_masks(folder: str | os.PathLike[str], source: ImageSource) -> MaskRegions
             if stem in stems:
                 found[position] = stems[stem]
                 break
-    for position, file in itertools.islice(found.items(), 1):
+    for position, file in itertools.islice(found.items(), _LOOKED):
         if os.path.exists(source.name(position)) and os.path.samefile(source.name(position), file):
             raise InputError(
                 f"{root}: {file} is the query itself; give a folder of masks, white on the object"

@@ -567,7 +567,7 @@ def test_a_network_that_no_name_loads_is_asked_for(
     path = build(Path("photos"), tmp_path / "index", network_of())
     refused(2, "was not loaded by name; write a function", "explain", path, "photos/0/0.png")
     refused(2, "was not loaded by name", "build", path, "--refit")
-    refused(4, "not the network of the index", "explain", path, "photos/0/0.png", *NAMED)
+    refused(4, "not the input of the index", "explain", path, "photos/0/0.png", *NAMED)
 
 
 # --- everything that can go wrong ----------------------------------------------------------------
@@ -671,8 +671,9 @@ def test_what_cannot_be_done(
          ["photos/0/0.png", "--neighbors", "0/1.png", "-n", "2"]),
         (2, "invalid choice: 'median'", ["photos/0/0.png", "--transfer", "median"]),
         (4, "normalize is True", ["photos/0/0.png", "--no-normalize"]),
-        (4, "its preprocess is", ["photos/0/0.png", "--size", "64"]),
-        (4, "its layer is 'relu', given is one with 'features'",
+        (4, 'built with {"size": [32, 32]}, and given is {"size": [64, 64]}; leave out --size',
+         ["photos/0/0.png", "--size", "64"]),
+        (4, "that is cli_toy_network:make with layer relu, given is torchvision:squeezenet1_1 with",
          ["photos/0/0.png", "--network", "torchvision:squeezenet1_1", "--weights", "random"]),
     ],
 )  # fmt: skip

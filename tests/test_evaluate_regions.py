@@ -189,12 +189,16 @@ def test_photographs_are_no_masks(tmp_path: Path) -> None:
     for mask in (hard, red, soft):
         mask.save(tmp_path / "masks/a.jpg", quality=60)
         assert len(of_masks(tmp_path / "masks", source_of(tmp_path, "a.png"))) == 1
-    # A later one is looked at when it is read.
-    Image.new("L", (48, 40)).save(tmp_path / "b.png")
-    picture(0, 1).save(tmp_path / "masks/b.jpg")
-    regions = of_masks(tmp_path / "masks", source_of(tmp_path, "a.png", "b.png"))
-    with pytest.raises(InputError, match=r"b\.jpg: is a photograph"):
-        regions.of(1, (48, 40), (0, 0, 48, 40), (4, 4))
+    # The first few are looked at before anything is done, others when they are read.
+    names = [f"b{number}.png" for number in range(9)]
+    for name in names:
+        Image.new("L", (48, 40)).save(tmp_path / "masks" / name)
+    picture(0, 1).save(tmp_path / "masks/b8.png")
+    regions = of_masks(tmp_path / "masks", source_of(tmp_path, *names))
+    with pytest.raises(InputError, match=r"b8\.png: is a photograph"):
+        regions.of(8, (48, 40), (0, 0, 48, 40), (4, 4))
+    with pytest.raises(InputError, match=r"b8\.png: is a photograph"):
+        of_masks(tmp_path / "masks", source_of(tmp_path, *names[1:]))
 
 
 def test_two_images_have_no_interval_and_beat_nothing() -> None:

@@ -515,7 +515,7 @@ def test_compress_explain_and_what_prototypes_do_not_take(
         2, "prototypes = 13; give a whole number from 1 to 12, the number of images", *there, 13
     )
     refused(2, "seed = 4294967296; give", *there, 3, "--seed", 1 << 32)
-    refused(2, "--replace (replace=True) swaps it for the new one, or choose another folder",
+    refused(2, "--replace swaps it for the new one, or choose another folder",
             "compress", built, small, "--prototypes", 3)  # fmt: skip
     refused(2, "holds prototypes, each merged from several images; compress the index it was made",
             "compress", small, tmp_path / "x", "--prototypes", 3)  # fmt: skip
@@ -802,11 +802,26 @@ def test_an_interruption_is_130_and_says_how_to_go_on(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("embedcam.build.build_index", interrupted)
     monkeypatch.setattr(Explainer, "explain", interrupted)
-    code, out, err = say("build", "photos", f"{index}2", *NAMED)
-    assert (code, out) == (130, "")
-    assert err == "embedcam: interrupted; run the same command again to go on\n"
+    build = ("build", "photos", f"{index}2", *NAMED)
+    told = "going on: 12 of 12 images are embedded\ngoing on: weights of 12 of 12 images are done\n"
+    with monkeypatch.context() as patch:
+        patch.setattr("embedcam.build.jobs.embedding_pass", interrupted)
+        assert say(*build) == (130, "", "embedcam: interrupted\n")  # nothing is kept yet
+        patch.undo()
+        patch.setattr("embedcam.build.jobs.fit_encodings", interrupted)
+        code, out, err = say(*build)
+        assert (code, out) == (130, "")
+        assert err == "embedcam: interrupted; run the same command again to go on\n"
+        _, _, err = say(*build)
+        assert err == f"{told}embedcam: interrupted; run the same command again to go on\n"
+    assert say(*build, "--quiet")[::2] == (0, "")
+    with monkeypatch.context() as patch:
+        patch.setattr("embedcam.demo.run_demo", interrupted)
+        assert say("demo", f"{index}3")[2] == "embedcam: interrupted\n"
+        Path(f"{index}3").mkdir()
+        (Path(f"{index}3") / "stages.json").write_text('{"scenes": "digest"}')
+        assert say("demo", f"{index}3")[2].endswith("; run the same command again to go on\n")
     code, _, err = say("explain", index, "photos/0/0.png")
     assert (code, err) == (130, "embedcam: interrupted\n")
 

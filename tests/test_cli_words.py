@@ -188,3 +188,80 @@ def test_ids_of_an_empty_index(say: Say, tmp_path: Path) -> None:
     assert say("remove", tmp_path / "i", ids[0])[0] == 0
     assert say("info", tmp_path / "i", "--ids")[1] == ""
     assert json.loads(say("info", tmp_path / "i", "--ids", "--json")[1]) == []
+
+
+# --- builds and additions -------------------------------------------------------------------------
+
+
+def test_only_new_images_are_added_where_asked(say: Say, tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", labels=2)
+    index = tmp_path / "index"
+    assert say("build", tmp_path / "photos", index, "--quiet", *NAMED)[0] == 0
+    again = ("add", index, tmp_path / "photos", *TRUSTED)
+    code, _, err = say(*again)
+    assert code == 2
+    assert "8 of 8 images are in the index already (" in err
+    assert "; leave them out (--skip-existing), or remove them from the index first;" in err
+    code, out, err = say(*again, "--skip-existing")
+    assert (code, out) == (0, f"{index}: complete already\n")
+    assert err == "8 images left out: in the index already\n"
+    Image.new("RGB", (40, 40), "teal").save(tmp_path / "photos/1/new.png")
+    code, out, err = say(*again, "--skip-existing")
+    assert code == 0
+    assert out.startswith(f"{index}: 1 image added in ")
+    assert err.startswith("8 images left out: in the index already\n")
+    assert "1/new.png" in say("info", index, "--ids")[1].splitlines()
+
+
+def test_the_command_line_does_not_speak_python(say: Say) -> None:
+    code, _, err = say("build", "photos", "margin", *NAMED)
+    assert code == 2
+    assert err.endswith("add images with `embedcam add`, or redo it with --refit\n")
+
+
+def test_what_stops_at_a_broken_file_names_the_way_around_it(say: Say, tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", labels=2)
+    index = tmp_path / "index"
+    assert say("build", tmp_path / "photos", index, "--quiet", *NAMED)[0] == 0
+    write_photos(tmp_path / "more", labels=2)
+    (tmp_path / "more/1/fake.jpg").write_text("no picture")
+    hint = "; --on-unreadable skip leaves such files out\n"
+    for words in (["build", tmp_path / "more", tmp_path / "other", *NAMED],
+                  ["add", index, tmp_path / "more", "--skip-existing", *TRUSTED],
+                  ["evaluate", index, "--images", tmp_path / "more", *TRUSTED]):  # fmt: skip
+        code, _, err = say(*words, "--quiet")
+        assert code == 3
+        assert f"{tmp_path / 'more/1/fake.jpg'}: " in err
+        assert err.endswith(hint)
+    code, _, err = say("build", tmp_path / "more", tmp_path / "other", *NAMED,
+                       "--on-unreadable", "skip")  # fmt: skip
+    assert code == 0
+    (line,) = [line for line in err.splitlines() if line.startswith("skipped ")]
+    assert line.startswith("skipped 1/fake.jpg: is not an image")
+    assert "more" not in line
+
+
+def test_recipes_that_came_along_are_called_by_name(say: Say, tmp_path: Path) -> None:
+    build = ("build", "photos", tmp_path / "index", "--quiet", *NAMED, "--recipe")
+    assert say(*build, "paper", "--top-m", 4)[0] == 0
+    recipe = json.loads(say("info", tmp_path / "index", "--json")[1])["recipe"]
+    assert (recipe["encoding"], recipe["m"], recipe["triplets"]) == ("top-m", 4, 50)
+    code, _, err = say(*build, "papre")
+    assert code == 2
+    assert err == (
+        "embedcam: papre: there is no such recipe; did you mean 'paper'? known: default, paper, "
+        "unlabelled; or give a TOML file\n"
+    )
+    assert "the recipe cannot be read (No such file" in say(*build, "none.toml")[2]
+
+
+def test_info_says_when_trust_was_calibrated(say: Say, tmp_path: Path) -> None:
+    write_photos(tmp_path / "many", labels=3, each=14)
+    write_photos(tmp_path / "extra", labels=1, each=1)
+    (tmp_path / "extra/0/0.png").rename(tmp_path / "extra/0/extra.png")
+    index = tmp_path / "index"
+    assert say("build", tmp_path / "many", index, "--quiet", *NAMED)[0] == 0
+    assert "; calibrated on 42 images explained twice\n" in say("info", index)[1]
+    assert say("add", index, tmp_path / "extra", "--quiet", *TRUSTED)[0] == 0
+    told = "; calibrated on 42 images explained twice by the build, before 1 image more came\n"
+    assert told in say("info", index)[1]

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import InputError
 from .networks import named, network_of_index, network_options
 from .online import check_folder
-from .report import columns, note
+from .report import columns, naming_skip, note
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -27,18 +27,19 @@ def evaluate(options: argparse.Namespace) -> None:
     _check_regions(options, source)
     with Index.open(options.index) as index:
         network = named(network_of_index(index.manifest, network_options(options)))
-        found = evaluate_index(
-            index,
-            source,
-            network,
-            boxes=options.boxes,
-            masks=options.masks,
-            indexed=options.indexed,
-            settings=settings,
-            on_unreadable=options.on_unreadable or "fail",
-            workers=options.workers,
-            progress=False if options.quiet else None,
-        )
+        with naming_skip(options):
+            found = evaluate_index(
+                index,
+                source,
+                network,
+                boxes=options.boxes,
+                masks=options.masks,
+                indexed=options.indexed,
+                settings=settings,
+                on_unreadable=options.on_unreadable or "fail",
+                workers=options.workers,
+                progress=False if options.quiet else None,
+            )
     # Files first: a reader that goes away (`| head`) ends the command.
     for what, file, save in (
         ("page", options.html, found.save_html),

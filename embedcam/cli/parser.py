@@ -25,7 +25,7 @@ examples:
   embedcam build photos/ my.index --network torchvision:resnet50
   embedcam build list.csv my.index --network torchvision:mobilenet_v2 \\
       --weights mobilenet.safetensors --head head.safetensors --resize squash
-  embedcam build photos/ my.index --network mypackage.models:make --recipe index/recipes/paper.toml
+  embedcam build photos/ my.index --network mypackage.models:make --recipe paper
   embedcam build my.index --embeddings e.npy --pooled p.npy --grid 7x7 --ids ids.csv
   embedcam build my.index --refit                fit again on all images, also those added later
 
@@ -33,8 +33,9 @@ A killed build goes on where it stopped when the same command is run again.
 IMAGES is a folder with a folder per class, a flat folder, or a CSV with path,label[,id].
 """
 ADD = """\
-example:
+examples:
   embedcam add my.index more-photos/
+  embedcam add my.index photos/ --skip-existing          only those that are new
 
 What the first build fitted stays as it is; weights of old images are not computed again.
 """
@@ -271,7 +272,11 @@ def _index(one: argparse.ArgumentParser) -> None:
 def _build(one: argparse.ArgumentParser) -> None:
     one.add_argument("images", metavar="IMAGES", nargs="?", type=_path, help="folder or CSV")
     _index(one)
-    one.add_argument("--recipe", metavar="FILE", help="TOML file; other options win over it")
+    one.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="default, paper, unlabelled, or a TOML file; other options win over it",
+    )
     one.add_argument("--labels", choices=("auto", "folders", "none"), help="where labels are")
     one.add_argument("--refit", action="store_true", help="redo a finished index")
     _network(one)
@@ -338,6 +343,9 @@ def _build(one: argparse.ArgumentParser) -> None:
 def _add(one: argparse.ArgumentParser) -> None:
     _index(one)
     one.add_argument("images", metavar="IMAGES", type=_path, help="folder or CSV")
+    one.add_argument(
+        "--skip-existing", action="store_true", help="leave out images that INDEX holds already"
+    )
     one.add_argument("--labels", choices=("auto", "folders", "none"), help="where labels are")
     _network(one)
     _work(one)

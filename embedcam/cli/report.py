@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import InputError
+from ..errors import ImageError, InputError
 from ..registry import METHODS
 
 METRICS = {"l2": "squared L2", "ip": "inner product"}
@@ -30,6 +30,17 @@ def note(options: argparse.Namespace, text: str) -> None:
 def counted(number: int, what: str) -> str:
     """ "1 image", "2,000 images"."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+@contextmanager
+def naming_skip(options: argparse.Namespace) -> Iterator[None]:
+    """Errors of a broken image among many name the option that leaves it out."""
+    try:
+        yield
+    except ImageError as error:
+        if options.on_unreadable == "skip" or "run the build again" in str(error):
+            raise
+        raise ImageError(f"{error}; --on-unreadable skip leaves such files out") from error
 
 
 @contextmanager
@@ -154,7 +165,7 @@ def _text(
         ("weights", _weights_line(manifest)),
         ("stored as", _encoding_line(layer["encoding"])),
         ("own maps", "none" if coarse is None else f"{coarse[0]} x {coarse[1]}"),
-        ("trust", _trust_line(manifest.get("trust"))),
+        ("trust", _trust_line(manifest.get("trust"), manifest["counts"]["added_after_fit"])),
         ("search", _search_line(manifest)),
         ("size", f"{size_text(bytes_all)}; {bytes_image:g} bytes an image beyond id, label, path "
                  "and embedding"),
@@ -167,16 +178,17 @@ def _text(
     return "\n".join(lines)
 
 
-def _trust_line(trust: Mapping[str, Any] | None) -> str:
+def _trust_line(trust: Mapping[str, Any] | None, added: int) -> str:
     if not trust:
         return "not calibrated"
     one = next(iter(trust.values()))
+    when = f" by the build, before {counted(added, 'image')} more came" if added else ""
     worth = ", ".join(
         f"{values['correlations'][0]:.2f} to {values['correlations'][-1]:.2f} from "
         f"{counted(values['neighbors'], 'neighbour')}"
         for values in sorted(trust.values(), key=lambda values: values["neighbors"])
     )
-    return f"{worth}; calibrated on {counted(one['images'], 'image')} explained twice"
+    return f"{worth}; calibrated on {counted(one['images'], 'image')} explained twice{when}"
 
 
 def _images_line(counts: Mapping[str, int], evidence: Mapping[str, int]) -> str:

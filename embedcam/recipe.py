@@ -273,7 +273,7 @@ def shipped_recipe(name: str) -> Path:
         return Path(name)
     # Inside a wheel they lie in the package, in the sources beside the format of the index.
     package = Path(__file__).parent
-    folders = (package / "recipes", package.parent / "index" / "recipes")
+    folders = (package.parent / "index" / "recipes", package / "recipes")
     found = {file.stem: file for folder in folders for file in sorted(folder.glob("*.toml"))}
     if name not in found:
         raise RecipeError(

@@ -70,6 +70,15 @@ examples:
 The network is loaded as it was for the build; where its files have moved, say so with --weights
 and --head. Pictures are written for queries where -o or --html asks for them.
 """
+COMPARE = """\
+examples:
+  embedcam compare my.index query.jpg owls/1.jpg -o receipt.png
+  embedcam compare my.index query.jpg owls/1.jpg --above hawks/3.jpg -o above.png
+  embedcam compare my.index query.jpg owls/1.jpg --json --lines 20
+
+RESULT is the id of an image of the index. What adds up to the similarity is printed; -o draws where
+in both pictures it is, and which cells match. What the average image shares is put apart.
+"""
 EVALUATE = """\
 examples:
   embedcam evaluate my.index --images queries/ --html report.html
@@ -102,6 +111,7 @@ COMMANDS = {
     "compact": "offline.compact",
     "compress": "offline.compress",
     "explain": "online.explain",
+    "compare": "pairs.compare",
     "evaluate": "evaluation.evaluate",
     "info": "report.info",
     "verify": "report.verify",
@@ -174,6 +184,7 @@ def parser() -> argparse.ArgumentParser:
         _command(commands, "compress", "INDEX OUTPUT", COMPRESS, "merge an index into prototypes")
     )
     _explain(_command(commands, "explain", "INDEX IMAGE ...", EXPLAIN, "explain query images"))
+    _compare(_command(commands, "compare", "INDEX IMAGE RESULT", COMPARE, "why two images match"))
     _evaluate(
         _command(
             commands, "evaluate", "INDEX --images IMAGES", EVALUATE, "measure how good the maps are"
@@ -372,6 +383,24 @@ def _compress(one: argparse.ArgumentParser) -> None:
         default=0,
         help="of k-means and of the images that the loss is measured on (default 0)",
     )
+
+
+def _compare(one: argparse.ArgumentParser) -> None:
+    _index(one)
+    one.add_argument("query", metavar="IMAGE", type=_path, help="query picture")
+    one.add_argument("result", metavar="RESULT", help="id of an image of the index")
+    one.add_argument("--above", metavar="ID", help="why the result came above this image")
+    one.add_argument("-o", "--output", metavar="PNG", type=_path, help="picture")
+    one.add_argument(
+        "--lines", type=_positive, default=10, metavar="N", help="channels listed (default 10)"
+    )
+    one.add_argument(
+        "--not-centred",
+        action="store_true",
+        help="do not put apart what the average image of the index shares",
+    )
+    one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    _network(one)
 
 
 def _explain(one: argparse.ArgumentParser) -> None:

@@ -317,7 +317,7 @@ class Explainer:
         trust = self._trust(made, chosen.distances, activations[0])
         direct = trust is not None and trust < self.trusted_from and inputs is not None
         if direct and self.fallback is not None:
-            weights = list(self.fallback.weights(inputs, used.embeddings, self._others(rows)))
+            weights = list(self.fallback.weights(inputs, used.embeddings, self._others(rows, used)))
         direct &= self.fallback is not None
         drawn = cam(weights[0], activations[0])
         for own, finer in zip(weights[1:], activations[1:], strict=True):
@@ -387,17 +387,22 @@ class Explainer:
         seen = evidence(raw, made.shares, norm, distances)
         return float(calibration.trust(seen, np.min(distances)))
 
-    def _others(self, rows: Selection) -> np.ndarray:
-        """Embeddings of seeded random images that are no neighbours, nor labelled as they are."""
+    def _others(self, rows: Selection, used: Selection) -> np.ndarray:
+        """Embeddings of seeded random images that are no neighbours, nor labelled as they are.
+
+        Args:
+            rows: the neighbours.
+            used: what is explained by; with `result` one image that may be no neighbour.
+        """
         live = self.index.live_positions()
-        live = live[~np.isin(live, rows.positions)]
+        live = live[~np.isin(live, [*rows.positions, *used.positions])]
         if len(live) == 0:
             raise InputError(
                 "the index holds no image but the neighbours, so nothing is left to tell the query "
                 "from; ask for fewer neighbours, or leave out fallback"
             )
         drawn = np.random.default_rng(0).choice(live, min(8 * N_NEGATIVES, len(live)), False)
-        near = {label for label in rows.labels if label is not None}
+        near = {label for label in (*rows.labels, *used.labels) if label is not None}
         apart = np.array([label not in near for label in self.index.select(drawn).labels])
         return self.index.embeddings((drawn[apart] if apart.any() else drawn)[:N_NEGATIVES])
 

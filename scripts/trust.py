@@ -4,7 +4,8 @@
 
 The data and the reference embedding are those of scripts/truth.py. For each data set an index is
 built of the pictures of unseen classes, which calibrates itself on a half of them; the other half
-are leave-one-out queries, so that nothing is measured on what was fitted. Five seeded halves:
+are leave-one-out queries, so that trust is not measured on what it was fitted on; a query keeps its
+part, one of a label's pictures, in the weights that its label shares. Five seeded halves:
 figures are means over them, in brackets the worst. Queries from elsewhere: the other data set's
 unseen classes, noise (white, coarse, uniform) and blank pictures.
 

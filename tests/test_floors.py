@@ -9,7 +9,18 @@ PACKAGE = Path(__file__).parents[1] / "embedcam"
 
 FLOORS = {
     0: ["errors"],
-    1: ["calibration", "cam", "encoding", "metrics", "preprocess", "queries", "render", "transfer"],
+    1: [
+        "calibration",
+        "cam",
+        "classes",
+        "encoding",
+        "metrics",
+        "preprocess",
+        "queries",
+        "render",
+        "transfer",
+        "writing",
+    ],
     2: ["images", "index", "network", "registry", "scratch", "targets", "triplets", "trust"],
     3: ["identity", "models", "recipe", "weights"],
     4: ["cotangents", "explanation", "methods"],

@@ -461,6 +461,7 @@ def _evaluate(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--images", metavar="IMAGES", type=_path, required=True, help="query images: folder or CSV"
     )
+    one.add_argument("--indexed", metavar="FOLDER", help="where the indexed images lie now")
     one.add_argument("--labels", choices=("auto", "folders", "none"), help="where labels are")
     one.add_argument("--boxes", metavar="CSV", type=_path, help="where the objects are")
     one.add_argument("--masks", metavar="FOLDER", type=_path, help="the same, as masks")

@@ -29,13 +29,13 @@ from photographs import (
 )
 
 from embedcam import EmbeddingNetwork, load_network
+from embedcam.classes import label_codes
 from embedcam.cotangents import AnchorCotangents, Cotangents
 from embedcam.errors import InputError
 from embedcam.features import AffineHead
 from embedcam.metrics import recall_at_k
 from embedcam.recipe import Recipe
 from embedcam.targets import head_cotangent
-from embedcam.triplets import label_codes
 
 from .cache import Cache
 

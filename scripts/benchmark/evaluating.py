@@ -48,12 +48,12 @@ def share_report(networks: list[str], images: int, rounds: int, folder: Path) ->
         parts = ("forward", "metrics", "explaining", "reading", "total")
         middle = [f"{np.median([one[part] for one in found]):.2f}" for part in parts]
         rows.append([name, *middle, share, verdict(share.median, SHARE_BAR)])
+    few = [max(1, images // part) for part in PARTS.values()]
     return (
-        f"\n## Evaluating\n\n`evaluate_index` with boxes and all measures: {images // 5} of {images} "
-        f"pictures of 320 x 240, their pooled vector as embedding; controls and removed pixels of "
-        f"{max(1, images // 50)}, scenes and fidelity of {max(1, images // 25)} (the defaults' "
-        f"proportions); {rounds} rounds, seconds. *Share*: of the metrics over the forward passes "
-        "of the same run.\n\n"
+        f"\n## Evaluating\n\n`evaluate_index` with boxes and all measures: {few[0]} of {images} "
+        "pictures of 320 x 240, their pooled vector as embedding; controls and removed pixels of "
+        f"{few[1]}, scenes and fidelity of {few[2]}; {rounds} rounds, seconds. *Share*: of the "
+        "metrics over the forward passes of the same run.\n\n"
         + table(["network", "forward", "metrics", "explaining", "reading", "total", "share", "bar"],
                 rows)
     )  # fmt: skip

@@ -22,12 +22,12 @@ def report(name: str, images: int, rounds: int, folder: Path) -> str:
     network = linear_network(name, folder)
     path = folder / f"trusted-{name}.index"
     build_index(source, network, path, Recipe(), progress=False)
-    queries, cells = queries_of(path, network, 20 * rounds)
+    queries, channels = queries_of(path, network, 20 * rounds)
     builds, stage = builds_of(source, network, rounds, folder)
     return (
         f"\n## Trust, {name}\n\nLinear head of 128 numbers. `explain_features` of one query at "
         f"{SIZE} x {SIZE}, {NEIGHBORS} neighbours of {images}, search included, {20 * rounds} "
-        f"rounds; the same index with and without its calibration, {cells} weights a map. "
+        f"rounds; the same index with and without its calibration, {channels} channels. "
         "*Added*: median over rounds.\n\n"
         + table(["query", "ms", "ratio", "added, ms"], queries)
         + f"\nBuilds of {images} pictures of 320 x 240, {rounds} rounds; the stage `trust` of the "

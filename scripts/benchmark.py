@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from benchmark import building, evaluating, exactness, explaining, indexes, trusting, zoo
+from benchmark import building, evaluating, exactness, explaining, indexes, receipts, trusting, zoo
 
 SECTIONS = ("exactness", "build", "explain", "peers", "storage", "open", "search", "zoo", "memory",
-            "eigencam", "online", "evaluate", "trust")  # fmt: skip
+            "eigencam", "online", "evaluate", "trust", "receipts")  # fmt: skip
 
 
 def main() -> None:
@@ -78,6 +78,8 @@ def section(name: str, options: argparse.Namespace, folder: Path) -> str:
                 evaluating.peers_report("mobilenet_v2", rounds),
             )
         )
+    if name == "receipts":
+        return "\n".join(receipts.report(each, 20 * rounds, folder) for each in options.network)
     if name == "trust":
         return "\n".join(trusting.report(each, images, rounds, folder) for each in options.network)
     return indexes.search_report(rows, 100 * rounds, folder)

@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from benchmark import building, exactness, explaining, indexes, zoo
+from benchmark import building, exactness, explaining, features, indexes, zoo
 
 SECTIONS = ("exactness", "build", "explain", "peers", "storage", "open", "search", "zoo", "memory",
-            "eigencam", "online")  # fmt: skip
+            "eigencam", "online", "features")  # fmt: skip
 
 
 def main() -> None:
@@ -69,6 +69,8 @@ def section(name: str, options: argparse.Namespace, folder: Path) -> str:
         return zoo.decomposition_report(20 * rounds)
     if name == "online":
         return zoo.online_report(fast, 4 * rounds, folder)
+    if name == "features":
+        return features.report(rows, 100 * rounds, folder)
     return indexes.search_report(rows, 100 * rounds, folder)
 
 

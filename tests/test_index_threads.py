@@ -230,3 +230,29 @@ def test_an_index_is_not_pickled(tmp_path: Path) -> None:
         pytest.raises(InputError, match=r"x: an open index is not pickled.*Index\.open\(path\)"),
     ):
         pickle.dumps(index)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "none"])
+@pytest.mark.parametrize("rows", [40, 41])
+def test_a_link_led_elsewhere_during_opening_mixes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, factory: str
+) -> None:
+    """With as many rows every size fits, and nothing but the place tells the files apart."""
+    from embedcam.index import manifest
+
+    link, read = tmp_path / "current", manifest.read
+    link.symlink_to(make(tmp_path / "one", 40, factory=factory))
+    other = make(tmp_path / "two", rows, start=100, factory=factory)
+
+    def switching(root: Path) -> dict[str, Any]:
+        found = read(root)
+        if link.resolve() != other:
+            link.unlink()
+            link.symlink_to(other)
+        return found
+
+    monkeypatch.setattr(manifest, "read", switching)
+    with Index.open(link) as index:
+        assert index.path == link
+        assert index.ids[0] == "image-0100"
+        assert index.verify()

@@ -95,16 +95,21 @@ class Index:
         root = Path(path)
         if n_threads is not None and (type(n_threads) is not int or n_threads < 1):
             raise InputError(f"n_threads = {n_threads!r}; give a whole number from 1, or None")
-        manifest = manifest_file.read(root)
         while True:
+            place, manifest = os.path.realpath(root), manifest_file.read(root)
             try:
-                return cls(root, manifest, with_faiss, n_threads)
-            except FileNotFoundError as error:
+                opened = cls(root, manifest, with_faiss, n_threads)
+            except (FileNotFoundError, IndexFormatError) as error:
                 # A writer may have swept this generation between our two steps.
-                newer = manifest_file.read(root)
-                if newer["manifest_sha256"] == manifest["manifest_sha256"]:
-                    raise _missing(root, manifest, error) from None
-                manifest = newer
+                if _still(root, place, manifest):
+                    if isinstance(error, FileNotFoundError):
+                        raise _missing(root, manifest, error) from None
+                    raise
+                continue
+            # The link may have been led elsewhere meanwhile, and other files been opened there.
+            if os.path.realpath(root) == place:
+                return opened
+            opened.close()
 
     def __len__(self) -> int:
         return self.n_rows - len(self._removed)
@@ -368,6 +373,12 @@ class Index:
         last = id.rpartition("/")[2]
         every = (text for part in self.parts for text in part.ids.tolist(0, part.count))
         return [text for text in every if text.rpartition("/")[2] == last][:3]
+
+
+def _still(root: Path, place: str, manifest: Mapping[str, Any]) -> bool:
+    """Whether the same version lies at the same place."""
+    now = manifest_file.read(root)["manifest_sha256"]
+    return os.path.realpath(root) == place and bool(now == manifest["manifest_sha256"])
 
 
 def _missing(root: Path, manifest: Mapping[str, Any], error: FileNotFoundError) -> IndexFormatError:

@@ -17,10 +17,20 @@ import tempfile
 from pathlib import Path
 
 import torch
-from benchmark import building, evaluating, exactness, explaining, indexes, receipts, trusting, zoo
+from benchmark import (
+    building,
+    evaluating,
+    exactness,
+    explaining,
+    features,
+    indexes,
+    receipts,
+    trusting,
+    zoo,
+)
 
 SECTIONS = ("exactness", "build", "explain", "peers", "storage", "open", "search", "zoo", "memory",
-            "eigencam", "online", "evaluate", "trust", "receipts")  # fmt: skip
+            "eigencam", "online", "evaluate", "trust", "receipts", "features")  # fmt: skip
 
 
 def main() -> None:
@@ -82,6 +92,8 @@ def section(name: str, options: argparse.Namespace, folder: Path) -> str:
         return "\n".join(receipts.report(each, 20 * rounds, folder) for each in options.network)
     if name == "trust":
         return "\n".join(trusting.report(each, images, rounds, folder) for each in options.network)
+    if name == "features":
+        return features.report(rows, 100 * rounds, folder)
     return indexes.search_report(rows, 100 * rounds, folder)
 
 

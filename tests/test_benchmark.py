@@ -18,7 +18,7 @@ from embedcam.preprocess import Preprocess
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PARTS = ("timing", "cases", "exactness", "building", "explaining", "indexes", "zoo", "evaluating",
-         "trusting")  # fmt: skip
+         "trusting", "features")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +220,32 @@ def test_search_has_a_row_for_each_factory(benchmark: SimpleNamespace, tmp_path:
     rows = rows_of(text)[1:]
     assert [row[0] for row in rows] == ["Flat", "HNSW8"]
     assert rows[0][3] == "1.000"
+
+
+def test_features_are_explained_alike_however_neighbours_are_found(
+    benchmark: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features: ModuleType = benchmark.features
+    monkeypatch.setattr(features, "CHANNELS", 64)
+    monkeypatch.setattr(features, "KEPT", 5)
+    asked = features.Asked(features.make_indexes(60, tmp_path / "once"), 3)
+    cases = asked.cases()
+    found = {name: case.run(asked.queries[0]) for name, case in cases.items()}
+    plain = found["with search"]
+    alone = found.pop("search alone")
+    assert asked.index.ids[alone.positions[0]] == plain.ids == asked.queries[0][2]
+    for name, why in found.items():
+        np.testing.assert_array_equal(why.cam, plain.cam)
+        assert len(why.ids) == 10
+        assert (why.trust is not None) == name.endswith("with trust")
+    # Each case of a round has a query of its own.
+    assert cases["ids given"].before() is not cases["search apart"].before()
+    asked.close()
+    monkeypatch.setattr(features, "RUNS", 2)
+    rows = rows_of(features.report(60, 2, tmp_path / "again"))[1:]
+    assert [row[0] for row in rows] == list(cases)
+    assert [bool(row[3]) for row in rows] == [True] * 4 + [False] * 2
+    assert list((tmp_path / "again").iterdir()) == []
 
 
 def test_the_script_refuses_an_unknown_section(

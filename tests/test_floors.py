@@ -14,7 +14,7 @@ FLOORS = {
     3: ["identity", "models", "recipe", "weights"],
     4: ["cotangents", "explanation", "methods"],
     5: ["explain", "fallback", "passes"],
-    6: ["assembly", "pairs", "prototypes"],
+    6: ["assembly", "pairs", "prototypes", "report"],
     7: ["build"],
     8: ["demo", "evaluate", "features"],
     9: ["cli"],
@@ -35,6 +35,7 @@ FORBIDDEN = {
     "metrics": {"torch", "torchvision", "faiss"},
     "pairs": {"torch", "torchvision", "faiss"},
     "prototypes": {"torch", "torchvision", "faiss"},
+    "report": {"torch", "torchvision", "faiss"},
 }
 
 

@@ -136,6 +136,9 @@ def page_head(
     parts = [paragraphs(intro, "intro"), *drawn_blocks(tables)]
     if maps:
         parts.append(_legend(cropped, look.alpha, look.cmap))
+    if maps and look.long:  # once, in place of a note below every row
+        joint = look.scale == "joint"
+        parts.append(paragraphs(_SHARED_NOTE if joint else scale_note(1, [1], "each"), "quiet"))
     charted = any(isinstance(block, Chart) for block in tables)
     return _HEAD.format(
         title=text(title),
@@ -158,7 +161,8 @@ def page_row(row: Row, look: Look | None = None) -> str:
     ]
     heading = f"<h2>{breakable(row.title)}</h2>\n" if row.title else ""
     has_map = any(tile.cam is not None for tile in tiles)
-    note = "" if row.compact or not has_map else scale_note(query_top, result_tops, look.scale)
+    noted = has_map and not row.compact and not look.long
+    note = scale_note(query_top, result_tops, look.scale) if noted else ""
     anchor = f' id="{text(row.anchor)}"' if row.anchor else ""
     return (
         f'<section{anchor} style="--shape:{1 / min(shape, _ONE_ROUND):.4f}">\n{heading}'

@@ -62,7 +62,8 @@ th { color: var(--quiet); font-weight: 500; font-size: .8125rem; }
 """
 
 LONG: Final = """
-section { content-visibility: auto; contain-intrinsic-size: auto 22rem; }
+section { content-visibility: auto; contain-intrinsic-size: auto 18rem;
+  padding-inline: .5rem; margin-inline: -.5rem; }
 section:target h2 { color: var(--accent); }
 details { margin: 1.75rem 0 .5rem; }
 summary { cursor: pointer; font-weight: 600; }
@@ -71,4 +72,7 @@ details .scroll { margin-top: .6rem; }
 a { color: inherit; text-decoration-color: var(--accent); text-underline-offset: .15em; }
 @media print { section { content-visibility: visible; } }
 """
-"""For pages of many rows: what is out of sight is neither laid out nor painted."""
+"""For pages of many rows: what is out of sight is neither laid out nor painted.
+
+Such a row is painted no further than its edge, so there is room for the frame of a query's picture.
+"""

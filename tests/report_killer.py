@@ -1,21 +1,26 @@
-"""A report that is killed with SIGKILL before any change to its files; see test_report_kill.py.
+"""A report that is killed with SIGKILL at any change to its files; see test_report_kill.py.
+
+Before each, and while the page and the lines are written from what is kept.
 
 Takes a folder to work in, prints what went wrong as JSON. It forks, so it runs on one thread.
 """
 
 import json
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
 
 import faiss
 import torch
-from build_killer import killed_everywhere
+from build_killer import in_child, killed_everywhere
+from build_samples import everything
 from photo_samples import build, network_of, picture, write_photos
 
 from embedcam import Explainer, find_images, write_report
 from embedcam.report import LINES, PAGE
+from embedcam.report.folder import Folder
 
 
 def whole_or_none(reference: Path):
@@ -50,7 +55,28 @@ def main() -> None:
         write_report(explainer, source, folder, batch_size=4, side=48, progress=False)
 
     check = whole_or_none(base / "reference")
-    print(json.dumps(killed_everywhere(base, None, report, 16, check)))
+    problems = killed_everywhere(base, None, report, 14, check)
+    expected, read = everything(base / "reference"), Folder.read
+    for point in (1, 9, len(source), len(source) + 1, 2 * len(source) - 1, 2 * len(source)):
+        seen = []
+
+        def killing(folder: Folder, position: int, point=point, seen=seen) -> object:
+            seen.append(position)
+            if len(seen) == point:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return read(folder, position)
+
+        folder = base / f"reading-{point}"
+        Folder.read = killing
+        if not in_child(report, folder):
+            problems.append(f"not killed at reading {point}")
+        Folder.read = read
+        if what := check(folder):
+            problems.append(f"killed at reading {point}: {what}")
+        in_child(report, folder)
+        if everything(folder) != expected:
+            problems.append(f"killed at reading {point} and run again: other bytes")
+    print(json.dumps(problems))
 
 
 if __name__ == "__main__":

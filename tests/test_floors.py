@@ -27,7 +27,7 @@ FLOORS = {
     4: ["cotangents", "explanation", "methods", "opened"],
     5: ["answer", "fallback", "passes"],
     6: ["assembly", "explain", "pairs", "prototypes"],
-    7: ["build"],
+    7: ["build", "report"],
     8: ["demo", "evaluate", "features"],
     9: ["cli"],
 }
@@ -51,6 +51,7 @@ FORBIDDEN = {
     "metrics": {"torch", "torchvision", "faiss"},
     "pairs": {"torch", "torchvision", "faiss"},
     "prototypes": {"torch", "torchvision", "faiss"},
+    "report": {"torch", "torchvision", "faiss"},
 }
 
 

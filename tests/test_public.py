@@ -38,6 +38,7 @@ PUBLIC = [
     "find_images",
     "from_dataset",
     "load_network",
+    "write_report",
 ]
 HEAVY = ("torch", "torchvision", "numpy", "faiss", "matplotlib", "PIL", "sklearn", "tqdm", "timm")
 

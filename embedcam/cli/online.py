@@ -12,14 +12,20 @@ from ..writing import write_whole
 from .direct import check_method, options_of, redrawn, trust_of
 from .networks import named, network_of_index, network_options
 from .report import columns, note
+from .reporting import check_report, write
 
 
 def explain(options: argparse.Namespace) -> None:
     """Explain query images against an index."""
     from ..explain import Explainer
     from ..index import Index
+    from ..report import small_size
 
     # Whatever can be refused is refused before the network is loaded.
+    reported = check_report(options)
+    options.resumes = reported is not None
+    if reported is None:
+        _check_queries(options.queries)
     pictures = plan_pictures(options.output, options.queries)
     _check_page(options.html, options.queries)
     method = check_method(options)
@@ -33,6 +39,9 @@ def explain(options: argparse.Namespace) -> None:
             images=options.images,
             **trust_of(options, index, network),
         )
+        if reported is not None:
+            write(options, explainer, reported, asked)
+            return
         records, rows = [], []
         for query, picture in zip(options.queries, pictures, strict=True):
             explanation = explainer.explain(query, **asked)
@@ -59,7 +68,7 @@ def explain(options: argparse.Namespace) -> None:
             if options.json:
                 saved = {} if picture is None else {"picture": str(picture)}
                 # A small map can be drawn large again; fifty thousand numbers fill the terminal.
-                small = _body_size(explanation.cam.shape)
+                small = small_size(explanation.cam.shape)
                 records.append({"query": query, **saved, **explanation.to_dict(small)})
             else:
                 print("\n".join(_lines(query, picture, explanation)))
@@ -67,12 +76,6 @@ def explain(options: argparse.Namespace) -> None:
         _write_page(options, rows)
     if options.json:
         print(json.dumps(records))
-
-
-def _body_size(shape: Sequence[int]) -> tuple[int, int]:
-    """Of a map in JSON: at most 14 cells a side, twice the usual grid."""
-    height, width = shape
-    return min(14, height), min(14, width)
 
 
 def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:
@@ -85,12 +88,18 @@ def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:
     if options.neighbors:
         asked["neighbors"] = list(_ids(index, options.neighbors))
         index.positions(asked["neighbors"])
-    for query in options.queries:
+    return asked
+
+
+def _check_queries(queries: Sequence[str]) -> None:
+    for query in queries:
         if Path(query).is_dir():
-            raise ImageError(f"{query}: is a folder; name the pictures in it, as in {query}/*.jpg")
+            raise ImageError(
+                f"{query}: is a folder; name the pictures in it, as in {query}/*.jpg, or give "
+                "--report FOLDER"
+            )
         if not Path(query).exists():
             raise ImageError(f"{query}: does not exist")
-    return asked
 
 
 def _ids(index: Any, given: Sequence[str]) -> Iterator[str]:

@@ -66,9 +66,11 @@ examples:
   embedcam explain my.index query.jpg --result owls/1.jpg -o match.png
   embedcam explain my.index query.jpg --neighbors owls/1.jpg,owls/2.jpg --json
   embedcam explain my.index query.jpg --method scorecam -o slow.png
+  embedcam explain my.index queries/ --report out/        a folder or a CSV, on one page
 
 The network is loaded as it was for the build; where its files have moved, say so with --weights
-and --head. Pictures are written for queries where -o or --html asks for them.
+and --head. Pictures are written for queries where -o or --html asks for them. A report that was
+stopped goes on when the same command is run again.
 """
 COMPARE = """\
 examples:
@@ -411,6 +413,15 @@ def _explain(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument(
         "--html", metavar="FILE", type=_path, help="one self-contained page with all queries"
+    )
+    one.add_argument(
+        "--report",
+        metavar="FOLDER",
+        type=_path,
+        help="all queries (IMAGE may be a folder or a CSV) as FOLDER/index.html and JSON lines",
+    )
+    one.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="of a report: queries a pass (default 16)"
     )
     one.add_argument(
         "-n", "--n-neighbors", type=_positive, metavar="N", help="results a query (default 5)"

@@ -17,7 +17,7 @@ import numpy as np
 from .calibration import Calibration, evidence
 from .cam import cam, resize, sharpen
 from .errors import IndexFormatError, InputError
-from .explanation import Explanation
+from .explanation import Explanation, may_follow
 from .images import read_image
 from .index import Index, Neighbors, Selection
 from .preprocess import AnyPreprocess, preprocess_from_dict
@@ -241,6 +241,20 @@ class Explainer:
             for row in range(len(vectors))
         ]
         return found[0] if single else found
+
+    def picture_file(self, id: str) -> Path | None:
+        """Where an indexed image's picture lies; None where the index's path is not to be followed.
+
+        See `explanation.may_follow`: a path that climbs out of the images' folder is not.
+
+        Raises:
+            InputError: an unknown or removed id.
+        """
+        (path,) = self.index.select([self.index.position(id)]).paths
+        joined = self._path(path)
+        if not may_follow(joined, self._root or Path(), self._only_below):
+            return None
+        return Path(joined)
 
     # Neighbours
 

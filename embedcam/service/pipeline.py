@@ -67,12 +67,20 @@ class Pipeline:
         self.gate = Gate(limits.concurrency)
         self.telemetry = Telemetry(lambda: self.gate.inside)
         self.ready = False
-        self._pool = ThreadPoolExecutor(
-            min(MAX_THREADS, default_workers()), thread_name_prefix="embedcam-pictures"
-        )
-        self._batcher = Batcher(
-            self._answer, limits.batch, limits.batch_seconds, self.telemetry.batched
-        )
+        self._closed = True
+        self.open()
+
+    def open(self) -> None:
+        """Make ready for requests, the first time or after `close`; no thread begins yet."""
+        if self._closed:
+            limits = self.limits
+            self._pool = ThreadPoolExecutor(
+                min(MAX_THREADS, default_workers()), thread_name_prefix="embedcam-pictures"
+            )
+            self._batcher = Batcher(
+                self._answer, limits.batch, limits.batch_seconds, self.telemetry.batched
+            )
+            self._closed = False
 
     @property
     def index(self) -> Index:
@@ -177,6 +185,7 @@ class Pipeline:
     def close(self) -> None:
         """Finish what was begun, and end all threads."""
         self.set_ready(False)
+        self._closed = True
         self._batcher.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 

@@ -21,6 +21,7 @@ _WHERE = {
     "Index": "index",
     "NegativeDistance": "targets",
     "PairContribution": "targets",
+    "PairExplainer": "pairs",
     "Preprocess": "preprocess",
     "Recipe": "recipe",
     "Similarity": "targets",
@@ -48,6 +49,7 @@ __all__ = [
     "Index",
     "NegativeDistance",
     "PairContribution",
+    "PairExplainer",
     "Preprocess",
     "Recipe",
     "Similarity",
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from .methods import cam_for
     from .models import load_network
     from .network import EmbeddingNetwork
+    from .pairs import PairExplainer
     from .preprocess import Preprocess
     from .recipe import Recipe
     from .registry import METHODS

@@ -16,7 +16,7 @@ import numpy as np
 
 from .calibration import Calibration, evidence
 from .cam import cam, resize, sharpen
-from .errors import IndexFormatError, InputError
+from .errors import ImageError, IndexFormatError, InputError
 from .explanation import Explanation, may_follow
 from .images import read_image
 from .index import Index, Neighbors, Selection
@@ -165,7 +165,7 @@ class Explainer:
         wanted = self._wanted(n_neighbors, neighbors, len(images))
         if len(images) == 0:
             return []
-        pictures, inputs = zip(*(self._prepared(image) for image in images), strict=True)
+        pictures, inputs = zip(*(self.prepared(image) for image in images), strict=True)
         batch = stacked(inputs)
         if len(self._layers) == 1:
             features = self.network.forward(batch)
@@ -241,20 +241,6 @@ class Explainer:
             for row in range(len(vectors))
         ]
         return found[0] if single else found
-
-    def picture_file(self, id: str) -> Path | None:
-        """Where an indexed image's picture lies; None where the index's path is not to be followed.
-
-        See `explanation.may_follow`: a path that climbs out of the images' folder is not.
-
-        Raises:
-            InputError: an unknown or removed id.
-        """
-        (path,) = self.index.select([self.index.position(id)]).paths
-        joined = self._path(path)
-        if not may_follow(joined, self._root or Path(), self._only_below):
-            return None
-        return Path(joined)
 
     # Neighbours
 
@@ -426,8 +412,46 @@ class Explainer:
 
     # What is given
 
-    def _prepared(self, image: Any) -> tuple[Image.Image | None, Any]:
-        """The picture (None where the network's own input was given) and the input `[3 H W]`."""
+    def picture(self, id: str) -> Image.Image:
+        """The picture of an indexed image, upright.
+
+        Raises:
+            InputError: an unknown or removed id.
+            ImageError: it has no picture, or one that cannot be read or lies outside the folder of
+                the images.
+        """
+        file = self.picture_file(id)
+        if file is None:
+            raise ImageError(
+                f"{id}: the index names no picture of it below the folder of its images; give "
+                "images=, the folder they lie in now"
+            )
+        return read_image(file)
+
+    def picture_file(self, id: str) -> Path | None:
+        """Where it lies; None where the index's path is not to be followed (`may_follow`).
+
+        Raises:
+            InputError: an unknown or removed id.
+        """
+        (path,) = self.index.select([self.index.position(id)]).paths
+        joined = self._path(path)
+        followed = may_follow(joined, self._root or Path(), self._only_below)
+        return Path(joined) if followed else None
+
+    def prepared(self, image: Any) -> tuple[Image.Image | None, Any]:
+        """A query as the network takes it.
+
+        Args:
+            image: as `explain` takes it.
+
+        Returns:
+            The picture, upright (None where the network's own input was given), and the network's
+            input `[3 H W]`.
+
+        Raises:
+            ImageError, InputError: it cannot be read, or is neither.
+        """
         shape = tuple(getattr(image, "shape", ()))
         kind = str(getattr(image, "dtype", ""))
         if "float" in kind and len(shape) == 3 and shape[0] == 3 and shape[2] != 3:

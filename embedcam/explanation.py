@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,15 +122,7 @@ class Explanation:
         Raises:
             InputError: an ending that names no format, or a place that cannot be written.
         """
-        path = Path(path)
-        check_picture_name(path)
-        picture = self.plot(scale=scale, title=title)
-        try:
-            picture.save(path)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{path}: the picture cannot be written ({reason})") from error
-        return path
+        return save_picture(lambda: self.plot(scale=scale, title=title), path)
 
     def tiles(self) -> tuple[Tile, list[Tile]]:
         """The query's and the results' tiles for `render.panel` and `render.page`."""
@@ -189,11 +182,7 @@ class Explanation:
         }
 
     def _repr_html_(self) -> str:
-        held = io.BytesIO()
-        self.plot().save(held, "PNG")
-        data = base64.b64encode(held.getvalue()).decode()
-        alt = html.escape(f"query and its nearest images: {', '.join(self.ids)}", quote=True)
-        return f'<img alt="{alt}" style="max-width: 100%" src="data:image/png;base64,{data}">'
+        return as_html(self.plot(), f"query and its nearest images: {', '.join(self.ids)}")
 
     def _transfer_note(self) -> str:
         if self.empty:
@@ -252,6 +241,32 @@ def may_follow(path: str, root: Path | None, only_below: bool) -> bool:
     if below:
         return True
     return found.is_absolute() and (not only_below or found.is_relative_to(os.path.abspath(root)))
+
+
+def save_picture(draw: Callable[[], Image.Image], path: str | Path) -> Path:
+    """Write a picture, drawn once its file's name is known to be good.
+
+    Raises:
+        InputError: an ending that names no format, or a place that cannot be written.
+    """
+    path = Path(path)
+    check_picture_name(path)
+    picture = draw()
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: the picture cannot be written ({reason})") from error
+    return path
+
+
+def as_html(picture: Image.Image, alt: str) -> str:
+    """A picture as notebooks show it."""
+    held = io.BytesIO()
+    picture.save(held, "PNG")
+    data = base64.b64encode(held.getvalue()).decode()
+    words = html.escape(alt, quote=True)
+    return f'<img alt="{words}" style="max-width: 100%" src="data:image/png;base64,{data}">'
 
 
 def check_picture_name(path: Path) -> None:

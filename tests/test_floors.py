@@ -14,7 +14,7 @@ FLOORS = {
     3: ["identity", "models", "recipe", "weights"],
     4: ["cotangents", "explanation", "methods"],
     5: ["explain", "fallback", "passes"],
-    6: ["assembly", "prototypes"],
+    6: ["assembly", "pairs", "prototypes"],
     7: ["build"],
     8: ["demo", "evaluate", "features"],
     9: ["service"],
@@ -34,6 +34,7 @@ FORBIDDEN = {
     "registry": {"torch", "torchvision", "faiss"},
     "triplets": {"torch", "torchvision", "faiss"},
     "metrics": {"torch", "torchvision", "faiss"},
+    "pairs": {"torch", "torchvision", "faiss"},
     "prototypes": {"torch", "torchvision", "faiss"},
 }
 

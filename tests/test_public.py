@@ -24,6 +24,7 @@ PUBLIC = [
     "Index",
     "NegativeDistance",
     "PairContribution",
+    "PairExplainer",
     "Preprocess",
     "Recipe",
     "Similarity",

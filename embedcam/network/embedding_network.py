@@ -12,11 +12,13 @@ output becomes a leaf and only what follows it (the head) is differentiated. Par
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import InputError, NetworkError
 from .gradients import (
@@ -197,8 +199,13 @@ class EmbeddingNetwork(ModuleRuns):
 
     __call__ = forward
 
-    def head_pass(self, images: Images) -> HeadPass:
+    def head_pass(self, images: Images, *, twice: bool = False) -> HeadPass:
         """As `forward`, but differentiable from the layer on; works inside inference mode too.
+
+        Args:
+            images: `[B C H W]`, an array or tensor.
+            twice: for `HeadPass.jvp`: attention is then computed by formulas that torch can
+                differentiate twice, a little slower.
 
         Raises:
             as `forward`; NetworkError: the layer's output, or that of all its patch tokens, never
@@ -212,7 +219,8 @@ class EmbeddingNetwork(ModuleRuns):
 
         if not self._reached:
             refuse_inference(self.module)
-        with torch.inference_mode(False), torch.no_grad(), self._autocast(True):
+        attention = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), self._autocast(True), attention:
             batch = self._prepare(images)
             z, leaf = self._call(batch, cut, len(batch))
         with torch.inference_mode(False), torch.no_grad():

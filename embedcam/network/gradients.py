@@ -41,6 +41,7 @@ class HeadPass:
     ) -> None:
         self.features, self.layout, self.layer = features, layout, layer
         self._graph: tuple[Tensor, Tensor] | None = (z, leaf)
+        self._twice: tuple[Tensor, Tensor] | None = None
 
     def vjp(self, cotangents: np.ndarray | Tensor) -> Tensor:
         """dy/dA `[B K H W]` for the cotangents dy/dz `[B D]` at z, BEFORE any normalisation.
@@ -51,9 +52,44 @@ class HeadPass:
         """
         return self.layout.to_maps(self._raw_vjp(cotangents)).contiguous()
 
+    def jvp(self, tangents: np.ndarray | Tensor) -> Tensor:
+        """How z moves with the activations, to first order: dz/dA dA, `[B D]`.
+
+        The pass must have been made with `twice=True`. Prefix tokens stay as they are.
+
+        Args:
+            tangents: dA, `[B K H W]`.
+
+        Raises:
+            InputError: wrong shape, or the pass was closed.
+            NetworkError: the head cannot be differentiated twice, or not at all.
+        """
+        z, leaf = self._open()
+        with torch.inference_mode(False), torch.enable_grad():
+            given = torch.as_tensor(tangents, device=leaf.device).to(leaf.dtype)
+            shape = self.features.activations.shape
+            if given.shape != shape:
+                raise InputError(
+                    f"tangents are {list(given.shape)}; expected those of the activations, "
+                    f"{list(shape)}"
+                )
+            try:
+                if self._twice is None:
+                    self._twice = _backwards(z, leaf, self.layer)
+                u, back = self._twice
+                raw = self.layout.to_raw(given, torch.zeros_like(leaf))
+                found = torch.autograd.grad(back, u, raw, retain_graph=True)[0]
+            except (RuntimeError, NotImplementedError) as error:
+                said = str(error).partition("\n")[0][:200]
+                raise NetworkError(
+                    f"what follows layer {self.layer!r} cannot be differentiated twice ({said}); "
+                    "make the pass with twice=True, or take a layer behind that step"
+                ) from error
+        return at_least_single(found)
+
     def close(self) -> None:
         """Free the graph; the features stay."""
-        self._graph = None
+        self._graph, self._twice = None, None
 
     def __enter__(self) -> Self:
         return self
@@ -61,11 +97,15 @@ class HeadPass:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _raw_vjp(self, cotangents: np.ndarray | Tensor) -> Tensor:
-        """The gradient in the layer's own layout, prefix tokens included."""
+    def _open(self) -> tuple[Tensor, Tensor]:
+        """z and the leaf, while the graph is held."""
         if self._graph is None:
             raise InputError("this head pass was closed; call head_pass again")
-        z, leaf = self._graph
+        return self._graph
+
+    def _raw_vjp(self, cotangents: np.ndarray | Tensor) -> Tensor:
+        """The gradient in the layer's own layout, prefix tokens included."""
+        z, leaf = self._open()
         with torch.inference_mode(False), torch.no_grad():
             c = torch.as_tensor(cotangents, device=z.device).to(z.dtype)
             if c.shape != z.shape:
@@ -76,6 +116,17 @@ class HeadPass:
             if not z.requires_grad:
                 raise unreachable(self.layer)
             return _differentiate(z, leaf, c.clone() if c.is_inference() else c, self.layer)
+
+
+def _backwards(z: Tensor, leaf: Tensor, layer: str) -> tuple[Tensor, Tensor]:
+    """u `[B D]` and dz/dA^T u: linear in u, so that its derivative towards u is dz/dA."""
+    if not z.requires_grad:
+        raise unreachable(layer)
+    u = torch.zeros_like(z, requires_grad=True)
+    back = torch.autograd.grad(z, leaf, u, create_graph=True, allow_unused=True)[0]
+    if back is None:
+        raise unreachable(layer)
+    return u, back
 
 
 def _differentiate(z: Tensor, leaf: Tensor, c: Tensor, layer: str) -> Tensor:

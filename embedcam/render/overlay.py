@@ -18,6 +18,8 @@ from embedcam.errors import InputError
 Extent = tuple[float, float, float, float]
 
 COLORMAP: Final = "inferno"
+SIGNED_COLORMAP: Final = "coolwarm"
+"""Red where evidence speaks for, blue where it speaks against."""
 ALPHA: Final = 0.7
 # Rows of a picture coloured at a time: a photograph of 80 megapixels needs no gigabytes of floats.
 _STRIP: Final = 256
@@ -78,42 +80,48 @@ def overlay(
     extent: Extent | None = None,
     vmax: float | None = None,
     alpha: float = ALPHA,
-    cmap: str = COLORMAP,
+    cmap: str | None = None,
+    signed: bool = False,
 ) -> Image.Image:
     """The picture with a map over it, at the picture's size.
 
     A pixel of value v, clipped to [0, vmax], gets the colour of v / vmax at an opacity of
     alpha * v / vmax. Outside the extent, and everywhere if the map is empty, the picture is plain.
 
-    cam: `[h w]`, finite; negative values count as none.
+    cam: `[h w]`, finite; negative values count as none, unless `signed`.
     extent: (x0, y0, x1, y1) in pixels of the picture that the map covers; default all of it.
     vmax: the value of the strongest colour; default the map's own maximum. Give the same one to
         maps that are to be compared.
+    cmap: default `COLORMAP`, or `SIGNED_COLORMAP`.
+    signed: negative values are shown too, by the other half of the colour map, and vmax is the
+        largest magnitude.
     """
     if not isinstance(image, Image.Image):
         raise InputError(f"overlay: expected a Pillow image, given {type(image).__name__}")
-    cam = checked_cam(cam)
+    cam = checked_cam(cam, signed)
+    cmap = cmap or (SIGNED_COLORMAP if signed else COLORMAP)
     if not 0 <= alpha <= 1:  # NaN included
         raise InputError(f"overlay: alpha is {alpha}; give an opacity from 0 to 1")
-    top = float(cam.max()) if vmax is None else float(vmax)
+    strongest = float(np.abs(cam).max())
+    top = strongest if vmax is None else float(vmax)
     if not math.isfinite(top):
         raise InputError(f"overlay: vmax is {top}; give a finite number")
     width, height = image.size
     x0, y0, x1, y1 = checked_extent(extent, width, height)
     _table(cmap)
     plain = image.convert("RGB")  # a copy, also of RGB
-    if top <= 0 or cam.max() <= 0:
+    if top <= 0 or strongest <= 0:
         return plain
     pixels = np.array(plain)
     rows, columns = _Axis(cam.shape[0], height, y0, y1), _Axis(cam.shape[1], width, x0, x1)
     across = columns.interpolate(cam.T).T
     for start in range(0, len(rows), _STRIP):
         part = slice(start, start + _STRIP)
-        strength = np.clip(rows.interpolate(across, part) / np.float32(top), 0, 1)
+        value = np.clip(rows.interpolate(across, part) / np.float32(top), -1, 1)
         where = (slice(rows.span.start + start, rows.span.stop)), columns.span
-        region = pixels[where][: len(strength)]
-        colours = colormap(strength, cmap) * np.float32(255)
-        opacity = np.float32(alpha) * strength[..., None]
+        region = pixels[where][: len(value)]
+        colours = colormap((1 + value) / 2 if signed else value, cmap) * np.float32(255)
+        opacity = np.float32(alpha) * np.abs(value)[..., None]
         # In float, then rounded: 8-bit arithmetic would wrap around.
         region[...] = np.rint(region + opacity * (colours - region))
     return Image.fromarray(pixels)
@@ -155,12 +163,13 @@ def checked_extent(extent: Extent | None, width: int, height: int) -> Extent:
     return x0, y0, x1, y1
 
 
-def checked_cam(cam: np.ndarray) -> np.ndarray:
-    """float32 `[h w]`, negative values as 0."""
+def checked_cam(cam: np.ndarray, signed: bool = False) -> np.ndarray:
+    """float32 `[h w]`, negative values as 0 unless signed."""
     values = np.asarray(cam)
     if values.ndim != 2 or values.size == 0:
         raise InputError(f"cam: expected a map [h w], given {list(values.shape)}")
-    return np.maximum(_finite("cam", values), 0)
+    finite = _finite("cam", values)
+    return finite if signed else np.maximum(finite, 0)
 
 
 def _finite(name: str, values: np.ndarray) -> np.ndarray:

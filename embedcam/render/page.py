@@ -14,10 +14,11 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
+from embedcam.render.canvas import shorten_middle
 from embedcam.render.chart import STYLE as CHART_STYLE
 from embedcam.render.chart import Chart, chart_svg
 from embedcam.render.overlay import ALPHA, COLORMAP, colormap
-from embedcam.render.panel import FRAME_NOTE, scale_note, shorten_middle
+from embedcam.render.panel import FRAME_NOTE, scale_note
 from embedcam.render.tiles import (
     Scale,
     Tile,

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Final
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image
 
 from embedcam.errors import InputError
+from embedcam.render.canvas import (
+    BAR,
+    BETWEEN,
+    CAPTION,
+    GAP,
+    HEADING,
+    INK,
+    LEADING,
+    MARGIN,
+    QUIET,
+    TEXT,
+    TITLE,
+    Canvas,
+    font_of,
+    shorten_end,
+    shorten_middle,
+    wrap,
+)
 from embedcam.render.overlay import ALPHA, COLORMAP, overlay
 from embedcam.render.tiles import (
     Scale,
@@ -25,63 +40,6 @@ from embedcam.render.tiles import (
     top_values,
 )
 
-PAPER: Final = (255, 255, 255)
-INK: Final = (24, 28, 36)
-QUIET: Final = (98, 106, 120)
-LINE: Final = (222, 226, 232)
-MAT: Final = (243, 245, 248)
-
-_MARGIN: Final = 40
-_GAP: Final = 16
-_BETWEEN: Final = 44  # query | results
-_ROUND: Final = 8
-_BAR: Final = (240, 12)
-ELLIPSIS: Final = "…"
-
-
-@lru_cache(maxsize=32)
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans, which matplotlib brings along on every platform."""
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
-    try:
-        return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
-    except OSError:  # a matplotlib packaged without its fonts
-        return ImageFont.load_default(size)
-
-
-TITLE: Final = (24, True)
-HEADING: Final = (13, True)
-CAPTION: Final = (14, True)
-TEXT: Final = (13, False)
-_LEADING: Final = 20
-
-
-def shorten_middle(text: str, fits: Callable[[str], bool]) -> str:
-    """The text, or the longest "beginning…end" of it that fits: both ends of a path tell most."""
-
-    def shorter(kept: int) -> str:
-        tail = (kept + 1) // 2
-        return text[: kept - tail] + ELLIPSIS + text[len(text) - tail :]
-
-    return _longest(text, shorter, fits)
-
-
-def shorten_end(text: str, fits: Callable[[str], bool]) -> str:
-    """The text, or as much of its beginning as fits, with an ellipsis."""
-    return _longest(text, lambda kept: text[:kept].rstrip() + ELLIPSIS, fits)
-
-
-def _longest(text: str, shorter: Callable[[int], str], fits: Callable[[str], bool]) -> str:
-    """The text, or `shorter` of it with as many letters kept as fit; at least the ellipsis."""
-    if fits(text):
-        return text
-    # From the first number of letters that does not fit, by halving.
-    too_many = bisect_left(range(1, len(text)), True, key=lambda kept: not fits(shorter(kept))) + 1
-    return shorter(too_many - 1)
-
 
 @dataclass(frozen=True)
 class _Style:
@@ -93,7 +51,7 @@ class _Style:
     with_maps: bool
 
     def fits(self, font: tuple[int, bool]) -> Callable[[str], bool]:
-        return lambda text: _font(*font).getlength(text) <= self.side
+        return lambda text: font_of(*font).getlength(text) <= self.side
 
 
 def panel(
@@ -125,41 +83,41 @@ def panel(
     query_top, result_tops = top_values(query, results, scale)
     on_line = min(columns, len(results))
     lines = [results[i : i + columns] for i in range(0, len(results), columns)] or [[]]
-    right = side + (_BETWEEN + on_line * side + (on_line - 1) * _GAP if on_line else 0)
-    width = 2 * _MARGIN + max(right, 2 * side)
+    right = side + (BETWEEN + on_line * side + (on_line - 1) * GAP if on_line else 0)
+    width = 2 * MARGIN + max(right, 2 * side)
 
-    canvas = _Canvas(width)
+    canvas = Canvas(width)
     for text, font, color in ((title, TITLE, INK), (subtitle, TEXT, QUIET)):
-        for line in wrap(clean(text or ""), font, width - 2 * _MARGIN):
-            canvas.text(_MARGIN, line, font, color, advance=font[0] + 12)
+        for line in wrap(clean(text or ""), font, width - 2 * MARGIN):
+            canvas.text(MARGIN, line, font, color, advance=font[0] + 12)
     if title or subtitle:
         canvas.y += 14
-    left = _MARGIN + side + _BETWEEN
-    canvas.text(_MARGIN, "Query", HEADING, QUIET, advance=0)
+    left = MARGIN + side + BETWEEN
+    canvas.text(MARGIN, "Query", HEADING, QUIET, advance=0)
     if results:
         heading = "Result" if len(results) == 1 else "Results"
         canvas.text(left, heading, HEADING, QUIET, advance=0)
     canvas.y += 28
     begun = canvas.y
     for index, line_of_results in enumerate(lines):
-        tiles = [(left + i * (side + _GAP), tile) for i, tile in enumerate(line_of_results)]
+        tiles = [(left + i * (side + GAP), tile) for i, tile in enumerate(line_of_results)]
         tops = result_tops[index * columns :][: len(tiles)]
         if index == 0:
-            tiles, tops = [(_MARGIN, query), *tiles], [query_top, *tops]
+            tiles, tops = [(MARGIN, query), *tiles], [query_top, *tops]
         _draw_line(canvas, tiles, tops, style)
         canvas.y += 24
     if results:
-        canvas.rule(_MARGIN + side + _BETWEEN // 2, begun, canvas.y - 24)
+        canvas.rule(MARGIN + side + BETWEEN // 2, begun, canvas.y - 24)
     if with_maps:
         canvas.y += 8
         cropped = any(tile.cropped for tile in [query, *results])
         _draw_legend(canvas, query_top, result_tops, scale, style, cropped)
-    canvas.y += _MARGIN - 20
+    canvas.y += MARGIN - 20
     return canvas.image()
 
 
 def _draw_line(
-    canvas: _Canvas, tiles: list[tuple[int, Tile]], tops: list[float], style: _Style
+    canvas: Canvas, tiles: list[tuple[int, Tile]], tops: list[float], style: _Style
 ) -> None:
     """Tiles side by side: all pictures of one height, then the maps, then the words."""
     side = style.side
@@ -177,9 +135,9 @@ def _draw_line(
         canvas.y = begun
         if tile.caption:
             caption = shorten_middle(clean(tile.caption), style.fits(CAPTION))
-            canvas.text(x, caption, CAPTION, INK, _LEADING)
+            canvas.text(x, caption, CAPTION, INK, LEADING)
         for text in tile.subcaption.split("\n") if tile.subcaption else []:
-            canvas.text(x, shorten_end(clean(text), style.fits(TEXT)), TEXT, QUIET, _LEADING)
+            canvas.text(x, shorten_end(clean(text), style.fits(TEXT)), TEXT, QUIET, LEADING)
         end = max(end, canvas.y)
     canvas.y = end
 
@@ -198,7 +156,7 @@ FRAME_NOTE: Final = "A frame marks what the network saw; there is no evidence ou
 
 
 def _draw_legend(
-    canvas: _Canvas,
+    canvas: Canvas,
     query_top: float,
     result_tops: list[float],
     scale: Scale,
@@ -207,79 +165,12 @@ def _draw_legend(
 ) -> None:
     ramp = np.linspace(0, 1, 256, dtype=np.float32)[None]
     # Over a light grey, as over a picture: the left end is transparent.
-    bar = overlay(Image.new("RGB", _BAR, (226, 229, 234)), ramp, None, 1.0, style.alpha, style.cmap)
+    bar = overlay(Image.new("RGB", BAR, (226, 229, 234)), ramp, None, 1.0, style.alpha, style.cmap)
     none = "no evidence"
-    canvas.text(_MARGIN, none, TEXT, QUIET, advance=0)
-    x = _MARGIN + round(_font(*TEXT).getlength(none)) + 12
-    canvas.picture(x, canvas.y + 2, _BAR, bar, "")
-    canvas.text(x + _BAR[0] + 12, "strongest", TEXT, QUIET, advance=26)
+    canvas.text(MARGIN, none, TEXT, QUIET, advance=0)
+    x = MARGIN + round(font_of(*TEXT).getlength(none)) + 12
+    canvas.picture(x, canvas.y + 2, BAR, bar, "")
+    canvas.text(x + BAR[0] + 12, "strongest", TEXT, QUIET, advance=26)
     notes = scale_note(query_top, result_tops, scale) + (f" {FRAME_NOTE}" if cropped else "")
-    for line in wrap(notes, TEXT, canvas.width - 2 * _MARGIN):
-        canvas.text(_MARGIN, line, TEXT, QUIET, _LEADING)
-
-
-def wrap(text: str, font: tuple[int, bool], width: int) -> list[str]:
-    """Lines of at most `width` pixels, broken between words."""
-    lines: list[str] = []
-    for word in text.split():
-        longer = f"{lines[-1]} {word}" if lines else word
-        if lines and _font(*font).getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            fits = lambda text: _font(*font).getlength(text) <= width  # noqa: E731
-            lines.append(shorten_end(word, fits))
-    return lines
-
-
-class _Canvas:
-    """Drawing commands down a page whose height is known only at the end."""
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-        self.y = _MARGIN
-        self._commands: list[Callable[[Image.Image, ImageDraw.ImageDraw], None]] = []
-
-    def text(
-        self,
-        x: int,
-        text: str,
-        font: tuple[int, bool],
-        color: tuple[int, int, int],
-        advance: int,
-    ) -> None:
-        at = (x, self.y)
-        self._commands.append(lambda _, draw: draw.text(at, text, color, _font(*font)))
-        self.y += advance
-
-    def rule(self, x: int, top: int, bottom: int) -> None:
-        self._commands.append(lambda _, draw: draw.line((x, top, x, bottom), LINE))
-
-    def picture(
-        self, x: int, y: int, box: tuple[int, int], picture: Image.Image | None, missing: str
-    ) -> None:
-        """A picture in the middle of a box with round corners, or words where there is none."""
-        mat = Image.new("RGB", box, MAT)
-        if picture is not None:
-            mat.paste(picture, ((box[0] - picture.width) // 2, (box[1] - picture.height) // 2))
-        else:
-            middle = (box[0] // 2, box[1] // 2)
-            ImageDraw.Draw(mat).text(middle, missing, QUIET, _font(*TEXT), anchor="mm")
-        corners = _round_corners(box)
-        self._commands.append(lambda image, _: image.paste(mat, (x, y), corners))
-
-    def image(self) -> Image.Image:
-        image = Image.new("RGB", (self.width, self.y), PAPER)
-        draw = ImageDraw.Draw(image)
-        for command in self._commands:
-            command(image, draw)
-        return image
-
-
-@lru_cache(maxsize=8)
-def _round_corners(box: tuple[int, int]) -> Image.Image:
-    """A mask with smooth round corners: drawn four times as large, then made small."""
-    radius = min(_ROUND, min(box) // 2)
-    large = Image.new("L", (4 * box[0], 4 * box[1]), 0)
-    edge = (0, 0, 4 * box[0] - 1, 4 * box[1] - 1)
-    ImageDraw.Draw(large).rounded_rectangle(edge, 4 * radius, fill=255)
-    return ImageChops.duplicate(large.resize(box, Image.Resampling.BOX))
+    for line in wrap(notes, TEXT, canvas.width - 2 * MARGIN):
+        canvas.text(MARGIN, line, TEXT, QUIET, LEADING)

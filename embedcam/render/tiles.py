@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from embedcam.errors import InputError
-from embedcam.render.overlay import ALPHA, COLORMAP, Extent, checked_cam, checked_extent, overlay
+from embedcam.render.overlay import ALPHA, Extent, checked_cam, checked_extent, overlay
 
 Scale = Literal["joint", "each"]
 
@@ -20,10 +20,11 @@ class Tile:
     """A picture, its map and what to write below.
 
     image: None where it cannot be had any more; the map is then shown by itself.
-    cam: `[h w]`, >= 0; None for a picture without a map.
+    cam: `[h w]`, >= 0 unless `signed`; None for a picture without a map.
     extent: (x0, y0, x1, y1) in pixels of `image` that the map covers; default all of it.
     caption: usually the id; shortened in the middle where it is too long.
     subcaption: label, distance, ...; "\\n" begins another line.
+    signed: negative values of the map are evidence against, drawn in another colour.
     """
 
     image: Image.Image | None
@@ -31,6 +32,7 @@ class Tile:
     extent: Extent | None = None
     caption: str = ""
     subcaption: str = ""
+    signed: bool = False
 
     @property
     def cropped(self) -> bool:
@@ -52,7 +54,12 @@ def check_scale(scale: str) -> None:
 def top_value(tiles: Iterable[Tile]) -> float:
     """The largest value of the tiles' maps: the end of their common colour scale; 0 for none."""
     return max(
-        (float(checked_cam(tile.cam).max()) for tile in tiles if tile.cam is not None), default=0.0
+        (
+            float(np.abs(checked_cam(tile.cam, tile.signed)).max())
+            for tile in tiles
+            if tile.cam is not None
+        ),
+        default=0.0,
     )
 
 
@@ -84,7 +91,7 @@ def plain_picture(tile: Tile, size: tuple[int, int]) -> Image.Image | None:
 
 
 def mapped_picture(
-    tile: Tile, size: tuple[int, int], vmax: float, alpha: float = ALPHA, cmap: str = COLORMAP
+    tile: Tile, size: tuple[int, int], vmax: float, alpha: float = ALPHA, cmap: str | None = None
 ) -> Image.Image | None:
     """The tile's picture at `size` with its map over it, and a frame around a cropped extent.
 
@@ -96,11 +103,12 @@ def mapped_picture(
     plain = plain_picture(tile, size)
     if plain is None or tile.image is None:
         # By itself: on a middle grey, at full opacity.
-        return overlay(Image.new("RGB", size, (128, 128, 128)), tile.cam, None, vmax, 1.0, cmap)
+        grey = Image.new("RGB", size, (128, 128, 128))
+        return overlay(grey, tile.cam, None, vmax, 1.0, cmap, tile.signed)
     extent = checked_extent(tile.extent, *tile.image.size)
     across, down = size[0] / tile.image.width, size[1] / tile.image.height
     small = (extent[0] * across, extent[1] * down, extent[2] * across, extent[3] * down)
-    drawn = overlay(plain, tile.cam, small, vmax, alpha, cmap)
+    drawn = overlay(plain, tile.cam, small, vmax, alpha, cmap, tile.signed)
     if tile.cropped:
         _draw_frame(drawn, small)
     return drawn

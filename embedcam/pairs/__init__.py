@@ -1,0 +1,26 @@
+"""Why did *these two* match? Receipts of a query and a result, which add up to the similarity.
+
+sides.py      what each cell and channel of one picture gives to its embedding
+receipt.py    the receipt of a pair, and of a result against its rival: numbers alone
+drawing.py    receipts as pictures
+explainer.py  receipts of queries against the images of an index
+"""
+
+from .explainer import PairExplainer
+from .receipt import Comparison, Line, Link, Receipt, Shown, make_comparison, make_receipt
+from .sides import DifferentiatedSide, Evidence, PooledSide, Side
+
+__all__ = [
+    "Comparison",
+    "DifferentiatedSide",
+    "Evidence",
+    "Line",
+    "Link",
+    "PairExplainer",
+    "PooledSide",
+    "Receipt",
+    "Shown",
+    "Side",
+    "make_comparison",
+    "make_receipt",
+]

@@ -1,0 +1,104 @@
+"""Receipts as pictures."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..render import Mark, Tile, receipt_picture
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .receipt import Comparison, Receipt, Shown
+    from .sides import Evidence
+
+_SMALL = 5e-4
+"""Amounts that would be shown as 0.000."""
+
+
+def draw_receipt(receipt: Receipt, lines: int, links: int, title: str | None) -> Image.Image:
+    """The two pictures with their maps, the cells that match best, and the sum."""
+    amounts = [(f"channel {line.channel}", line.contribution) for line in receipt.lines(lines)]
+    others = float(receipt.channels.sum()) - sum(number for _, number in amounts)
+    if receipt.centred:
+        amounts = [("shared with the average", receipt.shared), *amounts]
+    amounts.append((f"{len(receipt.channels) - lines} other channels", others))
+    if not receipt.exact or abs(receipt.remainder) >= _SMALL:
+        amounts.append((_remainder_words(receipt.exact), receipt.remainder))
+    tiles = [
+        _tile(receipt.query, receipt.query_shown),
+        _tile(receipt.result, receipt.result_shown),
+    ]
+    return receipt_picture(
+        tiles,
+        amounts,
+        ("similarity", receipt.similarity),
+        apart=int(receipt.centred),
+        headings=["Query", "Result"],
+        links=[_mark(receipt, link.query, link.result) for link in receipt.links(links)],
+        title=title,
+        note="Red speaks for the match, blue against it; each map has its own scale. Links join "
+        "the cells that match best. " + _how(receipt.exact),
+    )
+
+
+def draw_comparison(comparison: Comparison, lines: int, title: str | None) -> Image.Image:
+    """The query between its two results, and the sum."""
+    result, rival = comparison.result, comparison.rival
+    amounts = [(f"channel {line.channel}", line.contribution) for line in comparison.lines(lines)]
+    others = float(comparison.query.channels.sum()) - sum(number for _, number in amounts)
+    amounts.append((f"{len(comparison.query.channels) - lines} other channels", others))
+    if not comparison.exact or abs(comparison.query.remainder) >= _SMALL:
+        amounts.append((_remainder_words(comparison.exact), comparison.query.remainder))
+    ours, query, theirs = (
+        _tile(result.result, result.result_shown),
+        _tile(comparison.query, comparison.query_shown),
+        _tile(rival.result, rival.result_shown),
+    )
+    ours.subcaption += f"\nsimilarity {result.similarity:.3f}"
+    theirs.subcaption += f"\nsimilarity {rival.similarity:.3f}"
+    return receipt_picture(
+        [query, ours, theirs],
+        amounts,
+        ("nearer by", comparison.score),
+        headings=["Query", "Result", "Rival"],
+        title=title,
+        note="In the query red speaks for the result, blue for the rival; the others' own maps "
+        "show what in them matches the query. Each map has its own scale. "
+        + _how(comparison.exact),
+    )
+
+
+def _how(exact: bool) -> str:
+    if exact:
+        return "Contributions are exact: behind average pooling and an affine head all add up."
+    return "Contributions are of first order; what is not is the last amount."
+
+
+def _remainder_words(exact: bool) -> str:
+    return "the head's bias" if exact else "not of first order"
+
+
+def _tile(evidence: Evidence, shown: Shown) -> Tile:
+    name = shown.name.rpartition("/")[2]
+    return Tile(
+        shown.image, evidence.cells, shown.extent, name or "query", shown.label or "", signed=True
+    )
+
+
+def _mark(receipt: Receipt, query: tuple[int, int], result: tuple[int, int]) -> Mark:
+    return Mark(
+        _centre(query, receipt.query, receipt.query_shown),
+        _centre(result, receipt.result, receipt.result_shown),
+    )
+
+
+def _centre(cell: tuple[int, int], evidence: Evidence, shown: Shown) -> tuple[float, float]:
+    """The middle of a cell as shares of the picture's width and height."""
+    height, width = evidence.cells.shape
+    x, y = (cell[1] + 0.5) / width, (cell[0] + 0.5) / height
+    if shown.image is None or shown.extent is None:
+        return x, y
+    x0, y0, x1, y1 = shown.extent
+    found = (x0 + x * (x1 - x0)) / shown.image.width, (y0 + y * (y1 - y0)) / shown.image.height
+    return min(max(found[0], 0.0), 1.0), min(max(found[1], 0.0), 1.0)

@@ -1,0 +1,74 @@
+"""Receipts of a pair once more, as slow literal loops over the head's whole Jacobian."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray
+
+
+def jacobian(head: Callable[[Tensor], Tensor], activations: Array) -> Array:
+    """dz_d / dA_kij, `[D K H W]`, one backward pass a number of z."""
+    maps = torch.tensor(activations, dtype=torch.float64)[None].requires_grad_()
+    z = head(maps)[0]
+    rows = [torch.autograd.grad(one, maps, retain_graph=True)[0][0].numpy() for one in z]
+    return np.stack(rows)
+
+
+def cell_vector(J: Array, A: Array, norm: float, row: int, column: int) -> list[float]:
+    """sum_k dz_d/dA_kij A_kij / |z| for every d."""
+    width, channels = J.shape[:2]
+    found = []
+    for d in range(width):
+        total = 0.0
+        for k in range(channels):
+            total += J[d, k, row, column] * A[k, row, column]
+        found.append(total / norm)
+    return found
+
+
+def contributions(J: Array, A: Array, norm: float, direction: Array) -> Array:
+    """sum_d dz_d/dA_kij A_kij c_d / |z|, `[K H W]`."""
+    width, channels, height, across = J.shape
+    found = np.zeros((channels, height, across))
+    for k in range(channels):
+        for i in range(height):
+            for j in range(across):
+                for d in range(width):
+                    found[k, i, j] += J[d, k, i, j] * A[k, i, j] * direction[d] / norm
+    return found
+
+
+def pair_product(one: list[float], other: list[float], mean: Array, n: int, m: int) -> float:
+    """(v - mean / n) . (v' - mean / m), n and m the numbers of cells."""
+    return sum(
+        (a - mean[d] / n) * (b - mean[d] / m)
+        for d, (a, b) in enumerate(zip(one, other, strict=True))
+    )
+
+
+def greedy_links(matrix: Array, n: int) -> list[tuple[tuple[int, ...], float]]:
+    """The largest positive entry, then the largest that is allowed beside those, and so on."""
+    found: list[tuple[tuple[int, ...], float]] = []
+    while len(found) < n:
+        best, value = None, 0.0
+        for place in np.ndindex(*matrix.shape):
+            if matrix[place] > value and all(allowed(place, taken) for taken, _ in found):
+                best, value = place, float(matrix[place])
+        if best is None:
+            break
+        found.append((best, value))
+    return found
+
+
+def allowed(place: tuple[int, ...], taken: tuple[int, ...]) -> bool:
+    """Neither cell is used, and not both touch those used together."""
+    i, j, k, m = place
+    a, b, c, d = taken
+    if (i, j) == (a, b) or (k, m) == (c, d):
+        return False
+    beside_query = i - a in (-1, 0, 1) and j - b in (-1, 0, 1)
+    beside_result = k - c in (-1, 0, 1) and m - d in (-1, 0, 1)
+    return not (beside_query and beside_result)

@@ -1,0 +1,329 @@
+"""Receipts: values against literal loops over the Jacobian, and sums that are the similarity."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from build_samples import CHANNELS, SIDE, WIDTH, pictures, toy
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles_pairs import (
+    cell_vector,
+    contributions,
+    greedy_links,
+    jacobian,
+    pair_product,
+)
+from PIL import Image
+
+from embedcam import Explainer, build_index
+from embedcam.errors import ImageError, InputError
+from embedcam.pairs import (
+    DifferentiatedSide,
+    PairExplainer,
+    PooledSide,
+    make_comparison,
+    make_receipt,
+)
+
+KINDS = ["affine", "signed", "identity", "pooled", "other", "tokens"]
+EXACT = {"affine", "signed", "identity"}
+
+
+def inputs(number: int, side: int = SIDE) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(number)
+    return torch.rand(1, 3, side, side, generator=generator)
+
+
+def side_of(made, image: torch.Tensor):
+    """A side as `PairExplainer` makes it, and what the oracle needs of it."""
+    network = made.network
+    kind = network.head_kind
+    if kind.affine:
+        features = network.forward(image)
+        matrix = None if kind.identity else kind.matrix
+        norm = float(features.norm[0]) if network.normalize else 1.0
+        side = PooledSide(
+            features.activations[0].numpy(), features.embedding[0].numpy(), norm, matrix
+        )
+    else:
+        side = DifferentiatedSide(network.head_pass(image, twice=True), network.normalize)
+    A = side.activations.astype(np.float64)
+    z = made.head(torch.tensor(A)[None])[0].detach().numpy()
+    norm = float(np.sqrt((z**2).sum())) if network.normalize else 1.0
+    return side, (jacobian(made.head, A), A, norm, z / norm)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_receipt_is_the_literal_loop(kind: str, normalize: bool) -> None:
+    made = toy(kind, normalize=normalize)
+    query, (J, A, norm, f) = side_of(made, inputs(1))
+    result, (J2, A2, norm2, f2) = side_of(made, inputs(2))
+    mean = np.random.default_rng(0).normal(size=len(f)) * 0.2
+    receipt = make_receipt(query, result, mean)
+
+    assert receipt.exact == (kind in EXACT)
+    assert receipt.similarity == pytest.approx(sum(a * b for a, b in zip(f, f2, strict=True)))
+    ours, theirs = contributions(J, A, norm, f2 - mean), contributions(J2, A2, norm2, f - mean)
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    np.testing.assert_allclose(receipt.query.channels, ours.sum((1, 2)), **close)
+    np.testing.assert_allclose(receipt.query.cells, ours.sum(0), **close)
+    np.testing.assert_allclose(receipt.result.channels, theirs.sum((1, 2)), **close)
+    np.testing.assert_allclose(receipt.result.cells, theirs.sum(0), **close)
+    np.testing.assert_allclose(
+        receipt.channels, (ours.sum((1, 2)) + theirs.sum((1, 2))) / 2, **close
+    )
+    assert receipt.query.shared == pytest.approx(float(f @ mean), abs=1e-6)
+    assert receipt.result.shared == pytest.approx(float(f2 @ mean), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["affine", "other", "tokens"])
+def test_point_to_point_is_the_literal_loop(kind: str) -> None:
+    made = toy(kind)
+    query, (J, A, norm, _) = side_of(made, inputs(1))
+    result, (J2, A2, norm2, _) = side_of(made, inputs(2))
+    mean = np.random.default_rng(0).normal(size=WIDTH) * 0.2
+    receipt = make_receipt(query, result, mean)
+    (h, w), (h2, w2) = A.shape[1:], A2.shape[1:]
+    expected = np.zeros((h, w, h2, w2))
+    for i, j, k, m in np.ndindex(expected.shape):
+        expected[i, j, k, m] = pair_product(
+            cell_vector(J, A, norm, i, j), cell_vector(J2, A2, norm2, k, m), mean, h * w, h2 * w2
+        )
+    np.testing.assert_allclose(receipt.matrix(), expected, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(receipt.point(1, 2), expected[1, 2], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        receipt.point(2, 0, of="result"), expected[:, :, 2, 0], rtol=1e-3, atol=1e-6
+    )
+    # All cells of a 4 x 4 grid are among the sixteen that links begin at.
+    links = receipt.links(4)
+    literal = greedy_links(expected, 4)
+    assert [(*a.query, *a.result) for a in links] == [place for place, _ in literal]
+    assert [a.contribution for a in links] == pytest.approx([v for _, v in literal], rel=1e-3)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_side_of_a_receipt_sums_to_the_similarity(kind: str, centred: bool) -> None:
+    made = toy(kind)
+    (query, _), (result, _) = side_of(made, inputs(3)), side_of(made, inputs(4))
+    mean = np.random.default_rng(1).normal(size=len(query.embedding)) * 0.3
+    receipt = make_receipt(query, result, mean, centred=centred)
+    shown = float(query.embedding @ result.embedding)
+    for one in (receipt.query, receipt.result, receipt):
+        total = one.channels.sum() + one.shared + one.remainder
+        assert total == pytest.approx(shown, abs=1e-9)
+    for one in (receipt.query, receipt.result):
+        assert one.cells.sum() + one.shared + one.remainder == pytest.approx(shown, abs=1e-6)
+    if not centred:
+        assert receipt.shared == 0
+
+
+vectors = st.integers(0, 2**32 - 1)
+
+
+@given(seed=vectors, bias=st.booleans(), size=st.tuples(st.integers(1, 4), st.integers(1, 4)))
+def test_behind_an_affine_head_the_remainder_is_the_bias(seed, bias, size) -> None:
+    rng = np.random.default_rng(seed)
+    W, b = rng.normal(size=(4, 6)).astype(np.float32), rng.normal(size=4) * bias
+
+    def side(shape):
+        A = rng.random((6, *shape)).astype(np.float32)
+        z = W.astype(np.float64) @ A.astype(np.float64).mean((1, 2)) + b
+        return PooledSide(A, z / np.linalg.norm(z), np.linalg.norm(z), W)
+
+    query, result = side(size), side((2, 3))
+    mean = rng.normal(size=4) * 0.1
+    receipt = make_receipt(query, result, mean)
+    expected = float(b @ (result.embedding - mean)) / query.norm
+    assert receipt.query.remainder == pytest.approx(expected, abs=1e-5)
+    if not bias:
+        # Rows of the pairs are then all that is not shared with the average image.
+        pairs = receipt.matrix().sum()
+        specific = (query.embedding - mean) @ (result.embedding - mean)
+        assert pairs == pytest.approx(specific, abs=1e-5)
+    turned = make_receipt(result, query, mean)
+    assert turned.similarity == receipt.similarity
+    np.testing.assert_array_equal(turned.channels, receipt.channels)
+    np.testing.assert_allclose(
+        turned.matrix(), receipt.matrix().transpose(2, 3, 0, 1), rtol=1e-9, atol=1e-12
+    )
+
+
+def test_through_the_norm_the_contributions_would_sum_to_zero() -> None:
+    """The trap the receipt avoids: the gradient of a cosine is blind to its own size."""
+    made = toy("identity")
+    query, (_, A, *_) = side_of(made, inputs(1))
+    result, _ = side_of(made, inputs(2))
+    maps = torch.tensor(A)[None].requires_grad_()
+    f = torch.nn.functional.normalize(made.head(maps), dim=1)[0]
+    (gradient,) = torch.autograd.grad(f @ torch.tensor(result.embedding), maps)
+    assert abs(float((gradient * maps).sum().detach())) < 1e-9
+    receipt = make_receipt(query, result, np.zeros(CHANNELS))
+    assert receipt.channels.sum() == pytest.approx(receipt.similarity, abs=1e-6)
+    assert receipt.similarity > 0.1
+
+
+def test_a_power_mean_without_bias_leaves_no_remainder() -> None:
+    """Euler: a head that grows as its input is the sum of its first-order parts."""
+    made = toy("other")
+    with torch.no_grad():
+        made.network.module[1][1].bias.zero_()
+    (query, _), (result, _) = side_of(made, inputs(1)), side_of(made, inputs(2))
+    receipt = make_receipt(query, result, np.zeros(WIDTH))
+    assert not receipt.exact
+    # Up to the least activation that the power mean takes, 0.001.
+    assert abs(receipt.remainder) < 1e-3
+
+
+@pytest.mark.parametrize("metric", ["l2", "ip"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", ["affine", "tokens"])
+def test_a_comparison_divides_half_the_margin(kind: str, normalize: bool, metric: str) -> None:
+    made = toy(kind, normalize=normalize)
+    (query, (J, A, norm, f)), (first, _), (second, _) = (
+        side_of(made, inputs(n)) for n in (1, 2, 3)
+    )
+    mean = np.zeros(WIDTH)
+    result, rival = make_receipt(query, first, mean), make_receipt(query, second, mean)
+    found = make_comparison(query, result, rival, metric)
+    g, h = first.embedding, second.embedding
+    if metric == "l2":
+        margin = sum((f[d] - h[d]) ** 2 - (f[d] - g[d]) ** 2 for d in range(WIDTH)) / 2
+    else:
+        margin = sum(f[d] * (g[d] - h[d]) for d in range(WIDTH))
+    assert found.score == pytest.approx(margin, abs=1e-6)
+    if normalize:
+        assert found.score == pytest.approx(result.similarity - rival.similarity, abs=1e-6)
+    literal = contributions(J, A, norm, g - h)
+    np.testing.assert_allclose(found.query.cells, literal.sum(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.query.channels, literal.sum((1, 2)), rtol=1e-4, atol=1e-6)
+    total = found.query.channels.sum() + found.query.remainder
+    assert total == pytest.approx(found.score, abs=1e-9)
+
+
+def test_lines_are_the_largest_by_magnitude_and_the_rest_is_told() -> None:
+    made = toy("affine")
+    (query, _), (result, _) = side_of(made, inputs(1)), side_of(made, inputs(2))
+    receipt = make_receipt(query, result, np.full(WIDTH, 0.1))
+    lines = receipt.lines(3)
+    kept = {line.channel for line in lines}
+    smallest = min(abs(line.contribution) for line in lines)
+    assert all(
+        abs(value) <= smallest
+        for channel, value in enumerate(receipt.channels)
+        if channel not in kept
+    )
+    assert [a.contribution for a in lines] == sorted((a.contribution for a in lines), reverse=True)
+    body = json.loads(json.dumps(receipt.to_dict(lines=3)))
+    told = sum(line["contribution"] for line in body["channels"]) + body["other_channels"]
+    assert told + body["shared"] + body["remainder"] == pytest.approx(body["similarity"], abs=1e-9)
+    with pytest.raises(InputError, match="-1 lines; give a whole number"):
+        receipt.lines(-1)
+
+
+@pytest.mark.parametrize(
+    ("cell", "of", "says"),
+    [
+        ((4, 0), "query", r"cell \(4, 0\) is not on the query's grid of 4 x 4"),
+        ((0, -1), "result", r"cell \(0, -1\) is not on the result's grid of 4 x 4"),
+        ((0, 0), "both", 'of = \'both\'; a cell is of the "query" or of the "result"'),
+    ],
+)
+def test_cells_that_are_not_there(cell, of, says) -> None:
+    made = toy("affine")
+    (query, _), (result, _) = side_of(made, inputs(1)), side_of(made, inputs(2))
+    with pytest.raises(InputError, match=says):
+        make_receipt(query, result, np.zeros(WIDTH)).point(*cell, of=of)
+
+
+def test_shapes_that_do_not_belong_together() -> None:
+    with pytest.raises(InputError, match=r"\[6, 2, 2\] and an embedding of 4 numbers"):
+        PooledSide(np.ones((6, 2, 2)), np.ones(4), 2.0, np.ones((5, 6)))
+
+
+class TestPairExplainer:
+    @pytest.fixture
+    def built(self, tmp_path, monkeypatch):
+        from build_samples import quicken
+
+        quicken(monkeypatch)
+
+        def build(kind: str = "affine", **settings):
+            made = toy(kind, **settings)
+            source = pictures(tmp_path / "pictures")
+            build_index(source, made.network, tmp_path / "index", progress=False)
+            return made, Explainer(tmp_path / "index", made.network), tmp_path / "pictures"
+
+        return build
+
+    @pytest.mark.parametrize("kind", ["affine", "other", "tokens"])
+    def test_similarity_is_the_one_that_is_shown(self, built, kind) -> None:
+        _, explainer, folder = built(kind)
+        query = folder / "c0" / "000.png"
+        why = explainer.explain(query)
+        pairs = PairExplainer(explainer)
+        receipts = pairs.receipts(query, why.ids)
+        assert [a.similarity for a in receipts] == pytest.approx(why.similarities, abs=1e-5)
+        for place, receipt in enumerate(receipts):
+            assert receipt.result_shown.name == why.ids[place]
+            assert receipt.result_shown.label == why.labels[place]
+            assert receipt.query_shown.image.size == (24, 24)
+
+    def test_an_affine_head_takes_one_pass_and_no_gradient(self, built, monkeypatch) -> None:
+        made, explainer, folder = built("affine")
+        pairs = PairExplainer(explainer)
+        made.batches.clear()
+
+        def forbidden(*_, **__):
+            raise AssertionError("a gradient was taken")
+
+        monkeypatch.setattr(torch.autograd, "grad", forbidden)
+        receipt = pairs.receipt(folder / "c0" / "000.png", explainer.index.ids[1])
+        receipt.links()
+        receipt.point(0, 0)
+        assert made.batches == [2]
+
+    def test_pictures_of_different_sizes(self, built) -> None:
+        made, explainer, _ = built("affine")
+        pairs = PairExplainer(explainer)
+        first = np.asarray(inputs(1, 16)[0])
+        second = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(2)).numpy()
+        receipt = pairs.receipt(first, second)
+        assert receipt.query.cells.shape == (4, 4)
+        assert receipt.result.cells.shape == (6, 8)
+        assert receipt.point(0, 0).shape == (6, 8)
+        one, other = (made.network.forward(x[None]).embedding[0] for x in (first, second))
+        assert receipt.similarity == pytest.approx(float(one @ other), abs=1e-6)
+
+    def test_above_is_the_difference_of_two_receipts(self, built) -> None:
+        _, explainer, folder = built("affine")
+        query = folder / "c0" / "000.png"
+        why = explainer.explain(query, n_neighbors=12)
+        first, last = why.ids[1], why.ids[-1]
+        found = PairExplainer(explainer).above(query, first, last)
+        assert found.score > 0
+        assert found.score == pytest.approx(
+            float(why.distances[-1] - why.distances[1]) / 2, abs=1e-5
+        )
+        with pytest.raises(InputError, match=r"both 'c0/000.png'; name two images"):
+            PairExplainer(explainer).above(query, "c0/000.png", "c0/000.png")
+
+    def test_refusals(self, built, tmp_path) -> None:
+        _, explainer, folder = built("affine")
+        pairs = PairExplainer(explainer)
+        query = folder / "c0" / "000.png"
+        with pytest.raises(InputError, match=r"the index has no image 'c0/00.png'; did you mean"):
+            pairs.receipt(query, "c0/00.png")
+        with pytest.raises(InputError, match="expected a list of results, got one"):
+            pairs.receipts(query, "c0/000.png")
+        Image.new("RGB", (24, 24), (255, 0, 0)).save(folder / "c1" / "001.png")
+        with pytest.raises(ImageError, match=r"c1/001.png: the picture has changed since it was"):
+            pairs.receipt(query, "c1/001.png")
+        (folder / "c1" / "001.png").unlink()
+        with pytest.raises(ImageError, match=r"001.png: does not exist"):
+            pairs.receipt(query, "c1/001.png")
+        with pytest.raises(InputError, match=r"this Explainer has no network; give it one"):
+            PairExplainer(Explainer(tmp_path / "index"))

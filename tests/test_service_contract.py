@@ -17,7 +17,7 @@ from service_client import awake, built, data_of, explainer, picture
 from embedcam.service import create_app
 from embedcam.service.upload import RAW_TYPES
 
-POST = ["/explain", "/search"]
+POST = ["/explain", "/search", "/compare"]
 GET = ["/items/{id}/image", "/items/{id}/cam", "/healthz", "/readyz", "/metrics"]
 OPERATIONS = [*(("POST", path) for path in POST), *(("GET", path) for path in GET)]
 CASES = [
@@ -57,15 +57,19 @@ def test_answers_keep_to_the_description(
     description: Any, mode: GenerationMode, method: str, path: str
 ) -> None:
     operation, seen = description[path][method], list[int]()
-    known = st.sampled_from([{}, {"id": "c0/000.png"}, {"id": "c1/004.png"}])
+    known = st.sampled_from([None, "c0/000.png", "c1/004.png"])
 
     @given(st.data())
     @settings(max_examples=12, suppress_health_check=list(HealthCheck))
     def check(data: Any) -> None:
+        fixed: dict[str, Any] = {}
         # Of ids at random there is none.
-        some = "{id}" in path and mode is GenerationMode.POSITIVE
-        fixed = data.draw(known) if some else {}
-        case = data.draw(operation.as_strategy(mode, path_parameters=fixed or None))
+        name = data.draw(known) if mode is GenerationMode.POSITIVE else None
+        if name and "{id}" in path:
+            fixed["path_parameters"] = {"id": name}
+        if name and path == "/compare":
+            fixed["query"] = {"result": [name]}
+        case = data.draw(operation.as_strategy(mode, **fixed))
         seen.append(case.call_and_validate().status_code)
 
     check()

@@ -21,7 +21,7 @@ from .upload import FORM_TYPE, PART, RAW_TYPES, read_upload
 JSON, PNG, WEBP = "application/json", "image/png", "image/webp"
 MAX_CELLS, MAX_SIDE = 224, 1024
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-_BODY = {
+BODY = {
     "requestBody": {
         "required": True,
         "description": "A picture: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000; of an "
@@ -40,7 +40,7 @@ _BODY = {
         },
     }
 }
-_REFUSALS = (400, 403, 408, 413, 415, 422, 500, 503)
+REFUSALS = (400, 403, 408, 413, 415, 422, 500, 503)
 
 
 def router(pipeline: Pipeline) -> APIRouter:
@@ -63,9 +63,9 @@ def router(pipeline: Pipeline) -> APIRouter:
                 "over it, where `Accept` asks for a picture.",
                 "content": {PNG: _BINARY, WEBP: _BINARY},
             },
-            **refusals(404, 406, *_REFUSALS),
+            **refusals(404, 406, *REFUSALS),
         },
-        openapi_extra=_BODY,
+        openapi_extra=BODY,
         dependencies=[Depends(only("n_neighbors", "result", "map_size", "picture_size"))],
     )
     async def explain(
@@ -101,8 +101,8 @@ def router(pipeline: Pipeline) -> APIRouter:
         operation_id="search",
         summary="Which images are like this picture, without the why",
         response_class=Response,
-        responses={200: {"model": SearchAnswer}, **refusals(*_REFUSALS)},
-        openapi_extra=_BODY,
+        responses={200: {"model": SearchAnswer}, **refusals(*REFUSALS)},
+        openapi_extra=BODY,
         dependencies=[Depends(only("n_neighbors"))],
     )
     async def search(request: Request, n_neighbors: count = pipeline.n_neighbors) -> Response:
@@ -132,7 +132,7 @@ def _explained(query: Picture, made: Explanation, map_size: int, prefix: str) ->
     kept = ("cam", "empty", "transfer", "trust", "trusted", "direct", "explained")
     return _dumped(
         {
-            "picture": _size(query),
+            "picture": size_of(query),
             "extent": list(query.extent),
             **{name: shown[name] for name in kept},
             "neighbors": neighbors,
@@ -144,7 +144,7 @@ def _searched(query: Picture, found: Found, prefix: str) -> bytes:
     rows = zip(
         found.ids, found.labels, found.distances.tolist(), found.similarities.tolist(), strict=True
     )
-    return _dumped({"picture": _size(query), "neighbors": [_match(*row, prefix) for row in rows]})
+    return _dumped({"picture": size_of(query), "neighbors": [_match(*row, prefix) for row in rows]})
 
 
 def _drawn(query: Picture, made: Explanation, side: int, kind: str) -> bytes:
@@ -164,7 +164,8 @@ def _match(
     }
 
 
-def _size(query: Picture) -> dict[str, int]:
+def size_of(query: Picture) -> dict[str, int]:
+    """Of the upright picture, for JSON."""
     return {"width": query.size[0], "height": query.size[1]}
 
 

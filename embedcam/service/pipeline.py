@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -27,15 +27,23 @@ from .upload import Upload, picture_in
 logger = logging.getLogger("embedcam.service")
 
 T = TypeVar("T")
+Answer = Callable[[Any, Sequence[np.ndarray]], Sequence[Any]]
+"""From what is wanted and inputs `[3 H W]` to an answer for each; in the network's thread."""
 MAX_THREADS = 4
 """That decode and draw: each may hold a decoded picture, so more of them are more memory."""
 PROBE_SIDE = 64
 
 
 class Asked(NamedTuple):
-    """What pictures of one batch have in common."""
+    """What pictures of one batch have in common: what is asked, and who answers it."""
 
-    kind: str
+    wanted: Hashable
+    answer: Answer
+
+
+class Wanted(NamedTuple):
+    """Results, and the id of the one that is explained alone, or None."""
+
     n_neighbors: int
     result: str | None = None
 
@@ -126,14 +134,24 @@ class Pipeline:
             side: of the picture to be drawn on, or None.
         """
         if result is not None:
-            find_live(self.index, result)
-        return await self._asked(upload, Asked("explain", n_neighbors, result), side)
+            self.find_live(result)
+        return await self.ask(upload, Wanted(n_neighbors, result), self._explained, side)
 
     async def search(self, upload: Upload, n_neighbors: int) -> tuple[Query, Found]:
         """An uploaded picture, embedded and searched with; nothing is explained."""
-        return await self._asked(upload, Asked("search", n_neighbors), None)
+        return await self.ask(upload, Wanted(n_neighbors), self._searched)
 
-    async def _asked(self, upload: Upload, asked: Asked, side: int | None) -> tuple[Query, Any]:
+    async def ask(
+        self, upload: Upload, wanted: Hashable, answer: Answer, side: int | None = None
+    ) -> tuple[Query, Any]:
+        """An uploaded picture, decoded in the pool, and an answer from the network's thread.
+
+        Args:
+            upload: as it came.
+            wanted: what is asked; pictures of which the same is asked are answered together.
+            answer: who answers.
+            side: of the picture to be drawn on, or None.
+        """
         preprocess, pixels = self.explainer.preprocess, self.limits.pixels
         assert preprocess is not None  # `_check` saw to it
 
@@ -142,22 +160,29 @@ class Pipeline:
 
         with self._batcher.announced() as submit:
             query = await self.in_thread(prepared)
-            future = submit(asked, query.inputs)
+            future = submit(Asked(wanted, answer), query.inputs)
         return query, await asyncio.wrap_future(future)
 
-    def _answer(self, asked: Asked, inputs: Sequence[np.ndarray]) -> Sequence[Any]:
-        """A batch of equal settings, in the batcher's thread."""
-        if asked.kind == "explain":
-            return self.explainer.explain_batch(
-                inputs, n_neighbors=asked.n_neighbors, result=asked.result
-            )
-        return self._searched(asked.n_neighbors, inputs)
+    def find_live(self, *names: str) -> None:
+        """Refuse an id that no image has; see `find_live`."""
+        index = self.index
+        for name in names:
+            find_live(index, name)
 
-    def _searched(self, n_neighbors: int, inputs: Sequence[np.ndarray]) -> list[Found]:
+    def _answer(self, asked: Asked, inputs: Sequence[np.ndarray]) -> Sequence[Any]:
+        """A batch of which the same is asked, in the batcher's thread."""
+        return asked.answer(asked.wanted, inputs)
+
+    def _explained(self, wanted: Wanted, inputs: Sequence[np.ndarray]) -> Sequence[Any]:
+        return self.explainer.explain_batch(
+            inputs, n_neighbors=wanted.n_neighbors, result=wanted.result
+        )
+
+    def _searched(self, wanted: Wanted, inputs: Sequence[np.ndarray]) -> list[Found]:
         network, index = self.explainer.network, self.index
         assert network is not None  # `_check` saw to it
         embeddings = network.forward(np.stack(inputs)).embedding.cpu().numpy()
-        near = index.search(embeddings, n_neighbors)
+        near = index.search(embeddings, wanted.n_neighbors)
         return [
             _found(index, Neighbors(*one))
             for one in zip(near.positions, near.distances, near.similarities, strict=True)

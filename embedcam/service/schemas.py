@@ -90,6 +90,87 @@ class ExplainAnswer(_Strict):
     neighbors: list[Neighbor]
 
 
+SignedMap = Annotated[
+    list[list[float]], Field(description="Row by row from the top; positive speaks for it.")
+]
+Cell = Annotated[list[int], Field(min_length=2, max_length=2, description="[row, column], from 0.")]
+
+
+class Channel(_Strict):
+    """A channel of the layer, and what it gives."""
+
+    channel: int = Field(ge=0)
+    contribution: float
+
+
+class Linked(_Strict):
+    """Two cells that match, and what their product gives to the similarity."""
+
+    query: Cell
+    result: Cell
+    contribution: float
+
+
+class Side(_Strict):
+    """What one picture's cells give: `cells`, `shared` and `remainder` sum to the score."""
+
+    id: str | None = Field(description="null for the query.")
+    label: str | None
+    cells: SignedMap
+    shared: float
+    remainder: float
+    extent: Extent | None
+
+
+class ReceiptAnswer(_Strict):
+    """Why the query and one result match.
+
+    `channels`, `other_channels`, `shared` and `remainder` sum to `similarity`.
+    """
+
+    similarity: float
+    exact: bool = Field(description="Whether contributions are exact, or of first order.")
+    centred: bool
+    shared: float = Field(description="What both have in common with the average image.")
+    remainder: float = Field(description="What no channel accounts for.")
+    channels: list[Channel] = Field(description="Those that give most, largest first.")
+    other_channels: float = Field(description="What all others give together.")
+    query: Side
+    result: Side
+    links: list[Linked] = Field(description="The best matching cells, best first.")
+    matched: SignedMap | None = Field(
+        description="What `cell` of the query matches in the result; null where none was named."
+    )
+    matrix: list[list[SignedMap]] | None = Field(
+        description="The same of every cell of the query: [row][column] is such a map."
+    )
+
+
+class AboveAnswer(_Strict):
+    """Why the result came above the rival: positive speaks for the result.
+
+    `channels`, `other_channels` and `remainder` sum to `score`.
+    """
+
+    score: float = Field(description="Half of how much nearer the result is, squared.")
+    exact: bool
+    similarities: list[float] = Field(min_length=2, max_length=2)
+    remainder: float
+    channels: list[Channel]
+    other_channels: float
+    query: Side
+    result: Side
+    rival: Side
+
+
+class CompareAnswer(_Strict):
+    """Receipts, in the order of the results."""
+
+    picture: Size
+    receipts: list[ReceiptAnswer]
+    above: AboveAnswer | None = Field(description="null where no rival was named.")
+
+
 class ItemCam(_Strict):
     """An indexed image's own map."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,24 @@ def test_a_head_that_is_not_affine(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (one,) = post(made, "/compare?result=c1%2F004.png", QUERY).json()["receipts"]
     assert one["exact"] is False
     CompareAnswer.model_validate(post(made, "/compare?result=c1%2F004.png&matrix=1", QUERY).json())
+    made.state.pipeline.close()
+
+
+def test_a_network_whose_head_is_not_to_be_had(index: Path) -> None:
+    """An ONNX file: it gives arrays, and nothing but activations and embeddings."""
+    why = explainer(index)
+    forward = why.network.forward
+
+    def arrays(images: Any) -> Any:
+        found = forward(images)
+        return SimpleNamespace(embedding=found.embedding.numpy())
+
+    why.network = SimpleNamespace(forward=arrays)
+    made = create_app(why)
+    found = post(made, "/compare?result=c1%2F004.png", QUERY)
+    assert found.error == (501, "no_receipts")
+    same = post(create_app(explainer(index)), "/search", QUERY).json()
+    assert post(made, "/search", QUERY).json() == same
     made.state.pipeline.close()
 
 

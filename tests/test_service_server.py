@@ -163,6 +163,7 @@ def test_a_server_answers_and_finishes_what_was_begun(here: Path) -> None:
         assert not answers
         code, said = running.end(signal.SIGTERM)
         asking.join(30)
+    (here / "slow").unlink()
     assert code == 0, said
     assert [status for status, _, _ in answers] == [200]
     assert len(json.loads(answers[0][2])["neighbors"]) == 3

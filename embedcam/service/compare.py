@@ -48,6 +48,8 @@ def router(pipeline: Pipeline) -> APIRouter:
     """The endpoint."""
     routes = APIRouter(tags=["queries"])
     pairs = PairExplainer(pipeline.explainer)
+    # Of the type: asking the network itself what its head is takes many passes.
+    has_head = hasattr(type(pipeline.explainer.network), "head_kind")
     known = ("result", "rival", "centred", "cell", "matrix", "lines", "links")
 
     def compared(wanted: Wanted, inputs: Sequence[np.ndarray]) -> list[dict[str, Any]]:
@@ -58,7 +60,7 @@ def router(pipeline: Pipeline) -> APIRouter:
         operation_id="compare",
         summary="Why this picture and these results match, as sums that add up to the similarity",
         response_class=Response,
-        responses={200: {"model": CompareAnswer}, **refusals(404, *REFUSALS)},
+        responses={200: {"model": CompareAnswer}, **refusals(404, 501, *REFUSALS)},
         openapi_extra=BODY,
         dependencies=[Depends(only(*known, repeated=("result",)))],
     )
@@ -89,6 +91,13 @@ def router(pipeline: Pipeline) -> APIRouter:
             int, Query(ge=0, le=MAX_LINES, description="Best matching pairs of cells.")
         ] = 5,
     ) -> Response:
+        if not has_head:
+            raise Refused(
+                501,
+                "no_receipts",
+                "receipts need the network's head by itself, which an ONNX file has not; serve the "
+                "network instead",
+            )
         row, _, column = (cell or "").partition(",")
         at = None if cell is None else (int(row), int(column))
         wanted = Wanted(tuple(result), rival, centred, at, matrix, lines, links)

@@ -222,6 +222,7 @@ _WHEN = {
     415: "The body is of a type that holds no picture.",
     422: "A parameter or a picture that cannot be used.",
     500: "The service failed.",
+    501: "The network is an ONNX file, of whose pairs there are no receipts.",
     503: "Too many requests at once, or too slow an answer; `Retry-After` says when to retry.",
 }
 

@@ -20,7 +20,7 @@ from ..errors import InputError
 logger = logging.getLogger("embedcam.service")
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-MAX_CONNECTIONS = 1024
+MAX_CONNECTIONS = 512
 HEADER_SECONDS = 10.0
 """How long a client may take for the head of a request."""
 

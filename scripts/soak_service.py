@@ -52,7 +52,10 @@ def main() -> int:
             )  # fmt: skip
         try:
             assert server.stdout is not None
-            port = int(json.loads(server.stdout.readline())["address"].rpartition(":")[2])
+            told = server.stdout.readline()
+            if not told:
+                raise RuntimeError(f"the server ended: {(folder / 'log').read_text()}")
+            port = int(json.loads(told)["address"].rpartition(":")[2])
             until_ready(port)
             run = Soak(port, options)
             memory = run.go(server.pid, 60 * options.minutes)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ImageError, InputError
+from ..writing import write_whole
 from .direct import check_method, options_of, redrawn, trust_of
 from .networks import named, network_of_index, network_options
 from .report import columns, note
@@ -187,12 +188,7 @@ def _write_page(options: argparse.Namespace, rows: list[Any]) -> None:
     from ..render import page
 
     text = page(rows, title="Why did these come back?", scale=options.scale)
-    try:
-        Path(options.html).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"{options.html}: the page cannot be written ({error.strerror})"
-        ) from error
+    write_whole(options.html, text)
     note(options, f"page: {options.html}")
 
 

@@ -70,6 +70,15 @@ examples:
 The network is loaded as it was for the build; where its files have moved, say so with --weights
 and --head. Pictures are written for queries where -o or --html asks for them.
 """
+COMPARE = """\
+examples:
+  embedcam compare my.index query.jpg owls/1.jpg -o receipt.png
+  embedcam compare my.index query.jpg owls/1.jpg --above hawks/3.jpg -o above.png
+  embedcam compare my.index query.jpg owls/1.jpg --json --lines 20
+
+RESULT is the id of an image of the index. What adds up to the similarity is printed; -o draws where
+in both pictures it is, and which cells match. What the average image shares is put apart.
+"""
 EVALUATE = """\
 examples:
   embedcam evaluate my.index --images queries/ --html report.html
@@ -112,6 +121,7 @@ COMMANDS = {
     "compress": "offline.compress",
     "explain": "online.explain",
     "serve": "serving.serve",
+    "compare": "pairs.compare",
     "evaluate": "evaluation.evaluate",
     "info": "report.info",
     "verify": "report.verify",
@@ -185,6 +195,7 @@ def parser() -> argparse.ArgumentParser:
     )
     _explain(_command(commands, "explain", "INDEX IMAGE ...", EXPLAIN, "explain query images"))
     _serve(_command(commands, "serve", "INDEX", SERVE, "explain over HTTP"))
+    _compare(_command(commands, "compare", "INDEX IMAGE RESULT", COMPARE, "why two images match"))
     _evaluate(
         _command(
             commands, "evaluate", "INDEX --images IMAGES", EVALUATE, "measure how good the maps are"
@@ -385,6 +396,24 @@ def _compress(one: argparse.ArgumentParser) -> None:
     )
 
 
+def _compare(one: argparse.ArgumentParser) -> None:
+    _index(one)
+    one.add_argument("query", metavar="IMAGE", type=_path, help="query picture")
+    one.add_argument("result", metavar="RESULT", help="id of an image of the index")
+    one.add_argument("--above", metavar="ID", help="why the result came above this image")
+    one.add_argument("-o", "--output", metavar="PNG", type=_path, help="picture")
+    one.add_argument(
+        "--lines", type=_positive, default=10, metavar="N", help="channels listed (default 10)"
+    )
+    one.add_argument(
+        "--not-centred",
+        action="store_true",
+        help="do not put apart what the average image of the index shares",
+    )
+    one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    _network(one)
+
+
 def _explain(one: argparse.ArgumentParser) -> None:
     _index(one)
     one.add_argument("queries", metavar="IMAGE", nargs="+", type=_path, help="query pictures")
@@ -501,6 +530,7 @@ def _evaluate(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--images", metavar="IMAGES", type=_path, required=True, help="query images: folder or CSV"
     )
+    one.add_argument("--indexed", metavar="FOLDER", help="where the indexed images lie now")
     one.add_argument("--labels", choices=("auto", "folders", "none"), help="where labels are")
     one.add_argument("--boxes", metavar="CSV", type=_path, help="where the objects are")
     one.add_argument("--masks", metavar="FOLDER", type=_path, help="the same, as masks")

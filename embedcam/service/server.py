@@ -128,8 +128,6 @@ def _reloaded(reload: Callable[[], Any]) -> None:
         reload()
     except Exception:
         logger.exception("the index could not be loaded again; the old one goes on being served")
-    else:
-        logger.info("the index was loaded again")
 
 
 class _Protocol(H11Protocol):

@@ -96,7 +96,7 @@ examples:
   curl -F image=@query.jpg http://127.0.0.1:8000/explain
 
 One process, on this machine alone unless --host says otherwise. /openapi.json describes the
-addresses. SIGTERM and Ctrl-C end it once what was begun is finished.
+addresses. SIGTERM and Ctrl-C end it once what was begun is finished; SIGHUP serves a changed index.
 """
 INFO = """\
 examples:

@@ -162,15 +162,25 @@ class Explanation:
         """
         return save_picture(lambda: self.plot(scale=scale, title=title), path)
 
-    def tiles(self) -> tuple[Tile, list[Tile]]:
-        """The query's and the results' tiles for `render.panel` and `render.page`."""
+    def tiles(self, side: int | None = None) -> tuple[Tile, list[Tile]]:
+        """The query's and the results' tiles for `render.panel` and `render.page`.
+
+        Args:
+            side: make each picture at most so many pixels wide and high as soon as it is read, for
+                more tiles than memory holds pictures of full size.
+        """
         from . import render
 
-        query = render.Tile(self.image, self.cam, self.extent, "query", self._transfer_note())
-        results = [] if self.asked is None else [self._tile(self.asked)]
+        def small(tile: Tile) -> Tile:
+            return tile if side is None else render.shrunk(tile, side)
+
+        query = small(
+            render.Tile(self.image, self.cam, self.extent, "query", self._transfer_note())
+        )
+        results = [] if self.asked is None else [small(self._tile(self.asked))]
         for place, name in enumerate(self.ids):
             if self.asked is None or name != self.asked.id:
-                results.append(self._tile(self._neighbor(place)))
+                results.append(small(self._tile(self._neighbor(place))))
         return query, results
 
     def not_found(self) -> list[str]:

@@ -17,10 +17,20 @@ import tempfile
 from pathlib import Path
 
 import torch
-from benchmark import building, exactness, explaining, indexes, zoo
+from benchmark import (
+    building,
+    evaluating,
+    exactness,
+    explaining,
+    features,
+    indexes,
+    receipts,
+    trusting,
+    zoo,
+)
 
 SECTIONS = ("exactness", "build", "explain", "peers", "storage", "open", "search", "zoo", "memory",
-            "eigencam", "online")  # fmt: skip
+            "eigencam", "online", "evaluate", "trust", "receipts", "features")  # fmt: skip
 
 
 def main() -> None:
@@ -69,6 +79,21 @@ def section(name: str, options: argparse.Namespace, folder: Path) -> str:
         return zoo.decomposition_report(20 * rounds)
     if name == "online":
         return zoo.online_report(fast, 4 * rounds, folder)
+    if name == "evaluate":
+        counts = (64, 256) if options.quick else (500, 10_000)
+        return "\n".join(
+            (
+                evaluating.share_report(options.network, images, rounds, folder),
+                evaluating.memory_report("mobilenet_v2", *counts, folder),
+                evaluating.peers_report("mobilenet_v2", rounds),
+            )
+        )
+    if name == "receipts":
+        return "\n".join(receipts.report(each, 20 * rounds, folder) for each in options.network)
+    if name == "trust":
+        return "\n".join(trusting.report(each, images, rounds, folder) for each in options.network)
+    if name == "features":
+        return features.report(rows, 100 * rounds, folder)
     return indexes.search_report(rows, 100 * rounds, folder)
 
 

@@ -16,7 +16,7 @@ from photo_samples import picture, write_photos
 from PIL import Image
 from safetensors.torch import save_file
 
-from embedcam import Explainer, Index, load_network
+from embedcam import Explainer, Index, PairExplainer, load_network
 from embedcam.cli import main
 from embedcam.cli.online import picture_names
 from embedcam.cli.parser import COMMANDS, parser
@@ -76,7 +76,7 @@ def index(built: Path, tmp_path: Path) -> str:
 
 def trusted(words: list[str]) -> list[str]:
     """What names the code of an index of these tests, where a command loads it unnamed."""
-    loads = words[:1] in (["explain"], ["add"]) or "--refit" in words
+    loads = words[:1] in (["explain"], ["compare"], ["add"]) or "--refit" in words
     manifests = [Path(word) / "manifest.json" for word in words]
     ours = any(file.is_file() and NAMED[1] in file.read_text() for file in manifests)
     return NAMED[:2] if loads and ours and "--network" not in words else []
@@ -224,6 +224,50 @@ def test_explain_by_one_result_by_named_neighbours_and_by_distance(say: Say, bui
         (told,) = answer(say, "explain", built, query, *given, "--transfer", "distance")
         assert [one["id"] for one in told["neighbors"]] == named
         assert told["cam"] == expected.to_dict((14, 14))["cam"]
+
+
+def test_compare_prints_what_adds_up(say: Say, built: Path, tmp_path: Path) -> None:
+    network = load_network("cli_toy_network:make", layer="relu")
+    pairs = PairExplainer(Explainer(built, network))
+    query, result, rival = "photos/0/0.png", "0/1.png", "2/3.png"
+    expected = pairs.receipt(query, result)
+    told = answer(say, "compare", built, query, result, "--lines", "3")
+    assert told == {"query": query, "pair": expected.to_dict(3)}
+    code, out, _ = say("compare", built, query, result, "--lines", "3", "-o", tmp_path / "r.png")
+    head, *rows = out.splitlines()
+    assert (code, head) == (0, f"{query} and {result}")
+    numbers = [float(row.rpartition(" ")[2]) for row in rows]
+    assert len(rows) == len(expected.amounts(3)) + 1
+    assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.005)
+    assert rows[-1].split() == ["similarity", f"{expected.similarity:+.3f}"]
+    with Image.open(tmp_path / "r.png") as written:
+        np.testing.assert_array_equal(written, expected.plot(lines=3))
+
+    above = pairs.above(query, result, rival, centred=False)
+    given = ["compare", built, query, result, "--above", rival, "--not-centred"]
+    assert answer(say, *given)["pair"] == above.to_dict()
+    out = say(*given)[1]
+    assert out.startswith(f"{query} and {result}, above {rival}\n")
+    assert out.splitlines()[-1].split() == ["nearer", "by", f"{above.score:+.3f}"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "arguments"),
+    [
+        (3, "photos/none.png: does not exist", ["photos/none.png", "0/1.png"]),
+        (2, "no image '0/9.png'; did you mean '0/", ["photos/0/0.png", "0/9.png"]),
+        (2, "no image 'x'", ["photos/0/0.png", "0/1.png", "--above", "x"]),
+        (2, "--above 0/1.png is the result itself",
+         ["photos/0/0.png", "0/1.png", "--above", "0/1.png"]),
+        (2, "is a query itself", ["photos/0/0.png", "0/1.png", "-o", "photos/0/0.png"]),
+        (2, "no picture format", ["photos/0/0.png", "0/1.png", "-o", "receipt.doc"]),
+        (3, "1.png: does not exist", ["photos/0/0.png", "0/1.png", "--images", "nowhere"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared(
+    refused: Callable[..., None], built: Path, code: int, message: str, arguments: list[str]
+) -> None:
+    refused(code, message, "compare", built, *arguments)
 
 
 def test_an_id_may_hold_a_comma(say: Say, tmp_path: Path) -> None:
@@ -916,6 +960,7 @@ def test_the_examples_of_help_parse() -> None:
             "COMPACT",
             "COMPRESS",
             "EXPLAIN",
+            "SERVE",
             "INFO",
             "VERIFY",
             "DEMO",

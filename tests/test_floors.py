@@ -14,6 +14,7 @@ FLOORS = {
         "cam",
         "classes",
         "encoding",
+        "forking",
         "metrics",
         "preprocess",
         "queries",
@@ -22,13 +23,14 @@ FLOORS = {
         "writing",
     ],
     2: ["images", "index", "network", "registry", "scratch", "targets", "triplets", "trust"],
-    3: ["identity", "models", "recipe", "weights"],
-    4: ["cotangents", "explanation", "methods"],
-    5: ["explain", "fallback", "passes"],
-    6: ["assembly", "pairs", "prototypes"],
-    7: ["build"],
+    3: ["identity", "models", "neighbors", "recipe", "weights"],
+    4: ["cotangents", "explanation", "methods", "opened"],
+    5: ["answer", "fallback", "passes"],
+    6: ["assembly", "explain", "pairs", "prototypes"],
+    7: ["build", "report"],
     8: ["demo", "evaluate", "features"],
-    9: ["cli"],
+    9: ["service"],
+    10: ["cli"],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 # What a room must not load even indirectly: `explain` draws without back-propagation because the
@@ -36,6 +38,10 @@ FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 FORBIDDEN = {
     "index": {"torch", "torchvision"},
     "explain": {"torch", "torchvision"},
+    "answer": {"torch", "torchvision"},
+    "opened": {"torch", "torchvision"},
+    "neighbors": {"torch", "torchvision"},
+    "forking": {"torch", "torchvision"},
     "explanation": {"torch", "torchvision"},
     "queries": {"torch", "torchvision", "faiss"},
     "transfer": {"torch", "torchvision", "faiss"},
@@ -46,6 +52,7 @@ FORBIDDEN = {
     "metrics": {"torch", "torchvision", "faiss"},
     "pairs": {"torch", "torchvision", "faiss"},
     "prototypes": {"torch", "torchvision", "faiss"},
+    "report": {"torch", "torchvision", "faiss"},
 }
 
 

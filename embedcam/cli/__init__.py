@@ -4,6 +4,7 @@ parser.py    what can be said, with examples; imports nothing heavy, so that --h
 networks.py  the network that options, a recipe or an index name
 offline.py   build, add, remove, compact, compress, demo
 online.py    explain
+reporting.py explain --report
 evaluation.py evaluate
 resuming.py  what an interrupted command finds again
 report.py    info and verify, and how things are printed

@@ -15,14 +15,20 @@ from .direct import check_method, options_of, redrawn, trust_of
 from .networks import named, network_of_index, network_options
 from .parser import COMMANDS
 from .report import columns, counted, listing_ids, note
+from .reporting import check_report, write
 
 
 def explain(options: argparse.Namespace) -> None:
     """Explain query images against an index."""
     from ..explain import Explainer
     from ..index import Index
+    from ..report import small_size
 
     # Whatever can be refused is refused before the network is loaded.
+    reported = check_report(options)
+    options.resumes = reported is not None
+    if reported is None:
+        _check_queries(options.queries)
     pictures = plan_pictures(options.output, options.queries)
     _check_page(options.html, options.queries)
     check_images(options.images)
@@ -38,6 +44,9 @@ def explain(options: argparse.Namespace) -> None:
             images=options.images,
             **trust_of(options, index, network),
         )
+        if reported is not None:
+            write(options, explainer, reported, asked)
+            return
         records, rows = [], []
         shown, lost = dict[str, None](), dict[str, None]()
         for query, picture in zip(options.queries, pictures, strict=True):
@@ -63,7 +72,7 @@ def explain(options: argparse.Namespace) -> None:
             if options.json:
                 saved = {} if picture is None else {"picture": str(picture)}
                 # A small map can be drawn large again; fifty thousand numbers fill the terminal.
-                small = _body_size(explanation.cam.shape)
+                small = small_size(explanation.cam.shape)
                 records.append({"query": query, **saved, **explanation.to_dict(small)})
             else:
                 print("\n".join(_lines(query, picture, explanation)))
@@ -130,12 +139,6 @@ def check_images(folder: str | None) -> None:
         )
 
 
-def _body_size(shape: Sequence[int]) -> tuple[int, int]:
-    """Of a map in JSON: at most 14 cells a side, twice the usual grid."""
-    height, width = shape
-    return min(14, height), min(14, width)
-
-
 def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:
     """What `Explainer.explain` is asked for, ids checked."""
     if options.neighbors and options.n_neighbors:
@@ -147,12 +150,18 @@ def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:
         if options.neighbors:
             asked["neighbors"] = list(_ids(index, options.neighbors))
             index.positions(asked["neighbors"])
-    for query in options.queries:
+    return asked
+
+
+def _check_queries(queries: Sequence[str]) -> None:
+    for query in queries:
         if Path(query).is_dir():
-            raise ImageError(f"{query}: is a folder; name the pictures in it, as in {query}/*.jpg")
+            raise ImageError(
+                f"{query}: is a folder; name the pictures in it, as in {query}/*.jpg, or give "
+                "--report FOLDER"
+            )
         if not Path(query).exists():
             raise ImageError(f"{query}: does not exist")
-    return asked
 
 
 def _ids(index: Any, given: Sequence[str]) -> Iterator[str]:

@@ -67,9 +67,20 @@ examples:
   embedcam explain my.index query.jpg --result owls/1.jpg -o match.png
   embedcam explain my.index query.jpg --neighbors owls/1.jpg,owls/2.jpg --json
   embedcam explain my.index query.jpg --method scorecam -o slow.png
+  embedcam explain my.index queries/ --report out/        a folder or a CSV, on one page
 
 The network is loaded as it was for the build; where its files have moved, say so with --weights
-and --head. Pictures are written for queries where -o or --html asks for them.
+and --head. Pictures are written for queries where -o or --html asks for them. A report that was
+stopped goes on when the same command is run again.
+"""
+COMPARE = """\
+examples:
+  embedcam compare my.index query.jpg owls/1.jpg -o receipt.png
+  embedcam compare my.index query.jpg owls/1.jpg --above hawks/3.jpg -o above.png
+  embedcam compare my.index query.jpg owls/1.jpg --json --lines 20
+
+RESULT is the id of an image of the index. What adds up to the similarity is printed; -o draws where
+in both pictures it is, and which cells match. What the average image shares is put apart.
 """
 EVALUATE = """\
 examples:
@@ -80,6 +91,15 @@ examples:
 
 boxes.csv has the columns path,x0,y0,x1,y1[,label][,width,height], a line a box; masks are named as
 the images are, white on the object. An image that the index holds is explained by others only.
+"""
+SERVE = """\
+examples:
+  embedcam serve my.index
+  embedcam serve my.index --port 9000 --max-neighbors 20 --timeout 10
+  curl -F image=@query.jpg http://127.0.0.1:8000/explain
+
+One process, on this machine alone unless --host says otherwise. /openapi.json describes the
+addresses. SIGTERM and Ctrl-C end it once what was begun is finished; SIGHUP serves a changed index.
 """
 INFO = """\
 examples:
@@ -104,6 +124,8 @@ COMMANDS = {
     "compact": "offline.compact",
     "compress": "offline.compress",
     "explain": "online.explain",
+    "serve": "serving.serve",
+    "compare": "pairs.compare",
     "evaluate": "evaluation.evaluate",
     "info": "report.info",
     "verify": "report.verify",
@@ -176,6 +198,8 @@ def parser() -> argparse.ArgumentParser:
         _command(commands, "compress", "INDEX OUTPUT", COMPRESS, "merge an index into prototypes")
     )
     _explain(_command(commands, "explain", "INDEX IMAGE ...", EXPLAIN, "explain query images"))
+    _serve(_command(commands, "serve", "INDEX", SERVE, "explain over HTTP"))
+    _compare(_command(commands, "compare", "INDEX IMAGE RESULT", COMPARE, "why two images match"))
     _evaluate(
         _command(
             commands, "evaluate", "INDEX --images IMAGES", EVALUATE, "measure how good the maps are"
@@ -395,6 +419,24 @@ def _compress(one: argparse.ArgumentParser) -> None:
     )
 
 
+def _compare(one: argparse.ArgumentParser) -> None:
+    _index(one)
+    one.add_argument("query", metavar="IMAGE", type=_path, help="query picture")
+    one.add_argument("result", metavar="RESULT", help="id of an image of the index")
+    one.add_argument("--above", metavar="ID", help="why the result came above this image")
+    one.add_argument("-o", "--output", metavar="PNG", type=_path, help="picture")
+    one.add_argument(
+        "--lines", type=_positive, default=10, metavar="N", help="channels listed (default 10)"
+    )
+    one.add_argument(
+        "--not-centred",
+        action="store_true",
+        help="do not put apart what the average image of the index shares",
+    )
+    one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    _network(one)
+
+
 def _explain(one: argparse.ArgumentParser) -> None:
     _index(one)
     one.add_argument("queries", metavar="IMAGE", nargs="+", type=_path, help="query pictures")
@@ -403,6 +445,15 @@ def _explain(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument(
         "--html", metavar="FILE", type=_path, help="one self-contained page with all queries"
+    )
+    one.add_argument(
+        "--report",
+        metavar="FOLDER",
+        type=_path,
+        help="all queries (IMAGE may be a folder or a CSV) as FOLDER/index.html and JSON lines",
+    )
+    one.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="of a report: queries a pass (default 16)"
     )
     one.add_argument(
         "-n", "--n-neighbors", type=_positive, metavar="N", help="results a query (default 5)"
@@ -445,6 +496,64 @@ def _explain(one: argparse.ArgumentParser) -> None:
         help="of the results' colours (default joint)",
     )
     one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    _network(one)
+
+
+def _serve(one: argparse.ArgumentParser) -> None:
+    _index(one)
+    one.add_argument(
+        "--host", metavar="NAME", type=_path, default="127.0.0.1", help="default 127.0.0.1"
+    )
+    one.add_argument(
+        "--port", metavar="N", type=_whole, default=8000, help="0 takes a free one (default 8000)"
+    )
+    one.add_argument(
+        "--allow-host",
+        metavar="NAME",
+        type=_path,
+        action="append",
+        help="a name that requests may call this service by, such as a proxy's; may be repeated",
+    )
+    one.add_argument(
+        "-n", "--n-neighbors", type=_positive, metavar="N", help="results a query (default 5)"
+    )
+    one.add_argument(
+        "--transfer",
+        choices=("mean", "distance"),
+        default="mean",
+        help="how neighbours count (default mean)",
+    )
+    one.add_argument(
+        "--trusted-from",
+        type=_share,
+        metavar="T",
+        help="trust from which a transfer counts, 0 to 1 (default 0.5)",
+    )
+    one.add_argument(
+        "--fallback",
+        action="store_true",
+        help="where the transfer is not trusted, compute the weights on the query itself",
+    )
+    one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    group = one.add_argument_group("limits")
+    group.add_argument(
+        "--max-body", metavar="BYTES", type=_positive, help="of a request (default 20000000)"
+    )
+    group.add_argument(
+        "--max-pixels", metavar="N", type=_positive, help="of a picture (default 25000000)"
+    )
+    group.add_argument(
+        "--max-neighbors", metavar="N", type=_positive, help="of a request (default 100)"
+    )
+    group.add_argument(
+        "--timeout", metavar="SECONDS", type=_amount, help="for the body, and for the answer (30)"
+    )
+    group.add_argument(
+        "--concurrency", metavar="N", type=_positive, help="requests at a time (default 16)"
+    )
+    group.add_argument(
+        "--batch", metavar="N", type=_positive, help="pictures a pass of the network (default 8)"
+    )
     _network(one)
 
 

@@ -3,7 +3,6 @@
 The other half of `EmbeddingNetwork`, which says what for.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, NetworkError
+from ..forking import ProcessLock
 from .gradients import Features, at_least_single, make_features
 from .injected import HeadAlone, Injected
 from .layers import find_layers
@@ -70,7 +70,7 @@ class ModuleRuns:
     _example: Tensor | None
     _device: torch.device | None
     _state: ModuleState
-    _lock: threading.RLock
+    _lock: ProcessLock
 
     # ---------------------------------------------------------------- facts
 

@@ -15,6 +15,7 @@ from .sides import DifferentiatedSide, PooledSide, Side
 
 if TYPE_CHECKING:
     from ..explain import Explainer
+    from ..index import Index
 
 _SAME = 0.99
 """Cosine with the stored embedding from which a picture counts as the one that was indexed."""
@@ -63,11 +64,12 @@ class PairExplainer:
             raise InputError("expected a list of results, got one; use receipt()")
         given = [self._given(query), *(self._given(result, True) for result in results)]
         sides = self._sides([inputs for _, inputs in given])
-        mean = np.asarray(self.explainer.index.fitted("embedding_mean"), np.float64)
+        index = self.explainer.index
+        mean = np.asarray(index.fitted("embedding_mean"), np.float64)
         found = []
         for result, (shown, _), side in zip(results, given[1:], sides[1:], strict=True):
             if isinstance(result, str):
-                self._check_same(result, side)
+                _check_same(index, result, side)
             made = make_receipt(
                 sides[0], side, mean, centred=centred, query_shown=given[0][0], result_shown=shown
             )
@@ -122,14 +124,14 @@ class PairExplainer:
             self.network.head_pass(stacked([inputs]), twice=True), self.network.normalize
         )
 
-    def _check_same(self, name: str, side: Side) -> None:
-        """Refuse a picture that is another than was indexed: its receipt would be of another."""
-        index = self.explainer.index
-        stored = index.embeddings([index.position(name)])[0].astype(np.float64)
-        lengths = np.linalg.norm(stored) * np.linalg.norm(side.embedding)
-        cosine = float(stored @ side.embedding / lengths) if lengths > 0 else 1.0
-        if cosine < _SAME:
-            raise ImageError(
-                f"{name}: the picture has changed since it was indexed (its embedding has a cosine "
-                f"of {cosine:.3f} with the stored one); index it again"
-            )
+
+def _check_same(index: Index, name: str, side: Side) -> None:
+    """Refuse a picture that is another than was indexed: its receipt would be of another."""
+    stored = index.embeddings([index.position(name)])[0].astype(np.float64)
+    lengths = np.linalg.norm(stored) * np.linalg.norm(side.embedding)
+    cosine = float(stored @ side.embedding / lengths) if lengths > 0 else 1.0
+    if cosine < _SAME:
+        raise ImageError(
+            f"{name}: the picture has changed since it was indexed (its embedding has a cosine "
+            f"of {cosine:.3f} with the stored one); index it again"
+        )

@@ -92,7 +92,7 @@ def _check_files(options: argparse.Namespace) -> None:
 
 
 def _lines(summary: dict[str, Any], intro: str, tables: list[Any]) -> list[str]:
-    from ..evaluate.report import WORTH_KNOWING
+    from ..evaluate.report import OF_LABELS, ON_ONE_OBJECT
 
     lines = [intro]
     for table in tables:
@@ -100,12 +100,14 @@ def _lines(summary: dict[str, Any], intro: str, tables: list[Any]) -> list[str]:
         kept = [place for place, name in enumerate(table.header) if name or place == 0]
         cells = [[str(row[place]) for place in kept] for row in [table.header, *table.rows]]
         lines += ["", table.caption, *(f"  {line}" for line in columns(cells, range(1, len(kept))))]
-        lines += [f"  {text}" for text in WORTH_KNOWING if text in table.notes]
+        lines += [f"  {OF_LABELS}"] if OF_LABELS in table.notes else []
     lines.append("")
     if any("*" in str(cell) for table in tables for row in table.rows for cell in row):
         lines.append("* not better than this control (95% interval of the paired difference)")
     lines += summary["beats"]
     lines += [f"does not beat its controls: {text}" for text in summary["flags"]]
+    if summary["flags"] and any(ON_ONE_OBJECT in table.notes for table in tables):
+        lines.append(ON_ONE_OBJECT)
     lines += [f"note: {text}" for text in summary["notes"]]
     seconds = summary["seconds"]
     lines.append(

@@ -85,19 +85,19 @@ def explain(options: argparse.Namespace) -> None:
 
 def _say_trust(options: argparse.Namespace, query: str, explanation: Any) -> None:
     """What is not trusted, and what was done about it."""
+    whose = "neighbours that came back" if explanation.asked is None else "result you named"
     if explanation.trusted is False:
         note(
             options,
             f"note: {query}: its map is not to be trusted (expected correlation with a directly "
             f"computed one: {explanation.trust:.2f}); --fallback computes one on the query, which "
-            "answers for the neighbours that came back, right or wrong",
+            f"answers for the {whose}, right or wrong",
         )
     if explanation.direct:
         note(
             options,
             f"note: {query}: computed on the query itself, for the transfer was not trusted "
-            f"({explanation.trust:.2f}); it answers for the neighbours that came back, right or "
-            "wrong",
+            f"({explanation.trust:.2f}); it answers for the {whose}, right or wrong",
         )
 
 

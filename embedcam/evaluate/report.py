@@ -17,8 +17,6 @@ OF_LABELS = (
     "By the discriminant target the images of a label share their weights, an image's own part "
     "included, so that this tells chiefly how often the neighbours are of its label."
 )
-WORTH_KNOWING = (ON_ONE_OBJECT, OF_LABELS)
-"""Sentences of tables' notes that the terminal, too, prints."""
 _NAMES = {
     **{f"recall_{k}": f"Recall@{k}" for k in (1, 5, 10)},
     "map_at_r": "mAP@R",

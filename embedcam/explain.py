@@ -18,6 +18,7 @@ from .calibration import Calibration, evidence
 from .cam import cam, resize, sharpen
 from .errors import IndexFormatError, InputError
 from .explanation import Explanation
+from .identity import Identity
 from .images import read_image
 from .index import Index, Neighbors, Selection
 from .preprocess import AnyPreprocess, preprocess_from_dict
@@ -446,8 +447,6 @@ class Explainer:
                 f"network is a {type(network).__name__}; expected an EmbeddingNetwork: wrap it as "
                 "EmbeddingNetwork(module, layer, preprocess=...)"
             )
-        from . import identity
-
         stored = self.index.manifest.get("network")
         if stored is None:
             raise InputError(
@@ -455,7 +454,9 @@ class Explainer:
                 "network cannot be checked against it; use explain_features, or build it again "
                 "naming the network"
             )
-        identity.check(identity.Identity.from_dict(stored, self.index.probe()), network)
+        from .fingerprint import check
+
+        check(Identity.from_dict(stored, self.index.probe()), network)
 
 
 def _numpy(tensor: Any) -> np.ndarray:

@@ -15,7 +15,8 @@ from .build.report import Stages
 from .cotangents import AnchorCotangents
 from .encoding import LowRank
 from .errors import InputError, RecipeError
-from .identity import ALIKE, Identity, fingerprint
+from .fingerprint import fingerprint
+from .identity import ALIKE, Identity
 from .index import PartData, check_target, create
 from .models.checkpoints import read_affine
 from .network import EmbeddingNetwork

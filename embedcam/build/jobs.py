@@ -22,7 +22,8 @@ from ..assembly import (
 )
 from ..cotangents import AnchorCotangents
 from ..errors import InputError
-from ..identity import Identity, check, fingerprint
+from ..fingerprint import check, fingerprint
+from ..identity import Identity
 from ..images import ImageSource, Item
 from ..index import (
     ADD_INSTEAD,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, NetworkError
+from ..probe import probe_inputs
 from .gradients import Features, at_least_single, make_features
 from .injected import HeadAlone, Injected
 from .layers import find_layers
@@ -25,7 +26,6 @@ from .layouts import (
     choose_embedding,
     resolve,
 )
-from .probe import probe_inputs
 from .state import ModuleState
 from .tap import Change, run_parts, run_tapped, run_tapped_several
 

@@ -13,7 +13,7 @@ from embedcam import EmbeddingNetwork, Explainer, Index
 from embedcam.assembly import header
 from embedcam.cam import cam, resize
 from embedcam.encoding import Encoding, LowRank, fit_pca
-from embedcam.identity import fingerprint
+from embedcam.fingerprint import fingerprint
 from embedcam.index import PartData, create, quantize_coarse
 from embedcam.recipe import Recipe
 from embedcam.targets import head_cotangent

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .network import EmbeddingNetwork
+    from .onnx_network import OnnxNetwork
 
 __all__ = ["Explainer", "Explanation", "Fallback"]
 
@@ -69,6 +70,8 @@ class Explainer:
         index: an open index or its folder.
         network: the network the index was built with; None for `explain_features` only. Another
             network, layer or preprocessing is refused.
+        onnx: the same as a file that `embedcam export` wrote, or an `OnnxNetwork`, in place of
+            `network`: runs without torch.
         n_neighbors: images returned for a query, all of them in a smaller index.
         transfer: "mean" or "distance", see `transfer.coefficients`.
         trusted_from: trust from which an explanation counts as trusted, 0 to 1.
@@ -85,8 +88,9 @@ class Explainer:
     def __init__(
         self,
         index: Index | str | Path,
-        network: EmbeddingNetwork | None = None,
+        network: EmbeddingNetwork | OnnxNetwork | None = None,
         *,
+        onnx: str | Path | OnnxNetwork | None = None,
         n_neighbors: int = 5,
         transfer: str = "mean",
         trusted_from: float = TRUSTED_FROM,
@@ -113,8 +117,8 @@ class Explainer:
             root = images if images is not None else (manifest.get("images") or {}).get("root")
             self._root = None if root is None else Path(root)
             self._only_below = images is not None
-            if network is not None:
-                self._check(network)
+            if network is not None or onnx is not None:
+                self.network = self._admitted(network, onnx)
             self.preprocess = self._preprocess()
         except BaseException:
             if self.index is not index:
@@ -441,12 +445,32 @@ class Explainer:
         described = (self.index.manifest["network"] or {}).get("preprocess")
         return preprocess_from_dict(described) if described else None
 
-    def _check(self, network: EmbeddingNetwork) -> None:
+    def _admitted(
+        self, network: EmbeddingNetwork | OnnxNetwork | None, onnx: str | Path | OnnxNetwork | None
+    ) -> EmbeddingNetwork | OnnxNetwork:
+        """The network that was given, found to be the index's."""
+        if network is not None and onnx is not None:
+            raise InputError("give the network, or onnx, the same as a file; not both")
+        if network is None or hasattr(network, "for_index"):
+            return self._from_onnx(onnx if network is None else network)
         if not hasattr(network, "probe_images"):
             raise InputError(
                 f"network is a {type(network).__name__}; expected an EmbeddingNetwork: wrap it as "
                 "EmbeddingNetwork(module, layer, preprocess=...)"
             )
+        from .fingerprint import check
+
+        check(self._stored_identity(), network)
+        return network
+
+    def _from_onnx(self, onnx: Any) -> OnnxNetwork:
+        from .onnx_network import OnnxNetwork
+
+        stored = self._stored_identity()
+        network = onnx if isinstance(onnx, OnnxNetwork) else OnnxNetwork(onnx)
+        return network.for_index(stored, self._layers)
+
+    def _stored_identity(self) -> Identity:
         stored = self.index.manifest.get("network")
         if stored is None:
             raise InputError(
@@ -454,11 +478,9 @@ class Explainer:
                 "network cannot be checked against it; use explain_features, or build it again "
                 "naming the network"
             )
-        from .fingerprint import check
-
-        check(Identity.from_dict(stored, self.index.probe()), network)
+        return Identity.from_dict(stored, self.index.probe())
 
 
-def _numpy(tensor: Any) -> np.ndarray:
-    found: np.ndarray = tensor.cpu().numpy()
+def _numpy(values: Any) -> np.ndarray:
+    found: np.ndarray = values if isinstance(values, np.ndarray) else values.cpu().numpy()
     return found.astype(np.float32, copy=False)

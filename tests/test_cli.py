@@ -76,10 +76,11 @@ def index(built: Path, tmp_path: Path) -> str:
 
 def trusted(words: list[str]) -> list[str]:
     """What names the code of an index of these tests, where a command loads it unnamed."""
-    loads = words[:1] in (["explain"], ["add"]) or "--refit" in words
+    loads = words[:1] in (["explain"], ["add"], ["export"]) or "--refit" in words
     manifests = [Path(word) / "manifest.json" for word in words]
     ours = any(file.is_file() and NAMED[1] in file.read_text() for file in manifests)
-    return NAMED[:2] if loads and ours and "--network" not in words else []
+    said = {"--network", "--onnx"} & set(words)
+    return NAMED[:2] if loads and ours and not said else []
 
 
 Say = Callable[..., tuple[int, str, str]]
@@ -889,6 +890,7 @@ def test_the_examples_of_help_parse() -> None:
             "COMPACT",
             "COMPRESS",
             "EXPLAIN",
+            "EXPORT",
             "INFO",
             "VERIFY",
             "DEMO",

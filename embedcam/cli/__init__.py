@@ -1,9 +1,10 @@
-"""The command line: `embedcam build | add | explain | evaluate | info ...`; `COMMANDS` lists them.
+"""The command line: `embedcam build | add | explain | export | info ...`; `COMMANDS` lists them.
 
 parser.py    what can be said, with examples; imports nothing heavy, so that --help is quick
 networks.py  the network that options, a recipe or an index name
 offline.py   build, add, remove, compact, compress, demo
 online.py    explain
+exporting.py export
 evaluation.py evaluate
 report.py    info and verify, and how things are printed
 """

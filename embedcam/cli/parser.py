@@ -80,6 +80,16 @@ examples:
 boxes.csv has the columns path,x0,y0,x1,y1[,label][,width,height], a line a box; masks are named as
 the images are, white on the object. An image that the index holds is explained by others only.
 """
+EXPORT = """\
+examples:
+  embedcam export my.index -o network.onnx
+  embedcam export my.index -o network.onnx --weights resnet50.safetensors
+  embedcam explain my.index query.jpg --onnx network.onnx -o why.png      without torch
+
+One file with the activations and the embedding as outputs, for batches of any size, held against
+torch before it is put in place. The network is loaded as it was for the build; where its files
+have moved, say so with --weights and --head. Needs pip install "embedcam[onnx]".
+"""
 INFO = """\
 examples:
   embedcam info my.index
@@ -103,6 +113,7 @@ COMMANDS = {
     "compress": "offline.compress",
     "explain": "online.explain",
     "evaluate": "evaluation.evaluate",
+    "export": "exporting.export",
     "info": "report.info",
     "verify": "report.verify",
     "demo": "offline.demo",
@@ -178,6 +189,9 @@ def parser() -> argparse.ArgumentParser:
         _command(
             commands, "evaluate", "INDEX --images IMAGES", EVALUATE, "measure how good the maps are"
         )
+    )
+    _export(
+        _command(commands, "export", "INDEX -o FILE", EXPORT, "write the network as an ONNX file")
     )
     _index(_command(commands, "info", "INDEX", INFO, "say what an index holds"))
     _index(_command(commands, "verify", "INDEX", VERIFY, "check every promise of an index"))
@@ -424,6 +438,12 @@ def _explain(one: argparse.ArgumentParser) -> None:
         help="of the results' colours (default joint)",
     )
     one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    one.add_argument(
+        "--onnx",
+        metavar="FILE",
+        type=_path,
+        help="the network as `embedcam export` wrote it, run without torch",
+    )
     _network(one)
 
 
@@ -504,6 +524,14 @@ def _evaluate(one: argparse.ArgumentParser) -> None:
         choices=("fail", "skip"),
         help="what to do with a broken image (default fail)",
     )
+
+
+def _export(one: argparse.ArgumentParser) -> None:
+    _index(one)
+    one.add_argument(
+        "-o", "--output", metavar="FILE", type=_path, required=True, help="ONNX file to write"
+    )
+    _network(one)
 
 
 def _method_options(group: Any) -> None:

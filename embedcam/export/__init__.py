@@ -4,6 +4,7 @@ tracing.py   the network followed through one run: torch to ONNX
 writing.py   written, held against torch, put in place: `export_onnx`
 """
 
-from .writing import TOLERANCE, ExportReport, export_onnx
+from .tracing import check_packages
+from .writing import TOLERANCE, ExportReport, check_target, export_onnx
 
-__all__ = ["TOLERANCE", "ExportReport", "export_onnx"]
+__all__ = ["TOLERANCE", "ExportReport", "check_packages", "check_target", "export_onnx"]

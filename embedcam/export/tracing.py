@@ -42,7 +42,7 @@ def refuse_unexportable(network: EmbeddingNetwork) -> None:
         NetworkError: the packages for it are missing; a network over positions, in another
             precision than float32, or of more than two gigabytes.
     """
-    _refuse_missing_packages()
+    check_packages()
     if network.layout == "bkl":
         raise NetworkError("a network over positions takes no pictures and cannot be exported")
     if network.dtype != torch.float32:
@@ -63,7 +63,12 @@ def refuse_unexportable(network: EmbeddingNetwork) -> None:
         )
 
 
-def _refuse_missing_packages() -> None:
+def check_packages() -> None:
+    """Refuse to begin without what exporting takes.
+
+    Raises:
+        NetworkError: naming the package, and how to install it.
+    """
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
         raise NetworkError(
             f"exporting takes torch 2.6 or newer, and this is {torch.__version__}; run "
@@ -71,6 +76,7 @@ def _refuse_missing_packages() -> None:
         )
     try:
         import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise NetworkError(

@@ -68,7 +68,7 @@ def export_onnx(
         IndexFormatError: no index, or a broken one.
     """
     began = time.perf_counter()
-    target = _checked_target(path)
+    target = check_target(path)
     stored, layers = _asked_of(index)
     given = fingerprint(network)
     compare(stored, given)
@@ -133,7 +133,12 @@ def _asked_of(index: Index | str | Path) -> tuple[Identity, list[str]]:
             opened.close()
 
 
-def _checked_target(path: str | Path) -> Path:
+def check_target(path: str | Path) -> Path:
+    """The path of a file that can be written, before any work is done for it.
+
+    Raises:
+        InputError: a folder, something that is no file, or in a folder that is not there.
+    """
     target = Path(path)
     if target.is_dir():
         raise InputError(f"{target} is a folder; give a file, such as {target / 'network.onnx'}")

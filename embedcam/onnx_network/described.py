@@ -6,8 +6,9 @@
     embedcam.head      JSON: {"kind": "identity" | "affine" | "other", "bias": base64 or null}
 
 A head that is pooled and affine is z = W p + b, p the mean of the activations over positions and z
-the embedding before any normalisation; W is the basis of an index whose encoding has the origin
-"head", the identity where the kind says so. b is float32, little-endian, base64.
+the embedding before any normalisation. W is the identity where the kind says so; else the basis
+of an index whose encoding has the origin "head", times the number of positions of its `grid` (the
+basis is dz/dA). b is float32, little-endian, base64.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ allowed = set(told["allowed"])
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] not in allowed:
-            raise ImportError(f"{name} is not installed for serving")
+            raise ModuleNotFoundError(f"{name} is not installed for serving", name=name)
 
 
 sys.meta_path.insert(0, Refuse())
@@ -173,6 +173,74 @@ def test_the_command_line_explains_without_torch(served: Path, tmp_path: Path) -
     assert (done.returncode, done.stderr) == (0, f"page: {tmp_path / 'why.html'}\n")
     assert done.stdout.startswith(f"{query} -> {tmp_path / 'why.png'}\n")
     assert (tmp_path / "why.png").stat().st_size > 10_000
+    for command in (["explain", index, query, "--network", "torchvision:resnet18"],
+                    ["export", index, "-o", str(tmp_path / "other.onnx")]):  # fmt: skip
+        done = alone(COMMAND, words=command)
+        assert (done.returncode, done.stdout) == (4, "")
+        assert re.match(r"embedcam: this takes torch\w*, which is not installed; run", done.stderr)
+        assert done.stderr.count("\n") == 1
     for command in ("info", "verify"):
         done = alone(COMMAND, words=[command, index])
         assert (done.returncode, done.stderr) == (0, "")
+
+
+SERVE = """
+import importlib.util, threading
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+spec = importlib.util.spec_from_file_location("onnx_service", told["example"])
+example = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(example)
+from embedcam import Explainer
+
+explainer = Explainer(told["index"], onnx=example.OnnxNetwork(told["network"], threads=1))
+picture = Path(told["query"]).read_bytes()
+answers = []
+with example.Service(explainer) as service:
+    threading.Thread(target=service.serve_forever, daemon=True).start()
+    where = f"http://127.0.0.1:{service.server_port}"
+
+    def ask(path, data):
+        try:
+            with urlopen(Request(where + path, data=data), timeout=30) as reply:
+                answers.append([reply.status, json.load(reply)])
+        except HTTPError as error:
+            with error:
+                answers.append([error.code, json.load(error)])
+
+    ask("/explain?neighbors=3", picture)
+    ask("/explain", b"no picture")
+    ask("/explain?neighbors=no", picture)
+    ask("/explain", b"")
+    ask("/elsewhere", picture)
+    ask("/explain", picture)
+    service.shutdown()
+print(json.dumps(answers))
+assert not {"torch", "scipy", "matplotlib"} & set(sys.modules)
+"""
+
+
+def test_the_example_is_a_service_without_torch(served: Path) -> None:
+    done = alone(
+        SERVE,
+        example=str(ROOT / "examples" / "onnx_service.py"),
+        index=str(served / "my.index"),
+        network=str(served / "network.onnx"),
+        query=str(served / "query.png"),
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    few, none, odd, empty, lost, usual = json.loads(done.stdout)
+    with Index.open(served / "my.index") as index:
+        expected = Explainer(index, network_of()).explain(served / "query.png")
+    assert few[0] == usual[0] == 200
+    assert [one["id"] for one in few[1]["neighbors"]] == expected.ids[:3]
+    assert [one["id"] for one in usual[1]["neighbors"]] == expected.ids
+    drawn = expected.to_dict((14, 14))["cam"]
+    np.testing.assert_allclose(usual[1]["cam"], drawn, atol=1e-4 * np.max(drawn))
+    assert none[0] == 400
+    assert "is not an image of a known kind" in none[1]["error"]
+    assert odd == [400, {"error": "n_neighbors = 0; give a whole number of at least 1"}]
+    assert empty[0] == 413
+    assert lost == [404, {"error": "there is only POST /explain"}]

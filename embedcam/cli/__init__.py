@@ -70,6 +70,13 @@ def _say(error: Exception) -> int:
     """One sentence on the error stream; the whole traceback only with --debug."""
     code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), UNEXPECTED)
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("embedcam"):
+        # Installed for answering queries only, with --no-deps.
+        code = EXIT_CODES[NetworkError]
+        text = (
+            f"this takes {error.name}, which is not installed; run pip install embedcam, or "
+            "explain with --onnx FILE"
+        )
     if code == EXIT_CODES[EmbedcamError] and isinstance(error.__cause__, OSError):
         code = EXIT_CODES[OSError]
     if isinstance(error, OSError) and error.strerror:

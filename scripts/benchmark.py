@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from benchmark import building, exactness, explaining, indexes, zoo
+from benchmark import building, exactness, explaining, indexes, onnx, zoo
 
 SECTIONS = ("exactness", "build", "explain", "peers", "storage", "open", "search", "zoo", "memory",
-            "eigencam", "online")  # fmt: skip
+            "eigencam", "online", "onnx")  # fmt: skip
 
 
 def main() -> None:
@@ -67,6 +67,8 @@ def section(name: str, options: argparse.Namespace, folder: Path) -> str:
         return "\n".join(map(zoo.memory_report, ("resnet18", "mobilenet_v2")))
     if name == "eigencam":
         return zoo.decomposition_report(20 * rounds)
+    if name == "onnx":
+        return "\n".join(onnx.onnx_report(each, 4 * rounds, folder) for each in options.network)
     if name == "online":
         return zoo.online_report(fast, 4 * rounds, folder)
     return indexes.search_report(rows, 100 * rounds, folder)

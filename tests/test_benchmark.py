@@ -17,7 +17,7 @@ from embedcam.index import Index
 from embedcam.preprocess import Preprocess
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-PARTS = ("timing", "cases", "exactness", "building", "explaining", "indexes", "zoo")
+PARTS = ("timing", "cases", "exactness", "building", "explaining", "indexes", "onnx", "zoo")
 
 
 @pytest.fixture(scope="module")
@@ -248,3 +248,29 @@ def test_eigen_cam_is_timed_beside_a_full_decomposition(benchmark: SimpleNamespa
     rows = rows_of(benchmark.zoo.decomposition_report(1))[1:]
     assert [row[:2] for row in rows][:2] == [["2048 x 7 x 7", "full"], ["2048 x 7 x 7", "thin"]]
     assert all(float(row[4].split()[0]) > 0 for row in rows)
+
+
+def test_onnx_is_timed_beside_torch_and_its_maps_are_the_same(
+    benchmark: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: ModuleType = benchmark.onnx
+    monkeypatch.setattr(module, "BATCHES", (1, 2))
+    text = module.onnx_report("toy", 1, tmp_path, lambda name: toy_network())
+    rows = rows_of(text)[1:]
+    assert [row[0] for row in rows[:3]] == [
+        "batch 1, forward: torch",
+        "batch 1, forward: torch again (A/A)",
+        "batch 1, forward: ONNX Runtime",
+    ]
+    assert len(rows) == 2 * 2 * 3
+    assert all((row[3] != "") == ("ONNX" in row[0]) for row in rows)
+    assert "(<= 0.001: met)" in text
+
+    network = toy_network()
+    path = tmp_path / "toy-onnx"
+    with Index.open(path) as index:
+        right = module.Explainer(index, network)
+        other = module.Explainer(index, network, n_neighbors=2)
+        pictures = module.inputs(network, 3)
+        assert module.maps_off(right, right, pictures) == 0
+        assert module.maps_off(right, other, pictures) > 1e-3

@@ -92,7 +92,19 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["index", "explain", "explanation", "transfer", "encoding", "images", "metrics", "render"],
+    [
+        "index",
+        "explain",
+        "explanation",
+        "identity",
+        "onnx_network",
+        "probe",
+        "transfer",
+        "encoding",
+        "images",
+        "metrics",
+        "render",
+    ],
 )
 def test_what_serves_queries_needs_no_torch(module: str) -> None:
     loaded = loaded_after(f"import embedcam.{module}")

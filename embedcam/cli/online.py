@@ -29,12 +29,16 @@ def explain(options: argparse.Namespace) -> None:
     pictures = plan_pictures(options.output, options.queries)
     _check_page(options.html, options.queries)
     method = check_method(options)
+    _check_onnx(options)
     with Index.open(options.index) as index:
         asked = _asked(options, index)
-        network = named(network_of_index(index.manifest, network_options(options)))
+        network = None
+        if options.onnx is None:
+            network = named(network_of_index(index.manifest, network_options(options)))
         explainer = Explainer(
             index,
             network,
+            onnx=options.onnx,
             transfer=options.transfer,
             images=options.images,
             **trust_of(options, index, network),
@@ -76,6 +80,19 @@ def explain(options: argparse.Namespace) -> None:
         _write_page(options, rows)
     if options.json:
         print(json.dumps(records))
+
+
+def _check_onnx(options: argparse.Namespace) -> None:
+    """Refuse beside an ONNX file what takes the network as torch has it."""
+    if options.onnx is None:
+        return
+    said = [f"--{name.replace('_', '-')}" for name in network_options(options)]
+    said += [f"--{name}" for name in ("method", "fallback") if getattr(options, name)]
+    if said:
+        raise InputError(
+            f"--onnx takes the whole network from {options.onnx}, without torch; leave out "
+            f"{', '.join(said).replace('--normalize', '--no-normalize')}"
+        )
 
 
 def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .forking import ProcessLock
 from .images import read_image
 from .index import Index
 from .neighbors import check_wanted, find_neighbors
-from .opened import Given, Opened, prepared
+from .opened import Given, Opened, from_onnx, prepared
 from .preprocess import AnyPreprocess
 from .queries import check_count, check_features, check_sides, stacked
 from .transfer import coefficients
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .network import EmbeddingNetwork
+    from .onnx_network import OnnxNetwork
 
     Vector = np.ndarray[tuple[int], np.dtype[Any]]
     Vectors = np.ndarray[tuple[int, int], np.dtype[Any]]
@@ -54,6 +55,8 @@ class Explainer:
         index: its folder; or an open index, which stays the caller's to close.
         network: the network the index was built with; None for `explain_features` only. Another
             network, layer or preprocessing is refused.
+        onnx: the same as a file that `embedcam export` wrote, or an `OnnxNetwork`, in place of
+            `network`: runs without torch.
         n_neighbors: images returned for a query, all of them in a smaller index.
         transfer: "mean" or "distance", see `transfer.coefficients`.
         trusted_from: trust from which an explanation counts as trusted, 0 to 1.
@@ -70,8 +73,9 @@ class Explainer:
     def __init__(
         self,
         index: Index | str | Path,
-        network: EmbeddingNetwork | None = None,
+        network: EmbeddingNetwork | OnnxNetwork | None = None,
         *,
+        onnx: str | Path | OnnxNetwork | None = None,
         n_neighbors: int = 5,
         transfer: str = "mean",
         trusted_from: float = TRUSTED_FROM,
@@ -84,7 +88,10 @@ class Explainer:
         if isinstance(trusted_from, bool) or not 0 <= trusted_from <= 1:
             raise InputError(f"trusted_from = {trusted_from!r}; give a number from 0 to 1")
         self.trusted_from, self.fallback = float(trusted_from), fallback
-        self.network = network
+        if onnx is not None:
+            if network is not None:
+                raise InputError("give the network, or onnx, the same as a file; not both")
+            network = from_onnx(onnx)
         self._given = Given(network, None if images is None else Path(images))
         self._lock = ProcessLock()
         self._opened = Opened.first(index, self._given)
@@ -110,6 +117,11 @@ class Explainer:
     def index(self) -> Index:
         """The open index; another one after `reload`, and in a forked child."""
         return self._now().index
+
+    @property
+    def network(self) -> EmbeddingNetwork | OnnxNetwork | None:
+        """What embeds pictures, held against the index; None where features are given."""
+        return self._now().network
 
     @property
     def preprocess(self) -> AnyPreprocess | None:
@@ -185,7 +197,8 @@ class Explainer:
         neighbors: Sequence[Sequence[str]] | None = None,
     ) -> list[Explanation]:
         """Explain several queries with one forward pass; arguments as for `explain`."""
-        network, opened = self.network, self._now()
+        opened = self._now()
+        network = opened.network
         if network is None:
             raise InputError(
                 "this Explainer has no network, so it cannot embed a picture; give it one, or call "
@@ -361,6 +374,6 @@ class Explainer:
         return Choices(self.transfer, self.trusted_from, self.fallback, only_below)
 
 
-def _numpy(tensor: Any) -> np.ndarray:
-    found: np.ndarray = tensor.cpu().numpy()
+def _numpy(values: Any) -> np.ndarray:
+    found: np.ndarray = values if isinstance(values, np.ndarray) else values.cpu().numpy()
     return found.astype(np.float32, copy=False)

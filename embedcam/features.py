@@ -16,7 +16,8 @@ from .classes import Classes, label_codes
 from .cotangents import AnchorCotangents
 from .encoding import LowRank
 from .errors import InputError, RecipeError
-from .identity import ALIKE, Identity, fingerprint
+from .fingerprint import fingerprint
+from .identity import ALIKE, Identity
 from .index import PartData, check_target, create
 from .models.checkpoints import read_affine
 from .network import EmbeddingNetwork

@@ -15,6 +15,7 @@ from .calibration import Calibration
 from .encoding import Encoding
 from .errors import EmbedcamError, InputError
 from .forking import compute_on_one_thread
+from .identity import Identity
 from .images import read_image
 from .index import Index
 from .preprocess import AnyPreprocess, preprocess_from_dict
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from .network import EmbeddingNetwork
+    from .onnx_network import OnnxNetwork
 
 _LOG = logging.getLogger("embedcam")
 
@@ -31,7 +33,7 @@ _LOG = logging.getLogger("embedcam")
 class Given:
     """What an explainer was given beside the index, the same for every version of it."""
 
-    network: EmbeddingNetwork | None
+    network: EmbeddingNetwork | OnnxNetwork | None
     images: Path | None
 
 
@@ -41,6 +43,7 @@ class Opened:
 
     Attributes:
         index: open.
+        network: that it was built with, or None.
         layers, channels, encodings: of each layer, deepest first.
         calibrations: of trust, "one" and "several"; empty where the index holds none.
         preprocess: of the network, or as the index describes it; None where neither is known.
@@ -51,6 +54,7 @@ class Opened:
     """
 
     index: Index
+    network: EmbeddingNetwork | OnnxNetwork | None
     layers: tuple[str, ...]
     channels: tuple[int, ...]
     encodings: tuple[Encoding, ...]
@@ -147,13 +151,16 @@ class Opened:
     ) -> Self:
         manifest, layers = index.manifest, index.manifest["layers"]
         network = given.network
-        if network is not None and (before is None or not _same_network(index, before.index)):
-            check_network(index, network)
+        if before is not None and _same_network(index, before.index):
+            network = before.network
+        elif network is not None:
+            network = admitted(index, network)
         root = given.images
         if root is None:
             root = (manifest.get("images") or {}).get("root")
         return cls(
             index=index,
+            network=network,
             layers=tuple(str(layer["name"]) for layer in layers),
             channels=tuple(int(layer["channels"]) for layer in layers),
             encodings=tuple(index.encoding(number) for number in range(len(layers))),
@@ -169,8 +176,17 @@ class Opened:
         )
 
 
-def check_network(index: Index, network: EmbeddingNetwork) -> None:
-    """Refuse a network that the index was not built with.
+def from_onnx(onnx: str | Path | OnnxNetwork) -> OnnxNetwork:
+    """The network of an ONNX file; one that is opened already is taken as it is."""
+    from .onnx_network import OnnxNetwork
+
+    return onnx if isinstance(onnx, OnnxNetwork) else OnnxNetwork(onnx)
+
+
+def admitted(
+    index: Index, network: EmbeddingNetwork | OnnxNetwork
+) -> EmbeddingNetwork | OnnxNetwork:
+    """The network as the one of the index, or a refusal.
 
     Raises:
         NetworkMismatch: another network, layer or preprocessing.
@@ -181,16 +197,21 @@ def check_network(index: Index, network: EmbeddingNetwork) -> None:
             f"network is a {type(network).__name__}; expected an EmbeddingNetwork: wrap it as "
             "EmbeddingNetwork(module, layer, preprocess=...)"
         )
-    from . import identity
-
-    stored = index.manifest.get("network")
-    if stored is None:
+    described = index.manifest.get("network")
+    if described is None:
         raise InputError(
             "this index was built from features alone and does not know its network, so a "
             "network cannot be checked against it; use explain_features, or build it again "
             "naming the network"
         )
-    identity.check(identity.Identity.from_dict(stored, index.probe()), network)
+    stored = Identity.from_dict(described, index.probe())
+    # Not by its class, whose module would be loaded for every torch network.
+    if hasattr(network, "for_index"):
+        return network.for_index(stored, [layer["name"] for layer in index.manifest["layers"]])
+    from .fingerprint import check
+
+    check(stored, network)
+    return network
 
 
 def _same_network(index: Index, before: Index) -> bool:
@@ -203,7 +224,9 @@ def _same_network(index: Index, before: Index) -> bool:
     )
 
 
-def _preprocess(index: Index, network: EmbeddingNetwork | None) -> AnyPreprocess | None:
+def _preprocess(
+    index: Index, network: EmbeddingNetwork | OnnxNetwork | None
+) -> AnyPreprocess | None:
     """The network's own, which was held against the index's; else the one described."""
     if network is not None and network.preprocess is not None:
         found: AnyPreprocess = network.preprocess

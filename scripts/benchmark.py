@@ -24,13 +24,15 @@ from benchmark import (
     explaining,
     features,
     indexes,
+    onnx,
     receipts,
     trusting,
     zoo,
 )
 
 SECTIONS = ("exactness", "build", "explain", "peers", "storage", "open", "search", "zoo", "memory",
-            "eigencam", "online", "evaluate", "trust", "receipts", "features")  # fmt: skip
+            "eigencam", "online", "evaluate", "trust", "receipts", "features",
+            "onnx")  # fmt: skip
 
 
 def main() -> None:
@@ -77,6 +79,8 @@ def section(name: str, options: argparse.Namespace, folder: Path) -> str:
         return "\n".join(map(zoo.memory_report, ("resnet18", "mobilenet_v2")))
     if name == "eigencam":
         return zoo.decomposition_report(20 * rounds)
+    if name == "onnx":
+        return "\n".join(onnx.onnx_report(each, 4 * rounds, folder) for each in options.network)
     if name == "online":
         return zoo.online_report(fast, 4 * rounds, folder)
     if name == "evaluate":

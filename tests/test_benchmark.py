@@ -18,7 +18,7 @@ from embedcam.preprocess import Preprocess
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PARTS = ("timing", "cases", "exactness", "building", "explaining", "indexes", "zoo", "evaluating",
-         "trusting", "features")  # fmt: skip
+         "trusting", "features", "onnx")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -354,3 +354,29 @@ def test_trust_is_what_two_queries_and_two_builds_differ_by(
     assert not (tmp_path / "trusting").exists()
     took = {"without trust": np.array([1.0, 3.0]), "with trust": np.array([1.5, 3.25])}
     assert trusting.rows(took)[1][2:] == [trusting.ratio(*list(took.values())[::-1]), "375.00"]
+
+
+def test_onnx_is_timed_beside_torch_and_its_maps_are_the_same(
+    benchmark: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: ModuleType = benchmark.onnx
+    monkeypatch.setattr(module, "BATCHES", (1, 2))
+    text = module.onnx_report("toy", 1, tmp_path, lambda name: toy_network())
+    rows = rows_of(text)[1:]
+    assert [row[0] for row in rows[:3]] == [
+        "batch 1, forward: torch",
+        "batch 1, forward: torch again (A/A)",
+        "batch 1, forward: ONNX Runtime",
+    ]
+    assert len(rows) == 2 * 2 * 3
+    assert all((row[3] != "") == ("ONNX" in row[0]) for row in rows)
+    assert "(<= 0.001: met)" in text
+
+    network = toy_network()
+    path = tmp_path / "toy-onnx"
+    with Index.open(path) as index:
+        right = module.Explainer(index, network)
+        other = module.Explainer(index, network, n_neighbors=2)
+        pictures = module.inputs(network, 3)
+        assert module.maps_off(right, right, pictures) == 0
+        assert module.maps_off(right, other, pictures) > 1e-3

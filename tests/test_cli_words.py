@@ -14,7 +14,6 @@ from test_cli import NAMED, NETWORK
 
 from embedcam import Explainer, Index, load_network
 from embedcam.cli import main
-from embedcam.cli.parser import COMMANDS
 
 TRUSTED = NAMED[:2]
 QUERY = "photos/0/0.png"
@@ -56,9 +55,7 @@ def explained(index: str, result: str) -> object:
 # --- one result -----------------------------------------------------------------------------------
 
 
-def test_images_of_a_label_that_share_an_answer_are_said_to(
-    say: Say, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_of_a_label_that_share_an_answer_are_said_to(say: Say) -> None:
     assert explained("shared", "2/3.png").tiles()[0].subcaption == "what here speaks for\n2"
     assert explained("margin", "2/3.png").tiles()[0].subcaption == "what here matched\n3.png"
     asked = ("explain", "shared", QUERY, "--result", "2/3.png", "-o", "why.png", *TRUSTED)
@@ -67,9 +64,8 @@ def test_images_of_a_label_that_share_an_answer_are_said_to(
     assert out.splitlines()[0] == f"{QUERY} -> why.png (what speaks for 2)"
     note = "the images of a label share one answer: what speaks for 2; "
     assert note in err
-    assert "embedcam.PairExplainer" in err or f"compare shared {QUERY} 2/3.png`" in err
-    monkeypatch.setitem(COMMANDS, "compare", "online.compare")
-    assert f"; `embedcam compare shared {QUERY} 2/3.png` says what matches this" in say(*asked)[2]
+    assert f"; `embedcam compare shared {QUERY} 2/3.png` says what matches this one image" in err
+    assert say("compare", "shared", QUERY, "2/3.png", *TRUSTED)[0] == 0
     assert note not in say(*asked, "--quiet")[2]
     # Margins are each image's own, and so is a map that a method makes of the result itself.
     _, out, err = say("explain", "margin", QUERY, "--result", "2/3.png", "-o", "why.png", *TRUSTED)
@@ -141,9 +137,10 @@ def test_indexed_pictures_that_moved_are_counted(say: Say, tmp_path: Path) -> No
     (tmp_path / "after/0/0.png").unlink()
     _, _, err = say(*asked, "-o", tmp_path / "why.png", "--images", tmp_path / "after")
     assert f"note: 1 of 3 indexed pictures were not found under {tmp_path / 'after'}; " in err
-    code, out, err = say(*asked, "--images", tmp_path / "none")
-    assert (code, out) == (2, "")
-    assert f"--images {tmp_path / 'none'}: there is no such folder; give the one" in err
+    for words in (asked, ("compare", index, QUERY, "0/0.png", *TRUSTED)):
+        code, out, err = say(*words, "--images", tmp_path / "none")
+        assert (code, out) == (2, "")
+        assert f"--images {tmp_path / 'none'}: there is no such folder; give the one" in err
 
 
 def test_a_folder_for_pictures_is_made_when_there_are_some(say: Say, tmp_path: Path) -> None:
@@ -153,6 +150,9 @@ def test_a_folder_for_pictures_is_made_when_there_are_some(say: Say, tmp_path: P
     assert list(tmp_path.iterdir()) == []
     assert say("explain", "margin", QUERY, "-o", wanted, *TRUSTED)[0] == 0
     assert [file.name for file in wanted.iterdir()] == ["0.png"]
+    pair = ("compare", "margin", QUERY, "0/1.png", "-o", tmp_path / "pairs", *TRUSTED)
+    assert say(*pair)[0] == 0
+    assert [file.name for file in (tmp_path / "pairs").iterdir()] == ["0.png"]
 
 
 # --- ids ------------------------------------------------------------------------------------------
@@ -164,7 +164,8 @@ def test_ids_are_listed_and_their_list_is_named(say: Say) -> None:
     assert (code, out.splitlines()) == (0, expected)
     assert json.loads(say("info", "margin", "--ids", "--json")[1]) == expected
     for words in (["explain", "margin", QUERY, "--result", "zebra"], ["remove", "margin", "zebra"],
-                  ["explain", "margin", QUERY, "--neighbors", "0/0.png,zebra"]):  # fmt: skip
+                  ["explain", "margin", QUERY, "--neighbors", "0/0.png,zebra"],
+                  ["compare", "margin", QUERY, "zebra"]):  # fmt: skip
         code, _, err = say(*words)
         assert code == 2
         assert err == (

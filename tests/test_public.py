@@ -95,7 +95,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     "module",
     ["index", "explain", "explanation", "transfer", "encoding", "images", "metrics", "render",
-     "answer", "opened", "neighbors", "forking"],
+     "answer", "opened", "neighbors", "forking", "identity", "onnx_network", "probe"],
 )  # fmt: skip
 def test_what_serves_queries_needs_no_torch(module: str) -> None:
     loaded = loaded_after(f"import embedcam.{module}")

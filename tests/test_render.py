@@ -531,3 +531,26 @@ def test_rendering_needs_no_pyplot_and_only_then_matplotlib():
         "assert not {'matplotlib.pyplot', 'torch', 'cv2'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_matplotlib_the_default_colours_are_the_same_and_others_are_refused():
+    import subprocess
+    import sys
+
+    tile = Tile(photo(), np.arange(12.0).reshape(3, 4), caption="owls/1.jpg")
+    drawn = np.asarray(overlay(tile.image, tile.cam))
+    code = (
+        "import sys; sys.modules['matplotlib'] = None;"
+        "import embedcam.render as r, numpy as np; from PIL import Image;"
+        "from embedcam.errors import InputError;"
+        "p = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8);"
+        "cam = np.arange(12.0).reshape(3, 4); image = Image.fromarray(p);"
+        "out = r.panel(r.Tile(image, cam, caption='owls/1.jpg'), []);"
+        "assert out.size[0] > 500 and len(out.getcolors(1 << 20)) > 1000;"
+        "sys.stdout.buffer.write(r.overlay(image, cam).tobytes());\n"
+        "try: r.colormap(cam, 'viridis')\n"
+        "except InputError as error: sys.stderr.write(str(error))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout == drawn.tobytes()
+    assert b"'viridis' is matplotlib's, which is not installed; take inferno" in done.stderr

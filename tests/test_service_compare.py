@@ -1,6 +1,7 @@
 """POST /compare says what `PairExplainer` says, and its sums add up."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,7 +99,7 @@ def test_a_network_whose_head_is_not_to_be_had(index: Path) -> None:
         found = forward(images)
         return SimpleNamespace(embedding=found.embedding.numpy())
 
-    why.network = SimpleNamespace(forward=arrays)
+    why._opened = replace(why._opened, network=SimpleNamespace(forward=arrays))
     made = create_app(why)
     found = post(made, "/compare?result=c1%2F004.png", QUERY)
     assert found.error == (501, "no_receipts")

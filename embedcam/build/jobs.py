@@ -23,7 +23,8 @@ from ..assembly import (
 from ..classes import Classes, label_codes
 from ..cotangents import AnchorCotangents
 from ..errors import InputError
-from ..identity import Identity, check, fingerprint
+from ..fingerprint import check, fingerprint
+from ..identity import Identity
 from ..images import ImageSource, Item
 from ..index import (
     ADD_INSTEAD,

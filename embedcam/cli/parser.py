@@ -101,6 +101,16 @@ examples:
 One process, on this machine alone unless --host says otherwise. /openapi.json describes the
 addresses. SIGTERM and Ctrl-C end it once what was begun is finished; SIGHUP serves a changed index.
 """
+EXPORT = """\
+examples:
+  embedcam export my.index -o network.onnx
+  embedcam export my.index -o network.onnx --weights resnet50.safetensors
+  embedcam explain my.index query.jpg --onnx network.onnx -o why.png      without torch
+
+One file with the activations and the embedding as outputs, for batches of any size, held against
+torch before it is put in place. The network is loaded as it was for the build; where its files
+have moved, say so with --weights and --head. Needs pip install "embedcam[onnx]".
+"""
 INFO = """\
 examples:
   embedcam info my.index
@@ -127,6 +137,7 @@ COMMANDS = {
     "serve": "serving.serve",
     "compare": "pairs.compare",
     "evaluate": "evaluation.evaluate",
+    "export": "exporting.export",
     "info": "report.info",
     "verify": "report.verify",
     "demo": "offline.demo",
@@ -204,6 +215,9 @@ def parser() -> argparse.ArgumentParser:
         _command(
             commands, "evaluate", "INDEX --images IMAGES", EVALUATE, "measure how good the maps are"
         )
+    )
+    _export(
+        _command(commands, "export", "INDEX -o FILE", EXPORT, "write the network as an ONNX file")
     )
     one = _command(commands, "info", "INDEX", INFO, "say what an index holds")
     _index(one)
@@ -496,6 +510,12 @@ def _explain(one: argparse.ArgumentParser) -> None:
         help="of the results' colours (default joint)",
     )
     one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    one.add_argument(
+        "--onnx",
+        metavar="FILE",
+        type=_path,
+        help="the network as `embedcam export` wrote it, run without torch",
+    )
     _network(one)
 
 
@@ -635,6 +655,14 @@ def _evaluate(one: argparse.ArgumentParser) -> None:
         choices=("fail", "skip"),
         help="what to do with a broken image (default fail)",
     )
+
+
+def _export(one: argparse.ArgumentParser) -> None:
+    _index(one)
+    one.add_argument(
+        "-o", "--output", metavar="FILE", type=_path, required=True, help="ONNX file to write"
+    )
+    _network(one)
 
 
 def _method_options(group: Any) -> None:

@@ -1,6 +1,7 @@
 """Why did *these two* match? Receipts of a query and a result, which add up to the similarity.
 
 sides.py      what each cell and channel of one picture gives to its embedding
+heads.py      the head behind a pair, where all follows from the mean of the activations
 receipt.py    the receipt of a pair, and of a result against its rival: numbers alone
 drawing.py    receipts as pictures
 explainer.py  receipts of queries against the images of an index

@@ -1,6 +1,7 @@
 """Pictures: maps laid over images, panels of a query and its results, and pages of panels.
 
-Pillow draws, matplotlib lends its colour maps and fonts (imported when first needed, never pyplot).
+Pillow draws; matplotlib lends fonts and all colour maps but the default ones (imported when first
+needed, never pyplot), and may be missing.
 `overlay` is one picture, `panel` and `receipt_picture` one PNG, `page` one self-contained HTML
 file, and `page_head`, `page_row` and `page_foot` its pieces.
 """

@@ -47,12 +47,14 @@ class Wanted:
 def router(pipeline: Pipeline) -> APIRouter:
     """The endpoint."""
     routes = APIRouter(tags=["queries"])
-    pairs = PairExplainer(pipeline.explainer)
-    # Of the type: asking the network itself what its head is takes many passes.
-    has_head = hasattr(type(pipeline.explainer.network), "head_kind")
+    try:
+        pairs: PairExplainer | None = PairExplainer(pipeline.explainer)
+    except InputError:
+        pairs = None
     known = ("result", "rival", "centred", "cell", "matrix", "lines", "links")
 
     def compared(wanted: Wanted, inputs: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        assert pairs is not None  # or it was refused
         return [_compared(pairs, wanted, one) for one in inputs]
 
     @routes.post(
@@ -91,12 +93,12 @@ def router(pipeline: Pipeline) -> APIRouter:
             int, Query(ge=0, le=MAX_LINES, description="Best matching pairs of cells.")
         ] = 5,
     ) -> Response:
-        if not has_head:
+        if pairs is None:
             raise Refused(
                 501,
                 "no_receipts",
-                "receipts need the network's head by itself, which an ONNX file has not; serve the "
-                "network instead",
+                "receipts need the network's head by itself, which its ONNX file and this index do "
+                "not tell; serve the network instead",
             )
         row, _, column = (cell or "").partition(",")
         at = None if cell is None else (int(row), int(column))

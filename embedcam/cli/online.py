@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ImageError, InputError
 from ..writing import write_whole
 from .direct import check_method, options_of, redrawn, trust_of
-from .networks import named, network_of_index, network_options
+from .networks import check_onnx, network_given
 from .report import columns, note
 from .reporting import check_report, write
 
@@ -29,16 +29,13 @@ def explain(options: argparse.Namespace) -> None:
     pictures = plan_pictures(options.output, options.queries)
     _check_page(options.html, options.queries)
     method = check_method(options)
-    _check_onnx(options)
+    check_onnx(options)
     with Index.open(options.index) as index:
         asked = _asked(options, index)
-        network = None
-        if options.onnx is None:
-            network = named(network_of_index(index.manifest, network_options(options)))
+        network = network_given(options, index.manifest)
         explainer = Explainer(
             index,
             network,
-            onnx=options.onnx,
             transfer=options.transfer,
             images=options.images,
             **trust_of(options, index, network),
@@ -80,19 +77,6 @@ def explain(options: argparse.Namespace) -> None:
         _write_page(options, rows)
     if options.json:
         print(json.dumps(records))
-
-
-def _check_onnx(options: argparse.Namespace) -> None:
-    """Refuse beside an ONNX file what takes the network as torch has it."""
-    if options.onnx is None:
-        return
-    said = [f"--{name.replace('_', '-')}" for name in network_options(options)]
-    said += [f"--{name}" for name in ("method", "fallback") if getattr(options, name)]
-    if said:
-        raise InputError(
-            f"--onnx takes the whole network from {options.onnx}, without torch; leave out "
-            f"{', '.join(said).replace('--normalize', '--no-normalize')}"
-        )
 
 
 def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:

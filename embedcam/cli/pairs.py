@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from ..errors import InputError
-from .networks import named, network_of_index, network_options
+from .networks import check_onnx, network_given
 from .online import plan_pictures
 from .report import columns, note
 
@@ -17,13 +17,14 @@ def compare(options: argparse.Namespace) -> None:
     from ..pairs import PairExplainer
 
     # Whatever can be refused is refused before the network is loaded.
+    check_onnx(options)
     (picture,) = plan_pictures(options.output, [options.query])
     with Index.open(options.index) as index:
         for name in filter(None, (options.result, options.above)):
             index.position(name)
         if options.result == options.above:
             raise InputError(f"--above {options.above} is the result itself; name another image")
-        network = named(network_of_index(index.manifest, network_options(options)))
+        network = network_given(options, index.manifest)
         pairs = PairExplainer(Explainer(index, network, images=options.images))
         centred = not options.not_centred
         made: Any

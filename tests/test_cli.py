@@ -1185,6 +1185,14 @@ def test_export_says_what_it_wrote_and_explain_runs_it(
     expected = np.array(with_torch[0]["cam"])
     np.testing.assert_allclose(without[0]["cam"], expected, atol=1e-5 * expected.max())
 
+    pair = [built, query, "2/2.png", "--lines", "4"]
+    with_torch = answer(say, "compare", *pair)["pair"]
+    without = answer(say, "compare", *pair, "--onnx", exported)["pair"]
+    assert without["exact"]
+    for one, expected in zip(without["channels"], with_torch["channels"], strict=True):
+        assert one["channel"] == expected["channel"]
+        assert one["contribution"] == pytest.approx(expected["contribution"], abs=1e-5)
+
     other = tmp_path / "other.onnx"
     told = answer(say, "export", built, "-o", other)
     assert told["path"] == str(other)

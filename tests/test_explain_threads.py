@@ -24,7 +24,7 @@ from embedcam import (
     Explanation,
     Index,
     Recipe,
-    identity,
+    fingerprint,
 )
 from embedcam.errors import IndexFormatError, InputError, NetworkMismatch
 from embedcam.explanation import Asked
@@ -378,9 +378,9 @@ def test_the_network_of_a_new_version_is_checked_and_cheaply_where_it_is_the_sam
     switch(link, versions[0])
     explainer = Explainer(link, network)
     checks: list[Any] = []
-    check = identity.check
+    check = fingerprint.check
     monkeypatch.setattr(
-        identity, "check", lambda stored, given: (checks.append(stored), check(stored, given))
+        fingerprint, "check", lambda stored, given: (checks.append(stored), check(stored, given))
     )
     switch(link, versions[1])
     assert explainer.reload()

@@ -11,7 +11,8 @@ import pytest
 from build_samples import dense, pictures, quicken, toy
 from service_client import ask, built, data_of, explainer, form, picture, post
 
-from embedcam import Explainer, PairExplainer, build_index
+from embedcam import EmbeddingNetwork, Explainer, PairExplainer, build_index
+from embedcam.export import export_onnx
 from embedcam.service import create_app
 from embedcam.service.schemas import CompareAnswer
 
@@ -88,6 +89,29 @@ def test_a_head_that_is_not_affine(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert one["exact"] is False
     CompareAnswer.model_validate(post(made, "/compare?result=c1%2F004.png&matrix=1", QUERY).json())
     made.state.pipeline.close()
+
+
+def test_an_onnx_file_answers_as_its_network_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    quicken(monkeypatch)
+    index = built(tmp_path, recipe=None)  # which keeps the head's matrix
+    own = explainer(index)
+    module = own.network.module
+    # Without what counts the batches of a toy, which no exporter can follow.
+    plain = EmbeddingNetwork.from_parts(*module, module=module, preprocess=own.preprocess)
+    export_onnx(own.index, plain, tmp_path / "network.onnx")
+    apps = [create_app(Explainer(index, onnx=tmp_path / "network.onnx")), create_app(own)]
+    target = "/compare?result=c1%2F004.png&matrix=true"
+    (one,), (other,) = (post(each, target, QUERY).json()["receipts"] for each in apps)
+    assert one["exact"]
+    np.testing.assert_allclose(one["matrix"], other["matrix"], atol=1e-5)
+    found, wanted = (post(each, "/explain", QUERY).json() for each in apps)
+    assert [a["id"] for a in found["neighbors"]] == [a["id"] for a in wanted["neighbors"]]
+    np.testing.assert_allclose(found["cam"], wanted["cam"], atol=1e-4 * np.max(wanted["cam"]))
+    for each in apps:
+        each.state.pipeline.close()
 
 
 def test_a_network_whose_head_is_not_to_be_had(index: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ImageError, InputError
 from ..writing import write_whole
 from .direct import check_method, options_of, redrawn, trust_of
-from .networks import named, network_of_index, network_options
+from .networks import check_onnx, network_given
 from .report import columns, counted, listing_ids, note
 from .reporting import check_report, write
 
@@ -32,17 +32,14 @@ def explain(options: argparse.Namespace) -> None:
     _check_page(options.html, options.queries)
     check_images(options.images)
     method = check_method(options)
-    _check_onnx(options)
+    check_onnx(options)
     with Index.open(options.index) as index:
         asked = _asked(options, index)
         _say_shared(options, index)
-        network = None
-        if options.onnx is None:
-            network = named(network_of_index(index.manifest, network_options(options)))
+        network = network_given(options, index.manifest)
         explainer = Explainer(
             index,
             network,
-            onnx=options.onnx,
             transfer=options.transfer,
             images=options.images,
             **trust_of(options, index, network),
@@ -138,19 +135,6 @@ def check_images(folder: str | None) -> None:
     if folder is not None and not Path(folder).is_dir():
         raise InputError(
             f"--images {folder}: there is no such folder; give the one the indexed images lie in"
-        )
-
-
-def _check_onnx(options: argparse.Namespace) -> None:
-    """Refuse beside an ONNX file what takes the network as torch has it."""
-    if options.onnx is None:
-        return
-    said = [f"--{name.replace('_', '-')}" for name in network_options(options)]
-    said += [f"--{name}" for name in ("method", "fallback") if getattr(options, name)]
-    if said:
-        raise InputError(
-            f"--onnx takes the whole network from {options.onnx}, without torch; leave out "
-            f"{', '.join(said).replace('--normalize', '--no-normalize')}"
         )
 
 

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from ..errors import InputError
-from .networks import named, network_of_index, network_options
+from .networks import check_onnx, network_given
 from .online import check_images, plan_pictures
 from .report import columns, listing_ids, note
 
@@ -17,6 +17,7 @@ def compare(options: argparse.Namespace) -> None:
     from ..pairs import PairExplainer
 
     # Whatever can be refused is refused before the network is loaded.
+    check_onnx(options)
     (picture,) = plan_pictures(options.output, [options.query])
     check_images(options.images)
     with Index.open(options.index) as index:
@@ -25,7 +26,7 @@ def compare(options: argparse.Namespace) -> None:
                 index.position(name)
         if options.result == options.above:
             raise InputError(f"--above {options.above} is the result itself; name another image")
-        network = named(network_of_index(index.manifest, network_options(options)))
+        network = network_given(options, index.manifest)
         pairs = PairExplainer(Explainer(index, network, images=options.images))
         centred = not options.not_centred
         made: Any

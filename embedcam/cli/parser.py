@@ -95,6 +95,7 @@ the images are, white on the object. An image that the index holds is explained 
 SERVE = """\
 examples:
   embedcam serve my.index
+  embedcam serve my.index --onnx network.onnx
   embedcam serve my.index --port 9000 --max-neighbors 20 --timeout 10
   curl -F image=@query.jpg http://127.0.0.1:8000/explain
 
@@ -303,6 +304,16 @@ def _work(one: argparse.ArgumentParser) -> None:
     )
 
 
+def _online(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    one.add_argument(
+        "--onnx",
+        metavar="FILE",
+        type=_path,
+        help="the network as `embedcam export` wrote it, run without torch",
+    )
+
+
 def _index(one: argparse.ArgumentParser) -> None:
     one.add_argument("index", metavar="INDEX", type=_path, help="folder of the index")
 
@@ -447,7 +458,7 @@ def _compare(one: argparse.ArgumentParser) -> None:
         action="store_true",
         help="do not put apart what the average image of the index shares",
     )
-    one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    _online(one)
     _network(one)
 
 
@@ -509,13 +520,7 @@ def _explain(one: argparse.ArgumentParser) -> None:
         default="joint",
         help="of the results' colours (default joint)",
     )
-    one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
-    one.add_argument(
-        "--onnx",
-        metavar="FILE",
-        type=_path,
-        help="the network as `embedcam export` wrote it, run without torch",
-    )
+    _online(one)
     _network(one)
 
 
@@ -554,7 +559,7 @@ def _serve(one: argparse.ArgumentParser) -> None:
         action="store_true",
         help="where the transfer is not trusted, compute the weights on the query itself",
     )
-    one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    _online(one)
     group = one.add_argument_group("limits")
     group.add_argument(
         "--max-body", metavar="BYTES", type=_positive, help="of a request (default 20000000)"

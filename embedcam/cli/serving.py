@@ -11,7 +11,7 @@ from typing import Any
 
 from ..service import check_installed
 from .direct import trust_of
-from .networks import named, network_of_index, network_options
+from .networks import check_onnx, network_given
 from .report import counted, note
 
 
@@ -24,11 +24,12 @@ def serve(options: argparse.Namespace) -> None:
     from ..service.app import create_app
 
     # Whatever can be refused is refused before the network is loaded.
+    check_onnx(options)
     limits = _limits(options)
     with ExitStack() as stack:
         bound = stack.enter_context(closing(server.bind(options.host, options.port)))
         with Index.open(options.index, with_faiss=False) as index:
-            network = named(network_of_index(index.manifest, network_options(options)))
+            network = network_given(options, index.manifest)
             chosen: dict[str, Any] = trust_of(options, index, network)
         if options.n_neighbors is not None:
             chosen["n_neighbors"] = options.n_neighbors

@@ -25,7 +25,7 @@ examples:
   embedcam build photos/ my.index --network torchvision:resnet50
   embedcam build list.csv my.index --network torchvision:mobilenet_v2 \\
       --weights mobilenet.safetensors --head head.safetensors --resize squash
-  embedcam build photos/ my.index --network mypackage.models:make --recipe index/recipes/paper.toml
+  embedcam build photos/ my.index --network mypackage.models:make --recipe paper
   embedcam build my.index --embeddings e.npy --pooled p.npy --grid 7x7 --ids ids.csv
   embedcam build my.index --refit                fit again on all images, also those added later
 
@@ -33,8 +33,9 @@ A killed build goes on where it stopped when the same command is run again.
 IMAGES is a folder with a folder per class, a flat folder, or a CSV with path,label[,id].
 """
 ADD = """\
-example:
+examples:
   embedcam add my.index more-photos/
+  embedcam add my.index photos/ --skip-existing          only those that are new
 
 What the first build fitted stays as it is; weights of old images are not computed again.
 """
@@ -115,6 +116,7 @@ INFO = """\
 examples:
   embedcam info my.index
   embedcam info my.index --json
+  embedcam info my.index --ids                   the ids of its images, one a line
 """
 VERIFY = """\
 example:
@@ -218,7 +220,9 @@ def parser() -> argparse.ArgumentParser:
     _export(
         _command(commands, "export", "INDEX -o FILE", EXPORT, "write the network as an ONNX file")
     )
-    _index(_command(commands, "info", "INDEX", INFO, "say what an index holds"))
+    one = _command(commands, "info", "INDEX", INFO, "say what an index holds")
+    _index(one)
+    one.add_argument("--ids", action="store_true", help="list the ids of its images, one a line")
     _index(_command(commands, "verify", "INDEX", VERIFY, "check every promise of an index"))
     one = _command(commands, "demo", "[FOLDER]", DEMO, "the main job on handwritten digits")
     one.add_argument(
@@ -317,7 +321,11 @@ def _index(one: argparse.ArgumentParser) -> None:
 def _build(one: argparse.ArgumentParser) -> None:
     one.add_argument("images", metavar="IMAGES", nargs="?", type=_path, help="folder or CSV")
     _index(one)
-    one.add_argument("--recipe", metavar="FILE", help="TOML file; other options win over it")
+    one.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="default, paper, unlabelled, or a TOML file; other options win over it",
+    )
     one.add_argument("--labels", choices=("auto", "folders", "none"), help="where labels are")
     one.add_argument("--refit", action="store_true", help="redo a finished index")
     _network(one)
@@ -335,7 +343,12 @@ def _build(one: argparse.ArgumentParser) -> None:
         "the network explains, named as a build prints it",
     )
     _method_options(group)
-    group.add_argument("--target", metavar="NAME", help="margin (default), discriminant or centred")
+    group.add_argument(
+        "--target",
+        metavar="NAME",
+        help="auto (default: discriminant where it has a closed form, else margin), margin, "
+        "discriminant or centred",
+    )
     group.add_argument("--norm", metavar="WAY", help="through (default) or around the L2 norm")
     group.add_argument(
         "--sampling", metavar="NAME", help="auto (default), all, random, semihard or hard"
@@ -379,6 +392,9 @@ def _build(one: argparse.ArgumentParser) -> None:
 def _add(one: argparse.ArgumentParser) -> None:
     _index(one)
     one.add_argument("images", metavar="IMAGES", type=_path, help="folder or CSV")
+    one.add_argument(
+        "--skip-existing", action="store_true", help="leave out images that INDEX holds already"
+    )
     one.add_argument("--labels", choices=("auto", "folders", "none"), help="where labels are")
     _network(one)
     _work(one)
@@ -413,6 +429,11 @@ def _compress(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument(
         "--per-class", action="store_true", help="N for each label, each with its label"
+    )
+    one.add_argument(
+        "--replace",
+        action="store_true",
+        help="swap an index of prototypes that OUTPUT holds for the new one",
     )
     one.add_argument(
         "--seed",

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -328,6 +328,12 @@ def may_follow(path: str, root: Path | None, only_below: bool) -> bool:
     if below:
         return True
     return found.is_absolute() and (not only_below or found.is_relative_to(os.path.abspath(root)))
+
+
+def small_size(shape: Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a map `[H W]` in JSON: at most 14 cells a side, twice the usual grid."""
+    height, width = shape
+    return min(14, height), min(14, width)
 
 
 def save_picture(draw: Callable[[], Image.Image], path: str | Path) -> Path:

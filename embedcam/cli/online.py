@@ -20,8 +20,8 @@ from .reporting import check_report, write
 def explain(options: argparse.Namespace) -> None:
     """Explain query images against an index."""
     from ..explain import Explainer
+    from ..explanation import small_size
     from ..index import Index
-    from ..report import small_size
 
     # Whatever can be refused is refused before the network is loaded.
     reported = check_report(options)

@@ -950,7 +950,7 @@ def test_help_is_quick_and_shows_examples() -> None:
 
 
 def test_the_examples_of_help_parse() -> None:
-    from embedcam.cli import parser as texts
+    from embedcam.cli import examples as texts
 
     lines = [
         line.strip()

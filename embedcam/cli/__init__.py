@@ -1,9 +1,14 @@
 """The command line: `embedcam build | add | explain | export | info ...`; `COMMANDS` lists them.
 
-parser.py    what can be said, with examples; imports nothing heavy, so that --help is quick
+parser.py    what can be said; imports nothing heavy, so that --help is quick
+examples.py  what --help ends with
+options.py, options_offline.py, options_online.py  the options of the commands
+values.py    what stands behind an option, read
 networks.py  the network that options, a recipe or an index name
 offline.py   build, add, remove, compact, compress, demo
 online.py    explain
+pairs.py     compare
+serving.py   serve
 reporting.py explain --report
 exporting.py export
 evaluation.py evaluate

@@ -3,6 +3,7 @@
 EmbedcamError
 ├── InputError (also ValueError)     an argument, array or option that cannot be used
 │   ├── ImageError                   an image that cannot be read, with its path
+│   │   └── ImageTooLarge            one of more pixels than the limit
 │   └── RecipeError                  choices that do not go together; names the nearest valid ones
 ├── NetworkError                     a network, layer or weights file that cannot be used
 │   └── NetworkMismatch              a working network, but not the one the index was built with
@@ -23,6 +24,10 @@ class InputError(EmbedcamError, ValueError):
 
 class ImageError(InputError):
     """An image that cannot be read; the message begins with its path or name."""
+
+
+class ImageTooLarge(ImageError):  # noqa: N818 - reads as the fact it states
+    """An image of more pixels than the limit; not one of them was decoded."""
 
 
 class RecipeError(InputError):

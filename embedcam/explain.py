@@ -242,6 +242,20 @@ class Explainer:
         ]
         return found[0] if single else found
 
+    def picture_file(self, id: str) -> Path | None:
+        """Where an indexed image's picture lies; None where the index's path is not to be followed.
+
+        See `explanation.may_follow`: a path that climbs out of the images' folder is not.
+
+        Raises:
+            InputError: an unknown or removed id.
+        """
+        (path,) = self.index.select([self.index.position(id)]).paths
+        joined = self._path(path)
+        if not may_follow(joined, self._root or Path(), self._only_below):
+            return None
+        return Path(joined)
+
     # Neighbours
 
     def _wanted(
@@ -420,9 +434,8 @@ class Explainer:
             ImageError: it has no picture, or one that cannot be read or lies outside the folder of
                 the images.
         """
-        row = self.index.select([self.index.position(id)])
-        path = self._path(row.paths[0])
-        if not may_follow(path, self._root or Path(), self._only_below):
+        path = self.picture_file(id)
+        if path is None:
             raise ImageError(
                 f"{id}: the index names no picture of it below the folder of its images; give "
                 "images=, the folder they lie in now"

@@ -889,6 +889,7 @@ def test_the_examples_of_help_parse() -> None:
             "COMPACT",
             "COMPRESS",
             "EXPLAIN",
+            "SERVE",
             "INFO",
             "VERIFY",
             "DEMO",

@@ -17,7 +17,8 @@ FLOORS = {
     6: ["assembly", "pairs", "prototypes"],
     7: ["build"],
     8: ["demo", "evaluate", "features"],
-    9: ["cli"],
+    9: ["service"],
+    10: ["cli"],
 }
 FLOOR_OF = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 # What a room must not load even indirectly: `explain` draws without back-propagation because the

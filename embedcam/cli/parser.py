@@ -80,6 +80,15 @@ examples:
 boxes.csv has the columns path,x0,y0,x1,y1[,label][,width,height], a line a box; masks are named as
 the images are, white on the object. An image that the index holds is explained by others only.
 """
+SERVE = """\
+examples:
+  embedcam serve my.index
+  embedcam serve my.index --port 9000 --max-neighbors 20 --timeout 10
+  curl -F image=@query.jpg http://127.0.0.1:8000/explain
+
+One process, on this machine alone unless --host says otherwise. /openapi.json describes the
+addresses. SIGTERM and Ctrl-C end it once what was begun is finished.
+"""
 INFO = """\
 examples:
   embedcam info my.index
@@ -102,6 +111,7 @@ COMMANDS = {
     "compact": "offline.compact",
     "compress": "offline.compress",
     "explain": "online.explain",
+    "serve": "serving.serve",
     "evaluate": "evaluation.evaluate",
     "info": "report.info",
     "verify": "report.verify",
@@ -174,6 +184,7 @@ def parser() -> argparse.ArgumentParser:
         _command(commands, "compress", "INDEX OUTPUT", COMPRESS, "merge an index into prototypes")
     )
     _explain(_command(commands, "explain", "INDEX IMAGE ...", EXPLAIN, "explain query images"))
+    _serve(_command(commands, "serve", "INDEX", SERVE, "explain over HTTP"))
     _evaluate(
         _command(
             commands, "evaluate", "INDEX --images IMAGES", EVALUATE, "measure how good the maps are"
@@ -424,6 +435,64 @@ def _explain(one: argparse.ArgumentParser) -> None:
         help="of the results' colours (default joint)",
     )
     one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    _network(one)
+
+
+def _serve(one: argparse.ArgumentParser) -> None:
+    _index(one)
+    one.add_argument(
+        "--host", metavar="NAME", type=_path, default="127.0.0.1", help="default 127.0.0.1"
+    )
+    one.add_argument(
+        "--port", metavar="N", type=_whole, default=8000, help="0 takes a free one (default 8000)"
+    )
+    one.add_argument(
+        "--allow-host",
+        metavar="NAME",
+        type=_path,
+        action="append",
+        help="a name that requests may call this service by, such as a proxy's; may be repeated",
+    )
+    one.add_argument(
+        "-n", "--n-neighbors", type=_positive, metavar="N", help="results a query (default 5)"
+    )
+    one.add_argument(
+        "--transfer",
+        choices=("mean", "distance"),
+        default="mean",
+        help="how neighbours count (default mean)",
+    )
+    one.add_argument(
+        "--trusted-from",
+        type=_share,
+        metavar="T",
+        help="trust from which a transfer counts, 0 to 1 (default 0.5)",
+    )
+    one.add_argument(
+        "--fallback",
+        action="store_true",
+        help="where the transfer is not trusted, compute the weights on the query itself",
+    )
+    one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    group = one.add_argument_group("limits")
+    group.add_argument(
+        "--max-body", metavar="BYTES", type=_positive, help="of a request (default 20000000)"
+    )
+    group.add_argument(
+        "--max-pixels", metavar="N", type=_positive, help="of a picture (default 25000000)"
+    )
+    group.add_argument(
+        "--max-neighbors", metavar="N", type=_positive, help="of a request (default 100)"
+    )
+    group.add_argument(
+        "--timeout", metavar="SECONDS", type=_amount, help="for the body, and for the answer (30)"
+    )
+    group.add_argument(
+        "--concurrency", metavar="N", type=_positive, help="requests at a time (default 16)"
+    )
+    group.add_argument(
+        "--batch", metavar="N", type=_positive, help="pictures a pass of the network (default 8)"
+    )
     _network(one)
 
 

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import numpy as np
 from PIL import Image
 
-from embedcam.errors import ImageError
+from embedcam.errors import ImageError, ImageTooLarge
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
@@ -180,7 +180,7 @@ def _check_size(name: str, size: Any, max_pixels: int) -> None:
         raise ImageError(f"{name}: has no pixels ({' x '.join(map(str, size))})")
     width, height = size
     if width * height > max_pixels:
-        raise ImageError(
+        raise ImageTooLarge(
             f"{name}: has {width} x {height} pixels, above the limit of {max_pixels}; "
             "raise max_pixels if you trust it"
         )

@@ -1,0 +1,98 @@
+"""The command that answers over HTTP."""
+
+import argparse
+import json
+import logging
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any
+
+from ..service import check_installed
+from .direct import trust_of
+from .networks import named, network_of_index, network_options
+from .report import counted, note
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Explain over HTTP until a signal."""
+    check_installed()
+    from ..explain import Explainer
+    from ..index import Index
+    from ..service import server
+    from ..service.app import create_app
+
+    # Whatever can be refused is refused before the network is loaded.
+    limits = _limits(options)
+    with (
+        closing(server.bind(options.host, options.port)) as bound,
+        Index.open(options.index) as index,
+    ):
+        network = named(network_of_index(index.manifest, network_options(options)))
+        chosen: dict[str, Any] = trust_of(options, index, network)
+        if options.n_neighbors is not None:
+            chosen["n_neighbors"] = options.n_neighbors
+        explainer = Explainer(
+            index, network, transfer=options.transfer, images=options.images, **chosen
+        )
+        app = create_app(explainer, limits=limits, hosts=_hosts(options, bound))
+        _announce(options, bound, len(index))
+        with _logged(options):
+            server.serve(
+                app, bound, seconds=limits.seconds, reload=getattr(explainer, "reload", None)
+            )
+
+
+def _limits(options: argparse.Namespace) -> Any:
+    """The limits that were given; the others are the default's."""
+    from ..service.limits import Limits
+
+    names = {
+        "body_bytes": options.max_body,
+        "pixels": options.max_pixels,
+        "n_neighbors": options.max_neighbors,
+        "seconds": options.timeout,
+        "concurrency": options.concurrency,
+        "batch": options.batch,
+    }
+    return Limits(**{name: value for name, value in names.items() if value is not None})
+
+
+def _hosts(options: argparse.Namespace, bound: socket.socket) -> list[str] | None:
+    """The names this service goes by; any, where other machines reach it and none was named."""
+    from ..service.server import LOOPBACK, is_loopback
+
+    if options.allow_host:
+        return [*options.allow_host, *LOOPBACK]
+    return [options.host, *LOOPBACK] if is_loopback(bound) else None
+
+
+@contextmanager
+def _logged(options: argparse.Namespace) -> Iterator[None]:
+    """A line a request on the error stream; with --quiet only what goes wrong."""
+    log, shown = logging.getLogger("embedcam"), logging.StreamHandler(sys.stderr)
+    shown.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    before = log.level
+    log.addHandler(shown)
+    log.setLevel(logging.WARNING if options.quiet else logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(shown)
+        log.setLevel(before)
+
+
+def _announce(options: argparse.Namespace, bound: socket.socket, images: int) -> None:
+    from ..service.server import address_of, is_loopback
+
+    address = address_of(bound)
+    text = f"{address}  {options.index}, {counted(images, 'image')}; Ctrl-C ends it"
+    values = {"address": address, "index": options.index, "images": images}
+    print(json.dumps(values) if options.json else text, flush=True)
+    if not is_loopback(bound):
+        note(
+            options,
+            f"note: other machines reach {options.host}, and nobody is asked for a password: put a "
+            "proxy before it that does",
+        )

@@ -1,0 +1,137 @@
+"""Around every request: which hosts it may name, its line in the log, and headers for browsers."""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import Final
+from urllib.parse import quote
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import Refused, response_of
+from .telemetry import Telemetry
+
+logger = logging.getLogger("embedcam.service")
+
+HEADERS: Final[Mapping[str, str]] = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; object-src 'none'; "
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+_DRAIN_SECONDS, _DRAIN_BYTES = 0.5, 64_000_000
+
+
+class Frame:
+    """An ASGI application around the service's.
+
+    Args:
+        app: the service's.
+        telemetry: counts requests.
+        hosts: names that a `Host` header may have, without port; None takes any. A page of another
+            site that resolves to this machine (DNS rebinding) is refused by it.
+    """
+
+    def __init__(self, app: ASGIApp, telemetry: Telemetry, hosts: Collection[str] | None) -> None:
+        self.app, self.telemetry = app, telemetry
+        self.hosts = None if hosts is None else frozenset(map(str.lower, hosts))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request; whatever fails in it is answered too, and logged."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        asked = scope["method"]
+        # What GET would say, without the body.
+        inner: Scope = {**scope, "method": "GET" if asked == "HEAD" else asked}
+        body = _Body(receive, Headers(scope=scope))
+        reply = _Reply(send, body, asked == "HEAD")
+        try:
+            refused = self._wrong_host(scope)
+            if refused is None:
+                await self.app(inner, body.receive, reply.send)
+            else:
+                await response_of(refused)(inner, body.receive, reply.send)
+        except Exception as error:
+            if reply.status:  # half an answer cannot be taken back
+                logger.exception("failed while answering")
+                raise
+            await response_of(error)(inner, body.receive, reply.send)
+        finally:
+            took = time.perf_counter() - start
+            self._tell(inner, asked, reply.status, took)
+
+    def _wrong_host(self, scope: Scope) -> Refused | None:
+        if self.hosts is None:
+            return None
+        given = Headers(scope=scope).get("host", "").lower()
+        if re.sub(r":[0-9]*$", "", given) in self.hosts:
+            return None
+        return Refused(
+            403, "wrong_host", "this service does not go by the name in the Host header; start it "
+            "with --allow-host NAME if it should",
+        )  # fmt: skip
+
+    def _tell(self, scope: Scope, method: str, status: int, seconds: float) -> None:
+        known = method in ("GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH")
+        route = getattr(scope.get("route"), "path", "") or "other"
+        self.telemetry.answered(method if known else "other", route, status, seconds)
+        # Quoted: a line break in an address would forge a line of the log.
+        path = quote(scope["path"][:200], errors="replace")
+        shown = method if known else "other"
+        logger.info("%s %s %d %.1f ms", shown, path, status, 1e3 * seconds)
+
+
+class _Body:
+    """The request's body, and how much of it has been taken."""
+
+    def __init__(self, receive: Receive, headers: Headers) -> None:
+        self._receive, self._started = receive, False
+        length = headers.get("content-length", "0")
+        self.left = "transfer-encoding" in headers or length.strip() not in ("", "0")
+        self._asks_first = headers.get("expect", "").lower() == "100-continue"
+
+    async def receive(self) -> Message:
+        self._started = True
+        message = await self._receive()
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            self.left = False
+        return message
+
+    async def drain(self) -> None:
+        """Take what is still coming, for a moment: a client that is sending hears no answer."""
+        if self._asks_first and not self._started:
+            return
+        taken = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_SECONDS):
+                while self.left and taken < _DRAIN_BYTES:
+                    taken += len((await self.receive()).get("body", b""))
+
+
+class _Reply:
+    """The answer on its way."""
+
+    def __init__(self, send: Send, body: _Body, bare: bool) -> None:
+        self._send, self._body, self._bare = send, body, bare
+        self.status = 0
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            if self.status != 408:  # it has been waited for long enough
+                await self._body.drain()
+            headers = MutableHeaders(scope=message)
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
+            if self._body.left:
+                headers["Connection"] = "close"
+        elif self._bare and message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await self._send(message)

@@ -1,0 +1,158 @@
+"""Bytes to pictures and back: what clients send is guarded, what they get is pixels alone."""
+
+from __future__ import annotations
+
+import io
+import re
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from PIL import Image
+
+from ..errors import ImageError, ImageTooLarge
+from ..images import read_image
+from ..preprocess import AnyPreprocess, Extent
+from ..render import Tile, top_value
+from ..render.tiles import fitted, mapped_picture
+from .errors import Refused
+
+NAME: Final = "the picture"
+MAX_RATIO: Final = 100
+"""Of the sides of a picture. Bringing the short side of a longer one to the network's would make
+gigabytes of it before the crop."""
+MAX_SCANS: Final = 100
+"""Of a JPEG; progressive ones have about ten. Each scan costs a pass over all pixels and may be a
+few bytes long, so that a small file could keep a processor busy for hours."""
+
+_QUALITY: Final = {"JPEG": {"quality": 88}, "WEBP": {"quality": 84, "method": 2}, "PNG": {}}
+_FORMATS: Final = {"image/jpeg": "JPEG", "image/webp": "WEBP", "image/png": "PNG"}
+
+# A marker of a JPEG that begins a scan's data ends it too; within the data 0xFF is followed by 0 or
+# by a restart.
+_IN_SCAN = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Query:
+    """An uploaded picture, ready for the network.
+
+    Attributes:
+        inputs: the network's input, float32 `[3 H W]`.
+        size: (width, height) of the upright picture.
+        extent: what the network sees of it, (x0, y0, x1, y1) in its pixels.
+        small: the picture for drawing on, made small; None where nothing is drawn.
+    """
+
+    inputs: np.ndarray
+    size: tuple[int, int]
+    extent: Extent
+    small: Image.Image | None
+
+
+def read_query(data: bytes, preprocess: AnyPreprocess, pixels: int, side: int | None) -> Query:
+    """Decode and prepare an uploaded picture.
+
+    Args:
+        data: the bytes of its file.
+        preprocess: the network's.
+        pixels: limit.
+        side: the longer side in pixels that the picture is made small to; None where nothing will
+            be drawn.
+
+    Raises:
+        Refused: too many pixels, or scans.
+        ImageError: it cannot be decoded.
+    """
+    _check_scans(data)
+    try:
+        picture = read_image(data, max_pixels=pixels, name=NAME)
+    except ImageTooLarge:
+        raise Refused(
+            413,
+            "too_many_pixels",
+            f"{NAME} has more than {pixels} pixels, which is the limit; send another",
+        ) from None
+    width, height = picture.size
+    if max(width, height) > MAX_RATIO * min(width, height):
+        raise ImageError(
+            f"{NAME}: is {width} x {height}; one side may be {MAX_RATIO} times the other at most"
+        )
+    return Query(
+        inputs=preprocess(picture),
+        size=picture.size,
+        extent=preprocess.extent(width, height),
+        small=None if side is None else shrunk(picture, side),
+    )
+
+
+def shrunk(picture: Image.Image, side: int) -> Image.Image:
+    """The picture with its longer side at most `side` pixels; never enlarged."""
+    if max(picture.size) <= side:
+        return picture
+    size = fitted(Tile(picture), side, side)
+    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def overlay(
+    small: Image.Image | None,
+    cam: np.ndarray,
+    extent: Extent | None,
+    size: tuple[int, int] | None,
+    side: int,
+) -> Image.Image:
+    """A map over a picture that was made small, on its own colour scale.
+
+    Args:
+        small: the picture, or None: the map is then drawn by itself.
+        cam: `[h w]`.
+        extent: what the map covers, in pixels of the picture as it was.
+        size: (width, height) of the picture as it was.
+        side: of the picture of a map by itself.
+    """
+    if small is None or size is None or extent is None:
+        extent = None
+    else:
+        across, down = small.width / size[0], small.height / size[1]
+        x0, y0, x1, y1 = extent
+        extent = (x0 * across, y0 * down, x1 * across, y1 * down)
+    tile = Tile(small, cam, extent)
+    drawn = mapped_picture(tile, fitted(tile, side, side) if small is None else small.size,
+                           top_value([tile]))  # fmt: skip
+    assert drawn is not None  # there is a map
+    return drawn
+
+
+def encoded(picture: Image.Image, media_type: str) -> bytes:
+    """The picture as a file of that type, without any of what its own file held beside pixels."""
+    bare = Image.fromarray(np.asarray(picture.convert("RGB")))
+    held = io.BytesIO()
+    kind = _FORMATS[media_type]
+    options: dict[str, Any] = _QUALITY[kind]
+    bare.save(held, kind, **options)
+    return held.getvalue()
+
+
+def _check_scans(data: bytes) -> None:
+    if data[:2] == b"\xff\xd8" and _count_scans(data) > MAX_SCANS:
+        raise Refused(
+            422,
+            "unreadable_image",
+            f"{NAME}: is a JPEG of more than {MAX_SCANS} scans; save it again, not progressive",
+        )
+
+
+def _count_scans(data: bytes) -> int:
+    """Scans of a JPEG up to its end, `MAX_SCANS` + 1 for more."""
+    at, scans = 2, 0
+    while scans <= MAX_SCANS:
+        marker = _IN_SCAN.search(data, at)
+        if marker is None or marker[1] == b"\xd9":
+            break
+        at = marker.end()
+        if marker[1] == b"\x01":  # stands alone
+            continue
+        scans += marker[1] == b"\xda"
+        length = int.from_bytes(data[at : at + 2], "big")
+        at += max(length, 2)
+    return scans

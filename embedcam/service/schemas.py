@@ -1,0 +1,152 @@
+"""The JSON of the service, as its OpenAPI description has it.
+
+Answers are written by `explain.py` and `items.py` without going through these models: checking
+hundreds of numbers again for each request would cost more than drawing them. The contract tests
+hold every answer against them.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Cam = Annotated[
+    list[list[Annotated[float, Field(ge=0)]]],
+    Field(description="A map, row by row from the top; larger is more evidence, 0 is none."),
+]
+Extent = Annotated[
+    list[float],
+    Field(
+        min_length=4,
+        max_length=4,
+        description="What the map covers, [x0, y0, x1, y1] in pixels of the upright picture. "
+        "It may reach beyond it, where the network was shown padding.",
+    ),
+]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Size(_Strict):
+    """A picture's size in pixels, upright."""
+
+    width: int = Field(ge=1, examples=[640])
+    height: int = Field(ge=1, examples=[480])
+
+
+class Match(_Strict):
+    """An image of the index that came back."""
+
+    id: str = Field(examples=["gulls/17.jpg"])
+    label: str | None = Field(examples=["gulls"])
+    distance: float = Field(description="Squared Euclidean: smaller is nearer.", examples=[0.31])
+    similarity: float = Field(description="Inner product: larger is nearer.", examples=[0.845])
+    image_url: str = Field(examples=["/items/gulls/17.jpg/image"])
+    cam_url: str = Field(examples=["/items/gulls/17.jpg/cam"])
+
+
+class Neighbor(Match):
+    """An image that came back, with its own map from the index."""
+
+    cam: Cam | None = Field(
+        description="Its own map, on the layer's grid; null where the index keeps none."
+    )
+    norm: float | None = Field(
+        ge=0,
+        description="Length of its stored weights. Divide maps by it before they share a colour "
+        "scale.",
+        examples=[0.42],
+    )
+
+
+class SearchAnswer(_Strict):
+    """The nearest images, nearest first."""
+
+    picture: Size
+    neighbors: list[Match]
+
+
+class ExplainAnswer(_Strict):
+    """The nearest images, and where in the query the reason is."""
+
+    picture: Size
+    cam: Cam
+    extent: Extent
+    empty: bool = Field(description="Nothing in the query speaks for these results.")
+    transfer: str = Field(description="How neighbours count.", examples=["mean"])
+    trust: float | None = Field(
+        ge=0,
+        le=1,
+        description="Expected correlation with a directly computed map; null where the index holds "
+        "no calibration.",
+        examples=[0.81],
+    )
+    trusted: bool | None = Field(description="Whether the map can be relied on.")
+    direct: bool = Field(description="The weights were computed on the query itself.")
+    explained: list[str] = Field(
+        description="Ids of the images whose weights drew the map.", examples=[["gulls/17.jpg"]]
+    )
+    neighbors: list[Neighbor]
+
+
+class ItemCam(_Strict):
+    """An indexed image's own map."""
+
+    id: str = Field(examples=["gulls/17.jpg"])
+    label: str | None = Field(examples=["gulls"])
+    cam: Cam
+    norm: float = Field(ge=0, description="Length of its stored weights.", examples=[0.42])
+    picture: Size | None = Field(description="null where the picture cannot be read any more.")
+    extent: Extent | None = Field(description="null where the picture cannot be read any more.")
+
+
+class Health(_Strict):
+    """Whether the process answers."""
+
+    status: str = Field(examples=["ok"])
+
+
+class Readiness(_Strict):
+    """Whether pictures can be explained, and what of."""
+
+    status: str = Field(examples=["ready"])
+    images: int = Field(ge=0, description="In the index.", examples=[5000])
+    generation: int = Field(ge=0, description="Of the index; rises when it changes.", examples=[1])
+
+
+class Problem(_Strict):
+    """What went wrong."""
+
+    code: str = Field(description="For programs.", examples=["too_many_pixels"])
+    message: str = Field(
+        description="For people: one sentence.",
+        examples=["the picture has more than 25000000 pixels, which is the limit; send another"],
+    )
+
+
+class ErrorAnswer(_Strict):
+    """What every refusal looks like."""
+
+    error: Problem
+
+
+_WHEN = {
+    400: "The request is broken.",
+    403: "The Host header names another machine.",
+    404: "No image of this id.",
+    406: "None of the types asked for is on offer.",
+    408: "The body arrived too slowly.",
+    413: "The body, or the picture in it, is too large.",
+    415: "The body is of a type that holds no picture.",
+    422: "A parameter or a picture that cannot be used.",
+    500: "The service failed.",
+    503: "Too many requests at once, or too slow an answer; `Retry-After` says when to retry.",
+}
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The description of these refusals, for a route."""
+    return {
+        status: {"model": ErrorAnswer, "description": _WHEN[status]} for status in sorted(statuses)
+    }

@@ -1,0 +1,156 @@
+"""A service over a small index, and a client that says exactly what it is told to, in process."""
+
+import asyncio
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+from build_samples import dense, pictures, toy
+from PIL import Image
+
+from embedcam import Explainer, build_index
+
+BOUNDARY = "a-boundary"
+
+
+def built(folder: Path, **settings: Any) -> Path:
+    """An index of twelve small pictures in three folders, `folder`/photos."""
+    source = pictures(folder / "photos")
+    index = folder / "photos.index"
+    build_index(source, toy().network, index, **{"recipe": dense(), "progress": False, **settings})
+    return index
+
+
+def explainer(index: Path, **settings: Any) -> Explainer:
+    return Explainer(index, toy().network, **settings)
+
+
+def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """Noise of (width, height) `size`."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def data_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    held = io.BytesIO()
+    image.save(held, kind, **options)
+    return held.getvalue()
+
+
+def form(data: bytes, name: str = "image", filename: str = 'filename="query.png"') -> bytes:
+    """A form of one file."""
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"; {filename}\r\n'
+    return (
+        f"{head}Content-Type: image/png\r\n\r\n".encode()
+        + data
+        + f"\r\n--{BOUNDARY}--\r\n".encode()
+    )
+
+
+FORM = f"multipart/form-data; boundary={BOUNDARY}"
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> tuple[int, str]:
+        """Status and code of a refusal, which is checked to be nothing but one sentence."""
+        assert self.headers["content-type"] == "application/json"
+        body = self.json()
+        assert set(body) == {"error"}
+        assert set(body["error"]) == {"code", "message"}
+        message = body["error"]["message"]
+        assert 10 < len(message) < 400
+        assert "\n" not in message
+        assert "Traceback" not in message
+        return self.status, body["error"]["code"]
+
+    @property
+    def message(self) -> str:
+        return str(self.json()["error"]["message"])
+
+    def image(self) -> Image.Image:
+        return Image.open(io.BytesIO(self.body))
+
+
+async def send(
+    app: Any,
+    method: str,
+    target: str,
+    body: bytes | Iterable[bytes | float] = b"",
+    headers: dict[str, str] | None = None,
+) -> Reply:
+    """One request as uvicorn would hand it on.
+
+    Args:
+        app: the application.
+        method: as it stands.
+        target: path and query, percent-encoded.
+        body: its bytes; or a list of pieces as they come in, where a number is a pause in seconds,
+            and nothing follows the last piece for ever where that is a pause; or an iterator of
+            pieces that do not end.
+        headers: Content-Length is added for whole bodies unless given.
+    """
+    path, _, query = target.partition("?")
+    given = {name.lower(): value for name, value in (headers or {}).items()}
+    pieces: Any = [body] if isinstance(body, bytes) else body
+    last = pieces[-1] if isinstance(pieces, list) and pieces else None
+    if isinstance(body, bytes) and body:
+        given.setdefault("content-length", str(len(body)))
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": unquote(path),
+        "raw_path": path.encode("latin-1"),
+        "root_path": "",
+        "query_string": query.encode("latin-1"),
+        "headers": [(name.encode(), value.encode("latin-1")) for name, value in given.items()],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 8000),
+    }
+    sent: list[dict[str, Any]] = []
+    taken = iter(pieces)
+
+    async def receive() -> dict[str, Any]:
+        for piece in taken:
+            if isinstance(piece, bytes):
+                return {"type": "http.request", "body": piece, "more_body": piece is not last}
+            await asyncio.sleep(piece)
+        if isinstance(last, float):
+            await asyncio.sleep(3600)
+        return {"type": "http.disconnect"}
+
+    async def keep(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    await app(scope, receive, keep)
+    start, *rest = sent
+    assert start["type"] == "http.response.start"
+    names = {name.decode(): value.decode("latin-1") for name, value in start["headers"]}
+    return Reply(start["status"], names, b"".join(part.get("body", b"") for part in rest))
+
+
+def ask(app: Any, method: str, target: str, body: Any = b"", **headers: str) -> Reply:
+    """One request by itself; `content_type=` becomes Content-Type."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return asyncio.run(send(app, method, target, body, named))
+
+
+def post(app: Any, target: str, data: bytes, **headers: str) -> Reply:
+    """A picture as the body itself."""
+    return ask(app, "POST", target, data, **{"content_type": "image/png", **headers})

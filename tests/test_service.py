@@ -1,0 +1,433 @@
+"""The service answers what the Python API answers, and serves the indexed images alone."""
+
+import asyncio
+import io
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from build_samples import dense, everything, quicken, toy
+from PIL import Image, PngImagePlugin
+from service_client import FORM, ask, built, data_of, explainer, form, picture, post, send
+
+from embedcam import Explainer, Index, build_index, find_images
+from embedcam.cam import area_average
+from embedcam.errors import InputError
+from embedcam.render import Tile, top_value
+from embedcam.render import overlay as render_overlay
+from embedcam.service import Limits, create_app
+from embedcam.service.addresses import item_url
+from embedcam.service.schemas import ExplainAnswer, ItemCam, SearchAnswer
+
+QUERY = data_of(picture(3))
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        yield built(tmp_path_factory.mktemp("service"))
+
+
+@pytest.fixture(scope="module")
+def app(index: Path) -> Iterator[Any]:
+    made = create_app(explainer(index))
+    yield made
+    made.state.pipeline.close()
+
+
+# --- explaining ---
+
+
+def test_explain_says_what_the_explainer_says(app: Any, index: Path) -> None:
+    found = post(app, "/explain?n_neighbors=3", QUERY)
+    assert found.status == 200
+    body = found.json()
+    expected = explainer(index).explain(QUERY, n_neighbors=3)
+    np.testing.assert_allclose(body["cam"], area_average(expected.cam, (14, 14)), atol=1e-6)
+    assert [one["id"] for one in body["neighbors"]] == expected.ids
+    assert [one["label"] for one in body["neighbors"]] == expected.labels
+    for name, values in (
+        ("distance", expected.distances),
+        ("similarity", expected.similarities),
+        ("norm", expected.neighbor_norms),
+        ("cam", expected.neighbor_cams),
+    ):
+        shown = [one[name] for one in body["neighbors"]]
+        np.testing.assert_allclose(shown, values, rtol=1e-5, atol=1e-6)
+    assert body["picture"] == {"width": 40, "height": 30}
+    assert body["extent"] == list(expected.extent)
+    assert body["explained"] == expected.ids
+    assert body["trust"] is None
+    ExplainAnswer.model_validate(body)
+
+
+def test_a_form_and_a_body_are_one(app: Any) -> None:
+    in_form = ask(app, "POST", "/explain", form(QUERY), content_type=FORM)
+    assert in_form.json() == post(app, "/explain", QUERY).json()
+    nameless = ask(app, "POST", "/explain", form(QUERY, filename="x"), content_type=FORM)
+    assert nameless.json() == in_form.json()
+    bare = ask(app, "POST", "/explain", QUERY)  # without any type
+    assert bare.json() == in_form.json()
+
+
+def test_one_result_alone_is_explained(app: Any, index: Path) -> None:
+    body = post(app, "/explain?result=c1%2F004.png&map_size=3", QUERY).json()
+    expected = explainer(index).explain(QUERY, result="c1/004.png")
+    assert body["explained"] == ["c1/004.png"]
+    np.testing.assert_allclose(body["cam"], area_average(expected.cam, (3, 3)), atol=1e-6)
+
+
+def test_what_is_asked_beyond_the_network_s_size_stops_there(app: Any) -> None:
+    body = post(app, "/explain?map_size=224", QUERY).json()
+    assert np.shape(body["cam"]) == (16, 16)
+
+
+def test_search_finds_what_explain_finds(app: Any) -> None:
+    found = post(app, "/search?n_neighbors=4", QUERY).json()
+    SearchAnswer.model_validate(found)
+    explained = post(app, "/explain?n_neighbors=4", QUERY).json()
+    same = ("id", "label", "image_url", "cam_url")
+    for one, other in zip(found["neighbors"], explained["neighbors"], strict=True):
+        assert [one[name] for name in same] == [other[name] for name in same]
+        assert one["distance"] == pytest.approx(other["distance"], abs=1e-6)
+    assert set(found["neighbors"][0]) == {*same, "distance", "similarity"}
+
+
+@pytest.mark.parametrize("kind", ["image/png", "image/webp"])
+def test_an_overlay_is_the_picture_with_its_map(app: Any, index: Path, kind: str) -> None:
+    query = picture(3, (300, 200))
+    found = post(app, "/explain?picture_size=150", data_of(query), accept=kind)
+    assert found.headers["content-type"] == kind
+    assert found.headers["vary"] == "Accept"
+    drawn = found.image()
+    assert drawn.format == kind.partition("/")[2].upper()
+    assert drawn.size == (150, 100)
+    if kind == "image/png":
+        cam = explainer(index).explain(query).cam
+        small = query.resize((150, 100), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        expected = render_overlay(small, cam, (0, 0, 150, 100), top_value([Tile(None, cam)]))
+        np.testing.assert_array_equal(np.asarray(drawn), np.asarray(expected))
+
+
+def test_a_small_picture_is_not_enlarged(app: Any) -> None:
+    assert post(app, "/explain", QUERY, accept="image/png").image().size == (40, 30)
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        ("*/*", "application/json"),
+        ("", "application/json"),
+        ("image/*", "image/png"),
+        ("image/webp;q=0.9, image/png;q=0.5", "image/webp"),
+        ("text/html, application/json;q=0.1, */*;q=0.0", "application/json"),
+        ("application/json;q=0, */*;q=0.2", "image/png"),
+    ],
+)
+def test_accept_chooses(app: Any, accept: str, kind: str) -> None:
+    assert post(app, "/explain", QUERY, accept=accept).headers["content-type"] == kind
+
+
+@pytest.mark.parametrize("accept", ["text/html", "image/jpeg", "application/json;q=0", "*/*;q=nan"])
+def test_what_is_not_on_offer_is_refused(app: Any, accept: str) -> None:
+    found = post(app, "/explain", QUERY, accept=accept)
+    assert found.error == (406, "no_such_type")
+    assert "application/json or image/png or image/webp" in found.message
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM"])
+def test_the_decoder_looks_at_the_bytes(app: Any, kind: str) -> None:
+    assert post(app, "/search", data_of(picture(), kind)).status == 200
+
+
+def test_an_upright_picture_s_size_is_told(app: Any) -> None:
+    turned = picture(1, (40, 30))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    body = post(app, "/explain", data_of(turned, "JPEG", exif=exif)).json()
+    assert body["picture"] == {"width": 30, "height": 40}
+    assert body["extent"] == [0, 0, 30, 40]
+
+
+# --- indexed images ---
+
+
+def test_an_image_is_made_again_of_its_pixels(app: Any, index: Path) -> None:
+    file = index.parent / "photos" / "c0" / "000.png"
+    note = PngImagePlugin.PngInfo()
+    note.add_text("place", "at home")
+    before, status = file.read_bytes(), file.stat()
+    Image.open(io.BytesIO(before)).save(file, pnginfo=note)
+    try:
+        found = ask(app, "GET", "/items/c0/000.png/image?size=16", accept="image/jpeg")
+    finally:
+        file.write_bytes(before)
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert found.status == 200
+    shown = found.image()
+    assert (shown.format, shown.size, shown.mode) == ("JPEG", (16, 16), "RGB")
+    assert b"at home" not in found.body
+    own = Image.open(io.BytesIO(before)).resize((16, 16), Image.Resampling.LANCZOS)
+    grey = [np.asarray(one.convert("L"), float).ravel() for one in (shown, own)]
+    assert np.corrcoef(*grey)[0, 1] > 0.95
+
+
+def test_webp_where_the_browser_takes_it(app: Any) -> None:
+    accept = "image/avif,image/webp,image/apng,image/*;q=0.8,*/*;q=0.5"
+    found = ask(app, "GET", "/items/c0/000.png/image", accept=accept)
+    assert found.headers["content-type"] == "image/webp"
+
+
+def test_the_own_map(app: Any, index: Path) -> None:
+    found = ask(app, "GET", "/items/c1/004.png/cam")
+    body = found.json()
+    ItemCam.model_validate(body)
+    with Index.open(index) as opened:
+        position = [opened.position("c1/004.png")]
+        np.testing.assert_allclose(body["cam"], opened.coarse(position)[0], atol=1e-8)
+        norm = np.linalg.norm(opened.weights(position))
+    assert body["norm"] == pytest.approx(norm, rel=1e-5)
+    assert (body["label"], body["extent"]) == ("c1", [0, 0, 24, 24])
+    drawn = ask(app, "GET", "/items/c1/004.png/cam", accept="image/png")
+    plain = Image.open(index.parent / "photos" / "c1" / "004.png")
+    expected = render_overlay(plain, np.array(body["cam"], np.float32), (0, 0, 24, 24))
+    np.testing.assert_array_equal(np.asarray(drawn.image()), np.asarray(expected))
+
+
+def test_what_a_browser_has_it_keeps(app: Any, index: Path) -> None:
+    target = "/items/c0/003.png/image"
+    first = ask(app, "GET", target)
+    tag = first.headers["etag"]
+    again = ask(app, "GET", target, if_none_match=f'"other", W/{tag}')
+    assert (again.status, again.body, again.headers["etag"]) == (304, b"", tag)
+    assert ask(app, "GET", f"{target}?size=20", if_none_match=tag).status == 200
+    assert ask(app, "GET", target, if_none_match=tag, accept="image/webp").status == 200
+    file = index.parent / "photos" / "c0" / "003.png"
+    status = file.stat()
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    assert ask(app, "GET", target, if_none_match=tag).status == 200
+
+
+def test_head_is_get_without_the_body(app: Any) -> None:
+    shown, told = (ask(app, method, "/items/c0/000.png/image") for method in ("GET", "HEAD"))
+    assert (told.status, told.body) == (200, b"")
+    assert told.headers == shown.headers
+
+
+def test_addresses_in_answers_lead_to_the_images(tmp_path: Path, monkeypatch: Any) -> None:
+    """Ids may be anything a file can be called, and what a CSV says."""
+    quicken(monkeypatch)
+    names = ["a b/ü?#%.png", "a/../b.png", "//x.png", "image", "a/image/cam", "..", 'q"<>&.png']
+    lines = ["path,label,id"]
+    for number, name in enumerate(names):
+        picture(number, (24, 24)).save(tmp_path / f"{number}.png")
+        quoted = name.replace('"', '""')
+        lines.append(f'{number}.png,{"xy"[number % 2]},"{quoted}"')
+    (tmp_path / "list.csv").write_text("\n".join(lines), encoding="utf-8")
+    build_index(find_images(tmp_path / "list.csv"), toy().network, tmp_path / "i", progress=False)
+    made = create_app(explainer(tmp_path / "i", n_neighbors=len(names)))
+    for one in post(made, "/explain", QUERY).json()["neighbors"]:
+        assert ask(made, "GET", one["image_url"]).status == 200, one["id"]
+        assert ask(made, "GET", one["cam_url"]).json()["id"] == one["id"]
+        parts = one["image_url"].split("/")
+        assert ".." not in parts[2:-1] or one["id"] == ".."
+        assert "" not in parts[2:]
+    made.state.pipeline.close()
+
+
+def test_pictures_lie_where_the_folder_says(index: Path, tmp_path: Path) -> None:
+    with Explainer(index, toy().network, images=tmp_path).index as opened:
+        made = create_app(Explainer(opened, toy().network, images=tmp_path))
+        gone = ask(made, "GET", "/items/c0/000.png/image")
+        assert gone.error == (404, "no_picture")
+        assert str(tmp_path) not in gone.message
+        body = ask(made, "GET", "/items/c0/000.png/cam").json()
+        assert (body["picture"], body["extent"]) == (None, None)
+        alone = ask(made, "GET", "/items/c0/000.png/cam?size=64", accept="image/png")
+        assert alone.image().size == (64, 64)
+        (tmp_path / "c0").mkdir()
+        picture(0, (50, 20)).save(tmp_path / "c0" / "000.png")
+        assert ask(made, "GET", "/items/c0/000.png/image").image().size == (50, 20)
+        made.state.pipeline.close()
+
+
+def test_an_index_without_own_maps_says_so(tmp_path: Path, monkeypatch: Any) -> None:
+    quicken(monkeypatch)
+    made = create_app(explainer(built(tmp_path, own_maps=False)))
+    assert ask(made, "GET", "/items/c0/000.png/cam").error == (404, "no_map")
+    body = post(made, "/explain", QUERY).json()
+    assert [one["cam"] for one in body["neighbors"]] == [None] * 5
+    ExplainAnswer.model_validate(body)
+    made.state.pipeline.close()
+
+
+# --- the state of the service ---
+
+
+def test_it_is_ready_once_the_network_has_answered(index: Path) -> None:
+    made = create_app(explainer(index))
+
+    async def life() -> tuple[int, int, dict[str, Any]]:
+        before = await send(made, "GET", "/readyz")
+        async with made.router.lifespan_context(made):
+            for _ in range(1000):
+                if made.state.pipeline.ready:
+                    break
+                await asyncio.sleep(0.01)
+            within = await send(made, "GET", "/readyz")
+        after = await send(made, "GET", "/readyz")
+        assert before.error == after.error == (503, "not_ready")
+        return before.status, within.status, within.json()
+
+    assert asyncio.run(life()) == (503, 200, {"status": "ready", "images": 12, "generation": 1})
+
+
+def test_a_network_that_fails_is_never_ready(index: Path, caplog: Any) -> None:
+    why = explainer(index)
+    made = create_app(why)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("secret /etc/network")
+
+    why.explain_batch = fail  # type: ignore[method-assign]
+    asyncio.run(made.state.pipeline.probe())
+    assert not made.state.pipeline.ready
+    found = post(made, "/explain", QUERY)
+    assert found.error == (500, "failed")
+    assert "secret" not in found.message
+    assert "secret" in caplog.text
+    assert ask(made, "GET", "/healthz").json() == {"status": "ok"}
+    made.state.pipeline.close()
+
+
+def test_requests_are_counted_by_route(index: Path) -> None:
+    made = create_app(explainer(index))
+    post(made, "/explain", QUERY)
+    ask(made, "GET", "/items/c0/000.png/image")
+    ask(made, "GET", "/items/nothing/image")
+    ask(made, "BREW", "/made-up/" + "x" * 50)
+    text = ask(made, "GET", "/metrics")
+    assert text.headers["content-type"].startswith("text/plain")
+    lines = text.body.decode().splitlines()
+    for line in (
+        'embedcam_requests_total{method="POST",route="/explain",status="200"} 1.0',
+        'embedcam_requests_total{method="GET",route="/items/{id:path}/image",status="404"} 1.0',
+        'embedcam_requests_total{method="other",route="other",status="404"} 1.0',
+        "embedcam_batch_pictures_count 1.0",
+        "embedcam_in_progress 0.0",
+        "embedcam_ready 0.0",
+    ):
+        assert line in lines
+    assert "made-up" not in text.body.decode()
+    made.state.pipeline.close()
+
+
+def test_two_applications_count_apart(index: Path) -> None:
+    one, other = create_app(explainer(index)), create_app(explainer(index))
+    post(one, "/explain", QUERY)
+    assert "/explain" not in ask(other, "GET", "/metrics").body.decode()
+    one.state.pipeline.close()
+
+
+def test_a_line_a_request(app: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "embedcam.service"):
+        post(app, "/explain?result=c0%2F000.png", QUERY)
+        ask(app, "GET", "/items/a%0Aforged%20GET%20/x/image")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("POST /explain 200 ")
+    assert first.endswith(" ms")
+    assert second.startswith("GET /items/a%0Aforged%20GET%20/x/image 404 ")
+
+
+def test_nothing_on_disk_changes(app: Any, index: Path) -> None:
+    before = everything(index.parent)
+    post(app, "/explain", QUERY, accept="image/png")
+    ask(app, "GET", "/items/c0/000.png/image")
+    assert everything(index.parent) == before
+
+
+def test_browsers_are_told_to_trust_nothing_else(app: Any) -> None:
+    for target in ("/healthz", "/nothing", "/items/c0/000.png/image"):
+        headers = ask(app, "GET", target).headers
+        assert headers["content-security-policy"].startswith("default-src 'self';")
+        assert headers["x-content-type-options"] == "nosniff"
+        assert "access-control-allow-origin" not in headers
+
+
+def test_a_page_is_served_where_there_is_one(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "index.html").write_text("<!doctype html><title>why</title>")
+    (tmp_path / "secret.txt").write_text("secret")
+    monkeypatch.setattr("embedcam.service.app.PAGE", tmp_path / "page")
+    made = create_app(explainer(index))
+    front = ask(made, "GET", "/")
+    assert (front.status, front.headers["content-type"][:9]) == (200, "text/html")
+    assert front.headers["content-security-policy"].startswith("default-src 'self';")
+    for target in ("/../secret.txt", "/%2e%2e/secret.txt", "/..%2fsecret.txt", "/nothing"):
+        assert ask(made, "GET", target).error == (404, "unknown_path")
+    assert post(made, "/explain", QUERY).status == 200
+    made.state.pipeline.close()
+
+
+def test_only_names_of_its_own(index: Path) -> None:
+    made = create_app(explainer(index), hosts=["localhost", "127.0.0.1", "[::1]"])
+    for host in ("localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000", "[::1]"):
+        assert ask(made, "GET", "/healthz", host=host).status == 200
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", ""):
+        found = post(made, "/explain", QUERY, host=host)
+        assert found.error == (403, "wrong_host")
+        assert "evil" not in found.message
+    made.state.pipeline.close()
+
+
+# --- what a service is made of ---
+
+
+def test_the_description_names_every_address(app: Any) -> None:
+    described = ask(app, "GET", "/openapi.json").json()
+    assert sorted(described["paths"]) == [
+        "/explain", "/healthz", "/items/{id}/cam", "/items/{id}/image", "/metrics", "/readyz",
+        "/search",
+    ]  # fmt: skip
+    assert "HTTPValidationError" not in json.dumps(described)
+
+
+def test_an_explainer_that_cannot_is_refused(index: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    quicken(monkeypatch)
+    with pytest.raises(InputError, match="give the Explainer the network"):
+        create_app(Explainer(index))
+    with pytest.raises(InputError, match="needs an Explainer; given Index"):
+        create_app(Index.open(index))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="built without FAISS, so a service cannot search"):
+        create_app(explainer(built(tmp_path, recipe=dense(faiss="none"))))
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"body_bytes": 0}, "body_bytes = 0; give a whole number of at least 1"),
+        ({"concurrency": 1.5}, "concurrency = 1.5; give a whole number"),
+        ({"batch": True}, "batch = True"),
+        ({"seconds": 0}, "seconds = 0; give a number of at least 0.01"),
+        ({"seconds": float("nan")}, "seconds = nan"),
+        ({"seconds": float("inf")}, "seconds = inf"),
+    ],
+)
+def test_limits_that_nothing_could_pass(limits: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Limits(**limits)
+
+
+def test_ids_are_quoted() -> None:
+    assert item_url("", "c0/a b.png", "image") == "/items/c0/a%20b.png/image"
+    assert item_url("/proxy", "a/../b", "cam") == "/proxy/items/a%2F..%2Fb/cam"
+    assert item_url("", "\ud800", "cam") == f"/items/{quote('?')}/cam"

@@ -1,0 +1,405 @@
+"""What nobody honest sends: each is refused with its status and one sentence, and costs little."""
+
+import io
+import struct
+import tracemalloc
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from build_samples import quicken
+from PIL import Image
+from service_client import BOUNDARY, FORM, ask, built, data_of, explainer, form, picture, post
+
+from embedcam.errors import IndexFormatError
+from embedcam.service import Limits, create_app
+from embedcam.service.pictures import MAX_SCANS
+
+LIMITS = Limits(body_bytes=3_000_000, seconds=10)
+QUERY = data_of(picture(3))
+JPEG = data_of(picture(3), "JPEG")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        yield built(tmp_path_factory.mktemp("hostile"))
+
+
+@pytest.fixture(scope="module")
+def app(index: Path) -> Iterator[Any]:
+    made = create_app(explainer(index), limits=LIMITS)
+    yield made
+    made.state.pipeline.close()
+
+
+# --- bodies ---
+
+
+def png(width: int, height: int, pixels: bytes, depth: int = 8, color: int = 0) -> bytes:
+    """A PNG that says it has this size, whatever its pixels are."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    head = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
+
+
+def claimed() -> bytes:
+    """100,000 x 100,000 in its header, and no pixels."""
+    return png(100_000, 100_000, zlib.compress(b""))
+
+
+def bomb() -> bytes:
+    """A true one: 49 kB that are 400 million pixels."""
+    packer = zlib.compressobj(9)
+    rows = b"".join(packer.compress(bytes(1 + 2500) * 1000) for _ in range(20))
+    return png(20_000, 20_000, rows + packer.flush(), depth=1)
+
+
+def overlong() -> bytes:
+    """Small by its header; its data unpacks to a hundred times as much."""
+    return png(20, 20, zlib.compress(bytes(21 * 20 + 50_000_000), 9))
+
+
+def text_bomb() -> bytes:
+    """A compressed comment of 50 MB before the pixels."""
+    plain = data_of(picture(), "PNG")
+    note = b"zTXt", b"note\0\0" + zlib.compress(bytes(50_000_000), 9)
+    chunk = struct.pack(">I", len(note[1])) + note[0] + note[1]
+    return plain[:33] + chunk + struct.pack(">I", zlib.crc32(note[0] + note[1])) + plain[33:]
+
+
+def scans(number: int) -> bytes:
+    """A JPEG whose last scan is repeated: each costs a pass over the pixels."""
+    whole = data_of(Image.new("L", (64, 64), 90), "JPEG", progressive=True)
+    last = whole.rindex(b"\xff\xda")
+    return whole[:last] + whole[last:-2] * number + whole[-2:]
+
+
+def animation(frames: int) -> bytes:
+    """A GIF of thousands of frames."""
+    whole = data_of(Image.new("P", (40, 30), 1), "GIF")
+    start = whole.rindex(b"\x2c")
+    return whole[:start] + whole[start:-1] * frames + whole[-1:]
+
+
+def pages(number: int) -> bytes:
+    """A TIFF of many pages."""
+    held = io.BytesIO()
+    first, *rest = [Image.new("L", (40, 30), page % 256) for page in range(number)]
+    first.save(held, "TIFF", save_all=True, append_images=rest)
+    return held.getvalue()
+
+
+SVG = b"""<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY x SYSTEM "file:///etc/passwd">]>
+<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"><text>&x;</text></svg>"""
+
+REFUSED: dict[str, tuple[Callable[[], bytes], int, str]] = {
+    "claims 100,000 x 100,000": (claimed, 413, "too_many_pixels"),
+    "a bomb": (bomb, 413, "too_many_pixels"),
+    "a bomb in a comment": (text_bomb, 422, "unreadable_image"),
+    "one pixel high": (lambda: png(200_000, 1, b""), 422, "unreadable_image"),
+    "a long strip": (lambda: data_of(Image.new("L", (1, 101))), 422, "unreadable_image"),
+    "no pixels": (lambda: png(0, 10, b""), 422, "unreadable_image"),
+    "a truncated JPEG": (lambda: JPEG[: len(JPEG) // 2], 422, "unreadable_image"),
+    "a JPEG's beginning": (lambda: JPEG[:3], 422, "unreadable_image"),
+    "a truncated PNG": (lambda: QUERY[: len(QUERY) // 2], 422, "unreadable_image"),
+    "a JPEG of many scans": (lambda: scans(MAX_SCANS + 1), 422, "unreadable_image"),
+    "a script that looks like a GIF": (
+        lambda: b"GIF89a/*" + bytes(20) + b"*/=1;alert(document.domain);//",
+        422,
+        "unreadable_image",
+    ),
+    "SVG": (lambda: SVG, 422, "unreadable_image"),
+    "HTML": (lambda: b"<html><script>alert(1)</script>", 422, "unreadable_image"),
+    "PostScript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", 422,
+                   "unreadable_image"),
+    "a ZIP": (lambda: b"PK\x03\x04" + bytes(100), 422, "unreadable_image"),
+    "a pickle": (lambda: b"\x80\x04cos\nsystem\n(S'true'\ntR.", 422, "unreadable_image"),
+    "zeros": (lambda: bytes(1000), 422, "unreadable_image"),
+    "nothing": (lambda: b"", 422, "empty_body"),
+    "too much": (lambda: bytes(LIMITS.body_bytes + 1), 413, "body_too_long"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("in_form", [False, True], ids=["body", "form"])
+def test_hostile_pictures(app: Any, name: str, in_form: bool) -> None:
+    make, status, code = REFUSED[name]
+    data = make()
+    body, kind = (form(data), FORM) if in_form else (data, "image/png")
+    for target in ("/explain", "/search"):
+        found = ask(app, "POST", target, body, content_type=kind)
+        assert found.error == (status, code)
+        assert "alert" not in found.message
+        assert "0x" not in found.message
+
+
+ANSWERED: dict[str, Callable[[], bytes]] = {
+    "data beyond its pixels": overlong,
+    "a GIF of 5,000 frames": lambda: animation(5000),
+    "a TIFF of 300 pages": lambda: pages(300),
+    "a JPEG of as many scans as are allowed": lambda: scans(MAX_SCANS - 20),
+    "a JPEG that is a ZIP too": lambda: JPEG + b"PK\x03\x04" + bytes(500) + b"PK\x05\x06",
+    "a JPEG that is HTML too": lambda: JPEG + b"<html><script>alert(1)</script></html>",
+    "a JPEG before a film": lambda: JPEG + b"\xff\xda\x00\x08" * 5000,
+    "a JPEG with a comment": lambda: JPEG[:2] + b"\xff\xfe\x00\x19<script>alert(1)</script>"[:27]
+    + JPEG[2:],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ANSWERED)
+def test_strange_pictures_are_their_first_pixels(app: Any, name: str) -> None:
+    """What is a picture is answered as one; nothing of the rest comes back."""
+    data = ANSWERED[name]()
+    found = post(app, "/explain", data)
+    assert found.status == 200
+    drawn = post(app, "/explain", data, accept="image/png")
+    assert drawn.image().mode == "RGB"
+    for leftover in (b"script", b"PK\x03\x04"):
+        assert leftover not in found.body + drawn.body
+
+
+def test_a_film_behind_a_jpeg_counts_for_nothing(app: Any) -> None:
+    assert post(app, "/search", ANSWERED["a JPEG before a film"]()).json() == (
+        post(app, "/search", JPEG).json()
+    )
+
+
+def test_none_of_it_is_kept(app: Any) -> None:
+    """What Python and NumPy hold after each hostile picture has come twice more."""
+    post(app, "/explain", QUERY)
+    bodies = [make() for make, *_ in REFUSED.values()]
+    for body in bodies:
+        post(app, "/explain", body)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for body in bodies * 2:
+            post(app, "/explain", body)
+        after, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 400_000
+    assert peak - before < 40_000_000
+
+
+# --- forms and types ---
+
+FORMS: dict[str, tuple[bytes, str, tuple[int, str]]] = {
+    "another name": (form(QUERY, "file"), FORM, (422, "unknown_part")),
+    "twice": (
+        form(QUERY)[: -len(f"--{BOUNDARY}--\r\n")] + form(QUERY),
+        FORM,
+        (422, "too_many_parts"),
+    ),
+    "cut off": (form(QUERY)[:-20], FORM, (422, "broken_form")),
+    "no parts": (f"--{BOUNDARY}--\r\n".encode(), FORM, (422, "empty_body")),
+    "an empty part": (form(b""), FORM, (422, "empty_body")),
+    "no boundary": (form(QUERY), "multipart/form-data", (422, "broken_form")),
+    "another boundary": (form(QUERY), "multipart/form-data; boundary=x", (422, "broken_form")),
+    "an endless boundary": (
+        form(QUERY),
+        f"multipart/form-data; boundary={'x' * 5000}",
+        (422, "broken_form"),
+    ),
+    "endless headers": (
+        f"--{BOUNDARY}\r\nContent-Disposition: form-data; name={'x' * 100_000}".encode(),
+        FORM,
+        (422, "broken_form"),
+    ),
+    "no name": (
+        f"--{BOUNDARY}\r\nContent-Type: image/png\r\n\r\nx\r\n--{BOUNDARY}--".encode(),
+        FORM,
+        (422, "unknown_part"),
+    ),
+    "JSON": (b'{"image": "aGk="}', "application/json", (415, "unusable_type")),
+    "deep JSON": (b"[" * 1_000_000, "application/json", (415, "unusable_type")),
+    "a form of text": (b"image=x", "application/x-www-form-urlencoded", (415, "unusable_type")),
+    "SVG by name": (SVG, "image/svg+xml", (415, "unusable_type")),
+    "text": (QUERY, "text/html", (415, "unusable_type")),
+    "no type at all": (QUERY, "nonsense", (415, "unusable_type")),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_hostile_forms(app: Any, name: str) -> None:
+    body, kind, expected = FORMS[name]
+    assert ask(app, "POST", "/explain", body, content_type=kind).error == expected
+
+
+def test_near_boundaries_by_the_million_are_read_in_time(app: Any) -> None:
+    """The parser calls back at each; it may be slow, but not in the way of others, nor for long."""
+    body = form(b"\r\n--" * 500_000)
+    found = ask(app, "POST", "/explain", body, content_type=FORM)
+    assert found.error == (422, "unreadable_image")
+
+
+FILENAMES = [
+    'filename="../../etc/passwd"',
+    'filename="x\\"; name=\\"other"',
+    "filename*=UTF-8''%0d%0aSet-Cookie:%20a=b",
+    'filename="\xff\xfe"',
+    'filename="' + "x" * 3000 + '"',
+    "filename=",
+]
+
+
+@pytest.mark.parametrize("filename", FILENAMES)
+def test_file_names_mean_nothing(app: Any, filename: str) -> None:
+    found = ask(app, "POST", "/search", form(QUERY, filename=filename), content_type=FORM)
+    assert found.json() == post(app, "/search", QUERY).json()
+    assert "set-cookie" not in found.headers
+
+
+def test_a_line_break_in_a_file_name_adds_no_header(app: Any) -> None:
+    body = form(QUERY, filename='filename="a\r\nSet-Cookie: a=b"')
+    found = ask(app, "POST", "/search", body, content_type=FORM)
+    assert "set-cookie" not in found.headers
+    assert found.status in (200, 422)
+
+
+@pytest.mark.parametrize("length", ["-1", "1e3", "nan", "٣", "9" * 30, "0x10", "1, 2"])
+def test_lengths_that_are_no_numbers(app: Any, length: str) -> None:
+    if not length.isascii():
+        length = "\xb3"
+    found = ask(app, "POST", "/explain", [QUERY], content_type="image/png", content_length=length)
+    assert found.error == (400, "unusable_header")
+
+
+# --- parameters ---
+
+NUMBERS = [
+    "0", "-1", "1000000", "101", "NaN", "nan", "inf", "-inf", "1e2", "1.5", "0x5", "", "null",
+    "1%00", "%00", "%EF%BC%95%EF%BC%95x", "true", "9" * 5000, "-" + "9" * 400, "5;6", "[5]",
+    "%ff%fe",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=lambda value: value[:20])
+def test_hostile_numbers(app: Any, value: str) -> None:
+    for target in ("/explain?n_neighbors=", "/search?n_neighbors=", "/explain?map_size="):
+        if target.endswith("map_size=") and value == "101":
+            continue
+        found = post(app, target + value, QUERY)
+        assert found.error == (422, "unusable_parameter")
+        assert "9999" not in found.message
+    for what in ("image", "cam"):
+        found = ask(app, "GET", f"/items/c0/000.png/{what}?size={value}")
+        assert (found.status, value == "101") in ((422, False), (200, True))
+
+
+@pytest.mark.parametrize(
+    ("query", "code"),
+    [
+        ("n_neighbors=3&n_neighbors=4", "repeated_parameter"),
+        ("neighbors=3", "unknown_parameter"),
+        ("n_neighbors[]=3", "unknown_parameter"),
+        ("__proto__=3", "unknown_parameter"),
+        ("&".join(f"a{number}=1" for number in range(900)), "unknown_parameter"),
+        ("result=a&result=b", "repeated_parameter"),
+    ],
+    ids=lambda value: value[:30],
+)
+def test_hostile_parameters(app: Any, query: str, code: str) -> None:
+    assert post(app, f"/explain?{query}", QUERY).error == (422, code)
+
+
+# --- ids and addresses ---
+
+IDS = [
+    "../photos.index/manifest.json", "..%2Fphotos.index%2Fmanifest.json", "%2e%2e/etc/passwd",
+    "c0/../../photos.index/manifest.json", "/etc/passwd", "%2Fetc%2Fpasswd", "//etc/passwd",
+    "c0/000.png%00", "%00", "c0/000.png%00.jpg", "..", ".", "", "c0", "c0/", "/c0/000.png",
+    "c0//000.png", "./c0/000.png", "C0/000.PNG", "c0\\000.png", "c0%5C000.png", "%ff%fe",
+    "c0/000%ff.png", "%c0%ae%c0%ae/x", "%25%32%65%25%32%65/x", "x" * 10_000, "%F0%9F%A6%89" * 100,
+    "file:///etc/passwd", "http://127.0.0.1/x", "c0/000.png%3Fx", "c0/000.png;a=b", "%0d%0aA:%20b",
+    "c0/000.png/image", "*", "c%3F/000.png", "'%20OR%201=1--", "${7*7}", "{{7*7}}", "~root/.ssh",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IDS, ids=lambda name: name[:40] or "empty")
+def test_ids_that_no_image_has(app: Any, index: Path, name: str) -> None:
+    for what in ("image", "cam"):
+        found = ask(app, "GET", f"/items/{name}/{what}")
+        # No route takes a line break.
+        assert found.error == (404, "unknown_path" if "%0a" in name else "unknown_image")
+    found = post(app, f"/explain?result={name.replace('&', '%26').replace(';', '%3B')}", QUERY)
+    assert found.error[0] == 404
+    assert str(index.parent) not in found.message
+
+
+def test_an_index_cannot_send_the_service_elsewhere(tmp_path: Path, monkeypatch: Any) -> None:
+    """Its paths are what it says, whoever wrote it: those that climb out are not followed."""
+    quicken(monkeypatch)
+    made = built(tmp_path / "a")
+    picture(0).save(tmp_path / "secret.png")
+    why = explainer(made, images=tmp_path / "a" / "photos")
+    app = create_app(why)
+    for crafted in ("../../secret.png", str(tmp_path / "secret.png"), "c0/../../../secret.png"):
+        with monkeypatch.context() as patch:
+            paths = property(lambda rows, one=crafted: [one] * len(rows.positions))
+            patch.setattr(type(why.index.select([0])), "paths", paths)
+            found = ask(app, "GET", "/items/c0/000.png/image")
+            assert found.error == (404, "no_picture"), crafted
+            assert ask(app, "GET", "/items/c0/000.png/cam").json()["picture"] is None
+    assert ask(app, "GET", "/items/c0/000.png/image").status == 200
+    app.state.pipeline.close()
+
+
+@pytest.mark.parametrize("content", [b"root:x:0:0", b"", JPEG[:200]])
+def test_a_file_that_is_no_picture_is_not_sent(
+    tmp_path: Path, monkeypatch: Any, content: bytes
+) -> None:
+    quicken(monkeypatch)
+    app = create_app(explainer(built(tmp_path)))
+    (tmp_path / "photos" / "c0" / "000.png").write_bytes(content)
+    found = ask(app, "GET", "/items/c0/000.png/image")
+    assert found.error == (404, "no_picture")
+    assert str(tmp_path) not in found.message
+    app.state.pipeline.close()
+
+
+def test_a_damaged_index_is_not_described_to_clients(
+    tmp_path: Path, monkeypatch: Any, caplog: Any
+) -> None:
+    quicken(monkeypatch)
+    why = explainer(built(tmp_path))
+    app = create_app(why)
+
+    def damaged(*_: Any, **__: Any) -> None:
+        raise IndexFormatError(f"{tmp_path}/weights.bin: is broken")
+
+    why.explain_batch = damaged  # type: ignore[method-assign]
+    found = post(app, "/explain", QUERY)
+    assert found.error == (500, "damaged_index")
+    assert str(tmp_path) not in found.message
+    assert str(tmp_path) in caplog.text
+    app.state.pipeline.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "status"),
+    [
+        ("GET", "/explain", 405), ("HEAD", "/explain", 405), ("PUT", "/explain", 405),
+        ("DELETE", "/items/c0/000.png/image", 405), ("POST", "/items/c0/000.png/image", 405),
+        ("TRACE", "/healthz", 405), ("CONNECT", "/healthz", 405), ("BREW", "/healthz", 405),
+        ("GET", "/docs", 404), ("GET", "/redoc", 404), ("GET", "/explain/", 404),
+        ("POST", "/", 404), ("GET", "/%00", 404), ("GET", "/items", 404), ("GET", "//", 404),
+        ("GET", "/.git/config", 404), ("GET", "/" + "a" * 50_000, 404),
+    ],
+)  # fmt: skip
+def test_unknown_addresses_and_methods(app: Any, method: str, target: str, status: int) -> None:
+    found = ask(app, method, target)
+    assert found.status == status
+    if method != "HEAD":
+        assert found.error[0] == status
+    assert ("allow" in found.headers) == (status == 405)

@@ -1,0 +1,366 @@
+"""Limits on time and number, and what goes through the network together."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from build_samples import SIDE, quicken
+from hypothesis import given
+from hypothesis import strategies as st
+from service_client import ask, built, data_of, explainer, picture, post, send
+
+from embedcam.errors import InputError, NetworkError
+from embedcam.service import Limits, create_app
+from embedcam.service.batching import Batcher
+
+QUERY = data_of(picture(3))
+PNG = {"content-type": "image/png"}
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        yield built(tmp_path_factory.mktemp("limits"))
+
+
+# --- batches ---
+
+
+def gathered(app: Any, *bodies: bytes, target: str = "/explain") -> list[Any]:
+    async def all_of_them() -> list[Any]:
+        return await asyncio.gather(*(send(app, "POST", target, body, PNG) for body in bodies))
+
+    return asyncio.run(all_of_them())
+
+
+def test_pictures_together_are_answered_as_each_alone(index: Path) -> None:
+    queries = [data_of(picture(seed)) for seed in range(6)]
+    alone = create_app(explainer(index), limits=Limits(batch=1))
+    each = [post(alone, "/explain", query).json() for query in queries]
+    together = create_app(explainer(index), limits=Limits(batch=6, batch_seconds=30))
+    for found, expected in zip(gathered(together, *queries), each, strict=True):
+        body = found.json()
+        assert [one["id"] for one in body["neighbors"]] == [
+            one["id"] for one in expected["neighbors"]
+        ]
+        np.testing.assert_allclose(body["cam"], expected["cam"], atol=1e-5)
+    text = ask(together, "GET", "/metrics").body.decode()
+    assert "embedcam_batch_pictures_count 1.0" in text
+    assert "embedcam_batch_pictures_sum 6.0" in text
+    for app in (alone, together):
+        app.state.pipeline.close()
+
+
+def test_a_bad_picture_fails_alone(index: Path) -> None:
+    app = create_app(explainer(index), limits=Limits(batch=4, batch_seconds=0.5))
+    found = gathered(app, QUERY, b"no picture", QUERY, QUERY[:200])
+    assert [one.status for one in found] == [200, 422, 200, 422]
+    assert found[0].json() == found[2].json()
+    app.state.pipeline.close()
+
+
+def test_a_picture_the_network_cannot_embed_fails_alone(index: Path) -> None:
+    """Only the batch as a whole tells: each of it is tried again by itself."""
+    why = explainer(index)
+    forward, sizes = why.network.forward, list[int]()
+
+    def picky(images: Any, **options: Any) -> Any:
+        sizes.append(len(images))
+        if any(float(image[0].std()) == 0 for image in images):
+            raise NetworkError("the embedding of image 1 is zero")
+        return forward(images, **options)
+
+    why.network.forward = picky
+    app = create_app(why, limits=Limits(batch=3, batch_seconds=30))
+    flat = data_of(picture().point(lambda _: 9))
+    found = gathered(app, QUERY, flat, QUERY, target="/search")
+    assert [one.status for one in found] == [200, 422, 200]
+    assert found[1].error == (422, "no_embedding")
+    assert sizes == [3, 1, 1, 1]
+    app.state.pipeline.close()
+
+
+def test_different_settings_go_apart(index: Path) -> None:
+    app = create_app(explainer(index), limits=Limits(batch=8, batch_seconds=0.2))
+
+    async def mixed() -> list[Any]:
+        targets = ["/explain?n_neighbors=1", "/explain?n_neighbors=2", "/explain?n_neighbors=1"]
+        return await asyncio.gather(*(send(app, "POST", one, QUERY, PNG) for one in targets))
+
+    found = [reply.json()["neighbors"] for reply in asyncio.run(mixed())]
+    assert [len(one) for one in found] == [1, 2, 1]
+    app.state.pipeline.close()
+
+
+class Recorder:
+    """Answers a number with its double, and keeps what came together."""
+
+    def __init__(self, hold: threading.Event | None = None) -> None:
+        self.batches: list[tuple[Any, list[int]]] = []
+        self.hold = hold
+        self.begun = threading.Event()
+
+    def __call__(self, settings: Any, inputs: Any) -> list[int]:
+        self.begun.set()
+        if self.hold is not None:
+            assert self.hold.wait(20)
+        self.batches.append((settings, [int(one) for one in inputs]))
+        if any(one < 0 for one in inputs):
+            raise InputError(f"{[int(one) for one in inputs]} hold a negative number")
+        return [2 * int(one) for one in inputs]
+
+
+def submitted(batcher: Batcher, settings: Any, number: int) -> Future[Any]:
+    with batcher.announced() as submit:
+        return submit(settings, np.array(number))
+
+
+def test_one_alone_does_not_wait() -> None:
+    batcher = Batcher(Recorder(), 8, seconds=60)
+    start = time.monotonic()
+    assert submitted(batcher, "a", 4).result(20) == 8
+    assert time.monotonic() - start < 30
+    batcher.close()
+
+
+def test_one_waits_for_what_was_announced_and_no_longer() -> None:
+    recorder = Recorder()
+    batcher = Batcher(recorder, 8, seconds=60)
+    with ExitStack() as open_ones:
+        submit = open_ones.enter_context(batcher.announced())
+        first = submitted(batcher, "a", 1)
+        with pytest.raises(TimeoutError):
+            first.result(0.05)
+        assert submit("a", np.array(2)).result(20) == 4
+    assert recorder.batches == [("a", [1, 2])]
+    with batcher.announced():  # one that never comes: its picture could not be read
+        second = submitted(batcher, "a", 3)
+    assert second.result(20) == 6
+    batcher.close()
+
+
+def test_one_waits_so_long_at_most() -> None:
+    batcher = Batcher(Recorder(), 8, seconds=0.01)
+    with batcher.announced():
+        assert submitted(batcher, "a", 1).result(20) == 2
+    batcher.close()
+
+
+def test_a_batch_has_a_size() -> None:
+    hold, sizes = threading.Event(), list[int]()
+    recorder = Recorder(hold)
+    batcher = Batcher(recorder, 3, seconds=0, batched=sizes.append)
+    first = submitted(batcher, "a", 0)
+    assert recorder.begun.wait(20)
+    rest = [submitted(batcher, "ab"[number % 2], number) for number in range(1, 8)]
+    hold.set()
+    assert [one.result(20) for one in [first, *rest]] == [0, 2, 4, 6, 8, 10, 12, 14]
+    batcher.close()
+    assert recorder.batches == [("a", [0]), ("b", [1, 3, 5]), ("a", [2, 4, 6]), ("b", [7])]
+    assert sizes == [1, 3, 3, 1]
+
+
+def test_what_was_given_up_is_not_worked_on() -> None:
+    hold = threading.Event()
+    recorder = Recorder(hold)
+    batcher = Batcher(recorder, 1, seconds=0)
+    first = submitted(batcher, "a", 1)
+    assert recorder.begun.wait(20)
+    second, third = submitted(batcher, "a", 2), submitted(batcher, "a", 3)
+    assert second.cancel()
+    hold.set()
+    assert (first.result(20), third.result(20)) == (2, 6)
+    with pytest.raises(CancelledError):
+        second.result(0)
+    assert [numbers for _, numbers in recorder.batches] == [[1], [3]]
+    batcher.close()
+
+
+def test_closing_answers_what_waits() -> None:
+    hold = threading.Event()
+    recorder = Recorder(hold)
+    batcher = Batcher(recorder, 1, seconds=60)
+    waiting = [submitted(batcher, "a", number) for number in range(3)]
+    assert recorder.begun.wait(20)
+    closing = threading.Thread(target=batcher.close)
+    closing.start()
+    hold.set()
+    closing.join(20)
+    assert [one.result(0) for one in waiting] == [0, 2, 4]
+    with pytest.raises(RuntimeError, match="closed"):
+        submitted(batcher, "a", 1)
+    batcher.close()
+
+
+def test_a_fault_reaches_everyone_it_met() -> None:
+    def broken(settings: Any, inputs: Any) -> list[int]:
+        raise MemoryError("out of it")
+
+    batcher = Batcher(broken, 2, seconds=0)
+    with pytest.raises(MemoryError):
+        submitted(batcher, "a", 1).result(20)
+    with pytest.raises(MemoryError):
+        submitted(batcher, "a", 1).result(20)  # the thread goes on
+    batcher.close()
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(-3, 9)), max_size=12), st.integers(1, 4)
+)
+def test_everyone_gets_the_answer_of_their_own(jobs: list[tuple[str, int]], most: int) -> None:
+    batcher = Batcher(Recorder(), most, seconds=0)
+    futures = [submitted(batcher, settings, number) for settings, number in jobs]
+    for (_, number), future in zip(jobs, futures, strict=True):
+        if number < 0:
+            with pytest.raises(InputError, match=rf"^\[{number}\]"):
+                future.result(20)
+        else:
+            assert future.result(20) == 2 * number
+    batcher.close()
+
+
+# --- too many, too slow, too long ---
+
+
+def test_too_many_at_once(index: Path) -> None:
+    why = explainer(index)
+    hold, begun, explain = threading.Event(), threading.Event(), why.explain_batch
+
+    def slow(*given: Any, **options: Any) -> Any:
+        begun.set()
+        assert hold.wait(20)
+        return explain(*given, **options)
+
+    why.explain_batch = slow  # type: ignore[method-assign]
+    app = create_app(why, limits=Limits(concurrency=2, batch=1))
+
+    async def crowd() -> None:
+        inside = [asyncio.create_task(send(app, "POST", "/explain", QUERY, PNG)) for _ in range(2)]
+        await asyncio.to_thread(begun.wait, 20)
+        for target in ("/explain", "/search"):
+            refused = await send(app, "POST", target, QUERY, PNG)
+            assert refused.error == (503, "busy")
+            assert refused.headers["retry-after"] == "1"
+            assert refused.message.startswith("2 requests are being worked on, which is the limit")
+        assert (await send(app, "GET", "/items/c0/000.png/image")).error == (503, "busy")
+        assert (await send(app, "GET", "/healthz")).status == 200  # whoever watches is let in
+        assert "embedcam_in_progress 2.0" in (await send(app, "GET", "/metrics")).body.decode()
+        hold.set()
+        assert [(await one).status for one in inside] == [200, 200]
+        assert (await send(app, "POST", "/explain", QUERY, PNG)).status == 200
+
+    asyncio.run(crowd())
+    app.state.pipeline.close()
+
+
+def test_an_answer_that_takes_too_long(index: Path) -> None:
+    why = explainer(index)
+    hold, explain = threading.Event(), why.explain_batch
+
+    def slow(*given: Any, **options: Any) -> Any:
+        assert hold.wait(20)
+        return explain(*given, **options)
+
+    why.explain_batch = slow  # type: ignore[method-assign]
+    app = create_app(why, limits=Limits(seconds=0.05, concurrency=1))
+    for _ in range(3):  # the place is given back
+        found = post(app, "/explain", QUERY)
+        assert found.error == (503, "too_slow")
+        assert found.headers["retry-after"] == "5"
+    hold.set()
+    assert post(app, "/search", QUERY).status in (200, 503)
+    app.state.pipeline.close()
+
+
+@pytest.mark.parametrize("tail", [[60.0], [b"", 60.0], [QUERY[:90], 60.0]])
+def test_an_upload_that_takes_too_long(index: Path, tail: list[Any]) -> None:
+    app = create_app(explainer(index), limits=Limits(seconds=0.05, concurrency=1))
+    for _ in range(2):
+        found = ask(app, "POST", "/explain", tail, content_type="image/png", content_length="99999")
+        assert found.error == (408, "slow_upload")
+        assert found.headers["connection"] == "close"
+    assert post(app, "/healthz", b"").error == (405, "unknown_method")
+    app.state.pipeline.close()
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_body_over_the_limit(index: Path, declared: bool) -> None:
+    app = create_app(explainer(index), limits=Limits(body_bytes=len(QUERY)))
+    headers = {"content_type": "image/png"}
+    pieces = [QUERY[:100], QUERY[100:], b"x" * 1000]
+    length = (
+        {"content_length": str(len(QUERY) + 1000)} if declared else {"transfer_encoding": "chunked"}
+    )
+    found = ask(app, "POST", "/explain", pieces, **headers, **length)
+    assert found.error == (413, "body_too_long")
+    assert f"longer than {len(QUERY)} bytes" in found.message
+    assert "connection" not in found.headers  # all of it was taken, so the next request may come
+    assert ask(app, "POST", "/explain", pieces[:2], **headers).status == 200
+    app.state.pipeline.close()
+
+
+def test_an_endless_body_is_not_kept(index: Path) -> None:
+    app = create_app(explainer(index), limits=Limits(body_bytes=1000))
+    taken = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield bytes(1_000_000)
+
+    found = ask(app, "POST", "/explain", endless(), transfer_encoding="chunked")
+    assert found.error == (413, "body_too_long")
+    assert found.headers["connection"] == "close"
+    assert taken < 100
+    app.state.pipeline.close()
+
+
+def test_nothing_is_taken_from_a_client_that_asks_first(index: Path) -> None:
+    """`Expect: 100-continue`: the refusal comes before the body."""
+    app = create_app(explainer(index), limits=Limits(body_bytes=10))
+    found = ask(app, "POST", "/explain", [60.0], content_length="99", expect="100-continue",
+                content_type="image/png")  # fmt: skip
+    assert found.error == (413, "body_too_long")
+    assert found.headers["connection"] == "close"
+    app.state.pipeline.close()
+
+
+def test_a_client_that_goes_away(index: Path) -> None:
+    app = create_app(explainer(index))
+    found = ask(app, "POST", "/explain", [], content_length="5", content_type="image/png")
+    assert found.error == (400, "cut_off")
+    app.state.pipeline.close()
+
+
+def test_more_pixels_than_the_limit(index: Path) -> None:
+    app = create_app(explainer(index), limits=Limits(pixels=40 * 30 - 1))
+    found = post(app, "/explain", QUERY)
+    assert found.error == (413, "too_many_pixels")
+    assert "more than 1199 pixels" in found.message
+    assert post(app, "/explain", data_of(picture(0, (40, 29)))).status == 200
+    app.state.pipeline.close()
+
+
+def test_the_default_number_of_results_keeps_to_the_limit(index: Path) -> None:
+    app = create_app(explainer(index, n_neighbors=9), limits=Limits(n_neighbors=4))
+    assert len(post(app, "/explain", QUERY).json()["neighbors"]) == 4
+    found = post(app, "/explain?n_neighbors=5", QUERY)
+    assert found.error == (422, "unusable_parameter")
+    assert found.message == "n_neighbors: input should be less than or equal to 4"
+    app.state.pipeline.close()
+
+
+def test_a_small_index_gives_what_it_has(index: Path) -> None:
+    app = create_app(explainer(index))
+    assert len(post(app, "/search?n_neighbors=100", QUERY).json()["neighbors"]) == 12
+    assert SIDE == 16
+    app.state.pipeline.close()

@@ -395,8 +395,8 @@ def test_only_names_of_its_own(index: Path) -> None:
 def test_the_description_names_every_address(app: Any) -> None:
     described = ask(app, "GET", "/openapi.json").json()
     assert sorted(described["paths"]) == [
-        "/explain", "/healthz", "/items/{id}/cam", "/items/{id}/image", "/metrics", "/readyz",
-        "/search",
+        "/compare", "/explain", "/healthz", "/items/{id}/cam", "/items/{id}/image", "/metrics",
+        "/readyz", "/search",
     ]  # fmt: skip
     assert "HTTPValidationError" not in json.dumps(described)
 

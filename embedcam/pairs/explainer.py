@@ -62,12 +62,12 @@ class PairExplainer:
         if isinstance(results, str | bytes | Path):
             raise InputError("expected a list of results, got one; use receipt()")
         given = [self._given(query), *(self._given(result, True) for result in results)]
-        sides = self._sides([inputs for _, inputs in given])
+        sides = self.sides([inputs for _, inputs in given])
         mean = np.asarray(self.explainer.index.fitted("embedding_mean"), np.float64)
         found = []
         for result, (shown, _), side in zip(results, given[1:], sides[1:], strict=True):
             if isinstance(result, str):
-                self._check_same(result, side)
+                self.check_same(result, side)
             made = make_receipt(
                 sides[0], side, mean, centred=centred, query_shown=given[0][0], result_shown=shown
             )
@@ -85,20 +85,12 @@ class PairExplainer:
         first, second = self.receipts(query, [result, rival], centred=centred)
         return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
 
-    def _given(self, image: Any, by_id: bool = False) -> tuple[Shown, Any]:
-        """How a picture is drawn, and the network's input `[3 H W]`."""
-        name, label = "", None
-        if by_id and isinstance(image, str):
-            index = self.explainer.index
-            name, label = image, index.labels[index.position(image)]
-            image = self.explainer.picture(image)
-        picture, inputs = self.explainer.prepared(image)
-        extent = None
-        if picture is not None and self.explainer.preprocess is not None:
-            extent = self.explainer.preprocess.extent(*picture.size)
-        return Shown(picture, extent, name, label), inputs
+    def sides(self, inputs: Sequence[Any]) -> list[Side]:
+        """What receipts are made of, by `make_receipt`: pictures, forwarded.
 
-    def _sides(self, inputs: Sequence[Any]) -> list[Side]:
+        Args:
+            inputs: the network's, `[3 H W]` each; those of one size are forwarded together.
+        """
         kind = self.network.head_kind
         if not kind.affine:
             return [self._differentiated(one) for one in inputs]
@@ -117,13 +109,16 @@ class PairExplainer:
                 found[place] = PooledSide(maps[row], embeddings[row], norm, matrix)
         return [found[place] for place in range(len(inputs))]
 
-    def _differentiated(self, inputs: Any) -> Side:
-        return DifferentiatedSide(
-            self.network.head_pass(stacked([inputs]), twice=True), self.network.normalize
-        )
+    def check_same(self, name: str, side: Side) -> None:
+        """Refuse a picture that is another than was indexed: its receipt would be of another.
 
-    def _check_same(self, name: str, side: Side) -> None:
-        """Refuse a picture that is another than was indexed: its receipt would be of another."""
+        Args:
+            name: id of the image.
+            side: of the picture that lies at its path now.
+
+        Raises:
+            ImageError: the embeddings differ.
+        """
         index = self.explainer.index
         stored = index.embeddings([index.position(name)])[0].astype(np.float64)
         lengths = np.linalg.norm(stored) * np.linalg.norm(side.embedding)
@@ -133,3 +128,21 @@ class PairExplainer:
                 f"{name}: the picture has changed since it was indexed (its embedding has a cosine "
                 f"of {cosine:.3f} with the stored one); index it again"
             )
+
+    def _given(self, image: Any, by_id: bool = False) -> tuple[Shown, Any]:
+        """How a picture is drawn, and the network's input `[3 H W]`."""
+        name, label = "", None
+        if by_id and isinstance(image, str):
+            index = self.explainer.index
+            name, label = image, index.labels[index.position(image)]
+            image = self.explainer.picture(image)
+        picture, inputs = self.explainer.prepared(image)
+        extent = None
+        if picture is not None and self.explainer.preprocess is not None:
+            extent = self.explainer.preprocess.extent(*picture.size)
+        return Shown(picture, extent, name, label), inputs
+
+    def _differentiated(self, inputs: Any) -> Side:
+        return DifferentiatedSide(
+            self.network.head_pass(stacked([inputs]), twice=True), self.network.normalize
+        )

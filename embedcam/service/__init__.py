@@ -2,9 +2,11 @@
 
 app.py        the application: what is put together
 explain.py    POST /explain and POST /search
+compare.py    POST /compare: receipts of pairs
 items.py      GET /items/{id}/image and /items/{id}/cam: the indexed images and nothing else
 status.py     GET /healthz, /readyz and /metrics
 pipeline.py   from uploaded bytes to an explanation, through a pool of threads
+receipts.py   from uploaded bytes and ids to receipts
 batching.py   one thread that puts what waits through the network together
 upload.py     the body of a request, counted while it comes in
 pictures.py   bytes to pictures and back

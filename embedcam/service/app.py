@@ -13,7 +13,7 @@ from starlette.staticfiles import StaticFiles
 from .. import __version__
 from ..errors import EmbedcamError
 from ..explain import Explainer
-from . import explain, items, status
+from . import compare, explain, items, status
 from .errors import Refused, handle
 from .frame import Frame
 from .limits import Limits
@@ -67,7 +67,7 @@ def create_app(
     app.state.pipeline = pipeline
     for kind in (Refused, EmbedcamError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
-    for room in (explain, items, status):
+    for room in (explain, compare, items, status):
         app.include_router(room.router(pipeline))
     if PAGE.is_dir():
         app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")

@@ -20,8 +20,8 @@ from .upload import FORM_TYPE, PART, RAW_TYPES, read_upload
 
 JSON, PNG, WEBP = "application/json", "image/png", "image/webp"
 MAX_CELLS, MAX_SIDE = 224, 1024
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
-_BODY = {
+BINARY = {"schema": {"type": "string", "format": "binary"}}
+BODY = {
     "requestBody": {
         "required": True,
         "description": "A picture: JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF or JPEG 2000; of an "
@@ -36,11 +36,11 @@ _BODY = {
                 },
                 "encoding": {PART: {"contentType": ", ".join(RAW_TYPES)}},
             },
-            **{kind: _BINARY for kind in RAW_TYPES},
+            **{kind: BINARY for kind in RAW_TYPES},
         },
     }
 }
-_REFUSALS = (400, 403, 408, 413, 415, 422, 500, 503)
+REFUSALS = (400, 403, 408, 413, 415, 422, 500, 503)
 
 
 def router(pipeline: Pipeline) -> APIRouter:
@@ -61,11 +61,11 @@ def router(pipeline: Pipeline) -> APIRouter:
                 "model": ExplainAnswer,
                 "description": "The results and the maps as JSON; or the picture with its map "
                 "over it, where `Accept` asks for a picture.",
-                "content": {PNG: _BINARY, WEBP: _BINARY},
+                "content": {PNG: BINARY, WEBP: BINARY},
             },
-            **refusals(404, 406, *_REFUSALS),
+            **refusals(404, 406, *REFUSALS),
         },
-        openapi_extra=_BODY,
+        openapi_extra=BODY,
         dependencies=[Depends(only("n_neighbors", "result", "map_size", "picture_size"))],
     )
     async def explain(
@@ -101,8 +101,8 @@ def router(pipeline: Pipeline) -> APIRouter:
         operation_id="search",
         summary="Which images are like this picture, without the why",
         response_class=Response,
-        responses={200: {"model": SearchAnswer}, **refusals(*_REFUSALS)},
-        openapi_extra=_BODY,
+        responses={200: {"model": SearchAnswer}, **refusals(*REFUSALS)},
+        openapi_extra=BODY,
         dependencies=[Depends(only("n_neighbors"))],
     )
     async def search(request: Request, n_neighbors: count = pipeline.n_neighbors) -> Response:

@@ -8,8 +8,8 @@ from fastapi import Request
 from .errors import Refused
 
 
-def only(*known: str) -> Callable[[Request], None]:
-    """A dependency that refuses other query parameters, and one that is given twice."""
+def only(*known: str, several: str = "") -> Callable[[Request], None]:
+    """A dependency that refuses other query parameters, and one but `several` given twice."""
 
     def check(request: Request) -> None:
         seen = [name for name, _ in request.query_params.multi_items()]
@@ -20,7 +20,7 @@ def only(*known: str) -> Callable[[Request], None]:
                 raise Refused(
                     422, "unknown_parameter", f"a query parameter means nothing here; {hint}"
                 )
-            if seen.count(name) > 1:
+            if name != several and seen.count(name) > 1:
                 raise Refused(422, "repeated_parameter", f"{name}: given twice; give it once")
 
     return check

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..explain import Explainer, Explanation
 from ..images.batches import default_workers
 from ..index import Index, Neighbors
+from ..pairs import PairExplainer, Side
 from .batching import Batcher
 from .errors import Refused
 from .limits import Gate, Limits
@@ -64,6 +65,7 @@ class Pipeline:
     def __init__(self, explainer: Explainer, limits: Limits) -> None:
         _check(explainer)
         self.explainer, self.limits = explainer, limits
+        self.pairs = PairExplainer(explainer)
         self.gate = Gate(limits.concurrency)
         self.telemetry = Telemetry(lambda: self.gate.inside)
         self.ready = False
@@ -119,21 +121,34 @@ class Pipeline:
         """
         if result is not None:
             find_live(self.index, result)
-        return await self._asked(upload, Asked("explain", n_neighbors, result), side)
+        asked = Asked("explain", n_neighbors, result)
+        return await self._together(asked, self.read, upload, side)
 
     async def search(self, upload: Upload, n_neighbors: int) -> tuple[Query, Found]:
         """An uploaded picture, embedded and searched with; nothing is explained."""
-        return await self._asked(upload, Asked("search", n_neighbors), None)
+        return await self._together(Asked("search", n_neighbors), self.read, upload, None)
 
-    async def _asked(self, upload: Upload, asked: Asked, side: int | None) -> tuple[Query, Any]:
-        preprocess, pixels = self.explainer.preprocess, self.limits.pixels
+    async def side(self, prepared: Callable[..., Query], *given: Any) -> tuple[Query, Side]:
+        """A picture as receipts need it.
+
+        Args:
+            prepared: called in the pool with the rest.
+            given: its arguments.
+        """
+        return await self._together(Asked("side", 0), prepared, *given)
+
+    def read(self, upload: Upload, side: int | None) -> Query:
+        """An uploaded picture, decoded and prepared; arguments as for `explain`."""
+        preprocess = self.explainer.preprocess
         assert preprocess is not None  # `_check` saw to it
+        return read_query(picture_in(upload), preprocess, self.limits.pixels, side)
 
-        def prepared() -> Query:
-            return read_query(picture_in(upload), preprocess, pixels, side)
-
+    async def _together(
+        self, asked: Asked, prepared: Callable[..., Query], *given: Any
+    ) -> tuple[Query, Any]:
+        """Prepared in the pool, then answered in a batch."""
         with self._batcher.announced() as submit:
-            query = await self.in_thread(prepared)
+            query = await self.in_thread(prepared, *given)
             future = submit(asked, query.inputs)
         return query, await asyncio.wrap_future(future)
 
@@ -143,6 +158,8 @@ class Pipeline:
             return self.explainer.explain_batch(
                 inputs, n_neighbors=asked.n_neighbors, result=asked.result
             )
+        if asked.kind == "side":
+            return self.pairs.sides(inputs)
         return self._searched(asked.n_neighbors, inputs)
 
     def _searched(self, n_neighbors: int, inputs: Sequence[np.ndarray]) -> list[Found]:

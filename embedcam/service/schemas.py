@@ -1,8 +1,8 @@
 """The JSON of the service, as its OpenAPI description has it.
 
-Answers are written by `explain.py` and `items.py` without going through these models: checking
-hundreds of numbers again for each request would cost more than drawing them. The contract tests
-hold every answer against them.
+Answers are written by `explain.py`, `compare.py` and `items.py` without going through these models:
+checking hundreds of numbers again for each request would cost more than drawing them. The contract
+tests hold every answer against them.
 """
 
 from typing import Annotated, Any
@@ -90,6 +90,92 @@ class ExplainAnswer(_Strict):
     neighbors: list[Neighbor]
 
 
+Cells = Annotated[
+    list[list[float]],
+    Field(description="Row by row from the top, on the layer's grid; positive speaks for it."),
+]
+Cell = Annotated[list[int], Field(min_length=2, max_length=2, description="[row, column]")]
+
+
+class Evidence(_Strict):
+    """What one picture gives to a score: `cells`, `shared` and `remainder` sum to it."""
+
+    cells: Cells
+    shared: float = Field(description="What the average image of the index has too.")
+    remainder: float = Field(description="What no cell or channel accounts for.")
+
+
+class Channel(_Strict):
+    """A channel of the network's layer, and what it gives."""
+
+    channel: int = Field(ge=0, examples=[417])
+    contribution: float = Field(examples=[0.031])
+
+
+class CellLink(_Strict):
+    """Two cells that match."""
+
+    query: Cell
+    result: Cell
+    contribution: float
+
+
+class PairReceipt(_Strict):
+    """Why the query and one result match: `shared`, the channels and `remainder` sum to it."""
+
+    id: str = Field(examples=["gulls/17.jpg"])
+    label: str | None = Field(examples=["gulls"])
+    picture: Size
+    extent: Extent
+    similarity: float = Field(description="Inner product of the embeddings.", examples=[0.845])
+    exact: bool = Field(
+        description="Contributions are exact; otherwise of first order, and `remainder` holds "
+        "what is not."
+    )
+    shared: float = Field(description="What both share with the average image of the index.")
+    remainder: float = Field(description="What no channel accounts for.")
+    channels: list[Channel] = Field(description="Those that give most, largest first.")
+    other_channels: float = Field(description="What all the others give together.")
+    query: Evidence
+    result: Evidence
+    links: list[CellLink] = Field(description="The cells that match best.")
+    pairs: list[list[float]] | None = Field(
+        description="What each cell of the query (rows) has with each cell of the result "
+        "(columns), both counted row by row, to four digits; null where the receipt is not exact, "
+        "or where all together would be too many numbers: ask with `row` and `column` then."
+    )
+    point: Cells | None = Field(
+        description="What the cell asked for matches, on the other picture's grid; null where "
+        "none was asked for."
+    )
+
+
+class Contrast(_Strict):
+    """Why the first result is nearer than the second: channels and remainder sum to `score`."""
+
+    score: float = Field(
+        description="Half of the rival's squared distance less the result's; behind embeddings of "
+        "length 1 the difference of the similarities.",
+        examples=[0.12],
+    )
+    exact: bool
+    remainder: float
+    channels: list[Channel]
+    other_channels: float
+    query: Cells = Field(
+        description="Positive where the query speaks for the result, negative for the rival."
+    )
+
+
+class CompareAnswer(_Strict):
+    """Receipts of one query, in the order asked; the rival's is the last."""
+
+    picture: Size
+    extent: Extent
+    receipts: list[PairReceipt]
+    contrast: Contrast | None = Field(description="null where no rival was named.")
+
+
 class ItemCam(_Strict):
     """An indexed image's own map."""
 
@@ -134,9 +220,10 @@ class ErrorAnswer(_Strict):
 _WHEN = {
     400: "The request is broken.",
     403: "The Host header names another machine.",
-    404: "No image of this id.",
+    404: "No image of this id, or no picture of it.",
     406: "None of the types asked for is on offer.",
     408: "The body arrived too slowly.",
+    409: "The picture of an image has changed since it was indexed.",
     413: "The body, or the picture in it, is too large.",
     415: "The body is of a type that holds no picture.",
     422: "A parameter or a picture that cannot be used.",

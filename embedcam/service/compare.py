@@ -1,0 +1,197 @@
+"""POST /compare: why a picture and its results match, as receipts that add up."""
+
+import json
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Depends, Query, Request
+from pydantic.json_schema import SkipJsonSchema
+from starlette.responses import Response
+
+from ..errors import InputError
+from ..pairs import Comparison, Receipt
+from .accept import choose
+from .errors import Refused
+from .explain import BINARY, BODY, JSON, PNG, REFUSALS, WEBP
+from .parameters import only
+from .pictures import Query as Picture
+from .pictures import encoded
+from .pipeline import Pipeline
+from .receipts import Receipts, make_receipts
+from .schemas import CompareAnswer, refusals
+from .upload import read_upload
+
+MAX_PAIRS = 250_000
+"""Numbers of all `pairs` of an answer together, about 2 MB: a hundred receipts on maps of 7 x 7, or
+six of 14 x 14."""
+DRAWN_SIDE = 560
+
+Point = tuple[int, int, Literal["query", "result"]]
+_ID = "Id of an image of the index"
+
+
+def router(pipeline: Pipeline) -> APIRouter:
+    """The one endpoint."""
+    routes = APIRouter(tags=["queries"])
+    most = pipeline.limits.n_neighbors
+
+    @routes.post(
+        "/compare",
+        operation_id="compare",
+        summary="Why this picture and an image match, or why one image came above another",
+        response_class=Response,
+        responses={
+            200: {
+                "model": CompareAnswer,
+                "description": "Receipts as JSON; or one drawn, where `Accept` asks for a picture.",
+                "content": {PNG: BINARY, WEBP: BINARY},
+            },
+            **refusals(404, 406, 409, *REFUSALS),
+        },
+        openapi_extra=BODY,
+        dependencies=[Depends(only("result", "rival", "row", "column", "of", several="result"))],
+    )
+    async def compare(
+        request: Request,
+        result: Annotated[
+            list[str], Query(min_length=1, max_length=most, description=f"{_ID}; once for each.")
+        ],
+        rival: Annotated[
+            str | SkipJsonSchema[None],
+            Query(description=f"{_ID}: why did the one result come above it?"),
+        ] = None,
+        row: Annotated[
+            int | SkipJsonSchema[None],
+            Query(ge=0, le=4095, description="Of a cell, from 0; with `column`."),
+        ] = None,
+        column: Annotated[int | SkipJsonSchema[None], Query(ge=0, le=4095)] = None,
+        of: Annotated[
+            Literal["query", "result"], Query(description="Whose cell `row` and `column` name.")
+        ] = "query",
+    ) -> Response:
+        kind = choose(request.headers.get("accept"), (JSON, PNG, WEBP))
+        ids = _checked_ids(result, rival)
+        point = _checked_point(row, column, of)
+        if kind != JSON:
+            _check_drawable(result, point)
+        with pipeline.gate.admitted():
+            upload = await read_upload(request, pipeline.limits)
+            async with pipeline.deadline():
+                side = None if kind == JSON else DRAWN_SIDE
+                made = await make_receipts(pipeline, upload, ids, rival is not None, side)
+                if kind == JSON:
+                    body = await pipeline.in_thread(_written, made, point)
+                else:
+                    body = await pipeline.in_thread(_drawn, made, kind)
+        return Response(body, media_type=kind, headers={"Vary": "Accept"})
+
+    return routes
+
+
+def _checked_ids(results: list[str], rival: str | None) -> list[str]:
+    if len(set(results)) < len(results):
+        raise Refused(422, "repeated_result", "result: names an image twice; name each once")
+    if rival is None:
+        return results
+    if len(results) > 1:
+        raise Refused(
+            422, "too_many_results", "rival: goes with one result; leave the other results out"
+        )
+    if rival == results[0]:
+        raise Refused(422, "same_image", "result and rival are the same image; name two")
+    return [*results, rival]
+
+
+def _checked_point(
+    row: int | None, column: int | None, of: Literal["query", "result"]
+) -> Point | None:
+    if row is None and column is None:
+        return None
+    if row is None or column is None:
+        raise Refused(422, "half_a_point", "a point has a row and a column; give both")
+    return row, column, of
+
+
+def _check_drawable(results: list[str], point: Point | None) -> None:
+    if len(results) > 1 or point is not None:
+        raise Refused(
+            422,
+            "not_drawable",
+            "a picture shows the receipt of one result, or of it and a rival; ask for "
+            "application/json for more",
+        )
+
+
+def _drawn(made: Receipts, kind: str) -> bytes:
+    shown = made.receipts[0] if made.comparison is None else made.comparison
+    return encoded(shown.plot(), kind)
+
+
+def _written(made: Receipts, point: Point | None) -> bytes:
+    left, receipts = MAX_PAIRS, []
+    for picture, receipt in zip(made.pictures, made.receipts, strict=True):
+        numbers = receipt.query.cells.size * receipt.result.cells.size
+        fits = receipt.exact and numbers <= left
+        left -= numbers * fits
+        receipts.append(_receipt(receipt, picture, fits, point))
+    contrast = None if made.comparison is None else _contrast(made.comparison)
+    body = {**_picture(made.query), "receipts": receipts, "contrast": contrast}
+    # A NaN is no JSON: it would be a fault of ours, and is to be seen as one.
+    return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _receipt(
+    receipt: Receipt, picture: Picture, with_pairs: bool, point: Point | None
+) -> dict[str, Any]:
+    shown = receipt.to_dict()
+    kept = (
+        "similarity", "exact", "shared", "remainder", "channels", "other_channels", "links",
+    )  # fmt: skip
+    return {
+        "id": receipt.result_shown.name,
+        "label": receipt.result_shown.label,
+        **_picture(picture),
+        **{name: shown[name] for name in kept},
+        "query": _evidence(shown["query"]),
+        "result": _evidence(shown["result"]),
+        "pairs": _pairs(receipt) if with_pairs else None,
+        "point": None if point is None else _point(receipt, point),
+    }
+
+
+def _contrast(comparison: Comparison) -> dict[str, Any]:
+    shown = comparison.to_dict()
+    kept = ("score", "exact", "remainder", "channels", "other_channels")
+    return {**{name: shown[name] for name in kept}, "query": shown["query"]["cells"]}
+
+
+def _evidence(shown: dict[str, Any]) -> dict[str, Any]:
+    return {name: shown[name] for name in ("cells", "shared", "remainder")}
+
+
+def _picture(picture: Picture) -> dict[str, Any]:
+    width, height = picture.size
+    return {"picture": {"width": width, "height": height}, "extent": list(picture.extent)}
+
+
+def _point(receipt: Receipt, point: Point) -> list[list[float]]:
+    row, column, of = point
+    try:
+        found = receipt.point(row, column, of)
+    except InputError as error:
+        raise Refused(422, "no_such_point", str(error)) from None
+    return rounded(found)
+
+
+def _pairs(receipt: Receipt) -> list[list[float]]:
+    return rounded(receipt.matrix().reshape(receipt.query.cells.size, -1))
+
+
+def rounded(values: np.ndarray) -> Any:
+    """The numbers to four significant digits (whole ones from 1000 on), as lists."""
+    values = np.asarray(values, np.float64)
+    # Powers of ten are exact up to 22, so that the quotient is the number those digits name.
+    digits = np.floor(np.log10(np.abs(values), where=values != 0, out=np.zeros(values.shape)))
+    powers = 10.0 ** np.clip(3 - digits, 0, 22)
+    found: Any = (np.rint(values * powers) / powers + 0.0).tolist()
+    return found

@@ -242,20 +242,6 @@ class Explainer:
         ]
         return found[0] if single else found
 
-    def picture_file(self, id: str) -> Path | None:
-        """Where an indexed image's picture lies; None where the index's path is not to be followed.
-
-        See `explanation.may_follow`: a path that climbs out of the images' folder is not.
-
-        Raises:
-            InputError: an unknown or removed id.
-        """
-        (path,) = self.index.select([self.index.position(id)]).paths
-        joined = self._path(path)
-        if not may_follow(joined, self._root or Path(), self._only_below):
-            return None
-        return Path(joined)
-
     # Neighbours
 
     def _wanted(
@@ -434,13 +420,24 @@ class Explainer:
             ImageError: it has no picture, or one that cannot be read or lies outside the folder of
                 the images.
         """
-        path = self.picture_file(id)
-        if path is None:
+        file = self.picture_file(id)
+        if file is None:
             raise ImageError(
                 f"{id}: the index names no picture of it below the folder of its images; give "
                 "images=, the folder they lie in now"
             )
-        return read_image(path)
+        return read_image(file)
+
+    def picture_file(self, id: str) -> Path | None:
+        """Where it lies; None where the index's path is not to be followed (`may_follow`).
+
+        Raises:
+            InputError: an unknown or removed id.
+        """
+        (path,) = self.index.select([self.index.position(id)]).paths
+        joined = self._path(path)
+        followed = may_follow(joined, self._root or Path(), self._only_below)
+        return Path(joined) if followed else None
 
     def prepared(self, image: Any) -> tuple[Image.Image | None, Any]:
         """A query as the network takes it.

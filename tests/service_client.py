@@ -154,3 +154,17 @@ def ask(app: Any, method: str, target: str, body: Any = b"", **headers: str) -> 
 def post(app: Any, target: str, data: bytes, **headers: str) -> Reply:
     """A picture as the body itself."""
     return ask(app, "POST", target, data, **{"content_type": "image/png", **headers})
+
+
+def awake(app: Any) -> Any:
+    """The application without its lifespan, for clients that begin and end it with each request."""
+
+    async def call(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await app(scope, receive, send)
+            return
+        for step in ("startup", "shutdown"):
+            await receive()
+            await send({"type": f"lifespan.{step}.complete"})
+
+    return call

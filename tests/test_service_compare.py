@@ -107,6 +107,14 @@ def test_what_is_shown_adds_up(app: Any) -> None:
         assert total == pytest.approx(one["similarity"], abs=1e-5)
 
 
+def test_as_many_lines_and_links_as_asked(app: Any) -> None:
+    (one,) = post(app, target(IDS[1], lines=3, links=0), QUERY).json()["receipts"]
+    assert (len(one["channels"]), one["links"]) == (3, [])
+    channels = sum(line["contribution"] for line in one["channels"]) + one["other_channels"]
+    total = one["shared"] + channels + one["remainder"]
+    assert total == pytest.approx(one["similarity"], abs=1e-5)
+
+
 def test_the_similarity_is_the_search_s(app: Any) -> None:
     near = post(app, "/explain?n_neighbors=3", QUERY).json()["neighbors"]
     body = post(app, target(*(one["id"] for one in near)), QUERY).json()
@@ -232,6 +240,8 @@ REFUSED: dict[str, tuple[str, tuple[int, str]]] = {
     "a row of 1e1": (target(IDS[0], row="1e1", column=0), (422, "unusable_parameter")),
     "a side that is none": (
         target(IDS[0], row=0, column=0, of="rival"), (422, "unusable_parameter")),
+    "a million channels": (target(IDS[0], lines=10**6), (422, "unusable_parameter")),
+    "infinite links": (target(IDS[0], links="inf"), (422, "unusable_parameter")),
     "an unknown parameter": (target(IDS[0], colum=1), (422, "unknown_parameter")),
 }  # fmt: skip
 
@@ -299,18 +309,17 @@ def test_a_path_that_climbs_is_not_followed(tmp_path: Path, monkeypatch: Any) ->
     made.state.pipeline.close()
 
 
-def test_it_takes_a_place_and_a_time(index: Path) -> None:
+def test_it_takes_a_place_and_a_time(index: Path, monkeypatch: Any) -> None:
     made = create_app(explainer(index), limits=Limits(concurrency=1))
     with made.state.pipeline.gate.admitted():
         assert post(made, target(IDS[0]), QUERY).error == (503, "busy")
     made.state.pipeline.close()
     slow = create_app(explainer(index), limits=Limits(seconds=0.01))
-    sides = slow.state.pipeline.pairs.sides
 
-    def late(inputs: Any) -> Any:
+    def late(_: Any, inputs: Any) -> Any:
         time.sleep(0.1)
-        return sides(inputs)
+        return inputs
 
-    slow.state.pipeline.pairs.sides = late
+    monkeypatch.setattr(PairExplainer, "sides", late)
     assert post(slow, target(IDS[0]), QUERY).error == (503, "too_slow")
     slow.state.pipeline.close()

@@ -46,6 +46,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        pipeline.open()
         probing = asyncio.create_task(pipeline.probe())
         try:
             yield

@@ -19,8 +19,6 @@ import numpy as np
 
 from ..errors import EmbedcamError
 
-Answer = Callable[[Sequence[np.ndarray]], Sequence[Any]]
-
 
 @dataclass
 class _Job:

@@ -5,11 +5,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
+from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
 from ..errors import InputError
-from ..pairs import Comparison, Receipt
+from ..pairs import Receipt
 from .accept import choose
 from .errors import Refused
 from .explain import BINARY, BODY, JSON, PNG, REFUSALS, WEBP
@@ -17,15 +18,18 @@ from .parameters import only
 from .pictures import Query as Picture
 from .pictures import encoded
 from .pipeline import Pipeline
-from .receipts import Receipts, make_receipts
+from .receipts import ReceiptMaker, Receipts
 from .schemas import CompareAnswer, refusals
 from .upload import read_upload
 
+KNOWN = ("result", "rival", "row", "column", "of", "lines", "links")
+MAX_LINES = 50
 MAX_PAIRS = 250_000
 """Numbers of all `pairs` of an answer together, about 2 MB: a hundred receipts on maps of 7 x 7, or
 six of 14 x 14."""
 DRAWN_SIDE = 560
 
+CELL = Annotated[int, Field(ge=0, le=4095)]
 Point = tuple[int, int, Literal["query", "result"]]
 _ID = "Id of an image of the index"
 
@@ -33,7 +37,7 @@ _ID = "Id of an image of the index"
 def router(pipeline: Pipeline) -> APIRouter:
     """The one endpoint."""
     routes = APIRouter(tags=["queries"])
-    most = pipeline.limits.n_neighbors
+    maker, most = ReceiptMaker(pipeline), pipeline.limits.n_neighbors
 
     @routes.post(
         "/compare",
@@ -49,7 +53,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             **refusals(404, 406, 409, *REFUSALS),
         },
         openapi_extra=BODY,
-        dependencies=[Depends(only("result", "rival", "row", "column", "of", several="result"))],
+        dependencies=[Depends(only(*KNOWN, repeated=("result",)))],
     )
     async def compare(
         request: Request,
@@ -61,15 +65,22 @@ def router(pipeline: Pipeline) -> APIRouter:
             Query(description=f"{_ID}: why did the one result come above it?"),
         ] = None,
         row: Annotated[
-            int | SkipJsonSchema[None],
-            Query(ge=0, le=4095, description="Of a cell, from 0; with `column`."),
+            CELL | SkipJsonSchema[None],
+            Query(description="Of a cell, from 0; with `column`: what does it match?"),
         ] = None,
-        column: Annotated[int | SkipJsonSchema[None], Query(ge=0, le=4095)] = None,
+        column: Annotated[CELL | SkipJsonSchema[None], Query()] = None,
         of: Annotated[
             Literal["query", "result"], Query(description="Whose cell `row` and `column` name.")
         ] = "query",
+        lines: Annotated[
+            int, Query(ge=0, le=MAX_LINES, description="Channels with a line of their own.")
+        ] = 10,
+        links: Annotated[
+            int, Query(ge=0, le=MAX_LINES, description="Links between cells, at most.")
+        ] = 5,
     ) -> Response:
         kind = choose(request.headers.get("accept"), (JSON, PNG, WEBP))
+        pipeline.find_live(*result, *([] if rival is None else [rival]))
         ids = _checked_ids(result, rival)
         point = _checked_point(row, column, of)
         if kind != JSON:
@@ -78,11 +89,11 @@ def router(pipeline: Pipeline) -> APIRouter:
             upload = await read_upload(request, pipeline.limits)
             async with pipeline.deadline():
                 side = None if kind == JSON else DRAWN_SIDE
-                made = await make_receipts(pipeline, upload, ids, rival is not None, side)
+                made = await maker.receipts(upload, ids, compared=rival is not None, side=side)
                 if kind == JSON:
-                    body = await pipeline.in_thread(_written, made, point)
+                    body = await pipeline.in_thread(_written, made, point, lines, links)
                 else:
-                    body = await pipeline.in_thread(_drawn, made, kind)
+                    body = await pipeline.in_thread(_drawn, made, kind, lines, links)
         return Response(body, media_type=kind, headers={"Vary": "Accept"})
 
     return routes
@@ -122,45 +133,43 @@ def _check_drawable(results: list[str], point: Point | None) -> None:
         )
 
 
-def _drawn(made: Receipts, kind: str) -> bytes:
-    shown = made.receipts[0] if made.comparison is None else made.comparison
-    return encoded(shown.plot(), kind)
+def _drawn(made: Receipts, kind: str, lines: int, links: int) -> bytes:
+    if made.comparison is not None:
+        return encoded(made.comparison.plot(lines=lines), kind)
+    return encoded(made.receipts[0].plot(lines=lines, links=links), kind)
 
 
-def _written(made: Receipts, point: Point | None) -> bytes:
+def _written(made: Receipts, point: Point | None, lines: int, links: int) -> bytes:
     left, receipts = MAX_PAIRS, []
     for picture, receipt in zip(made.pictures, made.receipts, strict=True):
         numbers = receipt.query.cells.size * receipt.result.cells.size
         fits = receipt.exact and numbers <= left
         left -= numbers * fits
-        receipts.append(_receipt(receipt, picture, fits, point))
-    contrast = None if made.comparison is None else _contrast(made.comparison)
+        found = _receipt(receipt.to_dict(lines, links), picture)
+        found["pairs"] = _pairs(receipt) if fits else None
+        found["point"] = None if point is None else _point(receipt, point)
+        receipts.append(found)
+    contrast = None if made.comparison is None else _contrast(made.comparison.to_dict(lines))
     body = {**_picture(made.query), "receipts": receipts, "contrast": contrast}
     # A NaN is no JSON: it would be a fault of ours, and is to be seen as one.
     return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
 
 
-def _receipt(
-    receipt: Receipt, picture: Picture, with_pairs: bool, point: Point | None
-) -> dict[str, Any]:
-    shown = receipt.to_dict()
+def _receipt(shown: dict[str, Any], picture: Picture) -> dict[str, Any]:
     kept = (
         "similarity", "exact", "shared", "remainder", "channels", "other_channels", "links",
     )  # fmt: skip
     return {
-        "id": receipt.result_shown.name,
-        "label": receipt.result_shown.label,
+        "id": shown["result"]["id"],
+        "label": shown["result"]["label"],
         **_picture(picture),
         **{name: shown[name] for name in kept},
         "query": _evidence(shown["query"]),
         "result": _evidence(shown["result"]),
-        "pairs": _pairs(receipt) if with_pairs else None,
-        "point": None if point is None else _point(receipt, point),
     }
 
 
-def _contrast(comparison: Comparison) -> dict[str, Any]:
-    shown = comparison.to_dict()
+def _contrast(shown: dict[str, Any]) -> dict[str, Any]:
     kept = ("score", "exact", "remainder", "channels", "other_channels")
     return {**{name: shown[name] for name in kept}, "query": shown["query"]["cells"]}
 

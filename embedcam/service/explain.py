@@ -132,7 +132,7 @@ def _explained(query: Picture, made: Explanation, map_size: int, prefix: str) ->
     kept = ("cam", "empty", "transfer", "trust", "trusted", "direct", "explained")
     return _dumped(
         {
-            "picture": _size(query),
+            "picture": size_of(query),
             "extent": list(query.extent),
             **{name: shown[name] for name in kept},
             "neighbors": neighbors,
@@ -144,7 +144,7 @@ def _searched(query: Picture, found: Found, prefix: str) -> bytes:
     rows = zip(
         found.ids, found.labels, found.distances.tolist(), found.similarities.tolist(), strict=True
     )
-    return _dumped({"picture": _size(query), "neighbors": [_match(*row, prefix) for row in rows]})
+    return _dumped({"picture": size_of(query), "neighbors": [_match(*row, prefix) for row in rows]})
 
 
 def _drawn(query: Picture, made: Explanation, side: int, kind: str) -> bytes:
@@ -164,7 +164,8 @@ def _match(
     }
 
 
-def _size(query: Picture) -> dict[str, int]:
+def size_of(query: Picture) -> dict[str, int]:
+    """Of the upright picture, for JSON."""
     return {"width": query.size[0], "height": query.size[1]}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from ..errors import InputError
 from ..explain import Explainer, Explanation
 from ..images.batches import default_workers
 from ..index import Index, Neighbors
-from ..pairs import PairExplainer, Side
 from .batching import Batcher
 from .errors import Refused
 from .limits import Gate, Limits
@@ -28,15 +27,23 @@ from .upload import Upload, picture_in
 logger = logging.getLogger("embedcam.service")
 
 T = TypeVar("T")
+Answer = Callable[[Any, Sequence[np.ndarray]], Sequence[Any]]
+"""From what is wanted and inputs `[3 H W]` to an answer for each; in the network's thread."""
 MAX_THREADS = 4
 """That decode and draw: each may hold a decoded picture, so more of them are more memory."""
 PROBE_SIDE = 64
 
 
 class Asked(NamedTuple):
-    """What pictures of one batch have in common."""
+    """What pictures of one batch have in common: what is asked, and who answers it."""
 
-    kind: str
+    wanted: Hashable
+    answer: Answer
+
+
+class Wanted(NamedTuple):
+    """Results, and the id of the one that is explained alone, or None."""
+
     n_neighbors: int
     result: str | None = None
 
@@ -65,16 +72,23 @@ class Pipeline:
     def __init__(self, explainer: Explainer, limits: Limits) -> None:
         _check(explainer)
         self.explainer, self.limits = explainer, limits
-        self.pairs = PairExplainer(explainer)
         self.gate = Gate(limits.concurrency)
         self.telemetry = Telemetry(lambda: self.gate.inside)
         self.ready = False
-        self._pool = ThreadPoolExecutor(
-            min(MAX_THREADS, default_workers()), thread_name_prefix="embedcam-pictures"
-        )
-        self._batcher = Batcher(
-            self._answer, limits.batch, limits.batch_seconds, self.telemetry.batched
-        )
+        self._closed = True
+        self.open()
+
+    def open(self) -> None:
+        """Make ready for requests, the first time or after `close`; no thread begins yet."""
+        if self._closed:
+            limits = self.limits
+            self._pool = ThreadPoolExecutor(
+                min(MAX_THREADS, default_workers()), thread_name_prefix="embedcam-pictures"
+            )
+            self._batcher = Batcher(
+                self._answer, limits.batch, limits.batch_seconds, self.telemetry.batched
+            )
+            self._closed = False
 
     @property
     def index(self) -> Index:
@@ -120,53 +134,60 @@ class Pipeline:
             side: of the picture to be drawn on, or None.
         """
         if result is not None:
-            find_live(self.index, result)
-        asked = Asked("explain", n_neighbors, result)
-        return await self._together(asked, self.read, upload, side)
+            self.find_live(result)
+        return await self.ask(upload, Wanted(n_neighbors, result), self._explained, side)
 
     async def search(self, upload: Upload, n_neighbors: int) -> tuple[Query, Found]:
         """An uploaded picture, embedded and searched with; nothing is explained."""
-        return await self._together(Asked("search", n_neighbors), self.read, upload, None)
+        return await self.ask(upload, Wanted(n_neighbors), self._searched)
 
-    async def side(self, prepared: Callable[..., Query], *given: Any) -> tuple[Query, Side]:
-        """A picture as receipts need it.
+    async def ask(
+        self, upload: Upload, wanted: Hashable, answer: Answer, side: int | None = None
+    ) -> tuple[Query, Any]:
+        """An uploaded picture, decoded in the pool, and an answer from the network's thread.
 
         Args:
-            prepared: called in the pool with the rest.
-            given: its arguments.
+            upload: as it came.
+            wanted: what is asked; pictures of which the same is asked are answered together.
+            answer: who answers.
+            side: of the picture to be drawn on, or None.
         """
-        return await self._together(Asked("side", 0), prepared, *given)
+        return await self.ask_prepared(wanted, answer, self._read, upload, side)
 
-    def read(self, upload: Upload, side: int | None) -> Query:
-        """An uploaded picture, decoded and prepared; arguments as for `explain`."""
+    async def ask_prepared(
+        self, wanted: Hashable, answer: Answer, prepared: Callable[..., Query], *given: Any
+    ) -> tuple[Query, Any]:
+        """As `ask`, of any picture: `prepared` is called in the pool with what is given."""
+        with self._batcher.announced() as submit:
+            query = await self.in_thread(prepared, *given)
+            future = submit(Asked(wanted, answer), query.inputs)
+        return query, await asyncio.wrap_future(future)
+
+    def _read(self, upload: Upload, side: int | None) -> Query:
         preprocess = self.explainer.preprocess
         assert preprocess is not None  # `_check` saw to it
         return read_query(picture_in(upload), preprocess, self.limits.pixels, side)
 
-    async def _together(
-        self, asked: Asked, prepared: Callable[..., Query], *given: Any
-    ) -> tuple[Query, Any]:
-        """Prepared in the pool, then answered in a batch."""
-        with self._batcher.announced() as submit:
-            query = await self.in_thread(prepared, *given)
-            future = submit(asked, query.inputs)
-        return query, await asyncio.wrap_future(future)
+    def find_live(self, *names: str) -> None:
+        """Refuse an id that no image has; see `find_live`."""
+        index = self.index
+        for name in names:
+            find_live(index, name)
 
     def _answer(self, asked: Asked, inputs: Sequence[np.ndarray]) -> Sequence[Any]:
-        """A batch of equal settings, in the batcher's thread."""
-        if asked.kind == "explain":
-            return self.explainer.explain_batch(
-                inputs, n_neighbors=asked.n_neighbors, result=asked.result
-            )
-        if asked.kind == "side":
-            return self.pairs.sides(inputs)
-        return self._searched(asked.n_neighbors, inputs)
+        """A batch of which the same is asked, in the batcher's thread."""
+        return asked.answer(asked.wanted, inputs)
 
-    def _searched(self, n_neighbors: int, inputs: Sequence[np.ndarray]) -> list[Found]:
+    def _explained(self, wanted: Wanted, inputs: Sequence[np.ndarray]) -> Sequence[Any]:
+        return self.explainer.explain_batch(
+            inputs, n_neighbors=wanted.n_neighbors, result=wanted.result
+        )
+
+    def _searched(self, wanted: Wanted, inputs: Sequence[np.ndarray]) -> list[Found]:
         network, index = self.explainer.network, self.index
         assert network is not None  # `_check` saw to it
         embeddings = network.forward(np.stack(inputs)).embedding.cpu().numpy()
-        near = index.search(embeddings, n_neighbors)
+        near = index.search(embeddings, wanted.n_neighbors)
         return [
             _found(index, Neighbors(*one))
             for one in zip(near.positions, near.distances, near.similarities, strict=True)
@@ -194,6 +215,7 @@ class Pipeline:
     def close(self) -> None:
         """Finish what was begun, and end all threads."""
         self.set_ready(False)
+        self._closed = True
         self._batcher.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 

@@ -1,4 +1,4 @@
-"""From an upload and ids to receipts: pictures in the pool, forwards in the batcher."""
+"""From an upload and ids to receipts: pictures in the pool, forwards in the network's thread."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
 from ..errors import EmbedcamError, ImageError
 from ..images import read_image
 from ..index import Index
-from ..pairs import Comparison, Receipt, Shown, Side, make_comparison, make_receipt
+from ..pairs import (
+    Comparison,
+    PairExplainer,
+    Receipt,
+    Shown,
+    Side,
+    make_comparison,
+    make_receipt,
+)
 from .errors import Refused
 from .pictures import Query, shrunk
 from .pipeline import Pipeline, find_live
@@ -31,104 +40,107 @@ class Receipts:
     comparison: Comparison | None
 
 
-async def make_receipts(
-    pipeline: Pipeline, upload: Upload, ids: Sequence[str], compared: bool, side: int | None
-) -> Receipts:
-    """The receipts of one query with these images, in their order.
+class ReceiptMaker:
+    """Makes the receipts of uploads.
 
     Args:
         pipeline: the service's.
-        upload: as it came.
-        ids: of images of the index, each once.
-        compared: they are a result and its rival.
-        side: of the pictures to be drawn on, or None.
-
-    Raises:
-        Refused: 404, an image or a picture that is not there; 409, a picture that has changed.
     """
-    index = pipeline.index
-    for name in ids:
-        find_live(index, name)
-    query, first = await pipeline.side(pipeline.read, upload, side)
-    pictures: list[Query] = []
-    sides: list[Side] = []
-    # No more at once than go through the network together, so that others come between.
-    step = pipeline.limits.batch
-    for start in range(0, len(ids), step):
-        part = [
-            pipeline.side(_read_indexed, pipeline, name, side) for name in ids[start : start + step]
-        ]
-        for picture, made in await asyncio.gather(*part):
-            pictures.append(picture)
-            sides.append(made)
-    return await pipeline.in_thread(
-        _settled, pipeline, index, query, first, ids, pictures, sides, compared
-    )
 
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._pairs = PairExplainer(pipeline.explainer)
 
-def _settled(
-    pipeline: Pipeline,
-    index: Index,
-    query: Query,
-    first: Side,
-    ids: Sequence[str],
-    pictures: list[Query],
-    sides: Sequence[Side],
-    compared: bool,
-) -> Receipts:
-    mean = index.fitted("embedding_mean")
-    labels = index.select([find_live(index, name) for name in ids]).labels
-    receipts = []
-    for name, label, picture, side in zip(ids, labels, pictures, sides, strict=True):
-        _check_same(pipeline, name, side)
-        receipts.append(
-            make_receipt(
-                first,
-                side,
-                mean,
-                query_shown=_shown(query),
-                result_shown=_shown(picture, name, label),
-            )
+    async def receipts(
+        self, upload: Upload, ids: Sequence[str], *, compared: bool, side: int | None
+    ) -> Receipts:
+        """The receipts of one query with these images, in their order.
+
+        Args:
+            upload: as it came.
+            ids: of images of the index, looked up before; each once.
+            compared: they are a result and its rival.
+            side: of the pictures to be drawn on, or None.
+
+        Raises:
+            Refused: 404, a picture that is not there; 409, a picture that has changed.
+        """
+        pipeline, index = self._pipeline, self._pipeline.index
+        query, first = await pipeline.ask(upload, "sides", self._sides, side)
+        found: list[tuple[Query, Side]] = []
+        # No more at once than go through the network together, so that others come between.
+        step = pipeline.limits.batch
+        for start in range(0, len(ids), step):
+            part = ids[start : start + step]
+            found += await asyncio.gather(*(self._indexed(name, side) for name in part))
+        pictures, sides = [one for one, _ in found], [one for _, one in found]
+        receipts = await pipeline.in_thread(
+            self._settled, index, (query, first), ids, pictures, sides
         )
-    comparison = (
-        make_comparison(first, receipts[0], receipts[1], index.metric) if compared else None
-    )
-    return Receipts(query, pictures, receipts, comparison)
+        comparison = None
+        if compared:
+            # A pass of the head where receipts are of first order.
+            comparison = await pipeline.in_thread(make_comparison, first, *receipts, index.metric)
+        return Receipts(query, pictures, receipts, comparison)
 
+    def _sides(self, _: Any, inputs: Sequence[Any]) -> list[Side]:
+        return self._pairs.sides(inputs)
 
-def _read_indexed(pipeline: Pipeline, name: str, side: int | None) -> Query:
-    """The picture of an indexed image, decoded and prepared; what fails names no file."""
-    preprocess = pipeline.explainer.preprocess
-    assert preprocess is not None  # the pipeline checked it
-    try:
-        file = pipeline.explainer.picture_file(name)
-        picture = None if file is None else read_image(file)
-        if picture is not None:
-            return Query(
-                inputs=preprocess(picture),
-                size=picture.size,
-                extent=preprocess.extent(*picture.size),
-                small=None if side is None else shrunk(picture, side),
-            )
-    except EmbedcamError as error:
-        logger.warning("an indexed image cannot be read: %s", error)
-    raise Refused(
-        404,
-        "no_picture",
-        "the picture of a result cannot be read any more, and a receipt needs it; leave it out",
-    )
+    async def _indexed(self, name: str, side: int | None) -> tuple[Query, Side]:
+        return await self._pipeline.ask_prepared("sides", self._sides, self._read, name, side)
 
-
-def _check_same(pipeline: Pipeline, name: str, side: Side) -> None:
-    try:
-        pipeline.pairs.check_same(name, side)
-    except ImageError:
+    def _read(self, name: str, side: int | None) -> Query:
+        """The picture of an indexed image, decoded and prepared; what fails names no file."""
+        explainer = self._pipeline.explainer
+        preprocess = explainer.preprocess
+        assert preprocess is not None  # the pipeline checked it
+        try:
+            file = explainer.picture_file(name)
+            picture = None if file is None else read_image(file)
+            if picture is not None:
+                return Query(
+                    inputs=preprocess(picture),
+                    size=picture.size,
+                    extent=preprocess.extent(*picture.size),
+                    small=None if side is None else shrunk(picture, side),
+                )
+        except EmbedcamError as error:
+            logger.warning("an indexed image cannot be read: %s", error)
         raise Refused(
-            409,
-            "changed_picture",
-            "the picture of a result has changed since it was indexed; index it again, or leave "
-            "it out",
-        ) from None
+            404,
+            "no_picture",
+            "the picture of a result cannot be read any more, and a receipt needs it; leave it out",
+        )
+
+    def _settled(
+        self,
+        index: Index,
+        query: tuple[Query, Side],
+        ids: Sequence[str],
+        pictures: Sequence[Query],
+        sides: Sequence[Side],
+    ) -> list[Receipt]:
+        mean = index.fitted("embedding_mean")
+        labels = index.select([find_live(index, name) for name in ids]).labels
+        query_shown, found = _shown(query[0]), []
+        for name, label, picture, side in zip(ids, labels, pictures, sides, strict=True):
+            self._check_same(name, side)
+            shown = _shown(picture, name, label)
+            found.append(
+                make_receipt(query[1], side, mean, query_shown=query_shown, result_shown=shown)
+            )
+        return found
+
+    def _check_same(self, name: str, side: Side) -> None:
+        try:
+            self._pairs.check_same(name, side)
+        except ImageError:
+            raise Refused(
+                409,
+                "changed_picture",
+                "the picture of a result has changed since it was indexed; index it again, or "
+                "leave it out",
+            ) from None
 
 
 def _shown(picture: Query, name: str = "", label: str | None = None) -> Shown:

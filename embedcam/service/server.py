@@ -31,6 +31,8 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         InputError: the address cannot be used.
     """
+    if not 0 <= port <= 65_535:
+        raise InputError(f"port {port}: give a whole number from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -42,8 +44,8 @@ def bind(host: str, port: int) -> socket.socket:
         except BaseException:
             bound.close()
             raise
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise InputError(
             f"{host} port {port} cannot be used ({reason}); choose with --host and --port"
         ) from error

@@ -1,0 +1,384 @@
+"""The command as it is run: a process of its own, a socket, signals."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from build_samples import pictures, quicken
+from service_client import awake, data_of, picture
+
+import embedcam
+from embedcam.cli import main
+from embedcam.errors import InputError
+from embedcam.service import server
+
+NETWORK = """
+import os, time
+import torch
+from torch import nn
+from embedcam import Preprocess
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 8, 5, 4, 2), nn.ReLU()
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, images):
+        if os.path.exists("slow"):
+            open("begun", "w").close()
+            time.sleep(1.5)
+        return self.linear(self.relu(self.conv(images)).mean((2, 3)))
+
+def make():
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(4)
+        return Net().eval(), Preprocess(size=(16, 16))
+"""
+NAMED = ["--network", "served_toy_network:make", "--layer", "relu"]
+QUERY = data_of(picture(3))
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working folder with an index and the module of its network."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "served_toy_network.py").write_text(NETWORK)
+    pictures(folder / "photos")
+    before, path = Path.cwd(), list(sys.path)
+    os.chdir(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        assert main(["build", "photos", "my.index", "--quiet", *NAMED]) == 0
+    yield folder
+    os.chdir(before)
+    sys.path[:] = path
+    sys.modules.pop("served_toy_network", None)
+
+
+class Served:
+    """A running `embedcam serve`."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder = folder
+        source = str(Path(embedcam.__file__).parents[1])
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "embedcam", "serve", "my.index", "--port", "0",
+             "--json", *NAMED[:2], *options],
+            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.told = json.loads(self.process.stdout.readline())
+        self.port = int(self.told["address"].rpartition(":")[2])
+        self._until_ready()
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with closing(connection):
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            connection.request(method, path, body, named)
+            found = connection.getresponse()
+            return found.status, {k.lower(): v for k, v in found.getheaders()}, found.read()
+
+    def explain(self) -> tuple[int, dict[str, str], bytes]:
+        return self.ask("POST", "/explain", QUERY, content_type="image/png")
+
+    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Its exit code, and what it wrote to the error stream."""
+        self.process.send_signal(number)
+        _, said = self.process.communicate(timeout=60)
+        return self.process.returncode, said
+
+    def _until_ready(self) -> None:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            try:
+                if self.ask("GET", "/readyz")[0] == 200:
+                    return
+            except OSError:
+                pass
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.05)
+        self.process.kill()
+        raise AssertionError(self.process.communicate()[1])
+
+
+@contextmanager
+def served(folder: Path, *options: str) -> Iterator[Served]:
+    running = Served(folder, *options)
+    try:
+        yield running
+    finally:
+        if running.process.poll() is None:
+            running.process.kill()
+        running.process.communicate()
+
+
+def test_a_server_answers_and_finishes_what_was_begun(here: Path) -> None:
+    with served(here, "-n", "3") as running:
+        assert running.told == {
+            "address": f"http://127.0.0.1:{running.port}", "index": "my.index", "images": 12,
+        }  # fmt: skip
+        status, headers, body = running.explain()
+        assert status == 200
+        assert "server" not in headers
+        shown = json.loads(body)
+        index = here / "my.index"
+        network = embedcam.load_network(NAMED[1], layer="relu")
+        expected = embedcam.Explainer(index, network, n_neighbors=3).explain(QUERY)
+        assert [one["id"] for one in shown["neighbors"]] == expected.ids
+        np.testing.assert_allclose(
+            [one["distance"] for one in shown["neighbors"]], expected.distances, atol=1e-5
+        )
+        status, headers, body = running.ask("GET", shown["neighbors"][0]["image_url"])
+        assert (status, headers["content-type"]) == (200, "image/jpeg")
+        status, headers, body = running.ask("HEAD", shown["neighbors"][0]["image_url"])
+        assert (status, body) == (200, b"")
+        # A page of another site whose name leads here.
+        assert running.ask("GET", "/healthz", Host="evil.example")[0] == 403
+        _raw_requests(running)
+        answers: list[Any] = []
+        asking = threading.Thread(target=lambda: answers.append(running.explain()))
+        (here / "slow").touch()
+        asking.start()
+        until = time.monotonic() + 30
+        while not (here / "begun").exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not answers
+        code, said = running.end(signal.SIGTERM)
+        asking.join(30)
+    assert code == 0, said
+    assert [status for status, _, _ in answers] == [200]
+    assert len(json.loads(answers[0][2])["neighbors"]) == 3
+    assert said.count("POST /explain 200") == 2
+    assert "Traceback" not in said
+    with pytest.raises(OSError):
+        running.explain()
+
+
+def _raw_requests(running: Served) -> None:
+    """What a client library would not send."""
+    for request, status in (
+        (b"GET /items/../../etc/passwd/image HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
+        (b"GET /items/c0/000.png\x00/image HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000, 400),
+        (b"POST /explain HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
+         b"Content-Length: 6\r\n\r\nabcde", 400),
+        (b"POST /explain HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n"
+         b"Expect: 100-continue\r\n\r\n", 413),
+        (b"POST /explain HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+         b"zz\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00", 400),
+    ):  # fmt: skip
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
+            client.sendall(request)
+            answer = client.recv(65536)
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode()), (request[:60], answer[:60])
+        assert b"Traceback" not in answer
+
+
+async def empty(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The servers of this process, once they are begun."""
+    kept: list[Any] = []
+    monkeypatch.setattr(server.uvicorn, "Server", lambda config: _Kept(config, kept))
+    return kept
+
+
+def until_started(begun: list[Any]) -> None:
+    until = time.monotonic() + 20
+    while not (begun and begun[0].started):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_it_quietly(begun: list[Any], number: int) -> None:
+    def interrupt() -> None:
+        until_started(begun)
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    server.serve(awake(empty), server.bind("127.0.0.1", 0), seconds=1)
+    interrupting.join(20)
+    assert signal.getsignal(number) is before
+
+
+def test_a_slow_head_is_not_waited_for(begun: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEADER_SECONDS", 0.3)
+    bound = server.bind("127.0.0.1", 0)
+    address = bound.getsockname()
+    running = threading.Thread(
+        target=server.serve, args=(awake(empty), bound), kwargs={"seconds": 1}
+    )
+    running.start()
+    try:
+        until_started(begun)
+        for head in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n"):
+            with socket.create_connection(address, timeout=20) as client:
+                client.sendall(head)
+                assert client.recv(100) == b""  # closed from the other side
+        with socket.create_connection(address, timeout=20) as client:
+            for _ in range(3):  # one after the other on a connection that lives longer than that
+                client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert client.recv(1000).startswith(b"HTTP/1.1 204")
+                time.sleep(0.2)
+            client.sendall(b"GET / HT")
+            assert client.recv(100) == b""
+    finally:
+        begun[0].should_exit = True
+        running.join(20)
+    assert not running.is_alive()
+
+
+class _Kept(server.uvicorn.Server):
+    def __init__(self, config: Any, kept: list[Any]) -> None:
+        super().__init__(config)
+        kept.append(self)
+
+
+# --- the command's refusals ---
+
+
+@pytest.fixture
+def say(here: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    def run(*words: str) -> tuple[int, str]:
+        code = main(["serve", *words])
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def test_a_port_that_is_taken(say: Any) -> None:
+    with closing(server.bind("127.0.0.1", 0)) as other:
+        other.listen()
+        port = str(other.getsockname()[1])
+        code, said = say("my.index", "--port", port, *NAMED)
+    assert code == 6
+    assert said == (
+        f"embedcam: 127.0.0.1 port {port} cannot be used (Address already in use); choose with "
+        "--host and --port\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["nowhere", "--port", "0"], 5, "nowhere"),
+        (["my.index", "--port", "70000"], 2, "port 70000: give a whole number from 0 to 65535"),
+        (["my.index", "--port", "-1"], 2, "'-1' is not a whole number of at least 0"),
+        (["my.index", "--host", "no.such.host.invalid"], 6, "no.such.host.invalid port 8000"),
+        (["my.index", "--port", "0"], 2, "if you trust it, say so with --network"),
+        (["my.index", "--port", "0", "--timeout", "0"], 2, "seconds = 0.0; give a number"),
+        (["my.index", "--port", "0", "--max-body", "0"], 2, "'0' is not a whole number"),
+        (["my.index", "--port", "0", "--fallback", *NAMED], 2, "holds no calibration of trust"),
+    ],
+)
+def test_what_the_command_refuses(say: Any, words: list[str], code: int, said: str) -> None:
+    found, told = say(*words)
+    assert found == code
+    assert said in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "python_multipart", "prometheus_client"])
+def test_a_missing_extra_is_one_sentence(
+    say: Any, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert say("my.index", *NAMED) == (
+        2,
+        f"embedcam: the service needs {missing.replace('_', '-')}, which is not installed; "
+        'pip install "embedcam[service]"\n',
+    )
+    with pytest.raises(InputError, match="pip install"):
+        _ = embedcam.service.create_app
+
+
+def test_limits_of_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(server, "serve", lambda *given, **named: seen.append((given, named)))
+    words = [
+        "my.index", "--host", "0.0.0.0", "--port", "0", "--max-body", "1000", "--max-pixels", "99",
+        "--max-neighbors", "7", "--timeout", "2.5", "--concurrency", "3", "--batch", "2", "-n",
+        "4", *NAMED,
+    ]  # fmt: skip
+    assert main(["serve", *words]) == 0
+    ((app, bound), named) = seen[0]
+    limits = app.state.pipeline.limits
+    assert (limits.body_bytes, limits.pixels, limits.n_neighbors) == (1000, 99, 7)
+    assert (limits.seconds, limits.concurrency, limits.batch) == (2.5, 3, 2)
+    assert app.state.pipeline.n_neighbors == 4
+    assert named["seconds"] == 2.5
+    told = capsys.readouterr()
+    assert "my.index, 12 images; Ctrl-C ends it" in told.out
+    assert "note: other machines reach 0.0.0.0, and nobody is asked for a password" in told.err
+    assert bound.fileno() == -1  # closed
+
+
+@pytest.mark.parametrize(
+    ("options", "hosts"),
+    [
+        (["--host", "127.0.0.1"], ["127.0.0.1", "localhost", "127.0.0.1", "[::1]"]),
+        (["--host", "0.0.0.0"], None),
+        (["--allow-host", "why.example"], ["why.example", "localhost", "127.0.0.1", "[::1]"]),
+        (
+            ["--host", "0.0.0.0", "--allow-host", "why.example"],
+            ["why.example", "localhost", "127.0.0.1", "[::1]"],
+        ),
+    ],
+)
+def test_names_the_service_goes_by(options: list[str], hosts: list[str] | None) -> None:
+    from embedcam.cli.parser import parser
+    from embedcam.cli.serving import _hosts
+
+    said = parser().parse_args(["serve", "my.index", *options])
+    with closing(server.bind(said.host, 0)) as bound:
+        assert _hosts(said, bound) == hosts
+
+
+def test_addresses_are_for_a_browser() -> None:
+    with closing(server.bind("0.0.0.0", 0)) as bound:
+        assert server.address_of(bound) == f"http://127.0.0.1:{bound.getsockname()[1]}"
+        assert not server.is_loopback(bound)
+    with closing(server.bind("localhost", 0)) as bound:
+        assert server.is_loopback(bound)
+
+
+def test_hanging_up_loads_the_index_again(caplog: pytest.LogCaptureFixture) -> None:
+    done = threading.Event()
+    with server._signals(done.set):
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert done.wait(20)
+    with server._signals(None):  # and does no harm where nothing can be loaded again
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    def fail() -> None:
+        raise InputError("the index is gone")
+
+    server._reloaded(fail)
+    assert "the old one goes on being served" in caplog.text

@@ -4,6 +4,7 @@ app.py        the application: what is put together
 explain.py    POST /explain and POST /search
 compare.py    POST /compare: receipts of pairs
 items.py      GET /items/{id}/image and /items/{id}/cam: the indexed images and nothing else
+files.py      GET / and what else lies in page/, which people look at
 status.py     GET /healthz, /readyz and /metrics
 pipeline.py   from uploaded bytes to an explanation, through a pool of threads
 receipts.py   from uploaded bytes and ids to receipts

@@ -507,3 +507,14 @@ def test_pictures_that_went(look: Look, tmp_path: Any, monkeypatch: Any) -> None
         assert "leave it out" in page.text("#panel")
         page.page.hover(".card:nth-child(3) button.frame")
         assert page.page.locator("#panel .sum").count() == 1
+
+
+def test_an_index_without_own_maps(look: Look, tmp_path: Any, monkeypatch: Any) -> None:
+    quicken(monkeypatch)
+    index = built(tmp_path, own_maps=False)
+    with served(Explainer(index, toy().network)) as service:
+        page = look(service, refused=True)
+        page.ask(QUERY)
+        assert page.pixels(".card:nth-child(1) canvas").max() == 0
+        page.page.hover(".card:nth-child(1) button.frame")
+        assert page.pixels(".card:nth-child(1) canvas").max() > 200

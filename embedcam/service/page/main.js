@@ -7,7 +7,7 @@ import { announce, find } from "./dom.js";
 import { startIntake } from "./intake.js";
 import { showContrast, showGuide, showPicked, showReceipt, showState } from "./panel.js";
 import { QueryView, showTrust } from "./query.js";
-import { Card, drawOwn, drawPoint, drawSome, showCards, showWaiting } from "./results.js";
+import { Card, drawOwn, drawPoint, drawSome, loadAll, showCards, showWaiting } from "./results.js";
 import { about, compare, explain, picture } from "./service.js";
 import { startTheme } from "./theme.js";
 import { counted, described, fixed, placeOf, sentence, signed } from "./words.js";
@@ -50,6 +50,7 @@ async function lookUp() {
   }
   const before = new Map(known.cards.map((card) => [card.result.id, card]));
   known.cards = known.answer.neighbors.map((one, place) => before.get(one.id) ?? new Card(one, place + 1, heard));
+  for (const card of before.values()) if (!known.cards.includes(card)) card.forget();
   query.answered(known.answer);
   showTrust(known.answer);
   showCards(known.cards);
@@ -57,7 +58,7 @@ async function lookUp() {
   look();
   announce(`${counted(known.cards.length, "result")}. Nearest: ${described(known.cards[0].result, 1)}. ${find("trust").hidden ? "" : find("trust-words").textContent}`);
   const fresh = known.cards.filter((card) => card.address === null);
-  await Promise.all([...fresh.map((card) => card.load(signal, soon)), addUp(signal)]);
+  await Promise.all([addUp(signal), loadAll(fresh, signal, soon)]);
 }
 
 /** Receipts, nearest first, a few at a time. */

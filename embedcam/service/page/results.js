@@ -86,6 +86,11 @@ export class Card {
       this.setSize(placed.value.picture, placed.value.extent);
     }
     if (shown.status === "fulfilled") {
+      // Without a map nobody tells the size.
+      this.shot.image.addEventListener("load", () => {
+        const { naturalWidth: width, naturalHeight: height } = this.shot.image;
+        if (!this.placed) this.shot.setSize({ width, height }, null);
+      });
       this.address = URL.createObjectURL(shown.value);
       this.shot.setPicture(this.address, alt);
     } else {
@@ -142,6 +147,17 @@ export class Card {
   forget() {
     if (this.address !== null) URL.revokeObjectURL(this.address);
   }
+}
+
+/** Loads them all, nearest first, and leaves connections for other questions. */
+export async function loadAll(cards, signal, redraw) {
+  const left = [...cards];
+  const lane = async () => {
+    for (let card = left.shift(); card && !signal.aborted; card = left.shift()) {
+      await card.load(signal, redraw);
+    }
+  };
+  await Promise.all([lane(), lane()]);
 }
 
 /** Places for results that are on their way. */

@@ -34,6 +34,7 @@ _WHERE = {
     "find_images": "images",
     "from_dataset": "images",
     "load_network": "models",
+    "write_report": "report",
 }
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "find_images",
     "from_dataset",
     "load_network",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from .preprocess import Preprocess
     from .recipe import Recipe
     from .registry import METHODS
+    from .report import write_report
     from .targets import (
         ClassProxy,
         Coordinate,

@@ -6,6 +6,7 @@ itself would draw.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -27,6 +28,7 @@ EVIDENCE = (
 """What is looked at; with a single neighbour only what follows the agreements."""
 ALONE = 3
 """Place of the first evidence that a single neighbour has: there its nearness is the mean's."""
+_LARGEST = sys.float_info.max
 
 
 def evidence(raw: np.ndarray, shares: np.ndarray, norm: float, distances: np.ndarray) -> np.ndarray:
@@ -119,7 +121,10 @@ class Calibration:
             evidence: `[... F]`.
             nearest: squared distance to the nearest neighbour, `[...]`.
         """
-        expected = np.interp(self.score(evidence), self.scores, self.correlations)
+        # Of a forged calibration: what overflows is not to be trusted, and is no number to show.
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = np.interp(self.score(evidence), self.scores, self.correlations)
+        expected = np.nan_to_num(expected, nan=0.0)
         return expected * fall(np.asarray(nearest, np.float64), self.largest_distance)
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,12 +143,14 @@ class Calibration:
         """
         taken: dict[str, Any] = {}
         for name, kind in cls.__annotations__.items():
-            value = values.get(name) if isinstance(values, Mapping) else None
+            value: Any = values.get(name) if isinstance(values, Mapping) else None
             several = kind not in (int, float)
             numbers = value if several else [value]
             if not isinstance(numbers, list) or not all(map(_finite, numbers)):
                 raise InputError(f"the calibration's {name} should hold finite numbers")
-            taken[name] = tuple(map(float, numbers)) if several else value
+            if kind is int and (value != int(value) or value < 1):
+                raise InputError(f"the calibration's {name} should be a whole number from 1")
+            taken[name] = tuple(map(float, numbers)) if several else kind(value)
         width = len(taken["mean"])
         known = (len(EVIDENCE), len(EVIDENCE) - ALONE)
         fits = (
@@ -177,7 +184,8 @@ def pairs(width: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _finite(value: Any) -> bool:
     plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return plain and math.isfinite(value)
+    # Compared, not converted: a whole number of JSON may have more digits than a float holds.
+    return plain and -_LARGEST <= value <= _LARGEST
 
 
 def _rising(values: tuple[float, ...]) -> bool:

@@ -98,8 +98,13 @@ class AnchorCotangents:
         counts = self.sampler.mean_difference(anchors)[1]
         if classes is None:
             return Cotangents(self._whitened(anchors).astype(np.float32), None, counts)
-        sums, codes = self._class_sums, classes.codes[anchors]
-        values = sums[codes] / classes.sizes[codes][:, None]
+        codes = classes.codes[anchors]
+        sizes = classes.sizes[codes]
+        values = np.empty((len(anchors), self.embeddings.shape[1]))
+        shared = sizes > 1
+        sums = self._class_sums[classes.shared[codes[shared]]]
+        values[shared] = sums / sizes[shared][:, None]
+        values[~shared] = self._whitened(anchors[~shared])
         return Cotangents(values.astype(np.float32), None, counts)
 
     def _whitened(self, places: np.ndarray) -> np.ndarray:
@@ -116,15 +121,10 @@ class AnchorCotangents:
 
     @cached_property
     def _class_sums(self) -> np.ndarray:
-        """Sums of the whitened cotangents over the images of each label, `[L D]`."""
+        """Sums of the whitened cotangents over the images of each shared label, `[L D]`."""
         assert self.sampler is not None
         assert self.sampler.classes is not None
-        codes = self.sampler.classes.codes
-        sums = np.zeros((len(self.sampler.classes.sizes), self.embeddings.shape[1]))
-        for start in range(0, len(codes), _BLOCK):
-            places = np.arange(start, min(start + _BLOCK, len(codes)))
-            np.add.at(sums, codes[places], self._whitened(places))
-        return sums
+        return self.sampler.classes.sums(self._whitened, self.embeddings.shape[1])
 
     @cached_property
     def _whitening(self) -> np.ndarray:

@@ -9,7 +9,6 @@ for embeddings, keep their eleven bits.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from .errors import InputError
 
 Rows = Mapping[str, np.ndarray]
+_Products = tuple[np.ndarray | None, np.ndarray | None, float]
 DTYPES = ("float16", "float32")
 _ORTHONORMAL = 3e-7
 """Rows in single precision are orthonormal to about this, and norms no better."""
@@ -182,6 +182,7 @@ class LowRank(Encoding):
         self.rank, self.origin, self.codes = basis.shape[0], origin, codes
         self.fitted = {"basis": basis, "offset": offset}
         self._scale = _multiple_of_identity(basis)
+        self._known_products: _Products | None = None
         self.uses_embedding = codes == "embedding"
         stored = {"codes": Field(dtype, (self.rank,)), **_scale_field(dtype)}
         self.fields = {} if self.uses_embedding else stored
@@ -237,8 +238,15 @@ class LowRank(Encoding):
         squares = (mixed * codes).sum(axis=1) + squared
         return np.sqrt(np.maximum(squares, 0))
 
-    @cached_property
-    def _products(self) -> tuple[np.ndarray | None, np.ndarray | None, float]:
+    @property
+    def _products(self) -> _Products:
+        # No cached_property: until Python 3.12 a child forked meanwhile would wait for its lock.
+        known = self._known_products
+        if known is None:
+            known = self._known_products = self._multiplied()
+        return known
+
+    def _multiplied(self) -> _Products:
         """What |c B + o|^2 needs: B B^T `[R R]`, 2 B o `[R]` and |o|^2, in double precision.
 
         None for a product that changes nothing: of orthonormal rows, of an offset of zeros.

@@ -124,11 +124,21 @@ class Explanation:
         """
         return save_picture(lambda: self.plot(scale=scale, title=title), path)
 
-    def tiles(self) -> tuple[Tile, list[Tile]]:
-        """The query's and the results' tiles for `render.panel` and `render.page`."""
+    def tiles(self, side: int | None = None) -> tuple[Tile, list[Tile]]:
+        """The query's and the results' tiles for `render.panel` and `render.page`.
+
+        Args:
+            side: make each picture at most so many pixels wide and high as soon as it is read, for
+                more tiles than memory holds pictures of full size.
+        """
         from . import render
 
-        query = render.Tile(self.image, self.cam, self.extent, "query", self._transfer_note())
+        def small(tile: Tile) -> Tile:
+            return tile if side is None else render.shrunk(tile, side)
+
+        query = small(
+            render.Tile(self.image, self.cam, self.extent, "query", self._transfer_note())
+        )
         results = []
         for place, name in enumerate(self.ids):
             picture, extent = self._neighbor_picture(place)
@@ -136,7 +146,8 @@ class Explanation:
             label = self.labels[place]
             distance = f"distance {self.distances[place]:.3f}"
             below = distance if label is None else f"{label}\n{distance}"
-            results.append(render.Tile(picture, own, extent, name.rpartition("/")[2], below))
+            tile = render.Tile(picture, own, extent, name.rpartition("/")[2], below)
+            results.append(small(tile))
         return query, results
 
     def _shown_cam(self, place: int) -> np.ndarray | None:

@@ -12,17 +12,18 @@ from .assembly import described, header, make_encoding, sample_places
 from .build import BuildReport
 from .build.checks import check_amounts, disk_errors, warn_of_norm
 from .build.report import Stages
+from .classes import Classes, label_codes
 from .cotangents import AnchorCotangents
 from .encoding import LowRank
 from .errors import InputError, RecipeError
-from .identity import ALIKE, Identity, fingerprint
+from .fingerprint import fingerprint
+from .identity import ALIKE, Identity
 from .index import PartData, check_target, create
 from .models.checkpoints import read_affine
 from .network import EmbeddingNetwork
 from .passes import POOLED_METHODS, is_exact
 from .recipe import Recipe
 from .targets import head_cotangent
-from .triplets import Classes, label_codes
 from .weights import weights_from_pooled
 
 BLOCK = 1024

@@ -4,23 +4,20 @@ An `Identity` is a SHA-256 of the parameters, the settings that change what they
 *probe*: what the network makes of one fixed synthetic picture. The digest says whether the
 parameters are the same bytes; the probe says whether they do the same, and so admits compiled,
 exported and half-precision networks, whose parameters have other names or bytes.
+
+Arrays only, so that a service without torch can ask; `embedcam.fingerprint` takes the identity of a
+torch network.
 """
 
-import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-import torch
-from torch import nn
 
 from .errors import IndexFormatError, NetworkMismatch
-from .network import EmbeddingNetwork
-from .network.layers import bare_name
 
 SAME = 1e-3
 """Largest relative difference of the probe for the same parameters in the same precision."""
@@ -126,81 +123,7 @@ def _probe_array(arrays: Mapping[str, np.ndarray], key: str) -> np.ndarray:
     return np.asarray(found, dtype=np.float32)
 
 
-def hash_parameters(module: nn.Module) -> str:
-    """SHA-256, in hexadecimal, of a module's sorted state dict.
-
-    Of each entry its name, dtype, shape and bytes. `module.` before every name (data parallel) and
-    `_orig_mod.` anywhere (compiled) are left out, as is `num_batches_tracked`, which counts
-    training steps and computes nothing.
-    """
-    return _hash_state(module, with_bytes=True)
-
-
-def hash_structure(module: nn.Module) -> str:
-    """As `hash_parameters`, of names, dtypes and shapes alone."""
-    return _hash_state(module, with_bytes=False)
-
-
-def _hash_state(module: nn.Module, with_bytes: bool) -> str:
-    state = {key: value for key, value in module.state_dict().items() if torch.is_tensor(value)}
-    names = {key: bare_name(key) for key in state}
-    if len(set(names.values())) < len(names):
-        # Only part of the network is called `module`; that name belongs to it.
-        names = {key: key.replace("_orig_mod.", "") for key in state}
-    digest = hashlib.sha256()
-    for key in sorted(state, key=names.__getitem__):
-        if key.rpartition(".")[2] == "num_batches_tracked":
-            continue
-        tensor = state[key].detach()
-        header = [names[key], str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
-        digest.update(json.dumps(header).encode() + b"\n")
-        if with_bytes:
-            whole = tensor.cpu().contiguous()
-            digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def fingerprint(network: EmbeddingNetwork) -> Identity:
-    """The identity of a network, its probe taken with one forward pass.
-
-    A network without preprocess is asked at the input size it has seen, 224 x 224 before any.
-    """
-    with _full_float32(network.device):
-        features = network.forward(network.probe_images())
-    described = network.describe()
-    precision = str(network.autocast or network.dtype).removeprefix("torch.")
-    return Identity(
-        parameters_sha256=hash_parameters(network.module),
-        layer=described["layer"],
-        preprocess=_plain(described["preprocess"]),
-        normalize=described["normalize"],
-        output=described["output"],
-        layout=described["layout"],
-        precision=precision,
-        name=described["name"],
-        probe_embedding=features.embedding[0].float().cpu().numpy(),
-        probe_pooled=features.activations[0].mean((1, 2)).float().cpu().numpy(),
-        structure_sha256=hash_structure(network.module),
-    )
-
-
-@contextmanager
-def _full_float32(device: torch.device) -> Iterator[None]:
-    """Without TF32, which on GPUs alone would move a deep network's probe by about `SAME`."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(
-        enabled=cudnn.enabled,
-        benchmark=cudnn.benchmark,
-        deterministic=cudnn.deterministic,
-        allow_tf32=False,
-    ):
-        yield
-
-
-def check(stored: Identity, network: EmbeddingNetwork) -> None:
+def compare(stored: Identity, given: Identity) -> None:
     """Refuse a network that is not the one an index was built with.
 
     The same parameters in the same precision may differ in the probe by 1e-3, relative, and so may
@@ -210,7 +133,6 @@ def check(stored: Identity, network: EmbeddingNetwork) -> None:
     Raises:
         NetworkMismatch: naming the index's value and the network's.
     """
-    given = fingerprint(network)
     _refuse_settings(stored, given)
     same = stored.parameters_sha256 == given.parameters_sha256
     precise = same and stored.precision == given.precision
@@ -244,7 +166,7 @@ def check(stored: Identity, network: EmbeddingNetwork) -> None:
             f"{about}: not the same computation, admitted because on the probe picture they differ "
             f"by only {difference:.2g} in the {what}",
             NetworkWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
@@ -290,8 +212,3 @@ def _difference(a: np.ndarray, b: np.ndarray) -> float:
     size = float(np.linalg.norm(a.astype(np.float64)))
     distance = float(np.linalg.norm(a.astype(np.float64) - b))
     return distance / size if size > 0 else (0.0 if distance == 0 else float("inf"))
-
-
-def _plain(value: Any) -> Any:
-    """As it will come back from JSON: tuples as lists."""
-    return None if value is None else json.loads(json.dumps(value))

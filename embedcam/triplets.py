@@ -6,11 +6,12 @@ anchor's triplets do not depend on batches, on workers, or on where a killed bui
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from .classes import Classes
 from .errors import InputError, RecipeError
 
 SAMPLINGS = ("random", "semihard", "hard", "all")
@@ -34,42 +35,6 @@ class Triplets:
     anchors: np.ndarray
     positives: np.ndarray
     negatives: np.ndarray
-
-
-@dataclass
-class Classes:
-    """Images grouped by label: `order` lists positions class by class."""
-
-    codes: np.ndarray
-    order: np.ndarray = field(init=False)
-    starts: np.ndarray = field(init=False)
-    sizes: np.ndarray = field(init=False)
-    ranks: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        _, self.codes = np.unique(self.codes, return_inverse=True)
-        self.order = np.argsort(self.codes, kind="stable")
-        self.sizes = np.bincount(self.codes)
-        self.starts = np.cumsum(self.sizes) - self.sizes
-        self.ranks = np.empty(len(self.codes), np.int64)
-        self.ranks[self.order] = np.arange(len(self.codes)) - self.starts[self.codes[self.order]]
-
-    @property
-    def n_single(self) -> int:
-        """Classes of one image; their positives are their nearest neighbours."""
-        return int((self.sizes == 1).sum())
-
-
-def label_codes(labels: list[str | None]) -> np.ndarray | None:
-    """Labels as integers `[N]`; None where no image has one.
-
-    An image without a label among labelled ones is a class of its own.
-    """
-    if all(label is None for label in labels):
-        return None
-    known = {label: code for code, label in enumerate(sorted({s for s in labels if s is not None}))}
-    free = iter(range(len(known), len(known) + len(labels)))
-    return np.array([next(free) if label is None else known[label] for label in labels], np.int64)
 
 
 class TripletSampler:
@@ -159,8 +124,9 @@ class TripletSampler:
             return (p_mean - n_sum / outside).astype(np.float32), counts
         codes = self.classes.codes[anchors]
         sizes = self.classes.sizes[codes]
-        sums = self._class_sums[codes]
         own = np.asarray(self.embeddings[anchors], np.float64)
+        sums, shared = own.copy(), sizes > 1
+        sums[shared] = self._class_sums[self.classes.shared[codes[shared]]]
         p_mean = np.divide(
             sums - own, (sizes - 1)[:, None], out=np.zeros_like(own), where=sizes[:, None] > 1
         )
@@ -294,11 +260,7 @@ class TripletSampler:
     @cached_property
     def _class_sums(self) -> np.ndarray:
         assert self.classes is not None
-        sums = np.zeros((len(self.classes.sizes), self.embeddings.shape[1]))
-        for start in range(0, len(self.embeddings), 1 << 16):
-            rows = slice(start, start + (1 << 16))
-            np.add.at(sums, self.classes.codes[rows], self.embeddings[rows])
-        return sums
+        return self.classes.sums(lambda rows: self.embeddings[rows], self.embeddings.shape[1])
 
 
 def given_triplets(anchors: np.ndarray, pairs: np.ndarray, n_images: int) -> Triplets:

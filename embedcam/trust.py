@@ -2,6 +2,9 @@
 
 A sample of the index's images is drawn by its own weights and by those of its neighbours, itself
 left out; what can be seen of the second without the first is held against how well both agree.
+
+Left out is the image as a neighbour. By the discriminant target it keeps its part in the weights
+that its label shares, 1/n of a label's n images: in labels of a few images they agree too well.
 """
 
 import math
@@ -52,7 +55,8 @@ class Twice:
 
     Args:
         embeddings: of all images of the index, `[N D]`; may be a memory map.
-        labels: codes of their labels, -1 for none, `[N]`; None where there are none.
+        labels: codes of their labels, as `classes.label_codes` gives them, `[N]`; None where no
+            image has one.
         rows: of the sample, see `sample_rows`, `[n]`.
         metric: "l2" or "ip", which neighbours a search finds.
         seed: of what is drawn.
@@ -279,12 +283,22 @@ def _nearest(
         order = distances if metric == "l2" else -(queries @ block.T)
         order = np.where(left(start, distances), np.inf, order)
         keys = np.concatenate([best, order], axis=1)
-        places = np.argsort(keys, axis=1, kind="stable")[:, :count]
+        places = _smallest(keys, count)
         best = np.take_along_axis(keys, places, axis=1)
         numbers = np.broadcast_to(start + np.arange(len(block)), order.shape)
         found = np.take_along_axis(np.concatenate([found, numbers], 1), places, axis=1)
         apart = np.take_along_axis(np.concatenate([apart, distances], 1), places, axis=1)
     return found, np.where(np.isfinite(best), apart, np.inf)
+
+
+def _smallest(keys: np.ndarray, count: int) -> np.ndarray:
+    """Places of each row's smallest, ties by place, `[n count]`; the others are not sorted."""
+    last = np.partition(keys, count - 1, axis=1)[:, count - 1]
+    places = np.empty((len(keys), count), np.int64)
+    for row, (values, bound) in enumerate(zip(keys, last, strict=True)):
+        within = np.flatnonzero(values <= bound)
+        places[row] = within[np.argsort(values[within], kind="stable")[:count]]
+    return places
 
 
 def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -17,10 +17,22 @@ import tempfile
 from pathlib import Path
 
 import torch
-from benchmark import building, exactness, explaining, indexes, zoo
+from benchmark import (
+    building,
+    evaluating,
+    exactness,
+    explaining,
+    features,
+    indexes,
+    onnx,
+    receipts,
+    trusting,
+    zoo,
+)
 
 SECTIONS = ("exactness", "build", "explain", "peers", "storage", "open", "search", "zoo", "memory",
-            "eigencam", "online")  # fmt: skip
+            "eigencam", "online", "evaluate", "trust", "receipts", "features",
+            "onnx")  # fmt: skip
 
 
 def main() -> None:
@@ -67,8 +79,25 @@ def section(name: str, options: argparse.Namespace, folder: Path) -> str:
         return "\n".join(map(zoo.memory_report, ("resnet18", "mobilenet_v2")))
     if name == "eigencam":
         return zoo.decomposition_report(20 * rounds)
+    if name == "onnx":
+        return "\n".join(onnx.onnx_report(each, 4 * rounds, folder) for each in options.network)
     if name == "online":
         return zoo.online_report(fast, 4 * rounds, folder)
+    if name == "evaluate":
+        counts = (64, 256) if options.quick else (500, 10_000)
+        return "\n".join(
+            (
+                evaluating.share_report(options.network, images, rounds, folder),
+                evaluating.memory_report("mobilenet_v2", *counts, folder),
+                evaluating.peers_report("mobilenet_v2", rounds),
+            )
+        )
+    if name == "receipts":
+        return "\n".join(receipts.report(each, 20 * rounds, folder) for each in options.network)
+    if name == "trust":
+        return "\n".join(trusting.report(each, images, rounds, folder) for each in options.network)
+    if name == "features":
+        return features.report(rows, 100 * rounds, folder)
     return indexes.search_report(rows, 100 * rounds, folder)
 
 

@@ -50,12 +50,12 @@ from photographs import (
 )
 
 from embedcam import EmbedcamError, load_network
+from embedcam.classes import label_codes
 from embedcam.cotangents import AnchorCotangents
 from embedcam.features import AffineHead
 from embedcam.metrics import recall_at_k
 from embedcam.recipe import Recipe
 from embedcam.targets import head_cotangent
-from embedcam.triplets import label_codes
 
 
 @dataclass

@@ -35,13 +35,13 @@ from safetensors.numpy import save_file
 
 from embedcam import METHODS, EmbedcamError, EmbeddingNetwork, Similarity, cam_for, load_network
 from embedcam.cam import cam, resize, sharpen
+from embedcam.classes import label_codes
 from embedcam.cotangents import AnchorCotangents
 from embedcam.methods import MethodMap, MethodWarning
 from embedcam.metrics import bootstrap_interval, energy_share, recall_at_k
 from embedcam.recipe import Recipe
 from embedcam.registry import Method, WeightMethod
 from embedcam.targets import Direction
-from embedcam.triplets import label_codes
 
 SLOW = ("scorecam", "rise", "lime", "sbsm", "polycam")
 OPTIONS: dict[str, dict[str, Any]] = {

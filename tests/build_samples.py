@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from toys import seeded
 
 import embedcam.build.jobs as jobs
+from embedcam import probe
+from embedcam.classes import label_codes
 from embedcam.cotangents import nearest_others
 from embedcam.images import ImageSource, find_images
 from embedcam.index import Index
-from embedcam.network import EmbeddingNetwork, probe
+from embedcam.network import EmbeddingNetwork
 from embedcam.preprocess import Preprocess
 from embedcam.recipe import Recipe
-from embedcam.triplets import TripletSampler, label_codes
+from embedcam.triplets import TripletSampler
 
 SIDE, CHANNELS, WIDTH = 16, 8, 5
 DENSE = Recipe(encoding="dense", dtype="float32", sampling="random", triplets=4)

@@ -17,7 +17,8 @@ from embedcam.index import Index
 from embedcam.preprocess import Preprocess
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-PARTS = ("timing", "cases", "exactness", "building", "explaining", "indexes", "zoo")
+PARTS = ("timing", "cases", "exactness", "building", "explaining", "indexes", "zoo", "evaluating",
+         "trusting", "features", "onnx")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +222,32 @@ def test_search_has_a_row_for_each_factory(benchmark: SimpleNamespace, tmp_path:
     assert rows[0][3] == "1.000"
 
 
+def test_features_are_explained_alike_however_neighbours_are_found(
+    benchmark: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features: ModuleType = benchmark.features
+    monkeypatch.setattr(features, "CHANNELS", 64)
+    monkeypatch.setattr(features, "KEPT", 5)
+    asked = features.Asked(features.make_indexes(60, tmp_path / "once"), 3)
+    cases = asked.cases()
+    found = {name: case.run(asked.queries[0]) for name, case in cases.items()}
+    plain = found["with search"]
+    alone = found.pop("search alone")
+    assert asked.index.ids[alone.positions[0]] == plain.ids == asked.queries[0][2]
+    for name, why in found.items():
+        np.testing.assert_array_equal(why.cam, plain.cam)
+        assert len(why.ids) == 10
+        assert (why.trust is not None) == name.endswith("with trust")
+    # Each case of a round has a query of its own.
+    assert cases["ids given"].before() is not cases["search apart"].before()
+    asked.close()
+    monkeypatch.setattr(features, "RUNS", 2)
+    rows = rows_of(features.report(60, 2, tmp_path / "again"))[1:]
+    assert [row[0] for row in rows] == list(cases)
+    assert [bool(row[3]) for row in rows] == [True] * 4 + [False] * 2
+    assert list((tmp_path / "again").iterdir()) == []
+
+
 def test_the_script_refuses_an_unknown_section(
     benchmark: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -248,3 +275,108 @@ def test_eigen_cam_is_timed_beside_a_full_decomposition(benchmark: SimpleNamespa
     rows = rows_of(benchmark.zoo.decomposition_report(1))[1:]
     assert [row[:2] for row in rows][:2] == [["2048 x 7 x 7", "full"], ["2048 x 7 x 7", "thin"]]
     assert all(float(row[4].split()[0]) > 0 for row in rows)
+
+
+def test_metrics_beside_torch_cams_are_the_same_metrics(benchmark: SimpleNamespace) -> None:
+    pytest.importorskip("torchcam")
+    evaluating: ModuleType = benchmark.evaluating
+    module = seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3, 4, 1, bias=False),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8, 6, bias=False),
+        )
+    )
+    # Without biases what is wholly masked scores 0, which torch-cam takes every score to start at.
+    network = EmbeddingNetwork(module, "1")
+    generator = torch.Generator().manual_seed(1)
+    shades = torch.randn(10, 3, 1, 1, generator=generator)
+    images = torch.randn(10, 3, 24, 24, generator=generator) * shades + 1
+    reference = network.forward(torch.ones(1, 3, 24, 24)).embedding[0]
+    drop, increase = evaluating.drop_and_increase(network, images, reference)
+    peer = evaluating.torch_cam(evaluating.METRICS[0], network, images, reference)()
+    assert drop == pytest.approx(peer["avg_drop"], abs=1e-5)
+    assert increase == pytest.approx(peer["conf_increase"])
+    assert drop > 0.01
+    found = evaluating.deletion_and_insertion(network, images, reference, steps=4)
+    peer = evaluating.torch_cam(evaluating.METRICS[1], network, images, reference, steps=4)()
+    # Ties of a map fall differently by their rounding.
+    assert found == pytest.approx((peer["deletion_auc"], peer["insertion_auc"]), abs=2e-3)
+    assert abs(found[0] - found[1]) > 0.02
+
+
+def test_an_evaluation_is_timed_by_what_it_says_itself(
+    benchmark: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluating: ModuleType = benchmark.evaluating
+    monkeypatch.setattr(evaluating, "frozen_network", lambda name: toy_network())
+    spent = {"forward": 4.0, "metrics": 1.0, "explaining": 0.5, "reading": 0.25, "total": 6.0}
+    found = []
+
+    def seconds(path: Path, source: object, network: object, boxes: Path) -> dict[str, float]:
+        found.append((path.name, len(boxes.read_text().splitlines())))
+        return spent
+
+    measured = evaluating.seconds
+    monkeypatch.setattr(evaluating, "seconds", seconds)
+    rows = rows_of(evaluating.share_report(["toy"], 16, 2, tmp_path))[1:]
+    assert rows == [["toy", "4.00", "1.00", "0.50", "0.25", "6.00", "0.250 (0.250-0.250)",
+                     "<= 0.2: **not met**"]]  # fmt: skip
+    assert found == [("evaluated-toy", 17)] * 2
+    source = find_images(tmp_path / "evaluated-16")
+    own = measured(tmp_path / "evaluated-toy", source, toy_network(), tmp_path / "boxes.csv")
+    assert own["forward"] > 0
+    assert own["metrics"] > 0
+
+
+def test_queries_of_a_few_files_have_ids_of_their_own(
+    benchmark: SimpleNamespace, tmp_path: Path
+) -> None:
+    source = find_images(benchmark.cases.write_pictures(tmp_path / "pictures", 3, classes=2))
+    written = benchmark.evaluating.write_queries(tmp_path / "queries.csv", source, 7)
+    read = find_images(written)
+    assert len(set(read.ids)) == 7
+    assert {label for label in read.labels} == {"class-0", "class-1"}
+    assert read.open(6).size == (320, 240)
+
+
+def test_trust_is_what_two_queries_and_two_builds_differ_by(
+    benchmark: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusting: ModuleType = benchmark.trusting
+    monkeypatch.setattr(trusting, "linear_network", lambda name, folder: toy_network())
+    rows = rows_of(trusting.report("toy", 48, 1, tmp_path))
+    cases = ["without trust", "without trust again (A/A)", "with trust"]
+    assert [row[0] for row in rows] == ["query", *cases, "build", *cases]
+    assert rows[1][2:] == ["1.000 (1.000-1.000)", "0.00"]
+    assert not (tmp_path / "trusting").exists()
+    took = {"without trust": np.array([1.0, 3.0]), "with trust": np.array([1.5, 3.25])}
+    assert trusting.rows(took)[1][2:] == [trusting.ratio(*list(took.values())[::-1]), "375.00"]
+
+
+def test_onnx_is_timed_beside_torch_and_its_maps_are_the_same(
+    benchmark: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: ModuleType = benchmark.onnx
+    monkeypatch.setattr(module, "BATCHES", (1, 2))
+    text = module.onnx_report("toy", 1, tmp_path, lambda name: toy_network())
+    rows = rows_of(text)[1:]
+    assert [row[0] for row in rows[:3]] == [
+        "batch 1, forward: torch",
+        "batch 1, forward: torch again (A/A)",
+        "batch 1, forward: ONNX Runtime",
+    ]
+    assert len(rows) == 2 * 2 * 3
+    assert all((row[3] != "") == ("ONNX" in row[0]) for row in rows)
+    assert "(<= 0.001: met)" in text
+
+    network = toy_network()
+    path = tmp_path / "toy-onnx"
+    with Index.open(path) as index:
+        right = module.Explainer(index, network)
+        other = module.Explainer(index, network, n_neighbors=2)
+        pictures = module.inputs(network, 3)
+        assert module.maps_off(right, right, pictures) == 0
+        assert module.maps_off(right, other, pictures) > 1e-3

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from photo_samples import picture, write_photos
 from PIL import Image
 from safetensors.torch import save_file
 
-from embedcam import Explainer, Index, load_network
+from embedcam import Explainer, Index, PairExplainer, load_network
 from embedcam.cli import main
 from embedcam.cli.online import picture_names
 from embedcam.cli.parser import COMMANDS, parser
@@ -76,10 +77,11 @@ def index(built: Path, tmp_path: Path) -> str:
 
 def trusted(words: list[str]) -> list[str]:
     """What names the code of an index of these tests, where a command loads it unnamed."""
-    loads = words[:1] in (["explain"], ["add"]) or "--refit" in words
+    loads = words[:1] in (["explain"], ["compare"], ["add"], ["export"]) or "--refit" in words
     manifests = [Path(word) / "manifest.json" for word in words]
     ours = any(file.is_file() and NAMED[1] in file.read_text() for file in manifests)
-    return NAMED[:2] if loads and ours and "--network" not in words else []
+    said = {"--network", "--onnx"} & set(words)
+    return NAMED[:2] if loads and ours and not said else []
 
 
 Say = Callable[..., tuple[int, str, str]]
@@ -224,6 +226,50 @@ def test_explain_by_one_result_by_named_neighbours_and_by_distance(say: Say, bui
         (told,) = answer(say, "explain", built, query, *given, "--transfer", "distance")
         assert [one["id"] for one in told["neighbors"]] == named
         assert told["cam"] == expected.to_dict((14, 14))["cam"]
+
+
+def test_compare_prints_what_adds_up(say: Say, built: Path, tmp_path: Path) -> None:
+    network = load_network("cli_toy_network:make", layer="relu")
+    pairs = PairExplainer(Explainer(built, network))
+    query, result, rival = "photos/0/0.png", "0/1.png", "2/3.png"
+    expected = pairs.receipt(query, result)
+    told = answer(say, "compare", built, query, result, "--lines", "3")
+    assert told == {"query": query, "pair": expected.to_dict(3)}
+    code, out, _ = say("compare", built, query, result, "--lines", "3", "-o", tmp_path / "r.png")
+    head, *rows = out.splitlines()
+    assert (code, head) == (0, f"{query} and {result}")
+    numbers = [float(row.rpartition(" ")[2]) for row in rows]
+    assert len(rows) == len(expected.amounts(3)) + 1
+    assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.005)
+    assert rows[-1].split() == ["similarity", f"{expected.similarity:+.3f}"]
+    with Image.open(tmp_path / "r.png") as written:
+        np.testing.assert_array_equal(written, expected.plot(lines=3))
+
+    above = pairs.above(query, result, rival, centred=False)
+    given = ["compare", built, query, result, "--above", rival, "--not-centred"]
+    assert answer(say, *given)["pair"] == above.to_dict()
+    out = say(*given)[1]
+    assert out.startswith(f"{query} and {result}, above {rival}\n")
+    assert out.splitlines()[-1].split() == ["nearer", "by", f"{above.score:+.3f}"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "arguments"),
+    [
+        (3, "photos/none.png: does not exist", ["photos/none.png", "0/1.png"]),
+        (2, "no image '0/9.png'; did you mean '0/", ["photos/0/0.png", "0/9.png"]),
+        (2, "no image 'x'", ["photos/0/0.png", "0/1.png", "--above", "x"]),
+        (2, "--above 0/1.png is the result itself",
+         ["photos/0/0.png", "0/1.png", "--above", "0/1.png"]),
+        (2, "is a query itself", ["photos/0/0.png", "0/1.png", "-o", "photos/0/0.png"]),
+        (2, "no picture format", ["photos/0/0.png", "0/1.png", "-o", "receipt.doc"]),
+        (3, "1.png: does not exist", ["photos/0/0.png", "0/1.png", "--images", "nowhere"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared(
+    refused: Callable[..., None], built: Path, code: int, message: str, arguments: list[str]
+) -> None:
+    refused(code, message, "compare", built, *arguments)
 
 
 def test_an_id_may_hold_a_comma(say: Say, tmp_path: Path) -> None:
@@ -890,6 +936,7 @@ def test_the_examples_of_help_parse() -> None:
             "COMPRESS",
             "EXPLAIN",
             "SERVE",
+            "EXPORT",
             "INFO",
             "VERIFY",
             "DEMO",
@@ -1083,3 +1130,100 @@ def test_what_is_not_trusted_is_said_and_computed_on_demand(
     index = tmp_path / "plain"
     assert say("build", "many", index, "--no-trust", "--quiet", *NAMED)[0] == 0
     assert "trust       not calibrated" in say("info", index)[1]
+
+
+# --- export --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def exported(built: Path) -> Path:
+    """The network of `built` as an ONNX file."""
+    target = built.parent / "exported.onnx"
+    assert main(["export", str(built), "-o", str(target), "--quiet", *NAMED]) == 0
+    return target
+
+
+def test_export_says_what_it_wrote_and_explain_runs_it(
+    say: Say, built: Path, exported: Path, tmp_path: Path
+) -> None:
+    query = "photos/2/1.png"
+    with_torch = answer(say, "explain", built, query)
+    without = answer(say, "explain", built, query, "--onnx", exported)
+    assert [one["id"] for one in without[0]["neighbors"]] == [
+        one["id"] for one in with_torch[0]["neighbors"]
+    ]
+    expected = np.array(with_torch[0]["cam"])
+    np.testing.assert_allclose(without[0]["cam"], expected, atol=1e-5 * expected.max())
+
+    pair = [built, query, "2/2.png", "--lines", "4"]
+    with_torch = answer(say, "compare", *pair)["pair"]
+    without = answer(say, "compare", *pair, "--onnx", exported)["pair"]
+    assert without["exact"]
+    for one, expected in zip(without["channels"], with_torch["channels"], strict=True):
+        assert one["channel"] == expected["channel"]
+        assert one["contribution"] == pytest.approx(expected["contribution"], abs=1e-5)
+
+    other = tmp_path / "other.onnx"
+    told = answer(say, "export", built, "-o", other)
+    assert told["path"] == str(other)
+    assert told["bytes"] == other.stat().st_size == exported.stat().st_size
+    assert (told["layers"], told["head"]) == (["relu"], "affine")
+    assert 0 < told["difference"] < 1e-5
+
+
+def test_export_prints_one_line(say: Say, built: Path, tmp_path: Path) -> None:
+    code, out, err = say("export", "-o", tmp_path / "n.onnx", built)
+    assert (code, err) == (0, "")
+    assert re.fullmatch(
+        rf"{re.escape(str(tmp_path))}/n\.onnx: [0-9.]+ kB, layer relu, affine head; "
+        r"off from torch by [0-9]e-0[6-9]; [0-9.]+ s\n",
+        out,
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "arguments"),
+    [
+        (2, "required: -o/--output", ["export", "built"]),
+        (2, "an empty name was given", ["export", "built", "-o", ""]),
+        (2, "did you mean --weights?", ["export", "built", "-o", "x.onnx", "--wieghts", "y"]),
+        (5, "there is no index here", ["export", "nothing", "-o", "x.onnx"]),
+        (2, "photos is a folder; give a file, such as photos/network.onnx",
+         ["export", "built", "-o", "photos"]),
+        (2, "there is no folder nowhere; make it first",
+         ["export", "built", "-o", "nowhere/x.onnx"]),
+        (2, "is not a regular file", ["export", "built", "-o", os.devnull]),
+        (4, "its layer is 'relu', given is one with 'conv'",
+         ["export", "built", "-o", "x.onnx", *NAMED[:2], "--layer", "conv"]),
+        (4, "its normalize is True", ["export", "built", "-o", "x.onnx", "--no-normalize"]),
+        (4, "is not a file", ["export", "built", "-o", "x.onnx", "--weights", "none.pt"]),
+        (4, "none.onnx: there is no such ONNX file",
+         ["explain", "built", "photos/0/0.png", "--onnx", "none.onnx"]),
+        (4, "ONNX Runtime cannot read it",
+         ["explain", "built", "photos/0/0.png", "--onnx", "photos/0/0.png"]),
+        (2, "leave out --network, --no-normalize, --method",
+         ["explain", "built", "photos/0/0.png", "--onnx", "exported.onnx", "--network", "x:y",
+          "--no-normalize", "--method", "rise"]),
+        (2, "leave out --fallback",
+         ["explain", "built", "photos/0/0.png", "--onnx", "exported.onnx", "--fallback"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_exported(
+    refused: Callable[..., None], exported: Path, code: int, message: str, arguments: list[str]
+) -> None:
+    refused(code, message, *arguments)
+    assert not (exported.parent / "x.onnx").exists()
+
+
+def test_an_index_from_features_has_no_network_to_export(
+    refused: Callable[..., None], say: Say, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("e", "p"):
+        np.save(tmp_path / f"{name}.npy", rng.random((8, 4), np.float32))
+    path = tmp_path / "index"
+    made = say("build", path, "--embeddings", tmp_path / "p.npy", "--pooled", tmp_path / "p.npy",
+               "--grid", "3x3")  # fmt: skip
+    assert made[0] == 0
+    refused(2, "does not know its network", "export", path, "-o", tmp_path / "x.onnx")
+    refused(2, "does not know its network", "export", path, "-o", tmp_path / "x.onnx", *NAMED)

@@ -9,10 +9,10 @@ import torch
 from build_samples import Toy, inputs, opened, pictures, quicken, toy
 
 from embedcam import Recipe, add_images, build_index
+from embedcam.classes import label_codes
 from embedcam.cotangents import AnchorCotangents
 from embedcam.errors import RecipeError
 from embedcam.images import ImageSource
-from embedcam.triplets import label_codes
 
 RECIPE = Recipe(target="discriminant", encoding="dense", dtype="float32", faiss="none")
 
@@ -62,6 +62,7 @@ def test_the_cotangent_is_the_literal_one(
     unit: bool, norm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embedcam.cotangents._BLOCK", 5)
+    monkeypatch.setattr("embedcam.classes._SUMMED", 5)
     vectors, labels = some(unit)
     recipe = replace(RECIPE, norm=norm)
     anchors = AnchorCotangents(recipe, vectors, label_codes(list(labels)), vectors.mean(0))
@@ -73,6 +74,37 @@ def test_the_cotangent_is_the_literal_one(
         assert np.abs(found.values[at] - other).max() > 0.1
     assert found.used is None
     assert found.counts.tolist() == [6 * 7] * 3
+
+
+def test_images_without_a_label_among_labelled_ones_share_with_none_and_take_no_room() -> None:
+    vectors, names = some(True)
+    labels = [name if i < 6 else None for i, name in enumerate(names)]
+    anchors = AnchorCotangents(RECIPE, vectors, label_codes(labels), vectors.mean(0))
+    found = anchors.of(np.arange(14))
+    x = vectors.astype(np.float64)
+    centred = x - x.mean(0)
+    covariance = centred.T @ centred / 14
+    whitening = np.linalg.inv(covariance + np.trace(covariance) / 4 * np.eye(4))
+    own = []
+    for row in range(14):
+        apart = ((x - x[row]) ** 2).sum(1)
+        others = [i for i in range(14) if i != row]
+        if labels[row] is None:
+            positives = sorted(others, key=apart.__getitem__)[:4]  # a third of the others
+            negatives = [i for i in others if i not in positives]
+        else:
+            positives = [i for i in others if labels[i] == labels[row]]
+            negatives = [i for i in others if labels[i] != labels[row]]
+        white = 2 * (x[positives].mean(0) - x[negatives].mean(0)) @ whitening
+        own.append(white - (white @ x[row]) * x[row])
+        assert found.counts[row] == len(positives) * len(negatives)
+    for row in range(14):
+        alike = [i for i in range(14) if i == row or (labels[i] and labels[i] == labels[row])]
+        expected = np.mean([own[i] for i in alike], axis=0)
+        np.testing.assert_allclose(found.values[row], expected, rtol=1e-3, atol=1e-4)
+    assert anchors.sampler is not None
+    # Of a collection that is mostly unlabelled they would be as many as its embeddings.
+    assert anchors._class_sums.shape == anchors.sampler._class_sums.shape == (2, 4)
 
 
 def test_without_labels_it_is_the_images_own() -> None:

@@ -1,6 +1,9 @@
 """Evaluating an index: what is orchestrated, against literal one-at-a-time re-computations."""
 
+import errno
 import gc
+import os
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +30,11 @@ from embedcam.errors import ImageError, InputError, NetworkMismatch
 from embedcam.evaluate import Evaluation, Settings
 from embedcam.evaluate.controls import ShuffledNetwork, random_weights, wrong_rows
 from embedcam.evaluate.gallery import Gallery
+from embedcam.evaluate.maps import Mapper
 from embedcam.evaluate.queries import chosen
+from embedcam.evaluate.summary import beside_controls
 from embedcam.images import ImageSource
+from embedcam.index import remove
 from embedcam.metrics import map_at_r, noisy_linear_imputation, recall_at_k
 
 QUICK: dict[str, Any] = {
@@ -201,11 +207,16 @@ def test_localisation_and_its_controls_literally(
             assert row["mean activation: energy"] == pytest.approx(energy(drawn), rel=1e-3)
 
 
-def test_fidelity_literally(folder: Path, network: EmbeddingNetwork) -> None:
-    told = run(folder, network, measures=("fidelity",), fidelity=4).summary["fidelity"]
+def test_fidelity_literally(folder: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
+    # By the margin: weights that a label shares would be the same whoever is taken.
+    build(folder / "photos", tmp_path / "index", network, Recipe(target="margin"))
+    told = evaluate_index(
+        tmp_path / "index", find_images(folder / "queries"), network, progress=False, workers=0,
+        **{**QUICK, "measures": ("fidelity",), "fidelity": 4, "batch_size": 2},
+    ).summary["fidelity"]  # fmt: skip
     assert [one["n_neighbors"] for one in told["by_neighbors"]] == [1, 2, 5, 10]
     assert [one["n"] for one in told["by_neighbors"]] == [4] * 4
-    explainer = Explainer(folder / "index", network)
+    explainer = Explainer(tmp_path / "index", network)
     index, cosines = explainer.index, []
     for row in chosen(12, 4, 0):
         path, own = folder / "photos" / index.ids[int(row)], index.weights([row])[0]
@@ -214,6 +225,20 @@ def test_fidelity_literally(folder: Path, network: EmbeddingNetwork) -> None:
         theirs = explainer.explain(path, neighbors=others).weights
         cosines.append(own @ theirs / np.linalg.norm(own) / np.linalg.norm(theirs))
     assert told["by_neighbors"][1]["cosine"] == pytest.approx(np.mean(cosines), abs=1e-4)
+    assert np.mean(cosines) < 0.999
+
+
+def test_fidelity_of_weights_that_a_label_shares_says_so(
+    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+) -> None:
+    build(folder / "photos", tmp_path / "index", network, Recipe(target="margin"))
+    for where, said in ((folder, True), (tmp_path, False)):
+        told = evaluate_index(
+            where / "index", find_images(folder / "photos"), network, progress=False, workers=0,
+            **{**QUICK, "measures": ("fidelity",)},
+        )  # fmt: skip
+        words = "the images of a label share their weights, an image's own part included"
+        assert any(words in note for note in told.summary["notes"]) == said
 
 
 def test_scenes_literally(folder: Path, network: EmbeddingNetwork, found: Evaluation) -> None:
@@ -239,6 +264,32 @@ def test_scenes_literally(folder: Path, network: EmbeddingNetwork, found: Evalua
         assert row["share"] == pytest.approx(share, abs=1e-5)
         assert row["right"] == (share > 0.5) + 0.5 * (share == 0.5)
         assert row["mean activation: share"] + _other(found, row) == pytest.approx(1)
+
+
+def test_scenes_of_indexed_images_leave_both_out(
+    folder: Path, network: EmbeddingNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    transferred = Mapper.transferred
+
+    def noted(self: Mapper, seen: Any, rows: Any) -> Any:
+        if len(rows) == len(rows[0]) == 1:
+            asked.append(int(rows[0][0]))
+        return transferred(self, seen, rows)
+
+    monkeypatch.setattr(Mapper, "transferred", noted)
+    some = {"measures": ("objects",), "scenes": 30, "examples": 0}
+    told = run(folder, network, images="photos", **some)
+    ids = find_images(folder / "photos").ids
+    with Index.open(folder / "index") as index:
+        names = [(index.ids[place], index.labels[place]) for place in asked]
+    assert len(names) == 2 * len(told.scenes) == 120
+    for row, (result, label), (wrong, other) in zip(
+        told.scenes, names[::2], names[1::2], strict=True
+    ):
+        assert (row["result"], row["label"]) == (result, label)
+        assert other != label
+        assert not {ids[row["first"]], ids[row["second"]]} & {result, wrong}
 
 
 def _other(found: Evaluation, row: dict[str, Any]) -> float:
@@ -319,8 +370,6 @@ def test_the_same_id_elsewhere_is_the_same_image_only_if_it_looks_the_same(
 def test_an_index_of_the_query_alone_is_refused(network: EmbeddingNetwork, tmp_path: Path) -> None:
     write_photos(tmp_path / "photos", labels=2, each=2)
     build(tmp_path / "photos", tmp_path / "index", network)
-    from embedcam.index import remove
-
     remove(tmp_path / "index", ["0/1.png", "1/0.png", "1/1.png"])
     with pytest.raises(InputError, match="holds nothing but the query itself"):
         run(tmp_path, network, images="photos", measures=("retrieval",))
@@ -381,6 +430,19 @@ def test_without_controls_nothing_is_compared(folder: Path, network: EmbeddingNe
     assert told["masked_passes"] == 3 * (1 + 3 + 3 + 3)
 
 
+def test_a_control_is_beaten_where_the_whole_interval_is_above_it() -> None:
+    """Of ten images: all a little better; one much better and nine a little worse."""
+    surely, hardly = [0.1] * 10, [2.0] + [-0.1] * 9
+    for differences, beats in ((surely, True), (hardly, False)):
+        rows = [{"energy": 0.5 + d, "random weights: energy": 0.5} for d in differences]
+        told = beside_controls(rows, ("localisation",))["energy"]["differences"]["random weights"]
+        assert told["mean"] > 0
+        assert (told["beats"], told["worse"]) == (beats, False)
+        turned = [{"deletion": 0.5 - d, "random weights: deletion": 0.5} for d in differences]
+        less = beside_controls(turned, ("faithfulness",))["deletion"]["differences"]
+        assert less["random weights"]["beats"] == beats
+
+
 # --- what must always hold -----------------------------------------------------------------------
 
 
@@ -406,10 +468,11 @@ class Counting(ImageSource):
     def __init__(self, inner: ImageSource) -> None:
         super().__init__(inner.items, inner.root)
         self.alive: list[weakref.ref[Image.Image]] = []
-        self.most = 0
+        self.most = self.opened = 0
 
     def open(self, position: int) -> Image.Image:
         made = super().open(position)
+        self.opened += 1
         self.alive = [one for one in self.alive if one() is not None] + [weakref.ref(made)]
         self.most = max(self.most, len(self.alive))
         return made
@@ -450,12 +513,43 @@ def test_without_labels_and_boxes(folder: Path, network: EmbeddingNetwork) -> No
     assert "a seeded sample of 3 of 9 images" in notes
 
 
-def test_a_network_of_one_size_skips_scenes_in_words(tmp_path: Path) -> None:
-    network = network_of(Flat)
-    write_photos(tmp_path / "photos")
-    build(tmp_path / "photos", tmp_path / "index", network)
-    told = run(tmp_path, network, images="photos", measures=("objects",)).summary
-    assert "no scenes of two pictures: the network takes no picture of 32 x 64" in told["notes"][0]
+@pytest.mark.parametrize("width", [32, 33])
+def test_a_network_of_one_size_is_shown_both_pictures_at_half_their_width(
+    tmp_path: Path, width: int
+) -> None:
+    class Wide(Flat):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(8 * 8 * ((width + 3) // 4), 5)
+
+    shape = Preprocess(size=(32, width))
+    network = network_of(Wide, preprocess=shape)
+    photos = write_photos(tmp_path / "photos")
+    build(photos, tmp_path / "index", network)
+    found = run(tmp_path, network, images="photos", measures=("objects",))
+    (said,) = found.summary["notes"]
+    assert "both pictures at half their width: the network takes no picture of 32 x " in said
+    assert len(found.scenes) == 8
+    assert found.examples
+    explainer, source = Explainer(tmp_path / "index", network), find_images(photos)
+    edge, shares = width // 2, []
+    for row in found.scenes:
+        scene = np.zeros((3, 32, width), np.float32)
+        for place, start, stop in ((row["first"], 0, edge), (row["second"], edge, width)):
+            one = shape(Image.open(source.name(place))).astype(float)
+            for column in range(start, stop):
+                left, right = (np.array([0, 1]) + column - start) * width / (stop - start)
+                covered = [max(0, min(right, x + 1) - max(left, x)) for x in range(width)]
+                scene[:, :, column] = one @ covered / sum(covered)
+        drawn = explainer.explain(scene, neighbors=[row["result"]]).cam
+        halves = drawn[:, :edge].sum(), drawn[:, edge:].sum()
+        own = edge if row["side"] == 0 else width - edge
+        share = halves[row["side"]] / sum(halves) if sum(halves) else own / width
+        shares.append(share)
+        assert row["share"] == pytest.approx(share, abs=1e-4)
+        assert row["share_chance"] == pytest.approx(own / width)
+    assert len({round(share, 3) for share in shares}) > 2
+    explainer.index.close()
 
 
 class Deep(Pooled):
@@ -487,7 +581,7 @@ def test_maps_of_several_layers_tokens_and_networks_in_two_parts(tmp_path: Path)
     for name, network, recipe, said in (
         ("layers", deep, layers, ""),
         ("parts", parts, None, "given as a trunk and a head, which are not copied"),
-        ("tokens", vit, None, "the network takes no picture of 64 x 128"),
+        ("tokens", vit, None, "half their width: the network takes no picture of 64 x 128"),
     ):
         build(photos, tmp_path / name, network, recipe)
         told = evaluate_index(
@@ -495,9 +589,52 @@ def test_maps_of_several_layers_tokens_and_networks_in_two_parts(tmp_path: Path)
         )
         assert said in "\n".join(told.summary["notes"])
         assert bool(told.summary["sanity"]) == (name != "parts")
-        assert bool(told.summary["objects"]) == (name != "tokens")
+        assert told.summary["objects"]["pasted pairs"]["questions"] == 8
         assert told.summary["faithfulness"]["insertion"]["n"] == 3
         assert told.summary["fidelity"]["by_neighbors"][0]["n"] == 5
+
+
+def test_controls_are_drawn_on_images_with_a_region(
+    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+) -> None:
+    source = find_images(folder / "queries")
+    choices = {**QUICK, "measures": ("localisation",), "progress": False, "workers": 0}
+    for number in range(9):
+        (tmp_path / "boxes.csv").write_text(f"path,x0,y0,x1,y1\n{source.ids[number]},0,0,20,20\n")
+        told = evaluate_index(
+            folder / "index", source, network, boxes=tmp_path / "boxes.csv",
+            **{**choices, "faithfulness": 1},
+        )  # fmt: skip
+        assert told.summary["controls"]["energy"]["differences"]["random weights"]["n"] == 1
+    (tmp_path / "masks/0").mkdir(parents=True)
+    Image.new("L", (48, 40)).save(tmp_path / "masks/0/q0.png")
+    for measures, stages in ((("localisation",), 0), (("localisation", "sanity"), 2)):
+        told = evaluate_index(
+            folder / "index", source, network, masks=tmp_path / "masks",
+            **{**choices, "measures": measures},
+        )  # fmt: skip
+        assert "localisation leaves out 9 of 9 images" in told.summary["notes"][0]
+        assert told.summary["controls"] == {}
+        assert len(told.summary["sanity"]) == stages
+        assert told.html()
+
+
+def test_images_that_go_while_it_runs(folder: Path, network: EmbeddingNetwork) -> None:
+    class Going(Counting):
+        def open(self, position: int) -> Image.Image:
+            if self.opened == 9:
+                raise ImageError("gone")
+            return super().open(position)
+
+    source = Going(find_images(folder / "queries"))
+    told = evaluate_index(
+        folder / "index", source, network, on_unreadable="skip", progress=False, workers=0, **QUICK
+    )
+    assert len(told.rows) == 9
+    assert (
+        "no controls: the images could be read before, and no longer can" in told.summary["notes"]
+    )
+    assert told.html()
 
 
 def test_broken_images(folder: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
@@ -526,6 +663,12 @@ def test_broken_images(folder: Path, network: EmbeddingNetwork, tmp_path: Path) 
         ({"fill": "red"}, "fill = 'red' is unknown"),
         ({"measures": ("energy",)}, "measures names 'energy'; choose among retrieval"),
         ({"measures": ()}, "measures names nothing"),
+        ({"measures": "retrieval"}, "measures = 'retrieval'; give a tuple of names among"),
+        ({"measures": None}, "measures = None; give a tuple of names among"),
+        ({"removed": "a fifth"}, "removed = 'a fifth'; give a share between 0 and 1"),
+        ({"indexed": "nowhere"}, "nowhere: there is no such folder"),
+        ({"steps": 1025, "measures": ("faithfulness",)}, "whole number, 1 to 1024, the pixels"),
+        ({"removed": 0.9999}, "removed = 0.9999 is every one of the 1024 pixels"),
         ({"nothing": 1}, "unexpected keyword argument 'nothing'"),
         ({"settings": Settings(), "steps": 3}, "not both"),
         ({"boxes": "a", "masks": "b"}, "give boxes or masks, not both"),
@@ -539,6 +682,80 @@ def test_choices_that_mean_nothing(
         evaluate_index(folder / "index", find_images(folder / "queries"), network, **choices)
 
 
+def test_what_no_image_is_needed_to_refuse_is_refused_at_the_first(
+    folder: Path, network: EmbeddingNetwork
+) -> None:
+    source = Counting(find_images(folder / "queries"))
+    for choices in ({"steps": 1025}, {"removed": 0.9999}):
+        source.opened = 0
+        with pytest.raises(InputError):
+            evaluate_index(
+                folder / "index",
+                source,
+                network,
+                batch_size=2,
+                workers=0,
+                progress=False,
+                **choices,
+            )
+        assert source.opened == 2
+
+
+def test_a_source_and_a_network_that_are_none(folder: Path, network: EmbeddingNetwork) -> None:
+    source = find_images(folder / "queries")
+    for given, message in (
+        ((str(folder / "queries"), network), r"source is a str; .*find_images\(folder\)"),
+        ((source, None), "network is a NoneType; give the EmbeddingNetwork"),
+        ((source, network.module), "network is a Pooled; give the EmbeddingNetwork"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate_index(folder / "index", *given)  # type: ignore[arg-type]
+
+
+def test_any_seed_is_taken(folder: Path, network: EmbeddingNetwork) -> None:
+    assert run(folder, network, seed=2**70, measures=("sanity",), limit=3).summary["sanity"]
+
+
+def test_pictures_that_have_moved(folder: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
+    """The index knows where they were; without the pictures there is nothing to draw or to ask."""
+    photos = write_photos(tmp_path / "photos")
+    build(photos, tmp_path / "index", network)
+    photos.rename(tmp_path / "moved")
+    queries = find_images(folder / "queries")
+    some = {**QUICK, "measures": ("fidelity",), "progress": False, "workers": 0}
+    lost = evaluate_index(tmp_path / "index", queries, network, **some)
+    assert "are not to be found; say where they lie now (--indexed" in lost.summary["notes"][0]
+    told = evaluate_index(tmp_path / "index", queries, network, indexed=tmp_path / "moved", **some)
+    there = run(folder, network, measures=("fidelity",))
+    assert told.summary["fidelity"] == there.summary["fidelity"] != {}
+    own = find_images(tmp_path / "moved", "none")
+    renamed = ImageSource([replace(item, id=f"x/{item.id}") for item in own.items], own.root)
+    some["measures"] = ("retrieval",)
+    for more, indexed in (({}, 0), ({"indexed": tmp_path / "moved"}, 12)):
+        rows = evaluate_index(tmp_path / "index", renamed, network, **some, **more).rows
+        assert sum(row["indexed"] for row in rows) == indexed
+
+
+def test_prototypes_are_no_images_of_the_index(
+    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+) -> None:
+    from embedcam.prototypes import compress
+
+    compress(folder / "index", tmp_path / "two", 2)
+    compress(folder / "index", tmp_path / "all", 12)
+    source = find_images(folder / "photos")
+    for name, indexed in (("two", 0), ("all", 12)):
+        told = evaluate_index(
+            tmp_path / name, source, network, progress=False, workers=0,
+            **{**QUICK, "measures": ("retrieval", "fidelity")},
+        )  # fmt: skip
+        assert told.summary["images"]["indexed"] == indexed
+        notes = "\n".join(told.summary["notes"])
+        assert "holds prototypes and does not know what was merged into them" in notes
+        assert told.summary["fidelity"] == {}
+        assert "a prototype's weights are no image's own" in notes
+
+
 def test_another_network_is_refused(folder: Path) -> None:
     other = network_of(preprocess=CROP)
     with pytest.raises(NetworkMismatch):
@@ -549,9 +766,14 @@ def test_an_index_without_faiss(network: EmbeddingNetwork, folder: Path, tmp_pat
     build(folder / "photos", tmp_path / "index", network, replace(Recipe(), faiss="none"))
     source = find_images(folder / "queries")
     some = {**QUICK, "measures": ("retrieval",), "progress": False, "workers": 0}
+    gone = ["0/0.png", "1/2.png"]  # positions and places among the live are no longer the same
+    shutil.copytree(folder / "index", tmp_path / "with")
+    for name in ("index", "with"):
+        remove(tmp_path / name, gone)
     here = evaluate_index(tmp_path / "index", source, network, **some)
-    there = evaluate_index(folder / "index", source, network, **some)
+    there = evaluate_index(tmp_path / "with", source, network, **some)
     assert [row["result"] for row in here.rows] == [row["result"] for row in there.rows]
+    assert not {row["result"] for row in here.rows} & set(gone)
 
 
 # --- what comes out ------------------------------------------------------------------------------
@@ -576,6 +798,35 @@ def test_files(found: Evaluation, tmp_path: Path) -> None:
     assert found.to_dict()["images"]["measured"] == 9
     with pytest.raises(InputError, match="cannot be written"):
         found.save_csv(tmp_path / "nowhere/numbers.csv")
+
+
+@pytest.mark.parametrize("fault", ["fsync", "replace"])
+def test_a_file_is_whole_or_the_one_before(
+    found: Evaluation, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, link = tmp_path / "numbers.csv", tmp_path / "link.csv"
+    place.write_text("before")
+    place.chmod(0o640)
+    link.symlink_to(place)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, fault, full)
+        with pytest.raises(InputError, match=r"numbers\.csv: cannot be written \(No space left"):
+            found.save_csv(place)
+    assert place.read_text() == "before"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link.csv", "numbers.csv"]
+    found.save_csv(link)
+    assert link.is_symlink()
+    assert len(place.read_text().splitlines()) == 10
+    assert place.stat().st_mode & 0o777 == 0o640
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    found.save_csv(tmp_path / "pipe")
+    assert os.read(reader, 1 << 20).decode() == place.read_text()
+    os.close(reader)
 
 
 def test_time_is_accounted_for(found: Evaluation) -> None:

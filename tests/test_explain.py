@@ -1,8 +1,6 @@
 """`Explainer`: values against the oracles, whatever the query is given as, and what is refused."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -410,55 +408,7 @@ def test_tokens_with_their_grid(explainer: Explainer) -> None:
     same(explainer.explain_features(vectors[0], tokens[0], grid=(3, 5)), expected[0])
 
 
-# --- without torch, without gradients ------------------------------------------------------------
-
-WITHOUT_TORCH = """
-import sys
-
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "torchvision", "timm"):
-            raise ImportError(f"{name} must not be imported here")
-
-sys.meta_path.insert(0, Refuse())
-import numpy as np
-from embedcam import Explainer
-
-folder = sys.argv[1]
-data = np.load(f"{folder}/features.npz")
-why = Explainer(f"{folder}/index").explain_features(
-    data["embedding"], data["activations"], size=(20, 30), neighbors=["0/1.png", "2/2.png"]
-)
-found = Explainer(f"{folder}/index").explain_features(data["embedding"], data["activations"])
-why.save(f"{folder}/why.png")
-np.savez(f"{folder}/found.npz", cam=why.cam, ids=np.array(found.ids), grid=found.cam)
-"""
-
-
-def test_explaining_features_needs_no_torch(
-    photos: Path, network: EmbeddingNetwork, tmp_path: Path
-) -> None:
-    build(photos, tmp_path / "index", network, DENSE)
-    features = network.forward(tensor_of(picture(1, 77))[None])
-    vector, maps = features.embedding[0].numpy(), features.activations[0].numpy()
-    np.savez(tmp_path / "features.npz", embedding=vector, activations=maps)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", WITHOUT_TORCH, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found = np.load(tmp_path / "found.npz")
-    explainer = Explainer(tmp_path / "index", network)
-    named = explainer.explain_features(
-        vector, maps, size=(20, 30), neighbors=["0/1.png", "2/2.png"]
-    )
-    searched = explainer.explain_features(vector, maps)
-    np.testing.assert_array_equal(found["cam"], named.cam)
-    np.testing.assert_array_equal(found["grid"], searched.cam)
-    assert found["ids"].tolist() == searched.ids
-    assert (tmp_path / "why.png").stat().st_size > 0
+# --- without gradients ------------------------------------------------------------
 
 
 def test_no_gradient_is_asked_for_and_the_network_stays_as_it_was(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from embedcam.errors import ImageError, InputError
+from embedcam.errors import ImageError, ImageTooLarge, InputError
 from embedcam.images import (
     MAX_PIXELS,
     ImageSource,
@@ -274,7 +274,7 @@ def test_the_limit_is_the_callers():
     data = file_of(noise(20, 10))
     assert read_image(data, max_pixels=200).size == (20, 10)
     for source in (data, noise(20, 10), np.asarray(noise(20, 10))):
-        with pytest.raises(ImageError, match="has 20 x 10 pixels, above the limit of 199"):
+        with pytest.raises(ImageTooLarge, match="has 20 x 10 pixels, above the limit of 199"):
             read_image(source, max_pixels=199)
 
 

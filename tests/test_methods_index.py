@@ -25,6 +25,7 @@ from embedcam import (
     build_index,
 )
 from embedcam.cam import area_average, resize
+from embedcam.classes import label_codes
 from embedcam.cotangents import AnchorCotangents
 from embedcam.errors import InputError, NetworkError, RecipeError
 from embedcam.images import ImageSource
@@ -33,7 +34,6 @@ from embedcam.registry import (
     WeightMethod,
 )
 from embedcam.targets import Direction
-from embedcam.triplets import label_codes
 
 UNTRAINED = [name for name, method in METHODS.items() if not method.trained]
 STORED = [name for name in UNTRAINED if isinstance(METHODS[name], WeightMethod)]

@@ -17,7 +17,7 @@ from oracles_pairs import (
 )
 from PIL import Image
 
-from embedcam import Explainer, build_index
+from embedcam import EmbeddingNetwork, Explainer, build_index
 from embedcam.errors import ImageError, InputError
 from embedcam.pairs import (
     DifferentiatedSide,
@@ -53,6 +53,12 @@ def side_of(made, image: torch.Tensor):
     z = made.head(torch.tensor(A)[None])[0].detach().numpy()
     norm = float(np.sqrt((z**2).sum())) if network.normalize else 1.0
     return side, (jacobian(made.head, A), A, norm, z / norm)
+
+
+def uncounted(made) -> EmbeddingNetwork:
+    """The toy without what counts its batches, which no exporter can follow."""
+    module = made.network.module
+    return EmbeddingNetwork.from_parts(*module, module=module, preprocess=made.network.preprocess)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -327,3 +333,35 @@ class TestPairExplainer:
             pairs.receipt(query, "c1/001.png")
         with pytest.raises(InputError, match=r"this Explainer has no network; give it one"):
             PairExplainer(Explainer(tmp_path / "index"))
+
+    @pytest.mark.parametrize("kind", ["affine", "identity"])
+    def test_an_onnx_file_gives_the_same_receipts(self, built, tmp_path, kind) -> None:
+        pytest.importorskip("onnxruntime")
+        from embedcam.export import export_onnx
+
+        made, explainer, folder = built(kind)
+        export_onnx(explainer.index, uncounted(made), tmp_path / "network.onnx")
+        query, result = folder / "c0" / "000.png", explainer.index.ids[1]
+        expected = PairExplainer(explainer).receipt(query, result)
+        other = Explainer(tmp_path / "index", onnx=tmp_path / "network.onnx")
+        found = PairExplainer(other).receipt(query, result)
+        assert found.exact
+        assert found.similarity == pytest.approx(expected.similarity, abs=1e-5)
+        for name in ("cells", "channels"):
+            for side in ("query", "result"):
+                np.testing.assert_allclose(
+                    getattr(getattr(found, side), name),
+                    getattr(getattr(expected, side), name),
+                    atol=1e-5,
+                )
+        np.testing.assert_allclose(found.matrix(), expected.matrix(), atol=1e-5)
+
+    def test_an_onnx_file_without_its_head_says_so(self, built, tmp_path) -> None:
+        pytest.importorskip("onnxruntime")
+        from embedcam.export import export_onnx
+
+        made, explainer, _ = built("other")
+        export_onnx(explainer.index, uncounted(made), tmp_path / "network.onnx")
+        other = Explainer(tmp_path / "index", onnx=tmp_path / "network.onnx")
+        with pytest.raises(InputError, match=r"network.onnx has none that is average pooling and"):
+            PairExplainer(other)

@@ -38,6 +38,7 @@ PUBLIC = [
     "find_images",
     "from_dataset",
     "load_network",
+    "write_report",
 ]
 HEAVY = ("torch", "torchvision", "numpy", "faiss", "matplotlib", "PIL", "sklearn", "tqdm", "timm")
 
@@ -93,11 +94,12 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["index", "explain", "explanation", "transfer", "encoding", "images", "metrics", "render"],
-)
+    ["index", "explain", "explanation", "transfer", "encoding", "images", "metrics", "render",
+     "answer", "opened", "neighbors", "forking", "identity", "onnx_network", "probe"],
+)  # fmt: skip
 def test_what_serves_queries_needs_no_torch(module: str) -> None:
     loaded = loaded_after(f"import embedcam.{module}")
-    assert not loaded & {"torch", "torchvision", "timm", "sklearn"}
+    assert not loaded & {"torch", "torchvision", "timm", "sklearn", "matplotlib"}
     names = "Explainer, Explanation, Index, Preprocess, find_images, EmbedcamError"
     if module == "explain":
         assert "torch" not in loaded_after(f"from embedcam import {names}")

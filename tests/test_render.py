@@ -11,7 +11,23 @@ from PIL import Image
 
 from embedcam.cam import resize
 from embedcam.errors import InputError
-from embedcam.render import Row, Table, Tile, colormap, overlay, page, panel, stretch, top_value
+from embedcam.render import (
+    Link,
+    Look,
+    Row,
+    Table,
+    Tile,
+    colormap,
+    overlay,
+    page,
+    page_foot,
+    page_head,
+    page_row,
+    panel,
+    shrunk,
+    stretch,
+    top_value,
+)
 from embedcam.render.panel import shorten_end, shorten_middle, wrap
 
 GREY = 100
@@ -439,6 +455,61 @@ def test_tables_on_a_page():
     assert read.all("img") == []
 
 
+def test_a_page_in_pieces_is_the_page():
+    cropped = Tile(photo(), np.ones((2, 2)), (10, 0, 50, 40), caption="c")
+    rows = [Row(tile(), [tile(2.0)], title="a", notes="n"), Row(cropped, [])]
+    table = Table(["a"], [["b"]])
+    pieces = [page_head("T", "I", [table], cropped=True), *map(page_row, rows), page_foot()]
+    assert "".join(pieces) == page(rows, title="T", intro="I", tables=[table])
+    look = Look("each", side=50, alpha=0.4, cmap="viridis")
+    pieces = [page_head("T", look=look), page_row(rows[0], look), page_foot()]
+    assert "".join(pieces) == page(
+        rows[:1], title="T", scale="each", side=50, alpha=0.4, cmap="viridis"
+    )
+    assert "no evidence" not in page_head("T", maps=False)
+    with pytest.raises(InputError, match="scale is 'all'"):
+        Look("all")
+
+
+def test_a_long_page_leaves_what_is_out_of_sight_for_later():
+    look, row = Look(side=32, long=True), Row(tile(), [tile()], title="t", anchor="q7")
+    document = page_head("T", look=look) + page_row(row, look) + page_foot()
+    read = Reader(document)
+    assert all((a["loading"], a["decoding"]) == ("lazy", "async") for a in read.all("img"))
+    assert "section { content-visibility: auto;" in document
+    assert read.all("section")[0]["id"] == "q7"
+    assert "content-visibility" not in page([row])
+    small = Look(side=32, quality=30)
+    assert len(page_row(Row(tile(image=photo()), []), small)) < len(
+        page_row(Row(tile(image=photo()), []), Look(side=32))
+    )
+
+
+def test_links_and_folded_tables():
+    rows = [[Link(NASTY, "q3"), 0.5]]
+    read = Reader(page([], tables=[Table(["a", "b"], rows, "All", folded=True)]))
+    assert read.all("a") == [{"href": "#q3"}]
+    assert "".join(read.text).count(NASTY) == 1
+    assert (len(read.all("details")), len(read.all("caption"))) == (1, 0)
+    assert "All" in read.text
+    assert read.all("script") == []
+
+
+@pytest.mark.parametrize("size", [(300, 200), (40, 90), (64, 64)])
+def test_a_shrunk_tile_draws_the_same(size):
+    full = Tile(photo(*size), np.eye(3), (10, 0, 30, 25), "c", "s")
+    small = shrunk(full, 64)
+    assert max(small.image.size) == 64
+    assert (small.caption, small.subcaption, small.cropped) == ("c", "s", True)
+    np.testing.assert_allclose(
+        np.array(small.extent) / (*small.image.size, *small.image.size),
+        np.array(full.extent) / (*size, *size),
+    )
+    look = Look(side=64)
+    assert page_row(Row(small, []), look) == page_row(Row(full, []), look)
+    assert shrunk(Tile(None, np.eye(2)), 64).image is None
+
+
 def test_pages_of_tiles_that_lack_something():
     row = Row(Tile(grey()), [Tile(None, np.ones((2, 2)), caption="gone"), Tile(None)])
     read = Reader(page([row], title="a\ud800b"))
@@ -460,3 +531,26 @@ def test_rendering_needs_no_pyplot_and_only_then_matplotlib():
         "assert not {'matplotlib.pyplot', 'torch', 'cv2'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_matplotlib_the_default_colours_are_the_same_and_others_are_refused():
+    import subprocess
+    import sys
+
+    tile = Tile(photo(), np.arange(12.0).reshape(3, 4), caption="owls/1.jpg")
+    drawn = np.asarray(overlay(tile.image, tile.cam))
+    code = (
+        "import sys; sys.modules['matplotlib'] = None;"
+        "import embedcam.render as r, numpy as np; from PIL import Image;"
+        "from embedcam.errors import InputError;"
+        "p = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8);"
+        "cam = np.arange(12.0).reshape(3, 4); image = Image.fromarray(p);"
+        "out = r.panel(r.Tile(image, cam, caption='owls/1.jpg'), []);"
+        "assert out.size[0] > 500 and len(out.getcolors(1 << 20)) > 1000;"
+        "sys.stdout.buffer.write(r.overlay(image, cam).tobytes());\n"
+        "try: r.colormap(cam, 'viridis')\n"
+        "except InputError as error: sys.stderr.write(str(error))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout == drawn.tobytes()
+    assert b"'viridis' is matplotlib's, which is not installed; take inferno" in done.stderr

@@ -13,13 +13,14 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from build_samples import dense, everything, quicken, toy
+from build_samples import dense, everything, paint, quicken, toy
 from PIL import Image, PngImagePlugin
 from service_client import FORM, ask, built, data_of, explainer, form, picture, post, send
 
-from embedcam import Explainer, Index, build_index, find_images
+from embedcam import Explainer, Index, add_images, build_index, find_images
 from embedcam.cam import area_average
 from embedcam.errors import InputError
+from embedcam.images import ImageSource
 from embedcam.render import Tile, top_value
 from embedcam.render import overlay as render_overlay
 from embedcam.service import Limits, create_app
@@ -328,6 +329,29 @@ def test_requests_are_counted_by_route(index: Path) -> None:
         assert line in lines
     assert "made-up" not in text.body.decode()
     made.state.pipeline.close()
+
+
+def test_a_changed_index_is_served_after_a_reload(tmp_path: Path, monkeypatch: Any) -> None:
+    quicken(monkeypatch)
+    why = explainer(built(tmp_path))
+    made = create_app(why)
+    made.state.pipeline.set_ready(True)
+    before = ask(made, "GET", "/readyz").json()
+    tag = ask(made, "GET", "/items/c0/000.png/image").headers["etag"]
+    paint(tmp_path / "photos", range(12, 15))
+    every = find_images(tmp_path / "photos")
+    new = ImageSource([one for one in every.items if one.id not in why.index.ids], every.root)
+    add_images(new, why.network, tmp_path / "photos.index", progress=False)
+    assert ask(made, "GET", "/items/c0/012.png/image").error == (404, "unknown_image")
+    assert why.reload()
+    after = ask(made, "GET", "/readyz").json()
+    assert (before["images"], after["images"]) == (12, 15)
+    assert after["generation"] > before["generation"]
+    assert ask(made, "GET", "/items/c0/012.png/image").status == 200
+    assert ask(made, "GET", "/items/c0/000.png/image", if_none_match=tag).status == 200
+    assert len(post(made, "/explain?n_neighbors=100", QUERY).json()["neighbors"]) == 15
+    made.state.pipeline.close()
+    why.close()
 
 
 def test_two_applications_count_apart(index: Path) -> None:

@@ -4,7 +4,9 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -14,7 +16,8 @@ from build_samples import pictures, quicken, toy
 from PIL import Image
 from service_client import ask, built, data_of, explainer, form, picture, post
 
-from embedcam import Explainer, build_index
+from embedcam import EmbeddingNetwork, Explainer, build_index
+from embedcam.export import export_onnx
 from embedcam.pairs import PairExplainer, Receipt
 from embedcam.service import Limits, compare, create_app
 from embedcam.service.compare import rounded
@@ -140,7 +143,7 @@ def test_a_rival(app: Any, index: Path) -> None:
 
 @pytest.mark.parametrize("of", ["query", "result"])
 def test_a_point(app: Any, index: Path, of: str) -> None:
-    body = post(app, target(*IDS[:2], row=1, column=2, of=of), QUERY).json()
+    body = post(app, target(*IDS[:2], cell="1,2", of=of), QUERY).json()
     for one, receipt in zip(body["receipts"], expected(index, *IDS[:2]), strict=True):
         np.testing.assert_allclose(one["point"], receipt.point(1, 2, of), rtol=6e-4)
         pairs = np.reshape(one["pairs"], (4, 4, 4, 4))
@@ -150,7 +153,7 @@ def test_a_point(app: Any, index: Path, of: str) -> None:
 
 def test_a_receipt_of_first_order_has_points_and_no_pairs(other: tuple[Any, Path]) -> None:
     app, index = other
-    body = post(app, target(IDS[0], row=3, column=0), QUERY).json()
+    body = post(app, target(IDS[0], cell="3,0"), QUERY).json()
     CompareAnswer.model_validate(body)
     (one,) = body["receipts"]
     assert (one["exact"], one["pairs"]) == (False, None)
@@ -214,6 +217,50 @@ def test_four_digits() -> None:
     assert json.dumps(rounded(np.array([0.00012344999, 0.9999999]))) == "[0.0001234, 1.0]"
 
 
+def test_what_is_shared_may_stay_in(app: Any, index: Path) -> None:
+    (one,) = post(app, target(IDS[0], centred="false"), QUERY).json()["receipts"]
+    assert (one["centred"], one["shared"]) == (False, 0)
+    made = PairExplainer(explainer(index)).receipt(QUERY, IDS[0], centred=False)
+    assert_is(one, made)
+
+
+def test_an_onnx_file_answers_as_its_network_does(tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    quicken(monkeypatch)
+    index = built(tmp_path, recipe=None)  # which keeps the head's matrix
+    own = explainer(index)
+    module = own.network.module
+    # Without what counts the batches of a toy, which no exporter can follow.
+    plain = EmbeddingNetwork.from_parts(*module, module=module, preprocess=own.preprocess)
+    export_onnx(own.index, plain, tmp_path / "network.onnx")
+    apps = [create_app(Explainer(index, onnx=tmp_path / "network.onnx")), create_app(own)]
+    (one,), (other,) = (post(each, target(IDS[1]), QUERY).json()["receipts"] for each in apps)
+    assert one["exact"]
+    np.testing.assert_allclose(one["pairs"], other["pairs"], atol=1e-5, rtol=1e-3)
+    found, wanted = (post(each, "/explain", QUERY).json() for each in apps)
+    assert [a["id"] for a in found["neighbors"]] == [a["id"] for a in wanted["neighbors"]]
+    np.testing.assert_allclose(found["cam"], wanted["cam"], atol=1e-4 * np.max(wanted["cam"]))
+    for each in apps:
+        each.state.pipeline.close()
+
+
+def test_a_network_whose_head_is_not_to_be_had(index: Path) -> None:
+    """An ONNX file: it gives arrays, and nothing but activations and embeddings."""
+    why = explainer(index)
+    forward = why.network.forward
+
+    def arrays(images: Any) -> Any:
+        found = forward(images)
+        return SimpleNamespace(embedding=found.embedding.numpy())
+
+    why._opened = replace(why._opened, network=SimpleNamespace(forward=arrays))
+    made = create_app(why)
+    assert post(made, target(IDS[0]), QUERY).error == (501, "no_receipts")
+    same = post(create_app(explainer(index)), "/search", QUERY).json()
+    assert post(made, "/search", QUERY).json() == same
+    made.state.pipeline.close()
+
+
 # --- what is refused ---
 
 REFUSED: dict[str, tuple[str, tuple[int, str]]] = {
@@ -230,19 +277,21 @@ REFUSED: dict[str, tuple[str, tuple[int, str]]] = {
     "two rivals": (
         target(IDS[0], rival=IDS[1]) + "&rival=x", (422, "repeated_parameter")),
     "101 results": (target(*map(str, range(101))), (422, "unusable_parameter")),
-    "a row alone": (target(IDS[0], row=1), (422, "half_a_point")),
-    "a column alone": (target(IDS[0], column=1), (422, "half_a_point")),
-    "a row outside": (target(IDS[0], row=4, column=0), (422, "no_such_point")),
-    "a column outside": (target(IDS[0], row=0, column=4, of="result"), (422, "no_such_point")),
-    "a row below": (target(IDS[0], row=-1, column=0), (422, "unusable_parameter")),
-    "a huge row": (target(IDS[0], row=10**30, column=0), (422, "unusable_parameter")),
-    "a row of NaN": (target(IDS[0], row="nan", column=0), (422, "unusable_parameter")),
-    "a row of 1e1": (target(IDS[0], row="1e1", column=0), (422, "unusable_parameter")),
+    "a row alone": (target(IDS[0], cell="1"), (422, "unusable_parameter")),
+    "three numbers": (target(IDS[0], cell="1,2,3"), (422, "unusable_parameter")),
+    "a row outside": (target(IDS[0], cell="4,0"), (404, "unknown_cell")),
+    "a column outside": (target(IDS[0], cell="0,4", of="result"), (404, "unknown_cell")),
+    "a row below": (target(IDS[0], cell="-1,0"), (422, "unusable_parameter")),
+    "a huge row": (target(IDS[0], cell=f"{10**30},0"), (422, "unusable_parameter")),
+    "a row of NaN": (target(IDS[0], cell="nan,0"), (422, "unusable_parameter")),
+    "a row of 1e1": (target(IDS[0], cell="1e1,0"), (422, "unusable_parameter")),
+    "other digits": (target(IDS[0], cell="\u0663,0"), (422, "unusable_parameter")),
+    "a line more": (target(IDS[0], cell="1,2\n"), (422, "unusable_parameter")),
     "a side that is none": (
-        target(IDS[0], row=0, column=0, of="rival"), (422, "unusable_parameter")),
+        target(IDS[0], cell="0,0", of="rival"), (422, "unusable_parameter")),
     "a million channels": (target(IDS[0], lines=10**6), (422, "unusable_parameter")),
     "infinite links": (target(IDS[0], links="inf"), (422, "unusable_parameter")),
-    "an unknown parameter": (target(IDS[0], colum=1), (422, "unknown_parameter")),
+    "an unknown parameter": (target(IDS[0], cel="1,1"), (422, "unknown_parameter")),
 }  # fmt: skip
 
 
@@ -254,8 +303,7 @@ def test_what_cannot_be_compared_is_refused(app: Any, name: str) -> None:
 
 def test_messages_say_what_to_do(app: Any) -> None:
     told = {
-        target(IDS[0], row=4, column=0): "cell (4, 0) is not on the query's grid of 4 x 4",
-        target(IDS[0], row=1): "a point has a row and a column; give both",
+        target(IDS[0], cell="4,0"): "cell (4, 0) is not on the query's grid of 4 x 4",
         target(IDS[0], rival=IDS[0]): "result and rival are the same image; name two",
         target(*map(str, range(101))): "result: list should have at most 100 items",
     }
@@ -264,7 +312,7 @@ def test_messages_say_what_to_do(app: Any) -> None:
 
 
 def test_what_has_no_picture_is_refused(app: Any) -> None:
-    for asked in (target(*IDS[:2]), target(IDS[0], row=0, column=0)):
+    for asked in (target(*IDS[:2]), target(IDS[0], cell="0,0")):
         assert post(app, asked, QUERY, accept="image/png").error == (422, "not_drawable")
     assert post(app, target(IDS[0]), QUERY, accept="text/html").error == (406, "no_such_type")
 
@@ -316,7 +364,7 @@ def test_it_takes_a_place_and_a_time(index: Path, monkeypatch: Any) -> None:
     made.state.pipeline.close()
     slow = create_app(explainer(index), limits=Limits(seconds=0.01))
 
-    def late(_: Any, inputs: Any) -> Any:
+    def late(_: Any, index: Any, inputs: Any) -> Any:
         time.sleep(0.1)
         return inputs
 

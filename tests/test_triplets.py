@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedcam.classes import label_codes
 from embedcam.errors import InputError, RecipeError
 from embedcam.triplets import (
     BLOCK,
@@ -18,7 +19,6 @@ from embedcam.triplets import (
     TripletSampler,
     active,
     given_triplets,
-    label_codes,
     pairs_digest,
 )
 

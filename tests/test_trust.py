@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from build_samples import HEADS, Toy, inputs, opened, pictures, quicken, toy
+from build_samples import HEADS, Toy, inputs, interrupt, opened, pictures, quicken, toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_index_corrupt import edit
@@ -29,7 +29,7 @@ from embedcam.cam import cam, sharpen
 from embedcam.errors import IndexFormatError, InputError
 from embedcam.images import ImageSource
 from embedcam.targets import Direction
-from embedcam.trust import LEAST, Twice, fit_calibration, sample_rows
+from embedcam.trust import LEAST, Twice, _smallest, fit_calibration, sample_rows
 
 # --- what is looked at ---
 
@@ -170,6 +170,9 @@ def test_a_calibration_survives_json(width: int) -> None:
         ({"scores": [], "correlations": []}, "do not fit together"),
         ({"largest_distance": -1.0}, "do not fit together"),
         ({"neighbors": 5}, "do not fit together"),
+        ({"neighbors": 2.5}, "neighbors should be a whole number from 1"),
+        ({"images": 0}, "images should be a whole number from 1"),
+        ({"intercept": 10**400}, "intercept should hold finite numbers"),
     ],
 )
 def test_a_calibration_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -177,6 +180,16 @@ def test_a_calibration_that_cannot_be_is_refused(changes: dict[str, Any], messag
         Calibration.from_dict({**some().to_dict(), **changes})
     with pytest.raises(InputError, match="finite numbers"):
         Calibration.from_dict([1])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"scale": (1e-300,) * 4}, {"linear": (1e308,) * 4, "quadratic": (-1e308,) * 10}],
+    ids=["scale", "coefficients"],
+)
+def test_what_a_forged_calibration_makes_overflow_is_still_a_share(changes: dict[str, Any]) -> None:
+    found = some(**changes).trust(np.array([[3.0, -7.0, 5.0, 1.0]]), np.array([0.1]))
+    assert 0 <= found[0] <= 1
 
 
 # --- fitting ---
@@ -215,6 +228,79 @@ def test_what_is_new_teaches_the_score_and_not_its_meaning() -> None:
     assert made.trust(strange, np.zeros(1000)).mean() < 0.15
     assert alone.trust(strange, np.zeros(1000)).mean() > 0.3
     assert abs(made.trust(fresh, np.zeros(1000)).mean() - true.mean()) < 0.03
+
+
+def literal_ridge(x: np.ndarray, y: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Coefficients of columns of unit spread and, last, the intercept; left out one at a time."""
+
+    def solved(rows: np.ndarray, penalty: float) -> np.ndarray:
+        each = np.column_stack([x[rows], np.ones(len(rows))])
+        normal = each.T @ (counted[rows, None] * each)
+        normal[np.arange(x.shape[1]), np.arange(x.shape[1])] += penalty
+        return np.linalg.solve(normal, each.T @ (counted[rows] * y[rows]))
+
+    rows, errors = np.arange(len(y)), {}
+    for penalty in np.logspace(-2, 4, 13):
+        errors[penalty] = 0.0
+        for row in rows:
+            made = solved(rows[rows != row], penalty)
+            errors[penalty] += counted[row] * (y[row] - x[row] @ made[:-1] - made[-1]) ** 2
+    return solved(rows, min(errors, key=errors.__getitem__))
+
+
+def literal_rising(scores: np.ndarray, y: np.ndarray) -> list[float]:
+    """The best rising values at the scores: neighbours that fall are pooled until none does."""
+    pools: list[list[float]] = []
+    for place in np.argsort(scores):
+        pools.append([float(y[place]), 1.0])
+        while len(pools) > 1 and pools[-2][0] >= pools[-1][0]:
+            value, weight = pools.pop()
+            before, other = pools.pop()
+            total = weight + other
+            pools.append([(value * weight + before * other) / total, total])
+    worth = [value for value, weight in pools for _ in range(int(weight))]
+    ordered: np.ndarray = np.empty(len(y))
+    ordered[np.argsort(scores)] = np.clip(worth, 0, 1)
+    return list(ordered)
+
+
+@pytest.mark.parametrize("guises", [0, 1, 2])
+def test_a_fit_is_the_literal_one(guises: int) -> None:
+    """Scores of images that the regression saw in no guise; strangers at three tenths."""
+    generator = np.random.default_rng(guises)
+    n, width = 42, 4
+    seen = generator.normal(size=(n, width)) * [1, 30, 0.02, 1] + [0, 5, 1, -2]
+    y = np.tanh(seen[:, 0]) * 0.5 + 0.02 * seen[:, 1] - 0.1 + 0.2 * generator.normal(size=n)
+    new = generator.normal(size=(guises * n, width)) * [1, 60, 0.02, 1] + [-2, 5, 1, 0]
+    new_y = 0.3 * generator.normal(size=guises * n)
+    made = fit_calibration(seen, y, new, new_y, np.arange(n) / n, neighbors=1, seed=5)
+    assert (made.largest_distance, made.neighbors, made.images) == ((n - 1) / n, 1, n)
+
+    both = np.concatenate([seen, new])
+    np.testing.assert_allclose(made.mean, both.mean(0))
+    np.testing.assert_allclose(made.scale, both.std(0))
+    x = (both - both.mean(0)) / both.std(0)
+    design = np.column_stack(
+        [x, *(x[:, a] * x[:, b] for a in range(width) for b in range(a, width))]
+    )
+    target, counted = np.concatenate([y, new_y]), np.r_[np.ones(n), np.full(guises * n, 0.3)]
+    image = np.tile(np.arange(n), 1 + guises)
+
+    def scored(known: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        centre, spread = design[known].mean(0), design[known].std(0)
+        fitted = literal_ridge((design[known] - centre) / spread, target[known], counted[known])
+        return (design[asked] - centre) / spread @ fitted[:-1] + fitted[-1]
+
+    fold = np.random.default_rng(5).permutation(n) % 5
+    unseen = np.empty(n)
+    for part in range(5):
+        unseen[fold == part] = scored(
+            np.flatnonzero(fold[image] != part), np.flatnonzero(fold == part)
+        )
+    everything = np.arange(len(target))
+    np.testing.assert_allclose(made.score(both), scored(everything, everything), atol=1e-8)
+    worth = np.interp(unseen, made.scores, made.correlations)
+    np.testing.assert_allclose(worth, literal_rising(unseen, y), atol=1e-8)
 
 
 def test_a_fit_is_repeatable_and_takes_evidence_that_never_changes() -> None:
@@ -275,6 +361,17 @@ def test_neighbours_are_the_literal_ones(
             expected = sorted(left, key=lambda at, key=key: key[at])[:5]
             assert near[place].tolist() == expected
             np.testing.assert_allclose(apart[place], [squares[at] for at in expected], rtol=1e-9)
+
+
+@given(st.data())
+def test_the_smallest_are_those_of_a_stable_sort(data: st.DataObject) -> None:
+    n, wide = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    value = st.sampled_from([0.0, 1.0, 2.0, math.inf])
+    rows = st.lists(value, min_size=wide, max_size=wide)
+    keys = np.array(data.draw(st.lists(rows, min_size=n, max_size=n)))
+    count = data.draw(st.integers(1, wide))
+    found = _smallest(keys, count)
+    assert found.tolist() == np.argsort(keys, axis=1, kind="stable")[:, :count].tolist()
 
 
 def test_few_images_are_no_sample() -> None:
@@ -387,18 +484,39 @@ def check_literally(
         assert np.quantile(close, 0.9) < 0.05
 
 
-def test_several_layers_are_calibrated_by_the_map_they_draw_together(
-    quick: None, tmp_path: Path
+def test_maps_of_several_layers_are_compared_as_they_are_explained(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from test_methods_index import LAYERS, dense, layered
 
+    agreed: dict[int, np.ndarray] = {}
+
+    def noted(seen: Any, correlations: np.ndarray, *rest: Any, neighbors: int, **more: Any) -> Any:
+        agreed[neighbors] = correlations
+        return fit_calibration(seen, correlations, *rest, neighbors=neighbors, **more)
+
+    monkeypatch.setattr("embedcam.trust.fit_calibration", noted)
     network, source = layered(), pictures(tmp_path / "photos", n=44)
     recipe = dense(method="polycam", layers=LAYERS)
     build_index(source, network, tmp_path / "index", recipe, progress=False)
     with Index.open(tmp_path / "index") as index:
-        found = Explainer(index, network).explain(network.preprocess(source.open(3)))
-        assert 0 <= found.trust <= 1
-        assert index.manifest["trust"]["several"]["images"] == 44
+        explainer, names = Explainer(index), [layer["name"] for layer in index.manifest["layers"]]
+        images = np.stack([network.preprocess(source.open(place)) for place in range(44)])
+        features, maps = network.forward_layers(images, names)
+        near = index.search(features.embedding.numpy(), 6).positions
+        for count in (1, 5):
+            expected = []
+            for row in range(44):
+                given_ = (features.embedding[row].numpy(), [one[row].numpy() for one in maps])
+                own, theirs = (
+                    explainer.explain_features(*given_, neighbors=[index.ids[p] for p in places])
+                    for places in ([row], [p for p in near[row] if p != row][:count])
+                )
+                expected.append(
+                    literal_correlation(own.cam.ravel().tolist(), theirs.cam.ravel().tolist())
+                )
+            np.testing.assert_allclose(agreed[count], expected, atol=1e-4)
+            assert np.std(expected) > 0.01
 
 
 def test_too_few_images_calibrate_nothing_and_so_can_the_user(
@@ -413,6 +531,23 @@ def test_too_few_images_calibrate_nothing_and_so_can_the_user(
             found = Explainer(index, made_of.network).explain(inputs(made_of, images)[0])
             assert (found.trust, found.trusted, found.direct) == (None, None, False)
             assert "trust" not in found._transfer_note()
+
+
+def test_an_index_without_the_calibration_asked_for_is_not_called_complete(
+    quick: None, source: ImageSource, tmp_path: Path
+) -> None:
+    made_of = toy()
+    path = built(source, made_of, tmp_path / "index", trust=False)
+    built(source, made_of, path, trust=False)
+    with pytest.raises(InputError, match=r"finished index with another choice of trust.*--refit"):
+        built(source, made_of, path)
+    built(source, made_of, path, replace=True)
+    built(source, made_of, path)
+    with pytest.raises(InputError, match="another choice of trust"):
+        built(source, made_of, path, trust=False)
+    few = pictures(tmp_path / "few", n=LEAST - 1)
+    for _ in range(2):  # too few for one: there is none to ask for
+        built(few, made_of, tmp_path / "small")
 
 
 def test_an_explanation_says_how_far_to_trust_it(
@@ -486,6 +621,8 @@ def test_an_index_with_a_broken_calibration_is_refused(
     for broken, message in (
         ({**good, "many": {}}, "trust has the unknown entry 'many'"),
         ({"one": {**good["one"], "scale": [0] * 4}}, r"trust\.one: .*do not fit together"),
+        ({"several": good["one"]}, r"trust\.several is of explanations by 1 neighbours"),
+        ({"one": good["several"]}, r"trust\.one is of explanations by 5 neighbours"),
         ([1], "trust"),
     ):
         edit(lambda manifest, broken=broken: manifest.update(trust=broken))(path)
@@ -503,14 +640,47 @@ def test_a_build_is_the_same_bytes_again(quick: None, source: ImageSource, tmp_p
         np.testing.assert_allclose(kept[2][name]["mean"], kept[0][name]["mean"], rtol=1e-3)
 
 
+@pytest.mark.parametrize("own_maps", [True, False])
+def test_a_build_that_is_stopped_while_it_calibrates_goes_on(
+    quick: None,
+    source: ImageSource,
+    tmp_path: Path,
+    own_maps: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made_of, given_ = toy("other"), {"own_maps": own_maps, "progress": False}
+    passes = [0]
+    forward = type(made_of.network).forward
+
+    def counted(self: Any, images: Any, **more: Any) -> Any:
+        passes[-1] += len(images)
+        return forward(self, images, **more)
+
+    monkeypatch.setattr(type(made_of.network), "forward", counted)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    build_index(source, made_of.network, whole, **given_)
+    passes.append(0)
+    interrupt(monkeypatch, "calibrate", build_index, source, made_of.network, cut, **given_)
+    assert not (cut / "manifest.json").exists()
+    passes.append(0)
+    build_index(source, made_of.network, cut, **given_)
+    assert passes[2] <= passes[0] - 48  # what was finished is used again
+    manifests = [json.loads((one / "manifest.json").read_text()) for one in (whole, cut)]
+    assert manifests[0]["trust"]["several"]["images"] == 48
+    for key in ("trust", "parts", "fitted"):
+        assert manifests[0][key] == manifests[1][key]
+
+
 # --- what is computed instead ---
 
 
 @pytest.mark.parametrize(
     "recipe",
     [Recipe(), Recipe(method="gradcam++"), Recipe(target="centred", norm="around"),
-     Recipe(method="scorecam", encoding="dense")],
-    ids=lambda r: f"{r.method}, {r.target}",
+     Recipe(method="scorecam", encoding="dense"),
+     Recipe(method="scorecam", encoding="dense", fill="black"),
+     Recipe(method="smoothgradcam++", encoding="dense", seed=7, options={"samples": 3})],
+    ids=lambda r: f"{r.method}, {r.target}, {r.fill}",
 )  # fmt: skip
 def test_an_explanation_that_is_not_trusted_is_computed_on_the_query(
     quick: None, source: ImageSource, tmp_path: Path, recipe: Recipe
@@ -551,14 +721,86 @@ def test_an_explanation_that_is_not_trusted_is_computed_on_the_query(
         pairs_ = [(p, n) for p in positives for n in negatives]
         aim = TripletMargin(*map(np.array, zip(*pairs_, strict=True)))
     if recipe.per_triplet:
-        drawn = np.random.default_rng(0)
+        drawn = np.random.default_rng(recipe.seed)
         first, second = (drawn.integers(len(v), size=50) for v in (positives, negatives))
         aim = TripletMargin(positives[first], negatives[second])
-    expected = cam_for(made_of.network, query, aim, recipe.method, norm=recipe.norm, progress=False)
+    expected = cam_for(
+        made_of.network, query, aim, recipe.method, norm=recipe.norm, progress=False,
+        fill=recipe.fill, seed=recipe.seed, **dict(recipe.options),
+    )  # fmt: skip
     scale = np.abs(expected.weights).max()
     np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-3, atol=1e-4 * scale)
     np.testing.assert_allclose(found.cam, expected.cam, rtol=1e-3, atol=1e-4 * expected.cam.max())
     assert np.abs(found.weights - plain.weights).max() > 1e-3 * np.abs(plain.weights).max()
+
+
+def test_what_is_explained_by_one_result_is_not_told_from_that_result(
+    quick: None, source: ImageSource, tmp_path: Path
+) -> None:
+    made_of = toy("affine")
+    path = built(source, made_of, tmp_path / "index")
+    asked: list[tuple[np.ndarray, np.ndarray]] = []
+
+    class Noted:
+        def weights(self, inputs: Any, positives: Any, negatives: Any) -> Any:
+            asked.append((positives, negatives))
+            return [np.ones(8, np.float32)]
+
+    with Index.open(path) as index:
+        explainer = Explainer(index, made_of.network, trusted_from=1.0, fallback=Noted())
+        query = inputs(made_of, source)[5] * 1.1
+        near = explainer.explain(query, n_neighbors=2)
+        labels = {name: label for name, label in zip(index.ids, index.labels, strict=True)}
+        far = next(n for n in labels if labels[n] not in near.labels and n not in near.ids)
+        asked.clear()
+        assert explainer.explain(query, n_neighbors=2, result=far).direct
+        ((positives, negatives),) = asked
+        of = {tuple(v): labels[index.ids[i]] for i, v in enumerate(index.embeddings(range(48)))}
+    np.testing.assert_array_equal(positives, index_vectors(path, [far]))
+    assert len(negatives)
+    assert not {of[tuple(v)] for v in negatives} & {labels[far], *near.labels}
+
+
+def test_without_labels_neighbours_and_the_result_are_still_no_negatives(
+    quick: None, tmp_path: Path
+) -> None:
+    made_of = toy("affine")
+    photos = pictures(tmp_path / "photos", n=42)
+    bare = ImageSource([replace(item, label=None) for item in photos.items], photos.root)
+    path = built(bare, made_of, tmp_path / "index")
+    asked: list[np.ndarray] = []
+
+    class Noted:
+        def weights(self, inputs: Any, positives: Any, negatives: Any) -> Any:
+            asked.append(negatives)
+            return [np.ones(8, np.float32)]
+
+    with Index.open(path) as index:
+        explainer = Explainer(index, made_of.network, trusted_from=1.0, fallback=Noted())
+        query = inputs(made_of, bare)[5] * 1.1
+        far = Explainer(index, made_of.network).explain(query, n_neighbors=42).ids[-1]
+        found = explainer.explain(query, n_neighbors=3, result=far)
+        left_out = index.embeddings(index.positions([*found.ids, far]))
+        (negatives,) = asked
+        assert len(negatives) == 42 - 4
+        assert not {tuple(v) for v in negatives} & {tuple(v) for v in left_out}
+
+
+def test_beyond_what_was_calibrated_it_is_the_nearest_that_counts(
+    quick: None, source: ImageSource, tmp_path: Path
+) -> None:
+    made_of = toy()
+    path = built(source, made_of, tmp_path / "index")
+    query = inputs(made_of, source)[0] * 1.1
+    with Index.open(path) as index:
+        near = Explainer(index, made_of.network).explain(query)
+    nearest, farthest = float(near.distances[0]), float(near.distances[-1])
+    assert farthest > 1.1 * nearest
+    edit(lambda m: m["trust"]["several"].update(largest_distance=nearest / 1.5))(path)
+    with Index.open(path) as index:
+        far = Explainer(index, made_of.network).explain(query)
+    assert far.trust == pytest.approx(near.trust / 2, rel=1e-3)
+    assert near.trust > 0.1
 
 
 def index_vectors(path: Path, ids: list[str]) -> np.ndarray:

@@ -37,7 +37,7 @@ def calibrate(
         encodings: of the index's layers.
         gathered: what the embedding pass found.
         part: the rows, as they will be stored.
-        labels: codes, -1 for none, or None.
+        labels: codes, see `Twice`, or None.
         mean: mean embedding.
         tick: told of progress.
 

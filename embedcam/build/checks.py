@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..classes import label_codes
 from ..cotangents import AnchorCotangents
 from ..encoding import Encoding, LowRank, TopM
 from ..errors import EmbedcamError, ImageError, InputError, NetworkMismatch, RecipeError
@@ -22,7 +23,7 @@ from ..methods.masks import fill_like
 from ..network import EmbeddingNetwork
 from ..recipe import Recipe, RecipeWarning
 from ..targets import Direction
-from ..triplets import label_codes
+from ..trust import LEAST
 
 _DISK_ERRORS = {
     errno.ENOSPC,
@@ -171,13 +172,14 @@ def same_index(
     source: ImageSource,
     files: Sequence[str],
     own_maps: bool,
+    trust: bool,
     given: str | None,
 ) -> list[tuple[str, str]]:
     """Refuse to call a finished index done where another one was asked for.
 
     Args:
         index: the finished one.
-        recipe, identity, source, own_maps: what is asked for.
+        recipe, identity, source, own_maps, trust: what is asked for.
         files: fingerprint of each image of the source.
         given: digest of the user's own triplets, or None.
 
@@ -194,6 +196,8 @@ def same_index(
         "recipe": manifest["recipe_sha256"] == recipe.digest(),
         "network": identity.to_dict().items() <= network.items(),
         "choice of own maps": (manifest["layers"][0]["coarse_grid"] is not None) == own_maps,
+        "choice of trust": (manifest.get("trust") is not None)
+        == (trust and manifest["fit"]["images"] >= LEAST),
         "array of given triplets": manifest["triplets"].get("sha256") == given,
     }
     differs = [what for what, same in checks.items() if not same]

@@ -20,9 +20,11 @@ from ..assembly import (
     header,
     layer_entry,
 )
+from ..classes import Classes, label_codes
 from ..cotangents import AnchorCotangents
 from ..errors import InputError
-from ..identity import Identity, check, fingerprint
+from ..fingerprint import check, fingerprint
+from ..identity import Identity
 from ..images import ImageSource, Item
 from ..index import (
     ADD_INSTEAD,
@@ -48,7 +50,7 @@ from ..passes import (
 from ..recipe import Recipe
 from ..scratch import Scratch, finished_job
 from ..scratch import remove as remove_scratch
-from ..triplets import Classes, label_codes, pairs_digest
+from ..triplets import pairs_digest
 from ..trust import sample_rows
 from .calibrating import calibrate
 from .checks import (
@@ -140,7 +142,9 @@ def build_index(
             with Index.open(path) as index:
                 generation = index.manifest["generation"] + 1
                 if _tidied(index) == job or not replace:
-                    skipped = same_index(index, recipe, identity, source, files, own_maps, given)
+                    skipped = same_index(
+                        index, recipe, identity, source, files, own_maps, trust, given
+                    )
                     log.info("%s is complete already", path)
                     return BuildReport(path, 0, skipped)
         scratch = Scratch(path / _SCRATCH, job)

@@ -1,9 +1,11 @@
-"""The command line: `embedcam build | add | explain | evaluate | info ...`; `COMMANDS` lists them.
+"""The command line: `embedcam build | add | explain | export | info ...`; `COMMANDS` lists them.
 
 parser.py    what can be said, with examples; imports nothing heavy, so that --help is quick
 networks.py  the network that options, a recipe or an index name
 offline.py   build, add, remove, compact, compress, demo
 online.py    explain
+reporting.py explain --report
+exporting.py export
 evaluation.py evaluate
 report.py    info and verify, and how things are printed
 """
@@ -69,6 +71,13 @@ def _say(error: Exception) -> int:
     """One sentence on the error stream; the whole traceback only with --debug."""
     code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), UNEXPECTED)
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("embedcam"):
+        # Installed for answering queries only, with --no-deps.
+        code = EXIT_CODES[NetworkError]
+        text = (
+            f"this takes {error.name}, which is not installed; run pip install embedcam, or "
+            "explain with --onnx FILE"
+        )
     if code == EXIT_CODES[EmbedcamError] and isinstance(error.__cause__, OSError):
         code = EXIT_CODES[OSError]
     if isinstance(error, OSError) and error.strerror:

@@ -46,9 +46,9 @@ def trust_of(options: argparse.Namespace, index: Any, network: Any) -> dict[str,
     asked = options.fallback or options.trusted_from is not None
     if asked and index.manifest.get("trust") is None:
         raise InputError(
-            f"{index.path} holds no calibration of trust (built without one, from features, or of "
-            "fewer than 40 images), so no transfer is found wanting; leave out --fallback and "
-            "--trusted-from, or build the index again"
+            f"{index.path} holds no calibration of trust (built without one, from features, of "
+            "fewer than 40 images, or of prototypes), so no transfer is found wanting; leave out "
+            "--fallback and --trusted-from, or build the index again with --refit"
         )
     given: dict[str, Any] = {}
     if options.trusted_from is not None:

@@ -19,10 +19,10 @@ def evaluate(options: argparse.Namespace) -> None:
     from ..index import Index
 
     # Whatever can be refused is refused before the network is loaded.
-    for file in (options.html, options.csv):
-        if file is not None:
-            _check_file(file)
+    _check_files(options)
     settings = _settings(options, Settings)
+    if options.indexed is not None and not Path(options.indexed).is_dir():
+        raise InputError(f"--indexed {options.indexed}: there is no such folder")
     source = find_images(options.images, options.labels or "auto")
     _check_regions(options, source)
     with Index.open(options.index) as index:
@@ -33,6 +33,7 @@ def evaluate(options: argparse.Namespace) -> None:
             network,
             boxes=options.boxes,
             masks=options.masks,
+            indexed=options.indexed,
             settings=settings,
             on_unreadable=options.on_unreadable or "fail",
             workers=options.workers,
@@ -74,10 +75,19 @@ def _check_regions(options: argparse.Namespace, source: Any) -> None:
         of_masks(options.masks, source)
 
 
-def _check_file(file: str) -> None:
-    if Path(file).is_dir():
-        raise InputError(f"{file} is a folder; give the name of a file in it")
-    check_folder(Path(file))
+def _check_files(options: argparse.Namespace) -> None:
+    """Refuse to write where nothing can be, or over what is read or written besides."""
+    written = [file for file in (options.html, options.csv) if file is not None]
+    for file in written:
+        if Path(file).is_dir():
+            raise InputError(f"{file} is a folder; give the name of a file in it")
+        check_folder(Path(file))
+        for other in (options.images, options.boxes):
+            there = other is not None and Path(file).exists() and Path(other).exists()
+            if there and Path(file).samefile(other):
+                raise InputError(f"{file} is read, and would be replaced; write somewhere else")
+    if len({Path(file).resolve() for file in written}) < len(written):
+        raise InputError(f"--html and --csv both name {options.csv}; give each its own file")
 
 
 def _lines(summary: dict[str, Any], intro: str, tables: list[Any]) -> list[str]:

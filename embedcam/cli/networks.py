@@ -40,6 +40,28 @@ def network_options(options: argparse.Namespace) -> dict[str, Any]:
     return said
 
 
+def check_onnx(options: argparse.Namespace) -> None:
+    """Refuse beside an ONNX file what takes the network as torch has it."""
+    if options.onnx is None:
+        return
+    said = [f"--{name.replace('_', '-')}" for name in network_options(options)]
+    said += [f"--{name}" for name in ("method", "fallback") if getattr(options, name, None)]
+    if said:
+        raise InputError(
+            f"--onnx takes the whole network from {options.onnx}, without torch; leave out "
+            f"{', '.join(said).replace('--normalize', '--no-normalize')}"
+        )
+
+
+def network_given(options: argparse.Namespace, manifest: Mapping[str, Any]) -> Any:
+    """The network a query is embedded with: from an ONNX file, or as the index was built."""
+    if options.onnx is None:
+        return named(network_of_index(manifest, network_options(options)))
+    from ..onnx_network import OnnxNetwork
+
+    return OnnxNetwork(options.onnx)
+
+
 def network_of_index(manifest: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
     """How an index's network is loaded again: as it was for the build, but for what is said now.
 

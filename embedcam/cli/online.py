@@ -8,23 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ImageError, InputError
+from ..writing import write_whole
 from .direct import check_method, options_of, redrawn, trust_of
-from .networks import named, network_of_index, network_options
+from .networks import check_onnx, network_given
 from .report import columns, note
+from .reporting import check_report, write
 
 
 def explain(options: argparse.Namespace) -> None:
     """Explain query images against an index."""
     from ..explain import Explainer
     from ..index import Index
+    from ..report import small_size
 
     # Whatever can be refused is refused before the network is loaded.
+    reported = check_report(options)
+    options.resumes = reported is not None
+    if reported is None:
+        _check_queries(options.queries)
     pictures = plan_pictures(options.output, options.queries)
     _check_page(options.html, options.queries)
     method = check_method(options)
+    check_onnx(options)
     with Index.open(options.index) as index:
         asked = _asked(options, index)
-        network = named(network_of_index(index.manifest, network_options(options)))
+        network = network_given(options, index.manifest)
         explainer = Explainer(
             index,
             network,
@@ -32,6 +40,9 @@ def explain(options: argparse.Namespace) -> None:
             images=options.images,
             **trust_of(options, index, network),
         )
+        if reported is not None:
+            write(options, explainer, reported, asked)
+            return
         records, rows = [], []
         for query, picture in zip(options.queries, pictures, strict=True):
             explanation = explainer.explain(query, **asked)
@@ -58,7 +69,7 @@ def explain(options: argparse.Namespace) -> None:
             if options.json:
                 saved = {} if picture is None else {"picture": str(picture)}
                 # A small map can be drawn large again; fifty thousand numbers fill the terminal.
-                small = _body_size(explanation.cam.shape)
+                small = small_size(explanation.cam.shape)
                 records.append({"query": query, **saved, **explanation.to_dict(small)})
             else:
                 print("\n".join(_lines(query, picture, explanation)))
@@ -66,12 +77,6 @@ def explain(options: argparse.Namespace) -> None:
         _write_page(options, rows)
     if options.json:
         print(json.dumps(records))
-
-
-def _body_size(shape: Sequence[int]) -> tuple[int, int]:
-    """Of a map in JSON: at most 14 cells a side, twice the usual grid."""
-    height, width = shape
-    return min(14, height), min(14, width)
 
 
 def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:
@@ -84,12 +89,18 @@ def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:
     if options.neighbors:
         asked["neighbors"] = list(_ids(index, options.neighbors))
         index.positions(asked["neighbors"])
-    for query in options.queries:
+    return asked
+
+
+def _check_queries(queries: Sequence[str]) -> None:
+    for query in queries:
         if Path(query).is_dir():
-            raise ImageError(f"{query}: is a folder; name the pictures in it, as in {query}/*.jpg")
+            raise ImageError(
+                f"{query}: is a folder; name the pictures in it, as in {query}/*.jpg, or give "
+                "--report FOLDER"
+            )
         if not Path(query).exists():
             raise ImageError(f"{query}: does not exist")
-    return asked
 
 
 def _ids(index: Any, given: Sequence[str]) -> Iterator[str]:
@@ -187,12 +198,7 @@ def _write_page(options: argparse.Namespace, rows: list[Any]) -> None:
     from ..render import page
 
     text = page(rows, title="Why did these come back?", scale=options.scale)
-    try:
-        Path(options.html).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"{options.html}: the page cannot be written ({error.strerror})"
-        ) from error
+    write_whole(options.html, text)
     note(options, f"page: {options.html}")
 
 

@@ -66,9 +66,20 @@ examples:
   embedcam explain my.index query.jpg --result owls/1.jpg -o match.png
   embedcam explain my.index query.jpg --neighbors owls/1.jpg,owls/2.jpg --json
   embedcam explain my.index query.jpg --method scorecam -o slow.png
+  embedcam explain my.index queries/ --report out/        a folder or a CSV, on one page
 
 The network is loaded as it was for the build; where its files have moved, say so with --weights
-and --head. Pictures are written for queries where -o or --html asks for them.
+and --head. Pictures are written for queries where -o or --html asks for them. A report that was
+stopped goes on when the same command is run again.
+"""
+COMPARE = """\
+examples:
+  embedcam compare my.index query.jpg owls/1.jpg -o receipt.png
+  embedcam compare my.index query.jpg owls/1.jpg --above hawks/3.jpg -o above.png
+  embedcam compare my.index query.jpg owls/1.jpg --json --lines 20
+
+RESULT is the id of an image of the index. What adds up to the similarity is printed; -o draws where
+in both pictures it is, and which cells match. What the average image shares is put apart.
 """
 EVALUATE = """\
 examples:
@@ -83,11 +94,22 @@ the images are, white on the object. An image that the index holds is explained 
 SERVE = """\
 examples:
   embedcam serve my.index
+  embedcam serve my.index --onnx network.onnx
   embedcam serve my.index --port 9000 --max-neighbors 20 --timeout 10
   curl -F image=@query.jpg http://127.0.0.1:8000/explain
 
 One process, on this machine alone unless --host says otherwise. /openapi.json describes the
-addresses. SIGTERM and Ctrl-C end it once what was begun is finished.
+addresses. SIGTERM and Ctrl-C end it once what was begun is finished; SIGHUP serves a changed index.
+"""
+EXPORT = """\
+examples:
+  embedcam export my.index -o network.onnx
+  embedcam export my.index -o network.onnx --weights resnet50.safetensors
+  embedcam explain my.index query.jpg --onnx network.onnx -o why.png      without torch
+
+One file with the activations and the embedding as outputs, for batches of any size, held against
+torch before it is put in place. The network is loaded as it was for the build; where its files
+have moved, say so with --weights and --head. Needs pip install "embedcam[onnx]".
 """
 INFO = """\
 examples:
@@ -112,7 +134,9 @@ COMMANDS = {
     "compress": "offline.compress",
     "explain": "online.explain",
     "serve": "serving.serve",
+    "compare": "pairs.compare",
     "evaluate": "evaluation.evaluate",
+    "export": "exporting.export",
     "info": "report.info",
     "verify": "report.verify",
     "demo": "offline.demo",
@@ -185,10 +209,14 @@ def parser() -> argparse.ArgumentParser:
     )
     _explain(_command(commands, "explain", "INDEX IMAGE ...", EXPLAIN, "explain query images"))
     _serve(_command(commands, "serve", "INDEX", SERVE, "explain over HTTP"))
+    _compare(_command(commands, "compare", "INDEX IMAGE RESULT", COMPARE, "why two images match"))
     _evaluate(
         _command(
             commands, "evaluate", "INDEX --images IMAGES", EVALUATE, "measure how good the maps are"
         )
+    )
+    _export(
+        _command(commands, "export", "INDEX -o FILE", EXPORT, "write the network as an ONNX file")
     )
     _index(_command(commands, "info", "INDEX", INFO, "say what an index holds"))
     _index(_command(commands, "verify", "INDEX", VERIFY, "check every promise of an index"))
@@ -269,6 +297,16 @@ def _work(one: argparse.ArgumentParser) -> None:
         metavar="GB",
         default=50.0,
         help="disk for activations kept meanwhile (default 50)",
+    )
+
+
+def _online(one: argparse.ArgumentParser) -> None:
+    one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    one.add_argument(
+        "--onnx",
+        metavar="FILE",
+        type=_path,
+        help="the network as `embedcam export` wrote it, run without torch",
     )
 
 
@@ -385,6 +423,24 @@ def _compress(one: argparse.ArgumentParser) -> None:
     )
 
 
+def _compare(one: argparse.ArgumentParser) -> None:
+    _index(one)
+    one.add_argument("query", metavar="IMAGE", type=_path, help="query picture")
+    one.add_argument("result", metavar="RESULT", help="id of an image of the index")
+    one.add_argument("--above", metavar="ID", help="why the result came above this image")
+    one.add_argument("-o", "--output", metavar="PNG", type=_path, help="picture")
+    one.add_argument(
+        "--lines", type=_positive, default=10, metavar="N", help="channels listed (default 10)"
+    )
+    one.add_argument(
+        "--not-centred",
+        action="store_true",
+        help="do not put apart what the average image of the index shares",
+    )
+    _online(one)
+    _network(one)
+
+
 def _explain(one: argparse.ArgumentParser) -> None:
     _index(one)
     one.add_argument("queries", metavar="IMAGE", nargs="+", type=_path, help="query pictures")
@@ -393,6 +449,15 @@ def _explain(one: argparse.ArgumentParser) -> None:
     )
     one.add_argument(
         "--html", metavar="FILE", type=_path, help="one self-contained page with all queries"
+    )
+    one.add_argument(
+        "--report",
+        metavar="FOLDER",
+        type=_path,
+        help="all queries (IMAGE may be a folder or a CSV) as FOLDER/index.html and JSON lines",
+    )
+    one.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="of a report: queries a pass (default 16)"
     )
     one.add_argument(
         "-n", "--n-neighbors", type=_positive, metavar="N", help="results a query (default 5)"
@@ -434,7 +499,7 @@ def _explain(one: argparse.ArgumentParser) -> None:
         default="joint",
         help="of the results' colours (default joint)",
     )
-    one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    _online(one)
     _network(one)
 
 
@@ -473,7 +538,7 @@ def _serve(one: argparse.ArgumentParser) -> None:
         action="store_true",
         help="where the transfer is not trusted, compute the weights on the query itself",
     )
-    one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    _online(one)
     group = one.add_argument_group("limits")
     group.add_argument(
         "--max-body", metavar="BYTES", type=_positive, help="of a request (default 20000000)"
@@ -501,6 +566,7 @@ def _evaluate(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--images", metavar="IMAGES", type=_path, required=True, help="query images: folder or CSV"
     )
+    one.add_argument("--indexed", metavar="FOLDER", help="where the indexed images lie now")
     one.add_argument("--labels", choices=("auto", "folders", "none"), help="where labels are")
     one.add_argument("--boxes", metavar="CSV", type=_path, help="where the objects are")
     one.add_argument("--masks", metavar="FOLDER", type=_path, help="the same, as masks")
@@ -573,6 +639,14 @@ def _evaluate(one: argparse.ArgumentParser) -> None:
         choices=("fail", "skip"),
         help="what to do with a broken image (default fail)",
     )
+
+
+def _export(one: argparse.ArgumentParser) -> None:
+    _index(one)
+    one.add_argument(
+        "-o", "--output", metavar="FILE", type=_path, required=True, help="ONNX file to write"
+    )
+    _network(one)
 
 
 def _method_options(group: Any) -> None:

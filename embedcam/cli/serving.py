@@ -6,12 +6,12 @@ import logging
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 from ..service import check_installed
 from .direct import trust_of
-from .networks import named, network_of_index, network_options
+from .networks import check_onnx, network_given
 from .report import counted, note
 
 
@@ -24,24 +24,22 @@ def serve(options: argparse.Namespace) -> None:
     from ..service.app import create_app
 
     # Whatever can be refused is refused before the network is loaded.
+    check_onnx(options)
     limits = _limits(options)
-    with (
-        closing(server.bind(options.host, options.port)) as bound,
-        Index.open(options.index) as index,
-    ):
-        network = named(network_of_index(index.manifest, network_options(options)))
-        chosen: dict[str, Any] = trust_of(options, index, network)
+    with ExitStack() as stack:
+        bound = stack.enter_context(closing(server.bind(options.host, options.port)))
+        with Index.open(options.index, with_faiss=False) as index:
+            network = network_given(options, index.manifest)
+            chosen: dict[str, Any] = trust_of(options, index, network)
         if options.n_neighbors is not None:
             chosen["n_neighbors"] = options.n_neighbors
-        explainer = Explainer(
-            index, network, transfer=options.transfer, images=options.images, **chosen
-        )
+        chosen |= {"transfer": options.transfer, "images": options.images}
+        # Its own to open: after a reload the old version is let go of.
+        explainer = stack.enter_context(Explainer(options.index, network, **chosen))
         app = create_app(explainer, limits=limits, hosts=_hosts(options, bound))
-        _announce(options, bound, len(index))
+        _announce(options, bound, len(explainer.index))
         with _logged(options):
-            server.serve(
-                app, bound, seconds=limits.seconds, reload=getattr(explainer, "reload", None)
-            )
+            server.serve(app, bound, seconds=limits.seconds, reload=explainer.reload)
 
 
 def _limits(options: argparse.Namespace) -> Any:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from embedcam.cam import cam, resize
+from embedcam.classes import label_codes
 from embedcam.cotangents import AnchorCotangents
 from embedcam.encoding import TopM
 from embedcam.explain import Explainer
@@ -25,7 +26,6 @@ from embedcam.metrics import box_mask, energy_share
 from embedcam.network import EmbeddingNetwork
 from embedcam.recipe import Recipe
 from embedcam.targets import head_cotangent
-from embedcam.triplets import label_codes
 from embedcam.weights import weights_from_pooled
 
 from .scene_files import SceneFile

@@ -16,7 +16,8 @@ summary.py       means with intervals, and flags for what does not beat its cont
 evaluation.py    what comes out; report.py draws it
 run.py           all of it, streaming: a batch of images at a time
 
-An image that lies in the index never explains itself.
+An image that lies in the index never explains itself. (An index of prototypes does not know which
+images were merged into it, and the findings say so.)
 """
 
 from .evaluation import Evaluation

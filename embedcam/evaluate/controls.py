@@ -121,7 +121,7 @@ class ShuffledNetwork:
         )
         self.count = count
         self._kept = [[one.detach().clone() for one in group] for group in self._groups]
-        drawn = torch.Generator().manual_seed(seed)
+        drawn = torch.Generator().manual_seed(seed % (1 << 63))
         self._other = [[_shuffled(one, drawn) for one in group] for group in self._kept]
         self._images = torch.from_numpy(images).to(self.network.device, self.network.dtype)
         self._norms: list[Any] = [

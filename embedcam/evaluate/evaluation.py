@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
 from ..render import Row
+from ..writing import write_whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,7 +52,7 @@ class Evaluation:
         writer = csv.DictWriter(text, list(names), lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows(self.rows)
-        return _written(Path(path), text.getvalue())
+        return write_whole(path, text.getvalue())
 
     def html(self) -> str:
         """The whole report as one self-contained page."""
@@ -66,12 +66,4 @@ class Evaluation:
         Raises:
             InputError: it cannot be written.
         """
-        return _written(Path(path), self.html())
-
-
-def _written(path: Path, text: str) -> Path:
-    try:
-        path.write_text(text, encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
-    return path
+        return write_whole(path, self.html())

@@ -1,6 +1,6 @@
 """The best and the worst, as small pictures: read again at the end, so that none is kept before."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -13,7 +13,7 @@ from ..images import ImageSource
 from ..preprocess import AnyPreprocess
 from ..render import Row, Tile
 from .gallery import Gallery
-from .maps import Mapper
+from .maps import Mapper, Seen
 from .regions import Regions
 from .settings import Settings
 
@@ -25,7 +25,8 @@ _DARK, _LIGHT = (20, 22, 28), (255, 255, 255)
 class Examples:
     """Draws some of the measured images again.
 
-    held: the row of each queried image in the index, -1 for none, by its position.
+    held: the row of each queried image in the index, -1 for none, by its position; see_pair: a
+    forward pass of two inputs `[2 3 H W]` side by side.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class Examples:
         source: ImageSource,
         regions: Regions,
         held: Mapping[int, int],
+        see_pair: Callable[[np.ndarray], Seen],
     ) -> None:
         self.mapper, self.gallery, self.source = mapper, gallery, source
-        self.regions, self.held = regions, held
+        self.regions, self.held, self.see_pair = regions, held, see_pair
         assert mapper.network.preprocess is not None
         self.preprocess: AnyPreprocess = mapper.network.preprocess
 
@@ -99,16 +101,16 @@ class Examples:
     def _scene(self, row: dict[str, Any]) -> Row:
         places = (row["first"], row["second"])
         pictures = [self.source.open(place) for place in places]
-        inputs = np.concatenate([self.preprocess(one) for one in pictures], axis=2)[None]
-        seen = self.mapper.see(inputs)
+        seen = self.see_pair(np.stack([self.preprocess(one) for one in pictures]))
         result = self.gallery.index.position(row["result"])
         explained = self.mapper.transferred(seen, [np.array([result])])[0]
         height, width = seen.size
         scene = Image.new("RGB", (width, height))
         for number, one in enumerate(pictures):
             extent = self.preprocess.extent(*one.size)
+            across = width // 2 if number == 0 else width - width // 2
             half = one.transform(
-                (width // 2, height), Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR
+                (across, height), Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR
             )
             scene.paste(half, (number * (width // 2), 0))
         side = ("left", "right")[row["side"]]

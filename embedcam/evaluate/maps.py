@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,11 +37,20 @@ class Mapper:
     """Draws maps of an index, refusing a network that is not its own."""
 
     def __init__(
-        self, index: Index, network: EmbeddingNetwork, settings: Settings, clock: Clock
+        self,
+        index: Index,
+        network: EmbeddingNetwork,
+        settings: Settings,
+        clock: Clock,
+        images: Path | None = None,
     ) -> None:
         self.index, self.network, self.clock = index, network, clock
         self.explainer = Explainer(
-            index, network, n_neighbors=settings.n_neighbors, transfer=settings.transfer
+            index,
+            network,
+            n_neighbors=settings.n_neighbors,
+            transfer=settings.transfer,
+            images=images,
         )
         self.layers = [str(layer["name"]) for layer in index.manifest["layers"]]
         self.channels = [int(layer["channels"]) for layer in index.manifest["layers"]]

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Sequence
 from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 
-from ..images import ImageSource
+from ..images import ImageSource, Item
 from ..index import Index
 
 SAME = 1e-4
@@ -32,14 +33,17 @@ class OwnPositions:
 
     The same file is the same image. The same id is it where the embedding, too, is the stored one:
     `a/1.jpg` of one folder may be another picture than `a/1.jpg` of the next, and an index is moved
-    together with its pictures.
+    together with its pictures. A prototype has the path of one of the images that were merged into
+    it: it is that image where the embedding is the image's own, and else nobody's.
     """
 
-    def __init__(self, index: Index, source: ImageSource, positions: np.ndarray) -> None:
+    def __init__(
+        self, index: Index, source: ImageSource, positions: np.ndarray, root: Path | None
+    ) -> None:
         self._index = index
+        self._merged = index.manifest.get("compressed") is not None
         items = [source.items[position] for position in positions.tolist()]
         self._by_id = index.find_live([item.id for item in items])
-        root = (index.manifest["images"] or {}).get("root")
         wanted = {_absolute(source.root, item.path) for item in items if item.path}
         self._by_path: dict[str, int] = {}
         if root is not None and wanted:
@@ -54,11 +58,15 @@ class OwnPositions:
     def unsure(self, positions: Sequence[int]) -> bool:
         """Whether only the embeddings of these images can tell."""
         items = [self._source.items[position] for position in positions]
-        return any(
-            item.id in self._by_id
-            and not (item.path and _absolute(self._source.root, item.path) in self._by_path)
-            for item in items
-        )
+        places = [self._candidate(item) for item in items]
+        return any(place >= 0 and not sure for place, sure in places)
+
+    def _candidate(self, item: Item) -> tuple[int, bool]:
+        """The row that may be the image, -1 for none, and whether that is certain."""
+        full = _absolute(self._source.root, item.path) if item.path else ""
+        if full in self._by_path:
+            return self._by_path[full], not self._merged
+        return self._by_id.get(item.id, -1), False
 
     def of(self, positions: Sequence[int], embeddings: np.ndarray | None) -> np.ndarray:
         """Rows of the index, -1 for images it does not hold.
@@ -69,12 +77,10 @@ class OwnPositions:
         """
         found = np.full(len(positions), -1)
         for row, position in enumerate(positions):
-            item = self._source.items[position]
-            full = _absolute(self._source.root, item.path) if item.path else ""
-            if full in self._by_path:
-                found[row] = self._by_path[full]
-            elif embeddings is not None and item.id in self._by_id:
-                place = self._by_id[item.id]
+            place, sure = self._candidate(self._source.items[position])
+            if sure:
+                found[row] = place
+            elif embeddings is not None and place >= 0:
                 stored = self._index.embeddings([place])[0].astype(np.float64)
                 apart = ((stored - embeddings[row]) ** 2).sum()
                 if apart <= SAME * (stored**2).sum():

@@ -14,6 +14,7 @@ from ..images import Batch, ImageSource, Item, load_batches
 from ..index import Index
 from ..methods.subject import inputs_a_pass
 from ..metrics import rank_correlations
+from ..metrics.order import pixel_count
 from ..network import EmbeddingNetwork
 from . import summary as told
 from .controls import (
@@ -49,6 +50,7 @@ def evaluate_index(
     *,
     boxes: str | Path | None = None,
     masks: str | Path | None = None,
+    indexed: str | Path | None = None,
     settings: Settings | None = None,
     on_unreadable: Literal["fail", "skip"] = "fail",
     workers: int | None = None,
@@ -65,6 +67,7 @@ def evaluate_index(
         network: the network the index was built with; another one is refused.
         boxes: CSV with path,x0,y0,x1,y1[,label][,width,height], a line a box.
         masks: folder of masks named as the images are, white on the object.
+        indexed: folder the indexed images lie in now; None takes the one they were built from.
         settings: what is measured; see `Settings`.
         on_unreadable: "fail" at the first broken image, or "skip" it and say so.
         workers: threads that decode images.
@@ -86,6 +89,18 @@ def evaluate_index(
         raise InputError("give boxes or masks, not both")
     if on_unreadable not in ("fail", "skip"):
         raise InputError(f'on_unreadable: expected "fail" or "skip", given {on_unreadable!r}')
+    if not isinstance(source, ImageSource):
+        raise InputError(
+            f"source is a {type(source).__name__}; give the query images as find_images returns "
+            "them: find_images(folder)"
+        )
+    if not isinstance(network, EmbeddingNetwork):
+        raise InputError(
+            f"network is a {type(network).__name__}; give the EmbeddingNetwork that the index was "
+            "built with"
+        )
+    if indexed is not None and not Path(indexed).is_dir():
+        raise InputError(f"{indexed}: there is no such folder; name the indexed images' own")
     if not len(source):
         raise InputError("there are no images to evaluate with")
     opened = index if isinstance(index, Index) else Index.open(index)
@@ -95,7 +110,10 @@ def evaluate_index(
             regions = of_boxes(boxes, source)
         elif masks is not None:
             regions = of_masks(masks, source)
-        job = _Job(opened, source, network, regions, settings, on_unreadable, workers, progress)
+        root = None if indexed is None else Path(indexed)
+        job = _Job(
+            opened, source, network, regions, root, settings, on_unreadable, workers, progress
+        )
         return job.run()
     finally:
         if opened is not index:
@@ -111,15 +129,20 @@ class _Job:
         source: ImageSource,
         network: EmbeddingNetwork,
         regions: Regions,
+        indexed: Path | None,
         settings: Settings,
         on_unreadable: Literal["fail", "skip"],
         workers: int | None,
         progress: bool | None,
     ) -> None:
         self.index, self.source, self.regions, self.settings = index, source, regions, settings
+        stored = (index.manifest["images"] or {}).get("root")
+        self.root = indexed if indexed is not None or stored is None else Path(stored)
+        self.moved = indexed is not None
+        self.merged = index.manifest.get("compressed") is not None
         self.on_unreadable, self.workers, self.progress = on_unreadable, workers, progress
         self.clock = Clock()
-        self.mapper = Mapper(index, network, settings, self.clock)
+        self.mapper = Mapper(index, network, settings, self.clock, indexed)
         if network.preprocess is None:
             raise InputError(
                 "the network does not say how pictures are prepared for it; give it preprocess="
@@ -128,7 +151,7 @@ class _Job:
         self.batch_size = settings.batch_size or inputs_a_pass(network.device)
         self.gallery = Gallery(index)
         self.positions = chosen(len(source), settings.limit, settings.seed)
-        self.own = OwnPositions(index, source, self.positions)
+        self.own = OwnPositions(index, source, self.positions, self.root)
         self.scenes = Scenes(self.mapper, self.gallery, settings)
         self.rows: dict[int, dict[str, Any]] = {}
         self.asked: list[dict[str, Any]] = []
@@ -155,15 +178,34 @@ class _Job:
         found = self._fidelity()
         rows = [self.rows[position] for position in sorted(self.rows)]
         summary = self._summary(rows, compared, found)
-        examples = Examples(self.mapper, self.gallery, self.source, self.regions, self.held)
+        examples = Examples(
+            self.mapper, self.gallery, self.source, self.regions, self.held, self.scenes.see
+        )
         shown = examples.choose(self.rows, self.asked, self.settings)
         summary["seconds"] = {**self.clock.seconds, "total": time.perf_counter() - begun}
         return Evaluation(summary, rows, self.asked, shown)
+
+    def _check_pixels(self, size: tuple[int, int]) -> None:
+        """Refuse what `metrics` could only refuse after a look at every image."""
+        if not self.wants("faithfulness") or not self.settings.faithfulness:
+            return
+        pixels, steps, removed = size[0] * size[1], self.settings.steps, self.settings.removed
+        if steps > pixels:
+            raise InputError(
+                f"steps = {steps}; it must be a whole number, 1 to {pixels}, the pixels of the "
+                "network's input"
+            )
+        if pixel_count(removed, pixels) == pixels:
+            raise InputError(
+                f"removed = {removed} is every one of the {pixels} pixels of the network's input; "
+                "give a smaller share"
+            )
 
     # ---------------------------------------------------------------- every image
 
     def _first_pass(self, batch: Batch) -> None:
         seen = self.mapper.see(batch.images)
+        self._check_pixels(seen.size)
         own = self.own.of(batch.positions.tolist(), seen.embeddings)
         with self.clock("explaining"):
             near = self.gallery.nearest(seen.embeddings, own, max(*KS, self.settings.n_neighbors))
@@ -252,9 +294,13 @@ class _Job:
         if not settings.faithfulness or not (faithful or localise or sane):
             return found
         read = np.array(sorted(self.rows))
-        sample = read[chosen(len(read), settings.faithfulness, settings.seed)]
         if localise and not faithful:
-            sample = np.array([place for place in sample if self.regions.has(int(place))])
+            # Drawn among those that say something: of many images few may have a box.
+            located = [place for place, row in sorted(self.rows.items()) if "area" in row]
+            read = np.array(located) if located or not sane else read
+        if not len(read):
+            return found
+        sample = read[chosen(len(read), settings.faithfulness, settings.seed)]
         shuffled = self._shuffled(sample) if settings.controls else None
         asking = Faithfulness(self.mapper.network, self.gallery, settings, self.clock)
         correlations: dict[int, list[tuple[float, bool]]] = {}
@@ -334,7 +380,10 @@ class _Job:
         return maps
 
     def _shuffled(self, sample: np.ndarray) -> ShuffledNetwork | None:
-        some = next(self._batches(sample[:CALIBRATED], None, CALIBRATED))
+        some = next(self._batches(sample[:CALIBRATED], None, CALIBRATED), None)
+        if some is None:
+            self._note("no controls: the images could be read before, and no longer can")
+            return None
         try:
             return ShuffledNetwork(self.mapper.network, self.settings.seed, some.images)
         except EmbedcamError as error:
@@ -385,20 +434,37 @@ class _Job:
                 )
             except NoScenesError as error:
                 self._note(f"no scenes of two pictures: {error}")
+        if self.scenes.squeezed:
+            self._note(
+                f"scenes show both pictures at half their width: {self.scenes.squeezed}, so two "
+                "stand side by side in the size of one"
+            )
 
     def _fidelity(self) -> dict[str, Any]:
         if not self.wants("fidelity") or not self.settings.fidelity or len(self.gallery) < 2:
             return {}
+        if self.merged:
+            self._note(
+                "no transfer fidelity: a prototype's weights are no image's own; what prototypes "
+                "lose was measured when they were made, see `embedcam info`"
+            )
+            return {}
         source, rows = self._indexed()
         if source is None:
             self._note(
-                "no transfer fidelity: the index's own pictures are not to be found; evaluate with "
-                "images that are indexed"
+                "no transfer fidelity: the index's own pictures are not to be found; say where "
+                "they lie now (--indexed, indexed=), or evaluate with images that are indexed"
             )
             return {}
         with self._bar(len(source), "fidelity") as tick:
             records, missing = fidelity(
                 self.mapper, self.gallery, source, rows, self.batch_size, tick
+            )
+        if self.index.manifest["target"] == "discriminant" and self.gallery.labelled:
+            self._note(
+                "transfer fidelity: by the discriminant target the images of a label share their "
+                "weights, an image's own part included, so that it tells chiefly how often the "
+                "neighbours are of its label"
             )
         if missing:
             self._note(f"transfer fidelity: {missing} indexed pictures could not be read")
@@ -411,7 +477,7 @@ class _Job:
         if len(mine) >= wanted:
             some = mine[chosen(len(mine), wanted, seed)].tolist()
             return _Part(self.source, some), np.array([self.held[place] for place in some])
-        root = (self.index.manifest["images"] or {}).get("root")
+        root = self.root
         rows = self.gallery.positions[chosen(len(self.gallery), wanted, seed)]
         if root is None:
             return None, rows[:0]
@@ -419,11 +485,11 @@ class _Job:
         there = [
             (Item(name, path), row)
             for name, path, row in listed
-            if path and may_follow(str(Path(root) / path), Path(root), False)
+            if path and may_follow(str(root / path), root, self.moved)
         ]
-        if not any((Path(root) / item.path).is_file() for item, _ in there):
+        if not any((root / item.path).is_file() for item, _ in there):
             return None, rows[:0]
-        source = ImageSource([item for item, _ in there], Path(root))
+        source = ImageSource([item for item, _ in there], root)
         return source, np.array([row for _, row in there])
 
     # ---------------------------------------------------------------- what is said
@@ -494,6 +560,11 @@ class _Job:
                         f"localisation leaves out {missing} of {len(rows)} images: without a box "
                         "or mask, or with all of it outside of what the network sees"
                     )
+        if self.merged:
+            self._note(
+                "the index holds prototypes and does not know what was merged into them: a query "
+                "that was is explained with its own part in them"
+            )
         sample = compared["sample"]
         if sample and sample < len(rows):
             self._note(

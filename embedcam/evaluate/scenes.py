@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cam import area_average
 from ..errors import EmbedcamError, InputError
 from ..images import ImageSource, load_batches
 from .controls import MEAN, RANDOM, WRONG, mean_weights, random_weights
@@ -28,6 +29,8 @@ class Scenes:
 
     def __init__(self, mapper: Mapper, gallery: Gallery, settings: Settings) -> None:
         self.mapper, self.gallery, self.settings = mapper, gallery, settings
+        self.squeezed = ""
+        """Why pairs are squeezed into the size of one picture; empty where they are not."""
 
     def ask(
         self, seen: Seen, label: str, left_out: list[int], name: str
@@ -109,6 +112,8 @@ class Scenes:
     ) -> Iterator[dict[str, Any]]:
         """Pairs of pictures of different labels side by side, each at the network's input size.
 
+        A network that takes one size only is shown both at half their width.
+
         Args:
             source: of the queries.
             positions: among which pairs are drawn.
@@ -117,7 +122,7 @@ class Scenes:
             tick: called with 1 after each scene.
 
         Raises:
-            NoScenesError: no two labels that the index knows; or the network takes no other size.
+            NoScenesError: no two labels that the index knows.
         """
         pairs = self._pairs(source, positions)
         preprocess = self.mapper.network.preprocess
@@ -128,15 +133,7 @@ class Scenes:
             tick(1)
             if len(batch) < 2:
                 continue
-            scene = np.concatenate([batch.images[:1], batch.images[1:]], axis=3)
-            try:
-                seen = self.mapper.see(scene)
-            except (EmbedcamError, RuntimeError, AssertionError, ValueError) as error:
-                said = str(error).strip().partition("\n")[0][:160]
-                raise NoScenesError(
-                    f"the network takes no picture of {scene.shape[2]} x {scene.shape[3]}, so two "
-                    f"cannot stand side by side ({said})"
-                ) from error
+            seen = self.see(batch.images)
             unsure = own.unsure([first, second])
             singles = self.mapper.see(batch.images).embeddings if unsure else None
             left_out = [int(row) for row in own.of([first, second], singles)]
@@ -160,6 +157,19 @@ class Scenes:
                 }
                 yield self.record(row, maps, half, 1 - half)
 
+    def see(self, images: np.ndarray) -> Seen:
+        """One forward pass of two inputs `[2 3 H W]` side by side."""
+        if not self.squeezed:
+            wide = side_by_side(images)
+            try:
+                return self.mapper.see(wide)
+            except (EmbedcamError, RuntimeError, AssertionError, ValueError) as error:
+                said = str(error).strip().partition("\n")[0][:160]
+                self.squeezed = (
+                    f"the network takes no picture of {wide.shape[2]} x {wide.shape[3]} ({said})"
+                )
+        return self.mapper.see(side_by_side(images, squeezed=True))
+
     def _pairs(self, source: ImageSource, positions: np.ndarray) -> list[tuple[int, int]]:
         """Seeded pairs of different labels that the index knows."""
         labels = [source.items[place].label for place in positions.tolist()]
@@ -178,3 +188,19 @@ class Scenes:
             b = int(drawn.choice(np.flatnonzero(codes != codes[a])))
             pairs.append((int(usable[a]), int(usable[b])))
         return pairs
+
+
+def side_by_side(images: np.ndarray, squeezed: bool = False) -> np.ndarray:
+    """Two inputs `[2 3 H W]` as one, `[1 3 H 2W]`.
+
+    Args:
+        images: the left one first.
+        squeezed: into the size of one, `[1 3 H W]`: columns are averaged, to W // 2 on the left and
+            the rest on the right, so that no column holds something of both.
+    """
+    halves = list(images)
+    if squeezed:
+        height, width = images.shape[-2:]
+        sides = (width // 2, width - width // 2)
+        halves = [area_average(one, (height, w)) for one, w in zip(images, sides, strict=True)]
+    return np.concatenate(halves, axis=2)[None]

@@ -1,7 +1,7 @@
 """What is measured, on how many images, and what each measure is called."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, Final
@@ -122,10 +122,15 @@ class Settings:
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)
         for name in ("removed", "threshold"):
-            if not 0 < getattr(self, name) < 1:
-                raise InputError(f"{name} = {getattr(self, name)}; give a share between 0 and 1")
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < 1:
+                raise InputError(f"{name} = {value!r}; give a share between 0 and 1")
         if self.fill not in ("mean", "black", "blur"):
             raise InputError(f"fill = {self.fill!r} is unknown; use mean, black or blur")
+        if isinstance(self.measures, str) or not isinstance(self.measures, Iterable):
+            raise InputError(
+                f"measures = {self.measures!r}; give a tuple of names among {', '.join(GROUPS)}"
+            )
         unknown = [name for name in self.measures if name not in GROUPS]
         if unknown or not self.measures:
             named = repr(unknown[0]) if unknown else "nothing"

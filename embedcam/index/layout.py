@@ -2,8 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +31,28 @@ class Layer:
     channels: int
     encoding: Encoding
     coarse_grid: tuple[int, int] | None
+    no_rows: dict[str, tuple[str, np.ndarray]] = field(init=False, repr=False, compare=False)
+    """The encoding's fields: the name of each one's file, and the field of no images."""
+    coarse_files: tuple[str, str] = field(init=False, repr=False, compare=False)
+    """File names of the coarse maps and of their scales."""
 
-    def stem(self, field: str) -> str:
-        """Beginning of a field's file name."""
-        return f"layer{self.number}.{field}"
-
-    def file(self, field: str) -> str:
-        """File name of one of the encoding's fields."""
-        return file_name(self.stem(field), self.encoding.fields[field].dtype)
-
-    @cached_property
-    def no_rows(self) -> dict[str, tuple[str, np.ndarray]]:
-        """The encoding's fields: the name of each one's file, and the field of no images."""
-        return {
-            name: (self.file(name), np.empty((0, *field.shape), field.dtype))
-            for name, field in self.encoding.fields.items()
+    def __post_init__(self) -> None:
+        no_rows = {
+            name: (self.file(name), np.empty((0, *kept.shape), kept.dtype))
+            for name, kept in self.encoding.fields.items()
         }
+        stems = (("coarse", "uint8"), ("coarse_scales", "float32"))
+        maps, scales = (file_name(self.stem(stem), dtype) for stem, dtype in stems)
+        object.__setattr__(self, "no_rows", no_rows)
+        object.__setattr__(self, "coarse_files", (maps, scales))
 
-    @cached_property
-    def coarse_files(self) -> tuple[str, str]:
-        """File names of the coarse maps and of their scales."""
-        return file_name(self.stem("coarse"), "uint8"), file_name(
-            self.stem("coarse_scales"), "float32"
-        )
+    def stem(self, name: str) -> str:
+        """Beginning of a field's file name."""
+        return f"layer{self.number}.{name}"
+
+    def file(self, name: str) -> str:
+        """File name of one of the encoding's fields."""
+        return file_name(self.stem(name), self.encoding.fields[name].dtype)
 
 
 def order_dtype(n_rows: int) -> str:
@@ -75,8 +73,8 @@ def part_files(n_rows: int, width: int, layers: list[Layer]) -> dict[str, tuple[
         files[f"{stem}.utf8"] = ("uint8", (None,))
         files[f"{stem}.offsets.u64"] = ("uint64", (None if stem == "labels" else n_rows + 1,))
     for layer in layers:
-        for name, field in layer.encoding.fields.items():
-            files[layer.file(name)] = (field.dtype, (n_rows, *field.shape))
+        for name, kept in layer.encoding.fields.items():
+            files[layer.file(name)] = (kept.dtype, (n_rows, *kept.shape))
         if layer.coarse_grid is not None:
             maps, scales = layer.coarse_files
             files[maps] = ("uint8", (n_rows, *layer.coarse_grid))

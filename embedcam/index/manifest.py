@@ -233,9 +233,11 @@ def _check_trust(check: _Checker, manifest: Manifest) -> None:
         if name not in ("one", "several"):
             raise check.fail(f"trust has the unknown entry {_short(name)}; known: one, several")
         try:
-            Calibration.from_dict(values)
+            neighbors = Calibration.from_dict(values).neighbors
         except InputError as error:
             raise check.fail(f"trust.{name}: {error}") from error
+        if (neighbors == 1) != (name == "one"):
+            raise check.fail(f"trust.{name} is of explanations by {neighbors} neighbours")
 
 
 def _check_rows(check: _Checker, manifest: Manifest) -> None:

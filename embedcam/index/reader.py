@@ -12,11 +12,13 @@ import numpy as np
 from ..encoding import Encoding
 from ..errors import IndexFormatError, InputError
 from . import manifest as manifest_file
-from .faiss_files import REBUILD, load_faiss, open_faiss
+from .faiss_files import REBUILD
+from .faiss_loading import FaissFile
 from .files import broken
 from .layout import Layer, make_layers, map_fitted, map_tombstones, of_layer
 from .parts import Part
 from .query import search_batch
+from .rows import Rows
 from .search import SLACK, Neighbors, check_count, check_queries, join, threads
 from .selection import Selection
 from .strings import Strings, check_positions
@@ -31,7 +33,9 @@ _FEW = 100_000
 class Index:
     """An index on disk, opened by `Index.open(path)`; a context manager.
 
-    It keeps what it opened: later changes by a writer are seen by opening again.
+    It keeps what it opened: later changes by a writer are seen by opening again. Any number of
+    threads may use one. In a child forked from the process that opened it, FAISS uses one thread,
+    because those of the parent are not there; it is not pickled, open its path in each process.
 
     Attributes:
         path: the directory.
@@ -41,55 +45,71 @@ class Index:
         normalized: whether embeddings have unit length.
         metric: "l2" or "ip".
         ids, labels, paths: sequences over positions, decoded on demand.
+        with_faiss, n_threads: as given to `open`.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], with_faiss: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: dict[str, Any],
+        with_faiss: bool,
+        n_threads: int | None = None,
+    ) -> None:
         self.path, self.manifest = path, manifest
         self.n_rows: int = manifest["counts"]["rows"]
         self.width: int = manifest["embedding"]["width"]
         self.normalized: bool = manifest["embedding"]["normalized"]
         self.metric: str = manifest["metric"]
-        self._faiss: Any = None
-        self.faiss_file: int | None = None
+        self.with_faiss, self.n_threads = with_faiss, n_threads
+        self._process = os.getpid()
         self.fitted_files = map_fitted(path, manifest)
         self._shared = of_layer(self.fitted_files, None)
         fitted = [of_layer(self.fitted_files, n) for n in range(len(manifest["layers"]))]
         self.layers: list[Layer] = make_layers(path, manifest, fitted)
         parts = [Part(path, p, self.width, self.layers) for p in manifest["parts"]]
-        self._parts: list[Part] | None = parts
-        self._starts = np.cumsum([0, *(p.count for p in parts)])
+        self._rows = Rows(path, parts, self.layers, self.width)
         self._removed = map_tombstones(path, manifest)
-        self.ids: Strings[str] = Strings(self.n_rows, lambda at: self._selected(at).ids)
-        self.paths: Strings[str] = Strings(self.n_rows, lambda at: self._selected(at).paths)
-        self.labels: Strings[str | None] = Strings(
-            self.n_rows, lambda at: self._selected(at).labels
-        )
-        if with_faiss and manifest["faiss"] is not None:
-            self.faiss_file = open_faiss(path, manifest)
+        self.ids: Strings[str] = Strings(self.n_rows, self._rows.ids)
+        self.paths: Strings[str] = Strings(self.n_rows, self._rows.paths)
+        self.labels: Strings[str | None] = Strings(self.n_rows, self._rows.labels)
+        used = with_faiss and manifest["faiss"] is not None
+        self._faiss = FaissFile(path, manifest) if used else None
 
     @classmethod
-    def open(cls, path: str | Path, *, with_faiss: bool = True) -> "Index":
+    def open(
+        cls, path: str | Path, *, with_faiss: bool = True, n_threads: int | None = None
+    ) -> "Index":
         """Open an index for reading.
 
         Args:
             path: its directory.
             with_faiss: False leaves the FAISS file alone; `search` then compares with every row.
+            n_threads: OpenMP threads of a search for several queries, which may take as many again
+                in each thread that searches; None leaves it to OpenMP. A single query takes one.
 
         Raises:
             IndexFormatError: no index, an unfinished one, or a broken file, which is named. Sizes,
                 the manifest and the removed positions are checked here; checksums are `verify`'s.
+            InputError: an impossible number of threads.
         """
         root = Path(path)
-        manifest = manifest_file.read(root)
+        if n_threads is not None and (type(n_threads) is not int or n_threads < 1):
+            raise InputError(f"n_threads = {n_threads!r}; give a whole number from 1, or None")
         while True:
+            place, manifest = os.path.realpath(root), manifest_file.read(root)
             try:
-                return cls(root, manifest, with_faiss)
-            except FileNotFoundError as error:
+                opened = cls(root, manifest, with_faiss, n_threads)
+            except (FileNotFoundError, IndexFormatError) as error:
                 # A writer may have swept this generation between our two steps.
-                newer = manifest_file.read(root)
-                if newer["generation"] == manifest["generation"]:
-                    raise _missing(root, manifest, error) from None
-                manifest = newer
+                if _still(root, place, manifest):
+                    if isinstance(error, FileNotFoundError):
+                        raise _missing(root, manifest, error) from None
+                    raise
+                continue
+            # The link may have been led elsewhere meanwhile, and other files been opened there.
+            if os.path.realpath(root) == place:
+                return opened
+            opened.close()
 
     def __len__(self) -> int:
         return self.n_rows - len(self._removed)
@@ -108,15 +128,26 @@ class Index:
     ) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "faiss_file", None) is not None:
-            self.close()
+    def __reduce__(self) -> Any:
+        raise InputError(
+            f"{self.path}: an open index is not pickled, for its files are mapped into this "
+            "process; open it in each process with Index.open(path)"
+        )
 
     def close(self) -> None:
         """Let go of files; arrays handed out before stay valid."""
-        if self.faiss_file is not None:
-            os.close(self.faiss_file)
-        self.faiss_file, self._faiss, self._parts = None, None, None
+        if self._faiss is not None:
+            self._faiss.close()
+        self._rows.close()
+
+    def load(self) -> None:
+        """Load the FAISS file now instead of with the first search; nothing without one.
+
+        Raises:
+            IndexFormatError: it is broken.
+        """
+        if self._faiss is not None:
+            self._faiss.loaded()
 
     # Rows
 
@@ -126,7 +157,7 @@ class Index:
         Raises:
             InputError: positions that are not whole numbers `[n]` of this index.
         """
-        return self._selected(check_positions(positions, self.n_rows))
+        return self._rows.select(check_positions(positions, self.n_rows))
 
     def embeddings(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
         """Stored embeddings of rows, float32 `[n D]`."""
@@ -219,7 +250,7 @@ class Index:
                     if not self._is_removed(np.array([row]))[0]:
                         found[text] = row
             return found
-        for part, start in zip(self.parts, self._starts, strict=False):
+        for part, start in zip(self.parts, self.starts, strict=False):
             for first in range(0, part.count, 65536):
                 stop = min(first + 65536, part.count)
                 alive = self.live(np.arange(start + first, start + stop))
@@ -258,8 +289,9 @@ class Index:
             raise InputError(f"nprobe = {nprobe}; at least 1 list must be visited")
         if k == 0:
             raise InputError("every image of this index has been removed; add images first")
-        loaded = self._open_faiss()
-        with threads(1 if len(queries) == 1 else None):
+        loaded = None if self._faiss is None else self._faiss.loaded()
+        alone = len(queries) == 1 or self._process != os.getpid()
+        with threads(1 if alone else self.n_threads):
             step = max(1, (8 << 20) // ((k + SLACK) * self.width))
             found = [
                 search_batch(self, loaded, queries[i : i + step], k, nprobe)
@@ -285,24 +317,22 @@ class Index:
     @property
     def parts(self) -> list[Part]:
         """The mapped parts, in the order of their rows."""
-        if self._parts is None:
-            raise InputError(f"{self.path}: the index is closed; open it again")
-        return self._parts
+        return self._rows.parts
 
     @property
     def starts(self) -> np.ndarray:
         """Position of each part's first row, and behind the last the number of rows."""
-        return self._starts
+        return self._rows.starts
+
+    @property
+    def faiss_file(self) -> int | None:
+        """Descriptor of the FAISS file; None without one, and when closed."""
+        return None if self._faiss is None else self._faiss.descriptor
 
     @property
     def tombstones(self) -> np.ndarray:
         """Positions of removed rows, uint64, rising."""
         return self._removed
-
-    def _open_faiss(self) -> Any:
-        if self._faiss is None and self.faiss_file is not None:
-            self._faiss = load_faiss(self.path, self.manifest, self.faiss_file)
-        return self._faiss
 
     def _is_removed(self, positions: np.ndarray) -> np.ndarray:
         if not len(self._removed):
@@ -311,9 +341,6 @@ class Index:
         removed = self._removed.view("<i8")
         at = np.minimum(np.searchsorted(removed, positions), len(removed) - 1)
         return np.asarray(removed[at] == positions)
-
-    def _selected(self, positions: np.ndarray) -> Selection:
-        return Selection(self.path, self.parts, self._starts, self.layers, self.width, positions)
 
     def _layer(self, number: int) -> Layer:
         if not 0 <= number < len(self.layers):
@@ -326,7 +353,7 @@ class Index:
         key = id.encode("utf-8", "replace")
         return [
             int(start) + row
-            for part, start in zip(self.parts, self._starts, strict=False)
+            for part, start in zip(self.parts, self.starts, strict=False)
             for row in part.find(key)
         ]
 
@@ -346,6 +373,12 @@ class Index:
         last = id.rpartition("/")[2]
         every = (text for part in self.parts for text in part.ids.tolist(0, part.count))
         return [text for text in every if text.rpartition("/")[2] == last][:3]
+
+
+def _still(root: Path, place: str, manifest: Mapping[str, Any]) -> bool:
+    """Whether the same version lies at the same place."""
+    now = manifest_file.read(root)["manifest_sha256"]
+    return os.path.realpath(root) == place and bool(now == manifest["manifest_sha256"])
 
 
 def _missing(root: Path, manifest: Mapping[str, Any], error: FileNotFoundError) -> IndexFormatError:

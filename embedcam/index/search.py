@@ -172,7 +172,10 @@ def metric_code(metric: str) -> int:
 
 @contextlib.contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """FAISS on `count` OpenMP threads (None: as it is), put back afterwards."""
+    """FAISS on `count` OpenMP threads (None: as it is), put back afterwards.
+
+    OpenMP keeps the number for each thread that computes, so no other thread sees it change.
+    """
     import faiss
 
     before = faiss.omp_get_max_threads()

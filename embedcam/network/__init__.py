@@ -9,7 +9,6 @@ guided.py             the gradient at the input, plain or guided
 injected.py           the head alone, on other activations
 state.py              a module's place, precision and mode
 head.py               whether the head is pooled and affine, found by asking it
-probe.py              the synthetic pictures a network is asked about
 runs.py               how a module is run: what goes in, in which precision, tapped where
 embedding_network.py  the object itself
 """

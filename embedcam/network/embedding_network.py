@@ -10,7 +10,6 @@ output becomes a leaf and only what follows it (the head) is differentiated. Par
 `.grad` and `requires_grad`, modes and hooks stay as they are, also after an exception.
 """
 
-import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Self
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import InputError, NetworkError
+from ..forking import ProcessLock
 from .gradients import (
     Features,
     HeadPass,
@@ -123,7 +123,7 @@ class EmbeddingNetwork(ModuleRuns):
         run_by = [part for part in (trunk, head) if isinstance(part, nn.Module)]
         self._example: Tensor | None = None
         self._state = ModuleState([module, *(run_by if trunk is not None else [])])
-        self._lock = threading.RLock()
+        self._lock = ProcessLock()
         self._reached = False
         self._kind: HeadKind | None = None
         self._matrix: Tensor | None = None

@@ -45,7 +45,8 @@ class Layout:
         if self.kind == "bkl":
             return raw[:, :, None]
         tokens = raw[:, self.prefix :]
-        return tokens.transpose(1, 2).reshape(len(raw), raw.shape[2], *self.grid)
+        # The shape, not len(): an exporter follows a batch of any size through it.
+        return tokens.transpose(1, 2).reshape(raw.shape[0], raw.shape[2], *self.grid)
 
     def to_raw(self, maps: Tensor, like: Tensor) -> Tensor:
         """The layer's output with these `[B K H W]` in it; prefix tokens are those of `like`."""
@@ -250,7 +251,7 @@ def choose_embedding(output: Any, choice: OutputChoice, batch: int | None) -> Te
         )
     if value.ndim > 2 and all(side == 1 for side in value.shape[2:]):
         value = value.flatten(1)
-    if value.ndim != 2 or value.shape[1] == 0 or len(value) != (batch or len(value)):
+    if value.ndim != 2 or value.shape[1] == 0 or (batch and value.shape[0] != batch):
         given = "" if batch is None else f" for a batch of {batch}"
         raise NetworkError(
             f"the network's output is {list(value.shape)}{given}; expected an "

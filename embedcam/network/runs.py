@@ -3,7 +3,6 @@
 The other half of `EmbeddingNetwork`, which says what for.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, NetworkError
+from ..forking import ProcessLock
+from ..probe import probe_inputs
 from .gradients import Features, at_least_single, make_features
 from .injected import HeadAlone, Injected
 from .layers import find_layers
@@ -25,7 +26,6 @@ from .layouts import (
     choose_embedding,
     resolve,
 )
-from .probe import probe_inputs
 from .state import ModuleState
 from .tap import Change, run_parts, run_tapped, run_tapped_several
 
@@ -70,7 +70,7 @@ class ModuleRuns:
     _example: Tensor | None
     _device: torch.device | None
     _state: ModuleState
-    _lock: threading.RLock
+    _lock: ProcessLock
 
     # ---------------------------------------------------------------- facts
 
@@ -200,6 +200,42 @@ class ModuleRuns:
                 for layout, raw in zip(run.layouts, run.kept, strict=True)
             ]
             return make_features(run.batch, run.z.clone(), maps[-1], self.normalize), maps
+
+    def traceable(self, layers: Sequence[str]) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
+        """images `[B C H W]` -> z `[B D]` and the layers' `[B K H W]`, by tensor operations alone.
+
+        For exporters, which follow a run of it; nothing of the input or the output is checked. The
+        network is run once on the probe picture, to find out how its layers are laid out.
+
+        Args:
+            layers: names; this network's own for one given as trunk and head.
+
+        Raises:
+            as `forward` and `run_several`.
+        """
+        probe = self.probe_images()
+        if self._hooked is None and list(layers) == [self.layer]:
+            with torch.inference_mode(), self._autocast(False):
+                batch = self._prepare(probe)
+                _, raw = self._call(batch, lambda raw: (raw, raw), 1)
+            layouts = [self._read_layout(batch, raw)]
+        else:
+            layouts = self.run_several(probe, layers, differentiable=False).layouts
+
+        def run(images: Tensor) -> tuple[Tensor, list[Tensor]]:
+            if self._trunk is not None:
+                assert self._head is not None
+                output, kept = run_parts(
+                    self._trunk, self._head, self.layer, images, lambda raw: (raw.clone(), raw)
+                )
+                raws = [kept]
+            else:
+                found = find_layers(self.module, layers)
+                output, raws, _ = run_tapped_several(self.module, found, images, False)
+            z = at_least_single(choose_embedding(output, self.output, None))
+            return z, [layout.to_maps(raw) for layout, raw in zip(layouts, raws, strict=True)]
+
+        return run
 
     def run_from_input(
         self, images: Images, mode: AbstractContextManager[Any] | None

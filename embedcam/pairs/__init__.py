@@ -1,12 +1,13 @@
 """Why did *these two* match? Receipts of a query and a result, which add up to the similarity.
 
 sides.py      what each cell and channel of one picture gives to its embedding
+heads.py      the head behind a pair, where all follows from the mean of the activations
 receipt.py    the receipt of a pair, and of a result against its rival: numbers alone
 drawing.py    receipts as pictures
 explainer.py  receipts of queries against the images of an index
 """
 
-from .explainer import PairExplainer
+from .explainer import PairExplainer, check_same
 from .receipt import Comparison, Line, Link, Receipt, Shown, make_comparison, make_receipt
 from .sides import DifferentiatedSide, Evidence, PooledSide, Side
 
@@ -21,6 +22,7 @@ __all__ = [
     "Receipt",
     "Shown",
     "Side",
+    "check_same",
     "make_comparison",
     "make_receipt",
 ]

@@ -12,27 +12,20 @@ if TYPE_CHECKING:
     from .receipt import Comparison, Receipt, Shown
     from .sides import Evidence
 
-_SMALL = 5e-4
-"""Amounts that would be shown as 0.000."""
+SIMILARITY, NEARER = "similarity", "nearer by"
+"""What the amounts of a receipt, and of a comparison, sum to."""
 
 
 def draw_receipt(receipt: Receipt, lines: int, links: int, title: str | None) -> Image.Image:
     """The two pictures with their maps, the cells that match best, and the sum."""
-    amounts = [(f"channel {line.channel}", line.contribution) for line in receipt.lines(lines)]
-    others = float(receipt.channels.sum()) - sum(number for _, number in amounts)
-    if receipt.centred:
-        amounts = [("shared with the average", receipt.shared), *amounts]
-    amounts.append((f"{len(receipt.channels) - lines} other channels", others))
-    if not receipt.exact or abs(receipt.remainder) >= _SMALL:
-        amounts.append((_remainder_words(receipt.exact), receipt.remainder))
     tiles = [
         _tile(receipt.query, receipt.query_shown),
         _tile(receipt.result, receipt.result_shown),
     ]
     return receipt_picture(
         tiles,
-        amounts,
-        ("similarity", receipt.similarity),
+        receipt.amounts(lines),
+        (SIMILARITY, receipt.similarity),
         apart=int(receipt.centred),
         headings=["Query", "Result"],
         links=[_mark(receipt, link.query, link.result) for link in receipt.links(links)],
@@ -45,11 +38,6 @@ def draw_receipt(receipt: Receipt, lines: int, links: int, title: str | None) ->
 def draw_comparison(comparison: Comparison, lines: int, title: str | None) -> Image.Image:
     """The query between its two results, and the sum."""
     result, rival = comparison.result, comparison.rival
-    amounts = [(f"channel {line.channel}", line.contribution) for line in comparison.lines(lines)]
-    others = float(comparison.query.channels.sum()) - sum(number for _, number in amounts)
-    amounts.append((f"{len(comparison.query.channels) - lines} other channels", others))
-    if not comparison.exact or abs(comparison.query.remainder) >= _SMALL:
-        amounts.append((_remainder_words(comparison.exact), comparison.query.remainder))
     ours, query, theirs = (
         _tile(result.result, result.result_shown),
         _tile(comparison.query, comparison.query_shown),
@@ -59,8 +47,8 @@ def draw_comparison(comparison: Comparison, lines: int, title: str | None) -> Im
     theirs.subcaption += f"\nsimilarity {rival.similarity:.3f}"
     return receipt_picture(
         [query, ours, theirs],
-        amounts,
-        ("nearer by", comparison.score),
+        comparison.amounts(lines),
+        (NEARER, comparison.score),
         headings=["Query", "Result", "Rival"],
         title=title,
         note="In the query red speaks for the result, blue for the rival; the others' own maps "
@@ -73,10 +61,6 @@ def _how(exact: bool) -> str:
     if exact:
         return "Contributions are exact: behind average pooling and an affine head all add up."
     return "Contributions are of first order; what is not is the last amount."
-
-
-def _remainder_words(exact: bool) -> str:
-    return "the head's bias" if exact else "not of first order"
 
 
 def _tile(evidence: Evidence, shown: Shown) -> Tile:

@@ -10,11 +10,13 @@ import numpy as np
 
 from ..errors import ImageError, InputError
 from ..queries import stacked
+from .heads import pooled_head
 from .receipt import Comparison, Receipt, Shown, make_comparison, make_receipt
 from .sides import DifferentiatedSide, PooledSide, Side
 
 if TYPE_CHECKING:
     from ..explain import Explainer
+    from ..index import Index
 
 _SAME = 0.99
 """Cosine with the stored embedding from which a picture counts as the one that was indexed."""
@@ -24,13 +26,14 @@ class PairExplainer:
     """Explains pairs: a query and one of its results, or two results of one query.
 
     The pictures of both are forwarded together. Behind average pooling and an affine head a receipt
-    is exact and needs no gradient; behind another head each picture is one head pass.
+    is exact and needs neither a gradient nor torch; behind another head each picture is one head
+    pass.
 
     Args:
         explainer: with its network; its index says where the results' pictures lie.
 
     Raises:
-        InputError: the explainer has no network.
+        InputError: the explainer has no network, or one in an ONNX file whose head is not known.
     """
 
     def __init__(self, explainer: Explainer) -> None:
@@ -39,7 +42,10 @@ class PairExplainer:
                 "receipts need the activations of both pictures, and this Explainer has no "
                 "network; give it one: Explainer(index, network)"
             )
-        self.explainer, self.network = explainer, explainer.network
+        self.explainer = explainer
+        self.network: Any = explainer.network
+        if not hasattr(type(self.network), "head_kind"):
+            pooled_head(self.network, explainer.index)
 
     def receipt(self, query: Any, result: Any, *, centred: bool = True) -> Receipt:
         """Why the query and one result match.
@@ -62,12 +68,13 @@ class PairExplainer:
         if isinstance(results, str | bytes | Path):
             raise InputError("expected a list of results, got one; use receipt()")
         given = [self._given(query), *(self._given(result, True) for result in results)]
-        sides = self.sides([inputs for _, inputs in given])
-        mean = np.asarray(self.explainer.index.fitted("embedding_mean"), np.float64)
+        index = self.explainer.index
+        sides = self.sides(index, [inputs for _, inputs in given])
+        mean = np.asarray(index.fitted("embedding_mean"), np.float64)
         found = []
         for result, (shown, _), side in zip(results, given[1:], sides[1:], strict=True):
             if isinstance(result, str):
-                self.check_same(result, side)
+                check_same(index, result, side)
             made = make_receipt(
                 sides[0], side, mean, centred=centred, query_shown=given[0][0], result_shown=shown
             )
@@ -85,49 +92,28 @@ class PairExplainer:
         first, second = self.receipts(query, [result, rival], centred=centred)
         return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
 
-    def sides(self, inputs: Sequence[Any]) -> list[Side]:
+    def sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
         """What receipts are made of, by `make_receipt`: pictures, forwarded.
 
         Args:
+            index: of the explainer.
             inputs: the network's, `[3 H W]` each; those of one size are forwarded together.
         """
-        kind = self.network.head_kind
-        if not kind.affine:
+        head = pooled_head(self.network, index)
+        if head is None:
             return [self._differentiated(one) for one in inputs]
-        matrix = None if kind.identity else kind.matrix
         found: dict[int, Side] = {}
-        shapes = {tuple(one.shape) for one in inputs}
-        for shape in shapes:
+        for shape in {tuple(one.shape) for one in inputs}:
             places = [place for place, one in enumerate(inputs) if tuple(one.shape) == shape]
             features = self.network.forward(stacked([inputs[place] for place in places]))
-            embeddings, maps, norms = (
-                np.asarray(values)
-                for values in (features.embedding, features.activations, features.norm)
-            )
+            embeddings, maps = np.asarray(features.embedding), np.asarray(features.activations)
+            norms = None if features.norm is None else np.asarray(features.norm)
             for row, place in enumerate(places):
-                norm = float(norms[row]) if self.network.normalize else 1.0
-                found[place] = PooledSide(maps[row], embeddings[row], norm, matrix)
+                norm = 1.0
+                if self.network.normalize:
+                    norm = head.norm(maps[row]) if norms is None else float(norms[row])
+                found[place] = PooledSide(maps[row], embeddings[row], norm, head.matrix)
         return [found[place] for place in range(len(inputs))]
-
-    def check_same(self, name: str, side: Side) -> None:
-        """Refuse a picture that is another than was indexed: its receipt would be of another.
-
-        Args:
-            name: id of the image.
-            side: of the picture that lies at its path now.
-
-        Raises:
-            ImageError: the embeddings differ.
-        """
-        index = self.explainer.index
-        stored = index.embeddings([index.position(name)])[0].astype(np.float64)
-        lengths = np.linalg.norm(stored) * np.linalg.norm(side.embedding)
-        cosine = float(stored @ side.embedding / lengths) if lengths > 0 else 1.0
-        if cosine < _SAME:
-            raise ImageError(
-                f"{name}: the picture has changed since it was indexed (its embedding has a cosine "
-                f"of {cosine:.3f} with the stored one); index it again"
-            )
 
     def _given(self, image: Any, by_id: bool = False) -> tuple[Shown, Any]:
         """How a picture is drawn, and the network's input `[3 H W]`."""
@@ -143,6 +129,26 @@ class PairExplainer:
         return Shown(picture, extent, name, label), inputs
 
     def _differentiated(self, inputs: Any) -> Side:
-        return DifferentiatedSide(
-            self.network.head_pass(stacked([inputs]), twice=True), self.network.normalize
+        passed = self.network.head_pass(stacked([inputs]), twice=True)
+        return DifferentiatedSide(passed, self.network.normalize)
+
+
+def check_same(index: Index, name: str, side: Side) -> None:
+    """Refuse a picture that is another than was indexed: its receipt would be of another.
+
+    Args:
+        index: that it is in.
+        name: id of the image.
+        side: of the picture that lies at its path now.
+
+    Raises:
+        ImageError: the embeddings differ.
+    """
+    stored = index.embeddings([index.position(name)])[0].astype(np.float64)
+    lengths = np.linalg.norm(stored) * np.linalg.norm(side.embedding)
+    cosine = float(stored @ side.embedding / lengths) if lengths > 0 else 1.0
+    if cosine < _SAME:
+        raise ImageError(
+            f"{name}: the picture has changed since it was indexed (its embedding has a cosine "
+            f"of {cosine:.3f} with the stored one); index it again"
         )

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 _PROBED = 16
 """Cells of the query that links begin at, where each costs a pass through the head."""
 
+_SMALL = 5e-4
+"""Remainders that would be shown as 0.000."""
+
 Which = Literal["query", "result"]
 
 
@@ -111,6 +114,11 @@ class Receipt:
     def lines(self, n: int = 10) -> list[Line]:
         """The n channels that give most, by magnitude, largest contribution first."""
         return top_lines(self.channels, n)
+
+    def amounts(self, n: int = 10) -> list[tuple[str, float]]:
+        """What adds up to the similarity, in words: the average, n channels, all that is left."""
+        shared = [("shared with the average", self.shared)] if self.centred else []
+        return shared + _amounts(self.channels, n, self.remainder, self.exact)
 
     def point(self, row: int, column: int, of: Which = "query") -> np.ndarray:
         """What one cell matches: contributions of its pairs with every cell of the other picture.
@@ -260,6 +268,10 @@ class Comparison:
         """The n channels that give most to the score, by magnitude, largest first."""
         return top_lines(self.query.channels, n)
 
+    def amounts(self, n: int = 10) -> list[tuple[str, float]]:
+        """What adds up to the score, in words: n channels, and all that is left."""
+        return _amounts(self.query.channels, n, self.query.remainder, self.exact)
+
     def to_dict(self, lines: int = 10) -> dict[str, Any]:
         """Plain lists and numbers, ready for JSON; without pictures."""
         return {
@@ -353,6 +365,17 @@ def top_lines(channels: np.ndarray, n: int) -> list[Line]:
     chosen = np.argsort(-np.abs(channels), kind="stable")[:n]
     found = [Line(int(channel), float(channels[channel])) for channel in chosen]
     return sorted(found, key=lambda line: -line.contribution)
+
+
+def _amounts(
+    channels: np.ndarray, n: int, remainder: float, exact: bool
+) -> list[tuple[str, float]]:
+    lines = top_lines(channels, n)
+    found = [(f"channel {line.channel}", line.contribution) for line in lines]
+    found.append((f"{len(channels) - len(lines)} other channels", _others(channels, n)))
+    if not exact or abs(remainder) >= _SMALL:
+        found.append(("the head's bias" if exact else "not of first order", remainder))
+    return found
 
 
 def _as_dicts(channels: np.ndarray, n: int) -> list[dict[str, Any]]:

@@ -1,19 +1,24 @@
 """Pictures: maps laid over images, panels of a query and its results, and pages of panels.
 
-Pillow draws, matplotlib lends its colour maps and fonts (imported when first needed, never pyplot).
+Pillow draws; matplotlib lends fonts and all colour maps but the default ones (imported when first
+needed, never pyplot), and may be missing.
 `overlay` is one picture, `panel` and `receipt_picture` one PNG, `page` one self-contained HTML
-file.
+file, and `page_head`, `page_row` and `page_foot` its pieces.
 """
 
+from embedcam.render.blocks import Block, Link, Notice, Table
 from embedcam.render.chart import Chart
 from embedcam.render.overlay import colormap, overlay, stretch
-from embedcam.render.page import Notice, Row, Table, page
+from embedcam.render.page import Look, Row, page, page_foot, page_head, page_row
 from embedcam.render.panel import panel
 from embedcam.render.receipt import Mark, receipt_picture
-from embedcam.render.tiles import Tile, top_value
+from embedcam.render.tiles import Tile, shrunk, top_value
 
 __all__ = [
+    "Block",
     "Chart",
+    "Link",
+    "Look",
     "Mark",
     "Notice",
     "Row",
@@ -22,8 +27,12 @@ __all__ = [
     "colormap",
     "overlay",
     "page",
+    "page_foot",
+    "page_head",
+    "page_row",
     "panel",
     "receipt_picture",
+    "shrunk",
     "stretch",
     "top_value",
 ]

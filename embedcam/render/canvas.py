@@ -26,14 +26,14 @@ ELLIPSIS: Final = "…"
 
 @lru_cache(maxsize=32)
 def font_of(size: int, bold: bool = False) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans, which matplotlib brings along on every platform."""
-    import matplotlib
-
+    """DejaVu Sans, which matplotlib brings along on every platform; without it Pillow's own."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
     try:
+        import matplotlib
+
+        path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
         return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
-    except OSError:  # a matplotlib packaged without its fonts
+    except (ImportError, OSError):  # an installation for serving, or one without fonts
         return ImageFont.load_default(size)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -41,8 +42,18 @@ def colormap(values: np.ndarray, name: str = COLORMAP) -> np.ndarray:
 @lru_cache(maxsize=16)
 def _table(name: str) -> np.ndarray:
     """The 256 colours of a map, float32 `[256 3]`."""
-    from matplotlib import colormaps
-
+    if name == COLORMAP:
+        # Our own copy (matplotlib's, CC0): what answers queries needs no matplotlib.
+        own = np.fromfile(Path(__file__).with_name(f"{name}.f32"), "<f4").reshape(256, 3)
+        own.setflags(write=False)
+        return own
+    try:
+        from matplotlib import colormaps
+    except ImportError:
+        raise InputError(
+            f"colour map {name!r} is matplotlib's, which is not installed; take {COLORMAP}, or run "
+            "pip install matplotlib"
+        ) from None
     try:
         found = colormaps[name]
     except (KeyError, TypeError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -81,6 +81,17 @@ def fitted(tile: Tile, width: int, height: int) -> tuple[int, int]:
     across, down = tile.image.size
     factor = min(width / across, height / down)
     return max(1, round(across * factor)), max(1, round(down * factor))
+
+
+def shrunk(tile: Tile, side: int) -> Tile:
+    """The tile with its picture at `side` pixels on the longest side: there it draws the same."""
+    size = fitted(tile, side, side)
+    picture = plain_picture(tile, size)
+    if picture is None or tile.image is None:
+        return tile
+    across, down = size[0] / tile.image.width, size[1] / tile.image.height
+    x0, y0, x1, y1 = checked_extent(tile.extent, *tile.image.size)
+    return replace(tile, image=picture, extent=(x0 * across, y0 * down, x1 * across, y1 * down))
 
 
 def plain_picture(tile: Tile, size: tuple[int, int]) -> Image.Image | None:

@@ -22,14 +22,14 @@ from .receipts import ReceiptMaker, Receipts
 from .schemas import CompareAnswer, refusals
 from .upload import read_upload
 
-KNOWN = ("result", "rival", "row", "column", "of", "lines", "links")
+KNOWN = ("result", "rival", "cell", "of", "centred", "lines", "links")
 MAX_LINES = 50
 MAX_PAIRS = 250_000
 """Numbers of all `pairs` of an answer together, about 2 MB: a hundred receipts on maps of 7 x 7, or
 six of 14 x 14."""
 DRAWN_SIDE = 560
 
-CELL = Annotated[int, Field(ge=0, le=4095)]
+CELL = Annotated[str, Field(pattern=r"^[0-9]{1,3},[0-9]{1,3}$", examples=["2,5"])]
 Point = tuple[int, int, Literal["query", "result"]]
 _ID = "Id of an image of the index"
 
@@ -50,7 +50,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 "description": "Receipts as JSON; or one drawn, where `Accept` asks for a picture.",
                 "content": {PNG: BINARY, WEBP: BINARY},
             },
-            **refusals(404, 406, 409, *REFUSALS),
+            **refusals(404, 406, 409, 501, *REFUSALS),
         },
         openapi_extra=BODY,
         dependencies=[Depends(only(*KNOWN, repeated=("result",)))],
@@ -64,14 +64,14 @@ def router(pipeline: Pipeline) -> APIRouter:
             str | SkipJsonSchema[None],
             Query(description=f"{_ID}: why did the one result come above it?"),
         ] = None,
-        row: Annotated[
+        cell: Annotated[
             CELL | SkipJsonSchema[None],
-            Query(description="Of a cell, from 0; with `column`: what does it match?"),
+            Query(description="Row and column of a cell, from 0: what does it match?"),
         ] = None,
-        column: Annotated[CELL | SkipJsonSchema[None], Query()] = None,
-        of: Annotated[
-            Literal["query", "result"], Query(description="Whose cell `row` and `column` name.")
-        ] = "query",
+        of: Annotated[Literal["query", "result"], Query(description="Whose cell it is.")] = "query",
+        centred: Annotated[
+            bool, Query(description="Put apart what the average image of the index shares.")
+        ] = True,
         lines: Annotated[
             int, Query(ge=0, le=MAX_LINES, description="Channels with a line of their own.")
         ] = 10,
@@ -79,17 +79,20 @@ def router(pipeline: Pipeline) -> APIRouter:
             int, Query(ge=0, le=MAX_LINES, description="Links between cells, at most.")
         ] = 5,
     ) -> Response:
+        maker.check()
         kind = choose(request.headers.get("accept"), (JSON, PNG, WEBP))
         pipeline.find_live(*result, *([] if rival is None else [rival]))
         ids = _checked_ids(result, rival)
-        point = _checked_point(row, column, of)
+        point = _point_of(cell, of)
         if kind != JSON:
             _check_drawable(result, point)
         with pipeline.gate.admitted():
             upload = await read_upload(request, pipeline.limits)
             async with pipeline.deadline():
                 side = None if kind == JSON else DRAWN_SIDE
-                made = await maker.receipts(upload, ids, compared=rival is not None, side=side)
+                made = await maker.receipts(
+                    upload, ids, compared=rival is not None, centred=centred, side=side
+                )
                 if kind == JSON:
                     body = await pipeline.in_thread(_written, made, point, lines, links)
                 else:
@@ -113,14 +116,11 @@ def _checked_ids(results: list[str], rival: str | None) -> list[str]:
     return [*results, rival]
 
 
-def _checked_point(
-    row: int | None, column: int | None, of: Literal["query", "result"]
-) -> Point | None:
-    if row is None and column is None:
+def _point_of(cell: str | None, of: Literal["query", "result"]) -> Point | None:
+    if cell is None:
         return None
-    if row is None or column is None:
-        raise Refused(422, "half_a_point", "a point has a row and a column; give both")
-    return row, column, of
+    row, _, column = cell.partition(",")
+    return int(row), int(column), of
 
 
 def _check_drawable(results: list[str], point: Point | None) -> None:
@@ -157,7 +157,8 @@ def _written(made: Receipts, point: Point | None, lines: int, links: int) -> byt
 
 def _receipt(shown: dict[str, Any], picture: Picture) -> dict[str, Any]:
     kept = (
-        "similarity", "exact", "shared", "remainder", "channels", "other_channels", "links",
+        "similarity", "exact", "centred", "shared", "remainder", "channels", "other_channels",
+        "links",
     )  # fmt: skip
     return {
         "id": shown["result"]["id"],
@@ -188,7 +189,7 @@ def _point(receipt: Receipt, point: Point) -> list[list[float]]:
     try:
         found = receipt.point(row, column, of)
     except InputError as error:
-        raise Refused(422, "no_such_point", str(error)) from None
+        raise Refused(404, "unknown_cell", str(error)) from None
     return rounded(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import zipfile
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -27,6 +28,12 @@ few bytes long, so that a small file could keep a processor busy for hours."""
 
 _QUALITY: Final = {"JPEG": {"quality": 88}, "WEBP": {"quality": 84, "method": 2}, "PNG": {}}
 _FORMATS: Final = {"image/jpeg": "JPEG", "image/webp": "WEBP", "image/png": "PNG"}
+
+# Long enough to be in no compressed data by chance.
+_OTHERS: Final = {
+    b"<script": "a script", b"<html>": "HTML", b"<html ": "HTML", b"<!doctype html": "HTML",
+    b"<?php ": "PHP",
+}  # fmt: skip
 
 # A marker of a JPEG that begins a scan's data ends it too; within the data 0xFF is followed by 0 or
 # by a restart.
@@ -61,7 +68,7 @@ def read_query(data: bytes, preprocess: AnyPreprocess, pixels: int, side: int | 
             be drawn.
 
     Raises:
-        Refused: too many pixels, or scans.
+        Refused: too many pixels or scans, or a file that is something else beside a picture.
         ImageError: it cannot be decoded.
     """
     _check_scans(data)
@@ -73,6 +80,7 @@ def read_query(data: bytes, preprocess: AnyPreprocess, pixels: int, side: int | 
             "too_many_pixels",
             f"{NAME} has more than {pixels} pixels, which is the limit; send another",
         ) from None
+    _check_alone(data)
     width, height = picture.size
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ImageError(
@@ -131,6 +139,26 @@ def encoded(picture: Image.Image, media_type: str) -> bytes:
     options: dict[str, Any] = _QUALITY[kind]
     bare.save(held, kind, **options)
     return held.getvalue()
+
+
+def _check_alone(data: bytes) -> None:
+    """Refuse a picture that another program would take for something else.
+
+    Nothing of an upload is ever sent back, so such a file does no harm here; nobody has an honest
+    reason to send one. What cameras append to a JPEG, a film or a second picture, is no such thing.
+    """
+    words = data.lower()
+    kind = next((kind for word, kind in _OTHERS.items() if word in words), None)
+    if b"%pdf-" in words[:1024]:
+        kind = "PDF"
+    elif words[:3] == b"gif" and words[6:8] == b"/*":
+        kind = "a script"
+    elif zipfile.is_zipfile(io.BytesIO(data)):
+        kind = "a ZIP archive"
+    if kind is not None:
+        raise Refused(
+            422, "several_kinds", f"{NAME}: is {kind} as well; send a file that is a picture alone"
+        )
 
 
 def _check_scans(data: bytes) -> None:

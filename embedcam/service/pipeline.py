@@ -183,10 +183,15 @@ class Pipeline:
             inputs, n_neighbors=wanted.n_neighbors, result=wanted.result
         )
 
+    def _asked_head(self, _: Any, inputs: Sequence[np.ndarray]) -> list[Any]:
+        """What the head is, which receipts need; found once, in many passes."""
+        return [getattr(self.explainer.network, "head_kind", None)] * len(inputs)
+
     def _searched(self, wanted: Wanted, inputs: Sequence[np.ndarray]) -> list[Found]:
         network, index = self.explainer.network, self.index
         assert network is not None  # `_check` saw to it
-        embeddings = network.forward(np.stack(inputs)).embedding.cpu().numpy()
+        found: Any = network.forward(np.stack(inputs)).embedding
+        embeddings = found if isinstance(found, np.ndarray) else found.cpu().numpy()
         near = index.search(embeddings, wanted.n_neighbors)
         return [
             _found(index, Neighbors(*one))
@@ -198,6 +203,7 @@ class Pipeline:
         try:
             body = await self.in_thread(_probe_picture)
             query, made = await self.explain(Upload(body), self.n_neighbors, None, PROBE_SIDE)
+            await self.ask(Upload(body), None, self._asked_head)
             # The first overlay loads the colours.
             await self.in_thread(
                 overlay, query.small, made.cam, query.extent, query.size, PROBE_SIDE

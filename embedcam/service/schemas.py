@@ -132,6 +132,7 @@ class PairReceipt(_Strict):
         description="Contributions are exact; otherwise of first order, and `remainder` holds "
         "what is not."
     )
+    centred: bool = Field(description="What both share with the average image was put apart.")
     shared: float = Field(description="What both share with the average image of the index.")
     remainder: float = Field(description="What no channel accounts for.")
     channels: list[Channel] = Field(description="Those that give most, largest first.")
@@ -142,7 +143,7 @@ class PairReceipt(_Strict):
     pairs: list[list[float]] | None = Field(
         description="What each cell of the query (rows) has with each cell of the result "
         "(columns), both counted row by row, to four digits; null where the receipt is not exact, "
-        "or where all together would be too many numbers: ask with `row` and `column` then."
+        "or where all together would be too many numbers: ask with `cell` then."
     )
     point: Cells | None = Field(
         description="What the cell asked for matches, on the other picture's grid; null where "
@@ -220,7 +221,7 @@ class ErrorAnswer(_Strict):
 _WHEN = {
     400: "The request is broken.",
     403: "The Host header names another machine.",
-    404: "No image of this id, or no picture of it.",
+    404: "No image of this id, no picture of it, or no such cell.",
     406: "None of the types asked for is on offer.",
     408: "The body arrived too slowly.",
     409: "The picture of an image has changed since it was indexed.",
@@ -228,6 +229,7 @@ _WHEN = {
     415: "The body is of a type that holds no picture.",
     422: "A parameter or a picture that cannot be used.",
     500: "The service failed.",
+    501: "The network is an ONNX file, of whose pairs there are no receipts.",
     503: "Too many requests at once, or too slow an answer; `Retry-After` says when to retry.",
 }
 

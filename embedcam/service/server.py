@@ -20,7 +20,7 @@ from ..errors import InputError
 logger = logging.getLogger("embedcam.service")
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-MAX_CONNECTIONS = 1024
+MAX_CONNECTIONS = 512
 HEADER_SECONDS = 10.0
 """How long a client may take for the head of a request."""
 
@@ -128,8 +128,6 @@ def _reloaded(reload: Callable[[], Any]) -> None:
         reload()
     except Exception:
         logger.exception("the index could not be loaded again; the old one goes on being served")
-    else:
-        logger.info("the index was loaded again")
 
 
 class _Protocol(H11Protocol):

@@ -13,7 +13,7 @@ from embedcam import EmbeddingNetwork, Explainer, Index
 from embedcam.assembly import header
 from embedcam.cam import cam, resize
 from embedcam.encoding import Encoding, LowRank, fit_pca
-from embedcam.identity import fingerprint
+from embedcam.fingerprint import fingerprint
 from embedcam.index import PartData, create, quantize_coarse
 from embedcam.recipe import Recipe
 from embedcam.targets import head_cotangent
@@ -35,6 +35,7 @@ def make_index(
     """An index of that network whose rows are random, own maps included."""
     features = network.forward(network.probe_images())
     channels, *grid = features.activations.shape[1:]
+    coarse = (min(8, grid[0]), min(8, grid[1]))  # an index keeps at most 64 cells
     width = features.embedding.shape[1]
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((rows, width)).astype(np.float32)
@@ -51,7 +52,7 @@ def make_index(
     identity = fingerprint(network)
     described = header(
         Recipe(method=method), {**identity.to_dict(), "loading": None}, None, width,
-        network.normalize, network.layer, (grid[0], grid[1]), encoding, (grid[0], grid[1]),
+        network.normalize, network.layer, (grid[0], grid[1]), encoding, coarse,
     )  # fmt: skip
     part = PartData(
         ids=[f"folder/{row:06d}.jpg" for row in range(rows)],
@@ -60,7 +61,7 @@ def make_index(
         embeddings=vectors,
         triplets_used=np.full(rows, 50, np.uint32),
         fields=[fields],
-        coarse=[quantize_coarse(rng.random((rows, *grid), np.float32))],
+        coarse=[quantize_coarse(rng.random((rows, *coarse), np.float32))],
     )
     shared = {**identity.arrays(), "embedding_mean": vectors.mean(0)}
     return create(path, described, [encoding.fitted], shared, part)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,13 @@ print(len(opened), seconds, grown, first, again)
 
 
 def make_index(
-    path: Path, rows: int, encoding: Encoding, factory: str, folder: Path, clusters: int = 1000
+    path: Path,
+    rows: int,
+    encoding: Encoding,
+    factory: str,
+    folder: Path,
+    clusters: int = 1000,
+    trust: dict[str, Any] | None = None,
 ) -> Path:
     """An index of clustered unit vectors and random weights, never whole in memory.
 
@@ -57,6 +64,7 @@ def make_index(
         factory: FAISS's.
         folder: for the arrays it is made from.
         clusters: centres of the embeddings.
+        trust: the manifest's calibrations.
     """
     arrays = {
         "vectors": _mapped(folder / "vectors", "f4", (rows, WIDTH)),
@@ -90,6 +98,8 @@ def make_index(
     described = header(
         Recipe(faiss=factory), None, None, WIDTH, True, "features", GRID, encoding, GRID
     )
+    if trust is not None:
+        described["trust"] = trust
     create(path, described, [encoding.fitted], {"embedding_mean": centres[0]}, data)
     return path
 

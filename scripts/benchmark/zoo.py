@@ -43,7 +43,7 @@ TORCH_CAM = {
 }
 
 
-class _Score(nn.Module):
+class Score(nn.Module):
     """The cosine similarity to one embedding as the only class of a classifier."""
 
     def __init__(self, network: EmbeddingNetwork, reference: Tensor) -> None:
@@ -51,6 +51,7 @@ class _Score(nn.Module):
         self.network, self.reference = network.module, reference
 
     def forward(self, images: Tensor) -> Tensor:
+        """Scores `[B 1]`."""
         z = self.network(images)
         return nn.functional.cosine_similarity(z, self.reference, dim=-1)[:, None]
 
@@ -106,7 +107,7 @@ def _peers(
     """The same method of other packages, where they are installed."""
     found: dict[str, Callable[[], Any]] = {}
     layer = network.module.get_submodule(network.layer)
-    scored = _Score(network, reference).eval()
+    scored = Score(network, reference).eval()
     if name in GRAD_CAM:
         try:
             import pytorch_grad_cam

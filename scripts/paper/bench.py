@@ -29,13 +29,13 @@ from photographs import (
 )
 
 from embedcam import EmbeddingNetwork, load_network
+from embedcam.classes import label_codes
 from embedcam.cotangents import AnchorCotangents, Cotangents
 from embedcam.errors import InputError
 from embedcam.features import AffineHead
 from embedcam.metrics import recall_at_k
 from embedcam.recipe import Recipe
 from embedcam.targets import head_cotangent
-from embedcam.triplets import label_codes
 
 from .cache import Cache
 
@@ -175,7 +175,7 @@ def read_bench(folder: Path, weights: str, cache: Path | None) -> Bench:
             f"{folder} {what}; convert the download first: python scripts/prepare_data.py "
             f"{'birds' if official else 'birds|objects'} {folder} DATA/NAME"
         )
-    network = _network(weights)
+    network = frozen_network(weights)
     pictures = read_pictures(folder)
     kept = Cache(cache, network, [folder / "annotations.csv", *pictures.paths])
     found = kept.features(
@@ -202,7 +202,8 @@ def read_bench(folder: Path, weights: str, cache: Path | None) -> Bench:
     return Bench(folder.name, unseen, gallery, scenes_of(scenes, first, second), AffineHead(head))
 
 
-def _network(weights: str) -> EmbeddingNetwork:
+def frozen_network(weights: str) -> EmbeddingNetwork:
+    """MobileNetV2 as it is everywhere here: squashed pictures, its last activations."""
     return load_network(
         "torchvision:mobilenet_v2",
         weights=weights,

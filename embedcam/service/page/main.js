@@ -80,7 +80,8 @@ async function settle(cards, signal) {
     receipts.forEach((receipt, place) => cards[place].setReceipt(receipt));
   } catch (error) {
     if (signal.aborted) return;
-    if (cards.length === 1) cards[0].trouble = error.message;
+    const ofAll = error.passing || error.status === 501; // Not of one picture among them.
+    if (ofAll || cards.length === 1) for (const card of cards) card.trouble = error.message;
     else for (const card of cards) await settle([card], signal);
   }
 }
@@ -286,7 +287,7 @@ async function askPoint(row, column, cards) {
   for (let start = 0; start < cards.length; start += TOGETHER) {
     const some = cards.slice(start, start + TOGETHER);
     try {
-      const found = await compare(known.blob, some.map((card) => card.result.id), { row, column, links: 0 }, signal);
+      const found = await compare(known.blob, some.map((card) => card.result.id), { cell: `${row},${column}`, links: 0 }, signal);
       found.receipts.forEach((receipt, place) => some[place].setMatched(row, column, receipt.point));
     } catch (error) {
       if (signal.aborted || at.point?.row !== row || at.point.column !== column) return;

@@ -73,7 +73,7 @@ export async function explain(picture, count, signal) {
   return (await ask(`explain?${wanted}`, posted(picture, signal))).json();
 }
 
-/** Receipts of results; `more` are other parameters: rival, or row and column. */
+/** Receipts of results; `more` are other parameters: rival, or cell. */
 export async function compare(picture, ids, more, signal) {
   const wanted = new URLSearchParams(more);
   for (const id of ids) wanted.append("result", id);

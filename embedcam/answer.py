@@ -1,0 +1,208 @@
+"""One query answered: its neighbours' weights transferred, trusted or not, and its map drawn."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .calibration import evidence
+from .cam import cam, resize, sharpen
+from .errors import IndexFormatError, InputError
+from .explanation import Explanation
+from .index import Index, Neighbors, Selection
+from .neighbors import named_neighbors
+from .opened import Opened
+from .transfer import coefficients
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+N_NEGATIVES = 50
+_LOG = logging.getLogger("embedcam")
+
+
+class Fallback(Protocol):
+    """Computes weights on a query itself, where transferred ones are not trusted."""
+
+    def weights(
+        self, inputs: Any, positives: np.ndarray, negatives: np.ndarray
+    ) -> Sequence[np.ndarray]:
+        """Weights `[K]` of each layer, deepest first.
+
+        Args:
+            inputs: the network's input, `[3 H W]`.
+            positives: embeddings of the neighbours, `[P D]`.
+            negatives: of other images, `[Q D]`.
+        """
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How an explainer answers: see there."""
+
+    transfer: str
+    trusted_from: float
+    fallback: Fallback | None
+    only_below: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """One query with its features.
+
+    Attributes:
+        embedding: `[D]`.
+        activations: of each layer, `[K H W]`.
+        size: (height, width) of the map, or None for the layer's grid.
+        picture: what was given, or None.
+        inputs: the network's input `[3 H W]`, or None.
+    """
+
+    embedding: np.ndarray
+    activations: Sequence[np.ndarray]
+    size: tuple[int, int] | None = None
+    picture: Image.Image | None = None
+    inputs: Any = None
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """Weights `[K]` by layer; of the first one the neighbours' norms, shares and fields."""
+
+    weights: list[np.ndarray]
+    norms: np.ndarray
+    shares: np.ndarray
+    fields: Mapping[str, np.ndarray]
+
+
+def answer(
+    opened: Opened, choices: Choices, query: Query, near: Neighbors, result: str | None
+) -> Explanation:
+    """The explanation of one query.
+
+    Args:
+        opened: the index.
+        choices: of the explainer.
+        query: with its features.
+        near: its neighbours in that index.
+        result: id of the one image whose weights are to be transferred, or None for all of them.
+    """
+    rows = opened.index.select(near.positions)
+    made = _transferred(opened, rows, near.distances, choices.transfer)
+    norms, used, chosen = made.norms, rows, near
+    if result is not None:
+        chosen = named_neighbors(opened.index, query.embedding, [result])
+        used = opened.index.select(chosen.positions)
+        made = _transferred(opened, used, chosen.distances, choices.transfer)
+    trust = _trust(opened, made, chosen.distances, query.activations[0])
+    weights, doubted = made.weights, trust is not None and trust < choices.trusted_from
+    direct = doubted and query.inputs is not None and choices.fallback is not None
+    if direct and choices.fallback is not None:
+        _LOG.debug("trust %.2f is below %.2f: weights computed", trust, choices.trusted_from)
+        negatives = _others(opened.index, rows, used)
+        weights = list(choices.fallback.weights(query.inputs, used.embeddings, negatives))
+    ids, root = rows.ids, opened.root
+    return Explanation(
+        cam=_drawn(weights, query),
+        weights=weights[0],
+        ids=ids,
+        labels=rows.labels,
+        paths=[str(root / path) if path and root is not None else path for path in rows.paths],
+        distances=near.distances,
+        similarities=near.similarities,
+        neighbor_cams=rows.coarse(),
+        explained=list(ids) if result is None else [result],
+        transfer=choices.transfer,
+        extent=_extent(opened, query),
+        image=query.picture,
+        preprocess=opened.preprocess,
+        root=Path() if root is None else root,
+        only_below=choices.only_below,
+        neighbor_norms=norms,
+        layer_weights=dict(zip(opened.layers, weights, strict=True)),
+        trust=trust,
+        trusted_from=choices.trusted_from,
+        direct=direct,
+    )
+
+
+def _drawn(weights: Sequence[np.ndarray], query: Query) -> np.ndarray:
+    drawn = cam(weights[0], query.activations[0])
+    for own, finer in zip(weights[1:], query.activations[1:], strict=True):
+        drawn = sharpen(cam(own, finer), drawn)
+    return drawn if query.size is None else resize(drawn, query.size)
+
+
+def _extent(opened: Opened, query: Query) -> tuple[float, float, float, float] | None:
+    if query.picture is None or opened.preprocess is None:
+        return None
+    return opened.preprocess.extent(*query.picture.size)
+
+
+def _transferred(opened: Opened, rows: Selection, distances: np.ndarray, mode: str) -> _Transfer:
+    """The query's weights of each layer from its neighbours'."""
+    weights, lengths, shares = [], [], []
+    first: Mapping[str, np.ndarray] = {}
+    for number, encoding in enumerate(opened.encodings):
+        fields = rows.fields(number)
+        first = first or fields
+        unpacked = encoding.unpack(fields)
+        norms = encoding.norms(unpacked)
+        if not all(map(math.isfinite, norms.tolist())):
+            raise IndexFormatError(
+                f"{opened.index.path}: stored weights hold a NaN or an infinity; `embedcam verify` "
+                "says which file is damaged"
+            )
+        share = coefficients(norms, distances, mode)
+        weights.append(encoding.combine(unpacked, share))
+        lengths.append(norms)
+        shares.append(share)
+    return _Transfer(weights, lengths[0], shares[0], first)
+
+
+def _trust(
+    opened: Opened, made: _Transfer, distances: np.ndarray, activations: np.ndarray
+) -> float | None:
+    """Expected correlation with the directly computed map; None where nothing was calibrated.
+
+    Args:
+        opened: the index.
+        made: what was transferred.
+        distances: squared, of the images it was transferred from.
+        activations: of the first layer, `[K H W]`.
+    """
+    calibration = opened.calibrations.get("one" if len(distances) == 1 else "several")
+    if calibration is None:
+        return None
+    decoded = opened.encodings[0].decode(made.fields)
+    raw = np.tensordot(decoded, activations, 1)
+    norm = float(np.linalg.norm(made.weights[0]))
+    seen = evidence(raw, made.shares, norm, distances)
+    return float(calibration.trust(seen, np.min(distances)))
+
+
+def _others(index: Index, rows: Selection, used: Selection) -> np.ndarray:
+    """Embeddings of seeded random images that are no neighbours, nor labelled as they are.
+
+    Args:
+        index: of the neighbours.
+        rows: the neighbours.
+        used: what is explained by; with `result` one image that may be no neighbour.
+    """
+    live = index.live_positions()
+    live = live[~np.isin(live, [*rows.positions, *used.positions])]
+    if len(live) == 0:
+        raise InputError(
+            "the index holds no image but the neighbours, so nothing is left to tell the query "
+            "from; ask for fewer neighbours, or leave out fallback"
+        )
+    drawn = np.random.default_rng(0).choice(live, min(8 * N_NEGATIVES, len(live)), False)
+    near = {label for label in (*rows.labels, *used.labels) if label is not None}
+    apart = np.array([label not in near for label in index.select(drawn).labels])
+    return index.embeddings((drawn[apart] if apart.any() else drawn)[:N_NEGATIVES])

@@ -1,0 +1,56 @@
+"""The command that explains a pair."""
+
+import argparse
+import json
+from typing import Any
+
+from ..errors import InputError
+from .networks import check_onnx, network_given
+from .online import plan_pictures
+from .report import columns, note
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Why a query and a result match, or why the result came above a rival."""
+    from ..explain import Explainer
+    from ..index import Index
+    from ..pairs import PairExplainer
+
+    # Whatever can be refused is refused before the network is loaded.
+    check_onnx(options)
+    (picture,) = plan_pictures(options.output, [options.query])
+    with Index.open(options.index) as index:
+        for name in filter(None, (options.result, options.above)):
+            index.position(name)
+        if options.result == options.above:
+            raise InputError(f"--above {options.above} is the result itself; name another image")
+        network = network_given(options, index.manifest)
+        pairs = PairExplainer(Explainer(index, network, images=options.images))
+        centred = not options.not_centred
+        made: Any
+        if options.above is None:
+            made = pairs.receipt(options.query, options.result, centred=centred)
+        else:
+            made = pairs.above(options.query, options.result, options.above, centred=centred)
+        if picture is not None:
+            made.save(picture, lines=options.lines)
+    if options.json:
+        saved = {} if picture is None else {"picture": str(picture)}
+        print(json.dumps({"query": options.query, **saved, "pair": made.to_dict(options.lines)}))
+        return
+    print("\n".join(_lines(options, made)))
+    if picture is not None:
+        note(options, f"picture: {picture}")
+
+
+def _lines(options: argparse.Namespace, made: Any) -> list[str]:
+    """What is added up, a line each, and the sum."""
+    head = f"{options.query} and {options.result}"
+    if options.above is not None:
+        head += f", above {options.above}"
+        total = ["nearer by", f"{made.score:+.3f}"]
+    else:
+        total = ["similarity", f"{made.similarity:+.3f}"]
+    rows = [[words, f"{number:+.3f}"] for words, number in made.amounts(options.lines)]
+    shown = columns([*rows, total], right=(1,))
+    return [head, *(f"  {line}" for line in shown)]

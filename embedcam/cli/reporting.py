@@ -1,0 +1,85 @@
+"""`explain --report`: a folder of queries on one page."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..errors import ImageError, InputError
+from ..images import ImageSource, Item, find_images
+from .report import note
+
+_INSTEAD = "--report writes index.html and explanations.jsonl into its folder; leave out {}"
+
+
+def check_report(options: argparse.Namespace) -> ImageSource | None:
+    """The queries of a report; None where none was asked for.
+
+    Raises:
+        InputError: what makes no sense with a report, or without one; or a folder that holds
+            something else.
+    """
+    if options.report is None:
+        if options.batch_size is not None:
+            raise InputError("--batch-size is of a report; give --report FOLDER, or leave it out")
+        return None
+    from ..report import check_folder
+
+    for name, given in (("-o", options.output), ("--html", options.html), ("--json", options.json)):
+        if given:
+            raise InputError(_INSTEAD.format(name))
+    if options.method is not None:
+        raise InputError(
+            f"a report's maps are the index's; leave out --method {options.method}, or explain the "
+            "queries with --html"
+        )
+    check_folder(options.report)
+    return _queries(options.queries)
+
+
+def _queries(given: list[str]) -> ImageSource:
+    """One folder, recursively, one CSV, or pictures."""
+    first = Path(given[0])
+    if len(given) == 1 and (first.is_dir() or first.suffix.lower() == ".csv"):
+        return find_images(first, "none")
+    for query in given:
+        if Path(query).is_dir():
+            raise InputError(f"{query}: is a folder; give one folder, one CSV or pictures")
+        if not Path(query).exists():
+            raise ImageError(f"{query}: does not exist")
+    return ImageSource([Item(query, query) for query in given])
+
+
+def write(
+    options: argparse.Namespace, explainer: Any, queries: ImageSource, asked: dict[str, Any]
+) -> None:
+    """Write the report, and say where it is."""
+    from ..report import write_report
+
+    sized = {} if options.batch_size is None else {"batch_size": options.batch_size}
+    found = write_report(
+        explainer,
+        queries,
+        options.report,
+        scale=options.scale,
+        progress=False if options.quiet else None,
+        **sized,
+        **asked,
+    )
+    for name, reason in found.unreadable:
+        note(options, f"note: {reason if name in reason else f'{name}: {reason}'}")
+    for number, what in (
+        (found.n_untrusted, "with a map that is not to be trusted (--fallback computes one)"),
+        (found.n_empty, "with an empty map"),
+    ):
+        if number:
+            note(options, f"note: {_queries_of(number)} {what}")
+    if found.n_new == 0:
+        print(f"{found.path}: complete already")
+        return
+    before = found.n_queries - found.n_new
+    resumed = f", {before:,} of them before" if before else ""
+    print(f"{found.path}: {_queries_of(found.n_queries)}{resumed}")
+
+
+def _queries_of(number: int) -> str:
+    return f"{number:,} quer{'y' if number == 1 else 'ies'}"

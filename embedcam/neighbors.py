@@ -1,0 +1,78 @@
+"""A query's neighbours: searched in the index, or those that another search engine named."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .errors import InputError
+from .index import Index, Neighbors
+from .queries import check_count
+
+
+def check_wanted(
+    n_neighbors: int | None,
+    neighbors: Sequence[Sequence[str]] | None,
+    n_queries: int,
+    default: int,
+) -> int:
+    """How many neighbours are to be searched for.
+
+    Raises:
+        InputError: a number and names both, no list of names for each query, or no such number.
+    """
+    if neighbors is not None:
+        if n_neighbors is not None:
+            raise InputError("give n_neighbors to search, or neighbors to name them, not both")
+        if isinstance(neighbors, str) or len(neighbors) != n_queries:
+            raise InputError(
+                f"neighbors holds {len(neighbors)} lists of ids for {n_queries} queries; give "
+                "one list for each"
+            )
+    return default if n_neighbors is None else check_count(n_neighbors)
+
+
+def find_neighbors(
+    index: Index,
+    embeddings: np.ndarray,
+    n_neighbors: int,
+    named: Sequence[Sequence[str]] | None,
+) -> list[Neighbors]:
+    """For each query `[B D]` its neighbours: searched, or those that were named."""
+    if named is None:
+        found = index.search(embeddings, n_neighbors)
+        return [
+            Neighbors(*one)
+            for one in zip(found.positions, found.distances, found.similarities, strict=True)
+        ]
+    return [
+        named_neighbors(index, embedding, ids)
+        for embedding, ids in zip(embeddings, named, strict=True)
+    ]
+
+
+def named_neighbors(index: Index, embedding: np.ndarray, ids: Sequence[str]) -> Neighbors:
+    """Named images beside a query `[D]`, in the order named.
+
+    Raises:
+        InputError: no ids, one twice, or an unknown or removed one.
+    """
+    if isinstance(ids, str):
+        raise InputError(f"expected a list of ids as neighbours, got the string {ids!r}")
+    if len(ids) == 0:
+        raise InputError("no neighbour was given; name at least one id")
+    if not all(isinstance(name, str) for name in ids):
+        kinds = ", ".join(sorted({type(name).__name__ for name in ids}))
+        raise InputError(f"ids are strings, as in `index.ids`; given {kinds}")
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if list(ids).count(name) > 1)
+        raise InputError(f"the neighbour {twice!r} was given twice; name each id once")
+    positions = index.positions(ids)
+    stored = index.embeddings(positions).astype(np.float64)
+    difference = stored - embedding
+    return Neighbors(
+        positions,
+        np.einsum("nd,nd->n", difference, difference).astype(np.float32),
+        (stored @ embedding).astype(np.float32),
+    )

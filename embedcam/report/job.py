@@ -1,0 +1,309 @@
+"""Many queries explained into one folder: a page for people, JSON lines for machines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+from tqdm import tqdm
+
+from .. import __version__
+from ..errors import InputError
+from ..images import ImageSource
+from ..images.batches import default_workers
+from ..queries import check_count
+from ..render import Look, page_foot, page_head
+from .folder import LINES, PAGE, Folder, check_folder, open_folder, written
+from .queries import Opened, explain_opened, finished, open_query
+from .words import Fact, blocks, facts, intro
+
+if TYPE_CHECKING:
+    from ..explain import Explainer
+    from ..render.tiles import Scale
+
+SIDE: Final = 200
+"""Pixels on the longest side of a picture: a page of thousands still opens."""
+_QUALITY: Final = 80
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report holds.
+
+    Attributes:
+        path: the page.
+        n_queries: all queries.
+        n_new: queries explained by this call; the others were finished before.
+        unreadable: (query, reason) of those that could not be read or embedded.
+        n_untrusted: queries whose map is not to be trusted.
+        n_empty: queries with an empty map.
+    """
+
+    path: Path
+    n_queries: int
+    n_new: int
+    unreadable: list[tuple[str, str]]
+    n_untrusted: int
+    n_empty: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a report is made of."""
+
+    explainer: Explainer
+    source: ImageSource
+    asked: Mapping[str, Any]
+    neighbors: Sequence[str] | None
+    options: Mapping[str, Any]
+    look: Look
+    index: Mapping[str, Any]
+    title: str
+
+
+def write_report(
+    explainer: Explainer,
+    source: ImageSource,
+    folder: str | Path,
+    *,
+    n_neighbors: int | None = None,
+    result: str | None = None,
+    neighbors: Sequence[str] | None = None,
+    scale: Scale = "joint",
+    side: int = SIDE,
+    title: str = "Why did these come back?",
+    batch_size: int = 16,
+    progress: bool | None = None,
+) -> Report:
+    """Explain many queries on one page; run again after an interruption, it goes on.
+
+    Writes `index.html`, self-contained, and `explanations.jsonl`, a line a query: `query` (its id),
+    `path`, and `Explanation.to_dict` with a map of at most 14 x 14, or `error`. A query that cannot
+    be read or embedded is listed with the reason and stops nothing. Pictures are held for a batch
+    or two at a time, however many queries there are. A kill leaves a whole page or none.
+
+    Args:
+        explainer: explains; with a network, so that pictures can be embedded.
+        source: the queries, from `find_images` or `from_dataset`.
+        folder: of the report alone; created where missing.
+        n_neighbors, result, neighbors: as for `Explainer.explain`, for every query.
+        scale: "joint" gives the results of a query one colour scale, "each" each its own.
+        side: the longest side of the pictures in the page, in pixels.
+        title: of the page.
+        batch_size: queries a forward pass; changes nothing beyond float rounding.
+        progress: a bar; None shows it on a terminal only.
+
+    Raises:
+        InputError: a folder that holds something else, or a report of another index, of other
+            queries or with other options; a disk that cannot be written; or an argument.
+    """
+    check_folder(folder)
+    job = _job(explainer, source, n_neighbors, result, neighbors, scale, side, title)
+    about = {
+        "embedcam": __version__,
+        "index": job.index,
+        "queries": _described(source),
+        "options": {**job.options, "title": title},
+    }
+    batch_size = _at_least_one("batch_size", batch_size)
+    with open_folder(Path(folder), about) as place:
+        n_new = 0
+        if not place.complete:
+            n_new = _explain_missing(job, place, batch_size, progress)
+            known = _assemble(job, place)
+        else:
+            known = facts(place.lines())
+        place.tidy()
+    return _told(place.path / PAGE, known, n_new)
+
+
+def _job(
+    explainer: Explainer,
+    source: ImageSource,
+    n_neighbors: int | None,
+    result: str | None,
+    neighbors: Sequence[str] | None,
+    scale: Scale,
+    side: int,
+    title: str,
+) -> _Job:
+    """The arguments, checked before anything is written."""
+    if explainer.network is None or explainer.preprocess is None:
+        raise InputError(
+            "a report embeds pictures, so its Explainer needs the index's network, with its "
+            "preprocessing; give it one"
+        )
+    if len(source) == 0:
+        raise InputError("there is no query; give at least one picture")
+    if neighbors is not None and n_neighbors is not None:
+        raise InputError("give n_neighbors to search, or neighbors to name them, not both")
+    index, count = explainer.index, explainer.n_neighbors
+    for name in (*(neighbors or ()), *(() if result is None else (result,))):
+        index.position(name)
+    named = None if neighbors is None else list(neighbors)
+    options = {
+        "n_neighbors": check_count(count if n_neighbors is None else n_neighbors),
+        "result": result,
+        "neighbors": named,
+        "transfer": explainer.transfer,
+        "trusted_from": explainer.trusted_from,
+        "fallback": None if explainer.fallback is None else type(explainer.fallback).__name__,
+        "images": _pictures_root(explainer),
+        "network": type(explainer.network).__name__,
+        "autocast": str(getattr(explainer.network, "autocast", None)),
+        "scale": scale,
+        "side": _at_least_one("side", side),
+    }
+    look = Look(scale, side, quality=_QUALITY, long=True)
+    asked = {"n_neighbors": n_neighbors, "result": result}
+    return _Job(explainer, source, asked, named, options, look, _version(explainer), title)
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} = {value!r}; give a whole number of at least 1")
+    return value
+
+
+def _version(explainer: Explainer) -> dict[str, Any]:
+    manifest = explainer.index.manifest
+    return {"generation": manifest["generation"], "sha256": manifest["manifest_sha256"]}
+
+
+def _pictures_root(explainer: Explainer) -> str | None:
+    """Where the indexed pictures are read from: asked of the explainer, by a map of nothing."""
+    index = explainer.index
+    first = index.live_positions()[:1]
+    if len(first) == 0:
+        raise InputError(f"{index.path}: holds no image, so nothing comes back; add some first")
+    nothing = [np.zeros((layer["channels"], 1, 1), "f4") for layer in index.manifest["layers"]]
+    drawn = explainer.explain_features(
+        index.embeddings(first)[0],
+        nothing[0] if len(nothing) == 1 else nothing,
+        neighbors=index.select(first).ids,
+    )
+    if drawn.root is None:
+        return None
+    return os.path.abspath(drawn.root) + (" alone" if drawn.only_below else "")
+
+
+def _described(source: ImageSource) -> dict[str, Any]:
+    """The queries: how many, and a digest of their ids, paths, sizes and times of change."""
+    digest = hashlib.sha256(os.path.abspath(source.root or "").encode("utf-8", "surrogateescape"))
+    for position, item in enumerate(source.items):
+        entry = json.dumps([item.id, item.path, source.fingerprint(position)])
+        digest.update(entry.encode())
+    return {"count": len(source), "sha256": digest.hexdigest()}
+
+
+def _explain_missing(job: _Job, place: Folder, batch_size: int, progress: bool | None) -> int:
+    """Explain what is not finished yet; how many queries that were.
+
+    A batch is explained whole or not at all: another composition could round otherwise.
+    """
+    done, n_new = place.finished(), 0
+    batches = [
+        range(start, min(start + batch_size, len(job.source)))
+        for start in range(0, len(job.source), batch_size)
+    ]
+    ahead = [batch for batch in batches if not done.issuperset(batch)]
+    n_ahead = sum(map(len, ahead))
+    silent = None if progress is None else not progress
+    with (
+        _threads() as pool,
+        tqdm(
+            total=len(job.source),
+            initial=len(job.source) - n_ahead,
+            desc="explain",
+            unit=" queries",
+            disable=silent,
+        ) as bar,
+    ):
+        for batch, opened in _opened(job, pool, ahead):
+            names = [job.source.name(position) for position in batch]
+            found = explain_opened(job.explainer, names, opened, job.asked, job.neighbors)
+            if _version(job.explainer) != job.index:
+                raise InputError(
+                    "the explainer was given another version of its index while the report was "
+                    "written; give a new folder for a report of that one"
+                )
+            made = [
+                pool.submit(finished, job.source, position, one, why, job.look)
+                for position, one, why in zip(batch, opened, found, strict=True)
+            ]
+            place.keep(dict(zip(batch, (one.result() for one in made), strict=True)))
+            n_new += len(batch)
+            bar.update(len(batch))
+    return n_new
+
+
+def _opened(
+    job: _Job, pool: ThreadPoolExecutor, batches: Sequence[range]
+) -> Iterator[tuple[range, list[Opened | str]]]:
+    """Each batch with its queries opened; the next one is being read meanwhile."""
+
+    def begin(batch: range) -> list[Future[Opened | str]]:
+        prepare = job.explainer.preprocess
+        assert prepare is not None
+        return [pool.submit(open_query, job.source, p, prepare, job.look.side) for p in batch]
+
+    waiting = begin(batches[0]) if batches else []
+    for number, batch in enumerate(batches):
+        opened = [one.result() for one in waiting]
+        waiting = begin(batches[number + 1]) if number + 1 < len(batches) else []
+        yield batch, opened
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Threads that decode and draw; what waits is dropped when the job is stopped."""
+    pool = ThreadPoolExecutor(default_workers(), thread_name_prefix="embedcam-report")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _assemble(job: _Job, place: Folder) -> list[Fact]:
+    """Put the two files in place, the page last; a query's row is held no longer than it takes."""
+    places, cropped = range(len(job.source)), False
+    with written(place.path / LINES) as file:
+        for position in places:
+            one = place.read(position)
+            file.write(f"{one.line}\n")
+            cropped |= one.cropped
+    known, index = facts(place.lines()), job.explainer.index
+    head = page_head(
+        job.title,
+        intro(Path(os.path.abspath(index.path)).name, index.manifest, job.options, known),
+        blocks(known),
+        job.look,
+        maps=any(one.error is None for one in known),
+        cropped=cropped,
+    )
+    with written(place.path / PAGE) as file:
+        file.write(head)
+        for position in places:
+            file.write(place.read(position).row)
+        file.write(page_foot())
+    return known
+
+
+def _told(path: Path, known: Sequence[Fact], n_new: int) -> Report:
+    explained = [one for one in known if one.error is None]
+    return Report(
+        path,
+        len(known),
+        n_new,
+        [(one.name, one.error) for one in known if one.error is not None],
+        sum(one.trusted is False for one in explained),
+        sum(one.empty for one in explained),
+    )

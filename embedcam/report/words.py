@@ -1,0 +1,156 @@
+"""What a report says above its rows: what was asked of which index, and how it went."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ..registry import METHODS
+from ..render import Block, Link, Notice, Table
+from .queries import anchor
+
+_UNFOLDED: Final = 12
+"""Rows of a table that is seen at once; a longer one is opened by whoever wants it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """What the head of the page knows of a query: little, for there may be very many."""
+
+    position: int
+    name: str
+    error: str | None = None
+    nearest: str = ""
+    label: str | None = None
+    distance: float = 0.0
+    trust: float | None = None
+    trusted: bool | None = None
+    direct: bool = False
+    empty: bool = False
+
+
+def facts(lines: Iterable[str]) -> list[Fact]:
+    """Of each query, from its line of JSON."""
+    return [_fact(position, json.loads(line)) for position, line in enumerate(lines)]
+
+
+def _fact(position: int, record: Mapping[str, Any]) -> Fact:
+    if "error" in record:
+        return Fact(position, record["query"], record["error"])
+    nearest = record["neighbors"][0]
+    return Fact(
+        position,
+        record["query"],
+        nearest=nearest["id"],
+        label=nearest["label"],
+        distance=nearest["distance"],
+        **{name: record[name] for name in ("trust", "trusted", "direct", "empty")},
+    )
+
+
+def intro(
+    place: str, manifest: Mapping[str, Any], options: Mapping[str, Any], known: Sequence[Fact]
+) -> str:
+    """What was asked of which index, and how to read the maps."""
+    network, layers = manifest["network"] or {}, manifest["layers"]
+    entry = METHODS.get(manifest["method"])
+    grid = layers[0]["grid"]
+    names = ", ".join(f"{one['name']} ({one['channels']:,} channels)" for one in layers)
+    size = "" if grid is None else f" on a grid of {grid[0]} x {grid[1]}"
+    asked = (
+        f"{_counted(len(known), 'query', 'queries')} against the index {place}: "
+        f"{_counted(manifest['counts']['live'], 'image', 'images')}, generation "
+        f"{manifest['generation']}, embedded by {network.get('name') or 'a network without a name'}"
+        f", layer {names}{size}."
+    )
+    method = manifest["method"] if entry is None else entry.title
+    read = (
+        f"A map shows what in a query speaks for its results: {method} weights "
+        f"{_source_of_weights(options)}; a result's own map shows what tells it from other images. "
+        "Distances are squared Euclidean: smaller is nearer."
+    )
+    if any(one.trust is not None for one in known):
+        read += (
+            " Trust is the correlation to be expected with a map computed on the query itself, 0 "
+            f"to 1; below {options['trusted_from']:g} a map is not to be trusted."
+        )
+    return f"{asked}\n\n{read}"
+
+
+def _source_of_weights(options: Mapping[str, Any]) -> str:
+    if options["result"] is not None:
+        return f"of the one image {options['result']}"
+    if options["neighbors"] is not None:
+        return f"transferred from {', '.join(options['neighbors'])}"
+    count = options["n_neighbors"]
+    near = "nearest image" if count == 1 else f"{count} nearest images"
+    by = ", weighted by distance" if options["transfer"] == "distance" and count > 1 else ""
+    return f"transferred from the {near}{by}"
+
+
+def blocks(known: Sequence[Fact]) -> list[Block]:
+    """What to look out for, what could not be read, and every query with a link to its row."""
+    explained = [one for one in known if one.error is None]
+    failed = [one for one in known if one.error is not None]
+    made: list[Block] = []
+    if warned := _warnings(explained, failed):
+        made.append(Notice(f"Of {_counted(len(known), 'query', 'queries')}", warned))
+    if failed:
+        made.append(
+            Table(
+                ["query", "why not"],
+                [[one.name, one.error] for one in failed],
+                "Could not be explained",
+                folded=len(failed) > _UNFOLDED,
+            )
+        )
+    if len(explained) > 1:
+        made.append(_overview(explained))
+    return made
+
+
+def _warnings(explained: Sequence[Fact], failed: Sequence[Fact]) -> list[str]:
+    counts = [
+        (len(failed), "could not be explained"),
+        (sum(one.trusted is False for one in explained), "with a map that is not to be trusted"),
+        (sum(one.empty for one in explained), "with an empty map"),
+        (sum(one.direct for one in explained), "whose weights were computed on the query itself"),
+    ]
+    return [f"{count:,} {what}" for count, what in counts if count]
+
+
+def _overview(explained: Sequence[Fact]) -> Table:
+    """Every query that was explained; the least trusted first, where trust is known."""
+    calibrated = any(one.trust is not None for one in explained)
+    labelled = any(one.label is not None for one in explained)
+    noted = any(_remark(one) for one in explained)
+    ordered = sorted(explained, key=lambda one: -1.0 if one.trust is None else one.trust)
+    columns = [
+        ("query", True, lambda one: Link(one.name, anchor(one.position))),
+        ("nearest image", True, lambda one: one.nearest),
+        ("label", labelled, lambda one: one.label or ""),
+        ("distance", True, lambda one: f"{one.distance:.3f}"),
+        ("trust", calibrated, lambda one: "-" if one.trust is None else f"{one.trust:.2f}"),
+        ("map", noted, _remark),
+    ]
+    shown = [(name, cell) for name, wanted, cell in columns if wanted]
+    return Table(
+        [name for name, _ in shown],
+        [[cell(one) for _, cell in shown] for one in ordered],
+        "All queries, the least trusted first" if calibrated else "All queries",
+        folded=len(explained) > _UNFOLDED,
+    )
+
+
+def _remark(one: Fact) -> str:
+    if one.empty:
+        return "empty"
+    if one.direct:
+        return "computed on the query"
+    return "not trusted" if one.trusted is False else ""
+
+
+def _counted(number: int, one: str, several: str) -> str:
+    return f"{number:,} {one if number == 1 else several}"

@@ -1,0 +1,478 @@
+"""One explainer and many threads, its index replaced meanwhile: the sequential answers."""
+
+import gc
+import logging
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import index_samples
+import numpy as np
+import pytest
+from photo_samples import Flat, build, network_of, picture, tensor_of, write_photos
+
+from embedcam import (
+    DirectWeights,
+    EmbeddingNetwork,
+    Explainer,
+    Explanation,
+    Index,
+    Recipe,
+    fingerprint,
+)
+from embedcam.errors import IndexFormatError, InputError, NetworkMismatch
+from embedcam.index import append, compact, remove
+
+THREADS = 4
+QUERIES = 5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos") / "photos", each=14)
+
+
+@pytest.fixture(scope="module")
+def network() -> EmbeddingNetwork:
+    return network_of()
+
+
+@pytest.fixture(scope="module")
+def built(
+    photos: Path, network: EmbeddingNetwork, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An index with trust."""
+    return build(photos, tmp_path_factory.mktemp("built") / "index", network)
+
+
+def same(a: Explanation, b: Explanation) -> bool:
+    """Bit for bit, in everything an explanation holds but the picture and what prepared it."""
+    for field in fields(Explanation):
+        mine, other = getattr(a, field.name), getattr(b, field.name)
+        if field.name in ("image", "preprocess"):
+            alike = type(mine) is type(other)
+        elif isinstance(mine, dict):
+            alike = mine.keys() == other.keys() and all(
+                np.array_equal(mine[name], other[name]) for name in mine
+            )
+        elif isinstance(mine, np.ndarray):
+            alike = mine.dtype == other.dtype and np.array_equal(mine, other)
+        else:
+            alike = bool(mine == other)
+        if not alike:
+            return False
+    return True
+
+
+def strange(number: int) -> np.ndarray:
+    """Noise, which no transfer is trusted for."""
+    return np.random.default_rng(number).integers(0, 256, (40, 48, 3), np.uint8)
+
+
+Ask = Callable[[Explainer], Sequence[Explanation]]
+
+
+def questions(network: EmbeddingNetwork) -> list[Ask]:
+    """Every way to ask, of several queries."""
+    pictures = [picture(n % 3, 50 + n) for n in range(QUERIES)]
+    made = [network.forward(tensor_of(one)[None]) for one in pictures]
+    vectors = np.concatenate([one.embedding.numpy() for one in made])
+    maps = np.concatenate([one.activations.numpy() for one in made])
+    asked: list[Ask] = [lambda e: e.explain_batch(pictures)]
+    asked.append(lambda e: e.explain_features(vectors, maps, n_neighbors=7))
+    for n in range(QUERIES):
+        asked += [
+            lambda e, n=n: [e.explain(pictures[n])],
+            lambda e, n=n: [e.explain_features(vectors[n], maps[n], size=(20, 30))],
+            lambda e, n=n: [e.explain_features(vectors[n], maps[n], result="1/3.png")],
+            lambda e, n=n: [e.explain(pictures[n], neighbors=["0/1.png", "2/2.png"])],
+        ]
+    return asked
+
+
+def hammer(
+    explainer: Explainer,
+    asked: Sequence[Ask],
+    right: Sequence[Sequence[Sequence[Explanation]]],
+    rounds: int = 2,
+    meanwhile: Callable[[], None] | None = None,
+) -> list[int]:
+    """Ask everything in every thread, each in its own order; count whose answers came back.
+
+    Args:
+        explainer: shared.
+        asked: the questions.
+        right: for each version of the index the sequential answers; any of them will do, but all
+            parts of one answer must be of one version.
+        rounds: how often a thread asks them all at least; it goes on while `meanwhile` lasts.
+        meanwhile: runs in a thread of its own.
+    """
+    counts, done, start = [0] * len(right), threading.Event(), threading.Barrier(THREADS + 1)
+
+    def change() -> None:
+        start.wait(20)
+        try:
+            if meanwhile is not None:
+                meanwhile()
+        finally:
+            done.set()
+
+    def ask(number: int) -> None:
+        start.wait(20)
+        order = islice(cycle(range(len(asked))), 5 * number, None)
+        for turn, which in enumerate(order):
+            if done.is_set() and turn >= rounds * len(asked):
+                return
+            found = asked[which](explainer)
+            whose = [
+                version
+                for version, answers in enumerate(right)
+                if len(answers[which]) == len(found) and all(map(same, found, answers[which]))
+            ]
+            assert whose, f"question {which} has an answer of no version"
+            counts[whose[0]] += 1
+
+    with ThreadPoolExecutor(THREADS + 1) as pool:
+        running = [pool.submit(change), *(pool.submit(ask, n) for n in range(THREADS))]
+        for one in running:
+            one.result()
+    return counts
+
+
+@pytest.mark.parametrize("with_faiss", [True, False])
+def test_threads_get_the_answers_of_one(
+    built: Path, network: EmbeddingNetwork, with_faiss: bool
+) -> None:
+    asked = questions(network)
+    with Index.open(built, with_faiss=with_faiss) as index:
+        right = [one(Explainer(index, network)) for one in asked]
+    assert right[0][0].trust is not None
+    with Index.open(built, with_faiss=with_faiss) as index:
+        assert sum(hammer(Explainer(index, network), asked, [right])) >= 2 * THREADS * len(asked)
+
+
+def test_threads_whose_transfer_is_not_trusted(built: Path, network: EmbeddingNetwork) -> None:
+    with Explainer(built) as plain:
+        recipe = Recipe.from_dict(plain.index.manifest["recipe"])
+    careful = {"fallback": DirectWeights(network, recipe)}
+    asked: list[Ask] = [lambda e, n=n: [e.explain(strange(n))] for n in range(4)]
+    asked += [lambda e: e.explain_batch([strange(5), strange(6)]), *questions(network)[:3]]
+    with Explainer(built, network, **careful) as explainer:
+        right = [one(explainer) for one in asked]
+        assert [answers[0].direct for answers in right] == [True] * 5 + [False] * 3
+        hammer(explainer, asked, [right], rounds=1)
+
+
+def test_a_wrong_answer_would_be_seen(built: Path, network: EmbeddingNetwork) -> None:
+    asked = questions(network)[:3]
+    with Explainer(built, network) as explainer:
+        right = [one(explainer) for one in asked]
+        right[2][0].cam[0, 0] += 1e-6 * right[2][0].cam.max()
+        with pytest.raises(AssertionError, match="question 2 has an answer of no version"):
+            hammer(explainer, asked, [right], rounds=1)
+
+
+# --- another version under it --------------------------------------------------------------------
+
+
+def switch(link: Path, to: Path) -> None:
+    """Let a link name another index, in one step."""
+    made = link.with_name("next")
+    made.symlink_to(to)
+    os.replace(made, link)
+
+
+@pytest.fixture
+def versions(tmp_path: Path, photos: Path, network: EmbeddingNetwork) -> list[Path]:
+    """Two indexes of the network, which differ in images, encoding, FAISS and trust."""
+    paths = [build(photos, tmp_path / "one", network)]
+    recipe = Recipe(encoding="dense", target="margin", faiss="HNSW8")
+    paths.append(build(photos, tmp_path / "two", network, recipe, trust=False))
+    remove(paths[1], ["0/0.png", "1/4.png", "2/7.png"])
+    return paths
+
+
+def test_reloading_under_threads_mixes_no_versions(
+    tmp_path: Path, versions: list[Path], network: EmbeddingNetwork
+) -> None:
+    link, asked = tmp_path / "current", questions(network)
+    right = [[one(Explainer(path, network)) for one in asked] for path in versions]
+    assert not any(same(a[0], b[0]) for a, b in zip(*right, strict=True))
+    switch(link, versions[0])
+    explainer = Explainer(link, network)
+
+    def change() -> None:
+        for turn in range(1, 11):
+            switch(link, versions[turn % 2])
+            assert explainer.reload() is True
+            assert explainer.reload() is False
+
+    counts = hammer(explainer, asked, right, rounds=1, meanwhile=change)
+    assert min(counts) > 0
+
+
+def test_a_writer_changes_the_index_under_threads(tmp_path: Path) -> None:
+    """In place, files of older generations swept away while requests use them."""
+    path = index_samples.make(tmp_path / "index", 120, "low-rank")
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((QUERIES, index_samples.WIDTH)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    shape = (QUERIES, index_samples.CHANNELS, *index_samples.GRID)
+    maps = rng.standard_normal(shape).astype(np.float32)
+    asked: list[Ask] = [lambda e: e.explain_features(vectors, maps)]
+    asked += [lambda e, n=n: [e.explain_features(vectors[n], maps[n])] for n in range(QUERIES)]
+    with Explainer(path) as explainer:
+        nearest = explainer.explain_features(vectors, maps)[0].ids[0]
+    encoding, number = index_samples.encoding_of("low-rank"), int(nearest[-4:])
+    right = []
+
+    def without() -> None:
+        remove(path, [nearest])
+        compact(path)
+
+    def again() -> None:
+        append(path, index_samples.part(number, number + 1, encoding))
+
+    for step in (None, without, again, without):
+        if step is not None:
+            step()
+        with Explainer(path) as explainer:
+            right.append([one(explainer) for one in asked])
+    assert [answers[1][0].ids[0] == nearest for answers in right] == [True, False, True, False]
+    explainer = Explainer(path)
+
+    def change() -> None:
+        for _ in range(3):
+            for step in (again, without):
+                step()
+                assert explainer.reload()
+
+    counts = hammer(explainer, asked, right, rounds=1, meanwhile=change)
+    assert sum(counts) >= THREADS * len(asked)
+
+
+def test_a_request_ends_with_the_version_it_began_with(
+    tmp_path: Path, versions: list[Path], photos: Path
+) -> None:
+    """Held in its forward pass while the version changes, and the files are let go after it."""
+    network = network_of()
+    link = tmp_path / "current"
+    switch(link, versions[0])
+    explainer = Explainer(link, network)
+    query = picture(0, 60)
+    expected = explainer.explain(query)
+    inside, go_on, forward = threading.Event(), threading.Event(), network.forward
+
+    def held(batch: Any) -> Any:
+        inside.set()
+        assert go_on.wait(10)
+        return forward(batch)
+
+    network.forward = held  # type: ignore[method-assign]
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(explainer.explain, query)
+        assert inside.wait(10)
+        network.forward = forward  # type: ignore[method-assign]
+        switch(link, versions[1])
+        gc.collect()
+        gc.disable()
+        try:
+            assert explainer.reload()
+            if Path("/proc/self/maps").exists():
+                assert str(versions[0]) in Path("/proc/self/maps").read_text()
+            assert explainer.explain(query).trust is None
+            go_on.set()
+            assert same(waiting.result(), expected)
+            del waiting
+            if Path("/proc/self/maps").exists():
+                assert str(versions[0]) not in Path("/proc/self/maps").read_text()
+        finally:
+            gc.enable()
+
+
+def broken_faiss(path: Path) -> None:
+    file = next(path.glob("faiss-*.index"))
+    held = bytearray(file.read_bytes())
+    held[-5] ^= 1
+    file.write_bytes(held)
+
+
+def broken_part(path: Path) -> None:
+    file = next(path.glob("parts/*/embeddings.f32"))
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def broken_values(path: Path) -> None:
+    file = next(path.glob("parts/*/embeddings.f32"))
+    held = bytearray(file.read_bytes())
+    held[3] ^= 1
+    file.write_bytes(held)
+
+
+def gone(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "message", "options"),
+    [
+        (broken_faiss, "does not match its checksum", {}),
+        (broken_part, "truncated to", {}),
+        (broken_values, "embeddings.f32", {"verify": True}),
+        (gone, "manifest.json", {}),
+    ],
+)
+def test_a_broken_version_leaves_the_old_one_serving(
+    tmp_path: Path,
+    versions: list[Path],
+    network: EmbeddingNetwork,
+    harm: Callable[[Path], None],
+    message: str,
+    options: dict[str, bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    link = tmp_path / "current"
+    switch(link, versions[0])
+    explainer = Explainer(link, network)
+    before, expected = explainer.index, explainer.explain(picture(0, 60))
+    harm(versions[1])
+    switch(link, versions[1])
+    closed: list[Index] = []
+    close = Index.close
+    monkeypatch.setattr(Index, "close", lambda self: (closed.append(self), close(self))[1])
+    for _ in range(2):
+        with pytest.raises(IndexFormatError, match=message):
+            explainer.reload(**options)
+    assert explainer.index is before
+    assert before not in closed
+    assert len(closed) == (2 if harm in (broken_faiss, broken_values) else 0)
+    assert same(explainer.explain(picture(0, 60)), expected)
+    switch(link, versions[0])
+    assert not explainer.reload()
+
+
+def test_the_network_of_a_new_version_is_checked_and_cheaply_where_it_is_the_same(
+    tmp_path: Path,
+    photos: Path,
+    versions: list[Path],
+    network: EmbeddingNetwork,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    link = tmp_path / "current"
+    switch(link, versions[0])
+    explainer = Explainer(link, network)
+    checks: list[Any] = []
+    check = fingerprint.check
+    monkeypatch.setattr(
+        fingerprint, "check", lambda stored, given: (checks.append(stored), check(stored, given))
+    )
+    switch(link, versions[1])
+    assert explainer.reload()
+    assert checks == []
+    switch(link, build(photos, tmp_path / "three", network_of(Flat)))
+    with pytest.raises(NetworkMismatch, match="this is not the network of the index"):
+        explainer.reload()
+    assert len(checks) == 1
+    assert explainer.explain(picture(0, 60)).trust is None
+    without = index_samples.make(tmp_path / "four")
+    switch(link, without)
+    with pytest.raises(InputError, match="built from features alone"):
+        explainer.reload()
+    # Without a network any index will do.
+    switch(link, versions[0])
+    of_features = Explainer(link)
+    switch(link, without)
+    assert of_features.reload()
+    assert of_features.index.width == index_samples.WIDTH
+
+
+def test_a_relative_path_still_leads_there_from_elsewhere(
+    tmp_path: Path, versions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    explainer = Explainer("one")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    remove(versions[0], ["0/0.png"])
+    assert explainer.reload()
+    assert len(explainer.index) == 41
+
+
+def test_an_index_that_was_handed_in_stays_the_callers(
+    tmp_path: Path, versions: list[Path]
+) -> None:
+    with Index.open(versions[0], with_faiss=False, n_threads=1) as index:
+        explainer = Explainer(index)
+        assert explainer.reload() is False
+        assert explainer.index is index
+        remove(versions[0], ["0/0.png"])
+        assert explainer.reload() is True
+        served = explainer.index
+        assert (served.with_faiss, served.n_threads) == (False, 1)
+        assert (len(served), len(index)) == (41, 42)
+        explainer.close()
+        assert index.ids[0] == "0/0.png"
+        with pytest.raises(InputError, match="the index is closed"):
+            _ = served.ids[0]
+    with Index.open(versions[1]) as index:
+        with Explainer(index):
+            pass
+        assert index.ids[0] == "0/0.png"
+
+
+def test_leaving_the_block_closes(versions: list[Path], network: EmbeddingNetwork) -> None:
+    with Explainer(versions[0], network) as explainer:
+        assert explainer.explain(picture(0, 1)).ids
+    with pytest.raises(InputError, match="the index is closed; open it again"):
+        explainer.explain(picture(0, 1))
+
+
+def test_it_is_not_pickled(versions: list[Path]) -> None:
+    with (
+        Explainer(versions[0]) as explainer,
+        pytest.raises(InputError, match=r"an Explainer is not pickled.*Explainer\(path, \.\.\.\)"),
+    ):
+        pickle.dumps(explainer)
+
+
+def test_what_an_operator_reads(
+    tmp_path: Path,
+    versions: list[Path],
+    network: EmbeddingNetwork,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    root = logging.getLogger("embedcam")
+    assert root.handlers == []
+    assert root.level == logging.NOTSET
+    link = tmp_path / "current"
+    switch(link, versions[0])
+    with caplog.at_level(logging.INFO, "embedcam"):
+        explainer = Explainer(link, network, fallback=DirectWeights(network, Recipe()))
+        assert explainer.explain(strange(0)).direct
+        assert not explainer.reload()
+        assert caplog.messages == []
+        switch(link, versions[1])
+        assert explainer.reload()
+    assert caplog.messages == [
+        f"{link}: serving generation 2 with 39 images, after generation 1 with 42 images"
+    ]
+    caplog.clear()
+    switch(link, versions[0])
+    with caplog.at_level(logging.DEBUG, "embedcam"):
+        assert explainer.reload()
+        trust = explainer.explain(strange(0)).trust
+    assert caplog.messages[1:] == [f"trust {trust:.2f} is below 0.50: weights computed"]
+    assert {record.name for record in caplog.records} == {"embedcam"}

@@ -1,0 +1,376 @@
+"""`export_onnx`: the file computes what torch does, says what it is, and is refused otherwise."""
+
+import base64
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from photo_samples import SIDE, Flat, Pooled, build, network_of, picture, write_photos
+from torch import Tensor, nn
+from torchvision import models
+from toys import seeded
+
+import embedcam
+import embedcam.export.tracing as tracing
+import embedcam.export.writing as writing
+from embedcam import EmbeddingNetwork, Explainer, Index, Preprocess, Recipe
+from embedcam.errors import IndexFormatError, InputError, NetworkError, NetworkMismatch
+from embedcam.export import export_onnx
+from embedcam.identity import NetworkWarning
+from embedcam.onnx_network import OnnxNetwork
+
+DENSE = Recipe(encoding="dense", dtype="float32")
+
+
+class Deep(nn.Module):
+    """Two layers that can be explained, in-place units behind both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, 2, 1), nn.Conv2d(6, 8, 3, 2, 1)
+        self.fine, self.relu = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
+        self.linear = nn.Linear(8, 5, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        coarse = self.second(self.fine(self.first(images)))
+        return self.linear(self.relu(coarse).mean((2, 3)))
+
+
+class ChannelsLast(nn.Module):
+    """Activations `[B H W K]`, as Swin has them."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.permute(0, 2, 3, 1)
+
+
+class Swinlike(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 8, 4, 4), ChannelsLast()
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(self.last(self.conv(images)).mean((1, 2)))
+
+
+def frozen() -> EmbeddingNetwork:
+    trunk = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 5, 4, 2), nn.ReLU()))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    return EmbeddingNetwork.from_parts(trunk, head, preprocess=Preprocess((SIDE, SIDE)))
+
+
+def transformer() -> EmbeddingNetwork:
+    vit = seeded(lambda: models.VisionTransformer(32, 16, 2, 2, 12, 24, num_classes=6))
+    torch.nn.init.normal_(vit.heads.head.weight, generator=torch.Generator().manual_seed(3))
+    layer = "encoder.layers.encoder_layer_1.ln_1"
+    return EmbeddingNetwork(vit, layer, preprocess=Preprocess((SIDE, SIDE)))
+
+
+def swinlike() -> EmbeddingNetwork:
+    return EmbeddingNetwork(
+        seeded(Swinlike), "last", layout="bhwk", preprocess=Preprocess((SIDE, SIDE))
+    )
+
+
+CASES: dict[str, tuple[Callable[[], EmbeddingNetwork], Recipe, str]] = {
+    "affine": (network_of, Recipe(), "affine"),
+    "not normalised": (lambda: network_of(Flat, normalize=False), DENSE, "other"),
+    "pooled vector": (frozen, Recipe(), "identity"),
+    "tokens": (transformer, DENSE, "other"),
+    "channels last": (swinlike, Recipe(), "affine"),
+    "several layers": (
+        lambda: EmbeddingNetwork(seeded(Deep), "relu", preprocess=Preprocess((SIDE, SIDE))),
+        Recipe(method="polycam", layers=("fine", "relu")),
+        "affine",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos") / "photos")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(
+    request: pytest.FixtureRequest, photos: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, EmbeddingNetwork, Path, Path]:
+    make, recipe, _ = CASES[request.param]
+    network = make()
+    folder = tmp_path_factory.mktemp("case")
+    index = build(photos, folder / "index", network, recipe)
+    export_onnx(index, network, folder / "network.onnx")
+    return request.param, network, index, folder / "network.onnx"
+
+
+def test_it_computes_what_torch_does_for_batches_of_any_size(
+    case: tuple[str, EmbeddingNetwork, Path, Path],
+) -> None:
+    name, network, _, path = case
+    file = OnnxNetwork(path)
+    side = network.probe_images().shape[-1]
+    layers = list(file.layers)
+    for batch in (1, 2, 5):
+        images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(batch))
+        expected = network.forward(images)
+        found = file.forward(images)
+        for mine, torchs in (
+            (found.embedding, expected.embedding),
+            (found.activations, expected.activations),
+        ):
+            assert mine.shape == tuple(torchs.shape)
+            assert mine.dtype == np.float32
+            np.testing.assert_allclose(mine, torchs, rtol=1e-4, atol=1e-5)
+        known = name in ("not normalised", "pooled vector")
+        assert (found.norm is not None) == known
+        if known:
+            np.testing.assert_allclose(found.norm, expected.norm, rtol=1e-5)
+        if len(layers) > 1:
+            _, torch_maps = network.forward_layers(images, layers)
+            _, maps = file.forward_layers(images, layers)
+            for mine, torchs in zip(maps, torch_maps, strict=True):
+                np.testing.assert_allclose(mine, torchs, rtol=1e-4, atol=1e-5)
+
+
+def test_an_explainer_draws_the_same_maps(case: tuple[str, EmbeddingNetwork, Path, Path]) -> None:
+    name, network, index, path = case
+    queries = [picture(1, 40), picture(2, 41, (30, 60))]
+    with Index.open(index) as opened:
+        torchs = Explainer(opened, network).explain_batch(queries)
+        ours = Explainer(opened, onnx=path).explain_batch(queries)
+        (alone,) = Explainer(opened, OnnxNetwork(path, threads=1)).explain_batch(queries[:1])
+    for mine, expected in zip([*ours, alone], [*torchs, torchs[0]], strict=True):
+        assert mine.ids == expected.ids
+        assert mine.extent == expected.extent
+        assert expected.cam.max() > 0, name
+        off = np.abs(mine.cam - expected.cam).max() / expected.cam.max()
+        assert off < 1e-5
+        np.testing.assert_allclose(mine.distances, expected.distances, rtol=1e-3, atol=1e-6)
+        assert set(mine.layer_weights or ()) == set(expected.layer_weights or ())
+
+
+def test_it_says_what_the_manifest_says(case: tuple[str, EmbeddingNetwork, Path, Path]) -> None:
+    name, network, index, path = case
+    model = onnx.load(str(path))
+    props = {entry.key: entry.value for entry in model.metadata_props}
+    assert props["embedcam.version"] == embedcam.__version__
+    with Index.open(index) as opened:
+        stored = opened.manifest["network"]
+    assert json.loads(props["embedcam.network"]) == {
+        key: value for key, value in stored.items() if key != "loading"
+    }
+    several = name == "several layers"
+    assert json.loads(props["embedcam.layers"]) == [network.layer, *(["fine"] if several else [])]
+    outputs = [one.name for one in model.graph.output]
+    assert outputs == ["activations", *(["activations_1"] if several else []), "embedding"]
+    (entry,) = model.graph.input
+    sides = [dim.dim_param or dim.dim_value for dim in entry.type.tensor_type.shape.dim]
+    assert sides == ["batch", 3, *network.probe_images().shape[2:]]
+    assert json.loads(props["embedcam.head"])["kind"] == CASES[name][2]
+
+
+def test_the_head_s_bias_makes_the_embedding_of_the_pooled_activations(
+    case: tuple[str, EmbeddingNetwork, Path, Path],
+) -> None:
+    """z = W p + b, with W as the index keeps it and b as the file says it."""
+    name, network, index, path = case
+    props = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+    said = json.loads(props["embedcam.head"])
+    if CASES[name][2] == "other":
+        assert said["bias"] is None
+        return
+    bias = np.frombuffer(base64.b64decode(said["bias"]), "<f4")
+    head = OnnxNetwork(path).head
+    assert head is not None
+    np.testing.assert_array_equal(head.bias, bias)
+    features = network.forward(network.probe_images(3))
+    pooled = features.activations.numpy().mean((2, 3))
+    matrix = np.eye(8)
+    if name == "pooled vector":
+        assert not bias.any()
+    elif name == "several layers":
+        assert not bias.any()  # a linear map without one
+        matrix = network.module.get_parameter("linear.weight").detach().numpy()
+    else:
+        np.testing.assert_allclose(bias, network.module.get_parameter("linear.bias").detach())
+        with Index.open(index) as opened:
+            encoding = opened.encoding(0)
+            assert (encoding.name, encoding.origin) == ("low-rank", "head")
+            height, width = opened.manifest["layers"][0]["grid"]
+            matrix = encoding.fitted["basis"] * height * width
+    z = pooled @ matrix.T + bias
+    expected = features.embedding * features.norm[:, None]
+    np.testing.assert_allclose(z, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_report_says_what_was_written(photos: Path, tmp_path: Path) -> None:
+    network = network_of()
+    index = build(photos, tmp_path / "index", network)
+    target = tmp_path / "network.onnx"
+    target.write_text("what was there before")
+    with Index.open(index) as opened:
+        report = export_onnx(opened, network, str(target))
+        assert len(opened) == 12  # still open
+    assert (report.path, report.bytes) == (target, target.stat().st_size)
+    assert (report.layers, report.head) == (("relu",), "affine")
+    assert 0 < report.difference < 1e-5
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["index", "network.onnx"]
+
+
+def test_a_half_precision_network_is_left_as_it_was_and_its_file_admitted_with_a_warning(
+    photos: Path, tmp_path: Path
+) -> None:
+    network = network_of(autocast=torch.bfloat16)
+    index = build(photos, tmp_path / "index", network)
+    before = {key: value.clone() for key, value in network.module.state_dict().items()}
+    names = [name for name, _ in network.module.named_modules()]
+    rng = torch.get_rng_state()
+    export_onnx(index, network, tmp_path / "network.onnx")
+    assert network.autocast == torch.bfloat16
+    assert [name for name, _ in network.module.named_modules()] == names
+    assert torch.equal(torch.get_rng_state(), rng)
+    for key, value in network.module.state_dict().items():
+        assert torch.equal(value, before[key])
+    for part in network.module.modules():
+        assert not part._forward_hooks
+        assert not part.training
+    assert all(one.grad is None and one.requires_grad for one in network.module.parameters())
+    with pytest.warns(NetworkWarning, match=r"\(bfloat16\) in the index, .* \(float32\) given"):
+        Explainer(index, onnx=tmp_path / "network.onnx").index.close()
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(photos, tmp_path_factory.mktemp("built") / "index", network_of())
+
+
+def nothing_left(folder: Path) -> bool:
+    return list(folder.iterdir()) == []
+
+
+def test_another_network_is_refused(built: Path, tmp_path: Path) -> None:
+    with pytest.raises(NetworkMismatch, match="not the network of the index"):
+        export_onnx(built, network_of(Flat), tmp_path / "network.onnx")
+    with pytest.raises(NetworkMismatch, match="its normalize is True"):
+        export_onnx(built, network_of(normalize=False), tmp_path / "network.onnx")
+    assert nothing_left(tmp_path)
+
+
+def test_no_index_and_no_place(built: Path, tmp_path: Path) -> None:
+    network = network_of()
+    with pytest.raises(IndexFormatError, match="there is no index here"):
+        export_onnx(tmp_path / "none", network, tmp_path / "network.onnx")
+    with pytest.raises(InputError, match=r"is a folder; give a file, such as .*network\.onnx"):
+        export_onnx(built, network, tmp_path)
+    with pytest.raises(InputError, match=r"there is no folder .*; make it first"):
+        export_onnx(built, network, tmp_path / "no" / "network.onnx")
+    with pytest.raises(InputError, match="is not a regular file"):
+        export_onnx(built, network, os.devnull)
+    assert nothing_left(tmp_path)
+
+
+def test_a_file_that_computes_something_else_is_removed(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = tracing.onnx_model
+
+    def wrong(*given: Any) -> Any:
+        model = right(*given)
+        for one in model.graph.initializer:
+            if list(one.dims) == [5]:  # the head's bias
+                values = np.frombuffer(one.raw_data, np.float32) * np.float32(1.01)
+                one.raw_data = values.tobytes()
+        return model
+
+    monkeypatch.setattr(writing, "onnx_model", wrong)
+    target = tmp_path / "network.onnx"
+    target.write_text("what was there before")
+    with pytest.raises(NetworkError, match=r"ONNX Runtime's embedding is off from torch's by 0\.0"):
+        export_onnx(built, network_of(), target)
+    assert target.read_text() == "what was there before"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["network.onnx"]
+
+
+class Counting(Pooled):
+    """Asks for the batch as a number, which no exported file can follow."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).reshape(len(images), -1)
+
+
+class Deciding(Pooled):
+    """Looks at numbers to decide what to compute."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        z = super().forward(images)
+        return z if float(images.sum()) > -1e9 else -z
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Counting, r"fixes the number of pictures in a batch.*x\.shape\[0\] where it says len"),
+        (Deciding, r"torch cannot follow the network into ONNX \(.+\); give a module of tensor"),
+    ],
+)
+def test_networks_that_cannot_be_followed(
+    kind: type[nn.Module], message: str, built: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(NetworkError, match=message) as caught:
+        export_onnx(built, network_of(kind), tmp_path / "network.onnx")
+    assert "\n" not in str(caught.value)
+    assert nothing_left(tmp_path)
+
+
+def test_networks_that_no_file_of_one_piece_holds() -> None:
+    half = network_of()
+    half.module.to(torch.bfloat16)
+    with pytest.raises(NetworkError, match="computes in bfloat16, and ONNX files are written in"):
+        tracing.refuse_unexportable(half)
+    large = network_of()
+    large.module.register_buffer("table", torch.zeros(1).expand(1 << 30))
+    with pytest.raises(NetworkError, match=r"holds 4\.3 GB of parameters; one ONNX file holds at"):
+        tracing.refuse_unexportable(large)
+    signals = network_of(layout="bkl")
+    with pytest.raises(NetworkError, match="takes no pictures and cannot be exported"):
+        tracing.refuse_unexportable(signals)
+
+
+def test_missing_packages_are_named(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        with monkeypatch.context() as patch:
+            patch.setitem(__import__("sys").modules, name, None)
+            with pytest.raises(NetworkError, match=rf'{name}, which .*"embedcam\[onnx\]"'):
+                export_onnx(built, network_of(), tmp_path / "network.onnx")
+    monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
+    with pytest.raises(NetworkError, match=r"takes torch 2\.6 or newer, and this is 2\.4\.1"):
+        export_onnx(built, network_of(), tmp_path / "network.onnx")
+
+
+def test_a_full_disk_leaves_nothing(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "sync", full)
+    monkeypatch.setattr(writing, "_model_bytes", lambda *_: b"written")
+    with pytest.raises(InputError, match=r"cannot be written to \(No space left on device\)"):
+        export_onnx(built, network_of(), tmp_path / "network.onnx")
+    assert nothing_left(tmp_path)

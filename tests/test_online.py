@@ -1,0 +1,261 @@
+"""The torch-free deployment: requirements-online.txt is all that answering a query takes."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx_samples import pooled_model, save
+from photo_samples import build, network_of, picture, write_photos
+
+from embedcam import Explainer, Index
+from embedcam.fingerprint import fingerprint
+from embedcam.onnx_network import Described, Head
+
+ROOT = Path(__file__).parents[1]
+REQUIREMENTS = [
+    line
+    for line in (ROOT / "requirements-online.txt").read_text(encoding="utf-8").splitlines()
+    if line and not line.startswith("#")
+]
+
+
+def name_of(requirement: str) -> str:
+    found = re.match(r"[A-Za-z0-9._-]+", requirement)
+    assert found is not None
+    return found[0].lower().replace("_", "-")
+
+
+def installed_with(names: list[str]) -> set[str]:
+    """These packages and all that they need, by the names they are installed under."""
+    found: set[str] = set()
+    ahead = list(names)
+    while ahead:
+        name = ahead.pop()
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            needed = requires(name) or []
+        except PackageNotFoundError:
+            continue
+        ahead += [name_of(one) for one in needed if "extra ==" not in one]
+    return found
+
+
+def allowed() -> list[str]:
+    """What may be imported: what those packages bring, the standard library and embedcam."""
+    wanted = installed_with([name_of(line) for line in REQUIREMENTS])
+    brought = [
+        module
+        for module, names in packages_distributions().items()
+        if wanted & {name_of(name) for name in names}
+    ]
+    return [*brought, *sys.stdlib_module_names, "embedcam"]
+
+
+ALONE = """
+import json, sys
+
+told = json.load(sys.stdin)
+allowed = set(told["allowed"])
+
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in allowed:
+            raise ModuleNotFoundError(f"{name} is not installed for serving", name=name)
+
+
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def alone(code: str, **told: object) -> subprocess.CompletedProcess[str]:
+    """Run code in a process that has nothing but what serving takes."""
+    given = json.dumps({"allowed": allowed(), **told})
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", ALONE + code],
+        input=given, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an index, its network as an ONNX file, and a query."""
+    folder = tmp_path_factory.mktemp("served")
+    network = network_of()
+    build(write_photos(folder / "photos"), folder / "my.index", network)
+    bias = network.module.get_parameter("linear.bias").detach().numpy()
+    said = Described("0", fingerprint(network).to_dict(), ("relu",), Head("affine", bias))
+    save(pooled_model(network, props=said.to_props()), folder / "network.onnx")
+    picture(1, 30).save(folder / "query.png")
+    return folder
+
+
+def test_the_requirements_are_few_and_those_of_the_package() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    project = tomllib.loads(text)["project"]
+    known = [*project["dependencies"], *project["optional-dependencies"]["onnx"]]
+    assert [name_of(line) for line in REQUIREMENTS] == ["numpy", "pillow", "faiss-cpu",
+                                                       "onnxruntime"]  # fmt: skip
+    assert set(REQUIREMENTS) <= set(known)
+
+
+REFUSED = """
+import importlib
+import numpy, PIL.Image, faiss, onnxruntime, embedcam
+
+refused = []
+for name in told["names"]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        assert "is not installed for serving" in str(error)
+        refused.append(name)
+print(json.dumps(refused))
+"""
+
+
+def test_what_is_refused_is_refused() -> None:
+    names = ["torch", "torchvision", "scipy", "matplotlib", "sklearn", "tqdm", "safetensors"]
+    done = alone(REFUSED, names=names)
+    assert done.stderr == ""
+    assert json.loads(done.stdout) == names
+
+
+EXPLAIN = """
+import numpy as np
+from embedcam import Explainer
+
+explainer = Explainer(told["index"], onnx=told["network"])
+why = explainer.explain(told["query"])
+why.save(told["out"])
+(batched,) = explainer.explain_batch([told["query"]], result=why.ids[0])
+by_features = explainer.explain_features(
+    (found := explainer.network.forward(explainer.preprocess(why.image)[None])).embedding[0],
+    found.activations[0],
+)
+print(json.dumps({
+    "cam": why.cam.tolist(), "ids": why.ids, "html": len(why._repr_html_()),
+    "matched": batched.explained, "features": by_features.ids, "body": why.to_dict((4, 4))["cam"],
+}))
+assert not {"torch", "scipy", "matplotlib"} & set(sys.modules)
+"""
+
+
+def test_a_query_is_explained_and_drawn_without_anything_else(served: Path, tmp_path: Path) -> None:
+    done = alone(
+        EXPLAIN,
+        index=str(served / "my.index"),
+        network=str(served / "network.onnx"),
+        query=str(served / "query.png"),
+        out=str(tmp_path / "why.png"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    told = json.loads(done.stdout)
+    with Index.open(served / "my.index") as index:
+        expected = Explainer(index, network_of()).explain(served / "query.png")
+    assert told["ids"] == told["features"] == expected.ids
+    np.testing.assert_allclose(told["cam"], expected.cam, atol=1e-5 * expected.cam.max())
+    assert expected.cam.max() > 0
+    assert told["matched"] == expected.ids[:1]
+    assert np.shape(told["body"]) == (4, 4)
+    assert told["html"] > 10_000
+    assert (tmp_path / "why.png").stat().st_size > 10_000
+
+
+COMMAND = """
+from embedcam.cli import main
+
+codes = [main(words) for words in told["commands"]]
+assert not {"torch", "scipy", "matplotlib"} & set(sys.modules)
+print(codes)
+"""
+
+
+def test_the_command_line_explains_without_torch(served: Path, tmp_path: Path) -> None:
+    index, query = str(served / "my.index"), str(served / "query.png")
+    words = ["explain", index, query, "--onnx", str(served / "network.onnx"),
+             "-o", str(tmp_path / "why.png"), "--html", str(tmp_path / "why.html")]  # fmt: skip
+    done = alone(COMMAND, commands=[words, ["info", index], ["verify", index]])
+    assert (done.returncode, done.stderr) == (0, f"page: {tmp_path / 'why.html'}\n")
+    assert done.stdout.startswith(f"{query} -> {tmp_path / 'why.png'}\n")
+    assert done.stdout.endswith("\n[0, 0, 0]\n")
+    assert (tmp_path / "why.png").stat().st_size > 10_000
+
+    refused = [["explain", index, query, "--network", "torchvision:resnet18"],
+               ["export", index, "-o", str(tmp_path / "other.onnx")]]  # fmt: skip
+    done = alone(COMMAND, commands=refused)
+    assert (done.returncode, done.stdout) == (0, "[4, 4]\n")
+    for line in done.stderr.splitlines():
+        assert re.match(r"embedcam: this takes torch\w*, which is not installed; run pip", line)
+    assert done.stderr.count("\n") == 2
+
+
+SERVE = """
+import importlib.util, threading
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+spec = importlib.util.spec_from_file_location("onnx_service", told["example"])
+example = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(example)
+from embedcam import Explainer
+
+explainer = Explainer(told["index"], onnx=example.OnnxNetwork(told["network"], threads=1))
+picture = Path(told["query"]).read_bytes()
+answers = []
+with example.Service(explainer) as service:
+    threading.Thread(target=service.serve_forever, daemon=True).start()
+    where = f"http://127.0.0.1:{service.server_port}"
+
+    def ask(path, data):
+        try:
+            with urlopen(Request(where + path, data=data), timeout=30) as reply:
+                answers.append([reply.status, json.load(reply)])
+        except HTTPError as error:
+            with error:
+                answers.append([error.code, json.load(error)])
+
+    ask("/explain?neighbors=3", picture)
+    ask("/explain", b"no picture")
+    ask("/explain?neighbors=no", picture)
+    ask("/explain", b"")
+    ask("/elsewhere", picture)
+    ask("/explain", picture)
+    service.shutdown()
+print(json.dumps(answers))
+assert not {"torch", "scipy", "matplotlib"} & set(sys.modules)
+"""
+
+
+def test_the_example_is_a_service_without_torch(served: Path) -> None:
+    done = alone(
+        SERVE,
+        example=str(ROOT / "examples" / "onnx_service.py"),
+        index=str(served / "my.index"),
+        network=str(served / "network.onnx"),
+        query=str(served / "query.png"),
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    few, none, odd, empty, lost, usual = json.loads(done.stdout)
+    with Index.open(served / "my.index") as index:
+        expected = Explainer(index, network_of()).explain(served / "query.png")
+    assert few[0] == usual[0] == 200
+    assert [one["id"] for one in few[1]["neighbors"]] == expected.ids[:3]
+    assert [one["id"] for one in usual[1]["neighbors"]] == expected.ids
+    drawn = expected.to_dict((14, 14))["cam"]
+    np.testing.assert_allclose(usual[1]["cam"], drawn, atol=1e-4 * np.max(drawn))
+    assert none[0] == 400
+    assert "is not an image of a known kind" in none[1]["error"]
+    assert odd == [400, {"error": "n_neighbors = 0; give a whole number of at least 1"}]
+    assert empty[0] == 413
+    assert lost == [404, {"error": "there is only POST /explain"}]

@@ -1,0 +1,444 @@
+"""`OnnxNetwork`: whose file it admits, what it says to others; threads, forks, hostile files."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from onnx_samples import model_of, pooled_model, save
+from photo_samples import (
+    CHANNELS,
+    SIDE,
+    SQUASH,
+    WIDTH,
+    build,
+    network_of,
+    picture,
+    tensor_of,
+    write_photos,
+)
+
+from embedcam import EmbeddingNetwork, Explainer, Index, Preprocess
+from embedcam.errors import InputError, NetworkError, NetworkMismatch
+from embedcam.fingerprint import fingerprint
+from embedcam.identity import NetworkWarning
+from embedcam.onnx_network import Described, Head, OnnxNetwork
+from embedcam.preprocess import custom
+
+IMAGES = np.random.default_rng(0).standard_normal((3, 3, SIDE, SIDE)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def network() -> EmbeddingNetwork:
+    return network_of()
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, network: EmbeddingNetwork) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    return build(write_photos(folder / "photos"), folder / "index", network)
+
+
+def described(network: EmbeddingNetwork, **changed: Any) -> dict[str, str]:
+    bias = network.module.get_parameter("linear.bias").detach().numpy()
+    said = {**fingerprint(network).to_dict(), **changed}
+    return Described("0.1.0", said, (said["layer"],), Head("affine", bias)).to_props()
+
+
+@pytest.fixture
+def file(network: EmbeddingNetwork, tmp_path: Path) -> Path:
+    return save(pooled_model(network, props=described(network)), tmp_path / "network.onnx")
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def test_a_run_gives_what_torch_gives(network: EmbeddingNetwork, file: Path) -> None:
+    ours = OnnxNetwork(file)
+    expected = network.forward(IMAGES)
+    for images in (IMAGES, torch.from_numpy(IMAGES), IMAGES.astype(np.float64)):
+        found = ours.forward(images)
+        np.testing.assert_allclose(found.embedding, expected.embedding, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.activations, expected.activations, rtol=1e-4, atol=1e-6)
+        assert found.embedding.dtype == found.activations.dtype == np.float32
+    assert (ours.layer, ours.layers, ours.normalize) == ("relu", ("relu",), True)
+    assert ours.preprocess == SQUASH
+    assert ours.describe() == fingerprint(network).to_dict()
+    np.testing.assert_array_equal(ours.probe_images(2), network.probe_images(2))
+    assert ours.head is not None
+    assert ours.head.kind == "affine"
+    np.testing.assert_array_equal(
+        ours.head.bias, network.module.get_parameter("linear.bias").detach()
+    )
+
+
+def test_its_identity_is_the_torch_network_s(network: EmbeddingNetwork, file: Path) -> None:
+    mine, torchs = OnnxNetwork(file).identity(), fingerprint(network)
+    assert mine.to_dict() == torchs.to_dict()
+    np.testing.assert_allclose(mine.probe_embedding, torchs.probe_embedding, rtol=1e-5)
+    np.testing.assert_allclose(mine.probe_pooled, torchs.probe_pooled, rtol=1e-5)
+
+
+def test_threads_change_nothing(file: Path) -> None:
+    ours = OnnxNetwork(file, threads=2)
+    assert ours.threads == 2
+    expected = ours.forward(IMAGES)
+    with ThreadPoolExecutor(8) as pool:
+        for found in pool.map(lambda _: ours.forward(IMAGES), range(64)):
+            np.testing.assert_array_equal(found.embedding, expected.embedding)
+            np.testing.assert_array_equal(found.activations, expected.activations)
+
+
+FORKED = """
+import os, signal, sys
+import numpy as np
+from embedcam.errors import NetworkError
+from embedcam.onnx_network import OnnxNetwork
+
+path, replaced = sys.argv[1:]
+network = OnnxNetwork(path, threads=2)
+images = np.random.default_rng(0).standard_normal((16, 3, 32, 32)).astype(np.float32)
+expected = network.forward(images)
+if replaced == "yes":
+    data = open(path, "rb").read()
+    os.unlink(path)
+    open(path, "wb").write(data + b"\\x00")
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    try:
+        found = network.forward(images)
+    except NetworkError as error:
+        os._exit(7 if "was replaced after it was opened" in str(error) else 8)
+    same = np.allclose(found.embedding, expected.embedding, rtol=1e-5)
+    os._exit(0 if same and np.isfinite(found.activations).all() else 9)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+network.forward(images)
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize(("replaced", "code"), [("no", 0), ("yes", 7)])
+def test_a_forked_child_opens_the_file_again(file: Path, replaced: str, code: int) -> None:
+    arguments = [sys.executable, "-c", FORKED, str(file), replaced]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+
+
+# --- whose file is admitted ----------------------------------------------------------------------
+
+
+def test_the_index_s_own_is_admitted_silently(index: Path, file: Path, tmp_path: Path) -> None:
+    explainer = Explainer(index, onnx=file)
+    with pytest.raises(InputError, match="give the network, or onnx, the same as a file; not both"):
+        Explainer(index, network_of(), onnx=file)
+    expected = Explainer(explainer.index, network_of()).explain(picture(1, 30))
+    for found in (
+        explainer.explain(picture(1, 30)),
+        Explainer(explainer.index, OnnxNetwork(file)).explain(picture(1, 30)),
+        Explainer(explainer.index, onnx=str(file)).explain(tensor_of(picture(1, 30))),
+    ):
+        assert found.ids == expected.ids
+        np.testing.assert_allclose(found.cam, expected.cam, atol=1e-5 * expected.cam.max())
+    explainer.explain(picture(1, 30)).save(tmp_path / "why.png")
+    explainer.index.close()
+
+
+@pytest.mark.parametrize("unit", [True, False])
+@pytest.mark.parametrize("batch", ["n", 1])
+def test_another_program_s_file_is_admitted_by_its_probe_with_a_warning(
+    index: Path, network: EmbeddingNetwork, tmp_path: Path, unit: bool, batch: str | int
+) -> None:
+    """Without a word of itself, its outputs named otherwise, of one picture, not normalised."""
+    model = pooled_model(network, unit=unit, names=("input", "layer4", "output"), batch=batch)
+    path = save(model, tmp_path / "theirs.onnx")
+    theirs = OnnxNetwork(path)
+    assert (theirs.described, theirs.layer, theirs.preprocess, theirs.head) == (None,) * 4
+    with pytest.raises(NetworkError, match="was not written by `embedcam export`"):
+        theirs.identity()
+    with pytest.warns(NetworkWarning, match=r"\(ONNX\) given: not the same computation, admitted"):
+        explainer = Explainer(index, onnx=theirs)
+    assert theirs.layer is None  # the caller's object stays as it was
+    queries = [picture(0, 20), picture(2, 21)]
+    expected = Explainer(explainer.index, network).explain_batch(queries)
+    for found, one in zip(explainer.explain_batch(queries), expected, strict=True):
+        assert found.ids == one.ids
+        np.testing.assert_allclose(found.cam, one.cam, atol=1e-5 * one.cam.max())
+    explainer.index.close()
+
+
+def test_another_network_is_refused(index: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
+    forged = pooled_model(network, props=described(network), scale=1.01)
+    with pytest.raises(NetworkMismatch, match=r"where 0\.001 is allowed"):
+        Explainer(index, onnx=save(forged, tmp_path / "forged.onnx"))
+    theirs = save(pooled_model(network, scale=1.1), tmp_path / "theirs.onnx")
+    with pytest.raises(NetworkMismatch, match=r"differ by 0\.\d+ in the .*, where 0\.02 is allow"):
+        Explainer(index, onnx=theirs)
+    for changed, message in (
+        ({"normalize": False}, "its normalize is True, given is one with False"),
+        ({"layer": "conv"}, "its layer is 'relu', given is one with 'conv'"),
+        ({"preprocess": Preprocess((SIDE, SIDE), interpolation="nearest").to_dict()},
+         r'its preprocess is \{"interpolation": "bilinear"\}, given'),
+    ):  # fmt: skip
+        other = pooled_model(network, props=described(network, **changed))
+        with pytest.raises(NetworkMismatch, match=message):
+            Explainer(index, onnx=save(other, tmp_path / "other.onnx"))
+
+
+def test_a_file_that_lacks_a_layer_of_the_index_is_refused(
+    index: Path, network: EmbeddingNetwork, file: Path
+) -> None:
+    with Index.open(index) as opened:
+        from embedcam.identity import Identity
+
+        stored = Identity.from_dict(opened.manifest["network"], opened.probe())
+    with pytest.raises(NetworkMismatch, match="the activations of relu, and the index draws with"):
+        OnnxNetwork(file).for_index(stored, ["relu", "conv"])
+    with pytest.raises(InputError, match="gives the activations of relu; asked for"):
+        OnnxNetwork(file).forward_layers(IMAGES, ["conv"])
+
+
+def test_a_transform_of_the_callers_own_is_asked_for(
+    network: EmbeddingNetwork, tmp_path: Path
+) -> None:
+    own = custom(SQUASH, name="mine")
+    ours = network_of(preprocess=own)
+    path = build(write_photos(tmp_path / "photos"), tmp_path / "index", ours)
+    file = save(pooled_model(network, props=described(ours)), tmp_path / "network.onnx")
+    with pytest.raises(InputError, match=r"'mine' is a transform of the caller's own.*pass the"):
+        Explainer(path, onnx=file)
+    explainer = Explainer(path, onnx=OnnxNetwork(file, preprocess=own))
+    assert explainer.explain(picture(0, 0)).ids
+    explainer.index.close()
+
+
+def test_an_index_that_does_not_know_its_network_takes_none(file: Path, tmp_path: Path) -> None:
+    from embedcam import build_from_features
+
+    rng = np.random.default_rng(0)
+    pooled = rng.random((8, CHANNELS), np.float32)
+    build_from_features(pooled, pooled, tmp_path / "index", grid=(8, 8), progress=False)
+    with pytest.raises(InputError, match="was built from features alone"):
+        Explainer(tmp_path / "index", onnx=file)
+
+
+# --- what is no network --------------------------------------------------------------------------
+
+
+def props_without(key: str) -> Callable[[dict[str, str]], dict[str, str]]:
+    return lambda props: {name: text for name, text in props.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedcam.network": "{"}, "Expecting property name"),
+        ({"embedcam.network": "[" * 100_000}, "nested too deeply"),
+        ({"embedcam.network": "[]"}, "the network is no object"),
+        ({"embedcam.network": "{}"}, "has no 'parameters_sha256'"),
+        ({"embedcam.network": "x" * (17 << 20)}, "more than 16,777,216 characters"),
+        ({"embedcam.layers": None}, "embedcam.layers is missing"),
+        ({"embedcam.layers": "[]"}, "the layers are no list of names"),
+        ({"embedcam.layers": '["relu", "relu"]'}, "the layers are no list of names"),
+        ({"embedcam.layers": '["conv"]'}, "do not begin with 'relu'"),
+        ({"embedcam.layers": '["relu", 5]'}, "do not begin with 'relu'"),
+        ({"embedcam.head": "3"}, "the head is none of identity, affine, other"),
+        ({"embedcam.head": '{"kind": "affine", "bias": null}'}, "needs a bias"),
+        ({"embedcam.head": '{"kind": "other", "bias": "AAAA"}'}, "has no bias"),
+        ({"embedcam.head": '{"kind": "affine", "bias": 5}'}, "bias is no text"),
+        ({"embedcam.head": '{"kind": "affine", "bias": "AAAA"}'}, "bias has 3 bytes"),
+        ({"embedcam.head": '{"kind": "affine", "bias": "?"}'}, "cannot be believed"),
+        ({"embedcam.head": '{"kind": "affine", "bias": "AADAfw=="}'}, "NaN or infinity"),
+    ],
+)
+def test_what_a_file_says_of_itself_is_not_believed_blindly(
+    network: EmbeddingNetwork, tmp_path: Path, change: dict[str, str | None], message: str
+) -> None:
+    props = {**described(network), **change}
+    kept = {key: text for key, text in props.items() if text is not None}
+    path = save(pooled_model(network, props=kept), tmp_path / "network.onnx")
+    with pytest.raises(NetworkError, match="cannot be believed") as caught:
+        OnnxNetwork(path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def identity_node(source: str, target: str) -> Any:
+    return helper.make_node("Identity", [source], [target])
+
+
+SHAPE = ["n", 3, 8, 8]
+
+
+def external() -> onnx.ModelProto:
+    model = model_of([identity_node("w", "activations")], [("images", SHAPE)],
+                     [("activations", None), ("embedding", None)])  # fmt: skip
+    tensor = model.graph.initializer.add()
+    tensor.name, tensor.data_type, tensor.data_location = "w", 1, TensorProto.EXTERNAL
+    tensor.dims.extend([2])
+    for key, value in (("location", "../../../../etc/passwd"), ("offset", "0"), ("length", "8")):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value
+    return model
+
+
+def bomb() -> onnx.ModelProto:
+    size = helper.make_tensor("size", TensorProto.INT64, [1], [1 << 44])
+    model = model_of([helper.make_node("ConstantOfShape", ["size"], ["activations"])],
+                     [("images", SHAPE)], [("activations", ["m"])])  # fmt: skip
+    model.graph.initializer.append(size)
+    return model
+
+
+HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "has 0 bytes"),
+    "text": (lambda: b"hello" * 100, "cannot read it (Load model from"),
+    "cut": (lambda: pooled_model(network_of()).SerializeToString()[:700], "cannot read it"),
+    "unknown operator": (
+        lambda: model_of([helper.make_node("Evil", ["images"], ["activations"])],
+                         [("images", SHAPE)], [("activations", SHAPE)]).SerializeToString(),
+        "cannot read it",
+    ),
+    "data elsewhere": (lambda: external().SerializeToString(), "cannot read it"),
+    "two inputs": (
+        lambda: model_of([identity_node("a", "activations"), identity_node("b", "embedding")],
+                         [("a", SHAPE), ("b", ["n", 5])],
+                         [("activations", SHAPE), ("embedding", ["n", 5])]).SerializeToString(),
+        "its inputs are a tensor(float) ['n', 3, 8, 8], b tensor(float) ['n', 5]; expected one",
+    ),
+    "half precision": (
+        lambda: model_of([helper.make_node("Cast", ["images"], ["activations"], to=1)],
+                         [("images", SHAPE)], [("activations", SHAPE)],
+                         kind=TensorProto.FLOAT16).SerializeToString(),
+        "its inputs are images tensor(float16)",
+    ),
+    "one output": (
+        lambda: model_of([identity_node("images", "activations")], [("images", SHAPE)],
+                         [("activations", SHAPE)]).SerializeToString(),
+        "its outputs are activations (4 dimensions); expected activations [B K H W] and embedding",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_files_that_are_no_network(
+    tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make, message = HOSTILE[name]
+    path = tmp_path / "network.onnx"
+    path.write_bytes(make())
+    with pytest.raises(NetworkError) as caught:
+        OnnxNetwork(path)
+    said = str(caught.value)
+    assert message in said
+    assert said.startswith(f"{path}: ")
+    assert "\n" not in said
+    assert len(said) < 600 + len(str(path))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_places_that_hold_no_file(tmp_path: Path) -> None:
+    with pytest.raises(NetworkError, match=r"there is no such ONNX file .*; write it with `embed"):
+        OnnxNetwork(tmp_path / "none.onnx")
+    with pytest.raises(NetworkError, match="is not a regular file"):
+        OnnxNetwork(tmp_path)
+    os.mkfifo(tmp_path / "pipe.onnx")
+    with pytest.raises(NetworkError, match="is not a regular file"):
+        OnnxNetwork(tmp_path / "pipe.onnx")
+    with pytest.raises(InputError, match="is not a path"):
+        OnnxNetwork("a\0b")
+    with pytest.raises(InputError, match="expected the path of an ONNX file, given int"):
+        OnnxNetwork(5)  # type: ignore[arg-type]
+
+
+def test_a_network_that_asks_for_all_memory_fails_in_words(tmp_path: Path) -> None:
+    model = bomb()
+    model.graph.node.append(helper.make_node("Flatten", ["images"], ["embedding"]))
+    value = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 192])
+    model.graph.output.append(value)
+    path = save(model, tmp_path / "bomb.onnx")
+    with pytest.raises(NetworkError, match=r"ONNX Runtime cannot (run|read) it.*memory"):
+        OnnxNetwork(path).forward(IMAGES[:, :, :8, :8])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([identity_node("images", "activations"),
+          helper.make_node("ReduceMean", ["images"], ["embedding"], keepdims=0)],
+         r"gives \[3, 3, 8, 8\], \[\] for 3 images"),
+        ([helper.make_node("Flatten", ["images"], ["activations"]),
+          helper.make_node("Flatten", ["images"], ["embedding"])],
+         r"gives \[3, 192\], \[3, 192\] for 3 images; expected activations"),
+        ([helper.make_node("Shape", ["images"], ["activations"]),
+          helper.make_node("Flatten", ["images"], ["embedding"])],
+         "ONNX Runtime cannot read it|output 'activations' is int64; expected floats"),
+        ([identity_node("images", "activations"),
+          helper.make_node("Flatten", ["images"], ["flat"]),
+          helper.make_node("Sub", ["flat", "flat"], ["zero"]),
+          helper.make_node("Div", ["zero", "zero"], ["embedding"])],
+         "an embedding is zero or not finite"),
+    ],
+)  # fmt: skip
+def test_outputs_that_are_none(tmp_path: Path, nodes: list[Any], message: str) -> None:
+    model = model_of(nodes, [("images", SHAPE)], [("activations", None), ("embedding", None)])
+    path = save(model, tmp_path / "network.onnx")
+    with pytest.raises(NetworkError, match=message):
+        OnnxNetwork(path).forward(IMAGES[:, :, :8, :8])
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (IMAGES[0], r"images are \[3, 32, 32\] of float32; expected preprocessed floats"),
+        (IMAGES[:0], r"images are \[0, 3, 32, 32\]"),
+        ((IMAGES * 100).astype(np.uint8), "of uint8; expected preprocessed floats"),
+        (IMAGES[:, :, :16], r"images are \[3, 3, 16, 32\]; .* takes \[B 3 32 32\]"),
+        (IMAGES[:, :2], r"images are \[3, 2, 32, 32\]; .* takes \[B 3 32 32\]"),
+        ([[1], [1, 2]], "the images cannot be read as an array"),
+        (np.where(IMAGES > 3, np.nan, IMAGES), "the images hold NaN or infinity"),
+    ],
+)
+def test_images_that_are_none(file: Path, images: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        OnnxNetwork(file).forward(images)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "two", 5000])
+def test_threads_that_are_none(file: Path, threads: Any) -> None:
+    with pytest.raises(InputError, match=r"threads = .*; give a whole number from 1, or None"):
+        OnnxNetwork(file, threads=threads)
+
+
+@pytest.mark.parametrize("providers", ["CPUExecutionProvider", [], ["Quantum"]])
+def test_providers_that_are_none(file: Path, providers: Any) -> None:
+    with pytest.raises(InputError, match=r"give a list of those this onnxruntime has: .*CPUExec"):
+        OnnxNetwork(file, providers=providers)
+
+
+def test_without_onnxruntime_it_says_what_to_install(
+    file: Path, index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(NetworkError, match=r'not installed; run pip install "embedcam\[onnx\]"'):
+        Explainer(index, onnx=file)
+
+
+def test_a_description_comes_back(network: EmbeddingNetwork) -> None:
+    props = described(network)
+    again = Described.from_props({**props, "their.own": "x"}, "a.onnx")
+    assert again is not None
+    assert again.to_props() == props
+    assert json.loads(props["embedcam.layers"]) == ["relu"]
+    assert Described.from_props({"their.own": "x"}, "a.onnx") is None
+    assert len(np.asarray(again.head.bias)) == WIDTH

@@ -1,0 +1,514 @@
+"""`write_report`: what it writes is what `explain` finds; resumed, refused, and held in memory."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from build_samples import everything, quicken
+from photo_samples import CROP, SIDE, build, network_of, picture, write_photos
+
+import embedcam.report.job as job_room
+from embedcam import EmbeddingNetwork, Explainer, Explanation, Index, find_images, write_report
+from embedcam.errors import ImageError, InputError
+from embedcam.images import ImageSource, Item, from_dataset
+from embedcam.index import remove
+from embedcam.preprocess import custom
+from embedcam.render import Look, Row, page_row
+from embedcam.report import LINES, PAGE
+from embedcam.report.queries import finished, open_query
+from embedcam.report.words import Fact, blocks, intro
+
+BROKEN = "1/broken.png"
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quicken(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def network() -> EmbeddingNetwork:
+    return network_of(preprocess=CROP)
+
+
+@pytest.fixture(scope="module")
+def built(network: EmbeddingNetwork, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    return build(write_photos(folder / "photos"), folder / "my.index", network)
+
+
+@pytest.fixture
+def explainer(built: Path, network: EmbeddingNetwork) -> Iterator[Explainer]:
+    with Index.open(built) as index:
+        yield Explainer(index, network, n_neighbors=3)
+
+
+@pytest.fixture(scope="module")
+def queries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven pictures in folders, one of them larger than the page shows it, and one broken file."""
+    folder = tmp_path_factory.mktemp("queries")
+    for number in range(7):
+        (folder / str(number % 2)).mkdir(exist_ok=True)
+        size = (300, 260) if number == 3 else (48, 40)
+        picture(number % 3, 60 + number, size).save(folder / str(number % 2) / f"{number}.png")
+    (folder / BROKEN).write_text("a letter")
+    return folder
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / LINES).read_text().splitlines()]
+
+
+def told(explanation: Explanation) -> dict[str, Any]:
+    return json.loads(json.dumps(explanation.to_dict((14, 14))))
+
+
+# --- what is written -----------------------------------------------------------------------------
+
+
+def test_the_lines_are_what_explain_finds(
+    explainer: Explainer, queries: Path, tmp_path: Path
+) -> None:
+    found = write_report(explainer, find_images(queries, "none"), tmp_path / "out", batch_size=1)
+    assert found.path == tmp_path / "out" / PAGE
+    assert (found.n_queries, found.n_new, found.n_untrusted, found.n_empty) == (8, 8, 0, 0)
+    assert [name for name, _ in found.unreadable] == [BROKEN]
+    ids = ["0/0.png", "0/2.png", "0/4.png", "0/6.png", "1/1.png", "1/3.png", "1/5.png", BROKEN]
+    written = records(tmp_path / "out")
+    assert [one.pop("query") for one in written] == ids
+    assert [one.pop("path") for one in written] == [str(queries / name) for name in ids]
+    assert written[:-1] == [told(explainer.explain(queries / name)) for name in ids[:-1]]
+    assert list(written[-1]) == ["error"]
+    assert written[-1]["error"] == found.unreadable[0][1]
+    assert written[-1]["error"].startswith(f"{queries / BROKEN}: is not an image of a known kind")
+
+
+def test_a_batch_changes_nothing_beyond_rounding(
+    explainer: Explainer, queries: Path, tmp_path: Path
+) -> None:
+    source = find_images(queries, "none")
+    for size in (1, 3, 50):
+        write_report(explainer, source, tmp_path / str(size), batch_size=size)
+    one, three, all_ = (records(tmp_path / str(size)) for size in (1, 3, 50))
+    for a, b, c in zip(one, three, all_, strict=True):
+        assert a["query"] == b["query"] == c["query"]
+        if "error" in a:
+            assert a == b == c
+            continue
+        for other in (b, c):
+            assert [n["id"] for n in other["neighbors"]] == [n["id"] for n in a["neighbors"]]
+            np.testing.assert_allclose(other["cam"], a["cam"], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", ["joint", "each"])
+def test_the_page_shows_what_explain_draws(
+    explainer: Explainer, queries: Path, tmp_path: Path, scale: Any
+) -> None:
+    source = find_images(queries, "none")
+    write_report(explainer, source, tmp_path / "out", batch_size=1, scale=scale, side=64)
+    page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
+    look = Look(scale, 64, quality=80, long=True)
+    rows = []
+    for position, item in enumerate(source.items):
+        if item.id == BROKEN:
+            continue
+        query, results = explainer.explain(queries / item.path).tiles()
+        rows.append(page_row(Row(query, results, "", item.id, anchor=f"q{position + 1}"), look))
+        assert rows[-1].count("data:image/jpeg") == 8
+    assert page.endswith("".join(rows) + "</main>\n</body>\n</html>\n")
+    assert "A frame marks what the network saw" in page
+    assert page.count("<a href=") == 7
+    assert '<a href="#q6">1/<wbr>3.png</a>' in page
+    assert "<td>1/broken.png</td>" in page
+    for words in (
+        "8 queries against the index my.index: 12 images, generation 1, embedded by",
+        "layer relu (8 channels) on a grid of 8 x 8",
+        "Grad-CAM weights transferred from the 3 nearest images",
+        "1 could not be explained",
+        "Could not be explained",
+        "is not an image of a known kind",
+    ):
+        assert words in page
+    assert "http" not in page
+    assert "<script" not in page
+
+
+def test_one_result_or_named_neighbours_explain_every_query(
+    explainer: Explainer, queries: Path, tmp_path: Path
+) -> None:
+    source = find_images(queries, "none")
+    write_report(explainer, source, tmp_path / "a", batch_size=1, result="2/3.png", n_neighbors=2)
+    expected = told(explainer.explain(queries / "0/0.png", result="2/3.png", n_neighbors=2))
+    assert expected.items() <= records(tmp_path / "a")[0].items()
+    assert "Grad-CAM weights of the one image 2/3.png" in (tmp_path / "a" / PAGE).read_text()
+    named = ["2/3.png", "0/1.png"]
+    write_report(explainer, source, tmp_path / "b", batch_size=3, neighbors=named)
+    shown = [one for one in records(tmp_path / "b") if "error" not in one]
+    assert len(shown) == 7
+    assert all([n["id"] for n in one["neighbors"]] == named for one in shown)
+    assert "transferred from 2/3.png, 0/1.png" in (tmp_path / "b" / PAGE).read_text()
+
+
+def test_a_csv_and_a_data_set_are_sources_too(
+    explainer: Explainer, queries: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "q.csv").write_text(f"id,path\nx,{queries}/0/0.png\ny,{queries}/0/0.png\ngone,no\n")
+    write_report(explainer, find_images(tmp_path / "q.csv", "none"), tmp_path / "a")
+    x, y, gone = records(tmp_path / "a")
+    assert (x["query"], y["query"], gone["query"]) == ("x", "y", "gone")
+    assert x["cam"] == y["cam"]
+    assert gone["error"] == f"{tmp_path}/no: does not exist"
+    held = from_dataset([picture(0, 1), picture(1, 1)], ids=["p", "q"])
+    write_report(explainer, held, tmp_path / "b", batch_size=1)
+    p, q = records(tmp_path / "b")
+    assert (p.pop("query"), p.pop("path"), q["query"]) == ("p", None, "q")
+    assert p == told(explainer.explain(picture(0, 1)))
+
+
+def test_a_query_without_an_embedding_stops_nothing(tmp_path: Path) -> None:
+    def input_of(image: Any) -> np.ndarray:
+        return np.asarray(image.resize((SIDE, SIDE)), np.float32).transpose(2, 0, 1) / 255
+
+    network = network_of(preprocess=custom(input_of, name="plain"))
+    with torch.no_grad():
+        for module in (network.module.conv, network.module.linear):
+            module.bias.zero_()
+    index = build(write_photos(tmp_path / "photos"), tmp_path / "index", network)
+    for number in range(3):
+        (picture(0, number) if number != 1 else picture(0, 1).point(lambda _: 0)).save(
+            tmp_path / f"{number}.png"
+        )
+    source = ImageSource([Item(f"{n}.png", f"{n}.png") for n in range(3)], tmp_path)
+    explainer = Explainer(index, network)
+    found = write_report(explainer, source, tmp_path / "out", batch_size=3)
+    ((name, reason),) = found.unreadable
+    assert name == "1.png"
+    assert reason.startswith(f"{tmp_path / '1.png'}: the embedding")
+    assert "zero" in reason
+    whole = [told(explainer.explain(tmp_path / f"{n}.png")) for n in (0, 2)]
+    written = records(tmp_path / "out")
+    assert whole[0].items() <= written[0].items()
+    assert whole[1].items() <= written[2].items()
+
+
+def test_notes_of_maps_that_are_empty_or_not_trusted(explainer: Explainer, queries: Path) -> None:
+    source, look = find_images(queries, "none"), Look(side=48, long=True)
+    opened = open_query(source, 0, explainer.preprocess, 48)
+    found = explainer.explain(queries / "0/0.png")
+    shown = finished(source, 0, opened, replace(found, trust=0.31), look)
+    assert "a map computed on the query itself is 0.31." in shown.row
+    assert "not to be trusted" in shown.row
+    assert json.loads(shown.line)["trusted"] is False
+    shown = finished(source, 0, opened, replace(found, cam=np.zeros_like(found.cam)), look)
+    assert "Its map is empty: nothing in it speaks for these results." in shown.row
+    assert "not to be trusted" not in finished(source, 0, opened, found, look).row
+
+
+def test_the_overview_begins_with_what_is_least_trusted() -> None:
+    known = [
+        Fact(0, "a", None, "n/1", "owl", 0.5, 0.9, True),
+        Fact(1, "b", None, "n/2", None, 0.25, 0.2, False),
+        Fact(2, "c", "c: is truncated"),
+        Fact(3, "d", None, "n/3", "gull", 1.0, 0.3, True, direct=True),
+        Fact(4, "e", None, "n/1", "owl", 2.0, None, None, empty=True),
+    ]
+    notice, failed, overview = blocks(known)
+    assert notice.title == "Of 5 queries"
+    assert list(notice.lines) == [
+        "1 could not be explained",
+        "1 with a map that is not to be trusted",
+        "1 with an empty map",
+        "1 whose weights were computed on the query itself",
+    ]
+    assert [list(row) for row in failed.rows] == [["c", "c: is truncated"]]
+    assert list(overview.header) == ["query", "nearest image", "label", "distance", "trust", "map"]
+    assert [[str(cell) for cell in row] for row in overview.rows] == [
+        ["e", "n/1", "owl", "2.000", "-", "empty"],
+        ["b", "n/2", "", "0.250", "0.20", "not trusted"],
+        ["d", "n/3", "gull", "1.000", "0.30", "computed on the query"],
+        ["a", "n/1", "owl", "0.500", "0.90", ""],
+    ]
+    assert [row[0].anchor for row in overview.rows] == ["q5", "q2", "q4", "q1"]
+    assert not overview.folded
+    (many,) = blocks([Fact(n, str(n), None, "x", None, 0.5) for n in range(13)])
+    assert list(many.header) == ["query", "nearest image", "distance"]
+    assert (many.caption, many.folded) == ("All queries", True)
+    assert blocks([Fact(0, "a", None, "x")]) == []
+
+
+def test_the_intro_says_how_the_maps_were_made(explainer: Explainer) -> None:
+    options = {"result": None, "neighbors": None, "n_neighbors": 1, "transfer": "distance"}
+    options["trusted_from"] = 0.4
+    known = [Fact(0, "a", None, "x", None, 0.5, 0.5, True)]
+    said = intro("i", explainer.index.manifest, options, known)
+    assert said.startswith("1 query against the index i: 12 images, generation 1, embedded by ")
+    assert "transferred from the nearest image;" in said
+    assert said.endswith("0 to 1; below 0.4 a map is not to be trusted.")
+    said = intro("i", explainer.index.manifest, {**options, "n_neighbors": 4}, [Fact(0, "a")])
+    assert "transferred from the 4 nearest images, weighted by distance;" in said
+    assert said.endswith("smaller is nearer.")
+
+
+# --- stopped, and gone on with -------------------------------------------------------------------
+
+
+def stopped_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> Callable[[], None]:
+    """The user interrupts when so many batches are explained; returns what undoes it."""
+    explain, seen = Explainer.explain_batch, []
+
+    def counted(self: Explainer, *given: Any, **asked: Any) -> Any:
+        if len(seen) == batches:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return explain(self, *given, **asked)
+
+    monkeypatch.setattr(Explainer, "explain_batch", counted)
+    return lambda: monkeypatch.setattr(Explainer, "explain_batch", explain)
+
+
+def test_an_interrupted_report_goes_on_to_the_same_bytes(
+    explainer: Explainer, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = find_images(queries, "none")
+    whole = write_report(explainer, source, tmp_path / "whole", batch_size=2)
+    again = stopped_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(explainer, source, tmp_path / "out", batch_size=2)
+    assert not (tmp_path / "out" / PAGE).exists()
+    assert len(list((tmp_path / "out/.finished").iterdir())) == 4
+    again()
+    found = write_report(explainer, source, tmp_path / "out", batch_size=2)
+    assert (found.n_queries, found.n_new) == (8, 4)
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+    assert sorted(everything(tmp_path / "out")) == [LINES, PAGE, "report.json"]
+    assert found.unreadable == whole.unreadable
+
+
+def test_a_finished_report_is_left_as_it_is(
+    explainer: Explainer, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = find_images(queries, "none")
+    first = write_report(explainer, source, tmp_path / "out")
+    before = (tmp_path / "out" / PAGE).stat().st_mtime_ns
+    stopped_after(monkeypatch, 0)
+    assert write_report(explainer, source, tmp_path / "out") == replace(first, n_new=0)
+    assert (tmp_path / "out" / PAGE).stat().st_mtime_ns == before
+    assert not (tmp_path / "out/.finished").exists()
+
+
+def test_what_was_altered_is_explained_anew(
+    explainer: Explainer, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = find_images(queries, "none")
+    write_report(explainer, source, tmp_path / "whole", batch_size=4)
+    again = stopped_after(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(explainer, source, tmp_path / "out", batch_size=4)
+    again()
+    kept = tmp_path / "out/.finished/00000002.json"
+    kept.write_text(kept.read_text().replace("distance", "distence"))
+    with pytest.raises(InputError, match=r"00000002.json: was altered; run the same command again"):
+        write_report(explainer, source, tmp_path / "out", batch_size=4)
+    assert write_report(explainer, source, tmp_path / "out", batch_size=4).n_new == 4
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+
+
+def test_another_report_is_never_mixed_in(
+    built: Path, network: EmbeddingNetwork, queries: Path, tmp_path: Path
+) -> None:
+    index = shutil.copytree(built, tmp_path / "index")
+    own = shutil.copytree(queries, tmp_path / "queries")
+    out = tmp_path / "out"
+
+    def report(where: Path = index, **asked: Any) -> Any:
+        choices = {name: asked.pop(name) for name in ("transfer", "images") if name in asked}
+        explainer = Explainer(where, network, n_neighbors=3, **choices)
+        return write_report(explainer, find_images(own, "none"), out, **asked)
+
+    def refused(message: str, *given: Any, **asked: Any) -> None:
+        before = everything(out)
+        with pytest.raises(InputError) as caught:
+            report(*given, **asked)
+        assert str(caught.value) == f"{out}: holds {message}; give a new folder, or delete this one"
+        assert everything(out) == before
+
+    report(batch_size=2)
+    assert report(batch_size=3).n_new == 0  # which changes nothing that could be mixed
+    refused("a report with n_neighbors = 3, and 2 is asked for", n_neighbors=2)
+    refused("a report with transfer = 'mean', and 'distance' is asked for", transfer="distance")
+    refused("a report with result = None, and '0/0.png' is asked for", result="0/0.png")
+    refused("a report with side = 200, and 64 is asked for", side=64)
+    refused("a report with scale = 'joint', and 'each' is asked for", scale="each")
+    refused(
+        f"a report with images = '{built.parent}/photos', and '{own} alone' is asked for",
+        images=own,
+    )
+    extra = own / "0/extra.png"
+    picture(0, 90).save(extra)
+    refused("a report of 8 queries, and 9 are given now")
+    extra.unlink()
+    before = (own / "0/0.png").stat()
+    os.utime(own / "0/0.png", ns=(0, 0))
+    refused("a report of other queries, or of the same before their files changed")
+    os.utime(own / "0/0.png", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert report().n_new == 0
+    remove(index, ["2/3.png"])
+    refused("a report of generation 1 of the index, which is at generation 2")
+    write_photos(tmp_path / "photos", labels=2)
+    other = build(tmp_path / "photos", tmp_path / "other", network)
+    refused("a report of another index", other)
+    mark = json.loads((out / "report.json").read_text())
+    (out / "report.json").write_text(json.dumps({**mark, "embedcam": "0.0.1"}))
+    with pytest.raises(InputError, match=r"holds a report of embedcam 0\.0\.1, and this is "):
+        write_report(Explainer(built, network, n_neighbors=3), find_images(own, "none"), out)
+
+
+def test_an_index_that_is_exchanged_meanwhile_is_not_mixed_in(
+    explainer: Explainer, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = iter([{"generation": n, "sha256": ""} for n in (1, 1, 2)])
+    monkeypatch.setattr(job_room, "_version", lambda _: next(versions))
+    with pytest.raises(InputError, match="given another version of its index while the report"):
+        write_report(explainer, find_images(queries, "none"), tmp_path / "out", batch_size=2)
+    assert len(list((tmp_path / "out/.finished").iterdir())) == 2
+
+
+# --- refused -------------------------------------------------------------------------------------
+
+
+def test_folders_that_hold_something_else(
+    explainer: Explainer, queries: Path, tmp_path: Path
+) -> None:
+    source = find_images(queries, "none")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file: is a file; a report is a folder, so give another"):
+        write_report(explainer, source, tmp_path / "file")
+    with pytest.raises(InputError, match=r"holds something else \(0\); a report takes a folder"):
+        write_report(explainer, source, queries)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/report.json").write_text('{"format": "novel"}')
+    with pytest.raises(InputError, match=r"report\.json: is not a report's; give a new folder"):
+        write_report(explainer, source, tmp_path / "out")
+    (tmp_path / "out/report.json").rename(tmp_path / "out/report.json.tmp")
+    assert write_report(explainer, source, tmp_path / "out").n_new == 8  # left by a kill
+    assert sorted(everything(tmp_path / "out")) == [LINES, PAGE, "report.json"]
+
+
+def test_one_writer_at_a_time(explainer: Explainer, queries: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    holder = os.open(tmp_path / "out", os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="out: another process is writing this report; wait"):
+            write_report(explainer, find_images(queries, "none"), tmp_path / "out")
+    finally:
+        os.close(holder)
+    assert write_report(explainer, find_images(queries, "none"), tmp_path / "out").n_new == 8
+
+
+def test_a_full_disk_is_one_sentence(
+    explainer: Explainer, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        if target.name == PAGE:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        rename(source, target)
+
+    rename, source = os.replace, find_images(queries, "none")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(
+            InputError,
+            match=r"index\.html: cannot be written \(No space left on device\); see to the disk",
+        ):
+            write_report(explainer, source, tmp_path / "out")
+    assert write_report(explainer, source, tmp_path / "out").n_new == 0
+    assert sorted(everything(tmp_path / "out")) == [LINES, PAGE, "report.json"]
+
+
+def test_arguments_that_cannot_be_used(
+    built: Path, explainer: Explainer, queries: Path, tmp_path: Path
+) -> None:
+    source, out = find_images(queries, "none"), tmp_path / "out"
+    for message, given in {
+        "batch_size = 0; give a whole number of at least 1": {"batch_size": 0},
+        "side = 1.5; give a whole number of at least 1": {"side": 1.5},
+        "n_neighbors = 0; give a whole number": {"n_neighbors": 0},
+        "give n_neighbors to search, or neighbors": {"n_neighbors": 1, "neighbors": ["0/0.png"]},
+        "no image 'x'": {"result": "x"},
+        "scale is 'all'": {"scale": "all"},
+    }.items():
+        with pytest.raises(InputError) as caught:
+            write_report(explainer, source, out, **given)
+        assert message in str(caught.value)
+    with pytest.raises(InputError, match="there is no query; give at least one picture"):
+        write_report(explainer, ImageSource([]), out)
+    with Index.open(built) as index, pytest.raises(InputError, match="needs the index's network"):
+        write_report(Explainer(index), source, out)
+    assert not out.exists()
+
+
+# --- many queries --------------------------------------------------------------------------------
+
+
+def test_no_more_than_a_batch_is_held(
+    explainer: Explainer, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = [Item(str(n), f"0/{2 * (n % 4)}.png") for n in range(24)]
+    explain, alive, most = Explainer.explain_batch, weakref.WeakSet[Explanation](), [0]
+
+    def watched(self: Explainer, *given: Any, **asked: Any) -> list[Explanation]:
+        most[0] = max(most[0], len(alive))
+        found = explain(self, *given, **asked)
+        assert all(one.image is None for one in found)  # no picture of full size
+        for one in found:
+            alive.add(one)
+        return found
+
+    monkeypatch.setattr(Explainer, "explain_batch", watched)
+    write_report(explainer, ImageSource(items, queries), tmp_path / "out", batch_size=3)
+    assert len(records(tmp_path / "out")) == 24
+    assert most[0] <= 3
+
+
+def test_a_bar_where_it_is_wanted(
+    explainer: Explainer, queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = find_images(queries, "none")
+    write_report(explainer, source, tmp_path / "a", progress=True)
+    assert "8/8" in capsys.readouterr().err
+    write_report(explainer, source, tmp_path / "b")  # no terminal
+    write_report(explainer, source, tmp_path / "c", progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_is_at_fault_for_every_query_stops_the_report(
+    explainer: Explainer, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def thin(self: Any, *size: int) -> Any:
+        raise ImageError("a picture of 9 x 9 pixels is too long and thin")
+
+    monkeypatch.setattr(type(CROP), "extent", thin)
+    opened = open_query(find_images(queries, "none"), 0, explainer.preprocess, 48)
+    assert opened == f"{queries}/0/0.png: a picture of 9 x 9 pixels is too long and thin"
+    wrong = custom(lambda image: np.zeros((1, 2, 3)), name="wrong")
+    with pytest.raises(InputError, match=r"0\.png: preprocess wrong: expected an array \[3 H W\]"):
+        open_query(find_images(queries, "none"), 0, wrong, 48)
+    monkeypatch.undo()
+
+    def broken(self: Explainer, *given: Any, **asked: Any) -> Any:
+        raise InputError("the index holds no image but the neighbours")
+
+    monkeypatch.setattr(Explainer, "explain_batch", broken)
+    with pytest.raises(InputError, match="no image but the neighbours"):
+        write_report(explainer, find_images(queries, "none"), tmp_path / "out")

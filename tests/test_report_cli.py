@@ -1,0 +1,152 @@
+"""`embedcam explain --report`: what it prints, writes and refuses."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from build_samples import everything
+from photo_samples import picture, write_photos
+from test_cli import NAMED, NETWORK
+
+from embedcam import Explainer, find_images, load_network, write_report
+from embedcam.cli import main
+
+TRUSTED = NAMED[:2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working folder with an index, queries, and a module with its network."""
+    folder = tmp_path_factory.mktemp("report-cli")
+    (folder / "cli_toy_network.py").write_text(NETWORK)
+    write_photos(folder / "photos")
+    (folder / "queries/deep/er").mkdir(parents=True)
+    for number in range(5):
+        picture(number % 3, 70 + number).save(folder / f"queries/deep/er/{number}.png")
+    (folder / "queries/broken.jpg").write_text("a letter")
+    before, path = Path.cwd(), list(sys.path)
+    os.chdir(folder)
+    assert main(["build", "photos", "my.index", "--quiet", *NAMED]) == 0
+    yield folder
+    os.chdir(before)
+    sys.path[:] = path
+    sys.modules.pop("cli_toy_network", None)
+
+
+Say = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(["explain", "my.index", *map(str, arguments), *TRUSTED])
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+def test_a_folder_of_queries_is_one_page(say: Say, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, told, noted = say("queries", "--report", out, "-n", 2, "--batch-size", 2)
+    assert (code, told) == (0, f"{out}/index.html: 6 queries\n")
+    assert noted.startswith("note: queries/broken.jpg: is not an image of a known kind")
+    assert noted.count("\n") == 1
+    explainer = Explainer("my.index", load_network("cli_toy_network:make", layer="relu"))
+    source = find_images("queries", "none")
+    write_report(explainer, source, tmp_path / "same", n_neighbors=2, batch_size=2)
+    assert everything(out) == everything(tmp_path / "same")
+    assert say("queries", "--report", out, "-n", 2, "--quiet") == (
+        0,
+        f"{out}/index.html: complete already\n",
+        "",
+    )
+
+
+def test_pictures_and_a_csv_are_queries_too(say: Say, tmp_path: Path) -> None:
+    named = ["photos/1/1.png", "queries/deep/er/1.png"]
+    code, told, noted = say(*named, "--report", tmp_path / "a", "--scale", "each")
+    assert (code, told, noted) == (0, f"{tmp_path}/a/index.html: 2 queries\n", "")
+    lines = [
+        json.loads(line) for line in (tmp_path / "a/explanations.jsonl").read_text().splitlines()
+    ]
+    assert [one["query"] for one in lines] == named
+    (tmp_path / "q.csv").write_text(f"path,label\n{Path.cwd()}/photos/1/1.png,x\n")
+    assert say(tmp_path / "q.csv", "--report", tmp_path / "b")[0] == 0
+    (line,) = (tmp_path / "b/explanations.jsonl").read_text().splitlines()
+    assert json.loads(line)["cam"] == lines[0]["cam"]
+
+
+def test_stopped_and_run_again_it_goes_on(
+    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    explain, seen = Explainer.explain_batch, []
+
+    def stop(self: Explainer, *given: object, **asked: object) -> object:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return explain(self, *given, **asked)  # type: ignore[arg-type]
+
+    command = ("queries", "--report", tmp_path / "out", "--batch-size", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Explainer, "explain_batch", stop)
+        assert say(*command) == (
+            130,
+            "",
+            "embedcam: interrupted; run the same command again to go on\n",
+        )
+    assert say(*command)[1] == f"{tmp_path}/out/index.html: 6 queries, 4 of them before\n"
+    assert say("queries", "--report", tmp_path / "whole", "--batch-size", 2)[0] == 0
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "words"),
+    [
+        (2, "leave out -o", ["queries", "--report", "OUT", "-o", "x.png"]),
+        (2, "leave out --html", ["queries", "--report", "OUT", "--html", "x.html"]),
+        (2, "writes index.html and explanations.jsonl", ["queries", "--report", "OUT", "--json"]),
+        (2, "leave out --method rise", ["queries", "--report", "OUT", "--method", "rise"]),
+        (2, "--batch-size is of a report", ["photos/0/0.png", "--batch-size", "3"]),
+        (2, "queries: holds something else (broken.jpg)", ["queries", "--report", "queries"]),
+        (2, "my.index: holds something else", ["queries", "--report", "my.index"]),
+        (2, "give one folder, one CSV or pictures", ["queries", "photos", "--report", "OUT"]),
+        (3, "nothing.png: does not exist", ["nothing.png", "--report", "OUT"]),
+        (2, "nothing.csv: does not exist", ["nothing.csv", "--report", "OUT"]),
+        (3, "or give --report FOLDER", ["queries"]),
+    ],
+)
+def test_what_is_refused_before_the_network_is_loaded(
+    say: Say,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    message: str,
+    words: list[str],
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the network was loaded")
+
+    monkeypatch.setattr("embedcam.models.load_network", never)
+    out = tmp_path / "out"
+    found, told, said = say(*(str(out) if word == "OUT" else word for word in words))
+    assert (found, told) == (code, ""), said
+    assert message in said
+    assert said.count("\n") == 1
+    assert not out.exists()
+
+
+def test_another_report_in_the_folder_is_one_sentence(say: Say, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert say("queries", "--report", out)[0] == 0
+    code, told, said = say("queries", "--report", out, "-n", 2)
+    assert (code, told) == (2, "")
+    assert said == (
+        f"embedcam: {out}: holds a report with n_neighbors = 5, and 2 is asked for; give a new "
+        "folder, or delete this one\n"
+    )

@@ -1,0 +1,117 @@
+"""scripts/benchmark_service.py and soak_service.py: their figures. Values, never seconds."""
+
+import importlib.util
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[SimpleNamespace]:
+    """Both scripts, and the client they share."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        loaded = {}
+        for name in ("benchmark_service", "soak_service"):
+            spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+            assert spec is not None
+            assert spec.loader is not None
+            loaded[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(loaded[name])
+        client = importlib.import_module("serving.client")
+        yield SimpleNamespace(**loaded, client=client)
+    finally:
+        sys.path.remove(str(SCRIPTS))
+        for name in list(sys.modules):
+            if name.partition(".")[0] in ("benchmark", "serving"):
+                del sys.modules[name]
+
+
+def test_ratios_with_and_without_the_client(scripts: SimpleNamespace) -> None:
+    took = {
+        "search": np.full(100, 100.0),
+        "search again (A/A)": np.full(100, 100.0),
+        "explain": np.r_[np.full(90, 109.0), np.full(10, 130.0)],
+        "null": np.full(100, 20.0),
+    }
+    lines = scripts.benchmark_service.report(8, took).splitlines()
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in lines
+        if line.startswith("| ")
+    }
+    assert lines[1] == "## 8 at a time"
+    # (109 - 20) / (100 - 20) and (130 - 20) / (100 - 20)
+    assert cells["explain"] == [
+        "100", "109.0", "1.090", "1.113", "<= 1.1: **not met**",
+        "130.0", "1.300", "1.375", "<= 1.15: **not met**",
+    ]  # fmt: skip
+    assert cells["search again (A/A)"][2:4] == ["1.000", "1.000"]
+    assert cells["null"][1:3] == ["20.0", "0.200"]
+
+
+def test_growth_of_memory(scripts: SimpleNamespace) -> None:
+    held = [10e6] * 25 + [100e6] * 24 + [900e6] + [200e6] * 25 + [104e6] * 25
+    memory = [(float(gone), int(one)) for gone, one in enumerate(held)]
+    first, last, ratio = scripts.soak_service.growth(memory)
+    assert (first, last, ratio) == (100, 104, pytest.approx(1.04))
+
+
+def test_every_hostile_request_is_to_be_refused(scripts: SimpleNamespace) -> None:
+    good, bad = scripts.soak_service.good_calls(), scripts.soak_service.hostile_calls()
+    assert all(call.expected == (200,) for call in good)
+    assert all(400 <= status < 500 for call in bad for status in call.expected)
+    assert not {call.name for call in good} & {call.name for call in bad}
+
+
+def test_a_closed_loop_sends_each_request_once(scripts: SimpleNamespace) -> None:
+    seen: list[str] = []
+    at_once, most, lock = 0, 0, threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            nonlocal at_once, most
+            with lock:
+                at_once += 1
+                most = max(most, at_once)
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            with lock:
+                seen.append(f"{self.path} {body.decode()}")
+                at_once -= 1
+            self.send_response(404 if "bad" in self.path else 200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"ok")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    running = threading.Thread(target=server.serve_forever)
+    running.start()
+    call = scripts.client.Call
+    try:
+        took = scripts.client.closed_loop(
+            server.server_port, 3, 20, lambda place: call("POST", f"/{place}", b"x" * place)
+        )
+        assert len(took) == 20
+        assert sorted(seen) == sorted(f"/{place} {'x' * place}" for place in range(20))
+        assert most <= 3
+        with pytest.raises(RuntimeError, match="POST /bad: 404 b'ok'"):
+            scripts.client.closed_loop(server.server_port, 1, 1, lambda _: call("POST", "/bad"))
+    finally:
+        server.shutdown()
+        server.server_close()
+        running.join()

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -385,21 +386,29 @@ def test_browsers_are_told_to_trust_nothing_else(app: Any) -> None:
         assert "access-control-allow-origin" not in headers
 
 
-def test_a_page_is_served_where_there_is_one(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "page").mkdir()
-    (tmp_path / "page" / "index.html").write_text("<!doctype html><title>why</title>")
-    (tmp_path / "secret.txt").write_text("secret")
-    monkeypatch.setattr("embedcam.service.app.PAGE", tmp_path / "page")
-    made = create_app(explainer(index))
-    front = ask(made, "GET", "/")
-    assert (front.status, front.headers["content-type"][:9]) == (200, "text/html")
+def test_the_page_s_files_are_served_and_no_others(app: Any) -> None:
+    front = ask(app, "GET", "/")
+    assert (front.status, front.headers["content-type"]) == (200, "text/html; charset=utf-8")
     assert front.headers["content-security-policy"].startswith("default-src 'self';")
-    for target in ("/../secret.txt", "/%2e%2e/secret.txt", "/..%2fsecret.txt", "/nothing"):
-        assert ask(made, "GET", target).error == (404, "unknown_path")
-    assert post(made, "/explain", QUERY).status == 200
-    made.state.pipeline.close()
+    sources = re.findall(r'(?:src|href)="([a-z]+\.[a-z]+)"', front.body.decode())
+    assert {"main.js", "style.css", "icon.svg", "openapi.json"} <= set(sources)
+    kinds = {"js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+    for source in sources:
+        found = ask(app, "GET", f"/{source}")
+        kind = kinds.get(source.rpartition(".")[2], "application/json")
+        assert (found.status, found.headers["content-type"].partition(";")[0]) == (200, kind)
+    for target in ("/../app.py", "/%2e%2e/app.py", "/..%2fapp.py", "/app.py", "/page/main.js"):
+        assert ask(app, "GET", target).error == (404, "unknown_path")
+    for method, target in (("POST", "/"), ("GET", "/explain"), ("POST", "/main.js")):
+        assert ask(app, method, target).error == (405, "unknown_method")
+
+
+def test_a_browser_asks_whether_the_page_has_changed(app: Any) -> None:
+    first = ask(app, "GET", "/main.js")
+    assert first.headers["cache-control"] == "no-cache"
+    again = ask(app, "GET", "/main.js", if_none_match=first.headers["etag"])
+    assert (again.status, again.body) == (304, b"")
+    assert ask(app, "GET", "/style.css", if_none_match=first.headers["etag"]).status == 200
 
 
 def test_only_names_of_its_own(index: Path) -> None:

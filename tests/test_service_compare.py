@@ -1,22 +1,30 @@
-"""POST /compare says what `PairExplainer` says, and its sums add up."""
+"""Receipts over HTTP are the Python API's, and what cannot be compared is refused."""
 
+import json
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
-from build_samples import dense, pictures, quicken, toy
+from build_samples import pictures, quicken, toy
+from PIL import Image
 from service_client import ask, built, data_of, explainer, form, picture, post
 
-from embedcam import EmbeddingNetwork, Explainer, PairExplainer, build_index
+from embedcam import EmbeddingNetwork, Explainer, build_index
 from embedcam.export import export_onnx
-from embedcam.service import create_app
+from embedcam.pairs import PairExplainer, Receipt
+from embedcam.service import Limits, compare, create_app
+from embedcam.service.compare import rounded
 from embedcam.service.schemas import CompareAnswer
 
 QUERY = data_of(picture(3))
+IDS = ["c0/000.png", "c1/004.png", "c2/011.png"]
 
 
 @pytest.fixture(scope="module")
@@ -33,67 +41,190 @@ def app(index: Path) -> Iterator[Any]:
     made.state.pipeline.close()
 
 
-def test_receipts_are_those_of_python_and_add_up(app: Any, index: Path) -> None:
-    found = post(app, "/compare?result=c1%2F004.png&result=c0%2F000.png&lines=3&links=2", QUERY)
-    body = found.json()
-    CompareAnswer.model_validate(body)
-    assert body["picture"] == {"width": 40, "height": 30}
-    assert body["above"] is None
-    expected = PairExplainer(explainer(index)).receipts(QUERY, ["c1/004.png", "c0/000.png"])
-    for one, receipt in zip(body["receipts"], expected, strict=True):
-        said = receipt.to_dict(3, 2)
-        said["query"]["id"] = None
-        assert {**said, "matched": None, "matrix": None} == one
-        lines = sum(line["contribution"] for line in one["channels"])
-        total = lines + one["other_channels"] + one["shared"] + one["remainder"]
-        assert total == pytest.approx(one["similarity"], abs=1e-6)
-        for side in ("query", "result"):
-            of_cells = np.sum(one[side]["cells"]) + one[side]["shared"] + one[side]["remainder"]
-            assert of_cells == pytest.approx(one["similarity"], abs=1e-5)
-        assert one["query"]["extent"] == [0, 0, 40, 30]
-        assert len(one["channels"]) == 3
-    assert [one["result"]["id"] for one in body["receipts"]] == ["c1/004.png", "c0/000.png"]
-
-
-def test_points(app: Any, index: Path) -> None:
-    target = "/compare?result=c1%2F004.png&matrix=true&cell=2,1&centred=false&links=0"
-    (one,) = post(app, target, QUERY).json()["receipts"]
-    receipt = PairExplainer(explainer(index)).receipt(QUERY, "c1/004.png", centred=False)
-    np.testing.assert_allclose(one["matrix"], receipt.matrix(), rtol=1e-5, atol=1e-12)
-    np.testing.assert_allclose(one["matched"], receipt.point(2, 1), rtol=1e-5, atol=1e-12)
-    assert one["links"] == []
-    assert one["centred"] is False
-
-
-def test_why_one_came_above_another(app: Any, index: Path) -> None:
-    body = post(app, "/compare?result=c1%2F004.png&rival=c0%2F000.png", QUERY).json()
-    CompareAnswer.model_validate(body)
-    expected = PairExplainer(explainer(index)).above(QUERY, "c1/004.png", "c0/000.png").to_dict()
-    expected["query"]["id"] = None
-    assert body["above"] == expected
-    above = body["above"]
-    lines = sum(line["contribution"] for line in above["channels"])
-    total = lines + above["other_channels"] + above["remainder"]
-    assert total == pytest.approx(above["score"], abs=1e-6)
-    first, second = above["similarities"]
-    assert above["score"] == pytest.approx(first - second, abs=1e-5)
-    assert len(body["receipts"]) == 1
-
-
-def test_a_head_that_is_not_affine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
-    source, network = pictures(tmp_path / "photos"), toy("pooled").network
-    build_index(source, network, tmp_path / "i", recipe=dense(), progress=False)
-    made = create_app(Explainer(tmp_path / "i", network))
-    (one,) = post(made, "/compare?result=c1%2F004.png", QUERY).json()["receipts"]
-    assert one["exact"] is False
-    CompareAnswer.model_validate(post(made, "/compare?result=c1%2F004.png&matrix=1", QUERY).json())
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path]]:
+    """Behind a head whose receipts are of first order."""
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        folder = tmp_path_factory.mktemp("other")
+        build_index(pictures(folder / "photos"), toy("other").network, folder / "i", progress=False)
+    made = create_app(Explainer(folder / "i", toy("other").network))
+    yield made, folder / "i"
     made.state.pipeline.close()
 
 
-def test_an_onnx_file_answers_as_its_network_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def target(*results: str, **others: object) -> str:
+    named = [("result", name) for name in results] + list(others.items())
+    return "/compare?" + "&".join(f"{name}={quote(str(value), safe='')}" for name, value in named)
+
+
+def expected(index: Path, *ids: str) -> list[Receipt]:
+    return PairExplainer(explainer(index)).receipts(QUERY, list(ids))
+
+
+def assert_is(found: dict[str, Any], receipt: Receipt) -> None:
+    """The JSON of one receipt, number by number."""
+    shown = receipt.to_dict()
+    assert (found["id"], found["label"]) == (shown["result"]["id"], shown["result"]["label"])
+    assert found["extent"] == shown["result"]["extent"]
+    assert found["exact"] == shown["exact"]
+    for name in ("similarity", "shared", "remainder", "other_channels"):
+        assert found[name] == pytest.approx(shown[name], abs=1e-6)
+    for name in ("query", "result"):
+        for part in ("cells", "shared", "remainder"):
+            np.testing.assert_allclose(found[name][part], shown[name][part], atol=1e-6)
+    assert [one["channel"] for one in found["channels"]] == [
+        one["channel"] for one in shown["channels"]
+    ]
+    assert [(one["query"], one["result"]) for one in found["links"]] == [
+        (one["query"], one["result"]) for one in shown["links"]
+    ]
+
+
+# --- what is answered ---
+
+
+def test_receipts_are_the_python_api_s(app: Any, index: Path) -> None:
+    found = post(app, target(*IDS), QUERY)
+    assert found.status == 200
+    body = found.json()
+    CompareAnswer.model_validate(body)
+    assert body["picture"] == {"width": 40, "height": 30}
+    assert body["extent"] == [0, 0, 40, 30]
+    assert body["contrast"] is None
+    assert [one["id"] for one in body["receipts"]] == IDS
+    for one, receipt in zip(body["receipts"], expected(index, *IDS), strict=True):
+        assert_is(one, receipt)
+        assert one["picture"] == {"width": 24, "height": 24}
+        assert one["point"] is None
+        np.testing.assert_allclose(one["pairs"], receipt.matrix().reshape(16, 16), rtol=6e-4)
+
+
+def test_what_is_shown_adds_up(app: Any) -> None:
+    (one,) = post(app, target(IDS[1]), QUERY).json()["receipts"]
+    channels = sum(line["contribution"] for line in one["channels"]) + one["other_channels"]
+    total = one["shared"] + channels + one["remainder"]
+    assert total == pytest.approx(one["similarity"], abs=1e-5)
+    for side in (one["query"], one["result"]):
+        total = np.sum(side["cells"]) + side["shared"] + side["remainder"]
+        assert total == pytest.approx(one["similarity"], abs=1e-5)
+
+
+def test_as_many_lines_and_links_as_asked(app: Any) -> None:
+    (one,) = post(app, target(IDS[1], lines=3, links=0), QUERY).json()["receipts"]
+    assert (len(one["channels"]), one["links"]) == (3, [])
+    channels = sum(line["contribution"] for line in one["channels"]) + one["other_channels"]
+    total = one["shared"] + channels + one["remainder"]
+    assert total == pytest.approx(one["similarity"], abs=1e-5)
+
+
+def test_the_similarity_is_the_search_s(app: Any) -> None:
+    near = post(app, "/explain?n_neighbors=3", QUERY).json()["neighbors"]
+    body = post(app, target(*(one["id"] for one in near)), QUERY).json()
+    for one, receipt in zip(near, body["receipts"], strict=True):
+        assert receipt["similarity"] == pytest.approx(one["similarity"], abs=1e-5)
+
+
+def test_a_rival(app: Any, index: Path) -> None:
+    body = post(app, target(IDS[0], rival=IDS[2]), QUERY).json()
+    CompareAnswer.model_validate(body)
+    made = PairExplainer(explainer(index)).above(QUERY, IDS[0], IDS[2])
+    for one, receipt in zip(body["receipts"], (made.result, made.rival), strict=True):
+        assert_is(one, receipt)
+    contrast, shown = body["contrast"], made.to_dict()
+    assert contrast["score"] == pytest.approx(made.score, abs=1e-6)
+    assert contrast["exact"] is True
+    np.testing.assert_allclose(contrast["query"], made.query.cells, atol=1e-6)
+    assert contrast["channels"] == shown["channels"]
+    lines = sum(one["contribution"] for one in contrast["channels"])
+    total = lines + contrast["other_channels"] + contrast["remainder"]
+    assert total == pytest.approx(contrast["score"], abs=1e-5)
+
+
+@pytest.mark.parametrize("of", ["query", "result"])
+def test_a_point(app: Any, index: Path, of: str) -> None:
+    body = post(app, target(*IDS[:2], cell="1,2", of=of), QUERY).json()
+    for one, receipt in zip(body["receipts"], expected(index, *IDS[:2]), strict=True):
+        np.testing.assert_allclose(one["point"], receipt.point(1, 2, of), rtol=6e-4)
+        pairs = np.reshape(one["pairs"], (4, 4, 4, 4))
+        same = pairs[1, 2] if of == "query" else pairs[:, :, 1, 2]
+        assert np.array_equal(one["point"], same)
+
+
+def test_a_receipt_of_first_order_has_points_and_no_pairs(other: tuple[Any, Path]) -> None:
+    app, index = other
+    body = post(app, target(IDS[0], cell="3,0"), QUERY).json()
+    CompareAnswer.model_validate(body)
+    (one,) = body["receipts"]
+    assert (one["exact"], one["pairs"]) == (False, None)
+    made = PairExplainer(Explainer(index, toy("other").network)).receipt(QUERY, IDS[0])
+    assert_is(one, made)
+    np.testing.assert_allclose(one["point"], made.point(3, 0), rtol=6e-4)
+
+
+def test_pairs_are_left_out_where_they_would_be_too_many(app: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(compare, "MAX_PAIRS", 600)
+    body = post(app, target(*IDS), QUERY).json()
+    assert [one["pairs"] is None for one in body["receipts"]] == [False, False, True]
+
+
+@pytest.mark.parametrize("rival", [None, IDS[2]])
+def test_a_receipt_as_a_picture(app: Any, rival: str | None) -> None:
+    chosen = {} if rival is None else {"rival": rival}
+    found = post(app, target(IDS[0], **chosen), QUERY, accept="image/png")
+    assert found.headers["content-type"] == "image/png"
+    assert found.headers["vary"] == "Accept"
+    wide = found.image().width
+    assert wide > (700 if rival is None else 1000)
+    webp = post(app, target(IDS[0], **chosen), QUERY, accept="image/webp").image()
+    assert (webp.format, webp.width) == ("WEBP", wide)
+
+
+def test_a_drawn_receipt_is_the_receipt_s_own(app: Any, index: Path) -> None:
+    small = post(app, target(IDS[0]), QUERY, accept="image/png").image()
+    (own,) = expected(index, IDS[0])
+    np.testing.assert_array_equal(np.asarray(small), np.asarray(own.plot().convert("RGB")))
+
+
+def test_a_large_picture_is_drawn_small_and_told_whole(app: Any) -> None:
+    large = data_of(picture(3, (900, 700)))
+    body = post(app, target(IDS[0]), large).json()
+    assert (body["picture"], body["extent"]) == ({"width": 900, "height": 700}, [0, 0, 900, 700])
+    small, drawn = (
+        post(app, target(IDS[0]), one, accept="image/png").image() for one in (QUERY, large)
+    )
+    assert drawn.width == small.width
+
+
+def test_many_results_go_in_steps(index: Path, monkeypatch: Any) -> None:
+    """No more wait for the network at a time than go through it together."""
+    made = create_app(explainer(index), limits=Limits(batch=4))
+    ids = sorted(explainer(index).index.ids)
+    together: list[int] = []
+    monkeypatch.setattr(made.state.pipeline._batcher, "_batched", together.append)
+    body = post(made, target(*ids), QUERY).json()
+    assert [one["id"] for one in body["receipts"]] == ids
+    assert sum(together) == 13
+    assert max(together) <= 4
+    for one, receipt in zip(body["receipts"], expected(index, *ids), strict=True):
+        assert_is(one, receipt)
+    made.state.pipeline.close()
+
+
+def test_four_digits() -> None:
+    values = np.array([[0.0, -0.0, 0.123456], [-12345.6, 1e-9, 3.00049e-7]])
+    assert rounded(values) == [[0.0, 0.0, 0.1235], [-12346.0, 1e-9, 3e-07]]
+    assert json.dumps(rounded(np.array([0.00012344999, 0.9999999]))) == "[0.0001234, 1.0]"
+
+
+def test_what_is_shared_may_stay_in(app: Any, index: Path) -> None:
+    (one,) = post(app, target(IDS[0], centred="false"), QUERY).json()["receipts"]
+    assert (one["centred"], one["shared"]) == (False, 0)
+    made = PairExplainer(explainer(index)).receipt(QUERY, IDS[0], centred=False)
+    assert_is(one, made)
+
+
+def test_an_onnx_file_answers_as_its_network_does(tmp_path: Path, monkeypatch: Any) -> None:
     pytest.importorskip("onnxruntime")
     quicken(monkeypatch)
     index = built(tmp_path, recipe=None)  # which keeps the head's matrix
@@ -103,10 +234,9 @@ def test_an_onnx_file_answers_as_its_network_does(
     plain = EmbeddingNetwork.from_parts(*module, module=module, preprocess=own.preprocess)
     export_onnx(own.index, plain, tmp_path / "network.onnx")
     apps = [create_app(Explainer(index, onnx=tmp_path / "network.onnx")), create_app(own)]
-    target = "/compare?result=c1%2F004.png&matrix=true"
-    (one,), (other,) = (post(each, target, QUERY).json()["receipts"] for each in apps)
+    (one,), (other,) = (post(each, target(IDS[1]), QUERY).json()["receipts"] for each in apps)
     assert one["exact"]
-    np.testing.assert_allclose(one["matrix"], other["matrix"], atol=1e-5)
+    np.testing.assert_allclose(one["pairs"], other["pairs"], atol=1e-5, rtol=1e-3)
     found, wanted = (post(each, "/explain", QUERY).json() for each in apps)
     assert [a["id"] for a in found["neighbors"]] == [a["id"] for a in wanted["neighbors"]]
     np.testing.assert_allclose(found["cam"], wanted["cam"], atol=1e-4 * np.max(wanted["cam"]))
@@ -125,73 +255,119 @@ def test_a_network_whose_head_is_not_to_be_had(index: Path) -> None:
 
     why._opened = replace(why._opened, network=SimpleNamespace(forward=arrays))
     made = create_app(why)
-    found = post(made, "/compare?result=c1%2F004.png", QUERY)
-    assert found.error == (501, "no_receipts")
+    assert post(made, target(IDS[0]), QUERY).error == (501, "no_receipts")
     same = post(create_app(explainer(index)), "/search", QUERY).json()
     assert post(made, "/search", QUERY).json() == same
     made.state.pipeline.close()
 
 
-@pytest.mark.parametrize(
-    ("query", "refused"),
-    [
-        ("", (422, "unusable_parameter")),
-        ("result=nothing", (404, "unknown_image")),
-        ("result=c1%2F004.png&rival=nothing", (404, "unknown_image")),
-        ("result=..%2F..%2Fetc%2Fpasswd", (404, "unknown_image")),
-        ("result=c1%2F004.png&result=c1%2F004.png", (422, "repeated_parameter")),
-        ("result=c1%2F004.png&rival=c1%2F004.png", (422, "same_image")),
-        ("result=c1%2F004.png&result=c0%2F000.png&rival=c0%2F003.png", (422, "several_results")),
-        ("result=c1%2F004.png&rival=a&rival=b", (422, "repeated_parameter")),
-        ("result=c1%2F004.png&cell=1", (422, "unusable_parameter")),
-        ("result=c1%2F004.png&cell=4,0", (404, "unknown_cell")),
-        ("result=c1%2F004.png&cell=-1,0", (422, "unusable_parameter")),
-        ("result=c1%2F004.png&cell=nan,0", (422, "unusable_parameter")),
-        ("result=c1%2F004.png&cell=1000000,0", (422, "unusable_parameter")),
-        ("result=c1%2F004.png&cell=%D9%A3,0", (422, "unusable_parameter")),
-        ("result=c1%2F004.png&lines=1000000", (422, "unusable_parameter")),
-        ("result=c1%2F004.png&links=inf", (422, "unusable_parameter")),
-        ("result=c1%2F004.png&centred=maybe", (422, "unusable_parameter")),
-        ("&".join(f"result={number}" for number in range(11)), (422, "unusable_parameter")),
-        ("result=c1%2F004.png&size=3", (422, "unknown_parameter")),
-    ],
-)
-def test_what_is_refused(app: Any, query: str, refused: tuple[int, str]) -> None:
-    assert post(app, f"/compare?{query}", QUERY).error == refused
+# --- what is refused ---
+
+REFUSED: dict[str, tuple[str, tuple[int, str]]] = {
+    "no result": ("/compare", (422, "unusable_parameter")),
+    "an unknown id": (target("nothing"), (404, "unknown_image")),
+    "one unknown id of two": (target(IDS[0], "nothing"), (404, "unknown_image")),
+    "an unknown rival": (target(IDS[0], rival="nothing"), (404, "unknown_image")),
+    "an empty id": (target(""), (404, "unknown_image")),
+    "a path": (target("../../etc/passwd"), (404, "unknown_image")),
+    "a NUL": (target("c0/000.png\0"), (404, "unknown_image")),
+    "a result twice": (target(IDS[0], IDS[0]), (422, "repeated_result")),
+    "its own rival": (target(IDS[0], rival=IDS[0]), (422, "same_image")),
+    "a rival of two": (target(IDS[0], IDS[1], rival=IDS[2]), (422, "too_many_results")),
+    "two rivals": (
+        target(IDS[0], rival=IDS[1]) + "&rival=x", (422, "repeated_parameter")),
+    "101 results": (target(*map(str, range(101))), (422, "unusable_parameter")),
+    "a row alone": (target(IDS[0], cell="1"), (422, "unusable_parameter")),
+    "three numbers": (target(IDS[0], cell="1,2,3"), (422, "unusable_parameter")),
+    "a row outside": (target(IDS[0], cell="4,0"), (404, "unknown_cell")),
+    "a column outside": (target(IDS[0], cell="0,4", of="result"), (404, "unknown_cell")),
+    "a row below": (target(IDS[0], cell="-1,0"), (422, "unusable_parameter")),
+    "a huge row": (target(IDS[0], cell=f"{10**30},0"), (422, "unusable_parameter")),
+    "a row of NaN": (target(IDS[0], cell="nan,0"), (422, "unusable_parameter")),
+    "a row of 1e1": (target(IDS[0], cell="1e1,0"), (422, "unusable_parameter")),
+    "other digits": (target(IDS[0], cell="\u0663,0"), (422, "unusable_parameter")),
+    "a line more": (target(IDS[0], cell="1,2\n"), (422, "unusable_parameter")),
+    "a side that is none": (
+        target(IDS[0], cell="0,0", of="rival"), (422, "unusable_parameter")),
+    "a million channels": (target(IDS[0], lines=10**6), (422, "unusable_parameter")),
+    "infinite links": (target(IDS[0], links="inf"), (422, "unusable_parameter")),
+    "an unknown parameter": (target(IDS[0], cel="1,1"), (422, "unknown_parameter")),
+}  # fmt: skip
 
 
-def test_a_result_whose_picture_is_gone_or_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_compared_is_refused(app: Any, name: str) -> None:
+    asked, error = REFUSED[name]
+    assert post(app, asked, QUERY).error == error
+
+
+def test_messages_say_what_to_do(app: Any) -> None:
+    told = {
+        target(IDS[0], cell="4,0"): "cell (4, 0) is not on the query's grid of 4 x 4",
+        target(IDS[0], rival=IDS[0]): "result and rival are the same image; name two",
+        target(*map(str, range(101))): "result: list should have at most 100 items",
+    }
+    for asked, sentence in told.items():
+        assert sentence in post(app, asked, QUERY).message
+
+
+def test_what_has_no_picture_is_refused(app: Any) -> None:
+    for asked in (target(*IDS[:2]), target(IDS[0], cell="0,0")):
+        assert post(app, asked, QUERY, accept="image/png").error == (422, "not_drawable")
+    assert post(app, target(IDS[0]), QUERY, accept="text/html").error == (406, "no_such_type")
+
+
+def test_a_broken_query_is_refused_as_everywhere(app: Any) -> None:
+    assert post(app, target(IDS[0]), b"no picture").error == (422, "unreadable_image")
+    assert post(app, target(IDS[0]), b"").error == (422, "empty_body")
+    broken = ask(app, "POST", target(IDS[0]), form(QUERY)[:-9], content_type="text/plain")
+    assert broken.error == (415, "unusable_type")
+
+
+def test_pictures_that_went_or_changed(tmp_path: Path, monkeypatch: Any) -> None:
     quicken(monkeypatch)
-    made = create_app(explainer(built(tmp_path)))
-    file = tmp_path / "photos" / "c1" / "004.png"
-    for spoil in (
-        lambda: picture(9).point(lambda value: 255 - value // 9).save(file),
-        lambda: file.write_bytes(b"no picture"),
-        file.unlink,
-    ):
-        spoil()
-        found = post(made, "/compare?result=c1%2F004.png", QUERY)
-        assert found.error == (404, "no_picture")
-        assert str(tmp_path) not in found.message
-    assert post(made, "/compare?result=c0%2F000.png", QUERY).status == 200
+    index = built(tmp_path)
+    made = create_app(explainer(index))
+    file = tmp_path / "photos" / "c0" / "000.png"
+    Image.effect_noise((24, 24), 90).convert("RGB").save(file)
+    changed = post(made, target(IDS[1], IDS[0]), QUERY)
+    assert changed.error == (409, "changed_picture")
+    file.write_bytes(b"nothing")
+    broken = post(made, target(IDS[0]), QUERY)
+    os.unlink(file)
+    gone = post(made, target(IDS[0]), QUERY)
+    for refused in (broken, gone):
+        assert refused.error == (404, "no_picture")
+        assert "c0" not in refused.message
+        assert str(tmp_path) not in refused.message
+    assert post(made, target(IDS[1]), QUERY).status == 200
     made.state.pipeline.close()
 
 
-def test_too_many_pairs(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcam.service.compare.MAX_PAIRS", 2 * 16 * 16 - 1)
-    target = "/compare?result=c1%2F004.png&result=c0%2F000.png"
-    found = post(app, f"{target}&matrix=true", QUERY)
-    assert found.error == (422, "too_many_pairs")
-    assert "have 512 pairs of cells, the limit is 511" in found.message
-    assert post(app, target, QUERY).status == 200
+def test_a_path_that_climbs_is_not_followed(tmp_path: Path, monkeypatch: Any) -> None:
+    """The index says a path outside of its images: no picture, whatever lies there."""
+    quicken(monkeypatch)
+    index = built(tmp_path / "a")
+    picture(9, (24, 24)).save(tmp_path / "secret.png")
+    why = explainer(index, images=tmp_path / "a" / "photos")
+    made = create_app(why)
+    paths = property(lambda rows: ["../../secret.png"] * len(rows.positions))
+    monkeypatch.setattr(type(why.index.select([0])), "paths", paths)
+    assert post(made, target(IDS[0]), QUERY).error == (404, "no_picture")
+    made.state.pipeline.close()
 
 
-def test_bad_pictures_and_forms_are_refused_as_elsewhere(app: Any) -> None:
-    target = "/compare?result=c1%2F004.png"
-    assert post(app, target, b"no picture").error == (422, "unreadable_image")
-    assert ask(app, "POST", target, form(QUERY), content_type="text/plain").error == (
-        415,
-        "unusable_type",
-    )
+def test_it_takes_a_place_and_a_time(index: Path, monkeypatch: Any) -> None:
+    made = create_app(explainer(index), limits=Limits(concurrency=1))
+    with made.state.pipeline.gate.admitted():
+        assert post(made, target(IDS[0]), QUERY).error == (503, "busy")
+    made.state.pipeline.close()
+    slow = create_app(explainer(index), limits=Limits(seconds=0.01))
+
+    def late(_: Any, index: Any, inputs: Any) -> Any:
+        time.sleep(0.1)
+        return inputs
+
+    monkeypatch.setattr(PairExplainer, "sides", late)
+    assert post(slow, target(IDS[0]), QUERY).error == (503, "too_slow")
+    slow.state.pipeline.close()

@@ -355,7 +355,7 @@ def test_a_damaged_index_is_not_described_to_clients(
         ("DELETE", "/items/c0/000.png/image", 405), ("POST", "/items/c0/000.png/image", 405),
         ("TRACE", "/healthz", 405), ("CONNECT", "/healthz", 405), ("BREW", "/healthz", 405),
         ("GET", "/docs", 404), ("GET", "/redoc", 404), ("GET", "/explain/", 404),
-        ("POST", "/", 404), ("GET", "/%00", 404), ("GET", "/items", 404), ("GET", "//", 404),
+        ("POST", "/", 405), ("GET", "/%00", 404), ("GET", "/items", 404), ("GET", "//", 404),
         ("GET", "/.git/config", 404), ("GET", "/" + "a" * 50_000, 404),
     ],
 )  # fmt: skip

@@ -7,7 +7,7 @@ drawing.py    receipts as pictures
 explainer.py  receipts of queries against the images of an index
 """
 
-from .explainer import PairExplainer
+from .explainer import PairExplainer, check_same
 from .receipt import Comparison, Line, Link, Receipt, Shown, make_comparison, make_receipt
 from .sides import DifferentiatedSide, Evidence, PooledSide, Side
 
@@ -22,6 +22,7 @@ __all__ = [
     "Receipt",
     "Shown",
     "Side",
+    "check_same",
     "make_comparison",
     "make_receipt",
 ]

@@ -69,12 +69,12 @@ class PairExplainer:
             raise InputError("expected a list of results, got one; use receipt()")
         given = [self._given(query), *(self._given(result, True) for result in results)]
         index = self.explainer.index
-        sides = self._sides(index, [inputs for _, inputs in given])
+        sides = self.sides(index, [inputs for _, inputs in given])
         mean = np.asarray(index.fitted("embedding_mean"), np.float64)
         found = []
         for result, (shown, _), side in zip(results, given[1:], sides[1:], strict=True):
             if isinstance(result, str):
-                _check_same(index, result, side)
+                check_same(index, result, side)
             made = make_receipt(
                 sides[0], side, mean, centred=centred, query_shown=given[0][0], result_shown=shown
             )
@@ -92,20 +92,13 @@ class PairExplainer:
         first, second = self.receipts(query, [result, rival], centred=centred)
         return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
 
-    def _given(self, image: Any, by_id: bool = False) -> tuple[Shown, Any]:
-        """How a picture is drawn, and the network's input `[3 H W]`."""
-        name, label = "", None
-        if by_id and isinstance(image, str):
-            index = self.explainer.index
-            name, label = image, index.labels[index.position(image)]
-            image = self.explainer.picture(image)
-        picture, inputs = self.explainer.prepared(image)
-        extent = None
-        if picture is not None and self.explainer.preprocess is not None:
-            extent = self.explainer.preprocess.extent(*picture.size)
-        return Shown(picture, extent, name, label), inputs
+    def sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
+        """What receipts are made of, by `make_receipt`: pictures, forwarded.
 
-    def _sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
+        Args:
+            index: of the explainer.
+            inputs: the network's, `[3 H W]` each; those of one size are forwarded together.
+        """
         head = pooled_head(self.network, index)
         if head is None:
             return [self._differentiated(one) for one in inputs]
@@ -122,13 +115,35 @@ class PairExplainer:
                 found[place] = PooledSide(maps[row], embeddings[row], norm, head.matrix)
         return [found[place] for place in range(len(inputs))]
 
+    def _given(self, image: Any, by_id: bool = False) -> tuple[Shown, Any]:
+        """How a picture is drawn, and the network's input `[3 H W]`."""
+        name, label = "", None
+        if by_id and isinstance(image, str):
+            index = self.explainer.index
+            name, label = image, index.labels[index.position(image)]
+            image = self.explainer.picture(image)
+        picture, inputs = self.explainer.prepared(image)
+        extent = None
+        if picture is not None and self.explainer.preprocess is not None:
+            extent = self.explainer.preprocess.extent(*picture.size)
+        return Shown(picture, extent, name, label), inputs
+
     def _differentiated(self, inputs: Any) -> Side:
         passed = self.network.head_pass(stacked([inputs]), twice=True)
         return DifferentiatedSide(passed, self.network.normalize)
 
 
-def _check_same(index: Index, name: str, side: Side) -> None:
-    """Refuse a picture that is another than was indexed: its receipt would be of another."""
+def check_same(index: Index, name: str, side: Side) -> None:
+    """Refuse a picture that is another than was indexed: its receipt would be of another.
+
+    Args:
+        index: that it is in.
+        name: id of the image.
+        side: of the picture that lies at its path now.
+
+    Raises:
+        ImageError: the embeddings differ.
+    """
     stored = index.embeddings([index.position(name)])[0].astype(np.float64)
     lengths = np.linalg.norm(stored) * np.linalg.norm(side.embedding)
     cosine = float(stored @ side.embedding / lengths) if lengths > 0 else 1.0

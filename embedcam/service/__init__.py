@@ -2,16 +2,17 @@
 
 app.py        the application: what is put together
 explain.py    POST /explain and POST /search
-compare.py    POST /compare
+compare.py    POST /compare: receipts of pairs
 items.py      GET /items/{id}/image and /items/{id}/cam: the indexed images and nothing else
+files.py      GET / and what else lies in page/, which people look at
 status.py     GET /healthz, /readyz and /metrics
 pipeline.py   from uploaded bytes to an explanation, through a pool of threads
+receipts.py   from uploaded bytes and ids to receipts
 batching.py   one thread that puts what waits through the network together
 upload.py     the body of a request, counted while it comes in
 pictures.py   bytes to pictures and back
 limits.py     what one request, and all of them together, may cost
 frame.py      around every request: its line in the log, headers, hosts
-accept.py, addresses.py, parameters.py    of requests: types, urls, what they may ask
 errors.py     what is said where something is refused
 schemas.py    the JSON, as the OpenAPI description has it
 telemetry.py  counters for Prometheus

@@ -3,23 +3,21 @@
 import asyncio
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.staticfiles import StaticFiles
 
 from .. import __version__
 from ..errors import EmbedcamError
 from ..explain import Explainer
-from . import compare, explain, items, status
+from . import compare, explain, files, items, status
 from .errors import Refused, handle
+from .files import PAGE
 from .frame import Frame
 from .limits import Limits
 from .pipeline import Pipeline
 
-PAGE = Path(__file__).parent / "page"
 _ABOUT = (
     "Which images of an index are like a picture, and what in it and in them is the reason. "
     "Every refusal is a JSON object with a code for programs and one sentence for people."
@@ -70,7 +68,6 @@ def create_app(
         app.add_exception_handler(kind, handle)
     for room in (explain, compare, items, status):
         app.include_router(room.router(pipeline))
-    if PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    app.include_router(files.router(PAGE))
     app.add_middleware(Frame, telemetry=pipeline.telemetry, hosts=hosts)
     return app

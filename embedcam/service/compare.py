@@ -1,9 +1,7 @@
-"""POST /compare: receipts of an uploaded picture with results, and why one came above another."""
+"""POST /compare: why a picture and its results match, as receipts that add up."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
@@ -11,180 +9,199 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
-from ..errors import ImageError, InputError
-from ..pairs import Comparison, PairExplainer, Receipt
+from ..errors import InputError
+from ..pairs import Receipt
+from .accept import choose
 from .errors import Refused
-from .explain import BODY, JSON, REFUSALS, size_of
+from .explain import BINARY, BODY, JSON, PNG, REFUSALS, WEBP
 from .parameters import only
 from .pictures import Query as Picture
+from .pictures import encoded
 from .pipeline import Pipeline
+from .receipts import ReceiptMaker, Receipts
 from .schemas import CompareAnswer, refusals
 from .upload import read_upload
 
-MAX_RESULTS, MAX_LINES = 10, 50
+KNOWN = ("result", "rival", "cell", "of", "centred", "lines", "links")
+MAX_LINES = 50
 MAX_PAIRS = 250_000
-"""Numbers of all receipts' `matrix` together: four megabytes of JSON."""
+"""Numbers of all `pairs` of an answer together, about 2 MB: a hundred receipts on maps of 7 x 7, or
+six of 14 x 14."""
+DRAWN_SIDE = 560
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is asked of pairs; of one batch all ask the same.
-
-    results: ids; rival: an id or None; centred: see `PairExplainer.receipt`; cell: (row, column) of
-    the query whose matches are wanted, or None; matrix: those of every cell; lines, links: how
-    many channels and links.
-    """
-
-    results: tuple[str, ...]
-    rival: str | None
-    centred: bool
-    cell: tuple[int, int] | None
-    matrix: bool
-    lines: int
-    links: int
+CELL = Annotated[str, Field(pattern=r"^[0-9]{1,3},[0-9]{1,3}$", examples=["2,5"])]
+Point = tuple[int, int, Literal["query", "result"]]
+_ID = "Id of an image of the index"
 
 
 def router(pipeline: Pipeline) -> APIRouter:
-    """The endpoint."""
+    """The one endpoint."""
     routes = APIRouter(tags=["queries"])
-    try:
-        pairs: PairExplainer | None = PairExplainer(pipeline.explainer)
-    except InputError:
-        pairs = None
-    known = ("result", "rival", "centred", "cell", "matrix", "lines", "links")
-
-    def compared(wanted: Wanted, inputs: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-        assert pairs is not None  # or it was refused
-        return [_compared(pairs, wanted, one) for one in inputs]
+    maker, most = ReceiptMaker(pipeline), pipeline.limits.n_neighbors
 
     @routes.post(
         "/compare",
         operation_id="compare",
-        summary="Why this picture and these results match, as sums that add up to the similarity",
+        summary="Why this picture and an image match, or why one image came above another",
         response_class=Response,
-        responses={200: {"model": CompareAnswer}, **refusals(404, 501, *REFUSALS)},
+        responses={
+            200: {
+                "model": CompareAnswer,
+                "description": "Receipts as JSON; or one drawn, where `Accept` asks for a picture.",
+                "content": {PNG: BINARY, WEBP: BINARY},
+            },
+            **refusals(404, 406, 409, 501, *REFUSALS),
+        },
         openapi_extra=BODY,
-        dependencies=[Depends(only(*known, repeated=("result",)))],
+        dependencies=[Depends(only(*KNOWN, repeated=("result",)))],
     )
     async def compare(
         request: Request,
         result: Annotated[
-            list[str],
-            Query(min_length=1, max_length=MAX_RESULTS, description="Ids; may be repeated."),
+            list[str], Query(min_length=1, max_length=most, description=f"{_ID}; once for each.")
         ],
         rival: Annotated[
             str | SkipJsonSchema[None],
-            Query(description="Id of an image: why the one result came above this one."),
+            Query(description=f"{_ID}: why did the one result come above it?"),
         ] = None,
+        cell: Annotated[
+            CELL | SkipJsonSchema[None],
+            Query(description="Row and column of a cell, from 0: what does it match?"),
+        ] = None,
+        of: Annotated[Literal["query", "result"], Query(description="Whose cell it is.")] = "query",
         centred: Annotated[
             bool, Query(description="Put apart what the average image of the index shares.")
         ] = True,
-        cell: Annotated[
-            Annotated[str, Field(pattern=r"^[0-9]{1,3},[0-9]{1,3}$")] | SkipJsonSchema[None],
-            Query(description="Row and column of a cell of the query's grid: what it matches."),
-        ] = None,
-        matrix: Annotated[
-            bool, Query(description="What every cell of the query matches in each result.")
-        ] = False,
         lines: Annotated[
             int, Query(ge=0, le=MAX_LINES, description="Channels with a line of their own.")
         ] = 10,
         links: Annotated[
-            int, Query(ge=0, le=MAX_LINES, description="Best matching pairs of cells.")
+            int, Query(ge=0, le=MAX_LINES, description="Links between cells, at most.")
         ] = 5,
     ) -> Response:
-        if pairs is None:
-            raise Refused(
-                501,
-                "no_receipts",
-                "receipts need the network's head by itself, which its ONNX file and this index do "
-                "not tell; serve the network instead",
-            )
-        row, _, column = (cell or "").partition(",")
-        at = None if cell is None else (int(row), int(column))
-        wanted = Wanted(tuple(result), rival, centred, at, matrix, lines, links)
+        maker.check()
+        kind = choose(request.headers.get("accept"), (JSON, PNG, WEBP))
+        pipeline.find_live(*result, *([] if rival is None else [rival]))
+        ids = _checked_ids(result, rival)
+        point = _point_of(cell, of)
+        if kind != JSON:
+            _check_drawable(result, point)
         with pipeline.gate.admitted():
-            pipeline.find_live(*wanted.results, *([] if rival is None else [rival]))
-            _check_ids(wanted)
             upload = await read_upload(request, pipeline.limits)
             async with pipeline.deadline():
-                query, made = await pipeline.ask(upload, wanted, compared)
-                body = await pipeline.in_thread(_dumped, query, made)
-        return Response(body, media_type=JSON)
+                side = None if kind == JSON else DRAWN_SIDE
+                made = await maker.receipts(
+                    upload, ids, compared=rival is not None, centred=centred, side=side
+                )
+                if kind == JSON:
+                    body = await pipeline.in_thread(_written, made, point, lines, links)
+                else:
+                    body = await pipeline.in_thread(_drawn, made, kind, lines, links)
+        return Response(body, media_type=kind, headers={"Vary": "Accept"})
 
     return routes
 
 
-def _check_ids(wanted: Wanted) -> None:
-    if len(set(wanted.results)) < len(wanted.results):
-        raise Refused(422, "repeated_parameter", "result: an id was given twice; name each once")
-    if wanted.rival is None:
-        return
-    if len(wanted.results) > 1:
-        raise Refused(422, "several_results", "a rival is compared with one result; name one")
-    if wanted.rival in wanted.results:
-        raise Refused(422, "same_image", "the result and its rival are one image; name two")
-
-
-def _compared(pairs: PairExplainer, wanted: Wanted, inputs: np.ndarray) -> dict[str, Any]:
-    """In the network's thread: one forward pass of the query and its results."""
-    above: Comparison | None = None
-    try:
-        if wanted.rival is None:
-            receipts = pairs.receipts(inputs, wanted.results, centred=wanted.centred)
-        else:
-            above = pairs.above(inputs, wanted.results[0], wanted.rival, centred=wanted.centred)
-            receipts = [above.result]
-    except ImageError as error:
-        # The query has been read by now. The message names a file of the server.
+def _checked_ids(results: list[str], rival: str | None) -> list[str]:
+    if len(set(results)) < len(results):
+        raise Refused(422, "repeated_result", "result: names an image twice; name each once")
+    if rival is None:
+        return results
+    if len(results) > 1:
         raise Refused(
-            404,
-            "no_picture",
-            "the picture of a result cannot be read any more, or has changed since it was indexed",
-        ) from error
-    _check_pairs(receipts, wanted)
-    return {
-        "receipts": [_receipt(receipt, wanted) for receipt in receipts],
-        "above": None if above is None else above.to_dict(wanted.lines),
-    }
+            422, "too_many_results", "rival: goes with one result; leave the other results out"
+        )
+    if rival == results[0]:
+        raise Refused(422, "same_image", "result and rival are the same image; name two")
+    return [*results, rival]
 
 
-def _check_pairs(receipts: Sequence[Receipt], wanted: Wanted) -> None:
-    asked = sum(one.query.cells.size * one.result.cells.size for one in receipts)
-    if wanted.matrix and asked > MAX_PAIRS:
+def _point_of(cell: str | None, of: Literal["query", "result"]) -> Point | None:
+    if cell is None:
+        return None
+    row, _, column = cell.partition(",")
+    return int(row), int(column), of
+
+
+def _check_drawable(results: list[str], point: Point | None) -> None:
+    if len(results) > 1 or point is not None:
         raise Refused(
             422,
-            "too_many_pairs",
-            f"the results have {asked} pairs of cells, the limit is {MAX_PAIRS}; name fewer "
-            "results, or a cell in place of matrix",
+            "not_drawable",
+            "a picture shows the receipt of one result, or of it and a rival; ask for "
+            "application/json for more",
         )
 
 
-def _receipt(receipt: Receipt, wanted: Wanted) -> dict[str, Any]:
+def _drawn(made: Receipts, kind: str, lines: int, links: int) -> bytes:
+    if made.comparison is not None:
+        return encoded(made.comparison.plot(lines=lines), kind)
+    return encoded(made.receipts[0].plot(lines=lines, links=links), kind)
+
+
+def _written(made: Receipts, point: Point | None, lines: int, links: int) -> bytes:
+    left, receipts = MAX_PAIRS, []
+    for picture, receipt in zip(made.pictures, made.receipts, strict=True):
+        numbers = receipt.query.cells.size * receipt.result.cells.size
+        fits = receipt.exact and numbers <= left
+        left -= numbers * fits
+        found = _receipt(receipt.to_dict(lines, links), picture)
+        found["pairs"] = _pairs(receipt) if fits else None
+        found["point"] = None if point is None else _point(receipt, point)
+        receipts.append(found)
+    contrast = None if made.comparison is None else _contrast(made.comparison.to_dict(lines))
+    body = {**_picture(made.query), "receipts": receipts, "contrast": contrast}
+    # A NaN is no JSON: it would be a fault of ours, and is to be seen as one.
+    return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _receipt(shown: dict[str, Any], picture: Picture) -> dict[str, Any]:
+    kept = (
+        "similarity", "exact", "centred", "shared", "remainder", "channels", "other_channels",
+        "links",
+    )  # fmt: skip
     return {
-        **receipt.to_dict(wanted.lines, wanted.links),
-        "matched": None if wanted.cell is None else _floats(_matched(receipt, *wanted.cell)),
-        "matrix": _floats(receipt.matrix()) if wanted.matrix else None,
+        "id": shown["result"]["id"],
+        "label": shown["result"]["label"],
+        **_picture(picture),
+        **{name: shown[name] for name in kept},
+        "query": _evidence(shown["query"]),
+        "result": _evidence(shown["result"]),
     }
 
 
-def _matched(receipt: Receipt, row: int, column: int) -> np.ndarray:
+def _contrast(shown: dict[str, Any]) -> dict[str, Any]:
+    kept = ("score", "exact", "remainder", "channels", "other_channels")
+    return {**{name: shown[name] for name in kept}, "query": shown["query"]["cells"]}
+
+
+def _evidence(shown: dict[str, Any]) -> dict[str, Any]:
+    return {name: shown[name] for name in ("cells", "shared", "remainder")}
+
+
+def _picture(picture: Picture) -> dict[str, Any]:
+    width, height = picture.size
+    return {"picture": {"width": width, "height": height}, "extent": list(picture.extent)}
+
+
+def _point(receipt: Receipt, point: Point) -> list[list[float]]:
+    row, column, of = point
     try:
-        return receipt.point(row, column)
+        found = receipt.point(row, column, of)
     except InputError as error:
         raise Refused(404, "unknown_cell", str(error)) from None
+    return rounded(found)
 
 
-def _floats(values: np.ndarray) -> list[Any]:
-    """With the digits that are worth sending."""
-    # Six of them: a map of signed contributions, drawn in 256 colours.
-    rounded = np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[float])(values)
-    found: list[Any] = rounded.tolist()
+def _pairs(receipt: Receipt) -> list[list[float]]:
+    return rounded(receipt.matrix().reshape(receipt.query.cells.size, -1))
+
+
+def rounded(values: np.ndarray) -> Any:
+    """The numbers to four significant digits (whole ones from 1000 on), as lists."""
+    values = np.asarray(values, np.float64)
+    # Powers of ten are exact up to 22, so that the quotient is the number those digits name.
+    digits = np.floor(np.log10(np.abs(values), where=values != 0, out=np.zeros(values.shape)))
+    powers = 10.0 ** np.clip(3 - digits, 0, 22)
+    found: Any = (np.rint(values * powers) / powers + 0.0).tolist()
     return found
-
-
-def _dumped(query: Picture, made: dict[str, Any]) -> bytes:
-    for one in [*made["receipts"], *([] if made["above"] is None else [made["above"]])]:
-        one["query"].update(id=None, extent=list(query.extent))
-    whole = {"picture": size_of(query), **made}
-    return json.dumps(whole, allow_nan=False, separators=(",", ":")).encode()

@@ -20,7 +20,7 @@ from .upload import FORM_TYPE, PART, RAW_TYPES, read_upload
 
 JSON, PNG, WEBP = "application/json", "image/png", "image/webp"
 MAX_CELLS, MAX_SIDE = 224, 1024
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
+BINARY = {"schema": {"type": "string", "format": "binary"}}
 BODY = {
     "requestBody": {
         "required": True,
@@ -36,7 +36,7 @@ BODY = {
                 },
                 "encoding": {PART: {"contentType": ", ".join(RAW_TYPES)}},
             },
-            **{kind: _BINARY for kind in RAW_TYPES},
+            **{kind: BINARY for kind in RAW_TYPES},
         },
     }
 }
@@ -61,7 +61,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 "model": ExplainAnswer,
                 "description": "The results and the maps as JSON; or the picture with its map "
                 "over it, where `Accept` asks for a picture.",
-                "content": {PNG: _BINARY, WEBP: _BINARY},
+                "content": {PNG: BINARY, WEBP: BINARY},
             },
             **refusals(404, 406, *REFUSALS),
         },

@@ -152,16 +152,21 @@ class Pipeline:
             answer: who answers.
             side: of the picture to be drawn on, or None.
         """
-        preprocess, pixels = self.explainer.preprocess, self.limits.pixels
-        assert preprocess is not None  # `_check` saw to it
+        return await self.ask_prepared(wanted, answer, self._read, upload, side)
 
-        def prepared() -> Query:
-            return read_query(picture_in(upload), preprocess, pixels, side)
-
+    async def ask_prepared(
+        self, wanted: Hashable, answer: Answer, prepared: Callable[..., Query], *given: Any
+    ) -> tuple[Query, Any]:
+        """As `ask`, of any picture: `prepared` is called in the pool with what is given."""
         with self._batcher.announced() as submit:
-            query = await self.in_thread(prepared)
+            query = await self.in_thread(prepared, *given)
             future = submit(Asked(wanted, answer), query.inputs)
         return query, await asyncio.wrap_future(future)
+
+    def _read(self, upload: Upload, side: int | None) -> Query:
+        preprocess = self.explainer.preprocess
+        assert preprocess is not None  # `_check` saw to it
+        return read_query(picture_in(upload), preprocess, self.limits.pixels, side)
 
     def find_live(self, *names: str) -> None:
         """Refuse an id that no image has; see `find_live`."""

@@ -1,8 +1,8 @@
 """The JSON of the service, as its OpenAPI description has it.
 
-Answers are written by `explain.py` and `items.py` without going through these models: checking
-hundreds of numbers again for each request would cost more than drawing them. The contract tests
-hold every answer against them.
+Answers are written by `explain.py`, `compare.py` and `items.py` without going through these models:
+checking hundreds of numbers again for each request would cost more than drawing them. The contract
+tests hold every answer against them.
 """
 
 from typing import Annotated, Any
@@ -90,85 +90,91 @@ class ExplainAnswer(_Strict):
     neighbors: list[Neighbor]
 
 
-SignedMap = Annotated[
-    list[list[float]], Field(description="Row by row from the top; positive speaks for it.")
+Cells = Annotated[
+    list[list[float]],
+    Field(description="Row by row from the top, on the layer's grid; positive speaks for it."),
 ]
-Cell = Annotated[list[int], Field(min_length=2, max_length=2, description="[row, column], from 0.")]
+Cell = Annotated[list[int], Field(min_length=2, max_length=2, description="[row, column]")]
+
+
+class Evidence(_Strict):
+    """What one picture gives to a score: `cells`, `shared` and `remainder` sum to it."""
+
+    cells: Cells
+    shared: float = Field(description="What the average image of the index has too.")
+    remainder: float = Field(description="What no cell or channel accounts for.")
 
 
 class Channel(_Strict):
-    """A channel of the layer, and what it gives."""
+    """A channel of the network's layer, and what it gives."""
 
-    channel: int = Field(ge=0)
-    contribution: float
+    channel: int = Field(ge=0, examples=[417])
+    contribution: float = Field(examples=[0.031])
 
 
-class Linked(_Strict):
-    """Two cells that match, and what their product gives to the similarity."""
+class CellLink(_Strict):
+    """Two cells that match."""
 
     query: Cell
     result: Cell
     contribution: float
 
 
-class Side(_Strict):
-    """What one picture's cells give: `cells`, `shared` and `remainder` sum to the score."""
+class PairReceipt(_Strict):
+    """Why the query and one result match: `shared`, the channels and `remainder` sum to it."""
 
-    id: str | None = Field(description="null for the query.")
-    label: str | None
-    cells: SignedMap
-    shared: float
-    remainder: float
-    extent: Extent | None
-
-
-class ReceiptAnswer(_Strict):
-    """Why the query and one result match.
-
-    `channels`, `other_channels`, `shared` and `remainder` sum to `similarity`.
-    """
-
-    similarity: float
-    exact: bool = Field(description="Whether contributions are exact, or of first order.")
-    centred: bool
-    shared: float = Field(description="What both have in common with the average image.")
+    id: str = Field(examples=["gulls/17.jpg"])
+    label: str | None = Field(examples=["gulls"])
+    picture: Size
+    extent: Extent
+    similarity: float = Field(description="Inner product of the embeddings.", examples=[0.845])
+    exact: bool = Field(
+        description="Contributions are exact; otherwise of first order, and `remainder` holds "
+        "what is not."
+    )
+    centred: bool = Field(description="What both share with the average image was put apart.")
+    shared: float = Field(description="What both share with the average image of the index.")
     remainder: float = Field(description="What no channel accounts for.")
     channels: list[Channel] = Field(description="Those that give most, largest first.")
-    other_channels: float = Field(description="What all others give together.")
-    query: Side
-    result: Side
-    links: list[Linked] = Field(description="The best matching cells, best first.")
-    matched: SignedMap | None = Field(
-        description="What `cell` of the query matches in the result; null where none was named."
+    other_channels: float = Field(description="What all the others give together.")
+    query: Evidence
+    result: Evidence
+    links: list[CellLink] = Field(description="The cells that match best.")
+    pairs: list[list[float]] | None = Field(
+        description="What each cell of the query (rows) has with each cell of the result "
+        "(columns), both counted row by row, to four digits; null where the receipt is not exact, "
+        "or where all together would be too many numbers: ask with `cell` then."
     )
-    matrix: list[list[SignedMap]] | None = Field(
-        description="The same of every cell of the query: [row][column] is such a map."
+    point: Cells | None = Field(
+        description="What the cell asked for matches, on the other picture's grid; null where "
+        "none was asked for."
     )
 
 
-class AboveAnswer(_Strict):
-    """Why the result came above the rival: positive speaks for the result.
+class Contrast(_Strict):
+    """Why the first result is nearer than the second: channels and remainder sum to `score`."""
 
-    `channels`, `other_channels` and `remainder` sum to `score`.
-    """
-
-    score: float = Field(description="Half of how much nearer the result is, squared.")
+    score: float = Field(
+        description="Half of the rival's squared distance less the result's; behind embeddings of "
+        "length 1 the difference of the similarities.",
+        examples=[0.12],
+    )
     exact: bool
-    similarities: list[float] = Field(min_length=2, max_length=2)
     remainder: float
     channels: list[Channel]
     other_channels: float
-    query: Side
-    result: Side
-    rival: Side
+    query: Cells = Field(
+        description="Positive where the query speaks for the result, negative for the rival."
+    )
 
 
 class CompareAnswer(_Strict):
-    """Receipts, in the order of the results."""
+    """Receipts of one query, in the order asked; the rival's is the last."""
 
     picture: Size
-    receipts: list[ReceiptAnswer]
-    above: AboveAnswer | None = Field(description="null where no rival was named.")
+    extent: Extent
+    receipts: list[PairReceipt]
+    contrast: Contrast | None = Field(description="null where no rival was named.")
 
 
 class ItemCam(_Strict):
@@ -215,9 +221,10 @@ class ErrorAnswer(_Strict):
 _WHEN = {
     400: "The request is broken.",
     403: "The Host header names another machine.",
-    404: "No image of this id.",
+    404: "No image of this id, no picture of it, or no such cell.",
     406: "None of the types asked for is on offer.",
     408: "The body arrived too slowly.",
+    409: "The picture of an image has changed since it was indexed.",
     413: "The body, or the picture in it, is too large.",
     415: "The body is of a type that holds no picture.",
     422: "A parameter or a picture that cannot be used.",

@@ -1,0 +1,369 @@
+/* The page: what is asked, what is looked at, and what follows from it.
+
+   What is looked at is one of: the whole answer; a result (pinned, or pointed at meanwhile); a point
+   of the query; two results compared. `look` draws it, and is called whenever anything changes. */
+
+import { announce, find } from "./dom.js";
+import { startIntake } from "./intake.js";
+import { showContrast, showGuide, showPicked, showReceipt, showState } from "./panel.js";
+import { QueryView, showTrust } from "./query.js";
+import { Card, drawOwn, drawPoint, drawSome, loadAll, showCards, showWaiting } from "./results.js";
+import { about, compare, explain, picture } from "./service.js";
+import { startTheme } from "./theme.js";
+import { counted, described, fixed, placeOf, sentence, signed } from "./words.js";
+
+const TOGETHER = 4; // Receipts asked for at a time: the first ones come soon.
+const COUNTS = [3, 5, 10, 15, 20, 30, 50];
+const LEAVING = 180; // Milliseconds that a result stays in view after the mouse has left it.
+
+const query = new QueryView(choosePoint);
+const known = { blob: null, answer: null, cards: [], usual: 5, count: null };
+const at = { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null };
+let work = new AbortController();
+let leaving = 0;
+let returning = false;
+
+// What is asked
+
+async function begin(blob) {
+  known.blob = blob;
+  known.cards.forEach((card) => card.forget());
+  Object.assign(known, { answer: null, cards: [] });
+  query.begin(blob);
+  await lookUp();
+}
+
+/** Asks, of the picture that there is, for as many results as are wanted. */
+async function lookUp() {
+  work.abort();
+  work = new AbortController();
+  const { signal } = work;
+  Object.assign(at, { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null });
+  stage("asking");
+  announce("Looking it up");
+  showWaiting(known.count ?? known.usual);
+  try {
+    known.answer = await explain(known.blob, known.count, signal);
+  } catch (error) {
+    if (!signal.aborted) fail(error);
+    return;
+  }
+  const before = new Map(known.cards.map((card) => [card.result.id, card]));
+  known.cards = known.answer.neighbors.map((one, place) => before.get(one.id) ?? new Card(one, place + 1, heard));
+  for (const card of before.values()) if (!known.cards.includes(card)) card.forget();
+  query.answered(known.answer);
+  showTrust(known.answer);
+  showCards(known.cards);
+  stage("answered");
+  look();
+  announce(`${counted(known.cards.length, "result")}. Nearest: ${described(known.cards[0].result, 1)}. ${find("trust").hidden ? "" : find("trust-words").textContent}`);
+  const fresh = known.cards.filter((card) => card.address === null);
+  await Promise.all([addUp(signal), loadAll(fresh, signal, soon)]);
+}
+
+/** Receipts, nearest first, a few at a time. */
+async function addUp(signal) {
+  const left = known.cards.filter((card) => card.receipt === null);
+  for (let start = 0; start < left.length && !signal.aborted; start += TOGETHER) {
+    await settle(left.slice(start, start + TOGETHER), signal);
+    if (signal.aborted) return;
+    const first = known.cards.find((card) => card.receipt !== null);
+    if (first) query.setCells(first.receipt.queryMap);
+    look();
+  }
+}
+
+/** The receipts of some; where one of them cannot be made, of each by itself. */
+async function settle(cards, signal) {
+  try {
+    const { receipts } = await compare(known.blob, cards.map((card) => card.result.id), {}, signal);
+    receipts.forEach((receipt, place) => cards[place].setReceipt(receipt));
+  } catch (error) {
+    if (signal.aborted) return;
+    const ofAll = error.passing || error.status === 501; // Not of one picture among them.
+    if (ofAll || cards.length === 1) for (const card of cards) card.trouble = error.message;
+    else for (const card of cards) await settle([card], signal);
+  }
+}
+
+function fail(error) {
+  // Said of a file the service calls it "the picture: ...".
+  find("problem-text").textContent = sentence(error.message.replace(/^the picture: /, "the picture "));
+  find("retry").hidden = error.passing === false;
+  stage("failed");
+  if (error.passing) find("retry").focus();
+}
+
+function stage(name) {
+  document.body.dataset.stage = name;
+  find("intake").hidden = name !== "empty";
+  find("query").hidden = name === "empty";
+  find("results").hidden = name === "empty";
+  find("again").hidden = name === "empty";
+  find("panel").hidden = name !== "answered";
+  find("problem").hidden = name !== "failed";
+  find("legend").hidden = name !== "answered";
+  find("grid").hidden = name === "failed";
+  if (name !== "answered") {
+    find("trust").hidden = true;
+    find("back").hidden = true;
+    find("note").textContent = name === "asking" ? "Looking it up …" : "";
+  }
+}
+
+// What is looked at
+
+let waiting = false;
+
+/** `look`, once for all that comes in the same moment. */
+function soon() {
+  if (waiting) return;
+  waiting = true;
+  requestAnimationFrame(() => {
+    waiting = false;
+    look();
+  });
+}
+
+function look() {
+  if (known.answer === null || document.body.dataset.stage !== "answered") return;
+  const { point, pinned, contrast } = at;
+  if (contrast !== null) lookAtTwo();
+  else if (point !== null) lookAtPoint(point);
+  else lookAtResult(pinned ?? at.hovered);
+  mark();
+}
+
+function lookAtResult(card) {
+  if (card === null) {
+    query.showOwn();
+    drawOwn(known.cards);
+    tell(known.answer.empty ? "Nothing in your picture speaks for these results." : "Bright parts speak for these results.", "one");
+  } else {
+    if (card.receipt === null) query.showOwn();
+    else query.showSigned(card.receipt.queryMap);
+    drawSome(known.cards, card.receipt === null ? [] : [card]);
+    tell(`Red speaks for result ${card.rank}, blue against it.`, card.receipt === null ? "one" : "two");
+  }
+  lookAtPanel(card ?? at.last);
+}
+
+function lookAtPanel(card) {
+  if (at.picked.length === 1) showPicked(at.picked[0], back);
+  else if (card === null) showGuide(known.cards.every((one) => one.receipt !== null || one.trouble !== null));
+  else showReceipt(card, query, { search: () => searchWith(card), close: back });
+}
+
+function lookAtPoint({ row, column }) {
+  query.showPoint(row, column);
+  drawPoint(known.cards, row, column);
+  tell(`What in the results matches ${placeOf(row, column)}.`, "one");
+}
+
+function lookAtTwo() {
+  const { above, below, answer, trouble } = at.contrast;
+  const title = `Why ${above.rank} is above ${below.rank}`;
+  const pair = [above, below].filter((card) => card.receipt !== null);
+  drawSome(known.cards, pair);
+  if (answer === null) {
+    query.showOwn();
+    tell("", "one");
+    showState(title, trouble?.message ?? "Comparing them …", trouble === null, back, trouble?.passing ? contrastThem : null);
+    return;
+  }
+  query.showSigned(showContrast(above, below, query, answer, back));
+  tell(`Red speaks for result ${above.rank}, blue for result ${below.rank}.`, "two");
+}
+
+function tell(note, scale) {
+  find("note").textContent = note;
+  find("legend").dataset.scale = scale;
+  find("legend-low").textContent = scale === "one" ? "no evidence" : "against";
+  find("legend-high").textContent = scale === "one" ? "strongest" : "for";
+}
+
+/** Which buttons are down, and what is in the background. */
+function mark() {
+  const { pinned, hovered, contrast, picked, point } = at;
+  const busy = pinned !== null || contrast !== null;
+  document.body.dataset.sheet = busy || picked.length > 0 ? "open" : "shut";
+  find("back").hidden = !(busy || point !== null);
+  for (const card of known.cards) {
+    const two = contrast !== null && (card === contrast.above || card === contrast.below);
+    const inView = two || card === pinned || (!busy && point === null && card === hovered);
+    card.button.setAttribute("aria-pressed", String(card === pinned));
+    card.pick.setAttribute("aria-pressed", String(picked.includes(card)));
+    card.element.classList.toggle("lit", inView);
+    card.element.classList.toggle("dim", busy && !inView);
+    card.element.classList.toggle("for", contrast !== null && card === contrast.above);
+    card.element.classList.toggle("against", contrast !== null && card === contrast.below);
+  }
+}
+
+// What people do
+
+function heard(what, card, event) {
+  if (returning) return;
+  if (what === "hover" && event.pointerType !== "touch") hover(card);
+  else if (what === "leave") leave();
+  else if (what === "choose") pin(card, event.detail === 0);
+  else if (what === "pick") pick(card);
+}
+
+function hover(card) {
+  clearTimeout(leaving);
+  if (at.hovered === card) return;
+  at.hovered = at.last = card;
+  if (at.point !== null) lookAtPanel(card);
+  else if (at.pinned === null && at.contrast === null) look();
+}
+
+function leave() {
+  clearTimeout(leaving);
+  leaving = setTimeout(() => {
+    at.hovered = null;
+    if (at.pinned === null && at.contrast === null && at.point === null) look();
+  }, LEAVING);
+}
+
+function pin(card, byKey) {
+  const same = at.pinned === card;
+  Object.assign(at, { pinned: same ? null : card, last: card, point: null, picked: [], contrast: null });
+  look();
+  if (same) return;
+  const { receipt } = card;
+  announce(receipt === null ? "" : `Receipt of result ${card.rank}: similarity ${fixed(receipt.similarity)}, of which ${fixed(receipt.shared)} is shared with the average image.`);
+  if (byKey) find("panel-title").focus();
+}
+
+function pick(card) {
+  const others = at.picked.filter((one) => one !== card);
+  const picked = others.length < at.picked.length ? others : [...others.slice(-1), card];
+  Object.assign(at, { picked, pinned: null, point: null, contrast: null, last: null, hovered: null });
+  if (picked.length === 2) contrastThem();
+  else {
+    look();
+    announce(picked.length === 1 ? `Result ${card.rank} is picked. Press Compare on another one.` : "Nothing is compared.");
+  }
+}
+
+async function contrastThem() {
+  const [above, below] = [...at.picked].sort((one, other) => one.rank - other.rank);
+  const mine = { above, below, answer: null, trouble: null };
+  at.contrast = mine;
+  look();
+  const { signal } = work;
+  try {
+    const asked = { rival: below.result.id };
+    mine.answer = await compare(known.blob, [above.result.id], asked, signal);
+    const [first, second] = mine.answer.receipts;
+    if (above.receipt === null) above.setReceipt(first);
+    if (below.receipt === null) below.setReceipt(second);
+  } catch (error) {
+    if (signal.aborted) return;
+    mine.trouble = error;
+  }
+  if (at.contrast !== mine) return;
+  look();
+  const { contrast } = mine.answer ?? {};
+  announce(contrast ? `Result ${above.rank} is nearer than result ${below.rank} by ${fixed(contrast.score)}.` : sentence(mine.trouble.message));
+}
+
+function choosePoint(row, column) {
+  const start = performance.now();
+  if (at.point?.row === row && at.point.column === column) return;
+  Object.assign(at, { point: { row, column }, pinned: null, picked: [], contrast: null });
+  look();
+  performance.measure("embedcam: point", { start });
+  const missing = known.cards.filter((card) => card.receipt !== null && card.matched(row, column) === null);
+  if (missing.length > 0) askPoint(row, column, missing);
+  else sayPoint(row, column);
+}
+
+/** Where receipts are not exact, the service follows the point through the network. */
+async function askPoint(row, column, cards) {
+  const { signal } = work;
+  find("note").textContent = `Following ${placeOf(row, column)} …`;
+  for (let start = 0; start < cards.length; start += TOGETHER) {
+    const some = cards.slice(start, start + TOGETHER);
+    try {
+      const found = await compare(known.blob, some.map((card) => card.result.id), { cell: `${row},${column}`, links: 0 }, signal);
+      found.receipts.forEach((receipt, place) => some[place].setMatched(row, column, receipt.point));
+    } catch (error) {
+      if (signal.aborted || at.point?.row !== row || at.point.column !== column) return;
+      find("note").textContent = sentence(error.message);
+      return;
+    }
+    if (signal.aborted || at.point?.row !== row || at.point.column !== column) return;
+    look();
+  }
+  sayPoint(row, column);
+}
+
+function sayPoint(row, column) {
+  const best = known.cards
+    .map((card) => ({ card, map: card.matched(row, column) }))
+    .filter(({ map }) => map !== null)
+    .map(({ card, map }) => ({ card, value: Math.max(...map.values) }))
+    .sort((one, other) => other.value - one.value)[0];
+  if (best === undefined) return;
+  const found = best.value > 0 ? `Result ${best.card.rank} matches best, ${signed(best.value, 4)}.` : "No result has anything that matches.";
+  announce(`${placeOf(row, column)}. ${found}`);
+}
+
+async function searchWith(card) {
+  try {
+    await begin(await picture(card.result.image_url, 1024, work.signal));
+    find("results").focus();
+  } catch (error) {
+    showState("Search with this result", error.message, false, back);
+  }
+}
+
+/** One step out of whatever is looked at. */
+function back() {
+  const before = at.pinned;
+  const within = find("panel").contains(document.activeElement);
+  Object.assign(at, { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null });
+  look();
+  if (before === null || !within) return;
+  returning = true; // The focus alone is no wish to see it again.
+  before.button.focus();
+  returning = false;
+}
+
+// Begin
+
+function startControls() {
+  const strength = find("strength");
+  const show = () => {
+    document.documentElement.style.setProperty("--overlay", String(strength.value / 100));
+    find("strength-shown").textContent = `${strength.value}%`;
+  };
+  strength.addEventListener("input", show);
+  show();
+  find("count").addEventListener("change", (event) => {
+    known.count = Number(event.target.value);
+    lookUp();
+  });
+  find("retry").addEventListener("click", lookUp);
+  find("back").addEventListener("click", back);
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") back();
+  });
+}
+
+async function startAbout() {
+  const { images, most, usual } = await about();
+  if (images !== null) find("about").textContent = counted(images, "image");
+  known.usual = usual ?? known.usual;
+  const limit = Math.min(most ?? 100, images ?? Infinity);
+  const counts = [...new Set([...COUNTS, known.usual])].filter((one) => one <= limit).sort((a, b) => a - b);
+  const options = (counts.length > 0 ? counts : [limit]).map((one) => new Option(String(one), String(one), one === known.usual, one === known.usual));
+  find("count").replaceChildren(...options);
+}
+
+startTheme();
+startControls();
+startIntake(begin);
+startAbout();

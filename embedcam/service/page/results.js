@@ -1,0 +1,206 @@
+/* The results: a card each, with its picture, its map and what there is to press. */
+
+import { find, make } from "./dom.js";
+import { mapOf, peak, strongest } from "./maps.js";
+import { ownMap, picture } from "./service.js";
+import { Shot } from "./shot.js";
+import { clean, described, fixed, nameOf, sentence, shortened } from "./words.js";
+
+const PICTURE_SIDE = 512;
+
+/** One result and everything that is known of it. */
+export class Card {
+  /**
+   * @param result as the service says it
+   * @param rank from 1
+   * @param heard called with "hover", "leave", "choose" or "pick", the card and the event
+   */
+  constructor(result, rank, heard) {
+    this.result = result;
+    this.rank = rank;
+    this.address = null;
+    this.size = { width: 1, height: 1 };
+    this.extent = null;
+    this.own = result.cam === null ? null : mapOf(result.cam);
+    // Weights of one length, so that results share a scale.
+    if (this.own !== null && result.norm > 0) {
+      this.own.values = this.own.values.map((value) => value / result.norm);
+    }
+    this.placed = false;
+    this.receipt = null;
+    this.trouble = null;
+    this.shot = new Shot();
+    this.build(heard);
+  }
+
+  build(heard) {
+    const { result, rank } = this;
+    const name = described(result, rank);
+    this.button = make(
+      "button",
+      { type: "button", class: "frame", "aria-label": `${name}. Show why it matched`, "aria-pressed": "false" },
+      this.shot.element,
+      make("span", { class: "rank", "aria-hidden": "true", text: String(rank) }),
+    );
+    this.pick = make("button", {
+      type: "button",
+      class: "pick",
+      "aria-pressed": "false",
+      "aria-label": `Compare result ${rank} with another`,
+      text: "Compare",
+    });
+    const shown = nameOf(result);
+    const below = result.label === null ? null : shortened(result.id, 44);
+    this.element = make(
+      "li",
+      { class: "card" },
+      this.button,
+      make(
+        "div",
+        { class: "caption" },
+        make("bdi", { class: "name", title: clean(result.label ?? result.id), text: shown }),
+        make("span", { class: "number", title: "similarity", text: fixed(result.similarity) }),
+        below === null ? null : make("bdi", { class: "id", title: clean(result.id), text: below }),
+        make("span", { class: "far", text: `distance ${fixed(result.distance)}` }),
+        this.pick,
+      ),
+    );
+    const tell = (what) => (event) => heard(what, this, event);
+    this.button.addEventListener("pointerenter", tell("hover"));
+    this.button.addEventListener("pointerleave", tell("leave"));
+    this.button.addEventListener("focus", tell("hover"));
+    this.button.addEventListener("blur", tell("leave"));
+    this.button.addEventListener("click", tell("choose"));
+    this.pick.addEventListener("click", tell("pick"));
+  }
+
+  /** Fetches the picture, and what of it the map covers. */
+  async load(signal, redraw) {
+    const alt = described(this.result, this.rank);
+    const [shown, placed] = await Promise.allSettled([
+      picture(this.result.image_url, PICTURE_SIDE, signal),
+      ownMap(this.result.cam_url, signal),
+    ]);
+    if (signal.aborted) return;
+    if (placed.status === "fulfilled" && placed.value.picture !== null) {
+      this.setSize(placed.value.picture, placed.value.extent);
+    }
+    if (shown.status === "fulfilled") {
+      // Without a map nobody tells the size.
+      this.shot.image.addEventListener("load", () => {
+        const { naturalWidth: width, naturalHeight: height } = this.shot.image;
+        if (!this.placed) this.shot.setSize({ width, height }, null);
+      });
+      this.address = URL.createObjectURL(shown.value);
+      this.shot.setPicture(this.address, alt);
+    } else {
+      this.shot.setAbsent(sentence(shown.reason.message));
+    }
+    redraw();
+  }
+
+  /** As the service says, the first time. */
+  setSize(size, extent) {
+    if (this.placed) return;
+    [this.size, this.extent, this.placed] = [size, extent, true];
+    this.shot.setSize(size, extent);
+  }
+
+  /** What the service says of the pair. */
+  setReceipt(receipt) {
+    this.setSize(receipt.picture, receipt.extent);
+    const shape = { rows: receipt.result.cells.length, columns: receipt.result.cells[0].length };
+    this.receipt = {
+      ...receipt,
+      shape,
+      queryMap: mapOf(receipt.query.cells),
+      resultMap: mapOf(receipt.result.cells),
+      points: new Map(),
+    };
+  }
+
+  /** What a cell of the query matches here; null where it is not known yet. */
+  matched(row, column) {
+    if (this.receipt === null) return null;
+    const { pairs, points, shape, queryMap } = this.receipt;
+    const cell = row * queryMap.columns + column;
+    if (pairs !== null) return { ...shape, values: pairs[cell] };
+    return points.get(cell) ?? null;
+  }
+
+  /** Keeps what the service says of one cell. */
+  setMatched(row, column, lists) {
+    this.receipt?.points.set(row * this.receipt.queryMap.columns + column, mapOf(lists));
+  }
+
+  /** A map, or the picture alone until it is known where the map lies. */
+  show(map, top, both = false) {
+    this.shot.setMap(this.placed ? map : null, top, both);
+  }
+
+  /** A ring where the largest value of a map lies. */
+  ring(map) {
+    const best = map === null ? null : peak(map);
+    this.shot.setRing(best !== null && best.value > 0 && this.placed ? best : null, map);
+  }
+
+  forget() {
+    if (this.address !== null) URL.revokeObjectURL(this.address);
+  }
+}
+
+/** Loads them all, nearest first, and leaves connections for other questions. */
+export async function loadAll(cards, signal, redraw) {
+  const left = [...cards];
+  const lane = async () => {
+    for (let card = left.shift(); card && !signal.aborted; card = left.shift()) {
+      await card.load(signal, redraw);
+    }
+  };
+  await Promise.all([lane(), lane()]);
+}
+
+/** Places for results that are on their way. */
+export function showWaiting(count) {
+  const places = Array.from({ length: count }, () =>
+    make("li", { class: "card waiting", "aria-hidden": "true" }, make("div", { class: "frame" })),
+  );
+  find("grid").replaceChildren(...places);
+  find("results").setAttribute("aria-busy", "true");
+}
+
+/** The cards, nearest first. */
+export function showCards(cards) {
+  find("grid").replaceChildren(...cards.map((card) => card.element));
+  find("results").removeAttribute("aria-busy");
+}
+
+/** Their own maps, on one scale: the one of all results, whichever are drawn. */
+export function drawOwn(cards, all = cards) {
+  const top = strongest(all.map((card) => card.own).filter((map) => map !== null));
+  for (const card of cards) {
+    card.show(card.own, top);
+    card.ring(null);
+  }
+}
+
+/** What one point of the query matches in each, on one scale; those not known yet stay plain. */
+export function drawPoint(cards, row, column) {
+  const maps = cards.map((card) => card.matched(row, column));
+  const top = strongest(maps.filter((map) => map !== null));
+  cards.forEach((card, place) => {
+    card.show(maps[place], top);
+    card.ring(maps[place]);
+  });
+  return maps;
+}
+
+/** Some of them with their receipt's evidence in two colours, the others with their own maps. */
+export function drawSome(cards, chosen) {
+  drawOwn(cards.filter((card) => !chosen.includes(card)), cards);
+  for (const card of chosen) {
+    const map = card.receipt === null ? null : card.receipt.resultMap;
+    card.show(map, map === null ? 0 : strongest([map], true), true);
+    card.ring(null);
+  }
+}

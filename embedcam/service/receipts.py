@@ -1,0 +1,183 @@
+"""From an upload and ids to receipts: pictures in the pool, forwards in the network's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from ..errors import EmbedcamError, ImageError, InputError
+from ..images import read_image
+from ..index import Index
+from ..pairs import (
+    Comparison,
+    PairExplainer,
+    Receipt,
+    Shown,
+    Side,
+    check_same,
+    make_comparison,
+    make_receipt,
+)
+from .errors import Refused
+from .pictures import Query, shrunk
+from .pipeline import Pipeline, find_live
+from .upload import Upload
+
+logger = logging.getLogger("embedcam.service")
+
+
+@dataclass(frozen=True)
+class Receipts:
+    """What was asked: the query's picture, and for each image its picture and receipt."""
+
+    query: Query
+    pictures: list[Query]
+    receipts: list[Receipt]
+    comparison: Comparison | None
+
+
+class ReceiptMaker:
+    """Makes the receipts of uploads.
+
+    Args:
+        pipeline: the service's.
+    """
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._pairs: PairExplainer | None
+        try:
+            self._pairs = PairExplainer(pipeline.explainer)
+        except InputError:
+            self._pairs = None
+
+    def check(self) -> None:
+        """Refuse, where the network's head is not to be had: 501."""
+        if self._pairs is None:
+            raise Refused(
+                501,
+                "no_receipts",
+                "receipts need the network's head by itself, which its ONNX file and this index do "
+                "not tell; serve the network instead",
+            )
+
+    async def receipts(
+        self,
+        upload: Upload,
+        ids: Sequence[str],
+        *,
+        compared: bool = False,
+        centred: bool = True,
+        side: int | None = None,
+    ) -> Receipts:
+        """The receipts of one query with these images, in their order.
+
+        Args:
+            upload: as it came.
+            ids: of images of the index, looked up before; each once.
+            compared: they are a result and its rival.
+            centred: see `PairExplainer.receipt`.
+            side: of the pictures to be drawn on, or None.
+
+        Raises:
+            Refused: 404, a picture that is not there; 409, a picture that has changed.
+        """
+        pipeline, index = self._pipeline, self._pipeline.index
+        query, first = await pipeline.ask(upload, index, self._sides, side)
+        found: list[tuple[Query, Side]] = []
+        # No more at once than go through the network together, so that others come between.
+        step = pipeline.limits.batch
+        for start in range(0, len(ids), step):
+            part = ids[start : start + step]
+            found += await asyncio.gather(*(self._indexed(index, name, side) for name in part))
+        pictures, sides = [one for one, _ in found], [one for _, one in found]
+        receipts = await pipeline.in_thread(
+            _settled, index, (query, first), ids, pictures, sides, centred
+        )
+        comparison = None
+        if compared:
+            # A pass of the head where receipts are of first order.
+            comparison = await pipeline.in_thread(make_comparison, first, *receipts, index.metric)
+        return Receipts(query, pictures, receipts, comparison)
+
+    def _sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
+        assert self._pairs is not None  # `check` saw to it
+        return self._pairs.sides(index, inputs)
+
+    async def _indexed(self, index: Index, name: str, side: int | None) -> tuple[Query, Side]:
+        return await self._pipeline.ask_prepared(index, self._sides, self._read, name, side)
+
+    def _read(self, name: str, side: int | None) -> Query:
+        """The picture of an indexed image, decoded and prepared; what fails names no file."""
+        explainer = self._pipeline.explainer
+        preprocess = explainer.preprocess
+        assert preprocess is not None  # the pipeline checked it
+        try:
+            file = explainer.picture_file(name)
+            picture = None if file is None else read_image(file)
+            if picture is not None:
+                return Query(
+                    inputs=preprocess(picture),
+                    size=picture.size,
+                    extent=preprocess.extent(*picture.size),
+                    small=None if side is None else shrunk(picture, side),
+                )
+        except EmbedcamError as error:
+            logger.warning("an indexed image cannot be read: %s", error)
+        raise Refused(
+            404,
+            "no_picture",
+            "the picture of a result cannot be read any more, and a receipt needs it; leave it out",
+        )
+
+
+def _settled(
+    index: Index,
+    query: tuple[Query, Side],
+    ids: Sequence[str],
+    pictures: Sequence[Query],
+    sides: Sequence[Side],
+    centred: bool,
+) -> list[Receipt]:
+    mean = index.fitted("embedding_mean")
+    labels = index.select([find_live(index, name) for name in ids]).labels
+    shown, found = _shown(query[0]), []
+    for name, label, picture, side in zip(ids, labels, pictures, sides, strict=True):
+        _check_same(index, name, side)
+        made = make_receipt(
+            query[1],
+            side,
+            mean,
+            centred=centred,
+            query_shown=shown,
+            result_shown=_shown(picture, name, label),
+        )
+        found.append(made)
+    return found
+
+
+def _check_same(index: Index, name: str, side: Side) -> None:
+    try:
+        check_same(index, name, side)
+    except ImageError:
+        raise Refused(
+            409,
+            "changed_picture",
+            "the picture of a result has changed since it was indexed; index it again, or leave it "
+            "out",
+        ) from None
+
+
+def _shown(picture: Query, name: str = "", label: str | None = None) -> Shown:
+    """How it is drawn: made small, and the rectangle that the network saw with it."""
+    small: Image.Image | None = picture.small
+    x0, y0, x1, y1 = picture.extent
+    across = down = 1.0
+    if small is not None:
+        across, down = small.width / picture.size[0], small.height / picture.size[1]
+    return Shown(small, (x0 * across, y0 * down, x1 * across, y1 * down), name, label)

@@ -1,0 +1,199 @@
+"""A service on a free port of this machine, and a browser that looks at its page."""
+
+import base64
+import io
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+from PIL import Image
+from service_client import data_of
+
+from embedcam import EmbeddingNetwork, Explainer, Recipe, build_index, find_images
+from embedcam.demo.digits_network import LAYER, digits_preprocess, initialise
+from embedcam.demo.scenes import SceneMaker
+from embedcam.service import create_app
+from embedcam.service.server import address_of, bind
+
+FLAGS = (
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+SIDE = 96
+
+
+def browser_path() -> str | None:
+    """Where a Chromium lies, or None."""
+    return next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+def network() -> EmbeddingNetwork:
+    """The demonstration's, untrained and small: maps of 6 x 6."""
+    made = initialise(channels=24, embedding_size=8, seed=3).eval()
+    return EmbeddingNetwork(made, LAYER, preprocess=digits_preprocess(48), name="digits")
+
+
+def scene(number: int, split: Any = "query") -> Image.Image:
+    """One of the demonstration's scenes."""
+    return Image.fromarray(SceneMaker(0, SIDE).scene(split, number).pixels)
+
+
+def scenes_index(folder: Path) -> Explainer:
+    """Thirty scenes, labelled by their digit."""
+    for number in range(30):
+        path = folder / "scenes" / str(number % 10) / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scene(number, "gallery").save(path)
+    made = network()
+    recipe = Recipe(triplets=4)
+    build_index(find_images(folder / "scenes"), made, folder / "index", recipe, progress=False)
+    return Explainer(folder / "index", made)
+
+
+def wide(number: int = 3) -> bytes:
+    """A query that is wider than high, as a file."""
+    pixels = np.asarray(scene(number, "pair"))
+    return data_of(Image.fromarray(pixels[16:80]))
+
+
+class Service:
+    """A running service; `stop` and `start` keep its port."""
+
+    def __init__(self, explainer: Explainer, **settings: Any) -> None:
+        self._make: Callable[[], Any] = lambda: create_app(explainer, **settings)
+        self._port = 0
+        self.start()
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self.app = self._make()
+        bound = bind("127.0.0.1", self._port)
+        self._port, self.address = bound.getsockname()[1], address_of(bound)
+        config = uvicorn.Config(self.app, log_config=None, ws="none", timeout_graceful_shutdown=1)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [bound]})
+        self._thread.start()
+        for _ in range(2000):
+            if self.app.state.pipeline.ready:
+                return
+            time.sleep(0.01)
+        raise AssertionError("the service did not become ready")
+
+    def stop(self) -> None:
+        """Answer no more."""
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@contextmanager
+def served(explainer: Explainer, **settings: Any) -> Iterator[Service]:
+    """A service that ends with the test."""
+    service = Service(explainer, **settings)
+    try:
+        yield service
+    finally:
+        service.stop()
+
+
+class Page:
+    """A page that is looked at, and everything it said and asked for."""
+
+    def __init__(self, page: Any, address: str) -> None:
+        self.page, self.address = page, address
+        self.complaints: list[str] = []
+        self.asked: list[str] = []
+        page.on("console", lambda said: said.type == "error" and self.complaints.append(said.text))
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", lambda request: self.asked.append(request.url))
+        page.goto(address)
+        self.wait("document.getElementById('about').textContent !== ''")
+
+    def wait(self, script: str, given: Any = None) -> None:
+        """Until a script is true. Playwright's own waiting needs `eval`, which the page forbids."""
+        self.until(lambda: bool(self.page.evaluate(script, given)), script)
+
+    def until(self, true: Callable[[], bool], what: str = "") -> None:
+        """Until something is true, for twenty seconds at most."""
+        for _ in range(1000):
+            if true():
+                return
+            self.page.wait_for_timeout(20)
+        raise AssertionError(f"never true: {what}")
+
+    def pick(self, data: bytes, name: str = "query.png") -> None:
+        """A file by the picker; returns at once."""
+        kind = "image/png" if name.endswith("png") else "text/plain"
+        self.page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": data})
+
+    def settle(self, cards: int = 5) -> None:
+        """Until results, pictures and receipts are there."""
+        self.page.wait_for_selector("body[data-stage=answered]")
+        self.wait(
+            """(cards) => document.querySelectorAll('.card').length === cards
+                && [...document.querySelectorAll('.card img')].every((one) => !one.hidden)
+                && document.querySelector('.cells') && !document.querySelector('.panel .busy')""",
+            cards,
+        )
+
+    def ask(self, data: bytes) -> None:
+        """A picture, and everything of its answer."""
+        self.pick(data)
+        self.settle()
+
+    def text(self, selector: str) -> str:
+        """What is written there."""
+        return str(self.page.inner_text(selector))
+
+    def texts(self, selector: str) -> list[str]:
+        """What is written in each of them."""
+        return list(self.page.locator(selector).all_inner_texts())
+
+    def pixels(self, selector: str) -> np.ndarray:
+        """What is drawn on a canvas, `[H W 4]`."""
+        drawn = self.page.eval_on_selector(selector, "(canvas) => canvas.toDataURL()")
+        data = base64.b64decode(drawn.partition(",")[2])
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
+
+    def style(self, selector: str, name: str, pseudo: str | None = None) -> str:
+        """A computed property."""
+        return str(
+            self.page.eval_on_selector(
+                selector,
+                "(one, [name, pseudo]) => getComputedStyle(one, pseudo)[name]",
+                [name, pseudo],
+            )
+        )
+
+    def problems(self) -> list[str]:
+        """Of every image, button and field that cannot be told by its name, a line."""
+        return list(self.page.evaluate(_PROBLEMS))
+
+
+_PROBLEMS = """() => {
+  const seen = (one) => one.checkVisibility();
+  const lines = [];
+  for (const one of document.querySelectorAll('img')) {
+    if (!one.hasAttribute('alt')) lines.push('no alt: ' + one.outerHTML);
+    if (seen(one) && !one.alt && !one.closest('.brand')) lines.push('empty alt: ' + one.outerHTML);
+  }
+  for (const one of document.querySelectorAll('button, a, select, input, [role=gridcell]')) {
+    if (!seen(one) || one.getAttribute('aria-hidden')) continue;
+    const name = one.getAttribute('aria-label') || one.textContent.trim()
+      || [...(one.labels ?? [])].map((label) => label.textContent).join();
+    if (!name) lines.push('no name: ' + one.outerHTML);
+  }
+  const ids = [...document.querySelectorAll('[id]')].map((one) => one.id);
+  for (const id of ids.filter((one, place) => ids.indexOf(one) !== place)) lines.push('two ' + id);
+  for (const one of document.querySelectorAll('[aria-labelledby]')) {
+    if (!document.getElementById(one.getAttribute('aria-labelledby'))) lines.push(one.outerHTML);
+  }
+  if (document.documentElement.scrollWidth > innerWidth) lines.push('wider than the window');
+  return lines;
+}"""

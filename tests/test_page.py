@@ -1,0 +1,520 @@
+"""The page, looked at by a browser: every way in, every question, and what goes wrong."""
+
+import base64
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+from build_samples import dense, pictures, quicken, toy
+from page_client import FLAGS, Page, Service, browser_path, scenes_index, served, wide
+from service_client import built, data_of, picture
+
+from embedcam import Explainer, PairExplainer, build_index
+from embedcam.render.overlay import colormap, stretch
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = browser_path()
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is on PATH")
+QUERY = wide()
+
+
+@pytest.fixture(scope="module")
+def explainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Explainer]:
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        yield scenes_index(tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="module")
+def service(explainer: Explainer) -> Iterator[Service]:
+    with served(explainer) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield started
+        started.close()
+
+
+Look = Callable[..., Page]
+
+
+@pytest.fixture
+def look(browser: Any, service: Service) -> Iterator[Look]:
+    """Opens the page; in the end nothing was complained of, and no other machine was asked."""
+    seen: list[tuple[Page, bool]] = []
+    with ExitStack() as stack:
+
+        def opened(at: Service = service, *, refused: bool = False, **settings: Any) -> Page:
+            settings.setdefault("viewport", {"width": 1280, "height": 800})
+            context = browser.new_context(**settings)
+            stack.callback(context.close)
+            context.set_default_timeout(20_000)
+            page = Page(context.new_page(), at.address)
+            seen.append((page, refused))
+            return page
+
+        yield opened
+        for page, refused in seen:
+            # A refusal is answered with a 4xx, which the browser itself writes down.
+            known = "Failed to load resource" if refused else "nothing"
+            assert [one for one in page.complaints if known not in one] == []
+            for url in page.asked:
+                assert url.startswith((f"{page.address}/", f"blob:{page.address}/")), url
+
+
+TRANSFER = """(bytes) => {
+  const data = new DataTransfer();
+  const raw = Uint8Array.from(atob(bytes), (one) => one.charCodeAt(0));
+  data.items.add(new File([raw], 'dropped.png', { type: 'image/png' }));
+  return data;
+}"""
+
+
+def transfer(page: Page) -> Any:
+    return page.page.evaluate_handle(TRANSFER, base64.b64encode(QUERY).decode())
+
+
+def numbers(page: Page, selector: str) -> list[float]:
+    return [float(text.replace("\N{MINUS SIGN}", "-")) for text in page.texts(selector)]
+
+
+# --- a picture comes in ---
+
+
+def test_a_picture_is_dropped(look: Look, explainer: Explainer) -> None:
+    page = look()
+    assert page.text("#intake h2") == "Why did this image come back?"
+    assert page.text("#about") == "30 images"
+    assert page.problems() == []
+    data = transfer(page)
+    page.page.dispatch_event("body", "dragenter", {"dataTransfer": data})
+    assert page.page.is_visible("#dropping")
+    page.page.dispatch_event("body", "drop", {"dataTransfer": data})
+    page.settle()
+    assert page.page.is_hidden("#dropping")
+    assert page.page.is_hidden("#intake")
+    why = explainer.explain(QUERY)
+    assert page.texts(".card .name") == why.labels
+    assert page.texts(".card .id") == why.ids
+    assert numbers(page, ".card .number") == [round(float(one), 3) for one in why.similarities]
+    alts = page.page.eval_on_selector_all(".card img", "(all) => all.map((one) => one.alt)")
+    assert alts[1] == f"result 2, label {why.labels[1]}, similarity {why.similarities[1]:.2f}"
+    assert page.text("#status").startswith("5 results. Nearest: result 1, label ")
+    assert page.problems() == []
+
+
+def test_a_picture_is_pasted(look: Look) -> None:
+    page = look()
+    page.page.evaluate(
+        """(data) => document.dispatchEvent(
+            new ClipboardEvent('paste', { clipboardData: data, cancelable: true }))""",
+        transfer(page),
+    )
+    page.settle()
+
+
+def test_maps_are_drawn_as_python_draws_them(look: Look, explainer: Explainer) -> None:
+    page = look()
+    page.ask(QUERY)
+    why = explainer.explain(QUERY)
+    drawn = page.pixels("#query-shot canvas")
+    whole = stretch(why.cam, drawn.shape[:2])
+    value = whole / whole.max()
+    np.testing.assert_allclose(drawn[..., 3] / 255, value, atol=0.02)
+    # Their own maps share one scale, each drawn with weights of one length.
+    maps = [cam / norm for cam, norm in zip(why.neighbor_cams, why.neighbor_norms, strict=True)]
+    top = max(cam.max() for cam in maps)
+    for place, cam in enumerate(maps):
+        drawn = page.pixels(f".card:nth-child({place + 1}) canvas")
+        value = stretch(cam, drawn.shape[:2]) / top
+        np.testing.assert_allclose(drawn[..., 3] / 255, value, atol=0.006)
+        # A canvas holds colours multiplied by their opacity: faint ones have few digits.
+        strong = value > 0.5
+        colours = colormap(value)[strong] * 255
+        np.testing.assert_allclose(drawn[..., :3][strong], colours, atol=4)
+
+
+def test_colours_are_python_s(look: Look) -> None:
+    page = look()
+    cam = np.linspace(-1, 1, 24).reshape(4, 6)
+    filled = """async ([values, both]) => {
+      const { fill } = await import('./maps.js');
+      const data = new Uint8ClampedArray(4 * 40 * 40);
+      fill(data, { rows: 4, columns: 6, values }, 0.8, both, 40);
+      return [...data];
+    }"""
+    for both, name in ((False, "inferno"), (True, "coolwarm")):
+        found = page.page.evaluate(filled, [cam.ravel().tolist(), both])
+        drawn = np.reshape(found, (40, 40, 4))
+        shown = cam if both else np.maximum(cam, -1)
+        across = stretch(shown - shown.min(), (40, 40)) + shown.min()
+        value = np.clip(across / 0.8, -1 if both else 0, 1)
+        colours = colormap((1 + value) / 2 if both else value, name) * 255
+        # One entry of the table either way, where a value falls between two.
+        np.testing.assert_allclose(drawn[..., :3], colours, atol=6)
+        assert np.mean(np.abs(drawn[..., :3] - colours) < 1) > 0.97
+        np.testing.assert_allclose(drawn[..., 3], np.abs(value) * 255, atol=0.51)
+
+
+# --- what is asked of it ---
+
+
+def test_a_point_is_clicked(look: Look, explainer: Explainer, record_property: Any) -> None:
+    page = look()
+    page.ask(QUERY)
+    before = page.pixels(".card:nth-child(2) canvas")
+    page.page.locator(".cells [role=gridcell]").nth(2 * 6 + 3).click()
+    assert page.text("#note") == "What in the results matches row 3, column 4."
+    ids = page.texts(".card .id")
+    maps = [one.point(2, 3) for one in PairExplainer(explainer).receipts(QUERY, ids)]
+    top = max(one.max() for one in maps)
+    for place, values in enumerate(maps):
+        drawn = page.pixels(f".card:nth-child({place + 1}) canvas")
+        value = np.maximum(stretch(values - values.min(), drawn.shape[:2]) + values.min(), 0) / top
+        np.testing.assert_allclose(drawn[..., 3] / 255, value, atol=0.006)
+        row, column = np.unravel_index(values.argmax(), values.shape)
+        ring = page.page.locator(f".card:nth-child({place + 1}) .ring").first
+        assert float(ring.get_attribute("cx").rstrip("%")) == pytest.approx((column + 0.5) / 0.06)
+        assert float(ring.get_attribute("cy").rstrip("%")) == pytest.approx((row + 0.5) / 0.06)
+    took = "performance.getEntriesByName('embedcam: point').map((one) => one.duration)"
+    record_property("point_milliseconds", page.page.evaluate(took))
+    asked = len(page.asked)
+    page.page.locator(".cells [role=gridcell]").nth(5).click()
+    assert len(page.asked) == asked  # without any request
+    page.page.keyboard.press("Escape")
+    np.testing.assert_array_equal(page.pixels(".card:nth-child(2) canvas"), before)
+    assert page.page.is_hidden("#back")
+
+
+def test_a_point_where_receipts_are_of_first_order(
+    look: Look, tmp_path_factory: Any, monkeypatch: Any
+) -> None:
+    quicken(monkeypatch)
+    folder = tmp_path_factory.mktemp("other")
+    made = toy("other").network
+    build_index(pictures(folder / "photos"), made, folder / "i", recipe=dense(), progress=False)
+    why = Explainer(folder / "i", made)
+    query = data_of(picture(3, (24, 24)))
+    with served(why) as service:
+        page = look(service)
+        page.ask(query)
+        page.page.locator(".cells [role=gridcell]").nth(6).click()
+        page.page.wait_for_selector(".card:nth-child(5) .ring")
+        ids = page.texts(".card .id")
+        values = PairExplainer(why).receipt(query, ids[4]).point(1, 2)
+        row, column = np.unravel_index(values.argmax(), values.shape)
+        ring = page.page.locator(".card:nth-child(5) .ring").first
+        assert float(ring.get_attribute("cx").rstrip("%")) == pytest.approx((column + 0.5) / 0.04)
+        assert float(ring.get_attribute("cy").rstrip("%")) == pytest.approx((row + 0.5) / 0.04)
+        page.page.hover(".card:nth-child(1) button.frame")
+        assert "first order" in page.text("#panel")
+
+
+def test_a_result_is_hovered(look: Look, explainer: Explainer) -> None:
+    page = look()
+    page.ask(QUERY)
+    assert page.text("#panel-title") == "Ask why"
+    page.page.hover(".card:nth-child(2) button.frame")
+    assert page.text("#panel-title") == "Why result 2 matches"
+    *amounts, total = numbers(page, ".sum .value")
+    assert total == pytest.approx(sum(amounts), abs=0.0005 * len(amounts) + 0.0005)
+    receipt = PairExplainer(explainer).receipt(QUERY, page.texts(".card .id")[1])
+    assert total == round(receipt.similarity, 3)
+    assert amounts[0] == round(receipt.shared, 3)
+    assert page.texts(".sum tbody th")[0] == "shared with the average image"
+    largest = receipt.lines(1)[0]
+    assert f"channel {largest.channel}" in page.texts(".sum tbody th")
+    assert page.page.locator(".links .link").count() == len(receipt.links())
+    drawn = page.pixels("#query-shot canvas")
+    values = receipt.query.cells
+    value = np.abs(stretch(values - values.min(), drawn.shape[:2]) + values.min())
+    np.testing.assert_allclose(drawn[..., 3] / 255, value / np.abs(values).max(), atol=0.006)
+    # It goes with the mouse; a click keeps it.
+    page.page.mouse.move(5, 5)
+    page.page.wait_for_selector(".card:nth-child(2):not(.lit)")
+    page.page.click(".card:nth-child(2) button.frame")
+    page.page.mouse.move(5, 5)
+    page.page.hover(".card:nth-child(4) button.frame")
+    assert page.text("#panel-title") == "Why result 2 matches"
+    assert page.problems() == []
+    page.page.click("#panel .close")
+    assert page.text("#panel-title") == "Ask why"
+
+
+def test_two_results_are_compared(look: Look, explainer: Explainer) -> None:
+    page = look()
+    page.ask(QUERY)
+    page.page.click(".card:nth-child(4) .pick")
+    assert "another result" in page.text("#panel")
+    page.page.click(".card:nth-child(2) .pick")
+    page.page.wait_for_selector("#panel .sum")
+    assert page.text("#panel-title") == "Why 2 is above 4"
+    ids = page.texts(".card .id")
+    made = PairExplainer(explainer).above(QUERY, ids[1], ids[3])
+    *amounts, total = numbers(page, ".sum .value")
+    assert total == round(made.score, 3)
+    assert total == pytest.approx(sum(amounts), abs=0.0005 * len(amounts) + 0.0005)
+    assert page.text("#note") == "Red speaks for result 2, blue for result 4."
+    drawn, values = page.pixels("#query-shot canvas"), made.query.cells
+    row, column = np.unravel_index(np.abs(values).argmax(), values.shape)
+    cell = 256 / 6
+    red, _, blue, _ = drawn[int((row + 0.5) * cell), int((column + 0.5) * cell)]
+    assert (red > blue) == (values[row, column] > 0)
+    for card, kind in ((2, "for"), (4, "against")):
+        assert kind in page.page.get_attribute(f".card:nth-child({card})", "class")
+        pressed = page.page.get_attribute(f".card:nth-child({card}) .pick", "aria-pressed")
+        assert pressed == "true"
+    assert page.problems() == []
+    page.page.keyboard.press("Escape")
+    assert page.page.locator(".pick[aria-pressed=true]").count() == 0
+
+
+def test_the_result_becomes_the_query(look: Look) -> None:
+    page = look()
+    page.ask(QUERY)
+    wanted = page.texts(".card .id")[1]
+    page.page.click(".card:nth-child(2) button.frame")
+    page.page.click("#panel .buttons button")
+    page.wait("(id) => document.querySelector('.card .id')?.textContent === id", wanted)
+    page.settle()
+
+
+def test_how_many_and_how_strong(look: Look) -> None:
+    page = look()
+    page.ask(QUERY)
+    assert float(page.style("#query-shot canvas", "opacity")) == pytest.approx(0.7)
+    page.page.fill("#strength", "0")
+    assert page.style(".card canvas", "opacity") == "0"
+    assert page.text("#strength-shown") == "0%"
+    assert page.texts("#count option") == ["3", "5", "10", "15", "20", "30"]
+    page.page.select_option("#count", "10")
+    page.settle(10)
+    page.page.select_option("#count", "3")
+    page.settle(3)
+
+
+# --- for everybody ---
+
+
+def test_with_the_keyboard_alone(look: Look) -> None:
+    page = look()
+    keys, choosers = page.page.keyboard, list[Any]()
+    # Well before it is needed: the browser may otherwise open a dialog of its own.
+    page.page.on("filechooser", lambda one: choosers.append(one))
+    focused = lambda what: page.page.evaluate(f"document.activeElement.{what}")  # noqa: E731
+
+    def tab_to(selector: str) -> None:
+        for _ in range(30):
+            keys.press("Tab")
+            if page.page.evaluate("(one) => document.activeElement.matches(one)", selector):
+                assert page.style(":focus", "outlineStyle") == "solid"
+                return
+        raise AssertionError(f"{selector} is not reached")
+
+    keys.press("Tab")
+    assert focused("textContent") == "Skip to the results"
+    tab_to("#intake button")
+    keys.press("Enter")
+    page.until(lambda: bool(choosers))
+    choosers[0].set_files({"name": "query.png", "mimeType": "image/png", "buffer": QUERY})
+    page.settle()
+    tab_to("[role=gridcell]")
+    assert focused("ariaLabel") == "row 4, column 4"
+    for key in ("ArrowUp", "ArrowUp", "ArrowRight", "Enter"):
+        keys.press(key)
+    assert page.text("#note") == "What in the results matches row 2, column 5."
+    assert focused("ariaSelected") == "true"
+    keys.press("Escape")
+    assert focused("ariaSelected") == "false"
+    tab_to("#strength")
+    tab_to("#count")
+    tab_to("button.frame")
+    assert page.text("#panel-title") == "Why result 1 matches"
+    keys.press("Enter")
+    assert focused("id") == "panel-title"
+    assert page.text("#status").startswith("Receipt of result 1: similarity 0.")
+    keys.press("Escape")
+    assert focused("ariaLabel").startswith("result 1, label ")
+    tab_to(".pick")
+    keys.press("Space")
+    tab_to(".card:nth-child(3) .pick")
+    keys.press("Space")
+    page.page.wait_for_selector("#panel .sum")
+    page.wait("document.getElementById('status').textContent.includes('nearer')")
+
+
+def luminance(colour: str) -> float:
+    parts = [float(one) / 255 for one in colour[colour.index("(") + 1 : -1].split(",")[:3]]
+    linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(page: Page, ink: str, paper: str) -> float:
+    """WCAG's, of two colours of the style sheet."""
+    found = page.page.evaluate(
+        """(names) => names.map((name) => {
+            const one = document.createElement('i');
+            one.style.color = `var(--${name})`;
+            document.body.append(one);
+            const colour = getComputedStyle(one).color;
+            one.remove();
+            return colour;
+        })""",
+        [ink, paper],
+    )
+    low, high = sorted(map(luminance, found))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark(look: Look, scheme: str) -> None:
+    page = look(color_scheme=scheme)
+    dark = lambda: luminance(page.style("body", "backgroundColor")) < 0.1  # noqa: E731
+    assert dark() == (scheme == "dark")
+    for ink, paper, least in (
+        ("ink", "paper", 12), ("ink", "card", 12), ("quiet", "paper", 4.5), ("quiet", "card", 4.5),
+        ("quiet", "mat", 4.5), ("on-accent", "accent", 4.5), ("accent", "paper", 4.5),
+        ("bad", "bad-mat", 4.5), ("ink", "bad-mat", 7), ("for", "card", 4.5),
+        ("against", "card", 4.5), ("good", "mat", 3),
+    ):  # fmt: skip
+        assert contrast(page, ink, paper) >= least, (ink, paper)
+    other = "light" if scheme == "dark" else "dark"
+    page.page.get_by_role("button", name=f"Use {other} colours").click()
+    assert dark() == (scheme != "dark")
+    page.page.reload()
+    assert dark() == (scheme != "dark")
+
+
+def test_a_narrow_window(look: Look) -> None:
+    page = look(viewport={"width": 360, "height": 720}, has_touch=True, reduced_motion="reduce")
+    assert page.problems() == []
+    page.ask(QUERY)
+    assert page.problems() == []
+    assert page.page.is_hidden("#panel")
+    page.page.locator(".card:nth-child(2) button.frame").tap()
+    assert page.text("#panel-title") == "Why result 2 matches"
+    assert page.problems() == []
+    assert page.style("#panel", "animationName") == "none"
+    page.page.locator("#panel .close").tap()
+    assert page.page.is_hidden("#panel")
+    page.page.locator(".cells [role=gridcell]").nth(0).tap()
+    assert page.text("#note") == "What in the results matches row 1, column 1."
+
+
+# --- what is not as it should be ---
+
+
+def altered(page: Page, change: Callable[[Any], None]) -> None:
+    """Answers of /explain as another index would give them."""
+
+    def handle(route: Any) -> None:
+        answer = route.fetch()
+        body = answer.json()
+        change(body)
+        route.fulfill(response=answer, body=json.dumps(body))
+
+    page.page.route("**/explain?*", handle)
+
+
+def test_what_is_not_to_be_trusted_says_so(look: Look) -> None:
+    page = look()
+    altered(page, lambda body: body.update(trust=0.21, trusted=False, direct=False))
+    page.ask(QUERY)
+    assert page.text("#trust-number") == "0.21"
+    assert "Not to be trusted" in page.text("#trust")
+    meter = page.page.get_by_role("meter", name="Trust")
+    assert meter.get_attribute("aria-valuenow") == "0.21"
+    assert meter.get_attribute("aria-valuetext").startswith("0.21. Not to be trusted")
+    page.page.unroute("**/explain?*")
+    altered(page, lambda body: body.update(trust=None, trusted=None))
+    page.ask(QUERY)
+    assert page.page.is_hidden("#trust")
+
+
+def test_names_are_text_whatever_they_hold(look: Look) -> None:
+    page = look(viewport={"width": 360, "height": 720})
+    nasty = (
+        "<img src=x onerror=document.title='owned'><script>1</script>\u202e\0\ud800" + "x" * 3000
+    )
+
+    def rename(body: Any) -> None:
+        body["neighbors"][0]["label"] = nasty
+
+    altered(page, rename)
+    page.ask(QUERY)
+    assert page.text(".card:nth-child(1) .name").startswith("<img src=x onerror=")
+    assert page.page.locator(".card img[src=x]").count() == 0
+    assert page.page.title().startswith("embedcam")
+    assert page.problems() == []
+
+
+def test_a_text_file_is_refused_kindly(look: Look) -> None:
+    page = look(refused=True)
+    page.ask(QUERY)
+    page.pick(b"dear search engine", "letter.txt")
+    page.page.wait_for_selector("#problem")
+    assert page.text("#problem-text") == (
+        "The picture is not an image of a known kind (JPEG, PNG, GIF, BMP, TIFF, WEBP, PPM, "
+        "JPEG2000, AVIF)."
+    )
+    assert page.page.is_hidden("#retry")
+    assert page.page.locator(".card:visible").count() == 0
+    assert page.problems() == []
+    page.ask(QUERY)
+    assert page.page.is_hidden("#problem")
+
+
+def test_a_service_that_is_busy_or_gone(look: Look, explainer: Explainer) -> None:
+    with served(explainer) as service:
+        page = look(service, refused=True)
+        gate = service.app.state.pipeline.gate
+        with ExitStack() as places:
+            for _ in range(16):
+                places.enter_context(gate.admitted())
+            page.pick(QUERY)
+            page.page.wait_for_selector("#problem")
+            assert page.text("#problem-text").startswith("16 requests are being worked on")
+        page.page.click("#retry")
+        page.settle()
+        service.stop()
+        page.pick(QUERY)
+        page.page.wait_for_selector("#problem")
+        assert page.text("#problem-text") == "The service does not answer. Is it still running?"
+        service.start()
+        page.page.keyboard.press("Enter")  # the button has the focus
+        page.settle()
+
+
+def test_pictures_that_went(look: Look, tmp_path: Any, monkeypatch: Any) -> None:
+    quicken(monkeypatch)
+    index = built(tmp_path)
+    with served(Explainer(index, toy().network)) as service:
+        page = look(service, refused=True)
+        why = Explainer(index, toy().network).explain(QUERY)
+        (tmp_path / "photos" / why.ids[1]).unlink()
+        page.pick(QUERY)
+        page.page.wait_for_selector(".card:nth-child(2) .absent:visible")
+        assert "cannot be read any more" in page.text(".card:nth-child(2)")
+        page.page.wait_for_selector("#panel:not(:has(.busy))")
+        page.page.hover(".card:nth-child(2) button.frame")
+        assert "leave it out" in page.text("#panel")
+        page.page.hover(".card:nth-child(3) button.frame")
+        assert page.page.locator("#panel .sum").count() == 1
+
+
+def test_an_index_without_own_maps(look: Look, tmp_path: Any, monkeypatch: Any) -> None:
+    quicken(monkeypatch)
+    index = built(tmp_path, own_maps=False)
+    with served(Explainer(index, toy().network)) as service:
+        page = look(service, refused=True)
+        page.ask(QUERY)
+        assert page.pixels(".card:nth-child(1) canvas").max() == 0
+        page.page.hover(".card:nth-child(1) button.frame")
+        assert page.pixels(".card:nth-child(1) canvas").max() > 200

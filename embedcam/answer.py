@@ -14,7 +14,7 @@ import numpy as np
 from .calibration import evidence
 from .cam import cam, resize, sharpen
 from .errors import IndexFormatError, InputError
-from .explanation import Explanation
+from .explanation import Asked, Explanation
 from .index import Index, Neighbors, Selection
 from .neighbors import named_neighbors
 from .opened import Opened
@@ -95,11 +95,12 @@ def answer(
     """
     rows = opened.index.select(near.positions)
     made = _transferred(opened, rows, near.distances, choices.transfer)
-    norms, used, chosen = made.norms, rows, near
+    norms, used, chosen, asked = made.norms, rows, near, None
     if result is not None:
         chosen = named_neighbors(opened.index, query.embedding, [result])
         used = opened.index.select(chosen.positions)
         made = _transferred(opened, used, chosen.distances, choices.transfer)
+        asked = _asked(opened, used, chosen, made.norms)
     trust = _trust(opened, made, chosen.distances, query.activations[0])
     weights, doubted = made.weights, trust is not None and trust < choices.trusted_from
     direct = doubted and query.inputs is not None and choices.fallback is not None
@@ -113,7 +114,7 @@ def answer(
         weights=weights[0],
         ids=ids,
         labels=rows.labels,
-        paths=[str(root / path) if path and root is not None else path for path in rows.paths],
+        paths=_paths(opened, rows),
         distances=near.distances,
         similarities=near.similarities,
         neighbor_cams=rows.coarse(),
@@ -129,6 +130,29 @@ def answer(
         trust=trust,
         trusted_from=choices.trusted_from,
         direct=direct,
+        asked=asked,
+        shared=opened.index.manifest["target"] == "discriminant",
+        prototypes=opened.index.manifest.get("compressed") is not None,
+    )
+
+
+def _paths(opened: Opened, rows: Selection) -> list[str]:
+    """Where the rows' pictures lie."""
+    root = opened.root
+    return [str(root / path) if path and root is not None else path for path in rows.paths]
+
+
+def _asked(opened: Opened, used: Selection, chosen: Neighbors, norms: np.ndarray) -> Asked:
+    """The record of the one image that was named."""
+    own = used.coarse()
+    return Asked(
+        used.ids[0],
+        used.labels[0],
+        _paths(opened, used)[0],
+        float(chosen.distances[0]),
+        float(chosen.similarities[0]),
+        None if own is None else own[0],
+        float(norms[0]),
     )
 
 

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,22 @@ if TYPE_CHECKING:
     from .preprocess import AnyPreprocess, Extent
     from .render import Tile
     from .render.tiles import Scale
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The image that `result` named, which need not be among the nearest.
+
+    id, label, path, distance, similarity, cam, norm: as `Explanation` has them of its neighbours.
+    """
+
+    id: str
+    label: str | None
+    path: str
+    distance: float
+    similarity: float
+    cam: np.ndarray | None
+    norm: float | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -54,14 +70,21 @@ class Explanation:
             draws with several; with `method` that method's own, or None.
         trust: the correlation to be expected between the map and the one that differentiating the
             query itself would draw, in [0, 1], calibrated when the index was built; of the
-            transfer, also where `direct`; fitted with transfer "mean", 1 and 5 neighbours. None
-            where the index holds no calibration.
+            transfer, also where `direct`, whose map is not the one it speaks of; fitted with
+            transfer "mean", 1 and 5 neighbours. None where the index holds no calibration.
         trusted_from: trust from which the explanation counts as `trusted`.
         direct: the transfer was not trusted, and the weights were computed on the query itself.
+            `trusted` is then True whatever `trust` is: the map needs no transfer. It answers for
+            the results that came back, right or wrong.
         root: folder that `paths` were joined to. A path that climbs out of it ("..") is not
             followed: its picture counts as not found. None where the paths are the caller's own.
         only_below: with True absolute paths, too, are followed only below `root`: the caller named
             the folder, so that an index from elsewhere has no say in which other files are read.
+        asked: the image that `result` named; pictures show it first. The arrays above are of the
+            neighbours alone, as they were searched or named.
+        shared: the index's target is "discriminant": the images of a label share their weights.
+        prototypes: the results are prototypes merged from images, shown by the picture of the one
+            in their middle.
     """
 
     cam: np.ndarray
@@ -85,16 +108,31 @@ class Explanation:
     trust: float | None = None
     trusted_from: float = 0.5
     direct: bool = False
+    asked: Asked | None = None
+    shared: bool = False
+    prototypes: bool = False
 
     @property
     def trusted(self) -> bool | None:
-        """Whether the map can be relied on; None where the index holds no calibration."""
+        """Whether the map can be relied on; None where the index holds no calibration.
+
+        True also where the weights were computed on the query (`direct`), however low `trust` is.
+        """
         return None if self.trust is None else self.direct or self.trust >= self.trusted_from
 
     @property
     def empty(self) -> bool:
         """Whether the query's map is zero everywhere: nothing in it speaks for these results."""
         return not bool(self.cam.any())
+
+    @property
+    def speaks_for(self) -> str | None:
+        """The label that the map speaks for, where one image's weights are its whole label's."""
+        if not self.shared or self.method or self.direct or len(self.explained) != 1:
+            return None
+        if self.asked is not None:
+            return self.asked.label
+        return dict(zip(self.ids, self.labels, strict=True)).get(self.explained[0])
 
     def __repr__(self) -> str:
         height, width = self.cam.shape
@@ -139,24 +177,54 @@ class Explanation:
         query = small(
             render.Tile(self.image, self.cam, self.extent, "query", self._transfer_note())
         )
-        results = []
+        results = [] if self.asked is None else [small(self._tile(self.asked))]
         for place, name in enumerate(self.ids):
-            picture, extent = self._neighbor_picture(place)
-            own = self._shown_cam(place)
-            label = self.labels[place]
-            distance = f"distance {self.distances[place]:.3f}"
-            below = distance if label is None else f"{label}\n{distance}"
-            tile = render.Tile(picture, own, extent, name.rpartition("/")[2], below)
-            results.append(small(tile))
+            if self.asked is None or name != self.asked.id:
+                results.append(small(self._tile(self._neighbor(place))))
         return query, results
 
-    def _shown_cam(self, place: int) -> np.ndarray | None:
-        """A neighbour's own map as drawn: with weights of length 1."""
-        if self.neighbor_cams is None:
-            return None
-        own: np.ndarray = self.neighbor_cams[place]
-        norm = 0.0 if self.neighbor_norms is None else float(self.neighbor_norms[place])
-        return own / norm if norm > 0 else own
+    def not_found(self) -> list[str]:
+        """Ids of the results whose pictures are not where the index says; none are read."""
+        listed = dict(zip(self.ids, self.paths, strict=True))
+        if self.asked is not None:
+            listed[self.asked.id] = self.asked.path
+        return [
+            name
+            for name, path in listed.items()
+            if path and not (self._follows(path) and Path(path).is_file())
+        ]
+
+    def _neighbor(self, place: int) -> Asked:
+        own = None if self.neighbor_cams is None else self.neighbor_cams[place]
+        norm = None if self.neighbor_norms is None else float(self.neighbor_norms[place])
+        return Asked(
+            self.ids[place],
+            self.labels[place],
+            self.paths[place],
+            float(self.distances[place]),
+            float(self.similarities[place]),
+            own,
+            norm,
+        )
+
+    def _tile(self, result: Asked) -> Tile:
+        from . import render
+
+        picture, extent = self._picture(result.path)
+        name = self._short_name(result.id)
+        words = [] if result.label is None else [result.label]
+        if self.prototypes and result.label is not None:
+            name, words = result.label, [name]
+        words.append(f"distance {result.distance:.3f}")
+        if result is self.asked:
+            words.append("asked for")
+        # Maps are drawn with weights of length 1.
+        own = result.cam if not result.norm or result.cam is None else result.cam / result.norm
+        return render.Tile(picture, own, extent, name, "\n".join(words))
+
+    def _short_name(self, id: str) -> str:
+        name = id.rpartition("/")[2]
+        return f"prototype {name.removeprefix('prototype-')}" if self.prototypes else name
 
     def to_dict(self, size: tuple[int, int] | None = None) -> dict[str, Any]:
         """Plain lists and numbers, ready for JSON; all but the weights and the pictures.
@@ -164,20 +232,11 @@ class Explanation:
         Args:
             size: (height, width) the query's map is averaged down to; None keeps it as it is.
                 A body for the network wants a small one: bilinear resizing draws it again.
+
+        "trusted" is true, too, where the weights were computed on the query ("direct"): "trust" is
+        then the low one of the transfer that was not taken. "result" is the image that was asked
+        for, as one of "neighbors" is described, else null.
         """
-        neighbors = []
-        for place, name in enumerate(self.ids):
-            own = None if self.neighbor_cams is None else _rounded(self.neighbor_cams[place])
-            neighbors.append(
-                {
-                    "id": name,
-                    "label": self.labels[place],
-                    "path": self.paths[place],
-                    "distance": float(self.distances[place]),
-                    "similarity": float(self.similarities[place]),
-                    "cam": own,
-                }
-            )
         return {
             "cam": _rounded(self.cam if size is None else area_average(self.cam, size)),
             "empty": self.empty,
@@ -189,7 +248,8 @@ class Explanation:
             "trusted": self.trusted,
             "direct": self.direct,
             "explained": list(self.explained),
-            "neighbors": neighbors,
+            "result": None if self.asked is None else _record(self.asked),
+            "neighbors": [_record(self._neighbor(place)) for place in range(len(self.ids))],
         }
 
     def _repr_html_(self) -> str:
@@ -202,17 +262,21 @@ class Explanation:
             return f"{self.method}, on the query;\nresults: stored maps"
         if self.direct:
             return f"computed on the query:\ntransfer not trusted ({self.trust:.2f})"
+        if self.speaks_for is not None:
+            return f"what here speaks for\n{self.speaks_for}"
         if len(self.explained) == 1:
-            return f"what here matched\n{self.explained[0].rpartition('/')[2]}"
+            return f"what here matched\n{self._short_name(self.explained[0])}"
         trust = "" if self.trust is None else f"\ntrust {self.trust:.2f}"
         doubt = ": not trusted" if self.trusted is False else ""
         return f"weights of {len(self.explained)} neighbours, {self.transfer}{trust}{doubt}"
 
-    def _neighbor_picture(self, place: int) -> tuple[Image.Image | None, Extent | None]:
-        """A neighbour's picture and what the network saw of it; None for what is not to be had."""
+    def _follows(self, path: str) -> bool:
+        return may_follow(path, self.root, self.only_below)
+
+    def _picture(self, path: str) -> tuple[Image.Image | None, Extent | None]:
+        """A result's picture and what the network saw of it; None for what is not to be had."""
         try:
-            followed = may_follow(self.paths[place], self.root, self.only_below)
-            picture = read_image(self.paths[place]) if followed else None
+            picture = read_image(path) if self._follows(path) else None
         except EmbedcamError:
             return None, None
         if picture is None or self.preprocess is None:
@@ -222,6 +286,18 @@ class Explanation:
         except EmbedcamError:
             # A map over the wrong part of a picture would be worse than one beside it.
             return None, None
+
+
+def _record(result: Asked) -> dict[str, Any]:
+    """A result for JSON."""
+    return {
+        "id": result.id,
+        "label": result.label,
+        "path": result.path,
+        "distance": result.distance,
+        "similarity": result.similarity,
+        "cam": None if result.cam is None else _rounded(result.cam),
+    }
 
 
 def _rounded(cam: np.ndarray) -> list[Any]:
@@ -252,6 +328,12 @@ def may_follow(path: str, root: Path | None, only_below: bool) -> bool:
     if below:
         return True
     return found.is_absolute() and (not only_below or found.is_relative_to(os.path.abspath(root)))
+
+
+def small_size(shape: Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a map `[H W]` in JSON: at most 14 cells a side, twice the usual grid."""
+    height, width = shape
+    return min(14, height), min(14, width)
 
 
 def save_picture(draw: Callable[[], Image.Image], path: str | Path) -> Path:

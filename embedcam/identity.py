@@ -155,6 +155,7 @@ def compare(stored: Identity, given: Identity) -> None:
         f"{given.parameters_sha256[:12]} ({given.precision}) given"
     )
     if not difference <= allowed:
+        _refuse_another(stored, given)
         raise NetworkMismatch(
             f"this is not the network of the index: {about}; on the probe picture they differ "
             f"by {difference:.2g} in the {what}, where {allowed:g} is allowed "
@@ -170,6 +171,17 @@ def compare(stored: Identity, given: Identity) -> None:
         )
 
 
+def _refuse_another(stored: Identity, given: Identity) -> None:
+    """Name both networks where they are others by name and by structure."""
+    known = stored.name and given.name and stored.structure_sha256 and given.structure_sha256
+    if known and stored.name != given.name and stored.structure_sha256 != given.structure_sha256:
+        raise NetworkMismatch(
+            f"this is not the network of the index: that is {stored.name} with layer "
+            f"{stored.layer}, given is {given.name} with layer {given.layer}; leave out --network, "
+            "--weights and --layer (or load the index's), or build the index again"
+        )
+
+
 def _refuse_settings(stored: Identity, given: Identity) -> None:
     advice = {
         "layer": "choose that layer (--layer, or layer= of EmbeddingNetwork and from_parts)",
@@ -179,7 +191,18 @@ def _refuse_settings(stored: Identity, given: Identity) -> None:
     for key, step in advice.items():
         old, new = getattr(stored, key), getattr(given, key)
         if old != new:
+            _refuse_another(stored, given)
             old, new = _differing(old, new)
+            changed = [name for name in ("size", "resize") if isinstance(old, dict) and name in old]
+            if changed and set(old) <= {"size", "resize", "resize_to"}:
+                old, new = ({name: of[name] for name in changed} for of in (old, new))
+                options = " and ".join(f"--{name}" for name in changed)
+                names = ", ".join(f"{name}=" for name in changed)
+                raise NetworkMismatch(
+                    f"this is not the input of the index, which was built with {_shown(old)}, and "
+                    f"given is {_shown(new)}; leave out {options} ({names}), give the network that "
+                    "preprocess, or build the index again with this one"
+                )
             raise NetworkMismatch(
                 f"this is not the network of the index: its {key} is {_shown(old)}, given is one "
                 f"with {_shown(new)}; {step}, or build the index again"

@@ -6,6 +6,7 @@ Behind a global average pool the first pass keeps the pooled vector, and no seco
 
 import itertools
 import json
+import logging
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from .registry import WeightMethod
 from .scratch import Scratch
 from .targets import Direction, head_cotangent
 from .weights import weights_from_head, weights_from_pooled
+
+log = logging.getLogger(__name__)
 
 CHUNK = 256
 """Images a chunk, at least; a kill loses at most one chunk of work."""
@@ -131,7 +134,10 @@ def spilled_numbers(network: EmbeddingNetwork, exact: bool) -> int:
 def embedding_pass(work: Work, tick: Tick) -> None:
     """Chunks `embed`: positions, embeddings, lengths, pooled vectors, grids, messages of errors."""
     todo = [chunk for chunk in range(work.n_chunks) if not _is_embedded(work, chunk)]
-    tick(len(work.source) - sum(len(work.chunk_positions(chunk)) for chunk in todo))
+    done = len(work.source) - sum(len(work.chunk_positions(chunk)) for chunk in todo)
+    if done:
+        log.info("going on: %s of %s images are embedded", f"{done:,}", f"{len(work.source):,}")
+    tick(done)
     if not todo:
         return
     # One stream over all chunks, so that decoding runs ahead across their borders.
@@ -219,11 +225,14 @@ def weights_pass(work: Work, anchors: AnchorCotangents, offset: int, tick: Tick)
         offset: place of the first image among the anchors' embeddings.
         tick: told of progress.
     """
-    for chunk in range(work.n_chunks):
-        n = len(work.embedded(chunk))
+    sizes = [len(work.embedded(chunk)) for chunk in range(work.n_chunks)]
+    intact = [bool(n) and work.scratch.intact("weights", chunk) for chunk, n in enumerate(sizes)]
+    if done := sum(n for n, whole in zip(sizes, intact, strict=True) if whole):
+        log.info("going on: weights of %s of %s images are done", f"{done:,}", f"{sum(sizes):,}")
+    for chunk, n in enumerate(sizes):
         places = np.arange(offset, offset + n)
         offset += n
-        if n and not work.scratch.intact("weights", chunk):
+        if n and not intact[chunk]:
             find = _weights_of_pooled if work.pooled else _weights_of_images
             work.scratch.write("weights", chunk, find(work, chunk, anchors, places, tick))
         else:

@@ -263,6 +263,25 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def shipped_recipe(name: str) -> Path:
+    """The file of a recipe that came along ("default", "paper", ...), or the file that was named.
+
+    Raises:
+        RecipeError: neither.
+    """
+    if Path(name).suffix or Path(name).exists():
+        return Path(name)
+    # Inside a wheel they lie in the package, in the sources beside the format of the index.
+    package = Path(__file__).parent
+    folders = (package.parent / "index" / "recipes", package / "recipes")
+    found = {file.stem: file for folder in folders for file in sorted(folder.glob("*.toml"))}
+    if name not in found:
+        raise RecipeError(
+            f"{name}: there is no such recipe; {_hint(name, found)}; or give a TOML file"
+        )
+    return found[name]
+
+
 def read_toml(path: str | Path) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
     """A recipe file: the recipe, and the images and the network it names.
 

@@ -216,7 +216,7 @@ def test_explain_by_one_result_by_named_neighbours_and_by_distance(say: Say, bui
     expected = Explainer(built, network).explain(query, result="2/3.png")
     assert told["explained"] == ["2/3.png"]
     assert told["cam"] == expected.to_dict((14, 14))["cam"]
-    assert "(what matched 2/3.png)" in say("explain", built, query, "--result", "2/3.png")[1]
+    assert "(what speaks for 2)" in say("explain", built, query, "--result", "2/3.png")[1]
     named = ["2/3.png", "1/0.png"]
     expected = Explainer(built, network, transfer="distance").explain(query, neighbors=named)
     for given in (
@@ -263,7 +263,7 @@ def test_compare_prints_what_adds_up(say: Say, built: Path, tmp_path: Path) -> N
          ["photos/0/0.png", "0/1.png", "--above", "0/1.png"]),
         (2, "is a query itself", ["photos/0/0.png", "0/1.png", "-o", "photos/0/0.png"]),
         (2, "no picture format", ["photos/0/0.png", "0/1.png", "-o", "receipt.doc"]),
-        (3, "1.png: does not exist", ["photos/0/0.png", "0/1.png", "--images", "nowhere"]),
+        (2, "there is no such folder", ["photos/0/0.png", "0/1.png", "--images", "nowhere"]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_compared(
@@ -364,8 +364,8 @@ def test_a_named_network_tells_its_layer(say: Say, tmp_path: Path) -> None:
 def test_half_precision_is_remembered(say: Say, tmp_path: Path) -> None:
     path = tmp_path / "index"
     assert say("build", "photos", path, *NAMED, "--autocast", "bf16")[0] == 0
-    assert say("explain", path, "photos/0/0.png")[2] == ""
-    code, _, err = say("explain", path, "photos/0/0.png", "--autocast", "off")
+    assert say("explain", path, "photos/0/0.png", "--quiet")[2] == ""
+    code, _, err = say("explain", path, "photos/0/0.png", "--autocast", "off", "--quiet")
     assert code == 0
     assert err.count("\n") == 1
     assert err.startswith("embedcam: warning: parameters ")
@@ -561,12 +561,15 @@ def test_compress_explain_and_what_prototypes_do_not_take(
         2, "prototypes = 13; give a whole number from 1 to 12, the number of images", *there, 13
     )
     refused(2, "seed = 4294967296; give", *there, 3, "--seed", 1 << 32)
-    refused(2, "already holds a finished index", "compress", built, small, "--prototypes", 3)
+    refused(2, "--replace swaps it for the new one, or choose another folder",
+            "compress", built, small, "--prototypes", 3)  # fmt: skip
     refused(2, "holds prototypes, each merged from several images; compress the index it was made",
             "compress", small, tmp_path / "x", "--prototypes", 3)  # fmt: skip
     refused(2, "add images to the index it was compressed from", "add", small, "photos")
     refused(2, "refit the index it was compressed from", "build", small, "--refit")
     assert sorted(tmp_path.rglob("*")) == before
+    told = answer(say, "compress", built, small, "--prototypes", 1, "--replace")
+    assert (told["n_prototypes"], answer(say, "info", small)["counts"]["rows"]) == (1, 1)
 
 
 # --- where a network's files lie -----------------------------------------------------------------
@@ -610,7 +613,7 @@ def test_a_network_that_no_name_loads_is_asked_for(
     path = build(Path("photos"), tmp_path / "index", network_of())
     refused(2, "was not loaded by name; write a function", "explain", path, "photos/0/0.png")
     refused(2, "was not loaded by name", "build", path, "--refit")
-    refused(4, "not the network of the index", "explain", path, "photos/0/0.png", *NAMED)
+    refused(4, "not the input of the index", "explain", path, "photos/0/0.png", *NAMED)
 
 
 # --- everything that can go wrong ----------------------------------------------------------------
@@ -714,8 +717,9 @@ def test_what_cannot_be_done(
          ["photos/0/0.png", "--neighbors", "0/1.png", "-n", "2"]),
         (2, "invalid choice: 'median'", ["photos/0/0.png", "--transfer", "median"]),
         (4, "normalize is True", ["photos/0/0.png", "--no-normalize"]),
-        (4, "its preprocess is", ["photos/0/0.png", "--size", "64"]),
-        (4, "its layer is 'relu', given is one with 'features'",
+        (4, 'built with {"size": [32, 32]}, and given is {"size": [64, 64]}; leave out --size',
+         ["photos/0/0.png", "--size", "64"]),
+        (4, "that is cli_toy_network:make with layer relu, given is torchvision:squeezenet1_1 with",
          ["photos/0/0.png", "--network", "torchvision:squeezenet1_1", "--weights", "random"]),
     ],
 )  # fmt: skip
@@ -757,8 +761,16 @@ def test_ids_that_cannot_be_removed(
     refused(2, "no image '0/O.png'; did you mean '0/", "remove", index, "0/1.png", "0/O.png")
     assert answer(say, "info", index)["counts"]["live"] == 12
     assert say("remove", index, "0/1.png")[0] == 0
-    refused(2, "'0/1.png' was removed from the index", "remove", index, "0/1.png")
-    refused(2, "'0/1.png' was removed", "explain", index, "photos/0/0.png", "--result", "0/1.png")
+    refused(2, "'0/1.png' is not in the index any more", "remove", index, "0/1.png")
+    refused(
+        2,
+        "it was removed; add it again first",
+        "explain",
+        index,
+        "photos/0/0.png",
+        "--result",
+        "0/1.png",
+    )
     refused(6, "the ids cannot be read", "remove", index, "--from", tmp_path / "none")
     refused(2, "11 of 12 images are in the index already", "add", index, "photos")
 
@@ -836,11 +848,26 @@ def test_an_interruption_is_130_and_says_how_to_go_on(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("embedcam.build.build_index", interrupted)
     monkeypatch.setattr(Explainer, "explain", interrupted)
-    code, out, err = say("build", "photos", f"{index}2", *NAMED)
-    assert (code, out) == (130, "")
-    assert err == "embedcam: interrupted; run the same command again to go on\n"
+    build = ("build", "photos", f"{index}2", *NAMED)
+    told = "going on: 12 of 12 images are embedded\ngoing on: weights of 12 of 12 images are done\n"
+    with monkeypatch.context() as patch:
+        patch.setattr("embedcam.build.jobs.embedding_pass", interrupted)
+        assert say(*build) == (130, "", "embedcam: interrupted\n")  # nothing is kept yet
+        patch.undo()
+        patch.setattr("embedcam.build.jobs.fit_encodings", interrupted)
+        code, out, err = say(*build)
+        assert (code, out) == (130, "")
+        assert err == "embedcam: interrupted; run the same command again to go on\n"
+        _, _, err = say(*build)
+        assert err == f"{told}embedcam: interrupted; run the same command again to go on\n"
+    assert say(*build, "--quiet")[::2] == (0, "")
+    with monkeypatch.context() as patch:
+        patch.setattr("embedcam.demo.run_demo", interrupted)
+        assert say("demo", f"{index}3")[2] == "embedcam: interrupted\n"
+        Path(f"{index}3").mkdir()
+        (Path(f"{index}3") / "stages.json").write_text('{"scenes": "digest"}')
+        assert say("demo", f"{index}3")[2].endswith("; run the same command again to go on\n")
     code, _, err = say("explain", index, "photos/0/0.png")
     assert (code, err) == (130, "embedcam: interrupted\n")
 
@@ -923,7 +950,7 @@ def test_help_is_quick_and_shows_examples() -> None:
 
 
 def test_the_examples_of_help_parse() -> None:
-    from embedcam.cli import parser as texts
+    from embedcam.cli import examples as texts
 
     lines = [
         line.strip()
@@ -1119,8 +1146,11 @@ def test_what_is_not_trusted_is_said_and_computed_on_demand(
     code, out, err = say("explain", calibrated, query, "--trusted-from", "1", "--json")
     if json.loads(out)[0]["trust"] < 1:
         assert "its map is not to be trusted (expected correlation" in err
-        assert "--fallback computes one" in err
-        direct = answer(say, "explain", calibrated, query, "--trusted-from", "1", "--fallback")[0]
+        assert "--fallback computes one on the query, which answers for the neighbours that" in err
+        asked = ("explain", calibrated, query, "--trusted-from", "1", "--fallback")
+        direct = answer(say, *asked)[0]
+        note = f"note: {query}: computed on the query itself, for the transfer was not trusted ("
+        assert say(*asked, "--json")[2].startswith(note)
         assert (code, direct["direct"], direct["trusted"]) == (0, True, True)
     assert "trust       not calibrated" in say("info", built)[1]
     for option in (["--fallback"], ["--trusted-from", "0.3"]):

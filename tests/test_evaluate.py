@@ -29,9 +29,11 @@ from embedcam.cam import cam, resize
 from embedcam.errors import ImageError, InputError, NetworkMismatch
 from embedcam.evaluate import Evaluation, Settings
 from embedcam.evaluate.controls import ShuffledNetwork, random_weights, wrong_rows
+from embedcam.evaluate.examples import TRUE_BOX
 from embedcam.evaluate.gallery import Gallery
 from embedcam.evaluate.maps import Mapper
 from embedcam.evaluate.queries import chosen
+from embedcam.evaluate.report import tables
 from embedcam.evaluate.summary import beside_controls
 from embedcam.images import ImageSource
 from embedcam.index import remove
@@ -238,7 +240,9 @@ def test_fidelity_of_weights_that_a_label_shares_says_so(
             **{**QUICK, "measures": ("fidelity",)},
         )  # fmt: skip
         words = "the images of a label share their weights, an image's own part included"
-        assert any(words in note for note in told.summary["notes"]) == said
+        assert told.summary["fidelity"]["shared"] == said
+        assert [words in table.notes for table in tables(told.summary)] == [said, False]
+        assert (words[:45] in told.html()) == said
 
 
 def test_scenes_literally(folder: Path, network: EmbeddingNetwork, found: Evaluation) -> None:
@@ -336,7 +340,35 @@ def test_boxes_of_several_labels_literally(
         if share is not None:
             assert row["share"] == pytest.approx(share, abs=1e-4)
     assert told.summary["objects"]["boxes of several labels"]["questions"] == 6
-    assert [row.title for row in told.examples] == ["Two objects, best", "Two objects, worst"]
+    by = "by the share on the right object"
+    titles = [f"Two objects, best {by}", f"Two objects, worst {by}"]
+    assert [row.title for row in told.examples] == titles
+    # A true box is dashed in a colour of its own, and said to be.
+    for row in told.examples:
+        assert row.query.subcaption.endswith("\ndashed: the true boxes")
+        pixels = np.asarray(row.query.image)
+        assert ((pixels == TRUE_BOX).all(2)).sum() > 40
+
+
+def test_examples_say_what_they_are_ordered_by(found: Evaluation) -> None:
+    energy = "energy inside less the object's area"
+    share = "the share on the right object"
+    assert [row.title for row in found.examples] == [
+        f"Two pictures, best by {share}", f"Two pictures, worst by {share}",
+        f"One picture, best by {energy}", f"One picture, worst by {energy}",
+    ]  # fmt: skip
+    dashed = [row.query.subcaption.endswith("dashed: the true box") for row in found.examples]
+    assert dashed == [False, False, True, True]
+
+
+def test_what_is_done_to_pixels_is_said_below_the_figures(found: Evaluation) -> None:
+    beside = next(table for table in tables(found.summary) if table.caption.startswith("Beside"))
+    for words in ("Rank drop: how many places the nearest result falls",
+                  "Leaves the results: share of the images whose nearest result is no longer",
+                  "ROAD drop: similarity to the result that is lost where the top pixels are",
+                  "Average drop: share of the similarity to the result that is lost where the map",
+                  "Average increase: share of the images that are more similar"):  # fmt: skip
+        assert words in beside.notes
 
 
 # --- the images of the index itself --------------------------------------------------------------

@@ -60,7 +60,10 @@ def test_a_table_a_page_and_numbers(say: Say, tmp_path: Path) -> None:
     assert code == 0, err
     for words in ("3 of 3 images against an index of 12", "Recall@1", "energy inside",
                   "Telling two objects apart", "Beside controls that know nothing, 2 images",
-                  "shuffled network", "Transfer fidelity", "in forward passes"):  # fmt: skip
+                  "shuffled network", "Transfer fidelity", "in forward passes",
+                  "\nOn pictures of one object mean activation, which shows what is salient, is ha",
+                  "  By the discriminant target the images of a label share their weights, an ima",
+                  ):  # fmt: skip
         assert words in out
     assert f"page: {page}" in err
     assert page.read_text().startswith("<!DOCTYPE html>")

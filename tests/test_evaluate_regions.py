@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from photo_samples import CROP
+from photo_samples import CROP, picture
 from PIL import Image
 
 from embedcam.errors import InputError
@@ -17,11 +17,16 @@ from embedcam.evaluate.gallery import Gallery
 from embedcam.evaluate.measures import retrieved, shares
 from embedcam.evaluate.queries import chosen, generator
 from embedcam.evaluate.regions import of_boxes, of_masks
+from embedcam.evaluate.report import tables
 from embedcam.images import ImageSource, Item
 from embedcam.metrics import rank_of
 from embedcam.render import Chart, Notice, Table, page
 from embedcam.render.chart import chart_svg, ticks
 
+NOTHING: dict[str, Any] = {
+    "retrieval": {}, "indexed_images": 1, "localisation": {}, "objects": {}, "controls": {},
+    "faithfulness": {}, "sanity": [], "fidelity": {},
+}  # fmt: skip
 WHOLE = (0.0, 0.0, 40.0, 20.0)
 
 
@@ -96,9 +101,9 @@ def test_several_boxes_and_labels(tmp_path: Path) -> None:
 
 def test_paths_relative_to_the_csv_and_ids(tmp_path: Path) -> None:
     source = ImageSource([Item("one", "sub/a.png"), Item("two", "b.png")], tmp_path)
-    assert len(of_boxes(boxes(tmp_path, "sub/a.png,0,0,1,1", "two,0,0,1,1"), source)) == 2
+    assert len(of_boxes(boxes(tmp_path, "sub/a.png,0,0,2,1", "two,0,0,1,1"), source)) == 2
     elsewhere = ImageSource([Item("a.png", "a.png")], tmp_path / "sub")
-    assert len(of_boxes(boxes(tmp_path, "sub/a.png,0,0,1,1", "c.png,0,0,1,1"), elsewhere)) == 1
+    assert len(of_boxes(boxes(tmp_path, "sub/a.png,0,0,2,2", "c.png,0,0,1,1"), elsewhere)) == 1
 
 
 @pytest.mark.parametrize(
@@ -111,6 +116,7 @@ def test_paths_relative_to_the_csv_and_ids(tmp_path: Path) -> None:
         (["a.png,0,0,inf,9"], "path,x0,y0,x1,y1", "line 2: x1 is 'inf'"),
         (["a.png,0,0,4"], "path,x0,y0,x1,y1", "line 2: does not have the header's 5 fields"),
         (["z.png,0,0,4,4"], "path,x0,y0,x1,y1", "no box belongs to one of the images: it names"),
+        (["a.png,0.1,0,0.5,1"], "path,x0,y0,x1,y1", "these look like shares of the picture; give"),
         (["a.png,0,0,4,4,0,9"], "path,x0,y0,x1,y1,width,height", "a picture of 0 x 9 pixels"),
     ],
 )
@@ -156,6 +162,56 @@ def test_masks(tmp_path: Path) -> None:
         of_masks(tmp_path / "masks", source_of(tmp_path, "c.png"))
     with pytest.raises(InputError, match="there is no such folder"):
         of_masks(tmp_path / "nowhere", source)
+
+
+def test_shares_of_a_picture_of_one_by_one(tmp_path: Path) -> None:
+    written = boxes(tmp_path, "a.png,0.25,0,0.75,1,1,1", header="path,x0,y0,x1,y1,width,height")
+    found = of_boxes(written, source_of(tmp_path, "a.png")).of(0, (40, 20), WHOLE, (4, 4))
+    assert found is not None
+    np.testing.assert_allclose(found.boxes, [[1, 0, 3, 4]])
+
+
+def test_photographs_are_no_masks(tmp_path: Path) -> None:
+    (tmp_path / "masks").mkdir()
+    picture(0, 0).save(tmp_path / "a.png")
+    picture(0, 1).save(tmp_path / "masks/a.jpg")
+    with pytest.raises(InputError, match=r"a\.jpg: is a photograph in many colours and no mask"):
+        of_masks(tmp_path / "masks", source_of(tmp_path, "a.png"))
+    Image.new("L", (48, 40), 255).save(tmp_path / "a.png")
+    with pytest.raises(InputError, match=r"a\.png is the query itself; give a folder of masks"):
+        of_masks(tmp_path, source_of(tmp_path, "a.png"))
+    # A mask saved as JPEG, one in a single colour, and a soft one are masks.
+    hard = Image.new("RGB", (48, 40))
+    hard.paste((255, 255, 255), (10, 10, 30, 30))
+    red = Image.new("RGB", (48, 40))
+    red.paste((255, 0, 0), (10, 10, 30, 30))
+    soft = Image.fromarray(np.tile(np.linspace(0, 255, 48).astype(np.uint8), (40, 1)))
+    for mask in (hard, red, soft):
+        mask.save(tmp_path / "masks/a.jpg", quality=60)
+        assert len(of_masks(tmp_path / "masks", source_of(tmp_path, "a.png"))) == 1
+    # The first few are looked at before anything is done, others when they are read.
+    names = [f"b{number}.png" for number in range(9)]
+    for name in names:
+        Image.new("L", (48, 40)).save(tmp_path / "masks" / name)
+    picture(0, 1).save(tmp_path / "masks/b8.png")
+    regions = of_masks(tmp_path / "masks", source_of(tmp_path, *names))
+    with pytest.raises(InputError, match=r"b8\.png: is a photograph"):
+        regions.of(8, (48, 40), (0, 0, 48, 40), (4, 4))
+    with pytest.raises(InputError, match=r"b8\.png: is a photograph"):
+        of_masks(tmp_path / "masks", source_of(tmp_path, *names[1:]))
+
+
+def test_two_images_have_no_interval_and_beat_nothing() -> None:
+    rows = [{"energy": 0.9, "mean activation: energy": 0.1, "area": 0.2}] * 3
+    for count, shown, beats in ((2, "0.900", False), (3, "0.900 [0.900, 0.900]", True)):
+        measured = told.measured(rows[:count], "localisation")
+        (table,) = tables({**NOTHING, "localisation": measured})
+        assert table.rows[0][2] == shown
+        assert table.caption == f"Localisation, {count} images with a box or mask"
+        compared = told.beside_controls(rows[:count], ("localisation",))
+        assert compared["energy"]["differences"]["mean activation"]["beats"] is beats
+    (table,) = tables({**NOTHING, "localisation": told.measured(rows[:1], "localisation")})
+    assert table.caption == "Localisation, 1 image with a box or mask"
 
 
 # --- pure parts ----------------------------------------------------------------------------------

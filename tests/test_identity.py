@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,15 @@ def test_other_trunks_and_heads_of_the_same_network_are_admitted() -> None:
     ("other", "message"),
     [
         ({"layer": "norm"}, r"its layer is 'relu', given is one with 'norm'; choose that layer"),
+        (
+            {"preprocess": Preprocess(size=(32, 32), resize="crop", resize_to=40)},
+            r'built with \{"resize": "squash"\}, and given is \{"resize": "crop"\}; leave '
+            r"out --resize \(resize=\), give the network that preprocess, or build the index again",
+        ),
+        (
+            {"preprocess": Preprocess(size=(24, 16))},
+            r'with \{"size": \[32, 32\]\}, and given is .*24, 16.*; leave out --size \(size=\), gi',
+        ),
         ({"normalize": False}, r"its normalize is True, given is one with False"),
         ({"preprocess": None}, r'its preprocess is \{"kind".*\}, given is one with None'),
         (
@@ -160,6 +170,24 @@ def test_other_trunks_and_heads_of_the_same_network_are_admitted() -> None:
 def test_other_settings_are_refused_with_both_values(other: dict[str, Any], message: str) -> None:
     with pytest.raises(NetworkMismatch, match=message):
         check(stored(network()), network(**other))
+
+
+def test_another_network_is_called_by_its_name() -> None:
+    identity = stored(network(name="torchvision:this"))
+    steps = {"conv": nn.Conv2d(3, 4, 4), "relu": nn.ReLU(), "flat": nn.Flatten()}
+    for layer in ("relu", "conv"):
+        other = network(nn.Sequential(OrderedDict(steps)), layer=layer, name="torchvision:that")
+        with pytest.raises(NetworkMismatch) as caught:
+            check(identity, other)
+        assert str(caught.value) == (
+            "this is not the network of the index: that is torchvision:this with layer relu, given "
+            f"is torchvision:that with layer {layer}; leave out --network, --weights and --layer "
+            "(or load the index's), or build the index again"
+        )
+    # The same one by another name has the same structure: there the layer is to blame.
+    renamed = network(layer="norm", name="mine:make")
+    with pytest.raises(NetworkMismatch, match="its layer is 'relu', given is one with 'norm'; cho"):
+        check(identity, renamed)
 
 
 def test_other_parameters_are_refused_with_both_values() -> None:

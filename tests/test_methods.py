@@ -9,6 +9,7 @@ import pytest
 import torch
 import zoo_cases
 from build_samples import inputs, pictures, toy
+from PIL import Image
 from zoo_cases import made
 
 from embedcam import (
@@ -29,6 +30,7 @@ from embedcam.registry import (
     find_method,
     storable_methods,
 )
+from embedcam.render import overlay
 from embedcam.targets import Direction
 
 FAMILIES = sorted(path.stem for path in Path(__file__).parent.glob("zoo_*.py"))
@@ -213,6 +215,30 @@ def test_a_picture_goes_through_the_networks_own_preprocessing(tmp_path: Path) -
     case = zoo_cases.make()
     with pytest.raises(InputError, match="the network has no preprocessing"):
         cam_for(case.network, picture, case.target)
+
+
+def test_a_map_is_short_in_print_and_draws_itself(tmp_path: Path) -> None:
+    network, source = toy("affine").network, pictures(tmp_path)
+    path = tmp_path / source.items[0].path
+    target = Similarity(np.arange(5) + 1.0)
+    for name, words in (("gradcam", "Grad-CAM, 16 x 16 from 4 x 4, 8"), ("rise", "RISE, 16 x 16")):
+        found = cam_for(network, path, target, name, progress=False)
+        assert repr(found).startswith(f"<MethodMap: {words}")
+        assert repr(found).endswith(" channel weights>")
+        with Image.open(path) as picture:
+            picture = picture.convert("RGB")
+        assert found.save(tmp_path / "map.png", path) == tmp_path / "map.png"
+        with Image.open(tmp_path / "map.png") as written:
+            np.testing.assert_array_equal(written, overlay(picture, found.cam))
+        half = (0.0, 0.0, picture.width / 2, float(picture.height))
+        np.testing.assert_array_equal(found.plot(picture, half), overlay(picture, found.cam, half))
+        assert found.plot().size == (16, 16)
+    assert repr(found).endswith(", no channel weights>")
+    batch = cam_for(network, [path, path], target, "gradcam", progress=False)
+    with pytest.raises(InputError, match=r"the map is \[2, 16, 16\], and one \[H W\] is drawn"):
+        batch.save(tmp_path / "map.png")
+    with pytest.raises(InputError, match=r"map\.txt: the picture cannot be written"):
+        found.save(tmp_path / "map.txt")
 
 
 def test_inputs_that_are_no_input_are_refused() -> None:

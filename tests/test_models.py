@@ -216,6 +216,17 @@ def test_weights_that_do_not_fit_say_how(
     )
 
 
+def test_weights_of_another_network_are_called_that(tmp_path: Path) -> None:
+    other = load_network("torchvision:resnet18", **SMALL).module.state_dict()
+    save_file(other, tmp_path / "other.safetensors")
+    with pytest.raises(NetworkError) as caught:
+        load(tmp_path / "other.safetensors")
+    assert "did you mean" not in str(caught.value)
+    assert str(caught.value).endswith(
+        "; these are another network's weights: give this one's, or name the other"
+    )
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return (print, ("run by the unpickler",))

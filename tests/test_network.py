@@ -83,6 +83,14 @@ def test_the_gradient_is_that_of_full_autograd(name: str) -> None:
     torch.testing.assert_close(plain.embedding, module(x.double()).detach())
 
 
+def test_a_network_is_short_in_print() -> None:
+    network = EmbeddingNetwork(toy(), "relu", name="torchvision:toy")
+    expected = "<EmbeddingNetwork torchvision:toy: layer relu, normalised, on cpu>"
+    assert repr(network) == expected
+    plain = repr(EmbeddingNetwork(toy(), "relu", normalize=False))
+    assert plain == f"<EmbeddingNetwork {type(toy()).__name__}: layer relu, not normalised, on cpu>"
+
+
 def test_the_oracle_can_fail() -> None:
     module, x, c = toy(), images(), torch.ones(2, 5)
     right = EmbeddingNetwork(module, "norm", normalize=False).head_pass(x).vjp(c)

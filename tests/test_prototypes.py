@@ -502,6 +502,41 @@ def test_it_is_searched_changed_and_kept_as_prototypes(tmp_path: Path) -> None:
         assert list(small.ids)[:2] == ["prototype-0001", "prototype-0003"]
 
 
+def test_prototypes_are_swapped_for_others_where_asked(tmp_path: Path) -> None:
+    source = clustered(tmp_path / "a")
+    compress(source, tmp_path / "b", 6)
+    with pytest.raises(InputError, match=r"b: holds a finished index of prototypes; --replace"):
+        compress(source, tmp_path / "b", 3)
+    with Index.open(tmp_path / "b") as old:
+        compress(source, tmp_path / "b", 3, replace=True)
+        assert old.embeddings(range(6)).shape == (6, WIDTH)  # who reads it goes on
+    compress(source, tmp_path / "c", 3)
+    with Index.open(tmp_path / "b") as new, Index.open(tmp_path / "c") as other:
+        new.verify()
+        assert (len(new), new.manifest["generation"]) == (3, 2)
+        np.testing.assert_array_equal(new.embeddings(range(3)), other.embeddings(range(3)))
+    compress(source, tmp_path / "d", 3, replace=True)  # nothing there to be replaced
+
+
+def test_pictures_call_prototypes_what_they_are(tmp_path: Path) -> None:
+    labels = ["owl"] * 15 + ["jay"] * 14 + [None]
+    source = clustered(tmp_path / "a", labels=labels)
+    compress(source, tmp_path / "each", 2, per_class=True)
+    compress(source, tmp_path / "all", 30)
+    maps = np.ones((CHANNELS, *GRID), np.float32)
+    for name, ids, captions in (
+        ("each", ["owl/0002", "jay/0001"], [("owl", "prototype 0002"), ("jay", "prototype 0001")]),
+        ("all", ["prototype-0030"], [("prototype 0030", None)]),
+    ):
+        with Index.open(tmp_path / name) as small:
+            query = small.embeddings([small.position(ids[0])])[0]
+            why = Explainer(small).explain_features(query, maps, neighbors=ids)
+        tiles = why.tiles()[1]
+        shown = [(tile.caption, tile.subcaption.split("\n")[0]) for tile in tiles]
+        expected = [(one, two or f"distance {why.distances[0]:.3f}") for one, two in captions]
+        assert shown == expected
+
+
 def test_an_open_index_stays_open(tmp_path: Path) -> None:
     with Index.open(clustered(tmp_path / "a")) as index:
         compress(index, tmp_path / "b", 2)
@@ -547,8 +582,9 @@ def test_places_and_indexes_that_cannot_be(tmp_path: Path) -> None:
     source = clustered(tmp_path / "a", labels=[None] * 30)
     with pytest.raises(InputError, match=r"no image has a label.*leave out --per-class"):
         compress(source, tmp_path / "b", 3, per_class=True)
-    with pytest.raises(InputError, match="already holds a finished index"):
-        compress(source, source, 3)
+    for replace in (False, True):
+        with pytest.raises(InputError, match="a: holds an index of images, which prototypes do no"):
+            compress(source, source, 3, replace=replace)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/letter.txt").touch()
     with pytest.raises(InputError, match=r"holds 'letter.txt', which is no part of an index"):

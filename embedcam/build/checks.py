@@ -279,9 +279,9 @@ def check_new(index: Index, source: ImageSource) -> None:
     if known:
         some = ", ".join(known[:3]) + (" ..." if len(known) > 3 else "")
         raise InputError(
-            f"{len(known)} of {len(source)} images are in the index already ({some}); remove them "
-            "from the index first, or leave them out; where they are other pictures of the same "
-            "names, a CSV with the columns path,label,id gives them other ids"
+            f"{len(known)} of {len(source)} images are in the index already ({some}); leave "
+            "them out (--skip-existing), or remove them from the index first; where they are other "
+            "pictures of the same names, a CSV with the columns path,label,id gives them other ids"
         )
 
 

@@ -1,16 +1,23 @@
 """The command line: `embedcam build | add | explain | export | info ...`; `COMMANDS` lists them.
 
-parser.py    what can be said, with examples; imports nothing heavy, so that --help is quick
+parser.py    what can be said; imports nothing heavy, so that --help is quick
+examples.py  what --help ends with
+options.py, options_offline.py, options_online.py  the options of the commands
+values.py    what stands behind an option, read
 networks.py  the network that options, a recipe or an index name
 offline.py   build, add, remove, compact, compress, demo
 online.py    explain
+pairs.py     compare
+serving.py   serve
 reporting.py explain --report
 exporting.py export
 evaluation.py evaluate
+resuming.py  what an interrupted command finds again
 report.py    info and verify, and how things are printed
 """
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +33,8 @@ EXIT_CODES: dict[type[Exception], int] = {
     OSError: 6,
 }
 """The first class that fits an error gives the exit code; 0 is success, 130 an interruption."""
+_PYTHON = re.compile(r" \((?:(?:replace=True|per_class=False|layer=|size=|resize=)(?:, )?)+\)")
+"""What messages say to callers from Python, in brackets behind the option."""
 INTERRUPTED, UNEXPECTED = 130, 70
 
 
@@ -55,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
             sys.stdout.flush()  # a reader that has gone away is met here, not at exit
         except KeyboardInterrupt:
-            hint = "; run the same command again to go on" if options.resumes else ""
+            from .resuming import kept
+
+            hint = "; run the same command again to go on" if kept(options) else ""
             print(f"embedcam: interrupted{hint}", file=sys.stderr)
             return INTERRUPTED
         except BrokenPipeError:
@@ -70,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _say(error: Exception) -> int:
     """One sentence on the error stream; the whole traceback only with --debug."""
     code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), UNEXPECTED)
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = _PYTHON.sub("", " ".join(str(error).split())) or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("embedcam"):
         # Installed for answering queries only, with --no-deps.
         code = EXIT_CODES[NetworkError]

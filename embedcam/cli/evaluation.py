@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import InputError
 from .networks import named, network_of_index, network_options
 from .online import check_folder
-from .report import columns, note
+from .report import columns, naming_skip, note
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -27,18 +27,19 @@ def evaluate(options: argparse.Namespace) -> None:
     _check_regions(options, source)
     with Index.open(options.index) as index:
         network = named(network_of_index(index.manifest, network_options(options)))
-        found = evaluate_index(
-            index,
-            source,
-            network,
-            boxes=options.boxes,
-            masks=options.masks,
-            indexed=options.indexed,
-            settings=settings,
-            on_unreadable=options.on_unreadable or "fail",
-            workers=options.workers,
-            progress=False if options.quiet else None,
-        )
+        with naming_skip(options):
+            found = evaluate_index(
+                index,
+                source,
+                network,
+                boxes=options.boxes,
+                masks=options.masks,
+                indexed=options.indexed,
+                settings=settings,
+                on_unreadable=options.on_unreadable or "fail",
+                workers=options.workers,
+                progress=False if options.quiet else None,
+            )
     # Files first: a reader that goes away (`| head`) ends the command.
     for what, file, save in (
         ("page", options.html, found.save_html),
@@ -91,17 +92,22 @@ def _check_files(options: argparse.Namespace) -> None:
 
 
 def _lines(summary: dict[str, Any], intro: str, tables: list[Any]) -> list[str]:
+    from ..evaluate.report import OF_LABELS, ON_ONE_OBJECT
+
     lines = [intro]
     for table in tables:
         # The page has room for what each measure says; the terminal has not.
         kept = [place for place, name in enumerate(table.header) if name or place == 0]
         cells = [[str(row[place]) for place in kept] for row in [table.header, *table.rows]]
         lines += ["", table.caption, *(f"  {line}" for line in columns(cells, range(1, len(kept))))]
+        lines += [f"  {OF_LABELS}"] if OF_LABELS in table.notes else []
     lines.append("")
     if any("*" in str(cell) for table in tables for row in table.rows for cell in row):
         lines.append("* not better than this control (95% interval of the paired difference)")
     lines += summary["beats"]
     lines += [f"does not beat its controls: {text}" for text in summary["flags"]]
+    if summary["flags"] and any(ON_ONE_OBJECT in table.notes for table in tables):
+        lines.append(ON_ONE_OBJECT)
     lines += [f"note: {text}" for text in summary["notes"]]
     seconds = summary["seconds"]
     lines.append(

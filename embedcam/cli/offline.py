@@ -9,7 +9,8 @@ from typing import Any
 
 from ..errors import InputError, RecipeError
 from .networks import named, network_of_index, network_options, refuse_unknown
-from .report import counted, emit, fidelity_lines, note, size_text
+from .report import counted, emit, fidelity_lines, listing_ids, naming_skip, note, size_text
+from .resuming import told_of
 
 _RECIPE = (
     "method", "target", "norm", "sampling", "hinge", "margin", "seed", "layers", "fill",
@@ -20,16 +21,17 @@ _RECIPE = (
 def build(options: argparse.Namespace) -> None:
     """Build an index from images, or from features."""
     recipe, images, network = _recipe(options)
-    if options.embeddings or options.pooled:
-        report = _build_features(options, recipe, network)
-    else:
-        report = _build_images(options, recipe, images, network)
+    with told_of(options):
+        if options.embeddings or options.pooled:
+            report = _build_features(options, recipe, network)
+        else:
+            report = _build_images(options, recipe, images, network)
     _report(options, report, "built")
 
 
 def add(options: argparse.Namespace) -> None:
     """Add images to an index."""
-    from ..build import add_images
+    from ..build import BuildReport, add_images
     from ..images import find_images
     from ..index import ADD_INSTEAD, Index, refuse_prototypes
 
@@ -37,22 +39,39 @@ def add(options: argparse.Namespace) -> None:
     with Index.open(options.index) as index:
         refuse_prototypes(index.path, index.manifest, ADD_INSTEAD)  # before a network is loaded
         network = network_of_index(index.manifest, network_options(options))
-    report = add_images(
-        source,
-        named(network),
-        options.index,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        on_unreadable=options.on_unreadable or "fail",
-        scratch_gb=options.scratch_gb,
-        progress=False if options.quiet else None,
-    )
+        if options.skip_existing:
+            source = _without_known(options, source, index)
+            if not len(source):
+                none = BuildReport(Path(options.index), 0, [])
+                return _report(options, none, "added to")
+    with told_of(options), naming_skip(options):
+        report = add_images(
+            source,
+            named(network),
+            options.index,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            on_unreadable=options.on_unreadable or "fail",
+            scratch_gb=options.scratch_gb,
+            progress=False if options.quiet else None,
+        )
     _report(options, report, "added to")
+
+
+def _without_known(options: argparse.Namespace, source: Any, index: Any) -> Any:
+    """The images whose ids the index does not hold."""
+    from ..images import ImageSource
+
+    known = index.find_live(source.ids)
+    if known:
+        note(options, f"{counted(len(known), 'image')} left out: in the index already")
+    items = [item for item in source.items if item.id not in known]
+    return ImageSource(items, source.root, max_pixels=source.max_pixels)
 
 
 def remove(options: argparse.Namespace) -> None:
     """Remove images by id."""
-    from ..index import Index
+    from ..index import REMOVED, Index
     from ..index import remove as remove_ids
 
     ids = [*options.ids, *(_lines(options.file) if options.file else [])]
@@ -60,7 +79,15 @@ def remove(options: argparse.Namespace) -> None:
         raise InputError("no id was given; name some, or give a file of them with --from")
     # A folder without an index is refused before a lock file appears in it.
     Index.open(options.index, with_faiss=False).close()
-    removed = remove_ids(options.index, ids)
+    try:
+        with listing_ids(options.index):
+            removed = remove_ids(options.index, ids)
+    except InputError as error:
+        known, gone, _ = str(error).partition(REMOVED)
+        if not gone:
+            raise
+        step = "nothing to do" if len(ids) == 1 else "leave it out; nothing was removed"
+        raise InputError(f"{known}{gone}; {step}") from error
     with Index.open(options.index, with_faiss=False) as index:
         left = len(index)
     emit(
@@ -99,6 +126,7 @@ def compress(options: argparse.Namespace) -> None:
         options.prototypes,
         per_class=options.per_class,
         seed=options.seed,
+        replace=options.replace,
         progress=False if options.quiet else None,
     )
     about = report.compressed
@@ -153,21 +181,22 @@ def _build_images(
     if network.get("layer") is None:
         note(options, f"{loaded.name}: explaining layer {loaded.layer} (--layer takes another)")
     triplets = _given_triplets(options)
-    return build_index(
-        source,
-        loaded,
-        options.index,
-        recipe,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        on_unreadable=options.on_unreadable or images.get("on_unreadable", "fail"),
-        triplets=triplets,
-        own_maps=own_maps,
-        trust=not options.no_trust,
-        scratch_gb=options.scratch_gb,
-        replace=options.refit,
-        progress=False if options.quiet else None,
-    )
+    with naming_skip(options):
+        return build_index(
+            source,
+            loaded,
+            options.index,
+            recipe,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            on_unreadable=options.on_unreadable or images.get("on_unreadable", "fail"),
+            triplets=triplets,
+            own_maps=own_maps,
+            trust=not options.no_trust,
+            scratch_gb=options.scratch_gb,
+            replace=options.refit,
+            progress=False if options.quiet else None,
+        )
 
 
 def _build_features(options: argparse.Namespace, recipe: Any, network: dict[str, Any]) -> Any:
@@ -204,13 +233,13 @@ def _build_features(options: argparse.Namespace, recipe: Any, network: dict[str,
 
 def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The recipe with the command line's choices over it, and its images and network."""
-    from ..recipe import Recipe, read_toml
+    from ..recipe import Recipe, read_toml, shipped_recipe
 
     recipe = Recipe()
     images: dict[str, Any] = {}
     network: dict[str, Any] = {}
     if options.recipe:
-        recipe, images, network = read_toml(options.recipe)
+        recipe, images, network = read_toml(shipped_recipe(options.recipe))
     elif options.refit and (Path(options.index) / "manifest.json").exists():
         from ..index import Index
 
@@ -287,7 +316,9 @@ def _lines(path: str) -> list[str]:
 
 def _report(options: argparse.Namespace, report: Any, verb: str) -> None:
     for name, reason in report.skipped[:20]:
-        note(options, f"skipped {name}: {reason}")
+        # A reason begins with the file's path, which mostly ends in its id.
+        path, _, rest = reason.partition(": ")
+        note(options, f"skipped {name}: {rest if path.endswith(name) else reason}")
     if len(report.skipped) > 20:
         note(options, f"... and {len(report.skipped) - 20} more")
     if report.n_single:

@@ -1,7 +1,9 @@
 """The command that explains queries."""
 
 import argparse
+import errno
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,15 +13,15 @@ from ..errors import ImageError, InputError
 from ..writing import write_whole
 from .direct import check_method, options_of, redrawn, trust_of
 from .networks import check_onnx, network_given
-from .report import columns, note
+from .report import columns, counted, listing_ids, note
 from .reporting import check_report, write
 
 
 def explain(options: argparse.Namespace) -> None:
     """Explain query images against an index."""
     from ..explain import Explainer
+    from ..explanation import small_size
     from ..index import Index
-    from ..report import small_size
 
     # Whatever can be refused is refused before the network is loaded.
     reported = check_report(options)
@@ -28,10 +30,12 @@ def explain(options: argparse.Namespace) -> None:
         _check_queries(options.queries)
     pictures = plan_pictures(options.output, options.queries)
     _check_page(options.html, options.queries)
+    check_images(options.images)
     method = check_method(options)
     check_onnx(options)
     with Index.open(options.index) as index:
         asked = _asked(options, index)
+        _say_shared(options, index)
         network = network_given(options, index.manifest)
         explainer = Explainer(
             index,
@@ -44,25 +48,24 @@ def explain(options: argparse.Namespace) -> None:
             write(options, explainer, reported, asked)
             return
         records, rows = [], []
+        shown, lost = dict[str, None](), dict[str, None]()
         for query, picture in zip(options.queries, pictures, strict=True):
             explanation = explainer.explain(query, **asked)
             if method is not None:
                 explanation = redrawn(
                     explanation, index, network, query, method, options_of(options), options.quiet
                 )
-            if explanation.trusted is False:
-                note(
-                    options,
-                    f"note: {query}: its map is not to be trusted (expected correlation with a "
-                    f"directly computed one: {explanation.trust:.2f}); --fallback computes one",
-                )
+            _say_trust(options, query, explanation)
             if explanation.empty:
                 note(
                     options,
                     f"note: {query}: nothing in it speaks for these results, so its map is empty; "
                     "more neighbours (-n) or an index built with --norm around may say more",
                 )
+            shown.update(dict.fromkeys(explanation.ids + explanation.explained))
+            lost.update(dict.fromkeys(explanation.not_found()))
             if picture is not None:
+                picture.parent.mkdir(parents=True, exist_ok=True)
                 explanation.save(picture, scale=options.scale, title=Path(query).name)
             if options.html:
                 rows.append(_row(query, explanation))
@@ -77,6 +80,62 @@ def explain(options: argparse.Namespace) -> None:
         _write_page(options, rows)
     if options.json:
         print(json.dumps(records))
+    _say_pictures(options, len(shown), len(lost), explanation.root)
+
+
+def _say_trust(options: argparse.Namespace, query: str, explanation: Any) -> None:
+    """What is not trusted, and what was done about it."""
+    whose = "neighbours that came back" if explanation.asked is None else "result you named"
+    if explanation.trusted is False:
+        note(
+            options,
+            f"note: {query}: its map is not to be trusted (expected correlation with a directly "
+            f"computed one: {explanation.trust:.2f}); --fallback computes one on the query, which "
+            f"answers for the {whose}, right or wrong",
+        )
+    if explanation.direct:
+        note(
+            options,
+            f"note: {query}: computed on the query itself, for the transfer was not trusted "
+            f"({explanation.trust:.2f}); it answers for the {whose}, right or wrong",
+        )
+
+
+def _say_shared(options: argparse.Namespace, index: Any) -> None:
+    """That by the discriminant target a result is not explained apart from its label."""
+    shared = index.manifest["target"] == "discriminant" and options.method is None
+    if options.result is None or not shared:
+        return
+    label = index.select([index.position(options.result)]).labels[0]
+    query = options.queries[0] if len(options.queries) == 1 else "QUERY"
+    if label is not None:
+        note(
+            options,
+            f"note: by this index's target the images of a label share one answer: what speaks for "
+            f"{label}; `embedcam compare {options.index} {query} {options.result}` says what "
+            "matches this one image",
+        )
+
+
+def _say_pictures(options: argparse.Namespace, n_results: int, n_lost: int, root: Any) -> None:
+    """That nothing was drawn, or that indexed pictures are missing in what was."""
+    drawn = options.output is not None or options.html is not None
+    if not drawn and not options.json:
+        note(options, "note: no picture was written; -o why.png draws one")
+    if drawn and n_lost:
+        note(
+            options,
+            f"note: {n_lost:,} of {counted(n_results, 'indexed picture')} were not found under "
+            f"{root}; --images FOLDER says where they are",
+        )
+
+
+def check_images(folder: str | None) -> None:
+    """Refuse a folder of the indexed images that is none."""
+    if folder is not None and not Path(folder).is_dir():
+        raise InputError(
+            f"--images {folder}: there is no such folder; give the one the indexed images lie in"
+        )
 
 
 def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:
@@ -84,11 +143,12 @@ def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:
     if options.neighbors and options.n_neighbors:
         raise InputError("--neighbors names the results and -n searches for them; give one")
     asked: dict[str, Any] = {"n_neighbors": options.n_neighbors, "result": options.result}
-    if options.result is not None:
-        index.position(options.result)
-    if options.neighbors:
-        asked["neighbors"] = list(_ids(index, options.neighbors))
-        index.positions(asked["neighbors"])
+    with listing_ids(options.index):
+        if options.result is not None:
+            index.position(options.result)
+        if options.neighbors:
+            asked["neighbors"] = list(_ids(index, options.neighbors))
+            index.positions(asked["neighbors"])
     return asked
 
 
@@ -131,10 +191,7 @@ def plan_pictures(output: str | None, queries: Sequence[str]) -> list[Path | Non
             "--html FILE for one page with all of them"
         )
     if folder:
-        try:
-            where.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"-o {output}: not a folder ({error.strerror})") from error
+        _check_makable(where, output)
         planned = [where / name for name in picture_names(queries)]
     else:
         check_picture_name(where)
@@ -143,6 +200,16 @@ def plan_pictures(output: str | None, queries: Sequence[str]) -> list[Path | Non
     for picture in planned:
         _refuse_query(picture, queries)
     return list(planned)
+
+
+def _check_makable(folder: Path, output: str) -> None:
+    """Refuse a folder that cannot be made, without making it: what fails leaves nothing behind."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    number = 0 if os.access(there, os.W_OK | os.X_OK) else errno.EACCES
+    number = number if there.is_dir() else errno.EEXIST
+    if number:
+        error = OSError(number, os.strerror(number))
+        raise InputError(f"-o {output}: not a folder ({error.strerror})") from error
 
 
 def picture_names(queries: Sequence[str]) -> list[str]:
@@ -211,9 +278,15 @@ def _lines(query: str, picture: Path | None, explanation: Any) -> list[str]:
             zip(explanation.ids, labels, explanation.distances, strict=True), 1
         )
     ]
+    asked = explanation.asked
+    if asked is not None and asked.id not in explanation.ids:
+        table.insert(0, ["asked", f"{asked.distance:.3g}", asked.id, asked.label or ""])
+        labels.append(asked.label or "")
     header = ["", "distance", "result", "label" if any(labels) else ""]
     shown = columns([header, *table], right=(0, 1))
     head = query if picture is None else f"{query} -> {picture}"
     if explanation.explained != explanation.ids:
-        head += f" (what matched {explanation.explained[0]})"
+        label = explanation.speaks_for
+        what = f"matched {explanation.explained[0]}" if label is None else f"speaks for {label}"
+        head += f" (what {what})"
     return [head, *(f"  {line}" for line in shown)]

@@ -6,8 +6,8 @@ from typing import Any
 
 from ..errors import InputError
 from .networks import check_onnx, network_given
-from .online import plan_pictures
-from .report import columns, note
+from .online import check_images, plan_pictures
+from .report import columns, listing_ids, note
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -19,9 +19,11 @@ def compare(options: argparse.Namespace) -> None:
     # Whatever can be refused is refused before the network is loaded.
     check_onnx(options)
     (picture,) = plan_pictures(options.output, [options.query])
+    check_images(options.images)
     with Index.open(options.index) as index:
-        for name in filter(None, (options.result, options.above)):
-            index.position(name)
+        with listing_ids(options.index):
+            for name in filter(None, (options.result, options.above)):
+                index.position(name)
         if options.result == options.above:
             raise InputError(f"--above {options.above} is the result itself; name another image")
         network = network_given(options, index.manifest)
@@ -33,6 +35,7 @@ def compare(options: argparse.Namespace) -> None:
         else:
             made = pairs.above(options.query, options.result, options.above, centred=centred)
         if picture is not None:
+            picture.parent.mkdir(parents=True, exist_ok=True)
             made.save(picture, lines=options.lines)
     if options.json:
         saved = {} if picture is None else {"picture": str(picture)}

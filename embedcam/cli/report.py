@@ -4,13 +4,16 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from ..errors import ImageError, InputError
 from ..registry import METHODS
 
 METRICS = {"l2": "squared L2", "ip": "inner product"}
 _LABEL = 12
+_PIECE = 1 << 16
 
 
 def emit(options: argparse.Namespace, values: Mapping[str, Any], text: str) -> None:
@@ -29,6 +32,30 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
+@contextmanager
+def naming_skip(options: argparse.Namespace) -> Iterator[None]:
+    """Errors of a broken image among many name the option that leaves it out."""
+    try:
+        yield
+    except ImageError as error:
+        if options.on_unreadable == "skip" or "run the build again" in str(error):
+            raise
+        raise ImageError(f"{error}; --on-unreadable skip leaves such files out") from error
+
+
+@contextmanager
+def listing_ids(index: str) -> Iterator[None]:
+    """Errors of ids name the command that lists them, not what Python has for it."""
+    try:
+        yield
+    except InputError as error:
+        text = str(error)
+        if not text.startswith("the index has no image"):
+            raise
+        text = text.removesuffix("; see `index.ids`")
+        raise InputError(f"{text}; `embedcam info {index} --ids` lists those it has") from error
+
+
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
     """Rows of cells as lines with columns of one width; `right` are set flush right."""
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
@@ -45,6 +72,10 @@ def info(options: argparse.Namespace) -> None:
     """What an index holds."""
     from ..index import Index
 
+    if options.ids:
+        with Index.open(options.index, with_faiss=False) as index:
+            _list_ids(options, index)
+        return
     with Index.open(options.index, with_faiss=False) as index:
         manifest = index.manifest
         evidence = _evidence(index)
@@ -57,6 +88,20 @@ def info(options: argparse.Namespace) -> None:
     }  # fmt: skip
     summary |= {**evidence, "bytes": bytes_all, "bytes_an_image": bytes_image}
     emit(options, summary, f"{options.index}\n" + _text(manifest, evidence, bytes_all, bytes_image))
+
+
+def _list_ids(options: argparse.Namespace, index: Any) -> None:
+    """The ids of all live images, one a line, or one JSON list; a piece at a time."""
+    live, begun = index.live_positions(), False
+    for start in range(0, len(live), _PIECE):
+        for name in index.ids[live[start : start + _PIECE]]:
+            if options.json:
+                print(("," if begun else "[") + "\n  " + json.dumps(name), end="")
+            else:
+                print(name)
+            begun = True
+    if options.json:
+        print("\n]" if begun else "[]")
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -120,7 +165,7 @@ def _text(
         ("weights", _weights_line(manifest)),
         ("stored as", _encoding_line(layer["encoding"])),
         ("own maps", "none" if coarse is None else f"{coarse[0]} x {coarse[1]}"),
-        ("trust", _trust_line(manifest.get("trust"))),
+        ("trust", _trust_line(manifest.get("trust"), manifest["counts"]["added_after_fit"])),
         ("search", _search_line(manifest)),
         ("size", f"{size_text(bytes_all)}; {bytes_image:g} bytes an image beyond id, label, path "
                  "and embedding"),
@@ -133,16 +178,17 @@ def _text(
     return "\n".join(lines)
 
 
-def _trust_line(trust: Mapping[str, Any] | None) -> str:
+def _trust_line(trust: Mapping[str, Any] | None, added: int) -> str:
     if not trust:
         return "not calibrated"
     one = next(iter(trust.values()))
+    when = f" by the build, before {counted(added, 'image')} more came" if added else ""
     worth = ", ".join(
         f"{values['correlations'][0]:.2f} to {values['correlations'][-1]:.2f} from "
         f"{counted(values['neighbors'], 'neighbour')}"
         for values in sorted(trust.values(), key=lambda values: values["neighbors"])
     )
-    return f"{worth}; calibrated on {counted(one['images'], 'image')} explained twice"
+    return f"{worth}; calibrated on {counted(one['images'], 'image')} explained twice{when}"
 
 
 def _images_line(counts: Mapping[str, int], evidence: Mapping[str, int]) -> str:

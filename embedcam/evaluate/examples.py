@@ -19,7 +19,9 @@ from .settings import Settings
 
 SIDE = 320
 RESULTS = 3
-_DARK, _LIGHT = (20, 22, 28), (255, 255, 255)
+TRUE_BOX = (0, 220, 255)
+DASH = 6
+_DARK = (20, 22, 28)
 
 
 class Examples:
@@ -58,18 +60,19 @@ class Examples:
             ("Two objects", self._boxed, False),
         ):
             pairs = [row for row in asked if (row["second"] >= 0) == pasted and not row["empty"]]
-            for title, row in _ends(pairs, lambda row: row["share"], settings.examples):
+            for end, row in _ends(pairs, lambda row: row["share"], settings.examples):
+                title = f"{end} by the share on the right object"
                 made = self._attempt(draw, row)
                 if made is not None:
                     shown.append(replace(made, title=f"{what}, {title}", compact=True))
-        score = _score(rows)
+        by, score = _score(rows)
         ranked = [
             {**row, "position": place} for place, row in rows.items() if score(row) is not None
         ]
-        for title, row in _ends(ranked, score, settings.examples):
+        for end, row in _ends(ranked, score, settings.examples):
             made = self._attempt(self._query, row, settings)
             if made is not None:
-                shown.append(replace(made, title=f"One picture, {title}", compact=True))
+                shown.append(replace(made, title=f"One picture, {end} by {by}", compact=True))
         return shown
 
     def _attempt(self, draw: Any, *given: Any) -> Row | None:
@@ -140,17 +143,24 @@ class Examples:
         """A query picture, small, with its map and its boxes."""
         small = _small(picture)
         across, down = small.width / picture.width, small.height / picture.height
-        for box in self.regions.pixels(position, picture.size):
+        boxes = self.regions.pixels(position, picture.size)
+        for box in boxes:
             _outline(small, box, across, down)
+        if len(boxes):
+            words += "\ndashed: the true box" + ("" if len(boxes) == 1 else "es")
         extent = _scaled(self.preprocess.extent(*picture.size), across, down)
         return Tile(small, drawn, extent, self.source.items[position].id.rpartition("/")[2], words)
 
 
-def _score(rows: Mapping[int, dict[str, Any]]) -> Any:
+def _score(rows: Mapping[int, dict[str, Any]]) -> tuple[str, Any]:
     """What one-object pictures are ordered by: energy above chance, else insertion - deletion."""
+
+    def less(more: str, chance: str) -> Any:
+        return lambda row: None if row.get(more) is None else row[more] - row[chance]
+
     if any(row.get("energy") is not None for row in rows.values()):
-        return lambda row: None if row.get("energy") is None else row["energy"] - row["area"]
-    return lambda row: None if row.get("insertion") is None else row["insertion"] - row["deletion"]
+        return "energy inside less the object's area", less("energy", "area")
+    return "insertion area less deletion area", less("insertion", "deletion")
 
 
 def _ends(rows: Sequence[dict[str, Any]], score: Any, count: int) -> list[tuple[str, Any]]:
@@ -187,10 +197,15 @@ def _scaled(extent: Sequence[float], across: float, down: float) -> Any:
 
 
 def _outline(picture: Image.Image, box: Sequence[float], across: float, down: float) -> None:
-    """A box, white on dark, so that it shows on anything."""
+    """A box, dashed in a colour no map has, so that it is not taken for the crop's frame."""
     x0, y0, x1, y1 = (round(edge) for edge in _scaled(box, across, down))
     if x1 - x0 < 4 or y1 - y0 < 4:
         return
     draw = ImageDraw.Draw(picture)
     draw.rectangle((x0, y0, x1 - 1, y1 - 1), outline=_DARK, width=3)
-    draw.rectangle((x0 + 1, y0 + 1, x1 - 2, y1 - 2), outline=_LIGHT)
+    for start in range(x0, x1, 2 * DASH):
+        for y in (y0 + 1, y1 - 2):
+            draw.line((start, y, min(start + DASH, x1) - 1, y), TRUE_BOX, 2)
+    for start in range(y0, y1, 2 * DASH):
+        for x in (x0 + 1, x1 - 2):
+            draw.line((x, start, x, min(start + DASH, y1) - 1), TRUE_BOX, 2)

@@ -1,6 +1,7 @@
 """Where the objects are: boxes from a CSV or masks from a folder, on the map's own grid."""
 
 import csv
+import itertools
 import math
 import os
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from ..images import EXTENSIONS, ImageSource, read_image
 from ..metrics import box_mask
 from ..preprocess import Extent
 
+_GREY, _COLOURED, _COLOURS, _LOOKED = 32, 0.05, 32, 8
+"""A mask's channels differ by no more, but for few pixels or of few colours."""
 NEEDED = ("path", "x0", "y0", "x1", "y1")
 
 
@@ -168,7 +171,7 @@ class MaskRegions(Regions):
         if position not in self._files:
             return None
         file = self._files[position]
-        mask = read_image(file).convert("L")
+        mask = _mask(file)
         if mask.size != size:
             raise InputError(
                 f"{file}: the mask is {mask.width} x {mask.height} pixels and its picture "
@@ -206,6 +209,12 @@ def of_boxes(path: str | os.PathLike[str], source: ImageSource) -> BoxRegions:
             unknown = unknown or row["path"]
         else:
             found.setdefault(place, []).append(box)
+    shares = max((max(one.edges) for boxes in found.values() for one in boxes), default=2) <= 1
+    if shares and not any(one.of for boxes in found.values() for one in boxes):
+        raise InputError(
+            f"{file}: no edge is beyond 1, so these look like shares of the picture; give pixels, "
+            "or columns width and height, both 1"
+        )
     if not found:
         asked = source.name(0) if len(source) else "none"
         raise InputError(
@@ -236,6 +245,12 @@ def of_masks(folder: str | os.PathLike[str], source: ImageSource) -> MaskRegions
             if stem in stems:
                 found[position] = stems[stem]
                 break
+    for position, file in itertools.islice(found.items(), _LOOKED):
+        if os.path.exists(source.name(position)) and os.path.samefile(source.name(position), file):
+            raise InputError(
+                f"{root}: {file} is the query itself; give a folder of masks, white on the object"
+            )
+        _mask(file)
     if not found:
         asked = os.path.splitext(source.items[0].path or source.items[0].id)[0]
         raise InputError(
@@ -243,6 +258,24 @@ def of_masks(folder: str | os.PathLike[str], source: ImageSource) -> MaskRegions
             f"{root / asked}.png"
         )
     return MaskRegions(found)
+
+
+def _mask(file: Path) -> Image.Image:
+    """A mask in grey.
+
+    Raises:
+        InputError: a photograph.
+    """
+    picture = read_image(file).convert("RGB")
+    small = np.asarray(picture.resize((64, 64), Image.Resampling.NEAREST), int)
+    coloured = (small.max(2) - small.min(2) > _GREY).mean()
+    colours = len(np.unique((small // 32).reshape(-1, 3), axis=0))
+    if coloured > _COLOURED and colours > _COLOURS:
+        raise InputError(
+            f"{file}: is a photograph in many colours and no mask; give pictures in black, and "
+            "white on the object"
+        )
+    return picture.convert("L")
 
 
 def _rows(file: Path) -> list[tuple[int, dict[str, str]]]:

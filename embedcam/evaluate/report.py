@@ -1,13 +1,22 @@
 """The findings as tables, for the terminal and the page; and the page itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..render import Chart, Notice, Table, page
 from .controls import CONTROLS
 from .evaluation import Evaluation
 from .settings import MEASURES, METHOD
+from .summary import LEAST
 
+ON_ONE_OBJECT = (
+    "On pictures of one object mean activation, which shows what is salient, is hard to beat: what "
+    "is salient is mostly what matched. Two objects tell them apart."
+)
+OF_LABELS = (
+    "By the discriminant target the images of a label share their weights, an image's own part "
+    "included, so that this tells chiefly how often the neighbours are of its label."
+)
 _NAMES = {
     **{f"recall_{k}": f"Recall@{k}" for k in (1, 5, 10)},
     "map_at_r": "mAP@R",
@@ -70,6 +79,7 @@ def intro(summary: Mapping[str, Any]) -> str:
 
 
 def _images(count: int) -> str:
+    """ "1 image", "2,000 images"."""
     return f"{count:,} image" + ("" if count == 1 else "s")
 
 
@@ -117,6 +127,9 @@ def _number(value: float) -> str:
 
 
 def _interval(one: Mapping[str, Any]) -> str:
+    """The mean and its interval; of too few images the mean alone."""
+    if one["n"] < LEAST:
+        return _number(one["mean"])
     return f"{_number(one['mean'])} [{_number(one['low'])}, {_number(one['high'])}]"
 
 
@@ -147,7 +160,7 @@ def _localisation(found: Mapping[str, Any]) -> Table | None:
     count = next(iter(found.values()))["n"]
     return Table(
         ["measure", "chance", "transferred [95%]", ""], rows,
-        f"Localisation, {count:,} images with a box or mask",
+        f"Localisation, {_images(count)} with a box or mask",
         "Chance is what a map that is the same everywhere scores: the region's share of the area. "
         "A pointing game says little where objects stand in the middle.",
     )  # fmt: skip
@@ -194,13 +207,20 @@ def _beside(summary: Mapping[str, Any]) -> Table | None:
     )  # fmt: skip
     return Table(
         ["measure", "better", "transferred [95%]", *ways], rows,
-        f"Beside controls that know nothing, {summary['sample']} images",
-        "On pictures of one object mean activation, which shows what is salient, is hard to beat: "
-        "what is salient is mostly what matched. Two objects tell them apart. An empty map scores "
+        f"Beside controls that know nothing, {_images(summary['sample'])}",
+        f"{ON_ONE_OBJECT} An empty map scores "
         "chance where it should mark a place, and removes pixels row by row. "
         "* the method does not beat this control: the 95% interval of the paired difference "
-        "reaches 0 or lies on the wrong side.",
+        f"reaches 0 or lies on the wrong side. {_meanings(compared)}",
     )  # fmt: skip
+
+
+def _meanings(names: Iterable[str]) -> str:
+    """What the measures of pixels that are taken out or put in say, in a sentence each."""
+    of_pixels = [MEASURES[name] for name in names if MEASURES[name].group == "faithfulness"]
+    return " ".join(
+        f"{one.title[0].upper()}{one.title[1:]}: {one.says}." for one in of_pixels if one.says
+    )
 
 
 def _against(entry: Mapping[str, Any], way: str) -> str:
@@ -220,8 +240,8 @@ def _faithfulness(summary: Mapping[str, Any]) -> Table | None:
     ]
     return Table(
         ["measure", "better", "transferred [95%]"], rows,
-        f"Faithfulness, {summary['sample']} images",
-        "Without controls: a figure by itself says little.",
+        f"Faithfulness, {_images(summary['sample'])}",
+        f"Without controls: a figure by itself says little. {_meanings(found)}",
     )  # fmt: skip
 
 
@@ -260,7 +280,9 @@ def _fidelity(found: Mapping[str, Any]) -> list[Table | None]:
     return [
         Table(
             ["neighbours", *heads], by_count,
-            f"Transfer fidelity: own weights beside the neighbours', {count} indexed images",
+            f"Transfer fidelity: own weights beside the neighbours', {count:,} indexed "
+            f"image{'' if count == 1 else 's'}",
+            OF_LABELS if found["shared"] else "",
         ),
         Table(
             ["neighbours", "distance of the nearest", *heads], by_distance,

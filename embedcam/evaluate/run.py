@@ -460,15 +460,10 @@ class _Job:
             records, missing = fidelity(
                 self.mapper, self.gallery, source, rows, self.batch_size, tick
             )
-        if self.index.manifest["target"] == "discriminant" and self.gallery.labelled:
-            self._note(
-                "transfer fidelity: by the discriminant target the images of a label share their "
-                "weights, an image's own part included, so that it tells chiefly how often the "
-                "neighbours are of its label"
-            )
         if missing:
             self._note(f"transfer fidelity: {missing} indexed pictures could not be read")
-        return told.fidelity(records)
+        shared = self.index.manifest["target"] == "discriminant" and self.gallery.labelled
+        return told.fidelity(records, shared)
 
     def _indexed(self) -> tuple[ImageSource | None, np.ndarray]:
         """Pictures that the index holds, and their rows: among the queries, else its own files."""

@@ -53,18 +53,28 @@ MEASURES: Final = {
     ),
     "rank_drop": Measure(
         "rank drop", "faithfulness", 1, "",
-        "places the result falls without the map's top pixels",
+        "how many places the nearest result falls in the ranking once the map's top pixels are "
+        "taken out",
     ),
-    "left_top": Measure("leaves the results", "faithfulness", 1, "", "it falls out of the results"),
+    "left_top": Measure(
+        "leaves the results", "faithfulness", 1, "",
+        "share of the images whose nearest result is no longer among the results after that",
+    ),
     "road_drop": Measure(
         "ROAD drop", "faithfulness", 1, "",
-        "similarity lost where the top pixels are filled in from around them",
+        "similarity to the result that is lost where the top pixels are filled in from around "
+        "them, so that no edge gives away what was taken out",
     ),
     "drop": Measure(
-        "average drop", "faithfulness", -1, "", "share of the similarity lost with the map as mask"
+        "average drop", "faithfulness", -1, "",
+        "share of the similarity to the result that is lost where the map is laid over the picture "
+        "as a mask",
+
     ),
     "increase": Measure(
-        "average increase", "faithfulness", 1, "", "images more similar with the map as mask"
+        "average increase", "faithfulness", 1, "",
+        "share of the images that are more similar to their result under that mask than whole",
+
     ),
     "share": Measure(
         "share on the right object", "objects", 1, "share_chance",

@@ -12,6 +12,9 @@ from .settings import KS, MEASURES, METHOD
 
 Rows = Sequence[Mapping[str, Any]]
 
+LEAST = 3
+"""Images from which an interval is shown, and a control can be beaten."""
+
 
 def column(rows: Rows, name: str) -> np.ndarray:
     """The values of a column that are there, `[n]`."""
@@ -71,8 +74,9 @@ def beside_controls(rows: Rows, groups: Sequence[str]) -> dict[str, Any]:
             differences[control] = {
                 **told._asdict(),
                 "n": len(both),
-                "beats": bool(told.low > 0),
-                "worse": bool(told.high < 0),
+                # Of one or two images an interval says nothing.
+                "beats": bool(told.low > 0) and len(both) >= LEAST,
+                "worse": bool(told.high < 0) and len(both) >= LEAST,
             }
         if ways:
             found[name] = {"ways": ways, "differences": differences}
@@ -146,8 +150,11 @@ def mean_curves(curves: Mapping[str, Curves]) -> dict[str, Any]:
     }
 
 
-def fidelity(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Transfer fidelity by number of neighbours, and by distance in quarters."""
+def fidelity(records: Sequence[Mapping[str, float]], shared: bool = False) -> dict[str, Any]:
+    """Transfer fidelity by number of neighbours, and by distance in quarters.
+
+    shared: whether the images of a label share their weights.
+    """
     if not records:
         return {}
     counts = sorted({one["n_neighbors"] for one in records})
@@ -173,4 +180,4 @@ def fidelity(records: Sequence[Mapping[str, float]]) -> dict[str, Any]:
                 }
                 | means([some[place] for place in quarter])
             )
-    return {"by_neighbors": by_count, "by_distance": by_distance}
+    return {"by_neighbors": by_count, "by_distance": by_distance, "shared": shared}

@@ -10,7 +10,7 @@ from .joining import check_fitted, check_parts, check_tombstones
 from .locking import lock
 from .manifest import FORMAT_VERSION, named_bytes, refuse_prototypes
 from .parts import PartData, check_ids, quantize_coarse
-from .reader import Index
+from .reader import REMOVED, Index
 from .search import Neighbors, nearest
 from .selection import Selection
 from .verify import Report, verify
@@ -22,6 +22,7 @@ __all__ = [
     "Index",
     "Neighbors",
     "PartData",
+    "REMOVED",
     "Report",
     "Selection",
     "append",

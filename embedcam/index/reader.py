@@ -26,6 +26,8 @@ from .strings import Strings, check_positions
 if TYPE_CHECKING:
     from .verify import Progress
 
+REMOVED = "is not in the index any more: it was removed"
+"""How the message of a removed id goes on."""
 _NEAR = 8
 _FEW = 100_000
 
@@ -228,7 +230,7 @@ class Index:
             raise InputError(f"the index has no image {id!r}; {hint}")
         alive = [row for row in rows if not self._is_removed(np.array([row]))[0]]
         if not alive:
-            raise InputError(f"the image {id!r} was removed from the index; add it again first")
+            raise InputError(f"the image {id!r} {REMOVED}; add it again first")
         return alive[0]
 
     def positions(self, ids: Sequence[str]) -> np.ndarray:

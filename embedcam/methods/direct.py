@@ -4,10 +4,12 @@ import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,8 +17,10 @@ from ..cam import cam, resize
 from ..errors import InputError
 from ..images import read_image
 from ..network import EmbeddingNetwork
+from ..preprocess import Extent
 from ..queries import check_sides
 from ..registry import Method, WeightMethod, find_method
+from ..render import overlay
 from ..targets import Target
 from .custom import as_target
 from .options import whole_number
@@ -27,7 +31,7 @@ class MethodWarning(UserWarning):
     """A method that cannot answer what it is asked."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MethodMap:
     """What a method says of one input, or of a batch of B.
 
@@ -47,6 +51,53 @@ class MethodMap:
     layer_weights: dict[str, np.ndarray] | None
     method: Method
     passes: Passes = field(default_factory=Passes)
+
+    def __repr__(self) -> str:
+        """The method and the sizes; the arrays would fill the screen."""
+        drawn, grid = (" x ".join(map(str, one.shape)) for one in (self.cam, self.grid_cam))
+        channels = None if self.weights is None else self.weights.shape[-1]
+        return (
+            f"<MethodMap: {self.method.title}, {drawn} from {grid}, "
+            f"{'no' if channels is None else f'{channels:,}'} channel weights>"
+        )
+
+    def plot(self, picture: Any = None, extent: Extent | None = None) -> Image.Image:
+        """The map over its picture, at the picture's size.
+
+        Args:
+            picture: a path, bytes, a PIL image or `uint8 [H W 3]`; None draws on grey.
+            extent: (x0, y0, x1, y1) in pixels of the picture that the map covers, as
+                `network.preprocess.extent(width, height)` says; None for all of it.
+
+        Raises:
+            InputError: a batch, or a map over positions.
+        """
+        if self.cam.ndim != 2 or self.grid_cam.ndim != 2:
+            raise InputError(
+                f"the map is {list(self.cam.shape)}, and one [H W] is drawn; draw those of a batch "
+                "one by one with embedcam.render.overlay"
+            )
+        if picture is None:
+            drawn = Image.new("RGB", self.cam.shape[::-1], (128, 128, 128))
+        else:
+            drawn = read_image(picture)
+        return overlay(drawn, self.cam, extent, signed=bool((self.cam < 0).any()))
+
+    def save(self, path: str | Path, picture: Any = None, extent: Extent | None = None) -> Path:
+        """Write the picture of `plot`; the file's ending chooses the format.
+
+        Raises:
+            InputError: as `plot`, or a file that cannot be written.
+        """
+        drawn = self.plot(picture, extent)
+        try:
+            drawn.save(path)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"{path}: the picture cannot be written ({reason}); name it .png or .jpg"
+            ) from error
+        return Path(path)
 
 
 def cam_for(

@@ -89,6 +89,8 @@ def load_state(
     ]
     if extra or missing or unlike:
         hint = near_misses(extra[0], missing, 1) if extra and missing else ""
+        if 2 * len(missing) > len(own):
+            hint = "; these are another network's weights: give this one's, or name the other"
         said = [
             f"{len(keys)} {what} ({_some(keys)})"
             for what, keys in (

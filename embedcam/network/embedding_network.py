@@ -158,6 +158,12 @@ class EmbeddingNetwork(ModuleRuns):
 
     # ---------------------------------------------------------------- facts
 
+    def __repr__(self) -> str:
+        """What is explained of what; the module's own is pages long."""
+        norm = "normalised" if self.normalize else "not normalised"
+        name = self.name or type(self.module).__name__
+        return f"<EmbeddingNetwork {name}: layer {self.layer}, {norm}, on {self.device}>"
+
     def describe(self) -> dict[str, Any]:
         """What identifies this network beside its parameters, ready for JSON."""
         return {

@@ -57,6 +57,7 @@ def compress(
     *,
     per_class: bool = False,
     seed: int = 0,
+    replace: bool = False,
     progress: bool | None = None,
 ) -> CompressReport:
     """Write a small index of prototypes, and measure what is lost.
@@ -75,6 +76,8 @@ def compress(
         per_class: divide each label by itself, so that every prototype has its label; images
             without one are divided by themselves.
         seed: of k-means and of the sample that the loss is measured on, 0 to 2^32 - 1.
+        replace: swap a finished index of prototypes at `path` for the new one, once that is whole;
+            who reads the old one goes on with it. An index of images is never replaced.
         progress: bars; None shows them on a terminal only.
 
     Raises:
@@ -86,7 +89,7 @@ def compress(
     with ExitStack() as stack:
         if not isinstance(index, Index):
             index = stack.enter_context(Index.open(index, with_faiss=False))
-        _check(index, path, prototypes, seed)
+        _check(index, path, prototypes, seed, replace)
         live = index.live_positions()
         labels = index.labels[live]
         if per_class and all(label is None for label in labels):
@@ -113,14 +116,14 @@ def compress(
             "seed": seed,
             "fidelity": lost,
         }
-        _write(made, path, about)
+        _write(made, path, about, replace)
     with Index.open(path, with_faiss=False) as small:
         size = named_bytes(small.manifest)
     seconds = time.perf_counter() - began
     return CompressReport(path, len(live), len(groups), about, size, seconds)
 
 
-def _check(index: Index, path: Path, prototypes: int, seed: int) -> None:
+def _check(index: Index, path: Path, prototypes: int, seed: int, replace: bool) -> None:
     refuse_prototypes(
         index.path, index.manifest, "compress the index it was made of, with another number"
     )
@@ -134,7 +137,20 @@ def _check(index: Index, path: Path, prototypes: int, seed: int) -> None:
             raise InputError(
                 f"{name} = {value!r}; give a whole number from {least} to {most:,}, {which}"
             )
-    check_target(path)
+    if (path / "manifest.json").exists():
+        with Index.open(path, with_faiss=False) as there:
+            merged = there.manifest.get("compressed") is not None
+        if not merged:
+            raise InputError(
+                f"{path}: holds an index of images, which prototypes do not replace; choose "
+                "another folder"
+            )
+        if not replace:
+            raise InputError(
+                f"{path}: holds a finished index of prototypes; --replace (replace=True) swaps it "
+                "for the new one, or choose another folder"
+            )
+    check_target(path, replace)
 
 
 def _merged(
@@ -179,7 +195,7 @@ def ids_of(names: Sequence[str | None], per_class: bool) -> list[str]:
     return ids
 
 
-def _write(made: Compressed, path: Path, about: dict[str, Any]) -> None:
+def _write(made: Compressed, path: Path, about: dict[str, Any], replace: bool) -> None:
     index, groups, centres = made.index, made.groups, made.centres
     medoids = made.live[centres.medoids]
     used = np.bincount(groups.of, weights=index.triplets_used(made.live))
@@ -198,7 +214,9 @@ def _write(made: Compressed, path: Path, about: dict[str, Any]) -> None:
     )
     fitted = [merged.encoding.fitted for merged in made.layers]
     # Flat whatever the index had: lists and graphs are for many rows.
-    create(path, _header(made, about), fitted, index.shared(), part, factory="Flat")
+    create(
+        path, _header(made, about), fitted, index.shared(), part, factory="Flat", replace=replace
+    )
 
 
 def _header(made: Compressed, about: dict[str, Any]) -> dict[str, Any]:

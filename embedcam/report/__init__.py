@@ -8,6 +8,5 @@ words.py   what the page says above its rows
 
 from .folder import LINES, PAGE, check_folder
 from .job import Report, write_report
-from .queries import small_size
 
-__all__ = ["LINES", "PAGE", "Report", "check_folder", "small_size", "write_report"]
+__all__ = ["LINES", "PAGE", "Report", "check_folder", "write_report"]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from tqdm import tqdm
 
 from .. import __version__
 from ..errors import InputError
@@ -209,6 +208,9 @@ def _explain_missing(job: _Job, place: Folder, batch_size: int, progress: bool |
 
     A batch is explained whole or not at all: another composition could round otherwise.
     """
+    # Here, for what explains single queries can do without it.
+    from tqdm import tqdm
+
     done, n_new = place.finished(), 0
     batches = [
         range(start, min(start + batch_size, len(job.source)))

@@ -6,12 +6,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import ImageError, InputError, NetworkError
-from ..explanation import Explanation
+from ..explanation import Explanation, small_size
 from ..images import ImageSource
 from ..render import Look, Row, Tile, page_row, shrunk
 from .folder import Finished
@@ -19,8 +19,6 @@ from .folder import Finished
 if TYPE_CHECKING:
     from ..explain import Explainer
     from ..preprocess import AnyPreprocess, Extent
-
-_SMALL: Final = 14
 
 
 @dataclass(frozen=True)
@@ -37,12 +35,6 @@ class Opened:
     inputs: np.ndarray
     small: Tile
     extent: Extent
-
-
-def small_size(shape: Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a map `[H W]` in JSON: at most 14 cells a side, twice the usual grid."""
-    height, width = shape
-    return min(_SMALL, height), min(_SMALL, width)
 
 
 def open_query(

@@ -1,0 +1,237 @@
+"""Options of the commands that ask an index."""
+
+import argparse
+
+from .options import index_options, method_options, network_options, online_options
+from .values import amount, names, path, positive, share, whole
+
+
+def compare_options(one: argparse.ArgumentParser) -> None:
+    """Of `embedcam compare`."""
+    index_options(one)
+    one.add_argument("query", metavar="IMAGE", type=path, help="query picture")
+    one.add_argument("result", metavar="RESULT", help="id of an image of the index")
+    one.add_argument("--above", metavar="ID", help="why the result came above this image")
+    one.add_argument("-o", "--output", metavar="PNG", type=path, help="picture")
+    one.add_argument(
+        "--lines", type=positive, default=10, metavar="N", help="channels listed (default 10)"
+    )
+    one.add_argument(
+        "--not-centred",
+        action="store_true",
+        help="do not put apart what the average image of the index shares",
+    )
+    online_options(one)
+    network_options(one)
+
+
+def explain_options(one: argparse.ArgumentParser) -> None:
+    """Of `embedcam explain`."""
+    index_options(one)
+    one.add_argument("queries", metavar="IMAGE", nargs="+", type=path, help="query pictures")
+    one.add_argument(
+        "-o", "--output", metavar="PNG", type=path, help="picture; a folder for many queries"
+    )
+    one.add_argument(
+        "--html", metavar="FILE", type=path, help="one self-contained page with all queries"
+    )
+    one.add_argument(
+        "--report",
+        metavar="FOLDER",
+        type=path,
+        help="all queries (IMAGE may be a folder or a CSV) as FOLDER/index.html and JSON lines",
+    )
+    one.add_argument(
+        "--batch-size", type=positive, metavar="N", help="of a report: queries a pass (default 16)"
+    )
+    one.add_argument(
+        "-n", "--n-neighbors", type=positive, metavar="N", help="results a query (default 5)"
+    )
+    one.add_argument(
+        "--transfer",
+        choices=("mean", "distance"),
+        default="mean",
+        help="how neighbours count (default mean)",
+    )
+    one.add_argument(
+        "--trusted-from",
+        type=share,
+        metavar="T",
+        help="trust from which a transfer counts, 0 to 1 (default 0.5)",
+    )
+    one.add_argument(
+        "--fallback",
+        action="store_true",
+        help="where the transfer is not trusted, compute the weights on the query itself",
+    )
+    one.add_argument("--result", metavar="ID", help="explain by this one image of the index")
+    one.add_argument(
+        "--method",
+        metavar="NAME",
+        help="compute the query's map itself, by any method (scorecam, rise, ...), in place of "
+        "transferred weights",
+    )
+    method_options(one)
+    one.add_argument(
+        "--neighbors",
+        metavar="IDS",
+        action="append",
+        help="ids found elsewhere, comma-separated or repeated, instead of a search",
+    )
+    one.add_argument(
+        "--scale",
+        choices=("joint", "each"),
+        default="joint",
+        help="of the results' colours (default joint)",
+    )
+    online_options(one)
+    network_options(one)
+
+
+def serve_options(one: argparse.ArgumentParser) -> None:
+    """Of `embedcam serve`."""
+    index_options(one)
+    one.add_argument(
+        "--host", metavar="NAME", type=path, default="127.0.0.1", help="default 127.0.0.1"
+    )
+    one.add_argument(
+        "--port", metavar="N", type=whole, default=8000, help="0 takes a free one (default 8000)"
+    )
+    one.add_argument(
+        "--allow-host",
+        metavar="NAME",
+        type=path,
+        action="append",
+        help="a name that requests may call this service by, such as a proxy's; may be repeated",
+    )
+    one.add_argument(
+        "-n", "--n-neighbors", type=positive, metavar="N", help="results a query (default 5)"
+    )
+    one.add_argument(
+        "--transfer",
+        choices=("mean", "distance"),
+        default="mean",
+        help="how neighbours count (default mean)",
+    )
+    one.add_argument(
+        "--trusted-from",
+        type=share,
+        metavar="T",
+        help="trust from which a transfer counts, 0 to 1 (default 0.5)",
+    )
+    one.add_argument(
+        "--fallback",
+        action="store_true",
+        help="where the transfer is not trusted, compute the weights on the query itself",
+    )
+    online_options(one)
+    group = one.add_argument_group("limits")
+    group.add_argument(
+        "--max-body", metavar="BYTES", type=positive, help="of a request (default 20000000)"
+    )
+    group.add_argument(
+        "--max-pixels", metavar="N", type=positive, help="of a picture (default 25000000)"
+    )
+    group.add_argument(
+        "--max-neighbors", metavar="N", type=positive, help="of a request (default 100)"
+    )
+    group.add_argument(
+        "--timeout", metavar="SECONDS", type=amount, help="for the body, and for the answer (30)"
+    )
+    group.add_argument(
+        "--concurrency", metavar="N", type=positive, help="requests at a time (default 16)"
+    )
+    group.add_argument(
+        "--batch", metavar="N", type=positive, help="pictures a pass of the network (default 8)"
+    )
+    network_options(one)
+
+
+def evaluate_options(one: argparse.ArgumentParser) -> None:
+    """Of `embedcam evaluate`."""
+    index_options(one)
+    one.add_argument(
+        "--images", metavar="IMAGES", type=path, required=True, help="query images: folder or CSV"
+    )
+    one.add_argument("--indexed", metavar="FOLDER", help="where the indexed images lie now")
+    one.add_argument("--labels", choices=("auto", "folders", "none"), help="where labels are")
+    one.add_argument("--boxes", metavar="CSV", type=path, help="where the objects are")
+    one.add_argument("--masks", metavar="FOLDER", type=path, help="the same, as masks")
+    one.add_argument("--html", metavar="FILE", type=path, help="one self-contained page")
+    one.add_argument("--csv", metavar="FILE", type=path, help="the numbers of each image")
+    group = one.add_argument_group("what is measured")
+    group.add_argument(
+        "--measures",
+        metavar="NAMES",
+        type=names,
+        help="of retrieval, localisation, faithfulness, objects, fidelity, sanity (default all)",
+    )
+    group.add_argument(
+        "--no-controls", action="store_true", help="leave out what the maps are held against"
+    )
+    group.add_argument("--limit", type=positive, metavar="N", help="images queried, a sample")
+    group.add_argument(
+        "--faithfulness",
+        type=whole,
+        metavar="N",
+        help="images whose pixels are removed and whose controls are drawn (default 50)",
+    )
+    group.add_argument(
+        "--scenes", type=whole, metavar="N", help="pairs of pictures, side by side (default 100)"
+    )
+    group.add_argument(
+        "--fidelity",
+        type=whole,
+        metavar="N",
+        help="indexed images whose own weights are compared with transferred ones (default 100)",
+    )
+    group.add_argument(
+        "-n", "--n-neighbors", type=positive, metavar="N", help="neighbours a map (default 5)"
+    )
+    group.add_argument(
+        "--transfer", choices=("mean", "distance"), help="how neighbours count (default mean)"
+    )
+    group.add_argument(
+        "--steps", type=positive, metavar="N", help="of deletion and insertion (default 20)"
+    )
+    group.add_argument(
+        "--removed",
+        type=amount,
+        metavar="SHARE",
+        help="of the pixels, for the rank drop (default 0.2)",
+    )
+    group.add_argument(
+        "--threshold",
+        type=amount,
+        metavar="SHARE",
+        help="of a map's largest value, for IoU and boxes (default 0.2)",
+    )
+    group.add_argument(
+        "--fill",
+        choices=("mean", "black", "blur"),
+        help="in place of removed pixels (default mean)",
+    )
+    group.add_argument(
+        "--examples", type=whole, metavar="N", help="best and worst on the page (default 3 each)"
+    )
+    group.add_argument("--seed", type=whole, metavar="N", help="of every sample (default 0)")
+    network_options(one)
+    group = one.add_argument_group("work")
+    group.add_argument(
+        "--batch-size", type=positive, metavar="N", help="images a pass (default 8 on a CPU)"
+    )
+    group.add_argument("--workers", type=whole, metavar="N", help="threads that decode images")
+    group.add_argument(
+        "--on-unreadable",
+        choices=("fail", "skip"),
+        help="what to do with a broken image (default fail)",
+    )
+
+
+def export_options(one: argparse.ArgumentParser) -> None:
+    """Of `embedcam export`."""
+    index_options(one)
+    one.add_argument(
+        "-o", "--output", metavar="FILE", type=path, required=True, help="ONNX file to write"
+    )
+    network_options(one)

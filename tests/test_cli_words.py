@@ -1,0 +1,268 @@
+"""What the command line says beside its results: notes, hints, and what is refused in words."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from photo_samples import write_photos
+from PIL import Image
+from test_cli import NAMED, NETWORK
+
+from embedcam import Explainer, Index, load_network
+from embedcam.cli import main
+
+TRUSTED = NAMED[:2]
+QUERY = "photos/0/0.png"
+Say = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working folder with photos, a network to be named, and two indexes."""
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "cli_toy_network.py").write_text(NETWORK)
+    write_photos(folder / "photos")
+    before, path = Path.cwd(), list(sys.path)
+    os.chdir(folder)
+    assert main(["build", "photos", "shared", "--quiet", *NAMED]) == 0
+    assert main(["build", "photos", "margin", "--quiet", "--target", "margin", *NAMED]) == 0
+    yield folder
+    os.chdir(before)
+    sys.path[:] = path
+    sys.modules.pop("cli_toy_network", None)
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+def explained(index: str, result: str) -> object:
+    network = load_network(NAMED[1], layer="relu")
+    return Explainer(index, network, n_neighbors=2).explain(QUERY, result=result)
+
+
+# --- one result -----------------------------------------------------------------------------------
+
+
+def test_images_of_a_label_that_share_an_answer_are_said_to(say: Say) -> None:
+    assert explained("shared", "2/3.png").tiles()[0].subcaption == "what here speaks for\n2"
+    assert explained("margin", "2/3.png").tiles()[0].subcaption == "what here matched\n3.png"
+    asked = ("explain", "shared", QUERY, "--result", "2/3.png", "-o", "why.png", *TRUSTED)
+    code, out, err = say(*asked)
+    assert code == 0
+    assert out.splitlines()[0] == f"{QUERY} -> why.png (what speaks for 2)"
+    note = "the images of a label share one answer: what speaks for 2; "
+    assert note in err
+    assert f"; `embedcam compare shared {QUERY} 2/3.png` says what matches this one image" in err
+    assert say("compare", "shared", QUERY, "2/3.png", *TRUSTED)[0] == 0
+    assert note not in say(*asked, "--quiet")[2]
+    # Margins are each image's own, and so is a map that a method makes of the result itself.
+    _, out, err = say("explain", "margin", QUERY, "--result", "2/3.png", "-o", "why.png", *TRUSTED)
+    assert "(what matched 2/3.png)" in out
+    assert err == ""
+    _, out, err = say(*asked, "--method", "eigencam")
+    assert "(what matched 2/3.png)" in out
+    assert note not in err
+
+
+def test_the_result_that_was_asked_for_is_shown_though_it_is_far(say: Say) -> None:
+    why = explained("margin", "2/3.png")
+    assert "2/3.png" not in why.ids
+    _, (first, *others) = why.tiles()
+    with Image.open("photos/2/3.png") as picture:
+        np.testing.assert_array_equal(first.image, picture)
+    with Index.open("margin") as index:
+        place = index.position("2/3.png")
+        norm = float(np.linalg.norm(index.weights([place])))
+        np.testing.assert_allclose(first.cam, index.coarse([place])[0] / norm, rtol=1e-5)
+        both = index.embeddings([place, index.position("0/0.png")]).astype(np.float64)
+    apart = ((both[0] - both[1]) ** 2).sum()
+    assert first.subcaption == f"2\ndistance {apart:.3f}\nasked for"
+    assert [tile.caption for tile in others] == [name.rpartition("/")[2] for name in why.ids]
+    record = why.to_dict()["result"]
+    assert (record["id"], record["label"], record["path"]) == ("2/3.png", "2", why.asked.path)
+    assert record["distance"] == pytest.approx(apart, rel=1e-5)
+    assert record["similarity"] == pytest.approx(both[0] @ both[1], rel=1e-5)
+    assert [one["id"] for one in why.to_dict()["neighbors"]] == why.ids
+    _, out, _ = say("explain", "margin", QUERY, "--result", "2/3.png", "-n", 2, *TRUSTED)
+    row = out.splitlines()[2].split()
+    assert row == ["asked", f"{apart:.3g}", "2/3.png", "2"]
+
+
+def test_a_result_among_the_nearest_is_shown_once(say: Say) -> None:
+    why = explained("margin", "0/0.png")
+    assert why.ids[0] == "0/0.png"
+    _, tiles = why.tiles()
+    assert [tile.caption for tile in tiles] == [name.rpartition("/")[2] for name in why.ids]
+    assert tiles[0].subcaption.endswith("\nasked for")
+    _, out, _ = say("explain", "margin", QUERY, "--result", "0/0.png", "-n", 2, *TRUSTED)
+    assert "asked" not in out
+    assert explained("margin", "0/0.png").to_dict()["result"]["id"] == "0/0.png"
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+def test_that_no_picture_was_written_is_said(say: Say) -> None:
+    note = "note: no picture was written; -o why.png draws one\n"
+    assert say("explain", "margin", QUERY, *TRUSTED)[2] == note
+    for option in (["--json"], ["--quiet"], ["-o", "why.png"]):
+        assert say("explain", "margin", QUERY, *option, *TRUSTED)[2] == ""
+
+
+def test_indexed_pictures_that_moved_are_counted(say: Say, tmp_path: Path) -> None:
+    write_photos(tmp_path / "before", labels=2)
+    index = tmp_path / "index"
+    assert say("build", tmp_path / "before", index, "--quiet", *NAMED)[0] == 0
+    asked = ("explain", index, QUERY, "-n", 3, *TRUSTED)
+    assert say(*asked, "--html", tmp_path / "a.html")[2] == f"page: {tmp_path / 'a.html'}\n"
+    (tmp_path / "before").rename(tmp_path / "after")
+    _, _, err = say(*asked, "-o", tmp_path / "why.png")
+    assert err == (
+        f"note: 3 of 3 indexed pictures were not found under {tmp_path / 'before'}; "
+        "--images FOLDER says where they are\n"
+    )
+    assert say(*asked, "-o", tmp_path / "why.png", "--images", tmp_path / "after")[2] == ""
+    (tmp_path / "after/0/0.png").unlink()
+    _, _, err = say(*asked, "-o", tmp_path / "why.png", "--images", tmp_path / "after")
+    assert f"note: 1 of 3 indexed pictures were not found under {tmp_path / 'after'}; " in err
+    for words in (asked, ("compare", index, QUERY, "0/0.png", *TRUSTED)):
+        code, out, err = say(*words, "--images", tmp_path / "none")
+        assert (code, out) == (2, "")
+        assert f"--images {tmp_path / 'none'}: there is no such folder; give the one" in err
+
+
+def test_a_folder_for_pictures_is_made_when_there_are_some(say: Say, tmp_path: Path) -> None:
+    wanted = tmp_path / "not" / "yet"
+    code, _, _ = say("explain", "margin", QUERY, "-o", wanted, "--result", "none", *TRUSTED)
+    assert code == 2
+    assert list(tmp_path.iterdir()) == []
+    assert say("explain", "margin", QUERY, "-o", wanted, *TRUSTED)[0] == 0
+    assert [file.name for file in wanted.iterdir()] == ["0.png"]
+    pair = ("compare", "margin", QUERY, "0/1.png", "-o", tmp_path / "pairs", *TRUSTED)
+    assert say(*pair)[0] == 0
+    assert [file.name for file in (tmp_path / "pairs").iterdir()] == ["0.png"]
+
+
+# --- ids ------------------------------------------------------------------------------------------
+
+
+def test_ids_are_listed_and_their_list_is_named(say: Say) -> None:
+    expected = [f"{label}/{number}.png" for label in range(3) for number in range(4)]
+    code, out, _ = say("info", "margin", "--ids")
+    assert (code, out.splitlines()) == (0, expected)
+    assert json.loads(say("info", "margin", "--ids", "--json")[1]) == expected
+    for words in (["explain", "margin", QUERY, "--result", "zebra"], ["remove", "margin", "zebra"],
+                  ["explain", "margin", QUERY, "--neighbors", "0/0.png,zebra"],
+                  ["compare", "margin", QUERY, "zebra"]):  # fmt: skip
+        code, _, err = say(*words)
+        assert code == 2
+        assert err == (
+            "embedcam: the index has no image 'zebra'; "
+            "`embedcam info margin --ids` lists those it has\n"
+        )
+
+
+def test_ids_of_an_empty_index(say: Say, tmp_path: Path) -> None:
+    assert say("build", "photos", tmp_path / "i", "--quiet", *NAMED)[0] == 0
+    ids = say("info", tmp_path / "i", "--ids")[1].splitlines()
+    assert say("remove", tmp_path / "i", *ids[1:])[0] == 0
+    assert say("info", tmp_path / "i", "--ids")[1] == f"{ids[0]}\n"
+    code, _, err = say("remove", tmp_path / "i", ids[1])
+    assert (code, err) == (
+        2,
+        f"embedcam: the image {ids[1]!r} is not in the index any more: it was removed; "
+        "nothing to do\n",
+    )
+    assert "leave it out; nothing was removed" in say("remove", tmp_path / "i", *ids[:2])[2]
+    assert say("remove", tmp_path / "i", ids[0])[0] == 0
+    assert say("info", tmp_path / "i", "--ids")[1] == ""
+    assert json.loads(say("info", tmp_path / "i", "--ids", "--json")[1]) == []
+
+
+# --- builds and additions -------------------------------------------------------------------------
+
+
+def test_only_new_images_are_added_where_asked(say: Say, tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", labels=2)
+    index = tmp_path / "index"
+    assert say("build", tmp_path / "photos", index, "--quiet", *NAMED)[0] == 0
+    again = ("add", index, tmp_path / "photos", *TRUSTED)
+    code, _, err = say(*again)
+    assert code == 2
+    assert "8 of 8 images are in the index already (" in err
+    assert "; leave them out (--skip-existing), or remove them from the index first;" in err
+    code, out, err = say(*again, "--skip-existing")
+    assert (code, out) == (0, f"{index}: complete already\n")
+    assert err == "8 images left out: in the index already\n"
+    Image.new("RGB", (40, 40), "teal").save(tmp_path / "photos/1/new.png")
+    code, out, err = say(*again, "--skip-existing")
+    assert code == 0
+    assert out.startswith(f"{index}: 1 image added in ")
+    assert err.startswith("8 images left out: in the index already\n")
+    assert "1/new.png" in say("info", index, "--ids")[1].splitlines()
+
+
+def test_the_command_line_does_not_speak_python(say: Say) -> None:
+    code, _, err = say("build", "photos", "margin", *NAMED)
+    assert code == 2
+    assert err.endswith("add images with `embedcam add`, or redo it with --refit\n")
+
+
+def test_what_stops_at_a_broken_file_names_the_way_around_it(say: Say, tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", labels=2)
+    index = tmp_path / "index"
+    assert say("build", tmp_path / "photos", index, "--quiet", *NAMED)[0] == 0
+    write_photos(tmp_path / "more", labels=2)
+    (tmp_path / "more/1/fake.jpg").write_text("no picture")
+    hint = "; --on-unreadable skip leaves such files out\n"
+    for words in (["build", tmp_path / "more", tmp_path / "other", *NAMED],
+                  ["add", index, tmp_path / "more", "--skip-existing", *TRUSTED],
+                  ["evaluate", index, "--images", tmp_path / "more", *TRUSTED]):  # fmt: skip
+        code, _, err = say(*words, "--quiet")
+        assert code == 3
+        assert f"{tmp_path / 'more/1/fake.jpg'}: " in err
+        assert err.endswith(hint)
+    code, _, err = say("build", tmp_path / "more", tmp_path / "other", *NAMED,
+                       "--on-unreadable", "skip")  # fmt: skip
+    assert code == 0
+    (line,) = [line for line in err.splitlines() if line.startswith("skipped ")]
+    assert line.startswith("skipped 1/fake.jpg: is not an image")
+    assert "more" not in line
+
+
+def test_recipes_that_came_along_are_called_by_name(say: Say, tmp_path: Path) -> None:
+    build = ("build", "photos", tmp_path / "index", "--quiet", *NAMED, "--recipe")
+    assert say(*build, "paper", "--top-m", 4)[0] == 0
+    recipe = json.loads(say("info", tmp_path / "index", "--json")[1])["recipe"]
+    assert (recipe["encoding"], recipe["m"], recipe["triplets"]) == ("top-m", 4, 50)
+    code, _, err = say(*build, "papre")
+    assert code == 2
+    assert err == (
+        "embedcam: papre: there is no such recipe; did you mean 'paper'? known: default, paper, "
+        "unlabelled; or give a TOML file\n"
+    )
+    assert "the recipe cannot be read (No such file" in say(*build, "none.toml")[2]
+
+
+def test_info_says_when_trust_was_calibrated(say: Say, tmp_path: Path) -> None:
+    write_photos(tmp_path / "many", labels=3, each=14)
+    write_photos(tmp_path / "extra", labels=1, each=1)
+    (tmp_path / "extra/0/0.png").rename(tmp_path / "extra/0/extra.png")
+    index = tmp_path / "index"
+    assert say("build", tmp_path / "many", index, "--quiet", *NAMED)[0] == 0
+    assert "; calibrated on 42 images explained twice\n" in say("info", index)[1]
+    assert say("add", index, tmp_path / "extra", "--quiet", *TRUSTED)[0] == 0
+    told = "; calibrated on 42 images explained twice by the build, before 1 image more came\n"
+    assert told in say("info", index)[1]

@@ -355,6 +355,11 @@ class Explainer:
                 f"{id}: the index names no picture of it below the folder of its images; give "
                 "images=, the folder they lie in now"
             )
+        if not path.exists():
+            raise ImageError(
+                f"{path}: does not exist; give images= (--images), the folder the indexed images "
+                "lie in now"
+            )
         return read_image(path)
 
     # Inside

@@ -250,7 +250,7 @@ def test_compare_prints_what_adds_up(say: Say, built: Path, tmp_path: Path) -> N
     assert answer(say, *given)["pair"] == above.to_dict()
     out = say(*given)[1]
     assert out.startswith(f"{query} and {result}, above {rival}\n")
-    assert out.splitlines()[-1].split() == ["nearer", "by", f"{above.score:+.3f}"]
+    assert out.splitlines()[-1].split() == ["more", "similar", "by", f"{above.score:+.3f}"]
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,11 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str,
 
         with Index.open(options.index) as index:
             recipe = Recipe.from_dict(index.manifest["recipe"], "the index's recipe")
+        note(
+            options,
+            f"note: the recipe is the index's (target {recipe.resolved_target}, method "
+            f"{recipe.method}), but for what the command says; --recipe default begins anew",
+        )
     changes = {n: getattr(options, n) for n in _RECIPE if getattr(options, n) is not None}
     if options.triplets is not None:
         if options.triplets.endswith(".npy"):

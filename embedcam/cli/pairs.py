@@ -51,7 +51,7 @@ def _lines(options: argparse.Namespace, made: Any) -> list[str]:
     head = f"{options.query} and {options.result}"
     if options.above is not None:
         head += f", above {options.above}"
-        total = ["nearer by", f"{made.score:+.3f}"]
+        total = ["more similar by", f"{made.score:+.3f}"]
     else:
         total = ["similarity", f"{made.similarity:+.3f}"]
     rows = [[words, f"{number:+.3f}"] for words, number in made.amounts(options.lines)]

@@ -27,8 +27,8 @@ def serve(options: argparse.Namespace) -> None:
     check_onnx(options)
     limits = _limits(options)
     with ExitStack() as stack:
-        bound = stack.enter_context(closing(server.bind(options.host, options.port)))
         with Index.open(options.index, with_faiss=False) as index:
+            bound = stack.enter_context(closing(server.bind(options.host, options.port)))
             network = network_given(options, index.manifest)
             chosen: dict[str, Any] = trust_of(options, index, network)
         if options.n_neighbors is not None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .receipt import Comparison, Receipt, Shown
     from .sides import Evidence
 
-SIMILARITY, NEARER = "similarity", "nearer by"
+SIMILARITY, NEARER = "similarity", "more similar by"
 """What the amounts of a receipt, and of a comparison, sum to."""
 
 

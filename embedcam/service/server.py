@@ -15,7 +15,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from ..errors import InputError
+from ..errors import EmbedcamError, InputError
 
 logger = logging.getLogger("embedcam.service")
 
@@ -126,6 +126,8 @@ def _signals(reload: Callable[[], Any] | None) -> Iterator[None]:
 def _reloaded(reload: Callable[[], Any]) -> None:
     try:
         reload()
+    except EmbedcamError as error:
+        logger.error("the old index goes on being served: %s", error)
     except Exception:
         logger.exception("the index could not be loaded again; the old one goes on being served")
 

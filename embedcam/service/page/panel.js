@@ -116,7 +116,7 @@ export function showContrast(above, below, query, answer, close) {
       ", ",
       make("b", { class: "against", text: `blue for result ${below.rank}` }),
       ". Their own maps show what in them matches."),
-    sum(amounts, { words: `result ${above.rank} is nearer by`, value: contrast.score }, "What adds up to the difference"),
+    sum(amounts, { words: `result ${above.rank} is more similar by`, value: contrast.score }, "What adds up to the difference"),
     make("p", { class: "quiet", text: exactness(contrast.exact) }),
   );
   return map;

@@ -34,6 +34,12 @@ def compare(options: argparse.Namespace) -> None:
             made = pairs.receipt(options.query, options.result, centred=centred)
         else:
             made = pairs.above(options.query, options.result, options.above, centred=centred)
+        if index.manifest.get("compressed") is not None:
+            note(
+                options,
+                "note: a prototype is the mean of several images; what is compared is the picture "
+                "in its middle",
+            )
         if picture is not None:
             picture.parent.mkdir(parents=True, exist_ok=True)
             made.save(picture, lines=options.lines)

@@ -103,14 +103,14 @@ class DifferentiatedSide(Side):
 
     def __init__(self, passed: Any, normalize: bool) -> None:
         features = passed.features
-        self.activations = _array(features.activations)[0].astype(np.float32, copy=False)
-        self.embedding = _array(features.embedding)[0].astype(np.float64)
+        self.activations = as_array(features.activations)[0].astype(np.float32, copy=False)
+        self.embedding = as_array(features.embedding)[0].astype(np.float64)
         self.norm = float(features.norm[0]) if normalize else 1.0
         self._passed = passed
 
     def products(self, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `Side` says."""
-        slopes = _array(self._passed.vjp((direction / self.norm)[None]))[0]
+        slopes = as_array(self._passed.vjp((direction / self.norm)[None]))[0]
         product = slopes.astype(np.float64) * self.activations
         return product.sum((1, 2)), product.sum(0)
 
@@ -122,7 +122,7 @@ class DifferentiatedSide(Side):
             alone = np.zeros_like(self.activations)
             place = np.unravel_index(cell, (height, width))
             alone[:, *place] = self.activations[:, *place]
-            found.append(_array(self._passed.jvp(alone[None]))[0])
+            found.append(as_array(self._passed.jvp(alone[None]))[0])
         return np.array(found, np.float64).reshape(len(found), -1) / self.norm
 
 
@@ -166,6 +166,7 @@ def evidence_of(
     return Evidence(cells, channels, shared, float(score - shared - channels.sum()))
 
 
-def _array(values: Any) -> np.ndarray:
+def as_array(values: Any) -> np.ndarray:
+    """An array, or a tensor on any device, as an array."""
     found: np.ndarray = values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
     return found

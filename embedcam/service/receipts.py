@@ -22,6 +22,7 @@ from ..pairs import (
     check_same,
     make_comparison,
     make_receipt,
+    mean_of,
 )
 from .errors import Refused
 from .pictures import Query, shrunk
@@ -144,7 +145,7 @@ def _settled(
     sides: Sequence[Side],
     centred: bool,
 ) -> list[Receipt]:
-    mean = index.fitted("embedding_mean")
+    mean = mean_of(index, centred)
     labels = index.select([find_live(index, name) for name in ids]).labels
     shown, found = _shown(query[0]), []
     for name, label, picture, side in zip(ids, labels, pictures, sides, strict=True):

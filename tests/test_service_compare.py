@@ -305,6 +305,7 @@ def test_messages_say_what_to_do(app: Any) -> None:
     told = {
         target(IDS[0], cell="4,0"): "cell (4, 0) is not on the query's grid of 4 x 4",
         target(IDS[0], rival=IDS[0]): "result and rival are the same image; name two",
+        target(IDS[0], cell="1;2"): "cell: string should match pattern",
         target(*map(str, range(101))): "result: list should have at most 100 items",
     }
     for asked, sentence in told.items():

@@ -108,8 +108,8 @@ def test_point_to_point_is_the_literal_loop(kind: str) -> None:
         receipt.point(2, 0, of="result"), expected[:, :, 2, 0], rtol=1e-3, atol=1e-6
     )
     # All cells of a 4 x 4 grid are among the sixteen that links begin at.
-    links = receipt.links(4)
-    literal = greedy_links(expected, 4)
+    links = receipt.links(16)
+    literal = greedy_links(expected, 16)
     assert [(*a.query, *a.result) for a in links] == [place for place, _ in literal]
     assert [a.contribution for a in links] == pytest.approx([v for _, v in literal], rel=1e-3)
 
@@ -250,6 +250,20 @@ def test_lines_are_the_largest_by_magnitude_and_the_rest_is_told() -> None:
     assert told + body["shared"] + body["remainder"] == pytest.approx(body["similarity"], abs=1e-9)
     with pytest.raises(InputError, match="-1 lines; give a whole number"):
         receipt.lines(-1)
+    with pytest.raises(InputError, match="-1 links; give a whole number"):
+        receipt.links(-1)
+
+
+def test_a_cell_costs_one_pass_however_often_it_is_asked_for(monkeypatch) -> None:
+    side, (J, A, norm, _) = side_of(toy("other"), inputs(1))
+    first = side.cell_vectors([0, 3])
+    passed, asked = side._passed, []
+    jvp = passed.jvp
+    monkeypatch.setattr(passed, "jvp", lambda one: (asked.append(one), jvp(one))[1])
+    again = side.cell_vectors([3, 5, 0])
+    assert len(asked) == 1
+    np.testing.assert_array_equal(again[[2, 0]], first)
+    np.testing.assert_allclose(again[1], cell_vector(J, A, norm, 1, 1), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,19 @@ class Line:
     contribution: float
 
 
+def check_count(n: object, what: str) -> None:
+    """Refuse what is no number of lines or links.
+
+    Raises:
+        InputError: naming it.
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        raise InputError(f"{n!r} {what}; give a whole number, 0 or more")
+
+
 def top_lines(channels: np.ndarray, n: int) -> list[Line]:
     """The n channels of largest magnitude, sorted by contribution, largest first."""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise InputError(f"{n!r} lines; give a whole number, 0 or more")
+    check_count(n, "lines")
     chosen = np.argsort(-np.abs(channels), kind="stable")[:n]
     found = [Line(int(channel), float(channels[channel])) for channel in chosen]
     return sorted(found, key=lambda line: -line.contribution)

@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import InputError
 from ..explanation import as_html, save_picture
 from .drawing import draw_comparison, draw_receipt
-from .lines import SMALL, Line, amounts_of, as_dicts, other_channels, top_lines
+from .lines import SMALL, Line, amounts_of, as_dicts, check_count, other_channels, top_lines
 from .sides import Evidence, Side, evidence_of
 
 if TYPE_CHECKING:
@@ -153,7 +153,11 @@ class Receipt:
         A cell is in one link at most, and a link that runs beside a better one (both ends next to
         its ends) is left out: it says the same. Where the receipt is not `exact`, links begin only
         at the query's 16 cells that give most.
+
+        Raises:
+            InputError: n is no such number.
         """
+        check_count(n, "links")
         query, result = self.sides
         (_, width), (_, wide) = query.activations.shape[1:], result.activations.shape[1:]
         if self.exact:
@@ -164,13 +168,21 @@ class Receipt:
             vectors = self._vectors(query, cells.tolist())
             rows = np.array([self._matched(query, result, v).ravel() for v in vectors])
         found: list[Link] = []
-        for place in np.argsort(-rows, axis=None, kind="stable").tolist():
-            row, column = divmod(place, rows.shape[1])
-            if len(found) == n or rows[row, column] <= 0:
+        starts, ends = (np.stack(np.divmod(a, w), -1) for a, w in (
+            (cells, width), (np.arange(rows.shape[1]), wide)))  # fmt: skip
+        # The next best one each time: sorting all pairs would take longer, and their number again.
+        while len(found) < min(n, len(cells)):
+            row, column = divmod(int(rows.argmax()), rows.shape[1])
+            if rows[row, column] <= 0:
                 break
-            start, end = divmod(int(cells[row]), width), divmod(column, wide)
-            if not any(_says_the_same(link, start, end) for link in found):
-                found.append(Link(start, end, float(rows[row, column])))
+            start, end = starts[row], ends[column]
+            found.append(
+                Link((int(start[0]), int(start[1])), (int(end[0]), int(end[1])),
+                     float(rows[row, column]))
+            )  # fmt: skip
+            beside = (np.abs(starts - start).max(1) <= 1, np.abs(ends - end).max(1) <= 1)
+            rows[np.ix_(*beside)] = 0
+            rows[row], rows[:, column] = 0, 0
         return found
 
     def to_dict(self, lines: int = 10, links: int = 5) -> dict[str, Any]:
@@ -345,15 +357,6 @@ def make_comparison(query: Side, result: Receipt, rival: Receipt, metric: str) -
     score = result.similarity - rival.similarity + lengths
     evidence = evidence_of(query, ours - theirs, score, None)
     return Comparison(score, evidence, result, rival, lengths)
-
-
-def _says_the_same(link: Link, start: tuple[int, int], end: tuple[int, int]) -> bool:
-    """Whether a worse link shares a cell with this one, or runs beside it."""
-    near = [
-        max(abs(a - c) for a, c in zip(one, other, strict=True))
-        for one, other in ((link.query, start), (link.result, end))
-    ]
-    return 0 in near or max(near) <= 1
 
 
 def _evidence_dict(evidence: Evidence, shown: Shown) -> dict[str, Any]:

@@ -107,6 +107,7 @@ class DifferentiatedSide(Side):
         self.embedding = as_array(features.embedding)[0].astype(np.float64)
         self.norm = float(features.norm[0]) if normalize else 1.0
         self._passed = passed
+        self._vectors: dict[int, np.ndarray] = {}
 
     def products(self, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `Side` says."""
@@ -116,14 +117,19 @@ class DifferentiatedSide(Side):
 
     def cell_vectors(self, cells: Sequence[int]) -> np.ndarray:
         """As `Side` says."""
-        _, height, width = self.activations.shape
-        found = []
         for cell in cells:
-            alone = np.zeros_like(self.activations)
-            place = np.unravel_index(cell, (height, width))
-            alone[:, *place] = self.activations[:, *place]
-            found.append(as_array(self._passed.jvp(alone[None]))[0])
-        return np.array(found, np.float64).reshape(len(found), -1) / self.norm
+            # Kept: a query's cells are asked for again by each of its receipts.
+            if cell not in self._vectors:
+                self._vectors[cell] = self._cell_vector(cell)
+        found = np.array([self._vectors[cell] for cell in cells], np.float64)
+        return found.reshape(len(cells), -1) / self.norm
+
+    def _cell_vector(self, cell: int) -> np.ndarray:
+        place = np.unravel_index(cell, self.activations.shape[1:])
+        alone = np.zeros_like(self.activations)
+        alone[:, *place] = self.activations[:, *place]
+        found: np.ndarray = as_array(self._passed.jvp(alone[None]))[0]
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,6 +18,7 @@ from PIL import Image
 from service_client import ask, built, data_of, explainer, form, picture, post
 
 from embedcam import EmbeddingNetwork, Explainer, build_index
+from embedcam.errors import InputError
 from embedcam.export import export_onnx
 from embedcam.pairs import PairExplainer, Receipt, make_receipt
 from embedcam.service import Limits, compare, create_app, receipts
@@ -267,6 +268,19 @@ def test_what_is_shared_may_stay_in(app: Any, index: Path) -> None:
     assert (one["centred"], one["shared"]) == (False, 0)
     made = PairExplainer(explainer(index)).receipt(QUERY, IDS[0], centred=False)
     assert_is(one, made)
+
+
+def test_an_index_that_no_longer_tells_the_head(app: Any, monkeypatch: Any, caplog: Any) -> None:
+    """After a reload the matrix that an ONNX file leaves to the index may be gone."""
+
+    def gone(*_: object) -> None:
+        raise InputError("the matrix is neither in /srv/network.onnx nor in the index")
+
+    monkeypatch.setattr(PairExplainer, "head", gone)
+    found = post(app, target(IDS[0]), QUERY)
+    assert found.error == (501, "no_receipts")
+    assert "/srv" not in found.message
+    assert "/srv/network.onnx" in caplog.text
 
 
 def test_an_onnx_file_answers_as_its_network_does(tmp_path: Path, monkeypatch: Any) -> None:

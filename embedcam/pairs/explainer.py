@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from ..errors import ImageError, InputError
 from ..queries import stacked
-from .heads import pooled_head
+from .heads import PooledHead, pooled_head
 from .receipt import Comparison, Receipt, Shown, make_comparison, make_receipt
 from .sides import DifferentiatedSide, PooledSide, Side, as_array
 
@@ -44,8 +45,9 @@ class PairExplainer:
             )
         self.explainer = explainer
         self.network: Any = explainer.network
+        self._head: tuple[weakref.ref[Index], PooledHead | None] | None = None
         if not hasattr(type(self.network), "head_kind"):
-            pooled_head(self.network, explainer.index)
+            self.head(explainer.index)
 
     def receipt(self, query: Any, result: Any, *, centred: bool = True) -> Receipt:
         """Why the query and one result match.
@@ -95,6 +97,19 @@ class PairExplainer:
         first, second = self.receipts(query, [result, rival], centred=centred)
         return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
 
+    def head(self, index: Index) -> PooledHead | None:
+        """The head by an index of the explainer; None where it is not average pooling and affine.
+
+        Raises:
+            InputError: an ONNX network, and an index that does not tell its head's matrix.
+        """
+        known = self._head
+        if known is None or known[0]() is not index:
+            # With its index, which is not held by it: another version may keep the matrix
+            # otherwise, or not at all.
+            known = self._head = (weakref.ref(index), pooled_head(self.network, index))
+        return known[1]
+
     def sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
         """What receipts are made of, by `make_receipt`: pictures, forwarded.
 
@@ -102,7 +117,7 @@ class PairExplainer:
             index: of the explainer.
             inputs: the network's, `[3 H W]` each; those of one size are forwarded together.
         """
-        head = pooled_head(self.network, index)
+        head = self.head(index)
         if head is None:
             return [self._differentiated(one) for one in inputs]
         found: dict[int, Side] = {}

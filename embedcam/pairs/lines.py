@@ -43,7 +43,9 @@ def amounts_of(
     """n channels, all the others together, and the remainder where it is more than rounding."""
     lines = top_lines(channels, n)
     found = [(f"channel {line.channel}", line.contribution) for line in lines]
-    found.append((f"{len(channels) - len(lines)} other channels", other_channels(channels, n)))
+    others = len(channels) - len(lines)
+    if others:
+        found.append((f"{others} other channels", other_channels(channels, n)))
     if not exact or abs(remainder) >= SMALL:
         found.append(("the head's bias" if exact else "not of first order", remainder))
     return found

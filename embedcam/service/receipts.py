@@ -62,12 +62,7 @@ class ReceiptMaker:
     def check(self) -> None:
         """Refuse, where the network's head is not to be had: 501."""
         if self._pairs is None:
-            raise Refused(
-                501,
-                "no_receipts",
-                "receipts need the network's head by itself, which its ONNX file and this index do "
-                "not tell; serve the network instead",
-            )
+            raise _no_receipts()
 
     async def receipts(
         self,
@@ -122,6 +117,12 @@ class ReceiptMaker:
 
     def _sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
         assert self._pairs is not None  # `check` saw to it
+        try:
+            self._pairs.head(index)
+        except InputError as error:
+            # Another version of the index; what is wrong with it names files.
+            logger.warning("no receipts: %s", error)
+            raise _no_receipts() from None
         return self._pairs.sides(index, inputs)
 
     async def _indexed(self, index: Index, name: str, side: int | None) -> tuple[Query, Side]:
@@ -149,6 +150,15 @@ class ReceiptMaker:
             "no_picture",
             "the picture of a result cannot be read any more, and a receipt needs it; leave it out",
         )
+
+
+def _no_receipts() -> Refused:
+    return Refused(
+        501,
+        "no_receipts",
+        "receipts need the network's head by itself, which its ONNX file and this index do not "
+        "tell; serve the network instead",
+    )
 
 
 def _settled(

@@ -26,6 +26,7 @@ from embedcam.pairs import (
     DifferentiatedSide,
     PairExplainer,
     PooledSide,
+    Shown,
     make_comparison,
     make_receipt,
 )
@@ -252,6 +253,26 @@ def test_lines_are_the_largest_by_magnitude_and_the_rest_is_told() -> None:
         receipt.lines(-1)
     with pytest.raises(InputError, match="-1 links; give a whole number"):
         receipt.links(-1)
+
+
+def test_links_are_drawn_from_the_middles_of_cells(monkeypatch) -> None:
+    """As shares of the picture's sides: of the part that the network saw, if that is known."""
+    made = toy("affine")
+    (query, _), (result, _) = side_of(made, inputs(1)), side_of(made, inputs(2))
+    shown = Shown(Image.new("RGB", (100, 80)), (10.0, 20.0, 50.0, 60.0))
+    receipt = make_receipt(query, result, np.zeros(WIDTH), query_shown=shown)
+    given = {}
+    monkeypatch.setattr(
+        "embedcam.pairs.drawing.receipt_picture", lambda *_, **named: given.update(named)
+    )
+    receipt.plot(links=3)
+    links = receipt.links(3)
+    assert len(given["links"]) == len(links) > 0
+    for mark, link in zip(given["links"], links, strict=True):
+        (row, column), (down, across) = link.query, link.result
+        x, y = 10 + 40 * (column + 0.5) / 4, 20 + 40 * (row + 0.5) / 4
+        assert mark.start == pytest.approx((x / 100, y / 80))
+        assert mark.end == pytest.approx(((across + 0.5) / 4, (down + 0.5) / 4))
 
 
 def test_a_cell_costs_one_pass_however_often_it_is_asked_for(monkeypatch) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from .values import amount, option, path, positive, size, whole
+from .values import amount, option, path, positive, share, size, whole
 
 
 def network_options(one: argparse.ArgumentParser) -> None:
@@ -57,6 +57,27 @@ def online_options(one: argparse.ArgumentParser) -> None:
         metavar="FILE",
         type=path,
         help="the network as `embedcam export` wrote it, run without torch",
+    )
+
+
+def transfer_options(one: argparse.ArgumentParser) -> None:
+    """How weights are transferred, and from when they are trusted."""
+    one.add_argument(
+        "--transfer",
+        choices=("mean", "distance"),
+        default="mean",
+        help="how neighbours count (default mean)",
+    )
+    one.add_argument(
+        "--trusted-from",
+        type=share,
+        metavar="T",
+        help="trust from which a transfer counts, 0 to 1 (default 0.5)",
+    )
+    one.add_argument(
+        "--fallback",
+        action="store_true",
+        help="where the transfer is not trusted, compute the weights on the query itself",
     )
 
 

@@ -2,8 +2,14 @@
 
 import argparse
 
-from .options import index_options, method_options, network_options, online_options
-from .values import amount, names, path, positive, share, whole
+from .options import (
+    index_options,
+    method_options,
+    network_options,
+    online_options,
+    transfer_options,
+)
+from .values import amount, names, path, positive, whole
 
 
 def compare_options(one: argparse.ArgumentParser) -> None:
@@ -47,23 +53,7 @@ def explain_options(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "-n", "--n-neighbors", type=positive, metavar="N", help="results a query (default 5)"
     )
-    one.add_argument(
-        "--transfer",
-        choices=("mean", "distance"),
-        default="mean",
-        help="how neighbours count (default mean)",
-    )
-    one.add_argument(
-        "--trusted-from",
-        type=share,
-        metavar="T",
-        help="trust from which a transfer counts, 0 to 1 (default 0.5)",
-    )
-    one.add_argument(
-        "--fallback",
-        action="store_true",
-        help="where the transfer is not trusted, compute the weights on the query itself",
-    )
+    transfer_options(one)
     one.add_argument("--result", metavar="ID", help="explain by this one image of the index")
     one.add_argument(
         "--method",
@@ -107,23 +97,7 @@ def serve_options(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "-n", "--n-neighbors", type=positive, metavar="N", help="results a query (default 5)"
     )
-    one.add_argument(
-        "--transfer",
-        choices=("mean", "distance"),
-        default="mean",
-        help="how neighbours count (default mean)",
-    )
-    one.add_argument(
-        "--trusted-from",
-        type=share,
-        metavar="T",
-        help="trust from which a transfer counts, 0 to 1 (default 0.5)",
-    )
-    one.add_argument(
-        "--fallback",
-        action="store_true",
-        help="where the transfer is not trusted, compute the weights on the query itself",
-    )
+    transfer_options(one)
     online_options(one)
     group = one.add_argument_group("limits")
     group.add_argument(

@@ -186,7 +186,7 @@ function tell(note, scale) {
 function mark() {
   const { pinned, hovered, contrast, picked, point } = at;
   const busy = pinned !== null || contrast !== null;
-  document.body.dataset.sheet = busy || picked.length > 0 ? "open" : "shut";
+  document.body.dataset.sheet = busy ? "open" : picked.length > 0 ? "low" : "shut";
   find("back").hidden = !(busy || point !== null);
   for (const card of known.cards) {
     const two = contrast !== null && (card === contrast.above || card === contrast.below);

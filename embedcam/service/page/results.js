@@ -7,6 +7,12 @@ import { Shot } from "./shot.js";
 import { clean, described, fixed, nameOf, sentence, shortened } from "./words.js";
 
 const PICTURE_SIDE = 512;
+const SAME = 0.02;
+
+/** Text whose long words may break behind their joints. */
+function breakable(text) {
+  return text.split(/(?<=[_/.-])/).flatMap((part, place) => (place === 0 ? [part] : [make("wbr"), part]));
+}
 
 /** One result and everything that is known of it. */
 export class Card {
@@ -58,11 +64,14 @@ export class Card {
       make(
         "div",
         { class: "caption" },
-        make("bdi", { class: "name", title: clean(result.label ?? result.id), text: shown }),
-        make("span", { class: "number", title: "similarity", text: fixed(result.similarity) }),
+        make(
+          "div",
+          {},
+          make("bdi", { class: "name", title: clean(result.label ?? result.id) }, ...breakable(shown)),
+          make("span", { class: "number", title: "similarity", text: fixed(result.similarity) }),
+        ),
         below === null ? null : make("bdi", { class: "id", title: clean(result.id), text: below }),
-        make("span", { class: "far", text: `distance ${fixed(result.distance)}` }),
-        this.pick,
+        make("div", {}, make("span", { class: "far", text: `distance ${fixed(result.distance)}` }), this.pick),
       ),
     );
     const tell = (what) => (event) => heard(what, this, event);
@@ -184,13 +193,21 @@ export function drawOwn(cards, all = cards) {
   }
 }
 
-/** What one point of the query matches in each, on one scale; those not known yet stay plain. */
+/**
+ * What one point of the query matches in each, on one scale; those not known yet stay plain.
+ *
+ * Where the query itself is in the index it matches itself far better than anything else, and would
+ * leave the others dark: it has a scale of its own.
+ */
 export function drawPoint(cards, row, column) {
   const maps = cards.map((card) => card.matched(row, column));
-  const top = strongest(maps.filter((map) => map !== null));
+  const near = SAME * Math.max(...cards.map((card) => card.result.distance));
+  const itself = cards.map((card) => card.result.distance <= near);
+  const top = strongest(maps.filter((map, place) => map !== null && !itself[place]));
   cards.forEach((card, place) => {
-    card.show(maps[place], top);
-    card.ring(maps[place]);
+    const map = maps[place];
+    card.show(map, itself[place] && map !== null ? strongest([map]) : top);
+    card.ring(map);
   });
   return maps;
 }

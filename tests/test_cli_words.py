@@ -143,6 +143,24 @@ def test_indexed_pictures_that_moved_are_counted(say: Say, tmp_path: Path) -> No
         assert f"--images {tmp_path / 'none'}: there is no such folder; give the one" in err
 
 
+def test_a_query_that_is_not_there_is_refused_before_a_network_is_loaded(say: Say) -> None:
+    code, out, err = say("compare", "margin", "nowhere.png", "0/1.png", "--network", "no:such")
+    assert (code, out, err) == (3, "", "embedcam: nowhere.png: does not exist\n")
+
+
+def test_a_prototype_is_compared_by_its_picture(say: Say, tmp_path: Path) -> None:
+    assert say("compress", "margin", tmp_path / "small", "--prototypes", "2", "--quiet")[0] == 0
+    name = say("info", tmp_path / "small", "--ids")[1].splitlines()[0]
+    code, out, err = say("compare", tmp_path / "small", QUERY, name, *TRUSTED, "--lines", "99")
+    assert code == 0
+    assert "other channels" not in out
+    assert err == (
+        "note: a prototype is the mean of several images; what is compared is the picture in its "
+        "middle\n"
+    )
+    assert say("compare", "margin", QUERY, "0/1.png", *TRUSTED)[2] == ""
+
+
 def test_a_folder_for_pictures_is_made_when_there_are_some(say: Say, tmp_path: Path) -> None:
     wanted = tmp_path / "not" / "yet"
     code, _, _ = say("explain", "margin", QUERY, "-o", wanted, "--result", "none", *TRUSTED)

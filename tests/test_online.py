@@ -184,10 +184,12 @@ def test_the_command_line_explains_without_torch(served: Path, tmp_path: Path) -
     index, query = str(served / "my.index"), str(served / "query.png")
     words = ["explain", index, query, "--onnx", str(served / "network.onnx"),
              "-o", str(tmp_path / "why.png"), "--html", str(tmp_path / "why.html")]  # fmt: skip
-    done = alone(COMMAND, commands=[words, ["info", index], ["verify", index]])
+    report = [*words[:5], "--report", str(tmp_path / "report"), "--quiet"]
+    done = alone(COMMAND, commands=[words, report, ["info", index], ["verify", index]])
     assert (done.returncode, done.stderr) == (0, f"page: {tmp_path / 'why.html'}\n")
+    assert (tmp_path / "report" / "index.html").stat().st_size > 10_000
     assert done.stdout.startswith(f"{query} -> {tmp_path / 'why.png'}\n")
-    assert done.stdout.endswith("\n[0, 0, 0]\n")
+    assert done.stdout.endswith("\n[0, 0, 0, 0]\n")
     assert (tmp_path / "why.png").stat().st_size > 10_000
 
     refused = [["explain", index, query, "--network", "torchvision:resnet18"],

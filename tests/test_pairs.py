@@ -1,11 +1,12 @@
 """Receipts: values against literal loops over the Jacobian, and sums that are the similarity."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from build_samples import CHANNELS, SIDE, WIDTH, pictures, toy
+from build_samples import CHANNELS, SIDE, WIDTH, pictures, quicken, toy
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles_pairs import (
@@ -16,16 +17,20 @@ from oracles_pairs import (
     pair_product,
 )
 from PIL import Image
+from torch import nn
+from toys import seeded
 
-from embedcam import EmbeddingNetwork, Explainer, build_index
+from embedcam import EmbeddingNetwork, Explainer, Preprocess, Recipe, build_index
 from embedcam.errors import ImageError, InputError
 from embedcam.pairs import (
     DifferentiatedSide,
     PairExplainer,
     PooledSide,
+    Shown,
     make_comparison,
     make_receipt,
 )
+from embedcam.prototypes import compress
 
 KINDS = ["affine", "signed", "identity", "pooled", "other", "tokens"]
 EXACT = {"affine", "signed", "identity"}
@@ -104,8 +109,8 @@ def test_point_to_point_is_the_literal_loop(kind: str) -> None:
         receipt.point(2, 0, of="result"), expected[:, :, 2, 0], rtol=1e-3, atol=1e-6
     )
     # All cells of a 4 x 4 grid are among the sixteen that links begin at.
-    links = receipt.links(4)
-    literal = greedy_links(expected, 4)
+    links = receipt.links(16)
+    literal = greedy_links(expected, 16)
     assert [(*a.query, *a.result) for a in links] == [place for place, _ in literal]
     assert [a.contribution for a in links] == pytest.approx([v for _, v in literal], rel=1e-3)
 
@@ -210,6 +215,24 @@ def test_a_comparison_divides_half_the_margin(kind: str, normalize: bool, metric
     assert total == pytest.approx(found.score, abs=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["signed", "tokens"])
+def test_what_lengths_give_is_not_called_the_bias(kind: str) -> None:
+    made = toy(kind, normalize=False)
+    (query, _), (first, _), (second, _) = (side_of(made, inputs(n)) for n in (1, 2, 3))
+    pair = [make_receipt(query, one, np.zeros(WIDTH)) for one in (first, second)]
+    found = make_comparison(query, *pair, "l2")
+    g, h = first.embedding, second.embedding
+    lengths = sum(h[d] ** 2 - g[d] ** 2 for d in range(WIDTH)) / 2
+    told = dict(found.amounts(3))
+    assert abs(lengths) > 1e-3
+    assert told.pop("the embeddings' lengths") == pytest.approx(lengths)
+    left = "the head's bias" if kind == "signed" else "not of first order"
+    rest = found.query.remainder - lengths
+    assert told.get(left, 0.0) == pytest.approx(rest, abs=5e-4)
+    assert sum(told.values()) + lengths == pytest.approx(found.score, abs=5e-4)
+    assert "the embeddings' lengths" not in dict(make_comparison(query, *pair, "ip").amounts())
+
+
 def test_lines_are_the_largest_by_magnitude_and_the_rest_is_told() -> None:
     made = toy("affine")
     (query, _), (result, _) = side_of(made, inputs(1)), side_of(made, inputs(2))
@@ -228,6 +251,40 @@ def test_lines_are_the_largest_by_magnitude_and_the_rest_is_told() -> None:
     assert told + body["shared"] + body["remainder"] == pytest.approx(body["similarity"], abs=1e-9)
     with pytest.raises(InputError, match="-1 lines; give a whole number"):
         receipt.lines(-1)
+    with pytest.raises(InputError, match="-1 links; give a whole number"):
+        receipt.links(-1)
+
+
+def test_links_are_drawn_from_the_middles_of_cells(monkeypatch) -> None:
+    """As shares of the picture's sides: of the part that the network saw, if that is known."""
+    made = toy("affine")
+    (query, _), (result, _) = side_of(made, inputs(1)), side_of(made, inputs(2))
+    shown = Shown(Image.new("RGB", (100, 80)), (10.0, 20.0, 50.0, 60.0))
+    receipt = make_receipt(query, result, np.zeros(WIDTH), query_shown=shown)
+    given = {}
+    monkeypatch.setattr(
+        "embedcam.pairs.drawing.receipt_picture", lambda *_, **named: given.update(named)
+    )
+    receipt.plot(links=3)
+    links = receipt.links(3)
+    assert len(given["links"]) == len(links) > 0
+    for mark, link in zip(given["links"], links, strict=True):
+        (row, column), (down, across) = link.query, link.result
+        x, y = 10 + 40 * (column + 0.5) / 4, 20 + 40 * (row + 0.5) / 4
+        assert mark.start == pytest.approx((x / 100, y / 80))
+        assert mark.end == pytest.approx(((across + 0.5) / 4, (down + 0.5) / 4))
+
+
+def test_a_cell_costs_one_pass_however_often_it_is_asked_for(monkeypatch) -> None:
+    side, (J, A, norm, _) = side_of(toy("other"), inputs(1))
+    first = side.cell_vectors([0, 3])
+    passed, asked = side._passed, []
+    jvp = passed.jvp
+    monkeypatch.setattr(passed, "jvp", lambda one: (asked.append(one), jvp(one))[1])
+    again = side.cell_vectors([3, 5, 0])
+    assert len(asked) == 1
+    np.testing.assert_array_equal(again[[2, 0]], first)
+    np.testing.assert_allclose(again[1], cell_vector(J, A, norm, 1, 1), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -253,8 +310,6 @@ def test_shapes_that_do_not_belong_together() -> None:
 class TestPairExplainer:
     @pytest.fixture
     def built(self, tmp_path, monkeypatch):
-        from build_samples import quicken
-
         quicken(monkeypatch)
 
         def build(kind: str = "affine", **settings):
@@ -291,6 +346,86 @@ class TestPairExplainer:
         receipt.links()
         receipt.point(0, 0)
         assert made.batches == [2]
+
+    def test_a_network_on_an_accelerator(self, built, monkeypatch) -> None:
+        """Its tensors are no arrays until they are brought over."""
+        made, explainer, folder = built("affine")
+        query = folder / "c0" / "000.png"
+        expected = PairExplainer(explainer).receipt(query, "c1/001.png")
+        forward = type(made.network).forward
+
+        class Far(torch.Tensor):
+            def __array__(self, dtype=None, copy=None):
+                raise TypeError("can't convert a tensor of another device to numpy")
+
+            def cpu(self):
+                return self.as_subclass(torch.Tensor)
+
+        def far(network, images):
+            found = forward(network, images)
+            moved = (found.embedding, found.norm, found.activations)
+            names = ("embedding", "norm", "activations")
+            tensors = (one.as_subclass(Far) for one in moved)
+            return replace(found, **dict(zip(names, tensors, strict=True)))
+
+        monkeypatch.setattr(type(made.network), "forward", far)
+        receipt = PairExplainer(explainer).receipt(query, "c1/001.png")
+        assert receipt.similarity == expected.similarity
+        np.testing.assert_array_equal(receipt.query.cells, expected.query.cells)
+
+    def test_a_prototype_is_shown_by_the_picture_in_its_middle(
+        self, built, tmp_path, monkeypatch
+    ) -> None:
+        # These pictures are alike; photographs of one group are not.
+        monkeypatch.setattr("embedcam.pairs.explainer._SAME", 0.9999)
+        made, explainer, folder = built("signed")
+        query = folder / "c0" / "000.png"
+        compress(tmp_path / "index", tmp_path / "small", prototypes=1)
+        with Explainer(tmp_path / "small", made.network) as small:
+            (row,) = small.index.select([0]).paths
+            stored = small.index.embeddings([0])[0]
+            (name,) = small.index.ids
+            middle = PairExplainer(explainer).receipt(query, row)
+            assert float(stored @ middle.sides[1].embedding) < 0.999
+            receipt = PairExplainer(small).receipt(query, name)
+            assert receipt.similarity == pytest.approx(middle.similarity, abs=1e-6)
+            assert receipt.result_shown.name == name
+
+    def test_an_index_without_its_mean(self, built, monkeypatch) -> None:
+        _, explainer, folder = built("affine")
+        pairs, query = PairExplainer(explainer), folder / "c0" / "000.png"
+        plain = pairs.receipt(query, "c1/001.png", centred=False)
+        monkeypatch.delitem(explainer.index._shared, "embedding_mean")
+        again = pairs.receipt(query, "c1/001.png", centred=False)
+        np.testing.assert_array_equal(again.query.cells, plain.query.cells)
+        with pytest.raises(InputError, match=r"no mean embedding.*ask for receipts that are not"):
+            pairs.receipt(query, "c1/001.png")
+
+    def test_an_index_of_several_layers(self, tmp_path, monkeypatch) -> None:
+        """Receipts are of the deepest one, behind which the embedding is made."""
+        quicken(monkeypatch)
+
+        def deep() -> nn.Module:
+            module = nn.Sequential()
+            module.add_module("fine", nn.Conv2d(3, 6, 3, 2, 1))
+            module.add_module("coarse", nn.Conv2d(6, CHANNELS, 3, 2, 1))
+            module.add_module("relu", nn.ReLU())
+            module.add_module("pool", nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+            module.add_module("project", nn.Linear(CHANNELS, WIDTH))
+            return module.eval()
+
+        network = EmbeddingNetwork(seeded(deep), "relu", preprocess=Preprocess((SIDE, SIDE)))
+        source = pictures(tmp_path / "photos")
+        recipe = Recipe(method="polycam", layers=("fine", "relu"))
+        build_index(source, network, tmp_path / "index", recipe=recipe, progress=False)
+        with Explainer(tmp_path / "index", network) as explainer:
+            query = tmp_path / "photos" / "c0" / "000.png"
+            why = explainer.explain(query)
+            receipt = PairExplainer(explainer).receipt(query, why.ids[1])
+            assert receipt.similarity == pytest.approx(float(why.similarities[1]), abs=1e-5)
+            _, inputs_of = explainer.prepared(query)
+            maps = network.forward(inputs_of[None]).activations
+            assert receipt.query.cells.shape == tuple(maps.shape[2:])
 
     def test_pictures_of_different_sizes(self, built) -> None:
         made, explainer, _ = built("affine")

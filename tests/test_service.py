@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,14 @@ def test_one_result_alone_is_explained(app: Any, index: Path) -> None:
     body = post(app, "/explain?result=c1%2F004.png&map_size=3", QUERY).json()
     expected = explainer(index).explain(QUERY, result="c1/004.png")
     assert body["explained"] == ["c1/004.png"]
+    asked = body["result"]
+    assert (asked["id"], asked["label"]) == ("c1/004.png", "c1")
+    assert asked["image_url"] == "/items/c1/004.png/image"
+    assert asked["distance"] == pytest.approx(expected.asked.distance, abs=1e-6)
+    assert asked["similarity"] == pytest.approx(expected.asked.similarity, abs=1e-6)
+    assert asked["norm"] == pytest.approx(expected.asked.norm, rel=1e-6)
+    np.testing.assert_allclose(asked["cam"], expected.asked.cam, atol=1e-6)
+    assert post(app, "/explain", QUERY).json()["result"] is None
     np.testing.assert_allclose(body["cam"], area_average(expected.cam, (3, 3)), atol=1e-6)
 
 
@@ -209,6 +218,7 @@ def test_what_a_browser_has_it_keeps(app: Any, index: Path) -> None:
     tag = first.headers["etag"]
     again = ask(app, "GET", target, if_none_match=f'"other", W/{tag}')
     assert (again.status, again.body, again.headers["etag"]) == (304, b"", tag)
+    assert ask(app, "GET", target, if_none_match="*").status == 304
     assert ask(app, "GET", f"{target}?size=20", if_none_match=tag).status == 200
     assert ask(app, "GET", target, if_none_match=tag, accept="image/webp").status == 200
     file = index.parent / "photos" / "c0" / "003.png"
@@ -329,6 +339,21 @@ def test_requests_are_counted_by_route(index: Path) -> None:
         assert line in lines
     assert "made-up" not in text.body.decode()
     made.state.pipeline.close()
+
+
+def test_a_map_of_an_index_built_anew_is_sent_anew(tmp_path: Path, monkeypatch: Any) -> None:
+    """Its generation is the first again, and the pictures are the same."""
+    quicken(monkeypatch)
+    tags = []
+    for seed in (0, 1):
+        index = built(tmp_path, recipe=dense(seed=seed))
+        os.utime(tmp_path / "photos" / "c0" / "000.png", (1, 1))
+        why = explainer(index)
+        made = create_app(why)
+        assert why.index.manifest["generation"] == 1
+        tags.append(ask(made, "GET", "/items/c0/000.png/cam").headers["etag"])
+        shutil.rmtree(index)
+    assert tags[0] != tags[1]
 
 
 def test_a_changed_index_is_served_after_a_reload(tmp_path: Path, monkeypatch: Any) -> None:

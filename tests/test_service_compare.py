@@ -3,6 +3,7 @@
 import json
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,10 @@ from PIL import Image
 from service_client import ask, built, data_of, explainer, form, picture, post
 
 from embedcam import EmbeddingNetwork, Explainer, build_index
+from embedcam.errors import InputError
 from embedcam.export import export_onnx
-from embedcam.pairs import PairExplainer, Receipt
-from embedcam.service import Limits, compare, create_app
+from embedcam.pairs import PairExplainer, Receipt, make_receipt
+from embedcam.service import Limits, compare, create_app, receipts
 from embedcam.service.compare import rounded
 from embedcam.service.schemas import CompareAnswer
 
@@ -162,6 +164,50 @@ def test_a_receipt_of_first_order_has_points_and_no_pairs(other: tuple[Any, Path
     np.testing.assert_allclose(one["point"], made.point(3, 0), rtol=6e-4)
 
 
+def test_receipts_end_with_the_one_begun_when_time_is_up(
+    other: tuple[Any, Path], monkeypatch: Any
+) -> None:
+    """A pass of the head takes long: what nobody waits for any more is not done."""
+    why = Explainer(other[1], toy("other").network)
+    app = create_app(why, limits=Limits(seconds=0.3))
+    begun = []
+
+    def slow(*given: Any, **named: Any) -> Receipt:
+        begun.append(given)
+        time.sleep(0.2)
+        return make_receipt(*given, **named)
+
+    monkeypatch.setattr(receipts, "make_receipt", slow)
+    pipeline = app.state.pipeline
+    try:
+        assert post(app, target(*why.index.ids[:8]), QUERY).error == (503, "too_slow")
+        pipeline.close()
+        assert 1 <= len(begun) <= 2
+    finally:
+        pipeline.close()
+
+
+def test_graphs_of_heads_do_not_pile_up(other: tuple[Any, Path], monkeypatch: Any) -> None:
+    """Of many results no more sides are held at once than go through the network together."""
+    why = Explainer(other[1], toy("other").network)
+    app = create_app(why, limits=Limits(batch=2))
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = []
+
+    def counted(*given: Any, **named: Any) -> Receipt:
+        made = make_receipt(*given, **named)
+        alive.update(made.sides)
+        most.append(len(alive))
+        return made
+
+    monkeypatch.setattr(receipts, "make_receipt", counted)
+    body = post(app, target(*why.index.ids[:8]), QUERY).json()
+    app.state.pipeline.close()
+    assert [one["id"] for one in body["receipts"]] == why.index.ids[:8]
+    assert len(most) == 8
+    assert max(most) <= 1 + 2 + 2
+
+
 def test_pairs_are_left_out_where_they_would_be_too_many(app: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(compare, "MAX_PAIRS", 600)
     body = post(app, target(*IDS), QUERY).json()
@@ -222,6 +268,19 @@ def test_what_is_shared_may_stay_in(app: Any, index: Path) -> None:
     assert (one["centred"], one["shared"]) == (False, 0)
     made = PairExplainer(explainer(index)).receipt(QUERY, IDS[0], centred=False)
     assert_is(one, made)
+
+
+def test_an_index_that_no_longer_tells_the_head(app: Any, monkeypatch: Any, caplog: Any) -> None:
+    """After a reload the matrix that an ONNX file leaves to the index may be gone."""
+
+    def gone(*_: object) -> None:
+        raise InputError("the matrix is neither in /srv/network.onnx nor in the index")
+
+    monkeypatch.setattr(PairExplainer, "head", gone)
+    found = post(app, target(IDS[0]), QUERY)
+    assert found.error == (501, "no_receipts")
+    assert "/srv" not in found.message
+    assert "/srv/network.onnx" in caplog.text
 
 
 def test_an_onnx_file_answers_as_its_network_does(tmp_path: Path, monkeypatch: Any) -> None:
@@ -305,6 +364,7 @@ def test_messages_say_what_to_do(app: Any) -> None:
     told = {
         target(IDS[0], cell="4,0"): "cell (4, 0) is not on the query's grid of 4 x 4",
         target(IDS[0], rival=IDS[0]): "result and rival are the same image; name two",
+        target(IDS[0], cell="1;2"): "cell: string should match pattern",
         target(*map(str, range(101))): "result: list should have at most 100 items",
     }
     for asked, sentence in told.items():

@@ -173,6 +173,11 @@ FORMS: dict[str, tuple[bytes, str, tuple[int, str]]] = {
         f"multipart/form-data; boundary={'x' * 5000}",
         (422, "broken_form"),
     ),
+    "long headers": (
+        form(QUERY, filename=f'filename="{"x" * 8192}"'),
+        FORM,
+        (422, "broken_form"),
+    ),
     "endless headers": (
         f"--{BOUNDARY}\r\nContent-Disposition: form-data; name={'x' * 100_000}".encode(),
         FORM,

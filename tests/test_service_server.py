@@ -292,6 +292,11 @@ def test_a_port_that_is_taken(say: Any) -> None:
     ("words", "code", "said"),
     [
         (["nowhere", "--port", "0"], 5, "nowhere"),
+        (
+            ["my.index", "--port", "0", "--images", "nowhere"],
+            2,
+            "--images nowhere: there is no such folder; give the one the indexed images lie in",
+        ),
         (["my.index", "--port", "70000"], 2, "port 70000: give a whole number from 0 to 65535"),
         (["my.index", "--port", "-1"], 2, "'-1' is not a whole number of at least 0"),
         (["my.index", "--host", "no.such.host.invalid"], 6, "no.such.host.invalid port 8000"),

@@ -2,9 +2,10 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import ImageError, InputError
 from .networks import check_onnx, network_given
 from .online import check_images, plan_pictures
 from .report import columns, listing_ids, note
@@ -20,6 +21,8 @@ def compare(options: argparse.Namespace) -> None:
     check_onnx(options)
     (picture,) = plan_pictures(options.output, [options.query])
     check_images(options.images)
+    if not Path(options.query).exists():
+        raise ImageError(f"{options.query}: does not exist")
     with Index.open(options.index) as index:
         with listing_ids(options.index):
             for name in filter(None, (options.result, options.above)):
@@ -34,6 +37,12 @@ def compare(options: argparse.Namespace) -> None:
             made = pairs.receipt(options.query, options.result, centred=centred)
         else:
             made = pairs.above(options.query, options.result, options.above, centred=centred)
+        if index.manifest.get("compressed") is not None:
+            note(
+                options,
+                "note: a prototype is the mean of several images; what is compared is the picture "
+                "in its middle",
+            )
         if picture is not None:
             picture.parent.mkdir(parents=True, exist_ok=True)
             made.save(picture, lines=options.lines)

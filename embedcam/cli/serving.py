@@ -12,6 +12,7 @@ from typing import Any
 from ..service import check_installed
 from .direct import trust_of
 from .networks import check_onnx, network_given
+from .online import check_images
 from .report import counted, note
 
 
@@ -25,6 +26,7 @@ def serve(options: argparse.Namespace) -> None:
 
     # Whatever can be refused is refused before the network is loaded.
     check_onnx(options)
+    check_images(options.images)
     limits = _limits(options)
     with ExitStack() as stack:
         with Index.open(options.index, with_faiss=False) as index:

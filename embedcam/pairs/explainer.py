@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ import numpy as np
 
 from ..errors import ImageError, InputError
 from ..queries import stacked
-from .heads import pooled_head
+from .heads import PooledHead, pooled_head
 from .receipt import Comparison, Receipt, Shown, make_comparison, make_receipt
-from .sides import DifferentiatedSide, PooledSide, Side
+from .sides import DifferentiatedSide, PooledSide, Side, as_array
 
 if TYPE_CHECKING:
     from ..explain import Explainer
@@ -44,11 +45,15 @@ class PairExplainer:
             )
         self.explainer = explainer
         self.network: Any = explainer.network
+        self._head: tuple[weakref.ref[Index], PooledHead | None] | None = None
         if not hasattr(type(self.network), "head_kind"):
-            pooled_head(self.network, explainer.index)
+            self.head(explainer.index)
 
     def receipt(self, query: Any, result: Any, *, centred: bool = True) -> Receipt:
         """Why the query and one result match.
+
+        Of an index of prototypes the result is the picture in the prototype's middle, and the
+        similarity is that picture's.
 
         Args:
             query: a picture or the network's input, as `Explainer.explain` takes it.
@@ -70,7 +75,7 @@ class PairExplainer:
         given = [self._given(query), *(self._given(result, True) for result in results)]
         index = self.explainer.index
         sides = self.sides(index, [inputs for _, inputs in given])
-        mean = np.asarray(index.fitted("embedding_mean"), np.float64)
+        mean = mean_of(index, centred)
         found = []
         for result, (shown, _), side in zip(results, given[1:], sides[1:], strict=True):
             if isinstance(result, str):
@@ -92,6 +97,19 @@ class PairExplainer:
         first, second = self.receipts(query, [result, rival], centred=centred)
         return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
 
+    def head(self, index: Index) -> PooledHead | None:
+        """The head by an index of the explainer; None where it is not average pooling and affine.
+
+        Raises:
+            InputError: an ONNX network, and an index that does not tell its head's matrix.
+        """
+        known = self._head
+        if known is None or known[0]() is not index:
+            # With its index, which is not held by it: another version may keep the matrix
+            # otherwise, or not at all.
+            known = self._head = (weakref.ref(index), pooled_head(self.network, index))
+        return known[1]
+
     def sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
         """What receipts are made of, by `make_receipt`: pictures, forwarded.
 
@@ -99,15 +117,15 @@ class PairExplainer:
             index: of the explainer.
             inputs: the network's, `[3 H W]` each; those of one size are forwarded together.
         """
-        head = pooled_head(self.network, index)
+        head = self.head(index)
         if head is None:
             return [self._differentiated(one) for one in inputs]
         found: dict[int, Side] = {}
         for shape in {tuple(one.shape) for one in inputs}:
             places = [place for place, one in enumerate(inputs) if tuple(one.shape) == shape]
             features = self.network.forward(stacked([inputs[place] for place in places]))
-            embeddings, maps = np.asarray(features.embedding), np.asarray(features.activations)
-            norms = None if features.norm is None else np.asarray(features.norm)
+            embeddings, maps = as_array(features.embedding), as_array(features.activations)
+            norms = None if features.norm is None else as_array(features.norm)
             for row, place in enumerate(places):
                 norm = 1.0
                 if self.network.normalize:
@@ -133,8 +151,27 @@ class PairExplainer:
         return DifferentiatedSide(passed, self.network.normalize)
 
 
+def mean_of(index: Index, centred: bool) -> np.ndarray:
+    """The mean embedding that receipts put apart, `[D]`; zeros where they do not.
+
+    Raises:
+        InputError: an index without one, written by other hands.
+    """
+    if not centred:
+        return np.zeros(index.width)
+    if "embedding_mean" not in index.shared():
+        raise InputError(
+            "this index keeps no mean embedding, so what the average image shares cannot be put "
+            "apart; ask for receipts that are not centred"
+        )
+    return np.asarray(index.fitted("embedding_mean"), np.float64)
+
+
 def check_same(index: Index, name: str, side: Side) -> None:
     """Refuse a picture that is another than was indexed: its receipt would be of another.
+
+    A prototype is the mean of several images, and is no picture's embedding: it is not compared.
+    Its receipt is of the picture in its middle, whose similarity it divides.
 
     Args:
         index: that it is in.
@@ -144,6 +181,8 @@ def check_same(index: Index, name: str, side: Side) -> None:
     Raises:
         ImageError: the embeddings differ.
     """
+    if index.manifest.get("compressed") is not None:
+        return
     stored = index.embeddings([index.position(name)])[0].astype(np.float64)
     lengths = np.linalg.norm(stored) * np.linalg.norm(side.embedding)
     cosine = float(stored @ side.embedding / lengths) if lengths > 0 else 1.0

@@ -20,6 +20,7 @@ import numpy as np
 from ..errors import InputError
 from ..explanation import as_html, save_picture
 from .drawing import draw_comparison, draw_receipt
+from .lines import SMALL, Line, amounts_of, as_dicts, check_count, other_channels, top_lines
 from .sides import Evidence, Side, evidence_of
 
 if TYPE_CHECKING:
@@ -30,18 +31,7 @@ if TYPE_CHECKING:
 _PROBED = 16
 """Cells of the query that links begin at, where each costs a pass through the head."""
 
-_SMALL = 5e-4
-"""Remainders that would be shown as 0.000."""
-
 Which = Literal["query", "result"]
-
-
-@dataclass(frozen=True)
-class Line:
-    """A channel and what it gives to the score; the mean of what it gives on both sides."""
-
-    channel: int
-    contribution: float
 
 
 @dataclass(frozen=True)
@@ -118,7 +108,7 @@ class Receipt:
     def amounts(self, n: int = 10) -> list[tuple[str, float]]:
         """What adds up to the similarity, in words: the average, n channels, all that is left."""
         shared = [("shared with the average", self.shared)] if self.centred else []
-        return shared + _amounts(self.channels, n, self.remainder, self.exact)
+        return shared + amounts_of(self.channels, n, self.remainder, self.exact)
 
     def point(self, row: int, column: int, of: Which = "query") -> np.ndarray:
         """What one cell matches: contributions of its pairs with every cell of the other picture.
@@ -163,7 +153,11 @@ class Receipt:
         A cell is in one link at most, and a link that runs beside a better one (both ends next to
         its ends) is left out: it says the same. Where the receipt is not `exact`, links begin only
         at the query's 16 cells that give most.
+
+        Raises:
+            InputError: n is no such number.
         """
+        check_count(n, "links")
         query, result = self.sides
         (_, width), (_, wide) = query.activations.shape[1:], result.activations.shape[1:]
         if self.exact:
@@ -174,13 +168,21 @@ class Receipt:
             vectors = self._vectors(query, cells.tolist())
             rows = np.array([self._matched(query, result, v).ravel() for v in vectors])
         found: list[Link] = []
-        for place in np.argsort(-rows, axis=None, kind="stable").tolist():
-            row, column = divmod(place, rows.shape[1])
-            if len(found) == n or rows[row, column] <= 0:
+        starts, ends = (np.stack(np.divmod(a, w), -1) for a, w in (
+            (cells, width), (np.arange(rows.shape[1]), wide)))  # fmt: skip
+        # The next best one each time: sorting all pairs would take longer, and their number again.
+        while len(found) < min(n, len(cells)):
+            row, column = divmod(int(rows.argmax()), rows.shape[1])
+            if rows[row, column] <= 0:
                 break
-            start, end = divmod(int(cells[row]), width), divmod(column, wide)
-            if not any(_says_the_same(link, start, end) for link in found):
-                found.append(Link(start, end, float(rows[row, column])))
+            start, end = starts[row], ends[column]
+            found.append(
+                Link((int(start[0]), int(start[1])), (int(end[0]), int(end[1])),
+                     float(rows[row, column]))
+            )  # fmt: skip
+            beside = (np.abs(starts - start).max(1) <= 1, np.abs(ends - end).max(1) <= 1)
+            rows[np.ix_(*beside)] = 0
+            rows[row], rows[:, column] = 0, 0
         return found
 
     def to_dict(self, lines: int = 10, links: int = 5) -> dict[str, Any]:
@@ -191,8 +193,8 @@ class Receipt:
             "centred": self.centred,
             "shared": self.shared,
             "remainder": self.remainder,
-            "channels": _as_dicts(self.channels, lines),
-            "other_channels": _others(self.channels, lines),
+            "channels": as_dicts(self.channels, lines),
+            "other_channels": other_channels(self.channels, lines),
             "query": _evidence_dict(self.query, self.query_shown),
             "result": _evidence_dict(self.result, self.result_shown),
             "links": [
@@ -244,8 +246,11 @@ class Comparison:
     Attributes:
         score: as above.
         query: what the query's cells and channels give to the score: positive where it speaks for
-            the result, negative for the rival. `cells.sum() + remainder` is the score.
+            the result, negative for the rival. `cells.sum() + remainder` is the score, and
+            `lengths` is part of that remainder.
         result, rival: the receipts of either with the query.
+        lengths: what the embeddings' own lengths give, (|f''|^2 - |f'|^2) / 2: of two equally
+            similar results the shorter is nearer. 0 for inner products.
         query_shown: the query's picture.
     """
 
@@ -253,6 +258,7 @@ class Comparison:
     query: Evidence
     result: Receipt
     rival: Receipt
+    lengths: float = 0.0
 
     @property
     def query_shown(self) -> Shown:
@@ -270,7 +276,11 @@ class Comparison:
 
     def amounts(self, n: int = 10) -> list[tuple[str, float]]:
         """What adds up to the score, in words: n channels, and all that is left."""
-        return _amounts(self.query.channels, n, self.query.remainder, self.exact)
+        rest = self.query.remainder - self.lengths
+        found = amounts_of(self.query.channels, n, rest, self.exact)
+        if abs(self.lengths) >= SMALL:
+            found.append(("the embeddings' lengths", self.lengths))
+        return found
 
     def to_dict(self, lines: int = 10) -> dict[str, Any]:
         """Plain lists and numbers, ready for JSON; without pictures."""
@@ -279,8 +289,8 @@ class Comparison:
             "exact": self.exact,
             "similarities": [self.result.similarity, self.rival.similarity],
             "remainder": self.query.remainder,
-            "channels": _as_dicts(self.query.channels, lines),
-            "other_channels": _others(self.query.channels, lines),
+            "channels": as_dicts(self.query.channels, lines),
+            "other_channels": other_channels(self.query.channels, lines),
             "query": _evidence_dict(self.query, self.query_shown),
             "result": _evidence_dict(self.result.result, self.result.result_shown),
             "rival": _evidence_dict(self.rival.result, self.rival.result_shown),
@@ -343,51 +353,10 @@ def make_comparison(query: Side, result: Receipt, rival: Receipt, metric: str) -
         metric: the index's, "l2" or "ip".
     """
     ours, theirs = result.sides[1].embedding, rival.sides[1].embedding
-    score = result.similarity - rival.similarity
-    if metric == "l2":
-        score += float(theirs @ theirs - ours @ ours) / 2
-    return Comparison(score, evidence_of(query, ours - theirs, score, None), result, rival)
-
-
-def _says_the_same(link: Link, start: tuple[int, int], end: tuple[int, int]) -> bool:
-    """Whether a worse link shares a cell with this one, or runs beside it."""
-    near = [
-        max(abs(a - c) for a, c in zip(one, other, strict=True))
-        for one, other in ((link.query, start), (link.result, end))
-    ]
-    return 0 in near or max(near) <= 1
-
-
-def top_lines(channels: np.ndarray, n: int) -> list[Line]:
-    """The n channels of largest magnitude, sorted by contribution, largest first."""
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        raise InputError(f"{n!r} lines; give a whole number, 0 or more")
-    chosen = np.argsort(-np.abs(channels), kind="stable")[:n]
-    found = [Line(int(channel), float(channels[channel])) for channel in chosen]
-    return sorted(found, key=lambda line: -line.contribution)
-
-
-def _amounts(
-    channels: np.ndarray, n: int, remainder: float, exact: bool
-) -> list[tuple[str, float]]:
-    lines = top_lines(channels, n)
-    found = [(f"channel {line.channel}", line.contribution) for line in lines]
-    found.append((f"{len(channels) - len(lines)} other channels", _others(channels, n)))
-    if not exact or abs(remainder) >= _SMALL:
-        found.append(("the head's bias" if exact else "not of first order", remainder))
-    return found
-
-
-def _as_dicts(channels: np.ndarray, n: int) -> list[dict[str, Any]]:
-    return [
-        {"channel": line.channel, "contribution": line.contribution}
-        for line in top_lines(channels, n)
-    ]
-
-
-def _others(channels: np.ndarray, n: int) -> float:
-    """What the channels without a line of their own give together."""
-    return float(channels.sum() - sum(line.contribution for line in top_lines(channels, n)))
+    lengths = float(theirs @ theirs - ours @ ours) / 2 if metric == "l2" else 0.0
+    score = result.similarity - rival.similarity + lengths
+    evidence = evidence_of(query, ours - theirs, score, None)
+    return Comparison(score, evidence, result, rival, lengths)
 
 
 def _evidence_dict(evidence: Evidence, shown: Shown) -> dict[str, Any]:

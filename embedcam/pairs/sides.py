@@ -103,27 +103,33 @@ class DifferentiatedSide(Side):
 
     def __init__(self, passed: Any, normalize: bool) -> None:
         features = passed.features
-        self.activations = _array(features.activations)[0].astype(np.float32, copy=False)
-        self.embedding = _array(features.embedding)[0].astype(np.float64)
+        self.activations = as_array(features.activations)[0].astype(np.float32, copy=False)
+        self.embedding = as_array(features.embedding)[0].astype(np.float64)
         self.norm = float(features.norm[0]) if normalize else 1.0
         self._passed = passed
+        self._vectors: dict[int, np.ndarray] = {}
 
     def products(self, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As `Side` says."""
-        slopes = _array(self._passed.vjp((direction / self.norm)[None]))[0]
+        slopes = as_array(self._passed.vjp((direction / self.norm)[None]))[0]
         product = slopes.astype(np.float64) * self.activations
         return product.sum((1, 2)), product.sum(0)
 
     def cell_vectors(self, cells: Sequence[int]) -> np.ndarray:
         """As `Side` says."""
-        _, height, width = self.activations.shape
-        found = []
         for cell in cells:
-            alone = np.zeros_like(self.activations)
-            place = np.unravel_index(cell, (height, width))
-            alone[:, *place] = self.activations[:, *place]
-            found.append(_array(self._passed.jvp(alone[None]))[0])
-        return np.array(found, np.float64).reshape(len(found), -1) / self.norm
+            # Kept: a query's cells are asked for again by each of its receipts.
+            if cell not in self._vectors:
+                self._vectors[cell] = self._cell_vector(cell)
+        found = np.array([self._vectors[cell] for cell in cells], np.float64)
+        return found.reshape(len(cells), -1) / self.norm
+
+    def _cell_vector(self, cell: int) -> np.ndarray:
+        place = np.unravel_index(cell, self.activations.shape[1:])
+        alone = np.zeros_like(self.activations)
+        alone[:, *place] = self.activations[:, *place]
+        found: np.ndarray = as_array(self._passed.jvp(alone[None]))[0]
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +172,7 @@ def evidence_of(
     return Evidence(cells, channels, shared, float(score - shared - channels.sum()))
 
 
-def _array(values: Any) -> np.ndarray:
+def as_array(values: Any) -> np.ndarray:
+    """An array, or a tensor on any device, as an array."""
     found: np.ndarray = values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
     return found

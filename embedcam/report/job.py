@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -208,9 +208,6 @@ def _explain_missing(job: _Job, place: Folder, batch_size: int, progress: bool |
 
     A batch is explained whole or not at all: another composition could round otherwise.
     """
-    # Here, for what explains single queries can do without it.
-    from tqdm import tqdm
-
     done, n_new = place.finished(), 0
     batches = [
         range(start, min(start + batch_size, len(job.source)))
@@ -218,17 +215,7 @@ def _explain_missing(job: _Job, place: Folder, batch_size: int, progress: bool |
     ]
     ahead = [batch for batch in batches if not done.issuperset(batch)]
     n_ahead = sum(map(len, ahead))
-    silent = None if progress is None else not progress
-    with (
-        _threads() as pool,
-        tqdm(
-            total=len(job.source),
-            initial=len(job.source) - n_ahead,
-            desc="explain",
-            unit=" queries",
-            disable=silent,
-        ) as bar,
-    ):
+    with _threads() as pool, _bar(len(job.source), n_ahead, progress) as advance:
         for batch, opened in _opened(job, pool, ahead):
             names = [job.source.name(position) for position in batch]
             found = explain_opened(job.explainer, names, opened, job.asked, job.neighbors)
@@ -243,8 +230,23 @@ def _explain_missing(job: _Job, place: Folder, batch_size: int, progress: bool |
             ]
             place.keep(dict(zip(batch, (one.result() for one in made), strict=True)))
             n_new += len(batch)
-            bar.update(len(batch))
+            advance(len(batch))
     return n_new
+
+
+@contextmanager
+def _bar(total: int, ahead: int, progress: bool | None) -> Iterator[Callable[[int], object]]:
+    """What moves a bar on; none is shown where tqdm is missing, as where torch is."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda queries: None
+        return
+    silent = None if progress is None else not progress
+    with tqdm(
+        total=total, initial=total - ahead, desc="explain", unit=" queries", disable=silent
+    ) as bar:
+        yield bar.update
 
 
 def _opened(

@@ -90,13 +90,18 @@ def router(pipeline: Pipeline) -> APIRouter:
             upload = await read_upload(request, pipeline.limits)
             async with pipeline.deadline():
                 side = None if kind == JSON else DRAWN_SIDE
-                made = await maker.receipts(
-                    upload, ids, compared=rival is not None, centred=centred, side=side
-                )
+                chosen: dict[str, Any] = {
+                    "compared": rival is not None,
+                    "centred": centred,
+                    "side": side,
+                }
                 if kind == JSON:
-                    body = await pipeline.in_thread(_written, made, point, lines, links)
+                    writer = _Writer(point, lines, links)
+                    made = await maker.receipts(upload, ids, writer.receipt, **chosen)
+                    body = await pipeline.in_thread(_written, made, lines)
                 else:
-                    body = await pipeline.in_thread(_drawn, made, kind, lines, links)
+                    drawn = await maker.receipts(upload, ids, _itself, **chosen)
+                    body = await pipeline.in_thread(_drawn, drawn, kind, lines, links)
         return Response(body, media_type=kind, headers={"Vary": "Accept"})
 
     return routes
@@ -133,24 +138,37 @@ def _check_drawable(results: list[str], point: Point | None) -> None:
         )
 
 
-def _drawn(made: Receipts, kind: str, lines: int, links: int) -> bytes:
+def _itself(_: Picture, receipt: Receipt) -> Receipt:
+    return receipt
+
+
+def _drawn(made: Receipts[Receipt], kind: str, lines: int, links: int) -> bytes:
     if made.comparison is not None:
         return encoded(made.comparison.plot(lines=lines), kind)
-    return encoded(made.receipts[0].plot(lines=lines, links=links), kind)
+    return encoded(made.told[0].plot(lines=lines, links=links), kind)
 
 
-def _written(made: Receipts, point: Point | None, lines: int, links: int) -> bytes:
-    left, receipts = MAX_PAIRS, []
-    for picture, receipt in zip(made.pictures, made.receipts, strict=True):
+class _Writer:
+    """Writes the receipts of one answer, one after the other; `pairs` while there is room."""
+
+    def __init__(self, point: Point | None, lines: int, links: int) -> None:
+        self._point, self._lines, self._links = point, lines, links
+        self._left = MAX_PAIRS
+
+    def receipt(self, picture: Picture, receipt: Receipt) -> dict[str, Any]:
+        """One receipt of the answer."""
         numbers = receipt.query.cells.size * receipt.result.cells.size
-        fits = receipt.exact and numbers <= left
-        left -= numbers * fits
-        found = _receipt(receipt.to_dict(lines, links), picture)
+        fits = receipt.exact and numbers <= self._left
+        self._left -= numbers * fits
+        found = _receipt(receipt.to_dict(self._lines, self._links), picture)
         found["pairs"] = _pairs(receipt) if fits else None
-        found["point"] = None if point is None else _point(receipt, point)
-        receipts.append(found)
+        found["point"] = None if self._point is None else _point(receipt, self._point)
+        return found
+
+
+def _written(made: Receipts[dict[str, Any]], lines: int) -> bytes:
     contrast = None if made.comparison is None else _contrast(made.comparison.to_dict(lines))
-    body = {**_picture(made.query), "receipts": receipts, "contrast": contrast}
+    body = {**_picture(made.query), "receipts": made.told, "contrast": contrast}
     # A NaN is no JSON: it would be a fault of ours, and is to be seen as one.
     return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
 

@@ -86,6 +86,7 @@ def _body(
 def _what_is_wrong(errors: Sequence[Any]) -> str:
     """The first of pydantic's complaints as a sentence; what was given is not repeated."""
     first = errors[0]
-    name = str(first["loc"][-1]) if first["loc"] else "the request"
+    # Where it was given ("query"), its name, and what pydantic knows of its type.
+    name = str(first["loc"][:2][-1]) if first["loc"] else "the request"
     said = str(first["msg"])
     return f"{name}: {said[:1].lower()}{said[1:]}"

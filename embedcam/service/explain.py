@@ -122,19 +122,17 @@ def _explained(query: Picture, made: Explanation, map_size: int, prefix: str) ->
     shown = made.to_dict((min(map_size, height), min(map_size, width)))
     norms = made.neighbor_norms
     neighbors = [
-        {
-            **_match(one["id"], one["label"], one["distance"], one["similarity"], prefix),
-            "cam": one["cam"],
-            "norm": None if norms is None else float(norms[place]),
-        }
+        _neighbor(one, None if norms is None else norms[place], prefix)
         for place, one in enumerate(shown["neighbors"])
     ]
+    asked = made.asked
     kept = ("cam", "empty", "transfer", "trust", "trusted", "direct", "explained")
     return _dumped(
         {
             "picture": size_of(query),
             "extent": list(query.extent),
             **{name: shown[name] for name in kept},
+            "result": None if asked is None else _neighbor(shown["result"], asked.norm, prefix),
             "neighbors": neighbors,
         }
     )
@@ -149,6 +147,14 @@ def _searched(query: Picture, found: Found, prefix: str) -> bytes:
 
 def _drawn(query: Picture, made: Explanation, side: int, kind: str) -> bytes:
     return encoded(overlay(query.small, made.cam, query.extent, query.size, side), kind)
+
+
+def _neighbor(one: Mapping[str, Any], norm: float | None, prefix: str) -> dict[str, Any]:
+    return {
+        **_match(one["id"], one["label"], one["distance"], one["similarity"], prefix),
+        "cam": one["cam"],
+        "norm": None if norm is None else float(norm),
+    }
 
 
 def _match(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from PIL import Image
 
@@ -22,6 +22,7 @@ from ..pairs import (
     check_same,
     make_comparison,
     make_receipt,
+    mean_of,
 )
 from .errors import Refused
 from .pictures import Query, shrunk
@@ -31,13 +32,15 @@ from .upload import Upload
 logger = logging.getLogger("embedcam.service")
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
-class Receipts:
-    """What was asked: the query's picture, and for each image its picture and receipt."""
+class Receipts(Generic[T]):
+    """What was asked: the query's picture, and what was told of each image's receipt."""
 
     query: Query
-    pictures: list[Query]
-    receipts: list[Receipt]
+    told: list[T]
     comparison: Comparison | None
 
 
@@ -59,27 +62,28 @@ class ReceiptMaker:
     def check(self) -> None:
         """Refuse, where the network's head is not to be had: 501."""
         if self._pairs is None:
-            raise Refused(
-                501,
-                "no_receipts",
-                "receipts need the network's head by itself, which its ONNX file and this index do "
-                "not tell; serve the network instead",
-            )
+            raise _no_receipts()
 
     async def receipts(
         self,
         upload: Upload,
         ids: Sequence[str],
+        tell: Callable[[Query, Receipt], T],
         *,
         compared: bool = False,
         centred: bool = True,
         side: int | None = None,
-    ) -> Receipts:
+    ) -> Receipts[T]:
         """The receipts of one query with these images, in their order.
+
+        Of each receipt only what is told of it is kept: where receipts are of first order, one
+        holds the graph of its picture's head. Each is a piece of work by itself, so that a request
+        that has taken too long ends with the one begun.
 
         Args:
             upload: as it came.
             ids: of images of the index, looked up before; each once.
+            tell: what is wanted of an image's picture and receipt; called in the pool, in order.
             compared: they are a result and its rival.
             centred: see `PairExplainer.receipt`.
             side: of the pictures to be drawn on, or None.
@@ -88,25 +92,37 @@ class ReceiptMaker:
             Refused: 404, a picture that is not there; 409, a picture that has changed.
         """
         pipeline, index = self._pipeline, self._pipeline.index
-        query, first = await pipeline.ask(upload, index, self._sides, side)
-        found: list[tuple[Query, Side]] = []
+        query = await pipeline.ask(upload, index, self._sides, side)
+        told: list[T] = []
+        kept: list[Receipt] = []
+
+        def settled(name: str, result: tuple[Query, Side]) -> None:
+            made = _settled(index, name, query, result, centred)
+            told.append(tell(result[0], made))
+            if compared:
+                kept.append(made)
+
         # No more at once than go through the network together, so that others come between.
         step = pipeline.limits.batch
         for start in range(0, len(ids), step):
             part = ids[start : start + step]
-            found += await asyncio.gather(*(self._indexed(index, name, side) for name in part))
-        pictures, sides = [one for one, _ in found], [one for _, one in found]
-        receipts = await pipeline.in_thread(
-            _settled, index, (query, first), ids, pictures, sides, centred
-        )
+            found = await asyncio.gather(*(self._indexed(index, name, side) for name in part))
+            for name, result in zip(part, found, strict=True):
+                await pipeline.in_thread(settled, name, result)
         comparison = None
         if compared:
             # A pass of the head where receipts are of first order.
-            comparison = await pipeline.in_thread(make_comparison, first, *receipts, index.metric)
-        return Receipts(query, pictures, receipts, comparison)
+            comparison = await pipeline.in_thread(make_comparison, query[1], *kept, index.metric)
+        return Receipts(query[0], told, comparison)
 
     def _sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
         assert self._pairs is not None  # `check` saw to it
+        try:
+            self._pairs.head(index)
+        except InputError as error:
+            # Another version of the index; what is wrong with it names files.
+            logger.warning("no receipts: %s", error)
+            raise _no_receipts() from None
         return self._pairs.sides(index, inputs)
 
     async def _indexed(self, index: Index, name: str, side: int | None) -> tuple[Query, Side]:
@@ -136,29 +152,28 @@ class ReceiptMaker:
         )
 
 
+def _no_receipts() -> Refused:
+    return Refused(
+        501,
+        "no_receipts",
+        "receipts need the network's head by itself, which its ONNX file and this index do not "
+        "tell; serve the network instead",
+    )
+
+
 def _settled(
-    index: Index,
-    query: tuple[Query, Side],
-    ids: Sequence[str],
-    pictures: Sequence[Query],
-    sides: Sequence[Side],
-    centred: bool,
-) -> list[Receipt]:
-    mean = index.fitted("embedding_mean")
-    labels = index.select([find_live(index, name) for name in ids]).labels
-    shown, found = _shown(query[0]), []
-    for name, label, picture, side in zip(ids, labels, pictures, sides, strict=True):
-        _check_same(index, name, side)
-        made = make_receipt(
-            query[1],
-            side,
-            mean,
-            centred=centred,
-            query_shown=shown,
-            result_shown=_shown(picture, name, label),
-        )
-        found.append(made)
-    return found
+    index: Index, name: str, query: tuple[Query, Side], result: tuple[Query, Side], centred: bool
+) -> Receipt:
+    (label,) = index.select([find_live(index, name)]).labels
+    _check_same(index, name, result[1])
+    return make_receipt(
+        query[1],
+        result[1],
+        mean_of(index, centred),
+        centred=centred,
+        query_shown=_shown(query[0]),
+        result_shown=_shown(result[0], name, label),
+    )
 
 
 def _check_same(index: Index, name: str, side: Side) -> None:

@@ -87,6 +87,10 @@ class ExplainAnswer(_Strict):
     explained: list[str] = Field(
         description="Ids of the images whose weights drew the map.", examples=[["gulls/17.jpg"]]
     )
+    result: Neighbor | None = Field(
+        description="The one image that was asked for, which may be no neighbour; null where none "
+        "was."
+    )
     neighbors: list[Neighbor]
 
 
@@ -127,7 +131,11 @@ class PairReceipt(_Strict):
     label: str | None = Field(examples=["gulls"])
     picture: Size
     extent: Extent
-    similarity: float = Field(description="Inner product of the embeddings.", examples=[0.845])
+    similarity: float = Field(
+        description="Inner product of the embeddings of both pictures; of a prototype, with the "
+        "picture in its middle.",
+        examples=[0.845],
+    )
     exact: bool = Field(
         description="Contributions are exact; otherwise of first order, and `remainder` holds "
         "what is not."
@@ -160,7 +168,10 @@ class Contrast(_Strict):
         examples=[0.12],
     )
     exact: bool
-    remainder: float
+    remainder: float = Field(
+        description="What no channel accounts for; of embeddings that are not of length 1 their "
+        "lengths, too, of which the shorter is nearer."
+    )
     channels: list[Channel]
     other_channels: float
     query: Cells = Field(

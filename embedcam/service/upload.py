@@ -25,6 +25,8 @@ RAW_TYPES: Final = (
 )  # fmt: skip
 """Types of a body that is the picture itself; the decoder looks at the bytes, not at the type."""
 FORM_TYPE: Final = "multipart/form-data"
+MAX_HEAD: Final = 8192
+"""Bytes of a form field's headers: reading a long one takes time that grows with its square."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class _Form:
         self.complete = False
         self._parts = 0
         self._header, self._value, self._disposition = b"", b"", b""
+        self._head = 0
 
     def callbacks(self) -> "MultipartCallbacks":
         """What the parser calls."""
@@ -163,10 +166,19 @@ class _Form:
             )
 
     def _add_header(self, data: bytes, start: int, end: int) -> None:
+        self._count(end - start)
         self._header += data[start:end]
 
     def _add_value(self, data: bytes, start: int, end: int) -> None:
+        self._count(end - start)
         self._value += data[start:end]
+
+    def _count(self, length: int) -> None:
+        self._head += length
+        if self._head > MAX_HEAD:
+            raise Refused(
+                422, "broken_form", f"the form's field has headers of more than {MAX_HEAD} bytes"
+            )
 
     def _end_header(self) -> None:
         if self._header.lower() == b"content-disposition":

@@ -228,6 +228,18 @@ def test_explain_by_one_result_by_named_neighbours_and_by_distance(say: Say, bui
         assert told["cam"] == expected.to_dict((14, 14))["cam"]
 
 
+def test_a_refit_says_whose_recipe_it_kept(say: Say, index: str) -> None:
+    assert say("build", index, "--refit", "--target", "margin")[0] == 0
+    code, _, err = say("build", index, "--refit")
+    assert (code, err.splitlines()[-1].partition(";")[0]) == (
+        0,
+        "note: the recipe was the index's (target margin, method gradcam) but for what the "
+        "command said",
+    )
+    assert say("build", index, "--refit", "--recipe", "default")[0] == 0
+    assert answer(say, "info", index)["target"] == "discriminant"
+
+
 def test_compare_prints_what_adds_up(say: Say, built: Path, tmp_path: Path) -> None:
     network = load_network("cli_toy_network:make", layer="relu")
     pairs = PairExplainer(Explainer(built, network))

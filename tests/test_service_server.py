@@ -389,4 +389,4 @@ def test_hanging_up_loads_the_index_again(caplog: pytest.LogCaptureFixture) -> N
         raise InputError("the index is gone")
 
     server._reloaded(fail)
-    assert "the old one goes on being served" in caplog.text
+    assert "the old index goes on being served: the index is gone" in caplog.text

@@ -21,12 +21,19 @@ _RECIPE = (
 def build(options: argparse.Namespace) -> None:
     """Build an index from images, or from features."""
     recipe, images, network = _recipe(options)
+    kept = options.refit and not options.recipe and (Path(options.index) / "manifest.json").exists()
     with told_of(options):
         if options.embeddings or options.pooled:
             report = _build_features(options, recipe, network)
         else:
             report = _build_images(options, recipe, images, network)
     _report(options, report, "built")
+    if kept:
+        note(
+            options,
+            f"note: the recipe was the index's (target {recipe.resolved_target}, method "
+            f"{recipe.method}) but for what the command said; --recipe default begins anew",
+        )
 
 
 def add(options: argparse.Namespace) -> None:
@@ -245,11 +252,6 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str,
 
         with Index.open(options.index) as index:
             recipe = Recipe.from_dict(index.manifest["recipe"], "the index's recipe")
-        note(
-            options,
-            f"note: the recipe is the index's (target {recipe.resolved_target}, method "
-            f"{recipe.method}), but for what the command says; --recipe default begins anew",
-        )
     changes = {n: getattr(options, n) for n in _RECIPE if getattr(options, n) is not None}
     if options.triplets is not None:
         if options.triplets.endswith(".npy"):

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import threadpoolctl
 from build_samples import pictures, quicken
 from service_client import awake, data_of, picture
 
@@ -367,6 +368,18 @@ def test_names_the_service_goes_by(options: list[str], hosts: list[str] | None) 
     said = parser().parse_args(["serve", "my.index", *options])
     with closing(server.bind(said.host, 0)) as bound:
         assert _hosts(said, bound) == hosts
+
+
+def test_numpy_has_one_thread_while_it_serves() -> None:
+    def threads() -> set[int]:
+        found = threadpoolctl.threadpool_info()
+        return {one["num_threads"] for one in found if one["user_api"] == "blas"}
+
+    with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
+        before = threads()
+        with server._one_blas_thread():
+            assert threads() == {1}
+        assert threads() == before
 
 
 def test_addresses_are_for_a_browser() -> None:

@@ -91,8 +91,24 @@ def serve(
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=ceil(2 * seconds) + 1,
     )
-    with bound, _signals(reload):
+    with bound, _signals(reload), _one_blas_thread():
         uvicorn.Server(config).run(sockets=[bound])
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """NumPy's products on one thread: the products of a map are small.
+
+    Beside the threads of torch, which wait by spinning, those of BLAS come to a stop now and then:
+    on two cores a map of half a millisecond took sixteen.
+    """
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:  # an installation for serving alone
+        yield
+        return
+    with threadpool_limits(limits=1, user_api="blas"):
+        yield
 
 
 @contextmanager

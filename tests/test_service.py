@@ -22,6 +22,7 @@ from embedcam import Explainer, Index, add_images, build_index, find_images
 from embedcam.cam import area_average
 from embedcam.errors import InputError
 from embedcam.images import ImageSource
+from embedcam.index import remove
 from embedcam.render import Tile, top_value
 from embedcam.render import overlay as render_overlay
 from embedcam.service import Limits, create_app
@@ -354,6 +355,27 @@ def test_a_map_of_an_index_built_anew_is_sent_anew(tmp_path: Path, monkeypatch: 
         tags.append(ask(made, "GET", "/items/c0/000.png/cam").headers["etag"])
         shutil.rmtree(index)
     assert tags[0] != tags[1]
+
+
+def test_a_version_that_cannot_be_served_is_not_ready(tmp_path: Path, monkeypatch: Any) -> None:
+    quicken(monkeypatch)
+    index = built(tmp_path)
+    made = create_app(explainer(index))
+    pipeline = made.state.pipeline
+    pipeline.set_ready(True)
+    with Index.open(index) as opened:
+        ids = list(opened.ids)
+    remove(index, ids)
+    with pytest.raises(InputError, match="every image was removed; add images first"):
+        pipeline.reload()
+    assert ask(made, "GET", "/readyz").status == 503
+    shutil.rmtree(index)
+    shutil.rmtree(tmp_path / "photos")
+    built(tmp_path)
+    assert pipeline.reload()
+    assert ask(made, "GET", "/readyz").status == 200
+    assert not pipeline.reload()
+    pipeline.close()
 
 
 def test_a_changed_index_is_served_after_a_reload(tmp_path: Path, monkeypatch: Any) -> None:

@@ -41,7 +41,7 @@ def serve(options: argparse.Namespace) -> None:
         app = create_app(explainer, limits=limits, hosts=_hosts(options, bound))
         _announce(options, bound, len(explainer.index))
         with _logged(options):
-            server.serve(app, bound, seconds=limits.seconds, reload=explainer.reload)
+            server.serve(app, bound, seconds=limits.seconds, reload=app.state.pipeline.reload)
 
 
 def _limits(options: argparse.Namespace) -> Any:

@@ -218,6 +218,26 @@ class Pipeline:
         self.ready = is_ready
         self.telemetry.ready(is_ready)
 
+    def reload(self) -> bool:
+        """Serve the index as it is now, see `Explainer.reload`; not ready while it cannot be.
+
+        Returns:
+            Whether another version is served now.
+
+        Raises:
+            InputError: the new version is empty, or cannot be searched.
+            and as `Explainer.reload`, which leaves the old one serving.
+        """
+        changed = self.explainer.reload()
+        try:
+            _check(self.explainer)
+        except InputError:
+            self.set_ready(False)
+            raise
+        if changed:
+            self.set_ready(True)
+        return changed
+
     def close(self) -> None:
         """Finish what was begun, and end all threads."""
         self.set_ready(False)

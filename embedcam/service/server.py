@@ -143,7 +143,7 @@ def _reloaded(reload: Callable[[], Any]) -> None:
     try:
         reload()
     except EmbedcamError as error:
-        logger.error("the old index goes on being served: %s", error)
+        logger.error("the index was not loaded again: %s", error)
     except Exception:
         logger.exception("the index could not be loaded again; the old one goes on being served")
 

@@ -168,7 +168,7 @@ export function showTrust({ trust, trusted, direct }) {
   const words = direct
     ? "Not transferred: this map was computed on your picture itself."
     : trusted
-      ? "The map is the one that computing it here would draw. Whether the results are right, it does not say."
+      ? "Much like the map that computing it on your picture would draw. It does not say that the results are right."
       : "Not to be trusted: the map may show the wrong places.";
   find("trust").dataset.kind = direct ? "direct" : trusted ? "good" : "bad";
   find("trust-number").textContent = fixed(trust, 2);

@@ -15,6 +15,7 @@ import pytest
 import torch
 from photo_samples import picture, write_photos
 from PIL import Image
+from rounding import assert_same_picture, same_values
 from safetensors.torch import save_file
 
 from embedcam import Explainer, Index, PairExplainer, load_network
@@ -192,7 +193,7 @@ def test_explain_prints_what_the_explainer_finds(say: Say, built: Path, tmp_path
     expected = explainer.explain("photos/2/1.png")
     (told,) = answer(say, "explain", built, "photos/2/1.png", "-n", 3)
     assert told.pop("query") == "photos/2/1.png"
-    assert told == json.loads(json.dumps(expected.to_dict((14, 14))))
+    assert same_values(told, json.loads(json.dumps(expected.to_dict((14, 14)))))
 
     code, out, err = say("explain", built, "photos/2/1.png", "-n", 3, "-o", tmp_path / "why.png")
     assert (code, err) == (0, "")
@@ -206,7 +207,7 @@ def test_explain_prints_what_the_explainer_finds(say: Say, built: Path, tmp_path
         )
     ]
     with Image.open(tmp_path / "why.png") as written:
-        np.testing.assert_array_equal(written, expected.plot(title="1.png"))
+        assert_same_picture(written, expected.plot(title="1.png"))
 
 
 def test_explain_by_one_result_by_named_neighbours_and_by_distance(say: Say, built: Path) -> None:
@@ -215,7 +216,7 @@ def test_explain_by_one_result_by_named_neighbours_and_by_distance(say: Say, bui
     (told,) = answer(say, "explain", built, query, "--result", "2/3.png")
     expected = Explainer(built, network).explain(query, result="2/3.png")
     assert told["explained"] == ["2/3.png"]
-    assert told["cam"] == expected.to_dict((14, 14))["cam"]
+    assert same_values(told["cam"], expected.to_dict((14, 14))["cam"])
     assert "(what speaks for 2)" in say("explain", built, query, "--result", "2/3.png")[1]
     named = ["2/3.png", "1/0.png"]
     expected = Explainer(built, network, transfer="distance").explain(query, neighbors=named)
@@ -225,7 +226,7 @@ def test_explain_by_one_result_by_named_neighbours_and_by_distance(say: Say, bui
     ):
         (told,) = answer(say, "explain", built, query, *given, "--transfer", "distance")
         assert [one["id"] for one in told["neighbors"]] == named
-        assert told["cam"] == expected.to_dict((14, 14))["cam"]
+        assert same_values(told["cam"], expected.to_dict((14, 14))["cam"])
 
 
 def test_a_refit_says_whose_recipe_it_kept(say: Say, index: str) -> None:
@@ -246,7 +247,7 @@ def test_compare_prints_what_adds_up(say: Say, built: Path, tmp_path: Path) -> N
     query, result, rival = "photos/0/0.png", "0/1.png", "2/3.png"
     expected = pairs.receipt(query, result)
     told = answer(say, "compare", built, query, result, "--lines", "3")
-    assert told == {"query": query, "pair": expected.to_dict(3)}
+    assert same_values(told, {"query": query, "pair": expected.to_dict(3)})
     code, out, _ = say("compare", built, query, result, "--lines", "3", "-o", tmp_path / "r.png")
     head, *rows = out.splitlines()
     assert (code, head) == (0, f"{query} and {result}")
@@ -255,11 +256,11 @@ def test_compare_prints_what_adds_up(say: Say, built: Path, tmp_path: Path) -> N
     assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.005)
     assert rows[-1].split() == ["similarity", f"{expected.similarity:+.3f}"]
     with Image.open(tmp_path / "r.png") as written:
-        np.testing.assert_array_equal(written, expected.plot(lines=3))
+        assert_same_picture(written, expected.plot(lines=3))
 
     above = pairs.above(query, result, rival, centred=False)
     given = ["compare", built, query, result, "--above", rival, "--not-centred"]
-    assert answer(say, *given)["pair"] == above.to_dict()
+    assert same_values(answer(say, *given)["pair"], above.to_dict())
     out = say(*given)[1]
     assert out.startswith(f"{query} and {result}, above {rival}\n")
     assert out.splitlines()[-1].split() == ["more", "similar", "by", f"{above.score:+.3f}"]

@@ -16,6 +16,7 @@ import index_samples
 import numpy as np
 import pytest
 from photo_samples import Flat, build, network_of, picture, tensor_of, write_photos
+from rounding import same_arrays
 
 from embedcam import (
     DirectWeights,
@@ -60,7 +61,7 @@ def built(
 
 
 def same(a: Any, b: Any) -> bool:
-    """Bit for bit, in everything an explanation holds but the picture and what prepared it."""
+    """Alike in everything an explanation holds but the picture and what prepared it."""
     for field in fields(a):
         mine, other = getattr(a, field.name), getattr(b, field.name)
         if field.name in ("image", "preprocess"):
@@ -69,10 +70,10 @@ def same(a: Any, b: Any) -> bool:
             alike = same(mine, other)
         elif isinstance(mine, dict):
             alike = mine.keys() == other.keys() and all(
-                np.array_equal(mine[name], other[name]) for name in mine
+                same_arrays(mine[name], other[name]) for name in mine
             )
         elif isinstance(mine, np.ndarray):
-            alike = mine.dtype == other.dtype and np.array_equal(mine, other)
+            alike = same_arrays(mine, other)
         else:
             alike = bool(mine == other)
         if not alike:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from build_samples import dense, everything, paint, quicken, toy
 from PIL import Image, PngImagePlugin
+from rounding import assert_same_picture
 from service_client import FORM, ask, built, data_of, explainer, form, picture, post, send
 
 from embedcam import Explainer, Index, add_images, build_index, find_images
@@ -125,7 +126,7 @@ def test_an_overlay_is_the_picture_with_its_map(app: Any, index: Path, kind: str
         cam = explainer(index).explain(query).cam
         small = query.resize((150, 100), Image.Resampling.LANCZOS, reducing_gap=3.0)
         expected = render_overlay(small, cam, (0, 0, 150, 100), top_value([Tile(None, cam)]))
-        np.testing.assert_array_equal(np.asarray(drawn), np.asarray(expected))
+        assert_same_picture(drawn, expected)
 
 
 def test_a_small_picture_is_not_enlarged(app: Any) -> None:
@@ -210,7 +211,7 @@ def test_the_own_map(app: Any, index: Path) -> None:
     drawn = ask(app, "GET", "/items/c1/004.png/cam", accept="image/png")
     plain = Image.open(index.parent / "photos" / "c1" / "004.png")
     expected = render_overlay(plain, np.array(body["cam"], np.float32), (0, 0, 24, 24))
-    np.testing.assert_array_equal(np.asarray(drawn.image()), np.asarray(expected))
+    assert_same_picture(drawn.image(), expected)
 
 
 def test_what_a_browser_has_it_keeps(app: Any, index: Path) -> None:

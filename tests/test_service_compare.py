@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from build_samples import pictures, quicken, toy
 from PIL import Image
+from rounding import assert_same_picture
 from service_client import ask, built, data_of, explainer, form, picture, post
 
 from embedcam import EmbeddingNetwork, Explainer, build_index
@@ -150,7 +151,7 @@ def test_a_point(app: Any, index: Path, of: str) -> None:
         np.testing.assert_allclose(one["point"], receipt.point(1, 2, of), rtol=6e-4)
         pairs = np.reshape(one["pairs"], (4, 4, 4, 4))
         same = pairs[1, 2] if of == "query" else pairs[:, :, 1, 2]
-        assert np.array_equal(one["point"], same)
+        np.testing.assert_allclose(one["point"], same, rtol=1e-5, atol=1e-8)
 
 
 def test_a_receipt_of_first_order_has_points_and_no_pairs(other: tuple[Any, Path]) -> None:
@@ -229,7 +230,7 @@ def test_a_receipt_as_a_picture(app: Any, rival: str | None) -> None:
 def test_a_drawn_receipt_is_the_receipt_s_own(app: Any, index: Path) -> None:
     small = post(app, target(IDS[0]), QUERY, accept="image/png").image()
     (own,) = expected(index, IDS[0])
-    np.testing.assert_array_equal(np.asarray(small), np.asarray(own.plot().convert("RGB")))
+    assert_same_picture(small, own.plot().convert("RGB"))
 
 
 def test_a_large_picture_is_drawn_small_and_told_whole(app: Any) -> None:

@@ -99,6 +99,51 @@ def compare_found(o: ModuleType) -> None:
         near(metrics.localisation_accuracy(a, b, least), wanted)
 
 
+# --- contrast-free ---
+
+
+def signed_cases() -> list[tuple[Array, Array, Array]]:
+    """Signed maps with two regions, empty and full ones among them."""
+    cases = []
+    for number, (maps, inside) in enumerate(all_maps()):
+        other = regions_like(maps.shape, number + 1)
+        if number % 4 == 1:
+            inside[0] = 0
+        if number % 4 == 2:
+            inside[-1], other[-1] = 1, 0
+        cases.append((maps - 0.3 * (number % 2), inside, other))
+    return cases
+
+
+def compare_auc(o: ModuleType) -> None:
+    for maps, inside, other in signed_cases():
+        wanted = [o.auc(*row) for row in zip(maps, inside, other, strict=True)]
+        near(metrics.pixel_auc(maps, inside, other), wanted)
+        wanted = [o.auc(*row) for row in zip(maps, inside, 1 - inside, strict=True)]
+        near(metrics.pixel_auc(maps, inside), wanted)
+
+
+def compare_precision_curve(o: ModuleType) -> None:
+    for maps, inside, _ in signed_cases():
+        wanted = [o.precision_curve(*row) for row in zip(maps, inside, strict=True)]
+        near(metrics.average_precision(maps, inside), wanted)
+
+
+def compare_hottest(o: ModuleType) -> None:
+    for maps, inside, _ in signed_cases():
+        pairs = list(zip(maps, inside, strict=True))
+        near(metrics.hottest_precision(maps, inside), [o.hottest(*p, p[1].sum()) for p in pairs])
+        for fraction in (0.01, 0.2, 1.0):
+            wanted = [o.hottest(*p, fraction * maps[0].size) for p in pairs]
+            near(metrics.hottest_precision(maps, inside, fraction), wanted)
+
+
+def compare_equal_areas(o: ModuleType) -> None:
+    for maps, inside, other in signed_cases()[::2]:
+        wanted = [o.equal_areas(*row) for row in zip(maps, inside, other, strict=True)]
+        near(metrics.equal_area_share(maps, inside, other), wanted)
+
+
 # --- faithfulness ---
 
 

@@ -102,6 +102,63 @@ def found_share(boxes: Sequence[Box], truth: Sequence[Box], least: float) -> flo
     return found / len(boxes)
 
 
+# --- contrast-free ---
+
+
+def auc(image: Array, mask: Array, other: Array) -> float:
+    """Every pair of a pixel inside and one outside: how often the first is larger, ties a half."""
+    won = pairs = 0.0
+    for i in range(image.size):
+        for j in range(image.size):
+            weight = float(mask.flat[i]) * float(other.flat[j])
+            pairs += weight
+            if float(image.flat[i]) > float(image.flat[j]):
+                won += weight
+            elif float(image.flat[i]) == float(image.flat[j]):
+                won += weight / 2
+    return won / pairs if pairs else 0.5
+
+
+def precision_curve(image: Array, mask: Array) -> float:
+    """Precision of all pixels >= each pixel's value, averaged over the region's pixels."""
+    total = recalled = 0.0
+    for i in range(image.size):
+        inside = reached = 0.0
+        for j in range(image.size):
+            if float(image.flat[j]) >= float(image.flat[i]):
+                inside += float(mask.flat[j])
+                reached += 1
+        total += float(mask.flat[i]) * inside / reached
+        recalled += float(mask.flat[i])
+    return total / recalled if recalled else 0.0
+
+
+def hottest(image: Array, mask: Array, area: float) -> float:
+    """Larger values are taken whole; those of the last value share what is left of the area."""
+    left, inside = area, 0.0
+    for value in sorted({float(v) for v in image.flat}, reverse=True):
+        same = [j for j in range(image.size) if float(image.flat[j]) == value]
+        part = min(1.0, left / len(same))
+        for j in same:
+            inside += part * float(mask.flat[j])
+        left = max(0.0, left - len(same))
+    return inside / area if area else 0.0
+
+
+def equal_areas(image: Array, mask: Array, other: Array) -> float:
+    """Mean value in one region over the sum of the means in both."""
+    means = []
+    for region in (mask, other):
+        total = area = 0.0
+        for j in range(image.size):
+            total += float(image.flat[j]) * float(region.flat[j])
+            area += float(region.flat[j])
+        means.append(total / area if area else None)
+    if None in means or sum(means) == 0:
+        return 0.5
+    return means[0] / sum(means)
+
+
 # --- faithfulness ---
 
 

@@ -30,6 +30,15 @@ BREAKS = [
     ("boxes_iou", "width > 0 and height > 0", "width * height > 0", cases.compare_box_iou),
     ("boxes_iou", " - both", "", cases.compare_box_iou),
     ("found_share", ">= least", "> least", cases.compare_found),
+    ("auc", "won += weight / 2", "won += weight", cases.compare_auc),
+    ("auc", "else 0.5", "else 0.0", cases.compare_auc),
+    ("auc", "* float(other.flat[j])", "", cases.compare_auc),
+    ("precision_curve", "inside += float(mask.flat[j])", "inside += 1", cases.compare_precision_curve),
+    ("precision_curve", "/ reached", "/ image.size", cases.compare_precision_curve),
+    ("hottest", "min(1.0, left / len(same))", "1.0", cases.compare_hottest),
+    ("hottest", "reverse=True", "reverse=False", cases.compare_hottest),
+    ("equal_areas", "total / area if area", "total if area", cases.compare_equal_areas),
+    ("equal_areas", "return 0.5", "return 0.0", cases.compare_equal_areas),
     ("order", "(-values[p], p)", "(-values[p], -p)", cases.compare_deletion),
     ("order", "-values[p], p", "values[p], p", cases.compare_removal),
     ("first_pixels", "+ Fraction(1, 2)", "", cases.compare_deletion),
@@ -128,6 +137,13 @@ def test_hand_calculations() -> None:
     assert oracles.largest_box(image, 0.5) == (2, 0, 3, 2)
     assert oracles.boxes_iou((0, 0, 2, 2), (1, 0, 3, 2)) == 2 / 6
     assert oracles.found_share([(0, 0, 2, 2)] * 2, [(0, 0, 2, 1), (1, 0, 3, 2)], 0.5) == 0.5
+    whole = np.array([[0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    assert oracles.auc(image, whole, 1 - whole) == 1.0
+    assert oracles.auc(-image, whole, 1 - whole) == 0.0
+    assert oracles.auc(image, 1 - mask, mask) == pytest.approx((3 * 0 + 0.5 * 0.25) / (4.5 * 1.5))
+    assert oracles.precision_curve(image, np.eye(2, 3)) == pytest.approx((2 / 6 + 2 / 6) / 2)
+    assert oracles.hottest(image, whole, 3.0) == 2 / 3
+    assert oracles.equal_areas(image, whole, 1 - whole) == 3 / (3 + 1 / 4)
     assert oracles.order(image) == [2, 5, 1, 0, 3, 4]
     assert oracles.first_pixels(image, cases.Fraction(1, 4)).sum() == 2
     assert oracles.area_under([1.0, 0.0, 0.0]) == 0.25

@@ -2,6 +2,7 @@
 
 checks.py        what comes in, checked; magnitudes brought near 1 without rounding
 order.py         pixels in order of value, in one way everywhere
+contrast_free.py signed maps beside a region, by the order of their values alone
 localisation.py  a map beside the place it should mark: energy, pointing, IoU, boxes
 faithfulness.py  what is removed and in which order; what the scores after it say
 imputation.py    removed pixels filled in from their surroundings
@@ -15,6 +16,7 @@ docstring.
 """
 
 from .agreement import correlations, cosines, map_iou, rank_correlations
+from .contrast_free import average_precision, equal_area_share, hottest_precision, pixel_auc
 from .faithfulness import (
     average_drop,
     average_increase,
@@ -44,6 +46,7 @@ __all__ = [
     "PairedDifference",
     "average_drop",
     "average_increase",
+    "average_precision",
     "best_iou",
     "bootstrap_interval",
     "box_from_map",
@@ -54,6 +57,8 @@ __all__ = [
     "curve_area",
     "deletion_steps",
     "energy_share",
+    "equal_area_share",
+    "hottest_precision",
     "iou_at",
     "leaves_top",
     "localisation_accuracy",
@@ -61,6 +66,7 @@ __all__ = [
     "map_iou",
     "noisy_linear_imputation",
     "paired_difference",
+    "pixel_auc",
     "pointing_hit",
     "precision_at_r",
     "rank_correlations",

@@ -48,15 +48,21 @@ def maps_of(maps: ArrayLike, what: str = "maps") -> np.ndarray:
     return finite(array, what, "B H W")
 
 
-def maps_and_regions(maps: ArrayLike, inside: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Maps and the regions they are judged by, both `[B H W]` float64, regions in [0, 1]."""
+def maps_and_regions(
+    maps: ArrayLike, inside: ArrayLike, *, signed: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Maps and the regions they are judged by, both `[B H W]` float64, regions in [0, 1].
+
+    signed: whether maps may be negative.
+    """
     sizes = list(np.shape(maps)), list(np.shape(inside))
     if sizes[0] != sizes[1] or len(sizes[0]) != 3:
         raise InputError(
             f"maps {sizes[0]} and regions {sizes[1]} must both be [B H W] of one size; "
             "resize the maps to the regions"
         )
-    drawn, regions = maps_of(maps), finite(inside, "regions", "B H W")
+    drawn = finite(maps, "maps", "B H W") if signed else maps_of(maps)
+    regions = finite(inside, "regions", "B H W")
     if regions.min() < 0 or regions.max() > 1:
         raise InputError(
             f"regions must lie in [0, 1], the covered part of each pixel; got "

@@ -12,7 +12,7 @@ from ..encoding import Encoding, from_spec
 from ..errors import EmbedcamError
 from . import manifest as manifest_file
 from .files import SUFFIXES, broken, file_name, map_array
-from .manifest import Manifest
+from .manifest import PlainManifest
 
 _FITTED = re.compile(r"(?:layer([0-9]{1,4})\.)?([a-z][a-z0-9_]*)\.([a-z0-9]+)")
 FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -116,7 +116,7 @@ def map_part(
     }
 
 
-def map_fitted(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+def map_fitted(root: Path, manifest: PlainManifest) -> dict[str, np.ndarray]:
     """The arrays kept once, mapped, by file name."""
     directory = manifest["fitted"]["directory"]
     for name, entry in manifest["fitted"]["files"].items():
@@ -130,7 +130,7 @@ def map_fitted(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
     }
 
 
-def map_tombstones(root: Path, manifest: Manifest) -> np.ndarray:
+def map_tombstones(root: Path, manifest: PlainManifest) -> np.ndarray:
     """Positions of removed rows, mapped, uint64 `[n]`.
 
     Raises:
@@ -159,7 +159,7 @@ def of_layer(files: Mapping[str, np.ndarray], number: int | None) -> dict[str, n
     }
 
 
-def make_layers(root: Path, manifest: Manifest, fitted: list[dict[str, Any]]) -> list[Layer]:
+def make_layers(root: Path, manifest: PlainManifest, fitted: list[dict[str, Any]]) -> list[Layer]:
     """The layers that a manifest describes, with their encodings.
 
     Raises:

@@ -343,8 +343,10 @@ def test_damage_that_opening_cannot_see_never_leads_outside(indexes: Path, tmp_p
     forge(f"{PART}/layer0.channels.u16", np.full((12, 2), 99, np.uint16))(path)
     forge(f"{PART}/ids.offsets.u64", u64(*range(0, 120, 10), 10**15))(path)
     with Index.open(path) as index:
-        assert index.ids[11] == "image-0011"
+        assert index.ids[10] == "image-0010"
         for read in (
+            lambda: index.ids[11],
+            lambda: index.ids[:],
             lambda: index.position("image-0003"),
             lambda: index.labels[0],
             lambda: index.weights([0]),

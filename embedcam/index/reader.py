@@ -287,8 +287,9 @@ class Index:
                 "this index was built without FAISS; give neighbors= ids that your own search "
                 "found, or give it one with `embedcam compact --rebuild-faiss Flat`"
             )
-        if nprobe is not None and nprobe < 1:
-            raise InputError(f"nprobe = {nprobe}; at least 1 list must be visited")
+        if nprobe is not None:
+            # There are no more lists than rows, so that more are not worth counting.
+            nprobe = min(check_count(nprobe, "nprobe"), self.n_rows)
         if k == 0:
             raise InputError("every image of this index has been removed; add images first")
         loaded = None if self._faiss is None else self._faiss.loaded()

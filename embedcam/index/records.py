@@ -334,7 +334,6 @@ class Manifest:
                 f"{removed} of them removed",
                 "counts",
             )
-        later = total - self.fit.rows
-        if later < 0 or not later - removed <= counts.added_after_fit <= later:
+        if counts.added_after_fit > total - self.fit.rows:
             what = f" of {counts.added_after_fit} added and {self.fit.rows} fitted rows of {total}"
             raise Wrong(what + " do not go together", "counts")

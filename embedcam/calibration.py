@@ -124,8 +124,8 @@ class Calibration:
         # Of a forged calibration: what overflows is not to be trusted, and is no number to show.
         with np.errstate(over="ignore", invalid="ignore"):
             expected = np.interp(self.score(evidence), self.scores, self.correlations)
-        expected = np.nan_to_num(expected, nan=0.0)
-        return expected * fall(np.asarray(nearest, np.float64), self.largest_distance)
+            near = fall(np.asarray(nearest, np.float64), self.largest_distance)
+        return np.nan_to_num(expected, nan=0.0) * near
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a manifest."""
@@ -148,7 +148,7 @@ class Calibration:
             numbers = value if several else [value]
             if not isinstance(numbers, list) or not all(map(_finite, numbers)):
                 raise InputError(f"the calibration's {name} should hold finite numbers")
-            if kind is int and (value != int(value) or value < 1):
+            if kind is int and (value != int(value) or not 1 <= value < 1 << 48):
                 raise InputError(f"the calibration's {name} should be a whole number from 1")
             taken[name] = tuple(map(float, numbers)) if several else kind(value)
         width = len(taken["mean"])

@@ -230,6 +230,9 @@ class LowRank(Encoding):
         """From the codes and products of the basis with itself, without decoding."""
         if self._scale is not None:
             return super().norms(unpacked)
+        if self.rank > self.n_channels:
+            # Products `[R R]` would take more memory than the basis, and more time than decoding.
+            return super().norms(unpacked @ self.fitted["basis"] + self.fitted["offset"])
         codes = unpacked.astype(np.float64)
         gram, along, squared = self._products
         mixed = codes if gram is None else codes @ gram

@@ -308,12 +308,13 @@ def test_the_header_is_checked(tmp_path: Path) -> None:
     encoding, rows = encoding_of("dense"), part(0, 4, encoding_of("dense"))
     good = header_of(encoding)
     for change, message in [
-        ({"metric": "cosine"}, "metric 'cosine' is unknown"),
+        ({"metric": "cosine"}, "header's metric is 'cosine'; known: l2, ip"),
         ({"surprise": 1}, "unknown.*surprise"),
         ({"embedding": {"width": 3, "normalized": True}}, "expected the width 8"),
-        ({"sign": "loss"}, "sign 'loss' is unknown"),
+        ({"sign": "loss"}, "header's sign is 'loss'; known: margin"),
         ({"recipe": {"x": float("nan")}}, "cannot be written as JSON"),
-        ({"layers": [{"name": "x"}]}, "lacks 'channels'"),
+        ({"layers": [{"name": "x"}]}, r"layers\[0\]\.channels is missing"),
+        ({"triplets": {"count": -1}}, r"header's triplets\.sampling is missing"),
     ]:
         with pytest.raises(InputError, match=message):
             create(tmp_path / "x", {**good, **change}, [{}], {}, rows)

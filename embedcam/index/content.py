@@ -38,7 +38,7 @@ def wrong_values(block: np.ndarray) -> str | None:
     """What is wrong with numbers that must be finite, or None."""
     if block.dtype.kind != "f":
         return None
-    bad = _first(~np.isfinite(block).reshape(len(block), -1).all(axis=1))
+    bad = _first(~np.isfinite(block).all(axis=tuple(range(1, block.ndim))))
     return None if bad is None else f"row {bad} holds a NaN or an infinity"
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import mmap
 import os
-import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -26,7 +25,6 @@ SUFFIXES = {
     "int64": "i64",
 }
 BLOCK_BYTES = 16 << 20
-_PLAIN = re.compile(r"[a-z][a-z0-9_.]{0,99}")
 _RESTORE = "restore it from a copy, or build the index again"
 Entry = dict[str, Any]
 """A file's line in the manifest: dtype, shape, bytes, sha256."""
@@ -47,11 +45,6 @@ class ArrayLike(Protocol):
 def broken(root: Path, name: str, what: str, remedy: str = _RESTORE) -> IndexFormatError:
     """The one sentence about a file that cannot be believed."""
     return IndexFormatError(f"{root / name}: {what}; {remedy}")
-
-
-def is_plain_name(name: object) -> bool:
-    """Whether a manifest may name this file: no path, nothing hidden, one spelling."""
-    return isinstance(name, str) and _PLAIN.fullmatch(name) is not None and ".." not in name
 
 
 def file_name(stem: str, dtype: str) -> str:
@@ -169,7 +162,7 @@ def open_checked(root: Path, name: str, size: int, remedy: str = _RESTORE) -> in
 
 
 def map_array(root: Path, name: str, entry: Entry) -> np.ndarray:
-    """Map a file read-only; its entry has been checked (`check_entry`) to be consistent."""
+    """Map a file read-only; its entry has been checked (`records.FileEntry`)."""
     descriptor = open_checked(root, name, entry["bytes"])
     try:
         dtype = np.dtype(entry["dtype"]).newbyteorder("<")
@@ -179,40 +172,6 @@ def map_array(root: Path, name: str, entry: Entry) -> np.ndarray:
     finally:
         os.close(descriptor)
     return np.frombuffer(mapped, dtype).reshape(entry["shape"])
-
-
-def check_entry(root: Path, name: str, entry: object) -> None:
-    """Refuse a manifest's line about a file that is not self-consistent; touches no file.
-
-    Raises:
-        IndexFormatError: naming the file and what is wrong.
-    """
-
-    def wrong(what: str) -> IndexFormatError:
-        return broken(root, "manifest.json", f"its entry for {name} {what}")
-
-    if not isinstance(entry, dict):
-        raise wrong("is not an object")
-    shape, dtype, size = entry.get("shape"), entry.get("dtype"), entry.get("bytes")
-    if dtype not in SUFFIXES:
-        raise wrong(f"has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not 1 <= len(shape) <= 4:
-        raise wrong(f"has the shape {shape!r}, which is not a list of 1 to 4 sizes")
-    if any(type(n) is not int or not 0 <= n < 1 << 48 for n in shape):
-        raise wrong(f"has the impossible shape {shape}")
-    # Python's integers cannot overflow, so this product is the true one.
-    expected = np.dtype(str(dtype)).itemsize
-    for n in shape:
-        expected *= n
-    if type(size) is not int or size != expected:
-        raise wrong(f"says {size!r} bytes where {dtype} {shape} takes {expected}")
-    if not is_sha256(entry.get("sha256")):
-        raise wrong("has no SHA-256")
-
-
-def is_sha256(value: object) -> bool:
-    """Whether a value is 64 lower-case hexadecimal digits."""
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def sha256_of(buffer: np.ndarray | int, progress: Callable[[int], None] | None = None) -> str:

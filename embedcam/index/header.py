@@ -13,12 +13,16 @@ from ..errors import InputError
 from . import manifest as manifest_file
 from .files import SUFFIXES, file_name, sync_folder, write_array
 from .layout import FIELD_NAME, RESERVED
-from .manifest import Manifest
+from .manifest import PlainManifest
+from .records import Manifest
+from .schema import Wrong, check_fields
 
 Arrays = Mapping[str, np.ndarray]
 
 
-def new_manifest(header: Mapping[str, Any], generation: int, rows: int, width: int) -> Manifest:
+def new_manifest(
+    header: Mapping[str, Any], generation: int, rows: int, width: int
+) -> PlainManifest:
     """The manifest of a first build, without its files.
 
     Raises:
@@ -33,20 +37,12 @@ def new_manifest(header: Mapping[str, Any], generation: int, rows: int, width: i
         raise InputError(
             f"the header lacks {missing} and has the unknown {unknown}; it takes {sorted(known)}"
         )
-    if header["metric"] not in manifest_file.METRICS:
-        raise InputError(f"metric {header['metric']!r} is unknown; use 'l2' or 'ip'")
-    if header.get("sign", "margin") != "margin":
-        raise InputError(f"sign {header['sign']!r} is unknown; weights are stored as 'margin'")
     embedding = {"width": width, "normalized": header["embedding"].get("normalized")}
     if header["embedding"] != embedding or type(embedding["normalized"]) is not bool:
         raise InputError(
             f"the header says embedding = {header['embedding']}; expected the width {width} of the "
             "embeddings given, and normalized true or false"
         )
-    for layer in header["layers"]:
-        for name in ("name", "channels", "encoding"):
-            if name not in layer:
-                raise InputError(f"a layer of the header lacks {name!r}")
     recipe = dict(header["recipe"])
     try:
         manifest = plain({key: header[key] for key in needed})
@@ -57,11 +53,11 @@ def new_manifest(header: Mapping[str, Any], generation: int, rows: int, width: i
         manifest["recipe_sha256"] = manifest_file.digest(recipe)
     except (TypeError, ValueError) as error:
         raise InputError(f"the header cannot be written as JSON ({error})") from error
-    return manifest | {
+    manifest |= {
         "format": manifest_file.FORMAT,
         "format_version": manifest_file.FORMAT_VERSION,
         "generation": generation,
-        "sign": "margin",
+        "sign": header.get("sign", "margin"),
         "libraries": {**_libraries(), **header.get("libraries", {})},
         "layers": [
             {"grid": None, "cells": None, "coarse_grid": None, **layer}
@@ -73,6 +69,11 @@ def new_manifest(header: Mapping[str, Any], generation: int, rows: int, width: i
         "tombstones": None,
         "faiss": None,
     }
+    try:
+        check_fields(Manifest, manifest)
+    except Wrong as wrong:
+        raise InputError(f"the header's {wrong}; see index/README.md") from wrong
+    return manifest
 
 
 def counts(rows: int, later: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ from ..encoding import Encoding, from_spec
 from ..errors import EmbedcamError
 from . import manifest as manifest_file
 from .files import SUFFIXES, broken, file_name, map_array
-from .manifest import Manifest
+from .manifest import PlainManifest
 
 _FITTED = re.compile(r"(?:layer([0-9]{1,4})\.)?([a-z][a-z0-9_]*)\.([a-z0-9]+)")
 FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -116,7 +116,7 @@ def map_part(
     }
 
 
-def map_fitted(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
+def map_fitted(root: Path, manifest: PlainManifest) -> dict[str, np.ndarray]:
     """The arrays kept once, mapped, by file name."""
     directory = manifest["fitted"]["directory"]
     for name, entry in manifest["fitted"]["files"].items():
@@ -124,13 +124,25 @@ def map_fitted(root: Path, manifest: Manifest) -> dict[str, np.ndarray]:
         known = found and (found[1] is None or int(found[1]) < len(manifest["layers"]))
         if not found or not known or found[3] != SUFFIXES[entry["dtype"]]:
             raise broken(root, f"{directory}/{name}", "is no file of the fitted folder")
+        if found[1] is None and not _fits(found[2], entry, manifest["embedding"]["width"]):
+            what = f"holds {entry['dtype']} {entry['shape']}, which is no {found[2]}"
+            raise broken(root, f"{directory}/{name}", what)
     return {
         name: map_array(root, f"{directory}/{name}", entry)
         for name, entry in manifest["fitted"]["files"].items()
     }
 
 
-def map_tombstones(root: Path, manifest: Manifest) -> np.ndarray:
+def _fits(name: str, entry: Mapping[str, Any], width: int) -> bool:
+    """Whether an array kept once for the whole index has its type and shape; others are free."""
+    if name not in ("embedding_mean", "probe_embedding", "probe_pooled"):
+        return True
+    shape = entry["shape"]
+    fits = len(shape) == 1 and shape[0] > 0 if name == "probe_pooled" else shape == [width]
+    return fits and entry["dtype"].startswith("float")
+
+
+def map_tombstones(root: Path, manifest: PlainManifest) -> np.ndarray:
     """Positions of removed rows, mapped, uint64 `[n]`.
 
     Raises:
@@ -138,14 +150,19 @@ def map_tombstones(root: Path, manifest: Manifest) -> np.ndarray:
         IndexFormatError: positions that do not rise or lie outside; every reader counts on them.
     """
     entry, rows = manifest["tombstones"], manifest["counts"]["rows"]
-    if entry is None:
-        return np.empty(0, np.uint64)
-    removed = map_array(root, entry["file"], entry)
+    removed = np.empty(0, np.uint64)
+    if entry is not None:
+        removed = map_array(root, entry["file"], entry)
     if len(removed) and removed.max() >= rows:
         what = f"removes row {removed.max()} of an index of {rows} rows"
         raise broken(root, entry["file"], what)
     if (removed[1:] <= removed[:-1]).any():
         raise broken(root, entry["file"], "the positions do not rise")
+    fitted = manifest["fit"]["rows"]
+    later = rows - fitted - int((removed >= fitted).sum())
+    if manifest["counts"]["added_after_fit"] != later:
+        what = f"counts.added_after_fit is not {later}, the live rows behind the fit"
+        raise broken(root, manifest_file.NAME, what)
     return removed
 
 
@@ -159,7 +176,7 @@ def of_layer(files: Mapping[str, np.ndarray], number: int | None) -> dict[str, n
     }
 
 
-def make_layers(root: Path, manifest: Manifest, fitted: list[dict[str, Any]]) -> list[Layer]:
+def make_layers(root: Path, manifest: PlainManifest, fitted: list[dict[str, Any]]) -> list[Layer]:
     """The layers that a manifest describes, with their encodings.
 
     Raises:

@@ -4,23 +4,24 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..calibration import Calibration
 from ..errors import IndexFormatError, InputError
-from .files import broken, check_entry, is_plain_name, is_sha256, replace, sync
+from .files import broken, replace, sync
+from .records import Manifest
+from .schema import Wrong, reader, short
 
 NAME = "manifest.json"
 FORMAT = "embedcam-index"
 FORMAT_VERSION = 1
 MAX_BYTES = 16 << 20
-MAX_COARSE_CELLS = 64
-METRICS = ("l2", "ip")
-_DIRECTORY = {kind: re.compile(rf"{kind}/[0-9]{{6,12}}") for kind in ("parts", "fitted")}
+MAX_DEPTH = 20
 _PIECES = re.compile(r"(parts|fitted|\.building|\.lock|faiss-.*|tombstones-.*|manifest\.json\.tmp)")
-Manifest = dict[str, Any]
+PlainManifest = dict[str, Any]
+"""A manifest as JSON has it, keys of later versions included."""
 
 
 def canonical(value: object) -> str:
@@ -33,14 +34,19 @@ def digest(value: object) -> str:
     return hashlib.sha256(canonical(value).encode("ascii")).hexdigest()
 
 
-def sealed(manifest: Mapping[str, Any]) -> Manifest:
+def sealed(manifest: Mapping[str, Any]) -> PlainManifest:
     """The manifest with `manifest_sha256` over everything else."""
     rest = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
     return {**rest, "manifest_sha256": digest(rest)}
 
 
 def write(root: Path, manifest: Mapping[str, Any]) -> None:
-    """Put a manifest in place by one durable rename."""
+    """Put a manifest in place by one durable rename; what could not be read is not written.
+
+    Raises:
+        IndexFormatError: a key that `check` refuses; nothing changed.
+    """
+    check(root, manifest)
     text = json.dumps(sealed(manifest), sort_keys=True, indent=1, allow_nan=False) + "\n"
     unfinished = root / f"{NAME}.tmp"
     with open(unfinished, "wb") as file:
@@ -49,7 +55,7 @@ def write(root: Path, manifest: Mapping[str, Any]) -> None:
     replace(unfinished, root / NAME)
 
 
-def read(root: Path) -> Manifest:
+def read(root: Path) -> PlainManifest:
     """The manifest of an index, checked; no other file is touched.
 
     Raises:
@@ -57,17 +63,45 @@ def read(root: Path) -> Manifest:
     """
     manifest = _parse(root, _read_bytes(root))
     if manifest.get("format") != FORMAT:
-        raise broken(root, NAME, f"its format is {manifest.get('format')!r}, not {FORMAT!r}")
+        what = f"its format is {short(manifest.get('format'))}, not {FORMAT!r}"
+        raise broken(root, NAME, what)
     version = manifest.get("format_version")
     if version != FORMAT_VERSION or type(version) is not int:
         newer = type(version) is int and version > FORMAT_VERSION
         remedy = "install a newer embedcam" if newer else "build the index again"
-        what = f"has format version {version!r}, and this embedcam reads {FORMAT_VERSION}"
+        what = f"has format version {short(version)}, and this embedcam reads {FORMAT_VERSION}"
         raise broken(root, NAME, what, remedy)
     if manifest != sealed(manifest):
         raise broken(root, NAME, "does not match its own checksum, so it was altered")
-    _check(root, manifest)
+    check(root, manifest)
     return manifest
+
+
+def check(root: Path, manifest: Mapping[str, Any]) -> Manifest:
+    """The manifest with every key that is read checked once, for presence, type and range.
+
+    Raises:
+        IndexFormatError: naming the key that cannot be believed.
+    """
+    try:
+        checked: Manifest = reader(Manifest)(manifest)
+        if checked.recipe_sha256 != digest(manifest["recipe"]):
+            raise Wrong(" is not the digest of the recipe", "recipe_sha256")
+    except Wrong as wrong:
+        raise broken(root, NAME, _said(manifest, wrong)) from wrong
+    return checked
+
+
+def _said(manifest: Mapping[str, Any], wrong: Wrong) -> str:
+    """What is wrong; of a file's line with the file's own name."""
+    match wrong.path:
+        case ["parts", int(number), "files", str(name), *rest]:
+            folder = manifest["parts"][number]
+        case ["fitted", "files", str(name), *rest]:
+            folder = manifest["fitted"]
+        case _:
+            return str(wrong)
+    return f"its entry for {folder['directory']}/{name} {Wrong(wrong.what, *rest)}"
 
 
 def named_bytes(manifest: Mapping[str, Any]) -> int:
@@ -94,17 +128,23 @@ def refuse_prototypes(root: Path, manifest: Mapping[str, Any], instead: str) -> 
 
 
 def _read_bytes(root: Path) -> bytes:
-    path = root / NAME
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_BYTES:
-                raise broken(root, NAME, f"has {size} bytes, and at most {MAX_BYTES} are read")
-            return file.read(MAX_BYTES)
+        # Not to wait for a pipe's writer, and not to be led elsewhere by a link.
+        descriptor = os.open(root / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
         raise _absent(root) from None
     except OSError as error:
-        raise broken(root, NAME, f"cannot be read ({error.strerror})") from error
+        link = (root / NAME).is_symlink()
+        what = "is a symbolic link" if link else f"cannot be read ({error.strerror})"
+        raise broken(root, NAME, what) from error
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise broken(root, NAME, "is not a regular file")
+        if found.st_size > MAX_BYTES:
+            what = f"has {found.st_size} bytes, and at most {MAX_BYTES} are read"
+            raise broken(root, NAME, what)
+        return file.read(MAX_BYTES)
 
 
 def _absent(root: Path) -> IndexFormatError:
@@ -119,7 +159,7 @@ def _absent(root: Path) -> IndexFormatError:
     return IndexFormatError(f"{root}: not an embedcam index (no {NAME}); check the path")
 
 
-def _parse(root: Path, data: bytes) -> Manifest:
+def _parse(root: Path, data: bytes) -> PlainManifest:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) != len(pairs):
             raise ValueError("a key appears twice")
@@ -130,198 +170,25 @@ def _parse(root: Path, data: bytes) -> Manifest:
 
     try:
         manifest = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=finite)
+        _check_depth(manifest)
         canonical(manifest)
     except (ValueError, RecursionError) as error:
-        what = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
+        what = str(error)[:200] if isinstance(error, ValueError) else "it is nested too deeply"
         raise broken(root, NAME, f"is not a readable JSON file ({what})") from error
     if not isinstance(manifest, dict):
         raise broken(root, NAME, "is not a JSON object")
     return manifest
 
 
-class _Checker:
-    """Typed access to a manifest; every failure is one sentence."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def fail(self, what: str) -> IndexFormatError:
-        return broken(self.root, NAME, what)
-
-    def get(self, holder: Mapping[str, Any], key: str, kind: type, where: str = "") -> Any:
-        value = holder.get(key)
-        if type(value) is not kind:
-            raise self.fail(f"{where}{key} is {_short(value)}, not of type {kind.__name__}")
-        return value
-
-    def count(self, holder: Mapping[str, Any], key: str, where: str, low: int = 0) -> int:
-        value: int = self.get(holder, key, int, where)
-        if not low <= value < 1 << 48:
-            raise self.fail(f"{where}{key} = {value} is impossible")
-        return value
-
-    def files(self, holder: Mapping[str, Any], kind: str) -> None:
-        """A directory with its files: names and entries, not the files themselves."""
-        directory = self.get(holder, "directory", str, f"{kind}: ")
-        if not _DIRECTORY[kind].fullmatch(directory):
-            raise self.fail(f"names the directory {directory!r}; expected {kind}/NNNNNN")
-        for name, entry in self.get(holder, "files", dict, f"{directory}: ").items():
-            if not is_plain_name(name):
-                raise self.fail(f"names the file {name!r}, which is not a plain file name")
-            check_entry(self.root, f"{directory}/{name}", entry)
-
-    def grid(self, layer: Mapping[str, Any], key: str, where: str) -> None:
-        value = layer.get(key)
-        if value is None:
-            return
-        if (
-            not isinstance(value, list)
-            or len(value) != 2
-            or any(type(n) is not int or not 1 <= n < 1 << 16 for n in value)
-        ):
-            raise self.fail(f"{where}{key} is {_short(value)}; expected [H, W] or null")
-        if key == "coarse_grid" and value[0] * value[1] > MAX_COARSE_CELLS:
-            raise self.fail(f"{where}{key} {value} has more than {MAX_COARSE_CELLS} cells")
-
-
-def _check(root: Path, manifest: Manifest) -> None:
-    check = _Checker(root)
-    check.count(manifest, "generation", "", 1)
-    _check_choices(check, manifest)
-    embedding = check.get(manifest, "embedding", dict)
-    check.count(embedding, "width", "embedding.", 1)
-    check.get(embedding, "normalized", bool, "embedding.")
-    layers = check.get(manifest, "layers", list)
-    if not layers:
-        raise check.fail("describes no layer")
-    for number, layer in enumerate(layers):
-        where = f"layers[{number}]."
-        if not isinstance(layer, dict):
-            raise check.fail(f"layers[{number}] is not an object")
-        check.count(layer, "channels", where, 1)
-        check.get(layer, "encoding", dict, where)
-        check.grid(layer, "grid", where)
-        check.grid(layer, "coarse_grid", where)
-    _check_rows(check, manifest)
-    _check_faiss(check, manifest)
-    _check_trust(check, manifest)
-    if manifest.get("compressed") is not None:
-        _check_compressed(check, check.get(manifest, "compressed", dict))
-
-
-def _check_choices(check: _Checker, manifest: Manifest) -> None:
-    recipe = check.get(manifest, "recipe", dict)
-    if manifest.get("recipe_sha256") != digest(recipe):
-        raise check.fail("recipe_sha256 is not the digest of the recipe")
-    for key in ("network", "images"):
-        if manifest.get(key) is not None:
-            check.get(manifest, key, dict)
-    for key in ("method", "target", "norm", "metric", "sign"):
-        check.get(manifest, key, str)
-    for key in ("triplets", "libraries"):
-        check.get(manifest, key, dict)
-    if manifest["metric"] not in METRICS:
-        raise check.fail(f"metric is {manifest['metric']!r}; known: l2, ip")
-    if manifest["sign"] != "margin":
-        raise check.fail(f"sign is {manifest['sign']!r}; this version knows only 'margin'")
-
-
-def _check_trust(check: _Checker, manifest: Manifest) -> None:
-    if manifest.get("trust") is None:
-        return
-    for name, values in check.get(manifest, "trust", dict).items():
-        if name not in ("one", "several"):
-            raise check.fail(f"trust has the unknown entry {_short(name)}; known: one, several")
-        try:
-            neighbors = Calibration.from_dict(values).neighbors
-        except InputError as error:
-            raise check.fail(f"trust.{name}: {error}") from error
-        if (neighbors == 1) != (name == "one"):
-            raise check.fail(f"trust.{name} is of explanations by {neighbors} neighbours")
-
-
-def _check_rows(check: _Checker, manifest: Manifest) -> None:
-    counts, fit = check.get(manifest, "counts", dict), check.get(manifest, "fit", dict)
-    rows = check.count(counts, "rows", "counts.")
-    live = check.count(counts, "live", "counts.")
-    check.count(counts, "added_after_fit", "counts.")
-    check.count(fit, "images", "fit.")
-    check.count(fit, "rows", "fit.")
-    total, seen = 0, set()
-    for part in check.get(manifest, "parts", list):
-        if not isinstance(part, dict):
-            raise check.fail("parts holds something that is not an object")
-        check.files(part, "parts")
-        total += check.count(part, "count", f"{part['directory']}: ")
-        seen.add(part["directory"])
-    if len(seen) != len(manifest["parts"]):
-        raise check.fail("names one part twice")
-    check.files(check.get(manifest, "fitted", dict), "fitted")
-    removed = 0
-    if manifest.get("tombstones") is not None:
-        tombstones = check.get(manifest, "tombstones", dict)
-        name = _numbered(check, tombstones, "tombstones", "u64")
-        check_entry(check.root, name, tombstones)
-        if tombstones["dtype"] != "uint64" or len(tombstones["shape"]) != 1:
-            raise check.fail(f"{name} should be uint64 [n]")
-        removed = tombstones["shape"][0]
-    if rows != total or live != rows - removed:
-        raise check.fail(
-            f"counts {rows} rows and {live} live; its parts hold {total}, {removed} of them removed"
-        )
-    if fit["rows"] > rows or counts["added_after_fit"] > rows - fit["rows"]:
-        raise check.fail("counts of the fit do not go with the rows")
-
-
-def _check_faiss(check: _Checker, manifest: Manifest) -> None:
-    if manifest.get("faiss") is None:
-        return
-    faiss = check.get(manifest, "faiss", dict)
-    _numbered(check, faiss, "faiss", "index")
-    check.get(faiss, "factory", str, "faiss.")
-    search = check.get(faiss, "search", dict, "faiss.")
-    for key in search:
-        check.count(search, key, "faiss.search.", 1)
-    check.count(faiss, "bytes", "faiss.", 1)
-    check.count(faiss, "trained_on", "faiss.")
-    if not is_sha256(faiss.get("sha256")):
-        raise check.fail("its entry for the FAISS file has no SHA-256")
-
-
-def _check_compressed(check: _Checker, compressed: Mapping[str, Any]) -> None:
-    where = "compressed."
-    images = check.count(compressed, "from_rows", where, 1)
-    check.count(compressed, "from_bytes", where)
-    check.count(compressed, "seed", where)
-    check.get(compressed, "per_class", bool, where)
-    for key in ("prototypes", "rows"):
-        if check.count(compressed, key, where, 1) > images:
-            raise check.fail(f"{where}{key} is {compressed[key]}, of {images} images")
-    fidelity = check.get(compressed, "fidelity", dict, where)
-    where += "fidelity."
-    if check.count(fidelity, "images", where) > images:
-        raise check.fail(f"{where}images is {fidelity['images']}, of {images}")
-    cosine = check.get(fidelity, "cosine", dict, where)
-    named = {f"cosine.{count}": one for count, one in cosine.items()}
-    if not all(count.isascii() and count.isdigit() for count in cosine):
-        raise check.fail(f"{where}cosine is {_short(cosine)}; expected numbers of neighbours")
-    for name, one in {**named, "recall_at_1": fidelity.get("recall_at_1")}.items():
-        if one is None:
-            continue
-        if not isinstance(one, dict):
-            raise check.fail(f"{where}{name} is {_short(one)}, not of type dict")
-        for key in ("index", "prototypes", "loss"):
-            if type(one.get(key)) not in (int, float) or not -2 <= one[key] <= 2:
-                raise check.fail(f"{where}{name}.{key} is {_short(one.get(key))}; no such share")
-
-
-def _numbered(check: _Checker, holder: Mapping[str, Any], stem: str, ending: str) -> str:
-    name: str = check.get(holder, "file", str, f"{stem}.")
-    if not re.fullmatch(rf"{stem}-[0-9]{{6,12}}\.{ending}", name):
-        raise check.fail(f"names the file {name!r}; expected {stem}-NNNNNN.{ending}")
-    return name
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _check_depth(manifest: object) -> None:
+    """Refuse what a writer, which nests a call for each level, could not write again."""
+    level = [manifest]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    if level:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")

@@ -11,8 +11,8 @@ import numpy as np
 from ..errors import InputError
 from .content import wrong_embeddings, wrong_field, wrong_scales
 from .files import ArrayLike, Entry, file_name, sync_folder, write_array
-from .layout import Layer, map_part, order_dtype
-from .strings import StringTable, encode_strings
+from .layout import STRINGS, Layer, map_part, order_dtype
+from .strings import StringTable, check_row, encode_strings
 
 Coarse = tuple[ArrayLike, ArrayLike]
 
@@ -71,8 +71,12 @@ class Part:
         self.directory, self.count = str(entry["directory"]), int(entry["count"])
         self.arrays = map_part(root, entry, width, layers)
         self.ids, self.paths, self.labels = (
-            StringTable(self.arrays[f"{stem}.utf8"], self.arrays[f"{stem}.offsets.u64"])
-            for stem in ("ids", "paths", "labels")
+            StringTable(
+                self.arrays[f"{stem}.utf8"],
+                self.arrays[f"{stem}.offsets.u64"],
+                root / self.directory / stem,
+            )
+            for stem in STRINGS
         )
         self.order = self.arrays[file_name("ids.order", order_dtype(self.count))]
         self.codes = self.arrays["labels.codes.i32"]
@@ -80,8 +84,8 @@ class Part:
     def find(self, key: bytes) -> list[int]:
         """Rows with this id, removed ones included, in rising order."""
         rows, at = [], self.ids.bisect(self.order, key)
-        while at < self.count and self.ids.raw(int(self.order[at])) == key:
-            rows.append(int(self.order[at]))
+        while at < self.count and self.ids.raw(row := self._row(at)) == key:
+            rows.append(row)
             at += 1
         return rows
 
@@ -89,7 +93,11 @@ class Part:
         """Ids around the place where `key` would stand."""
         at = self.ids.bisect(self.order, key)
         around = range(max(0, at - reach), min(self.count, at + reach))
-        return [self.ids[int(self.order[i])] for i in around]
+        return [self.ids[self._row(i)] for i in around]
+
+    def _row(self, at: int) -> int:
+        """The row that stands at a place of the sorted order."""
+        return check_row(int(self.order[at]), self.count)
 
 
 def quantize_coarse(cams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

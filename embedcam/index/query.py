@@ -6,6 +6,7 @@ import numpy as np
 
 from .faiss_files import REBUILD, parameters
 from .files import broken
+from .records import SearchSettings
 from .search import SLACK, Neighbors, nearest, rank
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def search_batch(
         k: 1 .. the number of live rows.
         nprobe: IVF lists to visit; None takes the manifest's.
     """
-    settings = index.manifest["faiss"]["search"]
-    probes, effort = nprobe or settings.get("nprobe", 1), settings.get("ef_search", 1)
+    settings = index.record.faiss.search if index.record.faiss else SearchSettings()
+    probes, effort = nprobe or settings.nprobe or 1, settings.ef_search or 1
     candidates = np.full((len(queries), k), -1, np.int64)
     todo = np.arange(len(queries))
     fetch = min(index.n_rows, k + SLACK)

@@ -42,6 +42,7 @@ class Index:
     Attributes:
         path: the directory.
         manifest: the manifest as it stands, a dict (see index/README.md).
+        record: the same, typed: every key that was checked, as an attribute.
         n_rows: rows, removed ones included; `len(index)` counts live ones.
         width: D of the embeddings.
         normalized: whether embeddings have unit length.
@@ -58,10 +59,9 @@ class Index:
         n_threads: int | None = None,
     ) -> None:
         self.path, self.manifest = path, manifest
-        self.n_rows: int = manifest["counts"]["rows"]
-        self.width: int = manifest["embedding"]["width"]
-        self.normalized: bool = manifest["embedding"]["normalized"]
-        self.metric: str = manifest["metric"]
+        self.record = record = manifest_file.check(path, manifest)
+        self.n_rows, self.metric = record.counts.rows, record.metric
+        self.width, self.normalized = record.embedding.width, record.embedding.normalized
         self.with_faiss, self.n_threads = with_faiss, n_threads
         self._process = os.getpid()
         self.fitted_files = map_fitted(path, manifest)
@@ -287,8 +287,9 @@ class Index:
                 "this index was built without FAISS; give neighbors= ids that your own search "
                 "found, or give it one with `embedcam compact --rebuild-faiss Flat`"
             )
-        if nprobe is not None and nprobe < 1:
-            raise InputError(f"nprobe = {nprobe}; at least 1 list must be visited")
+        if nprobe is not None:
+            # There are no more lists than rows, so that more are not worth counting.
+            nprobe = min(check_count(nprobe, "nprobe"), self.n_rows)
         if k == 0:
             raise InputError("every image of this index has been removed; add images first")
         loaded = None if self._faiss is None else self._faiss.loaded()

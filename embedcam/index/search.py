@@ -48,13 +48,17 @@ def check_queries(queries: np.ndarray, width: int) -> np.ndarray:
     return found
 
 
-def check_count(n_neighbors: int) -> int:
-    """k as an int; at least 1."""
-    if isinstance(n_neighbors, bool) or not isinstance(n_neighbors, (int, np.integer)):
-        raise InputError(f"n_neighbors = {n_neighbors!r}; expected a whole number from 1")
-    if n_neighbors < 1:
-        raise InputError(f"n_neighbors = {n_neighbors}; at least 1 is needed")
-    return int(n_neighbors)
+def check_count(value: int, name: str = "n_neighbors") -> int:
+    """k, or another number of things to look at, as an int; at least 1.
+
+    Raises:
+        InputError: no whole number, or less.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise InputError(f"{name} = {value!r}; expected a whole number from 1")
+    if value < 1:
+        raise InputError(f"{name} = {value}; at least 1 is needed")
+    return int(value)
 
 
 def rank(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import TypeVar, overload
 
 import numpy as np
@@ -14,10 +15,16 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class StringTable:
-    """n UTF-8 strings end to end in a blob, with offsets `[n+1]`; both may be memory maps."""
+    """n UTF-8 strings end to end in a blob, with offsets `[n+1]`; both may be memory maps.
 
-    def __init__(self, blob: np.ndarray, offsets: np.ndarray) -> None:
-        self.blob, self.offsets = blob, offsets
+    Args:
+        blob: uint8 `[bytes]`.
+        offsets: uint64 `[n+1]`; those of a string are believed after they were found to be inside.
+        where: the files without their endings, for messages.
+    """
+
+    def __init__(self, blob: np.ndarray, offsets: np.ndarray, where: Path) -> None:
+        self.blob, self.offsets, self.where = blob, offsets, where
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -25,6 +32,8 @@ class StringTable:
     def raw(self, row: int) -> bytes:
         """The string's bytes."""
         start, stop = int(self.offsets[row]), int(self.offsets[row + 1])
+        if not start <= stop <= len(self.blob):
+            raise self._outside()
         return self.blob[start:stop].tobytes()
 
     def __getitem__(self, row: int) -> str:
@@ -34,16 +43,26 @@ class StringTable:
     def take(self, rows: np.ndarray) -> list[str]:
         """Some rows `[n]`."""
         starts, stops = self.offsets[rows].tolist(), self.offsets[rows + 1].tolist()
-        blob = self.blob.data
+        blob, size = self.blob.data, len(self.blob)
+        if not all(a <= b <= size for a, b in zip(starts, stops, strict=True)):
+            raise self._outside()
         return [str(blob[a:b], "utf-8", "replace") for a, b in zip(starts, stops, strict=True)]
 
     def tolist(self, start: int = 0, stop: int | None = None) -> list[str]:
         """Rows start .. stop at once, faster than one by one."""
         offsets = np.asarray(self.offsets[start : (len(self) if stop is None else stop) + 1])
+        if offsets[-1] > len(self.blob) or (offsets[1:] < offsets[:-1]).any():
+            raise self._outside()
         first = int(offsets[0])
         blob = self.blob[first : int(offsets[-1])].tobytes()
         bounds = (offsets.astype(np.int64) - first).tolist()
         return [blob[a:b].decode("utf-8", "replace") for a, b in pairwise(bounds)]
+
+    def _outside(self) -> IndexFormatError:
+        return IndexFormatError(
+            f"{self.where}.offsets.u64: offsets fall or lead outside the text; run `embedcam "
+            "verify`, and restore the file that it names"
+        )
 
     def bisect(self, order: np.ndarray, key: bytes) -> int:
         """Where `key` stands, or would stand, in the sorted order."""

@@ -17,7 +17,7 @@ from .files import sync_folder, write_array
 from .header import Arrays, counts, new_manifest, plain, write_fitted
 from .joining import check_parts, check_tombstones, join_rows, parts_to_keep
 from .layout import make_layers
-from .manifest import Manifest
+from .manifest import PlainManifest as Manifest
 from .parts import PartData, check_ids, write_part
 from .query import EmbeddingRows
 from .reader import Index

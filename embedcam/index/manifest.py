@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .._files import NotPlain, fresh, read_regular, replace
 from ..calibration import Calibration
 from ..errors import IndexFormatError, InputError
-from .files import broken, check_entry, is_plain_name, is_sha256, replace, sync
+from .files import broken, check_entry, is_plain_name, is_sha256
 
 NAME = "manifest.json"
 FORMAT = "embedcam-index"
@@ -43,9 +43,8 @@ def write(root: Path, manifest: Mapping[str, Any]) -> None:
     """Put a manifest in place by one durable rename."""
     text = json.dumps(sealed(manifest), sort_keys=True, indent=1, allow_nan=False) + "\n"
     unfinished = root / f"{NAME}.tmp"
-    with open(unfinished, "wb") as file:
+    with fresh(unfinished) as file:
         file.write(text.encode("ascii"))
-        sync(file.fileno(), file.flush)
     replace(unfinished, root / NAME)
 
 
@@ -94,13 +93,10 @@ def refuse_prototypes(root: Path, manifest: Mapping[str, Any], instead: str) -> 
 
 
 def _read_bytes(root: Path) -> bytes:
-    path = root / NAME
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_BYTES:
-                raise broken(root, NAME, f"has {size} bytes, and at most {MAX_BYTES} are read")
-            return file.read(MAX_BYTES)
+        return read_regular(root, NAME, MAX_BYTES)
+    except NotPlain as error:
+        raise broken(root, NAME, str(error)) from error
     except (FileNotFoundError, NotADirectoryError):
         raise _absent(root) from None
     except OSError as error:

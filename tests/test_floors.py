@@ -10,19 +10,20 @@ PACKAGE = Path(__file__).parents[1] / "embedcam"
 FLOORS = {
     0: ["errors"],
     1: [
+        "_files",
         "calibration",
         "cam",
         "classes",
         "encoding",
         "forking",
         "identity",
+        "memory",
         "metrics",
         "preprocess",
         "probe",
         "queries",
         "render",
         "transfer",
-        "writing",
     ],
     2: [
         "images",

@@ -107,13 +107,12 @@ def remove(options: argparse.Namespace) -> None:
 
 def compact(options: argparse.Namespace) -> None:
     """Drop the bytes of removed images."""
-    from ..index import Index, rebuild_faiss
+    from ..index import Index
     from ..index import compact as compact_parts
 
     Index.open(options.index, with_faiss=False).close()  # as in `remove`
-    if options.rebuild_faiss is not None:
-        rebuild_faiss(options.index, options.rebuild_faiss or None)
-    dropped = compact_parts(options.index)
+    again = options.rebuild_faiss
+    dropped = compact_parts(options.index, rebuild_faiss=again is not None and (again or True))
     with Index.open(options.index, with_faiss=False) as index:
         left = len(index)
     emit(

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import write_whole
 from ..errors import ImageError, InputError
-from ..writing import write_whole
 from .direct import check_method, options_of, redrawn, trust_of
 from .networks import check_onnx, network_given
 from .report import columns, counted, listing_ids, note

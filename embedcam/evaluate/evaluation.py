@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .._files import write_whole
 from ..render import Row
-from ..writing import write_whole
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from .. import __version__
+from .._files import fresh
+from .._files import replace as replace_durably
 from ..errors import InputError, NetworkError
 from ..fingerprint import fingerprint, full_float32
 from ..identity import Identity, compare
 from ..index import Index
-from ..index.files import replace as replace_durably
-from ..index.files import sync
 from ..network import EmbeddingNetwork
 from ..onnx_network import Described, Head, OnnxNetwork
 from ..onnx_network.network import output_name
@@ -162,10 +162,8 @@ def _beside(target: Path) -> Iterator[Path]:
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        path.unlink(missing_ok=True)
-        with open(path, "xb") as file:
+        with fresh(path) as file:
             file.write(data)
-            sync(file.fileno(), file.flush)
     except OSError as error:
         raise InputError(f"{path.parent}: cannot be written to ({error.strerror})") from error
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from .._files import fresh, replace
 from ..errors import InputError
-from .files import ArrayLike, blocks, broken, open_checked, sha256_of, sync
+from .files import ArrayLike, blocks, broken, open_checked, sha256_of
 from .search import metric_code, threads
 
 REBUILD = "the file is derived, make it again with `embedcam compact --rebuild-faiss`"
@@ -152,7 +153,7 @@ def write_faiss(root: Path, index: Any, name: str) -> dict[str, Any]:
     callbacks: Any = faiss  # made at run time, unseen by type checkers
     unfinished, digest, written = root / f"{name}.tmp", hashlib.sha256(), 0
     # FAISS only prints a failing fclose and goes on, so that its last bytes can be lost unseen.
-    with open(unfinished, "xb") as file:
+    with fresh(unfinished) as file:
 
         def put(data: bytes) -> int:
             nonlocal written
@@ -166,11 +167,11 @@ def write_faiss(root: Path, index: Any, name: str) -> dict[str, Any]:
         except RuntimeError as error:
             reason = f"FAISS cannot write its file ({_brief(error)})"
             raise OSError(errno.EIO, reason, str(unfinished)) from error
-        sync(file.fileno(), file.flush)
+        file.flush()
         if (found := os.fstat(file.fileno()).st_size) != written:
             reason = f"holds {found} of {written} bytes after writing"
             raise OSError(errno.EIO, reason, str(unfinished))
-    os.replace(unfinished, root / name)
+    replace(unfinished, root / name)
     return {"file": name, "bytes": written, "sha256": digest.hexdigest()}
 
 

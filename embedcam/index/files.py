@@ -3,14 +3,14 @@
 import hashlib
 import mmap
 import os
-import shutil
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from .._files import NotPlain, fresh, open_regular
+from .._files import replace as replace
 from ..errors import IndexFormatError, InputError
 
 SUFFIXES = {
@@ -78,7 +78,7 @@ def write_array(
     """
     digest, written = hashlib.sha256(), 0
     stored = np.dtype(dtype).newbyteorder("<")
-    with open(folder / name, "xb") as file:
+    with fresh(folder / name) as file:
         for start, block in blocks(array):
             block = _cast(name, block, stored)
             if check is not None:
@@ -87,7 +87,6 @@ def write_array(
                 file.write(block.data)
                 digest.update(block.data)
                 written += block.nbytes
-        sync(file.fileno(), file.flush)
     shape = [int(n) for n in array.shape]
     return {"dtype": dtype, "shape": shape, "bytes": written, "sha256": digest.hexdigest()}
 
@@ -102,36 +101,6 @@ def _cast(name: str, block: np.ndarray, stored: np.dtype[Any]) -> np.ndarray:
         return np.ascontiguousarray(block, dtype=stored)
 
 
-def sync(descriptor: int, flush: Callable[[], None] | None = None) -> None:
-    """Make a file's bytes survive a power failure."""
-    if flush is not None:
-        flush()
-    os.fsync(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace(source: Path, target: Path) -> None:
-    """Rename, and make the rename durable."""
-    os.replace(source, target)
-    sync_folder(target.parent)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder; gone already is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def open_checked(root: Path, name: str, size: int, remedy: str = _RESTORE) -> int:
     """A descriptor of a regular file of exactly `size` bytes inside `root`.
 
@@ -139,24 +108,20 @@ def open_checked(root: Path, name: str, size: int, remedy: str = _RESTORE) -> in
         FileNotFoundError: it is missing (a reader may have lost a race to `compact`).
         IndexFormatError: it is something else than a plain file of that size.
     """
-    path = root / name
-    expected = os.path.normpath(os.path.join(os.path.realpath(root), os.path.dirname(name)))
-    if os.path.realpath(path.parent) != expected:
-        raise broken(root, name, "lies behind a symbolic link that leaves the index")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        descriptor = open_regular(root, name)
     except FileNotFoundError:
         raise
+    except NotPlain as error:
+        raise broken(root, name, str(error), remedy) from error
     except OSError as error:
-        what = "is a symbolic link" if path.is_symlink() else f"cannot be read ({error.strerror})"
+        what = f"cannot be read ({error.strerror})"
         raise broken(root, name, what, remedy) from error
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+    found = os.fstat(descriptor).st_size
+    if found != size:
         os.close(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise broken(root, name, "is not a regular file", remedy)
-        cut = "truncated to" if found.st_size < size else "too long with"
-        what = f"{cut} {found.st_size} bytes where the manifest says {size}"
+        cut = "truncated to" if found < size else "too long with"
+        what = f"{cut} {found} bytes where the manifest says {size}"
         raise broken(root, name, what, remedy)
     return descriptor
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from .._files import UNFINISHED, replace, sync_folder
 from ..errors import InputError
 from . import manifest as manifest_file
-from .files import SUFFIXES, file_name, sync_folder, write_array
+from .files import SUFFIXES, file_name, write_array
 from .layout import FIELD_NAME, RESERVED
 from .manifest import PlainManifest
 from .records import Manifest
@@ -86,7 +87,7 @@ def write_fitted(
 ) -> dict[str, Any]:
     """Write what is fitted once, by layer and for all, durably; returns the manifest's entry."""
     directory = f"fitted/{generation:06d}"
-    folder = (root / directory).with_suffix(".tmp")
+    folder = (root / directory).with_suffix(UNFINISHED)
     folder.mkdir(parents=True)
     files = {}
     groups = [(f"layer{n}.", arrays) for n, arrays in enumerate(fitted)] + [("", shared)]
@@ -101,8 +102,7 @@ def write_fitted(
             file = file_name(f"{stem}{name}", dtype)
             files[file] = write_array(folder, file, array, dtype)
     sync_folder(folder)
-    folder.rename(root / directory)
-    sync_folder(root / "fitted")
+    replace(folder, root / directory)
     return {"directory": directory, "files": files}
 
 

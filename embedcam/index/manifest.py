@@ -2,15 +2,14 @@
 
 import hashlib
 import json
-import os
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .._files import NotPlain, fresh, read_regular, replace
 from ..errors import IndexFormatError, InputError
-from .files import broken, replace, sync
+from .files import broken
 from .records import Manifest
 from .schema import Wrong, reader, short
 
@@ -49,9 +48,8 @@ def write(root: Path, manifest: Mapping[str, Any]) -> None:
     check(root, manifest)
     text = json.dumps(sealed(manifest), sort_keys=True, indent=1, allow_nan=False) + "\n"
     unfinished = root / f"{NAME}.tmp"
-    with open(unfinished, "wb") as file:
+    with fresh(unfinished) as file:
         file.write(text.encode("ascii"))
-        sync(file.fileno(), file.flush)
     replace(unfinished, root / NAME)
 
 
@@ -129,22 +127,13 @@ def refuse_prototypes(root: Path, manifest: Mapping[str, Any], instead: str) -> 
 
 def _read_bytes(root: Path) -> bytes:
     try:
-        # Not to wait for a pipe's writer, and not to be led elsewhere by a link.
-        descriptor = os.open(root / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return read_regular(root, NAME, MAX_BYTES)
+    except NotPlain as error:
+        raise broken(root, NAME, str(error)) from error
     except (FileNotFoundError, NotADirectoryError):
         raise _absent(root) from None
     except OSError as error:
-        link = (root / NAME).is_symlink()
-        what = "is a symbolic link" if link else f"cannot be read ({error.strerror})"
-        raise broken(root, NAME, what) from error
-    with open(descriptor, "rb") as file:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise broken(root, NAME, "is not a regular file")
-        if found.st_size > MAX_BYTES:
-            what = f"has {found.st_size} bytes, and at most {MAX_BYTES} are read"
-            raise broken(root, NAME, what)
-        return file.read(MAX_BYTES)
+        raise broken(root, NAME, f"cannot be read ({error.strerror})") from error
 
 
 def _absent(root: Path) -> IndexFormatError:

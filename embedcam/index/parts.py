@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from .._files import UNFINISHED, replace, sync_folder
 from ..errors import InputError
 from .content import wrong_embeddings, wrong_field, wrong_scales
-from .files import ArrayLike, Entry, file_name, sync_folder, write_array
+from .files import ArrayLike, Entry, file_name, write_array
 from .layout import STRINGS, Layer, map_part, order_dtype
 from .strings import StringTable, check_row, encode_strings
 
@@ -134,7 +135,7 @@ def write_part(
     check_shapes(part, width, layers)
     directory = f"parts/{generation:06d}"
     final = root / directory
-    folder = final.with_suffix(".tmp")
+    folder = final.with_suffix(UNFINISHED)
     folder.mkdir(parents=True)
     files: dict[str, Entry] = {}
 
@@ -161,8 +162,7 @@ def write_part(
             put(scales, coarse[1], "float32", wrong_scales)
     _put_strings(part, put)
     sync_folder(folder)
-    folder.rename(final)
-    sync_folder(final.parent)
+    replace(folder, final)
     sync_folder(root)
     return {"directory": directory, "count": len(part), "files": files}
 

@@ -9,11 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import IndexFormatError, InputError
+from .._files import (
+    NotPlain,
+    is_folder,
+    remove_files,
+    remove_folders,
+    sync_folder,
+)
+from .._files import replace as replace_durably
+from ..errors import EmbedcamError, IndexFormatError, InputError
 from . import faiss_files, locking
 from . import manifest as manifest_file
-from .files import remove as delete
-from .files import sync_folder, write_array
+from .files import SUFFIXES, broken, open_checked, sha256_of, write_array
 from .header import Arrays, counts, new_manifest, plain, write_fitted
 from .joining import check_parts, check_tombstones, join_rows, parts_to_keep
 from .layout import make_layers
@@ -28,6 +35,8 @@ _TRASH = re.compile(
     r"faiss-[0-9]+\.index(\.tmp)?|tombstones-[0-9]+\.u64(\.tmp)?|manifest\.json\.tmp"
 )
 _FOLDER = re.compile(r"[0-9]{6,12}(\.tmp)?")
+_ARRAY = re.compile(rf"[a-z][a-z0-9_.]*\.({'|'.join(SUFFIXES.values())}|utf8)")
+_PLACES = ("parts", "fitted")
 
 
 def create(
@@ -66,8 +75,8 @@ def create(
     check_target(root, replace)
     with _writing(root):
         check_target(root, replace)
-        previous = manifest_file.read(root)["generation"] if _finished(root) else 0
-        generation = previous + 1
+        before = _in_place(root)
+        generation = 1 if before is None else before["generation"] + 1
         manifest = new_manifest(header, generation, len(part), part.embeddings.shape[-1])
         layers = make_layers(root, manifest, [dict(f) for f in fitted])
         check_ids(part.ids)
@@ -143,7 +152,7 @@ def remove(path: str | Path, ids: Sequence[str]) -> int:
         tombstones = np.union1d(np.asarray(index.tombstones, np.int64), gone).astype(np.uint64)
         name = f"tombstones-{manifest['generation']:06d}.u64"
         entry = write_array(root, f"{name}.tmp", tombstones, "uint64")
-        (root / f"{name}.tmp").rename(root / name)
+        replace_durably(root / f"{name}.tmp", root / name)
         manifest["tombstones"] = {"file": name, **entry}
         manifest["counts"]["live"] -= len(gone)
         manifest["counts"]["added_after_fit"] -= int((gone >= manifest["fit"]["rows"]).sum())
@@ -151,35 +160,34 @@ def remove(path: str | Path, ids: Sequence[str]) -> int:
         return len(gone)
 
 
-def compact(path: str | Path) -> int:
+def compact(path: str | Path, *, rebuild_faiss: bool | str = False) -> int:
     """Rewrite the live rows as one part; positions change, ids do not.
+
+    Args:
+        path: the index.
+        rebuild_faiss: True also makes the FAISS file again, as `rebuild_faiss`, in the same change;
+            a factory string makes another one.
 
     Returns:
         How many rows were dropped.
 
     Raises:
         IndexFormatError: a file does not match its checksum; nothing changed.
+        InputError: FAISS is to be made again where there is none; nothing changed.
     """
     root = Path(path)
     with _changing(root) as (index, manifest):
-        kept = index.live_positions()
-        dropped = index.n_rows - len(kept)
-        if not dropped and len(index.parts) == 1:
+        dropped = index.n_rows - len(index)
+        whole = not dropped and len(index.parts) == 1
+        if whole and not rebuild_faiss:
             return 0
-        check_tombstones(index)
-        check_parts(index)
-        entry = write_part(
-            root,
-            manifest["generation"],
-            join_rows(index, kept, None),
-            *_shape_of(manifest),
-            index.layers,
-        )
-        manifest["parts"], manifest["tombstones"] = [entry], None
-        seen = int((kept < manifest["fit"]["rows"]).sum())
-        manifest["fit"]["rows"] = seen
-        manifest["counts"] = counts(len(kept), len(kept) - seen)
-        if manifest["faiss"] is not None:
+        factory = _asked_for(root, manifest, rebuild_faiss) if rebuild_faiss else None
+        kept = index.live_positions()
+        if not whole:
+            _rewrite(root, index, manifest, kept)
+        if rebuild_faiss:
+            _put_faiss(root, manifest, factory)
+        elif manifest["faiss"] is not None:
             loaded = _load_faiss(root, index.manifest)
             rows = EmbeddingRows(index, kept)
             faiss_files.refill(loaded, rows, manifest["faiss"]["factory"])
@@ -189,7 +197,7 @@ def compact(path: str | Path) -> int:
 
 
 def rebuild_faiss(path: str | Path, factory: str | None = None) -> None:
-    """Make the FAISS file again from the embeddings, training included; the old one is not read.
+    """Make the FAISS file again from the embeddings, training included; the old one is not loaded.
 
     Args:
         path: the index.
@@ -197,19 +205,15 @@ def rebuild_faiss(path: str | Path, factory: str | None = None) -> None:
     """
     root = Path(path)
     with _changing(root) as (_, manifest):
-        if factory is None:
-            if manifest["faiss"] is None:
-                raise InputError(f"{root}: built without FAISS; name a factory, such as 'Flat'")
-            factory = manifest["faiss"]["factory"]
-        chosen = _factory(factory)
-        manifest["faiss"] = None if chosen is None else _fresh_faiss(root, manifest, chosen)
-        _commit(root, manifest)
+        _put_faiss(root, manifest, _asked_for(root, manifest, factory or True))
+        _commit(root, manifest, always=True)
 
 
 def sweep(path: str | Path) -> None:
     """Delete what a killed writer left behind; every other change does so as well."""
     root = Path(path)
     manifest_file.read(root)
+    _in_place(root)
     with _writing(root):
         pass
 
@@ -223,6 +227,7 @@ def check_target(path: str | Path, replace: bool = False) -> None:
     Raises:
         InputError: not a directory, one that holds something else than an index, or, unless it is
             to be replaced, a finished index.
+        IndexFormatError: an index that is to be replaced and is none, or holds links.
     """
     root = Path(path)
     if not root.exists():
@@ -235,63 +240,150 @@ def check_target(path: str | Path, replace: bool = False) -> None:
                 f"{root}: already holds a finished index; add to it, replace it, or choose another "
                 "directory"
             )
+        _in_place(root)
         return
-    known = {SCRATCH, locking.NAME, "parts", "fitted"}
+    for name in _strangers(root):
+        raise InputError(
+            f"{root}: holds {name!r}, which is no part of an index; choose an empty or a new "
+            "directory"
+        )
+    _in_place(root)
+
+
+def _strangers(root: Path) -> Iterator[str]:
+    """What lies in an unfinished index and is none of its own: it would be in the sweep's way."""
     for entry in root.iterdir():
-        if entry.name not in known and not _TRASH.fullmatch(entry.name):
-            raise InputError(
-                f"{root}: holds {entry.name!r}, which is no part of an index; choose an empty or a "
-                "new directory"
-            )
+        if entry.name not in {SCRATCH, locking.NAME, *_PLACES} and not _TRASH.fullmatch(entry.name):
+            yield entry.name
+    for kind in _PLACES:
+        place = root / kind
+        for folder in place.iterdir() if place.is_dir() and not place.is_symlink() else ():
+            if not _FOLDER.fullmatch(folder.name) or not folder.is_dir():
+                yield f"{kind}/{folder.name}"
+                continue
+            for file in folder.iterdir():
+                if not _ARRAY.fullmatch(file.name):
+                    yield f"{kind}/{folder.name}/{file.name}"
 
 
 def _finished(root: Path) -> bool:
-    return (root / manifest_file.NAME).exists()
+    return os.path.lexists(root / manifest_file.NAME)
+
+
+def _in_place(root: Path) -> Manifest | None:
+    """The manifest in place, None of an unfinished index; refuses links where a writer writes."""
+    for name in (*_PLACES, SCRATCH):
+        try:
+            is_folder(root / name)
+        except NotPlain as error:
+            raise broken(root, name, str(error)) from error
+    return manifest_file.read(root) if _finished(root) else None
 
 
 @contextlib.contextmanager
 def _writing(root: Path) -> Iterator[None]:
     """Hold the lock, and leave nothing behind that the manifest in place does not name."""
     with locking.lock(root):
-        _sweep(root)
+        before = _in_place(root)
+        if before is not None:
+            # A writer before may have seen its last sync fail, and left the generation before that
+            # for the case that it comes back.
+            sync_folder(root)
+        _sweep(root, before)
         try:
             yield
-        finally:
-            _sweep(root)
+        except BaseException:
+            with contextlib.suppress(EmbedcamError, OSError):
+                # Not where the manifest changed: it may not have reached the disk.
+                if (now := _in_place(root)) == before:
+                    _sweep(root, now)
+            raise
+        _sweep(root, _in_place(root))
 
 
 @contextlib.contextmanager
 def _changing(root: Path) -> Iterator[tuple[Index, Manifest]]:
     """An index opened for a change, and the manifest of its next generation."""
-    manifest_file.read(root)  # refuse before a lock file appears in some other directory
-    with _writing(root), Index.open(root, with_faiss=False) as index:
+    # Refused before a lock file appears in it, or in some other directory.
+    Index.open(root, with_faiss=False).close()
+    _in_place(root)
+    with locking.lock(root), Index.open(root, with_faiss=False) as index, _writing(root):
         manifest = plain(index.manifest)
         manifest["generation"] += 1
         yield index, manifest
 
 
-def _sweep(root: Path) -> None:
+def _sweep(root: Path, manifest: Manifest | None) -> None:
     """Delete what no manifest names: leftovers of a killed writer, files of older generations."""
     named = set()
-    if _finished(root):
-        manifest = manifest_file.read(root)
+    if manifest is not None:
         named = {manifest["fitted"]["directory"], *(p["directory"] for p in manifest["parts"])}
         for key in ("tombstones", "faiss"):
             if manifest[key] is not None:
                 named.add(manifest[key]["file"])
-    for kind in ("parts", "fitted"):
-        folder = root / kind
-        for entry in folder.iterdir() if folder.is_dir() else ():
-            if _FOLDER.fullmatch(entry.name) and f"{kind}/{entry.name}" not in named:
-                delete(entry)
-    for entry in list(root.iterdir()):
-        if _TRASH.fullmatch(entry.name) and entry.name not in named:
-            delete(entry)
+    for kind in _PLACES:
+        kept = {name.rpartition("/")[2] for name in named if name.startswith(f"{kind}/")}
+        remove_folders(root, kind, _FOLDER, _ARRAY, kept)
+    remove_files(root, _TRASH, named)
 
 
-def _commit(root: Path, manifest: Manifest) -> None:
+def _commit(root: Path, manifest: Manifest, always: bool = False) -> None:
+    """Put a manifest in place, unless it says what the one in place says of the same bytes.
+
+    So a job that was killed when it was done, and runs again, changes nothing. Told `always`, a new
+    generation is made of the same bytes, too.
+    """
+    before = None if always else _in_place(root)
+    if before is not None and _unnumbered(before) == _unnumbered(manifest) and _whole(root, before):
+        return
     sync_folder(root)
     manifest_file.write(root, manifest)
+
+
+def _unnumbered(manifest: Manifest) -> Manifest:
+    """What a manifest says, without the numbers of generations."""
+    said = plain(manifest) | {"generation": 0, "manifest_sha256": None}
+    for entry in (*said["parts"], said["fitted"]):
+        del entry["directory"]
+    for key in ("tombstones", "faiss"):
+        if said[key] is not None:
+            del said[key]["file"]
+    return said
+
+
+def _whole(root: Path, manifest: Manifest) -> bool:
+    """Whether every file that a manifest names has its checksum."""
+    named = {
+        f"{group['directory']}/{name}": entry
+        for group in (*manifest["parts"], manifest["fitted"])
+        for name, entry in group["files"].items()
+    }
+    for key in ("tombstones", "faiss"):
+        if manifest[key] is not None:
+            named[manifest[key]["file"]] = manifest[key]
+    for name, entry in named.items():
+        try:
+            descriptor = open_checked(root, name, entry["bytes"])
+        except (OSError, IndexFormatError):
+            return False
+        try:
+            if sha256_of(descriptor) != entry["sha256"]:
+                return False
+        finally:
+            os.close(descriptor)
+    return True
+
+
+def _rewrite(root: Path, index: Index, manifest: Manifest, kept: np.ndarray) -> None:
+    """Write the kept rows as one part, and say so in the manifest."""
+    check_tombstones(index)
+    check_parts(index)
+    joined = join_rows(index, kept, None)
+    entry = write_part(root, manifest["generation"], joined, *_shape_of(manifest), index.layers)
+    manifest["parts"], manifest["tombstones"] = [entry], None
+    seen = int((kept < manifest["fit"]["rows"]).sum())
+    manifest["fit"]["rows"] = seen
+    manifest["counts"] = counts(len(kept), len(kept) - seen)
 
 
 def _shape_of(manifest: Manifest) -> tuple[int, bool]:
@@ -300,6 +392,19 @@ def _shape_of(manifest: Manifest) -> tuple[int, bool]:
 
 def _factory(factory: str) -> str | None:
     return None if factory.lower() == "none" else factory
+
+
+def _asked_for(root: Path, manifest: Manifest, factory: bool | str) -> str | None:
+    """The factory of a FAISS file that is made again; True is the one that it has."""
+    if factory is not True:
+        return _factory(str(factory))
+    if manifest["faiss"] is None:
+        raise InputError(f"{root}: built without FAISS; name a factory, such as 'Flat'")
+    return str(manifest["faiss"]["factory"])
+
+
+def _put_faiss(root: Path, manifest: Manifest, factory: str | None) -> None:
+    manifest["faiss"] = None if factory is None else _fresh_faiss(root, manifest, factory)
 
 
 def _fresh_faiss(root: Path, manifest: Manifest, factory: str) -> dict[str, Any]:

@@ -1,0 +1,290 @@
+"""Files: opened without following links, written whole or not at all, locked, and removed.
+
+What a stranger's index or report names is his choice. Below the folder that the user gave, which
+may be a link itself, no link is followed: each folder on the way is opened from the one above it.
+What is written is synced before it gets its name, and its name before anything counts on it.
+"""
+
+import errno
+import os
+import re
+import shutil
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from .errors import EmbedcamError, InputError
+
+UNFINISHED = ".tmp"
+"""Ending of a file or folder that has not got its name yet."""
+_READ = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+# A folder may be walked through that must not be listed.
+_WALK = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW
+
+
+class NotPlain(Exception):  # noqa: N818 - reads as the fact it states
+    """What lies at a place cannot be what should; says why, as the end of a sentence."""
+
+
+# Opening
+
+
+def open_regular(root: Path, name: str) -> int:
+    """A descriptor for reading a regular file below `root`, reached without following a link.
+
+    Raises:
+        NotPlain: a link, a folder, a pipe or the like, there or on the way.
+        OSError: it is missing or cannot be read; names the whole path.
+    """
+    above, _, last = name.rpartition("/")
+    try:
+        with _folder_below(root, above, _WALK) as folder:
+            kind = os.stat(last, dir_fd=folder, follow_symlinks=False).st_mode
+            if stat.S_ISREG(kind):
+                # A pipe or a link put there meanwhile neither blocks nor leads away.
+                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+                descriptor = os.open(last, flags, dir_fd=folder)
+                kind = os.fstat(descriptor).st_mode
+                if stat.S_ISREG(kind):
+                    return descriptor
+                os.close(descriptor)
+    except OSError as error:
+        error.filename = str(root / name)
+        raise
+    raise NotPlain("is a symbolic link" if stat.S_ISLNK(kind) else "is not a regular file")
+
+
+def read_regular(root: Path, name: str, most: int) -> bytes:
+    """The bytes of a regular file below `root`; raises as `open_regular`.
+
+    Raises:
+        NotPlain: it has more than `most` bytes.
+    """
+    with open(open_regular(root, name), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise NotPlain(f"has {size} bytes, and at most {most} are read")
+        return file.read(most)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder lies at a place; False where nothing does.
+
+    Raises:
+        NotPlain: a link, or something else.
+    """
+    try:
+        kind = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISDIR(kind):
+        raise NotPlain("is a symbolic link" if stat.S_ISLNK(kind) else "is not a folder")
+    return True
+
+
+@contextmanager
+def _folder_below(root: Path, name: str, flags: int) -> Iterator[int]:
+    """A descriptor of `root`, or of a folder below it that is reached without following a link."""
+    descriptor = os.open(root, flags & ~os.O_NOFOLLOW)
+    try:
+        for step in name.split("/") if name else ():
+            if step in ("", ".", ".."):
+                raise NotPlain("is no plain name below its folder")
+            kind = os.stat(step, dir_fd=descriptor, follow_symlinks=False).st_mode
+            if not stat.S_ISDIR(kind):
+                link = stat.S_ISLNK(kind)
+                raise NotPlain(
+                    "lies behind a symbolic link" if link else "lies below what is no folder"
+                )
+            below = os.open(step, flags, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = below
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+# Writing
+
+
+@contextmanager
+def fresh(path: Path) -> Iterator[IO[bytes]]:
+    """A new file, synced when the block ends and gone where it fails; a leftover makes way.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.unlink(missing_ok=True)
+    try:
+        with open(path, "xb") as file:  # never through a link
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename, and make the rename durable."""
+    os.replace(source, target)
+    sync_folder(target.parent)
+
+
+@contextmanager
+def written(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears whole and durably by one rename; until then what was there stays."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with fresh(unfinished) as file:
+        yield file
+    replace(unfinished, path)
+
+
+def write_whole(path: str | Path, text: str) -> Path:
+    """Write a text file in place of another, whole or not at all.
+
+    A link stays one: what it leads to is replaced. What is no plain file (a pipe, `/dev/stdout`) is
+    written to as it is.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    path = Path(path)
+    data = text.encode("utf-8", "replace")
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return path
+        target = path.resolve()
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        unfinished = target.with_name(f".{target.name}.{os.getpid()}{UNFINISHED}")
+        with fresh(unfinished) as file:
+            file.write(data)
+            if target.exists():
+                os.fchmod(file.fileno(), target.stat().st_mode & 0o777)
+        try:
+            replace(unfinished, target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error})") from error
+    return path
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, each durably in the one above it."""
+    missing = [path]
+    while not missing[-1].parent.exists():
+        missing.append(missing[-1].parent)
+    for folder in reversed(missing):
+        if not folder.is_dir():
+            folder.mkdir(exist_ok=True)
+            sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def held(descriptor: int, path: Path, busy: EmbedcamError) -> Iterator[None]:
+    """Hold the lock of an open file, which the kernel releases when its holder dies.
+
+    Args:
+        descriptor: of the file; closed at the end.
+        path: what is locked, for messages.
+        busy: raised where another process or thread holds the lock.
+
+    Raises:
+        InputError: the file system has no locks.
+    """
+    import fcntl  # here, so that what only reads works where there is no flock
+
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise busy from error
+        except OSError as error:
+            raise InputError(
+                f"{path}: its file system cannot lock files ({error.strerror or error}), and "
+                "without a lock two writers could spoil it; write to a folder on a local disk, "
+                "and copy that here when it is finished"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# Removing
+
+
+def remove_tree(path: Path, last: str = "") -> None:
+    """Delete a folder with everything in it; of a link in it, the link. Gone already is fine.
+
+    Args:
+        path: the folder; where it is a link itself, an error.
+        last: an entry that is deleted after all others.
+    """
+    try:
+        descriptor = os.open(path, _READ)
+    except FileNotFoundError:
+        return
+    try:
+        for name in sorted(os.listdir(descriptor), key=last.__eq__):
+            kind = os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode
+            if stat.S_ISDIR(kind):
+                shutil.rmtree(name, dir_fd=descriptor)
+            else:
+                os.unlink(name, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+    os.rmdir(path)
+
+
+def remove_files(root: Path, ours: re.Pattern[str], named: Collection[str] = ()) -> None:
+    """Delete the plain files right in a folder whose names are ours and are not `named`.
+
+    What cannot be deleted stays for the next time.
+    """
+    with suppress(OSError), _folder_below(root, "", _READ) as descriptor:
+        _remove_at(descriptor, ours, named)
+
+
+def remove_folders(
+    root: Path, name: str, ours: re.Pattern[str], files: re.Pattern[str], named: Collection[str]
+) -> None:
+    """Delete the folders in `root/name` whose names are ours and are not `named`.
+
+    Of each, the plain files with names that fit `files`; a folder that holds anything else stays.
+    Nothing happens where `root/name` is missing or a link.
+    """
+    with suppress(OSError, NotPlain), _folder_below(root, name, _READ) as descriptor:
+        for entry in os.listdir(descriptor):
+            if not ours.fullmatch(entry) or entry in named:
+                continue
+            with suppress(OSError):
+                inside = os.open(entry, _READ, dir_fd=descriptor)
+                try:
+                    _remove_at(inside, files, ())
+                finally:
+                    os.close(inside)
+                os.rmdir(entry, dir_fd=descriptor)
+
+
+def _remove_at(descriptor: int, ours: re.Pattern[str], named: Collection[str]) -> None:
+    for name in os.listdir(descriptor):
+        if not ours.fullmatch(name) or name in named:
+            continue
+        with suppress(OSError):
+            if stat.S_ISREG(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
+                os.unlink(name, dir_fd=descriptor)

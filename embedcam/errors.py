@@ -63,7 +63,11 @@ class EmbeddingError(NetworkError):
         Args:
             names: of all pictures of the batch.
         """
-        self.args = (f"{names[self.rows[0]]}: {self.what}; {self.advice}",)
+        return self.of_one(names[self.rows[0]])
+
+    def of_one(self, name: str) -> "EmbeddingError":
+        """The same error with a name before it, whatever its places are."""
+        self.args = (f"{name}: {self.what}; {self.advice}",)
         return self
 
 

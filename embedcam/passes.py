@@ -297,7 +297,10 @@ def _weights_of_images(
         try:
             kept.add(_of_images(work, batch, embedded, anchors, places, rows))
         except EmbeddingError as error:
-            raise error.named([work.source.name(p) for p in batch.positions.tolist()]) from None
+            # A method may have run changed pictures, so that its rows are not the batch's.
+            first, last = (work.source.name(int(batch.positions[row])) for row in (0, -1))
+            name = first if len(batch) == 1 else f"one of the images {first} to {last}"
+            raise error.of_one(name) from None
         tick(len(batch))
     return kept.arrays()
 
@@ -428,7 +431,7 @@ def _read_again(work: Work, chunk: int) -> Iterator[Batch]:
     with closing(work.batches(work.chunk_positions(chunk))) as batches:
         for read in batches:
             rows = np.flatnonzero(np.isin(read.positions, refused))
-            batch, reasons = read.without(rows, [""] * len(rows)), dict(read.errors)
+            batch, reasons = read.without(rows.tolist(), [""] * len(rows)), dict(read.errors)
             for position in [*batch.positions.tolist(), *reasons]:
                 if (position in reasons) == (position in expected):
                     why = reasons.get(position, f"{work.source.name(position)}: can be read now")

@@ -250,7 +250,7 @@ def _unusable(
 ) -> dict[int, tuple[str, str]] | None:
     """(id, reason) of the images that are not known, by place; None if one of them can be used."""
     places = [place for place, item in enumerate(source.items) if item.id not in known]
-    found = {}
+    found: dict[int, tuple[str, str]] = {}
     batches = load_batches(source, places, network.preprocess, 1, workers=0, on_error="skip")
     with closing(batches):
         for read in batches:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ from .checks import (
     same_index,
     warn_of_norm,
 )
-from .report import BuildReport, Stages
+from .report import BuildReport, Stages, label_counts
 
 log = logging.getLogger(__name__)
 
@@ -416,7 +415,6 @@ def _report(
     if labels is not None and recipe.resolved_target != "centred" and recipe.sampling != "given":
         classes = Classes(labels)
         n_single = int((classes.sizes[classes.codes[gathered.n_before :]] == 1).sum())
-    counts = Counter(part.labels)
     notes = list(work.source.notes)
     if gathered.n_cropped:
         notes.append(
@@ -430,8 +428,7 @@ def _report(
         n_single,
         int((np.asarray(part.triplets_used) == 0).sum()),
         stages.seconds,
-        {label: counts[label] for label in sorted(label for label in counts if label is not None)},
-        counts[None],
+        *label_counts(part.labels),
         work.source.left_out,
         notes,
     )

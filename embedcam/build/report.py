@@ -1,7 +1,8 @@
 """What a job tells the user: a progress bar while it runs, a report when it is done."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,13 @@ class BuildReport:
             each = f"{self.labels[least]:,} ({cut(least, 30)}) to {each} ({cut(most, 30)})"
         without = f"; {self.n_unlabelled:,} without a label" if self.n_unlabelled else ""
         return f"{len(self.labels):,} ({few}), {each} of the images each{without}"
+
+
+def label_counts(labels: Iterable[str | None]) -> tuple[dict[str, int], int]:
+    """How many images have each label, by its name, and how many have none."""
+    counts = Counter(labels)
+    n_unlabelled = counts.pop(None, 0)
+    return {name: counts[name] for name in sorted(filter(None, counts))}, n_unlabelled
 
 
 class Stages:

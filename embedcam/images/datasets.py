@@ -138,14 +138,13 @@ def _dataset_labels(
     if found is None:
         targets = getattr(dataset, "targets", None)
         found = targets if targets is not None and len(targets) == n_items else None
-    column, classes = None, getattr(dataset, "classes", None)
-    features = getattr(dataset, "features", None)
+    classes, features = getattr(dataset, "classes", None), getattr(dataset, "features", None)
     if isinstance(features, Mapping):
         column = next((name for name in _LABELS if name in features), None)
         if found is None and column is not None:
             found = dataset[column]  # all of them, without a picture decoded
-    if column is not None and classes is None:
-        classes = getattr(features[column], "names", None)
+        if classes is None and column is not None:
+            classes = getattr(features[column], "names", None)
         found = None if found is None else [None if value == -1 else value for value in found]
     if found is None:
         found = _read_labels(dataset, n_items)

@@ -50,6 +50,7 @@ class Choices:
     trusted_from: float
     fallback: Fallback | None
     only_below: bool
+    max_pixels: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +126,7 @@ def answer(
         preprocess=opened.preprocess,
         root=Path() if root is None else root,
         only_below=choices.only_below,
+        max_pixels=choices.max_pixels,
         neighbor_norms=norms,
         layer_weights=dict(zip(opened.layers, weights, strict=True)),
         trust=trust,

@@ -31,12 +31,14 @@ class Gathered:
     Attributes:
         positions: places in the source of the images that could be read, `[n]`.
         embeddings: of the images in the index already, then theirs, `[N D]`, on disk.
-        skipped: (id, reason) of the others.
+        skipped: (id, reason) of the others, which cannot be read or embedded.
+        n_cropped: images of which a centre crop leaves out more than `passes.CROPPED`.
     """
 
     positions: np.ndarray
     embeddings: np.ndarray
     skipped: list[tuple[str, str]]
+    n_cropped: int = 0
 
     @property
     def n_before(self) -> int:
@@ -57,7 +59,7 @@ def gather(work: Work, index: Index | None = None) -> Gathered:
         index: whose live images come before the new ones.
 
     Raises:
-        InputError: not a single image could be read.
+        InputError: not a single image could be used.
     """
     chunks = range(work.n_chunks)
     skipped = [
@@ -68,7 +70,7 @@ def gather(work: Work, index: Index | None = None) -> Gathered:
     positions = np.concatenate([work.embedded(chunk) for chunk in chunks])
     if not len(positions):
         first = skipped[0][1]
-        raise InputError(f"none of the {len(skipped)} images could be read; the first: {first}")
+        raise InputError(f"none of the {len(skipped)} images could be used; the first: {first}")
     own = [work.scratch.read("embed", c, "embedding")["embedding"] for c in _filled(work)]
     live = np.empty(0, np.int64) if index is None else index.live_positions()
     shape = (len(live) + len(positions), own[0].shape[1])
@@ -78,7 +80,8 @@ def gather(work: Work, index: Index | None = None) -> Gathered:
         rows = live[start : start + _BLOCK]
         embeddings[start : start + len(rows)] = index.embeddings(rows)
     np.concatenate(own, out=embeddings[len(live) :])
-    return Gathered(positions, embeddings, skipped)
+    n_cropped = sum(int(work.scratch.read("embed", c, "cropped")["cropped"][0]) for c in chunks)
+    return Gathered(positions, embeddings, skipped, n_cropped)
 
 
 def fit_encodings(work: Work, mean: np.ndarray) -> list[Encoding]:

@@ -6,12 +6,15 @@ EmbedcamError
 │   │   └── ImageTooLarge            one of more pixels than the limit
 │   └── RecipeError                  choices that do not go together; names the nearest valid ones
 ├── NetworkError                     a network, layer or weights file that cannot be used
+│   ├── EmbeddingError               what it makes of some pictures: NaN, infinity, or zeros
 │   └── NetworkMismatch              a working network, but not the one the index was built with
 └── IndexFormatError                 an index on disk that is broken, unfinished or too new
     └── IndexBusyError               another process is writing to the index
 
 A message says what was given, what was expected, and what to do next.
 """
+
+from collections.abc import Sequence
 
 
 class EmbedcamError(Exception):
@@ -36,6 +39,36 @@ class RecipeError(InputError):
 
 class NetworkError(EmbedcamError):
     """A network, layer or weights file that cannot be used."""
+
+
+class EmbeddingError(NetworkError):
+    """Embeddings or activations of some pictures that cannot be used.
+
+    Args:
+        what: is wrong with them, such as "the embedding is zero and cannot be normalised".
+        advice: what to do next.
+        rows: the pictures' places in the batch.
+        size: pictures of the batch; of one alone no place is named.
+    """
+
+    def __init__(self, what: str, advice: str, rows: Sequence[int], size: int) -> None:
+        self.what, self.advice, self.rows = what, advice, list(rows)
+        where = ", ".join(map(str, self.rows[:10])) + (", ..." if len(self.rows) > 10 else "")
+        at = f" (positions {where} of the batch)" if size > 1 else ""
+        super().__init__(f"{what}{at}; {advice}")
+
+    def named(self, names: Sequence[str]) -> "EmbeddingError":
+        """The same error with the first picture's name before it.
+
+        Args:
+            names: of all pictures of the batch.
+        """
+        return self.of_one(names[self.rows[0]])
+
+    def of_one(self, name: str) -> "EmbeddingError":
+        """The same error with a name before it, whatever its places are."""
+        self.args = (f"{name}: {self.what}; {self.advice}",)
+        return self
 
 
 class NetworkMismatch(NetworkError):  # noqa: N818 - reads as the fact it states

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Self, overload
 import numpy as np
 
 from .answer import Choices, Fallback, Query, answer
-from .errors import ImageError, InputError
+from .errors import EmbeddingError, ImageError, InputError
 from .explanation import Explanation, may_follow
 from .forking import ProcessLock
-from .images import read_image
+from .images import MAX_PIXELS, read_image
 from .index import Index
 from .neighbors import check_wanted, find_neighbors
-from .opened import Given, Opened, from_onnx, prepared
+from .opened import Given, Opened, from_onnx, prepared, query_name
 from .preprocess import AnyPreprocess
 from .queries import check_count, check_features, check_sides, stacked
 from .transfer import coefficients
@@ -63,6 +63,7 @@ class Explainer:
         fallback: computes the weights of a query whose transfer is not trusted, see
             `fallback.DirectWeights`; None leaves them as they were transferred.
         images: folder the indexed images lie in now; None takes the one they were built from.
+        max_pixels: pictures of more pixels are not read, neither queries' nor indexed images'.
 
     Raises:
         NetworkMismatch: the network is not the index's.
@@ -81,8 +82,10 @@ class Explainer:
         trusted_from: float = TRUSTED_FROM,
         fallback: Fallback | None = None,
         images: str | Path | None = None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.n_neighbors = check_count(n_neighbors)
+        self.max_pixels = max_pixels
         coefficients(np.ones(1), np.ones(1), transfer)
         self.transfer = transfer
         if isinstance(trusted_from, bool) or not 0 <= trusted_from <= 1:
@@ -210,15 +213,18 @@ class Explainer:
         if len(images) == 0:
             return []
         pictures, inputs = zip(
-            *(prepared(image, opened.preprocess) for image in images), strict=True
+            *(prepared(image, opened.preprocess, self.max_pixels) for image in images), strict=True
         )
         batch = stacked(inputs)
-        if len(opened.layers) == 1:
-            features = network.forward(batch)
-            activations = [_numpy(features.activations)]
-        else:
-            features, tapped = network.forward_layers(batch, opened.layers)
-            activations = [_numpy(maps) for maps in tapped]
+        try:
+            if len(opened.layers) == 1:
+                features = network.forward(batch)
+                activations = [_numpy(features.activations)]
+            else:
+                features, tapped = network.forward_layers(batch, opened.layers)
+                activations = [_numpy(maps) for maps in tapped]
+        except EmbeddingError as error:
+            raise error.named([query_name(one, row) for row, one in enumerate(images)]) from None
         height, width = inputs[0].shape[-2:]
         embeddings, size = _numpy(features.embedding), (int(height), int(width))
         near = find_neighbors(opened.index, embeddings, wanted, neighbors)
@@ -325,7 +331,7 @@ class Explainer:
         Raises:
             ImageError, InputError: it cannot be read, or is neither.
         """
-        return prepared(image, self._now().preprocess)
+        return prepared(image, self._now().preprocess, self.max_pixels)
 
     def picture_file(self, id: str) -> Path | None:
         """Where an indexed image's picture lies; None where the index's path is not to be followed.
@@ -360,7 +366,7 @@ class Explainer:
                 f"{path}: does not exist; give images= (--images), the folder the indexed images "
                 "lie in now"
             )
-        return read_image(path)
+        return read_image(path, max_pixels=self.max_pixels)
 
     # Inside
 
@@ -376,7 +382,7 @@ class Explainer:
 
     def _choices(self) -> Choices:
         only_below = self._given.images is not None
-        return Choices(self.transfer, self.trusted_from, self.fallback, only_below)
+        return Choices(self.transfer, self.trusted_from, self.fallback, only_below, self.max_pixels)
 
 
 def _numpy(values: Any) -> np.ndarray:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .cam import area_average
 from .errors import EmbedcamError, InputError
-from .images import read_image
+from .images import MAX_PIXELS, read_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -85,6 +85,7 @@ class Explanation:
         shared: the index's target is "discriminant": the images of a label share their weights.
         prototypes: the results are prototypes merged from images, shown by the picture of the one
             in their middle.
+        max_pixels: pictures of more pixels are not read, and count as not found.
     """
 
     cam: np.ndarray
@@ -111,6 +112,7 @@ class Explanation:
     asked: Asked | None = None
     shared: bool = False
     prototypes: bool = False
+    max_pixels: int = MAX_PIXELS
 
     @property
     def trusted(self) -> bool | None:
@@ -276,7 +278,9 @@ class Explanation:
     def _picture(self, path: str) -> tuple[Image.Image | None, Extent | None]:
         """A result's picture and what the network saw of it; None for what is not to be had."""
         try:
-            picture = read_image(path) if self._follows(path) else None
+            picture = None
+            if self._follows(path):
+                picture = read_image(path, max_pixels=self.max_pixels)
         except EmbedcamError:
             return None, None
         if picture is None or self.preprocess is None:

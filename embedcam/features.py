@@ -11,7 +11,7 @@ from torch import Tensor
 from .assembly import described, header, make_encoding, sample_places
 from .build import BuildReport
 from .build.checks import check_amounts, disk_errors, warn_of_norm
-from .build.report import Stages
+from .build.report import Stages, label_counts
 from .classes import Classes, label_codes
 from .cotangents import AnchorCotangents
 from .encoding import LowRank
@@ -160,7 +160,8 @@ def build_from_features(
         create(path, about, [encoding.fitted], shared, part, replace=replace)
     by_label = codes is not None and recipe.resolved_target != "centred" and triplets is None
     n_single = Classes(codes).n_single if by_label and codes is not None else 0
-    return BuildReport(path, n, [], n_single, int((counts == 0).sum()), stages.seconds)
+    n_empty = int((counts == 0).sum())
+    return BuildReport(path, n, [], n_single, n_empty, stages.seconds, *label_counts(kept_labels))
 
 
 @dataclass(frozen=True)

@@ -235,7 +235,9 @@ def _preprocess(
     return preprocess_from_dict(described) if described else None
 
 
-def prepared(image: Any, preprocess: AnyPreprocess | None) -> tuple[Image.Image | None, Any]:
+def prepared(
+    image: Any, preprocess: AnyPreprocess | None, max_pixels: int
+) -> tuple[Image.Image | None, Any]:
     """The picture (None where the network's own input was given) and the input `[3 H W]`."""
     shape = tuple(getattr(image, "shape", ()))
     kind = str(getattr(image, "dtype", ""))
@@ -251,5 +253,11 @@ def prepared(image: Any, preprocess: AnyPreprocess | None) -> tuple[Image.Image 
             "the index does not know how pictures were prepared; give the network's input as a "
             "float array [3 H W]"
         )
-    picture = read_image(image)
+    picture = read_image(image, max_pixels=max_pixels)
     return picture, preprocess(picture)
+
+
+def query_name(image: Any, row: int) -> str:
+    """What messages call a query: its path where it has one, else its place among the queries."""
+    path = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", "")
+    return os.fspath(path) if path else f"query {row}"

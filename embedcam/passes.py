@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .cam import area_average, cam
 from .cotangents import AnchorCotangents, Cotangents
-from .errors import ImageError
-from .images import Batch, ImageSource, load_batches
+from .errors import EmbeddingError, ImageError
+from .images import Batch, ImageSource, embed, load_batches
 from .index import quantize_coarse
 from .methods import Subject, found_for, inputs_a_pass, weights_for
 from .network import EmbeddingNetwork
@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 CHUNK = 256
 """Images a chunk, at least; a kill loses at most one chunk of work."""
+
+CROPPED = 0.25
+"""Share of a picture from which on a build says that the crop leaves it out."""
 
 POOLED_METHODS = ("cam", "gradcam", "gradcam++")
 """Methods whose weights, behind a global average pool, are functions of the pooled vector."""
@@ -101,8 +104,12 @@ class Work:
         )
 
     def embedded(self, chunk: int) -> np.ndarray:
-        """Places in the source of a finished chunk's images that could be read."""
+        """Places in the source of a finished chunk's images that could be read and embedded."""
         return np.array(self.scratch.read("embed", chunk, "positions")["positions"])
+
+    def refused(self, chunk: int) -> np.ndarray:
+        """Places of those that could be read, and whose embeddings cannot be used."""
+        return np.array(self.scratch.read("embed", chunk, "refused")["refused"])
 
 
 def is_exact(recipe: Recipe, matrix: np.ndarray | None, normalize: bool = True) -> bool:
@@ -165,11 +172,14 @@ def skipped_of(work: Work, chunk: int) -> list[tuple[int, str]]:
 def _embed(work: Work, batches: Iterable[Batch], n: int, tick: Tick) -> dict[str, np.ndarray]:
     kept = _Rows(n)
     errors: list[tuple[int, str]] = []
-    grid = (0, 0)
-    for batch in batches:
+    refused: list[int] = []
+    grid, n_cropped = (0, 0), 0
+    for read in batches:
+        batch, features = embed(read, work.source, work.network.forward, work.on_unreadable)
+        refused += np.setdiff1d(read.positions, batch.positions).tolist()
         errors += batch.errors
-        if len(batch):
-            features = work.network.forward(batch.images)
+        n_cropped += sum(_is_cropped(work.network.preprocess, *size) for size in batch.sizes)
+        if features is not None:
             activations = features.activations
             grid = (activations.shape[2], activations.shape[3])
             rows = {
@@ -187,7 +197,18 @@ def _embed(work: Work, batches: Iterable[Batch], n: int, tick: Tick) -> dict[str
         **kept.arrays(),
         "grid": np.array(grid),
         "errors": np.frombuffer(text.encode(), np.uint8),
+        "refused": np.array(refused, np.int64),
+        "cropped": np.array([n_cropped]),
     }
+
+
+def _is_cropped(preprocess: Any, width: int, height: int) -> bool:
+    """Whether a centre crop leaves out more than `CROPPED` of a picture."""
+    if getattr(preprocess, "resize", None) != "crop":
+        return False
+    x0, y0, x1, y1 = preprocess.extent(int(width), int(height))
+    seen = (min(x1, width) - max(x0, 0)) * (min(y1, height) - max(y0, 0))
+    return bool(seen < (1 - CROPPED) * width * height)
 
 
 def _pooled(work: Work, activations: Tensor) -> dict[str, np.ndarray]:
@@ -273,17 +294,34 @@ def _weights_of_images(
     kept = _Rows(len(places))
     for batch in _read_again(work, chunk):
         rows = slice(kept.done, kept.done + len(batch))
-        if work.layers:
-            arrays = _by_layers(work, batch, anchors, places[rows])
-        else:
-            find = _by_head if work.recipe.method in POOLED_METHODS else _by_method
-            weights, activations, counts = find(work, batch, embedded, anchors, places, rows)
-            arrays = {"weights": _numpy(weights), "counts": counts}
-            if work.keep_grids:
-                arrays |= _spilled(work.network, work.exact, activations)
-        kept.add(arrays)
+        try:
+            kept.add(_of_images(work, batch, embedded, anchors, places, rows))
+        except EmbeddingError as error:
+            # A method may have run changed pictures, so that its rows are not the batch's.
+            first, last = (work.source.name(int(batch.positions[row])) for row in (0, -1))
+            name = first if len(batch) == 1 else f"one of the images {first} to {last}"
+            raise error.of_one(name) from None
         tick(len(batch))
     return kept.arrays()
+
+
+def _of_images(
+    work: Work,
+    batch: Batch,
+    embedded: dict[str, np.ndarray],
+    anchors: AnchorCotangents,
+    places: np.ndarray,
+    rows: slice,
+) -> dict[str, np.ndarray]:
+    """The rows of one batch in a chunk of weights."""
+    if work.layers:
+        return _by_layers(work, batch, anchors, places[rows])
+    find = _by_head if work.recipe.method in POOLED_METHODS else _by_method
+    weights, activations, counts = find(work, batch, embedded, anchors, places, rows)
+    arrays = {"weights": _numpy(weights), "counts": counts}
+    if work.keep_grids:
+        arrays |= _spilled(work.network, work.exact, activations)
+    return arrays
 
 
 def _by_head(
@@ -389,10 +427,11 @@ def _read_again(work: Work, chunk: int) -> Iterator[Batch]:
     Raises:
         ImageError: an image that could be read then and cannot now, or the other way round.
     """
-    expected = work.embedded(chunk)
+    expected, refused = work.embedded(chunk), work.refused(chunk)
     with closing(work.batches(work.chunk_positions(chunk))) as batches:
-        for batch in batches:
-            reasons = dict(batch.errors)
+        for read in batches:
+            rows = np.flatnonzero(np.isin(read.positions, refused))
+            batch, reasons = read.without(rows.tolist(), [""] * len(rows)), dict(read.errors)
             for position in [*batch.positions.tolist(), *reasons]:
                 if (position in reasons) == (position in expected):
                     why = reasons.get(position, f"{work.source.name(position)}: can be read now")

@@ -4,7 +4,7 @@ import errno
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..cotangents import AnchorCotangents
 from ..encoding import Encoding, LowRank, TopM
 from ..errors import EmbedcamError, ImageError, InputError, NetworkMismatch, RecipeError
 from ..identity import Identity
-from ..images import ImageSource
+from ..images import ImageSource, embed, load_batches
 from ..index import Index, check_factory
 from ..methods import Subject, found_for
 from ..methods.masks import fill_like
@@ -53,6 +53,11 @@ def check_options(
             "the network has no preprocessing, so images cannot be turned into its input; give "
             "EmbeddingNetwork(..., preprocess=Preprocess(...))"
         )
+    if unreadable == "fail":
+        # Known without a look at the files: said before hours of work, not after.
+        reasons = (source.refused(position) for position in range(len(source)))
+        if reason := next((reason for reason in reasons if reason is not None), None):
+            raise ImageError(reason)
 
 
 def check_norm(recipe: Recipe, network: EmbeddingNetwork) -> None:
@@ -174,6 +179,7 @@ def same_index(
     own_maps: bool,
     trust: bool,
     given: str | None,
+    embeds: EmbeddingNetwork,
 ) -> list[tuple[str, str]]:
     """Refuse to call a finished index done where another one was asked for.
 
@@ -182,16 +188,17 @@ def same_index(
         recipe, identity, source, own_maps, trust: what is asked for.
         files: fingerprint of each image of the source.
         given: digest of the user's own triplets, or None.
+        embeds: the network itself.
 
     Returns:
-        (id, reason) of images that are not in it because they cannot be read.
+        (id, reason) of images that are not in it because they cannot be read or embedded.
 
     Raises:
         InputError: naming what differs.
     """
     manifest = index.manifest
     network = manifest["network"] or {}
-    unreadable = _unreadable(source, set(index.ids[index.live_positions()]))
+    unusable = _unusable(source, set(index.ids[index.live_positions()]), embeds)
     checks = {
         "recipe": manifest["recipe_sha256"] == recipe.digest(),
         "network": identity.to_dict().items() <= network.items(),
@@ -202,32 +209,32 @@ def same_index(
     }
     differs = [what for what, same in checks.items() if not same]
     said = [f"another {' and '.join(differs)}"] if differs else []
-    said += _other_images(index, source, files, unreadable)
+    said += _other_images(index, source, files, unusable)
     if said:
         raise InputError(
             f"{index.path} holds a finished index with {', and with '.join(said)}; choose "
             "another folder, add images with `embedcam add`, or redo it with --refit (replace=True)"
         )
-    return list((unreadable or {}).values())
+    return list((unusable or {}).values())
 
 
 def _other_images(
     index: Index,
     source: ImageSource,
     files: Sequence[str],
-    unreadable: Mapping[int, tuple[str, str]] | None,
+    unusable: Mapping[int, tuple[str, str]] | None,
 ) -> list[str]:
-    """How the images of an index differ from those of a source, its unreadable ones left out."""
+    """How the images of an index differ from those of a source that can be used."""
     counts, live = index.manifest["counts"], index.live_positions()
     added = counts["added_after_fit"]
     removed = index.manifest["fit"]["images"] - (counts["live"] - added)
     changes = [f"{n:,} {how} since" for n, how in ((added, "added"), (removed, "removed")) if n]
     if changes:
         return [f"another list of images ({', '.join(changes)})"]
-    places = [p for p in range(len(source)) if p not in (unreadable or {})]
+    places = [p for p in range(len(source)) if p not in (unusable or {})]
     items = [source.items[place] for place in places]
     listed = list(zip(index.ids[live], index.paths[live], strict=True))
-    if unreadable is None or [(item.id, item.path) for item in items] != listed:
+    if unusable is None or [(item.id, item.path) for item in items] != listed:
         return ["another list of images"]
     said = []
     if [item.label for item in items] != list(index.labels[live]):
@@ -238,18 +245,19 @@ def _other_images(
     return said
 
 
-def _unreadable(source: ImageSource, known: set[str]) -> dict[int, tuple[str, str]] | None:
-    """(id, reason) of the images that are not known, by place; None if one of them can be read."""
-    found = {}
-    for place, item in enumerate(source.items):
-        if item.id in known:
-            continue
-        try:
-            source.open(place)
-        except ImageError as error:
-            found[place] = (item.id, str(error))
-        else:
-            return None
+def _unusable(
+    source: ImageSource, known: set[str], network: EmbeddingNetwork
+) -> dict[int, tuple[str, str]] | None:
+    """(id, reason) of the images that are not known, by place; None if one of them can be used."""
+    places = [place for place, item in enumerate(source.items) if item.id not in known]
+    found: dict[int, tuple[str, str]] = {}
+    batches = load_batches(source, places, network.preprocess, 1, workers=0, on_error="skip")
+    with closing(batches):
+        for read in batches:
+            batch, _ = embed(read, source, network.forward, "skip")
+            if len(batch):
+                return None
+            found |= {place: (source.items[place].id, why) for place, why in batch.errors}
     return found
 
 

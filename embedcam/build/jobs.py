@@ -25,7 +25,7 @@ from ..cotangents import AnchorCotangents
 from ..errors import InputError
 from ..fingerprint import check, fingerprint
 from ..identity import Identity
-from ..images import ImageSource, Item
+from ..images import MAX_PIXELS, ImageSource, Item
 from ..index import (
     ADD_INSTEAD,
     Index,
@@ -66,14 +66,14 @@ from .checks import (
     same_index,
     warn_of_norm,
 )
-from .report import BuildReport, Stages
+from .report import BuildReport, Stages, label_counts
 
 log = logging.getLogger(__name__)
 
 SCRATCH_GB = 50.0
 """Activations kept between the passes, at most; beyond it own maps cost one more forward pass."""
 _SCRATCH = ".building"
-_CHUNKS = 1
+_CHUNKS = 2
 """Version of what the chunks hold: older ones are not used again."""
 
 
@@ -143,10 +143,10 @@ def build_index(
                 generation = index.manifest["generation"] + 1
                 if _tidied(index) == job or not replace:
                     skipped = same_index(
-                        index, recipe, identity, source, files, own_maps, trust, given
+                        index, recipe, identity, source, files, own_maps, trust, given, network
                     )
-                    log.info("%s is complete already", path)
-                    return BuildReport(path, 0, skipped)
+                    log.info("%s holds these images already", path)
+                    return BuildReport(path, 0, skipped, left_out=source.left_out)
         scratch = Scratch(path / _SCRATCH, job)
         keep = own_maps and _may_keep(network, source, exact, layers, scratch_gb, scratch)
         work = Work(
@@ -188,7 +188,9 @@ def build_index(
             fitted = [encoding.fitted for encoding in encodings]
             create(path, about, fitted, shared, part, replace=generation > 1)
         scratch.remove()
-    return _report(path, recipe, part, gathered, labels, stages)
+    return _report(
+        work, path, part, gathered, labels, stages, '; resize="squash" shows all of each'
+    )
 
 
 def add_images(
@@ -236,7 +238,7 @@ def add_images(
         )
         if _tidied(index) == job:
             log.info("%s has these images already", path)
-            return BuildReport(path, 0, [])
+            return BuildReport(path, 0, [], left_out=source.left_out)
         check_new(index, source)
         layer = manifest["layers"][0]
         with_maps = layer["coarse_grid"] is not None
@@ -261,15 +263,18 @@ def add_images(
             scratch.promise(job, manifest["generation"] + 1)
             append(path, part)
         scratch.remove()
-    return _report(path, recipe, part, gathered, labels, stages)
+    return _report(work, path, part, gathered, labels, stages)
 
 
-def indexed_images(index: Index, root: str | Path | None = None) -> ImageSource:
+def indexed_images(
+    index: Index, root: str | Path | None = None, *, max_pixels: int = MAX_PIXELS
+) -> ImageSource:
     """The images of an index as a source again, for `build_index(..., replace=True)` (a refit).
 
     Args:
         index: an open index.
         root: folder the images lie in now; None takes the one they were built from.
+        max_pixels: limit of a picture's pixels.
 
     Raises:
         InputError: an index of prototypes, or one that does not know where its images lie.
@@ -286,7 +291,7 @@ def indexed_images(index: Index, root: str | Path | None = None) -> ImageSource:
         )
     stored = (index.manifest["images"] or {}).get("root")
     chosen = root if root is not None else stored
-    return ImageSource(items, None if chosen is None else Path(chosen))
+    return ImageSource(items, None if chosen is None else Path(chosen), max_pixels=max_pixels)
 
 
 def _weights(
@@ -378,6 +383,8 @@ def _digest(
         digest.update(json.dumps([item.id, item.path, item.label, file]).encode())
     # The probe speaks for code that parameters do not show, to the bit: so do the chunks.
     probe = [array for _, array in sorted(identity.arrays().items())]
+    # A picture that was skipped for its size may be read by another limit.
+    choices += (source.max_pixels,) if source.max_pixels != MAX_PIXELS else ()
     for choice in (_CHUNKS, torch.__version__, np.__version__, *probe, *choices):
         data = choice.tobytes() if isinstance(choice, np.ndarray) else repr(choice).encode()
         digest.update(data + b"\0")
@@ -385,22 +392,43 @@ def _digest(
 
 
 def _report(
+    work: Work,
     path: Path,
-    recipe: Recipe,
     part: PartData,
     gathered: Gathered,
     labels: np.ndarray | None,
     stages: Stages,
+    against_crop: str = "",
 ) -> BuildReport:
-    n_single = 0
+    """What was done.
+
+    Args:
+        work: of the job.
+        path: of the index.
+        part: what was written.
+        gathered: what the embedding pass found.
+        labels: codes of old and new images, or None.
+        stages: their times.
+        against_crop: what shows all of a picture, where there is something to be done.
+    """
+    n_single, recipe, n = 0, work.recipe, len(gathered.positions)
     if labels is not None and recipe.resolved_target != "centred" and recipe.sampling != "given":
         classes = Classes(labels)
         n_single = int((classes.sizes[classes.codes[gathered.n_before :]] == 1).sum())
+    notes = list(work.source.notes)
+    if gathered.n_cropped:
+        notes.append(
+            f"the crop leaves out more than a quarter of {gathered.n_cropped:,} of {n:,} "
+            f"pictures{against_crop}"
+        )
     return BuildReport(
         path,
-        len(gathered.positions),
+        n,
         gathered.skipped,
         n_single,
         int((np.asarray(part.triplets_used) == 0).sum()),
         stages.seconds,
+        *label_counts(part.labels),
+        work.source.left_out,
+        notes,
     )

@@ -1,13 +1,17 @@
 """What a job tells the user: a progress bar while it runs, a report when it is done."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from ..images import LeftOut
+from ..images.sources import cut
 
 
 @dataclass(frozen=True)
@@ -17,11 +21,15 @@ class BuildReport:
     Attributes:
         path: the index.
         n_images: images indexed by this job.
-        skipped: (id, reason) of images that could not be read.
-        n_single: of these images, those alone in their class: their positives are their nearest
-            neighbours. 0 where labels draw nothing.
+        skipped: (id, reason) of images that could not be read, or not embedded.
+        n_single: of these images, those alone in their class, those without a label among them:
+            their positives are their nearest neighbours. 0 where labels draw nothing.
         n_without_triplets: images whose every triplet was satisfied: their weights are zero.
         seconds: wall time of each stage.
+        labels: how many of these images have each label, by its name.
+        n_unlabelled: of these images, those without a label; all of them where labels is empty.
+        left_out: what lies beside the images and was not taken.
+        notes: what looks like a mistake, a sentence each.
     """
 
     path: Path
@@ -30,6 +38,36 @@ class BuildReport:
     n_single: int = 0
     n_without_triplets: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    n_unlabelled: int = 0
+    left_out: LeftOut = field(default_factory=LeftOut)
+    notes: list[str] = field(default_factory=list)
+
+    def taken(self) -> list[str]:
+        """What was taken and what was not, a line each."""
+        said = [f"labels: {self._labels_line()}"] if self.n_images else []
+        others = [str(self.left_out)] if str(self.left_out) else []
+        others += [f"{len(self.skipped):,} skipped"] if self.skipped else []
+        return [*said, *([f"not taken: {', '.join(others)}"] if others else []), *self.notes]
+
+    def _labels_line(self) -> str:
+        if not self.labels:
+            return "none"
+        few = ", ".join(cut(name, 30) for name in [*self.labels][:3])
+        few += ", ..." if len(self.labels) > 3 else ""
+        least, most = (choose(self.labels, key=self.labels.__getitem__) for choose in (min, max))
+        each = f"{self.labels[most]:,}"
+        if self.labels[least] < self.labels[most]:
+            each = f"{self.labels[least]:,} ({cut(least, 30)}) to {each} ({cut(most, 30)})"
+        without = f"; {self.n_unlabelled:,} without a label" if self.n_unlabelled else ""
+        return f"{len(self.labels):,} ({few}), {each} of the images each{without}"
+
+
+def label_counts(labels: Iterable[str | None]) -> tuple[dict[str, int], int]:
+    """How many images have each label, by its name, and how many have none."""
+    counts = Counter(labels)
+    n_unlabelled = counts.pop(None, 0)
+    return {name: counts[name] for name in sorted(filter(None, counts))}, n_unlabelled
 
 
 class Stages:

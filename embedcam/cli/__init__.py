@@ -35,6 +35,14 @@ EXIT_CODES: dict[type[Exception], int] = {
 """The first class that fits an error gives the exit code; 0 is success, 130 an interruption."""
 _PYTHON = re.compile(r" \((?:(?:replace=True|per_class=False|layer=|size=|resize=)(?:, )?)+\)")
 """What messages say to callers from Python, in brackets behind the option."""
+_OPTIONS = (
+    (re.compile(r'\b(labels|resize)="(\w+)"'), r"--\1 \2"),
+    (re.compile(r"\bnormalize=False\b"), "--no-normalize"),
+    (re.compile(r"\bimages= \(--images\)"), "--images"),
+    (re.compile(r"\bmax_pixels="), "--max-pixels"),
+    (re.compile(r"\bexclude="), "--exclude"),
+)
+"""Arguments that messages name to callers from Python, and what the command line has for them."""
 INTERRUPTED, UNEXPECTED = 130, 70
 
 
@@ -78,10 +86,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def for_command_line(text: str) -> str:
+    """A message in the words of the command line, where it names arguments of Python."""
+    text = _PYTHON.sub("", text)
+    for argument, option in _OPTIONS:
+        text = argument.sub(option, text)
+    return text
+
+
 def _say(error: Exception) -> int:
     """One sentence on the error stream; the whole traceback only with --debug."""
     code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), UNEXPECTED)
-    text = _PYTHON.sub("", " ".join(str(error).split())) or type(error).__name__
+    text = for_command_line(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("embedcam"):
         # Installed for answering queries only, with --no-deps.
         code = EXIT_CODES[NetworkError]

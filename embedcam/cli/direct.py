@@ -98,7 +98,8 @@ def redrawn(
             "embedcam.cam_for(..., layers=[...])"
         )
     made = cam_for(
-        network, query, target, method.name, progress=False if quiet else None, **chosen, **asked
+        network, query, target, method.name, progress=False if quiet else None,
+        max_pixels=explanation.max_pixels, **chosen, **asked,
     )  # fmt: skip
     weights = np.zeros_like(explanation.weights) if made.weights is None else made.weights
     return replace(

@@ -8,14 +8,13 @@ from typing import Any
 from ..errors import InputError
 from .networks import named, network_of_index, network_options
 from .online import check_folder
-from .report import columns, naming_skip, note
+from .report import columns, found_images, naming_skip, note
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Measure the maps of an index on query images."""
     from ..evaluate import Settings, evaluate_index
     from ..evaluate.report import intro, tables
-    from ..images import find_images
     from ..index import Index
 
     # Whatever can be refused is refused before the network is loaded.
@@ -23,7 +22,7 @@ def evaluate(options: argparse.Namespace) -> None:
     settings = _settings(options, Settings)
     if options.indexed is not None and not Path(options.indexed).is_dir():
         raise InputError(f"--indexed {options.indexed}: there is no such folder")
-    source = find_images(options.images, options.labels or "auto")
+    source = found_images(options, options.images, options.labels or "auto")
     _check_regions(options, source)
     with Index.open(options.index) as index:
         network = named(network_of_index(index.manifest, network_options(options)))

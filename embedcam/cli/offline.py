@@ -1,7 +1,6 @@
 """Commands that make or change an index: build, add, remove, compact, compress; the demo."""
 
 import argparse
-import csv
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,13 +8,30 @@ from typing import Any
 
 from ..errors import InputError, RecipeError
 from .networks import named, network_of_index, network_options, refuse_unknown
-from .report import counted, emit, fidelity_lines, listing_ids, naming_skip, note, size_text
+from .report import (
+    counted,
+    emit,
+    fidelity_lines,
+    found_images,
+    listing_ids,
+    naming_skip,
+    note,
+    size_text,
+)
 from .resuming import told_of
 
 _RECIPE = (
     "method", "target", "norm", "sampling", "hinge", "margin", "seed", "layers", "fill",
     "encoding", "rank", "m", "by", "dtype", "faiss", "metric",
 )  # fmt: skip
+_IMAGES: dict[str, tuple[type, ...]] = {
+    "path": (str,),
+    "labels": (str,),
+    "on_unreadable": (str,),
+    "exclude": (str, list),
+    "max_pixels": (int,),
+}
+"""Entries of a recipe's table of images, and their types."""
 
 
 def build(options: argparse.Namespace) -> None:
@@ -39,17 +55,16 @@ def build(options: argparse.Namespace) -> None:
 def add(options: argparse.Namespace) -> None:
     """Add images to an index."""
     from ..build import BuildReport, add_images
-    from ..images import find_images
     from ..index import ADD_INSTEAD, Index, refuse_prototypes
 
-    source = find_images(options.images, options.labels or "auto")
+    source = found_images(options, options.images, options.labels or "auto")
     with Index.open(options.index) as index:
         refuse_prototypes(index.path, index.manifest, ADD_INSTEAD)  # before a network is loaded
         network = network_of_index(index.manifest, network_options(options))
         if options.skip_existing:
             source = _without_known(options, source, index)
             if not len(source):
-                none = BuildReport(Path(options.index), 0, [])
+                none = BuildReport(Path(options.index), 0, [], left_out=source.left_out)
                 return _report(options, none, "added to")
     with told_of(options), naming_skip(options):
         report = add_images(
@@ -73,7 +88,7 @@ def _without_known(options: argparse.Namespace, source: Any, index: Any) -> Any:
     if known:
         note(options, f"{counted(len(known), 'image')} left out: in the index already")
     items = [item for item in source.items if item.id not in known]
-    return ImageSource(items, source.root, max_pixels=source.max_pixels)
+    return ImageSource(items, source.root, max_pixels=source.max_pixels, left_out=source.left_out)
 
 
 def remove(options: argparse.Namespace) -> None:
@@ -161,7 +176,7 @@ def _build_images(
     options: argparse.Namespace, recipe: Any, images: dict[str, Any], network: dict[str, Any]
 ) -> Any:
     from ..build import build_index, indexed_images
-    from ..images import find_images
+    from ..images import MAX_PIXELS
     from ..index import Index
 
     path = options.images or images.get("path")
@@ -169,7 +184,11 @@ def _build_images(
     if options.refit and (path is None or (Path(options.index) / "manifest.json").exists()):
         # What is not said is as it was; without images, those that the index knows are taken.
         with Index.open(options.index) as index:
-            source = indexed_images(index) if path is None else None
+            if path is None:
+                if options.exclude:
+                    raise InputError("--exclude goes with IMAGES; name their folder, or remove ids")
+                pixels = options.max_pixels or images.get("max_pixels", MAX_PIXELS)
+                source = indexed_images(index, max_pixels=pixels)
             # An index from features had no maps to choose.
             if index.manifest["images"] is not None:
                 own_maps &= index.manifest["layers"][0]["coarse_grid"] is not None
@@ -181,11 +200,12 @@ def _build_images(
             "in the recipe"
         )
     if path is not None:
-        source = find_images(path, options.labels or images.get("labels", "auto"))
-    assert source is not None
+        kept = {name: images[name] for name in ("exclude", "max_pixels") if name in images}
+        source = found_images(options, path, options.labels or images.get("labels", "auto"), **kept)
     loaded = named(network)
     if network.get("layer") is None:
-        note(options, f"{loaded.name}: explaining layer {loaded.layer} (--layer takes another)")
+        called = loaded.name or network["network"]
+        note(options, f"{called}: explaining layer {loaded.layer} (--layer takes another)")
     triplets = _given_triplets(options)
     with naming_skip(options):
         return build_index(
@@ -262,10 +282,11 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str,
                 f"--triplets {options.triplets}: give a number, or a .npy file of shape [N S 2]; "
                 "for every triplet there is use --sampling all"
             )
-    refuse_unknown("[images]", images, dict.fromkeys(("path", "labels", "on_unreadable")))
+    refuse_unknown("[images]", images, _IMAGES)
     for name, value in images.items():
-        if not isinstance(value, str):
-            raise RecipeError(f"[images] {name} = {value!r} should be of type str")
+        if not isinstance(value, _IMAGES[name]) or isinstance(value, bool):
+            kind = " or ".join(one.__name__ for one in _IMAGES[name])
+            raise RecipeError(f"[images] {name} = {value!r} should be of type {kind}")
     if options.option:
         changes["options"] = dict(options.option)
     if "encoding" not in changes and {"m", "by"} & changes.keys():
@@ -300,13 +321,11 @@ def _ids(path: str | None) -> tuple[list[str] | None, list[str | None] | None]:
     """Ids and labels from a CSV with the columns id[,label]."""
     if path is None:
         return None, None
-    try:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as CSV ({error})") from error
-    if not rows or "id" not in rows[0]:
-        raise InputError(f"{path}: needs a header with the column id, and perhaps label")
+    from ..images.sources import csv_rows
+
+    rows = [row for _, row in csv_rows(Path(path), ["id"], "id[,label]")]
+    if not rows:
+        raise InputError(f"{path}: has no lines below its header")
     labels = [row["label"] or None for row in rows] if "label" in rows[0] else None
     return [row["id"] for row in rows], labels
 
@@ -327,21 +346,29 @@ def _report(options: argparse.Namespace, report: Any, verb: str) -> None:
         note(options, f"skipped {name}: {rest if path.endswith(name) else reason}")
     if len(report.skipped) > 20:
         note(options, f"... and {len(report.skipped) - 20} more")
-    if report.n_single:
-        note(
-            options,
-            f"{counted(report.n_single, 'image')} alone with a label: the nearest neighbours stand "
-            "in as positives",
-        )
+    # An image without a label is a class of its own where labels draw the positives.
+    unlabelled = min(report.n_unlabelled, report.n_single)
+    for number, what in (
+        (report.n_single - unlabelled, "alone with a label"),
+        (unlabelled, "without a label"),
+    ):
+        if number:
+            note(
+                options,
+                f"{counted(number, 'image')} {what}: the nearest neighbours stand in as positives",
+            )
     if report.n_without_triplets:
         note(
             options,
             f"{counted(report.n_without_triplets, 'image')} without evidence: every triplet was "
             "satisfied",
         )
+    for text in report.taken():
+        if text not in getattr(options, "said", ()):
+            note(options, text)
     took = f"in {sum(report.seconds.values()):.1f} s"
     if not report.n_images:
-        text = f"{report.path}: complete already"
+        text = f"{report.path}: holds these images already; nothing to do"
     elif verb == "built":
         text = f"{report.path}: built, {counted(report.n_images, 'image')} {took}"
     else:

@@ -11,6 +11,8 @@ from typing import Any
 
 from .._files import write_whole
 from ..errors import ImageError, InputError
+from ..images import MAX_PIXELS
+from ..images.reading import why_missing
 from .direct import check_method, options_of, redrawn, trust_of
 from .networks import check_onnx, network_given
 from .report import columns, counted, listing_ids, note
@@ -42,6 +44,7 @@ def explain(options: argparse.Namespace) -> None:
             network,
             transfer=options.transfer,
             images=options.images,
+            max_pixels=options.max_pixels or MAX_PIXELS,
             **trust_of(options, index, network),
         )
         if reported is not None:
@@ -160,7 +163,7 @@ def _check_queries(queries: Sequence[str]) -> None:
                 "--report FOLDER"
             )
         if not Path(query).exists():
-            raise ImageError(f"{query}: does not exist")
+            raise ImageError(f"{query}: {why_missing(query)}")
 
 
 def _ids(index: Any, given: Sequence[str]) -> Iterator[str]:

@@ -38,7 +38,7 @@ def work_options(one: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--on-unreadable",
         choices=("fail", "skip"),
-        help="what to do with a broken image (default fail)",
+        help="what to do with an image that cannot be read or embedded (default fail)",
     )
     group.add_argument(
         "--scratch-gb",
@@ -47,6 +47,29 @@ def work_options(one: argparse.ArgumentParser) -> None:
         default=50.0,
         help="disk for activations kept meanwhile (default 50)",
     )
+
+
+def found_options(one: Any) -> None:
+    """Which images of a folder or a CSV are taken."""
+    one.add_argument(
+        "--exclude",
+        metavar="PATTERN",
+        action="append",
+        help="leave out images and folders by path or name, such as '*.gif'; may be repeated",
+    )
+
+
+def pixel_options(one: Any) -> None:
+    """How large a picture may be."""
+    one.add_argument(
+        "--max-pixels",
+        metavar="N",
+        type=positive,
+        help="of a picture; larger ones are refused unread (default 89478485)",
+    )
+
+
+LABELS = ("auto", "folders", "subfolders", "none")
 
 
 def online_options(one: argparse.ArgumentParser) -> None:

@@ -2,7 +2,15 @@
 
 import argparse
 
-from .options import index_options, method_options, network_options, work_options
+from .options import (
+    LABELS,
+    found_options,
+    index_options,
+    method_options,
+    network_options,
+    pixel_options,
+    work_options,
+)
 from .values import names, path, positive, size, whole
 
 
@@ -15,7 +23,9 @@ def build_options(one: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="default, paper, unlabelled, or a TOML file; other options win over it",
     )
-    one.add_argument("--labels", choices=("auto", "folders", "none"), help="where labels are")
+    one.add_argument("--labels", choices=LABELS, help="where labels are")
+    found_options(one)
+    pixel_options(one)
     one.add_argument("--refit", action="store_true", help="redo a finished index")
     network_options(one)
     group = one.add_argument_group("weights")
@@ -85,7 +95,9 @@ def add_options(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--skip-existing", action="store_true", help="leave out images that INDEX holds already"
     )
-    one.add_argument("--labels", choices=("auto", "folders", "none"), help="where labels are")
+    one.add_argument("--labels", choices=LABELS, help="where labels are")
+    found_options(one)
+    pixel_options(one)
     network_options(one)
     work_options(one)
 

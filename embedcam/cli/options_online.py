@@ -3,10 +3,13 @@
 import argparse
 
 from .options import (
+    LABELS,
+    found_options,
     index_options,
     method_options,
     network_options,
     online_options,
+    pixel_options,
     transfer_options,
 )
 from .values import amount, names, path, positive, whole
@@ -28,6 +31,7 @@ def compare_options(one: argparse.ArgumentParser) -> None:
         help="do not put apart what the average image of the index shares",
     )
     online_options(one)
+    pixel_options(one)
     network_options(one)
 
 
@@ -75,6 +79,8 @@ def explain_options(one: argparse.ArgumentParser) -> None:
         help="of the results' colours (default joint)",
     )
     online_options(one)
+    found_options(one)
+    pixel_options(one)
     network_options(one)
 
 
@@ -128,7 +134,9 @@ def evaluate_options(one: argparse.ArgumentParser) -> None:
         "--images", metavar="IMAGES", type=path, required=True, help="query images: folder or CSV"
     )
     one.add_argument("--indexed", metavar="FOLDER", help="where the indexed images lie now")
-    one.add_argument("--labels", choices=("auto", "folders", "none"), help="where labels are")
+    one.add_argument("--labels", choices=LABELS, help="where labels are")
+    found_options(one)
+    pixel_options(one)
     one.add_argument("--boxes", metavar="CSV", type=path, help="where the objects are")
     one.add_argument("--masks", metavar="FOLDER", type=path, help="the same, as masks")
     one.add_argument("--html", metavar="FILE", type=path, help="one self-contained page")
@@ -198,7 +206,7 @@ def evaluate_options(one: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--on-unreadable",
         choices=("fail", "skip"),
-        help="what to do with a broken image (default fail)",
+        help="what to do with an image that cannot be read or embedded (default fail)",
     )
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ImageError, InputError
+from ..images import MAX_PIXELS
+from ..images.reading import why_missing
 from .networks import check_onnx, network_given
 from .online import check_images, plan_pictures
 from .report import columns, listing_ids, note
@@ -22,7 +24,7 @@ def compare(options: argparse.Namespace) -> None:
     (picture,) = plan_pictures(options.output, [options.query])
     check_images(options.images)
     if not Path(options.query).exists():
-        raise ImageError(f"{options.query}: does not exist")
+        raise ImageError(f"{options.query}: {why_missing(options.query)}")
     with Index.open(options.index) as index:
         with listing_ids(options.index):
             for name in filter(None, (options.result, options.above)):
@@ -30,7 +32,8 @@ def compare(options: argparse.Namespace) -> None:
         if options.result == options.above:
             raise InputError(f"--above {options.above} is the result itself; name another image")
         network = network_given(options, index.manifest)
-        pairs = PairExplainer(Explainer(index, network, images=options.images))
+        pixels = options.max_pixels or MAX_PIXELS
+        pairs = PairExplainer(Explainer(index, network, images=options.images, max_pixels=pixels))
         centred = not options.not_centred
         made: Any
         if options.above is None:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import ImageError, InputError
+from ..errors import EmbeddingError, ImageError, InputError, NetworkError
 from ..registry import METHODS
+from . import for_command_line
 
 METRICS = {"l2": "squared L2", "ip": "inner product"}
 _LABEL = 12
@@ -24,7 +25,7 @@ def emit(options: argparse.Namespace, values: Mapping[str, Any], text: str) -> N
 def note(options: argparse.Namespace, text: str) -> None:
     """Something worth knowing, on the error stream, so that output stays clean."""
     if not options.quiet:
-        print(text, file=sys.stderr)
+        print(for_command_line(text), file=sys.stderr)
 
 
 def counted(number: int, what: str) -> str:
@@ -37,10 +38,11 @@ def naming_skip(options: argparse.Namespace) -> Iterator[None]:
     """Errors of a broken image among many name the option that leaves it out."""
     try:
         yield
-    except ImageError as error:
+    except (ImageError, EmbeddingError) as error:
         if options.on_unreadable == "skip" or "run the build again" in str(error):
             raise
-        raise ImageError(f"{error}; --on-unreadable skip leaves such files out") from error
+        kind = ImageError if isinstance(error, ImageError) else NetworkError
+        raise kind(f"{error}; --on-unreadable skip leaves such files out") from error
 
 
 @contextmanager
@@ -54,6 +56,28 @@ def listing_ids(index: str) -> Iterator[None]:
             raise
         text = text.removesuffix("; see `index.ids`")
         raise InputError(f"{text}; `embedcam info {index} --ids` lists those it has") from error
+
+
+def found_images(options: argparse.Namespace, path: Any, labels: Any, **otherwise: Any) -> Any:
+    """The images of a folder or a CSV, but for those excluded; what looks wrong is said at once.
+
+    Args:
+        options: with `exclude` and `max_pixels`.
+        path, labels: as of `find_images`.
+        **otherwise: its other arguments, where the options are silent.
+    """
+    from ..images import find_images
+
+    given = {"exclude": options.exclude, "max_pixels": options.max_pixels}
+    said = {name: value for name, value in given.items() if value is not None}
+    source = find_images(path, labels, **{**otherwise, **said})
+    options.said = source.notes
+    for text in source.notes:
+        note(options, f"note: {text}")
+    left_out = str(source.left_out)
+    if left_out and options.command not in ("build", "add"):  # which end with it
+        note(options, f"not taken: {left_out}")
+    return source
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:

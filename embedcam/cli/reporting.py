@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ImageError, InputError
-from ..images import ImageSource, Item, find_images
-from .report import note
+from ..images import MAX_PIXELS, ImageSource, Item
+from ..images.reading import why_missing
+from .report import found_images, note
 
 _INSTEAD = "--report writes index.html and explanations.jsonl into its folder; leave out {}"
 
@@ -21,6 +22,8 @@ def check_report(options: argparse.Namespace) -> ImageSource | None:
     if options.report is None:
         if options.batch_size is not None:
             raise InputError("--batch-size is of a report; give --report FOLDER, or leave it out")
+        if options.exclude:
+            raise InputError("--exclude is of a report's folder; give --report FOLDER too")
         return None
     from ..report import check_folder
 
@@ -33,20 +36,24 @@ def check_report(options: argparse.Namespace) -> ImageSource | None:
             "queries with --html"
         )
     check_folder(options.report)
-    return _queries(options.queries)
+    return _queries(options)
 
 
-def _queries(given: list[str]) -> ImageSource:
+def _queries(options: argparse.Namespace) -> ImageSource:
     """One folder, recursively, one CSV, or pictures."""
+    given = options.queries
     first = Path(given[0])
     if len(given) == 1 and (first.is_dir() or first.suffix.lower() == ".csv"):
-        return find_images(first, "none")
+        return found_images(options, first, "none")
+    if options.exclude:
+        raise InputError("--exclude goes with one folder or CSV; leave it out, or the pictures")
     for query in given:
         if Path(query).is_dir():
             raise InputError(f"{query}: is a folder; give one folder, one CSV or pictures")
         if not Path(query).exists():
-            raise ImageError(f"{query}: does not exist")
-    return ImageSource([Item(query, query) for query in given])
+            raise ImageError(f"{query}: {why_missing(query)}")
+    items = [Item(query, query) for query in given]
+    return ImageSource(items, max_pixels=options.max_pixels or MAX_PIXELS)
 
 
 def write(
@@ -74,7 +81,7 @@ def write(
         if number:
             note(options, f"note: {_queries_of(number)} {what}")
     if found.n_new == 0:
-        print(f"{found.path}: complete already")
+        print(f"{found.path}: all {_queries_of(found.n_queries)} explained before; nothing to do")
         return
     before = found.n_queries - found.n_new
     resumed = f", {before:,} of them before" if before else ""

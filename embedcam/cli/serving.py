@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
+from ..images import MAX_PIXELS
 from ..service import check_installed
 from .direct import trust_of
 from .networks import check_onnx, network_given
@@ -36,6 +37,8 @@ def serve(options: argparse.Namespace) -> None:
         if options.n_neighbors is not None:
             chosen["n_neighbors"] = options.n_neighbors
         chosen |= {"transfer": options.transfer, "images": options.images}
+        # Of an indexed picture: what the index was let hold may be larger than an upload.
+        chosen["max_pixels"] = max(options.max_pixels or 0, MAX_PIXELS)
         # Its own to open: after a reload the old version is let go of.
         explainer = stack.enter_context(Explainer(options.index, network, **chosen))
         app = create_app(explainer, limits=limits, hosts=_hosts(options, bound))

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..images import load_batches
+from ..images import embed, load_batches
 from ..metrics import cosines, map_iou, rank_correlations
 from .gallery import Gallery
 from .maps import Mapper
@@ -35,7 +35,7 @@ def fidelity(
     Returns:
         A record for each image and count: `n_neighbors`, `distance` (of the nearest, squared),
         `cosine` of the weights, `rank_correlation` and `iou` of the maps; and how many pictures
-        could not be read.
+        could not be read or embedded.
     """
     counts = [n for n in COUNTS if n < len(gallery)]
     records, missing = [], 0
@@ -43,13 +43,14 @@ def fidelity(
     for batch in load_batches(
         source, np.arange(len(source)), preprocess, batch_size, on_error="skip"
     ):
+        batch, whole = embed(batch, source, mapper.see, "skip")
         missing += len(batch.errors)
         tick(len(batch.errors))
-        if not len(batch):
+        if whole is None:
             continue
         own = rows[batch.positions]
         # On the layer's own grid: resizing adds no evidence.
-        seen = mapper.see(batch.images).small()
+        seen = whole.small()
         near = gallery.nearest(seen.embeddings, own, max(counts, default=1))
         mine = mapper.transferred(seen, [np.array([row]) for row in own])
         for count in counts:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..cam import cam, resize, sharpen
 from ..explain import Explainer, Explanation
+from ..images import MAX_PIXELS
 from ..index import Index
 from ..network import EmbeddingNetwork
 from .settings import Clock, Settings
@@ -43,6 +44,8 @@ class Mapper:
         settings: Settings,
         clock: Clock,
         images: Path | None = None,
+        *,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.index, self.network, self.clock = index, network, clock
         self.explainer = Explainer(
@@ -51,6 +54,7 @@ class Mapper:
             n_neighbors=settings.n_neighbors,
             transfer=settings.transfer,
             images=images,
+            max_pixels=max_pixels,
         )
         self.layers = [str(layer["name"]) for layer in index.manifest["layers"]]
         self.channels = [int(layer["channels"]) for layer in index.manifest["layers"]]

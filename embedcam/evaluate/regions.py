@@ -1,6 +1,5 @@
 """Where the objects are: boxes from a CSV or masks from a folder, on the map's own grid."""
 
-import csv
 import itertools
 import math
 import os
@@ -13,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from ..images import EXTENSIONS, ImageSource, read_image
+from ..images import EXTENSIONS, MAX_PIXELS, ImageSource, read_image
+from ..images.sources import csv_rows
 from ..metrics import box_mask
 from ..preprocess import Extent
 
@@ -156,8 +156,8 @@ class BoxRegions(Regions):
 class MaskRegions(Regions):
     """Masks of a folder: white is the object."""
 
-    def __init__(self, files: dict[int, Path]) -> None:
-        self._files = files
+    def __init__(self, files: dict[int, Path], max_pixels: int = MAX_PIXELS) -> None:
+        self._files, self._max_pixels = files, max_pixels
 
     def __len__(self) -> int:
         return len(self._files)
@@ -171,7 +171,7 @@ class MaskRegions(Regions):
         if position not in self._files:
             return None
         file = self._files[position]
-        mask = _mask(file)
+        mask = _mask(file, self._max_pixels)
         if mask.size != size:
             raise InputError(
                 f"{file}: the mask is {mask.width} x {mask.height} pixels and its picture "
@@ -250,23 +250,23 @@ def of_masks(folder: str | os.PathLike[str], source: ImageSource) -> MaskRegions
             raise InputError(
                 f"{root}: {file} is the query itself; give a folder of masks, white on the object"
             )
-        _mask(file)
+        _mask(file, source.max_pixels)
     if not found:
         asked = os.path.splitext(source.items[0].path or source.items[0].id)[0]
         raise InputError(
             f"{root}: holds no mask for any of the images; name it like the image, such as "
             f"{root / asked}.png"
         )
-    return MaskRegions(found)
+    return MaskRegions(found, source.max_pixels)
 
 
-def _mask(file: Path) -> Image.Image:
+def _mask(file: Path, max_pixels: int) -> Image.Image:
     """A mask in grey.
 
     Raises:
         InputError: a photograph.
     """
-    picture = read_image(file).convert("RGB")
+    picture = read_image(file, max_pixels=max_pixels).convert("RGB")
     small = np.asarray(picture.resize((64, 64), Image.Resampling.NEAREST), int)
     coloured = (small.max(2) - small.min(2) > _GREY).mean()
     colours = len(np.unique((small // 32).reshape(-1, 3), axis=0))
@@ -279,29 +279,9 @@ def _mask(file: Path) -> Image.Image:
 
 
 def _rows(file: Path) -> list[tuple[int, dict[str, str]]]:
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            header = [name.strip() for name in reader.fieldnames or ()]
-            reader.fieldnames = header
-            missing = [name for name in NEEDED if name not in header]
-            if missing:
-                raise InputError(
-                    f"{file}: the header lacks {' and '.join(missing)}; expected "
-                    "path,x0,y0,x1,y1[,label][,width,height]"
-                )
-            rows = []
-            for row in reader:
-                if None in row or None in row.values():
-                    raise InputError(
-                        f"{file}, line {reader.line_num}: does not have the header's "
-                        f"{len(header)} fields"
-                    )
-                rows.append((reader.line_num, row))
-    except FileNotFoundError:
-        raise InputError(f"{file}: there is no such file of boxes") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{file}: the boxes cannot be read ({error})") from error
+    if not file.exists():
+        raise InputError(f"{file}: there is no such file of boxes")
+    rows = list(csv_rows(file, NEEDED, "path,x0,y0,x1,y1[,label][,width,height]"))
     if not rows:
         raise InputError(f"{file}: has no lines below its header")
     return rows

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..errors import EmbedcamError, InputError
 from ..explanation import may_follow
-from ..images import Batch, ImageSource, Item, load_batches
+from ..images import Batch, ImageSource, Item, embed, load_batches
 from ..index import Index
 from ..methods.subject import inputs_a_pass
 from ..metrics import rank_correlations
@@ -69,7 +69,8 @@ def evaluate_index(
         masks: folder of masks named as the images are, white on the object.
         indexed: folder the indexed images lie in now; None takes the one they were built from.
         settings: what is measured; see `Settings`.
-        on_unreadable: "fail" at the first broken image, or "skip" it and say so.
+        on_unreadable: "fail" at the first image that cannot be read or embedded, or "skip" it and
+            say so.
         workers: threads that decode images.
         progress: bars; None shows them on a terminal.
         **choices: single settings by name, such as `n_neighbors=1`, in place of `settings`.
@@ -142,7 +143,9 @@ class _Job:
         self.merged = index.manifest.get("compressed") is not None
         self.on_unreadable, self.workers, self.progress = on_unreadable, workers, progress
         self.clock = Clock()
-        self.mapper = Mapper(index, network, settings, self.clock, indexed)
+        self.mapper = Mapper(
+            index, network, settings, self.clock, indexed, max_pixels=source.max_pixels
+        )
         if network.preprocess is None:
             raise InputError(
                 "the network does not say how pictures are prepared for it; give it preprocess="
@@ -171,7 +174,7 @@ class _Job:
                 self._first_pass(batch)
         if not self.rows:
             raise InputError(
-                f"none of the {len(self.positions)} images could be read: {self.skipped[0]}"
+                f"none of the {len(self.positions)} images could be used: {self.skipped[0]}"
             )
         compared = self._controls()
         self._objects()
@@ -203,8 +206,11 @@ class _Job:
 
     # ---------------------------------------------------------------- every image
 
-    def _first_pass(self, batch: Batch) -> None:
-        seen = self.mapper.see(batch.images)
+    def _first_pass(self, read: Batch) -> None:
+        batch, seen = embed(read, self.source, self.mapper.see, self.on_unreadable)
+        self.skipped += [one[1] for one in batch.errors if one not in read.errors]
+        if seen is None:
+            return
         self._check_pixels(seen.size)
         own = self.own.of(batch.positions.tolist(), seen.embeddings)
         with self.clock("explaining"):
@@ -461,7 +467,7 @@ class _Job:
                 self.mapper, self.gallery, source, rows, self.batch_size, tick
             )
         if missing:
-            self._note(f"transfer fidelity: {missing} indexed pictures could not be read")
+            self._note(f"transfer fidelity: {missing} indexed pictures could not be used")
         shared = self.index.manifest["target"] == "discriminant" and self.gallery.labelled
         return told.fidelity(records, shared)
 
@@ -484,7 +490,8 @@ class _Job:
         ]
         if not any((root / item.path).is_file() for item, _ in there):
             return None, rows[:0]
-        source = ImageSource([item for item, _ in there], root)
+        listed_items = [item for item, _ in there]
+        source = ImageSource(listed_items, root, max_pixels=self.source.max_pixels)
         return source, np.array([row for _, row in there])
 
     # ---------------------------------------------------------------- what is said

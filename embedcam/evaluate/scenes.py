@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..cam import area_average
-from ..errors import EmbedcamError, InputError
+from ..errors import EmbedcamError, EmbeddingError, InputError
 from ..images import ImageSource, load_batches
 from .controls import MEAN, RANDOM, WRONG, mean_weights, random_weights
 from .gallery import Gallery
@@ -133,14 +133,19 @@ class Scenes:
             tick(1)
             if len(batch) < 2:
                 continue
-            seen = self.see(batch.images)
+            name = f"{source.items[first].id} | {source.items[second].id}"
+            try:
+                seen = self.see(batch.images)
+            except EmbeddingError as error:
+                if on_unreadable == "fail":
+                    raise error.of_one(name) from None
+                continue
             unsure = own.unsure([first, second])
             singles = self.mapper.see(batch.images).embeddings if unsure else None
             left_out = [int(row) for row in own.of([first, second], singles)]
             height, width = seen.size
             left = np.zeros((height, width))
             left[:, : width // 2] = 1
-            name = f"{source.items[first].id} | {source.items[second].id}"
             for side, half in enumerate((left, 1 - left)):
                 label = source.items[(first, second)[side]].label
                 assert label is not None

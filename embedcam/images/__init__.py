@@ -5,10 +5,10 @@
 This room owns the outside world of image files. It never imports torch.
 """
 
-from embedcam.images.batches import Batch, load_batches
+from embedcam.images.batches import Batch, embed, load_batches
 from embedcam.images.datasets import DatasetSource, from_dataset
 from embedcam.images.reading import EXTENSIONS, MAX_PIXELS, read_image
-from embedcam.images.sources import ImageSource, Item, find_images
+from embedcam.images.sources import ImageSource, Item, LeftOut, find_images
 
 __all__ = [
     "EXTENSIONS",
@@ -17,6 +17,8 @@ __all__ = [
     "DatasetSource",
     "ImageSource",
     "Item",
+    "LeftOut",
+    "embed",
     "find_images",
     "from_dataset",
     "load_batches",

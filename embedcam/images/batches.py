@@ -8,15 +8,16 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from embedcam.errors import ImageError, InputError
+from embedcam.errors import EmbeddingError, ImageError, InputError
 from embedcam.images.sources import ImageSource
 
 Prepare = Callable[[Image.Image], np.ndarray]
+T = TypeVar("T")
 Outcome = tuple[np.ndarray, tuple[int, int]] | ImageError
 
 
@@ -37,6 +38,44 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def without(self, rows: Sequence[int], reasons: Sequence[str]) -> Batch:
+        """The batch without some of its images, which are among its errors then.
+
+        rows: their places in the batch. reasons: why they are left out, a message each.
+        """
+        kept = np.ones(len(self), bool)
+        kept[list(rows)] = False
+        left_out = zip(self.positions[list(rows)].tolist(), reasons, strict=True)
+        return Batch(
+            self.positions[kept],
+            self.images[kept],
+            self.sizes[kept],
+            sorted([*self.errors, *left_out]),
+        )
+
+
+def embed(
+    batch: Batch, source: ImageSource, run: Callable[[np.ndarray], T], on_error: str
+) -> tuple[Batch, T | None]:
+    """Run a network on a batch, without the images whose embedding cannot be used.
+
+    run: images `[b 3 H W]` to what is wanted of them; raises EmbeddingError.
+    on_error: "fail" raises the error of the first such image, with its name; "skip" leaves it out
+        and reports it in `Batch.errors`.
+
+    Returns the batch that was run, and what came of it; None where no image is left.
+    """
+    while len(batch):
+        names = [source.name(position) for position in batch.positions.tolist()]
+        try:
+            return batch, run(batch.images)
+        except EmbeddingError as error:
+            if on_error == "fail":
+                raise error.named(names) from None
+            rows = error.rows
+            batch = batch.without(rows, [f"{names[row]}: {error.what}" for row in rows])
+    return batch, None
 
 
 def default_workers() -> int:

@@ -1,10 +1,10 @@
-"""Any indexable data set as a source of images: torchvision's, a list, one of the caller's own."""
+"""Any indexable data set as a source of images: torchvision's, Hugging Face's, a list."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,23 +12,34 @@ import numpy as np
 from PIL import Image
 
 from embedcam.errors import ImageError, InputError
-from embedcam.images.reading import read_image
-from embedcam.images.sources import ImageSource, Item, relative_path
+from embedcam.images.reading import MAX_PIXELS, is_long_text, read_image
+from embedcam.images.sources import ImageSource, Item, cut, escaped, relative_path
+
+_PICTURES = ("image", "img", "picture", "photo")
+"""Columns of rows that are taken for the picture, the first there is; `_LABELS` for the label."""
+_LABELS = ("label", "labels", "class")
 
 
 class DatasetSource(ImageSource):
     """Images that a data set object holds; made by `from_dataset`."""
 
     def __init__(
-        self, dataset: Any, items: Sequence[Item], root: Path | None, lock: threading.Lock | None
+        self,
+        dataset: Any,
+        items: Sequence[Item],
+        root: Path | None,
+        lock: threading.Lock | None,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
-        super().__init__(items, root)
+        super().__init__(items, root, max_pixels=max_pixels)
         self._dataset = dataset
         self._lock = lock
 
     def open(self, position: int) -> Image.Image:
         """The item's picture, upright and RGB; raises ImageError, which begins with its name."""
-        name = self.name(position)
+        name, reason = self.name(position), self.refused(position)
+        if reason is not None:
+            raise ImageError(reason)
         try:
             if self._lock is None:
                 item = self._dataset[position]
@@ -40,6 +51,13 @@ class DatasetSource(ImageSource):
             raise ImageError(f"{name}: cannot be read ({error})") from error
         except Image.DecompressionBombWarning as error:
             raise ImageError(f"{name}: cannot be read ({error})") from error
+        except ValueError as error:
+            if not is_long_text(error):
+                raise
+            raise ImageError(
+                f"{name}: is a PNG with more text beside its pixels than Pillow reads; save it "
+                "again without, or give find_images its folder"
+            ) from error
         return read_image(_picture(item), max_pixels=self.max_pixels, name=name)
 
     def fingerprint(self, position: int) -> str:
@@ -53,16 +71,27 @@ def from_dataset(
     labels: Sequence[object] | Literal["none"] | None = None,
     *,
     thread_safe: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> DatasetSource:
     """Any data set with a length and integer positions, of pictures or (picture, label) pairs.
 
+    Items may be rows, too, as Hugging Face's data sets have them: dictionaries with the picture
+    under "image" (or img, picture, photo), the label under "label" (or labels, class).
     A picture is anything `read_image` takes, or a tensor `[1|3 H W]` (uint8, or floats in [0, 1]).
     ids: default the paths below `dataset.root` where the data set lists its files (`samples`, as
         torchvision's ImageFolder does), else "0", "1", ...
     labels: default `dataset.targets`; without those each item is read once for its label. "none"
-        leaves them out. Whole numbers become names where the data set has `classes`.
+        leaves them out. Whole numbers become names where the data set has `classes`, or rows whose
+        `features` name them; -1 is no label there.
     thread_safe: items may be read by several threads at once; otherwise one at a time.
+    max_pixels: more than this many pixels are refused.
     """
+    if isinstance(dataset, Mapping):
+        named = ", ".join(map(str, list(dataset)[:3]))
+        raise InputError(
+            f"{type(dataset).__name__}: is a dictionary ({cut(named)}), not a data set; give one "
+            "of those it holds"
+        )
     try:
         n_items = len(dataset)
     except TypeError:
@@ -77,11 +106,15 @@ def from_dataset(
         raise InputError(f"ids: {len(own_ids)} given for a data set of {n_items} images")
     for own in own_ids:
         if not isinstance(own, str) or not own:
-            raise InputError(f"ids: {own!r} given; an id is a string that is not empty")
+            raise InputError(f"ids: {cut(repr(own))} given; an id is a string that is not empty")
     names = _dataset_labels(dataset, n_items, labels)
     where = paths or [""] * n_items
-    items = [Item(*values) for values in zip(own_ids, where, names, strict=True)]
-    return DatasetSource(dataset, items, root, None if thread_safe else threading.Lock())
+    items = [
+        Item(escaped(own), path, name)
+        for own, path, name in zip(own_ids, where, names, strict=True)
+    ]
+    lock = None if thread_safe else threading.Lock()
+    return DatasetSource(dataset, items, root, lock, max_pixels)
 
 
 def _dataset_paths(dataset: Any, n_items: int) -> tuple[Path | None, list[str] | None]:
@@ -105,9 +138,17 @@ def _dataset_labels(
     if found is None:
         targets = getattr(dataset, "targets", None)
         found = targets if targets is not None and len(targets) == n_items else None
+    classes, features = getattr(dataset, "classes", None), getattr(dataset, "features", None)
+    if isinstance(features, Mapping):
+        column = next((name for name in _LABELS if name in features), None)
+        if found is None and column is not None:
+            found = dataset[column]  # all of them, without a picture decoded
+        if classes is None and column is not None:
+            classes = getattr(features[column], "names", None)
+        found = None if found is None else [None if value == -1 else value for value in found]
     if found is None:
         found = _read_labels(dataset, n_items)
-    names = [_label_name(value, getattr(dataset, "classes", None)) for value in found]
+    names = [_label_name(value, classes) for value in found]
     if len(names) != n_items:
         raise InputError(f"labels: {len(names)} given for a data set of {n_items} images")
     return names
@@ -120,6 +161,14 @@ def _read_labels(dataset: Any, n_items: int) -> Iterator[object]:
             item = dataset[position]
         except (OSError, SyntaxError, EOFError):
             yield None
+            continue
+        except ValueError as error:
+            if not is_long_text(error):
+                raise
+            yield None
+            continue
+        if isinstance(item, Mapping):
+            yield next((item[name] for name in _LABELS if name in item), None)
             continue
         if not isinstance(item, tuple | list):
             yield from [None] * (n_items - position)
@@ -150,6 +199,12 @@ def _label_name(value: Any, classes: Any) -> str | None:
 def _picture(item: Any) -> Any:
     """What `read_image` takes, of a data set's item."""
     picture = item[0] if isinstance(item, tuple | list) and item else item
+    if isinstance(picture, Mapping):
+        picture = _of_row(picture)
+    if isinstance(picture, Mapping) and {"bytes", "path"} & picture.keys():
+        # An undecoded picture of Hugging Face's: the bytes of its file, or where it lies.
+        held = picture.get("bytes")
+        picture = picture.get("path") if held is None else held
     if not hasattr(picture, "detach"):
         return picture
     values: np.ndarray = picture.detach().cpu().numpy()
@@ -158,3 +213,18 @@ def _picture(item: Any) -> Any:
             values[0] if values.shape[0] == 1 else np.ascontiguousarray(values.transpose(1, 2, 0))
         )
     return values
+
+
+def _of_row(row: Mapping[Any, Any]) -> Any:
+    """The picture of a row.
+
+    Raises:
+        InputError: none of its columns is known to hold one.
+    """
+    for name in _PICTURES:
+        if name in row:
+            return row[name]
+    raise InputError(
+        f"the data set's rows have the columns {cut(', '.join(map(str, row)))}; one of them has to "
+        f"be the picture and called {_PICTURES[0]!r}, or give (picture, label) pairs"
+    )

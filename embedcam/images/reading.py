@@ -6,14 +6,18 @@ What becomes of pictures that are not plain 8-bit RGB:
 - Grey, palette, CMYK and YCbCr are converted; colour profiles are ignored, as networks' training
   pipelines ignore them.
 - Transparency is composed on white.
-- 16 bits a channel are scaled to 8 (65535 becomes 255), not clipped.
+- 16 bits a channel are scaled to 8 (65535 becomes 255), not clipped; where a file says that zero is
+  white, or that one level is transparent, that is so.
 - Of an animation or a multi-page file the first picture is taken.
+- Text beside the pixels is not read where it is too long for Pillow.
+- HEIC and HEIF need pillow-heif, the extra `embedcam[heic]`.
 """
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import stat
 import struct
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -31,12 +35,28 @@ MAX_PIXELS: Final = 178_956_970 // 2
 
 # The decoders used, whatever a file is called. Pillow knows more, some of which run programs (EPS).
 FORMATS: Final = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+_HEIF: Final = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1",
+                b"msf1")  # fmt: skip
 EXTENSIONS: Final = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif", ".heic", ".heif", ".hif",
 ))  # fmt: skip
 
+_URL: Final = re.compile(
+    # One slash, too: as `pathlib` writes them.
+    r"(https?|ftps?|sftp|s3a?|gs|gcs|hf|az|abfss?|file)://?|data:image/",
+    re.IGNORECASE,
+)
 _ORIENTATION_TAG: Final = 0x0112
+_BITS_TAG: Final = 258
+_PHOTOMETRIC_TAG: Final = 262
+_WHITE_IS_ZERO: Final = 0
+# How far a PNG's level has to go to be one of the pixel's, by Pillow's name for its raw pixels.
+_LEVELS: Final = {
+    "L;2": lambda level: level * 85,
+    "L;4": lambda level: level * 17,
+    "RGB;16B": lambda levels: tuple(level >> 8 for level in levels),
+}
 _UPRIGHT: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -97,10 +117,7 @@ def _read_file(path: str, name: str, max_pixels: int) -> Image.Image:
         with open(path, "rb") as stream:
             return _decode(name, stream, os.fstat(stream.fileno()).st_size, max_pixels)
     except FileNotFoundError:
-        if os.path.islink(path):
-            target = os.readlink(path)
-            raise ImageError(f"{name}: is a link to {target}, which does not exist") from None
-        raise ImageError(f"{name}: does not exist") from None
+        raise ImageError(f"{name}: {why_missing(path)}") from None
     except PermissionError:
         raise ImageError(f"{name}: may not be read (permission denied)") from None
     except OSError as error:
@@ -111,20 +128,65 @@ def _read_file(path: str, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name!r}: is not a path ({error})") from None
 
 
+def why_missing(path: str) -> str:
+    """What to say of a file that is not there."""
+    if is_url(path):
+        return "is an address, and only local files are read; download it, and name the file"
+    if os.path.islink(path):
+        return f"is a link to {os.readlink(path)}, which does not exist"
+    return "does not exist"
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is an address on the network, such as https://host/a.jpg."""
+    return _URL.match(path) is not None
+
+
 def _decode(name: str, stream: IO[bytes], n_bytes: int, max_pixels: int) -> Image.Image:
     if n_bytes == 0:
         raise ImageError(f"{name}: is empty (0 bytes)")
     try:
-        image = _open_header(stream)
+        return _decoded(name, stream, max_pixels)
+    except ImageError as error:
+        if not is_long_text(error):
+            raise
+    return _decoded(name, _without_text(stream), max_pixels)
+
+
+def is_long_text(error: Exception) -> bool:
+    """Whether Pillow refused the text of a PNG, not its pixels."""
+    return "MAX_TEXT" in str(error)
+
+
+def _without_text(stream: IO[bytes]) -> IO[bytes]:
+    """A PNG without what it says beside its pixels; XMP, which may turn it, stays if readable."""
+    stream.seek(0)
+    kept = io.BytesIO()
+    kept.write(stream.read(8))
+    while len(head := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        chunk = stream.read(length + 4)
+        xmp = chunk.startswith(b"XML:com.adobe.xmp\0\0") and length <= 1 << 20
+        if kind not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP") or (kind == b"iTXt" and xmp):
+            kept.write(head + chunk)
+    kept.seek(0)
+    return kept
+
+
+def _decoded(name: str, stream: IO[bytes], max_pixels: int) -> Image.Image:
+    try:
+        image = _open_header(name, stream)
+    except ImageError:
+        raise
     except Exception as error:
         # A crafted header can make a decoder raise nearly anything.
         raise ImageError(f"{name}: has a broken header ({_reason(error)})") from None
     if image is None:
-        raise ImageError(f"{name}: is not an image of a known kind ({', '.join(FORMATS)})")
+        raise ImageError(f"{name}: is not an image of a known kind ({', '.join(FORMATS)}, HEIF)")
     return _finish(name, image, max_pixels)
 
 
-def _open_header(stream: IO[bytes]) -> ImageFile | None:
+def _open_header(name: str, stream: IO[bytes]) -> ImageFile | None:
     """The image with only its header read; None if no decoder knows it.
 
     `Image.open` without its check for decompression bombs: that check warns or raises by a global
@@ -147,15 +209,32 @@ def _open_header(stream: IO[bytes]) -> ImageFile | None:
         except (SyntaxError, IndexError, TypeError, struct.error) as error:
             # "Not mine", in the decoders' ways of saying so: another one may know it.
             refusals.append(f"{kind}: {_reason(error)}")
+    if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF:
+        return _open_heif(name, stream)
     if refusals:
         raise SyntaxError(refusals[0])
     return None
+
+
+def _open_heif(name: str, stream: IO[bytes]) -> ImageFile:
+    """By pillow-heif's plugin itself, which is not registered with Pillow for everyone else."""
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        raise ImageError(
+            f"{name}: is a HEIC or HEIF picture, which pillow-heif reads; pip install "
+            '"embedcam[heic]"'
+        ) from None
+    stream.seek(0)
+    opened: ImageFile = HeifImageFile(stream, "")
+    return opened
 
 
 def _finish(name: str, image: Image.Image, max_pixels: int) -> Image.Image:
     """Decode, convert to RGB and turn upright."""
     _check_size(name, image.size, max_pixels)
     try:
+        _scale_transparency(image)
         # A truncated file is found here. PNG and TIFF know their orientation only afterwards.
         image.load()
         turn = _UPRIGHT.get(_orientation(image))
@@ -182,7 +261,7 @@ def _check_size(name: str, size: Any, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageTooLarge(
             f"{name}: has {width} x {height} pixels, above the limit of {max_pixels}; "
-            "raise max_pixels if you trust it"
+            "raise max_pixels= if you trust it"
         )
 
 
@@ -193,9 +272,21 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _scale_transparency(image: Image.Image) -> None:
+    """The level that a PNG calls transparent, in the depth that Pillow decodes its pixels to."""
+    level, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+    scale = _LEVELS.get(tiles[0][3]) if tiles and isinstance(tiles[0][3], str) else None
+    if level is not None and scale is not None:
+        image.info["transparency"] = scale(level)
+
+
 def _to_rgb(name: str, image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return Image.fromarray(_eight_bits(name, _wide_values(name, image)))
+        values = _wide_values(name, image)
+        pixels, level = _eight_bits(name, values), image.info.get("transparency")
+        if isinstance(level, int):
+            pixels[values == level] = 255
+        return Image.fromarray(pixels)
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -205,9 +296,14 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
 
 def _wide_values(name: str, image: Image.Image) -> np.ndarray:
     """The values of a one-channel picture of more than 8 bits, as uint16 or float `[H W]`."""
-    values = np.asarray(image)
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})  # TIFF has tags
+    inverted = tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO  # Pillow sees to it up to 8 bits
+    if image.mode == "F":
+        return np.float32(1) - values if inverted else values.astype(np.float32)
     if image.mode != "I":
-        return values.astype(np.float32) if image.mode == "F" else values.astype(np.uint16)
+        if tags.get(_BITS_TAG) == (12,):
+            values = values.astype(np.uint32) * 65_535 // 4095
+        return (65_535 - values if inverted else values).astype(np.uint16)
     # Pillow before 11 opens 16-bit PNG in this mode; true 32-bit pictures have no agreed white.
     if values.min() < 0 or values.max() > 65_535:
         raise ImageError(
@@ -246,4 +342,4 @@ def _eight_bits(name: str, values: np.ndarray) -> np.ndarray:
 def _reason(error: Exception) -> str:
     """What a decoder complained about, on one line."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return lines[0][:200] if lines else type(error).__name__

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import csv
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
-from embedcam.errors import InputError
-from embedcam.images.reading import EXTENSIONS, MAX_PIXELS, read_image
+from embedcam.errors import ImageError, InputError
+from embedcam.images.reading import EXTENSIONS, MAX_PIXELS, is_url, read_image, why_missing
 
-Labels = Literal["auto", "folders", "none"]
+Labels = Literal["auto", "folders", "subfolders", "none"]
+_SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev"))
+_SHOWN = 80
+"""Characters of a value that a message repeats."""
+_OPTIONAL = ("id", "label", "width", "height")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,21 +38,65 @@ class Item:
     label: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """What lies in a folder beside its images, or was not wanted of a list; counted.
+
+    Attributes:
+        endings: files of unknown kinds by their ending in lower case, "" for none; most first.
+        hidden: files and folders whose name begins with a dot.
+        empty: folders that hold no file.
+        excluded: files, folders and lines of a list that each pattern of `exclude` left out.
+    """
+
+    endings: dict[str, int] = field(default_factory=dict)
+    hidden: int = 0
+    empty: int = 0
+    excluded: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """In words; empty where nothing was left out."""
+        said = [f"{n:,} {ending or 'without an ending'}" for ending, n in self.endings.items()]
+        if len(said) > 10:
+            said[10:] = [f"{sum([*self.endings.values()][10:]):,} of {len(said) - 10} other kinds"]
+        said += [f"{self.hidden:,} hidden"] if self.hidden else []
+        said += [f"{self.empty:,} empty folder{'s' * (self.empty > 1)}"] if self.empty else []
+        said += [f"{n:,} excluded by {cut(pattern)}" for pattern, n in self.excluded.items()]
+        return ", ".join(said)
+
+
 class ImageSource:
-    """Images on disk, in a fixed order."""
+    """Images on disk, in a fixed order.
+
+    Attributes:
+        items: the images.
+        root: folder that their paths are relative to, or None.
+        max_pixels: limit of a picture's pixels.
+        left_out: what lies beside them and was not taken.
+        notes: what looks like a mistake, a sentence each.
+    """
 
     def __init__(
-        self, items: Sequence[Item], root: Path | None = None, *, max_pixels: int = MAX_PIXELS
+        self,
+        items: Sequence[Item],
+        root: Path | None = None,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        left_out: LeftOut | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.items: Sequence[Item] = tuple(items)
         self.root = root
+        if isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1:
+            raise InputError(f"max_pixels= {max_pixels!r}; give a whole number from 1")
         self.max_pixels = max_pixels
+        self.left_out, self.notes = left_out or LeftOut(), tuple(notes)
         first: dict[str, int] = {}
         for position, item in enumerate(self.items):
             other = first.setdefault(item.id, position)
             if other != position:
                 raise InputError(
-                    f"images {other} and {position} have the same id {item.id!r}; "
+                    f"images {other} and {position} have the same id {cut(item.id)!r}; "
                     "ids must be unique"
                 )
 
@@ -65,10 +116,24 @@ class ImageSource:
     def name(self, position: int) -> str:
         """What messages call an image: its path, or its id where it has no path."""
         item = self.items[position]
-        return str(self._file(position)) if item.path else item.id
+        if is_url(item.path):
+            return cut(item.path, 200)
+        return escaped(str(self._file(position))) if item.path else item.id
+
+    def refused(self, position: int) -> str | None:
+        """Why an image is not read, where its path alone says so: the message of its error."""
+        path = self.items[position].path
+        if is_url(path):
+            return f"{self.name(position)}: {why_missing(path)}"
+        if escaped(path) != path:
+            return f"{self.name(position)}: the file name is not UTF-8; rename it"
+        return None
 
     def open(self, position: int) -> Image.Image:
         """The picture, upright and RGB; raises ImageError, which begins with its path."""
+        reason = self.refused(position)
+        if reason is not None:
+            raise ImageError(reason)
         return read_image(
             self._file(position), max_pixels=self.max_pixels, name=self.name(position)
         )
@@ -87,86 +152,169 @@ class ImageSource:
 
 
 def find_images(
-    path: str | os.PathLike[str], labels: Labels = "auto", *, max_pixels: int = MAX_PIXELS
+    path: str | os.PathLike[str],
+    labels: Labels = "auto",
+    *,
+    max_pixels: int = MAX_PIXELS,
+    exclude: str | Sequence[str] = (),
 ) -> ImageSource:
     """The images of a folder, or of a CSV with the columns path,label[,id].
 
-    labels: "folders" takes the first folder below `path` as the label; "none" gives no labels;
-        "auto" does the one where the images lie in subfolders and the other where they lie flat.
-        For a CSV "auto" takes its label column.
+    labels: "folders" takes the first folder below `path` as the label, "subfolders" the one below
+        that, as of train/owls/1.jpg; "none" gives no labels; "auto" takes folders where the images
+        lie in some, and none where they lie flat. For a CSV "auto" takes its label column.
+    max_pixels: more than this many pixels are refused before they are decoded.
+    exclude: patterns (`*`, `?`, `[...]`) of what is left out: a path below the folder, or the name
+        of a file or of a folder with all that is in it. Of a CSV, of its paths and ids.
 
-    Images are told by the extension (see `EXTENSIONS`); hidden files and folders are left out.
+    Images are told by the extension (see `EXTENSIONS`); hidden files and folders are left out. The
+    source's `left_out` counts what was not taken, its `notes` say what looks like a mistake.
     Links are followed; a folder that is reached twice is read once, under its own name if it has
     one.
     A file that turns out to be no image is reported when it is read.
     """
-    if labels not in ("auto", "folders", "none"):
-        raise InputError(f'labels: expected "auto", "folders" or "none", given {labels!r}')
+    if labels not in ("auto", "folders", "subfolders", "none"):
+        raise InputError(
+            f'labels: expected "auto", "folders", "subfolders" or "none", given {labels!r}'
+        )
+    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise InputError(f"exclude: expected patterns such as '*.gif', given {cut(repr(exclude))}")
     root = Path(path)
     if root.is_dir():
-        items = _folder_items(root, labels)
-    elif root.suffix.lower() == ".csv" and root.is_file():
-        if labels == "folders":
+        walk = _Walk(root, patterns)
+        items = _folder_items(root, sorted(walk), labels, str(walk.left_out()))
+        return ImageSource(
+            items, root, max_pixels=max_pixels, left_out=walk.left_out(), notes=_notes(root, items)
+        )
+    if root.suffix.lower() == ".csv" and root.is_file():
+        if labels in ("folders", "subfolders"):
             raise InputError(f'{root}: a CSV has a label column; take labels="auto" or "none"')
-        items = list(_csv_items(root, labels))
-        root = root.parent
-    elif root.exists():
+        counts = Counter(dict.fromkeys(patterns, 0))
+        items = list(_csv_items(root, labels, counts))
+        left_out = LeftOut(excluded=dict(counts))
+        return ImageSource(items, root.parent, max_pixels=max_pixels, left_out=left_out)
+    if root.exists():
         raise InputError(f"{root}: expected a folder of images or a .csv file")
-    else:
-        raise InputError(f"{root}: does not exist; give a folder of images or a .csv file")
-    return ImageSource(items, root, max_pixels=max_pixels)
+    raise InputError(f"{root}: {why_missing(str(path))}; give a folder of images or a .csv file")
 
 
-def _folder_items(root: Path, labels: Labels) -> list[Item]:
-    found = sorted(_walk(root))
+def escaped(text: str) -> str:
+    """Text that can be printed and stored: bytes of a file name that are no UTF-8 as \\xff."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def cut(text: str, most: int = _SHOWN) -> str:
+    """A value as a message repeats it."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def _folder_items(root: Path, found: list[str], labels: Labels, left_out: str) -> list[Item]:
     if not found:
-        raise InputError(f"{root}: contains no images ({', '.join(sorted(EXTENSIONS))})")
-    for name in found:
-        try:
-            name.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError(f"{root}: the file name {name!r} is not UTF-8; rename it") from None
+        there = f"; it holds {left_out}" if left_out else ""
+        raise InputError(f"{root}: contains no images ({', '.join(sorted(EXTENSIONS))}){there}")
     flat = [name for name in found if "/" not in name]
     if labels == "auto":
         labels = "none" if len(flat) == len(found) else "folders"
-    if labels == "folders" and flat:
-        if len(flat) == len(found):
-            raise InputError(f'{root}: has no subfolder to take labels from; take labels="none"')
+    depth = {"none": 0, "folders": 1, "subfolders": 2}[labels]
+    shallow = [name for name in found if name.count("/") < depth]
+    if shallow and len(shallow) == len(found):
+        what = "subfolder" if depth == 1 else "folder in its subfolders"
+        raise InputError(f'{root}: has no {what} to take labels from; take labels="none"')
+    if shallow:
         raise InputError(
-            f"{root}: {len(flat)} images such as {flat[0]!r} lie beside the class folders; move "
-            'them into one, or take labels="none"'
+            f"{root}: {len(shallow)} images such as {cut(escaped(shallow[0]))!r} lie beside the "
+            'class folders; move them into one, or take labels="none"'
         )
+    names = map(escaped, found)
     return [
-        Item(name, name, name.partition("/")[0] if labels == "folders" else None) for name in found
+        Item(name, path, name.split("/")[depth - 1] if depth else None)
+        for name, path in zip(names, found, strict=True)
     ]
 
 
-def _walk(root: Path) -> Iterator[str]:
+def _notes(root: Path, items: Sequence[Item]) -> list[str]:
+    """That labels look like the parts a data set is divided into for training."""
+    own = {item.label for item in items if item.label == item.id.partition("/")[0]}
+    splits = sorted(label for label in own if label and label.lower() in _SPLITS)
+    if not splits or (len(splits) == 1 and len(own) > 1):  # a train may be a class
+        return []
+    one = len(splits) == 1
+    named, what = " and ".join(splits), "a part" if one else "parts"
+    below = {
+        parts[1] for item in items if len(parts := item.id.split("/")) > 2 and parts[0] in splits
+    }
+    if not below:
+        return [
+            f"the label{'' if one else 's'} {named} look{'s' if one else ''} like {what} of a data "
+            f'set; labels="none" leaves {"it" if one else "them"} out'
+        ]
+    some = ", ".join(cut(name) for name in sorted(below)[:3]) + (", ..." if len(below) > 3 else "")
+    most = next((label for label in splits if label.lower().startswith("train")), splits[0])
+    return [
+        f"the label{' is' if one else 's are'} {named}, {what} of a data set by the name; for the "
+        f'labels below ({some}) give {root / most}, or take labels="subfolders"'
+    ]
+
+
+class _Walk:
     """Paths below `root`, "/" between the parts, of the files with an image's extension."""
-    seen: set[tuple[int, int]] = set()
-    # Links last: a folder is read under its own name, and a loop of links ends.
-    ahead, links = [""], list[str]()
-    while ahead or links:
-        if not ahead:
-            links.sort(reverse=True)
-            ahead.append(links.pop())
-        below = ahead.pop()
-        status = os.stat(root / below)
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        try:
-            entries = list(os.scandir(root / below))
-        except PermissionError:
-            raise InputError(f"{root / below}: may not be read (permission denied)") from None
-        for entry in entries:
-            name = f"{below}/{entry.name}" if below else entry.name
-            if entry.name.startswith("."):
+
+    def __init__(self, root: Path, exclude: Sequence[str]) -> None:
+        self._root, self._hidden, self._empty = root, 0, 0
+        self._endings: Counter[str] = Counter()
+        self._excluded = Counter(dict.fromkeys(exclude, 0))
+
+    def left_out(self) -> LeftOut:
+        """What was not yielded so far."""
+        endings = sorted(self._endings.items(), key=lambda pair: (-pair[1], pair[0]))
+        return LeftOut(dict(endings), self._hidden, self._empty, dict(self._excluded))
+
+    def __iter__(self) -> Iterator[str]:
+        seen: set[tuple[int, int]] = set()
+        # Links last: a folder is read under its own name, and a loop of links ends.
+        ahead, links = [""], list[str]()
+        while ahead or links:
+            if not ahead:
+                links.sort(reverse=True)
+                ahead.append(links.pop())
+            below = ahead.pop()
+            status = os.stat(self._root / below)
+            if (status.st_dev, status.st_ino) in seen:
                 continue
-            if _is_folder(entry):
-                (links if entry.is_symlink() else ahead).append(name)
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                yield name
+            seen.add((status.st_dev, status.st_ino))
+            entries = self._entries(below)
+            self._empty += not entries
+            for entry in entries:
+                name = f"{below}/{entry.name}" if below else entry.name
+                if entry.name.startswith("."):
+                    self._hidden += 1
+                elif _is_excluded(self._excluded, name, entry.name):
+                    continue
+                elif _is_folder(entry):
+                    (links if entry.is_symlink() else ahead).append(name)
+                elif (ending := os.path.splitext(entry.name)[1].lower()) in EXTENSIONS:
+                    yield name
+                else:
+                    self._endings[escaped(cut(ending, 20))] += 1
+
+    def _entries(self, below: str) -> list[os.DirEntry[str]]:
+        try:
+            return list(os.scandir(self._root / below))
+        except PermissionError:
+            hint = "; exclude= leaves it out" if below else ""
+            raise InputError(
+                f"{escaped(str(self._root / below))}: may not be read (permission denied){hint}"
+            ) from None
+
+
+def _is_excluded(counts: Counter[str], *names: str) -> bool:
+    """Whether a pattern fits one of the names; it is counted."""
+    for pattern in counts:
+        if any(fnmatchcase(name, pattern.rstrip("/")) for name in names):
+            counts[pattern] += 1
+            return True
+    return False
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -176,13 +324,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _csv_items(path: Path, labels: Labels) -> Iterator[Item]:
+def _csv_items(path: Path, labels: Labels, exclude: Counter[str]) -> Iterator[Item]:
     lines: dict[str, int] = {}
     wanted = ["path"] if labels == "none" else ["path", "label"]
-    for line, row in _csv_rows(path, wanted):
+    for line, row in csv_rows(path, wanted, "path,label[,id]"):
         if not row["path"]:
             raise InputError(f"{path}, line {line}: the path is empty")
-        where = relative_path(row["path"], path.parent)
+        given = row["path"]
+        where = given if is_url(given) else relative_path(given, path.parent)
         own = row.get("id", where)
         if not own:
             raise InputError(
@@ -191,44 +340,76 @@ def _csv_items(path: Path, labels: Labels) -> Iterator[Item]:
         other = lines.setdefault(own, line)
         if other != line:
             raise InputError(
-                f"{path}: lines {other} and {line} have the same id {own!r}; ids must be unique"
+                f"{path}: lines {other} and {line} have the same id {cut(own)!r}; ids must be "
+                "unique"
                 + ("" if "id" in row else ", so add a column id or remove one of the lines")
             )
-        label = None if labels == "none" else row["label"].strip() or None
-        yield Item(own, where, label)
+        parts = where.split("/")
+        above = ("/".join(parts[:end]) for end in range(1, len(parts) + 1))
+        if _is_excluded(exclude, own, *parts, *above):
+            continue
+        yield Item(own, where, None if labels == "none" else row["label"] or None)
     if not lines:
         raise InputError(f"{path}: has no lines below its header")
 
 
-def _csv_rows(path: Path, wanted: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, row) of a CSV that has the wanted columns."""
+def csv_rows(
+    path: Path, wanted: Sequence[str], expected: str
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, row) of a CSV; blanks around the fields, and a name's case, mean nothing.
+
+    path: of the file, UTF-8, its fields divided by commas, semicolons or tabs.
+    wanted: columns that it must have.
+    expected: its header, for messages.
+
+    Raises InputError, which begins with the path and says what is wrong where.
+    """
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.reader(stream, strict=True)
-            header = [column.strip() for column in next(reader, [])]
-            missing = [column for column in wanted if column not in header]
-            if missing:
-                raise InputError(
-                    f"{path}: the header lacks {' and '.join(missing)}; expected path,label[,id], "
-                    f"found {','.join(header) or 'an empty file'}"
-                )
-            if len(set(header)) != len(header):
-                raise InputError(f"{path}: the header names a column twice: {','.join(header)}")
+            header = stream.readline()
+            stream.seek(0)
+            divider = max(",;\t", key=lambda one: _columns(header, one, wanted))
+            reader = csv.reader(stream, strict=True, delimiter=divider, skipinitialspace=True)
+            columns = [_known(name, wanted) for name in next(reader, [])]
+            _check_header(path, columns, wanted, expected)
             for row in reader:
-                if not row:
+                if not any(map(str.strip, row)):
                     continue
-                if len(row) != len(header):
+                if len(row) != len(columns):
                     raise InputError(
                         f"{path}, line {reader.line_num}: {len(row)} fields under a header of "
-                        f"{len(header)}; put text that holds commas in double quotes"
+                        f"{len(columns)}; put text that holds commas in double quotes"
                     )
-                yield reader.line_num, dict(zip(header, row, strict=True))
+                yield reader.line_num, dict(zip(columns, map(str.strip, row), strict=True))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: is not a CSV ({error})") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _columns(header: str, divider: str, wanted: Sequence[str]) -> int:
+    """How many of the wanted columns a header names."""
+    names = [name.strip(' "').lower() for name in re.split(f"[{divider}\r\n]", header)]
+    return sum(name in names for name in wanted)
+
+
+def _known(name: str, wanted: Sequence[str]) -> str:
+    """A column's name, in lower case where that is one that means something."""
+    lower = name.strip().lower()
+    return lower if lower in (*wanted, *_OPTIONAL) else name.strip()
+
+
+def _check_header(path: Path, columns: list[str], wanted: Sequence[str], expected: str) -> None:
+    missing = [column for column in wanted if column not in columns]
+    if missing:
+        raise InputError(
+            f"{path}: the header lacks {' and '.join(missing)}; expected {expected}, "
+            f"found {cut(','.join(columns)) or 'an empty file'}"
+        )
+    if len(set(columns)) != len(columns):
+        raise InputError(f"{path}: the header names a column twice: {cut(','.join(columns))}")
 
 
 def relative_path(given: str, root: Path) -> str:

@@ -1,6 +1,7 @@
 """`cam_for`: any method, directly on a picture, with any target. No index needed."""
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..cam import cam, resize
-from ..errors import InputError
-from ..images import read_image
+from ..errors import EmbeddingError, InputError
+from ..images import MAX_PIXELS, read_image
 from ..network import EmbeddingNetwork
 from ..preprocess import Extent
 from ..queries import check_sides
@@ -61,13 +62,20 @@ class MethodMap:
             f"{'no' if channels is None else f'{channels:,}'} channel weights>"
         )
 
-    def plot(self, picture: Any = None, extent: Extent | None = None) -> Image.Image:
+    def plot(
+        self,
+        picture: Any = None,
+        extent: Extent | None = None,
+        *,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Image.Image:
         """The map over its picture, at the picture's size.
 
         Args:
             picture: a path, bytes, a PIL image or `uint8 [H W 3]`; None draws on grey.
             extent: (x0, y0, x1, y1) in pixels of the picture that the map covers, as
                 `network.preprocess.extent(width, height)` says; None for all of it.
+            max_pixels: a picture of more pixels is refused.
 
         Raises:
             InputError: a batch, or a map over positions.
@@ -80,16 +88,23 @@ class MethodMap:
         if picture is None:
             drawn = Image.new("RGB", self.cam.shape[::-1], (128, 128, 128))
         else:
-            drawn = read_image(picture)
+            drawn = read_image(picture, max_pixels=max_pixels)
         return overlay(drawn, self.cam, extent, signed=bool((self.cam < 0).any()))
 
-    def save(self, path: str | Path, picture: Any = None, extent: Extent | None = None) -> Path:
+    def save(
+        self,
+        path: str | Path,
+        picture: Any = None,
+        extent: Extent | None = None,
+        *,
+        max_pixels: int = MAX_PIXELS,
+    ) -> Path:
         """Write the picture of `plot`; the file's ending chooses the format.
 
         Raises:
             InputError: as `plot`, or a file that cannot be written.
         """
-        drawn = self.plot(picture, extent)
+        drawn = self.plot(picture, extent, max_pixels=max_pixels)
         try:
             drawn.save(path)
         except (OSError, ValueError) as error:
@@ -112,6 +127,7 @@ def cam_for(
     seed: int = 0,
     fill: Any = "mean",
     progress: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
     **options: Any,
 ) -> MethodMap:
     """The class activation map of a target, by any method of `METHODS`.
@@ -134,6 +150,7 @@ def cam_for(
         fill: what masked pixels become, and the baseline: "mean", "black", "blur", a number or a
             tensor.
         progress: a bar; None shows it on a terminal only.
+        max_pixels: a picture of more pixels is refused.
         **options: the method's own, see its function.
 
     Raises:
@@ -160,18 +177,24 @@ def cam_for(
     if size is not None:
         positions = network.layout_options[0] == "bkl" and isinstance(size, int | np.integer)
         size = check_sides("size", (1, size) if positions else size)
-    batch, single = _inputs(network, images)
+    batch, single = _inputs(network, images, max_pixels)
     wanted.check(len(batch), None)
     made = []
     silent = None if progress is None else not progress
     with tqdm(desc=entry.title, unit=" passes", disable=silent) as bar:
         for start in range(0, len(batch), batch_size):
             part = slice(start, start + batch_size)
-            with Subject(
-                network, batch[part], wanted.at(part), norm=norm, batch_size=batch_size,
-                seed=seed, fill=fill, tick=bar.update,
-            ) as subject:  # fmt: skip
-                made.append(_drawn(entry, subject, found_for(subject, entry, **options), size))
+            try:
+                with Subject(
+                    network, batch[part], wanted.at(part), norm=norm, batch_size=batch_size,
+                    seed=seed, fill=fill, tick=bar.update,
+                ) as subject:  # fmt: skip
+                    made.append(_drawn(entry, subject, found_for(subject, entry, **options), size))
+            except EmbeddingError as error:
+                # Of a changed picture, perhaps: its place is that among many of one picture.
+                if not isinstance(images, str | os.PathLike):
+                    raise
+                raise error.of_one(os.fspath(images)) from None
     return _joined(made, single)
 
 
@@ -251,7 +274,7 @@ def check_options(entry: Method, function: Callable[..., Any], options: dict[str
             raise InputError(f"{entry.title} has no option {name!r}; {listed}")
 
 
-def _inputs(network: EmbeddingNetwork, images: Any) -> tuple[Tensor, bool]:
+def _inputs(network: EmbeddingNetwork, images: Any, max_pixels: int) -> tuple[Tensor, bool]:
     """The batch of inputs, and whether it was one alone."""
     over_positions = network.layout_options[0] == "bkl"
     kind = str(getattr(images, "dtype", ""))
@@ -277,7 +300,8 @@ def _inputs(network: EmbeddingNetwork, images: Any) -> tuple[Tensor, bool]:
     listed = list(images) if several else [images]
     if not listed:
         raise InputError("the list of pictures is empty; give at least one")
-    prepared = [np.asarray(network.preprocess(read_image(picture))) for picture in listed]
+    pictures = (read_image(picture, max_pixels=max_pixels) for picture in listed)
+    prepared = [np.asarray(network.preprocess(picture)) for picture in pictures]
     if len({one.shape for one in prepared}) > 1:
         raise InputError("the pictures of one batch must have one size after preprocessing")
     return torch.from_numpy(np.stack(prepared)).to(network.device), not several

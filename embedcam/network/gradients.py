@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, NetworkError
+from ..errors import EmbeddingError, InputError, NetworkError
 from .layers import before_attention
 from .layouts import Layout
 
@@ -164,33 +164,40 @@ def make_features(
 
     Raises:
         InputError: an image holds NaN or infinity.
-        NetworkError: an embedding does, or is zero and was to be normalised.
+        EmbeddingError: an embedding or the activations do, or it is zero and was to be normalised.
     """
     norm = torch.linalg.vector_norm(z, dim=1)
     # In Python: for one query, five small tensor operations cost more than the division.
     lengths = norm.tolist()
     vanished = normalize and 0.0 in lengths
-    if not all(math.isfinite(length) for length in lengths) or (vanished and not allow_zero):
-        raise _bad_embedding(images, norm)
+    kept = at_least_single(maps).contiguous()
+    # One sum tells of most; a sum may also overflow where no number is infinite.
+    finite = all(map(math.isfinite, [*lengths, float(kept.sum())]))
+    if not finite or (vanished and not allow_zero):
+        _refuse_bad(images, norm, kept, normalize and not allow_zero)
     divisor = torch.where(norm > 0, norm, 1) if vanished else norm
     embedding = z / divisor[:, None] if normalize else z
-    return Features(embedding, norm, at_least_single(maps).contiguous())
+    return Features(embedding, norm, kept)
 
 
-def _bad_embedding(images: Tensor, norm: Tensor) -> Exception:
+def _refuse_bad(images: Tensor, norm: Tensor, maps: Tensor, zero_too: bool) -> None:
     bad_images = ~torch.isfinite(images.flatten(1)).all(dim=1)
     if bool(bad_images.any()):
-        return InputError(
+        raise InputError(
             f"images at positions {listed(bad_images)} of the batch hold NaN or infinity; "
             "check their preprocessing"
         )
-    infinite = ~torch.isfinite(norm)
-    if bool(infinite.any()):
-        return not_finite(f"at positions {listed(infinite)} of the batch")
-    return NetworkError(
-        f"the embeddings at positions {listed(norm == 0)} of the batch are zero and cannot be "
-        "normalised; check the weights, or use normalize=False"
-    )
+    weights = "leave the picture out, or check the network's weights"
+    for flags, what, advice in (
+        (~torch.isfinite(norm), "the embedding holds NaN or infinity",
+         f"{weights}, or compute in float32"),
+        ((norm == 0) & zero_too, "the embedding is zero and cannot be normalised",
+         f"{weights}, or use normalize=False"),
+        (~torch.isfinite(maps.flatten(1)).all(1), "the layer's activations hold NaN or infinity",
+         f"{weights}, or compute in float32"),
+    ):  # fmt: skip
+        if bool(flags.any()):
+            raise EmbeddingError(what, advice, flags.nonzero().flatten().tolist(), len(norm))
 
 
 def not_finite(which: str) -> NetworkError:

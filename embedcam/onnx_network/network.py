@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, NetworkError, NetworkMismatch
+from ..errors import EmbeddingError, InputError, NetworkError, NetworkMismatch
 from ..identity import Identity, compare
 from ..preprocess import AnyPreprocess, from_transform, preprocess_from_dict
 from ..probe import probe_inputs
@@ -238,6 +239,10 @@ class OnnxNetwork:
         embedding, norm = self._lengths(batch, own, embedding)
         return OnnxFeatures(embedding, norm, maps[0]), maps
 
+    def _refused(self, what: str, bad: np.ndarray) -> EmbeddingError:
+        advice = f"leave the picture out, or check the weights in {self.path}"
+        return EmbeddingError(what, advice, np.flatnonzero(bad).tolist(), len(bad))
+
     def _lengths(
         self, batch: np.ndarray, own: np.ndarray | None, embedding: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -252,10 +257,12 @@ class OnnxNetwork:
         if not np.isfinite(lengths).all() or (self.normalize and not lengths.all()):
             if not np.isfinite(batch).all():
                 raise InputError("the images hold NaN or infinity; check their preprocessing")
-            raise NetworkError(
-                f"{self.path}: an embedding is zero or not finite and cannot be used; check the "
-                "picture and the network's weights"
-            )
+            bad = ~np.isfinite(lengths) | ((lengths == 0) & bool(self.normalize))
+            raise self._refused("the embedding is zero or not finite and cannot be used", bad)
+        if own is not None and not math.isfinite(float(own.sum())):
+            bad = ~np.isfinite(own.reshape(len(own), -1)).all(1)
+            if bad.any():
+                raise self._refused("the layer's activations hold NaN or infinity", bad)
         norm = None
         if self.normalize is False:
             norm = lengths.astype(np.float32)

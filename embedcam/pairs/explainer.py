@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ImageError, InputError
+from ..errors import EmbeddingError, ImageError, InputError
+from ..opened import query_name
 from ..queries import stacked
 from .heads import PooledHead, pooled_head
 from .receipt import Comparison, Receipt, Shown, make_comparison, make_receipt
@@ -74,7 +76,11 @@ class PairExplainer:
             raise InputError("expected a list of results, got one; use receipt()")
         given = [self._given(query), *(self._given(result, True) for result in results)]
         index = self.explainer.index
-        sides = self.sides(index, [inputs for _, inputs in given])
+        try:
+            sides = self.sides(index, [inputs for _, inputs in given])
+        except EmbeddingError as error:
+            names = [query_name(one, row) for row, one in enumerate([query, *results])]
+            raise error.named(names) from None
         mean = mean_of(index, centred)
         found = []
         for result, (shown, _), side in zip(results, given[1:], sides[1:], strict=True):
@@ -119,11 +125,12 @@ class PairExplainer:
         """
         head = self.head(index)
         if head is None:
-            return [self._differentiated(one) for one in inputs]
+            return [self._differentiated(one, row) for row, one in enumerate(inputs)]
         found: dict[int, Side] = {}
         for shape in {tuple(one.shape) for one in inputs}:
             places = [place for place, one in enumerate(inputs) if tuple(one.shape) == shape]
-            features = self.network.forward(stacked([inputs[place] for place in places]))
+            with _placed(places):
+                features = self.network.forward(stacked([inputs[place] for place in places]))
             embeddings, maps = as_array(features.embedding), as_array(features.activations)
             norms = None if features.norm is None else as_array(features.norm)
             for row, place in enumerate(places):
@@ -146,9 +153,20 @@ class PairExplainer:
             extent = self.explainer.preprocess.extent(*picture.size)
         return Shown(picture, extent, name, label), inputs
 
-    def _differentiated(self, inputs: Any) -> Side:
-        passed = self.network.head_pass(stacked([inputs]), twice=True)
+    def _differentiated(self, inputs: Any, place: int) -> Side:
+        with _placed([place]):
+            passed = self.network.head_pass(stacked([inputs]), twice=True)
         return DifferentiatedSide(passed, self.network.normalize)
+
+
+@contextmanager
+def _placed(places: Sequence[int]) -> Iterator[None]:
+    """Errors of a batch speak of the places its pictures have among all of them."""
+    try:
+        yield
+    except EmbeddingError as error:
+        error.rows = [places[row] for row in error.rows]
+        raise
 
 
 def mean_of(index: Index, centred: bool) -> np.ndarray:

@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import __version__
 from ..errors import InputError
-from ..images import ImageSource
+from ..images import MAX_PIXELS, ImageSource
 from ..images.batches import default_workers
 from ..queries import check_count
 from ..render import Look, page_foot, page_head
@@ -161,6 +161,8 @@ def _job(
         "scale": scale,
         "side": _at_least_one("side", side),
     }
+    if explainer.max_pixels != MAX_PIXELS:
+        options["max_pixels"] = explainer.max_pixels
     look = Look(scale, side, quality=_QUALITY, long=True)
     asked = {"n_neighbors": n_neighbors, "result": result}
     return _Job(explainer, source, asked, named, options, look, _version(explainer), title)

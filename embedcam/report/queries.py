@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ImageError, InputError, NetworkError
+from ..errors import EmbeddingError, ImageError, InputError, NetworkError
 from ..explanation import Explanation, small_size
 from ..images import ImageSource
 from ..render import Look, Row, Tile, page_row, shrunk
@@ -92,6 +92,8 @@ def explain_opened(
             continue
         try:
             made.append(next(found) or explained([one.inputs])[0])
+        except EmbeddingError as error:
+            made.append(str(error.named([name])))
         except NetworkError as error:
             made.append(_named(name, str(error)))
     return made

@@ -120,7 +120,7 @@ def _answer(pipeline: Pipeline, id: str, what: str, size: int, known: str) -> _A
         return _Answer(None, tag)
     draws, _, kind = what.rpartition(" ")
     if not draws:
-        picture = _picture(item.file)
+        picture = _picture(pipeline, item.file)
         if picture is None:
             raise Refused(404, "no_picture", "the picture of this image cannot be read any more")
         return _Answer(encoded(shrunk(picture, size), kind), tag)
@@ -144,11 +144,11 @@ def _tag(item: _Item, *what: object) -> str:
     return f'"{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}"'
 
 
-def _picture(file: File | None) -> Image.Image | None:
+def _picture(pipeline: Pipeline, file: File | None) -> Image.Image | None:
     if file is None:
         return None
     try:
-        return read_image(file)
+        return read_image(file, max_pixels=pipeline.explainer.max_pixels)
     except EmbedcamError as error:
         logger.warning("an indexed image cannot be read: %s", error)
         return None
@@ -160,7 +160,7 @@ def _cam(pipeline: Pipeline, item: _Item, id: str, kind: str, size: int) -> byte
     maps = row.coarse()
     if maps is None:
         raise Refused(404, "no_map", "the index was built without the images' own maps")
-    picture = _picture(item.file)
+    picture = _picture(pipeline, item.file)
     extent = _extent(pipeline, picture)
     if kind != JSON:
         small = None if picture is None or extent is None else shrunk(picture, size)

@@ -135,7 +135,9 @@ class ReceiptMaker:
         assert preprocess is not None  # the pipeline checked it
         try:
             file = explainer.picture_file(name)
-            picture = None if file is None else read_image(file)
+            picture = None
+            if file is not None:
+                picture = read_image(file, max_pixels=explainer.max_pixels)
             if picture is not None:
                 return Query(
                     inputs=preprocess(picture),

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .changes import Changes
+
 
 @dataclass(frozen=True)
 class BuildReport:
@@ -22,6 +24,7 @@ class BuildReport:
             neighbours. 0 where labels draw nothing.
         n_without_triplets: images whose every triplet was satisfied: their weights are zero.
         seconds: wall time of each stage.
+        changes: what an update found new, changed and vanished; None of other jobs.
     """
 
     path: Path
@@ -30,6 +33,7 @@ class BuildReport:
     n_single: int = 0
     n_without_triplets: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    changes: Changes | None = None
 
 
 class Stages:

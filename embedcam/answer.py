@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from .calibration import evidence
 from .cam import cam, resize, sharpen
 from .errors import IndexFormatError, InputError
-from .explanation import Asked, Explanation
+from .explanation import Asked, Explanation, may_follow
 from .index import Index, Neighbors, Selection
 from .neighbors import named_neighbors
 from .opened import Opened
@@ -135,7 +136,40 @@ def answer(
         asked=asked,
         shared=opened.index.manifest["target"] == "discriminant",
         prototypes=opened.index.manifest.get("compressed") is not None,
+        marks=rows.marks if opened.index.marked else None,
     )
+
+
+def without_file(
+    opened: Opened, choices: Choices, near: Neighbors, file: str | Path | None, most: int
+) -> Neighbors:
+    """The first `most` of a query's neighbours that are not the query's own file.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    root = Path() if opened.root is None else opened.root
+    paths = _paths(opened, opened.index.select(near.positions))
+    kept = [
+        place
+        for place, path in enumerate(paths)
+        if file is None
+        or not may_follow(path, root, choices.only_below)
+        or not _same_file(path, file)
+    ][:most]
+    if not kept:
+        raise InputError(
+            f"nothing but the query itself comes back ({file}); leave out --exclude-query "
+            "(exclude_query=True), or ask an index of more images"
+        )
+    return Neighbors(near.positions[kept], near.distances[kept], near.similarities[kept])
+
+
+def _same_file(one: str, other: str | Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
 
 
 def _paths(opened: Opened, rows: Selection) -> list[str]:
@@ -155,6 +189,7 @@ def _asked(opened: Opened, used: Selection, chosen: Neighbors, norms: np.ndarray
         float(chosen.similarities[0]),
         None if own is None else own[0],
         float(norms[0]),
+        used.marks[0] if opened.index.marked else None,
     )
 
 

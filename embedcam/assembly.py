@@ -51,12 +51,13 @@ class Gathered:
         return self.embeddings[self.n_before :]
 
 
-def gather(work: Work, index: Index | None = None) -> Gathered:
+def gather(work: Work, index: Index | None = None, live: np.ndarray | None = None) -> Gathered:
     """Collect the chunks of the embedding pass.
 
     Args:
         work: with every chunk `embed` finished.
-        index: whose live images come before the new ones.
+        index: whose images come before the new ones.
+        live: positions of these images; None for all that are live.
 
     Raises:
         InputError: not a single image could be used.
@@ -72,7 +73,8 @@ def gather(work: Work, index: Index | None = None) -> Gathered:
         first = skipped[0][1]
         raise InputError(f"none of the {len(skipped)} images could be used; the first: {first}")
     own = [work.scratch.read("embed", c, "embedding")["embedding"] for c in _filled(work)]
-    live = np.empty(0, np.int64) if index is None else index.live_positions()
+    if live is None:
+        live = np.empty(0, np.int64) if index is None else index.live_positions()
     shape = (len(live) + len(positions), own[0].shape[1])
     embeddings = work.scratch.array("embeddings", "float32", shape)
     for start in range(0, len(live), _BLOCK):
@@ -255,6 +257,7 @@ def encode(
         root: folder that the index's paths are relative to.
     """
     n = len(gathered.positions)
+    marks = np.concatenate([work.scratch.read("embed", c, "marks")["marks"] for c in _filled(work)])
     items = [work.source.items[position] for position in gathered.positions]
     fields = [
         {
@@ -290,6 +293,7 @@ def encode(
         triplets_used=counts,
         fields=[dict(one) for one in fields],
         coarse=[None if maps is None else (maps, scales), *[None] * (len(encodings) - 1)],
+        marks=marks if marks.any() else None,
     )
 
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 
-from .answer import Choices, Fallback, Query, answer
+from .answer import Choices, Fallback, Query, answer, without_file
 from .errors import EmbeddingError, ImageError, InputError
 from .explanation import Explanation, may_follow
 from .forking import ProcessLock
-from .images import MAX_PIXELS, read_image
+from .images import MAX_PIXELS, FileState, file_state, read_image
 from .index import Index
 from .neighbors import check_wanted, find_neighbors
 from .opened import Given, Opened, from_onnx, prepared, query_name
@@ -171,6 +171,7 @@ class Explainer:
         n_neighbors: int | None = None,
         result: str | None = None,
         neighbors: Sequence[str] | None = None,
+        exclude_query: bool = False,
     ) -> Explanation:
         """Explain one query.
 
@@ -182,13 +183,22 @@ class Explainer:
                 alone are transferred, and pictures show it first. By the discriminant target the
                 images of a label have one answer: what speaks for the label.
             neighbors: ids that another search engine found, instead of searching.
+            exclude_query: where the index holds the file that `image` names, leave it out of the
+                results. The same file alone, by whatever path: copies of it still come back, and
+                where the index does not hold it nothing is left out.
 
         Raises:
             ImageError: a picture that cannot be read.
             InputError: an unknown or removed id, or an argument that cannot be used.
         """
         given = None if neighbors is None else [neighbors]
-        found = self.explain_batch([image], n_neighbors=n_neighbors, result=result, neighbors=given)
+        found = self.explain_batch(
+            [image],
+            n_neighbors=n_neighbors,
+            result=result,
+            neighbors=given,
+            exclude_query=exclude_query,
+        )
         return found[0]
 
     def explain_batch(
@@ -198,8 +208,17 @@ class Explainer:
         n_neighbors: int | None = None,
         result: str | None = None,
         neighbors: Sequence[Sequence[str]] | None = None,
+        exclude_query: bool = False,
+        files: Sequence[str | Path | None] | None = None,
     ) -> list[Explanation]:
-        """Explain several queries with one forward pass; arguments as for `explain`."""
+        """Explain several queries with one forward pass.
+
+        Args:
+            images: the queries.
+            n_neighbors, result, neighbors, exclude_query: as for `explain`.
+            files: where the queries' pictures lie, for `exclude_query` where they are not given as
+                paths; None for those that lie nowhere.
+        """
         opened = self._now()
         network = opened.network
         if network is None:
@@ -227,8 +246,15 @@ class Explainer:
             raise error.named([query_name(one, row) for row, one in enumerate(images)]) from None
         height, width = inputs[0].shape[-2:]
         embeddings, size = _numpy(features.embedding), (int(height), int(width))
-        near = find_neighbors(opened.index, embeddings, wanted, neighbors)
+        near = find_neighbors(opened.index, embeddings, wanted + exclude_query, neighbors)
         choices = self._choices()
+        if exclude_query:
+            most = wanted if neighbors is None else len(opened.index)
+            named = [_file_of(image) for image in images] if files is None else files
+            near = [
+                without_file(opened, choices, one, file, most)
+                for one, file in zip(near, named, strict=True)
+            ]
         found = []
         for row, (picture, one) in enumerate(zip(pictures, inputs, strict=True)):
             own = [maps[row] for maps in activations]
@@ -347,6 +373,21 @@ class Explainer:
         followed = may_follow(joined, opened.root or Path(), self._given.images is not None)
         return Path(joined) if followed else None
 
+    def file_state(self, id: str) -> FileState | None:
+        """What became of an indexed image's file since the build.
+
+        Returns:
+            "same", "changed" or "missing"; None where the index keeps no mark of it, or its path is
+            not to be followed (`picture_file`).
+
+        Raises:
+            InputError: an unknown or removed id.
+        """
+        path, index = self.picture_file(id), self._now().index
+        return (
+            None if path is None else file_state(path, index.select([index.position(id)]).marks[0])
+        )
+
     def picture(self, id: str) -> Image.Image:
         """The picture of an indexed image, upright.
 
@@ -383,6 +424,10 @@ class Explainer:
     def _choices(self) -> Choices:
         only_below = self._given.images is not None
         return Choices(self.transfer, self.trusted_from, self.fallback, only_below, self.max_pixels)
+
+
+def _file_of(image: Any) -> str | Path | None:
+    return image if isinstance(image, str | Path) else None
 
 
 def _numpy(values: Any) -> np.ndarray:

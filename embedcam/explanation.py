@@ -15,7 +15,7 @@ import numpy as np
 
 from .cam import area_average
 from .errors import EmbedcamError, InputError
-from .images import MAX_PIXELS, read_image
+from .images import MAX_PIXELS, FileState, file_state, read_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class Asked:
     """The image that `result` named, which need not be among the nearest.
 
-    id, label, path, distance, similarity, cam, norm: as `Explanation` has them of its neighbours.
+    id, label, path, distance, similarity, cam, norm, mark: as `Explanation` has them of its
+        neighbours.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Asked:
     similarity: float
     cam: np.ndarray | None
     norm: float | None
+    mark: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -86,6 +88,8 @@ class Explanation:
         prototypes: the results are prototypes merged from images, shown by the picture of the one
             in their middle.
         max_pixels: pictures of more pixels are not read, and count as not found.
+        marks: of the files of the neighbours' pictures when the index was built, uint32 `[n 4]`, or
+            None where they are not known. A map is not drawn over a picture that is another now.
     """
 
     cam: np.ndarray
@@ -113,6 +117,7 @@ class Explanation:
     shared: bool = False
     prototypes: bool = False
     max_pixels: int = MAX_PIXELS
+    marks: np.ndarray | None = None
 
     @property
     def trusted(self) -> bool | None:
@@ -179,22 +184,31 @@ class Explanation:
         query = small(
             render.Tile(self.image, self.cam, self.extent, "query", self._transfer_note())
         )
-        results = [] if self.asked is None else [small(self._tile(self.asked))]
-        for place, name in enumerate(self.ids):
-            if self.asked is None or name != self.asked.id:
-                results.append(small(self._tile(self._neighbor(place))))
-        return query, results
+        return query, [small(self._tile(result)) for result in self._results()]
 
     def not_found(self) -> list[str]:
         """Ids of the results whose pictures are not where the index says; none are read."""
-        listed = dict(zip(self.ids, self.paths, strict=True))
-        if self.asked is not None:
-            listed[self.asked.id] = self.asked.path
         return [
-            name
-            for name, path in listed.items()
-            if path and not (self._follows(path) and Path(path).is_file())
+            one.id
+            for one in self._results()
+            if one.path and not (self._follows(one.path) and Path(one.path).is_file())
         ]
+
+    def changed(self) -> list[str]:
+        """Ids of the results whose pictures are other files now than were indexed."""
+        return [one.id for one in self._results() if self._state(one) == "changed"]
+
+    def _results(self) -> list[Asked]:
+        """All that pictures show, the one that was asked for first."""
+        asked = [] if self.asked is None else [self.asked]
+        places = [place for place, name in enumerate(self.ids) if name not in [a.id for a in asked]]
+        return [*asked, *(self._neighbor(place) for place in places)]
+
+    def _state(self, result: Asked) -> FileState | None:
+        """What became of a result's file since the build; None where that cannot be told."""
+        if result.mark is None or not result.path:
+            return None
+        return file_state(result.path, result.mark) if self._follows(result.path) else "missing"
 
     def _neighbor(self, place: int) -> Asked:
         own = None if self.neighbor_cams is None else self.neighbor_cams[place]
@@ -207,6 +221,7 @@ class Explanation:
             float(self.similarities[place]),
             own,
             norm,
+            None if self.marks is None else self.marks[place],
         )
 
     def _tile(self, result: Asked) -> Tile:
@@ -220,9 +235,12 @@ class Explanation:
         words.append(f"distance {result.distance:.3f}")
         if result is self.asked:
             words.append("asked for")
+        changed = self._state(result) == "changed"
+        if changed:
+            words.append(render.CHANGED)
         # Maps are drawn with weights of length 1.
         own = result.cam if not result.norm or result.cam is None else result.cam / result.norm
-        return render.Tile(picture, own, extent, name, "\n".join(words))
+        return render.Tile(picture, own, extent, name, "\n".join(words), changed=changed)
 
     def _short_name(self, id: str) -> str:
         name = id.rpartition("/")[2]
@@ -234,6 +252,9 @@ class Explanation:
         Args:
             size: (height, width) the query's map is averaged down to; None keeps it as it is.
                 A body for the network wants a small one: bilinear resizing draws it again.
+
+        "file" of a neighbour is what became of its picture's file since the build: "same",
+        "changed", "missing", or null where the index keeps no mark of it.
 
         "trusted" is true, too, where the weights were computed on the query ("direct"): "trust" is
         then the low one of the transfer that was not taken. "result" is the image that was asked
@@ -250,8 +271,20 @@ class Explanation:
             "trusted": self.trusted,
             "direct": self.direct,
             "explained": list(self.explained),
-            "result": None if self.asked is None else _record(self.asked),
-            "neighbors": [_record(self._neighbor(place)) for place in range(len(self.ids))],
+            "result": None if self.asked is None else self._record(self.asked),
+            "neighbors": [self._record(self._neighbor(place)) for place in range(len(self.ids))],
+        }
+
+    def _record(self, result: Asked) -> dict[str, Any]:
+        """A result for JSON."""
+        return {
+            "id": result.id,
+            "label": result.label,
+            "path": result.path,
+            "file": self._state(result),
+            "distance": result.distance,
+            "similarity": result.similarity,
+            "cam": None if result.cam is None else _rounded(result.cam),
         }
 
     def _repr_html_(self) -> str:
@@ -290,18 +323,6 @@ class Explanation:
         except EmbedcamError:
             # A map over the wrong part of a picture would be worse than one beside it.
             return None, None
-
-
-def _record(result: Asked) -> dict[str, Any]:
-    """A result for JSON."""
-    return {
-        "id": result.id,
-        "label": result.label,
-        "path": result.path,
-        "distance": result.distance,
-        "similarity": result.similarity,
-        "cam": None if result.cam is None else _rounded(result.cam),
-    }
 
 
 def _rounded(cam: np.ndarray) -> list[Any]:

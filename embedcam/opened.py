@@ -158,6 +158,8 @@ class Opened:
         root = given.images
         if root is None:
             root = (manifest.get("images") or {}).get("root")
+        if before is None or before.index.marked:
+            _say_unmarked(index)
         return cls(
             index=index,
             network=network,
@@ -173,6 +175,17 @@ class Opened:
             place=place,
             process=os.getpid(),
             owned=owned,
+        )
+
+
+def _say_unmarked(index: Index) -> None:
+    """Say, once, that an index of pictures cannot tell whether they were replaced."""
+    first = index.select(index.live_positions()[:1])
+    if not index.marked and any(first.paths):
+        _LOG.warning(
+            "%s keeps no marks of its images' files, so whether a picture was replaced since the "
+            "build cannot be told; `embedcam build --refit` adds them",
+            index.path,
         )
 
 

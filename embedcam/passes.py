@@ -92,8 +92,10 @@ class Work:
         start = chunk * self.chunk_size
         return np.arange(start, min(start + self.chunk_size, len(self.source)))
 
-    def batches(self, positions: np.ndarray) -> Generator[Batch, None, None]:
-        """Loaded batches of images at these places in the source."""
+    def batches(
+        self, positions: np.ndarray, *, marked: bool = False
+    ) -> Generator[Batch, None, None]:
+        """Loaded batches of images at these places in the source, `marked` with their files'."""
         return load_batches(
             self.source,
             positions,
@@ -101,6 +103,7 @@ class Work:
             self.batch_size,
             workers=self.workers,
             on_error="fail" if self.on_unreadable == "fail" else "skip",
+            marked=marked,
         )
 
     def embedded(self, chunk: int) -> np.ndarray:
@@ -139,7 +142,7 @@ def spilled_numbers(network: EmbeddingNetwork, exact: bool) -> int:
 
 
 def embedding_pass(work: Work, tick: Tick) -> None:
-    """Chunks `embed`: positions, embeddings, lengths, pooled vectors, grids, messages of errors."""
+    """Chunks `embed`: positions, marks, embeddings, lengths, pooled vectors, grids, errors."""
     todo = [chunk for chunk in range(work.n_chunks) if not _is_embedded(work, chunk)]
     done = len(work.source) - sum(len(work.chunk_positions(chunk)) for chunk in todo)
     if done:
@@ -149,7 +152,7 @@ def embedding_pass(work: Work, tick: Tick) -> None:
         return
     # One stream over all chunks, so that decoding runs ahead across their borders.
     places = np.concatenate([work.chunk_positions(chunk) for chunk in todo])
-    with closing(work.batches(places)) as stream:
+    with closing(work.batches(places, marked=True)) as stream:
         for chunk in todo:
             n = len(work.chunk_positions(chunk))
             batches = itertools.islice(stream, -(-n // work.batch_size))
@@ -184,6 +187,7 @@ def _embed(work: Work, batches: Iterable[Batch], n: int, tick: Tick) -> dict[str
             grid = (activations.shape[2], activations.shape[3])
             rows = {
                 "positions": batch.positions,
+                "marks": batch.marks,
                 "embedding": _numpy(features.embedding),
                 "length": _numpy(features.norm),
             }

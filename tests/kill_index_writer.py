@@ -35,6 +35,14 @@ def prepare_life(path: Path) -> None:
 OPERATIONS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
     "create": (lambda path: None, lambda path: make(path, 20)),
     "append": (prepare_life, lambda path: append(path, part(30, 34, encoding_of("top-m")))),
+    "update": (
+        prepare_life,
+        lambda path: append(
+            path,
+            part(20, 34, encoding_of("top-m")),
+            removing=["image-0007", "image-0020", "image-0022"],
+        ),
+    ),
     "remove": (prepare_life, lambda path: remove(path, ["image-0007", "image-0020"])),
     "compact": (prepare_life, compact),
     "rebuild": (prepare_life, lambda path: rebuild_faiss(path, "HNSW8")),

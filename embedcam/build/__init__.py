@@ -6,7 +6,8 @@ Each arrow is a set of finished chunks in a scratch folder inside the index's ow
 at any moment goes on where it stopped. `explain` never imports this room: they meet on disk.
 """
 
+from .changes import Changes
 from .jobs import SCRATCH_GB, add_images, build_index, indexed_images
 from .report import BuildReport
 
-__all__ = ["SCRATCH_GB", "BuildReport", "add_images", "build_index", "indexed_images"]
+__all__ = ["SCRATCH_GB", "BuildReport", "Changes", "add_images", "build_index", "indexed_images"]

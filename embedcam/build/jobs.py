@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from ..index import (
     create,
     lock,
     refuse_prototypes,
+    remove,
     sweep,
 )
 from ..network import EmbeddingNetwork
@@ -44,6 +46,7 @@ from ..passes import (
     embedding_pass,
     is_exact,
     own_grid,
+    skipped_of,
     spilled_numbers,
     weights_pass,
 )
@@ -53,6 +56,7 @@ from ..scratch import remove as remove_scratch
 from ..triplets import pairs_digest
 from ..trust import sample_rows
 from .calibrating import calibrate
+from .changes import Changes, changes_since
 from .checks import (
     check_addable,
     check_amounts,
@@ -154,6 +158,7 @@ def build_index(
             layers,
         )  # fmt: skip
         stages = Stages(progress)
+        _embed(work, stages)
         gathered, labels, mean = _weights(work, stages, triplets)
         root = None if source.root is None else source.root.resolve()
         with stages("encode"):
@@ -198,6 +203,7 @@ def add_images(
     network: EmbeddingNetwork,
     path: str | Path,
     *,
+    update: bool = False,
     batch_size: int = 32,
     workers: int | None = None,
     on_unreadable: str = "fail",
@@ -213,11 +219,15 @@ def add_images(
         source: the new images; their ids must not be in the index.
         network: the one the index was built with; another is refused.
         path: folder of the index.
+        update: the source is the whole collection that the index was built from: what is new is
+            added, what has vanished is removed, and what has changed is replaced, in one step; see
+            `BuildReport.changes`.
         batch_size, workers, on_unreadable, scratch_gb, progress: as for `build_index`.
 
     Raises:
         NetworkMismatch: the network is not the index's.
-        InputError: ids that are in the index already, or an index of prototypes.
+        InputError: ids that are in the index already, an index of prototypes, or, for an update,
+            another collection than the index was built from.
         ImageError: an unreadable image, with on_unreadable="fail".
         EmbedcamError: the disk is full or cannot be written; what is finished is used again.
     """
@@ -230,16 +240,33 @@ def add_images(
         encodings = [index.encoding(number) for number in range(len(index.layers))]
         recipe = Recipe.from_dict(manifest["recipe"], "the index's recipe")
         check(_identity_of(index), network)
+        stages, live = Stages(progress), index.live_positions()
+        changes, gone = None, list[str]()
+        if update:
+            with stages("compare", len(source)) as tick:
+                changes, places = changes_since(index, source, tick)
+            gone = changes.gone
+            if not places:
+                _tidied(index)
+                return _removed(path, changes, source, [], stages)
+            source = source.only(places)
+            live = np.setdiff1d(live, index.positions(gone))
         exact = check_addable(recipe, encodings[0], network)
         layers = layers_of(network, recipe)
         files = [source.fingerprint(position) for position in range(len(source))]
         job = _digest(
-            recipe, fingerprint(network), source, files, chunk_size(batch_size, recipe.method)
+            recipe,
+            fingerprint(network),
+            source,
+            files,
+            chunk_size(batch_size, recipe.method),
+            *sorted(gone),
         )
         if _tidied(index) == job:
             log.info("%s has these images already", path)
             return BuildReport(path, 0, [], left_out=source.left_out)
-        check_new(index, source)
+        if not update:
+            check_new(index, source)
         layer = manifest["layers"][0]
         with_maps = layer["coarse_grid"] is not None
         scratch = Scratch(path / _SCRATCH, f"{job} {manifest['manifest_sha256']}")
@@ -248,8 +275,18 @@ def add_images(
             network, source, recipe, scratch, batch_size, workers, on_unreadable, keep, exact,
             layers,
         )  # fmt: skip
-        stages = Stages(progress)
-        gathered, labels, mean = _weights(work, stages, None, index)
+        _embed(work, stages)
+        if changes is not None:
+            skipped = [
+                (source.items[position].id, reason)
+                for chunk in range(work.n_chunks)
+                for position, reason in skipped_of(work, chunk)
+            ]
+            changes = changes.without({name for name, _ in skipped})
+            if len(skipped) == len(source):
+                scratch.remove()
+                return _removed(path, changes, source, skipped, stages)
+        gathered, labels, mean = _weights(work, stages, None, index, live)
         if list(grid_of(work)) != layer["grid"]:
             raise InputError(
                 f"the layer's grid is {list(grid_of(work))} for these images and {layer['grid']} "
@@ -261,9 +298,9 @@ def add_images(
             part = encode(work, encodings, gathered, mean, with_maps, stored_root)
         with stages("write"):
             scratch.promise(job, manifest["generation"] + 1)
-            append(path, part)
+            append(path, part, removing=gone)
         scratch.remove()
-    return _report(work, path, part, gathered, labels, stages)
+    return replace(_report(work, path, part, gathered, labels, stages), changes=changes)
 
 
 def indexed_images(
@@ -294,14 +331,38 @@ def indexed_images(
     return ImageSource(items, None if chosen is None else Path(chosen), max_pixels=max_pixels)
 
 
-def _weights(
-    work: Work, stages: Stages, triplets: np.ndarray | None, index: Index | None = None
-) -> tuple[Gathered, np.ndarray | None, np.ndarray]:
-    """The passes over the images; the labels `[N]` of old and new ones, and the mean embedding."""
+def _removed(
+    path: Path,
+    changes: Changes,
+    source: ImageSource,
+    skipped: list[tuple[str, str]],
+    stages: Stages,
+) -> BuildReport:
+    """Carry out an update that has nothing to add."""
+    if changes.gone:
+        remove(path, changes.gone)
+    return BuildReport(
+        path, 0, skipped, seconds=stages.seconds, changes=changes, left_out=source.left_out
+    )
+
+
+def _embed(work: Work, stages: Stages) -> None:
+    """The first pass over the images."""
     with stages("embed", len(work.source)) as tick:
         embedding_pass(work, tick)
-    gathered = gather(work, index)
-    before = [] if index is None else index.labels[index.live_positions()]
+
+
+def _weights(
+    work: Work,
+    stages: Stages,
+    triplets: np.ndarray | None,
+    index: Index | None = None,
+    live: np.ndarray | None = None,
+) -> tuple[Gathered, np.ndarray | None, np.ndarray]:
+    """The second pass; the labels `[N]` of old images (`live` ones of an index) and of new ones,
+    and the mean embedding."""
+    gathered = gather(work, index, live)
+    before = [] if index is None or live is None else index.labels[live]
     labels = label_codes([*before, *(work.source.items[p].label for p in gathered.positions)])
     if index is None:
         mean = gathered.embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)

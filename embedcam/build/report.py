@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..images import LeftOut
 from ..images.sources import cut
+from .changes import Changes
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class BuildReport:
         n_unlabelled: of these images, those without a label; all of them where labels is empty.
         left_out: what lies beside the images and was not taken.
         notes: what looks like a mistake, a sentence each.
+        changes: what an update found new, changed and vanished; None of other jobs.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class BuildReport:
     n_unlabelled: int = 0
     left_out: LeftOut = field(default_factory=LeftOut)
     notes: list[str] = field(default_factory=list)
+    changes: Changes | None = None
 
     def taken(self) -> list[str]:
         """What was taken and what was not, a line each."""

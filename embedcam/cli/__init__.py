@@ -33,7 +33,10 @@ EXIT_CODES: dict[type[Exception], int] = {
     OSError: 6,
 }
 """The first class that fits an error gives the exit code; 0 is success, 130 an interruption."""
-_PYTHON = re.compile(r" \((?:(?:replace=True|per_class=False|layer=|size=|resize=)(?:, )?)+\)")
+_PYTHON = re.compile(
+    r" \((?:(?:(?:replace|update|exclude_query)=True|per_class=False|layer=|size=|resize=)"
+    r"(?:, )?)+\)"
+)
 """What messages say to callers from Python, in brackets behind the option."""
 _OPTIONS = (
     (re.compile(r'\b(labels|resize)="(\w+)"'), r"--\1 \2"),

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from ..errors import InputError
 from .networks import named, network_of_index, network_options
 from .online import check_folder
 from .report import columns, found_images, naming_skip, note
+from .resuming import told_of
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -26,7 +28,7 @@ def evaluate(options: argparse.Namespace) -> None:
     _check_regions(options, source)
     with Index.open(options.index) as index:
         network = named(network_of_index(index.manifest, network_options(options)))
-        with naming_skip(options):
+        with naming_skip(options), told_of(options, "embedcam", logging.WARNING):
             found = evaluate_index(
                 index,
                 source,

@@ -26,8 +26,10 @@ ADD = """\
 examples:
   embedcam add my.index more-photos/
   embedcam add my.index photos/ --skip-existing          only those that are new
+  embedcam add my.index photos/ --update                 also what has changed or is gone
 
 What the first build fitted stays as it is; weights of old images are not computed again.
+--update compares size, time and then content of each file with what was indexed.
 """
 REMOVE = """\
 examples:
@@ -57,6 +59,7 @@ examples:
   embedcam explain my.index query.jpg --result owls/1.jpg -o match.png
   embedcam explain my.index query.jpg --neighbors owls/1.jpg,owls/2.jpg --json
   embedcam explain my.index query.jpg --method scorecam -o slow.png
+  embedcam explain my.index photos/owls/1.jpg --exclude-query -o others.png
   embedcam explain my.index queries/ --report out/        a folder or a CSV, on one page
 
 The network is loaded as it was for the build; where its files have moved, say so with --weights

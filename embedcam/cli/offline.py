@@ -17,6 +17,7 @@ from .report import (
     naming_skip,
     note,
     size_text,
+    some_of,
 )
 from .resuming import told_of
 
@@ -57,6 +58,10 @@ def add(options: argparse.Namespace) -> None:
     from ..build import BuildReport, add_images
     from ..index import ADD_INSTEAD, Index, refuse_prototypes
 
+    if options.update and options.skip_existing:
+        raise InputError(
+            "--update looks at images that are there already; leave --skip-existing out"
+        )
     source = found_images(options, options.images, options.labels or "auto")
     with Index.open(options.index) as index:
         refuse_prototypes(index.path, index.manifest, ADD_INSTEAD)  # before a network is loaded
@@ -71,6 +76,7 @@ def add(options: argparse.Namespace) -> None:
             source,
             named(network),
             options.index,
+            update=options.update,
             batch_size=options.batch_size,
             workers=options.workers,
             on_unreadable=options.on_unreadable or "fail",
@@ -82,13 +88,10 @@ def add(options: argparse.Namespace) -> None:
 
 def _without_known(options: argparse.Namespace, source: Any, index: Any) -> Any:
     """The images whose ids the index does not hold."""
-    from ..images import ImageSource
-
     known = index.find_live(source.ids)
     if known:
         note(options, f"{counted(len(known), 'image')} left out: in the index already")
-    items = [item for item in source.items if item.id not in known]
-    return ImageSource(items, source.root, max_pixels=source.max_pixels, left_out=source.left_out)
+    return source.only([place for place, name in enumerate(source.ids) if name not in known])
 
 
 def remove(options: argparse.Namespace) -> None:
@@ -339,6 +342,20 @@ def _lines(path: str) -> list[str]:
     return [line for line in text.replace("\r\n", "\n").split("\n") if line]
 
 
+def _changes(options: argparse.Namespace, changes: Any) -> str:
+    """What an update did."""
+    if changes.n_unmarked:
+        note(
+            options,
+            f"note: {counted(changes.n_unmarked, 'image')} of the index without a mark of the "
+            "file, so whether one changed cannot be told; `embedcam build --refit` adds marks",
+        )
+    found = (("new", changes.new), ("changed", changes.changed), ("vanished", changes.vanished))
+    told = [f"{len(ids):,} {what} ({some_of(ids)})" for what, ids in found if ids]
+    same = f"{changes.n_same:,} as before"
+    return f"{', '.join(told)}; {same}," if told else f"nothing to update, {same},"
+
+
 def _report(options: argparse.Namespace, report: Any, verb: str) -> None:
     for name, reason in report.skipped[:20]:
         # A reason begins with the file's path, which mostly ends in its id.
@@ -367,7 +384,9 @@ def _report(options: argparse.Namespace, report: Any, verb: str) -> None:
         if text not in getattr(options, "said", ()):
             note(options, text)
     took = f"in {sum(report.seconds.values()):.1f} s"
-    if not report.n_images:
+    if report.changes is not None:
+        text = f"{report.path}: {_changes(options, report.changes)} {took}"
+    elif not report.n_images:
         text = f"{report.path}: holds these images already; nothing to do"
     elif verb == "built":
         text = f"{report.path}: built, {counted(report.n_images, 'image')} {took}"

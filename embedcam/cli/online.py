@@ -3,6 +3,7 @@
 import argparse
 import errno
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,9 @@ from ..images import MAX_PIXELS
 from ..images.reading import why_missing
 from .direct import check_method, options_of, redrawn, trust_of
 from .networks import check_onnx, network_given
-from .report import columns, counted, listing_ids, note
+from .report import columns, counted, listing_ids, note, some_of
 from .reporting import check_report, write
+from .resuming import told_of
 
 
 def explain(options: argparse.Namespace) -> None:
@@ -39,19 +41,20 @@ def explain(options: argparse.Namespace) -> None:
         asked = _asked(options, index)
         _say_shared(options, index)
         network = network_given(options, index.manifest)
-        explainer = Explainer(
-            index,
-            network,
-            transfer=options.transfer,
-            images=options.images,
-            max_pixels=options.max_pixels or MAX_PIXELS,
-            **trust_of(options, index, network),
-        )
+        with told_of(options, "embedcam", logging.WARNING):
+            explainer = Explainer(
+                index,
+                network,
+                transfer=options.transfer,
+                images=options.images,
+                max_pixels=options.max_pixels or MAX_PIXELS,
+                **trust_of(options, index, network),
+            )
         if reported is not None:
             write(options, explainer, reported, asked)
             return
         records, rows = [], []
-        shown, lost = dict[str, None](), dict[str, None]()
+        shown, lost, changed = dict[str, None](), dict[str, None](), dict[str, None]()
         for query, picture in zip(options.queries, pictures, strict=True):
             explanation = explainer.explain(query, **asked)
             if method is not None:
@@ -67,6 +70,7 @@ def explain(options: argparse.Namespace) -> None:
                 )
             shown.update(dict.fromkeys(explanation.ids + explanation.explained))
             lost.update(dict.fromkeys(explanation.not_found()))
+            changed.update(dict.fromkeys(explanation.changed()))
             if picture is not None:
                 picture.parent.mkdir(parents=True, exist_ok=True)
                 explanation.save(picture, scale=options.scale, title=Path(query).name)
@@ -84,6 +88,13 @@ def explain(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(records))
     _say_pictures(options, len(shown), len(lost), explanation.root)
+    if changed:
+        note(
+            options,
+            f"note: {counted(len(changed), 'indexed picture')} changed since the build "
+            f"({some_of(list(changed))}): the stored maps are of the old files; `embedcam add "
+            f"--update {options.index} IMAGES` takes the new ones in",
+        )
 
 
 def _say_trust(options: argparse.Namespace, query: str, explanation: Any) -> None:
@@ -145,7 +156,11 @@ def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:
     """What `Explainer.explain` is asked for, ids checked."""
     if options.neighbors and options.n_neighbors:
         raise InputError("--neighbors names the results and -n searches for them; give one")
-    asked: dict[str, Any] = {"n_neighbors": options.n_neighbors, "result": options.result}
+    asked: dict[str, Any] = {
+        "n_neighbors": options.n_neighbors,
+        "result": options.result,
+        "exclude_query": options.exclude_query,
+    }
     with listing_ids(options.index):
         if options.result is not None:
             index.position(options.result)
@@ -274,18 +289,22 @@ def _write_page(options: argparse.Namespace, rows: list[Any]) -> None:
 
 def _lines(query: str, picture: Path | None, explanation: Any) -> list[str]:
     """The query, and below it a table of its results."""
+    from ..render import CHANGED
+
     labels = [label or "" for label in explanation.labels]
+    noted = dict.fromkeys(explanation.changed(), CHANGED)
     table = [
-        [str(place), f"{distance:.3g}", name, label]
+        [str(place), f"{distance:.3g}", name, label, noted.get(name, "")]
         for place, (name, label, distance) in enumerate(
             zip(explanation.ids, labels, explanation.distances, strict=True), 1
         )
     ]
     asked = explanation.asked
     if asked is not None and asked.id not in explanation.ids:
-        table.insert(0, ["asked", f"{asked.distance:.3g}", asked.id, asked.label or ""])
+        cells = [asked.id, asked.label or "", noted.get(asked.id, "")]
+        table.insert(0, ["asked", f"{asked.distance:.3g}", *cells])
         labels.append(asked.label or "")
-    header = ["", "distance", "result", "label" if any(labels) else ""]
+    header = ["", "distance", "result", "label" if any(labels) else "", ""]
     shown = columns([header, *table], right=(0, 1))
     head = query if picture is None else f"{query} -> {picture}"
     if explanation.explained != explanation.ids:

@@ -95,6 +95,11 @@ def add_options(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--skip-existing", action="store_true", help="leave out images that INDEX holds already"
     )
+    one.add_argument(
+        "--update",
+        action="store_true",
+        help="IMAGES is all that INDEX was built from: take in what is new, changed and vanished",
+    )
     one.add_argument("--labels", choices=LABELS, help="where labels are")
     found_options(one)
     pixel_options(one)

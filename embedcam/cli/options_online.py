@@ -73,6 +73,11 @@ def explain_options(one: argparse.ArgumentParser) -> None:
         help="ids found elsewhere, comma-separated or repeated, instead of a search",
     )
     one.add_argument(
+        "--exclude-query",
+        action="store_true",
+        help="where INDEX holds IMAGE, the same file and not a copy, leave it out of the results",
+    )
+    one.add_argument(
         "--scale",
         choices=("joint", "each"),
         default="joint",

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from ..images.reading import why_missing
 from .networks import check_onnx, network_given
 from .online import check_images, plan_pictures
 from .report import columns, listing_ids, note
+from .resuming import told_of
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -33,7 +35,9 @@ def compare(options: argparse.Namespace) -> None:
             raise InputError(f"--above {options.above} is the result itself; name another image")
         network = network_given(options, index.manifest)
         pixels = options.max_pixels or MAX_PIXELS
-        pairs = PairExplainer(Explainer(index, network, images=options.images, max_pixels=pixels))
+        with told_of(options, "embedcam", logging.WARNING):
+            explainer = Explainer(index, network, images=options.images, max_pixels=pixels)
+        pairs = PairExplainer(explainer)
         centred = not options.not_centred
         made: Any
         if options.above is None:
@@ -45,6 +49,13 @@ def compare(options: argparse.Namespace) -> None:
                 options,
                 "note: a prototype is the mean of several images; what is compared is the picture "
                 "in its middle",
+            )
+        given = [name for name in (options.result, options.above) if name is not None]
+        if changed := [name for name in given if explainer.file_state(name) == "changed"]:
+            note(
+                options,
+                f"note: changed since the build: {', '.join(changed)}; what is compared is the "
+                "picture as it is now, which embeds as the old one did",
             )
         if picture is not None:
             picture.parent.mkdir(parents=True, exist_ok=True)

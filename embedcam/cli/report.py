@@ -33,6 +33,11 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
+def some_of(names: Sequence[str]) -> str:
+    """The first few of some names."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 @contextmanager
 def naming_skip(options: argparse.Namespace) -> Iterator[None]:
     """Errors of a broken image among many name the option that leaves it out."""
@@ -103,15 +108,16 @@ def info(options: argparse.Namespace) -> None:
     with Index.open(options.index, with_faiss=False) as index:
         manifest = index.manifest
         evidence = _evidence(index)
-    bytes_all, bytes_image = _bytes(manifest)
+    bytes_all, bytes_image, bytes_mark = _bytes(manifest)
     summary = {
         key: manifest.get(key)
         for key in ("format_version", "generation", "counts", "recipe", "recipe_sha256", "sign",
                     "method", "target", "norm", "triplets", "images", "network", "embedding",
                     "metric", "layers", "fit", "faiss", "libraries", "compressed")
     }  # fmt: skip
-    summary |= {**evidence, "bytes": bytes_all, "bytes_an_image": bytes_image}
-    emit(options, summary, f"{options.index}\n" + _text(manifest, evidence, bytes_all, bytes_image))
+    size = {"bytes": bytes_all, "bytes_an_image": bytes_image, "bytes_a_mark": bytes_mark}
+    summary |= {**evidence, **size}
+    emit(options, summary, f"{options.index}\n" + _text(manifest, evidence, size))
 
 
 def _list_ids(options: argparse.Namespace, index: Any) -> None:
@@ -155,18 +161,20 @@ def _evidence(index: Any) -> dict[str, int]:
     }
 
 
-def _bytes(manifest: Mapping[str, Any]) -> tuple[int, float]:
-    """All bytes of the index; and an image's, beyond id, label, path and embedding."""
+def _bytes(manifest: Mapping[str, Any]) -> tuple[int, float, float]:
+    """All bytes; an image's, beyond id, label, path, embedding and mark; and those of its mark."""
     from ..index import named_bytes
 
     parts = [file for part in manifest["parts"] for file in part["files"].items()]
-    known = ("ids.", "labels.", "paths.", "embeddings.")
+    known = ("ids.", "labels.", "paths.", "embeddings.", "marks.")
     own = sum(entry["bytes"] for name, entry in parts if not name.startswith(known))
-    return named_bytes(manifest), round(own / max(manifest["counts"]["rows"], 1), 1)
+    marks = sum(entry["bytes"] for name, entry in parts if name.startswith("marks."))
+    rows = max(manifest["counts"]["rows"], 1)
+    return named_bytes(manifest), round(own / rows, 1), round(marks / rows, 1)
 
 
 def _text(
-    manifest: Mapping[str, Any], evidence: Mapping[str, int], bytes_all: int, bytes_image: float
+    manifest: Mapping[str, Any], evidence: Mapping[str, int], size: Mapping[str, float]
 ) -> str:
     layer, network = manifest["layers"][0], manifest["network"] or {}
     normalized = "L2-normalised" if manifest["embedding"]["normalized"] else "not normalised"
@@ -191,8 +199,9 @@ def _text(
         ("own maps", "none" if coarse is None else f"{coarse[0]} x {coarse[1]}"),
         ("trust", _trust_line(manifest.get("trust"), manifest["counts"]["added_after_fit"])),
         ("search", _search_line(manifest)),
-        ("size", f"{size_text(bytes_all)}; {bytes_image:g} bytes an image beyond id, label, path "
-                 "and embedding"),
+        ("size", f"{size_text(size['bytes'])}; {size['bytes_an_image']:g} bytes an image beyond "
+                 "id, label, path and embedding"),
+        ("files", _files_line(manifest["images"], size["bytes_a_mark"])),
         ("recipe", manifest["recipe_sha256"][:16]),
         ("made with", f"{made}; generation {manifest['generation']}"),
     ]  # fmt: skip
@@ -333,6 +342,12 @@ def _search_line(manifest: Mapping[str, Any]) -> str:
     if manifest["faiss"] is None:
         return "none; neighbours are named by the caller"
     return f"FAISS {manifest['faiss']['factory']}, {METRICS[manifest['metric']]}"
+
+
+def _files_line(images: Mapping[str, Any] | None, bytes_mark: float) -> str:
+    if bytes_mark:
+        return f"marked, {bytes_mark:g} bytes an image more: a picture that was replaced is told"
+    return "" if images is None else "not marked: whether a picture was replaced cannot be told"
 
 
 def _on(grid: Any) -> str:

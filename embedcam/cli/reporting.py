@@ -77,6 +77,7 @@ def write(
     for number, what in (
         (found.n_untrusted, "with a map that is not to be trusted (--fallback computes one)"),
         (found.n_empty, "with an empty map"),
+        (found.n_changed, "with a result whose picture changed since the build"),
     ):
         if number:
             note(options, f"note: {_queries_of(number)} {what}")

@@ -26,12 +26,14 @@ def _chunks(index: Path) -> bool:
 
 
 @contextmanager
-def told_of(options: argparse.Namespace) -> Iterator[None]:
-    """Say on the error stream how much of a job an earlier run has done."""
-    heard, log = _Notes(options), logging.getLogger("embedcam.passes")
+def told_of(
+    options: argparse.Namespace, name: str = "embedcam.passes", least: int = logging.INFO
+) -> Iterator[None]:
+    """Say on the error stream what a logger says: how much of a job an earlier run has done."""
+    heard, log = _Notes(options, least), logging.getLogger(name)
     level = log.level
     log.addHandler(heard)
-    log.setLevel(logging.INFO)
+    log.setLevel(least)
     try:
         yield
     finally:
@@ -40,10 +42,10 @@ def told_of(options: argparse.Namespace) -> Iterator[None]:
 
 
 class _Notes(logging.Handler):
-    """Records of the passes as notes."""
+    """Records as notes."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        super().__init__(logging.INFO)
+    def __init__(self, options: argparse.Namespace, least: int) -> None:
+        super().__init__(least)
         self._options = options
 
     def emit(self, record: Any) -> None:

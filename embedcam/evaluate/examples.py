@@ -189,7 +189,7 @@ def _shrunk(tile: Tile) -> Tile:
     small = _small(tile.image)
     across, down = small.width / tile.image.width, small.height / tile.image.height
     extent = None if tile.extent is None else _scaled(tile.extent, across, down)
-    return Tile(small, tile.cam, extent, tile.caption, tile.subcaption)
+    return replace(tile, image=small, extent=extent)
 
 
 def _scaled(extent: Sequence[float], across: float, down: float) -> Any:

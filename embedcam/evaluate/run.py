@@ -488,6 +488,13 @@ class _Job:
             for name, path, row in listed
             if path and may_follow(str(root / path), root, self.moved)
         ]
+        states = [self.mapper.explainer.file_state(item.id) for item, _ in there]
+        if replaced := states.count("changed"):
+            self._note(
+                f"transfer fidelity: {replaced} indexed pictures were replaced since the build and "
+                "are left out"
+            )
+            there = [one for one, state in zip(there, states, strict=True) if state != "changed"]
         if not any((root / item.path).is_file() for item, _ in there):
             return None, rows[:0]
         listed_items = [item for item, _ in there]

@@ -7,6 +7,7 @@ This room owns the outside world of image files. It never imports torch.
 
 from embedcam.images.batches import Batch, embed, load_batches
 from embedcam.images.datasets import DatasetSource, from_dataset
+from embedcam.images.marks import FileState, file_state
 from embedcam.images.reading import EXTENSIONS, MAX_PIXELS, read_image
 from embedcam.images.sources import ImageSource, Item, LeftOut, find_images
 
@@ -15,10 +16,12 @@ __all__ = [
     "MAX_PIXELS",
     "Batch",
     "DatasetSource",
+    "FileState",
     "ImageSource",
     "Item",
     "LeftOut",
     "embed",
+    "file_state",
     "find_images",
     "from_dataset",
     "load_batches",

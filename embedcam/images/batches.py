@@ -14,11 +14,12 @@ import numpy as np
 from PIL import Image
 
 from embedcam.errors import EmbeddingError, ImageError, InputError
+from embedcam.images.marks import NO_MARK
 from embedcam.images.sources import ImageSource
 
 Prepare = Callable[[Image.Image], np.ndarray]
 T = TypeVar("T")
-Outcome = tuple[np.ndarray, tuple[int, int]] | ImageError
+Outcome = tuple[np.ndarray, tuple[int, int], np.ndarray] | ImageError
 
 
 @dataclass
@@ -28,12 +29,15 @@ class Batch:
     positions: int64 `[b]`, indices into the source.
     images: float32 `[b 3 H W]`, preprocessed.
     sizes: int64 `[b 2]`, (width, height) of the upright originals.
+    marks: uint32 `[b 4]`, taken of the files before they were read (`ImageSource.mark`); zeros
+        where they were not asked for.
     errors: (position, message) of the images left out.
     """
 
     positions: np.ndarray
     images: np.ndarray
     sizes: np.ndarray
+    marks: np.ndarray
     errors: list[tuple[int, str]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -51,6 +55,7 @@ class Batch:
             self.positions[kept],
             self.images[kept],
             self.sizes[kept],
+            self.marks[kept],
             sorted([*self.errors, *left_out]),
         )
 
@@ -92,6 +97,7 @@ def load_batches(
     *,
     workers: int | None = None,
     on_error: Literal["fail", "skip"] = "fail",
+    marked: bool = False,
 ) -> Generator[Batch, None, None]:
     """Read and preprocess images, a batch at a time, in the order of `positions`.
 
@@ -101,6 +107,7 @@ def load_batches(
 
     on_error: "fail" raises the ImageError of the first unreadable image; "skip" leaves it out and
         reports it in `Batch.errors`. Any other exception, such as a transform's own, is raised.
+    marked: take the marks of the files, which reads each of them twice.
     """
     wanted = np.asarray(positions)
     if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
@@ -118,18 +125,20 @@ def load_batches(
         raise InputError(f"workers: expected a whole number from 0, given {workers!r}")
     if on_error not in ("fail", "skip"):
         raise InputError(f'on_error: expected "fail" or "skip", given {on_error!r}')
-    prepare = partial(_prepare, source, preprocess)
+    prepare = partial(_prepare, source, preprocess, marked)
     outcomes = _inline(prepare, wanted)
     if workers:
         outcomes = _threaded(prepare, wanted, workers, ahead=batch_size + 2 * workers)
     return _batches(source, wanted, outcomes, batch_size, on_error, _expected_shape(preprocess))
 
 
-def _prepare(source: ImageSource, preprocess: Prepare, position: int) -> Outcome:
+def _prepare(source: ImageSource, preprocess: Prepare, marked: bool, position: int) -> Outcome:
     """The input of one image, or why there is none; other exceptions get the image's name."""
     try:
+        # Before it is read: a file that changes meanwhile must not pass for the one that was read.
+        mark = source.mark(position) if marked else np.array(NO_MARK, np.uint32)
         image = source.open(position)
-        return preprocess(image), image.size
+        return preprocess(image), image.size, mark
     except ImageError as error:
         name = source.name(position)
         return error if str(error).startswith(name) else ImageError(f"{name}: {error}")
@@ -183,6 +192,7 @@ def _batches(
             kept: list[int] = []
             arrays: list[np.ndarray] = []
             sizes: list[tuple[int, int]] = []
+            marks: list[np.ndarray] = []
             errors: list[tuple[int, str]] = []
             for position in positions[start : start + batch_size].tolist():
                 outcome = next(outcomes)
@@ -191,7 +201,7 @@ def _batches(
                         raise outcome
                     errors.append((position, str(outcome)))
                     continue
-                array, size = outcome
+                array, size, mark = outcome
                 shape = array.shape if shape is None else shape
                 if array.shape != shape:
                     raise InputError(
@@ -201,10 +211,12 @@ def _batches(
                 kept.append(position)
                 arrays.append(array)
                 sizes.append(size)
+                marks.append(mark)
             yield Batch(
                 positions=np.array(kept, dtype=np.int64),
                 images=np.stack(arrays) if arrays else np.zeros((0, *(shape or (3, 0, 0))), "f4"),
                 sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
+                marks=np.array(marks, dtype=np.uint32).reshape(-1, 4),
                 errors=errors,
             )
     finally:

@@ -17,9 +17,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 
 from embedcam.errors import ImageError, InputError
+from embedcam.images.marks import NO_MARK, FileState, file_mark, file_state
 from embedcam.images.reading import EXTENSIONS, MAX_PIXELS, is_url, read_image, why_missing
 
 Labels = Literal["auto", "folders", "subfolders", "none"]
@@ -145,6 +147,24 @@ class ImageSource:
         except (OSError, ValueError):
             return "unreadable"
         return f"{status.st_size}:{status.st_mtime_ns}"
+
+    def mark(self, position: int) -> np.ndarray:
+        """What tells later whether the file was replaced, uint32 `[4]`; zeros for what is no file.
+
+        See `marks.file_mark`.
+        """
+        if not self.items[position].path:
+            return np.array(NO_MARK, np.uint32)
+        return file_mark(self._file(position))
+
+    def state(self, position: int, mark: np.ndarray) -> FileState | None:
+        """Whether the file is the one that was marked; see `marks.file_state`."""
+        return file_state(self._file(position), mark)
+
+    def only(self, positions: Sequence[int]) -> ImageSource:
+        """The images at some places, as a list of their own."""
+        items = [self.items[position] for position in positions]
+        return ImageSource(items, self.root, max_pixels=self.max_pixels, left_out=self.left_out)
 
     def _file(self, position: int) -> Path:
         path = Path(self.items[position].path)

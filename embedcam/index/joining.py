@@ -101,6 +101,15 @@ def join_rows(index: Index, positions: np.ndarray, new: PartData | None) -> Part
 
     if new is not None:
         check_shapes(new, index.width, index.layers)
+
+    def marks_of() -> ArrayLike | None:
+        given = None if new is None else new.marks
+        if given is None and not index.marked:
+            return None
+        if given is None and new is not None:
+            given = np.zeros((len(new), 4), np.uint32)
+        return chain(lambda rows: index.select(rows).marks, given)
+
     ids = index.ids[positions]
     paths = index.paths[positions]
     labels = index.labels[positions]
@@ -114,4 +123,5 @@ def join_rows(index: Index, positions: np.ndarray, new: PartData | None) -> Part
         ),
         fields=[fields_of(layer) for layer in index.layers],
         coarse=[coarse_of(layer) for layer in index.layers],
+        marks=marks_of(),
     )

@@ -18,6 +18,8 @@ _FITTED = re.compile(r"(?:layer([0-9]{1,4})\.)?([a-z][a-z0-9_]*)\.([a-z0-9]+)")
 FIELD_NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED = ("coarse", "coarse_scales")
 STRINGS = ("ids", "paths", "labels")
+MARKS = "marks.u32"
+"""The one file that a part may lack: the marks of the images' files."""
 Shape = tuple[int | None, ...]
 """Sizes of each axis; None where the data decides (blobs and their offsets)."""
 
@@ -93,6 +95,8 @@ def map_part(
     """
     expected = part_files(part["count"], width, layers)
     entries: Mapping[str, Any] = part["files"]
+    if MARKS in entries:
+        expected[MARKS] = ("uint32", (part["count"], 4))
     for name in sorted(expected.keys() ^ entries.keys()):
         what = "is not listed in the manifest" if name in expected else "is no file of a part"
         raise broken(root, f"{part['directory']}/{name}", what)

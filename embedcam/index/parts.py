@@ -12,7 +12,7 @@ from .._files import UNFINISHED, replace, sync_folder
 from ..errors import InputError
 from .content import wrong_embeddings, wrong_field, wrong_scales
 from .files import ArrayLike, Entry, file_name, write_array
-from .layout import STRINGS, Layer, map_part, order_dtype
+from .layout import MARKS, STRINGS, Layer, map_part, order_dtype
 from .strings import StringTable, check_row, encode_strings
 
 Coarse = tuple[ArrayLike, ArrayLike]
@@ -30,6 +30,7 @@ class PartData:
         triplets_used: uint32 `[n]`.
         fields: for each layer, the encoding's rows (`Encoding.encode`).
         coarse: for each layer, bytes `[n h w]` and scales `[n]` (`quantize_coarse`), or None.
+        marks: of the images' files, uint32 `[n 4]`, zeros for what is no file; or None.
     """
 
     ids: Sequence[str]
@@ -39,6 +40,7 @@ class PartData:
     triplets_used: np.ndarray
     fields: Sequence[Mapping[str, ArrayLike]]
     coarse: Sequence[Coarse | None] = field(default_factory=lambda: [None])
+    marks: ArrayLike | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -148,6 +150,8 @@ def write_part(
 
     put("embeddings.f32", part.embeddings, "float32", lambda b: wrong_embeddings(b, normalized))
     put("triplets_used.u32", part.triplets_used, "uint32")
+    if part.marks is not None:
+        put(MARKS, part.marks, "uint32")
     for layer, fields, coarse in zip(layers, part.fields, part.coarse, strict=True):
         for name in layer.encoding.fields:
             put(
@@ -206,6 +210,8 @@ def check_shapes(part: PartData, width: int, layers: list[Layer]) -> None:
     need("paths", (len(part.paths),), (n,))
     need("embeddings", part.embeddings.shape, (n, width))
     need("triplets_used", part.triplets_used.shape, (n,))
+    if part.marks is not None:
+        need("marks", part.marks.shape, (n, 4))
     if len(part.fields) != len(layers) or len(part.coarse) != len(layers):
         raise InputError(
             f"the part has fields for {len(part.fields)} layers and coarse maps for "

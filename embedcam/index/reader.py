@@ -15,7 +15,7 @@ from . import manifest as manifest_file
 from .faiss_files import REBUILD
 from .faiss_loading import FaissFile
 from .files import broken
-from .layout import Layer, make_layers, map_fitted, map_tombstones, of_layer
+from .layout import MARKS, Layer, make_layers, map_fitted, map_tombstones, of_layer
 from .parts import Part
 from .query import search_batch
 from .rows import Rows
@@ -168,6 +168,11 @@ class Index:
     def triplets_used(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
         """Triplets that gave evidence for each row's weights, uint32 `[n]`."""
         return self.select(positions).triplets_used
+
+    @property
+    def marked(self) -> bool:
+        """Whether it holds marks of the images' files, so that a replaced one is told."""
+        return any(MARKS in part.arrays for part in self.parts)
 
     def encoding(self, layer: int = 0) -> Encoding:
         """How a layer's weights are kept."""

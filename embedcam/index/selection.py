@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import broken
-from .layout import Layer
+from .layout import MARKS, Layer
 from .parts import Part
 from .strings import StringTable, check_row
 
@@ -73,6 +73,15 @@ class Selection:
     def triplets_used(self) -> np.ndarray:
         """Triplets that gave evidence for each row's weights, uint32 `[n]`."""
         return self.array("triplets_used.u32", np.empty(0, np.uint32))
+
+    @property
+    def marks(self) -> np.ndarray:
+        """Marks of the images' files, uint32 `[n 4]`; zeros where none was taken."""
+        out = np.zeros((len(self), 4), np.uint32)
+        for part, where, rows in self._pieces:
+            if MARKS in part.arrays:
+                out[where] = part.arrays[MARKS][rows]
+        return out
 
     def fields(self, layer: int = 0) -> dict[str, np.ndarray]:
         """What the layer's encoding decodes: its fields, and "embedding" where it uses that.

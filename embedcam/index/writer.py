@@ -94,15 +94,20 @@ def create(
     return root
 
 
-def append(path: str | Path, part: PartData) -> int:
+def append(path: str | Path, part: PartData, *, removing: Sequence[str] = ()) -> int:
     """Add rows; what the first build fitted stays as it is.
+
+    Args:
+        path: the index.
+        part: the rows.
+        removing: ids of images that are removed in the same step; the part may hold them anew.
 
     Returns:
         Position of the first new row.
 
     Raises:
-        InputError: an id that the index already holds, arrays that do not fit, or an index of
-            prototypes; nothing changed.
+        InputError: an id that the index already holds, or does not hold where it is to be removed;
+            arrays that do not fit, or an index of prototypes; nothing changed.
         IndexFormatError: a file that would be rewritten does not match its checksum; nothing
             changed.
     """
@@ -110,7 +115,8 @@ def append(path: str | Path, part: PartData) -> int:
     with _changing(root) as (index, manifest):
         manifest_file.refuse_prototypes(root, manifest, ADD_INSTEAD)
         check_ids(part.ids)
-        if known := sorted(index.find_live(part.ids)):
+        gone = np.unique(index.positions(removing))
+        if known := sorted(index.find_live(part.ids).keys() - set(removing)):
             some = ", ".join(map(repr, known[:3])) + (" ..." if len(known) > 3 else "")
             raise InputError(
                 f"{len(known)} of {len(part)} ids are already in the index: {some}; remove them "
@@ -124,6 +130,8 @@ def append(path: str | Path, part: PartData) -> int:
         manifest["parts"] = [*manifest["parts"][:kept], entry]
         for key in ("rows", "live", "added_after_fit"):
             manifest["counts"][key] += len(part)
+        if len(gone):
+            _bury(root, index, manifest, gone)
         if manifest["faiss"] is not None:
             loaded = _load_faiss(root, index.manifest)
             rows = EmbeddingRows(_reopened(root, manifest))
@@ -148,14 +156,7 @@ def remove(path: str | Path, ids: Sequence[str]) -> int:
         gone = np.unique(index.positions(ids))
         if not len(gone):
             return 0
-        check_tombstones(index)
-        tombstones = np.union1d(np.asarray(index.tombstones, np.int64), gone).astype(np.uint64)
-        name = f"tombstones-{manifest['generation']:06d}.u64"
-        entry = write_array(root, f"{name}.tmp", tombstones, "uint64")
-        replace_durably(root / f"{name}.tmp", root / name)
-        manifest["tombstones"] = {"file": name, **entry}
-        manifest["counts"]["live"] -= len(gone)
-        manifest["counts"]["added_after_fit"] -= int((gone >= manifest["fit"]["rows"]).sum())
+        _bury(root, index, manifest, gone)
         _commit(root, manifest)
         return len(gone)
 
@@ -325,6 +326,18 @@ def _sweep(root: Path, manifest: Manifest | None) -> None:
         kept = {name.rpartition("/")[2] for name in named if name.startswith(f"{kind}/")}
         remove_folders(root, kind, _FOLDER, _ARRAY, kept)
     remove_files(root, _TRASH, named)
+
+
+def _bury(root: Path, index: Index, manifest: Manifest, gone: np.ndarray) -> None:
+    """Write tombstones with live rows `gone` `[n]` among them, for the manifest of the change."""
+    check_tombstones(index)
+    tombstones = np.union1d(np.asarray(index.tombstones, np.int64), gone).astype(np.uint64)
+    name = f"tombstones-{manifest['generation']:06d}.u64"
+    entry = write_array(root, f"{name}.tmp", tombstones, "uint64")
+    replace_durably(root / f"{name}.tmp", root / name)
+    manifest["tombstones"] = {"file": name, **entry}
+    manifest["counts"]["live"] -= len(gone)
+    manifest["counts"]["added_after_fit"] -= int((gone >= manifest["fit"]["rows"]).sum())
 
 
 def _commit(root: Path, manifest: Manifest, always: bool = False) -> None:

@@ -19,6 +19,7 @@ from .sides import DifferentiatedSide, PooledSide, Side, as_array
 
 if TYPE_CHECKING:
     from ..explain import Explainer
+    from ..images import FileState
     from ..index import Index
 
 _SAME = 0.99
@@ -146,6 +147,7 @@ class PairExplainer:
         if by_id and isinstance(image, str):
             index = self.explainer.index
             name, label = image, index.labels[index.position(image)]
+            check_medoid(index, image, self.explainer.file_state(image))
             image = self.explainer.picture(image)
         picture, inputs = self.explainer.prepared(image)
         extent = None
@@ -183,6 +185,19 @@ def mean_of(index: Index, centred: bool) -> np.ndarray:
             "apart; ask for receipts that are not centred"
         )
     return np.asarray(index.fitted("embedding_mean"), np.float64)
+
+
+def check_medoid(index: Index, name: str, state: FileState | None) -> None:
+    """Refuse a prototype whose picture was replaced: no stored embedding is that picture's.
+
+    Raises:
+        ImageError: its file is another than was indexed.
+    """
+    if index.manifest.get("compressed") is not None and state == "changed":
+        raise ImageError(
+            f"{name}: the picture in the middle of this prototype was replaced since it was "
+            "indexed; index it again, and compress that"
+        )
 
 
 def check_same(index: Index, name: str, side: Side) -> None:

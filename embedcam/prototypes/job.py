@@ -211,6 +211,7 @@ def _write(made: Compressed, path: Path, about: dict[str, Any], replace: bool) -
         triplets_used=np.minimum(used, np.iinfo(np.uint32).max).astype(np.uint32),
         fields=[merged.fields for merged in made.layers],
         coarse=coarse,
+        marks=index.select(medoids).marks if index.marked else None,
     )
     fitted = [merged.encoding.fitted for merged in made.layers]
     # Flat whatever the index had: lists and graphs are for many rows.

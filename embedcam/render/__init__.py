@@ -12,9 +12,10 @@ from embedcam.render.overlay import colormap, overlay, stretch
 from embedcam.render.page import Look, Row, page, page_foot, page_head, page_row
 from embedcam.render.panel import panel
 from embedcam.render.receipt import Mark, receipt_picture
-from embedcam.render.tiles import Tile, shrunk, top_value
+from embedcam.render.tiles import CHANGED, Tile, shrunk, top_value
 
 __all__ = [
+    "CHANGED",
     "Block",
     "Chart",
     "Link",

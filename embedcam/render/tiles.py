@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from embedcam.errors import InputError
+from embedcam.render.canvas import font_of
 from embedcam.render.overlay import ALPHA, Extent, checked_cam, checked_extent, overlay
 
 Scale = Literal["joint", "each"]
+CHANGED: Final = "changed since the build"
 
 
 @dataclass
@@ -25,6 +27,8 @@ class Tile:
     caption: usually the id; shortened in the middle where it is too long.
     subcaption: label, distance, ...; "\\n" begins another line.
     signed: negative values of the map are evidence against, drawn in another colour.
+    changed: the picture is another than the map was made of: each is shown by itself, and the
+        picture says so.
     """
 
     image: Image.Image | None
@@ -33,11 +37,12 @@ class Tile:
     caption: str = ""
     subcaption: str = ""
     signed: bool = False
+    changed: bool = False
 
     @property
     def cropped(self) -> bool:
         """Whether the map leaves a visible part of the picture out."""
-        if self.image is None or self.cam is None or self.extent is None:
+        if self.image is None or self.cam is None or self.extent is None or self.changed:
             return False
         width, height = self.image.size
         x0, y0, x1, y1 = checked_extent(self.extent, width, height)
@@ -86,7 +91,7 @@ def fitted(tile: Tile, width: int, height: int) -> tuple[int, int]:
 def shrunk(tile: Tile, side: int) -> Tile:
     """The tile with its picture at `side` pixels on the longest side: there it draws the same."""
     size = fitted(tile, side, side)
-    picture = plain_picture(tile, size)
+    picture = _resized(tile, size)
     if picture is None or tile.image is None:
         return tile
     across, down = size[0] / tile.image.width, size[1] / tile.image.height
@@ -95,7 +100,14 @@ def shrunk(tile: Tile, side: int) -> Tile:
 
 
 def plain_picture(tile: Tile, size: tuple[int, int]) -> Image.Image | None:
-    """The tile's picture at (width, height) `size`."""
+    """The tile's picture at (width, height) `size`, with a note on it where it is `changed`."""
+    picture = _resized(tile, size)
+    if picture is not None and tile.changed:
+        _draw_note(picture, CHANGED)
+    return picture
+
+
+def _resized(tile: Tile, size: tuple[int, int]) -> Image.Image | None:
     if tile.image is None:
         return None
     return tile.image.convert("RGB").resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -111,8 +123,8 @@ def mapped_picture(
     """
     if tile.cam is None:
         return None
-    plain = plain_picture(tile, size)
-    if plain is None or tile.image is None:
+    plain = _resized(tile, size)
+    if plain is None or tile.image is None or tile.changed:
         # By itself: on a middle grey, at full opacity.
         grey = Image.new("RGB", size, (128, 128, 128))
         return overlay(grey, tile.cam, None, vmax, 1.0, cmap, tile.signed)
@@ -123,6 +135,18 @@ def mapped_picture(
     if tile.cropped:
         _draw_frame(drawn, small)
     return drawn
+
+
+def _draw_note(picture: Image.Image, words: str) -> None:
+    """Words on a dark strip across the bottom, as large as fit."""
+    room = picture.width - 8
+    size = next((size for size in (13, 11, 9) if font_of(size, True).getlength(words) <= room), 7)
+    height = min(picture.height, size + 10)
+    draw = ImageDraw.Draw(picture, "RGBA")
+    top = picture.height - height
+    draw.rectangle((0, top, picture.width, picture.height), fill=(20, 22, 28, 215))
+    middle = (picture.width // 2, top + height // 2)
+    draw.text(middle, words, (255, 255, 255), font_of(size, True), anchor="mm")
 
 
 def _draw_frame(picture: Image.Image, extent: Extent) -> None:

@@ -240,7 +240,8 @@ def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
             return f"a report of {was} queries, and {now} are given now"
         return "a report of other queries, or of the same before their files changed"
     mine, other = of(known, "options"), of(wanted, "options")
-    for name in other:
-        if mine.get(name) != other[name]:
-            return f"a report with {name} = {mine.get(name)!r}, and {other[name]!r} is asked for"
+    for name in {**mine, **other}:
+        was, now = mine.get(name), other.get(name)
+        if was != now:
+            return f"a report with {name} = {was!r}, and {now!r} is asked for"
     return f"a report of embedcam {known.get('embedcam')}, and this is {wanted.get('embedcam')}"

@@ -44,6 +44,7 @@ class Report:
         unreadable: (query, reason) of those that could not be read or embedded.
         n_untrusted: queries whose map is not to be trusted.
         n_empty: queries with an empty map.
+        n_changed: queries with a result whose picture is another file than was indexed.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Report:
     unreadable: list[tuple[str, str]]
     n_untrusted: int
     n_empty: int
+    n_changed: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def write_report(
     n_neighbors: int | None = None,
     result: str | None = None,
     neighbors: Sequence[str] | None = None,
+    exclude_query: bool = False,
     scale: Scale = "joint",
     side: int = SIDE,
     title: str = "Why did these come back?",
@@ -93,7 +96,7 @@ def write_report(
         explainer: explains; with a network, so that pictures can be embedded.
         source: the queries, from `find_images` or `from_dataset`.
         folder: of the report alone; created where missing.
-        n_neighbors, result, neighbors: as for `Explainer.explain`, for every query.
+        n_neighbors, result, neighbors, exclude_query: as for `Explainer.explain`, for every query.
         scale: "joint" gives the results of a query one colour scale, "each" each its own.
         side: the longest side of the pictures in the page, in pixels.
         title: of the page.
@@ -105,7 +108,7 @@ def write_report(
             queries or with other options; a disk that cannot be written; or an argument.
     """
     check_folder(folder)
-    job = _job(explainer, source, n_neighbors, result, neighbors, scale, side, title)
+    job = _job(explainer, source, n_neighbors, result, neighbors, exclude_query, scale, side, title)
     about = {
         "embedcam": __version__,
         "index": job.index,
@@ -130,6 +133,7 @@ def _job(
     n_neighbors: int | None,
     result: str | None,
     neighbors: Sequence[str] | None,
+    exclude_query: bool,
     scale: Scale,
     side: int,
     title: str,
@@ -160,11 +164,12 @@ def _job(
         "autocast": str(getattr(explainer.network, "autocast", None)),
         "scale": scale,
         "side": _at_least_one("side", side),
+        **({"exclude_query": True} if exclude_query else {}),
     }
     if explainer.max_pixels != MAX_PIXELS:
         options["max_pixels"] = explainer.max_pixels
     look = Look(scale, side, quality=_QUALITY, long=True)
-    asked = {"n_neighbors": n_neighbors, "result": result}
+    asked = {"n_neighbors": n_neighbors, "result": result, "exclude_query": exclude_query}
     return _Job(explainer, source, asked, named, options, look, _version(explainer), title)
 
 
@@ -312,4 +317,5 @@ def _told(path: Path, known: Sequence[Fact], n_new: int) -> Report:
         [(one.name, one.error) for one in known if one.error is not None],
         sum(one.trusted is False for one in explained),
         sum(one.empty for one in explained),
+        sum(one.changed for one in explained),
     )

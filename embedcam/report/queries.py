@@ -30,11 +30,13 @@ class Opened:
         small: its picture at the size of the page; of full size there is none, so that many fit
             into memory.
         extent: what the network sees of it, in pixels of the full picture.
+        file: where it lies, or None.
     """
 
     inputs: np.ndarray
     small: Tile
     extent: Extent
+    file: str | None = None
 
 
 def open_query(
@@ -54,7 +56,8 @@ def open_query(
         return _named(name, str(error))
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    return Opened(inputs, shrunk(Tile(picture, None, extent), side), extent)
+    file = name if source.items[position].path else None
+    return Opened(inputs, shrunk(Tile(picture, None, extent), side), extent, file)
 
 
 def explain_opened(
@@ -74,11 +77,13 @@ def explain_opened(
         neighbors: ids named in place of a search, for every query.
     """
 
-    def explained(inputs: list[np.ndarray]) -> list[Explanation]:
-        named = None if neighbors is None else [neighbors] * len(inputs)
-        return explainer.explain_batch(inputs, neighbors=named, **asked)
+    def explained(queries: list[Opened]) -> list[Explanation]:
+        named = None if neighbors is None else [neighbors] * len(queries)
+        files = [one.file for one in queries]
+        inputs = [one.inputs for one in queries]
+        return explainer.explain_batch(inputs, neighbors=named, files=files, **asked)
 
-    readable = [one.inputs for one in opened if isinstance(one, Opened)]
+    readable = [one for one in opened if isinstance(one, Opened)]
     found: Iterator[Explanation | None]
     try:
         found = iter(explained(readable))
@@ -91,7 +96,7 @@ def explain_opened(
             made.append(one)
             continue
         try:
-            made.append(next(found) or explained([one.inputs])[0])
+            made.append(next(found) or explained([one])[0])
         except EmbeddingError as error:
             made.append(str(error.named([name])))
         except NetworkError as error:

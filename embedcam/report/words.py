@@ -29,6 +29,7 @@ class Fact:
     trusted: bool | None = None
     direct: bool = False
     empty: bool = False
+    changed: bool = False
 
 
 def facts(lines: Iterable[str]) -> list[Fact]:
@@ -46,6 +47,7 @@ def _fact(position: int, record: Mapping[str, Any]) -> Fact:
         nearest=nearest["id"],
         label=nearest["label"],
         distance=nearest["distance"],
+        changed=any(one.get("file") == "changed" for one in record["neighbors"]),
         **{name: record[name] for name in ("trust", "trusted", "direct", "empty")},
     )
 
@@ -117,6 +119,10 @@ def _warnings(explained: Sequence[Fact], failed: Sequence[Fact]) -> list[str]:
         (sum(one.trusted is False for one in explained), "with a map that is not to be trusted"),
         (sum(one.empty for one in explained), "with an empty map"),
         (sum(one.direct for one in explained), "whose weights were computed on the query itself"),
+        (
+            sum(one.changed for one in explained),
+            "with a result whose picture has changed since the build: its map is of the old one",
+        ),
     ]
     return [f"{count:,} {what}" for count, what in counts if count]
 

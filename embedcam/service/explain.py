@@ -152,6 +152,7 @@ def _drawn(query: Picture, made: Explanation, side: int, kind: str) -> bytes:
 def _neighbor(one: Mapping[str, Any], norm: float | None, prefix: str) -> dict[str, Any]:
     return {
         **_match(one["id"], one["label"], one["distance"], one["similarity"], prefix),
+        "file": one["file"],
         "cam": one["cam"],
         "norm": None if norm is None else float(norm),
     }

@@ -160,12 +160,12 @@ def _cam(pipeline: Pipeline, item: _Item, id: str, kind: str, size: int) -> byte
     maps = row.coarse()
     if maps is None:
         raise Refused(404, "no_map", "the index was built without the images' own maps")
-    picture = _picture(pipeline, item.file)
+    picture, state = _picture(pipeline, item.file), pipeline.explainer.file_state(id)
     extent = _extent(pipeline, picture)
     if kind != JSON:
         small = None if picture is None or extent is None else shrunk(picture, size)
         shape = None if picture is None else picture.size
-        return encoded(overlay(small, maps[0], extent, shape, size), kind)
+        return encoded(overlay(small, maps[0], extent, shape, size, state == "changed"), kind)
     encoding = item.index.encoding()
     norm = encoding.norms(encoding.unpack(row.fields(0)))[0]
     body = {
@@ -173,6 +173,7 @@ def _cam(pipeline: Pipeline, item: _Item, id: str, kind: str, size: int) -> byte
         "label": row.labels[0],
         "cam": np.round(maps[0].astype(float), 9).tolist(),
         "norm": float(norm),
+        "file": state,
         "picture": None
         if picture is None
         else {"width": picture.size[0], "height": picture.size[1]},

@@ -108,6 +108,7 @@ def overlay(
     extent: Extent | None,
     size: tuple[int, int] | None,
     side: int,
+    changed: bool = False,
 ) -> Image.Image:
     """A map over a picture that was made small, on its own colour scale.
 
@@ -117,6 +118,7 @@ def overlay(
         extent: what the map covers, in pixels of the picture as it was.
         size: (width, height) of the picture as it was.
         side: of the picture of a map by itself.
+        changed: the picture is another than the map was made of: the map is drawn by itself.
     """
     if small is None or size is None or extent is None:
         extent = None
@@ -124,7 +126,7 @@ def overlay(
         across, down = small.width / size[0], small.height / size[1]
         x0, y0, x1, y1 = extent
         extent = (x0 * across, y0 * down, x1 * across, y1 * down)
-    tile = Tile(small, cam, extent)
+    tile = Tile(small, cam, extent, changed=changed)
     drawn = mapped_picture(tile, fitted(tile, side, side) if small is None else small.size,
                            top_value([tile]))  # fmt: skip
     assert drawn is not None  # there is a map

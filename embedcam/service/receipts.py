@@ -134,7 +134,9 @@ class ReceiptMaker:
         preprocess = explainer.preprocess
         assert preprocess is not None  # the pipeline checked it
         try:
-            file = explainer.picture_file(name)
+            file, merged = explainer.picture_file(name), explainer.index.manifest.get("compressed")
+            if merged is not None and explainer.file_state(name) == "changed":
+                raise _changed()  # no stored embedding is that picture's, so none would tell
             picture = None
             if file is not None:
                 picture = read_image(file, max_pixels=explainer.max_pixels)
@@ -182,12 +184,15 @@ def _check_same(index: Index, name: str, side: Side) -> None:
     try:
         check_same(index, name, side)
     except ImageError:
-        raise Refused(
-            409,
-            "changed_picture",
-            "the picture of a result has changed since it was indexed; index it again, or leave it "
-            "out",
-        ) from None
+        raise _changed() from None
+
+
+def _changed() -> Refused:
+    return Refused(
+        409,
+        "changed_picture",
+        "the picture of a result has changed since it was indexed; index it again, or leave it out",
+    )
 
 
 def _shown(picture: Query, name: str = "", label: str | None = None) -> Shown:

@@ -5,7 +5,7 @@ checking hundreds of numbers again for each request would cost more than drawing
 tests hold every answer against them.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -46,9 +46,20 @@ class Match(_Strict):
     cam_url: str = Field(examples=["/items/gulls/17.jpg/cam"])
 
 
+File = Annotated[
+    Literal["same", "changed", "missing"] | None,
+    Field(
+        description="What became of the picture's file since it was indexed; null where the index "
+        "keeps no mark of it. A changed picture is not the one that the map was made of.",
+        examples=["same"],
+    ),
+]
+
+
 class Neighbor(Match):
     """An image that came back, with its own map from the index."""
 
+    file: File
     cam: Cam | None = Field(
         description="Its own map, on the layer's grid; null where the index keeps none."
     )
@@ -195,6 +206,7 @@ class ItemCam(_Strict):
     label: str | None = Field(examples=["gulls"])
     cam: Cam
     norm: float = Field(ge=0, description="Length of its stored weights.", examples=[0.42])
+    file: File
     picture: Size | None = Field(description="null where the picture cannot be read any more.")
     extent: Extent | None = Field(description="null where the picture cannot be read any more.")
 

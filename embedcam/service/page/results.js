@@ -27,7 +27,9 @@ export class Card {
     this.address = null;
     this.size = { width: 1, height: 1 };
     this.extent = null;
-    this.own = result.cam === null ? null : mapOf(result.cam);
+    // The map is the old picture's, and is not laid over the new one; a receipt is the new one's.
+    this.changed = result.file === "changed";
+    this.own = result.cam === null || this.changed ? null : mapOf(result.cam);
     // Weights of one length, so that results share a scale.
     if (this.own !== null && result.norm > 0) {
       this.own.values = this.own.values.map((value) => value / result.norm);
@@ -37,11 +39,12 @@ export class Card {
     this.trouble = null;
     this.shot = new Shot();
     this.build(heard);
+    if (this.changed) this.shot.setStrip("Changed since the build");
   }
 
   build(heard) {
     const { result, rank } = this;
-    const name = described(result, rank);
+    const name = described(result, rank) + (this.changed ? ", changed since the build" : "");
     this.button = make(
       "button",
       { type: "button", class: "frame", "aria-label": `${name}. Show why it matched`, "aria-pressed": "false" },

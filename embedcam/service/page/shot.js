@@ -14,7 +14,8 @@ export class Shot {
     this.inside = make("div", { class: "inside" }, this.canvas, this.seen);
     this.element = make("div", { class: "shot" }, this.image, this.inside, this.marks);
     this.note = make("span", { class: "absent", hidden: true });
-    this.element.append(this.note);
+    this.strip = make("span", { class: "strip", hidden: true });
+    this.element.append(this.note, this.strip);
     this.image.addEventListener("load", () => {
       this.image.hidden = false;
       this.note.hidden = true;
@@ -36,6 +37,12 @@ export class Shot {
     this.image.hidden = true;
     this.note.textContent = text;
     this.note.hidden = false;
+  }
+
+  /** A sentence on the picture: it is another than the map was made of. */
+  setStrip(text) {
+    this.strip.textContent = text;
+    this.strip.hidden = false;
   }
 
   /** The picture's size, and what of it the map covers: [x0, y0, x1, y1] in its pixels, or null. */

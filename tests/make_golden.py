@@ -1,10 +1,12 @@
 """How `data/golden-format-1/` was made: run once, with format version 1, and never again.
 
-    python tests/make_golden.py FOLDER
+    python tests/make_golden.py FOLDER [--marked]
 
 The committed index must open for ever (`test_index_golden.py`), so a later version of this program
 may write other bytes; what it says here is where every value in the index came from. Two layers
 (low-rank in half precision with coarse maps, and top-m), two parts, one removed image, FAISS Flat.
+`data/golden-marks-1/` is the same with marks of files, those added later apart: of image i they are
+(i, 10 i, 100 i, 1000 i).
 """
 
 import sys
@@ -48,7 +50,7 @@ def rows(start: int, stop: int) -> PartData:
     )
 
 
-def main(path: Path) -> None:
+def main(path: Path, marked: bool = False) -> None:
     layers = [
         {
             "name": name,
@@ -80,7 +82,10 @@ def main(path: Path) -> None:
         "probe_embedding": np.array([1, 0, 0, 0], np.float32),
         "probe_pooled": np.arange(CHANNELS, dtype=np.float32),
     }
-    create(path, header, [e.fitted for e in encodings()], shared, rows(0, 6), factory="Flat")
+    first = rows(0, 6)
+    if marked:
+        first.marks = np.arange(6, dtype=np.uint32)[:, None] * np.array([1, 10, 100, 1000], "u4")
+    create(path, header, [e.fitted for e in encodings()], shared, first, factory="Flat")
     append(path, rows(6, 7))
     remove(path, ["crane.jpg"])
     verify(path)
@@ -88,4 +93,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "--marked" in sys.argv)

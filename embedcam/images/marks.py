@@ -59,13 +59,13 @@ def file_state(path: str | os.PathLike[str], mark: np.ndarray) -> FileState | No
         return "same"
     if found[0] != size or not any(content):
         return "changed"
-    now = _content(os.fspath(path), status.st_size, status.st_mtime_ns)
+    now = _content(os.fspath(path), *status[1:3], *found, status.st_mtime_ns, status.st_ctime_ns)
     return "same" if now == tuple(content) else "changed"
 
 
 @lru_cache(maxsize=4096)
-def _content(path: str, size: int, time: int) -> tuple[int, ...]:
-    """The second half of a file's mark; read once while size and time stay as they are."""
+def _content(path: str, *_: int) -> tuple[int, ...]:
+    """The second half of a file's mark; read once while what the folder says of it stays."""
     return tuple(int(part) for part in file_mark(path)[2:])
 
 

@@ -1,0 +1,283 @@
+"""Marks of files: what they are, how they stand in an index, and how they follow its rows."""
+
+import hashlib
+import os
+import shutil
+import struct
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from build_samples import quicken
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from index_samples import WIDTH, encoding_of, header_of, make, part
+
+from embedcam.errors import IndexFormatError, InputError
+from embedcam.images import ImageSource, Item, file_state, from_dataset, load_batches
+from embedcam.images import marks as marks_of_files
+from embedcam.images.marks import NO_MARK, file_mark
+from embedcam.index import Index, PartData, append, compact, create, remove, verify
+from embedcam.prototypes import compress
+
+GOLDEN = Path(__file__).parent / "data" / "golden-marks-1"
+TIME = 1_700_000_000_123_456_789
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "owl.png"
+    path.write_bytes(b"owl")
+    os.utime(path, ns=(TIME, TIME))
+    return path
+
+
+# ------------------------------------------------------------------ of a file
+
+
+def test_a_mark_is_size_time_and_content(file: Path) -> None:
+    """Each by hand: 3 bytes; CRC-32 of the time as int64; BLAKE2b-64 of "owl", lower half first."""
+    time = zlib.crc32(struct.pack("<q", TIME))
+    content = struct.unpack("<II", hashlib.blake2b(b"owl", digest_size=8).digest())
+    assert file_mark(file).tolist() == [3, time, *content]
+    assert file_mark(file).tolist() == [3, 3290193451, 2287258930, 936799972]
+    assert file_mark(file).dtype == np.uint32
+
+
+def test_another_time_alone_is_no_change(file: Path) -> None:
+    mark = file_mark(file)
+    assert file_state(file, mark) == "same"
+    os.utime(file, ns=(0, 0))
+    assert file_state(file, mark) == "same"
+    copy = Path(shutil.copyfile(file, file.with_name("copy.png")))
+    assert file_state(copy, mark) == "same"
+
+
+@pytest.mark.parametrize("content", [b"elk", b"owls", b""])
+def test_another_content_is_a_change_whatever_the_time(file: Path, content: bytes) -> None:
+    mark = file_mark(file)
+    file.write_bytes(content)
+    assert file_state(file, mark) == "changed"
+    if len(content) != 3:
+        os.utime(file, ns=(TIME, TIME))
+        assert file_state(file, mark) == "changed"
+
+
+def test_what_is_no_file_has_no_mark_and_a_gone_one_is_missing(file: Path) -> None:
+    mark = file_mark(file)
+    os.mkfifo(file.with_name("pipe"))
+    for path in (file.with_name("nowhere"), file.parent, file.with_name("pipe"), "a\0b"):
+        assert tuple(file_mark(path)) == NO_MARK
+        assert file_state(path, mark) == "missing"
+    assert file_state(file, np.zeros(4, np.uint32)) is None
+
+
+def test_of_a_very_large_file_size_and_time_decide(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(marks_of_files, "MAX_HASHED", 2)
+    mark = file_mark(file)
+    assert mark[2:].tolist() == [0, 0]
+    assert file_state(file, mark) == "same"
+    os.utime(file, ns=(0, 0))
+    assert file_state(file, mark) == "changed"
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    old=st.binary(min_size=1, max_size=40),
+    new=st.binary(min_size=1, max_size=40),
+    times=st.lists(st.integers(0, 1 << 61), min_size=2, max_size=2, unique=True),
+)
+def test_a_file_is_the_same_where_its_bytes_are(
+    tmp_path: Path, old: bytes, new: bytes, times: list[int]
+) -> None:
+    path = tmp_path / f"{len(os.listdir(tmp_path))}"
+    path.write_bytes(old)
+    os.utime(path, ns=(times[0], times[0]))
+    mark = file_mark(path)
+    path.write_bytes(new)
+    os.utime(path, ns=(times[1], times[1]))
+    assert file_state(path, mark) == ("same" if new == old else "changed")
+
+
+def test_a_file_that_changes_while_it_is_read_does_not_pass_for_the_one_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mark is taken first: what was put there after it is seen as another."""
+    from PIL import Image
+
+    path = tmp_path / "a.png"
+    Image.new("RGB", (8, 8), "red").save(path)
+    source, read = ImageSource([Item("a", "a.png")], tmp_path), ImageSource.open
+
+    def replaced(source: ImageSource, position: int) -> Image.Image:
+        Image.new("RGB", (9, 9), "blue").save(path)
+        return read(source, position)
+
+    monkeypatch.setattr(ImageSource, "open", replaced)
+    (batch,) = load_batches(
+        source, [0], lambda picture: np.zeros((3, 2, 2), "f4"), 1, workers=0, marked=True
+    )
+    assert file_state(path, batch.marks[0]) == "changed"
+    (plain,) = load_batches(source, [0], lambda picture: np.zeros((3, 2, 2), "f4"), 1, workers=0)
+    assert plain.marks.tolist() == [list(NO_MARK)]
+
+
+def test_arrays_of_a_data_set_have_no_mark() -> None:
+    source = from_dataset([np.zeros((4, 4, 3), np.uint8)] * 2, labels="none")
+    assert source.mark(0).tolist() == list(NO_MARK)
+
+
+# ------------------------------------------------------------------ in an index
+
+
+def marked(start: int, stop: int, encoding=None) -> PartData:
+    """Rows whose marks are made of their numbers; of every fifth there is none."""
+    rows = np.arange(start, stop)
+    marks = np.stack([rows, 10 * rows, 100 * rows, 1000 * rows], 1).astype(np.uint32)
+    marks[rows % 5 == 0] = 0
+    return replace(part(start, stop, encoding or encoding_of("top-m")), marks=marks)
+
+
+def expected(id: str, unmarked: range = range(0)) -> list[int]:
+    row = int(id.removeprefix("image-"))
+    return [0] * 4 if row % 5 == 0 or row in unmarked else [row, 10 * row, 100 * row, 1000 * row]
+
+
+def test_the_golden_index_with_marks_opens_for_ever() -> None:
+    stored = (GOLDEN / "parts/000001/marks.u32").read_bytes()
+    assert stored.hex(" ", 4).split()[4:8] == ["01000000", "0a000000", "64000000", "e8030000"]
+    with Index.open(GOLDEN) as index:
+        assert index.marked
+        found = index.select(np.arange(7)).marks
+        assert found[:6].tolist() == [[n, 10 * n, 100 * n, 1000 * n] for n in range(6)]
+        assert found[6].tolist() == [0, 0, 0, 0]  # added without
+        assert len(index.verify()) == 8
+
+
+def test_an_index_without_marks_is_as_it_was(tmp_path: Path) -> None:
+    path = make(tmp_path / "x", 20)
+    with Index.open(path) as index:
+        assert not index.marked
+        assert index.select([3, 4]).marks.tolist() == [[0] * 4] * 2
+        names = index.manifest["parts"][0]["files"]
+        assert "marks.u32" not in names
+    compact(path)
+    with Index.open(path) as index:
+        assert not index.marked
+
+
+@settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    steps=st.lists(
+        st.sampled_from(["with", "without", "remove", "compact", "replace"]), min_size=2, max_size=7
+    ),
+    first=st.booleans(),
+)
+def test_marks_follow_their_rows_through_every_change(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[str], first: bool
+) -> None:
+    path, encoding = tmp_path_factory.mktemp("marks") / "x", encoding_of("top-m")
+    rows, n, unmarked = marked(0, 12), 12, set[int]()
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        create(
+            path,
+            header_of(encoding),
+            [encoding.fitted],
+            {"embedding_mean": np.zeros(WIDTH, np.float32)},
+            rows if first else replace(rows, marks=None),
+            factory="none",
+        )
+        if not first:
+            unmarked |= set(range(12))
+        for step in steps:
+            with Index.open(path) as index:
+                ids = index.ids[index.live_positions()]
+            if step == "compact":
+                compact(path)
+            elif step == "remove" and len(ids) > 3:
+                remove(path, ids[1:3])
+            elif step in ("with", "without", "replace"):
+                rows = marked(n, n + 4)
+                if step == "without":
+                    rows = replace(rows, marks=None)
+                    unmarked |= set(range(n, n + 4))
+                gone = ids[:2] if step == "replace" else []
+                append(path, rows, removing=gone)
+                n += 4
+    verify(path)
+    with Index.open(path) as index:
+        live = index.live_positions()
+        wanted = [
+            [0] * 4 if int(id.removeprefix("image-")) in unmarked else expected(id)
+            for id in index.ids[live]
+        ]
+        assert index.select(live).marks.tolist() == wanted
+
+
+def test_rows_are_added_and_removed_in_one_step(tmp_path: Path) -> None:
+    """An id may be removed and come anew in the same commit; searches find the new row."""
+    path = make(tmp_path / "x", 20)
+    rows = replace(part(7, 9, encoding_of("top-m")), embeddings=np.eye(WIDTH, dtype="f4")[:2])
+    assert append(path, rows, removing=["image-0003", "image-0007", "image-0008"]) == 20
+    with Index.open(path) as index:
+        assert index.manifest["generation"] == 2
+        assert index.manifest["counts"] == {"rows": 22, "live": 19, "added_after_fit": 2}
+        assert index.tombstones.tolist() == [3, 7, 8]
+        assert (index.position("image-0007"), index.position("image-0008")) == (20, 21)
+        assert index.search(np.eye(WIDTH, dtype="f4")[:1], 1).positions.tolist() == [[20]]
+        assert "image-0003" not in index.find_live(["image-0003"])
+    append(path, part(7, 8, encoding_of("top-m")), removing=["image-0007"])
+    with Index.open(path) as index:
+        assert index.manifest["counts"] == {"rows": 23, "live": 19, "added_after_fit": 2}
+    assert verify(path).ok
+
+
+@pytest.mark.parametrize(
+    ("rows", "removing", "message"),
+    [
+        ((7, 9), ["image-0008"], "1 of 2 ids are already"),
+        ((30, 31), ["nobody"], "no image 'nobody'"),
+    ],
+)
+def test_a_refused_change_leaves_the_index_as_it_was(
+    tmp_path: Path, rows: tuple[int, int], removing: list[str], message: str
+) -> None:
+    path = make(tmp_path / "x", 20)
+    before = (path / "manifest.json").read_bytes()
+    with pytest.raises(InputError, match=message):
+        append(path, part(*rows, encoding_of("top-m")), removing=removing)
+    assert (path / "manifest.json").read_bytes() == before
+
+
+def test_marks_of_another_shape_are_refused(tmp_path: Path) -> None:
+    path = make(tmp_path / "x", 20)
+    with pytest.raises(InputError, match=r"marks has the shape \[3, 4\]; expected \[4, 4\]"):
+        append(path, replace(marked(30, 34), marks=np.zeros((3, 4), np.uint32)))
+
+
+def test_a_flipped_bit_in_the_marks_is_found_and_not_copied(tmp_path: Path) -> None:
+    path = Path(shutil.copytree(GOLDEN, tmp_path / "x"))
+    file = path / "parts/000001/marks.u32"
+    file.write_bytes(b"\x01" + file.read_bytes()[1:])
+    for change in (verify, compact):
+        with pytest.raises(IndexFormatError, match=r"marks\.u32: does not match its checksum"):
+            change(path)
+
+
+def test_prototypes_have_the_marks_of_the_pictures_that_they_show(tmp_path: Path) -> None:
+    encoding = encoding_of("top-m")
+    shared = {"embedding_mean": np.zeros(WIDTH, np.float32)}
+    path = tmp_path / "x"
+    create(path, header_of(encoding), [encoding.fitted], shared, marked(0, 20), factory="none")
+    compress(path, tmp_path / "small", 4)
+    with Index.open(tmp_path / "small") as index:
+        assert index.marked
+        by_path = dict(zip(part(0, 20, encoding).paths, marked(0, 20).marks.tolist(), strict=True))
+        assert index.select(np.arange(4)).marks.tolist() == [by_path[p] for p in index.paths]

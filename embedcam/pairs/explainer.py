@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ImageError, InputError
-from ..queries import stacked
+from ..queries import check_outputs, stacked
 from .heads import PooledHead, pooled_head
 from .receipt import Comparison, Receipt, Shown, make_comparison, make_receipt
 from .sides import DifferentiatedSide, PooledSide, Side, as_array
@@ -125,6 +125,7 @@ class PairExplainer:
             places = [place for place, one in enumerate(inputs) if tuple(one.shape) == shape]
             features = self.network.forward(stacked([inputs[place] for place in places]))
             embeddings, maps = as_array(features.embedding), as_array(features.activations)
+            check_outputs(embeddings, maps)
             norms = None if features.norm is None else as_array(features.norm)
             for row, place in enumerate(places):
                 norm = 1.0
@@ -148,6 +149,7 @@ class PairExplainer:
 
     def _differentiated(self, inputs: Any) -> Side:
         passed = self.network.head_pass(stacked([inputs]), twice=True)
+        check_outputs(as_array(passed.features.embedding), as_array(passed.features.activations))
         return DifferentiatedSide(passed, self.network.normalize)
 
 

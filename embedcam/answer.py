@@ -194,10 +194,19 @@ def _asked(opened: Opened, used: Selection, chosen: Neighbors, norms: np.ndarray
 
 
 def _drawn(weights: Sequence[np.ndarray], query: Query) -> np.ndarray:
-    drawn = cam(weights[0], query.activations[0])
-    for own, finer in zip(weights[1:], query.activations[1:], strict=True):
-        drawn = sharpen(cam(own, finer), drawn)
-    return drawn if query.size is None else resize(drawn, query.size)
+    with np.errstate(over="ignore", invalid="ignore"):
+        drawn = cam(weights[0], query.activations[0])
+        for own, finer in zip(weights[1:], query.activations[1:], strict=True):
+            drawn = sharpen(cam(own, finer), drawn)
+        found = drawn if query.size is None else resize(drawn, query.size)
+    if not np.isfinite(found).all():
+        weight, activation = (max(float(np.abs(one).max()) for one in arrays)
+                              for arrays in (weights, query.activations))  # fmt: skip
+        raise InputError(
+            f"the map overflows: activations up to {activation:.3g} with weights up to "
+            f"{weight:.3g} go beyond float32; scale the activations down, or build the index again"
+        )
+    return found
 
 
 def _extent(opened: Opened, query: Query) -> tuple[float, float, float, float] | None:
@@ -241,10 +250,12 @@ def _trust(
     calibration = opened.calibrations.get("one" if len(distances) == 1 else "several")
     if calibration is None:
         return None
-    decoded = opened.encodings[0].decode(made.fields)
-    raw = np.tensordot(decoded, activations, 1)
-    norm = float(np.linalg.norm(made.weights[0]))
-    seen = evidence(raw, made.shares, norm, distances)
+    # What overflows, of weights that are no honest index's, is not trusted.
+    with np.errstate(over="ignore", invalid="ignore"):
+        decoded = opened.encodings[0].decode(made.fields)
+        raw = np.tensordot(decoded, activations, 1)
+        norm = float(np.linalg.norm(made.weights[0]))
+        seen = evidence(raw, made.shares, norm, distances)
     return float(calibration.trust(seen, np.min(distances)))
 
 

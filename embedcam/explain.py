@@ -24,7 +24,7 @@ from .index import Index
 from .neighbors import check_wanted, find_neighbors
 from .opened import Given, Opened, from_onnx, prepared, query_name
 from .preprocess import AnyPreprocess
-from .queries import check_count, check_features, check_sides, stacked
+from .queries import check_count, check_features, check_outputs, check_sides, stacked
 from .transfer import coefficients
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ class Explainer:
         Raises:
             ImageError: a picture that cannot be read.
             InputError: an unknown or removed id, or an argument that cannot be used.
+            NetworkError: the network makes numbers of it that cannot be computed with.
         """
         given = None if neighbors is None else [neighbors]
         found = self.explain_batch(
@@ -246,6 +247,7 @@ class Explainer:
             raise error.named([query_name(one, row) for row, one in enumerate(images)]) from None
         height, width = inputs[0].shape[-2:]
         embeddings, size = _numpy(features.embedding), (int(height), int(width))
+        check_outputs(embeddings, *activations)
         near = find_neighbors(opened.index, embeddings, wanted + exclude_query, neighbors)
         choices = self._choices()
         if exclude_query:
@@ -316,7 +318,8 @@ class Explainer:
             number of axes, and take it for `Any` where they do not know that.
 
         Raises:
-            InputError: a wrong shape, a NaN, or a vector that is not of unit length.
+            InputError: a wrong shape, a NaN, a number beyond `queries.LARGEST`, or a vector that is
+                not of unit length.
         """
         opened = self._now()
         index, layers = opened.index, opened.layers

@@ -1,6 +1,6 @@
 """OFFLINE, without images: an index from embeddings and pooled activations that already exist."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from .index import PartData, check_target, create
 from .models.checkpoints import read_affine
 from .network import EmbeddingNetwork
 from .passes import POOLED_METHODS, is_exact
+from .queries import wrong_number
 from .recipe import Recipe
 from .targets import head_cotangent
 from .weights import weights_from_pooled
@@ -250,23 +251,14 @@ def _matrix(name: str, values: np.ndarray) -> np.ndarray:
         )
     if 0 in values.shape:
         raise InputError(f"{name} is empty, {list(values.shape)}; expected floats [N width]")
-    bad = _first_row(values, lambda block: ~np.isfinite(block))
-    if bad is not None:
-        raise InputError(f"{name}: row {bad} holds a NaN or an infinity")
+    _check_numbers(name, values)
     return values.astype(np.float32, copy=False)
 
 
-def _first_row(values: np.ndarray, bad: Callable[[np.ndarray], np.ndarray]) -> int | None:
-    """The first row `[N]` with a bad number, block after block: `[N K]` booleans may not fit."""
-    for start in range(0, len(values), BLOCK):
-        rows = bad(values[start : start + BLOCK]).any(axis=1)
-        if rows.any():
-            return start + int(rows.argmax())
-    return None
-
-
-def _negative(block: np.ndarray) -> np.ndarray:
-    return block < 0
+def _check_numbers(name: str, values: np.ndarray) -> None:
+    wrong = wrong_number(values)
+    if wrong is not None:
+        raise InputError(f"{name}: row {wrong[0]} {wrong[1]}")
 
 
 def _checked(
@@ -354,9 +346,12 @@ def _checked_head(head: AffineHead, embeddings: np.ndarray, pooled: np.ndarray) 
             f"{len(embeddings)} embeddings of {expected[0]} numbers, {len(pooled)} pooled vectors "
             f"of {expected[1]} and a head {list(head.matrix.shape)} do not fit together"
         )
-    z = head.output(pooled).astype(np.float32)
-    if _first_row(z, lambda block: ~np.isfinite(block)) is not None:
-        raise InputError("the head makes a NaN or an infinity of the pooled vectors; check it")
+    _check_numbers("the head's matrix", head.matrix)
+    if head.bias is not None:
+        _check_numbers("the head's bias", head.bias[None])
+    with np.errstate(over="ignore", invalid="ignore"):
+        z = head.output(pooled).astype(np.float32)
+    _check_numbers("what the head makes of the pooled vectors", z)
     return z
 
 
@@ -365,13 +360,13 @@ def _positive(recipe: Recipe, pooled: np.ndarray, given: np.ndarray | None) -> n
         return pooled
     if given is not None:
         positive = _matrix("positive_pooled", given)
-        if positive.shape != pooled.shape or _first_row(positive, _negative) is not None:
+        if positive.shape != pooled.shape or positive.min() < 0:
             raise InputError(
                 f"positive_pooled is {list(positive.shape)}, its least value {positive.min():.3g}; "
                 f"expected means of max(A, 0), {list(pooled.shape)} and not negative"
             )
         return positive
-    if _first_row(pooled, _negative) is not None:
+    if pooled.min() < 0:
         raise RecipeError(
             "some pooled activations are negative, so the mean of the positive ones is not known; "
             "give positive_pooled, or use method 'gradcam'"

@@ -71,8 +71,5 @@ def named_neighbors(index: Index, embedding: np.ndarray, ids: Sequence[str]) -> 
     positions = index.positions(ids)
     stored = index.embeddings(positions).astype(np.float64)
     difference = stored - embedding
-    return Neighbors(
-        positions,
-        np.einsum("nd,nd->n", difference, difference).astype(np.float32),
-        (stored @ embedding).astype(np.float32),
-    )
+    distances = np.einsum("nd,nd->n", difference, difference)
+    return Neighbors.of(positions, distances, stored @ embedding)

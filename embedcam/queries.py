@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, NetworkError
 
 UNIT_TOLERANCE = 1e-3
 """How far from 1 the length of a normalised embedding may be."""
+LARGEST = 1e15
+"""Of what is given: squares and sums of larger numbers need not stay within float32."""
 
 
 def check_features(
@@ -35,9 +37,10 @@ def check_features(
         float32 `[B D]`, float32 `[B K H W]`, and whether it was one query alone.
 
     Raises:
-        InputError: a wrong shape, a NaN, or a vector that is not of unit length.
+        InputError: a wrong shape, a NaN, a number beyond `LARGEST`, or a vector that is not of unit
+            length.
     """
-    vectors, maps = _floats("embedding", embedding), _floats("activations", activations)
+    vectors, maps = _numbers("embedding", embedding), _numbers("activations", activations)
     single = vectors.ndim == 1
     if single:
         vectors, maps = vectors[None], maps[None]
@@ -49,15 +52,69 @@ def check_features(
     maps = _on_grid(maps, channels, grid, list(np.shape(activations)))
     if len(maps) != len(vectors):
         raise InputError(f"{len(vectors)} embeddings came with {len(maps)} activations")
-    for name, values in (("embedding", vectors), ("activations", maps)):
-        finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
-        if not finite.all():
-            raise InputError(
-                f"the {name} of query {int(np.argmin(finite))} holds a NaN or an infinity"
-            )
-    if normalized:
-        _check_unit(vectors)
-    return vectors, maps, single
+    wrong = wrong_number(maps)
+    if wrong is not None:
+        raise InputError(f"the activations of query {wrong[0]} {wrong[1]}")
+    return check_vectors(vectors, normalized), maps.astype(np.float32, copy=False), single
+
+
+def check_vectors(vectors: np.ndarray, normalized: bool) -> np.ndarray:
+    """Embeddings of queries, numbers `[B D]`, as float32.
+
+    Args:
+        vectors: given.
+        normalized: whether they must have length 1.
+
+    Raises:
+        InputError: a NaN, a number beyond `LARGEST`, or a vector that is not of unit length.
+    """
+    wrong = wrong_number(vectors)
+    if wrong is not None:
+        raise InputError(f"the embedding of query {wrong[0]} {wrong[1]}")
+    found = vectors.astype(np.float32, copy=False)
+    lengths = np.linalg.norm(found, axis=1)
+    off = np.abs(lengths - 1)
+    if normalized and len(off) and off.max() > UNIT_TOLERANCE:
+        worst = int(off.argmax())
+        raise InputError(
+            f"the embedding of query {worst} has length {lengths[worst]:.4g}; this index holds "
+            "vectors of length 1: divide it by its L2 norm first"
+        )
+    return found
+
+
+def check_outputs(embeddings: np.ndarray, *activations: np.ndarray) -> None:
+    """What a network made of pictures: embeddings `[B D]`, activations `[B K H W]` of each layer.
+
+    Raises:
+        NetworkError: a NaN, an infinity, or a number beyond `LARGEST`.
+    """
+    named = [("embedding", embeddings), *(("activations", maps) for maps in activations)]
+    for name, values in named:
+        wrong = wrong_number(values)
+        if wrong is not None:
+            raise NetworkError(f"the network's {name} of query {wrong[0]} {wrong[1]}")
+
+
+def wrong_number(values: np.ndarray) -> tuple[int, str] | None:
+    """The first row of numbers `[n ...]` that cannot be computed with, and what is wrong with it.
+
+    A NaN and an infinity, and what is larger than `LARGEST`; None where there is none.
+    """
+    if _usable(values):
+        return None
+    row = next(place for place, one in enumerate(values) if not _usable(one))
+    numbers = values[row].ravel()
+    least, most = float(numbers.min()), float(numbers.max())
+    worst = most if most > LARGEST else least
+    if not np.isfinite(worst) or not np.isfinite(numbers).all():
+        return row, "holds a NaN or an infinity"
+    return row, f"holds {worst:.4g}, and numbers may go up to {LARGEST:g} either way; scale it down"
+
+
+def _usable(values: np.ndarray) -> bool:
+    # Two passes and no copy, in whatever type they come; a NaN passes neither comparison.
+    return float(values.min(initial=0)) >= -LARGEST and float(values.max(initial=0)) <= LARGEST
 
 
 def check_count(n_neighbors: Any) -> int:
@@ -95,12 +152,11 @@ def stacked(inputs: Sequence[Any]) -> Any:
     return batch
 
 
-def _floats(name: str, values: Any) -> np.ndarray:
+def _numbers(name: str, values: Any) -> np.ndarray:
     try:
         found = np.asarray(values)
         if found.dtype.kind in "fiu":
-            with np.errstate(over="ignore"):  # too large for float32: refused as an infinity
-                return found.astype(np.float32, copy=False)
+            return found
         given = f"type {found.dtype}"
     except (TypeError, ValueError, RuntimeError) as error:
         given = str(error).partition("\n")[0]
@@ -126,14 +182,3 @@ def _on_grid(
             "with grid=(H, W)"
         )
     return maps
-
-
-def _check_unit(vectors: np.ndarray) -> None:
-    lengths = np.linalg.norm(vectors, axis=1)
-    off = np.abs(lengths - 1)
-    if len(off) and off.max() > UNIT_TOLERANCE:
-        worst = int(off.argmax())
-        raise InputError(
-            f"the embedding of query {worst} has length {lengths[worst]:.4g}; this index holds "
-            "vectors of length 1: divide it by its L2 norm first"
-        )

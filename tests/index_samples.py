@@ -92,6 +92,7 @@ def make(
     metric: str = "l2",
     replace: bool = False,
     start: int = 0,
+    normalized: bool = True,
 ) -> Path:
     encoding = encoding_of(kind)
     shared = {
@@ -100,7 +101,7 @@ def make(
     }
     return create(
         path,
-        header_of(encoding, metric=metric),
+        header_of(encoding, metric=metric, embedding={"width": WIDTH, "normalized": normalized}),
         [encoding.fitted],
         shared,
         part(start, start + n, encoding),

@@ -30,10 +30,11 @@ from torch import nn
 from embedcam import EmbeddingNetwork, Explainer, Explanation, Index, Recipe
 from embedcam.cam import area_average
 from embedcam.encoding import Dense
-from embedcam.errors import ImageError, InputError, NetworkMismatch
+from embedcam.errors import ImageError, InputError, NetworkError, NetworkMismatch
 from embedcam.explanation import check_picture_name
 from embedcam.index import compact, create, remove
 from embedcam.preprocess import custom
+from embedcam.queries import LARGEST
 
 DENSE = Recipe(encoding="dense", dtype="float32")
 GRID = (SIDE // 4, SIDE // 4)
@@ -505,7 +506,12 @@ def test_a_query_costs_nothing_that_grows_with_the_index(
         (lambda v, a: (v * 0, a), r"query 0 has length 0"),
         (lambda v, a: (v * np.nan, a), r"embedding of query 0 holds a NaN or an infinity"),
         (lambda v, a: (v, a / 0), r"activations of query 0 holds a NaN or an infinity"),
-        (lambda v, a: (v * 1e300, a), r"embedding of query 0 holds a NaN or an infinity"),
+        (lambda v, a: (v * 0 + 1e300, a), r"embedding of query 0 holds 1e\+300, .* up to 1e\+15 "),
+        (
+            lambda v, a: (v, -1.1e15 * a),
+            r"activations of query 0 holds -1\.1e\+15, and numbers may",
+        ),
+        (lambda v, a: (v, a.astype("f") * 3e38), r"activations of query 0 holds 3e\+38"),
         (lambda v, a: (v[:4], a), r"embedding has shape \[4\]; .* 5 numbers .*\[5\] or \[B 5\]"),
         (lambda v, a: (v[None, None], a), r"embedding has shape \[1, 1, 5\]"),
         (lambda v, a: (v, a[:7]), r"shape \[7, 8, 8\]; this index needs \[8 H W\]"),
@@ -523,6 +529,51 @@ def test_features_that_cannot_be_right(explainer: Explainer, change: Any, messag
     maps = np.ones((CHANNELS, *GRID))
     with np.errstate(all="ignore"), pytest.raises(InputError, match=message):
         explainer.explain_features(*change(vector, maps))
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_the_largest_numbers_are_answered_in_numbers(tmp_path: Path, normalized: bool) -> None:
+    """What passes the check overflows nowhere on the way to JSON."""
+    path = index_samples.make(tmp_path / "x", 12, "dense", normalized=normalized)
+    with Explainer(path) as explainer:
+        width, channels = explainer.index.width, explainer.index.encoding().n_channels
+        vector = explainer.index.embeddings([3])[0]
+        vector = vector if normalized else np.full(width, LARGEST)
+        maps = LARGEST * np.sign(np.random.default_rng(0).standard_normal((channels, 3, 3)))
+        found = explainer.explain_features(vector, maps)
+        assert found.cam.max() > 1e14
+        json.dumps(found.to_dict(), allow_nan=False)
+        with pytest.raises(InputError, match=r"up to 1e\+15"):
+            explainer.explain_features(vector, np.full((channels, 3, 3), 1.01 * LARGEST))
+
+
+def test_weights_that_overflow_a_map_are_refused(
+    explainer: Explainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an index from elsewhere: any finite number may lie in it."""
+    vector, maps = explainer.index.embeddings([0])[0], np.full((CHANNELS, *GRID), 1e10)
+    shown = Dense.combine
+    monkeypatch.setattr(Dense, "combine", lambda *given: np.full_like(shown(*given), 3e38))
+    with pytest.raises(InputError, match=r"activations up to 1e\+10 with weights up to 3e\+38"):
+        explainer.explain_features(vector, maps)
+
+
+@pytest.mark.parametrize("value", [np.nan, 2e15])
+def test_what_a_network_makes_is_checked_too(
+    explainer: Explainer, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    network: Any = explainer.network
+    forward = network.forward
+
+    def broken(images: Any) -> Any:
+        found = forward(images)
+        found.activations[-1] = value
+        return found
+
+    monkeypatch.setattr(network, "forward", broken)
+    words = "holds a NaN" if value != value else r"holds 2e\+15"
+    with pytest.raises(NetworkError, match=f"the network's activations of query 1 {words}"):
+        explainer.explain_batch([picture(0, 0), picture(1, 0)])
 
 
 def test_the_second_of_a_batch_is_named(explainer: Explainer) -> None:

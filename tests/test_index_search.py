@@ -1,6 +1,6 @@
 """Search: exact values, live rows only, whatever FAISS index proposes the candidates."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ import pytest
 from index_samples import WIDTH, encoding_of, make, part
 
 from embedcam.errors import InputError
-from embedcam.index import Index, append, compact, nearest, remove
+from embedcam.index import Index, Selection, append, compact, nearest, remove
 
 FACTORIES = [
     "Flat", "HNSW8", "IVF8,Flat", "IVF8,SQ8", "PCA4,IVF8,SQ8", "IVF8,Flat,RFlat", "NSG8", "SQ8",
@@ -86,7 +86,7 @@ def test_fewer_live_images_than_asked_for(tmp_path: Path, factory: str) -> None:
         assert np.sort(found.positions).tolist() == [[124, 125, 126, 127]] * 2
     remove(path, [f"image-{row:04d}" for row in range(124, 128)])
     with Index.open(path) as index, pytest.raises(InputError, match=r"every image .* removed"):
-        index.search(np.ones((1, WIDTH)), 3)
+        index.search(np.eye(1, WIDTH), 3)
     if factory in ("Flat", "HNSW8"):
         compact(path)
         with Index.open(path) as index:
@@ -185,3 +185,36 @@ def test_nprobe(tmp_path: Path) -> None:
         assert (index.search(queries, 5, nprobe=1).positions != everything).any()
         with pytest.raises(InputError, match="nprobe = 0"):
             index.search(queries, 5, nprobe=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: 1.01 * v, r"query 1 has length 1\.01; this index holds vectors of length 1: "),
+        (lambda v: 0 * v, r"query 1 has length 0"),
+        (lambda v: v * np.nan, r"the embedding of query 1 holds a NaN or an infinity"),
+        (lambda v: v.astype(float) * 1e300, r"query 1 holds -?\d.*e\+\d+, and numbers may go up"),
+    ],
+)  # fmt: skip
+def test_queries_are_checked_as_those_of_an_explanation(
+    tmp_path: Path, change: Callable[[np.ndarray], np.ndarray], message: str
+) -> None:
+    with Index.open(make(tmp_path / "x", 20)) as index:
+        unit = index.embeddings([4])
+        given = np.concatenate([unit, change(unit)])
+        with np.errstate(all="ignore"), pytest.raises(InputError, match=message):
+            index.search(given, 3)
+        assert index.search((1 + 5e-4) * unit, 1).positions[0, 0] == 4  # within rounding
+    with Index.open(make(tmp_path / "any", 20, normalized=False)) as index:
+        assert index.search(2 * index.embeddings([4]), 3).positions.shape == (1, 3)
+
+
+def test_stored_numbers_that_overflow_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Index.open(make(tmp_path / "x", 20, normalized=False)) as index:
+        query = index.embeddings([4])
+        huge = property(lambda rows: np.full((len(rows), WIDTH), 3e38, np.float32))
+        monkeypatch.setattr(Selection, "embeddings", huge)
+        with pytest.raises(InputError, match=r"an indexed embedding holds numbers beyond 1e\+15"):
+            index.search(query, 3)

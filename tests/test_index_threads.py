@@ -69,7 +69,7 @@ def test_a_first_search_in_every_thread_loads_once(
 ) -> None:
     path = make(tmp_path / "x", 200, "dense", factory)
     with Index.open(path) as one:
-        queries = one.embeddings(np.arange(AT_ONCE)) * np.float32(0.9)
+        queries = one.embeddings(np.arange(AT_ONCE))
         expected = [one.search(queries[i : i + 1], 7) for i in range(AT_ONCE)]
         every = one.search(queries, 7)
     slow_load.clear()
@@ -93,7 +93,7 @@ def test_a_broken_file_is_refused_in_every_thread(tmp_path: Path) -> None:
 
         def search(_: int) -> None:
             with pytest.raises(IndexFormatError, match="does not match its checksum"):
-                index.search(np.ones((1, WIDTH)), 3)
+                index.search(np.eye(1, WIDTH), 3)
 
         together(search)
         with pytest.raises(IndexFormatError, match="does not match its checksum"):
@@ -120,7 +120,7 @@ def test_closing_waits_for_a_load_and_happens_once(
     assert slow_load == [descriptor]
     assert closed.count(descriptor) == 1
     assert index.faiss_file is None
-    for ask in (index.load, lambda: index.search(np.ones((1, WIDTH)), 3), lambda: index.ids[0]):
+    for ask in (index.load, lambda: index.search(np.eye(1, WIDTH), 3), lambda: index.ids[0]):
         with pytest.raises(InputError, match="the index is closed; open it again"):
             ask()
 
@@ -187,7 +187,7 @@ def test_so_many_threads_as_were_asked_for(tmp_path: Path, monkeypatch: pytest.M
                 index.search(index.embeddings([0, 1]), 3)
         with Index.open(path) as index:
             monkeypatch.setattr(os, "getpid", lambda: -1)  # as in a forked child
-            index.search(np.ones((2, WIDTH)), 3)
+            index.search(np.eye(2, WIDTH), 3)
     finally:
         faiss.omp_set_num_threads(before)
     assert seen == [1, 2, 1, 1, 1, 3, 1]

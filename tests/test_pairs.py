@@ -21,7 +21,7 @@ from torch import nn
 from toys import seeded
 
 from embedcam import EmbeddingNetwork, Explainer, Preprocess, Recipe, build_index
-from embedcam.errors import ImageError, InputError
+from embedcam.errors import ImageError, InputError, NetworkError
 from embedcam.pairs import (
     DifferentiatedSide,
     PairExplainer,
@@ -500,3 +500,11 @@ class TestPairExplainer:
         other = Explainer(tmp_path / "index", onnx=tmp_path / "network.onnx")
         with pytest.raises(InputError, match=r"network.onnx has none that is average pooling and"):
             PairExplainer(other)
+
+
+def test_a_receipt_that_overflows_is_refused() -> None:
+    """Its numbers pass the check one by one: the head is what makes them too large."""
+    maps, matrix = np.full((3, 2, 2), 1e15, np.float32), np.full((4, 3), 1e15, np.float32)
+    side = PooledSide(maps, np.full(4, 1e15), 1.0, matrix)
+    with pytest.raises(NetworkError, match="a receipt overflows"):
+        make_receipt(side, side, np.zeros(4))

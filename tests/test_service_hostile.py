@@ -370,3 +370,19 @@ def test_unknown_addresses_and_methods(app: Any, method: str, target: str, statu
     if method != "HEAD":
         assert found.error[0] == status
     assert ("allow" in found.headers) == (status == 405)
+
+
+def test_a_head_is_of_so_many_bytes_at_most(app: Any) -> None:
+    """However it arrives: what comes in one piece is not counted while it is read."""
+    assert ask(app, "GET", "/healthz", x="a" * 60_000).status == 200
+    found = ask(app, "GET", "/healthz", x="a" * 33_000, y="a" * 33_000)
+    assert found.error == (431, "head_too_long")
+    assert found.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("name", ["Transfer-Encoding", "transfer-encoding"])
+def test_a_body_of_two_lengths_closes_the_connection(app: Any, name: str) -> None:
+    """Whichever server is before the application."""
+    found = ask(app, "POST", "/search", QUERY, **{name: "chunked", "content_length": "4"})
+    assert found.error == (400, "broken_request")
+    assert found.headers["connection"] == "close"

@@ -24,6 +24,7 @@ import embedcam
 from embedcam.cli import main
 from embedcam.errors import InputError
 from embedcam.service import server
+from embedcam.service.frame import HEADERS
 
 NETWORK = """
 import os, time
@@ -176,20 +177,105 @@ def test_a_server_answers_and_finishes_what_was_begun(here: Path) -> None:
         running.explain()
 
 
+HOST = b"Host: localhost\r\n"
+POST = b"POST /search HTTP/1.1\r\n" + HOST
+CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+AFTER = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"
+BROKEN = {
+    "a NUL in the address": b"GET /items/c0/000.png\x00/image HTTP/1.1\r\n" + HOST + b"\r\n",
+    "no host": b"GET /healthz HTTP/1.1\r\n\r\n",
+    "two hosts": b"GET /healthz HTTP/1.1\r\n" + 2 * HOST + b"\r\n",
+    "no version": b"GET /healthz\r\n\r\n",
+    "no words": b"hello\r\n\r\n",
+    "tabs": b"GET\t/healthz\tHTTP/1.1\r\n" + HOST + b"\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),
+    "an endless header": b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000,
+    "an endless address": b"GET /" + b"a" * 100_000,
+    "no name": b"GET /healthz HTTP/1.1\r\n" + HOST + b": a\r\n\r\n",
+    "no colon": b"GET /healthz HTTP/1.1\r\n" + HOST + b"a\r\n\r\n",
+    "a folded first line": b"GET /healthz HTTP/1.1\r\n " + HOST + b"\r\n",
+    "a NUL in a header": b"GET /healthz HTTP/1.1\r\n" + HOST + b"X: a\0b\r\n\r\n",
+    "lines that end in LF": b"GET /healthz HTTP/1.1\nHost: localhost\n\n",
+    "one line that ends in LF": POST + b"X: a\nContent-Length: 5\r\n\r\nabcde" + AFTER,
+    "a blank line that ends in LF": b"GET /healthz HTTP/1.1\r\n" + HOST + b"\n" + AFTER,
+    "one line that ends in CR": POST + b"X: a\rContent-Length: 5\r\n\r\nabcde",
+    "two lengths": POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcde" + AFTER,
+    "a list of lengths": POST + b"Content-Length: 5, 6\r\n\r\nabcde" + AFTER,
+    "a length with a sign": POST + b"Content-Length: +5\r\n\r\nabcde" + AFTER,
+    "a length below 0": POST + b"Content-Length: -5\r\n\r\nabcde" + AFTER,
+    "a length in hexadecimal": POST + b"Content-Length: 0x5\r\n\r\nabcde" + AFTER,
+    "a blank before the colon": POST + b"Content-Length : 5\r\n\r\nabcde" + AFTER,
+    "a length beside chunks": POST + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"0\r\n\r\n" + AFTER,
+    "chunks beside a length": POST + b"Transfer-Encoding: Chunked\r\nContent-Length: 6\r\n\r\n"
+    b"0\r\n\r\n" + AFTER,
+    "folded chunks beside a length": POST + b"Transfer-Encoding:\r\n chunked\r\n"
+    b"Content-Length: 6\r\n\r\n0\r\n\r\n" + AFTER,
+    "chunks in 1.0": CHUNKED.replace(b"1.1", b"1.0") + b"0\r\n\r\n" + AFTER,
+    "chunks twice": POST + 2 * b"Transfer-Encoding: chunked\r\n" + b"\r\n0\r\n\r\n" + AFTER,
+    "chunks that are not": POST + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n" + AFTER,
+    "chunks behind a tab": POST + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n" + AFTER,
+    "the identity": POST + b"Transfer-Encoding: identity\r\n\r\n" + AFTER,
+    "a chunk of no size": CHUNKED + b"zz\r\n",
+    "a chunk below 0": CHUNKED + b"-1\r\nx\r\n0\r\n\r\n" + AFTER,
+    "a chunk in hexadecimal": CHUNKED + b"0x1\r\nx\r\n0\r\n\r\n" + AFTER,
+    "a chunk line that ends in LF": CHUNKED + b"1\nx\r\n0\r\n\r\n" + AFTER,
+    "an extension with LF": CHUNKED + b"1;a\n=b\r\nx\r\n0\r\n\r\n" + AFTER,
+    "a chunk that is longer": CHUNKED + b"1\r\nxx0\r\n\r\n" + AFTER,
+}
+"""Requests that are none, or that could be read in two ways; nothing behind them is answered."""
+REFUSED: dict[bytes, tuple[int, str]] = {
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n": (505, "unknown_version"),
+    b"GET /healthz HTTP/1.2\r\n" + HOST + b"\r\n": (505, "unknown_version"),
+}
+
+
+def _everything(client: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    found = b""
+    while more := client.recv(65536):
+        found += more
+    return found
+
+
+def _check_refusal(answer: bytes, status: int, code: str) -> None:
+    """One answer, as every refusal looks, after which the connection was closed."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode()), answer[:200]
+    headers = dict(line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:])
+    assert headers["content-type"] == "application/json"
+    assert headers["connection"] == "close"
+    assert {name.lower(): value.lower() for name, value in HEADERS.items()}.items() <= (
+        headers.items()
+    )
+    assert len(body) == int(headers["content-length"])  # nothing behind it
+    told = json.loads(body)["error"]
+    assert told["code"] == code
+    assert told["message"]
+
+
 def _raw_requests(running: Served) -> None:
     """What a client library would not send."""
+    for what, request in BROKEN.items():
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
+            client.sendall(request)
+            try:
+                _check_refusal(_everything(client), 400, "broken_request")
+            except AssertionError as error:
+                raise AssertionError(what) from error
+    for request, (status, code) in REFUSED.items():
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
+            client.sendall(request)
+            _check_refusal(_everything(client), status, code)
+    with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
+        client.sendall(AFTER + b"GARBAGE\r\n\r\n")  # after a good one, both are answered
+        first, second = _everything(client).split(b'{"status":"ok"}')
+        assert first.startswith(b"HTTP/1.1 200 ")
+        _check_refusal(second, 400, "broken_request")
     for request, status in (
         (b"GET /items/../../etc/passwd/image HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
-        (b"GET /items/c0/000.png\x00/image HTTP/1.1\r\nHost: localhost\r\n\r\n", 400),
-        (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000, 400),
-        (b"POST /explain HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
-         b"Content-Length: 6\r\n\r\nabcde", 400),
-        (b"POST /explain HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n"
-         b"Expect: 100-continue\r\n\r\n", 413),
-        (b"POST /explain HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
-         b"zz\r\n", 400),
-        (b"\x16\x03\x01\x02\x00\x01\x00", 400),
+        (b"GET /healthz HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n" + HOST + b"\r\n", 200),
+        (POST + b"Content-Length: 99999999\r\nExpect: 100-continue\r\n\r\n", 413),
     ):  # fmt: skip
         with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
             client.sendall(request)
@@ -232,16 +318,25 @@ def test_signals_end_it_quietly(begun: list[Any], number: int) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_a_slow_head_is_not_waited_for(begun: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HEADER_SECONDS", 0.3)
+@contextmanager
+def running(app: Any, begun: list[Any]) -> Iterator[Any]:
+    """A server in a thread; where it listens."""
     bound = server.bind("127.0.0.1", 0)
     address = bound.getsockname()
-    running = threading.Thread(
-        target=server.serve, args=(awake(empty), bound), kwargs={"seconds": 1}
-    )
-    running.start()
+    thread = threading.Thread(target=server.serve, args=(awake(app), bound), kwargs={"seconds": 1})
+    thread.start()
     try:
         until_started(begun)
+        yield address
+    finally:
+        begun[0].should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+def test_a_slow_head_is_not_waited_for(begun: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HEADER_SECONDS", 0.3)
+    with running(empty, begun) as address:
         for head in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n"):
             with socket.create_connection(address, timeout=20) as client:
                 client.sendall(head)
@@ -253,10 +348,68 @@ def test_a_slow_head_is_not_waited_for(begun: list[Any], monkeypatch: pytest.Mon
                 time.sleep(0.2)
             client.sendall(b"GET / HT")
             assert client.recv(100) == b""
-    finally:
-        begun[0].should_exit = True
-        running.join(20)
-    assert not running.is_alive()
+
+
+LARGE = bytes(8_000_000)
+
+
+async def large(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": LARGE})
+
+
+def asking(address: Any, times: int = 1) -> socket.socket:
+    """A client with little room for what it asked for."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.settimeout(20)
+    client.connect(address)
+    client.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * times)
+    return client
+
+
+@pytest.mark.parametrize("times", [1, 300], ids=["one request", "pipelined"])
+def test_a_client_that_never_reads_is_let_go(
+    begun: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: Any, times: int
+) -> None:
+    monkeypatch.setattr(server, "READ_SECONDS", 0.3)
+    with running(large, begun) as address, asking(address, times):
+        held = begun[0].server_state.connections
+        until = time.monotonic() + 10
+        while not held and time.monotonic() < until:
+            time.sleep(0.01)
+        # One answer, however many were asked for, and what the system keeps besides.
+        sizes = [one.transport.get_write_buffer_size() for one in held]
+        assert all(size <= 1.01 * len(LARGE) for size in sizes)
+        while held and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not held
+    assert "a client did not read its answer for 0.3 s: closed" in caplog.text
+
+
+def test_a_client_that_reads_slowly_gets_it_all(
+    begun: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "READ_SECONDS", 0.5)
+    with running(large, begun) as address, asking(address) as client:
+        taken, start = 0, time.monotonic()
+        while taken < len(LARGE):
+            found = len(client.recv(1_000_000))
+            assert found, f"closed after {taken} bytes"
+            taken += found
+            time.sleep(max(0.0, start + 2 * taken / len(LARGE) - time.monotonic()))
+
+
+def test_who_comes_when_all_connections_are_taken_is_told(
+    begun: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 1)
+    with running(empty, begun) as address, asking(address) as first:
+        assert first.recv(1000).startswith(b"HTTP/1.1 204")
+        with asking(address) as second:
+            _check_refusal(_everything(second), 503, "busy")
+        first.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert first.recv(1000).startswith(b"HTTP/1.1 204")
 
 
 class _Kept(server.uvicorn.Server):

@@ -86,7 +86,7 @@ def explain(options: argparse.Namespace) -> None:
     if options.html:
         _write_page(options, rows)
     if options.json:
-        print(json.dumps(records))
+        print(json.dumps(records, allow_nan=False))
     _say_pictures(options, len(shown), len(lost), explanation.root)
     if changed:
         note(

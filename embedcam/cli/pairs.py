@@ -62,7 +62,8 @@ def compare(options: argparse.Namespace) -> None:
             made.save(picture, lines=options.lines)
     if options.json:
         saved = {} if picture is None else {"picture": str(picture)}
-        print(json.dumps({"query": options.query, **saved, "pair": made.to_dict(options.lines)}))
+        told = {"query": options.query, **saved, "pair": made.to_dict(options.lines)}
+        print(json.dumps(told, allow_nan=False))
         return
     print("\n".join(_lines(options, made)))
     if picture is not None:

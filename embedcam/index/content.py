@@ -3,16 +3,15 @@
 import numpy as np
 
 from ..encoding import TopM
+from ..queries import UNIT_TOLERANCE, wrong_number
 from .layout import Layer
-
-UNIT_TOLERANCE = 1e-3
 
 
 def wrong_embeddings(block: np.ndarray, normalized: bool) -> str | None:
     """What is wrong with embeddings `[b D]`, or None."""
-    bad = _first(~np.isfinite(block).all(axis=1))
-    if bad is not None:
-        return f"row {bad} holds a NaN or an infinity"
+    wrong = wrong_number(block)
+    if wrong is not None:
+        return f"row {wrong[0]} {wrong[1]}"
     if normalized:
         norms = np.linalg.norm(block.astype(np.float64), axis=1)
         bad = _first(np.abs(norms - 1) > UNIT_TOLERANCE)

@@ -277,15 +277,16 @@ class Index:
         returned are exact, computed from the stored embeddings, and decide the order.
 
         Args:
-            queries: `[B D]`.
+            queries: `[B D]`, of unit length where the index is normalised.
             n_neighbors: k; where fewer images are live, all of them come back.
             nprobe: IVF lists to visit; None takes the manifest's.
 
         Raises:
-            InputError: wrong shape, NaN, no FAISS in this index, or no image left.
+            InputError: wrong shape, NaN, a number beyond `queries.LARGEST`, a vector that is not of
+                unit length where the index is normalised, no FAISS in this index, or no image left.
             IndexFormatError: the FAISS file is broken.
         """
-        queries = check_queries(queries, self.width)
+        queries = check_queries(queries, self.width, self.normalized)
         k = min(check_count(n_neighbors), len(self))
         if self.manifest["faiss"] is None:
             raise InputError(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
+from ..queries import LARGEST, check_vectors
 from .files import ArrayLike, blocks
 
 SLACK = 16
@@ -28,12 +29,30 @@ class Neighbors:
     distances: np.ndarray
     similarities: np.ndarray
 
+    @classmethod
+    def of(
+        cls, positions: np.ndarray, distances: np.ndarray, similarities: np.ndarray
+    ) -> "Neighbors":
+        """Neighbours from exact values, float64.
 
-def check_queries(queries: np.ndarray, width: int) -> np.ndarray:
+        Raises:
+            InputError: a value beyond float32, of stored embeddings whose numbers are too large.
+        """
+        with np.errstate(over="ignore"):
+            values = distances.astype(np.float32), similarities.astype(np.float32)
+        if not all(np.isfinite(one).all() for one in values):
+            raise InputError(
+                f"distances overflow: an indexed embedding holds numbers beyond {LARGEST:g}; scale "
+                "the embeddings down and build the index again"
+            )
+        return cls(positions, *values)
+
+
+def check_queries(queries: np.ndarray, width: int, normalized: bool = False) -> np.ndarray:
     """Queries as float32 `[B D]`.
 
     Raises:
-        InputError: another shape, a NaN or an infinity.
+        InputError: another shape, or vectors that `check_vectors` refuses.
     """
     found = np.asarray(queries)
     if found.ndim != 2 or found.shape[1] != width or found.dtype.kind not in "fiu":
@@ -41,11 +60,7 @@ def check_queries(queries: np.ndarray, width: int) -> np.ndarray:
             f"queries of shape {list(found.shape)} and type {found.dtype}; expected numbers "
             f"[B {width}]"
         )
-    found = np.ascontiguousarray(found, np.float32)
-    finite = np.isfinite(found).all(axis=1)
-    if not finite.all():
-        raise InputError(f"query {int(np.argmin(finite))} holds a NaN or an infinity")
-    return found
+    return np.ascontiguousarray(check_vectors(found, normalized))
 
 
 def check_count(value: int, name: str = "n_neighbors") -> int:
@@ -84,11 +99,7 @@ def rank(
     def take(values: np.ndarray) -> np.ndarray:
         return np.take_along_axis(values, best, axis=1)
 
-    return Neighbors(
-        take(candidates).astype(np.int64),
-        take(distances).astype(np.float32),
-        take(similarities).astype(np.float32),
-    )
+    return Neighbors.of(take(candidates).astype(np.int64), take(distances), take(similarities))
 
 
 def nearest(

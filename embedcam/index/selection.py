@@ -100,13 +100,19 @@ class Selection:
         return fields
 
     def coarse(self, layer: int = 0) -> np.ndarray | None:
-        """Coarse CAMs, float32 `[n h w]`, or None where none are stored."""
+        """Coarse CAMs, float32 `[n h w]`, or None where none are stored.
+
+        Raises:
+            IndexFormatError: a damaged file.
+        """
         found = self._layers[layer]
         if found.coarse_grid is None:
             return None
         maps, scales = found.coarse_files
         stored = self.array(maps, np.empty((0, *found.coarse_grid), np.uint8))
         scale = self.array(scales, np.empty(0, np.float32))
+        if not np.isfinite(scale).all():
+            raise broken(self._root, scales, "holds a NaN or an infinity")
         return stored * (scale[:, None, None] / np.float32(255))
 
     def array(self, file: str, empty: np.ndarray) -> np.ndarray:

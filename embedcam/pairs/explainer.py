@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import EmbeddingError, ImageError, InputError
 from ..opened import query_name
-from ..queries import stacked
+from ..queries import check_outputs, stacked
 from .heads import PooledHead, pooled_head
 from .receipt import Comparison, Receipt, Shown, make_comparison, make_receipt
 from .sides import DifferentiatedSide, PooledSide, Side, as_array
@@ -133,6 +133,7 @@ class PairExplainer:
             with _placed(places):
                 features = self.network.forward(stacked([inputs[place] for place in places]))
             embeddings, maps = as_array(features.embedding), as_array(features.activations)
+            check_outputs(embeddings, maps)
             norms = None if features.norm is None else as_array(features.norm)
             for row, place in enumerate(places):
                 norm = 1.0
@@ -158,6 +159,7 @@ class PairExplainer:
     def _differentiated(self, inputs: Any, place: int) -> Side:
         with _placed([place]):
             passed = self.network.head_pass(stacked([inputs]), twice=True)
+        check_outputs(as_array(passed.features.embedding), as_array(passed.features.activations))
         return DifferentiatedSide(passed, self.network.normalize)
 
 

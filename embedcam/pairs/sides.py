@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, NetworkError
 
 
 class Side(Protocol):
@@ -162,13 +162,22 @@ def evidence_of(
         score: y.
         mean: the average embedding `[D]` taken from the direction first; what it takes away,
             f . mean, is `shared`. None takes nothing.
+
+    Raises:
+        NetworkError: numbers beyond float32.
     """
     direction = direction.astype(np.float64)
     shared = 0.0
     if mean is not None:
         shared = float(side.embedding @ mean)
         direction = direction - mean
-    channels, cells = side.products(direction)
+    with np.errstate(over="ignore", invalid="ignore"):
+        channels, cells = side.products(direction)
+    if not (np.isfinite(cells).all() and np.isfinite(channels).all()):
+        raise NetworkError(
+            "a receipt overflows: the activations, with what the head makes of them, go beyond "
+            "float32; check the network's weights"
+        )
     return Evidence(cells, channels, shared, float(score - shared - channels.sum()))
 
 

@@ -24,6 +24,8 @@ HEADERS: Final[Mapping[str, str]] = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+MAX_HEAD: Final = 65_536
+"""Bytes of a request's address and headers."""
 _DRAIN_SECONDS, _DRAIN_BYTES = 0.5, 64_000_000
 
 
@@ -53,7 +55,7 @@ class Frame:
         body = _Body(receive, Headers(scope=scope))
         reply = _Reply(send, body, asked == "HEAD")
         try:
-            refused = self._wrong_host(scope)
+            refused = _two_ways(scope) or self._wrong_host(scope)
             if refused is None:
                 await self.app(inner, body.receive, reply.send)
             else:
@@ -86,6 +88,24 @@ class Frame:
         path = quote(scope["path"][:200], errors="replace")
         shown = method if known else "other"
         logger.info("%s %s %d %.1f ms", shown, path, status, 1e3 * seconds)
+
+
+def _two_ways(scope: Scope) -> Refused | None:
+    """Refuse a head that a proxy before the service might read otherwise than the service does.
+
+    Where both disagree on where a request ends, what follows is taken for another one.
+    """
+    headers, version = Headers(scope=scope), scope["http_version"]
+    size = len(scope["path"]) + sum(len(name) + len(value) for name, value in headers.raw)
+    status, code, said = 400, "broken_request", ""
+    if version not in ("1.0", "1.1", "2", "3"):
+        status, code, said = 505, "unknown_version", "this version of HTTP is not spoken; use 1.1"
+    elif size > MAX_HEAD:
+        status, code = 431, "head_too_long"
+        said = f"address and headers are longer than {MAX_HEAD} bytes, which is the limit"
+    elif "transfer-encoding" in headers and ("content-length" in headers or version == "1.0"):
+        said = "Transfer-Encoding beside Content-Length, or in HTTP/1.0, has no meaning; give one"
+    return Refused(status, code, said, {"Connection": "close"}) if said else None
 
 
 class _Body:

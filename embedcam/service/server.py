@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import signal
 import socket
 import threading
@@ -12,10 +13,12 @@ from typing import Any
 
 import h11
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import EmbedcamError, InputError
+from .errors import Refused, response_of
+from .frame import HEADERS
 
 logger = logging.getLogger("embedcam.service")
 
@@ -23,6 +26,16 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 MAX_CONNECTIONS = 512
 HEADER_SECONDS = 10.0
 """How long a client may take for the head of a request."""
+READ_SECONDS, READ_BYTES = 20.0, 65_536
+"""How long a client may take to read so much of its answer, or the rest of it."""
+LINGER_SECONDS = 0.5
+_SEND_BUFFER = 65_536
+"""The system's, of each connection: in steps of about this size it tells what a client has read."""
+_BROKEN = (
+    "this is no request of HTTP/1.1, or one that could be read in two ways; send another, over "
+    "http, not https"
+)
+_BLANK_LINE = re.compile(rb"\n\r?\n")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -40,6 +53,7 @@ def bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
             bound.bind(address)
         except BaseException:
             bound.close()
@@ -88,7 +102,6 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=ceil(2 * seconds) + 1,
     )
     with bound, _signals(reload), _one_blas_thread():
@@ -148,31 +161,97 @@ def _reloaded(reload: Callable[[], Any]) -> None:
         logger.exception("the index could not be loaded again; the old one goes on being served")
 
 
-class _Protocol(H11Protocol):
-    """uvicorn's, with a limit to how long the head of a request may take.
+async def _full(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answers who comes when all connections are taken."""
+    said = f"{MAX_CONNECTIONS} connections are open, which is the limit; try again"
+    headers = {**HEADERS, "Retry-After": "1", "Connection": "close"}
+    await response_of(Refused(503, "busy", said, headers))(scope, receive, send)
 
-    Without one a client that sends a header a minute would hold its connection for ever.
+
+class _Protocol(H11Protocol):
+    """uvicorn's, with limits to how long a client may take, and refusals like all others.
+
+    Without the limits a client that sends a header a minute, or never reads what it asked for,
+    would hold its connection and the answer for ever.
     """
 
     _patience: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
+    _unread = 0
+    _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client is there, and has said nothing yet."""
         super().connection_made(transport)
+        # Told of every byte that waits: no second answer is written while the first one does.
+        transport.set_write_buffer_limits(high=0)
+        self.logger = logger
+        if len(self.connections) > MAX_CONNECTIONS:
+            self.app = _full
         self._wait()
 
     def data_received(self, data: bytes) -> None:
         """Some bytes came, the end of a head perhaps."""
+        if self._refused:
+            return
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
             self._stop_waiting()
         elif self._patience is None:
             self._wait()
 
+    def handle_events(self) -> None:
+        """Read what came, unless a line of its head ends in a line feed alone.
+
+        h11 takes that for the end of a line, and not all proxies do.
+        """
+        if self.conn.their_state is h11.IDLE:
+            begun = self.conn.trailing_data[0]
+            end = _BLANK_LINE.search(begun)
+            head = begun if end is None else begun[: end.end()]
+            if head.count(b"\n") != head.count(b"\r\n"):
+                self.send_400_response(_BROKEN)
+                return
+        super().handle_events()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no request, as every other refusal looks; called by uvicorn too."""
+        self._refused = True
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # what waits for its body is told that none comes
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            answer = response_of(
+                Refused(400, "broken_request", _BROKEN, {**HEADERS, "Connection": "close"})
+            )
+            for event in (
+                h11.Response(status_code=400, headers=answer.raw_headers, reason=b"Bad Request"),
+                h11.Data(data=bytes(answer.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event))
+        # Closed at once, with bytes unread, the client might lose the answer.
+        self.transport.write_eof()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def pause_writing(self) -> None:
+        """The client does not keep up with its answer."""
+        super().pause_writing()
+        self._expect_reading()
+
+    def resume_writing(self) -> None:
+        """It has taken all of it."""
+        super().resume_writing()
+        self._stop_expecting()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone."""
         self._stop_waiting()
+        self._stop_expecting()
         super().connection_lost(exc)
+
+    def _should_upgrade(self) -> bool:
+        return False  # What a client offers to speak besides may be passed over.
 
     def _wait(self) -> None:
         self._patience = self.loop.call_later(HEADER_SECONDS, self.transport.close)
@@ -181,3 +260,19 @@ class _Protocol(H11Protocol):
         if self._patience is not None:
             self._patience.cancel()
         self._patience = None
+
+    def _expect_reading(self) -> None:
+        self._unread = self.transport.get_write_buffer_size()
+        self._reading = self.loop.call_later(READ_SECONDS, self._check_reading)
+
+    def _check_reading(self) -> None:
+        if self._unread - self.transport.get_write_buffer_size() >= READ_BYTES:
+            self._expect_reading()
+            return
+        logger.warning("a client did not read its answer for %g s: closed", READ_SECONDS)
+        self.transport.abort()
+
+    def _stop_expecting(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+        self._reading = None

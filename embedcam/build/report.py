@@ -1,4 +1,4 @@
-"""What a job tells the user: a progress bar while it runs, a report when it is done."""
+"""What a job tells the user: how far it is while it runs, a report when it is done."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from ..progress import progress_of
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,20 @@ class BuildReport:
 
 
 class Stages:
-    """Times named stages, and shows a bar for those that go through the images.
+    """Times named stages, and shows how far they are.
 
     Args:
-        progress: True shows bars, False none, None only on a terminal.
+        progress: see `progress_of`.
     """
 
     def __init__(self, progress: bool | None) -> None:
-        self._silent = None if progress is None else not progress
+        self._progress = progress
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str, n_images: int = 0) -> Iterator[Callable[[int], Any]]:
         """Yields what is to be told how many images were dealt with."""
         start = time.perf_counter()
-        silent = self._silent if n_images else True
-        with tqdm(total=n_images, desc=stage, unit=" images", disable=silent) as bar:
-            yield bar.update
+        with progress_of(stage, n_images, shown=self._progress) as advance:
+            yield advance
         self.seconds[stage] = time.perf_counter() - start

@@ -1,11 +1,11 @@
 """The command that measures how good an index's maps are."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..printing import show, show_json
 from .networks import named, network_of_index, network_options
 from .online import check_folder
 from .report import columns, naming_skip, note
@@ -50,9 +50,9 @@ def evaluate(options: argparse.Namespace) -> None:
             note(options, f"{what}: {file}")
     summary = found.summary
     if options.json:
-        print(json.dumps(found.to_dict(), indent=2))
+        show_json(found.to_dict(), indent=2)
     else:
-        print("\n".join(_lines(summary, intro(summary), tables(summary))))
+        show(*_lines(summary, intro(summary), tables(summary)))
 
 
 def _settings(options: argparse.Namespace, kind: Any) -> Any:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RecipeError
+from ..printing import show_json
 from .networks import named, network_of_index, network_options, refuse_unknown
 from .report import counted, emit, fidelity_lines, listing_ids, naming_skip, note, size_text
-from .resuming import told_of
 
 _RECIPE = (
     "method", "target", "norm", "sampling", "hinge", "margin", "seed", "layers", "fill",
@@ -22,11 +22,10 @@ def build(options: argparse.Namespace) -> None:
     """Build an index from images, or from features."""
     recipe, images, network = _recipe(options)
     kept = options.refit and not options.recipe and (Path(options.index) / "manifest.json").exists()
-    with told_of(options):
-        if options.embeddings or options.pooled:
-            report = _build_features(options, recipe, network)
-        else:
-            report = _build_images(options, recipe, images, network)
+    if options.embeddings or options.pooled:
+        report = _build_features(options, recipe, network)
+    else:
+        report = _build_images(options, recipe, images, network)
     _report(options, report, "built")
     if kept:
         note(
@@ -51,7 +50,7 @@ def add(options: argparse.Namespace) -> None:
             if not len(source):
                 none = BuildReport(Path(options.index), 0, [])
                 return _report(options, none, "added to")
-    with told_of(options), naming_skip(options):
+    with naming_skip(options):
         report = add_images(
             source,
             named(network),
@@ -143,19 +142,17 @@ def compress(options: argparse.Namespace) -> None:
         f"{size_text(about['from_bytes'])} before, {size_text(report.bytes)} now",
         *(f"  {line}" for line in fidelity_lines(about)),
     ]
-    emit(options, {**asdict(report), "path": str(report.path)}, "\n".join(lines))
+    emit(options, {**asdict(report), "path": str(report.path)}, *lines)
 
 
 def demo(options: argparse.Namespace) -> None:
     """The main job, end to end, on handwritten digits."""
-    import json
-
     from ..demo import run_demo
 
     shown = not (options.quiet or options.json)
     summary = run_demo(options.folder, seed=options.seed, progress=shown)
     if options.json:
-        print(json.dumps(summary, indent=2))
+        show_json(summary, indent=2)
 
 
 def _build_images(

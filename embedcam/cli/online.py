@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ImageError, InputError
+from ..printing import show, show_json
 from ..writing import write_whole
 from .direct import check_method, options_of, redrawn, trust_of
 from .networks import check_onnx, network_given
@@ -75,11 +75,11 @@ def explain(options: argparse.Namespace) -> None:
                 small = small_size(explanation.cam.shape)
                 records.append({"query": query, **saved, **explanation.to_dict(small)})
             else:
-                print("\n".join(_lines(query, picture, explanation)))
+                show(*_lines(query, picture, explanation))
     if options.html:
         _write_page(options, rows)
     if options.json:
-        print(json.dumps(records))
+        show_json(records)
     _say_pictures(options, len(shown), len(lost), explanation.root)
 
 

@@ -1,11 +1,11 @@
 """The command that explains a pair."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from ..errors import ImageError, InputError
+from ..printing import show, show_json
 from .networks import check_onnx, network_given
 from .online import check_images, plan_pictures
 from .report import columns, listing_ids, note
@@ -48,9 +48,9 @@ def compare(options: argparse.Namespace) -> None:
             made.save(picture, lines=options.lines)
     if options.json:
         saved = {} if picture is None else {"picture": str(picture)}
-        print(json.dumps({"query": options.query, **saved, "pair": made.to_dict(options.lines)}))
+        show_json({"query": options.query, **saved, "pair": made.to_dict(options.lines)})
         return
-    print("\n".join(_lines(options, made)))
+    show(*_lines(options, made))
     if picture is not None:
         note(options, f"picture: {picture}")
 

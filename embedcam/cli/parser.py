@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from .. import __version__
+from ..printing import cut, say
 from . import examples
 from .options import index_options
 from .options_offline import (
@@ -53,7 +54,8 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+        say(f"{self.prog}: {cut(message, 1500)}; see `{self.prog} --help`")
+        self.exit(2)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         if action.nargs == argparse.PARSER and arg_strings:

@@ -1,30 +1,32 @@
 """How things are printed; and the commands that only tell: info and verify."""
 
 import argparse
-import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ..errors import ImageError, InputError
+from ..printing import as_json, say, sentence, show, show_json
 from ..registry import METHODS
 
 METRICS = {"l2": "squared L2", "ip": "inner product"}
-_LABEL = 12
+_LABEL, _CELL = 12, 400
 _PIECE = 1 << 16
 
 
-def emit(options: argparse.Namespace, values: Mapping[str, Any], text: str) -> None:
-    """Print JSON where asked for, else the text."""
-    print(json.dumps(values, indent=2) if options.json else text)
+def emit(options: argparse.Namespace, values: Mapping[str, Any], *lines: str) -> None:
+    """Print JSON where asked for, else the lines."""
+    if options.json:
+        show_json(values, indent=2)
+    else:
+        show(*lines)
 
 
 def note(options: argparse.Namespace, text: str) -> None:
     """Something worth knowing, on the error stream, so that output stays clean."""
     if not options.quiet:
-        print(text, file=sys.stderr)
+        say(text)
 
 
 def counted(number: int, what: str) -> str:
@@ -57,7 +59,11 @@ def listing_ids(index: str) -> Iterator[None]:
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Rows of cells as lines with columns of one width; `right` are set flush right."""
+    """Rows of cells as lines with columns of one width; `right` are set flush right.
+
+    Cells are made printable here, for what is escaped takes more room; a long one is cut.
+    """
+    rows = [[sentence(cell, _CELL) for cell in row] for row in rows]
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return [
         "  ".join(
@@ -87,21 +93,19 @@ def info(options: argparse.Namespace) -> None:
                     "metric", "layers", "fit", "faiss", "libraries", "compressed")
     }  # fmt: skip
     summary |= {**evidence, "bytes": bytes_all, "bytes_an_image": bytes_image}
-    emit(options, summary, f"{options.index}\n" + _text(manifest, evidence, bytes_all, bytes_image))
+    emit(options, summary, options.index, *_lines(manifest, evidence, bytes_all, bytes_image))
 
 
 def _list_ids(options: argparse.Namespace, index: Any) -> None:
     """The ids of all live images, one a line, or one JSON list; a piece at a time."""
-    live, begun = index.live_positions(), False
-    for start in range(0, len(live), _PIECE):
-        for name in index.ids[live[start : start + _PIECE]]:
-            if options.json:
-                print(("," if begun else "[") + "\n  " + json.dumps(name), end="")
-            else:
-                print(name)
-            begun = True
+    live = index.live_positions()
     if options.json:
-        print("\n]" if begun else "[]")
+        show("[" if len(live) else "[]")
+    for start in range(0, len(live), _PIECE):
+        for place, name in enumerate(index.ids[live[start : start + _PIECE]], start + 1):
+            show(f"  {as_json(name)}{',' if place < len(live) else ''}" if options.json else name)
+    if options.json and len(live):
+        show("]")
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -141,9 +145,9 @@ def _bytes(manifest: Mapping[str, Any]) -> tuple[int, float]:
     return named_bytes(manifest), round(own / max(manifest["counts"]["rows"], 1), 1)
 
 
-def _text(
+def _lines(
     manifest: Mapping[str, Any], evidence: Mapping[str, int], bytes_all: int, bytes_image: float
-) -> str:
+) -> list[str]:
     layer, network = manifest["layers"][0], manifest["network"] or {}
     normalized = "L2-normalised" if manifest["embedding"]["normalized"] else "not normalised"
     coarse = layer["coarse_grid"]
@@ -172,10 +176,10 @@ def _text(
         ("recipe", manifest["recipe_sha256"][:16]),
         ("made with", f"{made}; generation {manifest['generation']}"),
     ]  # fmt: skip
-    lines = [f"  {name:<{_LABEL}}{value}" for name, value in shown if value]
+    lines = [f"  {name:<{_LABEL}}{sentence(value)}" for name, value in shown if value]
     if manifest["counts"]["added_after_fit"]:
         lines += ["", "  `embedcam build --refit` fits again on all images."]
-    return "\n".join(lines)
+    return lines
 
 
 def _trust_line(trust: Mapping[str, Any] | None, added: int) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import ImageError, InputError
 from ..images import ImageSource, Item, find_images
+from ..printing import show
 from .report import note
 
 _INSTEAD = "--report writes index.html and explanations.jsonl into its folder; leave out {}"
@@ -74,11 +75,11 @@ def write(
         if number:
             note(options, f"note: {_queries_of(number)} {what}")
     if found.n_new == 0:
-        print(f"{found.path}: complete already")
+        show(f"{found.path}: complete already")
         return
     before = found.n_queries - found.n_new
     resumed = f", {before:,} of them before" if before else ""
-    print(f"{found.path}: {_queries_of(found.n_queries)}{resumed}")
+    show(f"{found.path}: {_queries_of(found.n_queries)}{resumed}")
 
 
 def _queries_of(number: int) -> str:

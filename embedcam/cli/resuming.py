@@ -27,20 +27,23 @@ def _chunks(index: Path) -> bool:
 
 @contextmanager
 def told_of(options: argparse.Namespace) -> Iterator[None]:
-    """Say on the error stream how much of a job an earlier run has done."""
-    heard, log = _Notes(options), logging.getLogger("embedcam.passes")
-    level = log.level
-    log.addHandler(heard)
-    log.setLevel(logging.INFO)
+    """Say on the error stream how far a job is, and how much of it an earlier run has done."""
+    heard = _Notes(options)
+    logs = [logging.getLogger(f"embedcam.{name}") for name in ("passes", "progress")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.addHandler(heard)
+        log.setLevel(logging.INFO)
     try:
         yield
     finally:
-        log.setLevel(level)
-        log.removeHandler(heard)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+            log.removeHandler(heard)
 
 
 class _Notes(logging.Handler):
-    """Records of the passes as notes."""
+    """Records of a job as notes."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(logging.INFO)

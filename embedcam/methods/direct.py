@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ..cam import cam, resize
 from ..errors import InputError
 from ..images import read_image
 from ..network import EmbeddingNetwork
 from ..preprocess import Extent
+from ..progress import progress_of
 from ..queries import check_sides
 from ..registry import Method, WeightMethod, find_method
 from ..render import overlay
@@ -163,13 +163,12 @@ def cam_for(
     batch, single = _inputs(network, images)
     wanted.check(len(batch), None)
     made = []
-    silent = None if progress is None else not progress
-    with tqdm(desc=entry.title, unit=" passes", disable=silent) as bar:
+    with progress_of(entry.title, None, "passes", shown=progress) as advance:
         for start in range(0, len(batch), batch_size):
             part = slice(start, start + batch_size)
             with Subject(
                 network, batch[part], wanted.at(part), norm=norm, batch_size=batch_size,
-                seed=seed, fill=fill, tick=bar.update,
+                seed=seed, fill=fill, tick=advance,
             ) as subject:  # fmt: skip
                 made.append(_drawn(entry, subject, found_for(subject, entry, **options), size))
     return _joined(made, single)

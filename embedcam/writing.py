@@ -2,9 +2,24 @@
 
 import errno
 import os
+import stat
 from pathlib import Path
 
 from .errors import InputError
+
+
+def refuse_device(path: str | Path) -> None:
+    """Refuse to read what may never end, such as /dev/zero.
+
+    Raises:
+        InputError: a device.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return  # whoever opens it says why it cannot be
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise InputError(f"{path}: is a device; give a file")
 
 
 def write_whole(path: str | Path, text: str) -> Path:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RecipeError
-from ..printing import show_json
-from .networks import named, network_of_index, network_options, refuse_unknown
+from ..printing import short, show_json
+from ..writing import refuse_device
+from .networks import named, network_of_index, network_options, refuse_nul, refuse_unknown
 from .report import counted, emit, fidelity_lines, listing_ids, naming_skip, note, size_text
 
 _RECIPE = (
@@ -253,17 +254,19 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str,
     if options.triplets is not None:
         if options.triplets.endswith(".npy"):
             changes["sampling"] = "given"
-        elif options.triplets.isdigit():
-            changes["triplets"] = int(options.triplets)
         else:
-            raise RecipeError(
-                f"--triplets {options.triplets}: give a number, or a .npy file of shape [N S 2]; "
-                "for every triplet there is use --sampling all"
-            )
+            try:
+                changes["triplets"] = int(options.triplets)
+            except ValueError:
+                raise RecipeError(
+                    f"--triplets {options.triplets}: give a number, or a .npy file of shape "
+                    "[N S 2]; for every triplet there is use --sampling all"
+                ) from None
     refuse_unknown("[images]", images, dict.fromkeys(("path", "labels", "on_unreadable")))
     for name, value in images.items():
         if not isinstance(value, str):
-            raise RecipeError(f"[images] {name} = {value!r} should be of type str")
+            raise RecipeError(f"[images] {name} = {short(value)} should be of type str")
+        refuse_nul(f"[images] {name}", value)
     if options.option:
         changes["options"] = dict(options.option)
     if "encoding" not in changes and {"m", "by"} & changes.keys():
@@ -298,6 +301,7 @@ def _ids(path: str | None) -> tuple[list[str] | None, list[str | None] | None]:
     """Ids and labels from a CSV with the columns id[,label]."""
     if path is None:
         return None, None
+    refuse_device(path)
     try:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -310,6 +314,7 @@ def _ids(path: str | None) -> tuple[list[str] | None, list[str | None] | None]:
 
 
 def _lines(path: str) -> list[str]:
+    refuse_device(path)
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -57,12 +57,20 @@ class _Parser(argparse.ArgumentParser):
         say(f"{self.prog}: {cut(message, 1500)}; see `{self.prog} --help`")
         self.exit(2)
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but refuses what no argument of a process can hold."""
+        if args is not None and any("\0" in one for one in args):
+            self.error("an argument holds a NUL, which no name can")
+        return super().parse_args(args, namespace)
+
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         if action.nargs == argparse.PARSER and arg_strings:
             known = list(action.choices or ())
             if arg_strings[0] not in known:
                 hint = _nearest(arg_strings[0], known) or f"known: {', '.join(known)}"
                 self.error(f"there is no command {arg_strings[0]!r}; {hint}")
+        if action.option_strings and arg_strings == ["--"]:  # argparse would make a list of it
+            self.error(f"argument {'/'.join(action.option_strings)}: expected a value, not '--'")
         return super()._get_values(action, arg_strings)
 
 

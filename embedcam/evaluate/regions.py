@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..images import EXTENSIONS, ImageSource, read_image
 from ..metrics import box_mask
 from ..preprocess import Extent
+from ..writing import refuse_device
 
 _GREY, _COLOURED, _COLOURS, _LOOKED = 32, 0.05, 32, 8
 """A mask's channels differ by no more, but for few pixels or of few colours."""
@@ -279,6 +280,7 @@ def _mask(file: Path) -> Image.Image:
 
 
 def _rows(file: Path) -> list[tuple[int, dict[str, str]]]:
+    refuse_device(file)
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, strict=True)

@@ -18,6 +18,7 @@ from PIL import Image
 
 from embedcam.errors import InputError
 from embedcam.images.reading import EXTENSIONS, MAX_PIXELS, read_image
+from embedcam.writing import refuse_device
 
 Labels = Literal["auto", "folders", "none"]
 
@@ -202,6 +203,7 @@ def _csv_items(path: Path, labels: Labels) -> Iterator[Item]:
 
 def _csv_rows(path: Path, wanted: list[str]) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number, row) of a CSV that has the wanted columns."""
+    refuse_device(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
             reader = csv.reader(stream, strict=True)

@@ -268,6 +268,18 @@ class Recipe:
                 del values[name]
         return values
 
+    def _repr_html_(self) -> str:
+        """A table of the choices for notebooks; "auto" with what it stands for here."""
+        from .render import Table, drawn_blocks
+
+        decided = {"target": self.resolved_target, "sampling": self.resolved_sampling}
+        rows = [
+            (name, f"auto: {decided[name]}" if value == "auto" else value)
+            for name, value in self.to_dict().items()
+            if value not in (None, ())
+        ]
+        return "\n".join(drawn_blocks([Table(("recipe", ""), rows)]))
+
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of the choices."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
@@ -368,8 +380,8 @@ def _pairs(options: Any) -> tuple[tuple[str, Any], ...]:
         fine = type(value) in plain and (type(value) is not float or math.isfinite(value))
         if not isinstance(name, str) or not name or not (fine or value is None):
             raise RecipeError(
-                f"options = {short(options)}; give a table of the method's options, each a number, a "
-                "text or a truth value, such as { samples = 50 }"
+                f"options = {short(options)}; give a table of the method's options, each a number, "
+                "a text or a truth value, such as { samples = 50 }"
             )
     return tuple(sorted(pairs.items()))
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..progress import progress_of
+from ..render import Table, drawn_blocks
+
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,19 @@ class BuildReport:
     n_single: int = 0
     n_without_triplets: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows: list[tuple[str, object]] = [
+            ("index", self.path),
+            ("images", f"{self.n_images:,}"),
+            ("alone in their class", f"{self.n_single:,}"),
+            ("without evidence", f"{self.n_without_triplets:,}"),
+            ("left out", f"{len(self.skipped):,}"),
+            *((f"left out: {name}", reason) for name, reason in self.skipped[:_SHOWN]),
+            *((stage, f"{seconds:.1f} s") for stage, seconds in self.seconds.items()),
+        ]
+        return "\n".join(drawn_blocks([Table(("build", ""), rows)]))
 
 
 class Stages:

@@ -5,6 +5,7 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +156,26 @@ def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:
 def _check_queries(queries: Sequence[str]) -> None:
     for query in queries:
         if Path(query).is_dir():
+            example = _pattern_in(Path(query))
+            if example is None:
+                raise ImageError(f"{query}: is a folder without a picture in it; name pictures")
             raise ImageError(
-                f"{query}: is a folder; name the pictures in it, as in {query}/*.jpg, or give "
+                f"{query}: is a folder; name the pictures in it, as in {example}, or give "
                 "--report FOLDER"
             )
         if not Path(query).exists():
             raise ImageError(f"{query}: does not exist")
+
+
+def _pattern_in(folder: Path) -> str | None:
+    """What a shell would find some of the folder's pictures by: queries/*.jpg, queries/*/*.png."""
+    from ..images import EXTENSIONS
+
+    for depth in ("*", "*/*"):
+        for file in sorted(islice(folder.glob(depth), 1000)):
+            if file.suffix.lower() in EXTENSIONS:
+                return str(folder / f"{depth}{file.suffix}")
+    return None
 
 
 def _ids(index: Any, given: Sequence[str]) -> Iterator[str]:
@@ -289,4 +304,4 @@ def _lines(query: str, picture: Path | None, explanation: Any) -> list[str]:
         label = explanation.speaks_for
         what = f"matched {explanation.explained[0]}" if label is None else f"speaks for {label}"
         head += f" (what {what})"
-    return [head, *(f"  {line}" for line in shown)]
+    return [head, *(f"  {line}" for line in filter(None, (*shown, explanation.trust_in_words)))]

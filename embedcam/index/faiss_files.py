@@ -324,7 +324,8 @@ def _as_input_error(factory: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         why = "it takes more memory than there is" if isinstance(error, MemoryError) else None
         raise InputError(
-            f"the FAISS factory {factory!r} cannot be used ({why or _brief(error)}); 'Flat' always can"
+            f"the FAISS factory {short(factory)} cannot be used ({why or _brief(error)}); 'Flat' "
+            "always can"
         ) from error
 
 

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..preprocess import Extent
 from ..progress import progress_of
 from ..queries import check_sides
 from ..registry import Method, WeightMethod, find_method
-from ..render import overlay
+from ..render import in_notebook, overlay
 from ..targets import Target
 from .custom import as_target
 from .options import whole_number
@@ -43,6 +43,8 @@ class MethodMap:
         layer_weights: for methods of several layers, each layer's weights by its name.
         method: its entry in `METHODS`.
         passes: forward and backward passes spent.
+        image: the upright picture it was made of, where that was one picture; else None.
+        extent: the rectangle of that picture that the map covers, as `plot` takes it.
     """
 
     cam: np.ndarray
@@ -51,6 +53,8 @@ class MethodMap:
     layer_weights: dict[str, np.ndarray] | None
     method: Method
     passes: Passes = field(default_factory=Passes)
+    image: Image.Image | None = None
+    extent: Extent | None = None
 
     def __repr__(self) -> str:
         """The method and the sizes; the arrays would fill the screen."""
@@ -65,7 +69,8 @@ class MethodMap:
         """The map over its picture, at the picture's size.
 
         Args:
-            picture: a path, bytes, a PIL image or `uint8 [H W 3]`; None draws on grey.
+            picture: a path, bytes, a PIL image or `uint8 [H W 3]`; None takes the one it was made
+                of, or grey.
             extent: (x0, y0, x1, y1) in pixels of the picture that the map covers, as
                 `network.preprocess.extent(width, height)` says; None for all of it.
 
@@ -77,11 +82,18 @@ class MethodMap:
                 f"the map is {list(self.cam.shape)}, and one [H W] is drawn; draw those of a batch "
                 "one by one with embedcam.render.overlay"
             )
-        if picture is None:
+        if picture is None and self.image is not None:
+            drawn, extent = self.image, self.extent
+        elif picture is None:
             drawn = Image.new("RGB", self.cam.shape[::-1], (128, 128, 128))
         else:
             drawn = read_image(picture)
         return overlay(drawn, self.cam, extent, signed=bool((self.cam < 0).any()))
+
+    def _repr_html_(self) -> str | None:
+        """The picture of `plot` in notebooks; for a batch or over positions the words alone."""
+        drawable = self.cam.ndim == self.grid_cam.ndim == 2
+        return in_notebook(self.plot(), self.method.title) if drawable else None
 
     def save(self, path: str | Path, picture: Any = None, extent: Extent | None = None) -> Path:
         """Write the picture of `plot`; the file's ending chooses the format.
@@ -160,7 +172,7 @@ def cam_for(
     if size is not None:
         positions = network.layout_options[0] == "bkl" and isinstance(size, int | np.integer)
         size = check_sides("size", (1, size) if positions else size)
-    batch, single = _inputs(network, images)
+    batch, single, picture = _inputs(network, images)
     wanted.check(len(batch), None)
     made = []
     with progress_of(entry.title, None, "passes", shown=progress) as advance:
@@ -171,7 +183,14 @@ def cam_for(
                 seed=seed, fill=fill, tick=advance,
             ) as subject:  # fmt: skip
                 made.append(_drawn(entry, subject, found_for(subject, entry, **options), size))
-    return _joined(made, single)
+    joined = _joined(made, single)
+    if picture is None or network.preprocess is None:
+        return joined
+    try:
+        extent = network.preprocess.extent(*picture.size)
+    except InputError:  # a map over the wrong part of a picture would be worse than one on grey
+        return joined
+    return replace(joined, image=picture, extent=extent)
 
 
 def weights_for(subject: Subject, method: WeightMethod, **options: Any) -> Tensor:
@@ -250,8 +269,8 @@ def check_options(entry: Method, function: Callable[..., Any], options: dict[str
             raise InputError(f"{entry.title} has no option {name!r}; {listed}")
 
 
-def _inputs(network: EmbeddingNetwork, images: Any) -> tuple[Tensor, bool]:
-    """The batch of inputs, and whether it was one alone."""
+def _inputs(network: EmbeddingNetwork, images: Any) -> tuple[Tensor, bool, Image.Image | None]:
+    """The batch of inputs, whether it was one alone, and that one where it was a picture."""
     over_positions = network.layout_options[0] == "bkl"
     kind = str(getattr(images, "dtype", ""))
     if isinstance(images, Tensor | np.ndarray) and ("float" in kind or over_positions):
@@ -266,7 +285,7 @@ def _inputs(network: EmbeddingNetwork, images: Any) -> tuple[Tensor, bool]:
                 f"the input is {list(batch.shape)}, floats with channels last; give the network's "
                 "input [C H W], or a picture as uint8 [H W 3]"
             )
-        return (batch[None] if single else batch).to(network.device), single
+        return (batch[None] if single else batch).to(network.device), single, None
     several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
     if network.preprocess is None:
         raise InputError(
@@ -276,10 +295,12 @@ def _inputs(network: EmbeddingNetwork, images: Any) -> tuple[Tensor, bool]:
     listed = list(images) if several else [images]
     if not listed:
         raise InputError("the list of pictures is empty; give at least one")
-    prepared = [np.asarray(network.preprocess(read_image(picture))) for picture in listed]
+    read = [read_image(picture) for picture in listed]
+    prepared = [np.asarray(network.preprocess(picture)) for picture in read]
     if len({one.shape for one in prepared}) > 1:
         raise InputError("the pictures of one batch must have one size after preprocessing")
-    return torch.from_numpy(np.stack(prepared)).to(network.device), not several
+    batch = torch.from_numpy(np.stack(prepared)).to(network.device)
+    return batch, not several, None if several else read[0]
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

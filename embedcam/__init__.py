@@ -3,8 +3,18 @@
 Names are loaded on first use, so that importing the package costs nothing.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import sys
+
+if getattr(sys, "argv", [""])[0] == "-m" and sys.orig_argv[-len(sys.argv)] == __name__:
+    try:  # `python -m embedcam`: Ctrl-C from here on
+        from .interrupts import INTERRUPTS
+
+        INTERRUPTS.take()
+    except KeyboardInterrupt:
+        sys.stderr.write("embedcam: interrupted\n")
+        raise SystemExit(130) from None
+
+TYPE_CHECKING = False  # type checkers take it for true; `typing` costs 15 ms
 
 __version__ = "0.1.0"
 
@@ -68,6 +78,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    import typing
+
     from .build import BuildReport, add_images, build_index
     from .errors import EmbedcamError
     from .evaluate import evaluate_index
@@ -94,9 +106,11 @@ if TYPE_CHECKING:
     )
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "typing.Any":
     if name not in _WHERE:
         raise AttributeError(f"module 'embedcam' has no attribute {name!r}")
+    from importlib import import_module
+
     return getattr(import_module(f".{_WHERE[name]}", __name__), name)
 
 

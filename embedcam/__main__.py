@@ -1,7 +1,18 @@
-"""`python -m embedcam` is the command line."""
+"""The command line as a process: `python -m embedcam`, and the script `embedcam`."""
 
-import sys
+from .interrupts import INTERRUPTS
 
-from .cli import main
+INTERRUPTS.take()
 
-sys.exit(main())
+
+def run() -> int:
+    """Run the command that the process was started with; its exit code."""
+    from .cli import main
+
+    return main()
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(run())

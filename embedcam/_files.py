@@ -84,6 +84,20 @@ def is_folder(path: Path) -> bool:
     return True
 
 
+def refuse_device(path: str | Path) -> None:
+    """Refuse to read what may never end, such as /dev/zero.
+
+    Raises:
+        InputError: a device.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return  # whoever opens it says why it cannot be
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        raise InputError(f"{path}: is a device; give a file")
+
+
 @contextmanager
 def _folder_below(root: Path, name: str, flags: int) -> Iterator[int]:
     """A descriptor of `root`, or of a folder below it that is reached without following a link."""

@@ -11,14 +11,20 @@ EmbedcamError
 └── IndexFormatError                 an index on disk that is broken, unfinished or too new
     └── IndexBusyError               another process is writing to the index
 
-A message says what was given, what was expected, and what to do next.
+A message says what was given, what was expected, and what to do next. It is one line of at most
+2,000 printable characters, whatever a file or a caller put into it.
 """
 
 from collections.abc import Sequence
 
+from .printing import sentence
+
 
 class EmbedcamError(Exception):
     """Base of every error embedcam raises on purpose."""
+
+    def __init__(self, *about: object) -> None:
+        super().__init__(*(sentence(one) if isinstance(one, str) else one for one in about))
 
 
 class InputError(EmbedcamError, ValueError):

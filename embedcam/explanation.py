@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -128,6 +125,15 @@ class Explanation:
         return None if self.trust is None else self.direct or self.trust >= self.trusted_from
 
     @property
+    def trust_in_words(self) -> str:
+        """ "trust 0.83", and whether that is enough; empty where the index holds no calibration."""
+        if self.trust is None:
+            return ""
+        if self.direct:
+            return f"trust {self.trust:.2f}: computed on the query"
+        return f"trust {self.trust:.2f}" + ("" if self.trusted else ": not trusted")
+
+    @property
     def empty(self) -> bool:
         """Whether the query's map is zero everywhere: nothing in it speaks for these results."""
         return not bool(self.cam.any())
@@ -142,10 +148,10 @@ class Explanation:
         return dict(zip(self.ids, self.labels, strict=True)).get(self.explained[0])
 
     def __repr__(self) -> str:
-        height, width = self.cam.shape
+        (height, width), trust = self.cam.shape, self.trust_in_words
         return (
             f"<Explanation: {height} x {width} map by {_some(self.explained)}; "
-            f"{len(self.ids)} neighbours: {_some(self.ids)}>"
+            f"{len(self.ids)} neighbours: {_some(self.ids)}{'; ' * bool(trust)}{trust}>"
         )
 
     def plot(self, *, scale: Scale = "joint", title: str | None = None) -> Image.Image:
@@ -288,7 +294,9 @@ class Explanation:
         }
 
     def _repr_html_(self) -> str:
-        return as_html(self.plot(), f"query and its nearest images: {', '.join(self.ids)}")
+        from .render import in_notebook
+
+        return in_notebook(self.plot(), f"query and its nearest images: {', '.join(self.ids)}")
 
     def _transfer_note(self) -> str:
         if self.empty:
@@ -301,9 +309,8 @@ class Explanation:
             return f"what here speaks for\n{self.speaks_for}"
         if len(self.explained) == 1:
             return f"what here matched\n{self._short_name(self.explained[0])}"
-        trust = "" if self.trust is None else f"\ntrust {self.trust:.2f}"
-        doubt = ": not trusted" if self.trusted is False else ""
-        return f"weights of {len(self.explained)} neighbours, {self.transfer}{trust}{doubt}"
+        words = f"weights of {len(self.explained)} neighbours, {self.transfer}"
+        return "\n".join(filter(None, (words, self.trust_in_words)))
 
     def _follows(self, path: str) -> bool:
         return may_follow(path, self.root, self.only_below)
@@ -376,15 +383,6 @@ def save_picture(draw: Callable[[], Image.Image], path: str | Path) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: the picture cannot be written ({reason})") from error
     return path
-
-
-def as_html(picture: Image.Image, alt: str) -> str:
-    """A picture as notebooks show it."""
-    held = io.BytesIO()
-    picture.save(held, "PNG")
-    data = base64.b64encode(held.getvalue()).decode()
-    words = html.escape(alt, quote=True)
-    return f'<img alt="{words}" style="max-width: 100%" src="data:image/png;base64,{data}">'
 
 
 def check_picture_name(path: Path) -> None:

@@ -10,8 +10,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ._files import refuse_device
 from .encoding import DTYPES
 from .errors import RecipeError
+from .printing import short
 from .registry import (
     FILLS,
     METHODS,
@@ -24,7 +26,7 @@ from .registry import (
 from .targets import NORMS, TARGETS
 from .triplets import SAMPLINGS
 
-N_TRIPLETS = 50
+N_TRIPLETS, MOST_TRIPLETS = 50, 100_000
 """S where none is asked for (Chen et al., WACV 2020)."""
 ENCODINGS = ("low-rank", "top-m", "dense")
 METRICS = ("l2", "ip")
@@ -86,7 +88,7 @@ class Recipe:
     metric: str = "l2"
 
     def __post_init__(self) -> None:
-        if type(self.margin) is int:
+        if type(self.margin) is int and self.margin < 1 << 64:
             object.__setattr__(self, "margin", float(self.margin))
         if isinstance(self.layers, list):
             object.__setattr__(self, "layers", tuple(self.layers))
@@ -98,7 +100,9 @@ class Recipe:
                     continue
                 kind = int
             if type(value) is not kind:
-                raise RecipeError(f"{entry.name} = {value!r} should be of type {kind.__name__}")
+                raise RecipeError(
+                    f"{entry.name} = {short(value)} should be of type {kind.__name__}"
+                )
         if bare_name(self.method) in METHODS:
             object.__setattr__(self, "method", bare_name(self.method))
         if self.method in METHODS and not METHODS[self.method].storable:
@@ -107,11 +111,18 @@ class Recipe:
             _one_of(name, getattr(self, name), known)
         for name, value in (("triplets", self.n_triplets), ("rank", self.rank), ("m", self.m)):
             if value < 1:
-                raise RecipeError(f"{name} = {value} is too small; give at least 1")
+                raise RecipeError(f"{name} = {short(value)} is too small; give at least 1")
+        if self.n_triplets > MOST_TRIPLETS:
+            raise RecipeError(
+                f"triplets = {short(self.triplets)} is more than {MOST_TRIPLETS:,} an image; give "
+                "fewer, or take the exact mean of all of them by sampling 'all'"
+            )
         if not 0 < self.margin < math.inf:
             raise RecipeError(f"margin = {self.margin} must be greater than 0; the usual is 0.2")
         if not 0 <= self.seed < 1 << 64:
-            raise RecipeError(f"seed = {self.seed} must be a whole number from 0 to 2**64 - 1")
+            raise RecipeError(
+                f"seed = {short(self.seed)} must be a whole number from 0 to 2**64 - 1"
+            )
         if not self.faiss:
             raise RecipeError("faiss is empty; give a factory string such as 'Flat', or 'none'")
         self._check_layers()
@@ -257,6 +268,18 @@ class Recipe:
                 del values[name]
         return values
 
+    def _repr_html_(self) -> str:
+        """A table of the choices for notebooks; "auto" with what it stands for here."""
+        from .render import Table, drawn_blocks
+
+        decided = {"target": self.resolved_target, "sampling": self.resolved_sampling}
+        rows = [
+            (name, f"auto: {decided[name]}" if value == "auto" else value)
+            for name, value in self.to_dict().items()
+            if value not in (None, ())
+        ]
+        return "\n".join(drawn_blocks([Table(("recipe", ""), rows)]))
+
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of the choices."""
         text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
@@ -292,21 +315,26 @@ def read_toml(path: str | Path) -> tuple[Recipe, dict[str, Any], dict[str, Any]]
         RecipeError: unreadable, not TOML, or with entries that mean nothing.
     """
     path = Path(path)
+    refuse_device(path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: the recipe cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise RecipeError(f"{path}: not a TOML file ({error})") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path}: tables or lists lie in one another too deep") from error
     version = tables.pop("recipe_version", 1)
     if version != 1:
-        raise RecipeError(f"{path}: recipe_version = {version!r}; this embedcam reads version 1")
+        raise RecipeError(
+            f"{path}: recipe_version = {short(version)}; this embedcam reads version 1"
+        )
     for table, entries in tables.items():
         if table not in ("images", "network", *_TABLES):
             known = ["images", "network", *_TABLES]
             raise RecipeError(f"{path}: unknown table [{table}]; {_hint(table, known)}")
         if not isinstance(entries, dict):
-            raise RecipeError(f"{path}: {table} = {entries!r} should be a table, [{table}]")
+            raise RecipeError(f"{path}: {table} = {short(entries)} should be a table, [{table}]")
     choices: dict[str, Any] = {}
     for table, names in _TABLES.items():
         for name, value in tables.get(table, {}).items():
@@ -352,8 +380,8 @@ def _pairs(options: Any) -> tuple[tuple[str, Any], ...]:
         fine = type(value) in plain and (type(value) is not float or math.isfinite(value))
         if not isinstance(name, str) or not name or not (fine or value is None):
             raise RecipeError(
-                f"options = {options!r}; give a table of the method's options, each a number, a "
-                "text or a truth value, such as { samples = 50 }"
+                f"options = {short(options)}; give a table of the method's options, each a number, "
+                "a text or a truth value, such as { samples = 50 }"
             )
     return tuple(sorted(pairs.items()))
 

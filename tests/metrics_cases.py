@@ -123,9 +123,9 @@ def compare_auc(o: ModuleType) -> None:
         near(metrics.pixel_auc(maps, inside), wanted)
 
 
-def compare_precision_curve(o: ModuleType) -> None:
+def compare_ap(o: ModuleType) -> None:
     for maps, inside, _ in signed_cases():
-        wanted = [o.precision_curve(*row) for row in zip(maps, inside, strict=True)]
+        wanted = [o.ap(*row) for row in zip(maps, inside, strict=True)]
         near(metrics.average_precision(maps, inside), wanted)
 
 

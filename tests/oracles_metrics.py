@@ -119,7 +119,7 @@ def auc(image: Array, mask: Array, other: Array) -> float:
     return won / pairs if pairs else 0.5
 
 
-def precision_curve(image: Array, mask: Array) -> float:
+def ap(image: Array, mask: Array) -> float:
     """Precision of all pixels >= each pixel's value, averaged over the region's pixels."""
     total = recalled = 0.0
     for i in range(image.size):

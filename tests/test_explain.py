@@ -837,7 +837,7 @@ def test_the_notebook_form_is_escaped_and_self_contained(cropped: Explainer) -> 
     why = replace(cropped.explain(picture(0, 0)), ids=['<b>"&.png', "b"])
     html = why._repr_html_()
     assert html.startswith('<img alt="query and its nearest images: &lt;b&gt;&quot;&amp;.png, b"')
-    assert 'src="data:image/png;base64,' in html
+    assert 'src="data:image/jpeg;base64,' in html
     assert html.count("<") == 1
     assert "http" not in html
     assert repr(why).startswith("<Explanation: 32 x 32 map by ")

@@ -8,7 +8,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "embedcam"
 
 FLOORS = {
-    0: ["errors"],
+    -1: ["printing"],
+    0: ["errors", "interrupts"],
     1: [
         "_files",
         "calibration",
@@ -21,6 +22,7 @@ FLOORS = {
         "metrics",
         "preprocess",
         "probe",
+        "progress",
         "queries",
         "render",
         "transfer",

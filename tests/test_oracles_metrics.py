@@ -33,8 +33,8 @@ BREAKS = [
     ("auc", "won += weight / 2", "won += weight", cases.compare_auc),
     ("auc", "else 0.5", "else 0.0", cases.compare_auc),
     ("auc", "* float(other.flat[j])", "", cases.compare_auc),
-    ("precision_curve", "inside += float(mask.flat[j])", "inside += 1", cases.compare_precision_curve),
-    ("precision_curve", "/ reached", "/ image.size", cases.compare_precision_curve),
+    ("ap", "inside += float(mask.flat[j])", "inside += 1", cases.compare_ap),
+    ("ap", "/ reached", "/ image.size", cases.compare_ap),
     ("hottest", "min(1.0, left / len(same))", "1.0", cases.compare_hottest),
     ("hottest", "reverse=True", "reverse=False", cases.compare_hottest),
     ("equal_areas", "total / area if area", "total if area", cases.compare_equal_areas),
@@ -141,7 +141,7 @@ def test_hand_calculations() -> None:
     assert oracles.auc(image, whole, 1 - whole) == 1.0
     assert oracles.auc(-image, whole, 1 - whole) == 0.0
     assert oracles.auc(image, 1 - mask, mask) == pytest.approx((3 * 0 + 0.5 * 0.25) / (4.5 * 1.5))
-    assert oracles.precision_curve(image, np.eye(2, 3)) == pytest.approx((2 / 6 + 2 / 6) / 2)
+    assert oracles.ap(image, np.eye(2, 3)) == pytest.approx((2 / 6 + 2 / 6) / 2)
     assert oracles.hottest(image, whole, 3.0) == 2 / 3
     assert oracles.equal_areas(image, whole, 1 - whole) == 3 / (3 + 1 / 4)
     assert oracles.order(image) == [2, 5, 1, 0, 3, 4]

@@ -76,7 +76,11 @@ def test_unknown_names_are_attribute_errors() -> None:
 
 def test_what_type_checkers_see_is_what_is_there() -> None:
     tree = ast.parse(Path(embedcam.__file__).read_text(encoding="utf-8"))
-    (guarded,) = (node for node in tree.body if isinstance(node, ast.If))
+    (guarded,) = (
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
     seen = {
         alias.name: node.module
         for node in guarded.body

@@ -1,4 +1,4 @@
-"""What a job tells the user: a progress bar while it runs, a report when it is done."""
+"""What a job tells the user: how far it is while it runs, a report when it is done."""
 
 import time
 from collections import Counter
@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..images import LeftOut
-from ..images.sources import cut
+from ..printing import cut
+from ..progress import progress_of
+from ..render import Table, drawn_blocks
 from .changes import Changes
+
+_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -72,23 +74,35 @@ def label_counts(labels: Iterable[str | None]) -> tuple[dict[str, int], int]:
     n_unlabelled = counts.pop(None, 0)
     return {name: counts[name] for name in sorted(filter(None, counts))}, n_unlabelled
 
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows: list[tuple[str, object]] = [
+            ("index", self.path),
+            ("images", f"{self.n_images:,}"),
+            ("alone in their class", f"{self.n_single:,}"),
+            ("without evidence", f"{self.n_without_triplets:,}"),
+            ("left out", f"{len(self.skipped):,}"),
+            *((f"left out: {name}", reason) for name, reason in self.skipped[:_SHOWN]),
+            *((stage, f"{seconds:.1f} s") for stage, seconds in self.seconds.items()),
+        ]
+        return "\n".join(drawn_blocks([Table(("build", ""), rows)]))
+
 
 class Stages:
-    """Times named stages, and shows a bar for those that go through the images.
+    """Times named stages, and shows how far they are.
 
     Args:
-        progress: True shows bars, False none, None only on a terminal.
+        progress: see `progress_of`.
     """
 
     def __init__(self, progress: bool | None) -> None:
-        self._silent = None if progress is None else not progress
+        self._progress = progress
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str, n_images: int = 0) -> Iterator[Callable[[int], Any]]:
         """Yields what is to be told how many images were dealt with."""
         start = time.perf_counter()
-        silent = self._silent if n_images else True
-        with tqdm(total=n_images, desc=stage, unit=" images", disable=silent) as bar:
-            yield bar.update
+        with progress_of(stage, n_images, shown=self._progress) as advance:
+            yield advance
         self.seconds[stage] = time.perf_counter() - start

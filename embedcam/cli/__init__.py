@@ -20,10 +20,12 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import EmbedcamError, ImageError, IndexFormatError, NetworkError
+from ..interrupts import INTERRUPTED, INTERRUPTS
+from ..printing import reason, say, show
 
 EXIT_CODES: dict[type[Exception], int] = {
     ImageError: 3,
@@ -46,7 +48,7 @@ _OPTIONS = (
     (re.compile(r"\bexclude="), "--exclude"),
 )
 """Arguments that messages name to callers from Python, and what the command line has for them."""
-INTERRUPTED, UNEXPECTED = 130, 70
+UNEXPECTED = 70
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done; 2 wrong arguments or choices; 3 an image; 4 the network; 5 the index; 6 a file or
         folder that cannot be read or written; 70 a fault of embedcam's own; 130 interrupted.
     """
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:  # before the command began, or while its error was being printed
+        say("embedcam: interrupted")
+        return INTERRUPTED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     from .parser import COMMANDS, parser
 
     try:
@@ -63,26 +73,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has said what is wrong, or has printed the help
         return int(stop.code or 0)
     if options.command is None:
-        print(
-            f"embedcam: name a command: {', '.join(COMMANDS)}; see `embedcam --help`",
-            file=sys.stderr,
-        )
+        say(f"embedcam: name a command: {', '.join(COMMANDS)}; see `embedcam --help`")
         return EXIT_CODES[EmbedcamError]
     with warnings.catch_warnings():
         warnings.filterwarnings("always", module=r"embedcam\.")
-        warnings.showwarning = _one_line(warnings.showwarning)
+        warnings.showwarning = _show_warning
         try:
-            options.run(options)
-            sys.stdout.flush()  # a reader that has gone away is met here, not at exit
-        except KeyboardInterrupt:
-            from .resuming import kept
+            with INTERRUPTS:
+                from .resuming import told_of
 
-            hint = "; run the same command again to go on" if kept(options) else ""
-            print(f"embedcam: interrupted{hint}", file=sys.stderr)
-            return INTERRUPTED
+                with told_of(options):
+                    options.run(options)
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # a reader that has gone away is met here, not at exit
+                if INTERRUPTS.met:
+                    raise KeyboardInterrupt  # a library has swallowed it
+        except KeyboardInterrupt:
+            return _interrupted(options)
         except BrokenPipeError:
             _let_go_of_output()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if INTERRUPTS.met:  # a library has made its own error of it
+                return _interrupted(options)
             if options.debug:
                 raise
             return _say(error)
@@ -97,7 +109,15 @@ def for_command_line(text: str) -> str:
     return text
 
 
-def _say(error: Exception) -> int:
+def _interrupted(options: Any) -> int:
+    from .resuming import kept
+
+    hint = "; run the same command again to go on" if kept(options) else ""
+    say(f"embedcam: interrupted{hint}")
+    return INTERRUPTED
+
+
+def _say(error: BaseException) -> int:
     """One sentence on the error stream; the whole traceback only with --debug."""
     code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), UNEXPECTED)
     text = for_command_line(" ".join(str(error).split())) or type(error).__name__
@@ -112,22 +132,26 @@ def _say(error: Exception) -> int:
         code = EXIT_CODES[OSError]
     if isinstance(error, OSError) and error.strerror:
         text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    elif isinstance(error, SystemExit):  # the only code that is not embedcam's own
+        code = EXIT_CODES[NetworkError]
+        text = (
+            f"the network's own code ended the program ({reason(error)}); it should raise an error"
+        )
     elif code == UNEXPECTED:
         text = f"unexpected {type(error).__name__}: {text}; run again with --debug and report it"
-    print(f"embedcam: {text}", file=sys.stderr)
+    say(f"embedcam: {text}")
     return code
 
 
-def _one_line(otherwise: Callable[..., None]) -> Callable[..., None]:
+def _show_warning(
+    message: Warning | str, category: type[Warning], *where: Any, **more: Any
+) -> None:
     """Show embedcam's own warnings as sentences, others as ever."""
-
-    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-        if category.__module__.startswith("embedcam."):
-            print(f"embedcam: warning: {message}", file=sys.stderr)
-        else:
-            otherwise(message, category, *where, **more)
-
-    return show
+    if category.__module__.startswith("embedcam."):
+        say(f"embedcam: warning: {message}")
+    else:
+        text = warnings.formatwarning(message, category, *where[:2])
+        show(*text.splitlines(), file=sys.stderr)
 
 
 def _let_go_of_output() -> None:

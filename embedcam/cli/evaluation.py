@@ -1,16 +1,14 @@
 """The command that measures how good an index's maps are."""
 
 import argparse
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..printing import show, show_json
 from .networks import named, network_of_index, network_options
 from .online import check_folder
 from .report import columns, found_images, naming_skip, note
-from .resuming import told_of
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -28,7 +26,7 @@ def evaluate(options: argparse.Namespace) -> None:
     _check_regions(options, source)
     with Index.open(options.index) as index:
         network = named(network_of_index(index.manifest, network_options(options)))
-        with naming_skip(options), told_of(options, "embedcam", logging.WARNING):
+        with naming_skip(options):
             found = evaluate_index(
                 index,
                 source,
@@ -51,9 +49,9 @@ def evaluate(options: argparse.Namespace) -> None:
             note(options, f"{what}: {file}")
     summary = found.summary
     if options.json:
-        print(json.dumps(found.to_dict(), indent=2))
+        show_json(found.to_dict(), indent=2)
     else:
-        print("\n".join(_lines(summary, intro(summary), tables(summary))))
+        show(*_lines(summary, intro(summary), tables(summary)))
 
 
 def _settings(options: argparse.Namespace, kind: Any) -> Any:

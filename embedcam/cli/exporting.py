@@ -18,7 +18,8 @@ def export(options: argparse.Namespace) -> None:
     check_target(options.output)
     with Index.open(options.index, with_faiss=False) as index:
         network = named(network_of_index(index.manifest, network_options(options)))
-        report = export_onnx(index, network, options.output)
+        shown = False if options.quiet else None
+        report = export_onnx(index, network, options.output, progress=shown)
     values: dict[str, Any] = {**asdict(report), "path": str(report.path)}
     layers = ", ".join(report.layers)
     emit(

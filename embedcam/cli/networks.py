@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EmbedcamError, InputError, NetworkError
+from ..printing import reason, short
 
 _KNOWN: dict[str, tuple[type, ...]] = {
     "network": (str,),
@@ -128,7 +129,7 @@ def named(settings: Mapping[str, Any]) -> Any:
         loaded = load_network(name, **arguments)
     except EmbedcamError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if not own:
             raise
         said = " ".join(str(error).split())
@@ -145,13 +146,21 @@ def refuse_unknown(where: str, given: Mapping[str, Any], known: Mapping[str, Any
             raise InputError(f"{where} has no entry {name!r}; {hint}")
 
 
+def refuse_nul(where: str, text: str) -> None:
+    """Refuse the one letter that no name of a file or a network can hold."""
+    if "\0" in text:
+        raise InputError(f"{where} = {short(text)} holds a NUL, which no name can")
+
+
 def _check(arguments: Mapping[str, Any]) -> None:
     refuse_unknown("[network]", arguments, _KNOWN)
     for name, value in arguments.items():
         kinds = _KNOWN[name]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             expected = " or ".join(kind.__name__ for kind in kinds if kind is not tuple)
-            raise InputError(f"[network] {name} = {value!r} should be of type {expected}")
+            raise InputError(f"[network] {name} = {short(value)} should be of type {expected}")
+        if isinstance(value, str):
+            refuse_nul(f"[network] {name}", value)
     if arguments.get("autocast", "off") not in ("bf16", "fp16", "off"):
         raise InputError(f"autocast = {arguments['autocast']!r} is unknown; use bf16, fp16 or off")
 
@@ -165,5 +174,6 @@ def _check_device(device: str | None) -> None:
         torch.empty(1, device=device)
     # What is missing decides what torch raises: RuntimeError, AssertionError, and others.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"--device {device} cannot be used here ({reason}); try cpu") from error
+        raise InputError(
+            f"--device {device} cannot be used here ({reason(error)}); try cpu"
+        ) from error

@@ -6,8 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from .._files import refuse_device
 from ..errors import InputError, RecipeError
-from .networks import named, network_of_index, network_options, refuse_unknown
+from ..printing import short, show_json
+from .networks import named, network_of_index, network_options, refuse_nul, refuse_unknown
 from .report import (
     counted,
     emit,
@@ -19,7 +21,6 @@ from .report import (
     size_text,
     some_of,
 )
-from .resuming import told_of
 
 _RECIPE = (
     "method", "target", "norm", "sampling", "hinge", "margin", "seed", "layers", "fill",
@@ -39,11 +40,10 @@ def build(options: argparse.Namespace) -> None:
     """Build an index from images, or from features."""
     recipe, images, network = _recipe(options)
     kept = options.refit and not options.recipe and (Path(options.index) / "manifest.json").exists()
-    with told_of(options):
-        if options.embeddings or options.pooled:
-            report = _build_features(options, recipe, network)
-        else:
-            report = _build_images(options, recipe, images, network)
+    if options.embeddings or options.pooled:
+        report = _build_features(options, recipe, network)
+    else:
+        report = _build_images(options, recipe, images, network)
     _report(options, report, "built")
     if kept:
         note(
@@ -71,7 +71,7 @@ def add(options: argparse.Namespace) -> None:
             if not len(source):
                 none = BuildReport(Path(options.index), 0, [], left_out=source.left_out)
                 return _report(options, none, "added to")
-    with told_of(options), naming_skip(options):
+    with naming_skip(options):
         report = add_images(
             source,
             named(network),
@@ -160,19 +160,17 @@ def compress(options: argparse.Namespace) -> None:
         f"{size_text(about['from_bytes'])} before, {size_text(report.bytes)} now",
         *(f"  {line}" for line in fidelity_lines(about)),
     ]
-    emit(options, {**asdict(report), "path": str(report.path)}, "\n".join(lines))
+    emit(options, {**asdict(report), "path": str(report.path)}, *lines)
 
 
 def demo(options: argparse.Namespace) -> None:
     """The main job, end to end, on handwritten digits."""
-    import json
-
     from ..demo import run_demo
 
     shown = not (options.quiet or options.json)
     summary = run_demo(options.folder, seed=options.seed, progress=shown)
     if options.json:
-        print(json.dumps(summary, indent=2))
+        show_json(summary, indent=2)
 
 
 def _build_images(
@@ -278,18 +276,21 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str,
     if options.triplets is not None:
         if options.triplets.endswith(".npy"):
             changes["sampling"] = "given"
-        elif options.triplets.isdigit():
-            changes["triplets"] = int(options.triplets)
         else:
-            raise RecipeError(
-                f"--triplets {options.triplets}: give a number, or a .npy file of shape [N S 2]; "
-                "for every triplet there is use --sampling all"
-            )
+            try:
+                changes["triplets"] = int(options.triplets)
+            except ValueError:
+                raise RecipeError(
+                    f"--triplets {options.triplets}: give a number, or a .npy file of shape "
+                    "[N S 2]; for every triplet there is use --sampling all"
+                ) from None
     refuse_unknown("[images]", images, _IMAGES)
     for name, value in images.items():
         if not isinstance(value, _IMAGES[name]) or isinstance(value, bool):
             kind = " or ".join(one.__name__ for one in _IMAGES[name])
-            raise RecipeError(f"[images] {name} = {value!r} should be of type {kind}")
+            raise RecipeError(f"[images] {name} = {short(value)} should be of type {kind}")
+        if isinstance(value, str):
+            refuse_nul(f"[images] {name}", value)
     if options.option:
         changes["options"] = dict(options.option)
     if "encoding" not in changes and {"m", "by"} & changes.keys():
@@ -334,6 +335,7 @@ def _ids(path: str | None) -> tuple[list[str] | None, list[str | None] | None]:
 
 
 def _lines(path: str) -> list[str]:
+    refuse_device(path)
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

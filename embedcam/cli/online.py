@@ -2,11 +2,10 @@
 
 import argparse
 import errno
-import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ from .._files import write_whole
 from ..errors import ImageError, InputError
 from ..images import MAX_PIXELS
 from ..images.reading import why_missing
+from ..printing import show, show_json
 from .direct import check_method, options_of, redrawn, trust_of
 from .networks import check_onnx, network_given
 from .report import columns, counted, listing_ids, note, some_of
 from .reporting import check_report, write
-from .resuming import told_of
 
 
 def explain(options: argparse.Namespace) -> None:
@@ -41,15 +40,14 @@ def explain(options: argparse.Namespace) -> None:
         asked = _asked(options, index)
         _say_shared(options, index)
         network = network_given(options, index.manifest)
-        with told_of(options, "embedcam", logging.WARNING):
-            explainer = Explainer(
-                index,
-                network,
-                transfer=options.transfer,
-                images=options.images,
-                max_pixels=options.max_pixels or MAX_PIXELS,
-                **trust_of(options, index, network),
-            )
+        explainer = Explainer(
+            index,
+            network,
+            transfer=options.transfer,
+            images=options.images,
+            max_pixels=options.max_pixels or MAX_PIXELS,
+            **trust_of(options, index, network),
+        )
         if reported is not None:
             write(options, explainer, reported, asked)
             return
@@ -82,11 +80,11 @@ def explain(options: argparse.Namespace) -> None:
                 small = small_size(explanation.cam.shape)
                 records.append({"query": query, **saved, **explanation.to_dict(small)})
             else:
-                print("\n".join(_lines(query, picture, explanation)))
+                show(*_lines(query, picture, explanation))
     if options.html:
         _write_page(options, rows)
     if options.json:
-        print(json.dumps(records, allow_nan=False))
+        show_json(records)
     _say_pictures(options, len(shown), len(lost), explanation.root)
     if changed:
         note(
@@ -173,12 +171,26 @@ def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:
 def _check_queries(queries: Sequence[str]) -> None:
     for query in queries:
         if Path(query).is_dir():
+            example = _pattern_in(Path(query))
+            if example is None:
+                raise ImageError(f"{query}: is a folder without a picture in it; name pictures")
             raise ImageError(
-                f"{query}: is a folder; name the pictures in it, as in {query}/*.jpg, or give "
+                f"{query}: is a folder; name the pictures in it, as in {example}, or give "
                 "--report FOLDER"
             )
         if not Path(query).exists():
             raise ImageError(f"{query}: {why_missing(query)}")
+
+
+def _pattern_in(folder: Path) -> str | None:
+    """What a shell would find some of the folder's pictures by: queries/*.jpg, queries/*/*.png."""
+    from ..images import EXTENSIONS
+
+    for depth in ("*", "*/*"):
+        for file in sorted(islice(folder.glob(depth), 1000)):
+            if file.suffix.lower() in EXTENSIONS:
+                return str(folder / f"{depth}{file.suffix}")
+    return None
 
 
 def _ids(index: Any, given: Sequence[str]) -> Iterator[str]:
@@ -311,4 +323,4 @@ def _lines(query: str, picture: Path | None, explanation: Any) -> list[str]:
         label = explanation.speaks_for
         what = f"matched {explanation.explained[0]}" if label is None else f"speaks for {label}"
         head += f" (what {what})"
-    return [head, *(f"  {line}" for line in shown)]
+    return [head, *(f"  {line}" for line in filter(None, (*shown, explanation.trust_in_words)))]

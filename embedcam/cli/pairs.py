@@ -1,18 +1,16 @@
 """The command that explains a pair."""
 
 import argparse
-import json
-import logging
 from pathlib import Path
 from typing import Any
 
 from ..errors import ImageError, InputError
 from ..images import MAX_PIXELS
 from ..images.reading import why_missing
+from ..printing import show, show_json
 from .networks import check_onnx, network_given
 from .online import check_images, plan_pictures
 from .report import columns, listing_ids, note
-from .resuming import told_of
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -35,8 +33,7 @@ def compare(options: argparse.Namespace) -> None:
             raise InputError(f"--above {options.above} is the result itself; name another image")
         network = network_given(options, index.manifest)
         pixels = options.max_pixels or MAX_PIXELS
-        with told_of(options, "embedcam", logging.WARNING):
-            explainer = Explainer(index, network, images=options.images, max_pixels=pixels)
+        explainer = Explainer(index, network, images=options.images, max_pixels=pixels)
         pairs = PairExplainer(explainer)
         centred = not options.not_centred
         made: Any
@@ -62,10 +59,9 @@ def compare(options: argparse.Namespace) -> None:
             made.save(picture, lines=options.lines)
     if options.json:
         saved = {} if picture is None else {"picture": str(picture)}
-        told = {"query": options.query, **saved, "pair": made.to_dict(options.lines)}
-        print(json.dumps(told, allow_nan=False))
+        show_json({"query": options.query, **saved, "pair": made.to_dict(options.lines)})
         return
-    print("\n".join(_lines(options, made)))
+    show(*_lines(options, made))
     if picture is not None:
         note(options, f"picture: {picture}")
 

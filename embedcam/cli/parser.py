@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from .. import __version__
+from ..printing import cut, say
 from . import examples
 from .options import index_options
 from .options_offline import (
@@ -53,7 +54,14 @@ class _Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+        say(f"{self.prog}: {cut(message, 1500)}; see `{self.prog} --help`")
+        self.exit(2)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but refuses what no argument of a process can hold."""
+        if args is not None and any("\0" in one for one in args):
+            self.error("an argument holds a NUL, which no name can")
+        return super().parse_args(args, namespace)
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         if action.nargs == argparse.PARSER and arg_strings:
@@ -61,6 +69,8 @@ class _Parser(argparse.ArgumentParser):
             if arg_strings[0] not in known:
                 hint = _nearest(arg_strings[0], known) or f"known: {', '.join(known)}"
                 self.error(f"there is no command {arg_strings[0]!r}; {hint}")
+        if action.option_strings and arg_strings == ["--"]:  # argparse would make a list of it
+            self.error(f"argument {'/'.join(action.option_strings)}: expected a value, not '--'")
         return super()._get_values(action, arg_strings)
 
 

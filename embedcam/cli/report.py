@@ -1,31 +1,33 @@
 """How things are printed; and the commands that only tell: info and verify."""
 
 import argparse
-import json
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ..errors import EmbeddingError, ImageError, InputError, NetworkError
+from ..printing import as_json, say, sentence, show, show_json
 from ..registry import METHODS
 from . import for_command_line
 
 METRICS = {"l2": "squared L2", "ip": "inner product"}
-_LABEL = 12
+_LABEL, _CELL = 12, 400
 _PIECE = 1 << 16
 
 
-def emit(options: argparse.Namespace, values: Mapping[str, Any], text: str) -> None:
-    """Print JSON where asked for, else the text."""
-    print(json.dumps(values, indent=2) if options.json else text)
+def emit(options: argparse.Namespace, values: Mapping[str, Any], *lines: str) -> None:
+    """Print JSON where asked for, else the lines."""
+    if options.json:
+        show_json(values, indent=2)
+    else:
+        show(*lines)
 
 
 def note(options: argparse.Namespace, text: str) -> None:
     """Something worth knowing, on the error stream, so that output stays clean."""
     if not options.quiet:
-        print(for_command_line(text), file=sys.stderr)
+        say(for_command_line(text))
 
 
 def counted(number: int, what: str) -> str:
@@ -86,7 +88,11 @@ def found_images(options: argparse.Namespace, path: Any, labels: Any, **otherwis
 
 
 def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Rows of cells as lines with columns of one width; `right` are set flush right."""
+    """Rows of cells as lines with columns of one width; `right` are set flush right.
+
+    Cells are made printable here, for what is escaped takes more room; a long one is cut.
+    """
+    rows = [[sentence(cell, _CELL) for cell in row] for row in rows]
     widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
     return [
         "  ".join(
@@ -117,21 +123,19 @@ def info(options: argparse.Namespace) -> None:
     }  # fmt: skip
     size = {"bytes": bytes_all, "bytes_an_image": bytes_image, "bytes_a_mark": bytes_mark}
     summary |= {**evidence, **size}
-    emit(options, summary, f"{options.index}\n" + _text(manifest, evidence, size))
+    emit(options, summary, options.index, *_lines(manifest, evidence, size))
 
 
 def _list_ids(options: argparse.Namespace, index: Any) -> None:
     """The ids of all live images, one a line, or one JSON list; a piece at a time."""
-    live, begun = index.live_positions(), False
-    for start in range(0, len(live), _PIECE):
-        for name in index.ids[live[start : start + _PIECE]]:
-            if options.json:
-                print(("," if begun else "[") + "\n  " + json.dumps(name), end="")
-            else:
-                print(name)
-            begun = True
+    live = index.live_positions()
     if options.json:
-        print("\n]" if begun else "[]")
+        show("[" if len(live) else "[]")
+    for start in range(0, len(live), _PIECE):
+        for place, name in enumerate(index.ids[live[start : start + _PIECE]], start + 1):
+            show(f"  {as_json(name)}{',' if place < len(live) else ''}" if options.json else name)
+    if options.json and len(live):
+        show("]")
 
 
 def verify(options: argparse.Namespace) -> None:
@@ -173,9 +177,9 @@ def _bytes(manifest: Mapping[str, Any]) -> tuple[int, float, float]:
     return named_bytes(manifest), round(own / rows, 1), round(marks / rows, 1)
 
 
-def _text(
+def _lines(
     manifest: Mapping[str, Any], evidence: Mapping[str, int], size: Mapping[str, float]
-) -> str:
+) -> list[str]:
     layer, network = manifest["layers"][0], manifest["network"] or {}
     normalized = "L2-normalised" if manifest["embedding"]["normalized"] else "not normalised"
     coarse = layer["coarse_grid"]
@@ -205,10 +209,10 @@ def _text(
         ("recipe", manifest["recipe_sha256"][:16]),
         ("made with", f"{made}; generation {manifest['generation']}"),
     ]  # fmt: skip
-    lines = [f"  {name:<{_LABEL}}{value}" for name, value in shown if value]
+    lines = [f"  {name:<{_LABEL}}{sentence(value)}" for name, value in shown if value]
     if manifest["counts"]["added_after_fit"]:
         lines += ["", "  `embedcam build --refit` fits again on all images."]
-    return "\n".join(lines)
+    return lines
 
 
 def _trust_line(trust: Mapping[str, Any] | None, added: int) -> str:

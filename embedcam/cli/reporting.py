@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import ImageError, InputError
 from ..images import MAX_PIXELS, ImageSource, Item
 from ..images.reading import why_missing
+from ..printing import show
 from .report import found_images, note
 
 _INSTEAD = "--report writes index.html and explanations.jsonl into its folder; leave out {}"
@@ -82,11 +83,11 @@ def write(
         if number:
             note(options, f"note: {_queries_of(number)} {what}")
     if found.n_new == 0:
-        print(f"{found.path}: all {_queries_of(found.n_queries)} explained before; nothing to do")
+        show(f"{found.path}: all {_queries_of(found.n_queries)} explained before; nothing to do")
         return
     before = found.n_queries - found.n_new
     resumed = f", {before:,} of them before" if before else ""
-    print(f"{found.path}: {_queries_of(found.n_queries)}{resumed}")
+    show(f"{found.path}: {_queries_of(found.n_queries)}{resumed}")
 
 
 def _queries_of(number: int) -> str:

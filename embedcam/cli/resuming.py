@@ -9,6 +9,8 @@ from typing import Any
 
 from .report import note
 
+_JOBS = ("embedcam.passes", "embedcam.progress")
+
 
 def kept(options: argparse.Namespace) -> bool:
     """Whether running the command again finds work that was done before it was interrupted."""
@@ -26,27 +28,35 @@ def _chunks(index: Path) -> bool:
 
 
 @contextmanager
-def told_of(
-    options: argparse.Namespace, name: str = "embedcam.passes", least: int = logging.INFO
-) -> Iterator[None]:
-    """Say on the error stream what a logger says: how much of a job an earlier run has done."""
-    heard, log = _Notes(options, least), logging.getLogger(name)
-    level = log.level
+def told_of(options: argparse.Namespace) -> Iterator[None]:
+    """Say on the error stream how far a job is, how much of it was done before, and warnings."""
+    if options.command == "serve":  # whose log has all of it
+        yield
+        return
+    heard, log = _Notes(options), logging.getLogger("embedcam")
+    jobs = [logging.getLogger(name) for name in _JOBS]
+    levels = [job.level for job in jobs]
     log.addHandler(heard)
-    log.setLevel(least)
+    for job in jobs:
+        job.setLevel(logging.INFO)
     try:
         yield
     finally:
-        log.setLevel(level)
         log.removeHandler(heard)
+        for job, level in zip(jobs, levels, strict=True):
+            job.setLevel(level)
 
 
 class _Notes(logging.Handler):
     """Records as notes."""
 
-    def __init__(self, options: argparse.Namespace, least: int) -> None:
-        super().__init__(least)
+    def __init__(self, options: argparse.Namespace) -> None:
+        super().__init__(logging.INFO)
         self._options = options
+
+    def filter(self, record: Any) -> bool:
+        """Whether it is a warning or of a job."""
+        return record.levelno >= logging.WARNING or record.name in _JOBS
 
     def emit(self, record: Any) -> None:
         """Print it, unless nothing but results is to be printed."""

@@ -1,7 +1,6 @@
 """The command that answers over HTTP."""
 
 import argparse
-import json
 import logging
 import socket
 import sys
@@ -10,6 +9,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
 from ..images import MAX_PIXELS
+from ..printing import PrintableLines, show, show_json
 from ..service import check_installed
 from .direct import trust_of
 from .networks import check_onnx, network_given
@@ -75,7 +75,7 @@ def _hosts(options: argparse.Namespace, bound: socket.socket) -> list[str] | Non
 def _logged(options: argparse.Namespace) -> Iterator[None]:
     """A line a request on the error stream; with --quiet only what goes wrong."""
     log, shown = logging.getLogger("embedcam"), logging.StreamHandler(sys.stderr)
-    shown.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    shown.setFormatter(PrintableLines("%(asctime)s %(message)s"))
     before = log.level
     log.addHandler(shown)
     log.setLevel(logging.WARNING if options.quiet else logging.INFO)
@@ -92,7 +92,10 @@ def _announce(options: argparse.Namespace, bound: socket.socket, images: int) ->
     address = address_of(bound)
     text = f"{address}  {options.index}, {counted(images, 'image')}; Ctrl-C ends it"
     values = {"address": address, "index": options.index, "images": images}
-    print(json.dumps(values) if options.json else text, flush=True)
+    if options.json:
+        show_json(values, flush=True)
+    else:
+        show(text, flush=True)
     if not is_loopback(bound):
         note(
             options,

@@ -18,6 +18,7 @@ from embedcam.explain import Explainer
 from embedcam.images import find_images
 from embedcam.index import Index
 from embedcam.network import EmbeddingNetwork
+from embedcam.printing import show
 from embedcam.recipe import Recipe
 
 from .digits_network import LAYER, digits_preprocess, load_weights, save_weights
@@ -78,7 +79,7 @@ def run_demo(
     summary["folder"] = str(folder)
     summary["seconds"] = {**stages.seconds, "total": round(time.perf_counter() - begun, 1)}
     if progress:
-        print(describe(summary))
+        show(*describe(summary).split("\n"))
     return summary
 
 

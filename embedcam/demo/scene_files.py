@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
+
+from embedcam.progress import progress_of
 
 from .scenes import Box, PlacedDigit, SceneMaker, Split
 from .settings import DemoSettings
@@ -33,13 +34,11 @@ def write_scenes(settings: DemoSettings, folder: Path, progress: bool = True) ->
         "query": settings.n_query,
         "pair": settings.n_pairs,
     }
-    bar = tqdm(
-        total=sum(counts.values()), desc="scenes", unit="scene", disable=None if progress else True
-    )
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(COLUMNS)
-    with bar:
+    total, shown = sum(counts.values()), None if progress else False
+    with progress_of("scenes", total, "scenes", shown=shown) as advance:
         for split, count in counts.items():
             for number in range(count):
                 scene = maker.scene(split, number)
@@ -50,7 +49,7 @@ def write_scenes(settings: DemoSettings, folder: Path, progress: bool = True) ->
                 for digit in scene.digits:
                     size = (settings.scene_size, settings.scene_size)
                     writer.writerow((name, digit.label, *digit.box, *size, split))
-                bar.update()
+                advance(1)
     unfinished = folder / (TABLE + ".part")
     unfinished.write_text(table.getvalue(), encoding="utf-8")
     unfinished.replace(folder / TABLE)

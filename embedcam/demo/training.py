@@ -14,7 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
+
+from embedcam.progress import progress_of
 
 from .digits_network import MEAN, STD, DigitsNetwork, initialise
 from .scenes import SceneMaker
@@ -47,15 +48,16 @@ def _descend(
         optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.2
     )
     labels = torch.arange(10).repeat_interleave(settings.batch_size // 10)
-    bar = tqdm(range(settings.steps), "training", unit="step", disable=None if progress else True)
-    for step in bar:
-        images = batches.draw(view(step / settings.steps))
-        loss = triplet_loss(F.normalize(network(images), dim=1), labels, settings.margin)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    shown = None if progress else False
+    with progress_of("training", settings.steps, "steps", shown=shown) as advance:
+        for step in range(settings.steps):
+            images = batches.draw(view(step / settings.steps))
+            loss = triplet_loss(F.normalize(network(images), dim=1), labels, settings.margin)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            advance(1)
 
 
 @contextmanager
@@ -99,12 +101,14 @@ class Batches:
 
     def __init__(self, settings: DemoSettings, progress: bool) -> None:
         maker = SceneMaker(settings.seed, settings.input_size)
-        numbers = tqdm(
-            range(settings.n_train), "drawing", unit="scene", disable=None if progress else True
-        )
-        scenes = [maker.scene("train", number) for number in numbers]
-        self._pixels = [scene.pixels for scene in scenes]
-        self._boxes = [scene.digits[0].box for scene in scenes]
+        self._pixels, self._boxes = [], []
+        shown = None if progress else False
+        with progress_of("drawing", settings.n_train, "scenes", shown=shown) as advance:
+            for number in range(settings.n_train):
+                scene = maker.scene("train", number)
+                self._pixels.append(scene.pixels)
+                self._boxes.append(scene.digits[0].box)
+                advance(1)
         self._per_class = settings.batch_size // 10
         self._size = settings.input_size
         self._rng = np.random.default_rng([settings.seed, 7])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_whole
-from ..render import Row
+from ..render import Row, drawn_blocks
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,6 +33,12 @@ class Evaluation:
     def __repr__(self) -> str:
         done, flags = len(self.rows), len(self.summary["flags"])
         return f"<Evaluation of {self.summary['index']}: {done} images, {flags} flags>"
+
+    def _repr_html_(self) -> str:
+        """The verdict and the tables of `html`, for notebooks."""
+        from .report import notices, tables
+
+        return "\n".join(drawn_blocks([*notices(self.summary), *tables(self.summary)]))
 
     def to_dict(self) -> dict[str, Any]:
         """The summary, ready for JSON."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..render import Chart, Notice, Table, page
+from ..render import Block, Chart, Notice, Table, page
 from .controls import CONTROLS
 from .evaluation import Evaluation
 from .settings import MEASURES, METHOD
@@ -40,15 +40,21 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     return [table for table in made if table is not None]
 
 
-def report(evaluation: Evaluation) -> str:
-    """A self-contained page: verdict, tables, curves, and the best and the worst."""
-    summary = evaluation.summary
-    blocks: list[Table | Chart | Notice] = []
+def notices(summary: Mapping[str, Any]) -> list[Block]:
+    """What stands above the figures: the verdict, and what was left out."""
+    blocks: list[Block] = []
     if summary["flags"] and summary["beats"]:
         blocks.append(Notice("Beats every control", summary["beats"], good=True))
     blocks.append(_verdict(summary))
     if summary["notes"]:
         blocks.append(Notice("Left out, or worth knowing", summary["notes"], good=True))
+    return blocks
+
+
+def report(evaluation: Evaluation) -> str:
+    """A self-contained page: verdict, tables, curves, and the best and the worst."""
+    summary = evaluation.summary
+    blocks: list[Block] = notices(summary)
     shown = tables(summary)
     curves = charts(summary)
     for table in shown:

@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from ..errors import EmbedcamError, InputError
 from ..explanation import may_follow
@@ -16,6 +16,7 @@ from ..methods.subject import inputs_a_pass
 from ..metrics import rank_correlations
 from ..metrics.order import pixel_count
 from ..network import EmbeddingNetwork
+from ..progress import Advance, progress_of
 from . import summary as told
 from .controls import (
     MEAN,
@@ -619,23 +620,8 @@ class _Job:
             if tick is not None:
                 tick(len(batch) + len(batch.errors))
 
-    def _bar(self, total: int, what: str) -> "_Bar":
-        silent = None if self.progress is None else not self.progress
-        return _Bar(tqdm(total=total, desc=what, unit=" images", disable=silent))
-
-
-class _Bar:
-    """A progress bar as a function."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-
-    def __enter__(self) -> Callable[[int], Any]:
-        update: Callable[[int], Any] = self._bar.update
-        return update
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+    def _bar(self, total: int, what: str) -> AbstractContextManager[Advance]:
+        return progress_of(what, total, shown=self.progress)
 
 
 class _Part(ImageSource):

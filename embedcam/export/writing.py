@@ -22,6 +22,7 @@ from ..index import Index
 from ..network import EmbeddingNetwork
 from ..onnx_network import Described, Head, OnnxNetwork
 from ..onnx_network.network import output_name
+from ..progress import progress_of
 from .tracing import onnx_model, refuse_unexportable
 
 TOLERANCE = 1e-4
@@ -47,7 +48,11 @@ class ExportReport:
 
 
 def export_onnx(
-    index: Index | str | Path, network: EmbeddingNetwork, path: str | Path
+    index: Index | str | Path,
+    network: EmbeddingNetwork,
+    path: str | Path,
+    *,
+    progress: bool | None = None,
 ) -> ExportReport:
     """Write an index's network as one ONNX file, to be run without torch.
 
@@ -60,6 +65,8 @@ def export_onnx(
         index: an open index or its folder.
         network: the network it was built with.
         path: of the file; one that is there is replaced at the end.
+        progress: False says nothing; else the logger `embedcam.progress` has a line every half
+            minute.
 
     Raises:
         NetworkMismatch: the network is not the index's.
@@ -79,8 +86,9 @@ def export_onnx(
     plain.autocast = None
     settings = replace(given, precision="float32").to_dict()
     described = Described(__version__, settings, given_layers, head_of(plain))
-    data = _model_bytes(plain, described)
-    with _beside(target) as unfinished:
+    with progress_of("tracing", shown=progress):
+        data = _model_bytes(plain, described)
+    with _beside(target) as unfinished, progress_of("checking", shown=progress):
         _write(unfinished, data)
         del data
         difference = _held_against(plain, unfinished, given_layers)

@@ -13,7 +13,8 @@ from PIL import Image
 
 from embedcam.errors import ImageError, InputError
 from embedcam.images.reading import MAX_PIXELS, is_long_text, read_image
-from embedcam.images.sources import ImageSource, Item, cut, escaped, relative_path
+from embedcam.images.sources import ImageSource, Item, escaped, relative_path
+from embedcam.printing import cut, short
 
 _PICTURES = ("image", "img", "picture", "photo")
 """Columns of rows that are taken for the picture, the first there is; `_LABELS` for the label."""
@@ -89,8 +90,8 @@ def from_dataset(
     if isinstance(dataset, Mapping):
         named = ", ".join(map(str, list(dataset)[:3]))
         raise InputError(
-            f"{type(dataset).__name__}: is a dictionary ({cut(named)}), not a data set; give one "
-            "of those it holds"
+            f"{type(dataset).__name__}: is a dictionary ({cut(named, 80)}), not a data set; give "
+            "one of those it holds"
         )
     try:
         n_items = len(dataset)
@@ -106,7 +107,7 @@ def from_dataset(
         raise InputError(f"ids: {len(own_ids)} given for a data set of {n_items} images")
     for own in own_ids:
         if not isinstance(own, str) or not own:
-            raise InputError(f"ids: {cut(repr(own))} given; an id is a string that is not empty")
+            raise InputError(f"ids: {short(own)} given; an id is a string that is not empty")
     names = _dataset_labels(dataset, n_items, labels)
     where = paths or [""] * n_items
     items = [
@@ -224,7 +225,8 @@ def _of_row(row: Mapping[Any, Any]) -> Any:
     for name in _PICTURES:
         if name in row:
             return row[name]
+    columns = cut(", ".join(map(str, row)), 80)
     raise InputError(
-        f"the data set's rows have the columns {cut(', '.join(map(str, row)))}; one of them has to "
-        f"be the picture and called {_PICTURES[0]!r}, or give (picture, label) pairs"
+        f"the data set's rows have the columns {columns}; one of them has to be the picture and "
+        f"called {_PICTURES[0]!r}, or give (picture, label) pairs"
     )

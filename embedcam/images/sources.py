@@ -20,14 +20,14 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from embedcam._files import refuse_device
 from embedcam.errors import ImageError, InputError
 from embedcam.images.marks import NO_MARK, FileState, file_mark, file_state
 from embedcam.images.reading import EXTENSIONS, MAX_PIXELS, is_url, read_image, why_missing
+from embedcam.printing import cut, short
 
 Labels = Literal["auto", "folders", "subfolders", "none"]
 _SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev"))
-_SHOWN = 80
-"""Characters of a value that a message repeats."""
 _OPTIONAL = ("id", "label", "width", "height")
 
 
@@ -63,7 +63,7 @@ class LeftOut:
             said[10:] = [f"{sum([*self.endings.values()][10:]):,} of {len(said) - 10} other kinds"]
         said += [f"{self.hidden:,} hidden"] if self.hidden else []
         said += [f"{self.empty:,} empty folder{'s' * (self.empty > 1)}"] if self.empty else []
-        said += [f"{n:,} excluded by {cut(pattern)}" for pattern, n in self.excluded.items()]
+        said += [f"{n:,} excluded by {cut(pattern, 80)}" for pattern, n in self.excluded.items()]
         return ", ".join(said)
 
 
@@ -98,7 +98,7 @@ class ImageSource:
             other = first.setdefault(item.id, position)
             if other != position:
                 raise InputError(
-                    f"images {other} and {position} have the same id {cut(item.id)!r}; "
+                    f"images {other} and {position} have the same id {short(item.id)}; "
                     "ids must be unique"
                 )
 
@@ -199,7 +199,7 @@ def find_images(
         )
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     if not all(isinstance(pattern, str) and pattern for pattern in patterns):
-        raise InputError(f"exclude: expected patterns such as '*.gif', given {cut(repr(exclude))}")
+        raise InputError(f"exclude: expected patterns such as '*.gif', given {short(exclude)}")
     root = Path(path)
     if root.is_dir():
         walk = _Walk(root, patterns)
@@ -224,11 +224,6 @@ def escaped(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def cut(text: str, most: int = _SHOWN) -> str:
-    """A value as a message repeats it."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
 def _folder_items(root: Path, found: list[str], labels: Labels, left_out: str) -> list[Item]:
     if not found:
         there = f"; it holds {left_out}" if left_out else ""
@@ -243,7 +238,7 @@ def _folder_items(root: Path, found: list[str], labels: Labels, left_out: str) -
         raise InputError(f'{root}: has no {what} to take labels from; take labels="none"')
     if shallow:
         raise InputError(
-            f"{root}: {len(shallow)} images such as {cut(escaped(shallow[0]))!r} lie beside the "
+            f"{root}: {len(shallow)} images such as {short(escaped(shallow[0]))} lie beside the "
             'class folders; move them into one, or take labels="none"'
         )
     names = map(escaped, found)
@@ -269,7 +264,9 @@ def _notes(root: Path, items: Sequence[Item]) -> list[str]:
             f"the label{'' if one else 's'} {named} look{'s' if one else ''} like {what} of a data "
             f'set; labels="none" leaves {"it" if one else "them"} out'
         ]
-    some = ", ".join(cut(name) for name in sorted(below)[:3]) + (", ..." if len(below) > 3 else "")
+    some = ", ".join(cut(name, 80) for name in sorted(below)[:3]) + (
+        ", ..." if len(below) > 3 else ""
+    )
     most = next((label for label in splits if label.lower().startswith("train")), splits[0])
     return [
         f"the label{' is' if one else 's are'} {named}, {what} of a data set by the name; for the "
@@ -360,7 +357,7 @@ def _csv_items(path: Path, labels: Labels, exclude: Counter[str]) -> Iterator[It
         other = lines.setdefault(own, line)
         if other != line:
             raise InputError(
-                f"{path}: lines {other} and {line} have the same id {cut(own)!r}; ids must be "
+                f"{path}: lines {other} and {line} have the same id {short(own)}; ids must be "
                 "unique"
                 + ("" if "id" in row else ", so add a column id or remove one of the lines")
             )
@@ -384,6 +381,7 @@ def csv_rows(
 
     Raises InputError, which begins with the path and says what is wrong where.
     """
+    refuse_device(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
             header = stream.readline()
@@ -426,10 +424,10 @@ def _check_header(path: Path, columns: list[str], wanted: Sequence[str], expecte
     if missing:
         raise InputError(
             f"{path}: the header lacks {' and '.join(missing)}; expected {expected}, "
-            f"found {cut(','.join(columns)) or 'an empty file'}"
+            f"found {cut(','.join(columns), 80) or 'an empty file'}"
         )
     if len(set(columns)) != len(columns):
-        raise InputError(f"{path}: the header names a column twice: {cut(','.join(columns))}")
+        raise InputError(f"{path}: the header names a column twice: {cut(','.join(columns), 80)}")
 
 
 def relative_path(given: str, root: Path) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from .._files import fresh, replace
 from ..errors import InputError
+from ..printing import cut, short
 from .files import ArrayLike, blocks, broken, open_checked, sha256_of
 from .search import metric_code, threads
 
@@ -26,6 +27,8 @@ EF_SEARCH = 64
 _FLAT = {b"IxF2": 1, b"IxFI": 0}
 _MAPPED = {*_FLAT, b"IwFl", b"IwSq", b"IwPQ"}
 _HEADER = struct.Struct("<4siqqqBi")
+_MOST, _MOST_LINKS = 1 << 24, 1024
+"""Of a number in a factory string; of a graph's links a row, which are 4 to 64 in practice."""
 
 
 def check_factory(factory: str, width: int, n_images: int, metric: str = "l2") -> None:
@@ -256,6 +259,7 @@ def _check_header(root: Path, manifest: dict[str, Any], head: bytes) -> None:
 def _make(factory: str, width: int, metric: str) -> Any:
     import faiss
 
+    _refuse_huge(factory)
     with _as_input_error(factory):
         index = faiss.index_factory(width, factory, metric_code(metric))
     if "IDMap" in type(index).__name__:
@@ -266,6 +270,17 @@ def _make(factory: str, width: int, metric: str) -> Any:
                 # Few images a centroid is the user's choice; FAISS would print a line for each.
                 holder.cp.min_points_per_centroid = 1
     return index
+
+
+def _refuse_huge(factory: str) -> None:
+    """Refuse numbers that FAISS would reserve memory for before it looks at them."""
+    for kind, digits in re.findall(r"(HNSW|NSG|NNDescent)?([0-9]+)", factory):
+        most = _MOST_LINKS if kind else _MOST
+        if len(digits) > 9 or int(digits) > most:
+            raise InputError(
+                f"the FAISS factory {short(factory)} cannot be used ({kind}{cut(digits, 20)} is "
+                f"more than {kind}{most}); 'Flat' always can"
+            )
 
 
 def _pieces(index: Any) -> Iterator[Any]:
@@ -307,9 +322,11 @@ def _sample(rows: np.ndarray, most: int) -> np.ndarray:
 def _as_input_error(factory: str) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        why = "it takes more memory than there is" if isinstance(error, MemoryError) else None
         raise InputError(
-            f"the FAISS factory {factory!r} cannot be used ({_brief(error)}); 'Flat' always can"
+            f"the FAISS factory {short(factory)} cannot be used ({why or _brief(error)}); 'Flat' "
+            "always can"
         ) from error
 
 

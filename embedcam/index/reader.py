@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ REMOVED = "is not in the index any more: it was removed"
 """How the message of a removed id goes on."""
 _NEAR = 8
 _FEW = 100_000
+_DEEP = 32
 
 
 class Index:
@@ -372,16 +374,34 @@ class Index:
         for key in (id, id[: max(1, len(id) // 2)]):
             for part in self.parts:
                 pool.update(part.neighbours(key.encode("utf-8", "replace"), _NEAR))
-        near = self._ending(id) + get_close_matches(id, sorted(pool), 8, 0.4)
-        return [text for text in near if text in self.find_live(near)][:3]
+        ends = self._ending(id)
+        if ends and id.endswith(f"/{ends[0]}"):
+            return ends[:1]
+        near = ends + get_close_matches(id, sorted(pool), 8, 0.4)
+        return [text for text in dict.fromkeys(near) if text in self.find_live(near)][:3]
 
     def _ending(self, id: str) -> list[str]:
-        """Ids in another folder, or without one, that end as this one: looked for in small sets."""
+        """Ids that end as this one: without its first folders, else, in small sets, in others.
+
+        Of those in other folders the ones that have most of the path's end in common.
+        """
+        names = id.split("/")
+        shorter = ["/".join(names[start:]) for start in range(1, min(len(names), _DEEP))]
+        live = self.find_live(shorter)
+        if live:
+            return [next(text for text in shorter if text in live)]
         if self.n_rows > _FEW:
             return []
-        last = id.rpartition("/")[2]
         every = (text for part in self.parts for text in part.ids.tolist(0, part.count))
-        return [text for text in every if text.rpartition("/")[2] == last][:3]
+        alike = [(_common_end(text.split("/"), names), text) for text in every]
+        most = max((common for common, _ in alike), default=0)
+        return [text for common, text in alike if common == most > 0][:3]
+
+
+def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many of the last names of two paths are the same."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _still(root: Path, place: str, manifest: Mapping[str, Any]) -> bool:

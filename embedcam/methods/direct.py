@@ -4,7 +4,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ..cam import cam, resize
 from ..errors import EmbeddingError, InputError
 from ..images import MAX_PIXELS, read_image
 from ..network import EmbeddingNetwork
 from ..preprocess import Extent
+from ..progress import progress_of
 from ..queries import check_sides
 from ..registry import Method, WeightMethod, find_method
-from ..render import overlay
+from ..render import in_notebook, overlay
 from ..targets import Target
 from .custom import as_target
 from .options import whole_number
@@ -44,6 +44,8 @@ class MethodMap:
         layer_weights: for methods of several layers, each layer's weights by its name.
         method: its entry in `METHODS`.
         passes: forward and backward passes spent.
+        image: the upright picture it was made of, where that was one picture; else None.
+        extent: the rectangle of that picture that the map covers, as `plot` takes it.
     """
 
     cam: np.ndarray
@@ -52,6 +54,8 @@ class MethodMap:
     layer_weights: dict[str, np.ndarray] | None
     method: Method
     passes: Passes = field(default_factory=Passes)
+    image: Image.Image | None = None
+    extent: Extent | None = None
 
     def __repr__(self) -> str:
         """The method and the sizes; the arrays would fill the screen."""
@@ -72,7 +76,8 @@ class MethodMap:
         """The map over its picture, at the picture's size.
 
         Args:
-            picture: a path, bytes, a PIL image or `uint8 [H W 3]`; None draws on grey.
+            picture: a path, bytes, a PIL image or `uint8 [H W 3]`; None takes the one it was made
+                of, or grey.
             extent: (x0, y0, x1, y1) in pixels of the picture that the map covers, as
                 `network.preprocess.extent(width, height)` says; None for all of it.
             max_pixels: a picture of more pixels is refused.
@@ -85,11 +90,18 @@ class MethodMap:
                 f"the map is {list(self.cam.shape)}, and one [H W] is drawn; draw those of a batch "
                 "one by one with embedcam.render.overlay"
             )
-        if picture is None:
+        if picture is None and self.image is not None:
+            drawn, extent = self.image, self.extent
+        elif picture is None:
             drawn = Image.new("RGB", self.cam.shape[::-1], (128, 128, 128))
         else:
             drawn = read_image(picture, max_pixels=max_pixels)
         return overlay(drawn, self.cam, extent, signed=bool((self.cam < 0).any()))
+
+    def _repr_html_(self) -> str | None:
+        """The picture of `plot` in notebooks; for a batch or over positions the words alone."""
+        drawable = self.cam.ndim == self.grid_cam.ndim == 2
+        return in_notebook(self.plot(), self.method.title) if drawable else None
 
     def save(
         self,
@@ -177,17 +189,16 @@ def cam_for(
     if size is not None:
         positions = network.layout_options[0] == "bkl" and isinstance(size, int | np.integer)
         size = check_sides("size", (1, size) if positions else size)
-    batch, single = _inputs(network, images, max_pixels)
+    batch, single, picture = _inputs(network, images, max_pixels)
     wanted.check(len(batch), None)
     made = []
-    silent = None if progress is None else not progress
-    with tqdm(desc=entry.title, unit=" passes", disable=silent) as bar:
+    with progress_of(entry.title, None, "passes", shown=progress) as advance:
         for start in range(0, len(batch), batch_size):
             part = slice(start, start + batch_size)
             try:
                 with Subject(
                     network, batch[part], wanted.at(part), norm=norm, batch_size=batch_size,
-                    seed=seed, fill=fill, tick=bar.update,
+                    seed=seed, fill=fill, tick=advance,
                 ) as subject:  # fmt: skip
                     made.append(_drawn(entry, subject, found_for(subject, entry, **options), size))
             except EmbeddingError as error:
@@ -195,7 +206,14 @@ def cam_for(
                 if not isinstance(images, str | os.PathLike):
                     raise
                 raise error.of_one(os.fspath(images)) from None
-    return _joined(made, single)
+    joined = _joined(made, single)
+    if picture is None or network.preprocess is None:
+        return joined
+    try:
+        extent = network.preprocess.extent(*picture.size)
+    except InputError:  # a map over the wrong part of a picture would be worse than one on grey
+        return joined
+    return replace(joined, image=picture, extent=extent)
 
 
 def weights_for(subject: Subject, method: WeightMethod, **options: Any) -> Tensor:
@@ -274,8 +292,10 @@ def check_options(entry: Method, function: Callable[..., Any], options: dict[str
             raise InputError(f"{entry.title} has no option {name!r}; {listed}")
 
 
-def _inputs(network: EmbeddingNetwork, images: Any, max_pixels: int) -> tuple[Tensor, bool]:
-    """The batch of inputs, and whether it was one alone."""
+def _inputs(
+    network: EmbeddingNetwork, images: Any, max_pixels: int
+) -> tuple[Tensor, bool, Image.Image | None]:
+    """The batch of inputs, whether it was one alone, and that one where it was a picture."""
     over_positions = network.layout_options[0] == "bkl"
     kind = str(getattr(images, "dtype", ""))
     if isinstance(images, Tensor | np.ndarray) and ("float" in kind or over_positions):
@@ -290,7 +310,7 @@ def _inputs(network: EmbeddingNetwork, images: Any, max_pixels: int) -> tuple[Te
                 f"the input is {list(batch.shape)}, floats with channels last; give the network's "
                 "input [C H W], or a picture as uint8 [H W 3]"
             )
-        return (batch[None] if single else batch).to(network.device), single
+        return (batch[None] if single else batch).to(network.device), single, None
     several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
     if network.preprocess is None:
         raise InputError(
@@ -300,11 +320,12 @@ def _inputs(network: EmbeddingNetwork, images: Any, max_pixels: int) -> tuple[Te
     listed = list(images) if several else [images]
     if not listed:
         raise InputError("the list of pictures is empty; give at least one")
-    pictures = (read_image(picture, max_pixels=max_pixels) for picture in listed)
-    prepared = [np.asarray(network.preprocess(picture)) for picture in pictures]
+    read = [read_image(picture, max_pixels=max_pixels) for picture in listed]
+    prepared = [np.asarray(network.preprocess(picture)) for picture in read]
     if len({one.shape for one in prepared}) > 1:
         raise InputError("the pictures of one batch must have one size after preprocessing")
-    return torch.from_numpy(np.stack(prepared)).to(network.device), not several
+    batch = torch.from_numpy(np.stack(prepared)).to(network.device)
+    return batch, not several, None if several else read[0]
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..errors import InputError
-from ..explanation import as_html, save_picture
+from ..explanation import save_picture
 from .drawing import draw_comparison, draw_receipt
 from .lines import SMALL, Line, amounts_of, as_dicts, check_count, other_channels, top_lines
 from .sides import Evidence, Side, evidence_of
@@ -216,7 +216,9 @@ class Receipt:
         return save_picture(lambda: self.plot(**choices), path)
 
     def _repr_html_(self) -> str:
-        return as_html(self.plot(), "query and result, and what their similarity is made of")
+        from ..render import in_notebook
+
+        return in_notebook(self.plot(), "query and result, and what their similarity is made of")
 
     def __repr__(self) -> str:
         first = ", ".join(f"channel {a.channel}: {a.contribution:+.3f}" for a in self.lines(2))
@@ -305,7 +307,9 @@ class Comparison:
         return save_picture(lambda: self.plot(**choices), path)
 
     def _repr_html_(self) -> str:
-        return as_html(self.plot(), "query, result and rival, and what tells them apart")
+        from ..render import in_notebook
+
+        return in_notebook(self.plot(), "query, result and rival, and what tells them apart")
 
     def __repr__(self) -> str:
         names = self.result.result_shown.name, self.rival.result_shown.name

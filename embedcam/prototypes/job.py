@@ -1,14 +1,14 @@
 """The job: from an index to a small index of prototypes."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ..errors import InputError
 from ..index import (
@@ -22,11 +22,10 @@ from ..index import (
     named_bytes,
     refuse_prototypes,
 )
+from ..progress import Advance, progress_of
 from .fidelity import Compressed, fidelity, sample_rows
 from .grouping import Groups, group
 from .merging import centres_of, maps_of_medoids, merge
-
-Tick = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def compress(
         check_tombstones(index)
         check_parts(index)
         check_fitted(index)
-        bars = _Bars(progress)
+        bars = partial(progress_of, shown=progress)
         vectors = index.embeddings(live)
         with bars("group", len(live)) as tick:
             groups = group(vectors, labels if per_class else None, prototypes, seed, tick)
@@ -160,7 +159,7 @@ def _merged(
     labels: Sequence[str | None],
     groups: Groups,
     seed: int,
-    bars: "_Bars",
+    bars: Callable[[str, int], AbstractContextManager[Advance]],
 ) -> tuple[Compressed, np.ndarray]:
     """The prototypes, and the rows that their loss is measured on."""
     sample = sample_rows(len(live), seed)
@@ -237,20 +236,3 @@ def _header(made: Compressed, about: dict[str, Any]) -> dict[str, Any]:
         "fitted_on": manifest["fit"]["images"],
         "compressed": about,
     }
-
-
-class _Bars:
-    """Bars over images.
-
-    Args:
-        progress: True shows them, False none, None only on a terminal.
-    """
-
-    def __init__(self, progress: bool | None) -> None:
-        self._silent = None if progress is None else not progress
-
-    @contextmanager
-    def __call__(self, stage: str, n_images: int) -> Iterator[Tick]:
-        """Yields what is to be told how many images were dealt with."""
-        with tqdm(total=n_images, desc=stage, unit=" images", disable=self._silent) as bar:
-            yield bar.update

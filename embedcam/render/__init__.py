@@ -6,10 +6,10 @@ needed, never pyplot), and may be missing.
 file, and `page_head`, `page_row` and `page_foot` its pieces.
 """
 
-from embedcam.render.blocks import Block, Link, Notice, Table
+from embedcam.render.blocks import Block, Link, Notice, Table, drawn_blocks
 from embedcam.render.chart import Chart
 from embedcam.render.overlay import colormap, overlay, stretch
-from embedcam.render.page import Look, Row, page, page_foot, page_head, page_row
+from embedcam.render.page import Look, Row, in_notebook, page, page_foot, page_head, page_row
 from embedcam.render.panel import panel
 from embedcam.render.receipt import Mark, receipt_picture
 from embedcam.render.tiles import CHANGED, Tile, shrunk, top_value
@@ -26,6 +26,8 @@ __all__ = [
     "Table",
     "Tile",
     "colormap",
+    "drawn_blocks",
+    "in_notebook",
     "overlay",
     "page",
     "page_foot",

@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
+from embedcam.printing import cut
 from embedcam.render.blocks import Block, breakable, drawn_blocks, paragraphs, text
 from embedcam.render.canvas import shorten_middle
 from embedcam.render.chart import STYLE as CHART_STYLE
@@ -36,6 +37,7 @@ from embedcam.render.tiles import (
 _SIDE: Final = 320
 _CAPTION: Final = 40  # letters of an id; its whole is in the tooltip
 _SHARED_NOTE: Final = "The results of one query share a colour scale; the query's map has its own."
+_IN_NOTEBOOK: Final = 1_600_000  # pixels of a picture, a third of a megabyte
 _ONE_ROUND: Final = 1.35  # taller than this, a picture is shown smaller rather than the row taller
 
 
@@ -214,17 +216,30 @@ def _figure(tile: Tile, top: float, look: Look, role: str, compact: bool) -> str
     )
 
 
+def in_notebook(picture: Image.Image, alt: str) -> str:
+    """A picture as notebooks show it: small enough that a saved one with several stays small."""
+    shown = picture.convert("RGB")
+    if (pixels := shown.width * shown.height) > _IN_NOTEBOOK:
+        share = (_IN_NOTEBOOK / pixels) ** 0.5
+        shown = shown.resize((round(share * shown.width), round(share * shown.height)))
+    size = f'style="width: {picture.width}px; max-width: 100%"'
+    return f'<img alt="{text(cut(alt, 400))}" {size} src="{_jpeg(shown, 80)}">'
+
+
+def _jpeg(picture: Image.Image, quality: int) -> str:
+    stream = io.BytesIO()
+    picture.save(stream, "JPEG", quality=quality, optimize=True)
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+
+
 def _img(picture: Image.Image | None, alt: str, kind: str, look: Look) -> str:
     """A picture inside the page; `alt` is already escaped."""
     if picture is None:
         return ""
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=look.quality, optimize=True)
-    data = base64.b64encode(stream.getvalue()).decode("ascii")
     later = 'loading="lazy" decoding="async" ' if look.long else ""
     return (
         f'<img class="{kind}" alt="{alt}" width="{picture.width}" height="{picture.height}" '
-        f'{later}src="data:image/jpeg;base64,{data}">'
+        f'{later}src="{_jpeg(picture, look.quality)}">'
     )
 
 

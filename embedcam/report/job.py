@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from .. import __version__
 from ..errors import InputError
 from ..images import MAX_PIXELS, ImageSource
 from ..images.batches import default_workers
+from ..progress import progress_of
 from ..queries import check_count
 from ..render import Look, page_foot, page_head
 from .folder import LINES, PAGE, Folder, check_folder, open_folder, written
@@ -222,7 +223,9 @@ def _explain_missing(job: _Job, place: Folder, batch_size: int, progress: bool |
     ]
     ahead = [batch for batch in batches if not done.issuperset(batch)]
     n_ahead = sum(map(len, ahead))
-    with _threads() as pool, _bar(len(job.source), n_ahead, progress) as advance:
+    n_done = len(job.source) - n_ahead
+    bar = progress_of("explain", len(job.source), "queries", shown=progress, done=n_done)
+    with _threads() as pool, bar as advance:
         for batch, opened in _opened(job, pool, ahead):
             names = [job.source.name(position) for position in batch]
             found = explain_opened(job.explainer, names, opened, job.asked, job.neighbors)
@@ -239,21 +242,6 @@ def _explain_missing(job: _Job, place: Folder, batch_size: int, progress: bool |
             n_new += len(batch)
             advance(len(batch))
     return n_new
-
-
-@contextmanager
-def _bar(total: int, ahead: int, progress: bool | None) -> Iterator[Callable[[int], object]]:
-    """What moves a bar on; none is shown where tqdm is missing, as where torch is."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        yield lambda queries: None
-        return
-    silent = None if progress is None else not progress
-    with tqdm(
-        total=total, initial=total - ahead, desc="explain", unit=" queries", disable=silent
-    ) as bar:
-        yield bar.update
 
 
 def _opened(

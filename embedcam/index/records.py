@@ -58,12 +58,14 @@ def _read_by(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _table(value: Any) -> Any:
-    """Any JSON value, of texts that a message can repeat."""
+    """Any JSON value, of numbers and texts that a message can repeat."""
     if isinstance(value, dict):
         return {Text(500)(key): _table(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_table(one) for one in value]
-    return Text(4096)(value) if isinstance(value, str) else value
+    if type(value) is int:
+        return Whole(-(1 << 64), 1 << 64)(value)
+    return Text(500)(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

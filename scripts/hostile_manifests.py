@@ -15,7 +15,6 @@ printed.
 
 import argparse
 import json
-import os
 import random
 import sys
 import tempfile
@@ -24,9 +23,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
 
 from strangers.kinds import KINDS, build_kind
 from strangers.trial import OUTCOMES, Expected, Outcome, in_child, judged

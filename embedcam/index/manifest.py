@@ -137,14 +137,17 @@ def _read_bytes(root: Path) -> bytes:
         link = (root / NAME).is_symlink()
         what = "is a symbolic link" if link else f"cannot be read ({error.strerror})"
         raise broken(root, NAME, what) from error
-    with open(descriptor, "rb") as file:
+    try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise broken(root, NAME, "is not a regular file")
         if found.st_size > MAX_BYTES:
             what = f"has {found.st_size} bytes, and at most {MAX_BYTES} are read"
             raise broken(root, NAME, what)
-        return file.read(MAX_BYTES)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(MAX_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def _absent(root: Path) -> IndexFormatError:

@@ -5,3 +5,8 @@ trial.py     an index opened, verified, searched and explained in a child of its
 values.py    hostile values in the place of every key of a manifest
 damage.py    random damage to the files of an index
 """
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")  # children are forked, and threads are not

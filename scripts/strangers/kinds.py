@@ -33,11 +33,18 @@ def queries(n_layers: int) -> tuple[np.ndarray, list[np.ndarray]]:
     return near, [rng.random((3, CHANNELS, *side)).astype(np.float32) for side in sides]
 
 
-def _built(path: Path, recipe: Recipe, labelled: bool = True) -> None:
+def _built(path: Path, recipe: Recipe, labelled: bool = True, unit: bool = True) -> None:
     embeddings, pooled, head = features()
-    labels = LABELS if labelled else None
     build_from_features(
-        embeddings, pooled, path, recipe, grid=GRID, head=head, labels=labels, progress=False
+        embeddings if unit else head.output(pooled),
+        pooled,
+        path,
+        recipe,
+        grid=GRID,
+        head=head,
+        normalize=unit,
+        labels=LABELS if labelled else None,
+        progress=False,
     )
 
 
@@ -128,11 +135,13 @@ def _calibration(width: int, neighbors: int) -> dict[str, Any]:
 
 KINDS: dict[str, Callable[[Path], None]] = {
     "low-rank, labelled": lambda path: _built(path, Recipe()),
-    "low-rank by PCA": lambda path: _built(path, Recipe(encoding="low-rank", rank=3, target="margin")),
-    "from the embedding": lambda path: _built(path, Recipe(target="centred"), labelled=False),
+    "low-rank by PCA": lambda path: _built(
+        path, Recipe(encoding="low-rank", rank=3, target="margin")
+    ),
+    "from the embedding": lambda path: _built(path, Recipe(target="centred", norm="around"), False),
     "top-m": lambda path: _built(path, Recipe.paper(m=3)),
     "dense": lambda path: _built(path, Recipe(encoding="dense", dtype="float32")),
-    "inner product": lambda path: _built(path, Recipe(metric="ip")),
+    "inner product, any length": lambda path: _built(path, Recipe(metric="ip"), unit=False),
     "HNSW": lambda path: _built(path, Recipe(faiss="HNSW8")),
     "IVF": lambda path: _built(path, Recipe(faiss="IVF4,Flat")),
     "no FAISS": lambda path: _built(path, Recipe(faiss="none")),

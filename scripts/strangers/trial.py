@@ -14,7 +14,6 @@ from typing import Any
 
 import faiss  # before children are forked, so that none of them loads it
 import numpy as np
-from strangers.kinds import queries
 
 import embedcam.cli.parser  # loaded beforehand as well
 import embedcam.cli.report  # noqa: F401
@@ -24,6 +23,7 @@ from embedcam.cli.networks import network_of_index
 from embedcam.index import Index
 from embedcam.index.verify import verify
 from embedcam.recipe import Recipe
+from strangers.kinds import queries
 
 SECONDS, MEMORY_BYTES, MESSAGE_CHARACTERS = 10, 1 << 30, 2000
 REFUSED, SAME, NAMED, FREE = "refused", "same answers", "named by verify", "another valid index"
@@ -112,8 +112,7 @@ def judged(path: Path, expected: Expected, free: Sequence[str] = ()) -> Outcome:
             return Outcome("FAILED", f"{name}: {type(error).__name__}: {str(error)[:300]}")
         whole = expected.answers[name]
         other |= any(
-            not (free and key.startswith(tuple(free)))
-            and not _alike(answers.get(key), whole[key])
+            not (free and key.startswith(tuple(free))) and not _alike(answers.get(key), whole[key])
             for key in whole
         )
     for name, said in refused.items():

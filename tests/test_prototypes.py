@@ -674,7 +674,7 @@ def test_what_a_manifest_says_of_prototypes_is_checked(
     for key in ("compressed", *place)[:-1]:
         holder = holder[key]
     holder[("compressed", *place)[-1]] = value
-    manifest_file.write(tmp_path / "b", manifest)
+    (tmp_path / "b/manifest.json").write_text(json.dumps(manifest_file.sealed(manifest)))
     with pytest.raises(IndexFormatError, match=message):
         Index.open(tmp_path / "b")
 

@@ -90,7 +90,7 @@ def test_a_missing_key_is_named(path: Path, place: tuple[str | int, ...]) -> Non
 
 BELIEVED = [
     (("layers", 0, "channels"), 1 << 20, 2**20 + 1, "= 1048577 is impossible; expected 1 to 10485"),
-    (("faiss", "search", "ef_search"), 1 << 16, 65537, "= 65537 is impossible; expected 1 to 65536"),
+    (("faiss", "search", "ef_search"), 1 << 16, 65537, "= 65537 is impossible; expected 1 to 6553"),
     (("faiss", "search", "nprobe"), 1 << 24, 2**24 + 1, "= 16777217 is impossible"),
     (("generation",), 1 << 32, 2**32 + 1, "generation = 4294967297 is impossible"),
     (("images", "root"), "/" * 4096, "/" * 4097, "images.root has 4097 characters; at most 4096"),
@@ -138,7 +138,7 @@ def test_recipes_are_checked_as_deep_as_they_go(path: Path) -> None:
     for value in ("x" * 501, {"x" * 501: 1}, [[1 << 65]]):
         at("recipe", "options", value=value)(path)
         edit(lambda m: m.update(recipe_sha256=manifest_file.digest(m["recipe"])))(path)
-        with pytest.raises(IndexFormatError, match="json: recipe (has 501 char|= 36893.* is imp)"):
+        with pytest.raises(IndexFormatError, match=r"json: recipe (has 501 char|= 36893.* is imp)"):
             Index.open(path)
 
 
@@ -281,7 +281,7 @@ def test_the_mean_has_the_width_of_the_embeddings(path: Path, shape: list[int]) 
         "sha256": hashlib.sha256(bytes(4 * size)).hexdigest(),
     }
     at("fitted", "files", "embedding_mean.f32", value=entry)(path)
-    with pytest.raises(IndexFormatError, match="mean.f32: holds float32 .* is no embedding_mean"):
+    with pytest.raises(IndexFormatError, match=r"mean.f32: holds float32 .* is no embedding_mean"):
         Index.open(path)
 
 
@@ -296,7 +296,7 @@ def test_arrays_of_no_rows_are_finite(tmp_path: Path) -> None:
 def test_lists_to_visit_are_a_whole_number(path: Path, probes: Any) -> None:
     with (
         Index.open(path) as index,
-        pytest.raises(InputError, match="nprobe = .*(whole|at least 1)"),
+        pytest.raises(InputError, match=r"nprobe = .*(whole|least 1)"),
     ):
         index.search(index.embeddings([0]), 1, nprobe=probes)
 
@@ -313,19 +313,19 @@ def test_more_lists_than_there_are(tmp_path: Path) -> None:
 
 
 def test_hostile_values_in_a_sample_of_keys_of_every_kind_of_index() -> None:
-    printed = script(SCRIPTS / "hostile_manifests.py", "--sample", 360, "--seed", 1)
+    printed = script(SCRIPTS / "hostile_manifests.py", "--sample", 240, "--seed", 1)
     lines = printed.splitlines()
     assert len(lines) == 12
     for line in lines:
-        assert ": 30 of " in line
+        assert ": 20 of " in line
         assert line.endswith(" 0 failed")
 
 
 def test_a_sample_of_random_damage() -> None:
-    table = script(SCRIPTS / "mutants.py", "--count", 150, "--seed", 2).splitlines()
+    table = script(SCRIPTS / "mutants.py", "--count", 125, "--seed", 2).splitlines()
     assert table[0] == "| damage | mutants | refused | same answers | named by verify | failed |"
     total = [int(cell) for cell in table[-3].split("|")[2:-1]]
-    assert total[0] == sum(total[1:]) == 150
+    assert total[0] == sum(total[1:]) == 125
     assert min(total[1:4]) > 5
     assert total[4] == 0
 

@@ -22,6 +22,8 @@ MAX_CHANNELS = 1 << 20
 MAX_EF_SEARCH = 1 << 16
 MAX_NPROBE = 1 << 24
 MAX_COARSE_CELLS = 64
+MAX_FILES = 1 << 14
+"""Each is mapped; a process has some 65,000 maps, of the default kernel."""
 METRICS = ("l2", "ip")
 _SIDE = (1 << 16) - 1
 
@@ -132,7 +134,7 @@ class SearchSettings:
 class Faiss:
     """The derived file for searching."""
 
-    factory: Name
+    factory: Annotated[str, Text(500, r"(?!.*[0-9]{8})[^\0]*", "numbers of at most 7 digits")]
     search: SearchSettings
     file: Annotated[str, _numbered(r"faiss-NNNNNN\.index")]
     bytes: Some
@@ -324,6 +326,8 @@ class Manifest:
             raise Wrong(" names one layer twice")
         if len({part.directory for part in self.parts}) < len(self.parts):
             raise Wrong(" names one part twice", "parts")
+        if (n_files := sum(len(part.files) for part in self.parts)) > MAX_FILES:
+            raise Wrong(f" names {n_files} files of parts; at most {MAX_FILES} are mapped")
         for name, calibration in (self.trust or {}).items():
             if (calibration.neighbors == 1) != (name == "one"):
                 what = f" is of explanations by {calibration.neighbors} neighbours"

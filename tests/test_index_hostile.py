@@ -92,6 +92,7 @@ BELIEVED = [
     (("layers", 0, "channels"), 1 << 20, 2**20 + 1, "= 1048577 is impossible; expected 1 to 10485"),
     (("faiss", "search", "ef_search"), 1 << 16, 65537, "= 65537 is impossible; expected 1 to 6553"),
     (("faiss", "search", "nprobe"), 1 << 24, 2**24 + 1, "= 16777217 is impossible"),
+    (("faiss", "factory"), "HNSW1234567", "IVF12345678,Flat", "expected numbers of at most 7 di"),
     (("generation",), 1 << 32, 2**32 + 1, "generation = 4294967297 is impossible"),
     (("images", "root"), "/" * 4096, "/" * 4097, "images.root has 4097 characters; at most 4096"),
     (("images", "root"), None, [[]], r"images\.root is \[\[\]\], not of type str"),
@@ -154,6 +155,17 @@ def test_keys_of_later_versions_are_ignored(path: Path) -> None:
     verify(path)
     at("later", value=json.loads("[" * 21 + "]" * 21))(path)
     with pytest.raises(IndexFormatError, match="it is nested more than 20 deep"):
+        Index.open(path)
+
+
+def test_no_more_files_than_can_be_mapped(path: Path) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        part = manifest["parts"][0]
+        line = part["files"]["ids.utf8"]
+        part["files"] |= {f"a{n}.u8": line for n in range(1 << 14)}
+
+    edit(change)(path)
+    with pytest.raises(IndexFormatError, match="names 16398 files of parts; at most 16384 are map"):
         Index.open(path)
 
 

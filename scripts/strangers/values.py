@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ from embedcam.index.manifest import digest, sealed
 Place = tuple[str | int, ...]
 ABSENT = object()
 """Stands for a key that is left out."""
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Stands for the value that was there under another key; in a list, for one more of it."""
+
+    key: str
 
 
 def _nested(depth: int) -> Any:
@@ -30,6 +38,7 @@ VALUES: dict[str, Any] = {
     "right to left": "\u202e\u2066abc", "half a character": "\ud800", "a list": [], "lists": [[]],
     "an object": {}, "an object in an object": {"": {}}, "large numbers": [2**63, 2**63],
     "15 deep": _nested(15), "400 deep": _nested(400), "401 deep": _nested(401),
+    "named ''": Renamed(""), "named ../x": Renamed("../x"), "named long": Renamed("x" * 5000),
 }  # fmt: skip
 FREE = {("trust",): ("trust",), ("faiss", "search"): ("near", "distances", "ids", "labels", "map")}
 """Keys that may rightly change an answer: a calibration's numbers, how far a search looks."""
@@ -54,7 +63,11 @@ def changed(manifest: dict[str, Any], place: Place, value: Any) -> dict[str, Any
     holder: Any = other
     for key in place[:-1]:
         holder = holder[key]
-    if value is ABSENT:
+    if isinstance(value, Renamed) and isinstance(holder, list):
+        holder.append(holder[place[-1]])
+    elif isinstance(value, Renamed):
+        holder[value.key] = holder.pop(place[-1])
+    elif value is ABSENT:
         del holder[place[-1]]
     else:
         holder[place[-1]] = value

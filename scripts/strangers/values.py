@@ -40,7 +40,8 @@ VALUES: dict[str, Any] = {
     "15 deep": _nested(15), "400 deep": _nested(400), "401 deep": _nested(401),
     "named ''": Renamed(""), "named ../x": Renamed("../x"), "named long": Renamed("x" * 5000),
 }  # fmt: skip
-FREE = {("trust",): ("trust",), ("faiss", "search"): ("near", "distances", "ids", "labels", "map")}
+_FOUND = ("near", "distances", "ids ", "labels ", "map", "weights ", "trust")
+FREE = {("trust",): ("trust",), ("faiss", "search"): _FOUND}
 """Keys that may rightly change an answer: a calibration's numbers, how far a search looks."""
 
 

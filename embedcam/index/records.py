@@ -15,7 +15,7 @@ from ..calibration import Calibration
 from ..errors import InputError
 from ..preprocess import AnyPreprocess, preprocess_from_dict
 from .files import SUFFIXES
-from .schema import Real, Text, Whole, Wrong, one_of, short
+from .schema import Real, Text, Whole, Wrong, check_fields, one_of, short
 
 MAX_WIDTH = 1 << 20
 MAX_CHANNELS = 1 << 20
@@ -186,11 +186,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class Loading:
-    """The arguments that load the network again; the others are `load_network`'s to check."""
+    """Of the arguments that load the network again, those that name code or files.
+
+    The others are `load_network`'s to check.
+    """
 
     network: Place | None = None
     weights: Place | None = None
     head: Place | None = None
+
+
+def _loading(value: Any) -> Any:
+    check_fields(Loading, value)
+    return value
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,7 @@ class Network:
     output: Name | Annotated[int, Whole(-_SIDE, _SIDE)] | None = None
     layout: Name | None = None
     precision: Name | None = None
-    loading: Loading | None = None
+    loading: Annotated[Mapping[str, Any], _read_by(_loading)] | None = None
 
 
 @dataclass(frozen=True)

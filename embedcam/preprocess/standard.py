@@ -63,7 +63,7 @@ def _channels(name: str, value: object) -> tuple[float, float, float]:
         raise InputError(problem)
     try:
         numbers = [float(number) for number in value]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(problem) from None
     if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
         raise InputError(problem)

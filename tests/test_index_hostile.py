@@ -101,7 +101,7 @@ BELIEVED = [
     (("network", "loading", "head"), None, [1], r"network\.loading\.head is \[1\], not of type"),
     (("network", "preprocess"), None, "x", "network.preprocess is 'x', not of type dict"),
     (("network", "preprocess", "size"), [8, 9], 1, "network.preprocess: preprocess: size is 1"),
-    (("network", "preprocess", "mean"), [0, 0, 0], [10**400, 0, 0], "mean is .1000.* give three"),
+    (("network", "preprocess", "mean"), [0, 0, 0], [10**400, 0, 0], "preprocess: mean is .1000"),
     (("network", "name"), None, 1e308, r"network\.name is 1e\+308, not of type str"),
     (("libraries",), {"a": "1"}, {"a": 1}, r"libraries\.a is 1, not of type str"),
     (("triplets", "margin"), 7, 10**400, "triplets.margin is 1000.*; expected a number from 0"),

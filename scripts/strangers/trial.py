@@ -107,6 +107,8 @@ def judged(path: Path, expected: Expected, free: Sequence[str] = ()) -> Outcome:
             answers = step()
         except EmbedcamError as error:
             refused[name] = str(error)
+            if refused.get("verify") == refused.get("rows", ""):
+                break  # it cannot be opened
             continue
         except Exception as error:
             return Outcome("FAILED", f"{name}: {type(error).__name__}: {str(error)[:300]}")
@@ -118,7 +120,7 @@ def judged(path: Path, expected: Expected, free: Sequence[str] = ()) -> Outcome:
     for name, said in refused.items():
         if "\n" in said or len(said) > MESSAGE_CHARACTERS:
             return Outcome("FAILED", f"{name}: {len(said)} characters: {said[:300]}")
-    if "verify" in refused and refused["verify"] == refused.get("rows"):  # both when opened
+    if refused.get("verify") == refused.get("rows", ""):
         return Outcome(REFUSED, refused["verify"])
     if "verify" in refused:
         return Outcome(NAMED, refused["verify"])

@@ -54,7 +54,7 @@ def _read_by(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
         try:
             return make(value)
         except InputError as error:
-            raise Wrong(f": {str(error)[:300]}") from error
+            raise Wrong(f": {str(error)[:200]}") from error
 
     return read
 

@@ -149,22 +149,26 @@ def forged(victim: Victim) -> Done:
 def array_forged(victim: Victim) -> Done:
     """Values that the format forbids, with a checksum that fits."""
     manifest = victim.manifest()
-    lines = [
-        (f"{holder['directory']}/{name}", name, line)
-        for holder in (*manifest["parts"], manifest["fitted"])
-        for name, line in holder["files"].items()
-    ]
-    if manifest["tombstones"] is not None:
-        lines.append((manifest["tombstones"]["file"], "tombstones", manifest["tombstones"]))
-    known = [(path, line, _forbidden(name)) for path, name, line in lines if line["bytes"]]
-    path, line, forbid = victim.rng.choice([one for one in known if one[2] is not None])
-    array = np.fromfile(victim.path / path, line["dtype"]).reshape(line["shape"])
+    known = [(path, line, _forbidden(name)) for path, name, line in _lines(manifest)]
+    path, line, forbid = victim.rng.choice([one for one in known if one[1]["bytes"] and one[2]])
+    array = np.fromfile(victim.path / path, line["dtype"])
     assert forbid is not None
     what = forbid(array, victim.rng)
-    (victim.path / path).write_bytes(array.tobytes())
-    line["sha256"] = hashlib.sha256(array.tobytes()).hexdigest()
-    write(victim.path, sealed(manifest))
+    _put_array(victim, manifest, path, line, array)
     return Done(f"{path}: {what}, sealed")
+
+
+def array_resized(victim: Victim) -> Done:
+    """More or fewer rows, or other axes, with a line in the manifest that fits."""
+    manifest = victim.manifest()
+    path, _, line = victim.rng.choice(_lines(manifest))
+    array = np.fromfile(victim.path / path, line["dtype"])
+    n, before = line["shape"][0], list(line["shape"])
+    shapes = [[0, *before[1:]], [max(n - 1, 0), *before[1:]], [n + 1, *before[1:]], [1, *before]]
+    line["shape"] = victim.rng.choice(shapes)
+    line["bytes"] = int(np.prod(line["shape"])) * array.itemsize
+    _put_array(victim, manifest, path, line, np.resize(array, line["shape"]))
+    return Done(f"{path}: {before} as {line['shape']}, sealed")
 
 
 DAMAGE: dict[str, Callable[[Victim], Done]] = {
@@ -180,6 +184,7 @@ DAMAGE: dict[str, Callable[[Victim], Done]] = {
     "manifest edited": edited,
     "manifest edited and sealed again": forged,
     "arrays edited and sealed again": array_forged,
+    "arrays resized and sealed again": array_resized,
 }
 
 
@@ -191,6 +196,27 @@ def _data(victim: Victim) -> tuple[Path, bytearray]:
 def _put(file: Path, data: bytes, what: str) -> Done:
     file.write_bytes(data)
     return Done(f"{file.name}: {what}")
+
+
+def _lines(manifest: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """The arrays of an index: path, name and line in the manifest."""
+    lines = [
+        (f"{holder['directory']}/{name}", name, line)
+        for holder in (*manifest["parts"], manifest["fitted"])
+        for name, line in holder["files"].items()
+    ]
+    if manifest["tombstones"] is not None:
+        lines.append((manifest["tombstones"]["file"], "tombstones", manifest["tombstones"]))
+    return lines
+
+
+def _put_array(
+    victim: Victim, manifest: dict[str, Any], path: str, line: dict[str, Any], array: np.ndarray
+) -> None:
+    """Write an array and, with its checksum in its line, the manifest."""
+    (victim.path / path).write_bytes(array.tobytes())
+    line["sha256"] = hashlib.sha256(array.tobytes()).hexdigest()
+    write(victim.path, sealed(manifest))
 
 
 def _edit(victim: Victim, manifest: dict[str, Any]) -> tuple[dict[str, Any], Place, str]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from build_samples import everything
 from index_samples import CHANNELS, GRID, WIDTH, encoding_of, header_of, make, part
+from test_index_corrupt import forge
 
 from embedcam import Explainer, Index
 from embedcam.encoding import LowRank, TopM
@@ -605,6 +606,16 @@ def test_flipped_bits_are_not_vouched_for(tmp_path: Path, file: str) -> None:
     data[1] ^= 1
     damaged.write_bytes(data)
     with pytest.raises(IndexFormatError, match=f"{file}: does not match its checksum"):
+        compress(source, tmp_path / "b", 3)
+    assert not (tmp_path / "b").exists()
+
+
+def test_forged_embeddings_are_not_grouped(tmp_path: Path) -> None:
+    source = clustered(tmp_path / "a")
+    vectors = np.fromfile(source / "parts/000001/embeddings.f32", np.float32)
+    vectors[3] = np.nan
+    forge("parts/000001/embeddings.f32", vectors)(source)
+    with pytest.raises(IndexFormatError, match=r"a: of the embeddings, row 0 holds a NaN"):
         compress(source, tmp_path / "b", 3)
     assert not (tmp_path / "b").exists()
 

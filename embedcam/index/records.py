@@ -24,7 +24,6 @@ MAX_NPROBE = 1 << 24
 MAX_COARSE_CELLS = 64
 MAX_FILES = 1 << 14
 """Each is mapped; a process has some 65,000 maps, of the default kernel."""
-METRICS = ("l2", "ip")
 _SIDE = (1 << 16) - 1
 
 Count = Annotated[int, Whole(0, (1 << 48) - 1)]

@@ -34,6 +34,8 @@ Seed = Annotated[int, Whole(0, (1 << 64) - 1)]
 Grid = tuple[Annotated[int, Whole(1, _SIDE)], Annotated[int, Whole(1, _SIDE)]]
 Name = Annotated[str, Text(500)]
 Place = Annotated[str, Text(4096)]
+Spoken = Annotated[str, Text(4096, r"[^\0-\x1f\x7f-\x9f]*", "text without control characters")]
+"""What is repeated in a command that a message asks for."""
 Sha256 = Annotated[str, Text(64, r"[0-9a-f]{64}", "a SHA-256 in hexadecimal")]
 FileName = Annotated[
     str, Text(100, r"(?!.*\.\.)[a-z][a-z0-9_.]*", "a plain file name of a-z, 0-9, _ and .")
@@ -190,9 +192,9 @@ class Loading:
     The others are `load_network`'s to check.
     """
 
-    network: Place | None = None
-    weights: Place | None = None
-    head: Place | None = None
+    network: Spoken | None = None
+    weights: Spoken | None = None
+    head: Spoken | None = None
 
 
 def _loading(value: Any) -> Any:

@@ -114,7 +114,7 @@ class Preprocess:
                 f'preprocess: resize="squash" cuts nothing off, so resize_to={self.resize_to} has '
                 'no meaning; leave it out, or take resize="crop"'
             )
-        if self.interpolation not in RESAMPLING:
+        if not isinstance(self.interpolation, str) or self.interpolation not in RESAMPLING:
             raise InputError(
                 f"preprocess: interpolation is {self.interpolation!r}; "
                 f"give one of {', '.join(RESAMPLING)}"

@@ -139,6 +139,7 @@ AT_OPENING: list[tuple[str, Damage, str, str]] = [
     ("huge number", write(M, b'{"a": ' + b"9" * 9000 + b"}"), M, "not a readable JSON"),
     ("huge", write(M, b" " * ((16 << 20) + 1)), M, "at most 16777216 are read"),
     ("not a number", write(M, b'{"format": NaN}'), M, "NaN is not JSON"),
+    ("beyond a float", write(M, b'{"format": -1e999}'), M, "-1e999 is not JSON"),
     ("twice", write(M, b'{"format": 1, "format": 2}'), M, "a key appears twice"),
     ("other format", edit(lambda m: m.update(format="zip")), M, "its format is 'zip'"),
     ("newer", edit(lambda m: m.update(format_version=2)), M, "version 2.*install a newer embedcam"),

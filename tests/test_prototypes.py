@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from build_samples import everything
 from index_samples import CHANNELS, GRID, WIDTH, encoding_of, header_of, make, part
+from test_index_corrupt import forge
 
 from embedcam import Explainer, Index
 from embedcam.encoding import LowRank, TopM
@@ -609,6 +610,16 @@ def test_flipped_bits_are_not_vouched_for(tmp_path: Path, file: str) -> None:
     assert not (tmp_path / "b").exists()
 
 
+def test_forged_embeddings_are_not_grouped(tmp_path: Path) -> None:
+    source = clustered(tmp_path / "a")
+    vectors = np.fromfile(source / "parts/000001/embeddings.f32", np.float32)
+    vectors[3] = np.nan
+    forge("parts/000001/embeddings.f32", vectors)(source)
+    with pytest.raises(IndexFormatError, match=r"a: of the embeddings, row 0 holds a NaN"):
+        compress(source, tmp_path / "b", 3)
+    assert not (tmp_path / "b").exists()
+
+
 def test_prototypes_take_no_images_and_are_not_compressed_again(tmp_path: Path) -> None:
     compress(clustered(tmp_path / "a"), tmp_path / "b", 5)
     before = everything(tmp_path / "b")
@@ -674,7 +685,7 @@ def test_what_a_manifest_says_of_prototypes_is_checked(
     for key in ("compressed", *place)[:-1]:
         holder = holder[key]
     holder[("compressed", *place)[-1]] = value
-    manifest_file.write(tmp_path / "b", manifest)
+    (tmp_path / "b/manifest.json").write_text(json.dumps(manifest_file.sealed(manifest)))
     with pytest.raises(IndexFormatError, match=message):
         Index.open(tmp_path / "b")
 

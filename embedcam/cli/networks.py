@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from ..errors import EmbedcamError, InputError, NetworkError
@@ -91,7 +90,7 @@ def network_of_index(manifest: Mapping[str, Any], said: Mapping[str, Any]) -> di
         )
     for what in _FILES:
         file = loading.get(what)
-        if what not in said and file not in (None, "random") and not Path(file).is_file():
+        if what not in said and file not in (None, "random") and not os.path.isfile(file):
             raise NetworkError(
                 f"the index was built with --{what} {file}, which is not there any more; say where "
                 f"it lies now with --{what} FILE"

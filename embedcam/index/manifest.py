@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,17 +151,22 @@ def _absent(root: Path) -> IndexFormatError:
 
 def _parse(root: Path, data: bytes) -> PlainManifest:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
+        made = dict(pairs)
+        if len(made) != len(pairs):
             raise ValueError("a key appears twice")
-        return dict(pairs)
+        return made
 
     def finite(text: str) -> float:
-        raise ValueError(f"{text} is not JSON")
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text[:20]} is not JSON")
+        return value
 
     try:
-        manifest = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=finite)
+        manifest = json.loads(
+            data.decode("utf-8"), object_pairs_hook=once, parse_float=finite, parse_constant=finite
+        )
         _check_depth(manifest)
-        canonical(manifest)
     except (ValueError, RecursionError) as error:
         what = str(error)[:200] if isinstance(error, ValueError) else "it is nested too deeply"
         raise broken(root, NAME, f"is not a readable JSON file ({what})") from error

@@ -281,11 +281,13 @@ class Index:
         Args:
             queries: `[B D]`, of unit length where the index is normalised.
             n_neighbors: k; where fewer images are live, all of them come back.
-            nprobe: IVF lists to visit; None takes the manifest's.
+            nprobe: IVF lists to visit, all of them where there are fewer; None takes the
+                manifest's.
 
         Raises:
             InputError: wrong shape, NaN, a number beyond `queries.LARGEST`, a vector that is not of
-                unit length where the index is normalised, no FAISS in this index, or no image left.
+                unit length where the index is normalised, no FAISS in this index, no image left, or
+                an `nprobe` that is no whole number from 1.
             IndexFormatError: the FAISS file is broken.
         """
         queries = check_queries(queries, self.width, self.normalized)
@@ -296,8 +298,7 @@ class Index:
                 "found, or give it one with `embedcam compact --rebuild-faiss Flat`"
             )
         if nprobe is not None:
-            # There are no more lists than rows, so that more are not worth counting.
-            nprobe = min(check_count(nprobe, "nprobe"), self.n_rows)
+            nprobe = check_count(nprobe, "nprobe")
         if k == 0:
             raise InputError("every image of this index has been removed; add images first")
         loaded = None if self._faiss is None else self._faiss.loaded()

@@ -15,14 +15,15 @@ from ..calibration import Calibration
 from ..errors import InputError
 from ..preprocess import AnyPreprocess, preprocess_from_dict
 from .files import SUFFIXES
-from .schema import Real, Text, Whole, Wrong, one_of, short
+from .schema import Real, Text, Whole, Wrong, check_fields, one_of, short
 
 MAX_WIDTH = 1 << 20
 MAX_CHANNELS = 1 << 20
 MAX_EF_SEARCH = 1 << 16
 MAX_NPROBE = 1 << 24
 MAX_COARSE_CELLS = 64
-METRICS = ("l2", "ip")
+MAX_FILES = 1 << 14
+"""Each is mapped; a process has some 65,000 maps, of the default kernel."""
 _SIDE = (1 << 16) - 1
 
 Count = Annotated[int, Whole(0, (1 << 48) - 1)]
@@ -33,6 +34,8 @@ Seed = Annotated[int, Whole(0, (1 << 64) - 1)]
 Grid = tuple[Annotated[int, Whole(1, _SIDE)], Annotated[int, Whole(1, _SIDE)]]
 Name = Annotated[str, Text(500)]
 Place = Annotated[str, Text(4096)]
+Spoken = Annotated[str, Text(4096, r"[^\0-\x1f\x7f-\x9f]*", "text without control characters")]
+"""What is repeated in a command that a message asks for."""
 Sha256 = Annotated[str, Text(64, r"[0-9a-f]{64}", "a SHA-256 in hexadecimal")]
 FileName = Annotated[
     str, Text(100, r"(?!.*\.\.)[a-z][a-z0-9_.]*", "a plain file name of a-z, 0-9, _ and .")
@@ -52,18 +55,20 @@ def _read_by(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
         try:
             return make(value)
         except InputError as error:
-            raise Wrong(f": {str(error)[:300]}") from error
+            raise Wrong(f": {str(error)[:200]}") from error
 
     return read
 
 
 def _table(value: Any) -> Any:
-    """Any JSON value, of texts that a message can repeat."""
+    """Any JSON value, of numbers and texts that a message can repeat."""
     if isinstance(value, dict):
         return {Text(500)(key): _table(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_table(one) for one in value]
-    return Text(4096)(value) if isinstance(value, str) else value
+    if type(value) is int:
+        return Whole(-(1 << 64), 1 << 64)(value)
+    return Text(500)(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ class SearchSettings:
 class Faiss:
     """The derived file for searching."""
 
-    factory: Name
+    factory: Annotated[str, Text(500, r"(?!.*[0-9]{8})[^\0]*", "numbers of at most 7 digits")]
     search: SearchSettings
     file: Annotated[str, _numbered(r"faiss-NNNNNN\.index")]
     bytes: Some
@@ -182,11 +187,19 @@ class Layer:
 
 @dataclass(frozen=True)
 class Loading:
-    """The arguments that load the network again; the others are `load_network`'s to check."""
+    """Of the arguments that load the network again, those that name code or files.
 
-    network: Place | None = None
-    weights: Place | None = None
-    head: Place | None = None
+    The others are `load_network`'s to check.
+    """
+
+    network: Spoken | None = None
+    weights: Spoken | None = None
+    head: Spoken | None = None
+
+
+def _loading(value: Any) -> Any:
+    check_fields(Loading, value)
+    return value
 
 
 @dataclass(frozen=True)
@@ -202,7 +215,7 @@ class Network:
     output: Name | Annotated[int, Whole(-_SIDE, _SIDE)] | None = None
     layout: Name | None = None
     precision: Name | None = None
-    loading: Loading | None = None
+    loading: Annotated[Mapping[str, Any], _read_by(_loading)] | None = None
 
 
 @dataclass(frozen=True)
@@ -322,6 +335,8 @@ class Manifest:
             raise Wrong(" names one layer twice")
         if len({part.directory for part in self.parts}) < len(self.parts):
             raise Wrong(" names one part twice", "parts")
+        if (n_files := sum(len(part.files) for part in self.parts)) > MAX_FILES:
+            raise Wrong(f" names {n_files} files of parts; at most {MAX_FILES} are mapped")
         for name, calibration in (self.trust or {}).items():
             if (calibration.neighbors == 1) != (name == "one"):
                 what = f" is of explanations by {calibration.neighbors} neighbours"

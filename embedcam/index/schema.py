@@ -31,7 +31,11 @@ class Wrong(ValueError):  # noqa: N818 - reads as the fact it states
         self.what, self.path = what, [*path]
 
     def __str__(self) -> str:
-        named = (f"[{key}]" if isinstance(key, int) else f".{_cut(key)}" for key in self.path)
+        plain = re.compile(r"[\w.-]{1,60}")
+        named = (
+            f".{key}" if isinstance(key, str) and plain.fullmatch(key) else f"[{short(key)}]"
+            for key in self.path
+        )
         return ("".join(named) + self.what).lstrip(". ")
 
 

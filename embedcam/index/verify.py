@@ -15,6 +15,7 @@ from .faiss_files import REBUILD, load_faiss
 from .files import blocks, broken, sha256_of
 from .parts import Part
 from .reader import Index
+from .schema import short
 from .strings import StringTable
 
 Progress = Callable[[int, int], None]
@@ -213,7 +214,7 @@ def _wrong_order(part: Part) -> str | None:
     keys = [(raw[row], row) for row in order.tolist()]
     for earlier, later in pairwise(keys):
         if earlier > later:
-            return f"the ids are not sorted at {later[0].decode('utf-8', 'replace')!r}"
+            return f"the ids are not sorted at {short(later[0].decode('utf-8', 'replace'))}"
     return None
 
 
@@ -229,7 +230,7 @@ def _unique(index: Index) -> Iterator[IndexFormatError]:
                 yield broken(index.path, where, f"the id of row {row} is empty")
                 return
             if alive[int(start) + row] and text in seen:
-                yield broken(index.path, where, f"the id {text!r} is live twice")
+                yield broken(index.path, where, f"the id {short(text)} is live twice")
                 return
             if alive[int(start) + row]:
                 seen[text] = where

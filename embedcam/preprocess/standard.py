@@ -63,7 +63,7 @@ def _channels(name: str, value: object) -> tuple[float, float, float]:
         raise InputError(problem)
     try:
         numbers = [float(number) for number in value]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(problem) from None
     if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
         raise InputError(problem)
@@ -114,7 +114,7 @@ class Preprocess:
                 f'preprocess: resize="squash" cuts nothing off, so resize_to={self.resize_to} has '
                 'no meaning; leave it out, or take resize="crop"'
             )
-        if self.interpolation not in RESAMPLING:
+        if not isinstance(self.interpolation, str) or self.interpolation not in RESAMPLING:
             raise InputError(
                 f"preprocess: interpolation is {self.interpolation!r}; "
                 f"give one of {', '.join(RESAMPLING)}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import IndexFormatError, InputError
 from ..index import (
     Index,
     PartData,
@@ -22,6 +22,7 @@ from ..index import (
     named_bytes,
     refuse_prototypes,
 )
+from ..index.content import wrong_embeddings
 from ..progress import Advance, progress_of
 from .fidelity import Compressed, fidelity, sample_rows
 from .grouping import Groups, group
@@ -101,6 +102,11 @@ def compress(
         check_fitted(index)
         bars = partial(progress_of, shown=progress)
         vectors = index.embeddings(live)
+        if (what := wrong_embeddings(vectors, index.normalized)) is not None:
+            raise IndexFormatError(
+                f"{index.path}: of the embeddings, {what}; `embedcam verify` says which file is "
+                "damaged"
+            )
         with bars("group", len(live)) as tick:
             groups = group(vectors, labels if per_class else None, prototypes, seed, tick)
         made, sample = _merged(index, live, vectors, labels, groups, seed, bars)

@@ -41,7 +41,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve pictures with their index, of which one was replaced and one removed since."""
-    folder = tmp_path_factory.mktemp("changed")
+    folder = tmp_path_factory.mktemp("photos")
     build_index(pictures(folder / "photos"), toy().network, folder / "i", dense(), progress=False)
     shutil.copytree(folder / "photos", folder / "as-built")
     Image.new("RGB", (40, 20), YELLOW).save(folder / "photos" / CHANGED)
@@ -380,4 +380,4 @@ def test_the_command_and_a_report_leave_the_query_out(say: Say, made: Path, tmp_
     assert "complete already" in say(*ask_for, "--exclude-query")[1]
     code, _, err = say(*ask_for)
     assert code == 2
-    assert "a report with exclude_query = True, and None is asked for" in err
+    assert "a report with exclude_query = True, and False is asked for" in err

@@ -137,6 +137,12 @@ def add(it: Toy, source: ImageSource) -> Job:
     )
 
 
+def update(it: Toy, source: ImageSource) -> Job:
+    return lambda folder: add_images(
+        source, it.network, folder, update=True, batch_size=4, workers=0, progress=False
+    )
+
+
 def scenario_pooled(base: Path) -> list[str]:
     job = build(toy(), pictures(base / "p"), Recipe(triplets=4))
     return killed_everywhere(base, None, job, 16, unfinished_or_whole)
@@ -153,6 +159,21 @@ def scenario_add(base: Path) -> list[str]:
     paint(base / "q", range(20, 27))
     job = add(it, find_images(base / "q"))
     return killed_everywhere(base, build(it, first), job, 16, old_or_new(12, 19))
+
+
+def scenario_update(base: Path) -> list[str]:
+    """Two pictures new, two replaced and one gone: one commit, so twelve images or thirteen."""
+    it, photos = toy(), base / "p"
+    start = build(it, pictures(photos))
+    start(base / "known")  # marked as the pictures were
+    paint(photos, (20, 21))
+    paint(photos, (3, 4), seed=6)
+    (photos / "c2/005.png").unlink()
+    job = update(it, find_images(photos))
+    return killed_everywhere(
+        base, lambda folder: shutil.copytree(base / "known", folder, dirs_exist_ok=True), job, 16,
+        old_or_new(12, 13),
+    )  # fmt: skip
 
 
 def scenario_refit(base: Path) -> list[str]:

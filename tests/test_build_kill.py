@@ -27,7 +27,7 @@ def killer():
 
 
 @pytest.mark.parametrize(
-    "scenario", ["pooled", "other", "add", "refit", "another_recipe", "outside"]
+    "scenario", ["pooled", "other", "add", "update", "refit", "another_recipe", "outside"]
 )
 def test_a_killed_job_run_again_ends_in_the_same_bytes(tmp_path, killer, scenario) -> None:
     killer.stdin.write(f"{scenario} {tmp_path}\n")

@@ -410,7 +410,7 @@ def test_info_says_what_the_manifest_holds(say: Say, built: Path) -> None:
     for key in ("recipe", "network", "layers", "metric", "sign", "counts", "faiss"):
         assert told[key] == manifest[key]
     assert (told["labels"], told["labels_of_one_image"]) == (3, 0)
-    own = ("ids.", "labels.", "paths.", "embeddings.")
+    own = ("ids.", "labels.", "paths.", "embeddings.", "marks.")
     expected = sum(f["bytes"] for name, f in files if not name.startswith(own)) / 12
     assert told["bytes_an_image"] == pytest.approx(expected, abs=0.05)
     # 5 halves, their scale, the count of triplets, 64 bytes of map and its scale.

@@ -438,6 +438,24 @@ def test_what_is_not_to_be_trusted_says_so(look: Look) -> None:
     assert page.page.is_hidden("#trust")
 
 
+def test_a_replaced_picture_says_so_and_has_no_map_over_it(look: Look) -> None:
+    page = look()
+    altered(page, lambda body: body["neighbors"][1].update(file="changed"))
+    page.ask(QUERY)
+    assert [text for text in page.texts(".card .strip") if text] == ["Changed since the build"]
+    drawn = page.page.eval_on_selector_all(
+        ".card canvas",
+        """(all) => all.map((one) => one.getContext("2d")
+          .getImageData(0, 0, one.width, one.height).data.some((value) => value > 0))""",
+    )
+    assert drawn == [True, False, True, True, True]
+    names = page.page.eval_on_selector_all(
+        ".card button.frame", "(all) => all.map((one) => one.ariaLabel)"
+    )
+    assert [", changed since the build." in name for name in names].index(True) == 1
+    assert page.problems() == []
+
+
 def test_names_are_text_whatever_they_hold(look: Look) -> None:
     page = look(viewport={"width": 360, "height": 720})
     nasty = (

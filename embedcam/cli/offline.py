@@ -59,9 +59,7 @@ def add(options: argparse.Namespace) -> None:
     from ..index import ADD_INSTEAD, Index, refuse_prototypes
 
     if options.update and options.skip_existing:
-        raise InputError(
-            "--update looks at images that are there already; leave --skip-existing out"
-        )
+        raise InputError("--update looks at the existing images; leave out --skip-existing")
     source = found_images(options, options.images, options.labels or "auto")
     with Index.open(options.index) as index:
         refuse_prototypes(index.path, index.manifest, ADD_INSTEAD)  # before a network is loaded

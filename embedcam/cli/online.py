@@ -87,12 +87,7 @@ def explain(options: argparse.Namespace) -> None:
         show_json(records)
     _say_pictures(options, len(shown), len(lost), explanation.root)
     if changed:
-        note(
-            options,
-            f"note: {counted(len(changed), 'indexed picture')} changed since the build "
-            f"({some_of(list(changed))}): the stored maps are of the old files; `embedcam add "
-            f"--update {options.index} IMAGES` takes the new ones in",
-        )
+        _say_changed(options, list(changed), explanation.prototypes)
 
 
 def _say_trust(options: argparse.Namespace, query: str, explanation: Any) -> None:
@@ -140,6 +135,18 @@ def _say_pictures(options: argparse.Namespace, n_results: int, n_lost: int, root
             f"note: {n_lost:,} of {counted(n_results, 'indexed picture')} were not found under "
             f"{root}; --images FOLDER says where they are",
         )
+
+
+def _say_changed(options: argparse.Namespace, changed: list[str], prototypes: bool) -> None:
+    """That pictures are others than were indexed, and what to do about it."""
+    then = f"`embedcam add --update {options.index} IMAGES` takes the new ones in"
+    if prototypes:
+        then = "update the index that they were compressed from, and compress that again"
+    note(
+        options,
+        f"note: {counted(len(changed), 'indexed picture')} changed since the build "
+        f"({some_of(changed)}): the stored maps are of the old files; {then}",
+    )
 
 
 def check_images(folder: str | None) -> None:

@@ -241,7 +241,7 @@ def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         return "a report of other queries, or of the same before their files changed"
     mine, other = of(known, "options"), of(wanted, "options")
     for name in {**mine, **other}:
-        was, now = mine.get(name), other.get(name)
+        was, now = mine.get(name, False), other.get(name, False)
         if was != now:
             return f"a report with {name} = {was!r}, and {now!r} is asked for"
     return f"a report of embedcam {known.get('embedcam')}, and this is {wanted.get('embedcam')}"

@@ -1,0 +1,359 @@
+"""Updates: an index follows its folder, in one commit, without a refit."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from build_samples import dense, everything, opened, paint, pictures, quicken, toy
+from PIL import Image
+
+from embedcam import Explainer
+from embedcam.build import add_images, build_index
+from embedcam.cli import main
+from embedcam.errors import ImageError, InputError
+from embedcam.images import find_images, from_dataset
+from embedcam.index import Index, remove, verify
+from embedcam.prototypes import compress
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quicken(monkeypatch)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twelve pictures in three folders, with their index beside them."""
+    source = pictures(tmp_path / "photos")
+    build_index(source, toy().network, tmp_path / "i", dense(), progress=False)
+    return tmp_path / "photos"
+
+
+def replaced(path: Path, color: str = "orange") -> None:
+    Image.new("RGB", (31, 17), color).save(path)
+
+
+def update(photos: Path, **options: Any) -> Any:
+    source = find_images(photos)
+    return add_images(
+        source, toy().network, photos.with_name("i"), update=True, progress=False, **options
+    )
+
+
+def states(photos: Path) -> dict[str, str | None]:
+    with opened(photos.with_name("i")) as (index, live):
+        rows = index.select(live)
+        places = {item.id: place for place, item in enumerate(find_images(photos).items)}
+        source = find_images(photos)
+        return {
+            name: source.state(places[name], mark) if name in places else "missing"
+            for name, mark in zip(rows.ids, rows.marks, strict=True)
+        }
+
+
+def test_new_changed_and_vanished_files_are_taken_in(photos: Path) -> None:
+    """The rows are those of a removal and an addition, one after the other; the rest stays."""
+    two_steps = photos.with_name("two")
+    shutil.copytree(photos.with_name("i"), two_steps)
+    with opened(photos.with_name("i")) as (index, live):
+        before = dict(zip(index.ids[live], index.weights(live).tolist(), strict=True))
+    paint(photos, [30, 31])
+    replaced(photos / "c1/004.png")
+    (photos / "c2/005.png").unlink()
+    (photos / "c0/003.png").rename(photos / "c1/003.png")
+    report = update(photos)
+    changes = report.changes
+    assert changes.new == ["c0/030.png", "c1/003.png", "c1/031.png"]
+    assert changes.changed == ["c1/004.png"]
+    assert sorted(changes.vanished) == ["c0/003.png", "c2/005.png"]
+    assert (changes.n_same, changes.n_unmarked, report.n_images) == (9, 0, 4)
+    assert verify(photos.with_name("i")).ok
+
+    source = find_images(photos)
+    remove(two_steps, changes.gone)
+    wanted = [*changes.new, *changes.changed]
+    places = [place for place, name in enumerate(source.ids) if name in wanted]
+    add_images(source.only(places), toy().network, two_steps, progress=False)
+    with opened(photos.with_name("i")) as (index, live), opened(two_steps) as (other, others):
+        assert index.manifest["generation"] == 2
+        assert sorted(index.ids[live]) == sorted(source.ids)
+        assert index.ids[live] == other.ids[others]
+        np.testing.assert_array_equal(index.weights(live), other.weights(others))
+        np.testing.assert_array_equal(index.embeddings(live), other.embeddings(others))
+        np.testing.assert_array_equal(index.coarse(live), other.coarse(others))
+        labels = dict(zip(index.ids[live], index.labels[live], strict=True))
+        assert labels["c1/003.png"] == "c1"
+        after = dict(zip(index.ids[live], index.weights(live).tolist(), strict=True))
+        kept = set(before) - set(changes.gone)
+        assert all(after[name] == before[name] for name in kept)
+        assert index.manifest["counts"] == {"rows": 16, "live": 13, "added_after_fit": 4}
+    assert set(states(photos).values()) == {"same"}
+
+    manifest = (photos.with_name("i") / "manifest.json").read_bytes()
+    again = update(photos)
+    assert (again.n_images, again.changes.gone, again.changes.new) == (0, [], [])
+    assert again.changes.n_same == 13
+    assert (photos.with_name("i") / "manifest.json").read_bytes() == manifest
+
+
+def test_the_changed_image_is_found_by_its_new_picture(photos: Path) -> None:
+    replaced(photos / "c1/004.png")
+    update(photos)
+    with Explainer(photos.with_name("i"), toy().network, n_neighbors=1) as explainer:
+        why = explainer.explain(photos / "c1/004.png")
+        assert why.ids == ["c1/004.png"]
+        assert why.distances[0] < 1e-6
+        assert why.changed() == []
+
+
+def test_times_alone_change_nothing(photos: Path) -> None:
+    for file in photos.rglob("*.png"):
+        os.utime(file, ns=(10**18, 10**18))
+    manifest = (photos.with_name("i") / "manifest.json").read_bytes()
+    assert update(photos).changes.n_same == 12
+    assert (photos.with_name("i") / "manifest.json").read_bytes() == manifest
+
+
+def test_only_vanished_files_are_only_removed(photos: Path) -> None:
+    (photos / "c2/005.png").unlink()
+    report = update(photos)
+    assert (report.n_images, report.changes.vanished) == (0, ["c2/005.png"])
+    with Index.open(photos.with_name("i")) as index:
+        assert len(index) == 11
+        assert index.manifest["generation"] == 2
+
+
+def test_images_of_another_folder_are_left_alone(photos: Path, tmp_path: Path) -> None:
+    paint(tmp_path / "more", [40, 41])
+    add_images(find_images(tmp_path / "more"), toy().network, tmp_path / "i", progress=False)
+    (photos / "c2/005.png").unlink()
+    assert update(photos).changes.vanished == ["c2/005.png"]
+    with Index.open(tmp_path / "i") as index:
+        assert index.find_live(["c1/040.png", "c2/041.png"]).keys() == {"c1/040.png", "c2/041.png"}
+
+
+def test_a_csv_is_followed_as_a_folder_is(photos: Path, tmp_path: Path) -> None:
+    """Another label is another image: what its weights speak for has changed."""
+    table, index = photos / "list.csv", tmp_path / "listed"
+    lines = [f"c{n % 3}/{n:03d}.png,kind {n % 2},image {n}" for n in range(8)]
+    table.write_text("path,label,id\n" + "\n".join(lines))
+    build_index(find_images(table), toy().network, index, dense(), progress=False)
+    lines[2] = lines[2].replace("kind 0", "kind 1")
+    lines[5] = "c2/008.png,kind 1,image 5"
+    table.write_text("path,label,id\n" + "\n".join([*lines[:7], "c0/009.png,kind 0,image 9"]))
+    report = add_images(find_images(table), toy().network, index, update=True, progress=False)
+    changes = report.changes
+    assert (changes.new, changes.changed) == (["image 9"], ["image 2", "image 5"])
+    assert (changes.vanished, changes.n_same) == (["image 7"], 5)
+    with opened(index) as (made, live):
+        kept = zip(made.ids[live], made.labels[live], made.paths[live], strict=True)
+        rows = {name: (label, path) for name, label, path in kept}
+    assert rows["image 2"] == ("kind 1", "c2/002.png")
+    assert rows["image 5"] == ("kind 1", "c2/008.png")
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_files_that_cannot_be_read_leave_the_index(photos: Path, others: bool) -> None:
+    """A changed file that is no picture any more is gone; with "fail" nothing happens at all."""
+    (photos / "c1/004.png").write_text("a letter")
+    (photos / "c1/broken.png").write_text("another")
+    if others:
+        paint(photos, [30])
+    manifest = (photos.with_name("i") / "manifest.json").read_bytes()
+    with pytest.raises(ImageError, match="is not an image"):
+        update(photos)
+    assert (photos.with_name("i") / "manifest.json").read_bytes() == manifest
+    report = update(photos, on_unreadable="skip")
+    assert [name for name, _ in report.skipped] == ["c1/004.png", "c1/broken.png"]
+    assert report.changes.vanished == ["c1/004.png"]
+    assert report.changes.changed == []
+    assert report.changes.new == (["c0/030.png"] if others else [])
+    with Index.open(photos.with_name("i")) as index:
+        assert len(index) == 11 + others
+    assert not (photos.with_name("i") / ".building").exists()
+    report = update(photos, on_unreadable="skip")
+    assert (report.changes.gone, report.changes.new) == ([], [])
+
+
+def unmarked(path: Path) -> None:
+    """An index as earlier versions wrote it."""
+    from embedcam.index import manifest as manifest_file
+
+    manifest = json.loads((path / "manifest.json").read_text())
+    for entry in manifest["parts"]:
+        del entry["files"]["marks.u32"]
+        (path / entry["directory"] / "marks.u32").unlink()
+    manifest_file.write(path, manifest)
+
+
+def test_without_marks_new_and_vanished_files_are_all_that_is_seen(photos: Path) -> None:
+    unmarked(photos.with_name("i"))
+    paint(photos, [30])
+    replaced(photos / "c1/004.png")
+    (photos / "c2/005.png").unlink()
+    changes = update(photos).changes
+    assert (changes.new, changes.changed, changes.vanished) == (["c0/030.png"], [], ["c2/005.png"])
+    assert (changes.n_same, changes.n_unmarked) == (11, 11)
+    replaced(photos / "c0/030.png")  # which has a mark
+    assert update(photos).changes.changed == ["c0/030.png"]
+
+
+Refusal = Callable[[Path], Any]
+REFUSED: dict[str, tuple[str, Refusal]] = {
+    "another folder": ("was built from .*photos, and .*other is given", lambda photos: update(
+        Path(shutil.copytree(photos, photos.with_name("other"))))),
+    "a data set": ("a data set has no files to compare", lambda photos: add_images(
+        from_dataset([np.zeros((8, 8, 3), np.uint8)], labels=["x"]),
+        toy().network, photos.with_name("i"), update=True)),
+    "other labels": ("has labels, and the images given come without", lambda photos: add_images(
+        find_images(photos, "none"), toy().network, photos.with_name("i"), update=True)),
+    "nothing of it": ("none of its 12 images is among the 1 given", lambda photos: add_images(
+        _renamed(photos), toy().network, photos.with_name("i"), update=True)),
+}  # fmt: skip
+
+
+def _renamed(photos: Path) -> Any:
+    for file in [*photos.rglob("*.png")][1:]:
+        file.unlink()
+    (only,) = photos.rglob("*.png")
+    only.rename(only.with_name("new.png"))
+    return find_images(photos)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_followed_is_one_sentence(photos: Path, case: str) -> None:
+    message, attempt = REFUSED[case]
+    before = everything(photos.with_name("i"))
+    with pytest.raises(InputError, match=message):
+        attempt(photos)
+    assert everything(photos.with_name("i")) == before
+
+
+def test_prototypes_are_not_updated(photos: Path) -> None:
+    compress(photos.with_name("i"), photos.with_name("small"), 3, progress=False)
+    with pytest.raises(InputError, match="holds prototypes"):
+        add_images(find_images(photos), toy().network, photos.with_name("small"), update=True)
+
+
+def test_a_file_that_comes_back_under_an_old_name_is_new(photos: Path) -> None:
+    held = (photos / "c2/005.png").read_bytes()
+    (photos / "c2/005.png").unlink()
+    update(photos)
+    (photos / "c2/005.png").write_bytes(held)
+    assert update(photos).changes.new == ["c2/005.png"]
+    with Index.open(photos.with_name("i")) as index:
+        assert (len(index), index.n_rows) == (12, 13)
+    assert verify(photos.with_name("i")).ok
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_index_follows_whatever_becomes_of_its_folder(photos: Path, seed: int) -> None:
+    """Random changes, several at a time: the index ends as the folder is, and says no more."""
+    chance = np.random.default_rng(seed)
+    for round in range(3):
+        files = sorted(photos.rglob("*.png"))
+        for file in chance.permutation(np.array(files, object))[:4].tolist():
+            what = chance.choice(["unlink", "replace", "move", "touch", "copy"])
+            if what == "unlink":
+                file.unlink()
+            elif what == "replace":
+                Image.fromarray(chance.integers(0, 256, (20, 20, 3), np.uint8)).save(file)
+            elif what == "move":
+                kind = chance.choice(["c0", "c1", "c2"])
+                file.rename(photos / kind / f"moved-{round}-{file.name}")
+            elif what == "touch":
+                os.utime(file, ns=(round, round))
+            else:
+                shutil.copy(file, file.with_name(f"copy-{round}-{file.name}"))
+        update(photos)
+        source = find_images(photos)
+        with opened(photos.with_name("i")) as (index, live):
+            rows = sorted(zip(index.ids[live], index.labels[live], strict=True))
+            assert rows == [(item.id, item.label) for item in source.items]
+        assert set(states(photos).values()) == {"same"}
+        report = update(photos)
+        assert (report.n_images, report.changes.gone, report.changes.new) == (0, [], [])
+    assert verify(photos.with_name("i")).ok
+
+
+# ------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def say(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    import embedcam.cli.offline as offline
+
+    monkeypatch.setattr(offline, "named", lambda chosen: toy().network)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        words = ["add", photos.with_name("i"), *arguments, "--network", "toy:make"]
+        code = main([str(word) for word in words])
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+def test_the_command_says_what_it_did(photos: Path, say: Callable[..., Any]) -> None:
+    index = photos.with_name("i")
+    paint(photos, range(30, 35))
+    replaced(photos / "c1/004.png")
+    (photos / "c2/005.png").unlink()
+    code, out, err = say(photos, "--update")
+    assert (code, err) == (0, "")
+    assert out.startswith(
+        f"{index}: 5 new (c0/030.png, c0/033.png, c1/031.png, ...), 1 changed (c1/004.png), "
+        "1 vanished (c2/005.png); 10 as before, in "
+    )
+    code, out, _ = say(photos, "--update")
+    assert out.startswith(f"{index}: nothing to update, 16 as before, in ")
+    code, out, _ = say(photos, "--update", "--json")
+    assert json.loads(out)["changes"] == {
+        "new": [], "changed": [], "vanished": [], "n_same": 16, "n_unmarked": 0
+    }  # fmt: skip
+
+
+def test_the_command_says_what_it_cannot_tell(photos: Path, say: Callable[..., Any]) -> None:
+    unmarked(photos.with_name("i"))
+    code, out, err = say(photos, "--update")
+    assert (code, "nothing to update" in out) == (0, True)
+    assert err == (
+        "note: 12 images of the index without a mark of the file, so whether one changed cannot "
+        "be told; `embedcam build --refit` adds marks\n"
+    )
+
+
+def test_the_command_refuses_in_its_own_words(photos: Path, say: Callable[..., Any]) -> None:
+    other = shutil.copytree(photos, photos.with_name("other"))
+    code, _, err = say(other, "--update")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "without --update, or redo the index with --refit where" in err
+    code, _, err = say(photos, "--update", "--skip-existing")
+    assert (code, "leave out --skip-existing" in err) == (2, True)
+
+
+def test_marks_of_earlier_parts_stay_beside_rows_without(photos: Path) -> None:
+    """Images of a data set are added to a marked index: those have none, the others keep theirs."""
+    source = from_dataset([np.full((16, 16, 3), 9, np.uint8)], ids=["array"], labels=["c0"])
+    add_images(source, toy().network, photos.with_name("i"), progress=False)
+    found = states(photos)
+    assert found.pop("array") == "missing"  # not of the folder
+    assert set(found.values()) == {"same"}
+    with opened(photos.with_name("i")) as (index, live):
+        assert index.select(live).marks[-1].tolist() == [0] * 4
+    assert update(photos).changes.vanished == []
+
+
+def test_a_refit_marks_files_anew(photos: Path) -> None:
+    replaced(photos / "c1/004.png")
+    options = {"recipe": dense(), "replace": True, "progress": False}
+    build_index(find_images(photos), toy().network, photos.with_name("i"), **options)
+    assert set(states(photos).values()) == {"same"}

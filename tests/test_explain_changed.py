@@ -1,0 +1,383 @@
+"""Results whose pictures were replaced since the build, and queries that are of the index."""
+
+import io
+import json
+import logging
+import os
+import re
+import shutil
+from base64 import b64decode
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from build_samples import dense, pictures, quicken, toy
+from PIL import Image
+from service_client import ask, data_of, explainer, picture, post
+from test_build_update import unmarked
+
+from embedcam import Explainer, PairExplainer, build_index, evaluate_index, find_images
+from embedcam.cli import main
+from embedcam.errors import ImageError, InputError
+from embedcam.evaluate import Settings
+from embedcam.index import Index, compact
+from embedcam.prototypes import compress
+from embedcam.render import Tile, panel, shrunk
+from embedcam.render.tiles import mapped_picture, plain_picture
+from embedcam.report import write_report
+from embedcam.service import create_app
+
+YELLOW = (255, 255, 0)
+CHANGED = "c0/003.png"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quicken(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve pictures with their index, of which one was replaced and one removed since."""
+    folder = tmp_path_factory.mktemp("photos")
+    build_index(pictures(folder / "photos"), toy().network, folder / "i", dense(), progress=False)
+    shutil.copytree(folder / "photos", folder / "as-built")
+    Image.new("RGB", (40, 20), YELLOW).save(folder / "photos" / CHANGED)
+    (folder / "photos/c1/004.png").unlink()
+    os.utime(folder / "photos/c2/005.png", ns=(0, 0))
+    return folder
+
+
+@pytest.fixture
+def why(made: Path) -> Any:
+    with Explainer(made / "i", toy().network, n_neighbors=12) as explainer:
+        yield explainer.explain(made / "photos/c0/000.png")
+
+
+# ------------------------------------------------------------------ what is said, and drawn
+
+
+def test_each_result_says_what_became_of_its_file(why: Any) -> None:
+    files = {one["id"]: one["file"] for one in why.to_dict((2, 2))["neighbors"]}
+    assert files.pop(CHANGED) == "changed"
+    assert files.pop("c1/004.png") == "missing"
+    assert set(files.values()) == {"same"}  # a touched one among them
+    assert why.changed() == [CHANGED]
+    assert why.not_found() == ["c1/004.png"]
+
+
+def test_the_new_picture_is_shown_with_a_note_and_without_the_old_map(why: Any) -> None:
+    _, tiles = why.tiles()
+    by_name = {tile.caption: tile for tile in tiles}
+    changed, same = by_name["003.png"], by_name["000.png"]
+    assert changed.changed
+    assert changed.subcaption.endswith("changed since the build")
+    assert not same.changed
+    assert "changed" not in same.subcaption
+    size = (200, 100)
+    plain = np.asarray(plain_picture(changed, size)).astype(int)
+    assert (np.abs(plain[:70] - YELLOW) <= 3).all()
+    assert (plain[80:] < 60).mean() > 0.3  # words on a dark strip
+    mapped = np.asarray(mapped_picture(changed, size, 1.0)).astype(int)
+    alone = np.asarray(mapped_picture(Tile(None, changed.cam), (200, 200), 1.0).resize(size))
+    assert np.abs(mapped - alone).mean() < 4  # the map by itself, on grey
+    assert not (np.abs(mapped - YELLOW) <= 40).all(-1).any()
+
+
+def test_a_tile_made_small_has_one_note(why: Any) -> None:
+    tile = next(tile for tile in why.tiles()[1] if tile.changed)
+    small = shrunk(tile, 32)
+    assert small.changed
+    assert (np.abs(np.asarray(small.image).astype(int) - YELLOW) <= 3).all()
+    assert not tile.cropped
+    for side in (48, 320):  # drawn at any size
+        assert panel(tile, [tile], side=side).width > side
+
+
+def test_the_picture_of_the_whole_shows_the_note(why: Any, made: Path) -> None:
+    before = Explainer(made / "i", toy().network, images=made / "as-built", n_neighbors=12)
+    with before as explainer:
+        old = explainer.explain(made / "photos/c0/000.png")
+    assert old.changed() == []  # a copied collection has other times and the same bytes
+    one, other = np.asarray(why.plot()), np.asarray(old.plot())
+    assert (np.abs(one.astype(int) - YELLOW) <= 3).all(-1).sum() > 5000
+    assert not (np.abs(other.astype(int) - YELLOW) <= 3).all(-1).any()
+
+
+def test_a_changed_result_that_was_asked_for(made: Path) -> None:
+    with Explainer(made / "i", toy().network, n_neighbors=1) as explainer:
+        why = explainer.explain(made / "photos/c0/000.png", result=CHANGED)
+        assert why.changed() == [CHANGED]
+        assert why.to_dict()["result"]["file"] == "changed"
+        assert why.tiles()[1][0].subcaption.endswith("asked for\nchanged since the build")
+        assert [explainer.file_state(name) for name in (CHANGED, "c1/004.png", "c2/005.png")] == [
+            "changed", "missing", "same",
+        ]  # fmt: skip
+
+
+def test_paths_that_are_not_followed_are_not_looked_at(made: Path, tmp_path: Path) -> None:
+    with Explainer(made / "i", toy().network, images=tmp_path) as explainer:
+        why = explainer.explain(made / "photos/c0/000.png")
+        assert {one["file"] for one in why.to_dict()["neighbors"]} == {"missing"}
+
+
+def test_an_index_without_marks_says_once_that_it_cannot_tell(
+    made: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index = Path(shutil.copytree(made / "i", tmp_path / "i"))
+    with Explainer(index, toy().network) as explainer:
+        explainer.explain(made / "photos/c0/000.png")
+    assert caplog.messages == []
+    unmarked(index)
+    with Explainer(index, toy().network, n_neighbors=12) as explainer:
+        found = [explainer.explain(made / "photos/c0/000.png") for _ in range(2)]
+        compact(index)
+        explainer.reload()
+        assert explainer.file_state(CHANGED) is None
+    assert len(caplog.messages) == 1
+    assert "keeps no marks of its images' files" in caplog.messages[0]
+    assert caplog.records[0].levelno == logging.WARNING
+    assert [one.changed() for one in found] == [[], []]
+    assert {one["file"] for one in found[0].to_dict()["neighbors"]} == {None}
+    assert found[0].not_found() == ["c1/004.png"]
+
+
+# ------------------------------------------------------------------ the command line
+
+
+@pytest.fixture
+def say(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    for module in ("online", "pairs"):
+        monkeypatch.setattr(f"embedcam.cli.{module}.network_given", lambda *_: toy().network)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(word) for word in arguments])
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return run
+
+
+Say = Callable[..., tuple[int, str, str]]
+
+
+def test_the_command_says_it_in_the_table_and_in_a_note(say: Say, made: Path) -> None:
+    query = made / "photos/c0/000.png"
+    code, out, err = say("explain", made / "i", query, "-n", 12)
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if line.endswith("changed since the build")]
+    assert CHANGED in line
+    assert "note: 1 indexed picture changed since the build (c0/003.png): the stored maps" in err
+    assert f"`embedcam add --update {made / 'i'} IMAGES` takes the new ones in" in err
+    _, out, err = say("explain", made / "i", query, "-n", 2, "--images", made / "as-built")
+    assert "changed" not in out + err
+    _, _, err = say("explain", made / "i", query, "-n", 12, "--quiet")
+    assert err == ""
+    _, out, _ = say("explain", made / "i", query, "-n", 12, "--json")
+    assert [one["file"] for one in json.loads(out)[0]["neighbors"]].count("changed") == 1
+
+
+def test_the_command_says_that_it_cannot_tell(say: Say, made: Path, tmp_path: Path) -> None:
+    index = Path(shutil.copytree(made / "i", tmp_path / "i"))
+    unmarked(index)
+    _, _, err = say("explain", index, made / "photos/c0/000.png", made / "photos/c0/006.png")
+    assert err.count("keeps no marks of its images' files") == 1
+    _, _, err = say("explain", index, made / "photos/c0/000.png", "--quiet")
+    assert err == ""
+
+
+def test_the_page_shows_the_new_picture_beside_its_map(
+    say: Say, made: Path, tmp_path: Path
+) -> None:
+    query, page = made / "photos/c0/000.png", tmp_path / "why.html"
+    say("explain", made / "i", query, "-n", 12, "--html", page)
+    text = page.read_text()
+    figure = next(part for part in text.split("<figure") if f'title="{CHANGED[3:]}"' in part)
+    assert "<span>changed since the build</span>" in figure
+    assert text.count("changed since the build") == 1
+    plain, mapped = re.findall(r"base64,([^\"]+)", figure)
+    assert (_yellow(plain) > 0.5, _yellow(mapped)) == (True, 0)
+
+
+def _yellow(data: str) -> float:
+    shown = np.asarray(Image.open(io.BytesIO(b64decode(data)))).astype(int)
+    return float((np.abs(shown - YELLOW) < 30).all(-1).mean())
+
+
+def test_a_report_says_it_in_rows_lines_and_head(made: Path, tmp_path: Path) -> None:
+    source = find_images(made / "as-built", "none").only([0, 1])
+    with Explainer(made / "i", toy().network, n_neighbors=12) as explainer:
+        report = write_report(explainer, source, tmp_path / "out", progress=False)
+    assert report.n_changed == 2
+    lines = (tmp_path / "out/explanations.jsonl").read_text().splitlines()
+    files = [one["file"] for one in json.loads(lines[0])["neighbors"]]
+    assert (files.count("changed"), files.count("missing")) == (1, 1)
+    page = (tmp_path / "out/index.html").read_text()
+    assert "2 with a result whose picture has changed since the build" in page
+    assert page.count("<span>changed since the build</span>") == 2
+
+
+def test_info_counts_marks_apart(say: Say, made: Path, tmp_path: Path) -> None:
+    _, out, _ = say("info", made / "i")
+    assert (
+        "  files       marked, 16 bytes an image more: a picture that was replaced is told" in out
+    )
+    _, told, _ = say("info", made / "i", "--json")
+    index = Path(shutil.copytree(made / "i", tmp_path / "i"))
+    unmarked(index)
+    _, out, _ = say("info", index)
+    assert "  files       not marked: whether a picture was replaced cannot be told" in out
+    with_marks, without = json.loads(told), json.loads(say("info", index, "--json")[1])
+    assert with_marks["bytes_an_image"] == without["bytes_an_image"]
+    assert with_marks["bytes"] == without["bytes"] + 12 * 16
+    assert (with_marks["bytes_a_mark"], without["bytes_a_mark"]) == (16, 0)
+
+
+# ------------------------------------------------------------------ receipts and measures
+
+
+def test_a_receipt_is_of_the_picture_that_is_shown(say: Say, made: Path, tmp_path: Path) -> None:
+    """Another picture is refused by its embedding; the same one in another file is told."""
+    folder = Path(shutil.copytree(made / "as-built", tmp_path / "photos"))
+    with Image.open(folder / "c0/006.png") as old:
+        old.save(folder / "c0/006.png", compress_level=0)
+    query = folder / "c0/000.png"
+    code, _, err = say("compare", made / "i", query, "c0/006.png", "--images", folder)
+    assert code == 0
+    assert "note: changed since the build: c0/006.png; what is compared is the picture as" in err
+    code, _, err = say("compare", made / "i", query, "c0/009.png", "--images", folder)
+    assert (code, "changed" in err) == (0, False)
+    code, _, err = say("compare", made / "i", query, CHANGED)
+    assert code == 3
+    assert "the picture has changed since it was indexed" in err
+
+
+def test_a_prototype_whose_picture_was_replaced_has_no_receipt(made: Path, tmp_path: Path) -> None:
+    """No stored embedding is that picture's, so nothing but the mark can tell."""
+    compress(made / "i", tmp_path / "small", 12, progress=False)
+    with Index.open(tmp_path / "small") as index:
+        names = dict(zip(index.paths, index.ids, strict=True))
+    with Explainer(tmp_path / "small", toy().network) as explainer:
+        pairs, query = PairExplainer(explainer), made / "photos/c0/000.png"
+        assert pairs.receipt(query, names["c0/006.png"]).similarity
+        with pytest.raises(ImageError, match="in the middle of this prototype was replaced"):
+            pairs.receipt(query, names[CHANGED])
+
+
+def test_an_evaluation_leaves_replaced_pictures_out(made: Path, tmp_path: Path) -> None:
+    queries = pictures(tmp_path / "queries", 6, seed=8)
+    asked = Settings(measures=("retrieval", "fidelity"), limit=6, controls=False, examples=1)
+    found = evaluate_index(made / "i", queries, toy().network, settings=asked, progress=False)
+    notes = " ".join(found.summary["notes"])
+    assert "transfer fidelity: 1 indexed pictures were replaced since the build" in notes
+
+
+# ------------------------------------------------------------------ the service
+
+
+@pytest.fixture
+def app(made: Path) -> Any:
+    made_app = create_app(explainer(made / "i"))
+    made_app.state.pipeline.set_ready(True)
+    yield made_app
+    made_app.state.pipeline.close()
+
+
+def test_the_service_says_it_of_every_result_and_map(app: Any, made: Path) -> None:
+    body = data_of(picture())
+    found = post(app, "/explain?n_neighbors=12", body).json()["neighbors"]
+    files = {one["id"]: one["file"] for one in found}
+    assert (files[CHANGED], files["c1/004.png"], files["c2/005.png"]) == (
+        "changed", "missing", "same",
+    )  # fmt: skip
+    asked = post(app, f"/explain?n_neighbors=1&result={CHANGED}", body).json()["result"]
+    assert asked["file"] == "changed"
+    assert ask(app, "GET", f"/items/{CHANGED}/cam", accept="application/json").json()["file"] == (
+        "changed"
+    )
+    drawn = ask(app, "GET", f"/items/{CHANGED}/cam", accept="image/png").image()
+    assert not (np.abs(np.asarray(drawn).astype(int) - YELLOW) < 40).all(-1).any()
+    plain = ask(app, "GET", f"/items/{CHANGED}/image", accept="image/jpeg").image()
+    assert (np.abs(np.asarray(plain).astype(int) - YELLOW) < 12).all()  # pixels alone, as it says
+    assert post(app, f"/compare?result={CHANGED}", body).error == (409, "changed_picture")
+
+
+def test_the_service_refuses_the_receipt_of_a_replaced_prototype(
+    made: Path, tmp_path: Path
+) -> None:
+    compress(made / "i", tmp_path / "small", 12, progress=False)
+    with Index.open(tmp_path / "small") as index:
+        name = dict(zip(index.paths, index.ids, strict=True))[CHANGED]
+    made_app = create_app(explainer(tmp_path / "small"))
+    made_app.state.pipeline.set_ready(True)
+    try:
+        asked = post(made_app, f"/compare?result={name}", data_of(picture()))
+        assert asked.error == (409, "changed_picture")
+    finally:
+        made_app.state.pipeline.close()
+
+
+# ------------------------------------------------------------------ a query of the index
+
+
+def test_the_query_s_own_file_is_left_out(made: Path, tmp_path: Path) -> None:
+    """By whatever path; the others move up, and as many come back as were asked for."""
+    query = made / "photos/c0/000.png"
+    link = tmp_path / "link.png"
+    link.symlink_to(query)
+    with Explainer(made / "i", toy().network, n_neighbors=4) as explainer:
+        plain = explainer.explain(query, n_neighbors=5)
+        assert plain.ids[0] == "c0/000.png"
+        for path in (query, str(query), query.parent / "../c0/000.png", link):
+            found = explainer.explain(path, exclude_query=True)
+            assert found.ids == plain.ids[1:]
+            np.testing.assert_array_equal(found.distances, plain.distances[1:])
+            assert found.explained == found.ids
+        known = explainer.explain(query, neighbors=["c0/006.png", "c0/000.png"], exclude_query=True)
+        assert known.ids == ["c0/006.png"]
+        everything = explainer.explain(query, n_neighbors=50, exclude_query=True)
+        assert len(everything.ids) == 11
+        two = [query, made / "photos/c2/005.png"]
+        batch = explainer.explain_batch(two, exclude_query=True)
+        assert ["c0/000.png" in batch[0].ids, "c2/005.png" in batch[1].ids] == [False, False]
+        assert [len(one.ids) for one in batch] == [4, 4]
+
+
+def test_a_copy_or_another_file_leaves_nothing_out(made: Path, tmp_path: Path) -> None:
+    copy = shutil.copy(made / "photos/c0/000.png", tmp_path / "000.png")
+    with Explainer(made / "i", toy().network, n_neighbors=4) as explainer:
+        plain = explainer.explain(copy)
+        assert plain.ids[0] == "c0/000.png"
+        assert explainer.explain(copy, exclude_query=True).ids == plain.ids
+        data = Path(copy).read_bytes()
+        assert explainer.explain(data, exclude_query=True).ids == plain.ids
+        own = explainer.explain_batch(
+            [data], exclude_query=True, files=[made / "photos/c0/000.png"]
+        )
+        assert "c0/000.png" not in own[0].ids
+        with pytest.raises(InputError, match="nothing but the query itself comes back"):
+            explainer.explain(
+                made / "photos/c0/000.png", neighbors=["c0/000.png"], exclude_query=True
+            )
+
+
+def test_the_command_and_a_report_leave_the_query_out(say: Say, made: Path, tmp_path: Path) -> None:
+    query = made / "photos/c0/000.png"
+    _, out, _ = say("explain", made / "i", query, "-n", 3, "--json", "--exclude-query")
+    ids = [one["id"] for one in json.loads(out)[0]["neighbors"]]
+    assert (len(ids), "c0/000.png" in ids) == (3, False)
+    out_folder = tmp_path / "out"
+    ask_for = ("explain", made / "i", made / "photos", "--report", out_folder, "-n", 2)
+    assert say(*ask_for, "--exclude-query")[0] == 0
+    lines = [json.loads(x) for x in (out_folder / "explanations.jsonl").read_text().splitlines()]
+    assert len(lines) == 11
+    for line in lines:
+        ids = [one["id"] for one in line["neighbors"]]
+        assert (len(ids), line["query"] in ids) == (2, False)
+    assert "complete already" in say(*ask_for, "--exclude-query")[1]
+    code, _, err = say(*ask_for)
+    assert code == 2
+    assert "a report with exclude_query = True, and False is asked for" in err

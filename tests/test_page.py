@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import pytest
@@ -248,6 +249,18 @@ def test_a_result_is_hovered(look: Look, explainer: Explainer) -> None:
     assert page.text("#panel-title") == "Ask why"
 
 
+@pytest.mark.parametrize("what", [".name", ".far", ".pick", ".caption"])
+def test_anywhere_on_a_result_opens_its_receipt(look: Look, what: str) -> None:
+    page = look()
+    page.ask(QUERY)
+    page.page.hover(f".card:nth-child(3) {what}")
+    assert page.text("#panel-title") == "Why result 3 matches"
+    page.page.mouse.move(5, 5)
+    page.page.wait_for_selector(".card:nth-child(3):not(.lit)")
+    page.page.focus(".card:nth-child(4) .pick")
+    assert page.text("#panel-title") == "Why result 4 matches"
+
+
 def test_two_results_are_compared(look: Look, explainer: Explainer) -> None:
     page = look()
     page.ask(QUERY)
@@ -267,6 +280,18 @@ def test_two_results_are_compared(look: Look, explainer: Explainer) -> None:
     cell = 256 / 6
     red, _, blue, _ = drawn[int((row + 0.5) * cell), int((column + 0.5) * cell)]
     assert (red > blue) == (values[row, column] > 0)
+    # Either's own map in its own colour: where it matches the query best, that is.
+    for place, expected in ((2, "red"), (4, "blue")):
+        own = made.result if place == 2 else made.rival
+        row, column = np.unravel_index(own.result.cells.argmax(), values.shape)
+        for shown in (
+            f".card:nth-child({place}) canvas",
+            f".three figure:nth-child({place // 2 + 1}) canvas",
+        ):
+            drawn = page.pixels(shown)
+            side = len(drawn) / 6
+            red, _, blue, _ = drawn[int((row + 0.5) * side), int((column + 0.5) * side)].astype(int)
+            assert (red > blue) == (expected == "red"), shown
     for card, kind in ((2, "for"), (4, "against")):
         assert kind in page.page.get_attribute(f".card:nth-child({card})", "class")
         pressed = page.page.get_attribute(f".card:nth-child({card}) .pick", "aria-pressed")
@@ -284,6 +309,67 @@ def test_the_result_becomes_the_query(look: Look) -> None:
     page.page.click("#panel .buttons button")
     page.wait("(id) => document.querySelector('.card .id')?.textContent === id", wanted)
     page.settle()
+    assert page.text("#query-title") == f"From the index: {wanted}"
+    assert page.page.url == f"{page.address}/#{urlencode({'id': wanted})}"
+
+
+def test_one_of_the_index_is_tried(look: Look, explainer: Explainer) -> None:
+    page = look()
+    page.page.wait_for_selector("#tries .try")
+    names = page.page.eval_on_selector_all(".try img", "(all) => all.map((one) => one.alt)")
+    assert names == [str(number) for number in (0, 1, 3, 5, 7, 9)]  # from all over the index
+    page.wait("[...document.querySelectorAll('.try img')].every((one) => one.naturalWidth > 0)")
+    assert page.problems() == []
+    page.page.locator(".try").nth(2).click()
+    page.settle()
+    wanted = explainer.index.ids[11]
+    assert page.texts(".card .id")[0] == wanted
+    assert page.page.url == f"{page.address}/#{urlencode({'id': wanted})}"
+
+
+def test_an_address_is_an_indexed_query(look: Look, explainer: Explainer) -> None:
+    page = look()
+    first, second = explainer.index.ids[4], explainer.index.ids[17]
+    nearest = "(id) => document.querySelector('.card .id')?.textContent === id"
+    for name in (first, second):  # one that is opened, and one that is typed over it
+        page.page.goto(f"{page.address}/#{urlencode({'id': name})}")
+        page.wait(nearest, name)
+        page.settle()
+    page.page.reload()
+    page.wait(nearest, second)
+    page.settle()
+    page.page.go_back()
+    page.wait(nearest, first)
+    page.settle()
+    page.ask(QUERY)  # one's own picture has no address
+    assert page.page.url == f"{page.address}/"
+    assert page.text("#query-title") == "Your picture"
+    page.page.go_back()
+    page.wait(nearest, first)
+    page.page.evaluate("location.hash = ''")
+    page.page.wait_for_selector("#intake:visible")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nowhere.png", "..", "../..", "/etc/passwd", "//evil.example/x", "a?b=c#d", "%2e%2e/%00",
+        "\0",
+        "<img src=x onerror=document.title='owned'>", "javascript:alert(1)", "a\r\nSet-Cookie: b=c",
+        "0/../../healthz?", "\u202e", "x" * 3000, "'\");alert(1)//",
+    ],
+)  # fmt: skip
+def test_a_strange_address_is_an_id_that_no_image_has(look: Look, name: str) -> None:
+    page = look(refused=True)
+    page.page.goto(f"{page.address}/#{urlencode({'id': name})}")
+    page.page.wait_for_selector("#problem")
+    assert "no image of this id" in page.text("#problem-text") or (
+        "nothing at this address" in page.text("#problem-text")
+    )
+    assert page.page.title().startswith("embedcam")
+    assert page.page.locator("img[src=x]").count() == 0
+    page.page.wait_for_selector("#query", state="hidden")
+    page.ask(QUERY)  # and the page goes on
 
 
 def test_how_many_and_how_strong(look: Look) -> None:
@@ -483,6 +569,8 @@ def test_a_text_file_is_refused_kindly(look: Look) -> None:
         "JPEG2000, AVIF)."
     )
     assert page.page.is_hidden("#retry")
+    assert page.page.is_hidden("#query-shot")  # no empty frame, and nothing to slide
+    assert page.page.is_hidden("#strength")
     assert page.page.locator(".card:visible").count() == 0
     assert page.problems() == []
     page.ask(QUERY)

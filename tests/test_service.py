@@ -476,8 +476,8 @@ def test_only_names_of_its_own(index: Path) -> None:
 def test_the_description_names_every_address(app: Any) -> None:
     described = ask(app, "GET", "/openapi.json").json()
     assert sorted(described["paths"]) == [
-        "/compare", "/explain", "/healthz", "/items/{id}/cam", "/items/{id}/image", "/metrics",
-        "/readyz", "/search",
+        "/compare", "/examples", "/explain", "/healthz", "/items/{id}/cam", "/items/{id}/image",
+        "/metrics", "/readyz", "/search",
     ]  # fmt: skip
     assert "HTTPValidationError" not in json.dumps(described)
 
@@ -512,3 +512,20 @@ def test_ids_are_quoted() -> None:
     assert item_url("", "c0/a b.png", "image") == "/items/c0/a%20b.png/image"
     assert item_url("/proxy", "a/../b", "cam") == "/proxy/items/a%2F..%2Fb/cam"
     assert item_url("", "\ud800", "cam") == f"/items/{quote('?')}/cam"
+
+
+# --- /examples ---
+
+
+def test_examples_are_from_all_over_the_index(app: Any) -> None:
+    found = ask(app, "GET", "/examples?count=4")
+    assert found.status == 200
+    items = found.json()["items"]
+    ids = app.state.pipeline.index.ids
+    assert [one["id"] for one in items] == [ids[place] for place in (0, 3, 7, 11)]
+    assert items[0] == {
+        "id": "c0/000.png", "label": "c0", "image_url": "/items/c0/000.png/image",
+        "cam_url": "/items/c0/000.png/cam",
+    }  # fmt: skip
+    assert len(ask(app, "GET", "/examples?count=24").json()["items"]) == 12
+    assert ask(app, "GET", "/examples?count=25").error == (422, "unusable_parameter")

@@ -272,6 +272,16 @@ def _raw_requests(running: Served) -> None:
         first, second = _everything(client).split(b'{"status":"ok"}')
         assert first.startswith(b"HTTP/1.1 200 ")
         _check_refusal(second, 400, "broken_request")
+    for request in (AFTER, POST + b"Content-Length: %d\r\n\r\n" % len(QUERY) + QUERY):
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
+            client.sendall(request)
+            client.shutdown(socket.SHUT_WR)  # it has said all, and listens
+            assert _everything(client).startswith(b"HTTP/1.1 200 "), request[:60]
+    for request in (AFTER[:9], POST + b"Content-Length: 9\r\n\r\nabc"):
+        with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
+            client.sendall(request)
+            client.shutdown(socket.SHUT_WR)
+            assert b"200 OK" not in _everything(client)
     for request, status in (
         (b"GET /items/../../etc/passwd/image HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
         (b"GET /healthz HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n" + HOST + b"\r\n", 200),

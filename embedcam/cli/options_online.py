@@ -110,7 +110,11 @@ def serve_options(one: argparse.ArgumentParser) -> None:
     )
     transfer_options(one)
     online_options(one)
-    group = one.add_argument_group("limits")
+    group = one.add_argument_group(
+        "limits",
+        "Besides: 10 s for the head of a request, of 64 KiB at most; 20 s for a client to read\n"
+        "64 KiB of its answer, or the rest; 512 connections.",
+    )
     group.add_argument(
         "--max-body", metavar="BYTES", type=positive, help="of a request (default 20000000)"
     )

@@ -41,7 +41,7 @@ def draw_comparison(comparison: Comparison, lines: int, title: str | None) -> Im
     ours, query, theirs = (
         _tile(result.result, result.result_shown),
         _tile(comparison.query, comparison.query_shown),
-        _tile(rival.result, rival.result_shown),
+        _tile(rival.result, rival.result_shown, rival=True),
     )
     ours.subcaption += f"\nsimilarity {result.similarity:.3f}"
     theirs.subcaption += f"\nsimilarity {rival.similarity:.3f}"
@@ -51,9 +51,8 @@ def draw_comparison(comparison: Comparison, lines: int, title: str | None) -> Im
         (NEARER, comparison.score),
         headings=["Query", "Result", "Rival"],
         title=title,
-        note="In the query red speaks for the result, blue for the rival; the others' own maps "
-        "show what in them matches the query. Each map has its own scale. "
-        + _how(comparison.exact),
+        note="In all three red speaks for the result, blue for the rival: the maps of the two show "
+        "what in them matches the query. Each map has its own scale. " + _how(comparison.exact),
     )
 
 
@@ -63,10 +62,16 @@ def _how(exact: bool) -> str:
     return "Contributions are of first order; what is not is the last amount."
 
 
-def _tile(evidence: Evidence, shown: Shown) -> Tile:
+def _tile(evidence: Evidence, shown: Shown, rival: bool = False) -> Tile:
+    """A picture with what in it speaks for (red) and against; a rival's speaks the other way."""
     name = shown.name.rpartition("/")[2]
     return Tile(
-        shown.image, evidence.cells, shown.extent, name or "query", shown.label or "", signed=True
+        shown.image,
+        -evidence.cells if rival else evidence.cells,
+        shown.extent,
+        name or "query",
+        shown.label or "",
+        signed=True,
     )
 
 

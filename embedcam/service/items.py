@@ -1,4 +1,4 @@
-"""GET /items/{id}/image and /items/{id}/cam: the indexed images, and no other file.
+"""GET /items/{id}/image and /items/{id}/cam, /examples: the indexed images, and no other file.
 
 An id is looked up in the index; the path read is the index's own, by `Explainer.picture_file`. What
 leaves is a picture made again from the pixels, at a bounded size.
@@ -22,16 +22,17 @@ from ..images import read_image
 from ..index import Index
 from ..preprocess import Extent
 from .accept import choose
+from .addresses import item_url
 from .errors import Refused
 from .parameters import only
 from .pictures import encoded, overlay, shrunk
 from .pipeline import Pipeline, find_live
-from .schemas import ItemCam, refusals
+from .schemas import ExamplesAnswer, ItemCam, refusals
 
 logger = logging.getLogger("embedcam.service")
 
 JPEG, WEBP, PNG, JSON = "image/jpeg", "image/webp", "image/png", "application/json"
-MAX_SIDE = 1024
+MAX_SIDE, MAX_EXAMPLES = 1024, 24
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _UNCHANGED: dict[int | str, dict[str, Any]] = {
     304: {"description": "It is still what `If-None-Match` names."}
@@ -57,7 +58,7 @@ class _Answer:
 
 
 def router(pipeline: Pipeline) -> APIRouter:
-    """The two endpoints."""
+    """The three endpoints."""
     routes = APIRouter(tags=["items"])
     name_of = Annotated[str, Path(description="Id of an indexed image; it may hold slashes.")]
     side_of = Annotated[
@@ -96,6 +97,23 @@ def router(pipeline: Pipeline) -> APIRouter:
         kind = choose(request.headers.get("accept"), (JSON, PNG, WEBP))
         return await answered(request, id, f"cam {kind}", size)
 
+    @routes.get(
+        "/examples",
+        operation_id="examples",
+        summary="A few indexed images to search with, from all over the index",
+        response_class=Response,
+        responses={200: {"model": ExamplesAnswer}, **refusals(403, 422, 500, 503)},
+        dependencies=[Depends(only("count"))],
+    )
+    async def examples(
+        request: Request, count: Annotated[int, Query(ge=1, le=MAX_EXAMPLES)] = 6
+    ) -> Response:
+        prefix = request.scope.get("root_path", "")
+        with pipeline.gate.admitted():
+            async with pipeline.deadline():
+                body = await pipeline.in_thread(_examples, pipeline, count, prefix)
+        return Response(body, media_type=JSON, headers={"Cache-Control": "private, max-age=60"})
+
     async def answered(request: Request, id: str, what: str, size: int) -> Response:
         known = request.headers.get("if-none-match", "")
         with pipeline.gate.admitted():
@@ -125,6 +143,20 @@ def _answer(pipeline: Pipeline, id: str, what: str, size: int, known: str) -> _A
             raise Refused(404, "no_picture", "the picture of this image cannot be read any more")
         return _Answer(encoded(shrunk(picture, size), kind), tag)
     return _Answer(_cam(pipeline, item, id, kind, size), tag)
+
+
+def _examples(pipeline: Pipeline, count: int, prefix: str) -> bytes:
+    """Every so many images one, of those whose pictures are there."""
+    live = pipeline.index.live_positions()
+    chosen = live[np.unique(np.linspace(0, len(live) - 1, min(count, len(live))).astype(int))]
+    rows = pipeline.index.select(chosen)
+    items = []
+    for name, label in zip(rows.ids, rows.labels, strict=True):
+        file = pipeline.explainer.picture_file(name)
+        if file is not None and file.is_file():
+            urls = {f"{what}_url": item_url(prefix, name, what) for what in ("image", "cam")}
+            items.append({"id": name, "label": label, **urls})
+    return json.dumps({"items": items}, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _find(pipeline: Pipeline, id: str) -> _Item:

@@ -211,6 +211,21 @@ class ItemCam(_Strict):
     extent: Extent | None = Field(description="null where the picture cannot be read any more.")
 
 
+class Example(_Strict):
+    """An indexed image whose picture can be searched with."""
+
+    id: str = Field(examples=["gulls/17.jpg"])
+    label: str | None = Field(examples=["gulls"])
+    image_url: str = Field(examples=["/items/gulls/17.jpg/image"])
+    cam_url: str = Field(examples=["/items/gulls/17.jpg/cam"])
+
+
+class ExamplesAnswer(_Strict):
+    """A few indexed images."""
+
+    items: list[Example]
+
+
 class Health(_Strict):
     """Whether the process answers."""
 

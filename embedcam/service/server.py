@@ -234,6 +234,15 @@ class _Protocol(H11Protocol):
         self.transport.write_eof()
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client says no more; what it asked for whole is still answered."""
+        answers = self.cycle is not None and not (
+            self.cycle.more_body or self.cycle.response_complete
+        )
+        if answers:
+            self.cycle.keep_alive = False
+        return answers
+
     def pause_writing(self) -> None:
         """The client does not keep up with its answer."""
         super().pause_writing()

@@ -3,21 +3,22 @@
    What is looked at is one of: the whole answer; a result (pinned, or pointed at meanwhile); a point
    of the query; two results compared. `look` draws it, and is called whenever anything changes. */
 
-import { announce, find } from "./dom.js";
+import { announce, find, make } from "./dom.js";
 import { startIntake } from "./intake.js";
 import { showContrast, showGuide, showPicked, showReceipt, showState } from "./panel.js";
 import { QueryView, showTrust } from "./query.js";
 import { Card, drawOwn, drawPoint, drawSome, loadAll, showCards, showWaiting } from "./results.js";
-import { about, compare, explain, picture } from "./service.js";
+import { about, compare, examples, explain, picture, pictureAddress } from "./service.js";
 import { startTheme } from "./theme.js";
-import { counted, described, fixed, placeOf, sentence, signed } from "./words.js";
+import { counted, described, fixed, nameOf, placeOf, sentence, shortened, signed } from "./words.js";
 
 const TOGETHER = 4; // Receipts asked for at a time: the first ones come soon.
 const COUNTS = [3, 5, 10, 15, 20, 30, 50];
+const PICTURE_SIDE = 1024; // Of an indexed image that is searched with.
 const LEAVING = 180; // Milliseconds that a result stays in view after the mouse has left it.
 
 const query = new QueryView(choosePoint);
-const known = { blob: null, answer: null, cards: [], usual: 5, count: null };
+const known = { blob: null, id: null, retry: null, answer: null, cards: [], usual: 5, count: null };
 const at = { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null };
 let work = new AbortController();
 let leaving = 0;
@@ -25,12 +26,29 @@ let returning = false;
 
 // What is asked
 
-async function begin(blob) {
-  known.blob = blob;
+/** @param id of the indexed image that it is; null for a picture of the visitor's own */
+async function begin(blob, id = null) {
+  Object.assign(known, { blob, id, retry: lookUp });
+  find("query-title").textContent = id === null ? "Your picture" : `From the index: ${shortened(id)}`;
+  showAddress(id);
   known.cards.forEach((card) => card.forget());
   Object.assign(known, { answer: null, cards: [] });
   query.begin(blob);
   await lookUp();
+}
+
+/** Begins with an indexed image. */
+async function beginWith(id) {
+  work.abort();
+  work = new AbortController();
+  const { signal } = work;
+  Object.assign(known, { id, answer: null, retry: () => beginWith(id) });
+  showAddress(id);
+  try {
+    await begin(await picture(pictureAddress(id), PICTURE_SIDE, signal), id);
+  } catch (error) {
+    if (!signal.aborted) fail(error);
+  }
 }
 
 /** Asks, of the picture that there is, for as many results as are wanted. */
@@ -97,7 +115,7 @@ function fail(error) {
 function stage(name) {
   document.body.dataset.stage = name;
   find("intake").hidden = name !== "empty";
-  find("query").hidden = name === "empty";
+  find("query").hidden = name === "empty" || name === "failed";
   find("results").hidden = name === "empty";
   find("again").hidden = name === "empty";
   find("panel").hidden = name !== "answered";
@@ -164,7 +182,7 @@ function lookAtTwo() {
   const { above, below, answer, trouble } = at.contrast;
   const title = `Why ${above.rank} is above ${below.rank}`;
   const pair = [above, below].filter((card) => card.receipt !== null);
-  drawSome(known.cards, pair);
+  drawSome(known.cards, pair, below);
   if (answer === null) {
     query.showOwn();
     tell("", "one");
@@ -312,12 +330,8 @@ function sayPoint(row, column) {
 }
 
 async function searchWith(card) {
-  try {
-    await begin(await picture(card.result.image_url, 1024, work.signal));
-    find("results").focus();
-  } catch (error) {
-    showState("Search with this result", error.message, false, back);
-  }
+  await beginWith(card.result.id);
+  find("results").focus();
 }
 
 /** One step out of whatever is looked at. */
@@ -330,6 +344,45 @@ function back() {
   returning = true; // The focus alone is no wish to see it again.
   before.button.focus();
   returning = false;
+}
+
+// The address: #id=... is an indexed image, and can be handed on
+
+function addressed() {
+  return new URLSearchParams(location.hash.slice(1)).get("id") || null;
+}
+
+function showAddress(id) {
+  if (addressed() === id) return;
+  const hash = id === null ? "" : `#${new URLSearchParams({ id })}`;
+  history.pushState(null, "", `${location.pathname}${location.search}${hash}`);
+}
+
+function startAddress() {
+  const follow = () => {
+    const id = addressed();
+    if (id === known.id || (id === null && location.hash !== "")) return;
+    if (id !== null) beginWith(id);
+    else {
+      work.abort();
+      known.id = null;
+      stage("empty");
+    }
+  };
+  addEventListener("popstate", follow);
+  follow();
+}
+
+async function startTries() {
+  const tries = (await examples()).map((one) => {
+    const name = nameOf(one);
+    const image = make("img", { src: `${one.image_url}?size=160`, alt: name });
+    const item = make("li", {}, make("button", { type: "button", class: "try", "aria-label": `Search with ${name}`, click: () => beginWith(one.id) }, image));
+    image.addEventListener("error", () => item.remove());
+    return item;
+  });
+  find("tries-row").replaceChildren(...tries);
+  find("tries").hidden = tries.length === 0;
 }
 
 // Begin
@@ -346,7 +399,7 @@ function startControls() {
     known.count = Number(event.target.value);
     lookUp();
   });
-  find("retry").addEventListener("click", lookUp);
+  find("retry").addEventListener("click", () => known.retry());
   find("back").addEventListener("click", back);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape") back();
@@ -367,3 +420,5 @@ startTheme();
 startControls();
 startIntake(begin);
 startAbout();
+startTries();
+startAddress();

@@ -11,6 +11,11 @@ export function mapOf(lists) {
   return { rows: lists.length, columns: lists[0].length, values: lists.flat() };
 }
 
+/** What speaks for one of two results, seen from the other. */
+export function opposite(map) {
+  return { ...map, values: map.values.map((value) => -value) };
+}
+
 /** The largest value, or magnitude where evidence against is shown too; 0 for none. */
 export function strongest(maps, both = false) {
   let top = 0;

@@ -104,18 +104,18 @@ export function showContrast(above, below, query, answer, close) {
   three.append(
     framed(pictured(query.shot, query.address, map, "what in your picture decides"), "Your picture"),
     framed(pictured(above.shot, above.address, above.receipt?.resultMap ?? null, `result ${above.rank}`), `${above.rank} · ${nameOf(above.result)}`, "for"),
-    framed(pictured(below.shot, below.address, below.receipt?.resultMap ?? null, `result ${below.rank}`), `${below.rank} · ${nameOf(below.result)}`, "against"),
+    framed(pictured(below.shot, below.address, below.receipt?.rivalMap ?? null, `result ${below.rank}`), `${below.rank} · ${nameOf(below.result)}`, "against"),
   );
   show(
     `Why ${above.rank} is above ${below.rank}`,
     close,
     three,
     make("p", { class: "quiet" },
-      "In your picture ",
+      "In all three ",
       make("b", { class: "for", text: `red speaks for result ${above.rank}` }),
       ", ",
       make("b", { class: "against", text: `blue for result ${below.rank}` }),
-      ". Their own maps show what in them matches."),
+      ": their own maps show what in them matches your picture."),
     sum(amounts, { words: `result ${above.rank} is more similar by`, value: contrast.score }, "What adds up to the difference"),
     make("p", { class: "quiet", text: exactness(contrast.exact) }),
   );

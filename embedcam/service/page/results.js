@@ -1,7 +1,7 @@
 /* The results: a card each, with its picture, its map and what there is to press. */
 
 import { find, make } from "./dom.js";
-import { mapOf, peak, strongest } from "./maps.js";
+import { mapOf, opposite, peak, strongest } from "./maps.js";
 import { ownMap, picture } from "./service.js";
 import { Shot } from "./shot.js";
 import { clean, described, fixed, nameOf, sentence, shortened } from "./words.js";
@@ -78,10 +78,11 @@ export class Card {
       ),
     );
     const tell = (what) => (event) => heard(what, this, event);
-    this.button.addEventListener("pointerenter", tell("hover"));
-    this.button.addEventListener("pointerleave", tell("leave"));
-    this.button.addEventListener("focus", tell("hover"));
-    this.button.addEventListener("blur", tell("leave"));
+    // Anywhere on it, its name and its buttons too.
+    this.element.addEventListener("pointerenter", tell("hover"));
+    this.element.addEventListener("pointerleave", tell("leave"));
+    this.element.addEventListener("focusin", tell("hover"));
+    this.element.addEventListener("focusout", tell("leave"));
     this.button.addEventListener("click", tell("choose"));
     this.pick.addEventListener("click", tell("pick"));
   }
@@ -121,12 +122,14 @@ export class Card {
   /** What the service says of the pair. */
   setReceipt(receipt) {
     this.setSize(receipt.picture, receipt.extent);
+    const resultMap = mapOf(receipt.result.cells);
     const shape = { rows: receipt.result.cells.length, columns: receipt.result.cells[0].length };
     this.receipt = {
       ...receipt,
       shape,
       queryMap: mapOf(receipt.query.cells),
-      resultMap: mapOf(receipt.result.cells),
+      resultMap,
+      rivalMap: opposite(resultMap), // Where it is the lower one of two: all of it in the other colour.
       points: new Map(),
     };
   }
@@ -215,11 +218,15 @@ export function drawPoint(cards, row, column) {
   return maps;
 }
 
-/** Some of them with their receipt's evidence in two colours, the others with their own maps. */
-export function drawSome(cards, chosen) {
+/**
+ * Some of them with their receipt's evidence in two colours, the others with their own maps.
+ *
+ * Of two that are compared the rival's evidence has the rival's colour.
+ */
+export function drawSome(cards, chosen, rival = null) {
   drawOwn(cards.filter((card) => !chosen.includes(card)), cards);
   for (const card of chosen) {
-    const map = card.receipt === null ? null : card.receipt.resultMap;
+    const map = card.receipt === null ? null : card === rival ? card.receipt.rivalMap : card.receipt.resultMap;
     card.show(map, map === null ? 0 : strongest([map], true), true);
     card.ring(null);
   }

@@ -86,6 +86,22 @@ export async function picture(address, side, signal) {
   return (await askPatiently(`${address}?size=${side}`, { headers, signal })).blob();
 }
 
+/** Where an indexed image's picture is; see `item_url` of the service. */
+export function pictureAddress(id) {
+  const parts = id.toWellFormed().split("/").map(encodeURIComponent);
+  const odd = parts.some((part) => ["", ".", ".."].includes(part));
+  return `items/${parts.join(odd ? "%2F" : "/")}/image`;
+}
+
+/** A few indexed images; none where it is not told. */
+export async function examples() {
+  try {
+    return (await (await ask("examples")).json()).items;
+  } catch {
+    return []; // The page works without.
+  }
+}
+
 /** An indexed image's own map, and what of the picture it covers. */
 export async function ownMap(address, signal) {
   const headers = { Accept: "application/json" };

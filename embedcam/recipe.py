@@ -26,7 +26,7 @@ from .targets import NORMS, TARGETS
 from .triplets import SAMPLINGS
 from .writing import refuse_device
 
-N_TRIPLETS, MOST_TRIPLETS = 50, 100_000
+N_TRIPLETS, MOST_TRIPLETS = 50, 1_000_000
 """S where none is asked for (Chen et al., WACV 2020)."""
 ENCODINGS = ("low-rank", "top-m", "dense")
 METRICS = ("l2", "ip")

@@ -9,8 +9,7 @@ nearest picture of one of them as the result. The second takes a folder per clas
 pastes two of different classes side by side, and takes the nearest other picture of the left one's
 class. The target of every method is the cosine similarity of scene and result: a method that can
 say what matched lights up the left half, which the result shows. Maps are the methods' own, each by
-its own scale; below stands how much of the map's energy lies on that half, chance 50%, or that most
-of it lies on the border, where neither is.
+its own scale; below stands how much of the map's energy lies on that half, chance 50%.
 """
 
 import argparse
@@ -70,8 +69,7 @@ def main() -> None:
             f"{back:5} {share:6.2f}",
             flush=True,
         )
-        where = "mostly on the border" if _on_border(cam) else f"{share:.0%} on the left half"
-        spent = f"{_duration(seconds)}, {_passes(made)}\n{where}"
+        spent = f"{_duration(seconds)}, {_passes(made)}\n{share:.0%} on the left half"
         shown.append((method.title, overlay(scene, cam), spent))
     draw(shown, options.output, transposed=not digits)
     print(f"written to {options.output}")
@@ -192,12 +190,6 @@ def draw(shown: list[tuple[str, Image.Image, str]], output: Path, transposed: bo
     figure.subplots_adjust(0.01, 0.06, 0.99, 0.95, wspace=0.05, hspace=0.42)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
-
-
-def _on_border(cam: np.ndarray) -> bool:
-    """Whether more than half of a map `[H W]` lies within a tenth of the picture's edges."""
-    top, left = (side // 10 for side in cam.shape)
-    return bool(cam[top:-top, left:-left].sum() < cam.sum() / 2)
 
 
 def _duration(seconds: float) -> str:

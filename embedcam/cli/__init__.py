@@ -101,7 +101,10 @@ def _interrupted(options: Any) -> int:
 def _say(error: BaseException) -> int:
     """One sentence on the error stream; the whole traceback only with --debug."""
     code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), UNEXPECTED)
-    text = _PYTHON.sub("", " ".join(str(error).split())) or type(error).__name__
+    text = str(error)  # embedcam's own is one line
+    if not isinstance(error, EmbedcamError):
+        text = " ".join(text.split()) or type(error).__name__
+    text = _PYTHON.sub("", text)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("embedcam"):
         # Installed for answering queries only, with --no-deps.
         code = EXIT_CODES[NetworkError]

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import InputError, RecipeError
 from ..printing import short, show_json
+from ..progress import progress_of
 from ..writing import refuse_device
 from .networks import named, network_of_index, network_options, refuse_nul, refuse_unknown
 from .report import counted, emit, fidelity_lines, listing_ids, naming_skip, note, size_text
@@ -111,9 +112,10 @@ def compact(options: argparse.Namespace) -> None:
     from ..index import compact as compact_parts
 
     Index.open(options.index, with_faiss=False).close()  # as in `remove`
-    if options.rebuild_faiss is not None:
-        rebuild_faiss(options.index, options.rebuild_faiss or None)
-    dropped = compact_parts(options.index)
+    with progress_of("compacting", shown=False if options.quiet else None):
+        if options.rebuild_faiss is not None:
+            rebuild_faiss(options.index, options.rebuild_faiss or None)
+        dropped = compact_parts(options.index)
     with Index.open(options.index, with_faiss=False) as index:
         left = len(index)
     emit(

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import ImageError, InputError
 from ..images import ImageSource, Item, find_images
-from ..printing import show
+from ..printing import printable, show
 from .report import note
 
 _INSTEAD = "--report writes index.html and explanations.jsonl into its folder; leave out {}"
@@ -67,7 +67,7 @@ def write(
         **asked,
     )
     for name, reason in found.unreadable:
-        note(options, f"note: {reason if name in reason else f'{name}: {reason}'}")
+        note(options, f"note: {reason if printable(name) in reason else f'{name}: {reason}'}")
     for number, what in (
         (found.n_untrusted, "with a map that is not to be trusted (--fallback computes one)"),
         (found.n_empty, "with an empty map"),

@@ -15,6 +15,7 @@ from PIL import Image
 
 from embedcam.errors import ImageError, InputError
 from embedcam.images.sources import ImageSource
+from embedcam.printing import printable
 
 Prepare = Callable[[Image.Image], np.ndarray]
 Outcome = tuple[np.ndarray, tuple[int, int]] | ImageError
@@ -93,7 +94,7 @@ def _prepare(source: ImageSource, preprocess: Prepare, position: int) -> Outcome
         return preprocess(image), image.size
     except ImageError as error:
         name = source.name(position)
-        return error if str(error).startswith(name) else ImageError(f"{name}: {error}")
+        return error if str(error).startswith(printable(name)) else ImageError(f"{name}: {error}")
     except InputError as error:
         # The transform is at fault, not the image: skipping would only hide it.
         raise InputError(f"{source.name(position)}: {error}") from error

@@ -145,7 +145,7 @@ def cam_for(
         seed: of everything random; each image of a batch draws the same.
         fill: what masked pixels become, and the baseline: "mean", "black", "blur", a number or a
             tensor.
-        progress: a bar; None shows it on a terminal only.
+        progress: a bar; None shows it on a terminal or in a notebook, else logs how far it is.
         **options: the method's own, see its function.
 
     Raises:

@@ -69,8 +69,7 @@ class MethodMap:
         """The map over its picture, at the picture's size.
 
         Args:
-            picture: a path, bytes, a PIL image or `uint8 [H W 3]`; None takes the one it was made
-                of, or grey.
+            picture: a path, bytes, a PIL image or `uint8 [H W 3]`; None draws on grey.
             extent: (x0, y0, x1, y1) in pixels of the picture that the map covers, as
                 `network.preprocess.extent(width, height)` says; None for all of it.
 
@@ -82,18 +81,17 @@ class MethodMap:
                 f"the map is {list(self.cam.shape)}, and one [H W] is drawn; draw those of a batch "
                 "one by one with embedcam.render.overlay"
             )
-        if picture is None and self.image is not None:
-            drawn, extent = self.image, self.extent
-        elif picture is None:
+        if picture is None:
             drawn = Image.new("RGB", self.cam.shape[::-1], (128, 128, 128))
         else:
             drawn = read_image(picture)
         return overlay(drawn, self.cam, extent, signed=bool((self.cam < 0).any()))
 
     def _repr_html_(self) -> str | None:
-        """The picture of `plot` in notebooks; for a batch or over positions the words alone."""
-        drawable = self.cam.ndim == self.grid_cam.ndim == 2
-        return in_notebook(self.plot(), self.method.title) if drawable else None
+        """The map over its picture in notebooks; of a batch or over positions the words alone."""
+        if self.cam.ndim != 2 or self.grid_cam.ndim != 2:
+            return None
+        return in_notebook(self.plot(self.image, self.extent), self.method.title)
 
     def save(self, path: str | Path, picture: Any = None, extent: Extent | None = None) -> Path:
         """Write the picture of `plot`; the file's ending chooses the format.

@@ -58,8 +58,12 @@ def short(value: object, most: int = _QUOTED) -> str:
 
 
 def reason(error: BaseException, most: int = 200) -> str:
-    """The first line of a foreign exception's message; its kind where it has none."""
-    line = next(filter(None, map(str.strip, str(error)[: 10 * MESSAGE].splitlines())), "")
+    """The first line of a foreign exception's message; its kind where it has none.
+
+    Of the system's errors what it says, without the number and the file's name.
+    """
+    text = (isinstance(error, OSError) and error.strerror) or str(error)[: 10 * MESSAGE]
+    line = next(filter(None, map(str.strip, text.splitlines())), "")
     return sentence(line.rstrip(". ") or type(error).__name__, most)
 
 

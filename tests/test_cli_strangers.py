@@ -173,6 +173,17 @@ def test_what_can_be_typed_is_refused_in_one_sentence(
     assert said in err
 
 
+def test_options_of_methods_are_bounded(say: Say) -> None:
+    asked = ("explain", "fine", "photos/0/0.png", *TRUSTED, "--method", "rise", "--option")
+    for given, said in (
+        ("cells=99999999", "cells = 99999999; give a whole number from 1 to 256"),
+        ("masks=100000000000", "masks = 100000000000; give a whole number from 2 to 1,000,000"),
+        ("masks=1", "masks = 1; give a whole number from 2"),
+    ):
+        code, _, err = say(*asked, given)
+        assert (code, err) == (2, f"embedcam: {said}\n")
+
+
 def test_devices_are_not_read_to_their_end(say: Say, tmp_path: Path) -> None:
     for arguments in (
         ["remove", "fine", "--from", "/dev/zero"],

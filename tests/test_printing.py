@@ -90,6 +90,7 @@ def test_values_of_any_depth_and_length_are_quoted() -> None:
 def test_reasons_are_one_line() -> None:
     assert reason(ValueError("\n first. \nsecond")) == "first"
     assert reason(ValueError()) == "ValueError"
+    assert reason(FileNotFoundError(2, "No such file", "a.txt")) == "No such file"
     assert len(reason(ValueError("x" * 10**6))) == 200
 
 

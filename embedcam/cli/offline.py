@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RecipeError
-from ..printing import short, show_json
+from ..printing import printable, reason, short, show_json
 from ..progress import progress_of
 from ..writing import refuse_device
 from .networks import named, network_of_index, network_options, refuse_nul, refuse_unknown
@@ -308,7 +308,7 @@ def _ids(path: str | None) -> tuple[list[str] | None, list[str | None] | None]:
         with Path(path).open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read as CSV ({error})") from error
+        raise InputError(f"{path}: cannot be read as CSV ({reason(error)})") from error
     if not rows or "id" not in rows[0]:
         raise InputError(f"{path}: needs a header with the column id, and perhaps label")
     labels = [row["label"] or None for row in rows] if "label" in rows[0] else None
@@ -320,16 +320,16 @@ def _lines(path: str) -> list[str]:
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the ids cannot be read ({error})") from error
+        raise InputError(f"{path}: the ids cannot be read ({reason(error)})") from error
     # Only line ends divide: an id may hold whatever else `splitlines` takes for one.
     return [line for line in text.replace("\r\n", "\n").split("\n") if line]
 
 
 def _report(options: argparse.Namespace, report: Any, verb: str) -> None:
-    for name, reason in report.skipped[:20]:
+    for name, why in report.skipped[:20]:
         # A reason begins with the file's path, which mostly ends in its id.
-        path, _, rest = reason.partition(": ")
-        note(options, f"skipped {name}: {rest if path.endswith(name) else reason}")
+        path, _, rest = why.partition(": ")
+        note(options, f"skipped {name}: {rest if path.endswith(printable(name)) else why}")
     if len(report.skipped) > 20:
         note(options, f"... and {len(report.skipped) - 20} more")
     if report.n_single:

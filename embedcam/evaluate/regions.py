@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..images import EXTENSIONS, ImageSource, read_image
 from ..metrics import box_mask
 from ..preprocess import Extent
+from ..printing import reason
 from ..writing import refuse_device
 
 _GREY, _COLOURED, _COLOURS, _LOOKED = 32, 0.05, 32, 8
@@ -303,7 +304,7 @@ def _rows(file: Path) -> list[tuple[int, dict[str, str]]]:
     except FileNotFoundError:
         raise InputError(f"{file}: there is no such file of boxes") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{file}: the boxes cannot be read ({error})") from error
+        raise InputError(f"{file}: the boxes cannot be read ({reason(error)})") from error
     if not rows:
         raise InputError(f"{file}: has no lines below its header")
     return rows

@@ -166,7 +166,7 @@ def cam_for(
         )
     if batch_size is None:
         batch_size = inputs_a_pass(network.device)
-    batch_size = whole_number("batch_size", batch_size)
+    batch_size = whole_number("batch_size", batch_size, most=1 << 62)
     if size is not None:
         positions = network.layout_options[0] == "bkl" and isinstance(size, int | np.integer)
         size = check_sides("size", (1, size) if positions else size)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .encoding import DTYPES
-from .errors import RecipeError
+from .errors import EmbedcamWarning, RecipeError
 from .printing import short
 from .registry import (
     FILLS,
@@ -32,7 +32,7 @@ ENCODINGS = ("low-rank", "top-m", "dense")
 METRICS = ("l2", "ip")
 
 
-class RecipeWarning(UserWarning):
+class RecipeWarning(EmbedcamWarning):
     """Choices that are allowed and rarely wise."""
 
 

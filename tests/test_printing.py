@@ -6,6 +6,7 @@ import json
 import logging
 import pickle
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import pytest
 
 import embedcam
 from embedcam.errors import EmbedcamError, ImageTooLarge, InputError
+from embedcam.identity import NetworkWarning
+from embedcam.methods import MethodWarning
 from embedcam.printing import (
     PrintableLines,
     as_json,
@@ -24,6 +27,7 @@ from embedcam.printing import (
     short,
     show,
 )
+from embedcam.recipe import RecipeWarning
 
 PACKAGE = Path(embedcam.__file__).parent
 
@@ -103,6 +107,15 @@ def test_errors_are_one_printable_line_of_bounded_length() -> None:
     assert str(ImageTooLarge("x\u202e.png: too large")) == r"x\u202e.png: too large"
     assert EmbedcamError().args == ()
     assert InputError("text", 3).args == ("text", 3)
+
+
+def test_warnings_are_as_errors() -> None:
+    for kind in (NetworkWarning, RecipeWarning, MethodWarning):
+        with pytest.warns(kind) as caught:
+            warnings.warn("a\x1b\n" + "b" * 10**4, kind, stacklevel=1)
+        (warning,) = caught
+        assert str(warning.message).startswith(r"a\x1b\nbbb")
+        assert len(str(warning.message)) == 2_000
 
 
 def test_each_value_is_printed_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..cam import cam, resize
-from ..errors import InputError
+from ..errors import EmbedcamWarning, InputError
 from ..images import read_image
 from ..network import EmbeddingNetwork
 from ..preprocess import Extent
@@ -27,7 +27,7 @@ from .options import whole_number
 from .subject import Found, Passes, Subject, inputs_a_pass
 
 
-class MethodWarning(UserWarning):
+class MethodWarning(EmbedcamWarning):
     """A method that cannot answer what it is asked."""
 
 

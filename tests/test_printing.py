@@ -127,17 +127,24 @@ def test_each_value_is_printed_on_one_line(capsys: pytest.CaptureFixture[str]) -
     assert len(told.err) == 2_001
 
 
-def test_what_an_encoding_lacks_is_escaped_too() -> None:
+def test_what_an_encoding_lacks_is_escaped_too(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    show("é \udcff", file=stream)
+    monkeypatch.setattr(sys, "stdout", stream)
+    show("é \udcff")
     assert stream.buffer.getvalue() == b"\\xe9 \\udcff\n"  # type: ignore[attr-defined]
 
 
-def test_a_closed_stream_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(sys, "stderr", None)
-    show("nobody reads this")
-    say("nor this")
+def test_a_closed_stream_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)
+        say("nobody reads this")
+    assert capsys.readouterr() == ("", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)
+        show("nor this")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_json_holds_no_control_character() -> None:

@@ -135,7 +135,7 @@ def _show_warning(
         say(f"embedcam: warning: {message}")
     else:
         text = warnings.formatwarning(message, category, *where[:2])
-        show(*text.splitlines(), file=sys.stderr)
+        show(*text.splitlines(), error=True)
 
 
 def _let_go_of_output() -> None:

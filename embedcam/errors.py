@@ -27,6 +27,13 @@ class EmbedcamError(Exception):
         super().__init__(*(sentence(one) if isinstance(one, str) else one for one in about))
 
 
+class EmbedcamWarning(UserWarning):
+    """Base of every warning; its message is as an error's."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(sentence(message))
+
+
 class InputError(EmbedcamError, ValueError):
     """An argument, array or option that cannot be used."""
 

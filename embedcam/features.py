@@ -93,7 +93,7 @@ def build_from_features(
         triplets: with sampling "given": `[N S 2]`.
         network: whose identity to record; its layer, head and grid must be those of the features.
         replace: redo a finished index.
-        progress: a bar; None shows it on a terminal only.
+        progress: a bar; None shows it on a terminal or in a notebook, else logs how far it is.
 
     Raises:
         InputError: shapes that do not fit, NaN, or features that the head does not connect.

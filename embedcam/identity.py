@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from .errors import IndexFormatError, NetworkMismatch
+from .errors import EmbedcamWarning, IndexFormatError, NetworkMismatch
 
 SAME = 1e-3
 """Largest relative difference of the probe for the same parameters in the same precision."""
@@ -27,7 +27,7 @@ ALIKE = 2e-2
 _MAX_WIDTH = 1 << 20
 
 
-class NetworkWarning(UserWarning):
+class NetworkWarning(EmbedcamWarning):
     """A network was admitted that is not, byte for byte, the one of the index."""
 
 

@@ -3,7 +3,12 @@
 # Nothing that takes time to import, which would be time without a handler: `signal` takes `enum`.
 import os
 import sys
-from _signal import SIGINT, default_int_handler, getsignal, signal
+from _signal import (  # type: ignore[import-not-found]
+    SIGINT,
+    default_int_handler,
+    getsignal,
+    signal,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -58,21 +58,25 @@ def short(value: object, most: int = _QUOTED) -> str:
 
 
 def reason(error: BaseException, most: int = 200) -> str:
-    """The first line of a foreign exception's message; its kind where it has none."""
-    line = next(filter(None, map(str.strip, str(error)[: 10 * MESSAGE].splitlines())), "")
+    """The first line of a foreign exception's message; its kind where it has none.
+
+    Of the system's errors what it says, without the number and the file's name.
+    """
+    text = (isinstance(error, OSError) and error.strerror) or str(error)[: 10 * MESSAGE]
+    line = next(filter(None, map(str.strip, text.splitlines())), "")
     return sentence(line.rstrip(". ") or type(error).__name__, most)
 
 
-def show(*lines: str, file: TextIO | None = None, flush: bool = False) -> None:
+def show(*lines: str, error: bool = False, flush: bool = False) -> None:
     """Print lines for a person: the only place that writes to a terminal.
 
     Args:
         lines: each is printed as one line, whatever it holds.
-        file: standard output if None. A stream that is closed is passed over.
+        error: on the error stream. A stream that was closed from the start is passed over.
         flush: at once.
     """
-    stream = sys.stdout if file is None else file
-    if stream is None:  # the process was started without it
+    stream: TextIO | None = sys.stderr if error else sys.stdout
+    if stream is None:
         return
     text = "".join(f"{printable(line)}\n" for line in lines)
     try:
@@ -86,7 +90,7 @@ def show(*lines: str, file: TextIO | None = None, flush: bool = False) -> None:
 
 def say(text: str) -> None:
     """Print a message on the error stream."""
-    show(sentence(text), file=sys.stderr)
+    show(sentence(text), error=True)
 
 
 def as_json(values: Any, indent: int | None = None) -> str:

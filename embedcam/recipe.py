@@ -12,7 +12,7 @@ from typing import Any
 
 from ._files import refuse_device
 from .encoding import DTYPES
-from .errors import RecipeError
+from .errors import EmbedcamWarning, RecipeError
 from .printing import short
 from .registry import (
     FILLS,
@@ -26,13 +26,13 @@ from .registry import (
 from .targets import NORMS, TARGETS
 from .triplets import SAMPLINGS
 
-N_TRIPLETS, MOST_TRIPLETS = 50, 100_000
+N_TRIPLETS, MOST_TRIPLETS = 50, 1_000_000
 """S where none is asked for (Chen et al., WACV 2020)."""
 ENCODINGS = ("low-rank", "top-m", "dense")
 METRICS = ("l2", "ip")
 
 
-class RecipeWarning(UserWarning):
+class RecipeWarning(EmbedcamWarning):
     """Choices that are allowed and rarely wise."""
 
 

@@ -8,8 +8,8 @@ The first form takes a folder that `embedcam demo` wrote: a scene with two digit
 nearest picture of one of them as the result. The second takes a folder per class of photographs,
 pastes two of different classes side by side, and takes the nearest other picture of the left one's
 class. The target of every method is the cosine similarity of scene and result: a method that can
-say what matched lights up the half that the result shows. Maps are the methods' own, each by its
-own scale; *share* is that of the map's energy on the half in question, chance 0.5.
+say what matched lights up the left half, which the result shows. Maps are the methods' own, each by
+its own scale; below stands how much of the map's energy lies on that half, chance 50%.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def main() -> None:
             f"{back:5} {share:6.2f}",
             flush=True,
         )
-        spent = f"{_duration(seconds)}, {_passes(made)}\nshare {share:.2f}"
+        spent = f"{_duration(seconds)}, {_passes(made)}\n{share:.0%} on the left half"
         shown.append((method.title, overlay(scene, cam), spent))
     draw(shown, options.output, transposed=not digits)
     print(f"written to {options.output}")

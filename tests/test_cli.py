@@ -710,7 +710,7 @@ def test_what_cannot_be_done(
 @pytest.mark.parametrize(
     ("code", "message", "arguments"),
     [
-        (3, "photos/0: is a folder; name the pictures in it, as in photos/0/*.jpg", ["photos/0"]),
+        (3, "photos/0: is a folder; name the pictures in it, as in photos/0/*.png", ["photos/0"]),
         (3, "nothing.png: does not exist", ["nothing.png"]),
         (3, "broken.jpg: is not an image of a known kind", ["broken.jpg"]),
         (3, "zero.jpg: is empty (0 bytes)", ["zero.jpg"]),

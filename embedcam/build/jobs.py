@@ -112,7 +112,7 @@ def build_index(
         trust: calibrate how far transfers can be trusted, on images explained twice.
         scratch_gb: disk that kept activations may take during the build; changes nothing else.
         replace: redo a finished index instead of refusing.
-        progress: bars; None shows them on a terminal only.
+        progress: bars; None shows them on a terminal or in a notebook, else logs how far it is.
 
     Returns:
         What was done. The index itself is opened with `Index.open(path)`.

@@ -120,7 +120,10 @@ def _interrupted(options: Any) -> int:
 def _say(error: BaseException) -> int:
     """One sentence on the error stream; the whole traceback only with --debug."""
     code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), UNEXPECTED)
-    text = for_command_line(" ".join(str(error).split())) or type(error).__name__
+    text = str(error)  # embedcam's own is one line
+    if not isinstance(error, EmbedcamError):
+        text = " ".join(text.split()) or type(error).__name__
+    text = for_command_line(text)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("embedcam"):
         # Installed for answering queries only, with --no-deps.
         code = EXIT_CODES[NetworkError]
@@ -151,7 +154,7 @@ def _show_warning(
         say(f"embedcam: warning: {message}")
     else:
         text = warnings.formatwarning(message, category, *where[:2])
-        show(*text.splitlines(), file=sys.stderr)
+        show(*text.splitlines(), error=True)
 
 
 def _let_go_of_output() -> None:

@@ -110,6 +110,8 @@ examples:
   embedcam info my.index
   embedcam info my.index --json
   embedcam info my.index --ids                   the ids of its images, one a line
+
+What is printed is escaped where it would not be seen (\\x1b, \\u202e); --json has it as it is.
 """
 VERIFY = """\
 example:

@@ -8,7 +8,8 @@ from typing import Any
 
 from .._files import refuse_device
 from ..errors import InputError, RecipeError
-from ..printing import short, show_json
+from ..printing import printable, reason, short, show_json
+from ..progress import progress_of
 from .networks import named, network_of_index, network_options, refuse_nul, refuse_unknown
 from .report import (
     counted,
@@ -128,7 +129,8 @@ def compact(options: argparse.Namespace) -> None:
 
     Index.open(options.index, with_faiss=False).close()  # as in `remove`
     again = options.rebuild_faiss
-    dropped = compact_parts(options.index, rebuild_faiss=again is not None and (again or True))
+    with progress_of("compacting", shown=False if options.quiet else None):
+        dropped = compact_parts(options.index, rebuild_faiss=again is not None and (again or True))
     with Index.open(options.index, with_faiss=False) as index:
         left = len(index)
     emit(
@@ -337,7 +339,7 @@ def _lines(path: str) -> list[str]:
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the ids cannot be read ({error})") from error
+        raise InputError(f"{path}: the ids cannot be read ({reason(error)})") from error
     # Only line ends divide: an id may hold whatever else `splitlines` takes for one.
     return [line for line in text.replace("\r\n", "\n").split("\n") if line]
 
@@ -357,10 +359,10 @@ def _changes(options: argparse.Namespace, changes: Any) -> str:
 
 
 def _report(options: argparse.Namespace, report: Any, verb: str) -> None:
-    for name, reason in report.skipped[:20]:
+    for name, why in report.skipped[:20]:
         # A reason begins with the file's path, which mostly ends in its id.
-        path, _, rest = reason.partition(": ")
-        note(options, f"skipped {name}: {rest if path.endswith(name) else reason}")
+        path, _, rest = why.partition(": ")
+        note(options, f"skipped {name}: {rest if path.endswith(printable(name)) else why}")
     if len(report.skipped) > 20:
         note(options, f"... and {len(report.skipped) - 20} more")
     # An image without a label is a class of its own where labels draw the positives.

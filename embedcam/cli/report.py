@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import EmbeddingError, ImageError, InputError, NetworkError
 from ..printing import as_json, say, sentence, show, show_json
+from ..progress import progress_of
 from ..registry import METHODS
 from . import for_command_line
 
@@ -142,7 +143,8 @@ def verify(options: argparse.Namespace) -> None:
     """Check every promise of an index; the error names the file and what is wrong."""
     from ..index import Index
 
-    with Index.open(options.index) as index:
+    shown = False if options.quiet else None
+    with Index.open(options.index) as index, progress_of("verifying", shown=shown):
         checks = index.verify()
         n_live = len(index)
     emit(

@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import ImageError, InputError
 from ..images import MAX_PIXELS, ImageSource, Item
 from ..images.reading import why_missing
-from ..printing import show
+from ..printing import printable, show
 from .report import found_images, note
 
 _INSTEAD = "--report writes index.html and explanations.jsonl into its folder; leave out {}"
@@ -74,7 +74,7 @@ def write(
         **asked,
     )
     for name, reason in found.unreadable:
-        note(options, f"note: {reason if name in reason else f'{name}: {reason}'}")
+        note(options, f"note: {reason if printable(name) in reason else f'{name}: {reason}'}")
     for number, what in (
         (found.n_untrusted, "with a map that is not to be trusted (--fallback computes one)"),
         (found.n_empty, "with an empty map"),

@@ -73,7 +73,7 @@ def evaluate_index(
         on_unreadable: "fail" at the first image that cannot be read or embedded, or "skip" it and
             say so.
         workers: threads that decode images.
-        progress: bars; None shows them on a terminal.
+        progress: bars; None shows them on a terminal or in a notebook, else logs how far it is.
         **choices: single settings by name, such as `n_neighbors=1`, in place of `settings`.
 
     Raises:

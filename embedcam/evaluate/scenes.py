@@ -12,6 +12,7 @@ import numpy as np
 from ..cam import area_average
 from ..errors import EmbedcamError, EmbeddingError, InputError
 from ..images import ImageSource, load_batches
+from ..printing import reason
 from .controls import MEAN, RANDOM, WRONG, mean_weights, random_weights
 from .gallery import Gallery
 from .maps import Mapper, Seen
@@ -169,9 +170,9 @@ class Scenes:
             try:
                 return self.mapper.see(wide)
             except (EmbedcamError, RuntimeError, AssertionError, ValueError) as error:
-                said = str(error).strip().partition("\n")[0][:160]
                 self.squeezed = (
-                    f"the network takes no picture of {wide.shape[2]} x {wide.shape[3]} ({said})"
+                    f"the network takes no picture of {wide.shape[2]} x {wide.shape[3]} "
+                    f"({reason(error)})"
                 )
         return self.mapper.see(side_by_side(images, squeezed=True))
 

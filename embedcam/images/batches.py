@@ -16,6 +16,7 @@ from PIL import Image
 from embedcam.errors import EmbeddingError, ImageError, InputError
 from embedcam.images.marks import NO_MARK
 from embedcam.images.sources import ImageSource
+from embedcam.printing import printable
 
 Prepare = Callable[[Image.Image], np.ndarray]
 T = TypeVar("T")
@@ -141,7 +142,7 @@ def _prepare(source: ImageSource, preprocess: Prepare, marked: bool, position: i
         return preprocess(image), image.size, mark
     except ImageError as error:
         name = source.name(position)
-        return error if str(error).startswith(name) else ImageError(f"{name}: {error}")
+        return error if str(error).startswith(printable(name)) else ImageError(f"{name}: {error}")
     except InputError as error:
         # The transform is at fault, not the image: skipping would only hide it.
         raise InputError(f"{source.name(position)}: {error}") from error

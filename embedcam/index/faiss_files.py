@@ -27,8 +27,8 @@ EF_SEARCH = 64
 _FLAT = {b"IxF2": 1, b"IxFI": 0}
 _MAPPED = {*_FLAT, b"IwFl", b"IwSq", b"IwPQ"}
 _HEADER = struct.Struct("<4siqqqBi")
-_MOST, _MOST_LINKS = 1 << 24, 1024
-"""Of a number in a factory string; of a graph's links a row, which are 4 to 64 in practice."""
+_MOST, _MOST_LINKS, _MOST_LETTERS = 1 << 24, 1024, 200
+"""Of a number in a factory string; of a graph's links a row, usually 4 to 64; of its letters."""
 
 
 def check_factory(factory: str, width: int, n_images: int, metric: str = "l2") -> None:
@@ -273,7 +273,12 @@ def _make(factory: str, width: int, metric: str) -> Any:
 
 
 def _refuse_huge(factory: str) -> None:
-    """Refuse numbers that FAISS would reserve memory for before it looks at them."""
+    """Refuse what FAISS takes memory for before it looks at it, or the stack: numbers, lengths."""
+    if len(factory) > _MOST_LETTERS:
+        raise InputError(
+            f"the FAISS factory {short(factory)} cannot be used ({len(factory):,} letters are more "
+            f"than {_MOST_LETTERS}); 'Flat' always can"
+        )
     for kind, digits in re.findall(r"(HNSW|NSG|NNDescent)?([0-9]+)", factory):
         most = _MOST_LINKS if kind else _MOST
         if len(digits) > 9 or int(digits) > most:

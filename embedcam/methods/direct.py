@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..cam import cam, resize
-from ..errors import EmbeddingError, InputError
+from ..errors import EmbedcamWarning, EmbeddingError, InputError
 from ..images import MAX_PIXELS, read_image
 from ..network import EmbeddingNetwork
 from ..preprocess import Extent
@@ -28,7 +28,7 @@ from .options import whole_number
 from .subject import Found, Passes, Subject, inputs_a_pass
 
 
-class MethodWarning(UserWarning):
+class MethodWarning(EmbedcamWarning):
     """A method that cannot answer what it is asked."""
 
 
@@ -76,8 +76,7 @@ class MethodMap:
         """The map over its picture, at the picture's size.
 
         Args:
-            picture: a path, bytes, a PIL image or `uint8 [H W 3]`; None takes the one it was made
-                of, or grey.
+            picture: a path, bytes, a PIL image or `uint8 [H W 3]`; None draws on grey.
             extent: (x0, y0, x1, y1) in pixels of the picture that the map covers, as
                 `network.preprocess.extent(width, height)` says; None for all of it.
             max_pixels: a picture of more pixels is refused.
@@ -90,18 +89,17 @@ class MethodMap:
                 f"the map is {list(self.cam.shape)}, and one [H W] is drawn; draw those of a batch "
                 "one by one with embedcam.render.overlay"
             )
-        if picture is None and self.image is not None:
-            drawn, extent = self.image, self.extent
-        elif picture is None:
+        if picture is None:
             drawn = Image.new("RGB", self.cam.shape[::-1], (128, 128, 128))
         else:
             drawn = read_image(picture, max_pixels=max_pixels)
         return overlay(drawn, self.cam, extent, signed=bool((self.cam < 0).any()))
 
     def _repr_html_(self) -> str | None:
-        """The picture of `plot` in notebooks; for a batch or over positions the words alone."""
-        drawable = self.cam.ndim == self.grid_cam.ndim == 2
-        return in_notebook(self.plot(), self.method.title) if drawable else None
+        """The map over its picture in notebooks; of a batch or over positions the words alone."""
+        if self.cam.ndim != 2 or self.grid_cam.ndim != 2:
+            return None
+        return in_notebook(self.plot(self.image, self.extent), self.method.title)
 
     def save(
         self,
@@ -161,7 +159,7 @@ def cam_for(
         seed: of everything random; each image of a batch draws the same.
         fill: what masked pixels become, and the baseline: "mean", "black", "blur", a number or a
             tensor.
-        progress: a bar; None shows it on a terminal only.
+        progress: a bar; None shows it on a terminal or in a notebook, else logs how far it is.
         max_pixels: a picture of more pixels is refused.
         **options: the method's own, see its function.
 
@@ -185,7 +183,7 @@ def cam_for(
         )
     if batch_size is None:
         batch_size = inputs_a_pass(network.device)
-    batch_size = whole_number("batch_size", batch_size)
+    batch_size = whole_number("batch_size", batch_size, most=1 << 62)
     if size is not None:
         positions = network.layout_options[0] == "bkl" and isinstance(size, int | np.integer)
         size = check_sides("size", (1, size) if positions else size)

@@ -51,7 +51,7 @@ def rise(subject: Subject, *, masks: int = 2000, cells: int = 7, probability: fl
         NetworkError: inputs that are not pictures.
     """
     pictures_only(subject, "RISE", _INSTEAD)
-    total, side = whole_number("masks", masks, 2), whole_number("cells", cells, 1)
+    total, side = whole_number("masks", masks, 2), whole_number("cells", cells, 1, 256)
     if not isinstance(probability, int | float) or not 0 < probability < 1:
         raise InputError(f"probability = {probability!r}; give a number between 0 and 1")
     like, (height, width) = subject.features.embedding, _size(subject)

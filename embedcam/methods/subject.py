@@ -110,7 +110,8 @@ class Subject:
             raise InputError(f"norm {norm!r} is unknown; use one of {', '.join(NORMS)}")
         if batch_size is None:
             batch_size = inputs_a_pass(network.device)
-        batch_size, seed = whole_number("batch_size", batch_size), whole_number("seed", seed, 0)
+        batch_size = whole_number("batch_size", batch_size, most=1 << 62)
+        seed = whole_number("seed", seed, 0, (1 << 64) - 1)
         if seed >= 1 << 63:
             raise InputError(f"seed = {seed}; give a whole number below 2**63")
         self.network, self.images, self.target = network, images, target

@@ -78,7 +78,7 @@ def compress(
         seed: of k-means and of the sample that the loss is measured on, 0 to 2^32 - 1.
         replace: swap a finished index of prototypes at `path` for the new one, once that is whole;
             who reads the old one goes on with it. An index of images is never replaced.
-        progress: bars; None shows them on a terminal only.
+        progress: bars; None shows them on a terminal or in a notebook, else logs how far it is.
 
     Raises:
         InputError: a number out of range, no labels with `per_class`, a folder that holds something

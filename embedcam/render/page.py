@@ -221,7 +221,7 @@ def in_notebook(picture: Image.Image, alt: str) -> str:
     shown = picture.convert("RGB")
     if (pixels := shown.width * shown.height) > _IN_NOTEBOOK:
         share = (_IN_NOTEBOOK / pixels) ** 0.5
-        shown = shown.resize((round(share * shown.width), round(share * shown.height)))
+        shown = shown.resize((int(share * shown.width), int(share * shown.height)))
     size = f'style="width: {picture.width}px; max-width: 100%"'
     return f'<img alt="{text(cut(alt, 400))}" {size} src="{_jpeg(shown, 80)}">'
 

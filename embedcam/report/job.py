@@ -102,7 +102,7 @@ def write_report(
         side: the longest side of the pictures in the page, in pixels.
         title: of the page.
         batch_size: queries a forward pass; changes nothing beyond float rounding.
-        progress: a bar; None shows it on a terminal only.
+        progress: a bar; None shows it on a terminal or in a notebook, else logs how far it is.
 
     Raises:
         InputError: a folder that holds something else, or a report of another index, of other

@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import EmbeddingError, ImageError, InputError, NetworkError
 from ..explanation import Explanation, small_size
 from ..images import ImageSource
+from ..printing import printable
 from ..render import Look, Row, Tile, page_row, shrunk
 from .folder import Finished
 
@@ -105,7 +106,7 @@ def explain_opened(
 
 
 def _named(name: str, message: str) -> str:
-    return message if message.startswith(name) else f"{name}: {message}"
+    return message if message.startswith(printable(name)) else f"{name}: {message}"
 
 
 def finished(

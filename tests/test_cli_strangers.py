@@ -1,0 +1,268 @@
+"""The command line on what strangers wrote, and on what nobody should have typed."""
+
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from photo_samples import write_photos
+from test_cli import NAMED, NETWORK
+
+from embedcam import Explainer, load_network, progress
+from embedcam.cli import main
+from embedcam.index import manifest as manifest_file
+
+TRUSTED = NAMED[:2]
+EVIL = "\x1b]0;owned\x07\x1b[2J\u202e\n  forged line\x9b\x7f"
+SHOWN = r"\x1b]0;owned\x07\x1b[2J\u202e\n  forged line\x9b\x7f"
+Say = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working folder with photos, a network to be named, and a stranger's index."""
+    folder = tmp_path_factory.mktemp("strangers")
+    more = "\ndef exits():\n    raise SystemExit(3)\n\ndef slow():\n    import time\n"
+    more += "    time.sleep(0.3)\n    return make()\n"
+    (folder / "cli_toy_network.py").write_text(NETWORK + more)
+    (folder / "cli_toy_quits.py").write_text("raise SystemExit(3)\n")
+    write_photos(folder / "photos")
+    before, path = Path.cwd(), list(sys.path)
+    os.chdir(folder)
+    rows = [
+        f'photos/{label}/{number}.png,"{label}{EVIL}","{number}{EVIL}{label}"\n'
+        for label in range(3)
+        for number in range(4)
+    ]
+    (folder / "list.csv").write_text("path,label,id\n" + "".join(rows), newline="")
+    assert main(["build", "list.csv", "evil", "--quiet", *NAMED]) == 0
+    assert main(["build", "photos", "fine", "--quiet", *NAMED]) == 0
+    yield folder
+    os.chdir(before)
+    sys.path[:] = path
+    for name in ("cli_toy_network", "cli_toy_quits"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Say:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        told = capsys.readouterr()
+        for letter in told.out + told.err:
+            assert letter.isprintable() or letter in "\n\r", repr(letter)
+        return code, told.out, told.err
+
+    return run
+
+
+def test_ids_and_labels_are_printed_escaped_each_on_its_line(say: Say) -> None:
+    name = f"0{EVIL}0"
+    code, out, _ = say("info", "evil", "--ids")
+    assert (code, len(out.splitlines())) == (0, 12)
+    assert f"0{SHOWN}0" in out.splitlines()
+    code, out, _ = say("info", "evil", "--ids", "--json")
+    assert name in json.loads(out)
+    code, out, _ = say("explain", "evil", "photos/0/0.png", *TRUSTED)
+    assert code == 0
+    assert len(out.splitlines()) == 1 + 1 + 5
+    assert f"0{SHOWN}0  0{SHOWN}" in out
+    header, *rows = out.splitlines()[1:]
+    place = header.index("label")
+    assert [row[place] for row in rows] == ["0"] * 4 + [rows[-1][place]]
+    code, out, _ = say("explain", "evil", "photos/0/0.png", "--json", *TRUSTED)
+    assert json.loads(out)[0]["neighbors"][0]["id"] == name
+    code, out, _ = say("compare", "evil", "photos/0/0.png", name, "-o", "r.png", *TRUSTED)
+    assert (code, out.splitlines()[0]) == (0, f"photos/0/0.png and 0{SHOWN}0")
+    assert say("remove", "evil", f"9{EVIL}9")[0] == 2
+
+
+def test_a_query_s_name_is_printed_escaped(say: Say) -> None:
+    query = Path("photos/0/0.png").read_bytes()
+    Path(f"q{EVIL}.png").write_bytes(query)
+    code, out, err = say("explain", "fine", f"q{EVIL}.png", *TRUSTED)
+    assert (code, out.splitlines()[0]) == (0, f"q{SHOWN}.png")
+    code, _, err = say("explain", "fine", f"gone{EVIL}.png", *TRUSTED)
+    assert (code, err) == (3, f"embedcam: gone{SHOWN}.png: does not exist\n")
+    _, _, err = say("explain", "fine", "photos/0/0.png", f"--option{EVIL}")
+    assert len(err.splitlines()) == 1
+
+
+def rewritten(folder: Path, change: Callable[[dict], object]) -> Path:
+    """A copy of an index with another manifest, sealed again."""
+    import shutil
+
+    shutil.copytree("fine", folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest_file.sealed(manifest)))
+    return folder
+
+
+def test_names_in_a_manifest_are_printed_escaped(say: Say, tmp_path: Path) -> None:
+    def change(manifest: dict) -> None:
+        manifest["libraries"] = {EVIL: EVIL}
+        manifest["network"]["name"] = EVIL
+
+    code, out, err = say("info", rewritten(tmp_path / "i", change))
+    plain = say("info", "fine")[1]
+    assert code == 0, err
+    assert f"\n  made with   {SHOWN} {SHOWN}; generation 1\n" in out
+    assert len(out.splitlines()) == len(plain.splitlines())
+
+
+def test_no_message_is_longer_than_it_may_be(say: Say, tmp_path: Path) -> None:
+    def change(manifest: dict) -> None:
+        manifest["metric"] = "a" * 10**6
+
+    code, out, err = say("info", rewritten(tmp_path / "i", change))
+    assert (code, out) == (5, "")
+    assert 0 < len(err) <= 2_001
+    (tmp_path / "wide.csv").write_text(f"path,{'x' * 2_000_000}\na,b\n")
+    for given in (("--labels", "folders"), ()):
+        code, _, err = say("build", tmp_path / "wide.csv", tmp_path / "w", *given, *NAMED)
+        assert code == 2
+        assert len(err) <= 2_001
+    for name in ("--recipe", "--method", "--faiss", "--triplets", "--network", "--option"):
+        code, _, err = say("build", "photos", tmp_path / "w", *NAMED, name, "z" * 10**6)
+        assert code in (2, 4, 6)
+        assert 0 < len(err) <= 2_001
+        assert err.startswith("embedcam")
+    assert len(say("explain", "fine", "photos/0/0.png", "--result", "r/" * 10**6)[2]) <= 2_001
+
+
+DEEP = "a=" + "[" * 5_000 + "]" * 5_000
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "more"),
+    [
+        (2, "deep.toml: tables or lists lie in one another too deep", ["--recipe", "deep.toml"]),
+        (2, "huge.toml: margin = 1000000000000000000", ["--recipe", "huge.toml"]),
+        (2, "[network] weights = 'a\\x00b' holds a NUL, which no name can",
+            ["--recipe", "nul.toml"]),
+        (2, "/dev/zero: is a device; give a file", ["--recipe", "/dev/zero"]),
+        (2, "triplets = 1000000000 is more than 1,000,000 an image; give fewer, or take the exact "
+            "mean of all of them by sampling 'all'", ["--triplets", "1000000000"]),
+        (2, "--triplets ²: give a number", ["--triplets", "²"]),
+        (2, "'HNSW99999999' cannot be used (HNSW99999999 is more than HNSW1024); 'Flat' always "
+            "can", ["--faiss", "HNSW99999999"]),
+        (2, "'IVF99999999999,Flat' cannot be used (99999999999 is more than 16777216)",
+            ["--faiss", "IVF99999999999,Flat"]),
+        (4, "cli_toy_network:exits failed with SystemExit: 3",
+            ["--network", "cli_toy_network:exits"]),
+        (4, "cli_toy_quits:make failed with SystemExit: 3", ["--network", "cli_toy_quits:make"]),
+        (2, "an argument holds a NUL, which no name can", ["--weights", "a\0b"]),
+        (2, "argument --seed: expected a value, not '--'", ["--seed=--"]),
+    ],
+)  # fmt: skip
+def test_what_can_be_typed_is_refused_in_one_sentence(
+    code: int, said: str, more: list[str], say: Say, tmp_path: Path
+) -> None:
+    Path("deep.toml").write_text(DEEP)
+    Path("huge.toml").write_text(f"[weights]\nmargin = 1{'0' * 400}\n")
+    Path("nul.toml").write_text('[network]\nweights = "a\\u0000b"\n')
+    found, out, err = say("build", "photos", tmp_path / "i", *NAMED, *more)
+    assert (found, out, len(err.splitlines())) == (code, "", 1), err
+    assert said in err
+
+
+def test_options_of_methods_are_bounded(say: Say) -> None:
+    asked = ("explain", "fine", "photos/0/0.png", *TRUSTED, "--method", "rise", "--option")
+    for given, said in (
+        ("cells=99999999", "cells = 99999999; give a whole number from 1 to 256"),
+        ("masks=100000000000", "masks = 100000000000; give a whole number from 2 to 1,000,000"),
+        ("masks=1", "masks = 1; give a whole number from 2"),
+    ):
+        code, _, err = say(*asked, given)
+        assert (code, err) == (2, f"embedcam: {said}\n")
+
+
+def test_devices_are_not_read_to_their_end(say: Say, tmp_path: Path) -> None:
+    for arguments in (
+        ["remove", "fine", "--from", "/dev/zero"],
+        ["evaluate", "fine", "--images", "photos", "--boxes", "/dev/zero", *TRUSTED],
+    ):
+        code, _, err = say(*arguments)
+        assert (code, err) == (2, "embedcam: /dev/zero: is a device; give a file\n")
+
+
+def test_an_exit_in_the_network_s_code_is_no_fault_of_embedcam_s(
+    say: Say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def leave(*_: object, **__: object) -> None:
+        raise SystemExit("enough")
+
+    monkeypatch.setattr("embedcam.build.build_index", leave)
+    code, _, err = say("build", "photos", tmp_path / "i", *NAMED, "--quiet")
+    assert code == 4
+    assert err == (
+        "embedcam: the network's own code ended the program (enough); it should raise an error\n"
+    )
+
+
+def test_a_job_without_a_terminal_says_how_far_it_is(
+    say: Say, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.001)
+    _, out, err = say("build", "photos", tmp_path / "i", *NAMED)
+    assert "embed: " in err
+    assert " of 12 images, 0 s\n" in err
+    assert out.count("\n") == 1
+    assert say("build", "photos", tmp_path / "j", *NAMED, "--quiet")[2] == ""
+    assert not logging.getLogger("embedcam.progress").handlers
+
+
+def test_an_example_of_pictures_finds_some(say: Say, tmp_path: Path) -> None:
+    (tmp_path / "none").mkdir()
+    for given, example in (("photos/0/", "photos/0/*.png"), ("photos", "photos/*/*.png")):
+        code, _, err = say("explain", "fine", given, *TRUSTED)
+        assert code == 3
+        assert err == (
+            f"embedcam: {given}: is a folder; name the pictures in it, as in {example}, or give "
+            "--report FOLDER\n"
+        )
+        assert list(Path().glob(example))
+    _, _, err = say("explain", "fine", tmp_path / "none", *TRUSTED)
+    assert err.endswith("none: is a folder without a picture in it; name pictures\n")
+
+
+def test_the_end_of_a_path_is_offered_first(say: Say) -> None:
+    asked = ("explain", "fine", "photos/0/0.png", *TRUSTED, "--result")
+    _, _, err = say(*asked, "some/where/photos/2/3.png")
+    assert "no image 'some/where/photos/2/3.png'; did you mean '2/3.png'?; " in err
+    _, _, err = say(*asked, "photos/9/3.png")
+    assert "; did you mean '0/3.png' or '1/3.png' or '2/3.png'?; " in err
+
+
+def test_trust_stands_beside_the_results(say: Say, tmp_path: Path) -> None:
+    write_photos(tmp_path / "many", labels=2, each=21)
+    index = tmp_path / "i"
+    assert say("build", tmp_path / "many", index, "--quiet", *NAMED)[0] == 0
+    query = tmp_path / "many/0/0.png"
+    _, out, _ = say("explain", index, query, *TRUSTED)
+    (record,) = json.loads(say("explain", index, query, "--json", *TRUSTED)[1])
+    assert out.splitlines()[-1] == f"  trust {record['trust']:.2f}"
+    why = Explainer(index, load_network(NAMED[1], layer="relu")).explain(query)
+    assert repr(why).endswith(f"; trust {record['trust']:.2f}>")
+    doubted = replace(why, trust=0.314)
+    assert doubted.trust_in_words == "trust 0.31: not trusted"
+    assert repr(doubted).endswith("; trust 0.31: not trusted>")
+    assert replace(doubted, direct=True).trust_in_words == "trust 0.31: computed on the query"
+    assert repr(replace(why, trust=None)).endswith(", ...>")
+    assert "  trust " not in say("explain", "fine", query, *TRUSTED)[1]
+
+
+def test_a_terminal_that_cannot_show_a_letter_sees_its_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stderr", shown)
+    assert main(["info", "gibt-es-nicht-\N{LATIN SMALL LETTER A WITH DIAERESIS}"]) == 5
+    assert b"gibt-es-nicht-\\xe4: there is no index" in shown.buffer.getvalue()  # type: ignore[attr-defined]

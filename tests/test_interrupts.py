@@ -1,0 +1,117 @@
+"""Ctrl-C in the command line's process: exit code 130 and one line, whenever it comes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SIGNALLED = """
+import atexit, os, signal, sys
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+name = os.environ["INTERRUPT_AT"]
+if name == "exit":
+    atexit.register(interrupt)
+
+def hook(event, about):
+    if event == "import" and about[0] == name:
+        interrupt()
+
+sys.addaudithook(hook)
+"""
+FACTORY = """
+import os, signal, sys
+
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+def answered():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+    except BaseException as error:
+        raise RuntimeError("some library's own words") from error
+
+def swallowed():
+    Dying()
+    raise RuntimeError("never said")
+
+def plain():
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):
+        pass
+"""
+SAID = "embedcam: interrupted\n"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "sitecustomize.py").write_text(SIGNALLED)
+    (tmp_path / "own_factory.py").write_text(FACTORY)
+    return tmp_path
+
+
+def run(
+    place: Path, *arguments: str, at: str = "", how: tuple[str, ...] = ("-m", "embedcam")
+) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(place), str(ROOT)])
+    return subprocess.run(
+        [sys.executable, *how, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": path, "INTERRUPT_AT": at},
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["embedcam.interrupts", "embedcam.cli", "argparse", "embedcam.cli.parser", "embedcam.index",
+     "numpy", "exit"],
+)  # fmt: skip
+def test_whatever_is_being_imported(place: Path, name: str) -> None:
+    done = run(place, "info", "nowhere", at=name)
+    refused = "embedcam: nowhere: there is no index here; build one with `embedcam build`\n"
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == (refused + SAID if name == "exit" else SAID)
+
+
+def test_the_script_as_the_module(place: Path) -> None:
+    code = "import sys; from embedcam.__main__ import run; sys.exit(run())"
+    done = run(place, "info", "nowhere", at="numpy", how=("-c", code))
+    assert (done.returncode, done.stderr) == (130, SAID)
+    assert run(place, "info", "nowhere", how=("-c", code)).returncode == 5
+
+
+@pytest.mark.parametrize("factory", ["plain", "answered", "swallowed"])
+def test_in_code_that_answers_it_by_something_else(place: Path, factory: str) -> None:
+    (place / "photos").mkdir()
+    (place / "photos" / "a.png").write_bytes(b"")
+    done = run(place, "build", "photos", "index", "--network", f"own_factory:{factory}")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", SAID)
+
+
+def test_a_process_that_was_told_to_ignore_it_does(place: Path) -> None:
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from embedcam.__main__ import run; sys.exit(run())"
+    )
+    assert run(place, "info", "nowhere", at="numpy", how=("-c", code)).returncode == 5
+
+
+def test_importing_the_package_leaves_signals_alone() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    code = (
+        "import signal, sys; sys.argv[0] = '-m'; import embedcam, embedcam.cli\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    )
+    subprocess.run([sys.executable, "-c", code, "embedcam"], check=True, cwd=ROOT)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -1,0 +1,115 @@
+"""Bars on terminals and in notebooks, log lines elsewhere."""
+
+import logging
+import sys
+import threading
+import time
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from embedcam import progress
+from embedcam.progress import progress_of
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0.01)
+
+
+def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "embedcam.progress"]
+
+
+def test_without_a_terminal_lines_are_logged_now_and_then(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    with progress_of("embed", 4_000, shown=None, done=1_000) as advance:
+        advance(32)
+        for _ in range(200):  # one long step
+            if len(lines_of(caplog)) > 1:
+                break
+            time.sleep(0.01)
+    assert lines_of(caplog)[:2] == ["embed: 1,032 of 4,000 images, 0 s"] * 2
+    assert capsys.readouterr() == ("", "")
+    assert not [one for one in threading.enumerate() if one.name == "embedcam-progress"]
+
+
+@pytest.mark.parametrize(
+    ("total", "expected"), [(0, "tracing: 0 s"), (None, "tracing: 7 passes, 0 s")]
+)
+def test_what_is_not_counted_has_its_time(
+    total: int | None, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with progress_of("tracing", total, "passes", shown=None) as advance:
+        advance(7)
+        for _ in range(200):
+            if lines_of(caplog):
+                break
+            time.sleep(0.01)
+    assert lines_of(caplog)[0] == expected
+
+
+def test_nothing_is_said_where_nothing_is_wanted(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO)
+    with progress_of("embed", 3, shown=False) as advance:
+        advance(3)
+        time.sleep(0.05)
+    assert lines_of(caplog) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_quick_stages_say_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress, "EVERY", 30.0)
+    caplog.set_level(logging.INFO)
+    begun = time.monotonic()
+    with progress_of("embed", 3, shown=None) as advance:
+        advance(3)
+    assert time.monotonic() - begun < 5
+    assert lines_of(caplog) == []
+
+
+def test_a_terminal_has_a_bar(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(progress, "_terminal", lambda: True)
+    with progress_of("embed", 3, shown=None) as advance:
+        advance(3)
+        time.sleep(0.05)
+    assert "embed: 100%" in capsys.readouterr().err
+    assert lines_of(caplog) == []
+
+
+def test_a_notebook_has_a_bar_unasked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shells: list[object] = [None, SimpleNamespace(config={}), SimpleNamespace(config="IPKernelApp")]
+    module = ModuleType("IPython")
+    monkeypatch.setitem(sys.modules, "IPython", module)
+    for shell, shown in zip(shells, (False, False, True), strict=True):
+        module.get_ipython = lambda shell=shell: shell  # type: ignore[attr-defined]
+        with progress_of("embed", 3, shown=None) as advance:
+            advance(3)
+        assert ("embed: 100%" in capsys.readouterr().err) == shown
+
+
+def test_without_tqdm_there_are_lines(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with progress_of("explain", 3, "queries", shown=True):
+        for _ in range(200):
+            if lines_of(caplog):
+                break
+            time.sleep(0.01)
+    assert lines_of(caplog)[0] == "explain: 0 of 3 queries, 0 s"

@@ -22,7 +22,6 @@ FLOORS = {
         "preprocess",
         "probe",
         "queries",
-        "render",
         "transfer",
     ],
     2: [
@@ -31,6 +30,7 @@ FLOORS = {
         "network",
         "onnx_network",
         "registry",
+        "render",
         "scratch",
         "targets",
         "triplets",

@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done; 2 wrong arguments or choices; 3 an image; 4 the network; 5 the index; 6 a file or
-        folder that cannot be read or written; 70 a fault of embedcam's own; 130 interrupted.
+        folder that cannot be read or written, or too little memory; 70 a fault of embedcam's own;
+        130 interrupted.
     """
     from .parser import COMMANDS, parser
 
@@ -74,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             if options.debug:
                 raise
-            return _say(error)
+            from ..memory import told
+
+            return _say(told(error, vars(options)))
     return 0
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from ..cam import area_average
 from ..errors import EmbedcamError, InputError
 from ..images import ImageSource, load_batches
+from ..memory import ran_out
 from .controls import MEAN, RANDOM, WRONG, mean_weights, random_weights
 from .gallery import Gallery
 from .maps import Mapper, Seen
@@ -164,6 +165,8 @@ class Scenes:
             try:
                 return self.mapper.see(wide)
             except (EmbedcamError, RuntimeError, AssertionError, ValueError) as error:
+                if ran_out(error):
+                    raise
                 said = str(error).strip().partition("\n")[0][:160]
                 self.squeezed = (
                     f"the network takes no picture of {wide.shape[2]} x {wide.shape[3]} ({said})"

@@ -14,6 +14,7 @@ from PIL import Image
 from embedcam.errors import ImageError, InputError
 from embedcam.images.reading import read_image
 from embedcam.images.sources import ImageSource, Item, relative_path
+from embedcam.memory import ran_out
 
 
 class DatasetSource(ImageSource):
@@ -37,6 +38,8 @@ class DatasetSource(ImageSource):
                     item = self._dataset[position]
         except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             # Pillow's ways of saying that a file is broken.
+            if ran_out(error):
+                raise
             raise ImageError(f"{name}: cannot be read ({error})") from error
         except Image.DecompressionBombWarning as error:
             raise ImageError(f"{name}: cannot be read ({error})") from error
@@ -118,7 +121,9 @@ def _read_labels(dataset: Any, n_items: int) -> Iterator[object]:
     for position in range(n_items):
         try:
             item = dataset[position]
-        except (OSError, SyntaxError, EOFError):
+        except (OSError, SyntaxError, EOFError) as error:
+            if ran_out(error):
+                raise
             yield None
             continue
         if not isinstance(item, tuple | list):

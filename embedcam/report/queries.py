@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import ImageError, InputError, NetworkError
 from ..explanation import Explanation, small_size
 from ..images import ImageSource
+from ..memory import ran_out
 from ..render import Look, Row, Tile, page_row, shrunk
 from .folder import Finished
 
@@ -82,7 +83,9 @@ def explain_opened(
     found: Iterator[Explanation | None]
     try:
         found = iter(explained(readable))
-    except NetworkError:
+    except NetworkError as error:
+        if ran_out(error):
+            raise
         # Of one picture, usually: an embedding of zeros. The others are explained without it.
         found = iter([None] * len(readable))
     made: list[Explanation | str] = []
@@ -93,6 +96,8 @@ def explain_opened(
         try:
             made.append(next(found) or explained([one.inputs])[0])
         except NetworkError as error:
+            if ran_out(error):
+                raise
             made.append(_named(name, str(error)))
     return made
 

@@ -10,16 +10,28 @@ import os
 import shutil
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ._files import (
+    UNFINISHED,
+    NotPlain,
+    is_folder,
+    make_folder,
+    read_regular,
+    remove_tree,
+    sync_folder,
+    written,
+)
 from .errors import InputError
 
 _KEY = "key.json"
 _PROMISE = "promise.json"
 _LISTING = "arrays.json"
+_MOST = 16 << 20
 
 
 class Scratch:
@@ -28,17 +40,26 @@ class Scratch:
     Args:
         path: the folder; created where missing.
         key: digest of everything the chunks depend on. A folder of another key is emptied first.
+
+    Raises:
+        InputError: a link, or something else than a folder.
     """
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
-        if path.exists() and self._stored_key() != key:
-            shutil.rmtree(path)
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            if is_folder(path) and self._stored_key() != key:
+                remove_tree(path)
+        except NotPlain as error:
+            raise InputError(
+                f"{path}: {error}, and unfinished work is kept there; delete it and run the same "
+                "command again"
+            ) from error
+        make_folder(path)
         if self._stored_key() != key:
             _write_text(path / _KEY, json.dumps({"key": key}))
-        for leftover in path.glob("*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in path.glob(f"*{UNFINISHED}"):
+            remove_tree(leftover)
 
     def has(self, stage: str, chunk: int) -> bool:
         """Whether the chunk was finished, by its listing; its bytes are checked by `read`."""
@@ -47,8 +68,8 @@ class Scratch:
     def write(self, stage: str, chunk: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Keep the arrays; visible all at once."""
         folder = self._folder(stage, chunk)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished = folder.with_suffix(".tmp")
+        remove_tree(folder)
+        unfinished = folder.with_suffix(UNFINISHED)
         unfinished.mkdir()
         listing = {}
         for name, array in arrays.items():
@@ -81,7 +102,7 @@ class Scratch:
                 return True
         except (OSError, ValueError):
             pass
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
         return False
 
     def array(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -104,9 +125,10 @@ class Scratch:
         remove(self.path)
 
     def promise(self, job: str, generation: int) -> None:
-        """Note, just before it happens, that this job becomes that generation of the index."""
-        text = json.dumps({"job": job, "generation": generation})
-        _write_text(self.path / _PROMISE, text)
+        """Note durably, just before it happens, that this job becomes that generation."""
+        with written(self.path / _PROMISE) as file:
+            file.write(json.dumps({"job": job, "generation": generation}).encode())
+        sync_folder(self.path.parent)
 
     def free_bytes(self) -> int:
         """Free space where the folder lies."""
@@ -117,7 +139,7 @@ class Scratch:
 
     def _stored_key(self) -> str | None:
         try:
-            return str(json.loads((self.path / _KEY).read_text())["key"])
+            return str(_read_json(self.path, _KEY)["key"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -125,7 +147,7 @@ class Scratch:
 def finished_job(path: Path, generation: int) -> str | None:
     """The job whose scratch folder this is, if it became that generation and then was killed."""
     try:
-        found = json.loads((path / _PROMISE).read_text())
+        found = _read_json(path, _PROMISE)
         return str(found["job"]) if found["generation"] == generation else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -133,12 +155,21 @@ def finished_job(path: Path, generation: int) -> str | None:
 
 def remove(path: Path) -> None:
     """Delete a scratch folder, what `finished_job` reads last, so that a kill loses no trace."""
-    for entry in path.iterdir() if path.is_dir() else ():
-        if entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)
-        elif entry.name != _PROMISE:
-            entry.unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        remove_tree(path, last=_PROMISE)
+
+
+def _read_json(folder: Path, name: str) -> Any:
+    """What a file says, which may be a stranger's.
+
+    Raises:
+        OSError, ValueError: it is missing, or is not what was written.
+    """
+    try:
+        is_folder(folder)
+        return json.loads(read_regular(folder, name, _MOST))
+    except NotPlain as error:
+        raise ValueError(str(error)) from error
 
 
 def _open(path: Path, entry: Mapping[str, Any]) -> np.ndarray:
@@ -152,9 +183,8 @@ def _open(path: Path, entry: Mapping[str, Any]) -> np.ndarray:
 
 
 def _read_listing(folder: Path) -> dict[str, Any]:
-    text = (folder / _LISTING).read_text()
     try:
-        listing, crc = json.loads(text)
+        listing, crc = _read_json(folder, _LISTING)
         if _crc_of(listing) == crc:
             return dict(listing)
     except (ValueError, TypeError):

@@ -20,57 +20,15 @@ import numpy as np
 import torch
 from build_samples import DENSE, Toy, dense, everything, paint, pictures, toy
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from killing import KILLER, Job, in_child
+
 import embedcam.passes as passes
 from embedcam.build import add_images, build_index
 from embedcam.images import ImageSource, find_images
 from embedcam.index import Index, verify
 from embedcam.preprocess import custom
 from embedcam.recipe import Recipe
-
-Job = Callable[[Path], object]
-MUTATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
-
-
-class Killer:
-    """Kills this process before the n-th change to a folder's files."""
-
-    def __init__(self) -> None:
-        self.folder, self.left, self.seen = "", -1, 0
-        sys.addaudithook(self)
-
-    def __call__(self, event: str, arguments: tuple) -> None:
-        if not self.folder or event not in MUTATIONS:
-            return
-        if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
-            return
-        # What is below a folder being deleted is named from within it.
-        if not str(arguments[0]).startswith(self.folder) and event not in ("os.remove", "os.rmdir"):
-            return
-        self.seen += 1
-        if self.seen == self.left:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-KILLER = Killer()
-
-
-def in_child(job: Job, folder: Path, kill_before: int = -1) -> bool:
-    """Run a job in a fork of this process; whether it was killed."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            KILLER.folder, KILLER.left, KILLER.seen = str(folder), kill_before, 0
-            job(folder)
-            os._exit(0)
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status):
-        return True
-    if os.WEXITSTATUS(status):
-        raise RuntimeError("the job failed by itself")
-    return False
 
 
 def killed_everywhere(
@@ -82,7 +40,7 @@ def killed_everywhere(
     if before is not None:
         before(start)
     shutil.copytree(start, reference)
-    KILLER.folder, KILLER.seen = str(reference), 0
+    KILLER.watch(reference)
     job(reference)
     KILLER.folder, total = "", KILLER.seen
     expected, problems, killed = everything(reference), [], 0

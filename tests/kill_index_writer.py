@@ -10,7 +10,6 @@ manifest, byte for byte, as a run that nobody disturbed.
 
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +18,12 @@ from typing import Any
 import pytest
 from index_samples import encoding_of, make, part
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from killing import in_child
+
 from embedcam.errors import IndexFormatError
 from embedcam.index import Index, append, compact, rebuild_faiss, remove, verify
 from embedcam.prototypes import compress
-
-WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
 
 def prepare_life(path: Path) -> None:
@@ -52,35 +52,6 @@ OPERATIONS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
     ),
     "replace": (prepare_life, lambda path: make(path, 9, "dense", replace=True, start=100)),
 }
-
-
-def kill_before(change: int) -> None:
-    """Kill this process before its change number `change`."""
-    seen = 0
-
-    def count(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal seen
-        if event not in WATCHED:
-            return
-        if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
-            return
-        seen += 1
-        if seen == change:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
-
-
-def survives(operate: Callable[[Path], Any], path: Path, change: int) -> bool:
-    """Whether a child did the operation without being killed."""
-    child = os.fork()
-    if child == 0:
-        kill_before(change)
-        operate(path)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
-    return not os.WIFSIGNALED(status)
 
 
 def state(path: Path) -> bytes | None:
@@ -112,7 +83,7 @@ def main(operation: str, folder: Path) -> None:
     while True:
         if before.exists():
             shutil.copytree(before, path)
-        through = survives(operate, path, kills + 1)
+        through = not in_child(operate, path, kills + 1)
         found = state(path)
         assert found in (old, new), f"neither old nor new after {kills} changes"
         outcomes.add(found == new)

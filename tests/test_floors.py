@@ -24,7 +24,6 @@ FLOORS = {
         "probe",
         "progress",
         "queries",
-        "render",
         "transfer",
     ],
     2: [
@@ -33,6 +32,7 @@ FLOORS = {
         "network",
         "onnx_network",
         "registry",
+        "render",
         "scratch",
         "targets",
         "triplets",

@@ -395,7 +395,8 @@ def _tidied(index: Index) -> str | None:
     """The job that made this generation and was killed before it had tidied up, which is done."""
     scratch = index.path / _SCRATCH
     job = finished_job(scratch, index.manifest["generation"])
-    if job is not None or (scratch.is_dir() and not any(scratch.iterdir())):
+    empty = scratch.is_dir() and not scratch.is_symlink() and not any(scratch.iterdir())
+    if job is not None or empty:
         sweep(index.path)
         remove_scratch(scratch)
     return job

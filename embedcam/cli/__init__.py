@@ -56,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0 done; 2 wrong arguments or choices; 3 an image; 4 the network; 5 the index; 6 a file or
-        folder that cannot be read or written; 70 a fault of embedcam's own; 130 interrupted.
+        folder that cannot be read or written, or too little memory; 70 a fault of embedcam's own;
+        130 interrupted.
     """
     try:
         return _run(arguments)
@@ -97,7 +98,9 @@ def _run(arguments: Sequence[str] | None) -> int:
                 return _interrupted(options)
             if options.debug:
                 raise
-            return _say(error)
+            from ..memory import told
+
+            return _say(told(error, vars(options)))
     return 0
 
 

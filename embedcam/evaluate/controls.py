@@ -18,6 +18,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import EmbedcamError
+from ..memory import ran_out
 from ..network import EmbeddingNetwork
 from .gallery import Gallery
 from .maps import Mapper, Seen
@@ -160,7 +161,9 @@ class ShuffledNetwork:
                 norm.train()
                 norm.momentum = 1.0
             self.network.module(self._images)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError) as error:
+            if ran_out(error):
+                raise
             return self._statistics[0]
         finally:
             for norm, momentum in zip(self._norms, momenta, strict=True):

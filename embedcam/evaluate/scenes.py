@@ -12,6 +12,7 @@ import numpy as np
 from ..cam import area_average
 from ..errors import EmbedcamError, EmbeddingError, InputError
 from ..images import ImageSource, load_batches
+from ..memory import ran_out
 from ..printing import reason
 from .controls import MEAN, RANDOM, WRONG, mean_weights, random_weights
 from .gallery import Gallery
@@ -170,6 +171,8 @@ class Scenes:
             try:
                 return self.mapper.see(wide)
             except (EmbedcamError, RuntimeError, AssertionError, ValueError) as error:
+                if ran_out(error):
+                    raise
                 self.squeezed = (
                     f"the network takes no picture of {wide.shape[2]} x {wide.shape[3]} "
                     f"({reason(error)})"

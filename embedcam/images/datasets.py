@@ -14,6 +14,7 @@ from PIL import Image
 from embedcam.errors import ImageError, InputError
 from embedcam.images.reading import MAX_PIXELS, is_long_text, read_image
 from embedcam.images.sources import ImageSource, Item, escaped, relative_path
+from embedcam.memory import ran_out
 from embedcam.printing import cut, short
 
 _PICTURES = ("image", "img", "picture", "photo")
@@ -49,6 +50,8 @@ class DatasetSource(ImageSource):
                     item = self._dataset[position]
         except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             # Pillow's ways of saying that a file is broken.
+            if ran_out(error):
+                raise
             raise ImageError(f"{name}: cannot be read ({error})") from error
         except Image.DecompressionBombWarning as error:
             raise ImageError(f"{name}: cannot be read ({error})") from error
@@ -160,7 +163,9 @@ def _read_labels(dataset: Any, n_items: int) -> Iterator[object]:
     for position in range(n_items):
         try:
             item = dataset[position]
-        except (OSError, SyntaxError, EOFError):
+        except (OSError, SyntaxError, EOFError) as error:
+            if ran_out(error):
+                raise
             yield None
             continue
         except ValueError as error:

@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import numpy as np
 from PIL import Image
 
+from embedcam import memory
 from embedcam.errors import ImageError, ImageTooLarge
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ _URL: Final = re.compile(
     r"(https?|ftps?|sftp|s3a?|gs|gcs|hf|az|abfss?|file)://?|data:image/",
     re.IGNORECASE,
 )
+_BYTES_A_PIXEL: Final = 32
+"""What decoding, converting and turning take at once."""
 _ORIENTATION_TAG: Final = 0x0112
 _BITS_TAG: Final = 258
 _PHOTOMETRIC_TAG: Final = 262
@@ -103,7 +106,15 @@ def read_image(
             f"{name or 'image'}: expected a path, bytes, a binary file, a Pillow image or a numpy "
             f"array, given {type(source).__name__}"
         )
-    return _read_file(os.fspath(source), name or os.fspath(source), max_pixels)
+    path = os.fspath(source)
+    name = name or path
+    try:
+        return _read_file(path, name, max_pixels)
+    except ImageTooLarge:
+        raise
+    except ImageError:
+        # Another thread may have had all the memory for that moment.
+        return _read_file(path, name, max_pixels)
 
 
 def _read_file(path: str, name: str, max_pixels: int) -> Image.Image:
@@ -121,6 +132,8 @@ def _read_file(path: str, name: str, max_pixels: int) -> Image.Image:
     except PermissionError:
         raise ImageError(f"{name}: may not be read (permission denied)") from None
     except OSError as error:
+        if memory.ran_out(error):
+            raise
         raise ImageError(f"{name}: cannot be opened ({error.strerror or error})") from None
     except ValueError as error:
         if isinstance(error, ImageError):
@@ -180,6 +193,7 @@ def _decoded(name: str, stream: IO[bytes], max_pixels: int) -> Image.Image:
         raise
     except Exception as error:
         # A crafted header can make a decoder raise nearly anything.
+        _not_for_memory(name, error, 0)
         raise ImageError(f"{name}: has a broken header ({_reason(error)})") from None
     if image is None:
         raise ImageError(f"{name}: is not an image of a known kind ({', '.join(FORMATS)}, HEIF)")
@@ -248,6 +262,7 @@ def _finish(name: str, image: Image.Image, max_pixels: int) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:
+        _not_for_memory(name, error, image.width * image.height)
         reason = _reason(error)
         if "truncated" in reason.lower() or isinstance(error, EOFError):
             raise ImageError(f"{name}: is truncated ({reason})") from None
@@ -268,7 +283,9 @@ def _check_size(name: str, size: Any, max_pixels: int) -> None:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # a broken EXIF block says nothing about the pixels
+    except Exception as error:  # a broken EXIF block says nothing about the pixels
+        if memory.ran_out(error):
+            raise
         return 1
 
 
@@ -278,6 +295,14 @@ def _scale_transparency(image: Image.Image) -> None:
     scale = _LEVELS.get(tiles[0][3]) if tiles and isinstance(tiles[0][3], str) else None
     if level is not None and scale is not None:
         image.info["transparency"] = scale(level)
+
+
+def _not_for_memory(name: str, error: Exception, pixels: int) -> None:
+    """Raise where a picture may only have found too little memory: it is not a broken one."""
+    # Not asked of the error: some decoders call it a broken stream, and a crafted picture may ask
+    # for more memory than any machine has.
+    if not memory.is_left(_BYTES_A_PIXEL * pixels):
+        raise MemoryError(f"{name}: there was too little memory to decode it") from error
 
 
 def _to_rgb(name: str, image: Image.Image) -> Image.Image:

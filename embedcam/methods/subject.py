@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, RecipeError
+from ..memory import ran_out
 from ..network import (
     EmbeddingNetwork,
     Features,
@@ -300,7 +301,9 @@ class Subject:
             turned = piece.contiguous(memory_format=torch.channels_last)
             try:
                 return self.network.forward(turned, allow_zero=True).embedding
-            except RuntimeError:
+            except RuntimeError as error:
+                if ran_out(error):
+                    raise
                 self._channels_last = False  # a module that takes views of contiguous memory only
         return self.network.forward(piece, allow_zero=True).embedding
 

@@ -10,6 +10,8 @@ from typing import Final
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+from ..memory import ran_out
+
 PAPER: Final = (255, 255, 255)
 INK: Final = (24, 28, 36)
 QUIET: Final = (98, 106, 120)
@@ -33,7 +35,9 @@ def font_of(size: int, bold: bool = False) -> ImageFont.FreeTypeFont | ImageFont
 
         path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
         return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
-    except (ImportError, OSError):  # an installation for serving, or one without fonts
+    except (ImportError, OSError) as error:  # an installation for serving, or one without fonts
+        if ran_out(error):
+            raise
         return ImageFont.load_default(size)
 
 

@@ -1,34 +1,54 @@
 """The folder of a report: what it is a report of, the queries that are finished, and its files.
 
     DIR/
-      index.html           the page, put in place by the last rename of the job
+      index.html           the page
       explanations.jsonl   a line a query
-      report.json          what the report depends on: index, queries, options
-      .finished/           a file for each finished query, until the page is there
+      report.json          what the report depends on: index, queries, options; at the end also
+                           the SHA-256 of the two files above, which makes it complete
+      .finished/           a file for each finished query, until then
 
 Every file is written under another name, synced and renamed, so that a job killed at any moment
-leaves whole files. Nothing in it depends on the time, or on where the job was stopped.
+leaves whole files. Each proves itself: what is kept of a query has a digest over it, its place and
+everything the report depends on, and what does not fit its digest is made again. Nothing depends
+on the time, or on where the job was stopped.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
-import zlib
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
+from .._files import (
+    UNFINISHED,
+    NotPlain,
+    fresh,
+    held,
+    is_folder,
+    make_folder,
+    open_regular,
+    read_regular,
+    remove_files,
+    sync_folder,
+    written,
+)
 from ..errors import InputError
 
 PAGE: Final = "index.html"
 LINES: Final = "explanations.jsonl"
 _MARK: Final = "report.json"
 _FINISHED: Final = ".finished"
-_UNFINISHED: Final = ".tmp"
+_FILES: Final = "files"
+_LEFT: Final = re.compile(rf"({re.escape(PAGE)}|{re.escape(LINES)}|report\.json){UNFINISHED}")
+_ROW: Final = re.compile(r"([0-9]{8,})\.json")
+_ROW_LEFT: Final = re.compile(rf"[0-9]{{8,}}\.json{UNFINISHED}")
+_MOST: Final = 256 << 20
 _FORMAT: Final = "embedcam-report"
 _GO_ELSEWHERE: Final = "give a new folder, or delete this one"
 
@@ -61,7 +81,7 @@ def check_folder(path: str | Path) -> None:
         raise InputError(f"{path}: is a file; a report is a folder, so give another name")
     with _disk(path):
         names = sorted(entry.name for entry in os.scandir(path))
-    strangers = [name for name in names if name != _MARK + _UNFINISHED]
+    strangers = [name for name in names if name != _MARK + UNFINISHED]
     if strangers and _MARK not in names:
         raise InputError(
             f"{path}: holds something else ({strangers[0]}); a report takes a folder of its own, "
@@ -83,46 +103,67 @@ def open_folder(path: Path, about: Mapping[str, Any]) -> Iterator[Folder]:
     """
     check_folder(path)
     with _disk(path):
-        path.mkdir(parents=True, exist_ok=True)
-    with _alone(path):
+        make_folder(path)
+        lock = os.open(path, os.O_RDONLY)
+    busy = InputError(f"{path}: another process is writing this report; wait until it is done")
+    with held(lock, path, busy):
         check_folder(path)
         known = _read_mark(path)
-        wanted = {"format": _FORMAT, **about}
-        if known is None:
-            with written(path / _MARK) as file:
-                file.write(json.dumps(wanted, indent=1, sort_keys=True) + "\n")
-        elif known != json.loads(json.dumps(wanted)):
-            raise InputError(f"{path}: holds {_difference(known, wanted)}; {_GO_ELSEWHERE}")
+        wanted = json.loads(json.dumps({"format": _FORMAT, **about}))
+        found = None if known is None else {k: v for k, v in known.items() if k != _FILES}
+        if found not in (None, wanted):
+            raise InputError(f"{path}: holds {_difference(found, wanted)}; {_GO_ELSEWHERE}")
+        folder = Folder(path, wanted)
         with _disk(path):
+            if known is None:
+                folder.mark({})
+            try:
+                is_folder(path / _FINISHED)
+            except NotPlain as error:
+                raise InputError(f"{path / _FINISHED}: {error}; {_GO_ELSEWHERE}") from error
             (path / _FINISHED).mkdir(exist_ok=True)
-            for left in (*path.glob(f"*{_UNFINISHED}"), *path.glob(f"{_FINISHED}/*{_UNFINISHED}")):
-                left.unlink()
-        yield Folder(path)
+            remove_files(path, _LEFT)
+            remove_files(path / _FINISHED, _ROW_LEFT)
+        yield folder
 
 
 class Folder:
-    """A folder whose lock is held, and whose report is the one that was asked for."""
+    """A folder whose lock is held, and whose report is the one that was asked for.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the folder.
+        about: what everything in it depends on.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.path, self._about = path, about
+        self._job = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     @property
     def complete(self) -> bool:
-        """Whether the page is there: the last thing that a job writes."""
-        return (self.path / PAGE).exists() and (self.path / LINES).exists()
+        """Whether the page and the lines are there, as they were written."""
+        sums = (_read_mark(self.path) or {}).get(_FILES)
+        if not isinstance(sums, dict) or sums.keys() != {LINES, PAGE}:
+            return False
+        return all(_digest_of(self.path, name) == sums[name] for name in (LINES, PAGE))
 
     def finished(self) -> set[int]:
-        """Places of the queries that are finished."""
-        return {int(file.stem) for file in (self.path / _FINISHED).glob("[0-9]*.json")}
+        """Places of the queries that are finished; what does not fit its digest is dropped."""
+        names = filter(None, map(_ROW.fullmatch, os.listdir(self.path / _FINISHED)))
+        places = {int(name[1]) for name in names}
+        return {place for place in places if self._read(place) is not None}
 
     def keep(self, queries: Mapping[int, Finished]) -> None:
         """Keep what was made of some queries, by their places."""
-        for position, one in queries.items():
-            text = json.dumps(asdict(one))
-            with written(self._file(position), durable=False) as file:
-                file.write(f"{zlib.crc32(text.encode()):08x}\n{text}")
         with _disk(self.path):
-            _sync_folder(self.path / _FINISHED)
+            for position, one in queries.items():
+                text = json.dumps(asdict(one))
+                target = self.path / _FINISHED / _row_name(position)
+                unfinished = target.with_name(target.name + UNFINISHED)
+                with fresh(unfinished) as file:
+                    file.write(f"{self._proof(position, text)}\n{text}".encode())
+                os.replace(unfinished, target)
+            sync_folder(self.path / _FINISHED)
 
     def read(self, position: int) -> Finished:
         """What was kept of a query.
@@ -130,70 +171,69 @@ class Folder:
         Raises:
             InputError: its file was altered; it is dropped, and the query is explained anew.
         """
-        file = self._file(position)
-        try:
-            check, _, text = file.read_text(encoding="utf-8").partition("\n")
-            if int(check, 16) == zlib.crc32(text.encode()):
-                return Finished(**json.loads(text))
-        except (OSError, ValueError, TypeError):
-            pass
-        file.unlink(missing_ok=True)
-        raise InputError(f"{file}: was altered; run the same command again")
+        found = self._read(position)
+        if found is None:
+            file = self.path / _FINISHED / _row_name(position)
+            raise InputError(f"{file}: was altered; run the same command again")
+        return found
 
     def lines(self) -> Iterator[str]:
-        """The lines of a complete report."""
-        with open(self.path / LINES, encoding="utf-8") as file:
+        """The lines of the report."""
+        with open(open_regular(self.path, LINES), encoding="utf-8") as file:
             yield from file
 
-    def tidy(self) -> None:
-        """Drop what was kept of single queries, once the page is there."""
-        shutil.rmtree(self.path / _FINISHED, ignore_errors=True)
-
-    def _file(self, position: int) -> Path:
-        return self.path / _FINISHED / f"{position:08d}.json"
-
-
-@contextmanager
-def written(path: Path, *, durable: bool = True) -> Iterator[IO[str]]:
-    """A text file that appears whole, by one rename, or not at all.
-
-    durable: sync the folder, too, so that the name survives a power failure.
-    """
-    unfinished = path.with_name(path.name + _UNFINISHED)
-    with _disk(path):
-        with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
+    @contextmanager
+    def filled(self, name: str) -> Iterator[IO[bytes]]:
+        """One of the two files, which appears whole or not at all."""
+        with _disk(self.path), written(self.path / name) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        if durable:
-            _sync_folder(path.parent)
 
+    def seal(self, sums: Mapping[str, str]) -> None:
+        """Say that the report is complete, and the digests of its two files."""
+        with _disk(self.path):
+            self.mark({_FILES: dict(sums)})
 
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    def mark(self, more: Mapping[str, Any]) -> None:
+        """Write what the report depends on, and more."""
+        text = json.dumps({**self._about, **more}, indent=1, sort_keys=True) + "\n"
+        with written(self.path / _MARK) as file:
+            file.write(text.encode())
 
+    def tidy(self) -> None:
+        """Drop what was kept of single queries, once the report is complete."""
+        remove_files(self.path / _FINISHED, _ROW)
+        with suppress(OSError):  # it holds what is not ours
+            os.rmdir(self.path / _FINISHED)
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold the folder against other writers, by a lock that ends with its holder."""
-    import fcntl  # here, so that what only reads works where there is no flock
+    def _proof(self, position: int, text: str) -> str:
+        return hashlib.sha256(f"{self._job} {position}\n{text}".encode()).hexdigest()
 
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    def _read(self, position: int) -> Finished | None:
+        name = f"{_FINISHED}/{_row_name(position)}"
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{path}: another process is writing this report; wait until it is done"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
+            check, _, text = read_regular(self.path, name, _MOST).decode().partition("\n")
+            if check == self._proof(position, text):
+                return Finished(**json.loads(text))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, NotPlain):
+            pass
+        with _disk(self.path):
+            (self.path / name).unlink(missing_ok=True)
+        return None
+
+
+def _row_name(position: int) -> str:
+    return f"{position:08d}.json"
+
+
+def _digest_of(path: Path, name: str) -> str | None:
+    """SHA-256 of one of a report's files; None where it is missing or no file."""
+    try:
+        with open(open_regular(path, name), "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (FileNotFoundError, NotPlain):
+        return None
 
 
 @contextmanager
@@ -210,10 +250,10 @@ def _disk(path: Path) -> Iterator[None]:
 
 def _read_mark(path: Path) -> dict[str, Any] | None:
     try:
-        known = json.loads((path / _MARK).read_text(encoding="utf-8"))
+        known = json.loads(read_regular(path, _MARK, _MOST))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, ValueError, NotPlain):
         known = None
     if not isinstance(known, dict) or known.get("format") != _FORMAT:
         raise InputError(f"{path / _MARK}: is not a report's; {_GO_ELSEWHERE}")

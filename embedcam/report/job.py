@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from ..images.batches import default_workers
 from ..progress import progress_of
 from ..queries import check_count
 from ..render import Look, page_foot, page_head
-from .folder import LINES, PAGE, Folder, check_folder, open_folder, written
+from .folder import LINES, PAGE, Folder, check_folder, open_folder
 from .queries import Opened, explain_opened, finished, open_query
 from .words import Fact, blocks, facts, intro
 
@@ -272,12 +272,19 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def _assemble(job: _Job, place: Folder) -> list[Fact]:
-    """Put the two files in place, the page last; a query's row is held no longer than it takes."""
+    """Put the two files in place, and their digests; a row is held no longer than it takes."""
     places, cropped = range(len(job.source)), False
-    with written(place.path / LINES) as file:
+    sums = {LINES: hashlib.sha256(), PAGE: hashlib.sha256()}
+
+    def put(file: IO[bytes], name: str, text: str) -> None:
+        data = text.encode("utf-8")
+        sums[name].update(data)
+        file.write(data)
+
+    with place.filled(LINES) as file:
         for position in places:
             one = place.read(position)
-            file.write(f"{one.line}\n")
+            put(file, LINES, f"{one.line}\n")
             cropped |= one.cropped
     known, index = facts(place.lines()), job.explainer.index
     head = page_head(
@@ -288,11 +295,12 @@ def _assemble(job: _Job, place: Folder) -> list[Fact]:
         maps=any(one.error is None for one in known),
         cropped=cropped,
     )
-    with written(place.path / PAGE) as file:
-        file.write(head)
+    with place.filled(PAGE) as file:
+        put(file, PAGE, head)
         for position in places:
-            file.write(place.read(position).row)
-        file.write(page_foot())
+            put(file, PAGE, place.read(position).row)
+        put(file, PAGE, page_foot())
+    place.seal({name: digest.hexdigest() for name, digest in sums.items()})
     return known
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import EmbeddingError, ImageError, InputError, NetworkError
 from ..explanation import Explanation, small_size
 from ..images import ImageSource
+from ..memory import ran_out
 from ..printing import printable
 from ..render import Look, Row, Tile, page_row, shrunk
 from .folder import Finished
@@ -88,7 +89,9 @@ def explain_opened(
     found: Iterator[Explanation | None]
     try:
         found = iter(explained(readable))
-    except NetworkError:
+    except NetworkError as error:
+        if ran_out(error):
+            raise
         # Of one picture, usually: an embedding of zeros. The others are explained without it.
         found = iter([None] * len(readable))
     made: list[Explanation | str] = []
@@ -101,6 +104,8 @@ def explain_opened(
         except EmbeddingError as error:
             made.append(str(error.named([name])))
         except NetworkError as error:
+            if ran_out(error):
+                raise
             made.append(_named(name, str(error)))
     return made
 

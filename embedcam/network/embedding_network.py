@@ -282,13 +282,12 @@ class EmbeddingNetwork(ModuleRuns):
         """
         self.check_steady()
         probes = self._probes()
-        with self.probing():
-            if not gradients:
-                maps = self.forward(probes).activations
-            else:
-                with self.head_pass(probes) as made:
-                    maps = made.features.activations
-                    refuse_flat(made)
+        if gradients:
+            with self.head_pass(probes) as made:
+                maps = made.features.activations
+                refuse_flat(made)
+        else:
+            maps = self.forward(probes).activations
         if maps.shape[2] * maps.shape[3] == 1 and self.layout != "bkl":
             raise self._one_position(torch.as_tensor(probes))
 

@@ -353,7 +353,9 @@ class ModuleRuns:
         """Which axes of a layer are positions: those that a smaller input changes; asked once."""
         if layer not in self._told and raw.ndim in (3, 4):
             own = tuple(raw.shape)
-            few = images[:1] if len(images) > 1 else images.repeat(2, 1, 1, 1)
+            # Where tokens are as many as images, a larger batch: a smaller input has fewer tokens.
+            more = len(images) == 1 or own[0] == own[1]
+            few = images[:1].repeat(len(images) + 1 if more else 1, 1, 1, 1)
             size = (int(images.shape[2]), int(images.shape[3]))
             answer: tuple[int, ...] = ()
             for height, width in smaller(size):

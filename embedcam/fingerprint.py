@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ from torch import nn
 from .identity import Identity, compare
 from .network import EmbeddingNetwork
 from .network.layers import bare_name
+from .network.steady import full_float32
 
 
 def hash_parameters(module: nn.Module) -> str:
@@ -52,7 +51,11 @@ def fingerprint(network: EmbeddingNetwork) -> Identity:
     """The identity of a network, its probe taken with one forward pass.
 
     A network without preprocess is asked at the input size it has seen, 224 x 224 before any.
+
+    Raises:
+        NetworkError: its embedding depends on the rest of a batch, or on chance: it has none.
     """
+    network.check_steady()
     with full_float32(network.device):
         features = network.forward(network.probe_images())
     described = network.describe()
@@ -70,22 +73,6 @@ def fingerprint(network: EmbeddingNetwork) -> Identity:
         probe_pooled=features.activations[0].mean((1, 2)).float().cpu().numpy(),
         structure_sha256=hash_structure(network.module),
     )
-
-
-@contextmanager
-def full_float32(device: torch.device) -> Iterator[None]:
-    """Without TF32, which on GPUs alone would move a deep network's probe by about `SAME`."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(
-        enabled=cudnn.enabled,
-        benchmark=cudnn.benchmark,
-        deterministic=cudnn.deterministic,
-        allow_tf32=False,
-    ):
-        yield
 
 
 def check(stored: Identity, network: EmbeddingNetwork) -> None:

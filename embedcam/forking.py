@@ -18,6 +18,10 @@ class ProcessLock:
     def __init__(self) -> None:
         self._locks: dict[int, threading.RLock] = {}
 
+    def __deepcopy__(self, memo: object) -> "ProcessLock":
+        """Return a lock of its own, open: what is copied is used by others."""
+        return ProcessLock()
+
     def __enter__(self) -> None:
         # One atomic step: of two threads that come first, both take the lock that was put in.
         self._locks.setdefault(os.getpid(), threading.RLock()).acquire()

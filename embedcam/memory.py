@@ -44,7 +44,7 @@ def is_left(n_bytes: int) -> bool:
     return True
 
 
-def told(error: Exception, options: Mapping[str, Any]) -> Exception:
+def told(error: BaseException, options: Mapping[str, Any]) -> BaseException:
     """The error, or where memory ran out what a command says of that; its options are named."""
     if not ran_out(error):
         return error

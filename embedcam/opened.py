@@ -254,7 +254,7 @@ def prepared(
     """The picture (None where the network's own input was given) and the input `[3 H W]`."""
     shape = tuple(getattr(image, "shape", ()))
     kind = str(getattr(image, "dtype", ""))
-    if "float" in kind and len(shape) == 3 and shape[0] == 3 and shape[2] != 3:
+    if "float" in kind and len(shape) == 3 and shape[2] != 3:
         return None, image
     if len(shape) > 3 or (shape and not isinstance(image, np.ndarray)):
         raise InputError(

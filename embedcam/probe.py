@@ -32,11 +32,15 @@ def probe_picture(index: int = 0) -> np.ndarray:
 
 
 def probe_inputs(
-    count: int, preprocess: Callable[[Image.Image], Any] | None, size: tuple[int, int]
+    count: int,
+    preprocess: Callable[[Image.Image], Any] | None,
+    size: tuple[int, int],
+    channels: int = 3,
 ) -> np.ndarray:
-    """The first pictures as a network's input: float32 `[count 3 H W]`.
+    """The first pictures as a network's input: float32 `[count C H W]`.
 
-    Through `preprocess`; without one, sampled to `size` = (H, W) and scaled to [-2, 2].
+    Through `preprocess`; without one, sampled to `size` = (H, W), scaled to [-2, 2], and red, green
+    and blue repeated to so many channels.
     """
     pictures = [probe_picture(index) for index in range(count)]
     if preprocess is not None:
@@ -45,6 +49,7 @@ def probe_inputs(
     rows = np.arange(height) * PROBE_SIZE[0] // height
     columns = np.arange(width) * PROBE_SIZE[1] // width
     sampled = np.stack([picture[rows][:, columns].transpose(2, 0, 1) for picture in pictures])
+    sampled = sampled[:, np.arange(channels) % 3]
     return sampled.astype(np.float32) / np.float32(63.75) - np.float32(2)
 
 

@@ -218,7 +218,7 @@ def test_custom_transforms():
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (np.zeros((4, 4, 3)), r"expected an array \[3 H W\].*\[4, 4, 3\]"),
+        (np.zeros((4, 4, 3)), r"expected an array \[C H W\].*\[4, 4, 3\]"),
         (np.zeros((1, 3, 4, 4)), r"\[1, 3, 4, 4\]"),
         (np.full((3, 4, 4), np.nan), "NaN or infinity"),
         (np.full((3, 1, 1), "a"), "expected numbers"),

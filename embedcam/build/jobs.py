@@ -125,6 +125,7 @@ def build_index(
     """
     recipe, path = recipe or Recipe(), Path(path)
     check_options(source, network, batch_size, on_unreadable, scratch_gb)
+    network.check(gradients=not recipe.entry.scored)
     check_norm(recipe, network)
     warn_of_norm(recipe, network.normalize or network.already_normalized, 2)
     check_target(path, replace=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from ..errors import EmbedcamError, InputError, NetworkError
+from ..errors import InputError, NetworkError
 from ..printing import reason, short
 
 _KNOWN: dict[str, tuple[type, ...]] = {
@@ -33,7 +33,10 @@ _FORMS = "--network torchvision:NAME, timm:NAME or package.module:factory"
 
 def network_options(options: argparse.Namespace) -> dict[str, Any]:
     """What the command line says of the network; nothing where it says nothing."""
-    names = ("network", "weights", "head", "layer", "size", "resize", "device", "autocast")
+    names = (
+        "network", "weights", "head", "layer", "size", "resize", "grid", "prefix_tokens", "device",
+        "autocast",
+    )  # fmt: skip
     said = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.no_normalize:
         said["normalize"] = False
@@ -124,16 +127,7 @@ def named(settings: Mapping[str, Any]) -> Any:
     from ..models import load_network
 
     _check_device(arguments.get("device"))
-    try:
-        loaded = load_network(name, **arguments)
-    except EmbedcamError:
-        raise
-    except (Exception, SystemExit) as error:
-        if not own:
-            raise
-        said = " ".join(str(error).split())
-        raise NetworkError(f"{name} failed with {type(error).__name__}: {said}") from error
-    return loaded
+    return load_network(name, **arguments)
 
 
 def refuse_unknown(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:

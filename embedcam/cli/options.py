@@ -22,6 +22,12 @@ def network_options(one: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resize", choices=("squash", "crop"), help="whole picture squashed, or centre cropped"
     )
+    group.add_argument(
+        "--grid", type=size, metavar="HxW", help="HxW of the layer, where it is of tokens"
+    )
+    group.add_argument(
+        "--prefix-tokens", type=whole, metavar="N", help="class and register tokens before the grid"
+    )
     group.add_argument("--device", metavar="NAME", help="torch device, e.g. cpu or cuda")
     group.add_argument(
         "--autocast", choices=("bf16", "fp16", "off"), help="compute in half precision"

@@ -11,7 +11,7 @@ from .options import (
     pixel_options,
     work_options,
 )
-from .values import names, path, positive, size, whole
+from .values import names, path, positive, whole
 
 
 def build_options(one: argparse.ArgumentParser) -> None:
@@ -80,11 +80,12 @@ def build_options(one: argparse.ArgumentParser) -> None:
         "--no-trust", action="store_true", help="calibrate no trust in the index's transfers"
     )
     work_options(one)
-    group = one.add_argument_group("from features instead of images")
+    group = one.add_argument_group(
+        "from features instead of images", "the layer's HxW is given by --grid"
+    )
     group.add_argument("--embeddings", metavar="FILE", help=".npy [N D]")
     group.add_argument("--pooled", metavar="FILE", help=".npy [N K]: mean activations")
     group.add_argument("--positive-pooled", metavar="FILE", help=".npy [N K]: mean of max(A, 0)")
-    group.add_argument("--grid", type=size, metavar="HxW", help="HxW of the layer")
     group.add_argument("--ids", metavar="FILE", help="CSV with id[,label], a row an embedding")
 
 

@@ -1,6 +1,7 @@
 """Weights and heads from files. No pickle is ever run: `.safetensors`, or `weights_only=True`."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import NetworkError
+from ..identity import NetworkWarning
 from ..network.layers import near_misses
 
 # How training scripts wrap a state dict, and what wrappers write before each name.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
-_PREFIXES = ("module.", "_orig_mod.")
+_PREFIX = "module."
 # Names in the DenseNet files that torchvision itself distributes: norm.1 for norm1.
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\..*)$")
 _FLOATS = {"F16", "BF16", "F32", "F64"}
@@ -38,7 +40,8 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         raise NetworkError(
             f"weights {path} cannot be read ({_short(error)}); expected .safetensors, or a PyTorch "
-            "checkpoint that loads with weights_only=True: save the network's state_dict()"
+            "checkpoint that loads with weights_only=True: save the network's state_dict() (of a "
+            "Lightning checkpoint torch.save(checkpoint['state_dict'], FILE))"
         ) from error
     return _unwrap(content, path)
 
@@ -60,8 +63,10 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
             "expected a state dict, perhaps under 'state_dict' or 'model'"
         )
     state = {str(key): value for key, value in content.items()}
-    while prefix := next((p for p in _PREFIXES if all(k.startswith(p) for k in state)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    # torch.compile writes its own anywhere, others before all names, whatever else is before them.
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    while all(key.startswith(_PREFIX) for key in state):
+        state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
     return {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
 
 
@@ -72,7 +77,9 @@ def load_state(
 
     Args:
         module: changed in place.
-        state: names as the module's own; counters of batch norms may be missing.
+        state: names as the module's own, perhaps all behind one prefix, as Lightning writes them
+            (`model.`), beside others (of a loss, which are left out with a warning); counters of
+            batch norms may be missing.
         dropped: beginnings of names (`"fc."`) that were cut off and may be in the state.
         source: what to call it in messages.
 
@@ -80,6 +87,7 @@ def load_state(
         NetworkError: names or shapes that do not fit, the first few of each.
     """
     own = module.state_dict()
+    state = _fitted_names(state, own, source)
     extra = [k for k in state if k not in own and not k.startswith(tuple(dropped))]
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unlike = [
@@ -103,6 +111,30 @@ def load_state(
         raise NetworkError(f"{source} do not fit the network: {', '.join(said)}{hint}")
     fitting = {key: value.to(own[key].dtype) for key, value in state.items() if key in own}
     module.load_state_dict(fitting, strict=False)
+
+
+def _fitted_names(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """A state with the one prefix taken off behind which most of the module's names stand."""
+
+    def behind(prefix: str) -> int:
+        return sum(f"{prefix}{key}" in state for key in own)
+
+    parts = [key.split(".") for key in state]
+    prefixes = {".".join(p[:n]) + "." for p in parts for n in range(1, min(len(p), 5))}
+    # Sorted, the shortest first: the same choice each time.
+    best = max(["", *sorted(prefixes, key=lambda prefix: (len(prefix), prefix))], key=behind)
+    if not best:
+        return dict(state)
+    left = [key for key in state if not key.startswith(best)]
+    if left:
+        warnings.warn(
+            f"{source}: {len(left)} entries beside {best!r} are left out ({_some(left)})",
+            NetworkWarning,
+            stacklevel=2,
+        )
+    return {key.removeprefix(best): value for key, value in state.items() if key.startswith(best)}
 
 
 def read_affine(path: str | Path, width: int | None) -> nn.Linear:

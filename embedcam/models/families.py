@@ -6,6 +6,7 @@ The embedding of a named network is what its classifier's last linear layer is g
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,14 +113,13 @@ def default_layer(module: nn.Module, family: Family) -> str:
 
 def head_function(module: Any, family: Family) -> Callable[[Tensor], Tensor] | None:
     """What follows the default layer, as a function, where it is pooled but not affine."""
-    if not family.head:
-        return None
+    # Not a closure: a copy of the network calls its own module's parts.
+    return partial(_classified, module) if family.head else None
 
-    def head(activations: Tensor) -> Tensor:
-        pooled = module.avgpool(activations)
-        # ConvNeXt's classifier begins with a normalisation over channels of `[B K 1 1]`.
-        if not isinstance(module.classifier[0], nn.Linear):
-            return module.classifier(pooled)
-        return module.classifier(torch.flatten(pooled, 1))
 
-    return head
+def _classified(module: Any, activations: Tensor) -> Tensor:
+    pooled = module.avgpool(activations)
+    # ConvNeXt's classifier begins with a normalisation over channels of `[B K 1 1]`.
+    if not isinstance(module.classifier[0], nn.Linear):
+        return module.classifier(pooled)
+    return module.classifier(torch.flatten(pooled, 1))

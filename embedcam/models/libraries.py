@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, NetworkError
+from ..network.failures import own_failures
 from ..network.layers import near_misses
 from ..preprocess import CustomPreprocess, Preprocess, from_transform
 from .checkpoints import load_state, read_affine, read_state
@@ -31,9 +32,10 @@ class Loaded:
     prefix_tokens: int | None = None
 
 
-def _built(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+def _built(build: Callable[[], nn.Module], seed: int, network: str) -> nn.Module:
     """A module with random weights of its own seed; no generator of the caller's moves."""
-    with torch.random.fork_rng(devices=[]):
+    advice = "choose another size, or another network"
+    with own_failures(f"making {network}", advice=advice), torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would also seed accelerators.
         torch.default_generator.manual_seed(seed)
         return build()
@@ -78,10 +80,10 @@ def from_torchvision(
         module = _fetched(lambda: build(name, weights=default), f"torchvision:{name}")
         if side and side["image_size"] != module.image_size:
             state = module.state_dict()
-            module = _built(lambda: build(name, weights=None, **side), seed)
+            module = _built(lambda: build(name, weights=None, **side), seed, name)
             _load_vit(module, state, side["image_size"])
     else:
-        module = _built(lambda: build(name, weights=None, **side), seed)
+        module = _built(lambda: build(name, weights=None, **side), seed, name)
     width = cut_classifier(module, family)
     if weights not in (None, "random"):
         assert weights is not None
@@ -158,7 +160,7 @@ def from_timm(
     if weights is None:
         module: Any = _fetched(build, f"timm:{name}")
     else:
-        module = _built(build, seed)
+        module = _built(build, seed, name)
     if weights not in (None, "random"):
         assert weights is not None
         classifier = module.pretrained_cfg.get("classifier") or ()

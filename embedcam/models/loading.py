@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from ..errors import InputError, NetworkError
 from ..network import EmbeddingNetwork, LayoutName
+from ..network.failures import own_failures
 from ..network.layers import near_misses
-from ..network.layouts import choose_embedding
+from ..network.layouts import choose_embedding, is_pair
+from ..network.state import input_channels, module_device, no_gradients
+from ..network.tap import with_positions
 from ..preprocess import CustomPreprocess, Preprocess, from_transform
+from ..probe import probe_inputs
 from .checkpoints import load_state, read_affine, read_state
 from .libraries import PARTS_LAYER, Loaded, Weights, from_timm, from_torchvision
 
@@ -92,6 +96,14 @@ def load_network(
     """
     if isinstance(autocast, str):
         autocast = _autocast(autocast)
+    if not isinstance(network, str):
+        raise InputError(
+            f"network is a {type(network).__name__}; expected {_FORMS}, or "
+            "EmbeddingNetwork(module, layer) for a module that is there already"
+        )
+    for what, file in (("weights", weights), ("head", head)):
+        if not isinstance(file, str | Path | None):
+            raise InputError(f"{what} is a {type(file).__name__}; expected the path of a file")
     source, _, name = network.partition(":")
     if not name:
         from torchvision import models
@@ -118,7 +130,7 @@ def load_network(
     if layer is None and loaded.layer is None:
         raise NetworkError(
             f"no default layer is known for {network}; give one with --layer (layer=)"
-            f"{_last_layers(loaded.module)}"
+            f"{_last_layers(loaded, sides)}"
         )
     module = loaded.module.eval()
     if device is not None:
@@ -165,8 +177,8 @@ def _sides(size: Any) -> tuple[int, int] | None:
     """(H, W) of a size given as one number, a pair, or not at all."""
     if size is None:
         return None
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+    sides = (size, size) if isinstance(size, int) else size
+    if not is_pair(sides):
         raise InputError(f"size={size!r} is not a size; give one number of pixels, or (H, W)")
     return sides[0], sides[1]
 
@@ -196,13 +208,15 @@ def _resized(
 
 
 def _call_factory(source: str, name: str) -> Any:
-    try:
-        found: Any = importlib.import_module(source)
-    except ImportError as error:
-        raise NetworkError(
-            f"{source!r} cannot be imported ({error}); expected {_FORMS}, the package installed or "
-            f"on PYTHONPATH{near_misses(source, ['torchvision', 'timm'], 1)}"
-        ) from error
+    alone = "call it by itself to see the whole of it"
+    with own_failures(f"importing {source}", advice=alone):
+        try:
+            found: Any = importlib.import_module(source)
+        except ImportError as error:
+            raise NetworkError(
+                f"{source!r} cannot be imported ({error}); expected {_FORMS}, the package "
+                f"installed or on PYTHONPATH{near_misses(source, ['torchvision', 'timm'], 1)}"
+            ) from error
     for part in name.split("."):
         if not hasattr(found, part):
             public = [known for known in dir(found) if not known.startswith("_")]
@@ -210,7 +224,8 @@ def _call_factory(source: str, name: str) -> Any:
         found = getattr(found, part)
     if not callable(found):
         raise NetworkError(f"{source}:{name} is a {type(found).__name__}; expected a function")
-    return found()
+    with own_failures(f"{source}:{name}", advice=alone):
+        return found()
 
 
 def _as_made(made: EmbeddingNetwork, network: str, **given: Any) -> EmbeddingNetwork:
@@ -243,6 +258,12 @@ def _from_factory(
     return Loaded(module, None, own)
 
 
-def _last_layers(module: nn.Module) -> str:
-    names = [name for name, _ in module.named_modules() if name]
-    return f", for instance one of {', '.join(names[-4:])}" if names else ""
+def _last_layers(loaded: Loaded, size: tuple[int, int] | None) -> str:
+    """The last layers that return maps of several positions, or the last of all if none is met."""
+    module = loaded.module.eval()
+    channels = input_channels(module)
+    picture = torch.from_numpy(probe_inputs(1, loaded.preprocess, size or (224, 224), channels))
+    with no_gradients():
+        names = with_positions(module, picture.to(module_device(module)))
+    names = (names or [name for name, _ in module.named_modules() if name])[-4:]
+    return f", for instance {names[-1]!r}, the last of {', '.join(names)}" if names else ""

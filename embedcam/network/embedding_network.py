@@ -21,14 +21,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import InputError, NetworkError
 from ..forking import ProcessLock
+from ..preprocess import from_transform
+from .accepted import refuse_module, refuse_parts, refuse_preprocess, refuse_settings
 from .gradients import (
     Features,
     HeadPass,
     at_least_single,
+    refuse_flat,
     refuse_unreached,
     replay_vjp,
 )
-from .head import HeadKind, ask_head
+from .head import HeadKind, ask_head, tolerance_of
 from .layers import bare_name, find_layer
 from .layouts import (
     Layout,
@@ -39,8 +42,9 @@ from .layouts import (
     describe_choice,
 )
 from .runs import Images, ModuleRuns
-from .state import ModuleState, refuse_elsewhere, refuse_inference
-from .tap import Change, Parts
+from .state import ModuleState, input_channels, no_gradients, refuse_elsewhere, refuse_inference
+from .steady import by_batch, by_chance, difference, full_float32
+from .tap import Change, Parts, run_head, with_positions
 
 
 class EmbeddingNetwork(ModuleRuns):
@@ -61,7 +65,9 @@ class EmbeddingNetwork(ModuleRuns):
             signals `[B C L]`, tables `[B L]` or the numbers of words `[B L]`.
         grid: (H, W) of the tokens, when it cannot be found from the input's shape.
         prefix_tokens: how many tokens come before the grid's (class and register tokens).
-        preprocess: picture -> input `[3 H W]`, as `embedcam.preprocess.Preprocess`.
+        preprocess: picture -> input `[C H W]`: an `embedcam.preprocess.Preprocess`, or what
+            `from_transform` takes: torchvision's and timm's transforms, a Hugging Face image
+            processor, a function.
         input_size: (H, W) of the input, for a network without preprocess whose input size is fixed.
         device: where the module is; default: where its parameters are.
         autocast: torch.bfloat16 or torch.float16 to compute in it; results are float32.
@@ -96,14 +102,23 @@ class EmbeddingNetwork(ModuleRuns):
         channels_last: bool = False,
         name: str | None = None,
     ) -> None:
-        if not isinstance(module, nn.Module):
-            raise InputError(
-                f"expected a torch.nn.Module, given {type(module).__name__}; for two functions use "
-                "EmbeddingNetwork.from_parts(trunk, head)"
-            )
-        if autocast not in (None, torch.bfloat16, torch.float16):
-            raise InputError(f"autocast={autocast!r}; give torch.bfloat16, torch.float16 or None")
+        refuse_parts(trunk, head, whole=True)
+        if trunk is None or not isinstance(module, nn.Module):
+            refuse_module(module)
+        refuse_settings(
+            {
+                "normalize": normalize,
+                "channels_last": channels_last,
+                "name": name,
+                "input_size": input_size,
+                "device": device,
+                "autocast": autocast,
+            }
+        )
         check_options(layout, grid, prefix_tokens, output)
+        if preprocess is not None:
+            preprocess = from_transform(preprocess)
+            refuse_preprocess(preprocess)
         self._hooked: nn.Module | None = None
         if trunk is None:
             found, self._hooked = find_layer(module, layer)
@@ -116,15 +131,17 @@ class EmbeddingNetwork(ModuleRuns):
         self._layout_options = (layout, grid, prefix_tokens)
         self._layout: Layout | None = None
         self._last_layout: tuple[tuple[torch.Size, torch.Size], Layout] | None = None
+        self._told: dict[str, str] = {}
         self._plain: torch.dtype | None = None
-        self._input_size = input_size
+        self._input_size = None if input_size is None else (input_size[0], input_size[1])
+        self._channels = input_channels(module)
         self._device = None if device is None else torch.device(device)
         refuse_elsewhere(module, self._device)
         run_by = [part for part in (trunk, head) if isinstance(part, nn.Module)]
         self._example: Tensor | None = None
         self._state = ModuleState([module, *(run_by if trunk is not None else [])])
         self._lock = ProcessLock()
-        self._reached = False
+        self._reached = self._steady = False
         self._kind: HeadKind | None = None
         self._matrix: Tensor | None = None
         self._replays = False
@@ -150,9 +167,7 @@ class EmbeddingNetwork(ModuleRuns):
             module: holds the parameters, where trunk and head are functions.
             **settings: as of the constructor.
         """
-        for part, role in ((trunk, "trunk"), (head, "head")):
-            if not callable(part):
-                raise InputError(f"{role} is a {type(part).__name__}; expected something to call")
+        refuse_parts(trunk, head, whole=False)
         parts = Parts(trunk, head) if module is None else module
         return cls(parts, layer, trunk=trunk, head=head, **settings)
 
@@ -192,16 +207,14 @@ class EmbeddingNetwork(ModuleRuns):
         """
 
         def keep(raw: Tensor) -> tuple[Tensor, Tensor]:
-            # The copy is kept and the original handed on: what follows may change it in place. Not
-            # an inference tensor, so that whoever gets it may use it freely.
-            with torch.inference_mode(False):
-                return raw.clone(), raw
+            # The copy is kept and the original handed on: what follows may change it in place.
+            return raw.clone(), raw
 
-        with torch.inference_mode(), self._autocast(True):
+        with no_gradients(), self._autocast(True):
             batch = self._prepare(images)
             z, raw = self._call(batch, keep, len(batch))
-        with torch.inference_mode(False), torch.no_grad():
-            return self._features(batch, z.clone(), raw, allow_zero)[0]
+        with no_gradients():
+            return self._features(batch, z, raw, allow_zero)[0]
 
     __call__ = forward
 
@@ -226,10 +239,10 @@ class EmbeddingNetwork(ModuleRuns):
         if not self._reached:
             refuse_inference(self.module)
         attention = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
-        with torch.inference_mode(False), torch.no_grad(), self._autocast(True), attention:
+        with no_gradients(), self._autocast(True), attention:
             batch = self._prepare(images)
             z, leaf = self._call(batch, cut, len(batch))
-        with torch.inference_mode(False), torch.no_grad():
+        with no_gradients():
             features, layout = self._features(batch, z.detach(), leaf.detach())
         made = HeadPass(features, z, leaf, layout, self.layer)
         if not self._reached:
@@ -251,18 +264,70 @@ class EmbeddingNetwork(ModuleRuns):
         Raises:
             as `head_pass`.
         """
-        if self._reached or self.layout not in ("btk", "auto"):
+        if self._reached or self.layout in ("bkhw", "bhwk", "bkl"):
             return 0
         self.head_pass(images[:1]).close()
         return 1
 
-    def check(self) -> None:
-        """Run the probe picture through once, so that a layer that cannot be explained says so.
+    def check(self, gradients: bool = True) -> None:
+        """Run probe pictures through, so that what cannot be explained says so before any work.
+
+        Args:
+            gradients: whether derivatives of the embedding will be asked for.
 
         Raises:
             InputError: a network over positions has seen no input yet, and no picture fits it.
+            NetworkError: as `forward`, `head_pass` and `check_steady`; a layer of one position,
+                whose map is one value; an embedding whose derivative at the layer is zero.
         """
-        self.head_pass(self._probes()[:1]).close()
+        self.check_steady()
+        probes = self._probes()
+        if gradients:
+            with self.head_pass(probes) as made:
+                maps = made.features.activations
+                refuse_flat(made)
+        else:
+            maps = self.forward(probes).activations
+        if maps.shape[2] * maps.shape[3] == 1 and self.layout != "bkl":
+            raise self._one_position(torch.as_tensor(probes))
+
+    def _one_position(self, probes: Tensor) -> NetworkError:
+        near = ""
+        if self._hooked is not None:
+            with no_gradients(), self._autocast(True):
+                names = with_positions(self.module, self._prepare(probes), self.layer)
+            near = f", such as {names[-1]!r}" if names else ""
+        size = " x ".join(str(side) for side in probes.shape[2:])
+        return NetworkError(
+            f"layer {self.layer!r} has one position for an input of {size}, so every map would be "
+            f"one even colour; take a layer before the pooling{near}, or a larger input"
+        )
+
+    def check_steady(self) -> None:
+        """Refuse a network whose embedding depends on the rest of its batch, or on chance.
+
+        A probe picture is run alone, again, and in a batch with another one; found out once.
+
+        Raises:
+            NetworkError: with the cause, where it can be told.
+        """
+        if self._steady or self._layout_options[0] == "bkl":
+            return
+        probes = self.probe_images(2)
+        with full_float32(self.device):
+            with self.probing():
+                alone = self.forward(probes[:1])
+            again = self.forward(probes[:1])
+            allowed = tolerance_of(self.autocast or self.dtype, self.device)
+            if (off := difference(alone, again)) > allowed:
+                raise by_chance(self.module, lambda: self.forward(probes[:1]), off, allowed)
+            try:
+                beside = self.forward(probes)
+            except NetworkError:
+                return  # a network of one picture at a time has no batch to depend on
+            if (off := difference(alone, beside)) > allowed:
+                raise by_batch(self.module, off, allowed)
+        self._steady = True
 
     # ---------------------------------------------------------------- the head
 
@@ -307,7 +372,7 @@ class EmbeddingNetwork(ModuleRuns):
                 f"what follows layer {self.layer!r} is not a function of the pooled activations; "
                 "use head_pass(images).vjp"
             )
-        with torch.inference_mode(False), torch.no_grad():
+        with no_gradients():
             single = torch.float64 if self.dtype == torch.float64 else torch.float32
             p = torch.as_tensor(pooled, device=self.device).to(single)
             c = torch.as_tensor(cotangents, device=self.device).to(single)
@@ -336,27 +401,21 @@ class EmbeddingNetwork(ModuleRuns):
         """z `[n D]` of pooled activations `[n K]`, by running the head on a grid of one cell."""
         assert self._head is not None
         assert self._layout is not None
-        output = self._head(self._layout.one_cell(pooled.to(self.dtype)))
+        output = run_head(self._head, self._layout.one_cell(pooled.to(self.dtype)))
         return at_least_single(choose_embedding(output, self.output, len(pooled)))
 
     def _ask_head(self) -> HeadKind:
         """Ask the head what it is, with probe pictures before it and its activations replaced."""
-        with torch.inference_mode(False), torch.no_grad(), self._autocast(False):
+        with no_gradients(), self._autocast(False):
             pictures = self._prepare(self._probes())
 
         def run(picture: Tensor, change: Change, batch: int) -> tuple[Tensor, Tensor]:
-            with torch.inference_mode(False), torch.no_grad(), self._autocast(False):
+            with no_gradients(), self._autocast(False):
                 return self._call(picture, change, batch)
 
         with torch.inference_mode(False):
-            try:
+            with self.probing():
                 _, raw = run(pictures[:1], lambda raw: (raw, raw.clone()), 1)
-            except (RuntimeError, InputError) as error:
-                said = str(error).strip().partition("\n")[0][:200]
-                raise NetworkError(
-                    f"a probe picture {list(pictures[:1].shape)} cannot go through the network "
-                    f"({said}); give preprocess=, or input_size=(H, W)"
-                ) from error
             layout = self._read_layout(pictures[:1], raw)
             replay = None if self._head is None else self._replay
             kind, self._replays = ask_head(run, pictures, raw, layout, replay, self.dtype)

@@ -1,7 +1,7 @@
 """What a forward pass gives, and the derivatives of the head: dy/dA for a cotangent at z."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EmbeddingError, InputError, NetworkError
+from .failures import own_failures
 from .layers import before_attention
 from .layouts import Layout
+from .state import no_gradients
 
 _CHUNK_NUMBERS = 1 << 22
 
@@ -50,7 +52,25 @@ class HeadPass:
             InputError: wrong shape, or the pass was closed.
             NetworkError: the layer's output never reaches the embedding.
         """
-        return self.layout.to_maps(self._raw_vjp(cotangents)).contiguous()
+        z, leaf = self._open()
+        with no_gradients():
+            c = torch.as_tensor(cotangents, device=z.device).to(z.dtype)
+            if c.shape != z.shape:
+                raise InputError(
+                    f"cotangents are {list(c.shape)}; expected one for each embedding, "
+                    f"{list(z.shape)}"
+                )
+            if not z.requires_grad:
+                raise unreachable(self.layer)
+            c = c.clone() if c.is_inference() else c
+            half = leaf.dtype == torch.float16
+            scale = half_scale(c) if half else torch.ones_like(c[:, :1])
+            # autograd.grad, never backward: no parameter's .grad is touched.
+            found = derivatives(z, [leaf], c * scale, f"layer {self.layer!r}")[0]
+            if found is None:
+                raise unreachable(self.layer)
+            maps = at_least_single(self.layout.to_maps(found))
+            return (maps / scale[:, :, None, None] if half else maps).contiguous()
 
     def jvp(self, tangents: np.ndarray | Tensor) -> Tensor:
         """How z moves with the activations, to first order: dz/dA dA, `[B D]`.
@@ -103,20 +123,6 @@ class HeadPass:
             raise InputError("this head pass was closed; call head_pass again")
         return self._graph
 
-    def _raw_vjp(self, cotangents: np.ndarray | Tensor) -> Tensor:
-        """The gradient in the layer's own layout, prefix tokens included."""
-        z, leaf = self._open()
-        with torch.inference_mode(False), torch.no_grad():
-            c = torch.as_tensor(cotangents, device=z.device).to(z.dtype)
-            if c.shape != z.shape:
-                raise InputError(
-                    f"cotangents are {list(c.shape)}; expected one for each embedding, "
-                    f"{list(z.shape)}"
-                )
-            if not z.requires_grad:
-                raise unreachable(self.layer)
-            return _differentiate(z, leaf, c.clone() if c.is_inference() else c, self.layer)
-
 
 def _backwards(z: Tensor, leaf: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     """u `[B D]` and dz/dA^T u: linear in u, so that its derivative towards u is dz/dA."""
@@ -129,15 +135,26 @@ def _backwards(z: Tensor, leaf: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     return u, back
 
 
-def _differentiate(z: Tensor, leaf: Tensor, c: Tensor, layer: str) -> Tensor:
-    scale = half_scale(c) if leaf.dtype == torch.float16 else torch.ones_like(c[:, :1])
-    # autograd.grad, never backward: no parameter's .grad is touched.
-    found = torch.autograd.grad(z, leaf, c * scale, retain_graph=True, allow_unused=True)[0]
-    if found is None:
-        raise unreachable(layer)
-    if leaf.dtype != torch.float16:
-        return at_least_single(found)
-    return found.float() / scale.reshape(-1, *[1] * (found.ndim - 1))
+def derivatives(
+    z: Tensor, inputs: Sequence[Tensor], cotangents: Tensor, since: str, keep: bool = True
+) -> tuple[Tensor | None, ...]:
+    """What comes back to each input from cotangents at z; None where z does not depend on it.
+
+    Args:
+        z: `[n D]`.
+        inputs: what it was computed from.
+        cotangents: `[n D]`.
+        since: what the inputs are, for messages.
+        keep: whether the graph is used again.
+
+    Raises:
+        NetworkError: a step of the network cannot be differentiated.
+    """
+    what = f"the derivative of what follows {since}"
+    with own_failures(what, advice="take a layer behind the step that has no derivative"):
+        return torch.autograd.grad(
+            z, inputs, cotangents, retain_graph=keep or None, allow_unused=True
+        )
 
 
 def half_scale(cotangents: Tensor) -> Tensor:
@@ -222,8 +239,23 @@ def refuse_unreached(made: HeadPass, module: nn.Module) -> None:
     """
     assert made._graph is not None
     gradient = made.vjp(any_cotangents(made._graph[0]))
-    if made.layout.kind == "btk" and not bool(gradient.any()):
+    if made.layout.tokens and not bool(gradient.any()):
         raise dead_tokens(made.layer, module)
+
+
+def refuse_flat(made: HeadPass) -> None:
+    """Refuse an embedding whose derivative at the layer is zero everywhere.
+
+    Raises:
+        NetworkError: naming the layer, and what such steps are.
+    """
+    gradient = made.vjp(any_cotangents(made._open()[0]))
+    if not bool(gradient.any()):
+        raise NetworkError(
+            f"the derivative of the embedding at layer {made.layer!r} is zero everywhere, as "
+            "behind a sign, a rounding or a hash, so every map would be blank; give the output "
+            "before that step (output=), or take a method of scores, such as 'scorecam'"
+        )
 
 
 def any_cotangents(z: Tensor) -> Tensor:
@@ -276,6 +308,8 @@ def replay_vjp(replay: Callable[[Tensor], Tensor], pooled: Tensor, cotangents: T
             part = rows[start : start + step].detach().clone().requires_grad_()
             # A clone is handed on: the head may begin with an in-place unit.
             z = replay(part.clone())
-            found.append(torch.autograd.grad(z, part, flat[start : start + step])[0])
+            back = derivatives(z, [part], flat[start : start + step], "the pooling", keep=False)[0]
+            assert back is not None
+            found.append(back)
     gradients = torch.cat(found) if found else torch.zeros_like(rows)
     return gradients.reshape(images, triplets, -1)

@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError, NetworkError
 from .embedding_network import EmbeddingNetwork
-from .gradients import Features, at_least_single, half_scale
+from .gradients import Features, at_least_single, derivatives, half_scale
 from .runs import Images
-from .state import refuse_inference
+from .state import no_gradients, refuse_inference
 
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
 _RELU6 = (F.relu6,)
@@ -123,11 +123,12 @@ def input_gradient(
             "guided backpropagation changes what goes back through ReLU, and this network has "
             "none; use a method of the layer, such as 'gradcam' or 'layercam'"
         )
-    with torch.inference_mode(False), torch.no_grad():
+    with no_gradients():
         c = cotangents(features).to(z.dtype)
         scale = half_scale(c)
-        unknown = not z.requires_grad
-        found = None if unknown else torch.autograd.grad(z, leaf, c * scale, allow_unused=True)[0]
+        found = None
+        if z.requires_grad:
+            found = derivatives(z, [leaf], c * scale, "the input", keep=False)[0]
     if found is None:
         raise NetworkError(
             "no gradient comes back from the embedding to the input; run no part of the network "

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .injected import MODULE_FAILURES, Injected, RunNetwork
+from ..errors import EmbedcamError
+from .gradients import derivatives
+from .injected import Injected, RunNetwork
 from .layouts import Layout
 
 # Scale and sign (0: both) of the random activations. Signed ones tell a ReLU or a power mean from a
@@ -182,7 +184,7 @@ def _random_cotangents(z: Tensor, count: int) -> list[Tensor]:
 
 
 def _gradient(z: Tensor, maps: Tensor, cotangents: Tensor) -> Tensor | None:
-    return torch.autograd.grad(z, maps, cotangents, retain_graph=True, allow_unused=True)[0]
+    return derivatives(z, [maps], cotangents, "the layer")[0]
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
@@ -236,7 +238,7 @@ def _replay_agrees(
         try:
             found = replay(several.mean((2, 3)))
         # A head made for larger grids just cannot be replayed.
-        except MODULE_FAILURES:
+        except EmbedcamError:
             return False
         if found.shape != expected.shape:
             return False

@@ -6,23 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import NetworkError
+from ..errors import EmbedcamError
 from .layouts import Layout
 from .tap import Change
 
 RunNetwork = Callable[[Tensor, Change, int], tuple[Tensor, Tensor]]
 """(picture, what to do with the layer's output, batch of the embedding) -> (z, what was kept)."""
-
-# Whatever a module says when it is given a batch or a grid that it was not made for.
-MODULE_FAILURES = (
-    RuntimeError,
-    ValueError,
-    IndexError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    NetworkError,
-)
 
 
 class Injected:
@@ -46,7 +35,7 @@ class Injected:
         if not self.repeat:
             try:
                 return self._run(one, maps, shake)
-            except MODULE_FAILURES:
+            except EmbedcamError:
                 self.repeat = True
         rest = [1] * (one.ndim - 1)
         pieces = maps.split(len(maps) if self.most is None else self.most)

@@ -1,13 +1,14 @@
 """What a network hands back, read: which tensor is the embedding, and how activations are laid out.
 
 A layer's output is `[B K H W]` ("bkhw", most CNNs), `[B H W K]` ("bhwk", Swin), tokens `[B T K]`
-("btk", ViT), whose class and register tokens come first, or `[B K L]` ("bkl", 1-D convolutions over
-signals, tables and text). Everything else in the package sees `[B K H W]`, with H = 1 for "bkl".
+("btk", ViT; "tbk" and "bkt" in another order), whose class and register tokens come first, or
+`[B K L]` ("bkl", 1-D convolutions over signals, tables and text). Everything else in the package
+sees `[B K H W]`, with H = 1 for "bkl".
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,26 +16,37 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, NetworkError
+from .failures import own_failures
 
-LayoutName = Literal["auto", "bkhw", "bhwk", "btk", "bkl"]
+LayoutName = Literal["auto", "bkhw", "bhwk", "btk", "tbk", "bkt", "bkl"]
 OutputChoice = str | int | Callable[[Any], Tensor] | None
 
-LAYOUTS = ("auto", "bkhw", "bhwk", "btk", "bkl")
+LAYOUTS = ("auto", "bkhw", "bhwk", "btk", "tbk", "bkt", "bkl")
+# How to bring tokens to [B T K]; each order is its own inverse.
+_ORDERS = {"btk": (0, 1, 2), "tbk": (1, 0, 2), "bkt": (0, 2, 1)}
 # Class token, register tokens and a distillation token: no published network has more.
 MAX_PREFIX = 16
+# What transformers' models of one tower return.
+_POOLED, _UNPOOLED = "pooler_output", ("last_hidden_state", "hidden_states", "attentions")
+_OUTPUT = "give a function that takes what the network returns and gives the embedding [B D]"
 
 
 @dataclass(frozen=True)
 class Layout:
     """How one layer's output is laid out.
 
-    kind: "bkhw", "bhwk", "btk" or "bkl"; grid: (H, W) of the positions; prefix: tokens before
-    the grid's.
+    kind: one of `LAYOUTS` but "auto"; grid: (H, W) of the positions; prefix: tokens before the
+    grid's.
     """
 
     kind: str
     grid: tuple[int, int]
     prefix: int = 0
+
+    @property
+    def tokens(self) -> bool:
+        """Whether the positions are tokens."""
+        return self.kind in _ORDERS
 
     def to_maps(self, raw: Tensor) -> Tensor:
         """`[B K H W]` of a layer's output (or of its gradient); prefix tokens are left out."""
@@ -44,9 +56,9 @@ class Layout:
             return raw.permute(0, 3, 1, 2)
         if self.kind == "bkl":
             return raw[:, :, None]
-        tokens = raw[:, self.prefix :]
+        tokens = raw.permute(_ORDERS[self.kind])[:, self.prefix :]
         # The shape, not len(): an exporter follows a batch of any size through it.
-        return tokens.transpose(1, 2).reshape(raw.shape[0], raw.shape[2], *self.grid)
+        return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *self.grid)
 
     def to_raw(self, maps: Tensor, like: Tensor) -> Tensor:
         """The layer's output with these `[B K H W]` in it; prefix tokens are those of `like`."""
@@ -56,8 +68,12 @@ class Layout:
             return maps.permute(0, 2, 3, 1)
         if self.kind == "bkl":
             return maps[:, :, 0]
-        prefix = like[:, : self.prefix].expand(len(maps), -1, -1)
-        return torch.cat([prefix, maps.flatten(2).transpose(1, 2)], dim=1)
+        order = _ORDERS[self.kind]
+        tokens = maps.flatten(2).transpose(1, 2)
+        if self.prefix:
+            prefix = like.permute(order)[:, : self.prefix].expand(len(maps), -1, -1)
+            tokens = torch.cat([prefix, tokens], dim=1)
+        return tokens.permute(order)
 
     def one_cell(self, pooled: Tensor) -> Tensor:
         """The layer's output if its grid had one position, holding `pooled` `[B K]`."""
@@ -92,24 +108,26 @@ def resolve(
             f"layer {layer!r} returned a tensor {list(shape)}; expected [B K H W], [B H W K] or "
             "tokens [B T K]: choose a layer before the pooling"
         )
-    if shape[0] != len(images):
+    if shape[1 if kind == "tbk" else 0] != len(images):
         raise NetworkError(
             f"layer {layer!r} returned {list(shape)} for a batch of {len(images)}; expected the "
-            "batch as first dimension: choose a layer that keeps images apart"
+            "batch as first dimension: choose a layer that keeps images apart, or say "
+            "layout='tbk' of tokens that come before it"
         )
     if kind == "bkl":
         return _positions(shape, grid, prefix, layer)
     size = (int(images.shape[-2]), int(images.shape[-1]))
     if kind == "auto":
         kind = "btk" if raw.ndim == 3 else _four_dimensional(shape, size)
-    if (kind == "btk") != (raw.ndim == 3):
-        expected = "[B T K]" if kind == "btk" else "four dimensions"
+    if (kind in _ORDERS) != (raw.ndim == 3):
+        expected = "three dimensions" if kind in _ORDERS else "four dimensions"
         raise NetworkError(
             f"layer {layer!r} returned {list(shape)}, but layout={kind!r} says {expected}; "
             'leave layout="auto" or choose another layer'
         )
-    if kind == "btk":
-        return _tokens(shape[1], size, grid, prefix, layer)
+    if kind in _ORDERS:
+        count = shape[_ORDERS[kind].index(1)]
+        return replace(_tokens(count, size, grid, prefix, layer), kind=kind)
     found = shape[1:3] if kind == "bhwk" else shape[2:4]
     if grid is not None and tuple(grid) != found:
         raise NetworkError(
@@ -117,6 +135,56 @@ def resolve(
             f"{_by(found)}, but grid={_by(grid)} was given; leave grid= out or set layout="
         )
     return Layout(kind, (found[0], found[1]))
+
+
+def axes_told(
+    shapes: tuple[Sequence[int], Sequence[int]],
+    batches: tuple[int, int],
+    size: tuple[int, int],
+    layer: str,
+) -> str:
+    """The layout that a layer shows by its outputs for two inputs of other sizes and batches.
+
+    Args:
+        shapes: of the two outputs; the second may be empty, where the network took no other size.
+        batches: how many inputs each was for.
+        size: (H, W) of the first input.
+        layer: its name, for messages.
+
+    Returns:
+        A layout, or "auto" where the answers do not tell and the first shape alone does.
+
+    Raises:
+        NetworkError: neither tells.
+    """
+    first, second = shapes
+    if len(second) == len(first):
+        moved = {place for place in range(1, len(first)) if first[place] != second[place]}
+        batch = {place for place in (0, 1) if (first[place], second[place]) == batches}
+        if len(first) == 3 and 0 not in batch and 1 in batch:
+            return "tbk"
+        told = {(3, 1): "btk", (3, 2): "bkt", (4, 3): "bkhw", (4, 1): "bhwk"}
+        # Axis 2 of four is a side either way; the other side tells, and channels never move.
+        found = [told[len(first), place] for place in moved if (len(first), place) in told]
+        if 0 in batch and len(found) == 1:
+            return found[0]
+    if len(first) == 4 and _same_aspect(first[1:3], size) and _same_aspect(first[2:4], size):
+        raise NetworkError(
+            f"layer {layer!r} returned {list(first)} for an input {_by(size)} and takes no other "
+            "size, so its channels cannot be told from its positions; say layout='bkhw' or 'bhwk'"
+        )
+    return "auto"
+
+
+def smaller(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Sizes of about half: as it comes, and in steps that networks ask for."""
+    found: list[tuple[int, int]] = []
+    for step in (1, 32, 14):
+        half = tuple(-(-side // (2 * step)) * step for side in size)
+        fits = all(side % step == 0 for side in size) and half != tuple(size)
+        if fits and half not in found:
+            found.append((half[0], half[1]))
+    return found
 
 
 def _positions(
@@ -136,7 +204,7 @@ def _four_dimensional(shape: tuple[int, ...], size: tuple[int, int]) -> str:
     return "bhwk" if channels_last else "bkhw"
 
 
-def _same_aspect(grid: tuple[int, ...], size: tuple[int, int]) -> bool:
+def _same_aspect(grid: Sequence[int], size: tuple[int, int]) -> bool:
     """Whether the grid is the input's, divided by one stride, give or take one cell."""
     (h, w), (height, width) = grid, size
     if h > height or w > width:
@@ -236,7 +304,8 @@ def choose_embedding(output: Any, choice: OutputChoice, batch: int | None) -> Te
 
     Args:
         output: a tensor, tuple, list, dict or dataclass.
-        choice: None takes a tensor, the first of a tuple, or the only one of a dict or dataclass;
+        choice: None takes a tensor, the first of a tuple, the only one of a dict or dataclass, or
+            `pooler_output` beside `last_hidden_state`;
             a str is a key or attribute, an int a position, a callable gets the output.
         batch: B, or None where any will do.
 
@@ -265,7 +334,8 @@ def _chosen(output: Any, choice: OutputChoice) -> Any:
     if choice is None and isinstance(output, Tensor):
         return output
     if callable(choice):
-        return choice(output)
+        with own_failures(f"output={describe_choice(choice)}", advice=_OUTPUT):
+            return choice(output)
     named = _named(output)
     if isinstance(choice, str):
         if isinstance(output, Mapping) and choice in output:
@@ -287,9 +357,13 @@ def _chosen(output: Any, choice: OutputChoice) -> Any:
     if named is not None:
         if len(named) == 1:
             return next(iter(named.values()))
+        if _POOLED in named and set(named) <= {_POOLED, *_UNPOOLED}:
+            return named[_POOLED]
+        # Of several, the first that is one vector an image.
+        likely = [name for name, value in named.items() if value.ndim == 2] or [*named, ""]
         raise NetworkError(
             f"the network returned {type(output).__name__} with {', '.join(named)}; say which is "
-            f"the embedding, e.g. output={next(iter(named), '')!r}"
+            f"the embedding, e.g. output={likely[0]!r}"
         )
     return output[0] if isinstance(output, tuple | list) and output else output
 
@@ -322,14 +396,25 @@ def check_options(
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout={layout!r} is not known; give one of {', '.join(LAYOUTS)}")
-    if grid is not None and (len(grid) != 2 or min(grid) < 1):
+    if grid is not None and not is_pair(grid):
         raise InputError(f"grid={grid!r} is not a grid; give (H, W), both at least 1")
+    if prefix is not None and (isinstance(prefix, bool) or not isinstance(prefix, int)):
+        raise InputError(f"prefix_tokens={prefix!r}; give a whole number of tokens, or None")
     if prefix is not None and prefix < 0:
         raise InputError(f"prefix_tokens={prefix} is negative; give 0 or more")
     if not (output is None or isinstance(output, str | int) or callable(output)):
         raise InputError(
             f"output={output!r} cannot choose an embedding; give a name, a position or a function"
         )
+
+
+def is_pair(value: Any) -> bool:
+    """Whether a value is (H, W), both whole and at least 1."""
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == 2
+        and all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in value)
+    )
 
 
 def check_images(images: np.ndarray | Tensor, positions: bool = False) -> Tensor:

@@ -4,7 +4,7 @@ The other half of `EmbeddingNetwork`, which says what for.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, NetworkError
+from ..errors import EmbedcamError, InputError, NetworkError
 from ..forking import ProcessLock
 from ..probe import probe_inputs
+from .failures import said_of
 from .gradients import Features, at_least_single, make_features
 from .injected import HeadAlone, Injected
 from .layers import find_layers
@@ -22,12 +23,14 @@ from .layouts import (
     Layout,
     LayoutName,
     OutputChoice,
+    axes_told,
     check_images,
     choose_embedding,
     resolve,
+    smaller,
 )
-from .state import ModuleState
-from .tap import Change, run_parts, run_tapped, run_tapped_several
+from .state import ModuleState, no_gradients, uncompiled
+from .tap import Change, run_head, run_parts, run_tapped, run_tapped_several, watch
 
 DEFAULT_INPUT_SIZE = (224, 224)
 Images = np.ndarray | Tensor
@@ -65,8 +68,10 @@ class ModuleRuns:
     _layout_options: tuple[LayoutName, tuple[int, int] | None, int | None]
     _layout: Layout | None
     _last_layout: tuple[tuple[torch.Size, torch.Size], Layout] | None
+    _told: dict[str, str]
     _plain: torch.dtype | None
     _input_size: tuple[int, int] | None
+    _channels: int
     _example: Tensor | None
     _device: torch.device | None
     _state: ModuleState
@@ -103,9 +108,28 @@ class ModuleRuns:
         """The synthetic pictures as this network's input, through its own preprocessing.
 
         Returns:
-            float32 `[count 3 H W]`.
+            float32 `[count C H W]`.
         """
-        return probe_inputs(count, self.preprocess, self._input_size or DEFAULT_INPUT_SIZE)
+        size = self._input_size or DEFAULT_INPUT_SIZE
+        return probe_inputs(count, self.preprocess, size, self._channels)
+
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """Say of a failure inside that it was with an input of embedcam's own making.
+
+        Raises:
+            NetworkError: the network does not take the probe picture, and what it takes is unknown.
+        """
+        try:
+            yield
+        except (NetworkError, InputError) as error:
+            if error.__cause__ is None or self.preprocess is not None:
+                raise
+            shape = [1, self._channels, *(self._input_size or DEFAULT_INPUT_SIZE)]
+            raise NetworkError(
+                f"a probe picture {shape} cannot go through the network ("
+                f"{said_of(error.__cause__)}); give preprocess=, or input_size=(H, W)"
+            ) from error.__cause__
 
     # ---------------------------------------------------------------- runs
 
@@ -133,7 +157,7 @@ class ModuleRuns:
             most: inputs at once, where the image must be repeated; None: no limit.
         """
         asked = 0
-        with torch.inference_mode(), self._autocast(True):
+        with no_gradients(), self._autocast(True):
             batch = self._prepare(image)
             if self._layout is None:
                 _, raw = self._call(batch, lambda raw: (raw, raw.clone()), 1)
@@ -145,7 +169,7 @@ class ModuleRuns:
         def alone(maps: Tensor) -> Tensor:
             assert head is not None
             # A copy: the head may begin with an in-place unit.
-            output = head(layout.to_raw(maps, maps).to(dtype, copy=True))
+            output = run_head(head, layout.to_raw(maps, maps).to(dtype, copy=True))
             return at_least_single(choose_embedding(output, self.output, len(maps)))
 
         direct = self._trunk is not None and dtype is not None and layout.prefix == 0
@@ -153,10 +177,8 @@ class ModuleRuns:
         run = injected or alone
 
         def apply(maps: Tensor) -> Tensor:
-            with torch.inference_mode(), self._autocast(True):
-                z = run(maps.to(batch.device))
-            with torch.inference_mode(False):
-                return z.clone()
+            with no_gradients(), self._autocast(True):
+                return run(maps.to(batch.device))
 
         return HeadAlone(apply, injected, asked)
 
@@ -176,11 +198,9 @@ class ModuleRuns:
                 "this network was given as trunk and head, so no other layer can be found in it; "
                 "give it as a module and a layer"
             )
-        outer = torch.inference_mode(not differentiable)
-        with outer, torch.no_grad(), self._autocast(True), self._lock:
+        with no_gradients(), self._autocast(True), self._lock:
             batch = self._prepare(images)
-            with _channels_refused(batch):
-                output, kept, depth = run_tapped_several(self.module, found, batch, differentiable)
+            output, kept, depth = run_tapped_several(self.module, found, batch, differentiable)
             z = at_least_single(choose_embedding(output, self.output, len(batch)))
         names = [name for name, _ in found]
         layouts = [self._layout_of(name, raw, batch) for name, raw in zip(names, kept, strict=True)]
@@ -194,12 +214,12 @@ class ModuleRuns:
         The features' own are those of the last layer. Raises as `forward` and `run_several`.
         """
         run = self.run_several(images, layers, differentiable=False)
-        with torch.inference_mode(False), torch.no_grad():
+        with no_gradients():
             maps = [
                 at_least_single(layout.to_maps(raw)).contiguous()
                 for layout, raw in zip(run.layouts, run.kept, strict=True)
             ]
-            return make_features(run.batch, run.z.clone(), maps[-1], self.normalize), maps
+            return make_features(run.batch, run.z, maps[-1], self.normalize), maps
 
     def traceable(self, layers: Sequence[str]) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
         """images `[B C H W]` -> z `[B D]` and the layers' `[B K H W]`, by tensor operations alone.
@@ -215,7 +235,7 @@ class ModuleRuns:
         """
         probe = self.probe_images()
         if self._hooked is None and list(layers) == [self.layer]:
-            with torch.inference_mode(), self._autocast(False):
+            with no_gradients(), self._autocast(False):
                 batch = self._prepare(probe)
                 _, raw = self._call(batch, lambda raw: (raw, raw), 1)
             layouts = [self._read_layout(batch, raw)]
@@ -246,7 +266,7 @@ class ModuleRuns:
             with mode or nullcontext():
                 # The clone keeps what an in-place unit behind the layer would overwrite.
                 z, raw = self._call(leaf, lambda raw: (raw.detach().clone(), raw), len(leaf))
-        with torch.inference_mode(False), torch.no_grad():
+        with no_gradients():
             features, _ = self._features(leaf.detach(), z.detach(), raw)
         return features, z, leaf
 
@@ -260,15 +280,17 @@ class ModuleRuns:
         if over_positions:
             self._example = checked[:1] if self._example is None else self._example
         elif self._input_size is None:
-            self._input_size = (checked.shape[2], checked.shape[3])
+            self._input_size, self._channels = (
+                (checked.shape[2], checked.shape[3]),
+                checked.shape[1],
+            )
         # Numbers of words stay whole, in a width that every embedding table takes.
         kind = self.dtype if checked.is_floating_point() else torch.int64
         batch = checked.to(self.device, kind)
         if self.channels_last and not over_positions:
             batch = batch.contiguous(memory_format=torch.channels_last)
-        # Outside inference mode, an inference tensor cannot take part in gradients.
-        inference = batch.is_inference() and not torch.is_inference_mode_enabled()
-        return batch.clone() if inference else batch
+        # An inference tensor cannot take part in gradients.
+        return batch.clone() if batch.is_inference() else batch
 
     def _autocast(self, wanted: bool) -> AbstractContextManager[Any]:
         """The chosen precision; also shields from an autocast around the call."""
@@ -284,14 +306,13 @@ class ModuleRuns:
 
     def _call(self, images: Tensor, change: Change, batch: int) -> tuple[Tensor, Tensor]:
         """Run the network once with a tap at the layer: z `[batch D]`, and what the tap kept."""
-        with _channels_refused(images):
-            if self._trunk is not None:
-                assert self._head is not None
-                output, kept = run_parts(self._run_trunk, self._head, self.layer, images, change)
-            else:
-                assert self._hooked is not None
-                with self._lock:
-                    output, kept = run_tapped(self.module, self._hooked, self.layer, images, change)
+        if self._trunk is not None:
+            assert self._head is not None
+            output, kept = run_parts(self._run_trunk, self._head, self.layer, images, change)
+        else:
+            assert self._hooked is not None
+            with self._lock:
+                output, kept = run_tapped(self.module, self._hooked, self.layer, images, change)
         return at_least_single(choose_embedding(output, self.output, batch)), kept
 
     def _run_trunk(self, images: Tensor) -> Any:
@@ -316,17 +337,44 @@ class ModuleRuns:
         shapes = (raw.shape, images.shape)
         known = self._last_layout
         if known is None or known[0] != shapes:
-            kind, grid, prefix = self._layout_options
-            known = shapes, resolve(raw, images, kind, grid, prefix, self.layer)
+            known = shapes, self._layout_of(self.layer, raw, images)
             self._last_layout, self._layout = known, known[1]
         return known[1]
 
     def _layout_of(self, layer: str, raw: Tensor, images: Tensor) -> Layout:
-        """The network's own options for its own layer; other layers are read by their shapes."""
+        """The network's own options for its own layer; other layers are asked."""
         kind, grid, prefix = self._layout_options
-        if layer == self.layer:
-            return resolve(raw, images, kind, grid, prefix, layer)
-        return resolve(raw, images, "bkl" if kind == "bkl" else "auto", None, None, layer)
+        if layer != self.layer:
+            kind, grid, prefix = "bkl" if kind == "bkl" else "auto", None, None
+        told = self._axes(layer, raw, images) if kind == "auto" else kind
+        return resolve(raw, images, told, grid, prefix, layer)
+
+    def _axes(self, layer: str, raw: Tensor, images: Tensor) -> str:
+        """Which axes of a layer are positions: those that a smaller input changes; asked once."""
+        if layer not in self._told and raw.ndim in (3, 4):
+            own = tuple(raw.shape)
+            # Where tokens are as many as images, a larger batch: a smaller input has fewer tokens.
+            more = len(images) == 1 or own[0] == own[1]
+            few = images[:1].repeat(len(images) + 1 if more else 1, 1, 1, 1)
+            size = (int(images.shape[2]), int(images.shape[3]))
+            answer: tuple[int, ...] = ()
+            for height, width in smaller(size):
+                answer = self._answer(layer, few[:, :, :height, :width].contiguous())
+                if answer:
+                    break
+            self._told[layer] = axes_told((own, answer), (len(images), len(few)), size, layer)
+        return self._told.get(layer, "auto")
+
+    def _answer(self, layer: str, images: Tensor) -> tuple[int, ...]:
+        """The shape of a layer's output for an input; nothing where it is not taken."""
+        with no_gradients(), self._autocast(True), uncompiled(), self._lock:
+            if self._trunk is None:
+                parts = dict(find_layers(self.module, [layer]))
+                return watch(self.module, parts, images).get(layer, ())
+            with suppress(EmbedcamError):
+                _, kept = run_parts(self._trunk, lambda raw: raw, layer, images, _unchanged)
+                return tuple(kept.shape)
+        return ()
 
     def _features(
         self, images: Tensor, z: Tensor, raw: Tensor, allow_zero: bool = False
@@ -336,16 +384,5 @@ class ModuleRuns:
         return make_features(images, z, maps, self.normalize, allow_zero), layout
 
 
-@contextmanager
-def _channels_refused(images: Tensor) -> Iterator[None]:
-    """Say in our words what a convolution says of inputs with a wrong number of channels."""
-    try:
-        yield
-    except RuntimeError as error:
-        said = str(error).partition("\n")[0]
-        if "channels, but got" not in said:
-            raise
-        raise InputError(
-            f"the images are {list(images.shape)}, and the network takes another number of "
-            f"channels ({said}); give inputs as the network's preprocessing makes them"
-        ) from error
+def _unchanged(raw: Tensor) -> tuple[Tensor, Tensor]:
+    return raw, raw

@@ -14,12 +14,13 @@ from .gradients import (
     any_cotangents,
     at_least_single,
     dead_tokens,
+    derivatives,
     half_scale,
     make_features,
     unreachable,
 )
 from .layouts import Layout
-from .state import refuse_inference
+from .state import no_gradients, refuse_inference
 
 
 class SeveralPass:
@@ -63,18 +64,20 @@ class SeveralPass:
         z, kept = self._graph
         if not z.requires_grad:
             raise unreachable(", ".join(self.layers))
-        with torch.inference_mode(False), torch.no_grad():
+        with no_gradients():
             c = cotangents.to(z.dtype)
             half = any(raw.dtype == torch.float16 for raw in kept)
             scale = half_scale(c) if half else torch.ones_like(c[:, :1])
-            found = torch.autograd.grad(z, kept, c * scale, retain_graph=True, allow_unused=True)
+            found = derivatives(z, kept, c * scale, f"layers {', '.join(self.layers)}")
+        reached = []
         for layer, gradient in zip(self.layers, found, strict=True):
             if gradient is None:
                 raise unreachable(layer)
+            reached.append(gradient)
         scales = scale[:, :, None, None]
         gradients = [
             at_least_single(layout.to_maps(gradient)).contiguous() / scales
-            for layout, gradient in zip(self._layouts, found, strict=True)
+            for layout, gradient in zip(self._layouts, reached, strict=True)
         ]
         self._refuse_dead_tokens(z, kept, gradients)
         return gradients
@@ -84,9 +87,9 @@ class SeveralPass:
         for layer, layout, raw, gradient in zip(
             self.layers, self._layouts, kept, gradients, strict=True
         ):
-            if layout.kind != "btk" or bool(gradient.any()):
+            if not layout.tokens or bool(gradient.any()):
                 continue
-            with torch.inference_mode(False), torch.no_grad():
+            with no_gradients():
                 every = any_cotangents(z).to(z.dtype)
                 every = every * half_scale(every)
                 (reached,) = torch.autograd.grad(z, raw, every, retain_graph=True)
@@ -121,7 +124,7 @@ def several_pass(
     """
     refuse_inference(network.module)
     run = network.run_several(images, layers)
-    with torch.inference_mode(False), torch.no_grad():
+    with no_gradients():
         last = run.layouts[-1].to_maps(run.kept[-1].detach())
         features = make_features(run.batch, run.z.detach(), last, network.normalize)
     return SeveralPass(run.names, features, run.z, run.kept, run.layouts, run.depth, network.module)

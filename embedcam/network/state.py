@@ -1,6 +1,7 @@
 """A module's place, precision and mode: what every forward asks, so found once."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,12 @@ class ModuleState:
         modal = [part for one in modules for part in one.modules() if isinstance(part, _MODAL)]
         self._with_mode = [*modules, *modal]
         found = [
-            (value, (part._parameters, name))
+            (value, (part, name))
             for part in modules[0].modules()
-            for name, value in part._parameters.items()
-            if value is not None
+            for name, value in part.named_parameters(recurse=False)
         ]
         floating = [place for value, place in found if value.is_floating_point()]
-        # The dict and the name, not the parameter: loading weights may put another in its place.
+        # The part and the name, not the parameter: loading weights may put another in its place.
         self._first = found[0][1] if found else None
         self._first_floating = floating[0] if floating else None
 
@@ -59,8 +59,8 @@ class ModuleState:
                 _refuse_training(module)
 
 
-def _parameter(place: tuple[dict[str, nn.Parameter | None], str] | None) -> nn.Parameter | None:
-    return None if place is None else place[0].get(place[1])
+def _parameter(place: tuple[nn.Module, str] | None) -> nn.Parameter | None:
+    return None if place is None else getattr(place[0], place[1], None)
 
 
 def _is_modeless(module: nn.Module) -> bool:
@@ -88,6 +88,23 @@ def _refuse_training(module: nn.Module) -> None:
             )
 
 
+@contextmanager
+def no_gradients() -> Iterator[None]:
+    """Run without gradients, and never in inference mode, also where the caller is in it.
+
+    A network may keep a tensor from its first forward: one made in inference mode could never take
+    part in a gradient again.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Run compiled code as it was written: an input of another size would compile it again."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if stance is None else stance("force_eager")
+
+
 def refuse_inference(module: nn.Module) -> None:
     """Refuse parameters that autograd can do nothing with.
 
@@ -99,6 +116,12 @@ def refuse_inference(module: nn.Module) -> None:
             "the network's parameters were made inside torch.inference_mode and cannot be "
             "differentiated through; make the network outside of it"
         )
+
+
+def input_channels(module: nn.Module) -> int:
+    """How many channels a network's images have: as its first convolution takes them, else 3."""
+    first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
+    return 3 if first is None else first.in_channels
 
 
 def module_device(module: nn.Module) -> torch.device:

@@ -1,13 +1,19 @@
-"""One run of a network, tapped at the layer. The only file that registers hooks."""
+"""One run of a network, tapped at the layer. The only file that registers hooks.
+
+And the only one that calls the user's code: what it raises is told as the network's own.
+"""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import NetworkError
+from ..errors import EmbedcamError, NetworkError
+from .failures import own_failures
+from .layers import bare_name
 from .layouts import first_tensor, replace_first
 
 Change = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -46,6 +52,31 @@ class _Tap:
         return self.take(output) if threading.get_ident() == self.thread else None
 
 
+def run_whole(module: nn.Module, images: Tensor) -> Any:
+    """What a module returns for its input.
+
+    Raises:
+        NetworkError, InputError: as `own_failures` says.
+    """
+    with own_failures(f"the network ({type(module).__name__})", module, images):
+        return module(images)
+
+
+def run_head(head: Callable[[Any], Any], activations: Any) -> Any:
+    """What a head that was given as a function returns for activations in the layer's own layout.
+
+    Raises:
+        NetworkError: as `own_failures` says.
+    """
+    shown = activations if isinstance(activations, Tensor) else None
+    with own_failures(f"the head ({_named(head)})", head, shown):
+        return head(activations)
+
+
+def _named(part: Any) -> str:
+    return getattr(part, "__qualname__", type(part).__name__)
+
+
 def run_tapped(
     module: nn.Module, hooked: nn.Module, layer: str, images: Tensor, change: Change
 ) -> tuple[Any, Tensor]:
@@ -57,7 +88,7 @@ def run_tapped(
     tap = _Tap(change, layer)
     handle = hooked.register_forward_hook(tap)
     try:
-        output = module(images)
+        output = run_whole(module, images)
     finally:
         handle.remove()
     _check_called(tap)
@@ -87,9 +118,60 @@ def run_parts(
 ) -> tuple[Any, Tensor]:
     """The same for a network given as two functions, without any hook."""
     tap = _Tap(change, layer)
-    output = head(tap.take(trunk(images)))
+    with own_failures(f"the trunk ({_named(trunk)})", trunk, images):
+        raw = trunk(images)
+    output = run_head(head, tap.take(raw))
     assert tap.kept is not None
     return output, tap.kept
+
+
+def watch(
+    module: nn.Module, parts: Mapping[str, nn.Module], images: Tensor
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of what some parts return in one run, in the order they return.
+
+    What a run returned before it failed is told as well: an input of another size may not suit
+    what follows.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    thread = threading.get_ident()
+
+    def look(name: str, output: Any) -> None:
+        if threading.get_ident() == thread:
+            with suppress(NetworkError):
+                shapes.setdefault(name, tuple(first_tensor(output, name).shape))
+
+    handles = []
+    try:
+        for name, part in parts.items():
+            handles.append(part.register_forward_hook(lambda *seen, name=name: look(name, seen[2])))
+        with suppress(EmbedcamError):
+            run_whole(module, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
+
+
+def with_positions(module: nn.Module, images: Tensor, before: str | None = None) -> list[str]:
+    """Names of the layers that return maps of several positions, or tokens, in the order they run.
+
+    Args:
+        module: the network.
+        images: its input, `[B C H W]`.
+        before: the layer to stop at.
+    """
+    shapes = watch(module, {bare_name(n): part for n, part in module.named_modules() if n}, images)
+    names = list(shapes)
+    names = names[: names.index(before)] if before in names else names
+    batch = len(images)
+    return [
+        name
+        for name in names
+        if len(shape := shapes[name]) in (3, 4)
+        and shape[0] == batch
+        and (shape[1] > 1 if len(shape) == 3 else max(shape[2:]) > 1)
+    ]
 
 
 def run_tapped_several(
@@ -118,8 +200,7 @@ def run_tapped_several(
         def keep(raw: Tensor) -> tuple[Tensor, Tensor]:
             if not differentiable:
                 order.append(place)
-                with torch.inference_mode(False):
-                    return raw.clone(), raw
+                return raw.clone(), raw
             # Behind the first, a layer's output is part of the graph already.
             kept = raw if raw.requires_grad else raw.detach().clone().requires_grad_()
             torch.set_grad_enabled(True)  # until the end of the caller's context
@@ -133,7 +214,7 @@ def run_tapped_several(
     try:
         for tap, (_, layer) in zip(taps, found, strict=True):
             handles.append(layer.register_forward_hook(tap))
-        output = module(images)
+        output = run_whole(module, images)
     finally:
         for handle in handles:
             handle.remove()

@@ -18,7 +18,7 @@ from ..identity import Identity, compare
 from ..preprocess import AnyPreprocess, from_transform, preprocess_from_dict
 from ..probe import probe_inputs
 from .described import Described, Head
-from .session import PROVIDERS, Session
+from .session import PROBE_SECONDS, PROVIDERS, Session
 
 _ANY_SIDE = 224
 ACTIVATIONS, EMBEDDING = "activations", "embedding"
@@ -104,9 +104,10 @@ class OnnxNetwork:
         return {} if self.described is None else dict(self.described.network)
 
     def probe_images(self, count: int = 1) -> np.ndarray:
-        """The synthetic pictures as this network's input, float32 `[count 3 H W]`."""
+        """The synthetic pictures as this network's input, float32 `[count C H W]`."""
         height, width = self._session.shape[2:]
-        return probe_inputs(count, self.preprocess, (height or _ANY_SIDE, width or _ANY_SIDE))
+        size = (height or _ANY_SIDE, width or _ANY_SIDE)
+        return probe_inputs(count, self.preprocess, size, self._session.shape[1] or 3)
 
     # ---------------------------------------------------------------- runs
 
@@ -197,7 +198,7 @@ class OnnxNetwork:
         return found
 
     def _identity(self, settings: dict[str, Any]) -> Identity:
-        features = self.forward(self.probe_images())
+        features = self._run(self.probe_images(), self._maps[:1], PROBE_SECONDS)[0]
         pooled = features.activations[0].mean((1, 2), dtype=np.float64)
         probe = {
             "probe_embedding": features.embedding[0],
@@ -226,12 +227,14 @@ class OnnxNetwork:
             f"{EMBEDDING} [B D], as `embedcam export` writes them"
         )
 
-    def _run(self, images: Any, names: Sequence[str]) -> tuple[OnnxFeatures, list[np.ndarray]]:
+    def _run(
+        self, images: Any, names: Sequence[str], seconds: float | None = None
+    ) -> tuple[OnnxFeatures, list[np.ndarray]]:
         batch = self._checked(images)
         # A file whose batch is fixed at one picture takes them one at a time.
         single = self.batch == 1 and len(batch) > 1
         pieces = [batch[row : row + 1] for row in range(len(batch))] if single else [batch]
-        runs = [self._session.run([*names, self._embedding], piece) for piece in pieces]
+        runs = [self._session.run([*names, self._embedding], piece, seconds) for piece in pieces]
         found = [np.concatenate(one) for one in zip(*runs, strict=True)] if single else runs[0]
         *maps, embedding = found
         self._check_outputs(batch, maps, embedding)

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError, NetworkError
+from .external import refuse_external
 
 PROVIDERS = ("CPUExecutionProvider",)
 MAX_BYTES = (1 << 31) - 1
-"""One protobuf holds no more; what is larger needs files beside it, which are not read."""
+"""One protobuf holds no more; a file that has its numbers in others beside it is refused."""
+PROBE_SECONDS = 60.0
+"""A run that is not at its end by then is stopped, where a network is asked for the first time."""
 _AGAIN = "write it again with `embedcam export`"
 
 
@@ -45,6 +48,7 @@ class Session:
         self.threads = _checked_threads(threads)
         self.providers = _checked_providers(providers)
         self._stamp = _stamp(self.path)
+        refuse_external(self.path)
         self._session = self._open(self.threads)
         self._pid, self._lock = os.getpid(), threading.Lock()
         self.props: Mapping[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
@@ -60,20 +64,48 @@ class Session:
         self.outputs = {str(one.name): len(one.shape or ()) for one in outputs}
         """Each output's name and how many dimensions it has."""
 
-    def run(self, names: Sequence[str], images: np.ndarray) -> list[np.ndarray]:
+    def run(
+        self, names: Sequence[str], images: np.ndarray, seconds: float | None = None
+    ) -> list[np.ndarray]:
         """Those outputs of a batch float32 `[B C H W]`, as float32.
 
+        Args:
+            names: of the outputs.
+            images: the batch.
+            seconds: after which the run is stopped, between two operations; None: never.
+
         Raises:
-            NetworkError: ONNX Runtime fails, or an output is no array of numbers.
+            NetworkError: ONNX Runtime fails or is stopped, or an output is no array of numbers.
         """
         session = self._session if os.getpid() == self._pid else self._opened_again()
+        options, stopped = _onnxruntime().RunOptions(), threading.Event()
+
+        def stop() -> None:
+            stopped.set()
+            options.terminate = True
+
+        timer = None if seconds is None else threading.Timer(seconds, stop)
+        if timer is not None:
+            timer.daemon = True
+            timer.start()
         try:
-            found = session.run(list(names), {self.input: images})
+            found = session.run(list(names), {self.input: images}, options)
+        except MemoryError:
+            raise
         except Exception as error:
+            if stopped.is_set():
+                raise NetworkError(
+                    f"{self.path}: was not at its end after {seconds:g} s on the probe picture, "
+                    "and was stopped; it may never end: give a file that you trust, or a faster "
+                    "machine"
+                ) from error
             raise NetworkError(
                 f"{self.path}: ONNX Runtime cannot run it on images {list(images.shape)} "
                 f"({_said(error)}); {_AGAIN}"
             ) from error
+        finally:
+            if timer is not None:
+                timer.cancel()
         for name, values in zip(names, found, strict=True):
             if not isinstance(values, np.ndarray) or values.dtype.kind != "f":
                 kind = getattr(values, "dtype", type(values).__name__)

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from embedcam.errors import InputError
+from embedcam.errors import EmbedcamError, InputError
 from embedcam.preprocess.standard import Extent, Preprocess, not_ours
 
 
 @dataclass(frozen=True)
 class CustomPreprocess:
-    """A caller's own transform: an oriented RGB picture in, `[3 H W]` numbers out.
+    """A caller's own transform: an oriented RGB picture in, `[C H W]` numbers out.
 
     An index records its name, not its code: opening the index elsewhere takes the same transform.
     Without `rectangle`, a function (width, height) -> (x0, y0, x1, y1), the network is taken to see
@@ -36,14 +36,28 @@ class CustomPreprocess:
             raise InputError(f"preprocess: name is {self.name!r}; give the transform a name")
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """The transform's own output as float32 `[3 H W]`; other shapes and NaN are refused."""
-        output = self.transform(image)
+        """The transform's own output as float32 `[C H W]`; other shapes and NaN are refused.
+
+        Raises:
+            InputError: it fails, the exception kept as the cause, or returns something else.
+        """
+        try:
+            output = self.transform(image)
+        except (EmbedcamError, MemoryError):
+            raise
+        except Exception as error:
+            said = str(error).strip().partition("\n")[0][:300]
+            raise InputError(
+                f"preprocess {self.name} failed with {type(error).__name__}: {said}; give a "
+                "transform that takes a PIL picture and returns an array or tensor [C H W]"
+            ) from error
         if hasattr(output, "detach"):
             output = output.detach().cpu().numpy()
         values = np.asarray(output)
-        if values.ndim != 3 or values.shape[0] != 3 or values.size == 0:
+        last = values.ndim == 3 and values.shape[2] in (1, 3) and values.shape[0] not in (1, 3)
+        if values.ndim != 3 or values.size == 0 or last:
             raise InputError(
-                f"preprocess {self.name}: expected an array [3 H W], the transform returned "
+                f"preprocess {self.name}: expected an array [C H W], the transform returned "
                 f"{type(output).__name__} of shape {list(values.shape)}"
             )
         if values.dtype.kind not in "fiu":
@@ -82,7 +96,7 @@ def custom(
     name: str | None = None,
     extent: Callable[[int, int], Extent] | None = None,
 ) -> CustomPreprocess:
-    """Wrap a function of an oriented RGB picture that returns a tensor or array `[3 H W]`.
+    """Wrap a function of an oriented RGB picture that returns a tensor or array `[C H W]`.
 
     extent: a function (width, height) -> (x0, y0, x1, y1) of what the network sees; default all.
     """

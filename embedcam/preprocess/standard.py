@@ -56,18 +56,21 @@ def _sides(name: str, value: object) -> tuple[int, int]:
     return _side(f"{name}[0]", value[0]), _side(f"{name}[1]", value[1])
 
 
-def _channels(name: str, value: object) -> tuple[float, float, float]:
-    """Three finite numbers, one for each of red, green and blue."""
-    problem = f"preprocess: {name} is {value!r}; give three finite numbers, for red, green and blue"
+def _channels(name: str, value: object) -> tuple[float, ...]:
+    """Finite numbers: one for each of red, green and blue, or a single one for grey."""
+    problem = (
+        f"preprocess: {name} is {value!r}; give three finite numbers, for red, green and blue, or "
+        "one, for a network of grey pictures"
+    )
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise InputError(problem)
     try:
         numbers = [float(number) for number in value]
     except (TypeError, ValueError, OverflowError):
         raise InputError(problem) from None
-    if len(numbers) != 3 or not all(math.isfinite(number) for number in numbers):
+    if len(numbers) not in (1, 3) or not all(math.isfinite(number) for number in numbers):
         raise InputError(problem)
-    return numbers[0], numbers[1], numbers[2]
+    return tuple(numbers)
 
 
 def _offset(length: int, window: int) -> int:
@@ -85,7 +88,8 @@ class Preprocess:
     resize: "squash" resizes the whole picture to `size`, whatever its shape; "crop" brings the
         shorter side to `resize_to` and cuts `size` out of the centre.
     interpolation: nearest, box, bilinear, hamming, bicubic or lanczos (Pillow's, antialiased).
-    mean, std: of red, green and blue, for values in [0, 1].
+    mean, std: of red, green and blue, for values in [0, 1]; one number each makes the picture grey
+        (Pillow's "L") and the input `[1 H W]`.
 
     Where `resize_to` is smaller than `size` the crop is padded with black, as torchvision does it,
     and `extent` then reaches beyond the picture.
@@ -95,8 +99,8 @@ class Preprocess:
     resize: Literal["squash", "crop"] = "squash"
     resize_to: int | None = None
     interpolation: str = "bilinear"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", _sides("size", self.size))
@@ -121,6 +125,11 @@ class Preprocess:
             )
         object.__setattr__(self, "mean", _channels("mean", self.mean))
         object.__setattr__(self, "std", _channels("std", self.std))
+        if len(self.mean) != len(self.std):
+            raise InputError(
+                f"preprocess: mean is of {len(self.mean)} channels and std of {len(self.std)}; "
+                "give one number a channel in both"
+            )
         if min(self.std) <= 0:
             raise InputError(f"preprocess: std is {self.std}; each must be above 0")
 
@@ -132,7 +141,7 @@ class Preprocess:
         return cls(size=(side, side), resize=resize, resize_to=resize_to)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """The network's input of an oriented RGB picture: float32 `[3 H W]`."""
+        """The network's input of an oriented RGB picture: float32 `[3 H W]`, or `[1 H W]`."""
         if not isinstance(image, Image.Image) or image.mode != "RGB":
             given = image.mode if isinstance(image, Image.Image) else type(image).__name__
             raise InputError(
@@ -141,14 +150,15 @@ class Preprocess:
             )
         resized = self._resized(*image.size)
         height, width = self.size
-        pixels = image
+        pixels = image if len(self.mean) == 3 else image.convert("L")
         if image.size != resized:
-            pixels = image.resize(resized, RESAMPLING[self.interpolation])
+            pixels = pixels.resize(resized, RESAMPLING[self.interpolation])
         if self.resize == "crop":
             left, top = _offset(resized[0], width), _offset(resized[1], height)
             # Pillow fills what lies outside the picture with black, as torchvision's padding does.
             pixels = pixels.crop((left, top, left + width, top + height))
-        values = np.asarray(pixels, dtype=np.uint8).transpose(2, 0, 1).astype(np.float32)
+        levels = np.asarray(pixels, dtype=np.uint8).reshape(height, width, len(self.mean))
+        values = levels.transpose(2, 0, 1).astype(np.float32)
         values /= np.float32(255)
         values -= np.array(self.mean, dtype=np.float32)[:, None, None]
         values /= np.array(self.std, dtype=np.float32)[:, None, None]

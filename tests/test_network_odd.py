@@ -1,0 +1,457 @@
+"""Networks that nobody planned for: found out before any work, and said in one sentence."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from toys import images, seeded, toy
+
+from embedcam.errors import EmbedcamError, InputError, NetworkError
+from embedcam.fingerprint import fingerprint
+from embedcam.identity import NetworkWarning
+from embedcam.models import load_network
+from embedcam.models.checkpoints import load_state, read_state
+from embedcam.network import EmbeddingNetwork
+from embedcam.network.layouts import choose_embedding
+from embedcam.preprocess import CustomPreprocess, Preprocess, custom, from_transform
+
+SIZE = (32, 32)
+
+
+class Net(nn.Module):
+    """Convolution, ReLU, whatever a test puts between, pooling, linear."""
+
+    def __init__(
+        self, channels: int = 3, stride: Any = 4, after: Callable[[Tensor], Any] = lambda z: z
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 8, 3, stride, 1)
+        self.relu, self.between = nn.ReLU(), nn.Identity()
+        self.pool, self.linear = nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+        self.after = after
+
+    def forward(self, x: Tensor) -> Any:
+        maps = self.relu(self.between(self.conv(x)))
+        return self.after(self.linear(self.pool(maps).flatten(1)))
+
+
+def wrapped(module: nn.Module, layer: str = "relu", **settings: Any) -> EmbeddingNetwork:
+    return EmbeddingNetwork(module, layer, **{"input_size": SIZE, **settings})
+
+
+# -------------------------------------------------------------------- chance and batches
+
+
+def test_a_norm_by_the_batch_is_named() -> None:
+    module = seeded(Net)
+    module.between = nn.BatchNorm2d(8, track_running_stats=False).eval()
+    with pytest.raises(NetworkError, match=r"'between' \(BatchNorm2d\) keeps no running statis"):
+        fingerprint(wrapped(module))
+
+
+def test_a_dropout_that_is_always_on_is_named() -> None:
+    module = seeded(lambda: Net(after=lambda z: F.dropout(z, 0.5)))
+    with pytest.raises(NetworkError, match=r"picture run twice.*random numbers \(.*dropout"):
+        wrapped(module).check()
+
+
+def test_a_network_that_counts_its_calls_is_refused() -> None:
+    calls: list[int] = []
+
+    def counting(z: Tensor) -> Tensor:
+        calls.append(1)
+        return z + len(calls)
+
+    with pytest.raises(NetworkError, match=r"run twice.*what ran before"):
+        wrapped(seeded(lambda: Net(after=counting))).check()
+
+
+def test_a_mean_over_the_batch_is_refused() -> None:
+    module = seeded(lambda: Net(after=lambda z: z - 0.5 * z.mean(0)))
+    with pytest.raises(NetworkError, match=r"alone and beside another.*mixes the pictures"):
+        wrapped(module).check()
+
+
+def test_ordinary_networks_are_steady_also_in_half_precision() -> None:
+    wrapped(toy()).check()
+    wrapped(toy(), autocast=torch.bfloat16).check()
+    wrapped(toy().to(torch.bfloat16)).check()
+
+
+# -------------------------------------------------------------------- failures of the user's own
+
+
+def failing(error: Exception) -> Callable[[Tensor], Tensor]:
+    def fail(z: Tensor) -> Tensor:
+        raise error
+
+    return fail
+
+
+RUNS: dict[str, Callable[[EmbeddingNetwork], Any]] = {
+    "forward": lambda network: network.forward(images()),
+    "head_pass": lambda network: network.head_pass(images()),
+    "several": lambda network: network.forward_layers(images(), ["conv", "relu"]),
+    "head_kind": lambda network: network.head_kind,
+    "head alone": lambda network: network.head_outputs(images(1), torch.zeros(1, 8, 4, 4)),
+    "fingerprint": fingerprint,
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_an_exception_of_the_network_is_told_as_its_own(run: str) -> None:
+    cause = KeyError("the shelf")
+    network = wrapped(seeded(lambda: Net(after=failing(cause))))
+    with pytest.raises(NetworkError, match="the shelf") as said:
+        RUNS[run](network)
+    assert said.value.__cause__ is cause
+
+
+def test_the_layer_that_fails_is_named() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError("a bad gate")
+
+    module = seeded(Net)
+    module.between = Broken().eval()
+    expected = r"\(Net\) failed on an input \[2, 3, 16, 16\], in its layer 'between' \(Broken\), wi"
+    with pytest.raises(NetworkError, match=expected):
+        wrapped(module).forward(images())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to")])
+def test_memory_that_runs_out_is_no_fault_of_the_network(error: Exception) -> None:
+    with pytest.raises(type(error)) as said:
+        wrapped(seeded(lambda: Net(after=failing(error)))).forward(images())
+    assert said.value is error
+
+
+def test_an_output_function_that_fails() -> None:
+    network = wrapped(seeded(Net), output=lambda out: out.last_hidden_state)
+    with pytest.raises(NetworkError, match=r"output=.*failed.*last_hidden_state.*embedding \[B D"):
+        network.forward(images())
+
+
+def test_a_backward_that_fails() -> None:
+    class NoWay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            raise NotImplementedError("no way back")
+
+    network = wrapped(seeded(lambda: Net(after=NoWay.apply)))
+    with pytest.raises(
+        NetworkError, match=r"derivative of what follows layer 'relu' failed.*no wa"
+    ):
+        network.check()
+
+
+def test_arguments_beside_the_images_are_refused_at_construction() -> None:
+    class Two(Net):
+        def forward(self, x: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+            return super().forward(x)
+
+    class Words(Net):
+        main_input_name = "input_ids"
+
+    for kind, message in ((Two, "also asks for labels"), (Words, "takes 'input_ids' first")):
+        with pytest.raises(NetworkError, match=message):
+            wrapped(seeded(kind))
+
+
+def test_torchscript_is_refused_whole_and_works_in_two_parts() -> None:
+    module = seeded(Net)
+    trunk = nn.Sequential(module.conv, module.relu).eval()
+    head = nn.Sequential(module.pool, nn.Flatten(), module.linear).eval()
+    x = images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would rather have it exported
+        script = torch.jit.trace(module, x)
+        halves = torch.jit.trace(trunk, x), torch.jit.trace(head, trunk(x))
+    with pytest.raises(NetworkError, match=r"TorchScript module.*from_parts\(trunk, head\)"):
+        wrapped(script)
+    parts = EmbeddingNetwork.from_parts(*halves, input_size=SIZE)
+    expected = wrapped(module)
+    torch.testing.assert_close(parts.forward(x).embedding, expected.forward(x).embedding)
+    c = torch.ones(2, 5)
+    torch.testing.assert_close(parts.head_pass(x).vjp(c), expected.head_pass(x).vjp(c))
+
+
+def test_a_tensor_kept_from_the_first_forward_can_be_differentiated() -> None:
+    class Keeps(Net):
+        kept: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Any:
+            if self.kept is None:
+                self.kept = self.linear.weight * 2
+            pooled = self.relu(self.conv(x)).mean((2, 3))
+            return (pooled[:, None] * self.kept * pooled[:, None]).sum(2)
+
+    network = wrapped(seeded(Keeps))
+    with torch.inference_mode():
+        network.forward(images())
+    network.forward_layers(images(), ["conv", "relu"])
+    assert network.head_pass(images()).vjp(torch.ones(2, 5)).any()
+
+
+# -------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"trunk": nn.Identity()}, "trunk= was given without head="),
+        ({"head": "linear"}, "head is str"),
+        ({"normalize": "yes"}, "normalize='yes'; give True or False"),
+        ({"channels_last": 1}, "channels_last=1"),
+        ({"name": 3}, "name=3"),
+        ({"input_size": 32}, "input_size=32 is not a size"),
+        ({"device": "gpu"}, "device='gpu' is no torch device"),
+        ({"grid": "7x7"}, "grid='7x7' is not a grid"),
+        ({"grid": 7}, "grid=7 is not a grid"),
+        ({"prefix_tokens": 1.5}, r"prefix_tokens=1\.5"),
+        ({"preprocess": 3}, "expected a transform, given 3"),
+        ({"preprocess": Preprocess}, "given the class Preprocess; give an instance"),
+        ({"preprocess": lambda picture: picture.nothing}, "failed with AttributeError.*nothing"),
+        ({"preprocess": lambda picture: np.random.rand(3, 8, 8)}, "another input each time"),
+    ],
+)
+def test_arguments_of_a_wrong_type(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        EmbeddingNetwork(seeded(Net), "relu", **given)
+
+
+def test_networks_by_name_of_a_wrong_type() -> None:
+    for given, message in (
+        ({"network": nn.Identity()}, "network is a Identity"),
+        ({"network": "torchvision:resnet18", "weights": 3}, "weights is a int"),
+        ({"network": "torchvision:resnet18", "size": 3.5}, r"size=3\.5 is not a size"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_network(**given)  # type: ignore[arg-type]
+
+
+def test_torchvision_transforms_as_preprocess() -> None:
+    from torchvision import models, transforms
+    from torchvision.transforms import v2
+
+    weights = models.ResNet18_Weights.DEFAULT
+    network = EmbeddingNetwork(seeded(Net), "relu", preprocess=weights)
+    assert network.preprocess == from_transform(weights.transforms())
+    old = transforms.Compose(
+        [transforms.Grayscale(), transforms.Resize((8, 6)), transforms.ToTensor()]
+    )
+    grey = from_transform(old)
+    assert isinstance(grey, Preprocess)
+    assert (grey.size, grey.mean, grey.std) == ((8, 6), (0.0,), (1.0,))
+    steps = [v2.Resize((8, 6)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    new = from_transform(v2.Compose([*steps, v2.Normalize([0.5] * 3, [0.25] * 3)]))
+    assert isinstance(new, Preprocess)
+    assert (new.size, new.mean, new.std) == ((8, 6), (0.5,) * 3, (0.25,) * 3)
+    flips = transforms.Compose([transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+    with pytest.raises(InputError, match="without random steps"):
+        EmbeddingNetwork(seeded(Net), "relu", preprocess=flips)
+
+
+def test_hugging_face_processors_as_preprocess() -> None:
+    class Processor:
+        image_mean, image_std, resample = [0.5] * 3, [0.25] * 3, 3
+        do_resize, do_rescale, do_normalize, rescale_factor = True, True, True, 1 / 255
+
+        def __init__(self, size: Any, crop: Any = None, **more: Any) -> None:
+            self.size, self.crop_size, self.do_center_crop = size, crop, crop is not None
+            vars(self).update(more)
+
+        def __call__(self, images: Any, return_tensors: str) -> dict[str, Any]:
+            return {"pixel_values": np.ones((1, 3, 8, 8))}
+
+    side = {"height": 8, "width": 8}
+    squashed = from_transform(Processor({"height": 8, "width": 6}))
+    assert squashed == Preprocess((8, 6), "squash", None, "bicubic", (0.5,) * 3, (0.25,) * 3)
+    cropped = from_transform(Processor({"shortest_edge": 10}, side))
+    assert isinstance(cropped, Preprocess)
+    assert (cropped.size, cropped.resize, cropped.resize_to) == ((8, 8), "crop", 10)
+    more = from_transform(Processor(side, do_pad=True))
+    assert isinstance(more, CustomPreprocess)
+    assert more(Image.new("RGB", (5, 4))).shape == (3, 8, 8)
+    with pytest.raises(InputError, match="crops pictures in a way"):
+        from_transform(Processor({"shortest_edge": 10}, crop_pct=0.9))
+
+
+# -------------------------------------------------------------------- layouts
+
+
+class Tokens(nn.Module):
+    """8 x 8 patches as tokens in any order of axes; the mean of their squares embeds."""
+
+    def __init__(self, order: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.patches, self.block, self.order = nn.Conv2d(3, 4, 8, 8), nn.Identity(), order
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        tokens = self.block(tokens.permute(self.order)).permute(self.order)
+        return tokens.pow(2).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("order", "kind"), [((0, 1, 2), "btk"), ((1, 0, 2), "tbk"), ((0, 2, 1), "bkt")]
+)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_tokens_in_any_order(order: tuple[int, int, int], kind: str, batch: int) -> None:
+    module = seeded(lambda: Tokens(order))
+    network, x = wrapped(module, "block"), images(batch)  # four tokens, four channels
+    made = network.head_pass(x)
+    expected = module.patches(x).detach()
+    assert network.layout == kind
+    torch.testing.assert_close(made.features.activations, expected)
+    torch.testing.assert_close(made.vjp(torch.ones(batch, 4)), expected / 2)
+    assert not network.head_kind.pooled
+
+
+@pytest.mark.parametrize("stride", [(4, 2), (2, 4)])
+@pytest.mark.parametrize("last", [False, True])
+def test_strides_that_differ_by_axis(stride: tuple[int, int], last: bool) -> None:
+    class Uneven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.layer = nn.Conv2d(3, 8, 3, stride, 1), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            maps = self.conv(x)
+            if not last:
+                return self.layer(maps).mean((2, 3))
+            return self.layer(maps.permute(0, 2, 3, 1)).mean((1, 2))
+
+    module = seeded(Uneven)
+    network, x = wrapped(module, "layer"), images(2, 32, 32)
+    torch.testing.assert_close(network.forward(x).activations, module.conv(x).detach())
+    assert network.layout == ("bhwk" if last else "bkhw")
+
+
+def test_a_fixed_size_that_does_not_tell_asks_for_the_layout() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.layer = nn.Conv2d(3, 4, 8, 8), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[2] == 32
+            return self.layer(self.conv(x)).mean((2, 3))
+
+    with pytest.raises(NetworkError, match=r"takes no other size.*say layout='bkhw' or 'bhwk'"):
+        wrapped(seeded(Fixed), "layer").forward(images(1, 32, 32))
+    wrapped(seeded(Fixed), "layer", layout="bkhw").forward(images(1, 32, 32))
+
+
+# -------------------------------------------------------------------- channels, positions, slopes
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_networks_of_other_channels(channels: int) -> None:
+    module = seeded(lambda: Net(channels))
+    network = wrapped(module)
+    network.check()
+    assert network.probe_images(2).shape == (2, channels, *SIZE)
+    stacked = custom(lambda picture: np.ones((channels, 32, 32)), name="stacked")
+    EmbeddingNetwork(module, "relu", preprocess=stacked).check()
+    assert network.head_kind.affine
+
+
+def test_preprocess_of_grey_pictures() -> None:
+    grey = Preprocess(size=(4, 6), mean=(0.5,), std=(0.25,))
+    picture = Image.new("RGB", (9, 9), (255, 255, 255))
+    np.testing.assert_allclose(grey(picture), np.full((1, 4, 6), 2.0))
+    assert Preprocess.from_dict(grey.to_dict()) == grey
+    with pytest.raises(InputError, match="mean is of 1 channels and std of 3"):
+        Preprocess(mean=(0.5,))
+
+
+def test_a_layer_of_one_position_names_a_better_one() -> None:
+    with pytest.raises(NetworkError, match=r"'pool' has one position .* such as 'relu'"):
+        wrapped(seeded(Net), "pool").check()
+
+
+@pytest.mark.parametrize("after", [torch.sign, torch.round, lambda z: (z > 0).float() + 1])
+def test_a_derivative_of_zero_is_said_before_any_work(after: Callable[[Tensor], Tensor]) -> None:
+    network = wrapped(seeded(lambda: Net(after=after)), normalize=False)
+    with pytest.raises(NetworkError, match=r"zero everywhere|never reaches the embedding"):
+        network.check()
+    network.check(gradients=False)
+
+
+# -------------------------------------------------------------------- copies, weights, outputs
+
+
+def test_a_copy_is_equal_and_independent() -> None:
+    network, x = wrapped(seeded(Net)), images()
+    before = network.forward(x).embedding
+    other = copy.deepcopy(network)
+    torch.testing.assert_close(other.forward(x).embedding, before)
+    with torch.no_grad():
+        other.module.linear.weight.mul_(-1)
+    torch.testing.assert_close(network.forward(x).embedding, before)
+    assert not torch.allclose(other.forward(x).embedding, before)
+    assert other.head_pass(x).vjp(torch.ones(2, 5)).any()
+
+
+def test_a_copy_of_a_named_network_calls_its_own_head() -> None:
+    network = load_network("torchvision:mobilenet_v3_small", weights="random", size=64)
+    other = copy.deepcopy(network)
+    assert other._head.args[0] is other.module  # type: ignore[union-attr]
+    assert other.module is not network.module
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.", "model.backbone.", "module.", "a._orig_mod."])
+def test_prefixes_of_checkpoints(tmp_path: Path, prefix: str) -> None:
+    module, other = seeded(Net), seeded(Net, 1)
+    state = {prefix + key: value for key, value in other.state_dict().items()}
+    content = {"epoch": 3, "state_dict": state, "hyper_parameters": {"lr": 0.1}}
+    torch.save(content, tmp_path / "last.ckpt")
+    load_state(module, read_state(tmp_path / "last.ckpt"), [], "weights last.ckpt")
+    torch.testing.assert_close(module.linear.weight, other.linear.weight)
+
+
+def test_what_lies_beside_a_prefix_is_left_out_aloud() -> None:
+    state = {f"net.{key}": value for key, value in seeded(Net, 1).state_dict().items()}
+    with pytest.warns(NetworkWarning, match=r"1 entries beside 'net\.' are left out \(loss\.w\)"):
+        load_state(seeded(Net), {**state, "loss.w": torch.ones(1)}, [], "weights")
+
+
+def test_the_pooled_output_of_transformers_is_preferred() -> None:
+    hidden, pooled = torch.zeros(2, 7, 5), torch.ones(2, 5)
+    both = {"last_hidden_state": hidden, "pooler_output": pooled}
+    assert choose_embedding(both, None, 2) is pooled
+    with pytest.raises(EmbedcamError, match="e.g. output='image_embeds'"):
+        choose_embedding(
+            {"last_hidden_state": hidden, "image_embeds": pooled, "n": pooled}, None, 2
+        )
+
+
+def test_the_last_layer_with_positions_is_suggested(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "odd_factory.py").write_text(
+        "from torch import nn\n"
+        "def make():\n"
+        "    trunk = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU())\n"
+        "    whole = nn.Sequential()\n"
+        "    whole.add_module('trunk', trunk)\n"
+        "    whole.add_module('pool', nn.AdaptiveAvgPool2d(1))\n"
+        "    whole.add_module('flat', nn.Flatten())\n"
+        "    return whole\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(NetworkError, match=r"for instance 'trunk', the last of trunk\.0, trunk\.1"):
+        load_network("odd_factory:make")

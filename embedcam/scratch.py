@@ -59,7 +59,10 @@ class Scratch:
         if self._stored_key() != key:
             _write_text(path / _KEY, json.dumps({"key": key}))
         for leftover in path.glob(f"*{UNFINISHED}"):
-            remove_tree(leftover)
+            if leftover.is_dir() and not leftover.is_symlink():
+                remove_tree(leftover)
+            else:
+                leftover.unlink()
 
     def has(self, stage: str, chunk: int) -> bool:
         """Whether the chunk was finished, by its listing; its bytes are checked by `read`."""

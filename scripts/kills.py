@@ -1,4 +1,4 @@
-"""Kill jobs with SIGKILL at random moments; run again, each ends in the bytes of an undisturbed one.
+"""Kill jobs with SIGKILL at random moments: run again, each ends in the undisturbed one's bytes.
 
     python scripts/kills.py --count 200 --seconds 480 --seed 0
 
@@ -18,13 +18,11 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[name] = "1"  # before torch: a fork of a process with threads waits for ever
 
 import faiss
 import numpy as np
@@ -275,6 +273,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     options = parser.parse_args()
     until = time.monotonic() + options.seconds
+    warnings.simplefilter("ignore", DeprecationWarning)  # of forks, from Python 3.12 on
+    # A fork of a process that has used several threads waits for ever.
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     passes.CHUNK = 4

@@ -317,7 +317,7 @@ def test_what_was_altered_is_explained_anew(
     again()
     kept = tmp_path / "out/.finished/00000002.json"
     kept.write_text(kept.read_text().replace("distance", "distence"))
-    assert write_report(explainer, source, tmp_path / "out", batch_size=4).n_new == 4
+    assert write_report(explainer, source, tmp_path / "out", batch_size=4).n_new == 8
     assert everything(tmp_path / "out") == everything(tmp_path / "whole")
 
 

@@ -96,6 +96,7 @@ def test_writing_again_replaces_and_leftovers_go(tmp_path) -> None:
     scratch.write("stage", 3, {"a": np.ones(2)})
     assert list(scratch.read("stage", 3)) == ["a"]
     (tmp_path / "s" / "stage-0000004.tmp").mkdir()
+    (tmp_path / "s" / "promise.json.tmp").write_text("{")
     Scratch(tmp_path / "s", "k")
     assert sorted(os.listdir(tmp_path / "s")) == ["key.json", "stage-0000003"]
 

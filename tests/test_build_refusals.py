@@ -142,7 +142,7 @@ def test_not_one_readable_image_is_one_sentence(tmp_path) -> None:
     for number in range(6):
         (folder / f"c{number % 2}").mkdir(parents=True, exist_ok=True)
         (folder / f"c{number % 2}" / f"{number}.png").write_bytes(b"")
-    with pytest.raises(InputError, match=r"none of the 6 images could be read; .*0\.png"):
+    with pytest.raises(InputError, match=r"none of the 6 images could be used; .*0\.png"):
         build_index(find_images(folder), toy().network, tmp_path / "i", on_unreadable="skip")
 
 

@@ -129,7 +129,7 @@ def test_build_add_remove_compact_refit(say: Say, tmp_path: Path) -> None:
     report = answer(say, "build", "photos", path, *NAMED)
     assert (report["path"], report["n_images"], report["skipped"]) == (str(path), 12, [])
     code, out, err = say("build", "photos", path, *NAMED)
-    assert (code, out, err) == (0, f"{path}: complete already\n", "")
+    assert (code, out, err) == (0, f"{path}: holds these images already; nothing to do\n", "")
 
     (tmp_path / "more/0").mkdir(parents=True)
     picture(0, 90).save(tmp_path / "more/0/new.png")
@@ -356,7 +356,12 @@ def test_a_named_network_tells_its_layer(say: Say, tmp_path: Path) -> None:
         "--size", "64", "--no-normalize", "--rank", 4,
     )  # fmt: skip
     assert code == 0
-    assert err == "torchvision:squeezenet1_1: explaining layer features (--layer takes another)\n"
+    assert err == (
+        "torchvision:squeezenet1_1: explaining layer features (--layer takes another)\n"
+        "labels: 3 (0, 1, 2), of 4 images each\n"
+        "the crop leaves out more than a quarter of 12 of 12 pictures; --resize squash shows all "
+        "of each\n"
+    )
     assert out.startswith(f"{path}: built, 12 images in ")
     shown = say("info", path)[1]
     for line in (
@@ -483,7 +488,7 @@ def test_other_triplets_and_changed_pictures_are_not_complete_already(
     there = ["build", tmp_path / "photos", tmp_path / "i", *NAMED, "--triplets"]
     assert say(*there, tmp_path / "1.npy")[0] == 0
     assert "triplets of the user's own" in say("info", tmp_path / "i")[1]
-    assert say(*there, tmp_path / "1.npy")[1] == f"{tmp_path / 'i'}: complete already\n"
+    assert say(*there, tmp_path / "1.npy")[1] == f"{tmp_path / 'i'}: holds these images already; nothing to do\n"
     refused(2, "with another array of given triplets;", *there, tmp_path / "2.npy")
     picture(1, 77).save(tmp_path / "photos/0/0.png")
     refused(2, "with image files changed since;", *there, tmp_path / "1.npy")
@@ -520,7 +525,7 @@ def test_an_index_from_features(say: Say, refused: Callable[..., None], tmp_path
     refused(2, "built from features alone", "explain", path, "photos/0/0.png")
     refused(2, "either IMAGES or --embeddings", "build", "photos", path, *grid)
     (tmp_path / "ids.csv").write_text("name\n1\n")
-    refused(2, "needs a header with the column id", "build", tmp_path / "x", *grid)
+    refused(2, "the header lacks id; expected id[,label]", "build", tmp_path / "x", *grid)
     pooled[3, 2] = np.nan
     np.save(tmp_path / "p.npy", pooled)
     (tmp_path / "ids.csv").write_text("id\n" + "".join(f"i{i}\n" for i in range(12)))

@@ -222,7 +222,7 @@ def test_only_new_images_are_added_where_asked(say: Say, tmp_path: Path) -> None
     assert "8 of 8 images are in the index already (" in err
     assert "; leave them out (--skip-existing), or remove them from the index first;" in err
     code, out, err = say(*again, "--skip-existing")
-    assert (code, out) == (0, f"{index}: complete already\n")
+    assert (code, out) == (0, f"{index}: holds these images already; nothing to do\n")
     assert err == "8 images left out: in the index already\n"
     Image.new("RGB", (40, 40), "teal").save(tmp_path / "photos/1/new.png")
     code, out, err = say(*again, "--skip-existing")

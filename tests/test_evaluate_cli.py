@@ -141,4 +141,4 @@ def test_broken_images_are_skipped_where_asked(say: Say, here: Path) -> None:
     assert say("--images", "broken", *FEW, "--quiet")[0] == 3
     code, out, _ = say("--images", "broken", *FEW, "--quiet", "--on-unreadable", "skip")
     assert code == 0
-    assert "1 image could not be read" in out
+    assert "1 image could not be used" in out

@@ -343,7 +343,7 @@ def test_places_without_images(tmp_path):
         find_images(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"expected a folder of images or a .csv file"):
         find_images(write(tmp_path / "one.png"))
-    with pytest.raises(InputError, match='expected "auto", "folders" or "none", given \'yes\''):
+    with pytest.raises(InputError, match='"auto", "folders", "subfolders" or "none", given \'yes\''):
         find_images(tmp_path, "yes")
 
 
@@ -387,12 +387,16 @@ def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch)
 
 def test_names_that_are_not_text(tmp_path):
     write(tmp_path / "1.png")
+    write(tmp_path / "2.png")
     try:
         os.rename(tmp_path / "1.png", os.fsencode(tmp_path) + b"/\xff.png")
     except OSError:
         pytest.skip("this file system takes UTF-8 names only")
-    with pytest.raises(InputError, match="is not UTF-8; rename it"):
-        find_images(tmp_path)
+    source = find_images(tmp_path)
+    assert source.ids == ["2.png", "\\xff.png"]
+    assert source.open(0).size == (6, 5)
+    with pytest.raises(ImageError, match=r"/\\\\xff.png: the file name is not UTF-8; rename it"):
+        source.open(1)
 
 
 def test_the_fingerprint_follows_the_file(tmp_path):
@@ -452,7 +456,7 @@ def test_csv_with_ids_and_a_byte_order_mark(tmp_path):
     ("text", "message"),
     [
         ("file,label\na,b\n", "header lacks path; expected .* found file,label"),
-        ("file;label\na;b\n", "lacks path and label; .* found file;label"),
+        ("file;label\na;b\n", "lacks path; .* found file,label"),
         ("path\na.png\n", "lacks label"),
         ("", "found an empty file"),
         ("path,label\n", "no lines below its header"),

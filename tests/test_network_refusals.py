@@ -5,11 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision import models
 from toys import VIT_LAYER, images, seeded, small_vit, toy
 
-from embedcam.errors import InputError, NetworkError
+from embedcam.errors import EmbeddingError, InputError, NetworkError
 from embedcam.network import EmbeddingNetwork
 
 
@@ -97,6 +97,22 @@ def test_a_wrong_number_of_channels_is_said() -> None:
             call(torch.zeros(2, 4, 32, 32))
 
 
+class Spoil(nn.Module):
+    """The third picture's first activation becomes a NaN."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        a = a.clone()
+        a[2, 0, 0, 0] = float("nan")
+        return a
+
+
+class Ignoring(nn.Module):
+    """A mean that passes over it."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        return a.nanmean((2, 3))
+
+
 def test_embeddings_that_are_not_vectors_name_their_positions() -> None:
     x = images(4)
     x[1, 0, 0, 0], x[3, 2, 1, 1] = float("nan"), float("inf")
@@ -106,12 +122,18 @@ def test_embeddings_that_are_not_vectors_name_their_positions() -> None:
             call(x)
     pick = torch.tensor([1.0, float("inf"), 1.0, 1.0])[:, None]
     infinite = EmbeddingNetwork(toy(lambda z: z * pick), "relu")
-    with pytest.raises(NetworkError, match=r"embeddings at positions 1 of the batch hold NaN"):
+    with pytest.raises(EmbeddingError, match=r"holds NaN or infinity \(positions 1 of the") as caught:
         infinite.forward(images(4))
+    assert caught.value.rows == [1]
     some = torch.tensor([1.0, 0.0, 0.0, 1.0])[:, None]
     zero = toy(lambda z: z * some)
-    with pytest.raises(NetworkError, match=r"positions 1, 2 of .* are zero.*normalize=False"):
+    with pytest.raises(NetworkError, match=r"is zero .*positions 1, 2 of .*normalize=False"):
         EmbeddingNetwork(zero, "relu").forward(images(4))
+    # The embedding of what no pass could draw a map of: one activation that is not finite.
+    spoilt = nn.Sequential(nn.Conv2d(3, 4, 3), Spoil(), nn.ReLU(), Ignoring(), nn.Linear(4, 3))
+    with pytest.raises(EmbeddingError, match="layer's activations hold NaN or infinity") as caught:
+        EmbeddingNetwork(spoilt.eval(), "2").forward(images(4))
+    assert caught.value.rows == [2]
     unnormalised = EmbeddingNetwork(zero, "relu", normalize=False).forward(images(4))
     assert unnormalised.norm[1] == 0
 

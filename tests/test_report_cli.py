@@ -62,7 +62,7 @@ def test_a_folder_of_queries_is_one_page(say: Say, tmp_path: Path) -> None:
     assert everything(out) == everything(tmp_path / "same")
     assert say("queries", "--report", out, "-n", 2, "--quiet") == (
         0,
-        f"{out}/index.html: complete already\n",
+        f"{out}/index.html: all 6 queries explained before; nothing to do\n",
         "",
     )
 

@@ -64,8 +64,8 @@ class BuildReport:
         each = f"{self.labels[most]:,}"
         if self.labels[least] < self.labels[most]:
             each = f"{self.labels[least]:,} ({cut(least, 30)}) to {each} ({cut(most, 30)})"
-        without = f"; {self.n_unlabelled:,} without a label" if self.n_unlabelled else ""
-        return f"{len(self.labels):,} ({few}), {each} of the images each{without}"
+        without = f"; {self.n_unlabelled:,} images without a label" if self.n_unlabelled else ""
+        return f"{len(self.labels):,} ({few}), of {each} images each{without}"
 
 
 def label_counts(labels: Iterable[str | None]) -> tuple[dict[str, int], int]:

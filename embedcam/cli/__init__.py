@@ -44,7 +44,7 @@ _OPTIONS = (
     (re.compile(r'\b(labels|resize)="(\w+)"'), r"--\1 \2"),
     (re.compile(r"\bnormalize=False\b"), "--no-normalize"),
     (re.compile(r"\bimages= \(--images\)"), "--images"),
-    (re.compile(r"\bmax_pixels="), "--max-pixels"),
+    (re.compile(r"\bmax_pixels\b=?"), "--max-pixels"),
     (re.compile(r"\bexclude="), "--exclude"),
 )
 """Arguments that messages name to callers from Python, and what the command line has for them."""

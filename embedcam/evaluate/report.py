@@ -80,7 +80,7 @@ def intro(summary: Mapping[str, Any]) -> str:
     if images["indexed"]:
         text += f" The index holds {images['indexed']:,} of them, which never explain themselves."
     if images["skipped"]:
-        text += f" {_images(len(images['skipped']))} could not be read."
+        text += f" {_images(len(images['skipped']))} could not be used."
     return text
 
 

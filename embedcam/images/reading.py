@@ -192,6 +192,10 @@ def _decoded(name: str, stream: IO[bytes], max_pixels: int) -> Image.Image:
     except ImageError:
         raise
     except Exception as error:
+        if "unknown pixel mode" in str(error):  # whole, and not one of those Pillow decodes
+            raise ImageError(
+                f"{name}: is of a kind that is not read ({_reason(error)}); save it as PNG"
+            ) from None
         # A crafted header can make a decoder raise nearly anything.
         _not_for_memory(name, error, 0)
         raise ImageError(f"{name}: has a broken header ({_reason(error)})") from None
@@ -209,12 +213,14 @@ def _open_header(name: str, stream: IO[bytes]) -> ImageFile | None:
     """
     Image.init()
     prefix = stream.read(16)
-    refusals = []
+    refusals, missing = [], ""
     for kind in FORMATS:
         if kind not in Image.OPEN:  # built without this decoder
             continue
         factory, accepts = Image.OPEN[kind]
         accepted = accepts(prefix) if accepts else True
+        if isinstance(accepted, str):
+            missing = accepted
         if not accepted or isinstance(accepted, str):
             continue
         stream.seek(0)
@@ -225,6 +231,8 @@ def _open_header(name: str, stream: IO[bytes]) -> ImageFile | None:
             refusals.append(f"{kind}: {_reason(error)}")
     if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF:
         return _open_heif(name, stream)
+    if missing:
+        raise ImageError(f"{name}: cannot be read ({missing}); pip install -U pillow")
     if refusals:
         raise SyntaxError(refusals[0])
     return None
@@ -276,7 +284,7 @@ def _check_size(name: str, size: Any, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageTooLarge(
             f"{name}: has {width} x {height} pixels, above the limit of {max_pixels}; "
-            "raise max_pixels= if you trust it"
+            "raise max_pixels if you trust it"
         )
 
 

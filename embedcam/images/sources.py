@@ -90,7 +90,7 @@ class ImageSource:
         self.items: Sequence[Item] = tuple(items)
         self.root = root
         if isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1:
-            raise InputError(f"max_pixels= {max_pixels!r}; give a whole number from 1")
+            raise InputError(f"max_pixels = {max_pixels!r}; give a whole number from 1")
         self.max_pixels = max_pixels
         self.left_out, self.notes = left_out or LeftOut(), tuple(notes)
         first: dict[str, int] = {}

@@ -1,0 +1,238 @@
+"""What is taken of a folder or a list, what is not, and that it is said."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from build_samples import DENSE, pictures, quicken, toy
+from PIL import Image
+from test_images import csv_of, write
+
+from embedcam.build import add_images, build_index
+from embedcam.build.report import BuildReport
+from embedcam.cli import for_command_line
+from embedcam.errors import ImageError, InputError
+from embedcam.evaluate.regions import of_boxes
+from embedcam.images import ImageSource, Item, LeftOut, find_images
+from embedcam.preprocess import Preprocess
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quicken(monkeypatch)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Iterator[Path]:
+    """Two classes with other files among them."""
+    for name in ("a/1.png", "a/2.PNG", "b/3.png", "b/small/4.png"):
+        write(tmp_path / name)
+    for name in ("notes.txt", "a/film.MOV", "b/other.mov", "b/README", "a/.DS_Store", ".git/x.png"):
+        write(tmp_path / name, b"x")
+    os.mkdir(tmp_path / "c")
+    yield tmp_path
+
+
+# --- folders ---
+
+
+def test_what_a_folder_holds_besides_is_counted(mixed: Path) -> None:
+    source = find_images(mixed)
+    assert source.ids == ["a/1.png", "a/2.PNG", "b/3.png", "b/small/4.png"]
+    assert source.left_out == LeftOut({".mov": 2, "": 1, ".txt": 1}, hidden=2, empty=1)
+    assert str(source.left_out) == "2 .mov, 1 without an ending, 1 .txt, 2 hidden, 1 empty folder"
+    assert str(find_images(mixed / "b" / "small").left_out) == ""
+    many = LeftOut({f".{n}": 20 - n for n in range(13)})
+    assert str(many).endswith("11 .9, 27 of 3 other kinds")
+    with pytest.raises(InputError, match=r"contains no images \(.*\); it holds 1 \.mov, 1 hidden"):
+        find_images(mixed / "a", exclude=["*.png", "*.PNG"]) if False else find_images(
+            mixed / "a", exclude="*.[pP][nN][gG]"
+        )
+
+
+@pytest.mark.parametrize(
+    ("patterns", "left", "counted"),
+    [
+        (["*.PNG"], ["a/1.png", "b/3.png", "b/small/4.png"], {"*.PNG": 1}),
+        (["small"], ["a/1.png", "a/2.PNG", "b/3.png"], {"small": 1}),
+        (["b/*"], ["a/1.png", "a/2.PNG"], {"b/*": 4}),
+        (["b/"], ["a/1.png", "a/2.PNG"], {"b/": 1}),
+        (["a/1.png", "?.png"], ["a/2.PNG"], {"a/1.png": 1, "?.png": 2}),
+        (["*.bmp"], ["a/1.png", "a/2.PNG", "b/3.png", "b/small/4.png"], {"*.bmp": 0}),
+    ],
+)
+def test_patterns_leave_out_files_and_folders(
+    mixed: Path, patterns: list[str], left: list[str], counted: dict[str, int]
+) -> None:
+    source = find_images(mixed, "none", exclude=patterns)
+    assert source.ids == left
+    assert source.left_out.excluded == counted
+    name, number = next(iter(counted.items()))
+    assert f"{number} excluded by {name}" in str(source.left_out)
+    listed = "path,label\n" + "".join(f"{one},x\n" for one in find_images(mixed).ids)
+    path = csv_of(mixed, listed)
+    assert find_images(path, exclude=patterns).ids == left
+
+
+def test_exclude_takes_patterns_alone(mixed: Path) -> None:
+    assert find_images(mixed, exclude="a").ids == ["b/3.png", "b/small/4.png"]
+    with pytest.raises(InputError, match=r"expected patterns such as '\*\.gif', given \[1\]"):
+        find_images(mixed, exclude=[1])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("names", "note"),
+    [
+        (["train/c0/1", "train/c1/2", "test/c0/3"],
+         r"the labels are test and train, parts .* \(c0, c1\) give .*/train, or take labels="
+         '"subfolders"'),
+        (["Train/c0/1", "Train/c1/2"], r"the label is Train, a part .* \(c0, c1\) give .*/Train, "),
+        (["train/1", "val/2"], 'the labels train and val look like parts .*; labels="none" leaves'),
+        (["train/a/1", "car/2"], ""),
+        (["c0/train/1", "c1/train/2"], ""),
+    ],
+)  # fmt: skip
+def test_labels_that_are_splits_are_pointed_out(
+    tmp_path: Path, names: list[str], note: str
+) -> None:
+    for name in names:
+        write(tmp_path / f"{name}.png")
+    import re
+
+    said = find_images(tmp_path).notes
+    assert len(said) == bool(note)
+    assert not note or re.search(note, said[0])
+    assert not find_images(tmp_path, "none").notes
+
+
+def test_the_level_below_gives_labels(tmp_path: Path) -> None:
+    for name in ("train/c0/1", "train/c1/2", "test/c1/deep/3"):
+        write(tmp_path / f"{name}.png")
+    source = find_images(tmp_path, "subfolders")
+    assert list(zip(source.ids, source.labels, strict=True)) == [
+        ("test/c1/deep/3.png", "c1"), ("train/c0/1.png", "c0"), ("train/c1/2.png", "c1"),
+    ]  # fmt: skip
+    assert not source.notes
+    write(tmp_path / "train/4.png")
+    with pytest.raises(InputError, match=r"1 images such as 'train/4\.png' lie beside the class"):
+        find_images(tmp_path, "subfolders")
+
+
+# --- lists ---
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path , label\n a.png , cat \n b.png ,\n",
+        "Path;LABEL\r\na.png;cat\r\n\r\nb.png;\r\n;\r\n",
+        '"path"\t"label"\t"more"\n"a.png"\tcat\t\n"b.png"\t\t1\n',
+        '\ufeffpath, label\na.png, "cat"\nb.png, ""\n',
+    ],
+    ids=["blanks", "semicolons", "tabs", "quotes after blanks"],
+)
+def test_lists_as_programs_write_them(tmp_path: Path, text: str) -> None:
+    source = find_images(csv_of(tmp_path, text))
+    assert source.items == (Item("a.png", "a.png", "cat"), Item("b.png", "b.png", None))
+
+
+def test_boxes_are_read_the_same_way(tmp_path: Path) -> None:
+    write(tmp_path / "a.png")
+    source = ImageSource([Item("a.png", "a.png")], tmp_path)
+    path = csv_of(tmp_path, "Path; x0; y0; x1; y1\n a.png ; 1;1; 3;2\n")
+    assert of_boxes(path, source).has(0)
+
+
+def test_an_address_in_a_list_is_unreadable_by_name(tmp_path: Path) -> None:
+    path = csv_of(tmp_path, "path,label\nhttps://host/x/1.jpg,a\nb.png,b\n")
+    source = find_images(path)
+    assert source.ids == ["https://host/x/1.jpg", "b.png"]
+    with pytest.raises(ImageError, match=r"^https://host/x/1\.jpg: is an address, and only local"):
+        source.open(0)
+
+
+def test_a_huge_value_is_not_repeated_whole(tmp_path: Path) -> None:
+    for text in ("x" * 2_000_000 + ",label\n", f"path,label,{'y' * 9},{'y' * 9}\n",
+                 "path,label,id\n" + f"a.png,1,{'z' * 99_000}\n" * 2):  # fmt: skip
+        with pytest.raises(InputError) as caught:
+            find_images(csv_of(tmp_path, text))
+        assert len(str(caught.value)) < 400
+
+
+# --- builds ---
+
+
+def test_a_build_ends_with_what_it_took(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    source = pictures(folder)
+    write(folder / "c0/notes.txt", b"x")
+    write(folder / "c0/bad.png", b"")
+    report = build_index(
+        find_images(folder), toy().network, tmp_path / "i", DENSE, on_unreadable="skip",
+        progress=False,
+    )  # fmt: skip
+    counts = {label: source.labels.count(label) for label in sorted(set(source.labels))}
+    assert report.labels == counts
+    assert report.left_out == LeftOut({".txt": 1})
+    few = ", ".join([*counts][:3])
+    assert report.taken()[0].startswith(f"labels: {len(counts)} ({few}), of ")
+    assert report.taken()[1] == "not taken: 1 .txt, 1 skipped"
+    again = build_index(
+        find_images(folder), toy().network, tmp_path / "i", DENSE, on_unreadable="skip",
+        progress=False,
+    )  # fmt: skip
+    assert (again.n_images, [name for name, _ in again.skipped]) == (0, ["c0/bad.png"])
+    write(tmp_path / "more/c0/new.png", (folder / "c0/000.png").read_bytes())
+    write(tmp_path / "more/c0/x.heics", b"")
+    added = add_images(find_images(tmp_path / "more"), toy().network, tmp_path / "i")
+    assert added.labels == {"c0": 1}
+    assert added.taken() == ["labels: 1 (c0), of 1 images each", "not taken: 1 .heics"]
+
+
+def test_how_labels_are_told() -> None:
+    def told(labels: dict[str, int], unlabelled: int = 0) -> str:
+        report = BuildReport(Path("i"), 9, [], labels=labels, n_unlabelled=unlabelled)
+        return report.taken()[0]
+
+    assert told({}) == "labels: none"
+    assert told({"ant": 2, "bee": 31, "cat": 4, "dog": 4}, 3) == (
+        "labels: 4 (ant, bee, cat, ...), of 2 (ant) to 31 (bee) images each; 3 images without a "
+        "label"
+    )
+
+
+def test_a_name_that_is_no_text_stops_nothing_where_it_may_be_skipped(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    source = pictures(folder)
+    try:
+        os.rename(folder / source.ids[0], os.fsencode(folder) + b"/c0/\xff.png")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    found = find_images(folder)
+    with pytest.raises(ImageError, match=r"c0/\\xff\.png: the file name is not UTF-8; rename it"):
+        build_index(found, toy().network, tmp_path / "i", DENSE, progress=False)
+    assert not (tmp_path / "i").exists()  # said before any work
+    report = build_index(
+        found, toy().network, tmp_path / "i", DENSE, on_unreadable="skip", progress=False
+    )
+    assert [name for name, _ in report.skipped] == ["c0/\\xff.png"]
+    assert report.n_images == len(source) - 1
+
+
+def test_a_crop_that_leaves_out_much_is_counted(tmp_path: Path) -> None:
+    folder, network = tmp_path / "pictures", toy().network
+    source = pictures(folder)
+    side = network.preprocess.size[0]
+    network.preprocess = Preprocess((side, side), "crop", side)
+    for position, width in enumerate((160, 100, 130, 133, 134)):
+        where = folder / source.ids[position]
+        Image.open(where).convert("RGB").resize((width, 100)).save(where)
+    report = build_index(find_images(folder), network, tmp_path / "i", DENSE, progress=False)
+    # 100 of 133 columns are three quarters and a little more.
+    assert report.notes == [
+        f"the crop leaves out more than a quarter of 2 of {len(source)} pictures; "
+        'resize="squash" shows all of each'
+    ]
+    assert for_command_line(report.notes[0]).endswith("; --resize squash shows all of each")
+    assert report.taken()[-1] == report.notes[0]

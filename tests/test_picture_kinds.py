@@ -1,0 +1,235 @@
+"""Kinds of picture files that are rare, each beside the picture that is right."""
+
+import io
+import os
+import struct
+import sys
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from embedcam.errors import ImageError, ImageTooLarge, InputError
+from embedcam.images import from_dataset, read_image
+
+RAMP = np.tile(np.linspace(0, 1, 48), (8, 1))
+
+
+def png(width: int, depth: int, colour: int, row: bytes, clear: bytes) -> bytes:
+    """One row of pixels as a PNG with a transparent level."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)),
+        (b"tRNS", clear),
+        (b"IDAT", zlib.compress(b"\0" + row)),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def tiff(bits: int, white_is_zero: bool, data: bytes, size: tuple[int, int], kind: int = 1,
+         order: str = "<") -> bytes:  # fmt: skip
+    """A plain grey TIFF; kind 1 holds whole numbers, 3 floats."""
+    tags = {256: size[0], 257: size[1], 258: bits, 259: 1, 262: 0 if white_is_zero else 1,
+            273: 8 + 2 + 10 * 12 + 4, 277: 1, 278: size[1], 279: len(data), 339: kind}  # fmt: skip
+    out = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
+    for tag, value in tags.items():
+        long = tag in (273, 279)
+        number = struct.pack(f"{order}I", value) if long else struct.pack(f"{order}HH", value, 0)
+        out += struct.pack(f"{order}HHI", tag, 4 if long else 3, 1) + number
+    return out + bytes(4) + data
+
+
+def red(source: bytes) -> list[int]:
+    return np.asarray(read_image(source))[0, :, 0].tolist()
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("white_is_zero", [False, True])
+def test_grey_tiffs_of_every_depth_show_the_same_picture(order: str, white_is_zero: bool) -> None:
+    size = (48, 8)
+    stored = 1 - RAMP if white_is_zero else RAMP
+    for bits, kind, data in (
+        (8, 1, np.rint(stored * 255).astype("u1")),
+        (16, 1, np.rint(stored * 65_535).astype(f"{order}u2")),
+        (32, 3, stored.astype(f"{order}f4")),
+    ):
+        made = tiff(bits, white_is_zero, data.tobytes(), size, kind, order)
+        if (bits, white_is_zero, order) == (16, True, ">"):  # which Pillow does not decode
+            with pytest.raises(ImageError, match=r"of a kind that is not read .*; save it as PNG"):
+                read_image(made)
+            continue
+        read = read_image(made)
+        shown = np.asarray(read)[..., 0].astype(int)
+        assert np.abs(shown - np.rint(RAMP * 255)).max() <= 1, (bits, kind)
+
+
+def test_twelve_bits_are_scaled_from_their_own_white() -> None:
+    # Two pixels in three bytes: 0 and 4095.
+    assert red(tiff(12, False, bytes([0x00, 0x0F, 0xFF]), (2, 1))) == [0, 255]
+
+
+@pytest.mark.parametrize(
+    ("made", "right"),
+    [
+        (png(2, 2, 0, bytes([0b01_10_0000]), struct.pack(">H", 1)), [255, 170]),
+        (png(2, 4, 0, b"\x3a", struct.pack(">H", 3)), [255, 170]),
+        (png(2, 8, 0, b"\x03\x10", struct.pack(">H", 3)), [255, 16]),
+        (png(2, 16, 0, struct.pack(">2H", 1000, 5140), struct.pack(">H", 1000)), [255, 20]),
+        (png(2, 8, 2, bytes([1, 2, 3, 4, 5, 6]), struct.pack(">3H", 1, 2, 3)), [255, 4]),
+        (
+            png(2, 16, 2, struct.pack(">6H", 1000, 2000, 3000, 5140, 0, 0),
+                struct.pack(">3H", 1000, 2000, 3000)),
+            [255, 20],
+        ),
+    ],
+    ids=["2 bits", "4 bits", "8 bits", "16 bits", "rgb", "rgb of 16 bits"],
+)  # fmt: skip
+def test_a_transparent_level_is_white_in_every_depth(made: bytes, right: list[int]) -> None:
+    np.testing.assert_allclose(red(made), right, atol=1)
+
+
+def noted(add: Iterable[tuple[str, str, bool]]) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    for key, text, packed in add:
+        info.add_text(key, text, zip=packed)
+    held = io.BytesIO()
+    Image.new("RGB", (6, 4), "red").save(held, "PNG", pnginfo=info)
+    return held.getvalue()
+
+
+def test_a_png_s_long_text_is_passed_over(tmp_path: Path) -> None:
+    data = noted([("short", "kept", False), ("workflow", "x" * 3_000_000, True)])
+    (tmp_path / "a.png").write_bytes(data)
+    for source in (data, tmp_path / "a.png"):
+        np.testing.assert_array_equal(np.asarray(read_image(source))[0, 0], [255, 0, 0])
+    # Text behind the pixels, which Pillow meets only when it decodes them.
+    end = data.index(b"IDAT") - 4
+    length = int.from_bytes(data[end : end + 4], "big") + 12
+    late = data[:33] + data[end : end + length] + data[33:end] + data[end + length :]
+    assert read_image(late).getpixel((0, 0)) == (255, 0, 0)
+    # The limit of pixels holds on this way, too.
+    with pytest.raises(ImageTooLarge, match="above the limit of 23"):
+        read_image(data, max_pixels=23)
+    with pytest.raises(ImageError, match="truncated|broken"):
+        read_image(data[:-40])
+
+
+def test_a_data_set_whose_own_reader_stops_at_such_text_says_so() -> None:
+    data = noted([("workflow", "x" * 3_000_000, True)])
+
+    class Opens(list[bytes]):
+        def __getitem__(self, position):  # type: ignore[no-untyped-def]
+            return Image.open(io.BytesIO(super().__getitem__(position)))
+
+    with pytest.raises(ImageError, match="0: is a PNG with more text beside its pixels than"):
+        from_dataset(Opens([data])).open(0)
+
+
+def test_heic_is_read_by_the_extra_and_named_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    picture = Image.new("RGB", (64, 32), (200, 30, 30))
+    picture.paste((20, 20, 220), (0, 0, 32, 32))
+    heif.from_pillow(picture).save(tmp_path / "a.heic", quality=95)
+    before = dict(Image.OPEN)
+    read = read_image(tmp_path / "a.heic")
+    assert Image.OPEN == before  # nothing of Pillow's changes for others
+    assert read.size == (64, 32)
+    np.testing.assert_allclose(np.asarray(read)[16, [8, 56]], [[20, 20, 220], [200, 30, 30]],
+                               atol=12)  # fmt: skip
+    with pytest.raises(ImageTooLarge, match="has 64 x 32 pixels"):
+        read_image(tmp_path / "a.heic", max_pixels=100)
+    with pytest.raises(ImageError, match="broken header|cannot be decoded"):
+        read_image(b"\0\0\0\x18ftypheic" + bytes(200), name="b.heic")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(ImageError, match=r"a\.heic: is a HEIC .* pip install \"embedcam\[heic\]\""):
+        read_image(tmp_path / "a.heic")
+
+
+def test_a_turned_heic_is_turned_once(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    picture = Image.new("RGB", (64, 32), "white")
+    picture.paste("black", (0, 0, 16, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    heif.from_pillow(picture).save(tmp_path / "a.heic", exif=exif.tobytes(), quality=95)
+    read = np.asarray(read_image(tmp_path / "a.heic")).mean(2)
+    assert read.shape == (64, 32)
+    assert read[:12].max() < 60
+    assert read[20:].min() > 200
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_of_several_frames_the_first_is_taken(kind: str) -> None:
+    held = io.BytesIO()
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    more = {"lossless": True} if kind == "WEBP" else {}
+    frames[0].save(held, kind, save_all=True, append_images=frames[1:], **more)
+    np.testing.assert_allclose(read_image(held.getvalue()).getpixel((3, 3)), (255, 0, 0), atol=1)
+
+
+@pytest.mark.parametrize("address", ["https://host/a.jpg", "s3://bucket/a.jpg"])
+def test_an_address_is_said_to_be_one(address: str) -> None:
+    for given in (address, Path(address)):
+        with pytest.raises(ImageError, match="is an address, and only local files are read"):
+            read_image(given)
+
+
+def test_a_folder_that_is_called_like_a_picture(tmp_path: Path) -> None:
+    os.mkdir(tmp_path / "x.jpg")
+    with pytest.raises(ImageError, match=r"x\.jpg: is a folder, not an image"):
+        read_image(tmp_path / "x.jpg")
+
+
+# --- rows of data sets ---
+
+
+def grey(value: int) -> Image.Image:
+    return Image.new("L", (3, 2), value)
+
+
+class Rows(list[dict[str, object]]):
+    """Rows with named features, as Hugging Face's data sets have them."""
+
+    class Label:
+        names = ("cat", "dog")
+
+    features = {"image": None, "label": Label()}
+
+    def __getitem__(self, key):  # type: ignore[no-untyped-def]
+        if key == "label":
+            return [row["label"] for row in self]
+        return super().__getitem__(key)
+
+
+def test_rows_as_they_come() -> None:
+    held = io.BytesIO()
+    grey(7).save(held, "PNG")
+    rows = [
+        {"image": grey(0), "label": 0},
+        {"image": {"bytes": held.getvalue(), "path": None}, "label": 1},
+        {"image": grey(2), "label": -1},
+    ]
+    source = from_dataset(Rows(rows))
+    assert source.labels == ["cat", "dog", None]
+    assert [source.open(place).getpixel((0, 0))[0] for place in range(3)] == [0, 7, 2]
+    plain = from_dataset([{"img": grey(5), "class": 3}, {"img": grey(6)}])
+    assert plain.labels == ["3", None]
+    assert plain.open(0).getpixel((0, 0)) == (5, 5, 5)
+
+
+def test_rows_that_are_no_pictures_say_what_is_missing() -> None:
+    source = from_dataset([{"pixel_values": 1, "text": "a"}])
+    with pytest.raises(InputError, match="columns pixel_values, text; .* called 'image'"):
+        source.open(0)
+    with pytest.raises(InputError, match=r"dict: is a dictionary \(train, test\).*; give one of"):
+        from_dataset({"train": [], "test": []})
+    with pytest.raises(ImageError, match="0: has 3 x 2 pixels, above the limit of 5"):
+        from_dataset([grey(0)], max_pixels=5).open(0)

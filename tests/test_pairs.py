@@ -504,7 +504,7 @@ class TestPairExplainer:
 
 
 def test_a_rival_s_own_map_has_the_rival_s_colour(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What in it matches the query speaks for it, as the query's blue does; all else is as it was."""
+    """What in it matches the query speaks for it, and is drawn as the query's blue is."""
     sides = [
         PooledSide(np.random.default_rng(n).random((3, 2, 2)), np.eye(3)[n], 1.0, None)
         for n in range(3)

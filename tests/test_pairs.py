@@ -31,6 +31,7 @@ from embedcam.pairs import (
     make_receipt,
 )
 from embedcam.prototypes import compress
+from embedcam.render import Tile
 
 KINDS = ["affine", "signed", "identity", "pooled", "other", "tokens"]
 EXACT = {"affine", "signed", "identity"}
@@ -500,6 +501,26 @@ class TestPairExplainer:
         other = Explainer(tmp_path / "index", onnx=tmp_path / "network.onnx")
         with pytest.raises(InputError, match=r"network.onnx has none that is average pooling and"):
             PairExplainer(other)
+
+
+def test_a_rival_s_own_map_has_the_rival_s_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What in it matches the query speaks for it, and is drawn as the query's blue is."""
+    sides = [
+        PooledSide(np.random.default_rng(n).random((3, 2, 2)), np.eye(3)[n], 1.0, None)
+        for n in range(3)
+    ]
+    result, rival = (make_receipt(sides[0], one, np.zeros(3)) for one in sides[1:])
+    drawn: list[Tile] = []
+    monkeypatch.setattr(
+        "embedcam.pairs.drawing.receipt_picture", lambda tiles, *_, **__: drawn.extend(tiles)
+    )
+    made = make_comparison(sides[0], result, rival, "l2")
+    made.plot()
+    query, ours, theirs = drawn
+    np.testing.assert_array_equal(query.cam, made.query.cells)
+    np.testing.assert_array_equal(ours.cam, result.result.cells)
+    np.testing.assert_array_equal(theirs.cam, -rival.result.cells)
+    assert theirs.cam.any()
 
 
 def test_a_receipt_that_overflows_is_refused() -> None:

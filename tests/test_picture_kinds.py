@@ -140,7 +140,7 @@ def test_heic_is_read_by_the_extra_and_named_without_it(
     heif.from_pillow(picture).save(tmp_path / "a.heic", quality=95)
     before = dict(Image.OPEN)
     read = read_image(tmp_path / "a.heic")
-    assert Image.OPEN == before  # nothing of Pillow's changes for others
+    assert before == Image.OPEN  # nothing of Pillow's changes for others
     assert read.size == (64, 32)
     np.testing.assert_allclose(np.asarray(read)[16, [8, 56]], [[20, 20, 220], [200, 30, 30]],
                                atol=12)  # fmt: skip

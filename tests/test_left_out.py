@@ -1,7 +1,6 @@
 """What is taken of a folder or a list, what is not, and that it is said."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,14 +23,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def mixed(tmp_path: Path) -> Iterator[Path]:
+def mixed(tmp_path: Path) -> Path:
     """Two classes with other files among them."""
     for name in ("a/1.png", "a/2.PNG", "b/3.png", "b/small/4.png"):
         write(tmp_path / name)
     for name in ("notes.txt", "a/film.MOV", "b/other.mov", "b/README", "a/.DS_Store", ".git/x.png"):
         write(tmp_path / name, b"x")
     os.mkdir(tmp_path / "c")
-    yield tmp_path
+    return tmp_path
 
 
 # --- folders ---

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..cam import normalize
+from ..errors import NetworkError
 from ..methods.masks import fill_like
 from ..methods.subject import inputs_a_pass
 from ..metrics import (
@@ -136,7 +137,7 @@ class Faithfulness:
                 turned = batch.contiguous(memory_format=torch.channels_last)
                 try:
                     return _numpy(self.network.forward(turned, allow_zero=True).embedding)
-                except RuntimeError:
+                except NetworkError:
                     self._channels_last = False  # takes views of contiguous memory only
             return _numpy(self.network.forward(batch, allow_zero=True).embedding)
 

@@ -24,7 +24,6 @@ from embedcam.network.layouts import choose_embedding
 from embedcam.preprocess import CustomPreprocess, Preprocess, custom, from_transform
 
 SIZE = (32, 32)
-RANDOM = np.random.default_rng(0)
 
 
 class Net(nn.Module):
@@ -152,9 +151,7 @@ def test_a_backward_that_fails() -> None:
             raise NotImplementedError("no way back")
 
     network = wrapped(seeded(lambda: Net(after=NoWay.apply)))
-    with pytest.raises(
-        NetworkError, match=r"derivative of what follows layer 'relu' failed.*no wa"
-    ):
+    with pytest.raises(NetworkError, match=r"derivative of what follows layer 'relu' failed.*no"):
         network.check()
 
 
@@ -225,7 +222,7 @@ def test_a_tensor_kept_from_the_first_forward_can_be_differentiated() -> None:
         ({"preprocess": 3}, "expected a transform, given 3"),
         ({"preprocess": Preprocess}, "given the class Preprocess; give an instance"),
         ({"preprocess": lambda picture: picture.nothing}, "failed with AttributeError.*nothing"),
-        ({"preprocess": lambda picture: RANDOM.random((3, 8, 8))}, "another input each time"),
+        ({"preprocess": lambda picture: torch.rand(3, 8, 8)}, "another input each time"),
     ],
 )
 def test_arguments_of_a_wrong_type(given: dict[str, Any], message: str) -> None:
@@ -456,3 +453,11 @@ def test_the_last_layer_with_positions_is_suggested(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(NetworkError, match=r"for instance 'trunk', the last of trunk\.0, trunk\.1"):
         load_network("odd_factory:make")
+
+
+@pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "cait_xxs24_224", "convit_tiny"])
+def test_timm_networks_with_ways_of_their_own(name: str) -> None:
+    pytest.importorskip("timm")
+    network = load_network(f"timm:{name}", weights="random")
+    network.check()
+    assert network.forward(network.probe_images()).activations.shape[2:] == (14, 14)

@@ -468,8 +468,8 @@ def test_a_graph_that_does_not_end_is_stopped(
             [
                 helped("Constant", [], ["always"], value=helper.make_tensor("a", 9, [], [True])),
                 helped("Loop", ["", "always", "images"], ["activations"], body=body),
-                helped("ReduceMean", ["activations"], ["p"], keepdims=0, axes=[2, 3]),
-                helped("Identity", ["p"], ["embedding"]),
+                helped("GlobalAveragePool", ["activations"], ["p"]),
+                helped("Flatten", ["p"], ["embedding"]),
             ],
             [("images", SHAPE)],
             [("activations", SHAPE), ("embedding", ["n", 3])],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..cam import normalize
-from ..memory import ran_out
+from ..errors import NetworkError
 from ..methods.masks import fill_like
 from ..methods.subject import inputs_a_pass
 from ..metrics import (
@@ -137,9 +137,7 @@ class Faithfulness:
                 turned = batch.contiguous(memory_format=torch.channels_last)
                 try:
                     return _numpy(self.network.forward(turned, allow_zero=True).embedding)
-                except RuntimeError as error:
-                    if ran_out(error):
-                        raise
+                except NetworkError:
                     self._channels_last = False  # takes views of contiguous memory only
             return _numpy(self.network.forward(batch, allow_zero=True).embedding)
 

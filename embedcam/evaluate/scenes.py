@@ -170,7 +170,7 @@ class Scenes:
             wide = side_by_side(images)
             try:
                 return self.mapper.see(wide)
-            except (EmbedcamError, RuntimeError, AssertionError, ValueError) as error:
+            except EmbedcamError as error:
                 if ran_out(error):
                     raise
                 self.squeezed = (

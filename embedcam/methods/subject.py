@@ -14,8 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..errors import InputError, RecipeError
-from ..memory import ran_out
+from ..errors import InputError, NetworkError, RecipeError
 from ..network import (
     EmbeddingNetwork,
     Features,
@@ -301,9 +300,7 @@ class Subject:
             turned = piece.contiguous(memory_format=torch.channels_last)
             try:
                 return self.network.forward(turned, allow_zero=True).embedding
-            except RuntimeError as error:
-                if ran_out(error):
-                    raise
+            except NetworkError:
                 self._channels_last = False  # a module that takes views of contiguous memory only
         return self.network.forward(piece, allow_zero=True).embedding
 

@@ -173,7 +173,12 @@ def from_timm(
 def _timm_loaded(module: Any, affine: nn.Linear | None, preprocess: Preprocess) -> Loaded:
     whole = _TimmNetwork(module, affine)
     prefix = getattr(module, "num_prefix_tokens", None)
-    if prefix and getattr(module, "global_pool", "") == "token" and hasattr(module, "blocks"):
+    if hasattr(module, "cls_attn_blocks") or hasattr(module, "blocks_token_only"):
+        # CaiT and XCiT: the class token comes after the blocks, and reads the patches there.
+        return Loaded(whole, f"blocks.{len(module.blocks) - 1}", preprocess, prefix_tokens=0)
+    blocks = getattr(module, "blocks", None)
+    early = blocks is not None and hasattr(blocks[-1], "norm1")
+    if prefix and getattr(module, "global_pool", "") == "token" and early:
         # Only the class token is read: after the last attention the patches count no more.
         layer = f"blocks.{len(module.blocks) - 1}.norm1"
         return Loaded(whole, layer, preprocess, prefix_tokens=prefix)

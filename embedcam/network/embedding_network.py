@@ -141,7 +141,7 @@ class EmbeddingNetwork(ModuleRuns):
         self._example: Tensor | None = None
         self._state = ModuleState([module, *(run_by if trunk is not None else [])])
         self._lock = ProcessLock()
-        self._reached = self._steady = False
+        self._reached = self._steady = self._sound = False
         self._kind: HeadKind | None = None
         self._matrix: Tensor | None = None
         self._replays = False
@@ -270,7 +270,7 @@ class EmbeddingNetwork(ModuleRuns):
         return 1
 
     def check(self, gradients: bool = True) -> None:
-        """Run probe pictures through, so that what cannot be explained says so before any work.
+        """Run probe pictures through once, so that what cannot be explained says so before work.
 
         Args:
             gradients: whether derivatives of the embedding will be asked for.
@@ -280,6 +280,8 @@ class EmbeddingNetwork(ModuleRuns):
             NetworkError: as `forward`, `head_pass` and `check_steady`; a layer of one position,
                 whose map is one value; an embedding whose derivative at the layer is zero.
         """
+        if self._sound:
+            return
         self.check_steady()
         probes = self._probes()
         if gradients:
@@ -290,6 +292,7 @@ class EmbeddingNetwork(ModuleRuns):
             maps = self.forward(probes).activations
         if maps.shape[2] * maps.shape[3] == 1 and self.layout != "bkl":
             raise self._one_position(torch.as_tensor(probes))
+        self._sound = gradients
 
     def _one_position(self, probes: Tensor) -> NetworkError:
         near = ""

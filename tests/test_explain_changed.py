@@ -377,7 +377,7 @@ def test_the_command_and_a_report_leave_the_query_out(say: Say, made: Path, tmp_
     for line in lines:
         ids = [one["id"] for one in line["neighbors"]]
         assert (len(ids), line["query"] in ids) == (2, False)
-    assert "complete already" in say(*ask_for, "--exclude-query")[1]
+    assert "explained before; nothing to do" in say(*ask_for, "--exclude-query")[1]
     code, _, err = say(*ask_for)
     assert code == 2
     assert "a report with exclude_query = True, and False is asked for" in err

@@ -140,7 +140,7 @@ def test_a_masked_picture_may_leave_nothing() -> None:
         for part in case.module.modules():
             if getattr(part, "bias", None) is not None:
                 part.bias.zero_()
-    with pytest.raises(NetworkError, match="are zero and cannot be normalised"):
+    with pytest.raises(NetworkError, match="is zero and cannot be normalised"):
         case.network.forward(torch.zeros_like(case.image)[None])
     for name in ("scorecam", "rise", "lime", "sbsm", "groupcam", "polycam"):
         found = made(name, case.network, case.image, case.target)

@@ -284,7 +284,7 @@ def test_a_baseline_that_is_embedded_as_zeros_is_a_start_like_any_other(steps: i
     with torch.no_grad():
         for part in (case.module.features[0], case.module.features[3], case.module.head.linear):
             part.bias.zero_()
-    with pytest.raises(NetworkError, match="are zero and cannot be normalised"):
+    with pytest.raises(NetworkError, match="is zero and cannot be normalised"):
         case.network.forward(torch.zeros_like(case.image)[None])
     expected = zoo_gradients.integrated_gradcam(case, steps=steps)
     for batch_size in (1, 3, 100):

@@ -566,7 +566,7 @@ def test_a_text_file_is_refused_kindly(look: Look) -> None:
     page.page.wait_for_selector("#problem")
     assert page.text("#problem-text") == (
         "The picture is not an image of a known kind (JPEG, PNG, GIF, BMP, TIFF, WEBP, PPM, "
-        "JPEG2000, AVIF)."
+        "JPEG2000, AVIF, HEIF)."
     )
     assert page.page.is_hidden("#retry")
     assert page.page.is_hidden("#query-shot")  # no empty frame, and nothing to slide

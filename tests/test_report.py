@@ -499,8 +499,8 @@ def test_what_is_at_fault_for_every_query_stops_the_report(
     monkeypatch.setattr(type(CROP), "extent", thin)
     opened = open_query(find_images(queries, "none"), 0, explainer.preprocess, 48)
     assert opened == f"{queries}/0/0.png: a picture of 9 x 9 pixels is too long and thin"
-    wrong = custom(lambda image: np.zeros((1, 2, 3)), name="wrong")
-    with pytest.raises(InputError, match=r"0\.png: preprocess wrong: expected an array \[3 H W\]"):
+    wrong = custom(lambda image: np.zeros((2, 3)), name="wrong")
+    with pytest.raises(InputError, match=r"0\.png: preprocess wrong: expected an array \[C H W\]"):
         open_query(find_images(queries, "none"), 0, wrong, 48)
     monkeypatch.undo()
 

@@ -51,9 +51,28 @@ class BuildReport:
     def taken(self) -> list[str]:
         """What was taken and what was not, a line each."""
         said = [f"labels: {self._labels_line()}"] if self.n_images else []
+        not_taken = self._not_taken()
+        return [*said, *([f"not taken: {not_taken}"] if not_taken else []), *self.notes]
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows: list[tuple[str, object]] = [
+            ("index", self.path),
+            ("images", f"{self.n_images:,}"),
+            ("labels", self._labels_line()),
+            ("alone in their class", f"{self.n_single:,}"),
+            ("without evidence", f"{self.n_without_triplets:,}"),
+            ("not taken", self._not_taken()),
+            *((f"skipped: {name}", reason) for name, reason in self.skipped[:_SHOWN]),
+            *(("note", text) for text in self.notes),
+            *((stage, f"{seconds:.1f} s") for stage, seconds in self.seconds.items()),
+        ]
+        return "\n".join(drawn_blocks([Table(("build", ""), rows)]))
+
+    def _not_taken(self) -> str:
         others = [str(self.left_out)] if str(self.left_out) else []
         others += [f"{len(self.skipped):,} skipped"] if self.skipped else []
-        return [*said, *([f"not taken: {', '.join(others)}"] if others else []), *self.notes]
+        return ", ".join(others)
 
     def _labels_line(self) -> str:
         if not self.labels:

@@ -208,8 +208,7 @@ def _resized(
 
 
 def _call_factory(source: str, name: str) -> Any:
-    alone = "call it by itself to see the whole of it"
-    with own_failures(f"importing {source}", advice=alone):
+    with own_failures(f"importing {source}", advice="import it by itself to see the whole of it"):
         try:
             found: Any = importlib.import_module(source)
         except ImportError as error:
@@ -224,7 +223,7 @@ def _call_factory(source: str, name: str) -> Any:
         found = getattr(found, part)
     if not callable(found):
         raise NetworkError(f"{source}:{name} is a {type(found).__name__}; expected a function")
-    with own_failures(f"{source}:{name}", advice=alone):
+    with own_failures(f"{source}:{name}", advice="call it by itself to see the whole of it"):
         return found()
 
 

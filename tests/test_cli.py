@@ -487,7 +487,10 @@ def test_other_triplets_and_changed_pictures_are_not_complete_already(
     there = ["build", tmp_path / "photos", tmp_path / "i", *NAMED, "--triplets"]
     assert say(*there, tmp_path / "1.npy")[0] == 0
     assert "triplets of the user's own" in say("info", tmp_path / "i")[1]
-    assert say(*there, tmp_path / "1.npy")[1] == f"{tmp_path / 'i'}: holds these images already; nothing to do\n"
+    assert (
+        say(*there, tmp_path / "1.npy")[1]
+        == f"{tmp_path / 'i'}: holds these images already; nothing to do\n"
+    )
     refused(2, "with another array of given triplets;", *there, tmp_path / "2.npy")
     picture(1, 77).save(tmp_path / "photos/0/0.png")
     refused(2, "with image files changed since;", *there, tmp_path / "1.npy")

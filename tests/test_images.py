@@ -343,7 +343,9 @@ def test_places_without_images(tmp_path):
         find_images(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"expected a folder of images or a .csv file"):
         find_images(write(tmp_path / "one.png"))
-    with pytest.raises(InputError, match='"auto", "folders", "subfolders" or "none", given \'yes\''):
+    with pytest.raises(
+        InputError, match='"auto", "folders", "subfolders" or "none", given \'yes\''
+    ):
         find_images(tmp_path, "yes")
 
 

@@ -128,7 +128,9 @@ def test_embeddings_that_are_not_vectors_name_their_positions() -> None:
             call(x)
     pick = torch.tensor([1.0, float("inf"), 1.0, 1.0])[:, None]
     infinite = EmbeddingNetwork(toy(lambda z: z * pick), "relu")
-    with pytest.raises(EmbeddingError, match=r"holds NaN or infinity \(positions 1 of the") as caught:
+    with pytest.raises(
+        EmbeddingError, match=r"holds NaN or infinity \(positions 1 of the"
+    ) as caught:
         infinite.forward(images(4))
     assert caught.value.rows == [1]
     some = torch.tensor([1.0, 0.0, 0.0, 1.0])[:, None]

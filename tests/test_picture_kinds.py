@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_a_png_s_long_text_is_passed_over(tmp_path: Path) -> None:
     # The limit of pixels holds on this way, too.
     with pytest.raises(ImageTooLarge, match="above the limit of 23"):
         read_image(data, max_pixels=23)
-    with pytest.raises(ImageError, match="truncated|broken"):
+    with pytest.raises(ImageError, match=r"truncated|broken"):
         read_image(data[:-40])
 
 
@@ -140,13 +141,13 @@ def test_heic_is_read_by_the_extra_and_named_without_it(
     heif.from_pillow(picture).save(tmp_path / "a.heic", quality=95)
     before = dict(Image.OPEN)
     read = read_image(tmp_path / "a.heic")
-    assert Image.OPEN == before  # nothing of Pillow's changes for others
+    assert before == Image.OPEN  # nothing of Pillow's changes for others
     assert read.size == (64, 32)
     np.testing.assert_allclose(np.asarray(read)[16, [8, 56]], [[20, 20, 220], [200, 30, 30]],
                                atol=12)  # fmt: skip
     with pytest.raises(ImageTooLarge, match="has 64 x 32 pixels"):
         read_image(tmp_path / "a.heic", max_pixels=100)
-    with pytest.raises(ImageError, match="broken header|cannot be decoded"):
+    with pytest.raises(ImageError, match=r"broken header|cannot be decoded"):
         read_image(b"\0\0\0\x18ftypheic" + bytes(200), name="b.heic")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(ImageError, match=r"a\.heic: is a HEIC .* pip install \"embedcam\[heic\]\""):
@@ -201,7 +202,7 @@ class Rows(list[dict[str, object]]):
     class Label:
         names = ("cat", "dog")
 
-    features = {"image": None, "label": Label()}
+    features: ClassVar = {"image": None, "label": Label()}
 
     def __getitem__(self, key):  # type: ignore[no-untyped-def]
         if key == "label":
@@ -227,7 +228,7 @@ def test_rows_as_they_come() -> None:
 
 def test_rows_that_are_no_pictures_say_what_is_missing() -> None:
     source = from_dataset([{"pixel_values": 1, "text": "a"}])
-    with pytest.raises(InputError, match="columns pixel_values, text; .* called 'image'"):
+    with pytest.raises(InputError, match=r"columns pixel_values, text; .* called 'image'"):
         source.open(0)
     with pytest.raises(InputError, match=r"dict: is a dictionary \(train, test\).*; give one of"):
         from_dataset({"train": [], "test": []})

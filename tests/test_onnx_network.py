@@ -387,7 +387,7 @@ def test_a_network_that_asks_for_all_memory_fails_in_words(tmp_path: Path) -> No
           helper.make_node("Flatten", ["images"], ["flat"]),
           helper.make_node("Sub", ["flat", "flat"], ["zero"]),
           helper.make_node("Div", ["zero", "zero"], ["embedding"])],
-         "an embedding is zero or not finite"),
+         "the embedding is zero or not finite"),
     ],
 )  # fmt: skip
 def test_outputs_that_are_none(tmp_path: Path, nodes: list[Any], message: str) -> None:

@@ -179,7 +179,7 @@ def good_calls() -> list[Call]:
 
 
 def hostile_calls() -> list[Call]:
-    """Requests that are to be refused, with the status each is refused with."""
+    """Requests that mean harm, with the status of each: refused, or read without what harms."""
     whole = hostile.data_of(Image.new("RGB", (300, 200), 9), "JPEG")
     png = {"Content-Type": "image/png"}
     form = {"Content-Type": "multipart/form-data; boundary=b"}

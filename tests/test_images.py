@@ -397,7 +397,7 @@ def test_names_that_are_not_text(tmp_path):
     source = find_images(tmp_path)
     assert source.ids == ["2.png", "\\xff.png"]
     assert source.open(0).size == (6, 5)
-    with pytest.raises(ImageError, match=r"/\\xff.png: the file name is not UTF-8; rename it"):
+    with pytest.raises(ImageError, match=r"/\\xff\.png: the file name is not UTF-8; rename it"):
         source.open(1)
 
 

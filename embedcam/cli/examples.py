@@ -16,11 +16,14 @@ examples:
   embedcam build list.csv my.index --network torchvision:mobilenet_v2 \\
       --weights mobilenet.safetensors --head head.safetensors --resize squash
   embedcam build photos/ my.index --network mypackage.models:make --recipe paper
+  embedcam build photos/ my.index --network timm:resnet18 --exclude thumbs --exclude '*.gif'
   embedcam build my.index --embeddings e.npy --pooled p.npy --grid 7x7 --ids ids.csv
   embedcam build my.index --refit                fit again on all images, also those added later
 
 A killed build goes on where it stopped when the same command is run again.
-IMAGES is a folder with a folder per class, a flat folder, or a CSV with path,label[,id].
+IMAGES is a folder with a folder per class, a flat folder, or a CSV with path,label[,id]. It ends
+with what was taken, and what was not; --exclude leaves out more. HEIC takes pip install
+"embedcam[heic]".
 """
 ADD = """\
 examples:

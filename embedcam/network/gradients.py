@@ -205,16 +205,23 @@ def _refuse_bad(images: Tensor, norm: Tensor, maps: Tensor, zero_too: bool) -> N
             "check their preprocessing"
         )
     weights = "leave the picture out, or check the network's weights"
-    for flags, what, advice in (
+    causes = (
         (~torch.isfinite(norm), "the embedding holds NaN or infinity",
          f"{weights}, or compute in float32"),
         ((norm == 0) & zero_too, "the embedding is zero and cannot be normalised",
          f"{weights}, or use normalize=False"),
         (~torch.isfinite(maps.flatten(1)).all(1), "the layer's activations hold NaN or infinity",
          f"{weights}, or compute in float32"),
-    ):  # fmt: skip
-        if bool(flags.any()):
-            raise EmbeddingError(what, advice, flags.nonzero().flatten().tolist(), len(norm))
+    )  # fmt: skip
+    found = [
+        (flags.nonzero().flatten().tolist(), what, advice)
+        for flags, what, advice in causes
+        if bool(flags.any())
+    ]
+    if found:
+        # The first picture's cause, however large the batch is.
+        rows, what, advice = min(found, key=lambda one: one[0][0])
+        raise EmbeddingError(what, advice, rows, len(norm))
 
 
 def not_finite(which: str) -> NetworkError:

@@ -1,0 +1,313 @@
+"""Too little memory: said as that, and never taken for a broken picture or a query's result."""
+
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from build_samples import DENSE, pictures, toy
+from photo_samples import build, network_of, picture, write_photos
+from PIL import Image, ImageFile
+
+from embedcam import Explainer, build_index, find_images, memory, write_report
+from embedcam.cli import _say
+from embedcam.errors import EmbedcamError, ImageError, InputError, NetworkError
+from embedcam.images import read_image
+from embedcam.report import LINES, PAGE
+
+TORCH = (
+    "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried "
+    "to allocate 4000000 bytes. Error code 12 (Cannot allocate memory)"
+)
+FAILURES = [
+    MemoryError(),
+    RuntimeError(TORCH),
+    MemoryError("std::bad_alloc"),
+    RuntimeError("std::bad_alloc"),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    RuntimeError("can't start new thread"),
+    OSError("out of memory error when reading image file"),
+    ImportError("libx.so: failed to map segment from shared object"),
+    MemoryError("Unable to allocate 1. TiB for an array"),
+]
+
+
+@pytest.mark.parametrize("error", FAILURES, ids=lambda e: f"{type(e).__name__} {e}"[:40])
+def test_memory_is_named_whoever_ran_out(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrapped(kind: type[Exception]) -> Exception:
+        try:
+            raise kind("it cannot be used") from error
+        except kind as found:
+            return found
+
+    for given in (error, wrapped(NetworkError), wrapped(InputError)):
+        assert memory.ran_out(given)
+        assert _say(memory.told(given, {"batch_size": 4, "workers": None})) == 6
+        said = capsys.readouterr().err
+        assert said.startswith("embedcam: there is too little memory (")
+        assert said.endswith(
+            "); take a smaller --batch-size or fewer --workers, or allow it more, and run the "
+            "same command again\n"
+        )
+        assert said.count("\n") == 1
+        assert "enforce fail" not in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImageError("out of memory.png: is empty"),
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        EmbedcamError("no"),
+    ],
+)
+def test_other_failures_are_themselves(error: Exception) -> None:
+    assert not memory.ran_out(error)
+    assert memory.told(error, {}) is error
+
+
+def test_only_options_that_a_command_has_are_named() -> None:
+    assert str(memory.told(MemoryError(), {})) == (
+        "there is too little memory (MemoryError); allow it more, and run the same command again"
+    )
+    assert "take a smaller --batch-size, or" in str(memory.told(MemoryError(), {"batch_size": 3}))
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def short(monkeypatch: pytest.MonkeyPatch, raised: Callable[[], Exception]) -> Callable[[], None]:
+    """Let decoding fail as where memory is short, until what is returned is called."""
+
+    def fail(self: Image.Image) -> Any:
+        raise raised()
+
+    own = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    monkeypatch.setattr(memory, "is_left", lambda n_bytes: False)
+
+    def over() -> None:
+        monkeypatch.setattr(ImageFile.ImageFile, "load", own)
+        monkeypatch.setattr(memory, "is_left", lambda n_bytes: True)
+
+    return over
+
+
+WAYS = [lambda: MemoryError(), lambda: OSError("broken data stream when reading image file")]
+
+
+@pytest.mark.parametrize("raised", WAYS, ids=["memory", "broken stream"])
+def test_a_picture_is_not_broken_because_memory_ran_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Callable[[], Exception]
+) -> None:
+    picture(0, 1).save(tmp_path / "a.png")
+    over = short(monkeypatch, raised)
+    with pytest.raises(MemoryError, match=r"a\.png: there was too little memory to decode it"):
+        read_image(tmp_path / "a.png")
+    over()
+    assert read_image(tmp_path / "a.png").size == (48, 40)
+
+
+def test_a_picture_that_asks_for_absurd_amounts_is_a_broken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(0, 1).save(tmp_path / "a.png")
+    over = short(monkeypatch, MemoryError)
+    monkeypatch.setattr(memory, "is_left", lambda n_bytes: True)
+    with pytest.raises(ImageError, match=r"a\.png: cannot be decoded \(MemoryError\)"):
+        read_image(tmp_path / "a.png")
+    over()
+
+
+def test_a_picture_that_failed_once_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(0, 1).save(tmp_path / "a.png")
+    own, failed = ImageFile.ImageFile.load, []
+
+    def once(self: Any) -> Any:
+        if not failed:
+            failed.append(1)
+            raise OSError("broken data stream when reading image file")
+        return own(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", once)
+    assert read_image(tmp_path / "a.png").size == (48, 40)
+    assert failed == [1]
+
+
+@pytest.mark.parametrize("raised", WAYS, ids=["memory", "broken stream"])
+def test_no_picture_is_skipped_because_memory_ran_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Callable[[], Exception]
+) -> None:
+    source, it = pictures(tmp_path / "p"), toy()
+    asked = {"batch_size": 4, "workers": 1, "progress": False, "on_unreadable": "skip"}
+    build_index(source, it.network, tmp_path / "whole", DENSE, **asked)
+    over = short(monkeypatch, raised)
+    with pytest.raises(MemoryError):
+        build_index(source, it.network, tmp_path / "i", DENSE, **asked)
+    over()
+    assert build_index(source, it.network, tmp_path / "i", DENSE, **asked).skipped == []
+    same = [(tmp_path / n / "manifest.json").read_bytes() for n in ("i", "whole")]
+    assert same[0] == same[1]
+
+
+# --- reports -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def explainer(tmp_path_factory: pytest.TempPathFactory) -> Explainer:
+    folder = tmp_path_factory.mktemp("memory")
+    network = network_of()
+    index = build(write_photos(folder / "photos"), folder / "index", network)
+    return Explainer(index, network, n_neighbors=3)
+
+
+def queries(folder: Path) -> Any:
+    folder.mkdir()
+    for number in range(5):
+        picture(number % 3, 50 + number).save(folder / f"{number}.png")
+    (folder / "broken.png").write_text("a letter")
+    return find_images(folder, "none")
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("raised", WAYS, ids=["memory", "broken stream"])
+def test_no_query_is_unreadable_because_memory_ran_out(
+    explainer: Explainer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: Callable[[], Exception],
+) -> None:
+    source = queries(tmp_path / "q")
+    write_report(explainer, source, tmp_path / "whole", batch_size=2)
+    over = short(monkeypatch, raised)
+    with pytest.raises(MemoryError):
+        write_report(explainer, source, tmp_path / "out", batch_size=2)
+    over()
+    found = write_report(explainer, source, tmp_path / "out", batch_size=2)
+    assert [Path(name).name for name, _ in found.unreadable] == ["broken.png"]
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_no_query_is_kept_as_failed_because_memory_ran_out(
+    explainer: Explainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = queries(tmp_path / "q")
+
+    def fail(self: Explainer, *_: Any, **__: Any) -> Any:
+        raise NetworkError("the network cannot be run") from RuntimeError(TORCH)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Explainer, "explain_batch", fail)
+        with pytest.raises(NetworkError) as caught:
+            write_report(explainer, source, tmp_path / "out", batch_size=2)
+    assert memory.ran_out(caught.value)
+    assert not list((tmp_path / "out/.finished").iterdir())
+    assert len(write_report(explainer, source, tmp_path / "out", batch_size=2).unreadable) == 1
+
+
+@pytest.mark.parametrize("name", [LINES, PAGE, "report.json"])
+def test_a_damaged_report_is_repaired_by_a_rerun(
+    explainer: Explainer, tmp_path: Path, name: str
+) -> None:
+    source = queries(tmp_path / "q")
+    whole = write_report(explainer, source, tmp_path / "out", batch_size=2)
+    before, file = bytes_of(tmp_path / "out"), tmp_path / "out" / name
+    if name == "report.json":
+        said = json.loads(file.read_text())
+        assert sorted(said["files"]) == [LINES, PAGE]
+        file.write_text(json.dumps({**said, "files": {}}))
+    else:
+        file.write_bytes(file.read_bytes().replace(b"0", b"1", 1))
+    assert write_report(explainer, source, tmp_path / "out", batch_size=2).n_new == 6
+    assert bytes_of(tmp_path / "out") == before
+    assert write_report(explainer, source, tmp_path / "out", batch_size=2).n_new == 0
+    assert whole.n_new == 6
+
+
+def test_what_is_finished_proves_where_it_belongs(
+    explainer: Explainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another query's file, though whole, and another report's are explained anew."""
+    source = queries(tmp_path / "q")
+    write_report(explainer, source, tmp_path / "whole", batch_size=1)
+    other = find_images(tmp_path / "q", "none")
+
+    def stopped(folder: Path, **asked: Any) -> Path:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "embedcam.report.job._assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
+            with pytest.raises(KeyboardInterrupt):
+                write_report(explainer, other, folder, batch_size=1, **asked)
+        return folder / ".finished"
+
+    kept = stopped(tmp_path / "out")
+    foreign = stopped(tmp_path / "foreign", n_neighbors=2)
+    (kept / "00000001.json").write_bytes((kept / "00000000.json").read_bytes())
+    (kept / "00000002.json").write_bytes((foreign / "00000002.json").read_bytes())
+    assert write_report(explainer, source, tmp_path / "out", batch_size=1).n_new == 2
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_a_report_s_own_places_are_no_links(explainer: Explainer, tmp_path: Path) -> None:
+    source = queries(tmp_path / "q")
+    (tmp_path / "theirs").mkdir()
+    for name in ("00000001.json", "00000002.json.tmp", "notes.tmp"):
+        (tmp_path / "theirs" / name).write_text("precious")
+    write_report(explainer, source, tmp_path / "out", batch_size=2)
+    (tmp_path / "out/notes.tmp").write_text("mine")
+    (tmp_path / "out/.finished").symlink_to(tmp_path / "theirs")
+    with pytest.raises(InputError, match=r"\.finished: is a symbolic link; give a new folder"):
+        write_report(explainer, source, tmp_path / "out", batch_size=2)
+    assert len(os.listdir(tmp_path / "theirs")) == 3
+    assert (tmp_path / "out/notes.tmp").read_text() == "mine"
+    (tmp_path / "out/.finished").unlink()
+    (tmp_path / "out/report.json").unlink()
+    os.mkfifo(tmp_path / "out/report.json")
+    with pytest.raises(InputError, match=r"report\.json: is not a report's"):
+        write_report(explainer, source, tmp_path / "out", batch_size=2)
+
+
+# --- for real ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc how much is used")
+def test_a_decoder_under_a_real_limit(tmp_path: Path) -> None:
+    """JPEG's own decoder calls it a broken stream, or Pillow memory; both are told as memory."""
+    held = io.BytesIO()
+    Image.effect_noise((3000, 3000), 40).convert("RGB").save(held, "JPEG", quality=50)
+    (tmp_path / "big.jpg").write_bytes(held.getvalue())
+    program = """
+import resource, sys
+from embedcam.images import read_image
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), resource.RLIM_INFINITY))
+try:
+    read_image(sys.argv[1])
+except MemoryError as error:
+    print("memory:", error)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "big.jpg")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.startswith("memory: "), done

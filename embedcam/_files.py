@@ -172,7 +172,9 @@ def write_whole(path: str | Path, text: str) -> Path:
         if path.exists() and not path.is_file():
             path.write_bytes(data)
             return path
-        target = path.resolve()
+        target = Path(os.path.realpath(path))
+        if target.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         if target.exists() and not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         unfinished = target.with_name(f".{target.name}.{os.getpid()}{UNFINISHED}")

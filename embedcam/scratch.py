@@ -113,7 +113,8 @@ class Scratch:
         if 0 in shape:
             return np.zeros(shape, dtype)
         path = self.path / f"{name}.array"
-        with open(path, "wb") as file:
+        path.unlink(missing_ok=True)
+        with open(path, "xb") as file:  # never through a link
             size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
             # Claimed now: writing to a map of a file with holes kills the process on a full disk.
             claim = getattr(os, "posix_fallocate", None)

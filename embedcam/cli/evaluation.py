@@ -1,6 +1,7 @@
 """The command that measures how good an index's maps are."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def _check_files(options: argparse.Namespace) -> None:
             there = other is not None and Path(file).exists() and Path(other).exists()
             if there and Path(file).samefile(other):
                 raise InputError(f"{file} is read, and would be replaced; write somewhere else")
-    if len({Path(file).resolve() for file in written}) < len(written):
+    if len({os.path.realpath(file) for file in written}) < len(written):
         raise InputError(f"--html and --csv both name {options.csv}; give each its own file")
 
 

@@ -1,0 +1,34 @@
+"""Files that a command writes: a link stays one, and nothing is written through one unasked."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcam._files import write_whole
+from embedcam.errors import InputError
+from embedcam.scratch import Scratch
+
+
+def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "page.html").symlink_to("real.html")
+    write_whole(tmp_path / "page.html", "new")
+    assert os.readlink(tmp_path / "page.html") == "real.html"
+    assert (tmp_path / "real.html").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["page.html", "real.html"]
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "page.html").symlink_to("page.html")
+    with pytest.raises(InputError, match=r"page\.html: cannot be written \(Too many levels"):
+        write_whole(tmp_path / "page.html", "new")
+    assert os.listdir(tmp_path) == ["page.html"]
+
+
+def test_an_array_of_unfinished_work_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("kept")
+    scratch = Scratch(tmp_path / "s", "k")
+    (tmp_path / "s" / "sums.array").symlink_to(tmp_path / "mine")
+    np.testing.assert_array_equal(scratch.array("sums", "f4", (2, 3)), 0)
+    assert (tmp_path / "mine").read_text() == "kept"

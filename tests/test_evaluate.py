@@ -682,7 +682,7 @@ def test_broken_images(folder: Path, network: EmbeddingNetwork, tmp_path: Path) 
     assert [row["id"] for row in told.rows] == ["a.png"]
     assert "b.png" in told.summary["images"]["skipped"][0]
     only = ImageSource([source.items[1]], source.root)
-    with pytest.raises(InputError, match="none of the 1 images could be read"):
+    with pytest.raises(InputError, match="none of the 1 images could be used"):
         evaluate_index(folder / "index", only, network, on_unreadable="skip", progress=False)
 
 

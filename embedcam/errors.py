@@ -66,6 +66,7 @@ class EmbeddingError(NetworkError):
 
     def __init__(self, what: str, advice: str, rows: Sequence[int], size: int) -> None:
         self.what, self.advice, self.rows = what, advice, list(rows)
+        self.is_named = False
         where = ", ".join(map(str, self.rows[:10])) + (", ..." if len(self.rows) > 10 else "")
         at = f" (positions {where} of the batch)" if size > 1 else ""
         super().__init__(f"{what}{at}; {advice}")
@@ -80,7 +81,7 @@ class EmbeddingError(NetworkError):
 
     def of_one(self, name: str) -> "EmbeddingError":
         """The same error with a name before it, whatever its places are."""
-        self.args = (f"{name}: {self.what}; {self.advice}",)
+        self.args, self.is_named = (f"{name}: {self.what}; {self.advice}",), True
         return self
 
 

@@ -197,7 +197,7 @@ def test_sources_that_are_no_picture(tmp_path):
         read_image(3, name="query")
     with pytest.raises(ImageError, match="opened as text"):
         read_image(io.StringIO("text"))
-    with pytest.raises(ImageError, match="is not a path"):
+    with pytest.raises(ImageError, match=r"^a\\x00b\.png: is not a path \(embedded"):
         read_image("a\0b.png")
 
 
@@ -452,6 +452,8 @@ def test_csv_with_ids_and_a_byte_order_mark(tmp_path):
     path = csv_of(tmp_path, "path,label,id\na.png,x,7\na.png,x,8\n", "utf-8-sig")
     assert find_images(path).ids == ["7", "8"]
     assert find_images(csv_of(tmp_path, "path\na.png\n"), "none").ids == ["a.png"]
+    unnamed = csv_of(tmp_path, ",path,label,,\n0,a.png,x,,\n1,b.png,y,,\n")
+    assert find_images(unnamed).labels == ["x", "y"]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import io
 import os
+import re
 import struct
 import sys
+import tomllib
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -154,6 +156,17 @@ def test_heic_is_read_by_the_extra_and_named_without_it(
         read_image(tmp_path / "a.heic")
 
 
+def test_extras_that_messages_name_exist() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
+    assert extras["heic"][0] in extras["test"]
+    sources = (Path(__file__).parents[1] / "embedcam").rglob("*.py")
+    named = {
+        name for path in sources for name in re.findall(r"embedcam\[(\w+)\]", path.read_text())
+    }
+    assert "heic" in named <= set(extras)
+
+
 def test_a_turned_heic_is_turned_once(tmp_path: Path) -> None:
     heif = pytest.importorskip("pillow_heif")
     picture = Image.new("RGB", (64, 32), "white")
@@ -223,6 +236,10 @@ def test_rows_as_they_come() -> None:
     assert [source.open(place).getpixel((0, 0))[0] for place in range(3)] == [0, 7, 2]
     plain = from_dataset([{"img": grey(5), "class": 3}, {"img": grey(6)}])
     assert plain.labels == ["3", None]
+    undecoded = {"bytes": held.getvalue(), "path": None}
+    pairs = from_dataset([(undecoded, "a"), (undecoded, float("nan"))])
+    assert pairs.labels == ["a", None]
+    assert pairs.open(0).getpixel((0, 0)) == (7, 7, 7)
     assert plain.open(0).getpixel((0, 0)) == (5, 5, 5)
 
 

@@ -93,19 +93,6 @@ def label_counts(labels: Iterable[str | None]) -> tuple[dict[str, int], int]:
     n_unlabelled = counts.pop(None, 0)
     return {name: counts[name] for name in sorted(filter(None, counts))}, n_unlabelled
 
-    def _repr_html_(self) -> str:
-        """A table for notebooks."""
-        rows: list[tuple[str, object]] = [
-            ("index", self.path),
-            ("images", f"{self.n_images:,}"),
-            ("alone in their class", f"{self.n_single:,}"),
-            ("without evidence", f"{self.n_without_triplets:,}"),
-            ("left out", f"{len(self.skipped):,}"),
-            *((f"left out: {name}", reason) for name, reason in self.skipped[:_SHOWN]),
-            *((stage, f"{seconds:.1f} s") for stage, seconds in self.seconds.items()),
-        ]
-        return "\n".join(drawn_blocks([Table(("build", ""), rows)]))
-
 
 class Stages:
     """Times named stages, and shows how far they are.

@@ -47,7 +47,9 @@ def naming_skip(options: argparse.Namespace) -> Iterator[None]:
     try:
         yield
     except (ImageError, EmbeddingError) as error:
-        if options.on_unreadable == "skip" or "run the build again" in str(error):
+        # Of a probe picture, which is no file, there is nothing to leave out.
+        of_probe = isinstance(error, EmbeddingError) and not error.is_named
+        if options.on_unreadable == "skip" or of_probe or "run the build again" in str(error):
             raise
         kind = ImageError if isinstance(error, ImageError) else NetworkError
         raise kind(f"{error}; --on-unreadable skip leaves such files out") from error

@@ -20,6 +20,7 @@ from embedcam.printing import cut, short
 _PICTURES = ("image", "img", "picture", "photo")
 """Columns of rows that are taken for the picture, the first there is; `_LABELS` for the label."""
 _LABELS = ("label", "labels", "class")
+_UNDECODED = {"bytes", "path"}
 
 
 class DatasetSource(ImageSource):
@@ -194,6 +195,8 @@ def _label_name(value: Any, classes: Any) -> str | None:
                 f"labels: {value} given, the data set names {len(classes)} classes; pass labels="
             )
         return str(classes[value])
+    if isinstance(value, float) and value != value:  # a table's missing one
+        return None
     if not isinstance(value, int | float | bool | str):
         raise InputError(
             f"labels: a label of type {type(value).__name__} given; pass labels=, one string for "
@@ -205,9 +208,9 @@ def _label_name(value: Any, classes: Any) -> str | None:
 def _picture(item: Any) -> Any:
     """What `read_image` takes, of a data set's item."""
     picture = item[0] if isinstance(item, tuple | list) and item else item
-    if isinstance(picture, Mapping):
+    if isinstance(picture, Mapping) and not picture.keys() <= _UNDECODED:
         picture = _of_row(picture)
-    if isinstance(picture, Mapping) and {"bytes", "path"} & picture.keys():
+    if isinstance(picture, Mapping) and picture.keys() & _UNDECODED:
         # An undecoded picture of Hugging Face's: the bytes of its file, or where it lies.
         held = picture.get("bytes")
         picture = picture.get("path") if held is None else held

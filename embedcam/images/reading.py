@@ -138,7 +138,7 @@ def _read_file(path: str, name: str, max_pixels: int) -> Image.Image:
     except ValueError as error:
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"{name!r}: is not a path ({error})") from None
+        raise ImageError(f"{name}: is not a path ({error})") from None
 
 
 def why_missing(path: str) -> str:

@@ -426,7 +426,8 @@ def _check_header(path: Path, columns: list[str], wanted: Sequence[str], expecte
             f"{path}: the header lacks {' and '.join(missing)}; expected {expected}, "
             f"found {cut(','.join(columns), 80) or 'an empty file'}"
         )
-    if len(set(columns)) != len(columns):
+    named = [*filter(None, columns)]  # a spreadsheet may leave several without a name
+    if len(set(named)) != len(named):
         raise InputError(f"{path}: the header names a column twice: {cut(','.join(columns), 80)}")
 
 

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import faiss
 import pytest
 from index_samples import encoding_of, make, part
 
 from embedcam.errors import IndexFormatError, InputError
 from embedcam.index import Index, append, compact, rebuild_faiss, remove, sweep, verify
+from embedcam.index import manifest as manifest_file
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "append": lambda path: append(path, part(12, 14, encoding_of("top-m"))),
@@ -142,3 +144,28 @@ def test_no_locks_are_told_with_the_way_on(
     with pytest.raises(InputError, match=r"x: its file system cannot lock files .*local disk"):
         WRITERS[writer](path)
     assert verify(path).problems == []
+
+
+@pytest.mark.parametrize(
+    ("factory", "what"),
+    [
+        ("IVF9999999,Flat", "needs at least 9999999 images to train, and there are 12"),
+        ("IVF8(IVF1048576,Flat),Flat", "needs at least 1048576 images"),
+        ("PQ8x24", "needs at least 16777216 images"),
+        ("IMI2x14,Flat", r"cannot be used \(2\^28 lists are too many for 12 images\)"),
+    ],
+)
+def test_what_a_stranger_s_factory_asks_for_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, what: str
+) -> None:
+    path = make(tmp_path / "x", 12)
+    manifest = manifest_file.read(path)
+    manifest["faiss"]["factory"] = factory
+    manifest_file.write(path, manifest)
+
+    def never(*_: object) -> None:
+        raise AssertionError("FAISS was asked for it")
+
+    monkeypatch.setattr(faiss, "index_factory", never)
+    with pytest.raises(InputError, match=what):
+        rebuild_faiss(path)

@@ -10,7 +10,9 @@ from .errors import EmbedcamError
 
 _SAID = re.compile(
     r"out of memory|(?:can(?:'t|not)|unable to|failed to|not) allocate|bad.?alloc"
-    r"|insufficient memory|not enough memory|can't start new thread|failed to map segment",
+    r"|insufficient memory|not enough memory|can't start new thread|failed to map segment"
+    # Said by Python where a library's C code met a failing allocation and did not say so.
+    r"|error return without exception set|NULL without setting an exception",
     re.IGNORECASE,
 )
 _SPARE = 64 << 20

@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from build_samples import DENSE, pictures, toy
 from photo_samples import build, network_of, picture, write_photos
 from PIL import Image, ImageFile
+from torch import nn
 
-from embedcam import Explainer, build_index, find_images, memory, write_report
+from embedcam import (
+    EmbeddingNetwork,
+    Explainer,
+    build_index,
+    cli,
+    find_images,
+    memory,
+    write_report,
+)
 from embedcam.cli import _say
 from embedcam.errors import EmbedcamError, ImageError, InputError, NetworkError
 from embedcam.images import read_image
@@ -35,6 +45,9 @@ FAILURES = [
     OSError("out of memory error when reading image file"),
     ImportError("libx.so: failed to map segment from shared object"),
     MemoryError("Unable to allocate 1. TiB for an array"),
+    SystemError("error return without exception set"),
+    SystemError("<built-in function f> returned NULL without setting an exception"),
+    RuntimeError("could not create a primitive"),
 ]
 
 
@@ -66,6 +79,7 @@ def test_memory_is_named_whoever_ran_out(
     [
         ImageError("out of memory.png: is empty"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        RuntimeError("could not create a primitive descriptor for a convolution"),
         OSError(errno.ENOSPC, "No space left on device"),
         EmbedcamError("no"),
     ],
@@ -311,3 +325,38 @@ except Exception as error:
         check=False,
     )
     assert done.stdout.startswith("memory: "), done
+
+
+# --- elsewhere -----------------------------------------------------------------------------------
+
+
+def test_a_smaller_input_that_memory_stops_tells_nothing_of_a_layout() -> None:
+    class Short(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 4, 4)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if images.shape[-1] < 32:
+                raise RuntimeError("could not create a primitive")
+            return self.conv(images).mean((2, 3))
+
+    network = EmbeddingNetwork(Short().eval(), "conv", input_size=(32, 32))
+    with pytest.raises(RuntimeError, match="could not create a primitive"):
+        network.forward(torch.zeros(1, 3, 32, 32))
+
+
+def test_the_command_line_says_it_whenever_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    for place in ("embedcam.index.Index.open", "embedcam.cli._say", "embedcam.cli.parser.parser"):
+        monkeypatch.setattr(place, none)
+        assert cli.main(["info", str(tmp_path)]) == 6
+        said = capsys.readouterr().err
+        assert said.startswith("embedcam: there is too little memory")
+        assert said.count("\n") == 1
+        with pytest.raises(MemoryError):
+            cli.main(["info", str(tmp_path), "--debug"])

@@ -25,6 +25,7 @@ from typing import Any
 
 from ..errors import EmbedcamError, ImageError, IndexFormatError, NetworkError
 from ..interrupts import INTERRUPTED, INTERRUPTS
+from ..memory import told
 from ..printing import reason, say, show
 
 EXIT_CODES: dict[type[Exception], int] = {
@@ -64,6 +65,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # before the command began, or while its error was being printed
         say("embedcam: interrupted")
         return INTERRUPTED
+    except MemoryError:  # before the command began, or too little for a sentence about an error
+        if "--debug" in (sys.argv if arguments is None else arguments):
+            raise
+    # What the command held is free by now.
+    say("embedcam: there is too little memory; allow it more, and run the same command again")
+    return EXIT_CODES[OSError]
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -98,8 +105,6 @@ def _run(arguments: Sequence[str] | None) -> int:
                 return _interrupted(options)
             if options.debug:
                 raise
-            from ..memory import told
-
             return _say(told(error, vars(options)))
     return 0
 

@@ -29,6 +29,8 @@ _MAPPED = {*_FLAT, b"IwFl", b"IwSq", b"IwPQ"}
 _HEADER = struct.Struct("<4siqqqBi")
 _MOST, _MOST_LINKS, _MOST_LETTERS = 1 << 24, 1024, 200
 """Of a number in a factory string; of a graph's links a row, usually 4 to 64; of its letters."""
+_MOST_EMPTY = 1 << 20
+"""Lists of a multi-index, however few the images: about 300 bytes each."""
 
 
 def check_factory(factory: str, width: int, n_images: int, metric: str = "l2") -> None:
@@ -37,12 +39,7 @@ def check_factory(factory: str, width: int, n_images: int, metric: str = "l2") -
     Raises:
         InputError: not a FAISS factory string, or one that needs more images for its training.
     """
-    needed = _training_need(_make(factory, width, metric))
-    if needed > n_images:
-        raise InputError(
-            f"the FAISS factory {factory!r} needs at least {needed} images to train, and there are "
-            f"{n_images}; use 'Flat', or one with fewer lists or codes"
-        )
+    _refuse_few(factory, _training_need(_make(factory, width, metric, n_images)), n_images)
 
 
 def build(
@@ -63,8 +60,8 @@ def build(
         The index, and how many rows it was trained on (0 where it needs no training).
     """
     total, width = embeddings.shape
-    index = _make(factory, width, metric)
     rows = np.arange(total) if training is None else training
+    index = _make(factory, width, metric, len(rows))
     trained_on = 0
     with threads(1), _as_input_error(factory):
         if not index.is_trained:
@@ -256,10 +253,11 @@ def _check_header(root: Path, manifest: dict[str, Any], head: bytes) -> None:
             raise broken(root, name, "its header does not go with its size", REBUILD)
 
 
-def _make(factory: str, width: int, metric: str) -> Any:
+def _make(factory: str, width: int, metric: str, n_images: int) -> Any:
     import faiss
 
     _refuse_huge(factory)
+    _refuse_many(factory, n_images)
     with _as_input_error(factory):
         index = faiss.index_factory(width, factory, metric_code(metric))
     if "IDMap" in type(index).__name__:
@@ -286,6 +284,27 @@ def _refuse_huge(factory: str) -> None:
                 f"the FAISS factory {short(factory)} cannot be used ({kind}{cut(digits, 20)} is "
                 f"more than {kind}{most}); 'Flat' always can"
             )
+
+
+def _refuse_many(factory: str, n_images: int) -> None:
+    """Refuse lists and codes that so few images cannot fill, before FAISS takes gigabytes."""
+    lists = [int(digits) for digits in re.findall(r"IVF([0-9]+)", factory)]
+    codes = [1 << int(bits) for bits in re.findall(r"(?<![A-Z])PQ[0-9]+x([0-9]{1,2})", factory)]
+    _refuse_few(factory, max([0, *lists, *codes]), n_images)
+    for number, bits in re.findall(r"IMI([0-9]{1,3})x([0-9]{1,3})", factory):
+        if 1 << int(number) * int(bits) > max(_MOST_EMPTY, 16 * n_images):
+            raise InputError(
+                f"the FAISS factory {short(factory)} cannot be used (2^{int(number) * int(bits)} "
+                f"lists are too many for {n_images} images); 'Flat' always can"
+            )
+
+
+def _refuse_few(factory: str, needed: int, n_images: int) -> None:
+    if needed > n_images:
+        raise InputError(
+            f"the FAISS factory {short(factory)} needs at least {needed} images to train, and "
+            f"there are {n_images}; use 'Flat', or one with fewer lists or codes"
+        )
 
 
 def _pieces(index: Any) -> Iterator[Any]:

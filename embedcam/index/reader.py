@@ -31,6 +31,7 @@ REMOVED = "is not in the index any more: it was removed"
 """How the message of a removed id goes on."""
 _NEAR = 8
 _FEW = 100_000
+_COMPARED = 1000
 _DEEP = 32
 
 
@@ -396,7 +397,8 @@ class Index:
         every = (text for part in self.parts for text in part.ids.tolist(0, part.count))
         alike = [(_common_end(text.split("/"), names), text) for text in every]
         most = max((common for common, _ in alike), default=0)
-        return [text for common, text in alike if common == most > 0][:3]
+        ends = [text for common, text in alike if common == most > 0]
+        return get_close_matches(id, ends[:_COMPARED], 3, 0)
 
 
 def _common_end(one: Sequence[str], other: Sequence[str]) -> int:

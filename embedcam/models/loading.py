@@ -121,7 +121,14 @@ def load_network(
     else:
         made = _call_factory(source, name)
         if isinstance(made, EmbeddingNetwork):
-            return _as_made(made, network, weights=weights, head=head, layer=layer, size=size)
+            moved = None if device is None or torch.device(device) == made.device else device
+            return _as_made(
+                made, network, weights=weights, head=head, layer=layer, size=size, resize=resize,
+                output=output, layout=None if layout == "auto" else layout, grid=grid,
+                prefix_tokens=prefix_tokens, preprocess=preprocess, autocast=autocast,
+                normalize=None if normalize else False, channels_last=channels_last or None,
+                device=moved,
+            )  # fmt: skip
         loaded = _from_factory(made, network, weights, head, output)
     if loaded.trunk is not None and layer in (None, PARTS_LAYER):
         layer = PARTS_LAYER
@@ -194,7 +201,8 @@ def _resized(
     if not isinstance(preprocess, Preprocess):
         raise InputError(
             "size and resize change the network's own preprocessing, and it has none that is "
-            "known; leave them out, or give preprocess="
+            "known; leave them out and give preprocess=, or let the function that makes it return "
+            "(module, Preprocess.imagenet(224))"
         )
     old, size = preprocess, (size[0], size[1]) if size is not None else preprocess.size
     mode = resize or old.resize

@@ -51,7 +51,8 @@ def check_options(
     if network.preprocess is None:
         raise InputError(
             "the network has no preprocessing, so images cannot be turned into its input; give "
-            "EmbeddingNetwork(..., preprocess=Preprocess(...))"
+            "EmbeddingNetwork(..., preprocess=Preprocess(...)), or let a factory return (module, "
+            "preprocess)"
         )
     if unreadable == "fail":
         # Known without a look at the files: said before hours of work, not after.

@@ -95,3 +95,11 @@ class IndexFormatError(EmbedcamError):
 
 class IndexBusyError(IndexFormatError):
     """Another process is writing to the index."""
+
+
+def text_of(error: BaseException) -> str:
+    """What an exception says; nothing where its own code fails at that."""
+    try:
+        return str(error)
+    except Exception:
+        return ""

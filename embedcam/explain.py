@@ -336,6 +336,11 @@ class Explainer:
             )
             maps.append(checked)
         size = None if size is None else check_sides("size", size)
+        if size is not None and size[0] * size[1] > self.max_pixels:
+            raise InputError(
+                f"size = {size}: maps of more than {self.max_pixels} pixels are not drawn; give a "
+                "smaller one, or Explainer(..., max_pixels=)"
+            )
         named: Any = [neighbors] if single and neighbors is not None else neighbors
         wanted = check_wanted(n_neighbors, named, len(vectors), self.n_neighbors)
         near = find_neighbors(index, vectors, wanted, named)

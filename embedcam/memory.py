@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import EmbedcamError
+from .errors import EmbedcamError, text_of
 
 _SAID = re.compile(
     r"out of memory|(?:can(?:'t|not)|unable to|failed to|not) allocate|bad.?alloc"
@@ -31,7 +31,7 @@ def ran_out(error: BaseException | None) -> bool:
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
             return True
         # Of embedcam's own words some may be a file's name.
-        if not isinstance(error, EmbedcamError) and _SAID.search(str(error)[:2000]):
+        if not isinstance(error, EmbedcamError) and _SAID.search(text_of(error)[:2000]):
             return True
         error = error.__cause__ or error.__context__
     return False

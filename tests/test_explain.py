@@ -531,6 +531,12 @@ def test_features_that_cannot_be_right(explainer: Explainer, change: Any, messag
         explainer.explain_features(*change(vector, maps))
 
 
+def test_a_map_that_no_memory_holds_is_refused(explainer: Explainer) -> None:
+    vector, maps = explainer.index.embeddings([0])[0], np.ones((CHANNELS, *GRID))
+    with pytest.raises(InputError, match=r"size = \(1000000000, 7\): maps of more than 89478485"):
+        explainer.explain_features(vector, maps, size=(10**9, 7))
+
+
 @pytest.mark.parametrize("normalized", [True, False])
 def test_the_largest_numbers_are_answered_in_numbers(tmp_path: Path, normalized: bool) -> None:
     """What passes the check overflows nowhere on the way to JSON."""

@@ -114,6 +114,7 @@ def test_queries_are_checked(tmp_path: Path) -> None:
         (good[0], 3, r"shape \[8\].*expected numbers \[B 8\]"),
         (good[:, :4], 3, r"shape \[1, 4\]"),
         (good * np.nan, 3, "query 0 holds a NaN"),
+        ([[1.0, 2.0], [3.0]], 3, r"queries cannot be read as numbers \[B 8\]"),
         (good, 0, "n_neighbors = 0"),
         (good, 2.5, "n_neighbors = 2.5"),
     ]:

@@ -118,7 +118,7 @@ def test_the_embedding_in_what_a_network_returns() -> None:
         ((torch.ones(2, 5),), 4, r"output=4 is beyond the 1 values"),
         (torch.ones(2, 7, 5), None, r"\[2, 7, 5\] for a batch of 2.*last_hidden_state"),
         (torch.ones(3, 5), None, r"\[3, 5\] for a batch of 2"),
-        (("text",), None, r"gave str; expected the embedding"),
+        (("text",), None, r"returned str; expected the embedding"),
     ],
 )
 def test_outputs_without_one_embedding(output: Any, choice: Any, message: str) -> None:

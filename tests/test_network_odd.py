@@ -461,3 +461,166 @@ def test_timm_networks_with_ways_of_their_own(name: str) -> None:
     network = load_network(f"timm:{name}", weights="random")
     network.check()
     assert network.forward(network.probe_images()).activations.shape[2:] == (14, 14)
+
+
+# -------------------------------------------------------------------- a second visit of strangers
+
+
+def test_chance_that_strikes_now_and_then_is_not_blamed_on_the_batch() -> None:
+    def some(z: Tensor) -> Tensor:
+        return z.flip(1) if torch.rand(()) < 0.4 else z
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        with pytest.raises(NetworkError, match=r"run twice.*random numbers \(rand\)"):
+            wrapped(seeded(lambda: Net(after=some))).check()
+
+
+def test_chance_outside_of_torch_is_not_blamed_on_the_batch() -> None:
+    turns = iter([0, 0, 1, 0, 1] * 3)  # alone, again, beside, and again
+
+    def some(z: Tensor) -> Tensor:
+        return z.flip(1) if next(turns) else z
+
+    with pytest.raises(NetworkError, match=r"run twice.*depends on chance"):
+        wrapped(seeded(lambda: Net(after=some))).check()
+
+
+def test_a_norm_that_fails_for_one_picture_is_told_in_its_cause() -> None:
+    norm = nn.BatchNorm1d(6, track_running_stats=False).eval()
+    module = seeded(lambda: Net(after=norm))
+    with pytest.raises(NetworkError, match=r"statistics of the batch, also in eval mode"):
+        wrapped(module).check()
+
+
+class _InPlace(nn.Module):
+    """Norms its input where it lies."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.training = net, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x.sub_(0.5).mul_(2))
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_network_that_changes_its_input_in_place_leaves_the_caller_s(parts: bool) -> None:
+    module = seeded(Net)
+    changing = _InPlace(module)
+    given = images()
+    expected = wrapped(module).forward((given - 0.5) * 2).embedding
+    network = wrapped(changing, "net.relu")
+    if parts:
+        network = EmbeddingNetwork.from_parts(
+            lambda x: module.relu(module.conv(x.sub_(0.5).mul_(2))),
+            lambda maps: module.linear(module.pool(maps).flatten(1)),
+            module=module,
+            input_size=SIZE,
+        )
+    before = given.clone()
+    for _ in range(2):
+        torch.testing.assert_close(network.forward(given).embedding, expected)
+    assert torch.equal(given, before)
+    network.check()
+
+
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        (torch.fft.fft, r"output is a tensor of complex64.*view_as_real"),
+        (lambda z: z.to_sparse(), r"output is a tensor of sparse_coo float32.*to_dense"),
+        (lambda z: z.detach().numpy(), r"the network returned ndarray; expected the embedding"),
+        (lambda z: None, r"the network returned NoneType; expected the embedding"),
+    ],
+)
+def test_outputs_that_are_no_real_vectors(after: Callable[[Tensor], Any], message: str) -> None:
+    with pytest.raises(NetworkError, match=message):
+        wrapped(seeded(lambda: Net(after=after))).forward(images())
+
+
+@pytest.mark.parametrize(
+    ("made", "kind"), [(torch.fft.fft2, "complex64"), (lambda a: (a * 9).long(), "int64")]
+)
+def test_layers_that_are_no_real_numbers(made: Callable[[Tensor], Tensor], kind: str) -> None:
+    class Made(nn.Module):
+        def forward(self, maps: Tensor) -> Tensor:
+            return made(maps)
+
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), Made()).eval()
+    with pytest.raises(NetworkError, match=rf"layer '1' returned a tensor of {kind}; expected"):
+        wrapped(module, "1").forward(images())
+
+
+def test_one_number_and_its_norm_is_no_embedding() -> None:
+    module = seeded(lambda: Net(after=lambda z: z[:, :1]))
+    with pytest.raises(NetworkError, match=r"the embedding is one number.*normalize=False"):
+        wrapped(module).check()
+    wrapped(module, normalize=False).check()
+
+
+def test_a_layer_of_two_names_goes_by_either() -> None:
+    module = seeded(Net)
+    module.alias = module.relu
+    assert wrapped(module, "alias").layer == "relu"
+    with pytest.raises(NetworkError, match="has no layer 'alas'"):
+        wrapped(module, "alas")
+
+
+def test_a_layer_in_torchscript_is_refused_and_not_suggested() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would rather have it exported
+        inner = torch.jit.script(nn.Sequential(nn.ReLU()))
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), inner, nn.AdaptiveAvgPool2d(1)).eval()
+    for layer in ("1", "1.0"):
+        with pytest.raises(NetworkError, match=rf"layer '{layer}' is TorchScript.*from_parts"):
+            wrapped(module, layer)
+    with pytest.raises(NetworkError, match=r"one position.*such as '0'"):
+        wrapped(module, "2").check()
+
+
+def test_a_factory_with_a_dot_for_its_colon() -> None:
+    with pytest.raises(NetworkError, match=r"write toys:toy, with a colon before the function"):
+        load_network("toys.toy")
+    with pytest.raises(NetworkError, match=r"did you mean torchvision:resnet50\?|did you mean"):
+        load_network("resnet50.a1_in1k")
+
+
+class _MuteError(Exception):
+    """Fails when asked what it says."""
+
+    def __str__(self) -> str:
+        raise ZeroDivisionError
+
+
+def test_an_exception_that_cannot_be_printed() -> None:
+    def fail(z: Tensor) -> Tensor:
+        raise _MuteError
+
+    with pytest.raises(NetworkError, match=r"failed on an input .* with _MuteError: no message"):
+        wrapped(seeded(lambda: Net(after=fail))).forward(images())
+
+
+def test_parameters_without_values_are_refused() -> None:
+    with pytest.raises(NetworkError, match=r"on the 'meta' device.*load its weights"):
+        wrapped(seeded(Net).to("meta"))
+
+
+def test_a_layer_inside_vmap_is_refused() -> None:
+    class Mapped(Net):
+        def forward(self, x: Tensor) -> Any:
+            return torch.func.vmap(lambda one: Net.forward(self, one[None])[0])(x)
+
+    with pytest.raises(NetworkError, match=r"layer 'relu' runs inside torch\.vmap"):
+        wrapped(seeded(Mapped)).forward(images())
+
+
+def test_a_factory_whose_own_imports_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lacking_it.py").write_text("import no_such_package_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(NetworkError) as raised:
+        load_network("lacking_it:make")
+    assert str(raised.value) == (
+        "importing lacking_it failed with ModuleNotFoundError: No module named "
+        "'no_such_package_at_all'; import it by itself to see the whole of it"
+    )

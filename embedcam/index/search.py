@@ -54,7 +54,10 @@ def check_queries(queries: np.ndarray, width: int, normalized: bool = False) -> 
     Raises:
         InputError: another shape, or vectors that `check_vectors` refuses.
     """
-    found = np.asarray(queries)
+    try:
+        found = np.asarray(queries)
+    except ValueError as error:  # rows of several lengths
+        raise InputError(f"queries cannot be read as numbers [B {width}] ({error})") from error
     if found.ndim != 2 or found.shape[1] != width or found.dtype.kind not in "fiu":
         raise InputError(
             f"queries of shape {list(found.shape)} and type {found.dtype}; expected numbers "

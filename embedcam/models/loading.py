@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +109,12 @@ def load_network(
     if not name:
         from torchvision import models
 
+        package, _, function = network.rpartition(".")
+        if package and find_spec(package.partition(".")[0]) is not None:
+            raise NetworkError(
+                f"{network!r} is not a network; write {package}:{function}, with a colon before "
+                "the function"
+            )
         known = [f"torchvision:{known}" for known in models.list_models(module=models)]
         raise NetworkError(
             f"{network!r} is not a network; give {_FORMS}"
@@ -219,7 +226,9 @@ def _call_factory(source: str, name: str) -> Any:
     with own_failures(f"importing {source}", advice="import it by itself to see the whole of it"):
         try:
             found: Any = importlib.import_module(source)
-        except ImportError as error:
+        except ModuleNotFoundError as error:
+            if not f"{source}.".startswith(f"{error.name}."):
+                raise  # it is there, and something that it imports is not
             raise NetworkError(
                 f"{source!r} cannot be imported ({error}); expected {_FORMS}, the package "
                 f"installed or on PYTHONPATH{near_misses(source, ['torchvision', 'timm'], 1)}"

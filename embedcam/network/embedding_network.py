@@ -42,9 +42,19 @@ from .layouts import (
     describe_choice,
 )
 from .runs import Images, ModuleRuns
-from .state import ModuleState, input_channels, no_gradients, refuse_elsewhere, refuse_inference
-from .steady import by_batch, by_chance, difference, full_float32
+from .state import (
+    ModuleState,
+    input_channels,
+    no_gradients,
+    refuse_elsewhere,
+    refuse_inference,
+    uncompiled,
+)
+from .steady import Drawn, by_batch, by_chance, difference, full_float32
 from .tap import Change, Parts, run_head, with_positions
+
+# Runs of one picture that show chance which leaves most embeddings as they are.
+_DRAWS = 8
 
 
 class EmbeddingNetwork(ModuleRuns):
@@ -286,10 +296,16 @@ class EmbeddingNetwork(ModuleRuns):
         probes = self._probes()
         if gradients:
             with self.head_pass(probes) as made:
-                maps = made.features.activations
+                features = made.features
                 refuse_flat(made)
         else:
-            maps = self.forward(probes).activations
+            features = self.forward(probes)
+        maps = features.activations
+        if self.normalize and features.embedding.shape[1] == 1:
+            raise NetworkError(
+                "the embedding is one number, which normalised is 1 or -1 whatever the picture, so "
+                "every map would be blank; give the output before it (output=), or normalize=False"
+            )
         if maps.shape[2] * maps.shape[3] == 1 and self.layout != "bkl":
             raise self._one_position(torch.as_tensor(probes))
         self._sound = gradients
@@ -320,15 +336,26 @@ class EmbeddingNetwork(ModuleRuns):
         with full_float32(self.device):
             with self.probing():
                 alone = self.forward(probes[:1])
-            again = self.forward(probes[:1])
             allowed = tolerance_of(self.autocast or self.dtype, self.device)
-            if (off := difference(alone, again)) > allowed:
-                raise by_chance(self.module, lambda: self.forward(probes[:1]), off, allowed)
+
+            def run_again() -> None:
+                with uncompiled(), drawn:
+                    again = self.forward(probes[:1])
+                if (off := difference(alone, again)) > allowed:
+                    raise by_chance(drawn.names, off, allowed)
+
+            drawn = Drawn()
+            run_again()
+            # What is drawn may change an embedding only now and then.
+            for _ in range(_DRAWS if drawn.names else 0):
+                run_again()
             try:
                 beside = self.forward(probes)
             except NetworkError:
                 return  # a network of one picture at a time has no batch to depend on
             if (off := difference(alone, beside)) > allowed:
+                for _ in range(_DRAWS):  # chance that torch knows nothing of
+                    run_again()
                 raise by_batch(self.module, off, allowed)
         self._steady = True
 

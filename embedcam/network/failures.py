@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import EmbedcamError, InputError, NetworkError
+from ..errors import EmbedcamError, InputError, NetworkError, text_of
 from ..memory import ran_out
 
 _MOST = 300
 _ADVICE = {
     "missing 1 required": "embedcam calls it with images alone: give one that takes nothing else",
+    "Expected more than 1 value per channel": "it norms by the statistics of the batch, also in "
+    "eval mode, so that one picture cannot be embedded alone: use a norm with running statistics",
     "Inference tensors cannot be": "it keeps a tensor made inside torch.inference_mode: make the "
     "network anew, and run it under torch.no_grad instead",
 }
@@ -49,16 +51,20 @@ def own_failures(
                 f"channels ({said}); give inputs as the network's preprocessing makes them"
             ) from error
         shown = "" if images is None else f" on an input {list(images.shape)}"
-        step = next((step for sign, step in _ADVICE.items() if sign in said), advice)
         raise NetworkError(
             f"{what} failed{shown}{_place(error, module)} with {type(error).__name__}: "
-            f"{said or 'no message'}; {step}"
+            f"{said or 'no message'}; {advice_of(said) or advice}"
         ) from error
+
+
+def advice_of(said: str) -> str | None:
+    """What to do about a message whose cause is known, whatever the input was."""
+    return next((step for sign, step in _ADVICE.items() if sign in said), None)
 
 
 def said_of(error: BaseException) -> str:
     """An exception's own message on one line, no longer than one reads."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in text_of(error).splitlines() if line.strip()]
     # TorchScript begins with its own traceback and ends with the reason.
     line = lines[-1 if "TorchScript interpreter" in lines[0] else 0] if lines else ""
     return line[:_MOST].rstrip(". ")

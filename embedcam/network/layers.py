@@ -2,7 +2,9 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
+import torch
 from torch import nn
 
 from ..errors import InputError, NetworkError
@@ -47,7 +49,7 @@ def find_layer(module: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Modul
             )
     elif isinstance(layer, str):
         bare = {bare_name(name): name for name in reversed(named)}
-        name = layer if layer in named else bare.get(layer)
+        name = layer if layer in named else bare.get(layer) or _other_name(module, named, layer)
         if not name:
             raise NetworkError(
                 f"{type(module).__name__} has no layer {layer!r}"
@@ -83,12 +85,25 @@ def _parts(module: nn.Module, most: int = 12) -> str:
     return f"; its parts are {', '.join(names[:most])}{more}" if names else ""
 
 
+def _other_name(module: nn.Module, named: dict[str, nn.Module], layer: str) -> str | None:
+    """The first name of a layer that has several, given one of the others."""
+    with suppress(AttributeError):
+        part = module.get_submodule(layer)
+        return next((name for name, found in named.items() if found is part), None)
+    return None
+
+
 def _last_name(named: dict[str, nn.Module]) -> str:
     return next(reversed(named), "")
 
 
 def _refuse_compiled(named: dict[str, nn.Module], layer: str) -> None:
-    """Hooks added after `torch.compile` do not fire, so nothing could be captured."""
+    """Hooks on TorchScript, or added after `torch.compile`, do not fire: nothing is captured."""
+    if isinstance(named[layer], torch.jit.ScriptModule):
+        raise NetworkError(
+            f"layer {bare_name(layer)!r} is TorchScript, where hooks do not fire; choose a layer "
+            "before or after it, or give trunk and head as EmbeddingNetwork.from_parts(trunk, head)"
+        )
     parts = layer.split(".") if layer else []
     for depth in range(len(parts) + 1):
         name = ".".join(parts[:depth])

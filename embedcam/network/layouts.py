@@ -265,17 +265,35 @@ def _by(size: tuple[int, ...]) -> str:
 
 
 def first_tensor(output: Any, layer: str) -> Tensor:
-    """A layer's activations: its output, or the first tensor of a tuple, list or dict."""
-    if isinstance(output, Tensor):
-        return output
-    values = _values(output)
-    for value in values or []:
-        if isinstance(value, Tensor):
-            return value
-    raise NetworkError(
-        f"layer {layer!r} returned {type(output).__name__}; expected a tensor, or a tuple, list or "
-        "dict with a tensor in it: choose a layer inside or after it"
-    )
+    """A layer's activations: its output, or the first tensor of a tuple, list or dict.
+
+    Raises:
+        NetworkError: no tensor, or one that is not of real numbers.
+    """
+    values = [output] if isinstance(output, Tensor) else _values(output) or []
+    found = next((value for value in values if isinstance(value, Tensor)), None)
+    if found is None:
+        raise NetworkError(
+            f"layer {layer!r} returned {type(output).__name__}; expected a tensor, or a tuple, "
+            "list or dict with a tensor in it: choose a layer inside or after it"
+        )
+    if torch._C._functorch.is_functorch_wrapped_tensor(found):
+        raise NetworkError(
+            f"layer {layer!r} runs inside torch.vmap, where its activations cannot be kept; choose "
+            "a layer outside of it, or give a module that takes the whole batch at once"
+        )
+    if not found.is_floating_point() or found.layout != torch.strided:
+        raise NetworkError(
+            f"layer {layer!r} returned a tensor of {_numbers(found)}; expected real numbers in "
+            "floating point: choose a layer before or after it"
+        )
+    return found
+
+
+def _numbers(tensor: Tensor) -> str:
+    """ "complex64", or "sparse_coo float32"."""
+    kinds = (tensor.layout, tensor.dtype) if tensor.layout != torch.strided else (tensor.dtype,)
+    return " ".join(str(kind).removeprefix("torch.") for kind in kinds)
 
 
 def replace_first(output: Any, tensor: Tensor) -> Any:
@@ -314,9 +332,15 @@ def choose_embedding(output: Any, choice: OutputChoice, batch: int | None) -> Te
     """
     value = _chosen(output, choice)
     if not isinstance(value, Tensor):
+        by = "the network" if choice is None else f"output={describe_choice(choice)!r}"
         raise NetworkError(
-            f"output={describe_choice(choice)!r} gave {type(value).__name__}; expected the "
-            "embedding, a tensor [B D]"
+            f"{by} returned {type(value).__name__}; expected the embedding, a tensor [B D]"
+        )
+    if value.is_complex() or value.layout != torch.strided:
+        raise NetworkError(
+            f"the network's output is a tensor of {_numbers(value)}; expected an embedding of real "
+            "numbers, such as output=lambda out: "
+            f"{'torch.view_as_real(out).flatten(1)' if value.is_complex() else 'out.to_dense()'}"
         )
     if value.ndim > 2 and all(side == 1 for side in value.shape[2:]):
         value = value.flatten(1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import EmbedcamError, InputError, NetworkError
 from ..forking import ProcessLock
 from ..probe import probe_inputs
-from .failures import said_of
+from .failures import advice_of, said_of
 from .gradients import Features, at_least_single, make_features
 from .injected import HeadAlone, Injected
 from .layers import find_layers
@@ -123,13 +123,14 @@ class ModuleRuns:
         try:
             yield
         except (NetworkError, InputError) as error:
-            if error.__cause__ is None or self.preprocess is not None:
+            cause = error.__cause__
+            if cause is None or self.preprocess is not None or advice_of(said_of(cause)):
                 raise
             shape = [1, self._channels, *(self._input_size or DEFAULT_INPUT_SIZE)]
             raise NetworkError(
                 f"a probe picture {shape} cannot go through the network ("
-                f"{said_of(error.__cause__)}); give preprocess=, or input_size=(H, W)"
-            ) from error.__cause__
+                f"{said_of(cause)}); give preprocess=, or input_size=(H, W)"
+            ) from cause
 
     # ---------------------------------------------------------------- runs
 

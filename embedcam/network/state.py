@@ -133,8 +133,13 @@ def refuse_elsewhere(module: nn.Module, device: torch.device | None) -> None:
     """Refuse a module that is not where it is said to be: the caller's module is never moved.
 
     Raises:
-        NetworkError: with both places.
+        NetworkError: with both places; or its parameters are on the meta device, without values.
     """
+    if any(tensor.is_meta for tensor in _tensors(module)):
+        raise NetworkError(
+            "the network's parameters are on the 'meta' device, so they have no values; call "
+            "module.to_empty(device='cpu') and load its weights first"
+        )
     found = next((tensor.device for tensor in _tensors(module)), device)
     if device is None or found is None:
         return

@@ -1,6 +1,6 @@
 """Whether a network gives one embedding for one picture: alone, again, and in a batch."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,22 +24,17 @@ def difference(one: Features, other: Features) -> float:
     return found
 
 
-def by_chance(
-    module: nn.Module, run: Callable[[], Any], off: float, allowed: float
-) -> NetworkError:
+def by_chance(drawn: set[str], off: float, allowed: float) -> NetworkError:
     """The error for a network that embeds one picture otherwise each time.
 
     Args:
-        module: the network.
-        run: runs it, to see what draws random numbers.
+        drawn: names of the operations in it that draw random numbers.
         off, allowed: relative differences.
     """
-    with _Drawn() as drawn:
-        run()
     said = "something in it depends on chance or on what ran before"
-    if drawn.names:
+    if drawn:
         said = (
-            f"it draws random numbers ({', '.join(sorted(drawn.names)[:3])}), as a dropout that is "
+            f"it draws random numbers ({', '.join(sorted(drawn)[:3])}), as a dropout that is "
             "always on does"
         )
     return NetworkError(
@@ -70,7 +65,7 @@ def by_batch(module: nn.Module, off: float, allowed: float) -> NetworkError:
     )
 
 
-class _Drawn(TorchDispatchMode):
+class Drawn(TorchDispatchMode):
     """Notes the names of the operations that draw random numbers."""
 
     def __init__(self) -> None:

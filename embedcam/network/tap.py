@@ -53,13 +53,13 @@ class _Tap:
 
 
 def run_whole(module: nn.Module, images: Tensor) -> Any:
-    """What a module returns for its input.
+    """What a module returns for its input, of which it gets a copy: it may change it in place.
 
     Raises:
         NetworkError, InputError: as `own_failures` says.
     """
     with own_failures(f"the network ({type(module).__name__})", module, images):
-        return module(images)
+        return module(images.clone())
 
 
 def run_head(head: Callable[[Any], Any], activations: Any) -> Any:
@@ -119,7 +119,7 @@ def run_parts(
     """The same for a network given as two functions, without any hook."""
     tap = _Tap(change, layer)
     with own_failures(f"the trunk ({_named(trunk)})", trunk, images):
-        raw = trunk(images)
+        raw = trunk(images.clone())
     output = run_head(head, tap.take(raw))
     assert tap.kept is not None
     return output, tap.kept
@@ -144,6 +144,8 @@ def watch(
     handles = []
     try:
         for name, part in parts.items():
+            if isinstance(part, torch.jit.ScriptModule):
+                continue  # it takes no hooks
             handles.append(part.register_forward_hook(lambda *seen, name=name: look(name, seen[2])))
         with suppress(EmbedcamError):
             run_whole(module, images)

@@ -369,7 +369,7 @@ def test_a_full_disk_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "sync", full)
+    monkeypatch.setattr(os, "fsync", full)
     monkeypatch.setattr(writing, "_model_bytes", lambda *_: b"written")
     with pytest.raises(InputError, match=r"cannot be written to \(No space left on device\)"):
         export_onnx(built, network_of(), tmp_path / "network.onnx")

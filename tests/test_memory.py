@@ -4,8 +4,10 @@ import errno
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from embedcam import cli
+from embedcam import EmbeddingNetwork, cli
 from embedcam.errors import InputError, NetworkError
 from embedcam.memory import ran_out, told
 
@@ -26,6 +28,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
         RuntimeError("std::bad_alloc"),
         SystemError("error return without exception set"),
         SystemError("<built-in function f> returned NULL without setting an exception"),
+        RuntimeError("could not create a primitive"),
         RuntimeError("can't start new thread"),
         ImportError("libx.so: failed to map segment from shared object"),
         caused(InputError("FAISS cannot"), MemoryError()),
@@ -49,11 +52,28 @@ def test_the_many_ways_to_say_it(error: Exception) -> None:
         InputError("out of memory.png: cannot be read"),
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError("shapes differ"),
+        RuntimeError("could not create a primitive descriptor for a convolution"),
     ],
 )
 def test_what_is_something_else(error: Exception) -> None:
     assert not ran_out(error)
     assert told(error, {}) is error
+
+
+def test_a_smaller_input_that_memory_stops_tells_nothing_of_a_layout() -> None:
+    class Short(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 4, 4)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if images.shape[-1] < 32:
+                raise RuntimeError("could not create a primitive")
+            return self.conv(images).mean((2, 3))
+
+    network = EmbeddingNetwork(Short().eval(), "conv", input_size=(32, 32))
+    with pytest.raises(RuntimeError, match="could not create a primitive"):
+        network.forward(torch.zeros(1, 3, 32, 32))
 
 
 def test_the_command_line_says_it_whenever_it_comes(

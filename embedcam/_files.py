@@ -136,7 +136,9 @@ def fresh(path: Path) -> Iterator[IO[bytes]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say where it is
         with suppress(OSError):
             path.unlink(missing_ok=True)
         raise
@@ -157,8 +159,8 @@ def written(path: Path) -> Iterator[IO[bytes]]:
     replace(unfinished, path)
 
 
-def write_whole(path: str | Path, text: str) -> Path:
-    """Write a text file in place of another, whole or not at all.
+def write_whole(path: str | Path, content: str | bytes) -> Path:
+    """Write a file in place of another, whole or not at all.
 
     A link stays one: what it leads to is replaced. What is no plain file (a pipe, `/dev/stdout`) is
     written to as it is.
@@ -167,7 +169,7 @@ def write_whole(path: str | Path, text: str) -> Path:
         InputError: it cannot be written.
     """
     path = Path(path)
-    data = text.encode("utf-8", "replace")
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
     try:
         if path.exists() and not path.is_file():
             path.write_bytes(data)

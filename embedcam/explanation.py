@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ._files import write_whole
 from .cam import area_average
 from .errors import EmbedcamError, InputError
 from .images import MAX_PIXELS, FileState, file_state, read_image
@@ -374,15 +376,17 @@ def save_picture(draw: Callable[[], Image.Image], path: str | Path) -> Path:
     Raises:
         InputError: an ending that names no format, or a place that cannot be written.
     """
+    from PIL import Image
+
     path = Path(path)
     check_picture_name(path)
-    picture = draw()
+    picture, held = draw(), io.BytesIO()
     try:
-        picture.save(path)
+        picture.save(held, Image.registered_extensions()[path.suffix.lower()])
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: the picture cannot be written ({reason})") from error
-    return path
+    return write_whole(path, held.getvalue())
 
 
 def check_picture_name(path: Path) -> None:

@@ -11,6 +11,8 @@ from .errors import EmbedcamError, text_of
 _SAID = re.compile(
     r"out of memory|(?:can(?:'t|not)|unable to|failed to|not) allocate|bad.?alloc"
     r"|insufficient memory|not enough memory|can't start new thread|failed to map segment"
+    # oneDNN's words for it; of what it does not support it says "a primitive descriptor".
+    r"|could not create a (?:primitive(?! desc)|memory object)"
     # Said by Python where a library's C code met a failing allocation and did not say so.
     r"|error return without exception set|NULL without setting an exception",
     re.IGNORECASE,

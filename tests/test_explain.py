@@ -808,7 +808,7 @@ def test_where_no_picture_can_be_written(cropped: Explainer, tmp_path: Path) -> 
     for name, message in (
         ("why.txt", r"why\.txt: \.txt is no picture format; name it \.png or \.jpg"),
         ("why", r"why: no ending is no picture format"),
-        ("nowhere/why.png", r"why\.png: the picture cannot be written \(No such file"),
+        ("nowhere/why.png", r"why\.png: cannot be written \(No such file"),
     ):
         with pytest.raises(InputError, match=message):
             why.save(tmp_path / name)

@@ -1,13 +1,16 @@
 """Files that a command writes: a link stays one, and nothing is written through one unasked."""
 
+import errno
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from embedcam._files import write_whole
+from embedcam._files import fresh, write_whole
 from embedcam.errors import InputError
+from embedcam.explanation import save_picture
 from embedcam.scratch import Scratch
 
 
@@ -32,3 +35,22 @@ def test_an_array_of_unfinished_work_is_not_written_through_a_link(tmp_path: Pat
     (tmp_path / "s" / "sums.array").symlink_to(tmp_path / "mine")
     np.testing.assert_array_equal(scratch.array("sums", "f4", (2, 3)), 0)
     assert (tmp_path / "mine").read_text() == "kept"
+
+
+def test_a_full_disk_leaves_the_picture_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "why.png").write_text("before")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match=r"why\.png: cannot be written \(No space left"):
+        save_picture(lambda: Image.new("RGB", (9, 9)), tmp_path / "why.png")
+    assert os.listdir(tmp_path) == ["why.png"]
+    assert (tmp_path / "why.png").read_text() == "before"
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*other'"),
+        fresh(tmp_path / "other"),
+    ):
+        pass

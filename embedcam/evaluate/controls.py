@@ -94,6 +94,8 @@ class ShuffledNetwork:
         try:
             module = copy.deepcopy(network.module)
         except Exception as error:
+            if ran_out(error):
+                raise
             raise EmbedcamError(f"its module cannot be copied ({error})") from error
         layout, grid, prefix = network.layout_options
         self.network = EmbeddingNetwork(

@@ -423,7 +423,12 @@ def test_factories(factory: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="ready returns an EmbeddingNetwork, which settles layer"):
         load_network(f"{factory}:ready", layer="conv")
     others = {"resize": "squash", "grid": (2, 2), "normalize": False, "autocast": "bf16"}
-    for name, value in {**others, "prefix_tokens": 1, "channels_last": True, "device": "meta"}.items():
+    for name, value in {
+        **others,
+        "prefix_tokens": 1,
+        "channels_last": True,
+        "device": "meta",
+    }.items():
         with pytest.raises(InputError, match=f"settles {name} itself; set it there"):
             load_network(f"{factory}:ready", **{name: value})
     assert load_network(f"{factory}:ready", device="cpu").layer == "conv"

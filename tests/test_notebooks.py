@@ -96,19 +96,20 @@ def test_a_map_draws_itself_over_its_picture() -> None:
 
 def test_a_build_is_a_table() -> None:
     skipped = [(f"{n}<b>.png", "broken\x1b") for n in range(12)]
-    report = BuildReport(Path("my.index"), 1_200, skipped, 3, 4, {"embed": 12.34})
+    report = BuildReport(Path("my.index"), 1_200, skipped, 3, 4, {"embed": 12.34}, {"owl": 2})
     rows = cells(report._repr_html_())
-    assert rows[:6] == [
+    assert rows[:7] == [
         ["build", ""],
         ["index", "my.index"],
         ["images", "1,200"],
+        ["labels", "1 (owl), of 2 images each"],
         ["alone in their class", "3"],
         ["without evidence", "4"],
         ["left out", "12"],
     ]
-    assert rows[6] == ["left out: 0&lt;b&gt;.png", "broken\N{REPLACEMENT CHARACTER}"]
+    assert rows[7] == ["left out: 0&lt;b&gt;.png", "broken\N{REPLACEMENT CHARACTER}"]
     assert rows[-1] == ["embed", "12.3 s"]
-    assert len(rows) == 6 + 10 + 1
+    assert len(rows) == 7 + 10 + 1
 
 
 def test_a_recipe_is_a_table_of_what_it_decides() -> None:

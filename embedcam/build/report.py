@@ -65,7 +65,23 @@ class BuildReport:
         if self.labels[least] < self.labels[most]:
             each = f"{self.labels[least]:,} ({cut(least, 30)}) to {each} ({cut(most, 30)})"
         without = f"; {self.n_unlabelled:,} images without a label" if self.n_unlabelled else ""
-        return f"{len(self.labels):,} ({few}), of {each} images each{without}"
+        images = "image" if self.labels[most] == 1 else "images"
+        return f"{len(self.labels):,} ({few}), of {each} {images} each{without}"
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks."""
+        rows: list[tuple[str, object]] = [
+            ("index", self.path),
+            ("images", f"{self.n_images:,}"),
+            ("labels", self._labels_line()),
+            ("alone in their class", f"{self.n_single:,}"),
+            ("without evidence", f"{self.n_without_triplets:,}"),
+            *((("not taken", str(self.left_out)),) if str(self.left_out) else ()),
+            ("left out", f"{len(self.skipped):,}"),
+            *((f"left out: {name}", reason) for name, reason in self.skipped[:_SHOWN]),
+            *((stage, f"{seconds:.1f} s") for stage, seconds in self.seconds.items()),
+        ]
+        return "\n".join(drawn_blocks([Table(("build", ""), rows)]))
 
 
 def label_counts(labels: Iterable[str | None]) -> tuple[dict[str, int], int]:
@@ -73,19 +89,6 @@ def label_counts(labels: Iterable[str | None]) -> tuple[dict[str, int], int]:
     counts = Counter(labels)
     n_unlabelled = counts.pop(None, 0)
     return {name: counts[name] for name in sorted(filter(None, counts))}, n_unlabelled
-
-    def _repr_html_(self) -> str:
-        """A table for notebooks."""
-        rows: list[tuple[str, object]] = [
-            ("index", self.path),
-            ("images", f"{self.n_images:,}"),
-            ("alone in their class", f"{self.n_single:,}"),
-            ("without evidence", f"{self.n_without_triplets:,}"),
-            ("left out", f"{len(self.skipped):,}"),
-            *((f"left out: {name}", reason) for name, reason in self.skipped[:_SHOWN]),
-            *((stage, f"{seconds:.1f} s") for stage, seconds in self.seconds.items()),
-        ]
-        return "\n".join(drawn_blocks([Table(("build", ""), rows)]))
 
 
 class Stages:

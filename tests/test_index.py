@@ -215,6 +215,15 @@ def test_an_unknown_id_names_near_ones(tmp_path: Path) -> None:
         index.embeddings([0])
 
 
+def test_of_ids_with_the_same_file_name_the_nearest_folder_comes_first(tmp_path: Path) -> None:
+    path = make(tmp_path / "x", 3)
+    folders = ["anchor", "butterfly", "camera", "elephant", "panda"]
+    ids = [f"{folder}/1.jpg" for folder in folders]
+    append(path, changed(part(3, 8, encoding_of("top-m")), ids=ids))
+    with Index.open(path) as index, pytest.raises(InputError, match=r"did you mean 'panda/1\.jpg'"):
+        index.position("pandas/1.jpg")
+
+
 def changed(rows: PartData, **fields: object) -> PartData:
     return PartData(**{**vars(rows), **fields})
 

@@ -1,13 +1,18 @@
-"""The paths of an index that someone else wrote."""
+"""The paths and the search of an index that someone else wrote."""
 
 import os
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
+from index_samples import make
 from PIL import Image
 
+from embedcam.errors import InputError
 from embedcam.explanation import Explanation, may_follow
+from embedcam.index import manifest as manifest_file
+from embedcam.index import rebuild_faiss
 
 
 @pytest.mark.parametrize(
@@ -66,3 +71,28 @@ def test_pictures_outside_count_as_not_found(tmp_path: Path) -> None:
 
     assert drawn(only_below=False) == [True, False, True, False]
     assert drawn(only_below=True) == [True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("factory", "what"),
+    [
+        ("IVF9999999,Flat", "needs at least 9999999 images to train, and there are 12"),
+        ("IVF8(IVF1048576,Flat),Flat", "needs at least 1048576 images"),
+        ("PQ8x24", "needs at least 16777216 images"),
+        ("IMI2x14,Flat", r"cannot be used \(2\^28 lists are too many for 12 images\)"),
+    ],
+)
+def test_what_a_stranger_s_factory_asks_for_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, what: str
+) -> None:
+    path = make(tmp_path / "x", 12)
+    manifest = manifest_file.read(path)
+    manifest["faiss"]["factory"] = factory
+    manifest_file.write(path, manifest)
+
+    def never(*_: object) -> None:
+        raise AssertionError("FAISS was asked for it")
+
+    monkeypatch.setattr(faiss, "index_factory", never)
+    with pytest.raises(InputError, match=what):
+        rebuild_faiss(path)

@@ -183,7 +183,7 @@ def test_a_build_ends_with_what_it_took(tmp_path: Path) -> None:
     write(tmp_path / "more/c0/x.heics", b"")
     added = add_images(find_images(tmp_path / "more"), toy().network, tmp_path / "i")
     assert added.labels == {"c0": 1}
-    assert added.taken() == ["labels: 1 (c0), of 1 images each", "not taken: 1 .heics"]
+    assert added.taken() == ["labels: 1 (c0), of 1 image each", "not taken: 1 .heics"]
 
 
 def test_how_labels_are_told() -> None:

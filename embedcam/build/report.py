@@ -84,7 +84,8 @@ class BuildReport:
         if self.labels[least] < self.labels[most]:
             each = f"{self.labels[least]:,} ({cut(least, 30)}) to {each} ({cut(most, 30)})"
         without = f"; {self.n_unlabelled:,} images without a label" if self.n_unlabelled else ""
-        return f"{len(self.labels):,} ({few}), of {each} images each{without}"
+        images = "image" if self.labels[most] == 1 else "images"
+        return f"{len(self.labels):,} ({few}), of {each} {images} each{without}"
 
 
 def label_counts(labels: Iterable[str | None]) -> tuple[dict[str, int], int]:

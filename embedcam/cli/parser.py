@@ -165,9 +165,7 @@ def _command(commands: Any, name: str, positionals: str, summary: str) -> argpar
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=getattr(examples, name.upper()),
     )
-    one.add_argument(
-        "--json", action="store_true", help="print JSON for machines (> FILE keeps it)"
-    )
+    one.add_argument("--json", action="store_true", help="print JSON for machines; > FILE keeps it")
     one.add_argument("--quiet", action="store_true", help="no progress, no notes")
     one.add_argument("--debug", action="store_true", help="show the traceback of an error")
     one.set_defaults(run=_deferred(COMMANDS[name]), resumes=name in ("build", "add", "demo"))

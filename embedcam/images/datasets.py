@@ -19,7 +19,7 @@ from embedcam.printing import cut, short
 
 _PICTURES = ("image", "img", "picture", "photo")
 """Columns of rows that are taken for the picture, the first there is; `_LABELS` for the label."""
-_LABELS = ("label", "labels", "class")
+_LABELS = ("label", "labels", "class", "fine_label")
 _UNDECODED = {"bytes", "path"}
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,14 @@ def plain():
         pass
 """
 SAID = "embedcam: interrupted\n"
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Let children be interrupted, though whoever started the tests may have them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -580,6 +580,7 @@ def test_a_text_file_is_refused_kindly(look: Look) -> None:
 def test_a_service_that_is_busy_or_gone(look: Look, explainer: Explainer) -> None:
     with served(explainer) as service:
         page = look(service, refused=True)
+        page.page.wait_for_load_state("networkidle")  # the pictures to try have come
         gate = service.app.state.pipeline.gate
         with ExitStack() as places:
             for _ in range(16):

@@ -10,9 +10,10 @@ from typing import Any
 
 from .._files import NotPlain, fresh, read_regular, replace
 from ..errors import IndexFormatError, InputError
+from ..printing import short
 from .files import broken
 from .records import Manifest
-from .schema import Wrong, reader, short
+from .schema import Wrong, reader
 
 NAME = "manifest.json"
 FORMAT = "embedcam-index"

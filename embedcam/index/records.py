@@ -14,8 +14,9 @@ import numpy as np
 from ..calibration import Calibration
 from ..errors import InputError
 from ..preprocess import AnyPreprocess, preprocess_from_dict
+from ..printing import short
 from .files import SUFFIXES
-from .schema import Real, Text, Whole, Wrong, check_fields, one_of, short
+from .schema import Real, Text, Whole, Wrong, check_fields, one_of
 
 MAX_WIDTH = 1 << 20
 MAX_CHANNELS = 1 << 20

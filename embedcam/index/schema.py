@@ -14,6 +14,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ..printing import short
+
 Reader = Callable[[Any], Any]
 _SHOWN = 60
 
@@ -121,15 +123,6 @@ def one_of(known: tuple[Any, ...], value: Any) -> Any:
     if not any(type(value) is type(one) and value == one for one in known):
         raise Wrong(f" is {short(value)}; known: {', '.join(map(str, known))}")
     return value
-
-
-def short(value: object) -> str:
-    """The value as it is repeated in a message: never long."""
-    return _cut(repr(value[:_SHOWN] if isinstance(value, str) else value))
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def _record(kind: type, value: Any) -> Any:

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import IndexFormatError
+from ..printing import short
 from .content import wrong_embeddings, wrong_field, wrong_scales, wrong_values
 from .faiss_files import REBUILD, load_faiss
 from .files import blocks, broken, sha256_of
 from .parts import Part
 from .reader import Index
-from .schema import short
 from .strings import StringTable
 
 Progress = Callable[[int, int], None]

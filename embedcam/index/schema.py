@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from ..printing import short
 
 Reader = Callable[[Any], Any]
-_SHOWN = 60
 
 
 class Wrong(ValueError):  # noqa: N818 - reads as the fact it states

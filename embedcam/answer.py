@@ -134,7 +134,7 @@ def answer(
         trusted_from=choices.trusted_from,
         direct=direct,
         asked=asked,
-        shared=opened.index.manifest["target"] == "discriminant",
+        shared=opened.index.manifest["target"] in ("discriminant", "distinctive"),
         prototypes=opened.index.manifest.get("compressed") is not None,
         marks=rows.marks if opened.index.marked else None,
     )

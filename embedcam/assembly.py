@@ -186,7 +186,7 @@ def header(
     """
     images = {"root": None if root is None else str(root.resolve()), "files_sha256": files}
     return {
-        "recipe": recipe.to_dict(),
+        "recipe": recipe.resolved.to_dict(),
         "network": network,
         "images": None if root is None and files is None else images,
         "libraries": {"torch": torch.__version__.split("+")[0]},

@@ -8,12 +8,18 @@ import numpy as np
 from .errors import InputError
 from .index import nearest
 from .recipe import Recipe
-from .targets import centred_cotangent, margin_cotangent
+from .targets import (
+    WHITENED,
+    Whitened,
+    centred_cotangent,
+    margin_cotangent,
+    whitened_cotangent,
+    whitening,
+    with_own,
+)
 from .triplets import Nearest, Triplets, TripletSampler, active, given_triplets
 
 _BLOCK = 1 << 14
-_UNIT = 4e-3
-"""How far from 1 the squared length of a normalised embedding may be."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +44,25 @@ class AnchorCotangents:
         recipe: target, method, sampling, hinge and seed.
         embeddings: f of every image, `[N D]`.
         labels: integer labels `[N]`, or None.
-        mean: mean embedding `[D]`, for the centred target.
+        mean: mean embedding `[D]`, for the centred target and part.
 
-    The *discriminant* target measures the margin where the collection is alike in all directions,
-    as Fisher's discriminant does, and asks what the images of a label share: with C the covariance
-    of the embeddings and A = (C + tr(C) / D I)^-1, each image's is A times its margin's cotangent,
-    taken through the norm at that image, and a label's the mean of its images'. These are at the
-    head already: nothing is taken through the norm again, see `Recipe.head_norm`.
         given: the user's own triplets `[N S 2]`, with sampling "given".
+
+    The *whitened* targets measure the margin where the collection is alike in all directions, as
+    Fisher's discriminant does: with C the covariance of the embeddings and
+    A = (C + r tr(C) / D I)^-1, an image's is A times its margin's cotangent, less a share j of what
+    the norm's Jacobian takes away (j = 1 is through the norm, 0 around it).
+
+    - *discriminant*: r = 1, j = 1, and the mean of these over the images of a label.
+    - *distinctive*, the default: r = 10, j = 1/2, the mean over the images of a label scaled to
+      length 1, plus 0.2 of the image's own centred direction f - mean(f) at length 1, so that
+      every image has an answer of its own. An image alone in its label or without one asks what its
+      nearest images share, at j = 1, plus 1.5 of its own direction. A label of n <= 10 images
+      borrows: its images' positives are (10 - n + 1) / 20 their nearest images, whatever those are.
+
+    Norm "around" sets j to 0. These cotangents are at the head already: nothing is taken through
+    the norm again, see `Recipe.head_norm`. The numbers were chosen on three sets of photographs,
+    see docs/results/frontier.md.
     """
 
     def __init__(
@@ -67,7 +84,7 @@ class AnchorCotangents:
         if given is not None:
             # All of them, once: a look at every triplet for every batch would take hours.
             given_triplets(np.arange(0), given, len(embeddings))
-        if recipe.resolved_target in ("margin", "discriminant") and given is None:
+        if recipe.resolved_target != "centred" and given is None:
             self.sampler = TripletSampler(
                 embeddings,
                 labels,
@@ -84,62 +101,64 @@ class AnchorCotangents:
         if self.recipe.resolved_target == "centred":
             values = centred_cotangent(np.asarray(self.embeddings[anchors]), self.mean)
             return Cotangents(values, None, np.ones(len(anchors), np.int64))
-        if self.recipe.resolved_target == "discriminant":
-            return self._shared(anchors)
+        if self.recipe.resolved_target in WHITENED:
+            return self._whitened(anchors)
         if self.sampler is not None and self.recipe.resolved_sampling == "all":
             difference, counts = self.sampler.mean_difference(anchors)
             return Cotangents(2 * difference, None, counts)
         return self._of_triplets(self._triplets(anchors))
 
-    def _shared(self, anchors: np.ndarray) -> Cotangents:
-        """The discriminant target: what the images of each anchor's label share."""
+    def _whitened(self, anchors: np.ndarray) -> Cotangents:
+        """A whitened target: what the images of each anchor's label share, and its own part."""
         assert self.sampler is not None
         classes = self.sampler.classes
         counts = self.sampler.mean_difference(anchors)[1]
-        if classes is None:
-            return Cotangents(self._whitened(anchors).astype(np.float32), None, counts)
-        codes = classes.codes[anchors]
-        sizes = classes.sizes[codes]
         values = np.empty((len(anchors), self.embeddings.shape[1]))
-        shared = sizes > 1
-        sums = self._class_sums[classes.shared[codes[shared]]]
-        values[shared] = sums / sizes[shared][:, None]
-        values[~shared] = self._whitened(anchors[~shared])
+        shared = np.zeros(len(anchors), bool)
+        if classes is not None:
+            codes = classes.codes[anchors]
+            shared = classes.sizes[codes] > 1
+            sums = self._class_sums[classes.shared[codes[shared]]]
+            values[shared] = sums / classes.sizes[codes[shared]][:, None]
+        values[~shared] = self._margins(anchors[~shared], self._amounts(labelled=False))
+        if self.recipe.resolved_target == "distinctive":
+            centred = centred_cotangent(np.asarray(self.embeddings[anchors]), self.mean)
+            for of_label in (True, False):
+                rows = shared == of_label
+                own = self._amounts(labelled=of_label).own
+                values[rows] = with_own(values[rows], centred[rows], own)
         return Cotangents(values.astype(np.float32), None, counts)
 
-    def _whitened(self, places: np.ndarray) -> np.ndarray:
-        """A times the margin's cotangent, through the norm where there is one, `[n D]` float64."""
+    def _amounts(self, *, labelled: bool) -> Whitened:
+        return Whitened.of(self.recipe.resolved_target, self.recipe.norm, labelled)
+
+    def _margins(self, places: np.ndarray, amounts: Whitened) -> np.ndarray:
+        """A times the margin's cotangent, by a share of the norm's Jacobian, `[n D]` float64."""
         assert self.sampler is not None
-        difference = self.sampler.mean_difference(places)[0].astype(np.float64)
-        found: np.ndarray = 2 * difference @ self._whitening
-        if self.recipe.norm == "around":
-            return found
-        own = np.asarray(self.embeddings[places], np.float64)
-        lengths = (own * own).sum(1, keepdims=True)
-        unit = np.abs(lengths - 1) < _UNIT
-        return found - unit * own * (own * found).sum(1, keepdims=True)
+        difference = self.sampler.mean_difference(places, amounts.borrowed)[0]
+        own = np.asarray(self.embeddings[places])
+        return whitened_cotangent(2 * difference, own, self._matrix, amounts.jacobian)
 
     @cached_property
     def _class_sums(self) -> np.ndarray:
         """Sums of the whitened cotangents over the images of each shared label, `[L D]`."""
         assert self.sampler is not None
         assert self.sampler.classes is not None
-        return self.sampler.classes.sums(self._whitened, self.embeddings.shape[1])
+        amounts = self._amounts(labelled=True)
+        return self.sampler.classes.sums(
+            lambda places: self._margins(places, amounts), self.embeddings.shape[1]
+        )
 
     @cached_property
-    def _whitening(self) -> np.ndarray:
-        """A = (C + tr(C) / D I)^-1, `[D D]`; without any spread the identity."""
+    def _matrix(self) -> np.ndarray:
+        """A of all embeddings, `[D D]`."""
         n, width = self.embeddings.shape
         total, squares = np.zeros(width), np.zeros((width, width))
         for start in range(0, n, _BLOCK):
             block = np.asarray(self.embeddings[start : start + _BLOCK], np.float64)
             total += block.sum(0)
             squares += block.T @ block
-        covariance = squares / n - np.outer(total, total) / n**2
-        spread = float(np.trace(covariance)) / width
-        if spread <= 1e-12 * float(np.trace(squares)) / n / width:
-            return np.eye(width)
-        return np.linalg.inv(covariance + spread * np.eye(width))
+        return whitening(squares / n, total / n, self._amounts(labelled=True).ridge)
 
     def _triplets(self, anchors: np.ndarray) -> Triplets:
         if self.sampler is not None:

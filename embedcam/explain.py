@@ -180,8 +180,8 @@ class Explainer:
                 as the index says; or a float array or tensor `[3 H W]`: the network's input.
             n_neighbors: images returned; None takes the explainer's.
             result: id of one image of the index: *what in my query matched this one*. Its weights
-                alone are transferred, and pictures show it first. By the discriminant target the
-                images of a label have one answer: what speaks for the label.
+                alone are transferred, and pictures show it first. By the default target they are
+                mostly its label's: what speaks for the label.
             neighbors: ids that another search engine found, instead of searching.
             exclude_query: where the index holds the file that `image` names, leave it out of the
                 results. The same file alone, by whatever path: copies of it still come back, and

@@ -83,7 +83,8 @@ class Explanation:
             the folder, so that an index from elsewhere has no say in which other files are read.
         asked: the image that `result` named; pictures show it first. The arrays above are of the
             neighbours alone, as they were searched or named.
-        shared: the index's target is "discriminant": the images of a label share their weights.
+        shared: by the index's target the images of a label share all ("discriminant") or most
+            ("distinctive") of their weights.
         prototypes: the results are prototypes merged from images, shown by the picture of the one
             in their middle.
         max_pixels: pictures of more pixels are not read, and count as not found.
@@ -142,7 +143,7 @@ class Explanation:
 
     @property
     def speaks_for(self) -> str | None:
-        """The label that the map speaks for, where one image's weights are its whole label's."""
+        """The label that the map speaks for, where one image's weights are mostly its label's."""
         if not self.shared or self.method or self.direct or len(self.explained) != 1:
             return None
         if self.asked is not None:

@@ -11,20 +11,29 @@ from .methods import Subject, found_for, inputs_a_pass
 from .network import EmbeddingNetwork
 from .recipe import Recipe
 from .registry import LayersMethod
-from .targets import Direction, TripletMargin
+from .targets import (
+    WHITENED,
+    Direction,
+    TripletMargin,
+    Whitened,
+    centred_cotangent,
+    whitened_cotangent,
+    whitening,
+    with_own,
+)
 
 
 class DirectWeights:
     """Weights of a query by the recipe's own method and target, with the query as anchor.
 
-    Its neighbours are the positives; with the target "margin" seeded random other images are the
-    negatives, with "centred" the mean of both stands for the collection's. The discriminant target
-    is of a label's images, and a query has no label: it is given the margin. Through the head alone
-    where the method is Grad-CAM's kind; works inside inference mode too.
+    Its neighbours are the positives and stand for its label, which a query has none of; seeded
+    random other images are the negatives; both together stand for the collection where a target
+    asks for its mean or covariance. Through the head alone where the method is Grad-CAM's kind;
+    works inside inference mode too.
 
     Args:
         network: the network the index was built with.
-        recipe: the index's, `Recipe.from_dict(index.manifest["recipe"])`.
+        recipe: the index's, `Recipe.of_index(index.manifest)`.
 
     Raises:
         InputError: they are something else.
@@ -57,7 +66,7 @@ class DirectWeights:
             self.network,
             batch.float(),
             self._target(positives, negatives, batch),
-            norm=recipe.norm,
+            norm="through" if self.network.already_normalized else recipe.head_norm,
             batch_size=inputs_a_pass(self.network.device),
             seed=recipe.seed % (1 << 63),
             fill=recipe.fill,
@@ -73,9 +82,13 @@ class DirectWeights:
     def _target(
         self, positives: np.ndarray, negatives: np.ndarray, batch: torch.Tensor
     ) -> Direction | TripletMargin:
-        if self.recipe.resolved_target == "centred":
+        target = self.recipe.resolved_target
+        if target in ("centred", *WHITENED):
             own = self.network.forward(batch).embedding[0].cpu().numpy()
-            return Direction(own - np.concatenate([positives, negatives]).mean(0))
+            others = np.concatenate([positives, negatives])
+            if target == "centred":
+                return Direction(centred_cotangent(own, others.mean(0)))
+            return Direction(self._whitened(own, others, positives.mean(0) - negatives.mean(0)))
         if not self.recipe.per_triplet:
             # The margin is affine in the anchor, so its mean over all triplets is one direction.
             return Direction(2 * (positives.mean(0) - negatives.mean(0)))
@@ -84,6 +97,17 @@ class DirectWeights:
         drawn = (generator.integers(len(each), size=count) for each in (positives, negatives))
         first, second = drawn
         return TripletMargin(positives[first], negatives[second])
+
+    def _whitened(self, own: np.ndarray, others: np.ndarray, difference: np.ndarray) -> np.ndarray:
+        """A whitened target's cotangent at the query's embedding `[D]`; see `AnchorCotangents`."""
+        recipe = self.recipe
+        amounts = Whitened.of(recipe.resolved_target, recipe.norm, labelled=True)
+        others = others.astype(np.float64)
+        mean = others.mean(0)
+        matrix = whitening(others.T @ others / len(others), mean, amounts.ridge)
+        kind = whitened_cotangent(2 * difference[None], own[None], matrix, amounts.jacobian)
+        found: np.ndarray = with_own(kind, (own - mean)[None], amounts.own)[0].astype(np.float32)
+        return found
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

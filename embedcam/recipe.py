@@ -23,7 +23,7 @@ from .registry import (
     storable_methods,
     why_not_storable,
 )
-from .targets import NORMS, TARGETS
+from .targets import NORMS, TARGETS, WHITENED
 from .triplets import SAMPLINGS
 
 N_TRIPLETS, MOST_TRIPLETS = 50, 1_000_000
@@ -42,11 +42,13 @@ class Recipe:
 
     Args:
         method: any of `registry.storable_methods()`, the methods that yield channel weights.
-        target: "margin" (triplets), "discriminant" (the margin in whitened embeddings, mean of a
-            label's images; see `cotangents.AnchorCotangents`), "centred" (needs neither labels nor
-            sampling), or "auto": "discriminant" where the mean over every triplet has a closed
-            form and nothing else is asked for, else "margin".
-        norm: the gradient "through" the L2 norm or "around" it.
+        target: "margin" (triplets), "centred" (needs neither labels nor sampling), "distinctive"
+            (what sets an image's kind, and a little the image itself, apart from the rest),
+            "discriminant" (the same of a label alone, in more strongly whitened embeddings; for
+            both see `cotangents.AnchorCotangents`), or "auto": "distinctive" where the mean over
+            every triplet has a closed form and nothing else is asked for, else "margin".
+        norm: the gradient "through" the L2 norm or "around" it; see `AnchorCotangents` for what
+            "through" is to the target "distinctive".
         sampling: "random", "semihard", "hard", "all" (the exact mean over every triplet, in closed
             form), "given", or "auto": "all" where it has a closed form (no hinge, and a method that
             sees the mean of the triplets) and no number of triplets is asked for, else "random".
@@ -162,7 +164,7 @@ class Recipe:
     @property
     def resolved_sampling(self) -> str:
         """The sampling, with "auto" decided."""
-        if self.resolved_target == "discriminant":
+        if self.resolved_target in WHITENED:
             return "all"
         if self.sampling != "auto":
             return self.sampling
@@ -176,12 +178,17 @@ class Recipe:
             return self.target
         drawn = self.triplets is not None or self.sampling not in ("auto", "all")
         plain = not (drawn or self.hinge or self.per_triplet)
-        return "discriminant" if plain else "margin"
+        return "distinctive" if plain else "margin"
 
     @property
     def head_norm(self) -> str:
-        """The norm's way that is left for the head: the discriminant target has taken its own."""
-        return "around" if self.resolved_target == "discriminant" else self.norm
+        """The norm's way that is left for the head: a whitened target has taken its own."""
+        return "around" if self.resolved_target in WHITENED else self.norm
+
+    @property
+    def resolved(self) -> "Recipe":
+        """The same with the target "auto" decided: what an index keeps."""
+        return replace(self, target=self.resolved_target)
 
     @property
     def entry(self) -> Method:
@@ -209,14 +216,14 @@ class Recipe:
                 "a hinge needs triplets, and the target 'centred' has none; drop the hinge, or "
                 "use the target 'margin'"
             )
-        if self.target == "discriminant" and (self.hinge or self.triplets is not None):
+        if self.target in WHITENED and (self.hinge or self.triplets is not None):
             raise RecipeError(
-                "the target 'discriminant' takes every triplet in closed form, so a hinge or a "
+                f"the target {self.target!r} takes every triplet in closed form, so a hinge or a "
                 "number of triplets means nothing; leave them out, or use the target 'margin'"
             )
-        if self.target == "discriminant" and self.sampling not in ("auto", "all"):
+        if self.target in WHITENED and self.sampling not in ("auto", "all"):
             raise RecipeError(
-                f"the target 'discriminant' takes every triplet, so sampling = {self.sampling!r} "
+                f"the target {self.target!r} takes every triplet, so sampling = {self.sampling!r} "
                 "means nothing; leave it out, or use the target 'margin'"
             )
         if self.target != "centred" and self.sampling == "all" and self.triplets is not None:
@@ -257,6 +264,12 @@ class Recipe:
             return cls(**values)
         except RecipeError as error:
             raise RecipeError(f"{where}: {error}") from error
+
+    @classmethod
+    def of_index(cls, manifest: Mapping[str, Any]) -> "Recipe":
+        """The recipe an index was built by; an older one may leave its target to the manifest."""
+        recipe = cls.from_dict(manifest["recipe"], "the index's recipe")
+        return recipe if recipe.target != "auto" else replace(recipe, target=manifest["target"])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a manifest; options as a table, where there are any."""

@@ -105,8 +105,15 @@ class TripletSampler:
             negatives = self._random_negatives(anchors, uniform[..., 1])
         return Triplets(anchors, positives, negatives)
 
-    def mean_difference(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def mean_difference(
+        self, anchors: np.ndarray, borrowed: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Mean of f_p - f_n over *every* possible triplet, in closed form from class sums.
+
+        Args:
+            anchors: positions `[a]`.
+            borrowed: b: the mean positive of an anchor in a label of n <= b images, 1 < n, is
+                (b - n + 1) / 2b the mean of its nearest images, and the rest the label's.
 
         Returns:
             The means `[a D]` float32, and how many triplets each stands for, `[a]` int64.
@@ -130,6 +137,11 @@ class TripletSampler:
         p_mean = np.divide(
             sums - own, (sizes - 1)[:, None], out=np.zeros_like(own), where=sizes[:, None] > 1
         )
+        few = (sizes > 1) & (sizes <= borrowed)
+        if few.any():
+            share = ((borrowed - sizes[few] + 1) / (2 * borrowed))[:, None]
+            near = self._gathered_mean(self._lonely_positives(anchors[few]))
+            p_mean[few] += share * (near - p_mean[few])
         n_sum, n_count = total - sums, n - sizes
         counts = (sizes - 1) * n_count
         alone = sizes == 1

@@ -238,7 +238,7 @@ def test_a_refit_says_whose_recipe_it_kept(say: Say, index: str) -> None:
         "command said",
     )
     assert say("build", index, "--refit", "--recipe", "default")[0] == 0
-    assert answer(say, "info", index)["target"] == "discriminant"
+    assert answer(say, "info", index)["target"] == "distinctive"
 
 
 def test_compare_prints_what_adds_up(say: Say, built: Path, tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_info_says_what_the_manifest_holds(say: Say, built: Path) -> None:
     assert shown["layer"] == "relu: 8 channels on a grid of 8 x 8"
     assert shown["embedding"] == "5 numbers, L2-normalised"
     assert shown["weights"] == (
-        "Grad-CAM of the discriminant target, through the norm; the exact mean of all triplets"
+        "Grad-CAM of the distinctive target, through the norm; the exact mean of all triplets"
     )
     assert shown["stored as"] == "low-rank 5, the head's own basis, float16"
     assert shown["own maps"] == "8 x 8"

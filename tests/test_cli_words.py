@@ -62,7 +62,7 @@ def test_images_of_a_label_that_share_an_answer_are_said_to(say: Say) -> None:
     code, out, err = say(*asked)
     assert code == 0
     assert out.splitlines()[0] == f"{QUERY} -> why.png (what speaks for 2)"
-    note = "the images of a label share one answer: what speaks for 2; "
+    note = "the images of a label share most of their answer: what speaks for 2; "
     assert note in err
     assert f"; `embedcam compare shared {QUERY} 2/3.png` says what matches this one image" in err
     assert say("compare", "shared", QUERY, "2/3.png", *TRUSTED)[0] == 0

@@ -115,7 +115,7 @@ def test_a_build_is_a_table() -> None:
 
 def test_a_recipe_is_a_table_of_what_it_decides() -> None:
     rows = dict(map(tuple, cells(Recipe()._repr_html_())))  # type: ignore[arg-type]
-    assert rows["target"] == "auto: discriminant"
+    assert rows["target"] == "auto: distinctive"
     assert rows["sampling"] == "auto: all"
     assert rows["rank"] == "128"
     assert "triplets" not in rows

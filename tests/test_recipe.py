@@ -273,9 +273,9 @@ def test_what_is_not_chosen_is_not_written_so_that_older_indexes_keep_their_dige
     assert Recipe(target="margin").digest() == known
 
 
-def test_the_target_is_the_discriminant_where_nothing_else_is_asked_for() -> None:
+def test_the_target_is_the_distinctive_where_nothing_else_is_asked_for() -> None:
     for plain in ({}, {"method": "scorecam"}, {"norm": "around"}, {"sampling": "all"}):
-        assert Recipe(**plain).resolved_target == "discriminant"
+        assert Recipe(**plain).resolved_target == "distinctive"
         assert Recipe(**plain).resolved_sampling == "all"
     for other in ({"triplets": 9}, {"hinge": True}, {"method": "gradcam++"}, {"sampling": "given"}):
         assert Recipe(**other).resolved_target == "margin"

@@ -201,7 +201,7 @@ def same_index(
     network = manifest["network"] or {}
     unusable = _unusable(source, set(index.ids[index.live_positions()]), embeds)
     checks = {
-        "recipe": manifest["recipe_sha256"] == recipe.digest(),
+        "recipe": manifest["recipe_sha256"] == recipe.resolved.digest(),
         "network": identity.to_dict().items() <= network.items(),
         "choice of own maps": (manifest["layers"][0]["coarse_grid"] is not None) == own_maps,
         "choice of trust": (manifest.get("trust") is not None)

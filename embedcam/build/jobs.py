@@ -239,7 +239,7 @@ def add_images(
         manifest = index.manifest
         refuse_prototypes(path, manifest, ADD_INSTEAD)
         encodings = [index.encoding(number) for number in range(len(index.layers))]
-        recipe = Recipe.from_dict(manifest["recipe"], "the index's recipe")
+        recipe = Recipe.of_index(manifest)
         check(_identity_of(index), network)
         stages, live = Stages(progress), index.live_positions()
         changes, gone = None, list[str]()
@@ -439,7 +439,7 @@ def _digest(
     recipe: Recipe, identity: Identity, source: ImageSource, files: list[str], *choices: Any
 ) -> str:
     """Digest of everything the chunks of a job depend on."""
-    digest = hashlib.sha256(recipe.digest().encode())
+    digest = hashlib.sha256(recipe.resolved.digest().encode())
     root = None if source.root is None else str(source.root.resolve())
     digest.update(json.dumps([identity.to_dict(), root], sort_keys=True).encode())
     for item, file in zip(source.items, files, strict=True):

@@ -57,7 +57,7 @@ def trust_of(options: argparse.Namespace, index: Any, network: Any) -> dict[str,
         from ..fallback import DirectWeights
         from ..recipe import Recipe
 
-        recipe = Recipe.from_dict(index.manifest["recipe"], "the index's recipe")
+        recipe = Recipe.of_index(index.manifest)
         given["fallback"] = DirectWeights(network, recipe)
     return given
 

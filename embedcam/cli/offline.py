@@ -271,7 +271,7 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str,
         from ..index import Index
 
         with Index.open(options.index) as index:
-            recipe = Recipe.from_dict(index.manifest["recipe"], "the index's recipe")
+            recipe = Recipe.of_index(index.manifest)
     changes = {n: getattr(options, n) for n in _RECIPE if getattr(options, n) is not None}
     if options.triplets is not None:
         if options.triplets.endswith(".npy"):

@@ -109,8 +109,9 @@ def _say_trust(options: argparse.Namespace, query: str, explanation: Any) -> Non
 
 
 def _say_shared(options: argparse.Namespace, index: Any) -> None:
-    """That by the discriminant target a result is not explained apart from its label."""
-    shared = index.manifest["target"] == "discriminant" and options.method is None
+    """That by a target of labels a result is hardly explained apart from its label."""
+    shares = {"discriminant": "one answer", "distinctive": "most of their answer"}
+    shared = shares.get(index.manifest["target"]) if options.method is None else None
     if options.result is None or not shared:
         return
     label = index.select([index.position(options.result)]).labels[0]
@@ -118,7 +119,7 @@ def _say_shared(options: argparse.Namespace, index: Any) -> None:
     if label is not None:
         note(
             options,
-            f"note: by this index's target the images of a label share one answer: what speaks for "
+            f"note: by this index's target the images of a label share {shared}: what speaks for "
             f"{label}; `embedcam compare {options.index} {query} {options.result}` says what "
             "matches this one image",
         )

@@ -45,8 +45,8 @@ def build_options(one: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target",
         metavar="NAME",
-        help="auto (default: discriminant where it has a closed form, else margin), margin, "
-        "discriminant or centred",
+        help="auto (default: distinctive where it has a closed form, else margin), margin, "
+        "distinctive, discriminant or centred",
     )
     group.add_argument("--norm", metavar="WAY", help="through (default) or around the L2 norm")
     group.add_argument(

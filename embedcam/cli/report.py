@@ -320,7 +320,7 @@ def _weights_line(manifest: Mapping[str, Any]) -> str:
     method = manifest["method"] if entry is None else entry.title
     if entry is not None and not entry.targeted:
         return f"{method}, which ignores targets: what stands out, not what matches"
-    named = {"centred": "centred target", "discriminant": "discriminant target"}
+    named = {name: f"{name} target" for name in ("centred", "discriminant", "distinctive")}
     target = named.get(manifest["target"], "triplet margin")
     way = "" if entry is not None and entry.scored else f", {manifest['norm']} the norm"
     line = f"{method} of the {target}{way}"

@@ -14,7 +14,7 @@ ON_ONE_OBJECT = (
     "is salient is mostly what matched. Two objects tell them apart."
 )
 OF_LABELS = (
-    "By the discriminant target the images of a label share their weights, an image's own part "
+    "By this target the images of a label share all or most of their weights, an image's own part "
     "included, so that this tells chiefly how often the neighbours are of its label."
 )
 _NAMES = {

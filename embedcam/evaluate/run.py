@@ -17,6 +17,7 @@ from ..metrics import rank_correlations
 from ..metrics.order import pixel_count
 from ..network import EmbeddingNetwork
 from ..progress import Advance, progress_of
+from ..targets import WHITENED
 from . import summary as told
 from .controls import (
     MEAN,
@@ -469,7 +470,7 @@ class _Job:
             )
         if missing:
             self._note(f"transfer fidelity: {missing} indexed pictures could not be used")
-        shared = self.index.manifest["target"] == "discriminant" and self.gallery.labelled
+        shared = self.index.manifest["target"] in WHITENED and self.gallery.labelled
         return told.fidelity(records, shared)
 
     def _indexed(self) -> tuple[ImageSource | None, np.ndarray]:

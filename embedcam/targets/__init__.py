@@ -1,6 +1,7 @@
 """What is explained: targets, as scores of an embedding and as their cotangents there.
 
-cotangents.py  the triplet margin's and the centred target's cotangents, and the norm's two ways
+cotangents.py  the triplet margin's and the centred target's cotangents, the whitened
+               ones', and the norm's two ways
 scores.py      targets as objects: a score for every embedding, what a method explains
 
 Arrays only: everything works on NumPy arrays and on tensors alike.
@@ -9,10 +10,15 @@ Arrays only: everything works on NumPy arrays and on tensors alike.
 from .cotangents import (
     NORMS,
     TARGETS,
+    WHITENED,
+    Whitened,
     centred_cotangent,
     head_cotangent,
     margin_cotangent,
     through_norm,
+    whitened_cotangent,
+    whitening,
+    with_own,
 )
 from .scores import (
     ClassProxy,
@@ -28,6 +34,7 @@ from .scores import (
 __all__ = [
     "NORMS",
     "TARGETS",
+    "WHITENED",
     "ClassProxy",
     "Coordinate",
     "Direction",
@@ -36,8 +43,12 @@ __all__ = [
     "Similarity",
     "Target",
     "TripletMargin",
+    "Whitened",
     "centred_cotangent",
     "head_cotangent",
     "margin_cotangent",
     "through_norm",
+    "whitened_cotangent",
+    "whitening",
+    "with_own",
 ]

@@ -4,12 +4,20 @@ Arrays only: plain arithmetic that works on NumPy arrays and on tensors alike. A
 gradient of the target y with respect to the anchor's embedding f, everything else held constant.
 """
 
+from dataclasses import dataclass
 from typing import TypeVar
+
+import numpy as np
 
 Array = TypeVar("Array")
 
-TARGETS = ("margin", "centred", "discriminant")
+TARGETS = ("margin", "centred", "discriminant", "distinctive")
 NORMS = ("through", "around")
+_UNIT = 4e-3
+"""How far from 1 the squared length of a normalised embedding may be."""
+
+WHITENED = ("discriminant", "distinctive")
+"""Targets that measure the margin in whitened embeddings, over every triplet."""
 
 
 def margin_cotangent(positives: Array, negatives: Array) -> Array:
@@ -49,6 +57,83 @@ def through_norm(cotangent: Array, embedding: Array, length: Array) -> Array:
     """
     along = (embedding * cotangent).sum(-1)[..., None]  # type: ignore[operator]
     return (cotangent - embedding * along) / length[..., None]  # type: ignore[index]
+
+
+@dataclass(frozen=True)
+class Whitened:
+    """How much of what a whitened target takes.
+
+    Args:
+        ridge: r of A = (C + r tr(C) / D I)^-1; the larger, the less is whitened.
+        jacobian: share of the norm's Jacobian: 1 is through the norm, 0 around it.
+        own: length of the image's own centred part beside its kind's, which has length 1.
+        borrowed: labels of so many images and fewer take part of their positives from each image's
+            nearest ones.
+    """
+
+    ridge: float
+    jacobian: float
+    own: float = 0.0
+    borrowed: int = 0
+
+    @classmethod
+    def of(cls, target: str, norm: str, labelled: bool) -> "Whitened":
+        """Of a target in `WHITENED`, for images that share a label or for one that has none."""
+        through = norm == "through"
+        if target == "discriminant":
+            return cls(1.0, float(through))
+        if labelled:
+            return cls(10.0, 0.5 * through, 0.2, 10)
+        return cls(10.0, float(through), 1.5)
+
+
+def whitening(squares: np.ndarray, mean: np.ndarray, ridge: float) -> np.ndarray:
+    """A = (C + ridge tr(C) / D I)^-1, `[D D]`; without any spread the identity.
+
+    Args:
+        squares: mean of f f^T over the embeddings, float64 `[D D]`; C is it less mean mean^T.
+        mean: of the embeddings, float64 `[D]`.
+        ridge: see `Whitened`.
+    """
+    width = len(mean)
+    covariance = squares - np.outer(mean, mean)
+    spread = float(np.trace(covariance)) / width
+    if spread <= 1e-12 * float(np.trace(squares)) / width:
+        return np.eye(width)
+    found: np.ndarray = np.linalg.inv(covariance + ridge * spread * np.eye(width))
+    return found
+
+
+def whitened_cotangent(
+    margin: np.ndarray, embeddings: np.ndarray, matrix: np.ndarray, jacobian: float
+) -> np.ndarray:
+    """c = A m less `jacobian` of its part along f: c - jacobian f (f . c), `[n D]` float64.
+
+    What is not of unit length was not normalised and keeps all of it.
+
+    Args:
+        margin: m, cotangents of the margin, `[n D]`.
+        embeddings: f, `[n D]`.
+        matrix: A, see `whitening`.
+        jacobian: from 0, around the norm, to 1, through it.
+    """
+    found: np.ndarray = margin.astype(np.float64) @ matrix
+    if not jacobian:
+        return found
+    own = np.asarray(embeddings, np.float64)
+    unit = np.abs((own * own).sum(-1, keepdims=True) - 1) < _UNIT
+    return found - jacobian * unit * own * (own * found).sum(-1, keepdims=True)
+
+
+def with_own(kind: np.ndarray, centred: np.ndarray, own: float) -> np.ndarray:
+    """kind / |kind| + own centred / |centred|, `[n D]`; a zero vector adds nothing."""
+    return _unit(kind) + own * _unit(centred)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+    found: np.ndarray = rows / np.where(lengths > 0, lengths, 1)
+    return found
 
 
 def head_cotangent(

@@ -210,7 +210,7 @@ def _info(path: Path) -> Answers:
 def _settings(path: Path) -> Answers:
     """What loads the network and builds again, as far as it can be read without either."""
     with Index.open(path, with_faiss=False) as index:
-        Recipe.from_dict(index.manifest["recipe"], "the index's recipe")
+        Recipe.of_index(index.manifest)
         if index.manifest["network"] is not None:
             network_of_index(index.manifest, {})
     return {}

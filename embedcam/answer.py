@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from .calibration import evidence
-from .cam import cam, resize, sharpen
+from .cam import cam, joined, resize, sharpen, signed_cam
 from .errors import IndexFormatError, InputError
 from .explanation import Asked, Explanation, may_follow
 from .index import Index, Neighbors, Selection
@@ -64,6 +64,7 @@ class Query:
         size: (height, width) of the map, or None for the layer's grid.
         picture: what was given, or None.
         inputs: the network's input `[3 H W]`, or None.
+        finer: activations of each layer on a finer grid, of the query shown larger; None without.
     """
 
     embedding: np.ndarray
@@ -71,6 +72,7 @@ class Query:
     size: tuple[int, int] | None = None
     picture: Image.Image | None = None
     inputs: Any = None
+    finer: Sequence[np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,10 @@ def answer(
         negatives = _others(opened.index, rows, used)
         weights = list(choices.fallback.weights(query.inputs, used.embeddings, negatives))
     ids, root = rows.ids, opened.root
+    drawn, signed = _drawn(weights, query)
     return Explanation(
-        cam=_drawn(weights, query),
+        cam=drawn,
+        signed_cam=signed,
         weights=weights[0],
         ids=ids,
         labels=rows.labels,
@@ -193,12 +197,21 @@ def _asked(opened: Opened, used: Selection, chosen: Neighbors, norms: np.ndarray
     )
 
 
-def _drawn(weights: Sequence[np.ndarray], query: Query) -> np.ndarray:
+def _drawn(weights: Sequence[np.ndarray], query: Query) -> tuple[np.ndarray, np.ndarray]:
+    """The map of a query and the same before its ReLU, at the size asked for."""
+    layers = query.activations if query.finer is None else query.finer
     with np.errstate(over="ignore", invalid="ignore"):
-        drawn = cam(weights[0], query.activations[0])
-        for own, finer in zip(weights[1:], query.activations[1:], strict=True):
-            drawn = sharpen(cam(own, finer), drawn)
-        found = drawn if query.size is None else resize(drawn, query.size)
+        signed = signed_cam(weights[0], query.activations[0])
+        if query.finer is not None:
+            signed = joined(signed, signed_cam(weights[0], query.finer[0]))
+        found = np.maximum(signed, 0)
+        for own, finer in zip(weights[1:], layers[1:], strict=True):
+            found = sharpen(cam(own, finer), found)
+        if len(weights) > 1:
+            # What several layers draw is positive; only the deepest says what speaks against it.
+            signed = found + np.minimum(resize(signed, found.shape), 0) * (found == 0)
+        if query.size is not None:
+            found, signed = (resize(one, query.size) for one in (found, signed))
     if not np.isfinite(found).all():
         weight, activation = (max(float(np.abs(one).max()) for one in arrays)
                               for arrays in (weights, query.activations))  # fmt: skip
@@ -206,7 +219,7 @@ def _drawn(weights: Sequence[np.ndarray], query: Query) -> np.ndarray:
             f"the map overflows: activations up to {activation:.3g} with weights up to "
             f"{weight:.3g} go beyond float32; scale the activations down, or build the index again"
         )
-    return found
+    return found, signed
 
 
 def _extent(opened: Opened, query: Query) -> tuple[float, float, float, float] | None:

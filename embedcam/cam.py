@@ -28,6 +28,14 @@ def cam(weights: Array, activations: Array) -> Array:
     Raises:
         InputError: the shapes do not belong together.
     """
+    return _relu(signed_cam(weights, activations))
+
+
+def signed_cam(weights: Array, activations: Array) -> Array:
+    """The map before its ReLU, sum_k w_k A_k: negative where the picture speaks against it.
+
+    Args, returns and raises as `cam`, but for the sign.
+    """
     w_shape, a_shape = tuple(weights.shape), tuple(activations.shape)  # type: ignore[attr-defined]
     if len(a_shape) != len(w_shape) + 2 or a_shape[: len(w_shape)] != w_shape or not w_shape:
         raise InputError(
@@ -37,7 +45,33 @@ def cam(weights: Array, activations: Array) -> Array:
     *batch, channels, height, width = a_shape
     flat = activations.reshape(*batch, channels, height * width)  # type: ignore[attr-defined]
     mixed = weights.reshape(*batch, 1, channels) @ flat  # type: ignore[attr-defined]
-    return _relu(mixed.reshape(*batch, height, width))
+    signed: Array = mixed.reshape(*batch, height, width)
+    return signed
+
+
+def joined(coarse: Array, fine: Array) -> Array:
+    """Signed maps of one picture from two views as one, on the finer grid.
+
+    s_c ((U(C) - mean U(C)) / s_c + (F - mean F) / s_f), s the standard deviations: equal parts of
+    both, in the units of the coarse map, with mean 0. A constant map adds nothing.
+
+    Args:
+        coarse: C, `[... h w]`.
+        fine: F, `[... H W]`, of the same picture shown larger.
+
+    Returns:
+        `[... H W]`.
+    """
+    size = tuple(fine.shape)[-2:]  # type: ignore[attr-defined]
+    upper, own = _centred(resize(coarse, size)), _centred(fine)
+    spreads = [((one * one).mean((-2, -1))[..., None, None]) ** 0.5 for one in (upper, own)]
+    flat = spreads[1] == 0
+    both: Array = upper + own * (spreads[0] / (spreads[1] + flat))
+    return both
+
+
+def _centred(maps: Any) -> Any:
+    return maps - maps.mean((-2, -1))[..., None, None]
 
 
 def resize(maps: Array, size: tuple[int, int]) -> Array:

@@ -18,6 +18,7 @@ import numpy as np
 from .answer import Choices, Fallback, Query, answer, without_file
 from .errors import EmbeddingError, ImageError, InputError
 from .explanation import Explanation, may_follow
+from .finer import check_detail, finer_activations, larger_input
 from .forking import ProcessLock
 from .images import MAX_PIXELS, FileState, file_state, read_image
 from .index import Index
@@ -64,6 +65,9 @@ class Explainer:
             `fallback.DirectWeights`; None leaves them as they were transferred.
         images: folder the indexed images lie in now; None takes the one they were built from.
         max_pixels: pictures of more pixels are not read, neither queries' nor indexed images'.
+        detail: 2 shows every query to the network once more at twice the side and joins both maps:
+            finer, and surer of two objects, for about four more embeddings and four times the
+            activations' memory. Search and trust stay those of the first pass.
 
     Raises:
         NetworkMismatch: the network is not the index's.
@@ -83,8 +87,9 @@ class Explainer:
         fallback: Fallback | None = None,
         images: str | Path | None = None,
         max_pixels: int = MAX_PIXELS,
+        detail: int = 1,
     ) -> None:
-        self.n_neighbors = check_count(n_neighbors)
+        self.n_neighbors, self.detail = check_count(n_neighbors), check_detail(detail)
         self.max_pixels = max_pixels
         coefficients(np.ones(1), np.ones(1), transfer)
         self.transfer = transfer
@@ -172,6 +177,7 @@ class Explainer:
         result: str | None = None,
         neighbors: Sequence[str] | None = None,
         exclude_query: bool = False,
+        detail: int | None = None,
     ) -> Explanation:
         """Explain one query.
 
@@ -186,6 +192,7 @@ class Explainer:
             exclude_query: where the index holds the file that `image` names, leave it out of the
                 results. The same file alone, by whatever path: copies of it still come back, and
                 where the index does not hold it nothing is left out.
+            detail: 1 or 2, see `Explainer`; None takes the explainer's.
 
         Raises:
             ImageError: a picture that cannot be read.
@@ -199,6 +206,7 @@ class Explainer:
             result=result,
             neighbors=given,
             exclude_query=exclude_query,
+            detail=detail,
         )
         return found[0]
 
@@ -211,12 +219,17 @@ class Explainer:
         neighbors: Sequence[Sequence[str]] | None = None,
         exclude_query: bool = False,
         files: Sequence[str | Path | None] | None = None,
+        detail: int | None = None,
+        larger: Sequence[Any] | None = None,
     ) -> list[Explanation]:
         """Explain several queries with one forward pass.
 
         Args:
             images: the queries.
-            n_neighbors, result, neighbors, exclude_query: as for `explain`.
+            n_neighbors, result, neighbors, exclude_query, detail: as for `explain`.
+            larger: with detail 2, the network's inputs at twice the side, `[3 2H 2W]` each, where
+                the queries are the network's inputs; None makes them of the pictures, and resizes
+                inputs that came without one.
             files: where the queries' pictures lie, for `exclude_query` where they are not given as
                 paths; None for those that lie nowhere.
         """
@@ -235,6 +248,7 @@ class Explainer:
         pictures, inputs = zip(
             *(prepared(image, opened.preprocess, self.max_pixels) for image in images), strict=True
         )
+        detail = self.detail if detail is None else check_detail(detail)
         batch = stacked(inputs)
         try:
             if len(opened.layers) == 1:
@@ -243,11 +257,16 @@ class Explainer:
             else:
                 features, tapped = network.forward_layers(batch, opened.layers)
                 activations = [_numpy(maps) for maps in tapped]
+            finer = None
+            if detail > 1:
+                pairs = zip(pictures, inputs, strict=True)
+                shown = larger or [larger_input(*pair, opened.preprocess) for pair in pairs]
+                finer = finer_activations(network, opened.layers, stacked(shown))
         except EmbeddingError as error:
             raise error.named([query_name(one, row) for row, one in enumerate(images)]) from None
         height, width = inputs[0].shape[-2:]
         embeddings, size = _numpy(features.embedding), (int(height), int(width))
-        check_outputs(embeddings, *activations)
+        check_outputs(embeddings, *activations, *(finer or ()))
         near = find_neighbors(opened.index, embeddings, wanted + exclude_query, neighbors)
         choices = self._choices()
         if exclude_query:
@@ -260,7 +279,8 @@ class Explainer:
         found = []
         for row, (picture, one) in enumerate(zip(pictures, inputs, strict=True)):
             own = [maps[row] for maps in activations]
-            query = Query(embeddings[row], own, size, picture, one)
+            fine = None if finer is None else [maps[row] for maps in finer]
+            query = Query(embeddings[row], own, size, picture, one, fine)
             found.append(answer(opened, choices, query, near[row], result))
         return found
 
@@ -275,6 +295,7 @@ class Explainer:
         grid: tuple[int, int] | None = None,
         n_neighbors: int | None = None,
         result: str | None = None,
+        detail_activations: np.ndarray | Sequence[np.ndarray] | None = None,
     ) -> Explanation: ...
 
     @overload
@@ -288,6 +309,7 @@ class Explainer:
         grid: tuple[int, int] | None = None,
         n_neighbors: int | None = None,
         result: str | None = None,
+        detail_activations: np.ndarray | Sequence[np.ndarray] | None = None,
     ) -> list[Explanation]: ...
 
     def explain_features(
@@ -300,6 +322,7 @@ class Explainer:
         grid: tuple[int, int] | None = None,
         n_neighbors: int | None = None,
         result: str | None = None,
+        detail_activations: np.ndarray | Sequence[np.ndarray] | None = None,
     ) -> Explanation | list[Explanation]:
         """Explain queries whose features a service already has: NumPy in, NumPy out, no torch.
 
@@ -312,6 +335,8 @@ class Explainer:
             grid: (H, W) of token activations, class and register tokens already dropped.
             n_neighbors: images returned; None takes the explainer's.
             result: id of the one image whose weights are to be transferred.
+            detail_activations: of the same queries shown larger, on a finer grid, as `activations`
+                but never tokens: both maps are joined, see `cam.joined`.
 
         Returns:
             An `Explanation`, or a list of them for a batch. Type checkers know which by the array's
@@ -322,19 +347,18 @@ class Explainer:
                 not of unit length.
         """
         opened = self._now()
-        index, layers = opened.index, opened.layers
-        given = [activations] if len(layers) == 1 else activations
-        if not isinstance(given, list | tuple) or len(given) != len(layers):
-            raise InputError(
-                f"this index draws with the layers {', '.join(layers)}; give their "
-                "activations as a list, in this order"
-            )
-        maps = []
-        for one, channels in zip(given, opened.channels, strict=True):
-            vectors, checked, single = check_features(
-                embedding, one, index.width, channels, index.normalized, grid
-            )
-            maps.append(checked)
+        index = opened.index
+        vectors, maps, single = _checked(opened, embedding, activations, grid)
+        finer = None
+        if detail_activations is not None:
+            _, finer, _ = _checked(opened, embedding, detail_activations, None)
+            if any(min(np.subtract(fine.shape[2:], own.shape[2:])) < 0
+                   for fine, own in zip(finer, maps, strict=True)):  # fmt: skip
+                raise InputError(
+                    f"detail_activations lie on a grid of {list(finer[0].shape[2:])}, coarser than "
+                    f"the activations' {list(maps[0].shape[2:])}; give those of the query shown "
+                    "larger"
+                )
         size = None if size is None else check_sides("size", size)
         if size is not None and size[0] * size[1] > self.max_pixels:
             raise InputError(
@@ -346,7 +370,8 @@ class Explainer:
         near = find_neighbors(index, vectors, wanted, named)
         choices, found = self._choices(), []
         for row, vector in enumerate(vectors):
-            query = Query(vector, [one[row] for one in maps], size)
+            fine = None if finer is None else [one[row] for one in finer]
+            query = Query(vector, [one[row] for one in maps], size, finer=fine)
             found.append(answer(opened, choices, query, near[row], result))
         return found[0] if single else found
 
@@ -432,6 +457,26 @@ class Explainer:
     def _choices(self) -> Choices:
         only_below = self._given.images is not None
         return Choices(self.transfer, self.trusted_from, self.fallback, only_below, self.max_pixels)
+
+
+def _checked(
+    opened: Opened, embedding: Any, activations: Any, grid: tuple[int, int] | None
+) -> tuple[np.ndarray, list[np.ndarray], bool]:
+    """Embeddings `[B D]`, activations `[B K H W]` by layer, and whether it was one query."""
+    index, layers = opened.index, opened.layers
+    given = [activations] if len(layers) == 1 else activations
+    if not isinstance(given, list | tuple) or len(given) != len(layers):
+        raise InputError(
+            f"this index draws with the layers {', '.join(layers)}; give their "
+            "activations as a list, in this order"
+        )
+    maps = []
+    for one, channels in zip(given, opened.channels, strict=True):
+        vectors, checked, single = check_features(
+            embedding, one, index.width, channels, index.normalized, grid
+        )
+        maps.append(checked)
+    return vectors, maps, single
 
 
 def _file_of(image: Any) -> str | Path | None:

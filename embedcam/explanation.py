@@ -47,7 +47,10 @@ class Explanation:
     """A query, its nearest images, and where each of them shows why.
 
     Attributes:
-        cam: the query's map, `[H W]` float32 >= 0, at the size asked for.
+        cam: the query's map, `[H W]` float32 >= 0, at the size asked for: what is drawn.
+        signed_cam: the same before its ReLU, `[H W]` float32: what speaks against is negative.
+            Ranks and thresholds of it do not depend on how maps are drawn. Of several layers the
+            negative part is the deepest one's; of a `method` it is the method's own map.
         weights: the transferred channel weights, `[K]` float32; with `method` that method's own,
             and zeros where it has none.
         ids, labels, paths: of the neighbours, nearest first; in the order given where they were
@@ -93,6 +96,7 @@ class Explanation:
     """
 
     cam: np.ndarray
+    signed_cam: np.ndarray
     weights: np.ndarray
     ids: list[str]
     labels: list[str | None]

@@ -35,7 +35,7 @@ from photographs import SIZE, Features, read_pictures
 from PIL import Image
 
 from embedcam import EmbedcamError, Recipe
-from embedcam.cam import resize
+from embedcam.cam import joined, resize
 from embedcam.classes import label_codes
 from embedcam.cotangents import AnchorCotangents
 from embedcam.images import read_image
@@ -205,7 +205,7 @@ class Natural:
                 np.tensordot(unit[near].mean(0), view.activations[case.picture], 1)
                 for view in self.views[:detail]
             ]
-            grid = maps[0] if detail == 1 else joined(*maps)
+            grid = maps[0] if detail == 1 else joined(*(one.astype(np.float32) for one in maps))
             both = np.stack([grid, np.maximum(grid, 0)]).astype(np.float32)
             full = resize(both, (SIZE, SIZE))
             every = full[:, ::STEP, ::STEP]
@@ -234,14 +234,6 @@ class Natural:
             low, high = bootstrap_interval(np.arange(len(places)), mean)
             cells.append(f"{column.mean():.3f} [{low:.3f}, {high:.3f}]")
         return cells
-
-
-def joined(coarse: np.ndarray, fine: np.ndarray) -> np.ndarray:
-    """Both maps, each less its mean over its deviation, on the finer grid."""
-    pair = resize(coarse.astype(np.float32), fine.shape), fine
-    both = [(one - one.mean()) / (one.std() or 1) for one in pair]
-    found: np.ndarray = both[0] + both[1]
-    return found
 
 
 def signed(

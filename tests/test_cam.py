@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from embedcam.cam import area_average, cam, normalize, resize
+from embedcam.cam import area_average, cam, joined, normalize, resize, signed_cam
 from embedcam.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -182,3 +182,41 @@ def test_a_single_bright_cell_lands_where_it_was() -> None:
     rows, columns = np.mgrid[0:32, 0:32] + 0.5
     assert (big * rows).sum() / big.sum() == pytest.approx(1.5 * 8)
     assert (big * columns).sum() / big.sum() == pytest.approx(2.5 * 8)
+
+
+def test_a_map_is_the_relu_of_the_signed_one() -> None:
+    generator = np.random.default_rng(2)
+    weights, activations = generator.normal(size=(2, 5)), generator.normal(size=(2, 5, 3, 4))
+    signed = signed_cam(weights, activations)
+    for image in range(2):
+        for y in range(3):
+            for x in range(4):
+                value = sum(weights[image, k] * activations[image, k, y, x] for k in range(5))
+                assert signed[image, y, x] == pytest.approx(value)
+    assert (signed < 0).any()
+    np.testing.assert_array_equal(cam(weights, activations), np.maximum(signed, 0))
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_two_views_count_alike_in_the_units_of_the_coarse_one(library: str) -> None:
+    generator = np.random.default_rng(3)
+    coarse, fine = 5 + 3 * generator.normal(size=(2, 3)), 40 * generator.normal(size=(4, 6)) - 7
+    upper = resize(coarse, (4, 6))
+    expected = np.zeros((4, 6))
+    for y in range(4):
+        for x in range(6):
+            first = (upper[y, x] - upper.mean()) / upper.std()
+            second = (fine[y, x] - fine.mean()) / fine.std()
+            expected[y, x] = upper.std() * (first + second)
+    given = [torch.from_numpy(one) if library == "torch" else one for one in (coarse, fine)]
+    np.testing.assert_allclose(np.asarray(joined(*given)), expected, atol=1e-12)
+    scaled = joined(2 * coarse, 1e-3 * fine + 9)
+    np.testing.assert_allclose(scaled, 2 * expected, atol=1e-9)
+
+
+def test_a_view_without_contrast_adds_nothing() -> None:
+    fine = np.random.default_rng(4).normal(size=(4, 4))
+    assert not joined(np.ones((2, 2)), fine).any()
+    coarse = np.random.default_rng(5).normal(size=(2, 2))
+    upper = resize(coarse, (4, 4))
+    np.testing.assert_allclose(joined(coarse, np.full((4, 4), 3.0)), upper - upper.mean())

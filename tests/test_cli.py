@@ -369,7 +369,7 @@ def test_a_named_network_tells_its_layer(say: Say, tmp_path: Path) -> None:
         "layer       features: 512 channels on a grid of 3 x 3",
         "input       64 x 64, centre crop",
         "embedding   512 numbers, not normalised",
-        "stored as   low-rank 2, basis by PCA, float16",
+        "stored as   low-rank 4, basis by PCA, float16",
         "own maps    3 x 3",
     ):
         assert f"  {line}\n" in shown

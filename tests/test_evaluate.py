@@ -239,7 +239,7 @@ def test_fidelity_of_weights_that_a_label_shares_says_so(
             where / "index", find_images(folder / "photos"), network, progress=False, workers=0,
             **{**QUICK, "measures": ("fidelity",)},
         )  # fmt: skip
-        words = "the images of a label share their weights, an image's own part included"
+        words = "the images of a label share all or most of their weights, an image's own part"
         assert told.summary["fidelity"]["shared"] == said
         assert [words in table.notes for table in tables(told.summary)] == [said, False]
         assert (words[:45] in told.html()) == said

@@ -53,6 +53,7 @@ def test_pictures_outside_count_as_not_found(tmp_path: Path) -> None:
 
     def drawn(only_below: bool) -> list[bool]:
         why = Explanation(
+            signed_cam=np.ones((2, 2), np.float32),
             cam=np.zeros((2, 2), np.float32),
             weights=np.zeros(3, np.float32),
             ids=list("abcd"),

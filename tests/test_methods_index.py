@@ -377,7 +377,7 @@ def test_a_recipes_fill_and_options_are_the_methods(
     build_index(source, made_of.network, tmp_path / "index", recipe, progress=False)
     with opened(tmp_path / "index") as (index, live):
         vectors, stored = index.embeddings(live), index.weights(live)
-        assert Recipe.from_dict(index.manifest["recipe"]) == recipe
+        assert Recipe.from_dict(index.manifest["recipe"]) == recipe.resolved
     codes = label_codes([item.label for item in source.items])
     aim = AnchorCotangents(recipe, vectors, codes, vectors.mean(0)).of(np.array([3]))
     image = torch.from_numpy(inputs(made_of, source))[3]

@@ -711,9 +711,13 @@ def test_an_explanation_that_is_not_trusted_is_computed_on_the_query(
     assert "computed on the query:\ntransfer not trusted" in found._transfer_note()
     np.testing.assert_array_equal(positives, index_vectors(path, found.ids))
     assert not {rows[tuple(v)] for v in negatives} & near
+    own = made_of.network.forward(query[None]).embedding[0].numpy()
+    norm = recipe.norm
     if recipe.target == "centred":
-        own = made_of.network.forward(query[None]).embedding[0].numpy()
         aim: Any = Direction(own - np.concatenate([positives, negatives]).mean(0))
+    elif recipe.resolved_target == "distinctive":
+        aim = Direction(of_its_neighbors(own, positives, negatives))
+        norm = norm if recipe.entry.scored else "around"
     else:
         pairs_ = [(p, n) for p in positives for n in negatives]
         aim = TripletMargin(*map(np.array, zip(*pairs_, strict=True)))
@@ -722,13 +726,25 @@ def test_an_explanation_that_is_not_trusted_is_computed_on_the_query(
         first, second = (drawn.integers(len(v), size=50) for v in (positives, negatives))
         aim = TripletMargin(positives[first], negatives[second])
     expected = cam_for(
-        made_of.network, query, aim, recipe.method, norm=recipe.norm, progress=False,
+        made_of.network, query, aim, recipe.method, norm=norm, progress=False,
         fill=recipe.fill, seed=recipe.seed, **dict(recipe.options),
     )  # fmt: skip
     scale = np.abs(expected.weights).max()
     np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-3, atol=1e-4 * scale)
     np.testing.assert_allclose(found.cam, expected.cam, rtol=1e-3, atol=1e-4 * expected.cam.max())
     assert np.abs(found.weights - plain.weights).max() > 1e-3 * np.abs(plain.weights).max()
+
+
+def of_its_neighbors(own: np.ndarray, positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
+    """The distinctive target at a query `[D]`, its neighbours in place of a label."""
+    others = np.concatenate([positives, negatives]).astype(np.float64)
+    covariance = np.cov(others.T, bias=True)
+    load = 10 * np.trace(covariance) / len(own) * np.eye(len(own))
+    kind = np.linalg.solve(covariance + load, 2 * (positives.mean(0) - negatives.mean(0)))
+    kind -= 0.5 * (kind @ own) * own
+    centred = own - others.mean(0)
+    found: np.ndarray = kind / np.linalg.norm(kind) + 0.2 * centred / np.linalg.norm(centred)
+    return found.astype(np.float32)
 
 
 def test_what_is_explained_by_one_result_is_not_told_from_that_result(

@@ -105,6 +105,7 @@ def redrawn(
     return replace(
         explanation,
         cam=np.maximum(made.cam, 0),
+        signed_cam=made.cam,
         weights=weights,
         layer_weights=made.layer_weights,
         method=method.title,

@@ -261,6 +261,7 @@ def _build_features(options: argparse.Namespace, recipe: Any, network: dict[str,
 def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The recipe with the command line's choices over it, and its images and network."""
     from ..recipe import Recipe, read_toml, shipped_recipe
+    from ..targets import WHITENED
 
     recipe = Recipe()
     images: dict[str, Any] = {}
@@ -284,6 +285,9 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str,
                     f"--triplets {options.triplets}: give a number, or a .npy file of shape "
                     "[N S 2]; for every triplet there is use --sampling all"
                 ) from None
+    draws = changes.keys() & {"triplets", "hinge", "sampling"}
+    if draws and "target" not in changes and recipe.target in WHITENED:
+        changes["target"] = "auto"  # as a build without a target decides it for these draws
     refuse_unknown("[images]", images, _IMAGES)
     for name, value in images.items():
         if not isinstance(value, _IMAGES[name]) or isinstance(value, bool):

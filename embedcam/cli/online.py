@@ -46,6 +46,7 @@ def explain(options: argparse.Namespace) -> None:
             transfer=options.transfer,
             images=options.images,
             max_pixels=options.max_pixels or MAX_PIXELS,
+            detail=options.detail,
             **trust_of(options, index, network),
         )
         if reported is not None:

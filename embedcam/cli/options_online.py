@@ -60,6 +60,14 @@ def explain_options(one: argparse.ArgumentParser) -> None:
     transfer_options(one)
     one.add_argument("--result", metavar="ID", help="explain by this one image of the index")
     one.add_argument(
+        "--detail",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="2 draws a finer map: the query is shown once more at twice the side, for about four "
+        "more embeddings",
+    )
+    one.add_argument(
         "--method",
         metavar="NAME",
         help="compute the query's map itself, by any method (scorecam, rise, ...), in place of "

@@ -1,0 +1,106 @@
+"""A finer map of a query: the picture shown to the network once more, larger, without a gradient.
+
+Weights belong to channels and not to positions, so the weights that were transferred draw the
+larger picture's activations too. No torch: the network is an object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .cam import resize
+from .errors import EmbedcamError, InputError
+from .memory import ran_out
+from .preprocess import AnyPreprocess, Preprocess
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from .network import EmbeddingNetwork
+    from .onnx_network import OnnxNetwork
+
+DETAILS = (1, 2)
+"""How many times the side of its input a query may be shown at."""
+
+
+def check_detail(detail: Any) -> int:
+    """How often the side of the network's input a map is drawn at.
+
+    Raises:
+        InputError: neither 1 nor 2.
+    """
+    if isinstance(detail, bool) or detail not in DETAILS:
+        raise InputError(
+            f"detail = {detail!r}; give 1, or 2 for a finer map from one more forward pass at "
+            "twice the side"
+        )
+    return int(detail)
+
+
+def larger_input(
+    picture: Image.Image | None, inputs: Any, preprocess: AnyPreprocess | None
+) -> np.ndarray:
+    """The network's input of a query at twice the side, float32 `[3 2H 2W]`.
+
+    Args:
+        picture: the query, upright; None where only the network's input is known.
+        inputs: the network's input, `[3 H W]`, which is resized where the picture is not known, or
+            its preparation is the caller's own and of one size.
+        preprocess: how pictures are prepared.
+    """
+    if picture is not None and isinstance(preprocess, Preprocess):
+        height, width = preprocess.size
+        shorter = None if preprocess.resize_to is None else 2 * preprocess.resize_to
+        twice = replace(preprocess, size=(2 * height, 2 * width), resize_to=shorter)
+        return twice(picture)
+    given = inputs if isinstance(inputs, np.ndarray) else inputs.detach().cpu().numpy()
+    height, width = given.shape[-2:]
+    return resize(given.astype(np.float32, copy=False), (2 * height, 2 * width))
+
+
+def finer_activations(
+    network: EmbeddingNetwork | OnnxNetwork, layers: Sequence[str], batch: np.ndarray
+) -> list[np.ndarray]:
+    """Activations of inputs at twice the side, of each layer `[B K 2h 2w]`.
+
+    A network of one input size sees the four quarters of each, laid side by side again.
+
+    Args:
+        network: that embeds.
+        layers: names, deepest first.
+        batch: `[B 3 2H 2W]`, see `larger_input`.
+
+    Raises:
+        EmbedcamError: the network takes neither.
+    """
+    try:
+        return _activations(network, layers, batch)
+    except EmbedcamError as error:
+        if ran_out(error):
+            raise
+    _, _, height, width = batch.shape
+    rows, columns = (slice(0, height // 2), slice(height // 2, height)), (
+        slice(0, width // 2), slice(width // 2, width)
+    )  # fmt: skip
+    parts = [[_activations(network, layers, np.ascontiguousarray(batch[:, :, y, x]))
+              for x in columns] for y in rows]  # fmt: skip
+    return [
+        np.concatenate([np.concatenate([part[layer] for part in row], 3) for row in parts], 2)
+        for layer in range(len(layers))
+    ]
+
+
+def _activations(
+    network: EmbeddingNetwork | OnnxNetwork, layers: Sequence[str], batch: np.ndarray
+) -> list[np.ndarray]:
+    found: Any
+    if len(layers) == 1:
+        found = [network.forward(batch).activations]
+    else:
+        found = network.forward_layers(batch, list(layers))[1]
+    arrays = [one if isinstance(one, np.ndarray) else one.cpu().numpy() for one in found]
+    return [one.astype(np.float32, copy=False) for one in arrays]

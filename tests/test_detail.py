@@ -1,0 +1,120 @@
+"""A finer map of a query: shown larger once more, joined, from pictures, inputs and features."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from photo_samples import SIDE, build, network_of, picture, write_photos
+from torch import nn
+
+from embedcam import EmbeddingNetwork, Explainer, Preprocess, Recipe
+from embedcam.cam import joined, resize, signed_cam
+from embedcam.errors import InputError, NetworkError
+from embedcam.finer import finer_activations, larger_input
+from embedcam.preprocess import custom
+
+
+@pytest.fixture(scope="module")
+def network() -> EmbeddingNetwork:
+    return network_of()
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, network: EmbeddingNetwork) -> Path:
+    folder = tmp_path_factory.mktemp("detail")
+    return build(write_photos(folder / "photos"), folder / "index", network, Recipe(norm="around"))
+
+
+def test_both_maps_are_joined_and_the_search_stays(index: Path, network: EmbeddingNetwork) -> None:
+    query = picture(0, 7)
+    with Explainer(index, network) as explainer:
+        plain, fine = explainer.explain(query), explainer.explain(query, detail=2)
+        assert (fine.ids, fine.trust) == (plain.ids, plain.trust)
+        np.testing.assert_array_equal(fine.weights, plain.weights)
+        preprocess = explainer.preprocess
+        assert isinstance(preprocess, Preprocess)
+        inputs = [preprocess(query), larger_input(query, preprocess(query), preprocess)]
+        maps = [
+            signed_cam(plain.weights, network.forward(one[None]).activations[0].numpy())
+            for one in inputs
+        ]
+        features = [network.forward(one[None]) for one in inputs]
+    assert inputs[1].shape == (3, 2 * SIDE, 2 * SIDE)
+    expected = joined(*maps)
+    assert expected.shape == tuple(2 * side for side in maps[0].shape)
+    tolerance = 1e-4 * np.abs(expected).max()
+    signed = resize(expected, (SIDE, SIDE))
+    np.testing.assert_allclose(fine.signed_cam, signed, atol=tolerance)
+    drawn = resize(np.maximum(expected, 0), (SIDE, SIDE))
+    np.testing.assert_allclose(fine.cam, drawn, atol=tolerance)
+    assert np.abs(fine.signed_cam - plain.signed_cam).max() > 10 * tolerance
+    np.testing.assert_allclose(
+        plain.signed_cam, resize(maps[0], (SIDE, SIDE)), atol=1e-4 * np.abs(maps[0]).max()
+    )
+    with Explainer(index, None) as explainer:
+        first, second = (one.activations[0].numpy() for one in features)
+        again = explainer.explain_features(
+            features[0].embedding[0].numpy(), first, size=(SIDE, SIDE), detail_activations=second
+        )
+        np.testing.assert_allclose(again.cam, fine.cam, atol=tolerance)
+        with pytest.raises(InputError, match="coarser than the activations'"):
+            explainer.explain_features(
+                features[0].embedding[0].numpy(), second, detail_activations=first
+            )
+
+
+def test_a_batch_and_an_explainer_of_its_own_detail(index: Path, network: EmbeddingNetwork) -> None:
+    with Explainer(index, network, detail=2) as explainer:
+        several = explainer.explain_batch([picture(1, 7), picture(0, 7)])
+        one = explainer.explain(picture(0, 7))
+        scale = 1e-4 * float(one.cam.max())
+        np.testing.assert_allclose(several[1].cam, one.cam, atol=scale)
+        coarse = explainer.explain(picture(0, 7), detail=1)
+        assert np.abs(coarse.cam - one.cam).max() > scale
+        inputs = np.stack([network.preprocess(picture(0, 7))])
+        larger = [larger_input(picture(0, 7), inputs[0], network.preprocess)]
+        given = explainer.explain_batch(inputs, larger=larger)[0]
+        np.testing.assert_allclose(given.cam, one.cam, atol=scale)
+
+
+def test_an_input_without_its_picture_is_resized() -> None:
+    given = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)
+    found = larger_input(None, torch.from_numpy(given), None)
+    np.testing.assert_allclose(found, resize(given, (8, 12)), atol=1e-6)
+    own = custom(lambda image: given)
+    np.testing.assert_allclose(larger_input(picture(0, 7), given, own), found, atol=1e-6)
+
+
+class OneSize(nn.Module):
+    """Takes inputs of 8 x 8 alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 2, 2)
+        self.head = nn.Linear(4 * 16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x).flatten(1))
+
+
+def test_a_network_of_one_size_sees_the_quarters() -> None:
+    torch.manual_seed(0)
+    network = EmbeddingNetwork(OneSize().eval(), "layer", preprocess=Preprocess(size=(8, 8)))
+    batch = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
+    with pytest.raises(NetworkError):
+        network.forward(batch)
+    found = finer_activations(network, [network.layer], batch)[0]
+    assert found.shape == (2, 4, 8, 8)
+    for y in (0, 1):
+        for x in (0, 1):
+            part = np.ascontiguousarray(batch[:, :, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8])
+            expected = network.forward(part).activations.numpy()
+            there = found[:, :, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4]
+            np.testing.assert_allclose(there, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("detail", [0, 3, True, "2", 1.5])
+def test_other_details_are_refused(index: Path, network: EmbeddingNetwork, detail: object) -> None:
+    with pytest.raises(InputError, match="give 1, or 2 for a finer map"):
+        Explainer(index, network, detail=detail)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from .explanation import Explanation, may_follow
 from .forking import ProcessLock
 from .images import MAX_PIXELS, FileState, file_state, read_image
 from .index import Index
-from .neighbors import check_wanted, find_neighbors
+from .neighbors import check_rival, check_wanted, find_neighbors
 from .opened import Given, Opened, from_onnx, prepared, query_name
 from .preprocess import AnyPreprocess
 from .queries import check_count, check_features, check_outputs, check_sides, stacked
@@ -170,6 +170,7 @@ class Explainer:
         *,
         n_neighbors: int | None = None,
         result: str | None = None,
+        above: str | None = None,
         neighbors: Sequence[str] | None = None,
         exclude_query: bool = False,
     ) -> Explanation:
@@ -182,6 +183,10 @@ class Explainer:
             result: id of one image of the index: *what in my query matched this one*. Its weights
                 alone are transferred, and pictures show it first. By the discriminant target the
                 images of a label have one answer: what speaks for the label.
+            above: id of a rival of `result`: *what in my query speaks for the result rather than
+                the rival*. The map is drawn with the difference of both stored weights, each
+                brought to length 1; it is empty where these are equal, as those of one label may
+                be. Its trust is None, for none is calibrated, and `fallback` is not called.
             neighbors: ids that another search engine found, instead of searching.
             exclude_query: where the index holds the file that `image` names, leave it out of the
                 results. The same file alone, by whatever path: copies of it still come back, and
@@ -189,7 +194,8 @@ class Explainer:
 
         Raises:
             ImageError: a picture that cannot be read.
-            InputError: an unknown or removed id, or an argument that cannot be used.
+            InputError: an unknown or removed id, a rival without a result or that is the result
+                itself, or an argument that cannot be used.
             NetworkError: the network makes numbers of it that cannot be computed with.
         """
         given = None if neighbors is None else [neighbors]
@@ -197,6 +203,7 @@ class Explainer:
             [image],
             n_neighbors=n_neighbors,
             result=result,
+            above=above,
             neighbors=given,
             exclude_query=exclude_query,
         )
@@ -208,6 +215,7 @@ class Explainer:
         *,
         n_neighbors: int | None = None,
         result: str | None = None,
+        above: str | None = None,
         neighbors: Sequence[Sequence[str]] | None = None,
         exclude_query: bool = False,
         files: Sequence[str | Path | None] | None = None,
@@ -216,7 +224,7 @@ class Explainer:
 
         Args:
             images: the queries.
-            n_neighbors, result, neighbors, exclude_query: as for `explain`.
+            n_neighbors, result, above, neighbors, exclude_query: as for `explain`.
             files: where the queries' pictures lie, for `exclude_query` where they are not given as
                 paths; None for those that lie nowhere.
         """
@@ -230,6 +238,7 @@ class Explainer:
         if isinstance(images, str | bytes):
             raise InputError("expected a list of queries, got one; use explain()")
         wanted = check_wanted(n_neighbors, neighbors, len(images), self.n_neighbors)
+        check_rival(result, above)
         if len(images) == 0:
             return []
         pictures, inputs = zip(
@@ -261,7 +270,7 @@ class Explainer:
         for row, (picture, one) in enumerate(zip(pictures, inputs, strict=True)):
             own = [maps[row] for maps in activations]
             query = Query(embeddings[row], own, size, picture, one)
-            found.append(answer(opened, choices, query, near[row], result))
+            found.append(answer(opened, choices, query, near[row], result, above))
         return found
 
     @overload
@@ -275,6 +284,7 @@ class Explainer:
         grid: tuple[int, int] | None = None,
         n_neighbors: int | None = None,
         result: str | None = None,
+        above: str | None = None,
     ) -> Explanation: ...
 
     @overload
@@ -288,6 +298,7 @@ class Explainer:
         grid: tuple[int, int] | None = None,
         n_neighbors: int | None = None,
         result: str | None = None,
+        above: str | None = None,
     ) -> list[Explanation]: ...
 
     def explain_features(
@@ -300,6 +311,7 @@ class Explainer:
         grid: tuple[int, int] | None = None,
         n_neighbors: int | None = None,
         result: str | None = None,
+        above: str | None = None,
     ) -> Explanation | list[Explanation]:
         """Explain queries whose features a service already has: NumPy in, NumPy out, no torch.
 
@@ -312,6 +324,7 @@ class Explainer:
             grid: (H, W) of token activations, class and register tokens already dropped.
             n_neighbors: images returned; None takes the explainer's.
             result: id of the one image whose weights are to be transferred.
+            above: id of its rival, whose weights are subtracted, as for `explain`.
 
         Returns:
             An `Explanation`, or a list of them for a batch. Type checkers know which by the array's
@@ -343,11 +356,12 @@ class Explainer:
             )
         named: Any = [neighbors] if single and neighbors is not None else neighbors
         wanted = check_wanted(n_neighbors, named, len(vectors), self.n_neighbors)
+        check_rival(result, above)
         near = find_neighbors(index, vectors, wanted, named)
         choices, found = self._choices(), []
         for row, vector in enumerate(vectors):
             query = Query(vector, [one[row] for one in maps], size)
-            found.append(answer(opened, choices, query, near[row], result))
+            found.append(answer(opened, choices, query, near[row], result, above))
         return found[0] if single else found
 
     # Pictures

@@ -60,6 +60,11 @@ def explain_options(one: argparse.ArgumentParser) -> None:
     transfer_options(one)
     one.add_argument("--result", metavar="ID", help="explain by this one image of the index")
     one.add_argument(
+        "--above",
+        metavar="ID",
+        help="with --result: what speaks for the result rather than for this image",
+    )
+    one.add_argument(
         "--method",
         metavar="NAME",
         help="compute the query's map itself, by any method (scorecam, rise, ...), in place of "

@@ -19,12 +19,14 @@ from .explanation import Asked, Explanation, may_follow
 from .index import Index, Neighbors, Selection
 from .neighbors import named_neighbors
 from .opened import Opened
-from .transfer import coefficients
+from .transfer import coefficients, rival_coefficients
 
 if TYPE_CHECKING:
     from PIL import Image
 
 N_NEGATIVES = 50
+SAME_WEIGHTS = 1e-3
+"""Length of the difference of two weights of length 1 that stored digits can account for."""
 _LOG = logging.getLogger("embedcam")
 
 
@@ -86,7 +88,12 @@ class _Transfer:
 
 
 def answer(
-    opened: Opened, choices: Choices, query: Query, near: Neighbors, result: str | None
+    opened: Opened,
+    choices: Choices,
+    query: Query,
+    near: Neighbors,
+    result: str | None,
+    above: str | None = None,
 ) -> Explanation:
     """The explanation of one query.
 
@@ -96,16 +103,22 @@ def answer(
         query: with its features.
         near: its neighbours in that index.
         result: id of the one image whose weights are to be transferred, or None for all of them.
+        above: id of its rival, whose weights are subtracted, or None.
     """
     rows = opened.index.select(near.positions)
     made = _transferred(opened, rows, near.distances, choices.transfer)
-    norms, used, chosen, asked = made.norms, rows, near, None
+    norms, used, chosen, asked, rival = made.norms, rows, near, None, None
     if result is not None:
-        chosen = named_neighbors(opened.index, query.embedding, [result])
+        named = [result] if above is None else [result, above]
+        chosen = named_neighbors(opened.index, query.embedding, named)
         used = opened.index.select(chosen.positions)
-        made = _transferred(opened, used, chosen.distances, choices.transfer)
-        asked = _asked(opened, used, chosen, made.norms)
-    trust = _trust(opened, made, chosen.distances, query.activations[0])
+        made = _transferred(opened, used, chosen.distances, choices.transfer, above is not None)
+        asked, *others = _asked(opened, used, chosen, made.norms)
+        rival = others[0] if others else None
+    # Trust is calibrated for maps that weights add up to, not for their differences.
+    trust = None
+    if rival is None:
+        trust = _trust(opened, made, chosen.distances, query.activations[0])
     weights, doubted = made.weights, trust is not None and trust < choices.trusted_from
     direct = doubted and query.inputs is not None and choices.fallback is not None
     if direct and choices.fallback is not None:
@@ -138,6 +151,7 @@ def answer(
         trusted_from=choices.trusted_from,
         direct=direct,
         asked=asked,
+        rival=rival,
         shared=opened.index.manifest["target"] in ("discriminant", "distinctive"),
         prototypes=opened.index.manifest.get("compressed") is not None,
         marks=rows.marks if opened.index.marked else None,
@@ -182,19 +196,22 @@ def _paths(opened: Opened, rows: Selection) -> list[str]:
     return [str(root / path) if path and root is not None else path for path in rows.paths]
 
 
-def _asked(opened: Opened, used: Selection, chosen: Neighbors, norms: np.ndarray) -> Asked:
-    """The record of the one image that was named."""
-    own = used.coarse()
-    return Asked(
-        used.ids[0],
-        used.labels[0],
-        _paths(opened, used)[0],
-        float(chosen.distances[0]),
-        float(chosen.similarities[0]),
-        None if own is None else own[0],
-        float(norms[0]),
-        used.marks[0] if opened.index.marked else None,
-    )
+def _asked(opened: Opened, used: Selection, chosen: Neighbors, norms: np.ndarray) -> list[Asked]:
+    """The records of the images that were named."""
+    own, paths = used.coarse(), _paths(opened, used)
+    return [
+        Asked(
+            used.ids[place],
+            used.labels[place],
+            paths[place],
+            float(chosen.distances[place]),
+            float(chosen.similarities[place]),
+            None if own is None else own[place],
+            float(norms[place]),
+            used.marks[place] if opened.index.marked else None,
+        )
+        for place in range(len(used.ids))
+    ]
 
 
 def _drawn(weights: Sequence[np.ndarray], query: Query) -> tuple[np.ndarray, np.ndarray]:
@@ -228,8 +245,18 @@ def _extent(opened: Opened, query: Query) -> tuple[float, float, float, float] |
     return opened.preprocess.extent(*query.picture.size)
 
 
-def _transferred(opened: Opened, rows: Selection, distances: np.ndarray, mode: str) -> _Transfer:
-    """The query's weights of each layer from its neighbours'."""
+def _transferred(
+    opened: Opened, rows: Selection, distances: np.ndarray, mode: str, rival: bool = False
+) -> _Transfer:
+    """The query's weights of each layer from its neighbours'.
+
+    Args:
+        opened: the index.
+        rows: the neighbours; with `rival` a result and the one that it is to be told from.
+        distances: squared, of the rows.
+        mode: of the transfer.
+        rival: subtract the second's weights from the first's, both of length 1.
+    """
     weights, lengths, shares = [], [], []
     first: Mapping[str, np.ndarray] = {}
     for number, encoding in enumerate(opened.encodings):
@@ -242,8 +269,11 @@ def _transferred(opened: Opened, rows: Selection, distances: np.ndarray, mode: s
                 f"{opened.index.path}: stored weights hold a NaN or an infinity; `embedcam verify` "
                 "says which file is damaged"
             )
-        share = coefficients(norms, distances, mode)
-        weights.append(encoding.combine(unpacked, share))
+        share = rival_coefficients(norms) if rival else coefficients(norms, distances, mode)
+        combined = encoding.combine(unpacked, share)
+        if rival and norms.all() and np.linalg.norm(combined) <= SAME_WEIGHTS:
+            combined = np.zeros_like(combined)  # A map of rounding would look like evidence.
+        weights.append(combined)
         lengths.append(norms)
         shares.append(share)
     return _Transfer(weights, lengths[0], shares[0], first)

@@ -22,7 +22,7 @@ from .finer import check_detail, finer_activations, larger_input
 from .forking import ProcessLock
 from .images import MAX_PIXELS, FileState, file_state, read_image
 from .index import Index
-from .neighbors import check_wanted, find_neighbors
+from .neighbors import check_rival, check_wanted, find_neighbors
 from .opened import Given, Opened, from_onnx, prepared, query_name
 from .preprocess import AnyPreprocess
 from .queries import check_count, check_features, check_outputs, check_sides, stacked
@@ -175,6 +175,7 @@ class Explainer:
         *,
         n_neighbors: int | None = None,
         result: str | None = None,
+        above: str | None = None,
         neighbors: Sequence[str] | None = None,
         exclude_query: bool = False,
         detail: int | None = None,
@@ -188,6 +189,10 @@ class Explainer:
             result: id of one image of the index: *what in my query matched this one*. Its weights
                 alone are transferred, and pictures show it first. By the default target they are
                 mostly its label's: what speaks for the label.
+            above: id of a rival of `result`: *what in my query speaks for the result rather than
+                the rival*. The map is drawn with the difference of both stored weights, each
+                brought to length 1; it is empty where these are equal, as those of one label may
+                be. Its trust is None, for none is calibrated, and `fallback` is not called.
             neighbors: ids that another search engine found, instead of searching.
             exclude_query: where the index holds the file that `image` names, leave it out of the
                 results. The same file alone, by whatever path: copies of it still come back, and
@@ -196,7 +201,8 @@ class Explainer:
 
         Raises:
             ImageError: a picture that cannot be read.
-            InputError: an unknown or removed id, or an argument that cannot be used.
+            InputError: an unknown or removed id, a rival without a result or that is the result
+                itself, or an argument that cannot be used.
             NetworkError: the network makes numbers of it that cannot be computed with.
         """
         given = None if neighbors is None else [neighbors]
@@ -204,6 +210,7 @@ class Explainer:
             [image],
             n_neighbors=n_neighbors,
             result=result,
+            above=above,
             neighbors=given,
             exclude_query=exclude_query,
             detail=detail,
@@ -216,6 +223,7 @@ class Explainer:
         *,
         n_neighbors: int | None = None,
         result: str | None = None,
+        above: str | None = None,
         neighbors: Sequence[Sequence[str]] | None = None,
         exclude_query: bool = False,
         files: Sequence[str | Path | None] | None = None,
@@ -226,7 +234,7 @@ class Explainer:
 
         Args:
             images: the queries.
-            n_neighbors, result, neighbors, exclude_query, detail: as for `explain`.
+            n_neighbors, result, above, neighbors, exclude_query, detail: as for `explain`.
             larger: with detail 2, the network's inputs at twice the side, `[3 2H 2W]` each, where
                 the queries are the network's inputs; None makes them of the pictures, and resizes
                 inputs that came without one.
@@ -243,6 +251,7 @@ class Explainer:
         if isinstance(images, str | bytes):
             raise InputError("expected a list of queries, got one; use explain()")
         wanted = check_wanted(n_neighbors, neighbors, len(images), self.n_neighbors)
+        check_rival(result, above)
         if len(images) == 0:
             return []
         pictures, inputs = zip(
@@ -281,7 +290,7 @@ class Explainer:
             own = [maps[row] for maps in activations]
             fine = None if finer is None else [maps[row] for maps in finer]
             query = Query(embeddings[row], own, size, picture, one, fine)
-            found.append(answer(opened, choices, query, near[row], result))
+            found.append(answer(opened, choices, query, near[row], result, above))
         return found
 
     @overload
@@ -295,6 +304,7 @@ class Explainer:
         grid: tuple[int, int] | None = None,
         n_neighbors: int | None = None,
         result: str | None = None,
+        above: str | None = None,
         detail_activations: np.ndarray | Sequence[np.ndarray] | None = None,
     ) -> Explanation: ...
 
@@ -309,6 +319,7 @@ class Explainer:
         grid: tuple[int, int] | None = None,
         n_neighbors: int | None = None,
         result: str | None = None,
+        above: str | None = None,
         detail_activations: np.ndarray | Sequence[np.ndarray] | None = None,
     ) -> list[Explanation]: ...
 
@@ -322,6 +333,7 @@ class Explainer:
         grid: tuple[int, int] | None = None,
         n_neighbors: int | None = None,
         result: str | None = None,
+        above: str | None = None,
         detail_activations: np.ndarray | Sequence[np.ndarray] | None = None,
     ) -> Explanation | list[Explanation]:
         """Explain queries whose features a service already has: NumPy in, NumPy out, no torch.
@@ -337,6 +349,7 @@ class Explainer:
             result: id of the one image whose weights are to be transferred.
             detail_activations: of the same queries shown larger, on a finer grid, as `activations`
                 but never tokens: both maps are joined, see `cam.joined`.
+            above: id of its rival, whose weights are subtracted, as for `explain`.
 
         Returns:
             An `Explanation`, or a list of them for a batch. Type checkers know which by the array's
@@ -367,12 +380,13 @@ class Explainer:
             )
         named: Any = [neighbors] if single and neighbors is not None else neighbors
         wanted = check_wanted(n_neighbors, named, len(vectors), self.n_neighbors)
+        check_rival(result, above)
         near = find_neighbors(index, vectors, wanted, named)
         choices, found = self._choices(), []
         for row, vector in enumerate(vectors):
             fine = None if finer is None else [one[row] for one in finer]
             query = Query(vector, [one[row] for one in maps], size, finer=fine)
-            found.append(answer(opened, choices, query, near[row], result))
+            found.append(answer(opened, choices, query, near[row], result, above))
         return found[0] if single else found
 
     # Pictures

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """The image that `result` named, which need not be among the nearest.
+    """An image that `result` or `above` named, which need not be among the nearest.
 
     id, label, path, distance, similarity, cam, norm, mark: as `Explanation` has them of its
         neighbours.
@@ -86,6 +86,8 @@ class Explanation:
             the folder, so that an index from elsewhere has no say in which other files are read.
         asked: the image that `result` named; pictures show it first. The arrays above are of the
             neighbours alone, as they were searched or named.
+        rival: the image that `above` named; pictures show it after `asked`. The weights are then
+            the result's less the rival's, each of length 1 before, and `trust` is None.
         shared: by the index's target the images of a label share all ("discriminant") or most
             ("distinctive") of their weights.
         prototypes: the results are prototypes merged from images, shown by the picture of the one
@@ -118,6 +120,7 @@ class Explanation:
     trusted_from: float = 0.5
     direct: bool = False
     asked: Asked | None = None
+    rival: Asked | None = None
     shared: bool = False
     prototypes: bool = False
     max_pixels: int = MAX_PIXELS
@@ -146,13 +149,46 @@ class Explanation:
         return not bool(self.cam.any())
 
     @property
+    def why_empty(self) -> str | None:
+        """Why the map is empty, a sentence without its full stop; None where it is not."""
+        if not self.empty:
+            return None
+        if self.asked is None or self.rival is None or self.told_apart is None:
+            return "nothing in it speaks for these results"
+        if self.weights.any() or self.method:
+            one, other = self.told_apart
+            return f"nothing in it speaks for {one} rather than {other}"
+        one, other, label = self.asked.id, self.rival.id, self.asked.label
+        of = "" if label is None or label != self.rival.label else f", both {label},"
+        return (
+            f"{one} and {other}{of} have the same weights in this index, so nothing tells one from "
+            "the other"
+        )
+
+    @property
     def speaks_for(self) -> str | None:
         """The label that the map speaks for, where one image's weights are mostly its label's."""
         if not self.shared or self.method or self.direct or len(self.explained) != 1:
             return None
+        if self.rival is not None:
+            return None
         if self.asked is not None:
             return self.asked.label
         return dict(zip(self.ids, self.labels, strict=True)).get(self.explained[0])
+
+    @property
+    def told_apart(self) -> tuple[str, str] | None:
+        """What the map speaks for and what it is told from, where a rival was named; else None.
+
+        The labels where one image's weights are its whole label's, else the ids.
+        """
+        if self.asked is None or self.rival is None:
+            return None
+        one, other = self.asked.label, self.rival.label
+        by_label = self.shared and not self.method and one != other
+        if by_label and one is not None and other is not None:
+            return one, other
+        return self.asked.id, self.rival.id
 
     def __repr__(self) -> str:
         (height, width), trust = self.cam.shape, self.trust_in_words
@@ -213,7 +249,7 @@ class Explanation:
 
     def _results(self) -> list[Asked]:
         """All that pictures show, the one that was asked for first."""
-        asked = [] if self.asked is None else [self.asked]
+        asked = [one for one in (self.asked, self.rival) if one is not None]
         places = [place for place, name in enumerate(self.ids) if name not in [a.id for a in asked]]
         return [*asked, *(self._neighbor(place) for place in places)]
 
@@ -248,6 +284,8 @@ class Explanation:
         words.append(f"distance {result.distance:.3f}")
         if result is self.asked:
             words.append("asked for")
+        if result is self.rival:
+            words.append("its rival")
         changed = self._state(result) == "changed"
         if changed:
             words.append(render.CHANGED)
@@ -271,11 +309,13 @@ class Explanation:
 
         "trusted" is true, too, where the weights were computed on the query ("direct"): "trust" is
         then the low one of the transfer that was not taken. "result" is the image that was asked
-        for, as one of "neighbors" is described, else null.
+        for, as one of "neighbors" is described, else null; so is "rival", which it was to be told
+        from. "why_empty" is a sentence where the map is "empty", else null.
         """
         return {
             "cam": _rounded(self.cam if size is None else area_average(self.cam, size)),
             "empty": self.empty,
+            "why_empty": self.why_empty,
             "extent": None if self.extent is None else list(self.extent),
             "transfer": self.transfer,
             # Of the query's map; the neighbours' are the index's own.
@@ -285,6 +325,7 @@ class Explanation:
             "direct": self.direct,
             "explained": list(self.explained),
             "result": None if self.asked is None else self._record(self.asked),
+            "rival": None if self.rival is None else self._record(self.rival),
             "neighbors": [self._record(self._neighbor(place)) for place in range(len(self.ids))],
         }
 
@@ -307,17 +348,29 @@ class Explanation:
 
     def _transfer_note(self) -> str:
         if self.empty:
-            return "no positive evidence\nfor these results"
+            return self._empty_note()
         if self.method:
             return f"{self.method}, on the query;\nresults: stored maps"
         if self.direct:
             return f"computed on the query:\ntransfer not trusted ({self.trust:.2f})"
+        if self.told_apart is not None:
+            one, other = self.told_apart
+            if self.asked is not None and one == self.asked.id:
+                one, other = self._short_name(one), self._short_name(other)
+            return f"what here speaks for\n{one}\nrather than\n{other}"
         if self.speaks_for is not None:
             return f"what here speaks for\n{self.speaks_for}"
         if len(self.explained) == 1:
             return f"what here matched\n{self._short_name(self.explained[0])}"
         words = f"weights of {len(self.explained)} neighbours, {self.transfer}"
         return "\n".join(filter(None, (words, self.trust_in_words)))
+
+    def _empty_note(self) -> str:
+        if self.rival is None:
+            return "no positive evidence\nfor these results"
+        if self.weights.any() or self.method:
+            return "no positive evidence for\nthe result rather than the rival"
+        return "no map: both images\nhave the same weights"
 
     def _follows(self, path: str) -> bool:
         return may_follow(path, self.root, self.only_below)

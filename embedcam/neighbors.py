@@ -33,6 +33,23 @@ def check_wanted(
     return default if n_neighbors is None else check_count(n_neighbors)
 
 
+def check_rival(result: str | None, above: str | None) -> None:
+    """Refuse a rival that goes with no result, or is the result itself.
+
+    Raises:
+        InputError: so it is.
+    """
+    if above is None:
+        return
+    if result is None:
+        raise InputError(
+            f"above = {above!r} is a rival, and no result was named; give result, the image that "
+            "is to be told from it"
+        )
+    if result == above:
+        raise InputError(f"above = {above!r} is the result itself; name another image")
+
+
 def find_neighbors(
     index: Index,
     embeddings: np.ndarray,

@@ -48,6 +48,23 @@ def coefficients(norms: np.ndarray, distances: np.ndarray, mode: str = "mean") -
     return np.array(found, np.float32).reshape(norms.shape)
 
 
+def rival_coefficients(norms: np.ndarray) -> np.ndarray:
+    """Return what the weights of a result and of its rival are multiplied by before they are added.
+
+    (1 / |w_A|, -1 / |w_B|): both are brought to unit length, as `coefficients` does with several
+    neighbors, and the rival's are subtracted. Weights that are all zero stay zero.
+
+    Args:
+        norms: L2 norms of the weights of the result and of its rival, `[2]`, >= 0.
+
+    Returns:
+        `[2]` float32.
+    """
+    lengths = np.asarray(norms, np.float64)
+    inverse = np.divide(1, lengths, out=np.zeros(2), where=lengths > 0)
+    return (inverse * (1, -1)).astype(np.float32)
+
+
 def transfer(weights: np.ndarray, distances: np.ndarray, mode: str = "mean") -> np.ndarray:
     """Query weights from decoded neighbours' weights.
 

@@ -171,7 +171,8 @@ class Natural:
         f = one.pooled / np.linalg.norm(one.pooled, axis=1, keepdims=True)
         self.set = Set(f, codes, np.eye(f.shape[1], dtype=np.float32))
         pooled = self.views[0].pooled
-        self.similar = (pooled / np.linalg.norm(pooled, axis=1, keepdims=True)) @ f.T
+        self.queries = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
+        self.similar = self.queries @ f.T
         self.cases = list(self._cases(boxes))
 
     @staticmethod
@@ -194,15 +195,24 @@ class Natural:
                     if c != d and min(alone.mean(), other.mean()) >= LEAST:
                         yield Case(number, c, alone, other, masks[c])
 
-    def scored(self, weights: np.ndarray, neighbors: int, detail: int) -> np.ndarray:
-        """c / d, c / rest, drawn c / d and c / rest, equal areas, right: `[cases 6]`."""
+    def scored(
+        self, weights: np.ndarray, neighbors: int, detail: int, on_query: bool = False
+    ) -> np.ndarray:
+        """c / d, c / rest, drawn c / d and c / rest, equal areas, right: `[cases 6]`.
+
+        With `on_query` the weights are taken through the norm at the query, as a gradient that is
+        computed for each query is.
+        """
         unit = weights / np.linalg.norm(weights, axis=1, keepdims=True)
         found = []
         for case in self.cases:
             order = np.where(self.labels == case.label, self.similar[case.picture], -9)
             near = np.argsort(-order, kind="stable")[:neighbors]
+            drawn = unit[near].mean(0)
+            if on_query:
+                drawn = through_norm(drawn, self.queries[case.picture], np.float32(1))
             maps = [
-                np.tensordot(unit[near].mean(0), view.activations[case.picture], 1)
+                np.tensordot(drawn, view.activations[case.picture], 1)
                 for view in self.views[:detail]
             ]
             grid = maps[0] if detail == 1 else joined(*(one.astype(np.float32) for one in maps))
@@ -295,6 +305,10 @@ def measure(posed: dict[str, Posed], natural: Natural) -> tuple[str, dict[str, l
         two.append([name, *natural.shown(fine)])
         points[name] = [np.mean([values.mean() for values, _ in found]), plain[:, 0].mean()]
         print(f"{name}: measured", file=sys.stderr, flush=True)
+    cosine = natural.set.embeddings
+    name = "Grad-CAM of the cosine to the result, computed on the query"
+    for lines, detail in ((one, 1), (two, 2)):
+        lines.append([name, *natural.shown(natural.scored(cosine, 1, detail, on_query=True))])
     without = [
         [name, *natural.shown(natural.scored(row(natural.set), NEIGHBORS, 1))]
         for name, row in UNLABELLED.items()

@@ -316,6 +316,16 @@ def transfer_mean(rows: Array) -> Array:
     return total / max(len(counted), 1)
 
 
+def rival_weights(result: Array, rival: Array) -> Array:
+    """The result's weights divided by their L2 norm, less the rival's divided by theirs."""
+    ours, theirs = l2_norm(result), l2_norm(rival)
+    difference = np.zeros(len(result))
+    for k in range(len(result)):
+        difference[k] += float(result[k]) / ours if ours > 0 else 0.0
+        difference[k] -= float(rival[k]) / theirs if theirs > 0 else 0.0
+    return difference
+
+
 def distance_shares(squared: Sequence[float]) -> list[float]:
     """Shares of the neighbours: 1 / Euclidean distance, exact matches take all; they sum to 1."""
     exact = [s == 0.0 for s in squared]

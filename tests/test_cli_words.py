@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import oracles
 import pytest
 from photo_samples import write_photos
 from PIL import Image
 from test_cli import NAMED, NETWORK
 
-from embedcam import Explainer, Index, load_network
+from embedcam import Explainer, Index, TripletMargin, cam_for, load_network
+from embedcam.cam import area_average
 from embedcam.cli import main
 
 TRUSTED = NAMED[:2]
@@ -74,6 +76,74 @@ def test_images_of_a_label_that_share_an_answer_are_said_to(say: Say) -> None:
     _, out, err = say(*asked, "--method", "eigencam")
     assert "(what matched 2/3.png)" in out
     assert note not in err
+
+
+def test_a_rival_is_named_told_and_shown(say: Say) -> None:
+    asked = ["--result", "2/3.png", "--above", "1/0.png", "-n", 2, *TRUSTED]
+    network = load_network(NAMED[1], layer="relu")
+    for index, words in (("margin", "2/3.png rather than 1/0.png"), ("shared", "2 rather than 1")):
+        picture = f"{index}.png"
+        code, out, err = say("explain", index, QUERY, *asked, "-o", picture)
+        assert code == 0
+        assert out.splitlines()[0] == f"{QUERY} -> {picture} (what speaks for {words})"
+        assert [row.split()[0] for row in out.splitlines()[2:4]] == ["asked", "rival"]
+        assert "trust" not in out
+        again = f"`embedcam compare shared {QUERY} 2/3.png --above 1/0.png` says what puts the one "
+        assert (f"what speaks for 2 rather than 1; {again}" in err) == (index == "shared")
+        code, out, _ = say("explain", index, QUERY, *asked, "--json")
+        (told,) = json.loads(out)
+        with Index.open(index) as opened:
+            stored = opened.weights(opened.positions(["2/3.png", "1/0.png"]))
+        why = Explainer(index, network, n_neighbors=2)
+        explained = why.explain(QUERY, result="2/3.png", above="1/0.png")
+        difference = oracles.rival_weights(*stored)
+        np.testing.assert_allclose(explained.weights, difference, rtol=1e-4, atol=1e-6)
+        assert (told["result"]["id"], told["rival"]["id"]) == ("2/3.png", "1/0.png")
+        assert (told["trust"], told["trusted"], told["direct"]) == (None, None, False)
+        np.testing.assert_allclose(told["cam"], explained.to_dict((14, 14))["cam"], rtol=1e-5)
+    (batched,) = why.explain_batch([QUERY], result="2/3.png", above="1/0.png")
+    np.testing.assert_allclose(batched.cam, explained.cam, rtol=1e-5)
+    # Trust is not calibrated for it, so there is nothing to fall back from.
+    code, _, err = say("explain", "margin", QUERY, *asked, "--fallback")
+    assert code == 2
+    assert "a map with a rival has no trust; leave out --fallback, or give --method gradcam" in err
+
+
+def test_a_rival_of_the_same_label_leaves_an_empty_map_that_says_why(say: Say) -> None:
+    assert say("build", "photos", "alike", "--quiet", "--target", "discriminant", *NAMED)[0] == 0
+    asked = ["--result", "2/3.png", "--above", "2/0.png", "-o", "why.png", *TRUSTED]
+    code, out, err = say("explain", "alike", QUERY, *asked)
+    assert code == 0
+    assert out.startswith(f"{QUERY} -> why.png (what speaks for 2/3.png rather than 2/0.png)")
+    assert err == (
+        f"note: {QUERY}: 2/3.png and 2/0.png, both 2, have the same weights in this index, so "
+        "nothing tells one from the other, so its map is empty; name another image with --above, "
+        "or leave it out\n"
+    )
+
+
+def test_a_rival_that_cannot_be_used_is_refused(say: Say) -> None:
+    for words, said in (
+        (["--above", "1/0.png"], "--above 1/0.png is a rival, and no result was named; give "),
+        (["--result", "1/0.png", "--above", "1/0.png"], "--above 1/0.png is the result itself; "),
+        (["--result", "1/0.png", "--above", "zebra"], "the index has no image 'zebra'"),
+    ):
+        code, out, err = say("explain", "margin", QUERY, *words, *TRUSTED)
+        assert (code, out) == (2, "")
+        assert said in err
+
+
+def test_a_method_computes_the_margin_of_both_distances(say: Say) -> None:
+    asked = ["--result", "2/3.png", "--above", "1/0.png", "--method", "gradcam", "--json"]
+    (told,) = json.loads(say("explain", "margin", QUERY, *asked, "--quiet", *TRUSTED)[1])
+    network = load_network(NAMED[1], layer="relu")
+    with Index.open("margin") as index:
+        one, other = index.embeddings(index.positions(["2/3.png", "1/0.png"]))
+    expected = cam_for(network, QUERY, TripletMargin(one[None], other[None]), "gradcam").cam
+    drawn = area_average(expected, np.shape(told["cam"]))
+    assert expected.max() > 0
+    np.testing.assert_allclose(told["cam"], drawn, rtol=1e-4, atol=1e-6 * expected.max())
+    assert told["rival"]["id"] == "1/0.png"
 
 
 def test_the_result_that_was_asked_for_is_shown_though_it_is_far(say: Say) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,122 @@ def test_one_chosen_result_gives_its_weights_unscaled(tmp_path: Path, kind: str)
         both = explainer.explain_features(vector, maps, neighbors=[far, "image-0000"], result=far)
         np.testing.assert_allclose(both.weights, why.weights, rtol=1e-6)
         assert both.ids == [far, "image-0000"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rivals_weights_are_subtracted_at_equal_length(tmp_path: Path, kind: str) -> None:
+    with Index.open(index_samples.make(tmp_path / "index", kind=kind)) as index:
+        vector, maps = query()
+        explainer = Explainer(index, transfer="distance")
+        one, other = "image-0004", "image-0009"
+        asked: dict[str, Any] = {"neighbors": ["image-0000"], "size": (9, 11)}
+        why = explainer.explain_features(vector, maps, result=one, above=other, **asked)
+        expected = oracles.rival_weights(*index.weights([4, 9]))
+        close = 3e-6 * np.abs(expected).max()
+        np.testing.assert_allclose(why.weights, expected, rtol=1e-5, atol=close)
+        drawn = oracles.bilinear(oracles.cam(expected, maps), 9, 11)
+        np.testing.assert_allclose(why.cam, drawn, rtol=1e-4, atol=1e-5 * drawn.max())
+        assert drawn.max() > 0
+        assert why.asked is not None
+        assert why.rival is not None
+        assert (why.asked.id, why.rival.id, why.ids) == (one, other, ["image-0000"])
+        assert why.explained == [one]
+        assert why.trust is None
+        squared = oracles.squared_distance(vector, index.embeddings([9])[0])
+        np.testing.assert_allclose(why.rival.distance, squared, rtol=1e-6)
+        # The other way round the same evidence counts with the other sign.
+        back = explainer.explain_features(vector, maps, result=other, above=one, **asked)
+        np.testing.assert_allclose(back.weights, -why.weights, rtol=1e-5, atol=close)
+
+
+def test_a_rival_changes_nothing_by_being_scaled(tmp_path: Path) -> None:
+    encoding = Dense(index_samples.CHANNELS, "float32")
+    vector, maps = query()
+    found = []
+    for factor in (1.0, 1000.0):
+        part = index_samples.part(0, 6, encoding)
+        weights = encoding.decode(part.fields[0]).copy()
+        weights[1] *= factor
+        part.fields[0].update(encoding.encode(weights))
+        path = tmp_path / f"{factor}"
+        create(path, index_samples.header_of(encoding), [{}], {}, part)
+        with Index.open(path) as index:
+            asked = {"result": "image-0000", "above": "image-0001"}
+            found.append(Explainer(index).explain_features(vector, maps, **asked).weights)
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["dense32", "low-rank"])
+@pytest.mark.parametrize("label", [None, "owl"])
+def test_a_rival_of_equal_weights_leaves_an_empty_map_that_says_why(
+    tmp_path: Path, kind: str, label: str | None
+) -> None:
+    encoding = index_samples.encoding_of(kind)
+    part = index_samples.part(0, 6, encoding)
+    for values in part.fields[0].values():
+        values[1] = values[0]
+    part = replace(part, labels=[label] * 6)
+    fitted = [encoding.fitted]
+    path = create(tmp_path / "index", index_samples.header_of(encoding), fitted, {}, part)
+    with Index.open(path) as index:
+        why = Explainer(index).explain_features(*query(), result="image-0000", above="image-0001")
+    assert not why.weights.any()
+    assert why.empty
+    both = "" if label is None else ", both owl,"
+    assert why.why_empty == (
+        f"image-0000 and image-0001{both} have the same weights in this index, so nothing tells "
+        "one from the other"
+    )
+    assert why.tiles()[0].subcaption == "no map: both images\nhave the same weights"
+    assert why.to_dict()["why_empty"] == why.why_empty
+
+
+def test_a_rival_is_shown_after_the_result_and_told(tmp_path: Path) -> None:
+    with Index.open(index_samples.make(tmp_path / "index", kind="dense32")) as index:
+        vector, maps = query()
+        one, other = "image-0003", "image-0007"
+        explainer = Explainer(index, n_neighbors=12)
+        why = explainer.explain_features(vector, maps, result=one, above=other)
+        query_tile, tiles = why.tiles()
+        assert query_tile.subcaption == f"what here speaks for\n{one}\nrather than\n{other}"
+        assert [tile.caption for tile in tiles[:2]] == [one, other]
+        assert tiles[0].subcaption.endswith("asked for")
+        assert tiles[1].subcaption.endswith("its rival")
+        assert len(tiles) == 12
+        told = json.loads(json.dumps(why.to_dict()))
+        assert told["result"]["id"] == one
+        assert told["rival"]["id"] == other
+        assert (told["trust"], told["why_empty"]) == (None, None)
+        assert told["rival"].keys() == told["neighbors"][0].keys()
+        shared = replace(why, shared=True)
+        assert shared.told_apart == ("class 0", "class 1")
+        assert shared.speaks_for is None
+        words = "what here speaks for\nclass 0\nrather than\nclass 1"
+        assert shared.tiles()[0].subcaption == words
+        nothing = replace(why, cam=np.zeros_like(why.cam))
+        expected = f"nothing in it speaks for {one} rather than {other}"
+        assert nothing.why_empty == expected
+        alone = explainer.explain_features(vector, maps, result=one)
+        assert alone.rival is alone.told_apart is None
+        assert alone.to_dict()["rival"] is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"above": "image-0001"}, "'image-0001' is a rival, and no result was named; give result"),
+        ({"result": "image-0001", "above": "image-0001"}, "is the result itself; name another"),
+        ({"result": "image-0001", "above": "image-9999"}, "the index has no image 'image-9999'"),
+    ],
+)
+def test_a_rival_that_cannot_be_used_is_refused(
+    tmp_path: Path, asked: dict[str, str], said: str
+) -> None:
+    with (
+        Index.open(index_samples.make(tmp_path / "index")) as index,
+        pytest.raises(InputError, match=said),
+    ):
+        Explainer(index).explain_features(*query(), **asked)
 
 
 def test_named_neighbours_keep_their_order_and_their_distances(tmp_path: Path) -> None:

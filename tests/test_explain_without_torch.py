@@ -46,6 +46,7 @@ found = {
         vector, maps, size=(20, 30), neighbors=["0/1.png", "2/2.png"]
     ),
     "result": explainer.explain_features(vector, maps, result="1/3.png"),
+    "rival": explainer.explain_features(vector, maps, result="1/3.png", above="0/1.png"),
     "batched": explainer.explain_features(vector[None], maps[None])[0],
 }
 assert found["searched"].trust is not None
@@ -62,7 +63,8 @@ found["searched"].save(f"{folder}/why.png")
 kept = {}
 for name, why in found.items():
     kept |= {f"{name}.{field}": getattr(why, field) for field in KEPT}
-    kept |= {f"{name}.ids": why.ids, f"{name}.trust": why.trust, f"{name}.explained": why.explained}
+    trust = np.float64("nan" if why.trust is None else why.trust)
+    kept |= {f"{name}.ids": why.ids, f"{name}.trust": trust, f"{name}.explained": why.explained}
 np.savez(f"{folder}/found.npz", **kept)
 """
 
@@ -82,6 +84,7 @@ def test_everything_a_service_asks_for(tmp_path: Path, how: str) -> None:
             vector, maps, size=(20, 30), neighbors=["0/1.png", "2/2.png"]
         ),
         "result": explainer.explain_features(vector, maps, result="1/3.png"),
+        "rival": explainer.explain_features(vector, maps, result="1/3.png", above="0/1.png"),
     }
     expected["batched"] = expected["searched"]
     script = f"{REFUSING[how]}\nKEPT = {KEPT!r}\n{SERVICE}"
@@ -102,7 +105,8 @@ def test_everything_a_service_asks_for(tmp_path: Path, how: str) -> None:
             assert same_arrays(found[f"{name}.{field}"], np.asarray(getattr(why, field)))
         assert found[f"{name}.ids"].tolist() == why.ids
         assert found[f"{name}.explained"].tolist() == why.explained
-        assert float(found[f"{name}.trust"]) == why.trust
+        trust = float(found[f"{name}.trust"])
+        assert np.isnan(trust) if why.trust is None else trust == why.trust
     assert expected["reloaded"].ids[0] == expected["searched"].ids[1]
     assert (tmp_path / "why.png").stat().st_size > 0
 

@@ -168,6 +168,12 @@ def check_mean(o: ModuleType) -> None:
     np.testing.assert_allclose(o.transfer_mean(np.vstack([rows, [[0.0, 0.0]]])), [0.3, 0.9])
 
 
+def check_rival(o: ModuleType) -> None:
+    pair = np.array([[3.0, 4.0], [0.0, 2.0]])
+    np.testing.assert_allclose(o.rival_weights(*pair), [0.6, -0.2])
+    np.testing.assert_allclose(o.rival_weights(pair[0], np.zeros(2)), [0.6, 0.8])
+
+
 def check_distance(o: ModuleType) -> None:
     rows = np.array([[3.0, 4.0], [0.0, 2.0]])
     # Euclidean distances 1 and 3: shares 3/4 and 1/4
@@ -280,6 +286,9 @@ BREAKS = [
     ("transfer_mean", "/ length", "", check_mean),
     ("transfer_mean", "len(rows) == 1", "False", check_mean),
     ("transfer_mean", "len(counted)", "len(rows)", check_mean),
+    ("rival_weights", "/ ours", "", check_rival),
+    ("rival_weights", "/ theirs", "/ ours", check_rival),
+    ("rival_weights", "-= float", "+= float", check_rival),
     ("l2_norm", "float(v) ** 2", "abs(float(v))", check_mean),
     ("distance_shares", "math.sqrt(s)", "s", check_distance),
     ("distance_shares", "1.0 if e else 0.0", "1.0", check_distance),

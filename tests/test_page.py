@@ -301,6 +301,30 @@ def test_two_results_are_compared(look: Look, explainer: Explainer) -> None:
     assert page.page.locator(".pick[aria-pressed=true]").count() == 0
 
 
+def test_two_results_are_told_apart_by_the_stored_weights(look: Look, explainer: Explainer) -> None:
+    page = look()
+    page.ask(QUERY)
+    for place in (2, 4):
+        page.page.click(f".card:nth-child({place}) .pick")
+    page.page.wait_for_selector("#panel .sum")
+    receipt = page.pixels("#query-shot canvas")
+    assert page.text("#stored") == "Show the stored weights’ map"
+    page.page.click("#stored")
+    page.until(lambda: page.text("#stored") == "Show the map that adds up")
+    ids = page.texts(".card .id")
+    why = explainer.explain(QUERY, result=ids[1], above=ids[3])
+    expected = "Bright parts speak for result 2 rather than result 4."
+    if why.why_empty is not None:
+        expected = f"{why.why_empty[0].upper()}{why.why_empty[1:]}."
+    assert page.text("#note") == expected
+    assert not np.array_equal(page.pixels("#query-shot canvas"), receipt)
+    assert page.page.evaluate("document.activeElement.id") == "stored"
+    page.page.click("#stored")
+    page.until(lambda: page.text("#stored") == "Show the stored weights’ map")
+    np.testing.assert_array_equal(page.pixels("#query-shot canvas"), receipt)
+    assert page.problems() == []
+
+
 def test_the_result_becomes_the_query(look: Look) -> None:
     page = look()
     page.ask(QUERY)

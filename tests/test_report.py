@@ -151,6 +151,16 @@ def test_one_result_or_named_neighbours_explain_every_query(
     expected = told(explainer.explain(queries / "0/0.png", result="2/3.png", n_neighbors=2))
     assert expected.items() <= records(tmp_path / "a")[0].items()
     assert "Grad-CAM weights of the one image 2/3.png" in (tmp_path / "a" / PAGE).read_text()
+    asked = {"result": "2/3.png", "above": "0/1.png"}
+    for _ in range(2):
+        write_report(explainer, source, tmp_path / "c", batch_size=1, **asked)
+    expected = told(explainer.explain(queries / "0/0.png", **asked))
+    assert expected["rival"]["id"] == "0/1.png"
+    assert expected.items() <= records(tmp_path / "c")[0].items()
+    words = "weights of the one image 2/3.png less those of 0/1.png"
+    assert words in (tmp_path / "c" / PAGE).read_text()
+    with pytest.raises(InputError, match="is a rival, and no result was named"):
+        write_report(explainer, source, tmp_path / "d", above="0/1.png")
     named = ["2/3.png", "0/1.png"]
     write_report(explainer, source, tmp_path / "b", batch_size=3, neighbors=named)
     shown = [one for one in records(tmp_path / "b") if "error" not in one]

@@ -97,6 +97,42 @@ def test_one_result_alone_is_explained(app: Any, index: Path) -> None:
     np.testing.assert_allclose(body["cam"], area_average(expected.cam, (3, 3)), atol=1e-6)
 
 
+def test_a_result_is_told_from_a_rival(app: Any, index: Path) -> None:
+    target = "/explain?result=c1%2F004.png&rival=c0%2F000.png&n_neighbors=2"
+    body = post(app, target, QUERY).json()
+    ExplainAnswer.model_validate(body)
+    why = explainer(index)
+    expected = why.explain(QUERY, result="c1/004.png", above="c0/000.png", n_neighbors=2)
+    drawn = area_average(expected.cam, (14, 14))
+    assert drawn.max() > 0
+    np.testing.assert_allclose(body["cam"], drawn, atol=1e-6)
+    assert (body["result"]["id"], body["rival"]["id"]) == ("c1/004.png", "c0/000.png")
+    assert body["rival"]["distance"] == pytest.approx(expected.rival.distance, abs=1e-6)
+    assert body["rival"]["norm"] == pytest.approx(expected.rival.norm, rel=1e-6)
+    assert (body["trust"], body["trusted"], body["why_empty"]) == (None, None, None)
+    assert post(app, "/explain?result=c1%2F004.png", QUERY).json()["rival"] is None
+    overlaid = post(app, target, QUERY, accept="image/png").image()
+    alone = post(app, "/explain?result=c1%2F004.png", QUERY, accept="image/png").image()
+    assert overlaid.tobytes() != alone.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "said"),
+    [
+        ("rival=c0%2F000.png", (422, "no_result"), "rival: goes with a result, and none is named"),
+        ("result=c0%2F000.png&rival=c0%2F000.png", (422, "same_image"), "are the same image"),
+        ("result=c0%2F000.png&rival=zebra", (404, "unknown_image"), "no image of this id"),
+        ("result=c0%2F000.png&rival=a&rival=b", (422, "repeated_parameter"), "rival"),
+    ],
+)
+def test_a_rival_that_cannot_be_used_is_refused(
+    app: Any, target: str, error: tuple[int, str], said: str
+) -> None:
+    found = post(app, f"/explain?{target}", QUERY)
+    assert found.error == error
+    assert said in found.message
+
+
 def test_what_is_asked_beyond_the_network_s_size_stops_there(app: Any) -> None:
     body = post(app, "/explain?map_size=224", QUERY).json()
     assert np.shape(body["cam"]) == (16, 16)

@@ -74,7 +74,7 @@ def redrawn(
     """The explanation with its query's map made by the method, from the query's own passes.
 
     The target is the cosine similarity to the result it is explained by; of several results, to
-    the mean of their normalised embeddings.
+    the mean of their normalised embeddings; with a rival, how much farther that is.
 
     Args:
         explanation: of the query, from the index.
@@ -86,10 +86,8 @@ def redrawn(
         quiet: no progress bar.
     """
     from ..methods import cam_for
-    from ..targets import ClassProxy, Similarity
 
-    vectors = np.asarray(index.embeddings(index.positions(explanation.explained)))
-    target = Similarity(vectors[0]) if len(vectors) == 1 else Similarity(ClassProxy(vectors).proxy)
+    target = _target(explanation, index)
     layers = [layer["name"] for layer in index.manifest["layers"]]
     chosen: dict[str, Any] = {"layers": layers} if isinstance(method, LayersMethod) else {}
     if chosen and len(layers) < 2:
@@ -112,3 +110,14 @@ def redrawn(
         trust=None,
         direct=False,
     )
+
+
+def _target(explanation: Any, index: Any) -> Any:
+    """What the query's map is computed for, see `redrawn`."""
+    from ..targets import ClassProxy, Similarity, TripletMargin
+
+    vectors = np.asarray(index.embeddings(index.positions(explanation.explained)))
+    if explanation.rival is not None:
+        rival = index.embeddings(index.positions([explanation.rival.id]))
+        return TripletMargin(vectors, np.asarray(rival))
+    return Similarity(vectors[0] if len(vectors) == 1 else ClassProxy(vectors).proxy)

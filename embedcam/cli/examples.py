@@ -60,6 +60,7 @@ examples:
   embedcam explain my.index query.jpg -o why.png
   embedcam explain my.index queries/*.jpg -o pictures/ --html why.html -n 10
   embedcam explain my.index query.jpg --result owls/1.jpg -o match.png
+  embedcam explain my.index query.jpg --result owls/1.jpg --above gulls/2.jpg -o rather.png
   embedcam explain my.index query.jpg --neighbors owls/1.jpg,owls/2.jpg --json
   embedcam explain my.index query.jpg --method scorecam -o slow.png
   embedcam explain my.index photos/owls/1.jpg --exclude-query -o others.png

@@ -62,12 +62,9 @@ def explain(options: argparse.Namespace) -> None:
                 )
             _say_trust(options, query, explanation)
             if explanation.empty:
-                note(
-                    options,
-                    f"note: {query}: nothing in it speaks for these results, so its map is empty; "
-                    "more neighbours (-n) or an index built with --norm around may say more",
-                )
-            shown.update(dict.fromkeys(explanation.ids + explanation.explained))
+                _say_empty(options, query, explanation)
+            rivals = [] if explanation.rival is None else [explanation.rival.id]
+            shown.update(dict.fromkeys(explanation.ids + explanation.explained + rivals))
             lost.update(dict.fromkeys(explanation.not_found()))
             changed.update(dict.fromkeys(explanation.changed()))
             if picture is not None:
@@ -109,21 +106,34 @@ def _say_trust(options: argparse.Namespace, query: str, explanation: Any) -> Non
         )
 
 
+def _say_empty(options: argparse.Namespace, query: str, explanation: Any) -> None:
+    """Why the map is empty, and what may say more."""
+    more = "more neighbours (-n) or an index built with --norm around may say more"
+    if explanation.rival is not None:
+        more = "name another image with --above, or leave it out"
+    note(options, f"note: {query}: {explanation.why_empty}, so its map is empty; {more}")
+
+
 def _say_shared(options: argparse.Namespace, index: Any) -> None:
     """That by a target of labels a result is hardly explained apart from its label."""
     shares = {"discriminant": "one answer", "distinctive": "most of their answer"}
     shared = shares.get(index.manifest["target"]) if options.method is None else None
     if options.result is None or not shared:
         return
-    label = index.select([index.position(options.result)]).labels[0]
+    named = [name for name in (options.result, options.above) if name is not None]
+    labels = index.select(index.positions(named)).labels
     query = options.queries[0] if len(options.queries) == 1 else "QUERY"
-    if label is not None:
-        note(
-            options,
-            f"note: by this index's target the images of a label share {shared}: what speaks for "
-            f"{label}; `embedcam compare {options.index} {query} {options.result}` says what "
-            "matches this one image",
-        )
+    if None in labels or len(set(labels)) < len(labels):
+        return  # Where both are of one label, the note on the empty map says so.
+    compared, what = options.result, "matches this one image"
+    if options.above is not None:
+        compared, what = f"{compared} --above {options.above}", "puts the one above the other"
+    note(
+        options,
+        f"note: by this index's target the images of a label share {shared}: what speaks for "
+        f"{' rather than '.join(labels)}; `embedcam compare {options.index} {query} {compared}` "
+        f"says what {what}",
+    )
 
 
 def _say_pictures(options: argparse.Namespace, n_results: int, n_lost: int, root: Any) -> None:
@@ -166,15 +176,40 @@ def _asked(options: argparse.Namespace, index: Any) -> dict[str, Any]:
     asked: dict[str, Any] = {
         "n_neighbors": options.n_neighbors,
         "result": options.result,
+        "above": options.above,
         "exclude_query": options.exclude_query,
     }
+    _check_rival(options)
     with listing_ids(options.index):
-        if options.result is not None:
-            index.position(options.result)
+        for name in (options.result, options.above):
+            if name is not None:
+                index.position(name)
         if options.neighbors:
             asked["neighbors"] = list(_ids(index, options.neighbors))
             index.positions(asked["neighbors"])
     return asked
+
+
+def _check_rival(options: argparse.Namespace) -> None:
+    if options.above is None:
+        return
+    if options.result is None:
+        raise InputError(
+            f"--above {options.above} is a rival, and no result was named; give --result, the "
+            "image that is to be told from it"
+        )
+    check_above(options)
+    if options.fallback:
+        raise InputError(
+            "--fallback computes maps of low trust, and a map with a rival has no trust; leave out "
+            "--fallback, or give --method gradcam, which computes them all"
+        )
+
+
+def check_above(options: argparse.Namespace) -> None:
+    """Refuse a rival that is the result itself."""
+    if options.result == options.above:
+        raise InputError(f"--above {options.above} is the result itself; name another image")
 
 
 def _check_queries(queries: Sequence[str]) -> None:
@@ -320,15 +355,17 @@ def _lines(query: str, picture: Path | None, explanation: Any) -> list[str]:
             zip(explanation.ids, labels, explanation.distances, strict=True), 1
         )
     ]
-    asked = explanation.asked
-    if asked is not None and asked.id not in explanation.ids:
-        cells = [asked.id, asked.label or "", noted.get(asked.id, "")]
-        table.insert(0, ["asked", f"{asked.distance:.3g}", *cells])
-        labels.append(asked.label or "")
+    for word, one in (("rival", explanation.rival), ("asked", explanation.asked)):
+        if one is not None and one.id not in explanation.ids:
+            cells = [one.id, one.label or "", noted.get(one.id, "")]
+            table.insert(0, [word, f"{one.distance:.3g}", *cells])
+            labels.append(one.label or "")
     header = ["", "distance", "result", "label" if any(labels) else "", ""]
     shown = columns([header, *table], right=(0, 1))
     head = query if picture is None else f"{query} -> {picture}"
-    if explanation.explained != explanation.ids:
+    if explanation.told_apart is not None:
+        head += f" (what speaks for {' rather than '.join(explanation.told_apart)})"
+    elif explanation.explained != explanation.ids:
         label = explanation.speaks_for
         what = f"matched {explanation.explained[0]}" if label is None else f"speaks for {label}"
         head += f" (what {what})"

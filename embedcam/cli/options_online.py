@@ -68,6 +68,11 @@ def explain_options(one: argparse.ArgumentParser) -> None:
         "more embeddings",
     )
     one.add_argument(
+        "--above",
+        metavar="ID",
+        help="with --result: what speaks for the result rather than for this image",
+    )
+    one.add_argument(
         "--method",
         metavar="NAME",
         help="compute the query's map itself, by any method (scorecam, rise, ...), in place of "

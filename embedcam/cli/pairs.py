@@ -4,12 +4,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import ImageError, InputError
+from ..errors import ImageError
 from ..images import MAX_PIXELS
 from ..images.reading import why_missing
 from ..printing import show, show_json
 from .networks import check_onnx, network_given
-from .online import check_images, plan_pictures
+from .online import check_above, check_images, plan_pictures
 from .report import columns, listing_ids, note
 
 
@@ -29,8 +29,7 @@ def compare(options: argparse.Namespace) -> None:
         with listing_ids(options.index):
             for name in filter(None, (options.result, options.above)):
                 index.position(name)
-        if options.result == options.above:
-            raise InputError(f"--above {options.above} is the result itself; name another image")
+        check_above(options)
         network = network_given(options, index.manifest)
         pixels = options.max_pixels or MAX_PIXELS
         explainer = Explainer(index, network, images=options.images, max_pixels=pixels)

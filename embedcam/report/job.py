@@ -18,6 +18,7 @@ from .. import __version__
 from ..errors import InputError
 from ..images import MAX_PIXELS, ImageSource
 from ..images.batches import default_workers
+from ..neighbors import check_rival
 from ..progress import progress_of
 from ..queries import check_count
 from ..render import Look, page_foot, page_head
@@ -78,6 +79,7 @@ def write_report(
     *,
     n_neighbors: int | None = None,
     result: str | None = None,
+    above: str | None = None,
     neighbors: Sequence[str] | None = None,
     exclude_query: bool = False,
     scale: Scale = "joint",
@@ -97,7 +99,8 @@ def write_report(
         explainer: explains; with a network, so that pictures can be embedded.
         source: the queries, from `find_images` or `from_dataset`.
         folder: of the report alone; created where missing.
-        n_neighbors, result, neighbors, exclude_query: as for `Explainer.explain`, for every query.
+        n_neighbors, result, above, neighbors, exclude_query: as for `Explainer.explain`, for every
+            query.
         scale: "joint" gives the results of a query one colour scale, "each" each its own.
         side: the longest side of the pictures in the page, in pixels.
         title: of the page.
@@ -109,7 +112,8 @@ def write_report(
             queries or with other options; a disk that cannot be written; or an argument.
     """
     check_folder(folder)
-    job = _job(explainer, source, n_neighbors, result, neighbors, exclude_query, scale, side, title)
+    named = (result, above)
+    job = _job(explainer, source, n_neighbors, named, neighbors, exclude_query, scale, side, title)
     about = {
         "embedcam": __version__,
         "index": job.index,
@@ -132,7 +136,7 @@ def _job(
     explainer: Explainer,
     source: ImageSource,
     n_neighbors: int | None,
-    result: str | None,
+    named: tuple[str | None, str | None],
     neighbors: Sequence[str] | None,
     exclude_query: bool,
     scale: Scale,
@@ -150,13 +154,15 @@ def _job(
     if neighbors is not None and n_neighbors is not None:
         raise InputError("give n_neighbors to search, or neighbors to name them, not both")
     index, count = explainer.index, explainer.n_neighbors
-    for name in (*(neighbors or ()), *(() if result is None else (result,))):
+    result, above = named
+    check_rival(result, above)
+    for name in (*(neighbors or ()), *(one for one in named if one is not None)):
         index.position(name)
-    named = None if neighbors is None else list(neighbors)
+    given = None if neighbors is None else list(neighbors)
     options = {
         "n_neighbors": check_count(count if n_neighbors is None else n_neighbors),
         "result": result,
-        "neighbors": named,
+        "neighbors": given,
         "transfer": explainer.transfer,
         "trusted_from": explainer.trusted_from,
         "fallback": None if explainer.fallback is None else type(explainer.fallback).__name__,
@@ -166,12 +172,18 @@ def _job(
         "scale": scale,
         "side": _at_least_one("side", side),
         **({"exclude_query": True} if exclude_query else {}),
+        **({} if above is None else {"above": above}),
     }
     if explainer.max_pixels != MAX_PIXELS:
         options["max_pixels"] = explainer.max_pixels
     look = Look(scale, side, quality=_QUALITY, long=True)
-    asked = {"n_neighbors": n_neighbors, "result": result, "exclude_query": exclude_query}
-    return _Job(explainer, source, asked, named, options, look, _version(explainer), title)
+    asked = {
+        "n_neighbors": n_neighbors,
+        "result": result,
+        "above": above,
+        "exclude_query": exclude_query,
+    }
+    return _Job(explainer, source, asked, given, options, look, _version(explainer), title)
 
 
 def _at_least_one(name: str, value: Any) -> int:

@@ -140,7 +140,7 @@ def anchor(position: int) -> str:
 def _notes(found: Explanation) -> str:
     """What must be known before the map of a query is looked at."""
     if found.empty:
-        return "Its map is empty: nothing in it speaks for these results."
+        return f"Its map is empty: {found.why_empty}."
     if found.trusted is False:
         return (
             "Its map is not to be trusted: the correlation to be expected with a map computed on "

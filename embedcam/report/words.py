@@ -83,7 +83,8 @@ def intro(
 
 def _source_of_weights(options: Mapping[str, Any]) -> str:
     if options["result"] is not None:
-        return f"of the one image {options['result']}"
+        rival = "" if options.get("above") is None else f" less those of {options['above']}"
+        return f"of the one image {options['result']}{rival}"
     if options["neighbors"] is not None:
         return f"transferred from {', '.join(options['neighbors'])}"
     count = options["n_neighbors"]

@@ -17,7 +17,7 @@ from .explain import BINARY, BODY, JSON, PNG, REFUSALS, WEBP
 from .parameters import only
 from .pictures import Query as Picture
 from .pictures import encoded
-from .pipeline import Pipeline
+from .pipeline import Pipeline, check_apart
 from .receipts import ReceiptMaker, Receipts
 from .schemas import CompareAnswer, refusals
 from .upload import read_upload
@@ -116,8 +116,7 @@ def _checked_ids(results: list[str], rival: str | None) -> list[str]:
         raise Refused(
             422, "too_many_results", "rival: goes with one result; leave the other results out"
         )
-    if rival == results[0]:
-        raise Refused(422, "same_image", "result and rival are the same image; name two")
+    check_apart(results[0], rival)
     return [*results, rival]
 
 

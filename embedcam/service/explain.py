@@ -14,7 +14,7 @@ from .addresses import item_url
 from .parameters import only
 from .pictures import Query as Picture
 from .pictures import encoded, overlay
-from .pipeline import Found, Pipeline
+from .pipeline import Found, Pipeline, Wanted
 from .schemas import ExplainAnswer, SearchAnswer, refusals
 from .upload import FORM_TYPE, PART, RAW_TYPES, read_upload
 
@@ -66,7 +66,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             **refusals(404, 406, *REFUSALS),
         },
         openapi_extra=BODY,
-        dependencies=[Depends(only("n_neighbors", "result", "map_size", "picture_size"))],
+        dependencies=[Depends(only("n_neighbors", "result", "rival", "map_size", "picture_size"))],
     )
     async def explain(
         request: Request,
@@ -74,6 +74,13 @@ def router(pipeline: Pipeline) -> APIRouter:
         result: Annotated[
             str | SkipJsonSchema[None],
             Query(description="Id of one image: what in the picture matched this one."),
+        ] = None,
+        rival: Annotated[
+            str | SkipJsonSchema[None],
+            Query(
+                description="Id of another image, with `result`: what in the picture speaks for "
+                "the result rather than for this one."
+            ),
         ] = None,
         map_size: Annotated[
             int, Query(ge=1, le=MAX_CELLS, description="Of the JSON's map: cells a side at most.")
@@ -88,7 +95,8 @@ def router(pipeline: Pipeline) -> APIRouter:
             upload = await read_upload(request, pipeline.limits)
             async with pipeline.deadline():
                 side = None if kind == JSON else picture_size
-                query, made = await pipeline.explain(upload, n_neighbors, result, side)
+                wanted = Wanted(n_neighbors, result, rival)
+                query, made = await pipeline.explain(upload, wanted, side)
                 if kind == JSON:
                     prefix = request.scope.get("root_path", "")
                     body = await pipeline.in_thread(_explained, query, made, map_size, prefix)
@@ -125,14 +133,17 @@ def _explained(query: Picture, made: Explanation, map_size: int, prefix: str) ->
         _neighbor(one, None if norms is None else norms[place], prefix)
         for place, one in enumerate(shown["neighbors"])
     ]
-    asked = made.asked
-    kept = ("cam", "empty", "transfer", "trust", "trusted", "direct", "explained")
+    kept = ("cam", "empty", "why_empty", "transfer", "trust", "trusted", "direct", "explained")
+    named = {
+        name: None if one is None else _neighbor(shown[name], one.norm, prefix)
+        for name, one in (("result", made.asked), ("rival", made.rival))
+    }
     return _dumped(
         {
             "picture": size_of(query),
             "extent": list(query.extent),
             **{name: shown[name] for name in kept},
-            "result": None if asked is None else _neighbor(shown["result"], asked.norm, prefix),
+            **named,
             "neighbors": neighbors,
         }
     )

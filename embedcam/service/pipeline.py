@@ -42,10 +42,11 @@ class Asked(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Results, and the id of the one that is explained alone, or None."""
+    """Results, the id of the one that is explained alone, and of its rival, or None."""
 
     n_neighbors: int
     result: str | None = None
+    rival: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,19 +124,24 @@ class Pipeline:
         return await asyncio.wrap_future(self._pool.submit(work, *given))
 
     async def explain(
-        self, upload: Upload, n_neighbors: int, result: str | None, side: int | None
+        self, upload: Upload, wanted: Wanted, side: int | None
     ) -> tuple[Query, Explanation]:
         """An uploaded picture, explained.
 
         Args:
             upload: as it came.
-            n_neighbors: results.
-            result: id of the image whose weights alone are transferred, or None.
+            wanted: results, the one whose weights alone are transferred, and its rival.
             side: of the picture to be drawn on, or None.
         """
-        if result is not None:
-            self.find_live(result)
-        return await self.ask(upload, Wanted(n_neighbors, result), self._explained, side)
+        result, rival = wanted.result, wanted.rival
+        self.find_live(*(name for name in (result, rival) if name is not None))
+        if rival is not None:
+            if result is None:
+                raise Refused(
+                    422, "no_result", "rival: goes with a result, and none is named; name it, too"
+                )
+            check_apart(result, rival)
+        return await self.ask(upload, wanted, self._explained, side)
 
     async def search(self, upload: Upload, n_neighbors: int) -> tuple[Query, Found]:
         """An uploaded picture, embedded and searched with; nothing is explained."""
@@ -180,7 +186,10 @@ class Pipeline:
 
     def _explained(self, wanted: Wanted, inputs: Sequence[np.ndarray]) -> Sequence[Any]:
         return self.explainer.explain_batch(
-            inputs, n_neighbors=wanted.n_neighbors, result=wanted.result
+            inputs,
+            n_neighbors=wanted.n_neighbors,
+            result=wanted.result,
+            above=wanted.rival,
         )
 
     def _asked_head(self, _: Any, inputs: Sequence[np.ndarray]) -> list[Any]:
@@ -202,7 +211,7 @@ class Pipeline:
         """Explain a picture of noise, and be ready once that has worked."""
         try:
             body = await self.in_thread(_probe_picture)
-            query, made = await self.explain(Upload(body), self.n_neighbors, None, PROBE_SIDE)
+            query, made = await self.explain(Upload(body), Wanted(self.n_neighbors), PROBE_SIDE)
             await self.ask(Upload(body), None, self._asked_head)
             # The first overlay loads the colours.
             await self.in_thread(
@@ -256,6 +265,16 @@ def find_live(index: Index, name: str) -> int:
     if name not in found:
         raise Refused(404, "unknown_image", "the index holds no image of this id")
     return found[name]
+
+
+def check_apart(result: str, rival: str) -> None:
+    """Refuse a rival that is the result itself.
+
+    Raises:
+        Refused: 422.
+    """
+    if rival == result:
+        raise Refused(422, "same_image", "result and rival are the same image; name two")
 
 
 def _found(index: Index, near: Neighbors) -> Found:

@@ -85,12 +85,15 @@ class ExplainAnswer(_Strict):
     cam: Cam
     extent: Extent
     empty: bool = Field(description="Nothing in the query speaks for these results.")
+    why_empty: str | None = Field(
+        description="Why the map is empty, for people; null where it is not."
+    )
     transfer: str = Field(description="How neighbours count.", examples=["mean"])
     trust: float | None = Field(
         ge=0,
         le=1,
         description="Expected correlation with a directly computed map; null where the index holds "
-        "no calibration.",
+        "no calibration, and where a rival was named.",
         examples=[0.81],
     )
     trusted: bool | None = Field(description="Whether the map can be relied on.")
@@ -101,6 +104,10 @@ class ExplainAnswer(_Strict):
     result: Neighbor | None = Field(
         description="The one image that was asked for, which may be no neighbour; null where none "
         "was."
+    )
+    rival: Neighbor | None = Field(
+        description="The image that the result is told from: the map is drawn with the difference "
+        "of their stored weights, each of length 1; null where none was named."
     )
     neighbors: list[Neighbor]
 

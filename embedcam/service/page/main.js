@@ -5,6 +5,7 @@
 
 import { announce, find, make } from "./dom.js";
 import { startIntake } from "./intake.js";
+import { mapOf } from "./maps.js";
 import { showContrast, showGuide, showPicked, showReceipt, showState } from "./panel.js";
 import { QueryView, showTrust } from "./query.js";
 import { Card, drawOwn, drawPoint, drawSome, loadAll, showCards, showWaiting } from "./results.js";
@@ -179,7 +180,7 @@ function lookAtPoint({ row, column }) {
 }
 
 function lookAtTwo() {
-  const { above, below, answer, trouble } = at.contrast;
+  const { above, below, answer, trouble, stored } = at.contrast;
   const title = `Why ${above.rank} is above ${below.rank}`;
   const pair = [above, below].filter((card) => card.receipt !== null);
   drawSome(known.cards, pair, below);
@@ -187,10 +188,14 @@ function lookAtTwo() {
     query.showOwn();
     tell("", "one");
     showState(title, trouble?.message ?? "Comparing them …", trouble === null, back, trouble?.passing ? contrastThem : null);
-    return;
+  } else {
+    const asked = { close: back, change: changeMap, stored: stored !== null };
+    query.showSigned(showContrast(above, below, query, answer, asked));
+    tell(`Red speaks for result ${above.rank}, blue for result ${below.rank}.`, "two");
   }
-  query.showSigned(showContrast(above, below, query, answer, back));
-  tell(`Red speaks for result ${above.rank}, blue for result ${below.rank}.`, "two");
+  if (stored === null) return;
+  query.showPlain(stored.map);
+  tell(stored.empty ?? `Bright parts speak for result ${above.rank} rather than result ${below.rank}.`, "one");
 }
 
 function tell(note, scale) {
@@ -267,7 +272,7 @@ function pick(card) {
 
 async function contrastThem() {
   const [above, below] = [...at.picked].sort((one, other) => one.rank - other.rank);
-  const mine = { above, below, answer: null, trouble: null };
+  const mine = { above, below, answer: null, trouble: null, stored: null };
   at.contrast = mine;
   look();
   const { signal } = work;
@@ -285,6 +290,33 @@ async function contrastThem() {
   look();
   const { contrast } = mine.answer ?? {};
   announce(contrast ? `Result ${above.rank} is nearer than result ${below.rank} by ${fixed(contrast.score)}.` : sentence(mine.trouble.message));
+  if (mine.trouble?.status === 501) await askStored(mine); // No receipts, but weights there are.
+}
+
+/** The query's map of two that are compared: by the receipt, or by the weights the index stores. */
+async function changeMap() {
+  const mine = at.contrast;
+  if (mine.stored === null) await askStored(mine);
+  else {
+    mine.stored = null;
+    look();
+  }
+  if (at.contrast === mine) find("stored")?.focus();
+}
+
+async function askStored(mine) {
+  const { signal } = work;
+  try {
+    const named = { result: mine.above.result.id, rival: mine.below.result.id };
+    const { cam, why_empty: why } = await explain(known.blob, 1, signal, named);
+    mine.stored = { map: mapOf(cam), empty: why === null ? null : sentence(why) };
+  } catch (error) {
+    if (!signal.aborted && at.contrast === mine) tell(sentence(error.message), "two");
+    return;
+  }
+  if (at.contrast !== mine) return;
+  look();
+  announce(find("note").textContent);
 }
 
 function choosePoint(row, column) {

@@ -94,8 +94,11 @@ export function showReceipt(card, query, { search, close }) {
   link(pair, shots, receipt);
 }
 
-/** Why one result is above another. */
-export function showContrast(above, below, query, answer, close) {
+/**
+ * Why one result is above another.
+ * @param stored whether the query shows the map of the stored weights; `change` shows the other one
+ */
+export function showContrast(above, below, query, answer, { close, change, stored }) {
   const { contrast } = answer;
   const channels = chosen(contrast);
   const amounts = [...channels.lines, { words: "other channels", value: channels.others, rest: true }, ...remainder(contrast)];
@@ -118,6 +121,9 @@ export function showContrast(above, below, query, answer, close) {
       ": their own maps show what in them matches your picture."),
     sum(amounts, { words: `result ${above.rank} is more similar by`, value: contrast.score }, "What adds up to the difference"),
     make("p", { class: "quiet", text: exactness(contrast.exact) }),
+    make("p", { class: "buttons" },
+      make("button", { type: "button", class: "plain", id: "stored", click: change,
+        text: stored ? "Show the map that adds up" : "Show the stored weights’ map" })),
   );
   return map;
 }

@@ -46,7 +46,6 @@ export class QueryView {
   answered(answer) {
     this.shot.setSize(answer.picture, answer.extent);
     this.map = mapOf(answer.cam);
-    this.top = strongest([this.map]);
   }
 
   /** Lays a grid of cells over the picture, or takes it away. */
@@ -133,7 +132,12 @@ export class QueryView {
 
   /** The answer's own map. */
   showOwn() {
-    this.shot.setMap(this.map, this.top);
+    this.showPlain(this.map);
+  }
+
+  /** Evidence for alone, on its own scale. */
+  showPlain(map) {
+    this.shot.setMap(map, strongest([map]));
     this.mark(null);
   }
 

@@ -66,9 +66,9 @@ function posted(picture, signal) {
   return { method: "POST", body, headers: { Accept: "application/json" }, signal };
 }
 
-/** The results of a picture, and the maps. */
-export async function explain(picture, count, signal) {
-  const wanted = new URLSearchParams({ map_size: "56" });
+/** The results of a picture, and the maps; `more` are other parameters: result and rival. */
+export async function explain(picture, count, signal, more = {}) {
+  const wanted = new URLSearchParams({ map_size: "56", ...more });
   if (count !== null) wanted.set("n_neighbors", String(count));
   return (await ask(`explain?${wanted}`, posted(picture, signal))).json();
 }

@@ -170,7 +170,7 @@ class Explanation:
         """The label that the map speaks for, where one image's weights are mostly its label's."""
         if not self.shared or self.method or self.direct or len(self.explained) != 1:
             return None
-        if self.rival is not None:
+        if self.rival is not None:  # `told_apart` says both.
             return None
         if self.asked is not None:
             return self.asked.label

@@ -149,6 +149,13 @@ def test_an_explainer_draws_the_same_maps(case: tuple[str, EmbeddingNetwork, Pat
     with Index.open(index) as opened:
         torchs = Explainer(opened, network).explain_batch(queries)
         ours = Explainer(opened, onnx=path).explain_batch(queries)
+        one, other = opened.ids[0], opened.ids[-1]
+        asked = {"result": one, "above": other}
+        mine, expected = (
+            Explainer(opened, network, onnx=file).explain(queries[0], **asked).cam
+            for network, file in ((None, path), (network, None))
+        )
+        np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5 * expected.max() + 1e-9)
         (alone,) = Explainer(opened, OnnxNetwork(path, threads=1)).explain_batch(queries[:1])
     for mine, expected in zip([*ours, alone], [*torchs, torchs[0]], strict=True):
         assert mine.ids == expected.ids

@@ -124,6 +124,11 @@ def test_an_index_holds_every_layer_of_poly_cam_and_redraws_its_map(
             again = explainer.explain(image, neighbors=[index.ids[row]])
             assert set(again.layer_weights) == set(LAYERS)
             if encoding == "dense":
+                both = {"result": index.ids[row], "above": index.ids[row + 1]}
+                told_apart = explainer.explain(image, **both).layer_weights
+                for number, weights in enumerate(told_apart.values()):
+                    difference = oracle_file.rival_weights(*index.weights([row, row + 1], number))
+                    np.testing.assert_allclose(weights, difference, rtol=1e-4, atol=1e-6)
                 np.testing.assert_allclose(
                     again.cam, own.cam[0], rtol=1e-3, atol=1e-4 * own.cam.max()
                 )

@@ -766,6 +766,8 @@ def test_what_is_explained_by_one_result_is_not_told_from_that_result(
         labels = {name: label for name, label in zip(index.ids, index.labels, strict=True)}
         far = next(n for n in labels if labels[n] not in near.labels and n not in near.ids)
         asked.clear()
+        rival = explainer.explain(query, n_neighbors=2, result=far, above=near.ids[0])
+        assert (rival.trust, rival.trusted, rival.direct, asked) == (None, None, False, [])
         assert explainer.explain(query, n_neighbors=2, result=far).direct
         ((positives, negatives),) = asked
         of = {tuple(v): labels[index.ids[i]] for i, v in enumerate(index.embeddings(range(48)))}

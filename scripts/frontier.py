@@ -332,12 +332,11 @@ def draw(points: dict[str, list[float]], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="covers one object (pixel AUC, mean of four sets)",
                               ylabel="tells two apart (natural, c / d)")  # fmt: skip
-    for name, (x, y) in points.items():
+    for (name, (x, y)), mark in zip(points.items(), "os^Dv<>PX*", strict=False):
         default = name.startswith("**")
-        axes.plot(x, y, "o", color="#d55e00" if default else "#0072b2")
-        axes.annotate(
-            name.strip("*"), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8
-        )
+        colour = "#d55e00" if default else "#0072b2"
+        axes.plot(x, y, mark, color=colour, label=name.strip("*"), markersize=9 if default else 7)
+    axes.legend(fontsize=8, loc="lower left")
     axes.margins(0.15)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

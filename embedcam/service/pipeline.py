@@ -42,11 +42,12 @@ class Asked(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Results, the id of the one that is explained alone, and of its rival, or None."""
+    """Results, the id of the one that is explained alone, and of its rival, or None; the detail."""
 
     n_neighbors: int
     result: str | None = None
     rival: str | None = None
+    detail: int = 1
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ class Pipeline:
                     422, "no_result", "rival: goes with a result, and none is named; name it, too"
                 )
             check_apart(result, rival)
-        return await self.ask(upload, wanted, self._explained, side)
+        given = (upload, side, wanted.detail)
+        return await self.ask_prepared(wanted, self._explained, self._read, *given)
 
     async def search(self, upload: Upload, n_neighbors: int) -> tuple[Query, Found]:
         """An uploaded picture, embedded and searched with; nothing is explained."""
@@ -166,13 +168,13 @@ class Pipeline:
         """As `ask`, of any picture: `prepared` is called in the pool with what is given."""
         with self._batcher.announced() as submit:
             query = await self.in_thread(prepared, *given)
-            future = submit(Asked(wanted, answer), query.inputs)
+            future = submit(Asked(wanted, answer), query.shown)
         return query, await asyncio.wrap_future(future)
 
-    def _read(self, upload: Upload, side: int | None) -> Query:
+    def _read(self, upload: Upload, side: int | None, detail: int = 1) -> Query:
         preprocess = self.explainer.preprocess
         assert preprocess is not None  # `_check` saw to it
-        return read_query(picture_in(upload), preprocess, self.limits.pixels, side)
+        return read_query(picture_in(upload), preprocess, self.limits.pixels, side, detail)
 
     def find_live(self, *names: str) -> None:
         """Refuse an id that no image has; see `find_live`."""
@@ -184,9 +186,14 @@ class Pipeline:
         """A batch of which the same is asked, in the batcher's thread."""
         return asked.answer(asked.wanted, inputs)
 
-    def _explained(self, wanted: Wanted, inputs: Sequence[np.ndarray]) -> Sequence[Any]:
+    def _explained(self, wanted: Wanted, shown: Sequence[Any]) -> Sequence[Any]:
+        inputs, larger = shown, None
+        if wanted.detail > 1:
+            inputs, larger = zip(*shown, strict=True)
         return self.explainer.explain_batch(
             inputs,
+            detail=wanted.detail,
+            larger=larger,
             n_neighbors=wanted.n_neighbors,
             result=wanted.result,
             above=wanted.rival,

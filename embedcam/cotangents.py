@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from .errors import InputError
-from .index import nearest
+from .neighborhoods import NearestOthers
 from .recipe import Recipe
 from .targets import (
     WHITENED,
@@ -17,7 +17,7 @@ from .targets import (
     whitening,
     with_own,
 )
-from .triplets import Nearest, Triplets, TripletSampler, active, given_triplets
+from .triplets import Triplets, TripletSampler, active, given_triplets
 
 _BLOCK = 1 << 14
 
@@ -88,7 +88,7 @@ class AnchorCotangents:
             self.sampler = TripletSampler(
                 embeddings,
                 labels,
-                nearest_others(embeddings),
+                NearestOthers(embeddings),
                 sampling=recipe.resolved_sampling,
                 n_triplets=recipe.n_triplets,
                 margin=recipe.margin,
@@ -180,15 +180,3 @@ class AnchorCotangents:
         return Cotangents(
             margin_cotangent((share @ positives)[:, 0], (share @ negatives)[:, 0]), None, counts
         )
-
-
-def nearest_others(embeddings: np.ndarray) -> Nearest:
-    """Finds the nearest images of anchors among embeddings `[N D]`, themselves left out."""
-
-    def find(anchors: np.ndarray, k: int) -> np.ndarray:
-        found = nearest(embeddings, np.asarray(embeddings[anchors]), k + 1).positions
-        # A duplicate may stand before the anchor itself, or push it out of the list.
-        rows = zip(anchors, found, strict=True)
-        return np.stack([row[row != anchor][:k] for anchor, row in rows])
-
-    return find

@@ -19,9 +19,9 @@ from toys import seeded
 import embedcam.build.jobs as jobs
 from embedcam import probe
 from embedcam.classes import label_codes
-from embedcam.cotangents import nearest_others
 from embedcam.images import ImageSource, find_images
 from embedcam.index import Index
+from embedcam.neighborhoods import NearestOthers
 from embedcam.network import EmbeddingNetwork
 from embedcam.preprocess import Preprocess
 from embedcam.recipe import Recipe
@@ -189,7 +189,7 @@ def drawn(recipe: Recipe, embeddings: np.ndarray, labels: list[str | None]) -> n
     sampler = TripletSampler(
         embeddings,
         label_codes(labels),
-        nearest_others(embeddings),
+        NearestOthers(embeddings),
         sampling=recipe.resolved_sampling,
         n_triplets=recipe.n_triplets,
         margin=recipe.margin,

@@ -4,8 +4,9 @@ import numpy as np
 import oracles
 import pytest
 
-from embedcam.cotangents import AnchorCotangents, nearest_others
+from embedcam.cotangents import AnchorCotangents
 from embedcam.errors import InputError
+from embedcam.neighborhoods import NearestOthers
 from embedcam.recipe import Recipe
 from embedcam.triplets import TripletSampler
 
@@ -26,7 +27,7 @@ def cotangents(given: np.ndarray | None = None, labels=LABELS, **choices) -> Anc
 def drawn(**choices):
     recipe = Recipe(**choices)
     sampler = TripletSampler(
-        table(), LABELS, nearest_others(table()), sampling=recipe.resolved_sampling,
+        table(), LABELS, NearestOthers(table()), sampling=recipe.resolved_sampling,
         n_triplets=recipe.triplets, margin=recipe.margin, seed=recipe.seed,
     )  # fmt: skip
     found = sampler.draw(np.arange(N))
@@ -135,7 +136,7 @@ def test_the_nearest_others_are_the_loops_also_among_duplicates() -> None:
     rows = table()
     rows[7:19] = rows[3]  # more copies than neighbours asked for
     for k in (1, 5, N - 1):
-        found = nearest_others(rows)(np.arange(N), k)
+        found = NearestOthers(rows)(np.arange(N), k)
         assert found.shape == (N, k)
         for a in range(N):
             assert a not in found[a]
@@ -154,3 +155,30 @@ def test_triplets_given_without_being_asked_for_and_the_other_way_round() -> Non
     ):
         with pytest.raises(InputError, match="goes with target 'margin' and sampling 'given'"):
             cotangents(given, **choices)
+
+
+def test_among_many_images_an_inverted_file_finds_them_the_same_in_any_company() -> None:
+    generator = np.random.default_rng(5)
+    centres = generator.normal(size=(40, 16))
+    rows = centres[generator.integers(40, size=3000)] + 0.3 * generator.normal(size=(3000, 16))
+    rows = rows.astype(np.float32)
+    rows[100:140] = rows[99]  # copies push an image out of its own list
+    finder = NearestOthers(rows, exact=1000)
+    anchors = np.arange(80, 160)
+    found = finder(anchors, 10)
+    for at, anchor in enumerate(anchors):
+        assert anchor not in found[at]
+        assert len(set(found[at].tolist())) == 10
+        assert finder(anchors[at : at + 1], 10).tolist() == found[at : at + 1].tolist()
+    again = NearestOthers(rows, exact=1000)(anchors[::-1], 10)[::-1]
+    np.testing.assert_array_equal(found, again)
+    literal = [oracles.nearest(rows, a, range(3000), 10) for a in anchors[:10]]
+    distances = [
+        [oracles.squared_distance(rows[a], rows[i]) for i in found[at]]
+        for at, a in enumerate(anchors[:10])
+    ]
+    wanted = [
+        [oracles.squared_distance(rows[a], rows[i]) for i in literal[at]]
+        for at, a in enumerate(anchors[:10])
+    ]
+    assert (np.array(distances) == np.array(wanted)).mean() > 0.9

@@ -38,7 +38,7 @@ FLOORS = {
         "triplets",
         "trust",
     ],
-    3: ["fingerprint", "models", "neighbors", "recipe", "weights"],
+    3: ["fingerprint", "models", "neighborhoods", "neighbors", "recipe", "weights"],
     4: ["cotangents", "explanation", "export", "finer", "methods", "opened"],
     5: ["answer", "fallback", "passes"],
     6: ["assembly", "explain", "pairs", "prototypes"],

@@ -15,8 +15,9 @@ import torch
 from paper_samples import CLASSES, made_data, tiny_network
 
 from embedcam.cam import resize
-from embedcam.cotangents import Cotangents, nearest_others
+from embedcam.cotangents import Cotangents
 from embedcam.errors import InputError
+from embedcam.neighborhoods import NearestOthers
 from embedcam.triplets import TripletSampler
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
@@ -92,7 +93,7 @@ def test_the_gain_of_averaging_is_the_literal_one(
     literal = {}
     for count in (1, 5):
         sampler = TripletSampler(
-            tiny.embeddings, tiny.codes, nearest_others(tiny.embeddings), n_triplets=count
+            tiny.embeddings, tiny.codes, NearestOthers(tiny.embeddings), n_triplets=count
         )
         drawn = sampler.draw(np.arange(len(tiny.codes)))
         energies = []

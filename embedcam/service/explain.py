@@ -66,7 +66,9 @@ def router(pipeline: Pipeline) -> APIRouter:
             **refusals(404, 406, *REFUSALS),
         },
         openapi_extra=BODY,
-        dependencies=[Depends(only("n_neighbors", "result", "rival", "map_size", "picture_size"))],
+        dependencies=[
+            Depends(only("n_neighbors", "result", "rival", "detail", "map_size", "picture_size"))
+        ],
     )
     async def explain(
         request: Request,
@@ -82,6 +84,15 @@ def router(pipeline: Pipeline) -> APIRouter:
                 "the result rather than for this one."
             ),
         ] = None,
+        detail: Annotated[
+            int,
+            Query(
+                ge=1,
+                le=2,
+                description="2 draws a finer map: the picture is shown to the network once more at "
+                "twice the side, for about four more embeddings.",
+            ),
+        ] = pipeline.explainer.detail,
         map_size: Annotated[
             int, Query(ge=1, le=MAX_CELLS, description="Of the JSON's map: cells a side at most.")
         ] = 14,
@@ -95,7 +106,7 @@ def router(pipeline: Pipeline) -> APIRouter:
             upload = await read_upload(request, pipeline.limits)
             async with pipeline.deadline():
                 side = None if kind == JSON else picture_size
-                wanted = Wanted(n_neighbors, result, rival)
+                wanted = Wanted(n_neighbors, result, rival, detail)
                 query, made = await pipeline.explain(upload, wanted, side)
                 if kind == JSON:
                     prefix = request.scope.get("root_path", "")

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ImageError, ImageTooLarge
+from ..finer import larger_input
 from ..images import read_image
 from ..preprocess import AnyPreprocess, Extent
 from ..render import Tile, top_value
@@ -49,15 +50,19 @@ class Query:
         size: (width, height) of the upright picture.
         extent: what the network sees of it, (x0, y0, x1, y1) in its pixels.
         small: the picture for drawing on, made small; None where nothing is drawn.
+        larger: the input at twice the side, `[3 2H 2W]`, for a finer map; None without.
     """
 
     inputs: np.ndarray
     size: tuple[int, int]
     extent: Extent
     small: Image.Image | None
+    larger: np.ndarray | None = None
 
 
-def read_query(data: bytes, preprocess: AnyPreprocess, pixels: int, side: int | None) -> Query:
+def read_query(
+    data: bytes, preprocess: AnyPreprocess, pixels: int, side: int | None, detail: int = 1
+) -> Query:
     """Decode and prepare an uploaded picture.
 
     Args:
@@ -66,6 +71,7 @@ def read_query(data: bytes, preprocess: AnyPreprocess, pixels: int, side: int | 
         pixels: limit.
         side: the longer side in pixels that the picture is made small to; None where nothing will
             be drawn.
+        detail: 2 prepares it at twice the side, too.
 
     Raises:
         Refused: too many pixels or scans, or a file that is something else beside a picture.
@@ -86,11 +92,13 @@ def read_query(data: bytes, preprocess: AnyPreprocess, pixels: int, side: int | 
         raise ImageError(
             f"{NAME}: is {width} x {height}; one side may be {MAX_RATIO} times the other at most"
         )
+    inputs = preprocess(picture)
     return Query(
-        inputs=preprocess(picture),
+        inputs=inputs,
         size=picture.size,
         extent=preprocess.extent(width, height),
         small=None if side is None else shrunk(picture, side),
+        larger=larger_input(picture, inputs, preprocess) if detail > 1 else None,
     )
 
 

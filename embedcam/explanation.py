@@ -297,12 +297,15 @@ class Explanation:
         name = id.rpartition("/")[2]
         return f"prototype {name.removeprefix('prototype-')}" if self.prototypes else name
 
-    def to_dict(self, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    def to_dict(
+        self, size: tuple[int, int] | None = None, *, signed: bool = False
+    ) -> dict[str, Any]:
         """Plain lists and numbers, ready for JSON; all but the weights and the pictures.
 
         Args:
             size: (height, width) the query's map is averaged down to; None keeps it as it is.
                 A body for the network wants a small one: bilinear resizing draws it again.
+            signed: with "signed_cam", of the size of "cam"; it doubles what the map takes.
 
         "file" of a neighbour is what became of its picture's file since the build: "same",
         "changed", "missing", or null where the index keeps no mark of it.
@@ -312,8 +315,12 @@ class Explanation:
         for, as one of "neighbors" is described, else null; so is "rival", which it was to be told
         from. "why_empty" is a sentence where the map is "empty", else null.
         """
+        maps = {"cam": self.cam, **({"signed_cam": self.signed_cam} if signed else {})}
         return {
-            "cam": _rounded(self.cam if size is None else area_average(self.cam, size)),
+            **{
+                name: _rounded(one if size is None else area_average(one, size))
+                for name, one in maps.items()
+            },
             "empty": self.empty,
             "why_empty": self.why_empty,
             "extent": None if self.extent is None else list(self.extent),

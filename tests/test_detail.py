@@ -64,6 +64,20 @@ def test_both_maps_are_joined_and_the_search_stays(index: Path, network: Embeddi
             )
 
 
+def test_the_signed_map_is_in_json_on_request(index: Path, network: EmbeddingNetwork) -> None:
+    with Explainer(index, network) as explainer:
+        made = explainer.explain(picture(0, 7))
+    plain, whole = made.to_dict(), made.to_dict(signed=True)
+    assert "signed_cam" not in plain
+    np.testing.assert_array_equal(np.float32(whole.pop("signed_cam")), made.signed_cam)
+    assert whole == plain
+    rows, columns = (side // 2 for side in made.cam.shape)
+    means = made.signed_cam[: 2 * rows, : 2 * columns].reshape(rows, 2, columns, 2).mean((1, 3))
+    assert means.min() < 0
+    small = made.to_dict((rows, columns), signed=True)["signed_cam"]
+    np.testing.assert_allclose(small, means, atol=1e-5 * np.abs(means).max())
+
+
 def test_a_batch_and_an_explainer_of_its_own_detail(index: Path, network: EmbeddingNetwork) -> None:
     with Explainer(index, network, detail=2) as explainer:
         several = explainer.explain_batch([picture(1, 7), picture(0, 7)])

@@ -116,6 +116,29 @@ def test_a_result_is_told_from_a_rival(app: Any, index: Path) -> None:
     assert overlaid.tobytes() != alone.tobytes()
 
 
+def test_a_finer_map_is_made_of_the_picture_itself(app: Any, index: Path) -> None:
+    target = "/explain?detail=2&map_size=28"
+    body = post(app, target, QUERY).json()
+    ExplainAnswer.model_validate(body)
+    fine = explainer(index).explain(QUERY, detail=2)
+    cells = tuple(min(28, side) for side in fine.cam.shape)
+    expected = area_average(fine.cam, cells)
+    np.testing.assert_allclose(body["cam"], expected, atol=1e-4 * expected.max())
+    plain = post(app, "/explain?map_size=28", QUERY).json()
+    assert plain == post(app, "/explain?detail=1&map_size=28", QUERY).json()
+    assert np.abs(np.array(plain["cam"]) - expected).max() > 1e-2 * expected.max()
+    assert [one["id"] for one in body["neighbors"]] == [one["id"] for one in plain["neighbors"]]
+    told = post(app, f"{target}&result=c1%2F004.png&rival=c0%2F000.png", QUERY).json()
+    assert told["rival"]["id"] == "c0/000.png"
+
+
+@pytest.mark.parametrize("detail", ["0", "3", "two", ""])
+def test_other_details_are_refused(app: Any, detail: str) -> None:
+    found = post(app, f"/explain?detail={detail}", QUERY)
+    assert found.status == 422
+    assert "detail" in found.message
+
+
 @pytest.mark.parametrize(
     ("target", "error", "said"),
     [

@@ -15,15 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from ..errors import EmbedcamError
 
 
 @dataclass
 class _Job:
     settings: Any
-    inputs: np.ndarray
+    inputs: Any
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -39,7 +37,7 @@ class Batcher:
 
     def __init__(
         self,
-        answer: Callable[[Any, Sequence[np.ndarray]], Sequence[Any]],
+        answer: Callable[[Any, Sequence[Any]], Sequence[Any]],
         most: int,
         seconds: float,
         batched: Callable[[int], None] = lambda pictures: None,
@@ -53,7 +51,7 @@ class Batcher:
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def announced(self) -> Iterator[Callable[[Any, np.ndarray], Future[Any]]]:
+    def announced(self) -> Iterator[Callable[[Any, Any], Future[Any]]]:
         """Say that a picture will come; the batch that is being collected waits for it a moment.
 
         Yields:
@@ -69,7 +67,7 @@ class Batcher:
             coming = False
             self._changed.notify_all()
 
-        def submit(settings: Any, inputs: np.ndarray) -> Future[Any]:
+        def submit(settings: Any, inputs: Any) -> Future[Any]:
             job = _Job(settings, inputs)
             with self._changed:
                 if self._closed:

@@ -40,7 +40,6 @@ BODY = {
         },
     }
 }
-EXPLAINED_BY = ("n_neighbors", "result", "rival", "detail", "map_size", "picture_size")
 REFUSALS = (400, 403, 408, 413, 415, 422, 500, 503)
 
 
@@ -67,7 +66,9 @@ def router(pipeline: Pipeline) -> APIRouter:
             **refusals(404, 406, *REFUSALS),
         },
         openapi_extra=BODY,
-        dependencies=[Depends(only(*EXPLAINED_BY))],
+        dependencies=[
+            Depends(only("n_neighbors", "result", "rival", "detail", "map_size", "picture_size"))
+        ],
     )
     async def explain(
         request: Request,

@@ -50,7 +50,7 @@ class Query:
         size: (width, height) of the upright picture.
         extent: what the network sees of it, (x0, y0, x1, y1) in its pixels.
         small: the picture for drawing on, made small; None where nothing is drawn.
-        larger: the input at twice the side, `[3 2H 2W]`; None where no finer map is asked for.
+        larger: the input at twice the side, `[3 2H 2W]`, for a finer map; None without.
     """
 
     inputs: np.ndarray
@@ -58,11 +58,6 @@ class Query:
     extent: Extent
     small: Image.Image | None
     larger: np.ndarray | None = None
-
-    @property
-    def shown(self) -> Any:
-        """What the network is shown: its input, with the larger one where that is asked for."""
-        return self.inputs if self.larger is None else (self.inputs, self.larger)
 
 
 def read_query(
@@ -76,7 +71,7 @@ def read_query(
         pixels: limit.
         side: the longer side in pixels that the picture is made small to; None where nothing will
             be drawn.
-        detail: 2 prepares it for a finer map, too.
+        detail: 2 prepares it at twice the side, too.
 
     Raises:
         Refused: too many pixels or scans, or a file that is something else beside a picture.
@@ -103,7 +98,7 @@ def read_query(
         size=picture.size,
         extent=preprocess.extent(width, height),
         small=None if side is None else shrunk(picture, side),
-        larger=None if detail == 1 else larger_input(picture, inputs, preprocess),
+        larger=larger_input(picture, inputs, preprocess) if detail > 1 else None,
     )
 
 

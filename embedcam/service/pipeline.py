@@ -42,7 +42,7 @@ class Asked(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Results, the id of the one that is explained alone, and of its rival, or None; the detail."""
+    """Results, the id of the one that is explained alone, of its rival, or None; and the detail."""
 
     n_neighbors: int
     result: str | None = None
@@ -142,15 +142,20 @@ class Pipeline:
                     422, "no_result", "rival: goes with a result, and none is named; name it, too"
                 )
             check_apart(result, rival)
-        given = (upload, side, wanted.detail)
-        return await self.ask_prepared(wanted, self._explained, self._read, *given)
+        answer = self._explained if wanted.detail == 1 else self._explained_finer
+        return await self.ask(upload, wanted, answer, side, wanted.detail)
 
     async def search(self, upload: Upload, n_neighbors: int) -> tuple[Query, Found]:
         """An uploaded picture, embedded and searched with; nothing is explained."""
         return await self.ask(upload, Wanted(n_neighbors), self._searched)
 
     async def ask(
-        self, upload: Upload, wanted: Hashable, answer: Answer, side: int | None = None
+        self,
+        upload: Upload,
+        wanted: Hashable,
+        answer: Answer,
+        side: int | None = None,
+        detail: int = 1,
     ) -> tuple[Query, Any]:
         """An uploaded picture, decoded in the pool, and an answer from the network's thread.
 
@@ -159,8 +164,9 @@ class Pipeline:
             wanted: what is asked; pictures of which the same is asked are answered together.
             answer: who answers.
             side: of the picture to be drawn on, or None.
+            detail: 2 has the answer get pairs of inputs, the second at twice the side.
         """
-        return await self.ask_prepared(wanted, answer, self._read, upload, side)
+        return await self.ask_prepared(wanted, answer, self._read, upload, side, detail)
 
     async def ask_prepared(
         self, wanted: Hashable, answer: Answer, prepared: Callable[..., Query], *given: Any
@@ -168,7 +174,10 @@ class Pipeline:
         """As `ask`, of any picture: `prepared` is called in the pool with what is given."""
         with self._batcher.announced() as submit:
             query = await self.in_thread(prepared, *given)
-            future = submit(Asked(wanted, answer), query.shown)
+            alone = query.larger is None
+            future = submit(
+                Asked(wanted, answer), query.inputs if alone else (query.inputs, query.larger)
+            )
         return query, await asyncio.wrap_future(future)
 
     def _read(self, upload: Upload, side: int | None, detail: int = 1) -> Query:
@@ -186,18 +195,28 @@ class Pipeline:
         """A batch of which the same is asked, in the batcher's thread."""
         return asked.answer(asked.wanted, inputs)
 
-    def _explained(self, wanted: Wanted, shown: Sequence[Any]) -> Sequence[Any]:
-        inputs, larger = shown, None
-        if wanted.detail > 1:
-            inputs, larger = zip(*shown, strict=True)
+    def _explained(self, wanted: Wanted, inputs: Sequence[np.ndarray]) -> Sequence[Any]:
         return self.explainer.explain_batch(
             inputs,
-            detail=wanted.detail,
-            larger=larger,
             n_neighbors=wanted.n_neighbors,
             result=wanted.result,
             above=wanted.rival,
+            detail=1,
         )
+
+    def _explained_finer(self, wanted: Wanted, pairs: Sequence[Any]) -> Sequence[Any]:
+        # One after the other: at twice the side each takes four times the memory.
+        return [
+            self.explainer.explain_batch(
+                [inputs],
+                n_neighbors=wanted.n_neighbors,
+                result=wanted.result,
+                above=wanted.rival,
+                detail=wanted.detail,
+                larger=[larger],
+            )[0]
+            for inputs, larger in pairs
+        ]
 
     def _asked_head(self, _: Any, inputs: Sequence[np.ndarray]) -> list[Any]:
         """What the head is, which receipts need; found once, in many passes."""

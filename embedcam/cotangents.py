@@ -112,7 +112,7 @@ class AnchorCotangents:
         """A whitened target: what the images of each anchor's label share, and its own part."""
         assert self.sampler is not None
         classes = self.sampler.classes
-        counts = self.sampler.mean_difference(anchors)[1]
+        counts = np.empty(len(anchors), np.int64)
         values = np.empty((len(anchors), self.embeddings.shape[1]))
         shared = np.zeros(len(anchors), bool)
         if classes is not None:
@@ -120,7 +120,9 @@ class AnchorCotangents:
             shared = classes.sizes[codes] > 1
             sums = self._class_sums[classes.shared[codes[shared]]]
             values[shared] = sums / classes.sizes[codes[shared]][:, None]
-        values[~shared] = self._margins(anchors[~shared], self._amounts(labelled=False))
+            counts[shared] = self.sampler.mean_difference(anchors[shared])[1]
+        alone = self._amounts(labelled=False)
+        values[~shared], counts[~shared] = self._margins(anchors[~shared], alone)
         if self.recipe.resolved_target == "distinctive":
             centred = centred_cotangent(np.asarray(self.embeddings[anchors]), self.mean)
             for of_label in (True, False):
@@ -132,12 +134,13 @@ class AnchorCotangents:
     def _amounts(self, *, labelled: bool) -> Whitened:
         return Whitened.of(self.recipe.resolved_target, self.recipe.norm, labelled)
 
-    def _margins(self, places: np.ndarray, amounts: Whitened) -> np.ndarray:
-        """A times the margin's cotangent, by a share of the norm's Jacobian, `[n D]` float64."""
+    def _margins(self, places: np.ndarray, amounts: Whitened) -> tuple[np.ndarray, np.ndarray]:
+        """A times the margin's cotangent, by a share of the norm's Jacobian, `[n D]` float64; and
+        of how many triplets each is."""
         assert self.sampler is not None
-        difference = self.sampler.mean_difference(places, amounts.borrowed)[0]
+        difference, counts = self.sampler.mean_difference(places, amounts.borrowed)
         own = np.asarray(self.embeddings[places])
-        return whitened_cotangent(2 * difference, own, self._matrix, amounts.jacobian)
+        return whitened_cotangent(2 * difference, own, self._matrix, amounts.jacobian), counts
 
     @cached_property
     def _class_sums(self) -> np.ndarray:
@@ -146,7 +149,7 @@ class AnchorCotangents:
         assert self.sampler.classes is not None
         amounts = self._amounts(labelled=True)
         return self.sampler.classes.sums(
-            lambda places: self._margins(places, amounts), self.embeddings.shape[1]
+            lambda places: self._margins(places, amounts)[0], self.embeddings.shape[1]
         )
 
     @cached_property

@@ -15,7 +15,7 @@ import numpy as np
 from .index import nearest
 from .index.search import SLACK, rank
 
-EXACT = 1 << 14
+EXACT = 1 << 13
 """Images up to which every one is compared with all."""
 LIST, PROBES, TRAINED, ROUNDS = 512, 16, 64, 10
 """Images a list, lists looked at, images a centroid is trained on, and rounds of it."""

@@ -410,6 +410,19 @@ def test_how_many_and_how_strong(look: Look) -> None:
     page.settle(3)
 
 
+def test_a_finer_map_is_asked_for(look: Look, explainer: Explainer) -> None:
+    page = look()
+    page.ask(QUERY)
+    before = page.pixels("#query-shot canvas")
+    page.page.check("#finer")
+    page.settle()
+    drawn = page.pixels("#query-shot canvas")
+    finer = explainer.explain(QUERY, detail=2).cam
+    value = stretch(finer, drawn.shape[:2]) / finer.max()
+    np.testing.assert_allclose(drawn[..., 3] / 255, value, atol=0.03)
+    assert np.abs(drawn[..., 3].astype(int) - before[..., 3]).max() > 20
+
+
 # --- for everybody ---
 
 

@@ -19,7 +19,7 @@ const PICTURE_SIDE = 1024; // Of an indexed image that is searched with.
 const LEAVING = 180; // Milliseconds that a result stays in view after the mouse has left it.
 
 const query = new QueryView(choosePoint);
-const known = { blob: null, id: null, retry: null, answer: null, cards: [], usual: 5, count: null };
+const known = { blob: null, id: null, retry: null, answer: null, cards: [], usual: 5, count: null, detail: {} };
 const at = { hovered: null, last: null, pinned: null, point: null, picked: [], contrast: null };
 let work = new AbortController();
 let leaving = 0;
@@ -62,7 +62,7 @@ async function lookUp() {
   announce("Looking it up");
   showWaiting(known.count ?? known.usual);
   try {
-    known.answer = await explain(known.blob, known.count, signal);
+    known.answer = await explain(known.blob, known.count, signal, known.detail);
   } catch (error) {
     if (!signal.aborted) fail(error);
     return;
@@ -308,7 +308,7 @@ async function askStored(mine) {
   const { signal } = work;
   try {
     const named = { result: mine.above.result.id, rival: mine.below.result.id };
-    const { cam, why_empty: why } = await explain(known.blob, 1, signal, named);
+    const { cam, why_empty: why } = await explain(known.blob, 1, signal, { ...named, ...known.detail });
     mine.stored = { map: mapOf(cam), empty: why === null ? null : sentence(why) };
   } catch (error) {
     if (!signal.aborted && at.contrast === mine) tell(sentence(error.message), "two");
@@ -429,6 +429,10 @@ function startControls() {
   show();
   find("count").addEventListener("change", (event) => {
     known.count = Number(event.target.value);
+    lookUp();
+  });
+  find("finer").addEventListener("change", (event) => {
+    known.detail = event.target.checked ? { detail: "2" } : {};
     lookUp();
   });
   find("retry").addEventListener("click", () => known.retry());

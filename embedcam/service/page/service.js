@@ -66,7 +66,7 @@ function posted(picture, signal) {
   return { method: "POST", body, headers: { Accept: "application/json" }, signal };
 }
 
-/** The results of a picture, and the maps; `more` are other parameters: result and rival. */
+/** The results of a picture, and the maps; `more` are other parameters: result, rival, detail. */
 export async function explain(picture, count, signal, more = {}) {
   const wanted = new URLSearchParams({ map_size: "56", ...more });
   if (count !== null) wanted.set("n_neighbors", String(count));

@@ -14,10 +14,12 @@ from embedcam.errors import InputError
 from embedcam.evaluate import summary as told
 from embedcam.evaluate.faithfulness import Curves
 from embedcam.evaluate.gallery import Gallery
-from embedcam.evaluate.measures import retrieved, shares
+from embedcam.evaluate.maps import Maps
+from embedcam.evaluate.measures import localised, retrieved, shares, told_apart
 from embedcam.evaluate.queries import chosen, generator
-from embedcam.evaluate.regions import of_boxes, of_masks
+from embedcam.evaluate.regions import Region, of_boxes, of_masks
 from embedcam.evaluate.report import tables
+from embedcam.evaluate.settings import MEASURES
 from embedcam.images import ImageSource, Item
 from embedcam.metrics import rank_of
 from embedcam.render import Chart, Notice, Table, page
@@ -226,6 +228,62 @@ def test_shares_of_two_regions() -> None:
     assert shares(np.zeros((1, 4)), left, right) == (0.5, 0.5, 0.5)
     share, right_half, chance = shares(np.ones((1, 4)), np.array([[1.0, 1, 1, 0]]), 1 - left)
     assert (share, right_half, chance) == (pytest.approx(2 / 3), 1, pytest.approx(2 / 3))
+
+
+def chance_of(signed: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:
+    """How often a pixel of one region is above one of another, pair by pair."""
+    pairs = [(a, b) for a in signed[inside > 0] for b in signed[outside > 0]]
+    return sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
+
+
+def test_two_objects_by_their_order_and_density() -> None:
+    signed = np.array([[-3.0, 1.0, 2.0, -4.0, 2.0]])
+    left, right = np.array([[1.0, 1, 0, 0, 0]]), np.array([[0.0, 1, 1, 1, 0]])
+    found = Maps(np.maximum(signed, 0)[None], signed[None])
+    told_of = told_apart(found, right, left)
+    # The second pixel is both's, the last nobody's: it counts as the rest alone.
+    alone, other = right * (1 - left), left * (1 - right)
+    assert told_of["objects_auc"] == pytest.approx(chance_of(signed, alone, other))
+    assert told_of["rest_auc"] == pytest.approx(chance_of(signed, right, 1 - right))
+    assert (told_of["even_share"], told_of["denser"]) == (1, 1)
+    assert told_apart(found, left, right)["objects_auc"] == pytest.approx(
+        1 - told_of["objects_auc"]
+    )
+    halves = told_apart(found, left, 1 - left)
+    assert "rest_auc" not in halves
+    assert halves["even_share"] == pytest.approx((1 / 2) / (1 / 2 + 4 / 3))
+
+
+@given(st.integers(0, 10**6), st.floats(0.1, 5), st.floats(-3, 3))
+def test_no_change_of_contrast_moves_what_is_free_of_it(
+    seed: int, slope: float, offset: float
+) -> None:
+    drawn = np.random.default_rng(seed)
+    signed = drawn.integers(-4, 5, (1, 4, 5)).astype(float)
+    inside = np.zeros((4, 5))
+    inside[1:3, :2] = 1
+    region = Region(inside, np.array([[0.0, 1, 2, 3]]))
+    changed = slope * np.sign(signed) * np.abs(signed) ** 3 + offset
+    before, after = (
+        {
+            **localised(Maps(np.maximum(one, 0), one), [region], 0.2)[0],
+            **told_apart(Maps(np.maximum(one, 0), one), inside, np.roll(inside, 2, 1)),
+        }
+        for one in (signed, changed)
+    )
+    free = [name for name, measure in MEASURES.items() if measure.free]
+    assert free == ["auc", "average_precision", "hottest", "objects_auc", "rest_auc"]
+    for name in free:
+        assert after[name] == pytest.approx(before[name])
+    assert before["auc"] == pytest.approx(chance_of(signed[0], inside, 1 - inside))
+
+
+def test_the_mean_activation_stands_beside_with_controls_off() -> None:
+    rows = [{"auc": 0.75, "auc_chance": 0.5, "mean activation: auc": 0.5}] * 3
+    (table,) = tables({**NOTHING, "localisation": told.measured(rows, "localisation")})
+    assert table.header[3] == "mean activation [95%]"
+    assert table.rows[0][1:4] == ["0.500", "0.750 [0.750, 0.750]", "0.500 [0.500, 0.500]"]
+    assert table.notes.endswith("No change of contrast moves: pixel AUC.")
 
 
 def test_recall_of_one_query() -> None:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..cam import cam, resize, sharpen
+from ..cam import cam, resize, sharpen, signed_cam
 from ..explain import Explainer, Explanation
 from ..images import MAX_PIXELS
 from ..index import Index
@@ -32,6 +32,23 @@ class Seen:
         """The same, for maps on the layer's own grid; of several layers the finest one's."""
         height, width = self.activations[-1].shape[-2:]
         return replace(self, size=(int(height), int(width)))
+
+
+class Maps(NamedTuple):
+    """Maps of b images: what is scored by contrast, and what is scored without."""
+
+    drawn: np.ndarray
+    """As a picture shows them, `[b H W]`, >= 0."""
+    signed: np.ndarray
+    """Before the ReLU, `[b H W]`."""
+
+    @classmethod
+    def of(cls, explained: Sequence[Explanation]) -> "Maps":
+        """The maps of some explanations of one size."""
+        return cls(
+            np.stack([one.cam for one in explained]),
+            np.stack([one.signed_cam for one in explained]),
+        )
 
 
 class Mapper:
@@ -81,13 +98,16 @@ class Mapper:
             )
         return found
 
-    def drawn(self, seen: Seen, weights: Sequence[np.ndarray]) -> np.ndarray:
-        """Maps `[b H W]` of given weights, `[b K]` of each layer."""
+    def drawn(self, seen: Seen, weights: Sequence[np.ndarray]) -> Maps:
+        """Maps of given weights, `[b K]` of each layer."""
         with self.clock("explaining"):
-            maps = cam(weights[0], seen.activations[0])
+            signed = signed_cam(weights[0], seen.activations[0])
+            maps = np.maximum(signed, 0)
             for own, finer in zip(weights[1:], seen.activations[1:], strict=True):
                 maps = sharpen(cam(own, finer), maps)
-            return resize(maps, seen.size)
+            if len(weights) > 1:  # as an explanation does: only the deepest layer is signed
+                signed = maps + np.minimum(resize(signed, maps.shape[-2:]), 0) * (maps == 0)
+            return Maps(resize(maps, seen.size), resize(signed, seen.size))
 
 
 def _numpy(tensor: Any) -> np.ndarray:

@@ -5,19 +5,25 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..metrics import best_iou, box_from_map, box_iou, energy_share, iou_at, pointing_hit
+from ..metrics.contrast_free import (
+    average_precision,
+    equal_area_share,
+    hottest_precision,
+    pixel_auc,
+)
+from .maps import Maps
 from .regions import Region
 from .settings import KS
 
 Number = float | None
 
 
-def localised(
-    maps: np.ndarray, regions: Sequence[Region], threshold: float
-) -> list[dict[str, Number]]:
-    """The localisation measures of maps `[b H W]`, each beside its region.
+def localised(found: Maps, regions: Sequence[Region], threshold: float) -> list[dict[str, Number]]:
+    """The localisation measures of b maps, each beside its region.
 
     A map without energy scores what chance does, as everywhere in `metrics`.
     """
+    maps, signed = found
     inside = np.stack([region.inside for region in regions])
     columns = {
         "energy": energy_share(maps, inside),
@@ -31,6 +37,10 @@ def localised(
             ],
             float,
         ),
+        "auc": pixel_auc(signed, inside),
+        "auc_chance": np.full(len(maps), 0.5),
+        "average_precision": average_precision(signed, inside),
+        "hottest": hottest_precision(signed, inside),
         "area": inside.mean((1, 2)),
     }
     return [
@@ -51,6 +61,26 @@ def shares(drawn: np.ndarray, own: np.ndarray, other: np.ndarray) -> tuple[float
     mine, theirs = float((drawn * alone).sum()), float((drawn * others).sum())
     share = mine / (mine + theirs) if mine + theirs > 0 else chance
     return share, (share > 0.5) + 0.5 * (share == 0.5), chance
+
+
+def told_apart(found: Maps, own: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """The measures of one map, `[1 H W]`, between two regions, each without the other.
+
+    Where the two leave a part of the picture free, also the region's AUC against all the rest.
+    """
+    alone, others = (own * (1 - other))[None], (other * (1 - own))[None]
+    share, right, _ = shares(found.drawn[0], own, other)
+    even = float(equal_area_share(found.drawn, alone, others)[0])
+    numbers = {
+        "share": share,
+        "right": float(right),
+        "objects_auc": float(pixel_auc(found.signed, alone, others)[0]),
+        "even_share": even,
+        "denser": (even > 0.5) + 0.5 * (even == 0.5),
+    }
+    if not np.maximum(own, other).all():
+        numbers["rest_auc"] = float(pixel_auc(found.signed, own[None])[0])
+    return numbers
 
 
 def retrieved(label: str | None, labels: Sequence[str | None]) -> dict[str, Number]:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..render import Block, Chart, Notice, Table, page
-from .controls import CONTROLS
+from .controls import CONTROLS, MEAN
 from .evaluation import Evaluation
 from .settings import MEASURES, METHOD
 from .summary import LEAST
@@ -159,16 +159,17 @@ def _localisation(found: Mapping[str, Any]) -> Table | None:
             MEASURES[name].title,
             f"{one['chance']:.3f}" if "chance" in one else "–",
             _interval(one),
+            _salient(one),
             MEASURES[name].says,
         ]
         for name, one in found.items()
     ]
     count = next(iter(found.values()))["n"]
     return Table(
-        ["measure", "chance", "transferred [95%]", ""], rows,
+        ["measure", "chance", "transferred [95%]", f"{MEAN} [95%]", ""], rows,
         f"Localisation, {_images(count)} with a box or mask",
         "Chance is what a map that is the same everywhere scores: the region's share of the area. "
-        "A pointing game says little where objects stand in the middle.",
+        f"A pointing game says little where objects stand in the middle. {_free(found)}",
     )  # fmt: skip
 
 
@@ -180,16 +181,29 @@ def _objects(name: str, entry: Mapping[str, Any], controls: bool) -> Table | Non
             MEASURES[measure].title,
             f"{one['chance']:.3f}",
             _interval(one),
+            *([] if ways else [_salient(one)]),
             *(_against(compared[measure], way) for way in ways),
         ]
         for measure, one in found.items()
     ]
     return Table(
-        ["", "chance", "transferred [95%]", *ways], rows,
+        ["", "chance", "transferred [95%]", *(ways or [f"{MEAN} [95%]"])], rows,
         f"Telling two objects apart: {name}, {entry['questions']:,} questions",
         "Each object of a picture is asked about in turn with the stored weights of one result of "
-        "its kind; a map that ignores the question scores one half.",
+        "its kind; a map that ignores the question scores one half. "
+        f"{_free(found)}",
     )  # fmt: skip
+
+
+def _salient(one: Mapping[str, Any]) -> str:
+    """What the mean activation scores in the same measure."""
+    return _interval(one["mean_activation"]) if "mean_activation" in one else "–"
+
+
+def _free(names: Iterable[str]) -> str:
+    """Which measures of a table no change of contrast moves."""
+    titles = [MEASURES[name].title for name in names if MEASURES[name].free]
+    return f"No change of contrast moves: {', '.join(titles)}." if titles else ""
 
 
 def _beside(summary: Mapping[str, Any]) -> Table | None:

@@ -34,7 +34,7 @@ from .examples import Examples
 from .faithfulness import Asked, Faithfulness
 from .fidelity import fidelity
 from .gallery import Gallery
-from .maps import Mapper, Seen
+from .maps import Mapper, Maps, Seen
 from .measures import localised, retrieved
 from .queries import OwnPositions, chosen
 from .regions import Region, Regions, of_boxes, of_masks
@@ -246,7 +246,10 @@ class _Job:
                     row |= retrieved(known, others) | {"map_at_r": precise[place]}
                 self.rows[int(batch.positions[place])] = row
                 self.held[int(batch.positions[place])] = int(own[place])
-            self._localise(batch, placed, {METHOD: np.stack([one.cam for one in explained])})
+            ways = {METHOD: Maps.of(explained)}
+            if any(region is not None for region in placed):
+                ways[MEAN] = self._mean(seen)
+            self._localise(batch, placed, ways)
         if self.wants("objects"):
             for place, region in enumerate(placed):
                 if region is not None and len(region.by_label) > 1:
@@ -271,17 +274,16 @@ class _Job:
             found.append(self.regions.of(position, (width, height), extent, grid))
         return found
 
-    def _localise(
-        self, batch: Batch, placed: list[Region | None], maps: dict[str, np.ndarray]
-    ) -> None:
+    def _localise(self, batch: Batch, placed: list[Region | None], maps: dict[str, Maps]) -> None:
         """The localisation measures of each way's maps, into the rows."""
         there = [place for place, region in enumerate(placed) if region is not None]
         regions = [region for region in placed if region is not None]
         if not there or not self.wants("localisation"):
             return
-        for way, drawn in maps.items():
+        for way, found in maps.items():
             prefix = "" if way == METHOD else f"{way}: "
-            numbers = localised(drawn[there], regions, self.settings.threshold)
+            some = Maps(found.drawn[there], found.signed[there])
+            numbers = localised(some, regions, self.settings.threshold)
             for place, values in zip(there, numbers, strict=True):
                 row = self.rows[int(batch.positions[place])]
                 row |= {
@@ -326,11 +328,11 @@ class _Job:
                     maps |= {} if last is None else {SHUFFLED: last}
                 with self.clock("metrics"):
                     placed = self._placed(batch, seen.size)
-                    controls = {way: drawn for way, drawn in maps.items() if way != METHOD}
+                    controls = {way: some for way, some in maps.items() if way != METHOD}
                     self._localise(batch, placed, controls)
                 for place, position in enumerate(batch.positions.tolist()):
-                    for way, drawn in controls.items():
-                        self.rows[position][f"{way}: empty"] = not drawn[place].any()
+                    for way, some in controls.items():
+                        self.rows[position][f"{way}: empty"] = not some.drawn[place].any()
                     if faithful:
                         asked = Asked(
                             batch.images[place],
@@ -338,7 +340,9 @@ class _Job:
                             int(near[place][0]),
                             int(own[place]),
                         )
-                        numbers = asking(asked, {way: drawn[place] for way, drawn in maps.items()})
+                        numbers = asking(
+                            asked, {way: some.drawn[place] for way, some in maps.items()}
+                        )
                         for way, values in numbers.items():
                             prefix = "" if way == METHOD else f"{way}: "
                             self.rows[position] |= {
@@ -362,20 +366,24 @@ class _Job:
             ]
         return found
 
-    def _maps(self, seen: Seen, near: list[np.ndarray]) -> np.ndarray:
+    def _maps(self, seen: Seen, near: list[np.ndarray]) -> Maps:
         rows = [places[: self.settings.n_neighbors] for places in near]
-        return np.stack([one.cam for one in self.mapper.transferred(seen, rows)])
+        return Maps.of(self.mapper.transferred(seen, rows))
+
+    def _mean(self, seen: Seen) -> Maps:
+        count = len(seen.embeddings)
+        ones = [np.repeat(one, count, 0) for one in mean_weights(self.mapper.channels)]
+        return self.mapper.drawn(seen, ones)
 
     def _control_maps(
         self, batch: Batch, seen: Seen, near: list[np.ndarray], own: np.ndarray
-    ) -> dict[str, np.ndarray]:
-        """Maps of what needs no other network, `[b H W]` each."""
+    ) -> dict[str, Maps]:
+        """Maps of what needs no other network."""
         items = [self.source.items[position] for position in batch.positions]
         channels, seed = self.mapper.channels, self.settings.seed
-        ones = [np.repeat(w, len(items), 0) for w in mean_weights(channels)]
         drawn = [random_weights(channels, seed, item.id) for item in items]
         noise = [np.concatenate(layer) for layer in zip(*drawn, strict=True)]
-        maps = {MEAN: self.mapper.drawn(seen, ones), RANDOM: self.mapper.drawn(seen, noise)}
+        maps = {MEAN: self._mean(seen), RANDOM: self.mapper.drawn(seen, noise)}
         wrong = [
             wrong_rows(self.gallery, item.label, near[place], int(own[place]), seed, item.id)
             for place, item in enumerate(items)
@@ -406,9 +414,9 @@ class _Job:
         near: list[np.ndarray],
         own: np.ndarray,
         correlations: dict[int, list[tuple[float, bool]]],
-    ) -> np.ndarray | None:
-        """Maps `[b H W]` of the wholly shuffled network; how alike each stage's are is noted."""
-        here = self._maps(seen.small(), near)
+    ) -> Maps | None:
+        """Maps of the wholly shuffled network; how alike each stage's are is noted."""
+        here = self._maps(seen.small(), near).drawn
         stages = shuffled.stages if self.wants("sanity") else shuffled.stages[-1:]
         last = None
         for stage in stages:
@@ -419,7 +427,7 @@ class _Job:
                 return None
             with self.clock("explaining"):
                 found = self.gallery.nearest(other.embeddings, own, self.settings.n_neighbors)
-            there = self._maps(other.small(), found)
+            there = self._maps(other.small(), found).drawn
             with self.clock("metrics"):
                 alike = rank_correlations(here, there)
             empty = [not drawn.any() for drawn in there]
@@ -511,14 +519,17 @@ class _Job:
         compared: dict[str, Any],
         found: dict[str, Any],
     ) -> dict[str, Any]:
-        controls = told.beside_controls(rows, ("localisation", "faithfulness"))
+        sample = told.sampled(rows)
+        controls = told.beside_controls(sample, ("localisation", "faithfulness"))
         pasted = [row for row in self.asked if row["second"] >= 0]
         boxed = [row for row in self.asked if row["second"] < 0]
         objects: dict[str, dict[str, Any]] = {
             name: {
                 "questions": len(some),
                 "measures": told.measured(some, "objects"),
-                "controls": told.beside_controls(some, ("objects",)),
+                "controls": told.beside_controls(some, ("objects",))
+                if self.settings.controls
+                else {},
             }
             for name, some in (("pasted pairs", pasted), ("boxes of several labels", boxed))
             if some

@@ -16,8 +16,8 @@ from ..memory import ran_out
 from ..printing import reason
 from .controls import MEAN, RANDOM, WRONG, mean_weights, random_weights
 from .gallery import Gallery
-from .maps import Mapper, Seen
-from .measures import shares
+from .maps import Mapper, Maps, Seen
+from .measures import shares, told_apart
 from .queries import generator
 from .settings import METHOD, Settings
 
@@ -36,7 +36,7 @@ class Scenes:
 
     def ask(
         self, seen: Seen, label: str, left_out: list[int], name: str
-    ) -> tuple[int, dict[str, np.ndarray]] | None:
+    ) -> tuple[int, dict[str, Maps]] | None:
         """The map of one picture for a label: by its nearest image of that label in the index.
 
         Args:
@@ -46,7 +46,8 @@ class Scenes:
             name: of the picture, for what is random.
 
         Returns:
-            The result's row, and the map `[H W]` by each way; None where no image has the label.
+            The result's row, and the map `[1 H W]` by each way; None where no image has the label.
+            The mean activation is always among them.
         """
         gallery = self.gallery
         rows = gallery.of_label(label)
@@ -58,31 +59,34 @@ class Scenes:
         if gallery.index.metric == "l2":
             nearness = 2 * nearness - (vectors**2).sum(1)
         result = int(rows[int(nearness.argmax())])
-        maps = {METHOD: self.mapper.transferred(seen, [np.array([result])])[0].cam}
+        channels, seed = self.mapper.channels, self.settings.seed
+        maps = {
+            METHOD: Maps.of(self.mapper.transferred(seen, [np.array([result])])),
+            MEAN: self.mapper.drawn(seen, mean_weights(channels)),
+        }
         if self.settings.controls:
-            channels, seed = self.mapper.channels, self.settings.seed
-            maps[MEAN] = self.mapper.drawn(seen, mean_weights(channels))[0]
             drawn = random_weights(channels, seed, f"{name} {label}")
-            maps[RANDOM] = self.mapper.drawn(seen, drawn)[0]
+            maps[RANDOM] = self.mapper.drawn(seen, drawn)
             others = gallery.positions[gallery.codes != gallery.code(label)]
             others = others[~np.isin(others, left_out)]
             if len(others):
                 wrong = generator(seed, "wrong", name, label).choice(others, 1)
-                maps[WRONG] = self.mapper.transferred(seen, [wrong])[0].cam
+                maps[WRONG] = Maps.of(self.mapper.transferred(seen, [wrong]))
         return result, maps
 
     def record(
-        self, asked: dict[str, Any], maps: dict[str, np.ndarray], own: np.ndarray, other: np.ndarray
+        self, asked: dict[str, Any], maps: dict[str, Maps], own: np.ndarray, other: np.ndarray
     ) -> dict[str, Any]:
         """One question's numbers, those of controls under their names."""
         with self.mapper.clock("metrics"):
             row = dict(asked)
-            for way, drawn in maps.items():
-                share, right, chance = shares(drawn, own, other)
+            for way, found in maps.items():
                 prefix = "" if way == METHOD else f"{way}: "
-                row |= {f"{prefix}share": share, f"{prefix}right": float(right)}
-                row |= {"share_chance": chance, "right_chance": 0.5}
-            row["empty"] = not maps[METHOD].any()
+                numbers = told_apart(found, own, other)
+                row |= {f"{prefix}{name}": value for name, value in numbers.items()}
+            row["share_chance"] = shares(np.zeros_like(own), own, other)[2]
+            row["right_chance"] = 0.5
+            row["empty"] = not maps[METHOD].drawn.any()
         return row
 
     def of_boxes(

@@ -17,18 +17,36 @@ KS: Final = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Measure:
-    """A number an image. better: 1 where larger is better, -1 where smaller; chance: its column."""
+    """A number an image.
+
+    better: 1 where larger is better, -1 where smaller.
+    chance: the column of what a map that knows nothing scores; empty for none.
+    free: whether no increasing change of the map's values moves it.
+    """
 
     title: str
     group: str
     better: int
     chance: str = ""
     says: str = ""
+    free: bool = False
 
 
 MEASURES: Final = {
     "energy": Measure(
         "energy inside", "localisation", 1, "area", "share of the map's energy on the object"
+    ),
+    "auc": Measure(
+        "pixel AUC", "localisation", 1, "auc_chance",
+        "chance that a pixel of the object has more of the signed map than one outside", True,
+    ),
+    "average_precision": Measure(
+        "pixel average precision", "localisation", 1, "area",
+        "how purely the object's pixels come first in the signed map", True,
+    ),
+    "hottest": Measure(
+        "hottest pixels", "localisation", 1, "area",
+        "share on the object of the signed map's hottest pixels, as many as it has", True,
     ),
     "pointing": Measure(
         "pointing game", "localisation", 1, "area", "the map's largest value is on the object"
@@ -81,6 +99,19 @@ MEASURES: Final = {
         "of the energy on either object, with the weights of a result of one of them",
     ),
     "right": Measure("larger share is the right one", "objects", 1, "right_chance", ""),
+    "objects_auc": Measure(
+        "AUC, object against the other", "objects", 1, "right_chance",
+        "of the signed map's pixels on either object alone", True,
+    ),
+    "rest_auc": Measure(
+        "AUC, object against the rest", "objects", 1, "right_chance",
+        "of the signed map's pixels on it and on all else", True,
+    ),
+    "even_share": Measure(
+        "share at equal area", "objects", 1, "right_chance",
+        "as the share, both objects brought to one area",
+    ),
+    "denser": Measure("denser side is the right one", "objects", 1, "right_chance", ""),
 }  # fmt: skip
 """By the name of their column, in the order of the tables."""
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..metrics import bootstrap_interval, paired_difference
-from .controls import CONTROLS
+from .controls import CONTROLS, MEAN
 from .faithfulness import Curves
 from .settings import KS, MEASURES, METHOD
 
@@ -34,7 +34,7 @@ def retrieval(rows: Rows) -> dict[str, Any]:
 
 
 def measured(rows: Rows, group: str) -> dict[str, Any]:
-    """Each measure of a group over the rows that have it: the method alone, beside chance."""
+    """Each measure of a group over the rows that have it, beside chance and mean activation."""
     found: dict[str, Any] = {}
     for name, measure in MEASURES.items():
         values = column(rows, name) if measure.group == group else np.empty(0)
@@ -44,6 +44,9 @@ def measured(rows: Rows, group: str) -> dict[str, Any]:
         if measure.chance:
             there = [row for row in rows if row.get(name) is not None]
             found[name]["chance"] = float(column(there, measure.chance).mean())
+        salient = column(rows, f"{MEAN}: {name}")
+        if len(salient):
+            found[name]["mean_activation"] = mean_of(salient)
     return found
 
 
@@ -83,9 +86,14 @@ def beside_controls(rows: Rows, groups: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def sampled(rows: Rows) -> Rows:
+    """The rows of images with controls."""
+    return [row for row in rows if any(f"{way}: empty" in row for way in CONTROLS)]
+
+
 def empties(rows: Rows) -> dict[str, float]:
     """The share of each way's maps that are empty, on the images with controls."""
-    sample = [row for row in rows if any(f"{way}: empty" in row for way in CONTROLS)]
+    sample = sampled(rows)
     if not sample:
         return {}
     found = {METHOD: float(column(sample, "empty").mean())}

@@ -286,6 +286,20 @@ def test_the_mean_activation_stands_beside_with_controls_off() -> None:
     assert table.notes.endswith("No change of contrast moves: pixel AUC.")
 
 
+def test_several_questions_of_one_picture_are_drawn_together() -> None:
+    rows = [
+        {"objects_auc": value, "right_chance": 0.5, "first": place, "second": -1}
+        for place, value in enumerate((0.2, 0.4, 0.9, 0.7))
+    ]
+    once = told.measured(rows, "objects")["objects_auc"]
+    again = told.measured([row for row in rows for _ in range(5)], "objects")["objects_auc"]
+    assert again["n"] == 20
+    # Asking five times as often about the same pictures makes nothing surer.
+    assert [again[k] for k in ("mean", "low", "high")] == pytest.approx(
+        [once[k] for k in ("mean", "low", "high")]
+    )
+
+
 def test_recall_of_one_query() -> None:
     labels = ["b", "a", None, "a", "c", "b"]
     assert retrieved("a", labels) == {"recall_1": 0, "recall_5": 1, "recall_10": None}

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics import bootstrap_interval, paired_difference
+from ..metrics import bootstrap_interval
 from .controls import CONTROLS, MEAN
 from .faithfulness import Curves
 from .settings import KS, MEASURES, METHOD
@@ -21,9 +21,33 @@ def column(rows: Rows, name: str) -> np.ndarray:
     return np.array([row[name] for row in rows if row.get(name) is not None], np.float64)
 
 
-def mean_of(values: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """Mean, its 95% bootstrap interval, and of how many."""
-    low, high = bootstrap_interval(values, seed=seed)
+def pictures(rows: Rows) -> list[Any]:
+    """Which picture, or pair of pictures, each row asks about; a row that is an image, itself."""
+    return [
+        (row["first"], row["second"]) if "first" in row else place for place, row in enumerate(rows)
+    ]
+
+
+def interval(values: np.ndarray, of: Sequence[Any]) -> tuple[float, float]:
+    """95% bootstrap interval of the mean of `[n]` values: pictures are drawn, not questions.
+
+    of: the picture of each; all values of one are drawn together.
+    """
+    codes = {one: code for code, one in enumerate(dict.fromkeys(of))}
+    places = [codes[one] for one in of]
+    sums, counts = np.bincount(places, values), np.bincount(places)
+
+    def mean(drawn: np.ndarray, axis: int) -> np.ndarray:
+        some = drawn.astype(int)
+        means: np.ndarray = sums[some].sum(axis) / counts[some].sum(axis)
+        return means
+
+    return bootstrap_interval(np.arange(len(codes)), mean)
+
+
+def mean_of(values: np.ndarray, of: Sequence[Any] | None = None) -> dict[str, float]:
+    """Mean, its 95% interval as `interval` draws it, and of how many."""
+    low, high = interval(values, range(len(values)) if of is None else of)
     return {"mean": float(values.mean()), "low": low, "high": high, "n": len(values)}
 
 
@@ -40,13 +64,14 @@ def measured(rows: Rows, group: str) -> dict[str, Any]:
         values = column(rows, name) if measure.group == group else np.empty(0)
         if not len(values):
             continue
-        found[name] = mean_of(values)
+        there = [row for row in rows if row.get(name) is not None]
+        found[name] = mean_of(values, pictures(there))
         if measure.chance:
-            there = [row for row in rows if row.get(name) is not None]
             found[name]["chance"] = float(column(there, measure.chance).mean())
-        salient = column(rows, f"{MEAN}: {name}")
-        if len(salient):
-            found[name]["mean_activation"] = mean_of(salient)
+        there = [row for row in rows if row.get(f"{MEAN}: {name}") is not None]
+        if there:
+            salient = column(there, f"{MEAN}: {name}")
+            found[name]["mean_activation"] = mean_of(salient, pictures(there))
     return found
 
 
@@ -64,26 +89,40 @@ def beside_controls(rows: Rows, groups: Sequence[str]) -> dict[str, Any]:
         differences: dict[str, Any] = {}
         for control in CONTROLS:
             both = [
-                (row[name], row[f"{control}: {name}"])
+                row
                 for row in rows
                 if row.get(name) is not None and row.get(f"{control}: {name}") is not None
             ]
             if not both:
                 continue
-            mine, theirs = np.array(both, np.float64).T
-            ways[METHOD] = mean_of(column([r for r in rows if _has_control(r, name)], name))
-            ways[control] = mean_of(theirs)
-            told = paired_difference(measure.better * mine, measure.better * theirs)
-            differences[control] = {
-                **told._asdict(),
-                "n": len(both),
-                # Of one or two images an interval says nothing.
-                "beats": bool(told.low > 0) and len(both) >= LEAST,
-                "worse": bool(told.high < 0) and len(both) >= LEAST,
-            }
+            mine, theirs, of = (
+                column(both, name),
+                column(both, f"{control}: {name}"),
+                pictures(both),
+            )
+            held = [row for row in rows if row.get(name) is not None and _has_control(row, name)]
+            ways[METHOD] = mean_of(column(held, name), pictures(held))
+            ways[control] = mean_of(theirs, of)
+            differences[control] = _difference(measure.better * mine, measure.better * theirs, of)
         if ways:
             found[name] = {"ways": ways, "differences": differences}
     return found
+
+
+def _difference(mine: np.ndarray, theirs: np.ndarray, of: Sequence[Any]) -> dict[str, Any]:
+    """The paired difference of two ways, drawn over pictures."""
+    low, high = interval(mine - theirs, of)
+    # Of one or two pictures an interval says nothing.
+    enough = len(set(of)) >= LEAST
+    return {
+        "mean": float((mine - theirs).mean()),
+        "low": low,
+        "high": high,
+        "win_rate": float((mine > theirs).mean() + (mine == theirs).mean() / 2),
+        "n": len(of),
+        "beats": low > 0 and enough,
+        "worse": high < 0 and enough,
+    }
 
 
 def sampled(rows: Rows) -> Rows:

@@ -21,6 +21,7 @@ from .explanation import Explanation, may_follow
 from .forking import ProcessLock
 from .images import MAX_PIXELS, FileState, file_state, read_image
 from .index import Index
+from .matching import TEN
 from .neighbors import check_wanted, find_neighbors
 from .opened import Given, Opened, from_onnx, prepared, query_name
 from .preprocess import AnyPreprocess
@@ -248,10 +249,11 @@ class Explainer:
         height, width = inputs[0].shape[-2:]
         embeddings, size = _numpy(features.embedding), (int(height), int(width))
         check_outputs(embeddings, *activations)
-        near = find_neighbors(opened.index, embeddings, wanted + exclude_query, neighbors)
+        looked = max(wanted, TEN) if opened.matches else wanted
+        near = find_neighbors(opened.index, embeddings, looked + exclude_query, neighbors)
         choices = self._choices()
         if exclude_query:
-            most = wanted if neighbors is None else len(opened.index)
+            most = looked if neighbors is None else len(opened.index)
             named = [_file_of(image) for image in images] if files is None else files
             near = [
                 without_file(opened, choices, one, file, most)
@@ -261,7 +263,8 @@ class Explainer:
         for row, (picture, one) in enumerate(zip(pictures, inputs, strict=True)):
             own = [maps[row] for maps in activations]
             query = Query(embeddings[row], own, size, picture, one)
-            found.append(answer(opened, choices, query, near[row], result))
+            shown = wanted if neighbors is None else None
+            found.append(answer(opened, choices, query, near[row], result, shown))
         return found
 
     @overload
@@ -343,11 +346,13 @@ class Explainer:
             )
         named: Any = [neighbors] if single and neighbors is not None else neighbors
         wanted = check_wanted(n_neighbors, named, len(vectors), self.n_neighbors)
-        near = find_neighbors(index, vectors, wanted, named)
+        looked = max(wanted, TEN) if opened.matches else wanted
+        near = find_neighbors(index, vectors, looked, named)
         choices, found = self._choices(), []
         for row, vector in enumerate(vectors):
             query = Query(vector, [one[row] for one in maps], size)
-            found.append(answer(opened, choices, query, near[row], result))
+            shown = wanted if named is None else None
+            found.append(answer(opened, choices, query, near[row], result, shown))
         return found[0] if single else found
 
     # Pictures

@@ -126,7 +126,7 @@ def _explained(query: Picture, made: Explanation, map_size: int, prefix: str) ->
         for place, one in enumerate(shown["neighbors"])
     ]
     asked = made.asked
-    kept = ("cam", "empty", "transfer", "trust", "trusted", "direct", "explained")
+    kept = ("cam", "empty", "transfer", "match", "trust", "trusted", "direct", "explained")
     return _dumped(
         {
             "picture": size_of(query),

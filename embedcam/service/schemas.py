@@ -86,6 +86,13 @@ class ExplainAnswer(_Strict):
     extent: Extent
     empty: bool = Field(description="Nothing in the query speaks for these results.")
     transfer: str = Field(description="How neighbours count.", examples=["mean"])
+    match: float | None = Field(
+        ge=0,
+        le=1,
+        description="Probability that the first result is of the query's kind, whatever the map "
+        "shows; null where the index holds no calibration.",
+        examples=[0.93],
+    )
     trust: float | None = Field(
         ge=0,
         le=1,

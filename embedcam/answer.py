@@ -94,6 +94,7 @@ def answer(
     near: Neighbors,
     result: str | None,
     above: str | None = None,
+    shown: int | None = None,
 ) -> Explanation:
     """The explanation of one query.
 
@@ -104,7 +105,10 @@ def answer(
         near: its neighbours in that index.
         result: id of the one image whose weights are to be transferred, or None for all of them.
         above: id of its rival, whose weights are subtracted, or None.
+        shown: how many of the neighbours are results; None for all. Match looks at the others, too.
     """
+    match = _match(opened, near)
+    near = near.first(shown)
     rows = opened.index.select(near.positions)
     made = _transferred(opened, rows, near.distances, choices.transfer)
     norms, used, chosen, asked, rival = made.norms, rows, near, None, None
@@ -148,6 +152,7 @@ def answer(
         neighbor_norms=norms,
         layer_weights=dict(zip(opened.layers, weights, strict=True)),
         trust=trust,
+        match=match,
         trusted_from=choices.trusted_from,
         direct=direct,
         asked=asked,
@@ -300,6 +305,14 @@ def _trust(
         norm = float(np.linalg.norm(made.weights[0]))
         seen = evidence(raw, made.shares, norm, distances)
     return float(calibration.trust(seen, np.min(distances)))
+
+
+def _match(opened: Opened, near: Neighbors) -> float | None:
+    """Probability that the first result is of the query's kind; None where nothing says so."""
+    calibration = opened.matches.get("one" if len(near.positions) == 1 else "several")
+    if calibration is None:
+        return None
+    return calibration.match(near.distances, opened.index.select(near.positions).labels)
 
 
 def _others(index: Index, rows: Selection, used: Selection) -> np.ndarray:

@@ -141,16 +141,7 @@ class Calibration:
         Raises:
             InputError: something lacks, is no finite number or does not fit.
         """
-        taken: dict[str, Any] = {}
-        for name, kind in cls.__annotations__.items():
-            value: Any = values.get(name) if isinstance(values, Mapping) else None
-            several = kind not in (int, float)
-            numbers = value if several else [value]
-            if not isinstance(numbers, list) or not all(map(_finite, numbers)):
-                raise InputError(f"the calibration's {name} should hold finite numbers")
-            if kind is int and (value != int(value) or not 1 <= value < 1 << 48):
-                raise InputError(f"the calibration's {name} should be a whole number from 1")
-            taken[name] = tuple(map(float, numbers)) if several else kind(value)
+        taken = numbers_of(cls, values)
         width = len(taken["mean"])
         known = (len(EVIDENCE), len(EVIDENCE) - ALONE)
         fits = (
@@ -160,8 +151,8 @@ class Calibration:
             and len(taken["scores"]) == len(taken["correlations"]) >= 1
             and min(taken["scale"]) > 0
             and all(0 <= value <= 1 for value in taken["correlations"])
-            and _rising(taken["scores"])
-            and _rising(taken["correlations"])
+            and rising(taken["scores"])
+            and rising(taken["correlations"])
             and taken["largest_distance"] >= 0
         )
         if not fits:
@@ -169,11 +160,30 @@ class Calibration:
         return cls(**taken)
 
 
-def fall(distances: np.ndarray, largest: float) -> np.ndarray:
-    """1 up to the largest calibrated distance, then linearly to 0 at twice it, `[...]`."""
+def numbers_of(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a calibration, a record of numbers and tuples of them, from plain values.
+
+    Raises:
+        InputError: one lacks, is no finite number, or no whole number from 1 where a count is due.
+    """
+    taken: dict[str, Any] = {}
+    for name, expected in kind.__annotations__.items():
+        value: Any = values.get(name) if isinstance(values, Mapping) else None
+        several = expected not in (int, float)
+        numbers = value if several else [value]
+        if not isinstance(numbers, list) or not all(map(_finite, numbers)):
+            raise InputError(f"the calibration's {name} should hold finite numbers")
+        if expected is int and (value != int(value) or not 1 <= value < 1 << 48):
+            raise InputError(f"the calibration's {name} should be a whole number from 1")
+        taken[name] = tuple(map(float, numbers)) if several else expected(value)
+    return taken
+
+
+def fall(distances: np.ndarray, largest: float, until: float = 2.0) -> np.ndarray:
+    """1 up to the largest calibrated distance, then linearly to 0 at `until` times it, `[...]`."""
     if largest <= 0:
         return np.where(distances > 0, 0.0, 1.0)
-    return np.clip(2 - distances / largest, 0, 1)
+    return np.clip((until - distances / largest) / (until - 1), 0, 1)
 
 
 def pairs(width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -188,5 +198,6 @@ def _finite(value: Any) -> bool:
     return plain and -_LARGEST <= value <= _LARGEST
 
 
-def _rising(values: tuple[float, ...]) -> bool:
+def rising(values: tuple[float, ...]) -> bool:
+    """Whether no value is below the one before it."""
     return all(a <= b for a, b in pairwise(values))

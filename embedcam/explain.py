@@ -22,6 +22,7 @@ from .finer import check_detail, finer_activations, larger_input
 from .forking import ProcessLock
 from .images import MAX_PIXELS, FileState, file_state, read_image
 from .index import Index
+from .matching import TEN
 from .neighbors import check_rival, check_wanted, find_neighbors
 from .opened import Given, Opened, from_onnx, prepared, query_name
 from .preprocess import AnyPreprocess
@@ -269,17 +270,18 @@ class Explainer:
             finer = None
             if detail > 1:
                 pairs = zip(pictures, inputs, strict=True)
-                shown = larger or [larger_input(*pair, opened.preprocess) for pair in pairs]
-                finer = finer_activations(network, opened.layers, stacked(shown))
+                enlarged = larger or [larger_input(*pair, opened.preprocess) for pair in pairs]
+                finer = finer_activations(network, opened.layers, stacked(enlarged))
         except EmbeddingError as error:
             raise error.named([query_name(one, row) for row, one in enumerate(images)]) from None
         height, width = inputs[0].shape[-2:]
         embeddings, size = _numpy(features.embedding), (int(height), int(width))
         check_outputs(embeddings, *activations, *(finer or ()))
-        near = find_neighbors(opened.index, embeddings, wanted + exclude_query, neighbors)
+        looked = max(wanted, TEN) if opened.matches else wanted
+        near = find_neighbors(opened.index, embeddings, looked + exclude_query, neighbors)
         choices = self._choices()
         if exclude_query:
-            most = wanted if neighbors is None else len(opened.index)
+            most = looked if neighbors is None else len(opened.index)
             named = [_file_of(image) for image in images] if files is None else files
             near = [
                 without_file(opened, choices, one, file, most)
@@ -290,7 +292,8 @@ class Explainer:
             own = [maps[row] for maps in activations]
             fine = None if finer is None else [maps[row] for maps in finer]
             query = Query(embeddings[row], own, size, picture, one, fine)
-            found.append(answer(opened, choices, query, near[row], result, above))
+            shown = wanted if neighbors is None else None
+            found.append(answer(opened, choices, query, near[row], result, above, shown))
         return found
 
     @overload
@@ -381,12 +384,14 @@ class Explainer:
         named: Any = [neighbors] if single and neighbors is not None else neighbors
         wanted = check_wanted(n_neighbors, named, len(vectors), self.n_neighbors)
         check_rival(result, above)
-        near = find_neighbors(index, vectors, wanted, named)
+        looked = max(wanted, TEN) if opened.matches else wanted
+        near = find_neighbors(index, vectors, looked, named)
         choices, found = self._choices(), []
         for row, vector in enumerate(vectors):
             fine = None if finer is None else [one[row] for one in finer]
             query = Query(vector, [one[row] for one in maps], size, finer=fine)
-            found.append(answer(opened, choices, query, near[row], result, above))
+            shown = wanted if named is None else None
+            found.append(answer(opened, choices, query, near[row], result, above, shown))
         return found[0] if single else found
 
     # Pictures

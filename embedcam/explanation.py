@@ -76,6 +76,10 @@ class Explanation:
             query itself would draw, in [0, 1], calibrated when the index was built; of the
             transfer, also where `direct`, whose map is not the one it speaks of; fitted with
             transfer "mean", 1 and 5 neighbours. None where the index holds no calibration.
+        match: the probability that the first result is of the query's kind, in [0, 1], from the
+            distances and labels of the ten nearest, however many are shown; it says whether the
+            result is right, and trust whether the map is. Without labels: how usual the distance of
+            the first is among the indexed images. None where the index holds no calibration.
         trusted_from: trust from which the explanation counts as `trusted`.
         direct: the transfer was not trusted, and the weights were computed on the query itself.
             `trusted` is then True whatever `trust` is: the map needs no transfer. It answers for
@@ -125,6 +129,26 @@ class Explanation:
     prototypes: bool = False
     max_pixels: int = MAX_PIXELS
     marks: np.ndarray | None = None
+    match: float | None = None
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the first result is rather not of the query's kind: match is below 0.5.
+
+        Without labels half of all usual queries lie below that; there from 0.2.
+        """
+        return self.match is not None and self.match < self._doubted_below
+
+    @property
+    def _doubted_below(self) -> float:
+        return 0.5 if self.labels and self.labels[0] is not None else 0.2
+
+    @property
+    def match_in_words(self) -> str:
+        """ "match 0.93", and whether that is doubtful; empty where nothing was calibrated."""
+        if self.match is None:
+            return ""
+        return ("DOUBTFUL RESULT, " if self.doubtful else "") + f"match {self.match:.2f}"
 
     @property
     def trusted(self) -> bool | None:
@@ -327,6 +351,7 @@ class Explanation:
             "transfer": self.transfer,
             # Of the query's map; the neighbours' are the index's own.
             "method": self.method or None,
+            "match": self.match,
             "trust": self.trust,
             "trusted": self.trusted,
             "direct": self.direct,
@@ -354,6 +379,10 @@ class Explanation:
         return in_notebook(self.plot(), f"query and its nearest images: {', '.join(self.ids)}")
 
     def _transfer_note(self) -> str:
+        note = self._map_note()
+        return f"{self.match_in_words}\n{note}" if self.doubtful else note
+
+    def _map_note(self) -> str:
         if self.empty:
             return self._empty_note()
         if self.method:

@@ -19,6 +19,7 @@ from .errors import InputError, RecipeError
 from .fingerprint import fingerprint
 from .identity import ALIKE, Identity
 from .index import PartData, check_target, create
+from .match_fit import calibrate_match
 from .models.checkpoints import read_affine
 from .network import EmbeddingNetwork
 from .passes import POOLED_METHODS, is_exact
@@ -155,6 +156,9 @@ def build_from_features(
         encoding,
         None,
         given=triplets,
+    )
+    about["match_calibration"] = calibrate_match(
+        features.embeddings, kept_labels, recipe.metric, recipe.seed
     )
     shared = {"embedding_mean": mean, **({} if identity is None else identity.arrays())}
     with stages("write"), disk_errors(path):

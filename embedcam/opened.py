@@ -18,6 +18,7 @@ from .forking import compute_on_one_thread
 from .identity import Identity
 from .images import read_image
 from .index import Index
+from .matching import MatchCalibration
 from .preprocess import AnyPreprocess, preprocess_from_dict
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Opened:
         network: that it was built with, or None.
         layers, channels, encodings: of each layer, deepest first.
         calibrations: of trust, "one" and "several"; empty where the index holds none.
+        matches: calibrations of match, likewise.
         preprocess: of the network, or as the index describes it; None where neither is known.
         root: folder of the indexed images, or None.
         place: absolute path where the next version is looked for; links are followed then.
@@ -59,6 +61,7 @@ class Opened:
     channels: tuple[int, ...]
     encodings: tuple[Encoding, ...]
     calibrations: Mapping[str, Calibration]
+    matches: Mapping[str, MatchCalibration]
     preprocess: AnyPreprocess | None
     root: Path | None
     place: Path
@@ -169,6 +172,10 @@ class Opened:
             calibrations={
                 name: Calibration.from_dict(values)
                 for name, values in (manifest.get("trust") or {}).items()
+            },
+            matches={
+                name: MatchCalibration.from_dict(values)
+                for name, values in (manifest.get("match_calibration") or {}).items()
             },
             preprocess=_preprocess(index, network),
             root=None if root is None else Path(root),

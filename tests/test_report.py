@@ -26,7 +26,7 @@ from embedcam.preprocess import custom
 from embedcam.render import Look, Row, page_row
 from embedcam.report import LINES, PAGE
 from embedcam.report.queries import finished, open_query
-from embedcam.report.words import Fact, blocks, intro
+from embedcam.report.words import Fact, blocks, facts, intro
 
 BROKEN = "1/broken.png"
 
@@ -86,6 +86,7 @@ def test_the_lines_are_what_explain_finds(
     ids = ["0/0.png", "0/2.png", "0/4.png", "0/6.png", "1/1.png", "1/3.png", "1/5.png", BROKEN]
     written = records(tmp_path / "out")
     assert [one.pop("query") for one in written] == ids
+    assert [one.pop("label") for one in written] == [None] * len(ids)
     assert [one.pop("path") for one in written] == [str(queries / name) for name in ids]
     assert written[:-1] == [told(explainer.explain(queries / name)) for name in ids[:-1]]
     assert list(written[-1]) == ["error"]
@@ -182,6 +183,7 @@ def test_a_csv_and_a_data_set_are_sources_too(
     write_report(explainer, held, tmp_path / "b", batch_size=1)
     p, q = records(tmp_path / "b")
     assert (p.pop("query"), p.pop("path"), q["query"]) == ("p", None, "q")
+    assert p.pop("label") is None
     assert p == told(explainer.explain(picture(0, 1)))
 
 
@@ -222,6 +224,26 @@ def test_notes_of_maps_that_are_empty_or_not_trusted(explainer: Explainer, queri
     shown = finished(source, 0, opened, replace(found, cam=np.zeros_like(found.cam)), look)
     assert "Its map is empty: nothing in it speaks for these results." in shown.row
     assert "not to be trusted" not in finished(source, 0, opened, found, look).row
+
+
+def test_the_overview_begins_with_results_of_another_label_then_the_least_match() -> None:
+    def record(query: str, label: str | None, found: str, match: float | None) -> str:
+        near = {"id": "n", "label": found, "distance": 0.5}
+        kept = {"match": match, "trust": 0.5, "trusted": True, "direct": False, "empty": False}
+        return json.dumps({"query": query, "label": label, "neighbors": [near], **kept})
+
+    lines = [
+        record("right", "owl", "owl", 0.4),
+        record("sure", "owl", "owl", 0.9),
+        record("wrong", "owl", "gull", 0.8),
+        record("unknown", None, "gull", 0.6),
+    ]
+    (overview,) = blocks(facts(lines))
+    assert [str(row[0]) for row in overview.rows] == ["wrong", "right", "unknown", "sure"]
+    assert overview.caption == "All queries, those first whose first result has another label"
+    assert [row[4] for row in overview.rows] == ["0.80", "0.40", "0.60", "0.90"]
+    (overview,) = blocks(facts(lines[:2]))
+    assert overview.caption == "All queries, the least likely matches first"
 
 
 def test_the_overview_begins_with_what_is_least_trusted() -> None:

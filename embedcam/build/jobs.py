@@ -39,6 +39,7 @@ from ..index import (
     remove,
     sweep,
 )
+from ..match_fit import calibrate_match
 from ..network import EmbeddingNetwork
 from ..passes import (
     Work,
@@ -185,6 +186,10 @@ def build_index(
                 given=triplets,
             )
             about["trust"] = calibrated
+            if trust:
+                about["match_calibration"] = calibrate_match(
+                    gathered.own, part.labels, recipe.metric, recipe.seed
+                )
             about["layers"] += [
                 layer_entry(name, own, encoding, None)
                 for (name, own), encoding in zip(layers[1:], encodings[1:], strict=True)

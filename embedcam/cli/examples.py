@@ -117,6 +117,12 @@ examples:
 
 What is printed is escaped where it would not be seen (\\x1b, \\u202e); --json has it as it is.
 """
+CALIBRATE = """\
+example:
+  embedcam calibrate my.index     how likely a first result is right, for indexes that lack it
+
+Reads the embeddings and labels of the index; weights stay as they are.
+"""
 VERIFY = """\
 example:
   embedcam verify my.index && echo whole

@@ -163,6 +163,14 @@ def compress(options: argparse.Namespace) -> None:
     emit(options, {**asdict(report), "path": str(report.path)}, *lines)
 
 
+def calibrate(options: argparse.Namespace) -> None:
+    """Calibrate match from the embeddings and labels of an index."""
+    from ..match_fit import calibrate_index
+
+    n = calibrate_index(options.index)
+    emit(options, {"images": n}, f"{options.index}: match calibrated on {counted(n, 'image')}")
+
+
 def demo(options: argparse.Namespace) -> None:
     """The main job, end to end, on handwritten digits."""
     from ..demo import run_demo

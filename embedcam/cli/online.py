@@ -369,4 +369,7 @@ def _lines(query: str, picture: Path | None, explanation: Any) -> list[str]:
         label = explanation.speaks_for
         what = f"matched {explanation.explained[0]}" if label is None else f"speaks for {label}"
         head += f" (what {what})"
-    return [head, *(f"  {line}" for line in filter(None, (*shown, explanation.trust_in_words)))]
+    match = explanation.match_in_words
+    # What casts doubt on all that follows is read first.
+    lines = (match, *shown) if explanation.doubtful else (*shown, match)
+    return [head, *(f"  {line}" for line in filter(None, (*lines, explanation.trust_in_words)))]

@@ -32,6 +32,7 @@ COMMANDS = {
     "remove": "offline.remove",
     "compact": "offline.compact",
     "compress": "offline.compress",
+    "calibrate": "offline.calibrate",
     "explain": "online.explain",
     "serve": "serving.serve",
     "compare": "pairs.compare",
@@ -139,6 +140,9 @@ def parser() -> argparse.ArgumentParser:
             "INDEX -o FILE",
             "write the network as an ONNX file",
         )
+    )
+    index_options(
+        _command(commands, "calibrate", "INDEX", "calibrate match, without pictures or a network")
     )
     one = _command(commands, "info", "INDEX", "say what an index holds")
     index_options(one)

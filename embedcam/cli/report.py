@@ -206,6 +206,7 @@ def _lines(
         ("stored as", _encoding_line(layer["encoding"])),
         ("own maps", "none" if coarse is None else f"{coarse[0]} x {coarse[1]}"),
         ("trust", _trust_line(manifest.get("trust"), manifest["counts"]["added_after_fit"])),
+        ("match", _match_line(manifest.get("match_calibration"))),
         ("search", _search_line(manifest)),
         ("size", f"{size_text(size['bytes'])}; {size['bytes_an_image']:g} bytes an image beyond "
                  "id, label, path and embedding"),
@@ -217,6 +218,13 @@ def _lines(
     if manifest["counts"]["added_after_fit"]:
         lines += ["", "  `embedcam build --refit` fits again on all images."]
     return lines
+
+
+def _match_line(match: Mapping[str, Any] | None) -> str:
+    if not match:
+        return "not calibrated; `embedcam calibrate INDEX` does, without pictures"
+    one = next(iter(match.values()))
+    return f"calibrated on {counted(one['images'], 'image')}"
 
 
 def _trust_line(trust: Mapping[str, Any] | None, added: int) -> str:

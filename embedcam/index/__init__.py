@@ -14,7 +14,17 @@ from .reader import REMOVED, Index
 from .search import Neighbors, nearest
 from .selection import Selection
 from .verify import Report, verify
-from .writer import ADD_INSTEAD, append, check_target, compact, create, rebuild_faiss, remove, sweep
+from .writer import (
+    ADD_INSTEAD,
+    append,
+    check_target,
+    compact,
+    create,
+    put_match,
+    rebuild_faiss,
+    remove,
+    sweep,
+)
 
 __all__ = [
     "ADD_INSTEAD",
@@ -38,6 +48,7 @@ __all__ = [
     "named_bytes",
     "nearest",
     "quantize_coarse",
+    "put_match",
     "rebuild_faiss",
     "refuse_prototypes",
     "remove",

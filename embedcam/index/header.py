@@ -19,6 +19,7 @@ from .records import Manifest
 from .schema import Wrong, check_fields
 
 Arrays = Mapping[str, np.ndarray]
+_CALIBRATIONS = ("trust", "match_calibration")
 
 
 def new_manifest(
@@ -31,7 +32,7 @@ def new_manifest(
     """
     needed = ("recipe", "embedding", "metric", "method", "target", "norm", "triplets", "layers")
     missing = [key for key in needed if key not in header]
-    optional = {"network", "images", "libraries", "fitted_on", "trust", "compressed"}
+    optional = {"network", "images", "libraries", "fitted_on", "compressed", *_CALIBRATIONS}
     known = {*needed, "sign", *optional}
     unknown = sorted(set(header) - known)
     if missing or unknown:
@@ -48,7 +49,7 @@ def new_manifest(
     try:
         manifest = plain({key: header[key] for key in needed})
         manifest |= plain({"network": header.get("network"), "images": header.get("images")})
-        for key in ("trust", "compressed"):
+        for key in ("compressed", *_CALIBRATIONS):
             if header.get(key) is not None:
                 manifest[key] = plain(header[key])
         manifest["recipe_sha256"] = manifest_file.digest(recipe)

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..calibration import Calibration
 from ..errors import InputError
+from ..matching import MatchCalibration
 from ..preprocess import AnyPreprocess, preprocess_from_dict
 from ..printing import short
 from .files import SUFFIXES
@@ -326,6 +327,13 @@ class Manifest:
         Mapping[Literal["one", "several"], Annotated[Calibration, _read_by(Calibration.from_dict)]]
         | None
     ) = None
+    match_calibration: (
+        Mapping[
+            Literal["one", "several"],
+            Annotated[MatchCalibration, _read_by(MatchCalibration.from_dict)],
+        ]
+        | None
+    ) = None
     manifest_sha256: Sha256 | None = None
     """None only while the manifest is being made."""
 
@@ -338,10 +346,11 @@ class Manifest:
             raise Wrong(" names one part twice", "parts")
         if (n_files := sum(len(part.files) for part in self.parts)) > MAX_FILES:
             raise Wrong(f" names {n_files} files of parts; at most {MAX_FILES} are mapped")
-        for name, calibration in (self.trust or {}).items():
-            if (calibration.neighbors == 1) != (name == "one"):
-                what = f" is of explanations by {calibration.neighbors} neighbours"
-                raise Wrong(what, "trust", name)
+        for key in ("trust", "match_calibration"):
+            for name, calibration in (getattr(self, key) or {}).items():
+                if (calibration.neighbors == 1) != (name == "one"):
+                    what = f" is of explanations by {calibration.neighbors} neighbours"
+                    raise Wrong(what, key, name)
         counts, removed = self.counts, self.tombstones.shape[0] if self.tombstones else 0
         total = sum(part.count for part in self.parts)
         if counts.rows != total or counts.live != total - removed:

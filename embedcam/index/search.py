@@ -29,6 +29,10 @@ class Neighbors:
     distances: np.ndarray
     similarities: np.ndarray
 
+    def first(self, count: int | None) -> "Neighbors":
+        """The first `count` of one query's results `[n]`; all of them for None."""
+        return Neighbors(self.positions[:count], self.distances[:count], self.similarities[:count])
+
     @classmethod
     def of(
         cls, positions: np.ndarray, distances: np.ndarray, similarities: np.ndarray

@@ -197,6 +197,17 @@ def compact(path: str | Path, *, rebuild_faiss: bool | str = False) -> int:
         return dropped
 
 
+def put_match(path: str | Path, made: Mapping[str, Any] | None) -> None:
+    """Write what the manifest says of match, see `matching.MatchCalibration`; None takes it out.
+
+    Nothing else is changed, and no file but the manifest is written.
+    """
+    root = Path(path)
+    with _changing(root) as (_, manifest):
+        manifest["match_calibration"] = None if made is None else dict(made)
+        _commit(root, manifest, always=True)
+
+
 def rebuild_faiss(path: str | Path, factory: str | None = None) -> None:
     """Make the FAISS file again from the embeddings, training included; the old one is not loaded.
 

@@ -120,7 +120,11 @@ def finished(
     """What is kept of a query: its row of the page and its line of JSON."""
     item = source.items[position]
     where = os.path.join(source.root or "", item.path) if item.path else ""
-    told = {"query": item.id, "path": os.path.abspath(where) if where else None}
+    told = {
+        "query": item.id,
+        "label": item.label,
+        "path": os.path.abspath(where) if where else None,
+    }
     if isinstance(found, str) or isinstance(opened, str):
         return Finished(json.dumps({**told, "error": found}))
     found = replace(found, extent=opened.extent)
@@ -139,6 +143,17 @@ def anchor(position: int) -> str:
 
 def _notes(found: Explanation) -> str:
     """What must be known before the map of a query is looked at."""
+    doubt = _doubt(found)
+    return f"{doubt} {_map_note(found)}".strip()
+
+
+def _doubt(found: Explanation) -> str:
+    if not found.doubtful:
+        return ""
+    return f"Its first result is doubtful: match {found.match:.2f}."
+
+
+def _map_note(found: Explanation) -> str:
     if found.empty:
         return f"Its map is empty: {found.why_empty}."
     if found.trusted is False:

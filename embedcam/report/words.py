@@ -30,6 +30,8 @@ class Fact:
     direct: bool = False
     empty: bool = False
     changed: bool = False
+    match: float | None = None
+    other: bool = False
 
 
 def facts(lines: Iterable[str]) -> list[Fact]:
@@ -47,6 +49,9 @@ def _fact(position: int, record: Mapping[str, Any]) -> Fact:
         nearest=nearest["id"],
         label=nearest["label"],
         distance=nearest["distance"],
+        match=record.get("match"),
+        other=None not in (record.get("label"), nearest["label"])
+        and record["label"] != nearest["label"],
         changed=any(one.get("file") == "changed" for one in record["neighbors"]),
         **{name: record[name] for name in ("trust", "trusted", "direct", "empty")},
     )
@@ -129,16 +134,22 @@ def _warnings(explained: Sequence[Fact], failed: Sequence[Fact]) -> list[str]:
 
 
 def _overview(explained: Sequence[Fact]) -> Table:
-    """Every query that was explained; the least trusted first, where trust is known."""
+    """Every query that was explained; those first whose result is, or may be, of another kind.
+
+    By label where the queries have one, then by match, then by trust, where these are known.
+    """
+    matched = any(one.match is not None for one in explained)
+    wrong = any(one.other for one in explained)
     calibrated = any(one.trust is not None for one in explained)
     labelled = any(one.label is not None for one in explained)
     noted = any(_remark(one) for one in explained)
-    ordered = sorted(explained, key=lambda one: -1.0 if one.trust is None else one.trust)
+    ordered = sorted(explained, key=_doubt)
     columns = [
         ("query", True, lambda one: Link(one.name, anchor(one.position))),
         ("nearest image", True, lambda one: one.nearest),
         ("label", labelled, lambda one: one.label or ""),
         ("distance", True, lambda one: f"{one.distance:.3f}"),
+        ("match", matched, lambda one: "-" if one.match is None else f"{one.match:.2f}"),
         ("trust", calibrated, lambda one: "-" if one.trust is None else f"{one.trust:.2f}"),
         ("map", noted, _remark),
     ]
@@ -146,9 +157,23 @@ def _overview(explained: Sequence[Fact]) -> Table:
     return Table(
         [name for name, _ in shown],
         [[cell(one) for _, cell in shown] for one in ordered],
-        "All queries, the least trusted first" if calibrated else "All queries",
+        _title(wrong, matched, calibrated),
         folded=len(explained) > _UNFOLDED,
     )
+
+
+def _doubt(one: Fact) -> tuple[bool, float, float]:
+    """Orders queries, what is most in doubt first."""
+    match, trust = (-1.0 if value is None else value for value in (one.match, one.trust))
+    return not one.other, match, trust
+
+
+def _title(wrong: bool, matched: bool, calibrated: bool) -> str:
+    if wrong:
+        return "All queries, those first whose first result has another label"
+    if matched:
+        return "All queries, the least likely matches first"
+    return "All queries, the least trusted first" if calibrated else "All queries"
 
 
 def _remark(one: Fact) -> str:

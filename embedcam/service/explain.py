@@ -144,7 +144,9 @@ def _explained(query: Picture, made: Explanation, map_size: int, prefix: str) ->
         _neighbor(one, None if norms is None else norms[place], prefix)
         for place, one in enumerate(shown["neighbors"])
     ]
-    kept = ("cam", "empty", "why_empty", "transfer", "trust", "trusted", "direct", "explained")
+    kept = (
+        "cam", "empty", "why_empty", "transfer", "match", "trust", "trusted", "direct", "explained",
+    )  # fmt: skip
     named = {
         name: None if one is None else _neighbor(shown[name], one.norm, prefix)
         for name, one in (("result", made.asked), ("rival", made.rival))

@@ -89,6 +89,13 @@ class ExplainAnswer(_Strict):
         description="Why the map is empty, for people; null where it is not."
     )
     transfer: str = Field(description="How neighbours count.", examples=["mean"])
+    match: float | None = Field(
+        ge=0,
+        le=1,
+        description="Probability that the first result is of the query's kind, whatever the map "
+        "shows; null where the index holds no calibration.",
+        examples=[0.93],
+    )
     trust: float | None = Field(
         ge=0,
         le=1,

@@ -1,0 +1,135 @@
+"""Fits match to an index: every image of a sample is searched for among all others.
+
+Needs embeddings and labels alone, no pictures and no network; see `embedcam.matching`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+from .index import Index, put_match
+from .index.manifest import refuse_prototypes
+from .index.search import nearest
+from .matching import TEN, MatchCalibration, match_evidence
+
+LEAST = 20
+"""Images from which match is fitted; fewer say nothing that holds elsewhere."""
+SAMPLE = 512
+_KNOTS = 33
+_FAR = 0.95
+"""Quantile of the images' own nearest distances beyond which match falls."""
+_RIDGE = 1.0
+
+
+def calibrate_match(
+    embeddings: np.ndarray, labels: Sequence[str | None], metric: str = "l2", seed: int = 0
+) -> dict[str, Any] | None:
+    """Fit match for "one" result and for "several", as a manifest keeps them.
+
+    Args:
+        embeddings: of all live images, `[N D]`; may be a memory map.
+        labels: theirs, `[N]`.
+        metric: "l2" or "ip", by which results are searched.
+        seed: of the sample.
+
+    Returns:
+        Calibrations by name, or None where there are too few images.
+    """
+    total = len(embeddings)
+    if total < LEAST:
+        return None
+    rows = np.sort(np.random.default_rng(seed).permutation(total)[:SAMPLE])
+    found = nearest(embeddings, embeddings[rows], TEN + 1, metric)
+    others = [_without(*one) for one in zip(rows, found.positions, found.distances, strict=True)]
+    names = np.array([*labels, None], object)[:-1]
+    own = np.array([apart[0] for _, apart in others])
+    made = {}
+    for name, count in (("one", 1), ("several", TEN)):
+        seen, right = [], []
+        for row, (near, apart) in zip(rows, others, strict=True):
+            first = names[near[0]]
+            if names[row] is not None and first is not None:
+                seen.append(match_evidence(apart[:count], names[near[:count]] == first))
+                right.append(first == names[row])
+        known = len(seen) >= LEAST
+        fitted = fit_logistic(np.array(seen), np.array(right)) if known else ((), (), (), 0.0)
+        distances, shares = _unusual(own)
+        made[name] = MatchCalibration(
+            *fitted, distances, shares, float(np.quantile(own, _FAR)), count, len(rows)
+        ).to_dict()
+    return made
+
+
+def calibrate_index(path: str | Path) -> int:
+    """Fit match anew to the live images of an index, and keep it there; weights stay as they are.
+
+    Returns:
+        How many images it was fitted with.
+
+    Raises:
+        InputError: too few images, or an index of prototypes, whose distances are no images'.
+        IndexFormatError: no index, or a broken one.
+    """
+    with Index.open(path, with_faiss=False) as index:
+        refuse_prototypes(index.path, index.manifest, "calibrate the index before compressing it")
+        live, metric = index.live_positions(), index.manifest["metric"]
+        seed = int(index.manifest["recipe"].get("seed", 0))
+        made = calibrate_match(index.embeddings(live), index.select(live).labels, metric, seed)
+        if made is None:
+            raise InputError(
+                f"{index.path}: {len(live)} images calibrate no match; add images until there are "
+                f"at least {LEAST}"
+            )
+    put_match(path, made)
+    return int(made["several"]["images"])
+
+
+def fit_logistic(
+    evidence: np.ndarray, right: np.ndarray
+) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], float]:
+    """Fit a logistic function by Newton's method, with an L2 penalty of 1/2 |linear|^2.
+
+    Args:
+        evidence: `[n F]`.
+        right: whether the first result had the query's label, `[n]`.
+
+    Returns:
+        Mean and scale of the evidence, linear coefficients, intercept. The penalty keeps them
+        finite where all are right, the prior counts one right and one wrong more.
+    """
+    mean, scale = evidence.mean(axis=0), evidence.std(axis=0)
+    scale = np.where(scale > 1e-9, scale, 1.0)
+    n, width = evidence.shape
+    x = np.column_stack([(evidence - mean) / scale, np.ones(n)])
+    # One right and one wrong image of average evidence.
+    average = np.zeros((2, width + 1))
+    average[:, -1] = 1
+    x, y = np.vstack([x, average]), np.array([*right.astype(np.float64), 1.0, 0.0])
+    penalty = np.diag([_RIDGE] * width + [0.0])
+    found = np.zeros(width + 1)
+    for _ in range(100):
+        expected = 1 / (1 + np.exp(-np.clip(x @ found, -500, 500)))
+        gradient = x.T @ (y - expected) - penalty @ found
+        curvature = (x * (expected * (1 - expected))[:, None]).T @ x + penalty
+        step = np.linalg.solve(curvature + 1e-9 * np.eye(width + 1), gradient)
+        found += step * min(1.0, 2 / max(float(np.abs(step).max()), 1e-12))
+        if np.abs(step).max() < 1e-10:
+            break
+    return tuple(mean.tolist()), tuple(scale.tolist()), tuple(found[:-1].tolist()), float(found[-1])
+
+
+def _unusual(own: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Knots: squared distances, and the share of the images whose nearest is as far or farther."""
+    values = np.unique(np.quantile(own, np.linspace(0, 1, _KNOTS)))
+    shares = [float((own >= value).mean()) for value in values]
+    return tuple(values.tolist()), tuple(shares)
+
+
+def _without(row: int, near: np.ndarray, apart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """An image's results but itself; but the last, where copies pushed it out of them."""
+    kept = near != row
+    kept[-1] &= not kept.all()
+    return near[kept], apart[kept]

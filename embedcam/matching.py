@@ -1,0 +1,134 @@
+"""Whether a query's first result is of its kind: evidence of ten neighbours, and what reads it.
+
+Match says whether the *result* is right; trust (`embedcam.calibration`) whether the *map* is.
+Arrays only, so that a service needs neither torch nor scikit-learn; `embedcam.match_fit` fits it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .calibration import fall, numbers_of, rising
+from .errors import InputError
+
+TEN = 10
+"""Neighbours that match looks at, however many are shown."""
+FALLEN = 1.25
+"""Times `far`, of squared distances, beyond which nothing matches: noise and blank pictures lie
+farther, and near nothing that was indexed a label says nothing."""
+EVIDENCE = ("nearness", "mean nearness", "share", "gap")
+"""What is looked at; with a single neighbour only the first."""
+
+
+def match_evidence(distances: np.ndarray, same: np.ndarray) -> np.ndarray:
+    """What predicts whether the first of n results is of the query's kind.
+
+    With d_i the Euclidean distances and 1 / d_i^2 their weights (equal where one is 0: those at
+    distance 0 alone count):
+
+    - *nearness*, *mean nearness*: minus the first's distance, minus the mean of all;
+    - *share*: weighted share of the results that have the first's label, the first left out;
+    - *gap*: how much nearer the first is than the nearest of another label,
+      1 - d_1 / d_other, at least 0; the farthest stands in where all have its label.
+
+    Args:
+        distances: squared Euclidean distances of the results, the first one first, `[n]`.
+        same: which results have the first one's label, `[n]`.
+
+    Returns:
+        float64 `[4]`, or `[1]` for one result.
+    """
+    apart = np.sqrt(np.asarray(distances, np.float64))
+    if len(apart) == 1:
+        return np.array([-apart[0]])
+    rest, alike = apart[1:], np.asarray(same, bool)[1:]
+    nearest = rest.min()
+    weights = (nearest / rest) ** 2 if nearest > 0 else (rest == 0).astype(np.float64)
+    share = float(weights[alike].sum() / weights.sum())
+    other = float(rest.max() if alike.all() else rest[~alike].min())
+    gap = max(0.0, 1 - apart[0] / other) if other > 0 else 0.0
+    return np.array([-apart[0], -float(apart.mean()), share, gap])
+
+
+@dataclass(frozen=True)
+class MatchCalibration:
+    """From the results of a query to the probability that the first is of its kind.
+
+    With labels: a logistic function of the standardised evidence. Without: the share of the indexed
+    images whose own nearest image is at least as far away as the query's, so that usual queries lie
+    around 1/2 and it only falls with distance. Beyond `far` both fall linearly, to 0 at 1.25 times
+    it.
+
+    Args:
+        mean: of the evidence, `[F]`; empty without labels, as the two below.
+        scale: its standard deviations, `[F]`, > 0.
+        linear: `[F]`.
+        intercept: of the logistic function.
+        distances: of the knots, squared Euclidean, rising.
+        shares: of the images whose nearest is at least as far, in [0, 1], never rising.
+        far: squared distance from which match falls to 0.
+        neighbors: how many results it was fitted with.
+        images: how many images it was fitted with.
+    """
+
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+    linear: tuple[float, ...]
+    intercept: float
+    distances: tuple[float, ...]
+    shares: tuple[float, ...]
+    far: float
+    neighbors: int
+    images: int
+
+    def match(self, distances: np.ndarray, labels: Sequence[str | None]) -> float:
+        """Probability in [0, 1] that the first result is of the query's kind.
+
+        Args:
+            distances: squared Euclidean, of the results, the first one first, `[n]`.
+            labels: of the results.
+        """
+        first = float(distances[0])
+        if not self.mean or labels[0] is None:
+            expected = float(np.interp(first, self.distances, self.shares))
+        else:
+            same = np.array([label == labels[0] for label in labels])
+            # Of a forged calibration: what overflows is no match, and is no number to show.
+            with np.errstate(over="ignore", invalid="ignore"):
+                x = (match_evidence(distances, same) - self.mean) / self.scale
+                expected = float(1 / (1 + np.exp(-(self.intercept + x @ self.linear))))
+        expected = float(np.nan_to_num(expected, nan=0.0))
+        return expected * float(fall(np.asarray(first), self.far, FALLEN))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a manifest."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "MatchCalibration":
+        """From plain values, none of which is believed before it is checked.
+
+        Raises:
+            InputError: something lacks, is no finite number or does not fit.
+        """
+        taken = numbers_of(cls, values)
+        width = len(taken["mean"])
+        fits = (
+            width in (0, 1 if taken["neighbors"] == 1 else len(EVIDENCE))
+            and len(taken["scale"]) == len(taken["linear"]) == width
+            and all(value > 0 for value in taken["scale"])
+            and len(taken["distances"]) == len(taken["shares"]) >= 1
+            and all(0 <= value <= 1 for value in taken["shares"])
+            and rising(taken["distances"])
+            and rising(taken["shares"][::-1])
+            and taken["distances"][0] >= 0
+            and taken["far"] >= 0
+        )
+        if not fits:
+            raise InputError("the calibration's numbers do not fit together")
+        return cls(**taken)

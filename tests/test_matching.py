@@ -1,0 +1,158 @@
+"""Match: the probability that the first result is of the query's kind."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedcam import Explainer, Index, build_from_features
+from embedcam.cli import main
+from embedcam.errors import InputError
+from embedcam.index import put_match
+from embedcam.match_fit import calibrate_match, fit_logistic
+from embedcam.matching import MatchCalibration, match_evidence
+
+
+def oracle_evidence(distances: list[float], same: list[bool]) -> list[float]:
+    """The evidence, literally and one result at a time."""
+    apart = [math.sqrt(one) for one in distances]
+    weights = [1 / one**2 for one in apart[1:]]
+    alike = sum(w for w, s in zip(weights, same[1:], strict=True) if s)
+    others = [one for one, s in zip(apart, same, strict=True) if not s]
+    other = min(others) if others else max(apart[1:])
+    gap = max(0.0, 1 - apart[0] / other)
+    return [-apart[0], -sum(apart) / len(apart), alike / sum(weights), gap]
+
+
+def clouds(seed: int = 0, n: int = 60) -> tuple[np.ndarray, list[str | None]]:
+    """Two overlapping clouds `[2 n 4]` and their labels."""
+    rng = np.random.default_rng(seed)
+    points = rng.normal(size=(2 * n, 4)).astype(np.float32)
+    points[n:, 0] += 2.5
+    return points, ["a"] * n + ["b"] * n
+
+
+def fitted(labels: bool = True, name: str = "several") -> MatchCalibration:
+    points, names = clouds()
+    made = calibrate_match(points, names if labels else [None] * len(points))
+    assert made is not None
+    return MatchCalibration.from_dict(json.loads(json.dumps(made))[name])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_evidence_is_the_literal_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    distances = np.sort(rng.uniform(0.1, 2, 10))
+    same = np.array([True, *(rng.random(9) < 0.5)])
+    expected = oracle_evidence(distances.tolist(), same.tolist())
+    np.testing.assert_allclose(match_evidence(distances, same), expected, rtol=1e-9)
+    alone = match_evidence(distances[:1], same[:1])
+    np.testing.assert_allclose(alone, [-math.sqrt(distances[0])], rtol=1e-12)
+
+
+def test_copies_at_distance_zero_count_alone() -> None:
+    seen = match_evidence(np.array([0.0, 0.0, 4.0]), np.array([True, False, True]))
+    np.testing.assert_allclose(seen, [0, -2 / 3, 0, 0], atol=1e-12)
+
+
+def test_the_logistic_function_solves_its_equations() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 3))
+    y = rng.random(200) < 1 / (1 + np.exp(-x[:, 0]))
+    mean, scale, linear, intercept = fit_logistic(x, y)
+    z = (x - mean) / scale
+    expected = 1 / (1 + np.exp(-(intercept + z @ linear)))
+    middle = 1 / (1 + math.exp(-intercept))
+    # The gradient of the penalised likelihood, with one right and one wrong average image more.
+    np.testing.assert_allclose(z.T @ (y - expected), linear, atol=1e-6)
+    assert (y - expected).sum() + 1 - 2 * middle == pytest.approx(0, abs=1e-6)
+
+
+def test_all_right_stays_finite() -> None:
+    *_, linear, intercept = fit_logistic(np.zeros((50, 4)), np.ones(50, bool))
+    assert linear == (0, 0, 0, 0)
+    assert 1 / (1 + math.exp(-intercept)) == pytest.approx(51 / 52)
+
+
+def test_agreeing_neighbours_match_and_far_queries_do_not() -> None:
+    one, ten = fitted(), np.linspace(0.3, 0.6, 10)
+    agreed, alone = one.match(ten, ["a"] * 10), one.match(ten, ["a", *["b"] * 9])
+    assert agreed > 0.8 > 0.5 > alone
+    assert one.match(ten + 2 * one.far, ["a"] * 10) == 0
+
+
+def test_without_labels_match_is_how_usual_the_distance_is() -> None:
+    points, _ = clouds()
+    apart = ((points[:, None] - points[None]) ** 2).sum(axis=2)
+    np.fill_diagonal(apart, np.inf)
+    own, one = apart.min(axis=1), fitted(labels=False)
+    for distance in np.quantile(own, [0.1, 0.5, 0.9]):
+        expected = (own >= distance).mean()
+        assert one.match(np.array([distance]), [None]) == pytest.approx(expected, abs=0.05)
+    falling = [one.match(np.array([d]), [None]) for d in np.linspace(0, 3 * one.far, 50)]
+    assert falling == sorted(falling, reverse=True)
+    assert falling[0] == 1
+    assert falling[-1] == 0
+
+
+def test_too_few_images_calibrate_nothing() -> None:
+    points, names = clouds(n=5)
+    assert calibrate_match(points, names) is None
+
+
+def test_an_image_of_many_copies_is_not_its_own_result() -> None:
+    points = np.zeros((40, 3), np.float32)
+    made = calibrate_match(points, ["a"] * 40)
+    assert made is not None
+    assert MatchCalibration.from_dict(made["several"]).match(np.zeros(10), ["a"] * 10) > 0.9
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scale": [0.0] * 4},
+        {"linear": [1.0]},
+        {"shares": [2.0]},
+        {"far": -1.0},
+        {"far": None},
+        {"images": 0},
+        {"mean": [1.0, 2.0]},
+        {"intercept": True},
+        {"distances": []},
+    ],
+)
+def test_a_calibration_that_cannot_be_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="the calibration's"):
+        MatchCalibration.from_dict({**fitted().to_dict(), **change})
+
+
+def test_an_index_says_how_likely_its_first_result_is_right(tmp_path: Path) -> None:
+    points, labels = clouds()
+    maps = np.ones((4, 2, 2), np.float32)
+    build_from_features(
+        points, points, tmp_path / "i", labels=labels, normalize=False, grid=(2, 2), progress=False
+    )
+    query = points[0] + 0.01
+    with Explainer(tmp_path / "i") as explainer:
+        found = [explainer.explain_features(query, maps, n_neighbors=n) for n in (1, 5, 10)]
+        named = explainer.explain_features(query, maps, neighbors=["0", "1"])
+        far = explainer.explain_features(query + 100, maps)
+    assert [len(one.ids) for one in found] == [1, 5, 10]
+    assert found[0].match == found[1].match == found[2].match
+    assert found[0].match is not None
+    assert found[0].to_dict()["match"] == found[0].match > 0.5
+    assert named.match is not None
+    assert far.match == 0
+    assert far.match_in_words == "DOUBTFUL RESULT, match 0.00"
+    assert far._transfer_note().startswith("DOUBTFUL RESULT, match 0.00\n")
+
+    with Index.open(tmp_path / "i") as index:
+        made = index.manifest["match_calibration"]
+    put_match(tmp_path / "i", None)
+    with Explainer(tmp_path / "i") as explainer:
+        assert explainer.explain_features(query, maps).match is None
+    assert main(["calibrate", str(tmp_path / "i"), "--quiet"]) == 0
+    with Index.open(tmp_path / "i") as index:
+        assert index.manifest["match_calibration"] == made

@@ -7,7 +7,7 @@ import { announce, find, make } from "./dom.js";
 import { startIntake } from "./intake.js";
 import { mapOf } from "./maps.js";
 import { showContrast, showGuide, showPicked, showReceipt, showState } from "./panel.js";
-import { QueryView, showTrust } from "./query.js";
+import { QueryView, showMatch, showTrust } from "./query.js";
 import { Card, drawOwn, drawPoint, drawSome, loadAll, showCards, showWaiting } from "./results.js";
 import { about, compare, examples, explain, picture, pictureAddress } from "./service.js";
 import { startTheme } from "./theme.js";
@@ -71,6 +71,7 @@ async function lookUp() {
   known.cards = known.answer.neighbors.map((one, place) => before.get(one.id) ?? new Card(one, place + 1, heard));
   for (const card of before.values()) if (!known.cards.includes(card)) card.forget();
   query.answered(known.answer);
+  showMatch(known.answer);
   showTrust(known.answer);
   showCards(known.cards);
   stage("answered");
@@ -124,6 +125,7 @@ function stage(name) {
   find("legend").hidden = name !== "answered";
   find("grid").hidden = name === "failed";
   if (name !== "answered") {
+    find("match").hidden = true;
     find("trust").hidden = true;
     find("back").hidden = true;
     find("note").textContent = name === "asking" ? "Looking it up …" : "";

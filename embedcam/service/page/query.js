@@ -165,6 +165,15 @@ export class QueryView {
   }
 }
 
+/** Whether the first result is right: what is doubtful stands above the map. */
+export function showMatch({ match, neighbors }) {
+  find("match").hidden = match === null;
+  if (match === null) return;
+  const doubtful = match < (neighbors[0]?.label ? 0.5 : 0.2);
+  find("match").dataset.kind = doubtful ? "bad" : "good";
+  find("match").textContent = `${doubtful ? "Doubtful result. Match" : "Match"} ${fixed(match, 2)}`;
+}
+
 /** Trust, in words and as a meter. */
 export function showTrust({ trust, trusted, direct }) {
   find("trust").hidden = trust === null;

@@ -1,6 +1,8 @@
 """Boxes and masks onto the map's grid; the pure parts of an evaluation in closed form."""
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,8 @@ from embedcam.evaluate.measures import localised, retrieved, shares, told_apart
 from embedcam.evaluate.queries import chosen, generator
 from embedcam.evaluate.regions import Region, of_boxes, of_masks
 from embedcam.evaluate.report import tables
-from embedcam.evaluate.settings import MEASURES
+from embedcam.evaluate.scenes import Scenes
+from embedcam.evaluate.settings import MEASURES, METHOD
 from embedcam.images import ImageSource, Item
 from embedcam.metrics import rank_of
 from embedcam.render import Chart, Notice, Table, page
@@ -441,3 +444,32 @@ def test_notices_charts_and_tables_in_their_order() -> None:
     assert text.count('class="charts"') == 1
     assert "&lt;i&gt;" in text
     assert '<td class="number">0.4*' in text
+
+
+def test_every_ordered_pair_of_known_labels_is_asked_by_pixels_of_one_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = np.random.default_rng(0)
+    signed = generator.normal(size=(1, 10, 10))
+    by_label = {name: np.zeros((10, 10)) for name in ("owl", "gull", "crow", "twig")}
+    by_label["owl"][:, :5] = 1
+    by_label["gull"][:, 4:9] = 1
+    by_label["crow"][0, 9] = 1  # less than two hundredths of the picture
+    by_label["twig"][5:] = 1  # of a label that the index does not know
+    scenes = Scenes.__new__(Scenes)
+    index = SimpleNamespace(ids=["one"])
+    scenes.gallery = SimpleNamespace(
+        index=index, of_label=lambda name: [] if name == "twig" else [0]
+    )
+    scenes.mapper = SimpleNamespace(clock=lambda what: nullcontext())
+    drawn = np.maximum(signed, 0)
+    monkeypatch.setattr(Scenes, "ask", lambda *given: (0, {METHOD: Maps(drawn, signed)}))
+    found = list(scenes.of_boxes(None, by_label, -1, 3, "a.png"))
+    assert [row["label"] for row in found] == ["owl", "gull"]
+    wins = [
+        (signed[0, y, a] > signed[0, v, b]) + 0.5 * (signed[0, y, a] == signed[0, v, b])
+        for y in range(10) for a in range(4) for v in range(10) for b in range(5, 9)
+    ]  # fmt: skip
+    assert found[0]["objects_auc"] == pytest.approx(np.mean(wins))
+    assert found[1]["objects_auc"] == pytest.approx(1 - np.mean(wins))
+    assert {row["first"] for row in found} == {3}

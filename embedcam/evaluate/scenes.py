@@ -21,6 +21,9 @@ from .measures import shares, told_apart
 from .queries import generator
 from .settings import METHOD, Settings
 
+LEAST = 0.02
+"""Share of a picture that an object needs alone to be asked about."""
+
 
 class NoScenesError(InputError):
     """Two pictures cannot be put side by side, and why."""
@@ -92,26 +95,32 @@ class Scenes:
     def of_boxes(
         self, seen: Seen, by_label: dict[str, np.ndarray], own: int, position: int, name: str
     ) -> Iterator[dict[str, Any]]:
-        """Every pair of labels that the boxes of one picture name, both asked about in turn."""
+        """Every ordered pair of labels that the boxes of one picture name and the index knows.
+
+        Pixels that belong to one of the two alone are compared, where each has at least `LEAST` of
+        the picture.
+        """
         known = [label for label in by_label if len(self.gallery.of_label(label))]
         for label in known:
-            asked = self.ask(seen, label, [own], name)
+            mine = by_label[label]
+            others = [
+                theirs
+                for theirs in (by_label[other] for other in known if other != label)
+                if min((mine * (1 - theirs)).mean(), (theirs * (1 - mine)).mean()) >= LEAST
+            ]
+            asked = self.ask(seen, label, [own], name) if others else None
             if asked is None:
                 continue
             result, maps = asked
-            rest = [by_label[other] for other in by_label if other != label]
-            yield self.record(
-                {
-                    "first": position,
-                    "second": -1,
-                    "side": -1,
-                    "label": label,
-                    "result": self.gallery.index.ids[result],
-                },
-                maps,
-                by_label[label],
-                np.max(rest, axis=0),
-            )
+            row = {
+                "first": position,
+                "second": -1,
+                "side": -1,
+                "label": label,
+                "result": self.gallery.index.ids[result],
+            }
+            for theirs in others:
+                yield self.record(row, maps, mine, theirs)
 
     def pasted(
         self, source: ImageSource, positions: np.ndarray, own: Any, on_unreadable: Any, tick: Any

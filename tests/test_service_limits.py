@@ -236,7 +236,7 @@ def test_too_many_at_once(index: Path) -> None:
 
     def slow(*given: Any, **options: Any) -> Any:
         begun.set()
-        assert hold.wait(20)
+        assert hold.wait(60)
         return explain(*given, **options)
 
     why.explain_batch = slow  # type: ignore[method-assign]
@@ -266,7 +266,7 @@ def test_an_answer_that_takes_too_long(index: Path) -> None:
     hold, explain = threading.Event(), why.explain_batch
 
     def slow(*given: Any, **options: Any) -> Any:
-        assert hold.wait(20)
+        assert hold.wait(60)
         return explain(*given, **options)
 
     why.explain_batch = slow  # type: ignore[method-assign]

@@ -67,7 +67,7 @@ def main() -> None:
         print("  ".join(lines[-1]), flush=True)
     if options.output:
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        said = (__doc__ or "").replace("    python", "    python").strip()
+        said = (__doc__ or "").strip()
         options.output.write_text(
             f"# Builds without labels\n\n{said}\n\n{table}\n", encoding="utf-8"
         )

@@ -19,6 +19,7 @@ from .explanation import Asked, Explanation, may_follow
 from .index import Index, Neighbors, Selection
 from .neighbors import named_neighbors
 from .opened import Opened
+from .targets import WHITENED
 from .transfer import coefficients, rival_coefficients
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def answer(
         direct=direct,
         asked=asked,
         rival=rival,
-        shared=opened.index.manifest["target"] in ("discriminant", "distinctive"),
+        shared=opened.index.manifest["target"] in WHITENED,
         prototypes=opened.index.manifest.get("compressed") is not None,
         marks=rows.marks if opened.index.marked else None,
     )

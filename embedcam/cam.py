@@ -65,8 +65,9 @@ def joined(coarse: Array, fine: Array) -> Array:
     size = tuple(fine.shape)[-2:]  # type: ignore[attr-defined]
     upper, own = _centred(resize(coarse, size)), _centred(fine)
     spreads = [((one * one).mean((-2, -1))[..., None, None]) ** 0.5 for one in (upper, own)]
-    flat = spreads[1] == 0
-    both: Array = upper + own * (spreads[0] / (spreads[1] + flat))
+    # A map that varies by its own rounding alone says nothing, however far it is stretched.
+    flat = spreads[1] <= 1e-6 * abs(fine).mean((-2, -1))[..., None, None]  # type: ignore[arg-type]
+    both: Array = upper + own * (spreads[0] / (spreads[1] + flat)) * ~flat
     return both
 
 

@@ -220,3 +220,5 @@ def test_a_view_without_contrast_adds_nothing() -> None:
     coarse = np.random.default_rng(5).normal(size=(2, 2))
     upper = resize(coarse, (4, 4))
     np.testing.assert_allclose(joined(coarse, np.full((4, 4), 3.0)), upper - upper.mean())
+    rounded = np.float32(3) + np.float32(3e-7) * (fine > 0)
+    np.testing.assert_allclose(joined(coarse, rounded), upper - upper.mean())

@@ -15,11 +15,10 @@ import numpy as np
 from .calibration import evidence
 from .cam import cam, joined, resize, sharpen, signed_cam
 from .errors import IndexFormatError, InputError
-from .explanation import Asked, Explanation, may_follow
+from .explanation import SHARED, Asked, Explanation, may_follow
 from .index import Index, Neighbors, Selection
 from .neighbors import named_neighbors
 from .opened import Opened
-from .targets import WHITENED
 from .transfer import coefficients, rival_coefficients
 
 if TYPE_CHECKING:
@@ -158,7 +157,7 @@ def answer(
         direct=direct,
         asked=asked,
         rival=rival,
-        shared=opened.index.manifest["target"] in WHITENED,
+        shared=opened.index.manifest["target"] in SHARED,
         prototypes=opened.index.manifest.get("compressed") is not None,
         marks=rows.marks if opened.index.marked else None,
     )

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .render.tiles import Scale
 
 
+SHARED = {"discriminant": "one answer", "distinctive": "most of their answer"}
+"""What the images of a label share, by targets that hold labels against each other."""
+
+
 @dataclass(frozen=True, eq=False)
 class Asked:
     """An image that `result` or `above` named, which need not be among the nearest.
@@ -92,8 +96,8 @@ class Explanation:
             neighbours alone, as they were searched or named.
         rival: the image that `above` named; pictures show it after `asked`. The weights are then
             the result's less the rival's, each of length 1 before, and `trust` is None.
-        shared: by the index's target the images of a label share all ("discriminant") or most
-            ("distinctive") of their weights.
+        shared: by the index's target the images of a label share all or most of their weights; see
+            `SHARED`.
         prototypes: the results are prototypes merged from images, shown by the picture of the one
             in their middle.
         max_pixels: pictures of more pixels are not read, and count as not found.

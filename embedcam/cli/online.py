@@ -116,8 +116,9 @@ def _say_empty(options: argparse.Namespace, query: str, explanation: Any) -> Non
 
 def _say_shared(options: argparse.Namespace, index: Any) -> None:
     """That by a target of labels a result is hardly explained apart from its label."""
-    shares = {"discriminant": "one answer", "distinctive": "most of their answer"}
-    shared = shares.get(index.manifest["target"]) if options.method is None else None
+    from ..explanation import SHARED
+
+    shared = SHARED.get(index.manifest["target"]) if options.method is None else None
     if options.result is None or not shared:
         return
     named = [name for name in (options.result, options.above) if name is not None]

@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from .calibration import evidence
-from .cam import cam, joined, resize, sharpen, signed_cam
+from .cam import drawn_and_signed, resize
 from .errors import IndexFormatError, InputError
 from .explanation import SHARED, Asked, Explanation, may_follow
 from .index import Index, Neighbors, Selection
-from .neighbors import named_neighbors
+from .neighbors import draw_negatives, named_neighbors
 from .opened import Opened
 from .transfer import coefficients, rival_coefficients
 
 if TYPE_CHECKING:
     from PIL import Image
 
-N_NEGATIVES = 50
 SAME_WEIGHTS = 1e-3
 """Length of the difference of two weights of length 1 that stored digits can account for."""
 _LOG = logging.getLogger("embedcam")
@@ -120,13 +119,13 @@ def answer(
         asked, *others = _asked(opened, used, chosen, made.norms)
         rival = others[0] if others else None
     # Trust is calibrated for maps that weights add up to, not for their differences.
-    trust = None
+    trust, low = None, None
     if rival is None:
-        trust = _trust(opened, made, chosen.distances, query.activations[0])
-    weights, doubted = made.weights, trust is not None and trust < choices.trusted_from
+        trust, low = _trust(opened, made, chosen.distances, query.activations[0])
+    weights, doubted = made.weights, low is not None and low < choices.trusted_from
     direct = doubted and query.inputs is not None and choices.fallback is not None
     if direct and choices.fallback is not None:
-        _LOG.debug("trust %.2f is below %.2f: weights computed", trust, choices.trusted_from)
+        _LOG.debug("trust %.2f, one in ten below %.2f: weights computed", trust, low)
         negatives = _others(opened.index, rows, used)
         weights = list(choices.fallback.weights(query.inputs, used.embeddings, negatives))
     ids, root = rows.ids, opened.root
@@ -152,6 +151,7 @@ def answer(
         neighbor_norms=norms,
         layer_weights=dict(zip(opened.layers, weights, strict=True)),
         trust=trust,
+        trust_low=low,
         match=match,
         trusted_from=choices.trusted_from,
         direct=direct,
@@ -221,17 +221,8 @@ def _asked(opened: Opened, used: Selection, chosen: Neighbors, norms: np.ndarray
 
 def _drawn(weights: Sequence[np.ndarray], query: Query) -> tuple[np.ndarray, np.ndarray]:
     """The map of a query and the same before its ReLU, at the size asked for."""
-    layers = query.activations if query.finer is None else query.finer
     with np.errstate(over="ignore", invalid="ignore"):
-        signed = signed_cam(weights[0], query.activations[0])
-        if query.finer is not None:
-            signed = joined(signed, signed_cam(weights[0], query.finer[0]))
-        found = np.maximum(signed, 0)
-        for own, finer in zip(weights[1:], layers[1:], strict=True):
-            found = sharpen(cam(own, finer), found)
-        if len(weights) > 1:
-            # What several layers draw is positive; only the deepest says what speaks against it.
-            signed = found + np.minimum(resize(signed, found.shape), 0) * (found == 0)
+        found, signed = drawn_and_signed(weights, query.activations, query.finer)
         if query.size is not None:
             found, signed = (resize(one, query.size) for one in (found, signed))
     if not np.isfinite(found).all():
@@ -286,8 +277,9 @@ def _transferred(
 
 def _trust(
     opened: Opened, made: _Transfer, distances: np.ndarray, activations: np.ndarray
-) -> float | None:
-    """Expected correlation with the directly computed map; None where nothing was calibrated.
+) -> tuple[float, float] | tuple[None, None]:
+    """Expected correlation with the map that is computed on the query, and what nine in ten such
+    queries reach; None where nothing was calibrated.
 
     Args:
         opened: the index.
@@ -297,14 +289,14 @@ def _trust(
     """
     calibration = opened.calibrations.get("one" if len(distances) == 1 else "several")
     if calibration is None:
-        return None
+        return None, None
     # What overflows, of weights that are no honest index's, is not trusted.
     with np.errstate(over="ignore", invalid="ignore"):
         decoded = opened.encodings[0].decode(made.fields)
         raw = np.tensordot(decoded, activations, 1)
         norm = float(np.linalg.norm(made.weights[0]))
         seen = evidence(raw, made.shares, norm, distances)
-    return float(calibration.trust(seen, np.min(distances)))
+    return calibration.trust(seen, float(np.min(distances)))
 
 
 def _match(opened: Opened, near: Neighbors) -> float | None:
@@ -330,7 +322,5 @@ def _others(index: Index, rows: Selection, used: Selection) -> np.ndarray:
             "the index holds no image but the neighbours, so nothing is left to tell the query "
             "from; ask for fewer neighbours, or leave out fallback"
         )
-    drawn = np.random.default_rng(0).choice(live, min(8 * N_NEGATIVES, len(live)), False)
-    near = {label for label in (*rows.labels, *used.labels) if label is not None}
-    apart = np.array([label not in near for label in index.select(drawn).labels])
-    return index.embeddings((drawn[apart] if apart.any() else drawn)[:N_NEGATIVES])
+    near = [*rows.labels, *used.labels]
+    return index.embeddings(draw_negatives(live, near, lambda drawn: index.select(drawn).labels))

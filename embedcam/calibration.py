@@ -1,8 +1,8 @@
 """How far a transferred map can be trusted: evidence at hand, and the calibration that reads it.
 
 Arrays only, so that a service needs neither torch nor scikit-learn for it; `embedcam.trust` fits
-it. Trust is an expected correlation: of the drawn map with the one that differentiating the query
-itself would draw.
+it. Trust is an expected correlation: of the signed map that transferred weights draw with the one
+that is computed on the query itself, by the index's own target (`targets.query_cotangent`).
 """
 
 import math
@@ -23,7 +23,6 @@ EVIDENCE = (
     "nearness",
     "peak",
     "positive share",
-    "spread",
 )
 """What is looked at; with a single neighbour only what follows the agreements."""
 ALONE = 3
@@ -34,11 +33,11 @@ _LARGEST = sys.float_info.max
 def evidence(raw: np.ndarray, shares: np.ndarray, norm: float, distances: np.ndarray) -> np.ndarray:
     """What predicts how well transferred weights draw a query.
 
-    - *map agreement*: mean correlation of each neighbour's map of the query with the drawn one;
+    - *map agreement*: mean correlation of each neighbour's signed map with the transferred one;
     - *weight agreement*: L2 norm of the mean of the neighbours' unit weight vectors;
-    - *mean nearness*, *nearness*: minus the squared distances' mean and minimum;
-    - *peak*: log of the drawn map's maximum over its mean; *spread*: its entropy in nats;
-    - *positive share*: of the magnitude of the signed map sum w A.
+    - *mean nearness*, *nearness*: minus the Euclidean distances' mean and minimum;
+    - *peak*: log of the signed map's largest magnitude over its standard deviation;
+    - *positive share*: of the signed map's magnitude.
 
     Args:
         raw: each neighbour's signed map sum_k w_k A_k of the query, `[n h w]`.
@@ -47,24 +46,21 @@ def evidence(raw: np.ndarray, shares: np.ndarray, norm: float, distances: np.nda
         distances: squared Euclidean distances to the query, `[n]`.
 
     Returns:
-        float64 `[7]`, or `[4]` for one neighbour; finite.
+        float64 `[6]`, or `[3]` for one neighbour; finite.
     """
     raw = np.asarray(raw, np.float64)
     signed = np.tensordot(np.asarray(shares, np.float64), raw, 1)
-    drawn = np.maximum(signed, 0).ravel()
-    total, size = float(drawn.sum()), float(np.abs(signed).sum())
-    peak = math.log(drawn.max() * drawn.size / total) if total > 0 else math.log(drawn.size)
-    spread = 0.0
-    if total > 0:
-        parts = drawn[drawn > 0] / total
-        spread = -float((parts * np.log(parts)).sum())
-    shape = [peak, total / size if size > 0 else 0.0, spread]
-    nearest = -float(np.min(distances))
+    magnitudes, spread = np.abs(signed), float(signed.std())
+    size, largest = float(magnitudes.sum()), float(magnitudes.max())
+    # A map that varies by its rounding alone has no peak.
+    peak = math.log(largest / spread) if spread > 1e-6 * largest else 0.0
+    shape = [peak, float(np.maximum(signed, 0).sum()) / size if size > 0 else 0.0]
+    apart = np.sqrt(np.asarray(distances, np.float64))
+    nearest = -float(apart.min())
     if len(raw) == 1:
         return np.array([nearest, *shape])
-    maps = np.maximum(raw, 0).reshape(len(raw), -1)
-    agreement = float(np.mean([correlation(one, drawn) for one in maps]))
-    return np.array([agreement, norm, -float(np.mean(distances)), nearest, *shape])
+    agreement = float(np.mean([correlation(one.ravel(), signed.ravel()) for one in raw]))
+    return np.array([agreement, norm, -float(apart.mean()), nearest, *shape])
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -79,8 +75,8 @@ class Calibration:
     """From evidence to trust, for explanations by one neighbour or by several.
 
     The score is a quadratic function of the standardised evidence; knots join scores to expected
-    correlations, never falling, and are linear in between. Beyond the largest distance that was
-    calibrated trust falls linearly, to 0 at twice that distance.
+    correlations and to their 10th percentiles, neither ever falling, linear in between. Beyond the
+    largest distance that was calibrated both fall linearly, to 0 at twice that distance.
 
     Args:
         mean: of the evidence, `[F]`.
@@ -90,6 +86,7 @@ class Calibration:
         intercept: of the score.
         scores: of the knots, rising.
         correlations: of the knots, in [0, 1], never falling.
+        lows: 10th percentiles of the knots, likewise.
         largest_distance: squared Euclidean, of the nearest neighbours of the calibrated images.
         neighbors: how many neighbours the calibrated images were explained by.
         images: how many images were calibrated with.
@@ -102,6 +99,7 @@ class Calibration:
     intercept: float
     scores: tuple[float, ...]
     correlations: tuple[float, ...]
+    lows: tuple[float, ...]
     largest_distance: float
     neighbors: int
     images: int
@@ -114,18 +112,21 @@ class Calibration:
         found: np.ndarray = self.intercept + x @ self.linear + products @ self.quadratic
         return found
 
-    def trust(self, evidence: np.ndarray, nearest: np.ndarray) -> np.ndarray:
-        """Expected correlation in [0, 1].
+    def trust(self, evidence: np.ndarray, nearest: float) -> tuple[float, float]:
+        """Return the expected correlation and its 10th percentile, both in [0, 1].
 
         Args:
-            evidence: `[... F]`.
-            nearest: squared distance to the nearest neighbour, `[...]`.
+            evidence: of one query, `[F]`.
+            nearest: squared distance to the nearest neighbour.
         """
         # Of a forged calibration: what overflows is not to be trusted, and is no number to show.
         with np.errstate(over="ignore", invalid="ignore"):
-            expected = np.interp(self.score(evidence), self.scores, self.correlations)
-            near = fall(np.asarray(nearest, np.float64), self.largest_distance)
-        return np.nan_to_num(expected, nan=0.0) * near
+            score = self.score(evidence)
+            near = float(fall(np.asarray(nearest, np.float64), self.largest_distance))
+            found = [float(np.interp(score, self.scores, knots)) * near
+                     for knots in (self.correlations, self.lows)]  # fmt: skip
+        expected, low = np.nan_to_num(found, nan=0.0).tolist()
+        return expected, min(expected, low)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a manifest."""
@@ -148,11 +149,10 @@ class Calibration:
             width == known[taken["neighbors"] == 1]
             and len(taken["scale"]) == len(taken["linear"]) == width
             and len(taken["quadratic"]) == width * (width + 1) // 2
-            and len(taken["scores"]) == len(taken["correlations"]) >= 1
+            and len(taken["scores"]) == len(taken["correlations"]) == len(taken["lows"]) >= 1
             and min(taken["scale"]) > 0
-            and all(0 <= value <= 1 for value in taken["correlations"])
-            and rising(taken["scores"])
-            and rising(taken["correlations"])
+            and all(0 <= value <= 1 for value in (*taken["correlations"], *taken["lows"]))
+            and all(map(rising, (taken["scores"], taken["correlations"], taken["lows"])))
             and taken["largest_distance"] >= 0
         )
         if not fits:

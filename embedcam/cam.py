@@ -4,6 +4,7 @@ Pure functions over NumPy arrays or torch tensors, whichever is given: only oper
 that both share are used, so nothing heavy is imported and services can stay without torch.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -69,6 +70,35 @@ def joined(coarse: Array, fine: Array) -> Array:
     flat = spreads[1] <= 1e-6 * abs(fine).mean((-2, -1))[..., None, None]  # type: ignore[arg-type]
     both: Array = upper + own * (spreads[0] / (spreads[1] + flat)) * ~flat
     return both
+
+
+def drawn_and_signed(
+    weights: Sequence[np.ndarray],
+    activations: Sequence[np.ndarray],
+    finer: Sequence[np.ndarray] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the map of one picture with all layers, and the same before its ReLU.
+
+    What several layers draw is positive (`sharpen`); only the deepest says what speaks against it.
+
+    Args:
+        weights: of each layer, deepest first, `[K]`.
+        activations: of each layer, `[K h w]`.
+        finer: of each layer, of the same picture shown larger: both maps are `joined`.
+
+    Returns:
+        Two maps `[H W]` on the finest grid, the first >= 0.
+    """
+    signed = signed_cam(weights[0], activations[0])
+    if finer is not None:
+        signed = joined(signed, signed_cam(weights[0], finer[0]))
+    found = np.maximum(signed, 0)
+    layers = activations if finer is None else finer
+    for own, maps in zip(weights[1:], layers[1:], strict=True):
+        found = sharpen(cam(own, maps), found)
+    if len(weights) > 1:
+        signed = found + np.minimum(resize(signed, found.shape), 0) * (found == 0)
+    return found, signed
 
 
 def _centred(maps: Any) -> Any:

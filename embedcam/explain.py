@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Explainer", "Explanation", "Fallback"]
 
 TRUSTED_FROM = 0.5
-"""Expected correlation with the directly computed map from which a transfer counts as trusted."""
+"""Correlation with the directly computed map that nine in ten such transfers must reach."""
 _LOG = logging.getLogger("embedcam")
 
 
@@ -61,7 +61,8 @@ class Explainer:
             `network`: runs without torch.
         n_neighbors: images returned for a query, all of them in a smaller index.
         transfer: "mean" or "distance", see `transfer.coefficients`.
-        trusted_from: trust from which an explanation counts as trusted, 0 to 1.
+        trusted_from: correlation that nine in ten such maps must reach for one to count as
+            trusted, 0 to 1.
         fallback: computes the weights of a query whose transfer is not trusted, see
             `fallback.DirectWeights`; None leaves them as they were transferred.
         images: folder the indexed images lie in now; None takes the one they were built from.

@@ -76,15 +76,17 @@ class Explanation:
             by it, so that results that share a colour scale are compared by weights of one length.
         layer_weights: the transferred weights of every layer by its name, several where the method
             draws with several; with `method` that method's own, or None.
-        trust: the correlation to be expected between the map and the one that differentiating the
-            query itself would draw, in [0, 1], calibrated when the index was built; of the
-            transfer, also where `direct`, whose map is not the one it speaks of; fitted with
-            transfer "mean", 1 and 5 neighbours. None where the index holds no calibration.
+        trust: the correlation to be expected, in [0, 1], of the signed map with the one that is
+            computed on the query itself by the index's own target, which is what `fallback` draws;
+            calibrated on images of the index that play queries, with transfer "mean" from one
+            neighbour and from five. Also where `direct` it is the transfer's. None where the index
+            holds no calibration.
+        trust_low: the correlation that nine in ten such maps reach.
         match: the probability that the first result is of the query's kind, in [0, 1], from the
             distances and labels of the ten nearest, however many are shown; it says whether the
             result is right, and trust whether the map is. Without labels: how usual the distance of
             the first is among the indexed images. None where the index holds no calibration.
-        trusted_from: trust from which the explanation counts as `trusted`.
+        trusted_from: `trust_low` from which the explanation counts as `trusted`.
         direct: the transfer was not trusted, and the weights were computed on the query itself.
             `trusted` is then True whatever `trust` is: the map needs no transfer. It answers for
             the results that came back, right or wrong.
@@ -125,6 +127,7 @@ class Explanation:
     method: str = ""
     layer_weights: dict[str, np.ndarray] | None = None
     trust: float | None = None
+    trust_low: float | None = None
     trusted_from: float = 0.5
     direct: bool = False
     asked: Asked | None = None
@@ -160,7 +163,9 @@ class Explanation:
 
         True also where the weights were computed on the query (`direct`), however low `trust` is.
         """
-        return None if self.trust is None else self.direct or self.trust >= self.trusted_from
+        return (
+            None if self.trust_low is None else self.direct or self.trust_low >= self.trusted_from
+        )
 
     @property
     def trust_in_words(self) -> str:
@@ -357,6 +362,7 @@ class Explanation:
             "method": self.method or None,
             "match": self.match,
             "trust": self.trust,
+            "trust_low": self.trust_low,
             "trusted": self.trusted,
             "direct": self.direct,
             "explained": list(self.explained),

@@ -11,25 +11,15 @@ from .methods import Subject, found_for, inputs_a_pass
 from .network import EmbeddingNetwork
 from .recipe import Recipe
 from .registry import LayersMethod
-from .targets import (
-    WHITENED,
-    Direction,
-    TripletMargin,
-    Whitened,
-    centred_cotangent,
-    whitened_cotangent,
-    whitening,
-    with_own,
-)
+from .targets import Direction, TripletMargin, query_cotangent
 
 
 class DirectWeights:
     """Weights of a query by the recipe's own method and target, with the query as anchor.
 
     Its neighbours are the positives and stand for its label, which a query has none of; seeded
-    random other images are the negatives; both together stand for the collection where a target
-    asks for its mean or covariance. Through the head alone where the method is Grad-CAM's kind;
-    works inside inference mode too.
+    random other images are the negatives, see `targets.query_cotangent`. Through the head alone
+    where the method is Grad-CAM's kind; works inside inference mode too.
 
     Args:
         network: the network the index was built with.
@@ -82,32 +72,18 @@ class DirectWeights:
     def _target(
         self, positives: np.ndarray, negatives: np.ndarray, batch: torch.Tensor
     ) -> Direction | TripletMargin:
-        target = self.recipe.resolved_target
-        if target in ("centred", *WHITENED):
-            own = self.network.forward(batch).embedding[0].cpu().numpy()
-            others = np.concatenate([positives, negatives])
-            if target == "centred":
-                return Direction(centred_cotangent(own, others.mean(0)))
-            return Direction(self._whitened(own, others, positives.mean(0) - negatives.mean(0)))
-        if not self.recipe.per_triplet:
-            # The margin is affine in the anchor, so its mean over all triplets is one direction.
-            return Direction(2 * (positives.mean(0) - negatives.mean(0)))
-        generator = np.random.default_rng(self.recipe.seed)
-        count = self.recipe.n_triplets
-        drawn = (generator.integers(len(each), size=count) for each in (positives, negatives))
-        first, second = drawn
-        return TripletMargin(positives[first], negatives[second])
-
-    def _whitened(self, own: np.ndarray, others: np.ndarray, difference: np.ndarray) -> np.ndarray:
-        """A whitened target's cotangent at the query's embedding `[D]`; see `AnchorCotangents`."""
         recipe = self.recipe
-        amounts = Whitened.of(recipe.resolved_target, recipe.norm, labelled=True)
-        others = others.astype(np.float64)
-        mean = others.mean(0)
-        matrix = whitening(others.T @ others / len(others), mean, amounts.ridge)
-        kind = whitened_cotangent(2 * difference[None], own[None], matrix, amounts.jacobian)
-        found: np.ndarray = with_own(kind, (own - mean)[None], amounts.own)[0].astype(np.float32)
-        return found
+        if recipe.per_triplet:
+            generator = np.random.default_rng(recipe.seed)
+            count = recipe.n_triplets
+            first, second = (
+                generator.integers(len(each), size=count) for each in (positives, negatives)
+            )
+            return TripletMargin(positives[first], negatives[second])
+        # Affine in the anchor, so the mean over all triplets is one direction.
+        own = self.network.forward(batch).embedding[0].cpu().numpy()
+        target, norm = recipe.resolved_target, recipe.norm
+        return Direction(query_cotangent(target, norm, own, positives, negatives))
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

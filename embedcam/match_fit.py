@@ -4,14 +4,10 @@ Needs embeddings and labels alone, no pictures and no network; see `embedcam.mat
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .errors import InputError
-from .index import Index, put_match
-from .index.manifest import refuse_prototypes
 from .index.search import nearest
 from .matching import TEN, MatchCalibration, match_evidence
 
@@ -61,30 +57,6 @@ def calibrate_match(
             *fitted, distances, shares, float(np.quantile(own, _FAR)), count, len(rows)
         ).to_dict()
     return made
-
-
-def calibrate_index(path: str | Path) -> int:
-    """Fit match anew to the live images of an index, and keep it there; weights stay as they are.
-
-    Returns:
-        How many images it was fitted with.
-
-    Raises:
-        InputError: too few images, or an index of prototypes, whose distances are no images'.
-        IndexFormatError: no index, or a broken one.
-    """
-    with Index.open(path, with_faiss=False) as index:
-        refuse_prototypes(index.path, index.manifest, "calibrate the index before compressing it")
-        live, metric = index.live_positions(), index.manifest["metric"]
-        seed = int(index.manifest["recipe"].get("seed", 0))
-        made = calibrate_match(index.embeddings(live), index.select(live).labels, metric, seed)
-        if made is None:
-            raise InputError(
-                f"{index.path}: {len(live)} images calibrate no match; add images until there are "
-                f"at least {LEAST}"
-            )
-    put_match(path, made)
-    return int(made["several"]["images"])
 
 
 def fit_logistic(

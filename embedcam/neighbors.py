@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from .errors import InputError
 from .index import Index, Neighbors
 from .queries import check_count
+
+N_NEGATIVES = 50
+
+
+def draw_negatives(
+    candidates: np.ndarray,
+    near: Iterable[str | None],
+    labels_of: Callable[[np.ndarray], Sequence[str | None]],
+) -> np.ndarray:
+    """Draw seeded random images that are no neighbours, nor labelled as they are.
+
+    Args:
+        candidates: positions of all but the neighbours, `[n]`, n >= 1.
+        near: labels of the neighbours.
+        labels_of: labels of the images at some positions.
+
+    Returns:
+        At most `N_NEGATIVES` positions; with a neighbour's label where all drawn have one.
+    """
+    count = min(8 * N_NEGATIVES, len(candidates))
+    drawn = np.random.default_rng(0).choice(candidates, count, False)
+    known = {label for label in near if label is not None}
+    apart = np.array([label not in known for label in labels_of(drawn)])
+    return (drawn[apart] if apart.any() else drawn)[:N_NEGATIVES]
 
 
 def check_wanted(

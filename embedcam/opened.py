@@ -163,6 +163,8 @@ class Opened:
             root = (manifest.get("images") or {}).get("root")
         if before is None or before.index.marked:
             _say_unmarked(index)
+        if before is None:
+            _say_uncalibrated(index)
         return cls(
             index=index,
             network=network,
@@ -171,7 +173,7 @@ class Opened:
             encodings=tuple(index.encoding(number) for number in range(len(layers))),
             calibrations={
                 name: Calibration.from_dict(values)
-                for name, values in (manifest.get("trust") or {}).items()
+                for name, values in (manifest.get("trust_calibration") or {}).items()
             },
             matches={
                 name: MatchCalibration.from_dict(values)
@@ -192,6 +194,18 @@ def _say_unmarked(index: Index) -> None:
         _LOG.warning(
             "%s keeps no marks of its images' files, so whether a picture was replaced since the "
             "build cannot be told; `embedcam build --refit` adds them",
+            index.path,
+        )
+
+
+def _say_uncalibrated(index: Index) -> None:
+    """Say, once, that trust was calibrated by a version that meant something else by it."""
+    manifest = index.manifest
+    if manifest.get("trust") is not None and manifest.get("trust_calibration") is None:
+        _LOG.warning(
+            "%s holds a calibration of trust by an earlier definition, which is not read; "
+            "`embedcam calibrate %s` makes it again, without building the index",
+            index.path,
             index.path,
         )
 

@@ -350,7 +350,11 @@ def test_info_says_when_trust_was_calibrated(say: Say, tmp_path: Path) -> None:
     (tmp_path / "extra/0/0.png").rename(tmp_path / "extra/0/extra.png")
     index = tmp_path / "index"
     assert say("build", tmp_path / "many", index, "--quiet", *NAMED)[0] == 0
-    assert "; calibrated on 42 images explained twice\n" in say("info", index)[1]
+    assert "; calibrated on 42 images that queried it\n" in say("info", index)[1]
     assert say("add", index, tmp_path / "extra", "--quiet", *TRUSTED)[0] == 0
-    told = "; calibrated on 42 images explained twice by the build, before 1 image more came\n"
+    told = "; calibrated on 42 images that queried it; 1 image more came after the build\n"
     assert told in say("info", index)[1]
+    assert "embedcam calibrate" not in say("info", index)[1]
+    assert "match calibrated on 43 images\n" in say("calibrate", index, "--no-trust")[1]
+    told = say("calibrate", index, "--json", *TRUSTED)[1]
+    assert json.loads(told) == {"match": 43, "trust": 43}

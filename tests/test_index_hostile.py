@@ -201,8 +201,8 @@ def test_the_record_says_what_the_manifest_says(path: Path) -> None:
         assert record.faiss.search.ef_search == 64
         assert record.faiss.search.nprobe is None
         assert record.manifest_sha256 == plain["manifest_sha256"]
-        assert record.trust is None
-        assert "trust" not in plain
+        assert record.trust_calibration is None
+        assert "trust_calibration" not in plain
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 from embedcam import Explainer, Index, build_from_features
 from embedcam.cli import main
 from embedcam.errors import InputError
-from embedcam.index import put_match
+from embedcam.index import put_calibrations
 from embedcam.match_fit import calibrate_match, fit_logistic
 from embedcam.matching import MatchCalibration, match_evidence
 
@@ -150,7 +150,7 @@ def test_an_index_says_how_likely_its_first_result_is_right(tmp_path: Path) -> N
 
     with Index.open(tmp_path / "i") as index:
         made = index.manifest["match_calibration"]
-    put_match(tmp_path / "i", None)
+    put_calibrations(tmp_path / "i", {"match_calibration": None})
     with Explainer(tmp_path / "i") as explainer:
         assert explainer.explain_features(query, maps).match is None
     assert main(["calibrate", str(tmp_path / "i"), "--quiet"]) == 0

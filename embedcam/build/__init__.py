@@ -7,7 +7,15 @@ at any moment goes on where it stopped. `explain` never imports this room: they 
 """
 
 from .changes import Changes
-from .jobs import SCRATCH_GB, add_images, build_index, indexed_images
+from .jobs import SCRATCH_GB, add_images, build_index, calibrate_index, indexed_images
 from .report import BuildReport
 
-__all__ = ["SCRATCH_GB", "BuildReport", "Changes", "add_images", "build_index", "indexed_images"]
+__all__ = [
+    "SCRATCH_GB",
+    "BuildReport",
+    "Changes",
+    "add_images",
+    "build_index",
+    "calibrate_index",
+    "indexed_images",
+]

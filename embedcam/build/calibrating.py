@@ -1,157 +1,238 @@
-"""A build's last look: how well do its own transfers draw? See `embedcam.trust`."""
+"""How well an index's transfers draw: some of its images query it. See `embedcam.trust`."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..assembly import Gathered, grid_of
-from ..cam import cam, sharpen
+from ..assembly import Gathered
+from ..calibration import correlation, evidence
+from ..cam import drawn_and_signed
 from ..encoding import Encoding, LowRank
 from ..errors import ImageError
+from ..fallback import DirectWeights
+from ..images import Batch
 from ..index import PartData
+from ..network import EmbeddingNetwork
 from ..passes import Tick, Work
+from ..recipe import Recipe
 from ..transfer import coefficients
-from ..trust import Twice, sample_rows
+from ..trust import LEAST, SAMPLE, LeftOut, fit_calibration, leave_out, sample_rows
 
 _BLOCK = 64
+_SHARE = 8
+"""One of so many images plays a query where it takes a gradient of its own."""
 Rows = Callable[[int, np.ndarray], dict[str, np.ndarray]]
 """Fields of a layer's encoding at some rows, with "embedding" where it uses that."""
 
 
-def calibrate(
+def in_closed_form(recipe: Recipe, network: EmbeddingNetwork) -> bool:
+    """Whether weights are W^T dy/dz, so that they can be had for a smaller index at once."""
+    matrix = network.head_kind.matrix
+    return recipe.method == "gradcam" and matrix is not None and recipe.sampling != "given"
+
+
+def trust_rows(n_rows: int, recipe: Recipe, network: EmbeddingNetwork) -> np.ndarray:
+    """Rows that play queries; fewer where each takes a gradient beside its forward pass."""
+    most = SAMPLE if in_closed_form(recipe, network) else min(SAMPLE, max(LEAST, n_rows // _SHARE))
+    return sample_rows(n_rows, recipe.seed, most)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a sampled image is drawn with.
+
+    Attributes:
+        maps: activations of each layer, deepest first, `[K h w]`; where `mixed` combinations of
+            them by the head's matrix, `[D h w]`.
+        inputs: the network's input `[3 H W]`; None where no gradient is asked for.
+    """
+
+    maps: Sequence[np.ndarray]
+    mixed: bool = False
+    inputs: np.ndarray | None = None
+
+
+def calibrate_build(
     work: Work,
     encodings: Sequence[Encoding],
     gathered: Gathered,
     part: PartData,
-    labels: np.ndarray | None,
-    mean: np.ndarray,
     tick: Tick,
 ) -> dict[str, Any] | None:
-    """Explain a sample of a new index's images twice; what the manifest says of trust.
+    """Calibrate trust for a new index, with the activations that its build kept.
 
     Args:
         work: with every chunk finished.
         encodings: of the index's layers.
         gathered: what the embedding pass found.
         part: the rows, as they will be stored.
-        labels: codes, see `Twice`, or None.
-        mean: mean embedding.
         tick: told of progress.
 
     Returns:
         Calibrations by name, or None where there are too few images.
     """
-    rows = sample_rows(len(part), work.recipe.seed)
-    if not len(rows):
-        return None
-    twice = Twice(gathered.own, labels, rows, work.recipe.metric, work.recipe.seed)
+    rows = trust_rows(len(part), work.recipe, work.network)
 
     def fields(layer: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
         found = {name: np.asarray(array)[chosen] for name, array in part.fields[layer].items()}
         return {**found, "embedding": gathered.own[chosen]}
 
-    for place, (maps, mixed) in enumerate(_activations(work, gathered, rows)):
-        factors = _Mixed(work, encodings[0], fields, mean) if mixed else None
-        twice.see(place, Sampled(maps, encodings, fields, factors))
-        tick(1)
-    return {name: one.to_dict() for name, one in twice.fit().items()}
+    return calibrate_trust(
+        work.recipe,
+        work.network,
+        encodings,
+        fields,
+        gathered.own,
+        part.labels,
+        rows,
+        _kept(work, gathered, rows),
+        tick,
+    )
 
 
-class Sampled:
-    """One image's activations, drawn with the stored weights of any rows; a `trust.Drawn`.
+def calibrate_trust(
+    recipe: Recipe,
+    network: EmbeddingNetwork,
+    encodings: Sequence[Encoding],
+    fields: Rows,
+    embeddings: np.ndarray,
+    labels: Sequence[str | None],
+    rows: np.ndarray,
+    views: Iterator[View],
+    tick: Tick,
+) -> dict[str, Any] | None:
+    """Let some of an index's images query the rest; what the manifest says of trust.
 
     Args:
-        activations: of each layer, deepest first, `[K h w]`.
-        encodings: of the layers.
-        fields: fetches rows.
-        mixed: where the activations are combinations by the head's matrix, what goes with them.
+        recipe: the index's.
+        network: its network.
+        encodings: of its layers.
+        fields: fetches rows of a layer.
+        embeddings: of all images, `[N D]`.
+        labels: theirs.
+        rows: of those that play queries, see `trust_rows`.
+        views: what each of these is drawn with, in order.
+        tick: told of progress.
+
+    Returns:
+        Calibrations by name, or None where there are too few images.
+    """
+    if not len(rows):
+        return None
+    closed, normalized = in_closed_form(recipe, network), network.normalize
+    sample = leave_out(recipe, embeddings, labels, rows, closed_form=closed, normalized=normalized)
+    direct = None if closed else DirectWeights(network, recipe)
+    counts = {"one": 1, "several": len(sample[0].near)}
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in counts}
+    agreed: dict[str, list[float]] = {name: [] for name in counts}
+    for one, view in zip(sample, views, strict=True):
+        if direct is None:
+            drawn = _by_codes(one, view, network.head_kind.matrix, encodings[0])
+        else:
+            weights = [each.decode(fields(n, one.near)) for n, each in enumerate(encodings)]
+            others = embeddings[one.near], embeddings[one.negatives]
+            drawn = _Drawn(weights, weights, direct.weights(view.inputs, *others), view.maps)
+        for name, count in counts.items():
+            apart = one.distances[:count]
+            shares, found, expected = drawn.by(count, apart)
+            norm = float(np.linalg.norm(shares @ drawn.weights[0][:count]))
+            raw = np.tensordot(drawn.factors[0][:count], view.maps[0], 1)
+            seen[name].append(evidence(raw, shares, norm, apart))
+            agreed[name].append(correlation(found, expected))
+        tick(1)
+    nearest = np.array([one.distances[0] for one in sample])
+    return {
+        name: fit_calibration(
+            np.array(seen[name]), np.array(agreed[name]), nearest, neighbors=count, seed=recipe.seed
+        ).to_dict()
+        for name, count in counts.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """One picture with its neighbours' weights and with its own.
+
+    Attributes:
+        weights: of the neighbours by layer, `[n K]`.
+        factors: what multiplies the maps in their place: the same but where maps are mixed.
+        own: what multiplies the maps for the picture's own weights, by layer, `[K]`.
+        maps: by layer, `[K h w]`.
     """
 
-    def __init__(
-        self,
-        activations: Sequence[np.ndarray],
-        encodings: Sequence[Encoding],
-        fields: Rows,
-        mixed: "_Mixed | None" = None,
-    ) -> None:
-        self._maps, self._encodings, self._fields, self._mixed = (
-            activations, encodings, fields, mixed,
-        )  # fmt: skip
+    weights: Sequence[np.ndarray]
+    factors: Sequence[np.ndarray]
+    own: Sequence[np.ndarray]
+    maps: Sequence[np.ndarray]
 
-    def look(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `trust.Drawn`."""
-        weights = self._encodings[0].decode(self._fields(0, rows))
-        factors = weights if self._mixed is None else self._mixed.of(rows)
-        return np.tensordot(factors, self._maps[0], 1), weights @ weights.T
-
-    def fuse(self, drawn: np.ndarray, rows: np.ndarray, shares: np.ndarray) -> np.ndarray:
-        """See `trust.Drawn`."""
-        for layer in range(1, len(self._encodings)):
-            encoding = self._encodings[layer]
-            unpacked = encoding.unpack(self._fields(layer, rows))
-            # Each layer's weights count by their own lengths, as `Explainer` has it.
-            own = coefficients(encoding.norms(unpacked), np.ones(len(rows)))
-            drawn = sharpen(cam(encoding.combine(unpacked, own), self._maps[layer]), drawn)
-        return drawn
+    def by(self, count: int, apart: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Shares of the first `count` neighbours; the signed maps by theirs and by its own."""
+        shares = [
+            coefficients(np.linalg.norm(each[:count].astype(np.float64), axis=1), apart)
+            for each in self.weights
+        ]
+        mixed = [share @ each[:count] for share, each in zip(shares, self.factors, strict=True)]
+        both = (drawn_and_signed(each, self.maps)[1] for each in (mixed, self.own))
+        found, expected = (signed.astype(np.float64).ravel() for signed in both)
+        return shares[0], found, expected
 
 
-class _Mixed:
-    """What multiplies activations that were kept as W A: codes over the number of cells."""
-
-    def __init__(self, work: Work, encoding: Encoding, fields: Rows, mean: np.ndarray) -> None:
-        assert isinstance(encoding, LowRank)
-        self._encoding, self._fields, self._mean = encoding, fields, mean
-        self._cells = np.prod(grid_of(work))
-
-    def of(self, rows: np.ndarray) -> np.ndarray:
-        """`[n D]`."""
-        codes = self._encoding.stored_codes(self._fields(0, rows))
-        if self._encoding.uses_embedding:
-            codes = codes - self._mean
-        found: np.ndarray = codes / self._cells
-        return found
+def _by_codes(one: LeftOut, view: View, matrix: np.ndarray | None, encoding: Encoding) -> _Drawn:
+    assert one.codes is not None
+    assert one.own is not None
+    assert matrix is not None
+    weights = one.codes @ matrix
+    if view.mixed:
+        return _Drawn([weights], [one.codes], [one.own], view.maps)
+    if not (isinstance(encoding, LowRank) and encoding.origin == "head"):
+        weights = encoding.decode(encoding.encode(weights))
+    return _Drawn([weights], [weights], [one.own @ matrix], view.maps)
 
 
-def _activations(
-    work: Work, gathered: Gathered, rows: np.ndarray
-) -> Iterator[tuple[list[np.ndarray], bool]]:
-    """Activations `[K h w]` of the rows by layer, and whether they are kept as W A.
-
-    From what the build kept; where it kept none, by one more forward pass of the sample.
-    """
+def _kept(work: Work, gathered: Gathered, rows: np.ndarray) -> Iterator[View]:
+    """Views of the rows from what the build kept; where that is too little, forwarded again."""
     stage = "embed" if work.pooled else "weights"
-    head = work.network.head_kind
+    mixed = work.exact and not work.network.head_kind.identity
+    closed = in_closed_form(work.recipe, work.network)
     first = 0
     for chunk in range(work.n_chunks):
         n = len(work.embedded(chunk))
         chosen = rows[(rows >= first) & (rows < first + n)] - first
         if len(chosen):
             arrays = work.scratch.read(stage, chunk)
-            if "activations" in arrays:
+            if not closed or "activations" not in arrays:
+                batches = work.batches(gathered.positions[first + chosen])
+                yield from forwarded(work.network, [name for name, _ in work.layers], batches)
+            else:
                 # A block at a time: NumPy widens halves twenty times slower than torch does.
                 for start in range(0, len(chosen), _BLOCK):
                     some = chosen[start : start + _BLOCK]
                     halves = torch.from_numpy(np.array(arrays["activations"][some])).float()
                     for maps, peak in zip(halves.numpy(), arrays["peaks"][some], strict=True):
-                        yield [maps * np.float32(peak)], work.exact and not head.identity
-            else:
-                for maps in _forwarded(work, gathered.positions[first + chosen]):
-                    yield maps, False
+                        yield View([maps * np.float32(peak)], mixed)
         first += n
 
 
-def _forwarded(work: Work, positions: np.ndarray) -> Iterator[list[np.ndarray]]:
-    with closing(work.batches(positions)) as batches:
+def forwarded(
+    network: EmbeddingNetwork, layers: Sequence[str], batches: Generator[Batch, None, None]
+) -> Iterator[View]:
+    """Views of images by a forward pass; `layers` are those of an index that has several.
+
+    Raises:
+        ImageError: one that could be read when it was indexed cannot be read now.
+    """
+    with closing(batches):
         for batch in batches:
             for _, reason in batch.errors:
-                raise ImageError(f"{reason}; it could be read before, so run the build again")
-            if work.layers:
-                names = [name for name, _ in work.layers]
-                tapped = work.network.forward_layers(batch.images, names)[1]
+                raise ImageError(f"{reason}; it could be read before, so run the command again")
+            if len(layers) > 1:
+                tapped = network.forward_layers(batch.images, layers)[1]
             else:
-                tapped = [work.network.forward(batch.images).activations]
+                tapped = [network.forward(batch.images).activations]
             for row in range(len(batch)):
-                yield [maps[row].float().cpu().numpy() for maps in tapped]
+                maps = [each[row].float().cpu().numpy() for each in tapped]
+                yield View(maps, inputs=np.asarray(batch.images[row]))

@@ -204,7 +204,7 @@ def same_index(
         "recipe": manifest["recipe_sha256"] == recipe.resolved.digest(),
         "network": identity.to_dict().items() <= network.items(),
         "choice of own maps": (manifest["layers"][0]["coarse_grid"] is not None) == own_maps,
-        "choice of trust": (manifest.get("trust") is not None)
+        "choice of trust": (manifest.get("trust_calibration") is not None)
         == (trust and manifest["fit"]["images"] >= LEAST),
         "array of given triplets": manifest["triplets"].get("sha256") == given,
     }

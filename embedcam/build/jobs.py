@@ -1,4 +1,4 @@
-"""The two jobs: build an index, and add images to one."""
+"""The jobs: build an index, add images to one, and calibrate one."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from ..cotangents import AnchorCotangents
 from ..errors import InputError
 from ..fingerprint import check, fingerprint
 from ..identity import Identity
-from ..images import MAX_PIXELS, ImageSource, Item
+from ..images import MAX_PIXELS, ImageSource, Item, load_batches
 from ..index import (
     ADD_INSTEAD,
     Index,
@@ -35,10 +35,12 @@ from ..index import (
     check_target,
     create,
     lock,
+    put_calibrations,
     refuse_prototypes,
     remove,
     sweep,
 )
+from ..match_fit import LEAST as LEAST_MATCH
 from ..match_fit import calibrate_match
 from ..network import EmbeddingNetwork
 from ..passes import (
@@ -55,8 +57,8 @@ from ..recipe import Recipe
 from ..scratch import Scratch, finished_job
 from ..scratch import remove as remove_scratch
 from ..triplets import pairs_digest
-from ..trust import sample_rows
-from .calibrating import calibrate
+from ..trust import LEAST
+from .calibrating import calibrate_build, calibrate_trust, forwarded, trust_rows
 from .changes import Changes, changes_since
 from .checks import (
     check_addable,
@@ -110,7 +112,7 @@ def build_index(
         on_unreadable: "fail" at an image that cannot be read, or "skip" and report it.
         triplets: with sampling "given": places in the source of (positive, negative), `[N S 2]`.
         own_maps: keep each image's own coarse map, so that results need no forward pass.
-        trust: calibrate how far transfers can be trusted, on images explained twice.
+        trust: calibrate how far transfers and first results can be trusted.
         scratch_gb: disk that kept activations may take during the build; changes nothing else.
         replace: redo a finished index instead of refusing.
         progress: bars; None shows them on a terminal or in a notebook, else logs how far it is.
@@ -168,8 +170,8 @@ def build_index(
             part = encode(work, encodings, gathered, mean, own_maps, source.root)
         calibrated = None
         if trust:
-            with stages("trust", len(sample_rows(len(part), recipe.seed))) as tick:
-                calibrated = calibrate(work, encodings, gathered, part, labels, mean, tick)
+            with stages("trust", len(trust_rows(len(part), recipe, network))) as tick:
+                calibrated = calibrate_build(work, encodings, gathered, part, tick)
         with stages("write"):
             grid = grid_of(work)
             about = header(
@@ -185,7 +187,7 @@ def build_index(
                 files=files_digest([files[position] for position in gathered.positions]),
                 given=triplets,
             )
-            about["trust"] = calibrated
+            about["trust_calibration"] = calibrated
             if trust:
                 about["match_calibration"] = calibrate_match(
                     gathered.own, part.labels, recipe.metric, recipe.seed
@@ -307,6 +309,76 @@ def add_images(
             append(path, part, removing=gone)
         scratch.remove()
     return replace(_report(work, path, part, gathered, labels, stages), changes=changes)
+
+
+def calibrate_index(
+    path: str | Path,
+    network: EmbeddingNetwork | None = None,
+    *,
+    images: str | Path | None = None,
+    batch_size: int = 32,
+    workers: int | None = None,
+    progress: bool | None = None,
+) -> dict[str, int]:
+    """Calibrate match, and with the network trust, for the images an index holds now.
+
+    Weights stay as they are. Match needs no pictures; trust forwards a sample of them.
+
+    Args:
+        path: folder of the index.
+        network: the one it was built with; None calibrates match alone.
+        images: folder the pictures lie in now; None takes the one they were built from.
+        batch_size, workers, progress: as for `build_index`.
+
+    Returns:
+        With how many images each of "match" and "trust" was calibrated.
+
+    Raises:
+        InputError: too few images; an index of prototypes, or one of features asked for trust.
+        NetworkMismatch: the network is not the index's.
+        ImageError: a picture of the sample cannot be read.
+    """
+    path = Path(path)
+    with Index.open(path, with_faiss=False) as index:
+        manifest, live = index.manifest, index.live_positions()
+        refuse_prototypes(path, manifest, "calibrate the index before compressing it")
+        recipe = Recipe.of_index(manifest)
+        embeddings, labels = index.embeddings(live), list(index.labels[live])
+        made = {
+            "match_calibration": calibrate_match(embeddings, labels, recipe.metric, recipe.seed)
+        }
+        if network is not None:
+            check(_identity_of(index), network)
+            encodings = [index.encoding(number) for number in range(len(index.layers))]
+            check_addable(recipe, encodings[0], network)
+            rows = trust_rows(len(live), recipe, network)
+            source = indexed_images(index, images)
+            batches = load_batches(source, rows, network.preprocess, batch_size, workers=workers)
+            layers = [layer["name"] for layer in manifest["layers"]]
+            with Stages(progress)("trust", len(rows)) as tick:
+                made["trust_calibration"] = calibrate_trust(
+                    recipe,
+                    network,
+                    encodings,
+                    lambda layer, chosen: index.select(live[chosen]).fields(layer),
+                    embeddings,
+                    labels,
+                    rows,
+                    forwarded(network, layers, batches),
+                    tick,
+                )
+    for name, one in made.items():
+        if one is None:
+            least = LEAST_MATCH if name == "match_calibration" else LEAST
+            what = name.partition("_")[0]
+            raise InputError(
+                f"{path}: {len(live)} images calibrate no {what}; add images until there are at "
+                f"least {least}"
+            )
+    put_calibrations(path, made)
+    return {
+        name.partition("_")[0]: int(one["several"]["images"]) for name, one in made.items() if one
+    }
 
 
 def indexed_images(

@@ -44,11 +44,11 @@ def trust_of(options: argparse.Namespace, index: Any, network: Any) -> dict[str,
         InputError: a fallback or a threshold without a calibration.
     """
     asked = options.fallback or options.trusted_from is not None
-    if asked and index.manifest.get("trust") is None:
+    if asked and index.manifest.get("trust_calibration") is None:
         raise InputError(
             f"{index.path} holds no calibration of trust (built without one, from features, of "
             "fewer than 40 images, or of prototypes), so no transfer is found wanting; leave out "
-            "--fallback and --trusted-from, or build the index again with --refit"
+            f"--fallback and --trusted-from, or run embedcam calibrate {index.path}"
         )
     given: dict[str, Any] = {}
     if options.trusted_from is not None:

@@ -118,10 +118,11 @@ examples:
 What is printed is escaped where it would not be seen (\\x1b, \\u202e); --json has it as it is.
 """
 CALIBRATE = """\
-example:
-  embedcam calibrate my.index     how likely a first result is right, for indexes that lack it
+examples:
+  embedcam calibrate my.index               trust and match for the images that it holds now
+  embedcam calibrate my.index --no-trust    match alone, without pictures or a network
 
-Reads the embeddings and labels of the index; weights stay as they are.
+Weights stay as they are. Trust shows at most 512 of the pictures to the network.
 """
 VERIFY = """\
 example:

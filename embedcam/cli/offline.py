@@ -164,11 +164,26 @@ def compress(options: argparse.Namespace) -> None:
 
 
 def calibrate(options: argparse.Namespace) -> None:
-    """Calibrate match from the embeddings and labels of an index."""
-    from ..match_fit import calibrate_index
+    """Calibrate match and trust for the images that an index holds."""
+    from ..build import calibrate_index
+    from ..index import Index
 
-    n = calibrate_index(options.index)
-    emit(options, {"images": n}, f"{options.index}: match calibrated on {counted(n, 'image')}")
+    with Index.open(options.index, with_faiss=False) as index:
+        network = None
+        if not options.no_trust and index.manifest["network"] is not None:
+            network = named(network_of_index(index.manifest, network_options(options)))
+    found = calibrate_index(
+        options.index,
+        network,
+        images=options.images,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        progress=False if options.quiet else None,
+    )
+    told = ", ".join(f"{name} calibrated on {counted(n, 'image')}" for name, n in found.items())
+    emit(options, found, f"{options.index}: {told}")
+    if network is None and not options.no_trust:
+        note(options, "note: built from features alone, so no pictures to calibrate trust with")
 
 
 def demo(options: argparse.Namespace) -> None:

@@ -101,7 +101,7 @@ def transfer_options(one: argparse.ArgumentParser) -> None:
         "--trusted-from",
         type=share,
         metavar="T",
-        help="trust from which a transfer counts, 0 to 1 (default 0.5)",
+        help="correlation that nine in ten such maps must reach to count as trusted (default 0.5)",
     )
     one.add_argument(
         "--fallback",

@@ -76,9 +76,7 @@ def build_options(one: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--metric", metavar="NAME", help="l2 (default) or ip")
     group.add_argument("--no-own-maps", action="store_true", help="keep no maps of the images")
-    group.add_argument(
-        "--no-trust", action="store_true", help="calibrate no trust in the index's transfers"
-    )
+    group.add_argument("--no-trust", action="store_true", help="calibrate neither trust nor match")
     work_options(one)
     group = one.add_argument_group(
         "from features instead of images", "the layer's HxW is given by --grid"
@@ -113,6 +111,15 @@ def remove_options(one: argparse.ArgumentParser) -> None:
     index_options(one)
     one.add_argument("ids", metavar="ID", nargs="*", help="ids of images")
     one.add_argument("--from", dest="file", metavar="FILE", help="ids, one a line; - for stdin")
+
+
+def calibrate_options(one: argparse.ArgumentParser) -> None:
+    """Of `embedcam calibrate`."""
+    index_options(one)
+    one.add_argument("--no-trust", action="store_true", help="match alone: no pictures, no network")
+    one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
+    network_options(one)
+    work_options(one)
 
 
 def compact_options(one: argparse.ArgumentParser) -> None:

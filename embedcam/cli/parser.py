@@ -13,6 +13,7 @@ from .options import index_options
 from .options_offline import (
     add_options,
     build_options,
+    calibrate_options,
     compact_options,
     compress_options,
     remove_options,
@@ -141,8 +142,8 @@ def parser() -> argparse.ArgumentParser:
             "write the network as an ONNX file",
         )
     )
-    index_options(
-        _command(commands, "calibrate", "INDEX", "calibrate match, without pictures or a network")
+    calibrate_options(
+        _command(commands, "calibrate", "INDEX", "calibrate trust and match for what it holds now")
     )
     one = _command(commands, "info", "INDEX", "say what an index holds")
     index_options(one)

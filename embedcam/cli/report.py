@@ -205,7 +205,7 @@ def _lines(
         ("weights", _weights_line(manifest)),
         ("stored as", _encoding_line(layer["encoding"])),
         ("own maps", "none" if coarse is None else f"{coarse[0]} x {coarse[1]}"),
-        ("trust", _trust_line(manifest.get("trust"), manifest["counts"]["added_after_fit"])),
+        ("trust", _trust_line(manifest)),
         ("match", _match_line(manifest.get("match_calibration"))),
         ("search", _search_line(manifest)),
         ("size", f"{size_text(size['bytes'])}; {size['bytes_an_image']:g} bytes an image beyond "
@@ -222,22 +222,23 @@ def _lines(
 
 def _match_line(match: Mapping[str, Any] | None) -> str:
     if not match:
-        return "not calibrated; `embedcam calibrate INDEX` does, without pictures"
+        return "not calibrated; `embedcam calibrate INDEX --no-trust` does, without pictures"
     one = next(iter(match.values()))
     return f"calibrated on {counted(one['images'], 'image')}"
 
 
-def _trust_line(trust: Mapping[str, Any] | None, added: int) -> str:
+def _trust_line(manifest: Mapping[str, Any]) -> str:
+    trust, added = manifest.get("trust_calibration"), manifest["counts"]["added_after_fit"]
     if not trust:
-        return "not calibrated"
+        return "not calibrated; `embedcam calibrate INDEX` does"
     one = next(iter(trust.values()))
-    when = f" by the build, before {counted(added, 'image')} more came" if added else ""
+    when = f"; {counted(added, 'image')} more came after the build" if added else ""
     worth = ", ".join(
         f"{values['correlations'][0]:.2f} to {values['correlations'][-1]:.2f} from "
         f"{counted(values['neighbors'], 'neighbour')}"
         for values in sorted(trust.values(), key=lambda values: values["neighbors"])
     )
-    return f"{worth}; calibrated on {counted(one['images'], 'image')} explained twice{when}"
+    return f"{worth}; calibrated on {counted(one['images'], 'image')} that queried it{when}"
 
 
 def _images_line(counts: Mapping[str, int], evidence: Mapping[str, int]) -> str:

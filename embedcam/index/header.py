@@ -19,7 +19,7 @@ from .records import Manifest
 from .schema import Wrong, check_fields
 
 Arrays = Mapping[str, np.ndarray]
-_CALIBRATIONS = ("trust", "match_calibration")
+_CALIBRATIONS = ("trust_calibration", "match_calibration")
 
 
 def new_manifest(

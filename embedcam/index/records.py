@@ -323,7 +323,7 @@ class Manifest:
     tombstones: Tombstones | None
     faiss: Faiss | None
     compressed: Compressed | None = None
-    trust: (
+    trust_calibration: (
         Mapping[Literal["one", "several"], Annotated[Calibration, _read_by(Calibration.from_dict)]]
         | None
     ) = None
@@ -346,7 +346,7 @@ class Manifest:
             raise Wrong(" names one part twice", "parts")
         if (n_files := sum(len(part.files) for part in self.parts)) > MAX_FILES:
             raise Wrong(f" names {n_files} files of parts; at most {MAX_FILES} are mapped")
-        for key in ("trust", "match_calibration"):
+        for key in ("trust_calibration", "match_calibration"):
             for name, calibration in (getattr(self, key) or {}).items():
                 if (calibration.neighbors == 1) != (name == "one"):
                     what = f" is of explanations by {calibration.neighbors} neighbours"

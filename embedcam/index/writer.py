@@ -197,14 +197,14 @@ def compact(path: str | Path, *, rebuild_faiss: bool | str = False) -> int:
         return dropped
 
 
-def put_match(path: str | Path, made: Mapping[str, Any] | None) -> None:
-    """Write what the manifest says of match, see `matching.MatchCalibration`; None takes it out.
+def put_calibrations(path: str | Path, made: Mapping[str, Mapping[str, Any] | None]) -> None:
+    """Write calibrations by their keys in the manifest; None takes one out.
 
     Nothing else is changed, and no file but the manifest is written.
     """
     root = Path(path)
     with _changing(root) as (_, manifest):
-        manifest["match_calibration"] = None if made is None else dict(made)
+        manifest.update(made)
         _commit(root, manifest, always=True)
 
 

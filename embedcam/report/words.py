@@ -81,7 +81,8 @@ def intro(
     if any(one.trust is not None for one in known):
         read += (
             " Trust is the correlation to be expected with a map computed on the query itself, 0 "
-            f"to 1; below {options['trusted_from']:g} a map is not to be trusted."
+            "to 1; a map is not to be trusted where more than one in ten such maps are expected "
+            f"below {options['trusted_from']:g}."
         )
     return f"{asked}\n\n{read}"
 

@@ -145,7 +145,8 @@ def _explained(query: Picture, made: Explanation, map_size: int, prefix: str) ->
         for place, one in enumerate(shown["neighbors"])
     ]
     kept = (
-        "cam", "empty", "why_empty", "transfer", "match", "trust", "trusted", "direct", "explained",
+        "cam", "empty", "why_empty", "transfer", "match", "trust", "trust_low", "trusted", "direct",
+        "explained",
     )  # fmt: skip
     named = {
         name: None if one is None else _neighbor(shown[name], one.norm, prefix)

@@ -103,7 +103,12 @@ class ExplainAnswer(_Strict):
         "no calibration, and where a rival was named.",
         examples=[0.81],
     )
-    trusted: bool | None = Field(description="Whether the map can be relied on.")
+    trust_low: float | None = Field(
+        ge=0, le=1, description="Correlation that nine in ten such maps reach.", examples=[0.64]
+    )
+    trusted: bool | None = Field(
+        description="Whether the map can be relied on: trust_low reaches the limit, or direct."
+    )
     direct: bool = Field(description="The weights were computed on the query itself.")
     explained: list[str] = Field(
         description="Ids of the images whose weights drew the map.", examples=[["gulls/17.jpg"]]

@@ -117,12 +117,62 @@ def whitened_cotangent(
         matrix: A, see `whitening`.
         jacobian: from 0, around the norm, to 1, through it.
     """
-    found: np.ndarray = margin.astype(np.float64) @ matrix
+    return _partly_through(margin.astype(np.float64) @ matrix, embeddings, jacobian)
+
+
+def query_cotangent(
+    target: str, norm: str, own: np.ndarray, positives: np.ndarray, negatives: np.ndarray
+) -> np.ndarray:
+    """Cotangent of a target at a query, which has no label: its neighbours stand for its kind.
+
+    The margin against other images, or the whitened one as for an image that shares its label;
+    both together stand for the collection where a target asks for its mean or covariance.
+
+    Args:
+        target: one of `TARGETS`.
+        norm: "through" or "around", which a whitened target takes here.
+        own: f of the query, `[D]`.
+        positives: of its neighbours, `[P D]`.
+        negatives: of other images, `[Q D]`.
+
+    Returns:
+        float32 `[D]`.
+    """
+    others = np.concatenate([positives, negatives]).astype(np.float64)
+    mean = others.mean(0)
+    if target == "centred":
+        found = centred_cotangent(own, mean)
+    else:
+        found = margin_cotangent(positives.mean(0), negatives.mean(0))
+    if target in WHITENED:
+        amounts = Whitened.of(target, norm, labelled=True)
+        margin = _whitened_by_few(found, others - mean, amounts.ridge)
+        kind = _partly_through(margin[None], own[None], amounts.jacobian)
+        found = with_own(kind, (own - mean)[None], amounts.own)[0]
+    return found.astype(np.float32)
+
+
+def _whitened_by_few(margin: np.ndarray, centred: np.ndarray, ridge: float) -> np.ndarray:
+    """A m `[D]`, see `whitening`, for the covariance of a few rows `[n D]` of mean 0.
+
+    By Woodbury's identity: a matrix `[D D]` takes hundreds of times longer.
+    """
+    n, width = centred.shape
+    shift = ridge * float((centred * centred).sum()) / n / width
+    if shift <= 0:
+        return margin
+    within = np.linalg.solve(n * shift * np.eye(n) + centred @ centred.T, centred @ margin)
+    found: np.ndarray = (margin - centred.T @ within) / shift
+    return found
+
+
+def _partly_through(cotangents: np.ndarray, embeddings: np.ndarray, jacobian: float) -> np.ndarray:
+    """Take a share of the norm's Jacobian: c - jacobian f (f . c), `[n D]` float64."""
     if not jacobian:
-        return found
+        return cotangents
     own = np.asarray(embeddings, np.float64)
     unit = np.abs((own * own).sum(-1, keepdims=True) - 1) < _UNIT
-    return found - jacobian * unit * own * (own * found).sum(-1, keepdims=True)
+    return cotangents - jacobian * unit * own * (own * cotangents).sum(-1, keepdims=True)
 
 
 def with_own(kind: np.ndarray, centred: np.ndarray, own: float) -> np.ndarray:

@@ -34,6 +34,7 @@ def calibration(width: int, neighbors: int) -> dict[str, Any]:
         intercept=0.0,
         scores=tuple(np.linspace(-3, 3, 20)),
         correlations=tuple(np.linspace(0, 1, 20)),
+        lows=tuple(np.linspace(0, 0.8, 20)),
         largest_distance=2.0,
         neighbors=neighbors,
         images=1000,
@@ -41,7 +42,7 @@ def calibration(width: int, neighbors: int) -> dict[str, Any]:
     return made.to_dict()
 
 
-TRUST = {"one": calibration(4, 1), "several": calibration(7, 5)}
+TRUST = {"one": calibration(3, 1), "several": calibration(6, 5)}
 
 
 class Asked:

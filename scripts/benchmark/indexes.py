@@ -99,7 +99,7 @@ def make_index(
         Recipe(faiss=factory), None, None, WIDTH, True, "features", GRID, encoding, GRID
     )
     if trust is not None:
-        described["trust"] = trust
+        described["trust_calibration"] = trust
     create(path, described, [encoding.fitted], {"embedding_mean": centres[0]}, data)
     return path
 

@@ -41,7 +41,7 @@ def queries_of(path: Path, network: EmbeddingNetwork, rounds: int) -> tuple[list
     features = network.forward(query_input()[None])
     given = features.embedding.numpy()[0], features.activations.numpy()[0]
     with Index.open(path) as calibrated, Index.open(path) as plain:
-        plain.manifest["trust"] = None
+        plain.manifest["trust_calibration"] = None
         explainers = {
             PLAIN: Explainer(plain, n_neighbors=NEIGHBORS),
             TRUST: Explainer(calibrated, n_neighbors=NEIGHBORS),

@@ -111,7 +111,8 @@ def _two_layers(path: Path) -> None:
             {**layer, "name": "features.18", "coarse_grid": [2, 3]},
             {**layer, "name": "features.10", "grid": [4, 4], "cells": 16},
         ],
-        "trust": {"one": _calibration(4, 1), "several": _calibration(7, 5)},
+        "trust_calibration": {"one": _calibration(3, 1), "several": _calibration(6, 5)},
+        "match_calibration": {"one": _match(1, 1), "several": _match(4, 10)},
     }
     probe = {"probe_embedding": np.ones(WIDTH, "f4"), "probe_pooled": np.ones(CHANNELS, "f4")}
     fitted = [encoding.fitted, encoding.fitted]
@@ -127,7 +128,22 @@ def _calibration(width: int, neighbors: int) -> dict[str, Any]:
         "intercept": 0.5,
         "scores": [-1.0, 0.0, 1.0],
         "correlations": [0.1, 0.4, 0.9],
+        "lows": [0.0, 0.2, 0.7],
         "largest_distance": 1.5,
+        "neighbors": neighbors,
+        "images": 42,
+    }
+
+
+def _match(width: int, neighbors: int) -> dict[str, Any]:
+    return {
+        "mean": [0.1] * width,
+        "scale": [1.5] * width,
+        "linear": [0.2] * width,
+        "intercept": 0.5,
+        "distances": [0.1, 0.5, 0.9],
+        "shares": [0.9, 0.5, 0.1],
+        "far": 1.5,
         "neighbors": neighbors,
         "images": 42,
     }

@@ -89,7 +89,9 @@ class Expected:
                 found |= {f"ids {row}": list(why.ids), f"labels {row}": list(why.labels)}
                 found |= {f"map {row}": why.cam, f"weights {row}": why.weights}
                 found |= {f"distances {row}": why.distances, f"trust {row}": why.trust}
-                assert why.trust is None or 0 <= why.trust <= 1, f"trust of {why.trust}"
+                found |= {f"match {row}": why.match}
+                for share in (why.trust, why.trust_low, why.match):
+                    assert share is None or 0 <= share <= 1, f"trust or match of {share}"
         return found
 
 

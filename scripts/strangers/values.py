@@ -39,8 +39,12 @@ VALUES: dict[str, Any] = {
     "15 deep": _nested(15), "400 deep": _nested(400), "401 deep": _nested(401),
     "named ''": Renamed(""), "named ../x": Renamed("../x"), "named long": Renamed("x" * 5000),
 }  # fmt: skip
-_FOUND = ("near", "distances", "ids ", "labels ", "map", "weights ", "trust")
-FREE = {("trust",): ("trust",), ("faiss", "search"): _FOUND}
+_FOUND = ("near", "distances", "ids ", "labels ", "map", "weights ", "trust", "match")
+FREE = {
+    ("trust_calibration",): ("trust",),
+    ("match_calibration",): ("match",),
+    ("faiss", "search"): _FOUND,
+}
 """Keys that may rightly change an answer: a calibration's numbers, how far a search looks."""
 
 

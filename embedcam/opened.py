@@ -201,7 +201,7 @@ def _say_unmarked(index: Index) -> None:
 def _say_uncalibrated(index: Index) -> None:
     """Say, once, that trust was calibrated by a version that meant something else by it."""
     manifest = index.manifest
-    if manifest.get("trust") is not None and manifest.get("trust_calibration") is None:
+    if "trust" in manifest and manifest.get("trust_calibration") is None:
         _LOG.warning(
             "%s holds a calibration of trust by an earlier definition, which is not read; "
             "`embedcam calibrate %s` makes it again, without building the index",

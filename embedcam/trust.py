@@ -26,8 +26,8 @@ SAMPLE = 512
 """Images that play queries, at most."""
 LEAST = 40
 """Images from which a calibration is fitted; fewer say nothing that holds elsewhere."""
-SEVERAL = 5
-"""Neighbours that the calibration for several is fitted with."""
+COUNTS = {"one": 1, "several": 5}
+"""Neighbours that each calibration is fitted with."""
 LEFT_OUT = 10
 """Of so many images at most one is left out at a time."""
 FOLDS = 5
@@ -74,7 +74,7 @@ def leave_out(
     *,
     closed_form: bool,
     normalized: bool,
-) -> list[LeftOut]:
+) -> dict[str, list[LeftOut]]:
     """Leave each row of a sample out of the index, a few at a time, and search with it.
 
     Args:
@@ -84,19 +84,23 @@ def leave_out(
         rows: of the sample, `[n]`.
         closed_form: weights are W^T dy/dz, so that they can be had for the smaller index.
         normalized: whether embeddings are z / |z|.
+
+    Returns:
+        By the names of `COUNTS`, the sample in order.
     """
     total, names = len(embeddings), np.array([*labels, None], object)[:-1]
     n_parts = min(len(rows), math.ceil(LEFT_OUT * len(rows) / total))
     part_of = np.random.default_rng(recipe.seed).permutation(len(rows)) % n_parts
-    found: dict[int, LeftOut] = {}
+    found: dict[tuple[str, int], LeftOut] = {}
     for part in range(n_parts):
         out = rows[part_of == part]
         rest = np.setdiff1d(np.arange(total), out)
         smaller = _Smaller(recipe, _taken(embeddings, rest), names[rest], closed_form, normalized)
-        for one in smaller.queries(np.asarray(embeddings[out])):
-            row = int(out[one.row])
-            found[row] = replace(one, row=row, near=rest[one.near], negatives=rest[one.negatives])
-    return [found[int(row)] for row in rows]
+        for name, count in COUNTS.items():
+            for one in smaller.queries(np.asarray(embeddings[out]), count):
+                row, near, others = int(out[one.row]), rest[one.near], rest[one.negatives]
+                found[name, row] = replace(one, row=row, near=near, negatives=others)
+    return {name: [found[name, int(row)] for row in rows] for name in COUNTS}
 
 
 class _Smaller:
@@ -117,9 +121,8 @@ class _Smaller:
             codes = label_codes(labels.tolist())
             self.anchors = AnchorCotangents(recipe, embeddings, codes, mean)
 
-    def queries(self, vectors: np.ndarray) -> Iterator[LeftOut]:
+    def queries(self, vectors: np.ndarray, count: int) -> Iterator[LeftOut]:
         """Search with each of `[n D]`; rows are of this index, and of the vectors."""
-        count = min(SEVERAL, len(self.embeddings) - 1)
         seen = nearest(self.embeddings, vectors, count, self.recipe.metric)
         every = np.arange(len(self.embeddings))
         for row, (near, apart) in enumerate(zip(seen.positions, seen.distances, strict=True)):

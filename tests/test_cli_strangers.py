@@ -253,7 +253,7 @@ def test_trust_stands_beside_the_results(say: Say, tmp_path: Path) -> None:
     assert out.splitlines()[-1] == f"  trust {record['trust']:.2f}"
     why = Explainer(index, load_network(NAMED[1], layer="relu")).explain(query)
     assert repr(why).endswith(f"; trust {record['trust']:.2f}>")
-    doubted = replace(why, trust=0.314)
+    doubted = replace(why, trust=0.31, trust_low=0.24)
     assert doubted.trust_in_words == "trust 0.31: not trusted"
     assert repr(doubted).endswith("; trust 0.31: not trusted>")
     assert replace(doubted, direct=True).trust_in_words == "trust 0.31: computed on the query"

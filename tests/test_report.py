@@ -217,7 +217,7 @@ def test_notes_of_maps_that_are_empty_or_not_trusted(explainer: Explainer, queri
     source, look = find_images(queries, "none"), Look(side=48, long=True)
     opened = open_query(source, 0, explainer.preprocess, 48)
     found = explainer.explain(queries / "0/0.png")
-    shown = finished(source, 0, opened, replace(found, trust=0.31), look)
+    shown = finished(source, 0, opened, replace(found, trust=0.31, trust_low=0.2), look)
     assert "a map computed on the query itself is 0.31." in shown.row
     assert "not to be trusted" in shown.row
     assert json.loads(shown.line)["trusted"] is False
@@ -285,7 +285,7 @@ def test_the_intro_says_how_the_maps_were_made(explainer: Explainer) -> None:
     said = intro("i", explainer.index.manifest, options, known)
     assert said.startswith("1 query against the index i: 12 images, generation 1, embedded by ")
     assert "transferred from the nearest image;" in said
-    assert said.endswith("0 to 1; below 0.4 a map is not to be trusted.")
+    assert said.endswith("where more than one in ten such maps are expected below 0.4.")
     said = intro("i", explainer.index.manifest, {**options, "n_neighbors": 4}, [Fact(0, "a")])
     assert "transferred from the 4 nearest images, weighted by distance;" in said
     assert said.endswith("smaller is nearer.")

@@ -340,7 +340,9 @@ def test_what_is_left_out_is_neither_found_nor_a_negative(metric: str, labelled:
     vectors = generator.normal(size=(60, 6)).astype(np.float32)
     labels = [f"k{at // 6}" if labelled else None for at in range(60)]
     rows, recipe = sample_rows(60, 1), Recipe(target="margin", metric=metric)
-    found = leave_out(recipe, vectors, labels, rows, closed_form=False, normalized=False)
+    both = leave_out(recipe, vectors, labels, rows, closed_form=False, normalized=False)
+    found = both["several"]
+    assert [one.near.tolist() for one in both["one"]] == [one.near[:1].tolist() for one in found]
     assert [one.row for one in found] == rows.tolist()
     part = np.random.default_rng(0).permutation(60) % 10
     for place, one in enumerate(found):
@@ -367,7 +369,7 @@ def test_an_image_has_no_part_in_the_answers_to_itself() -> None:
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     labels = [f"k{at % 4}" for at in range(60)]
     given_ = (Recipe(), vectors, labels, np.array([7]))
-    (one,) = leave_out(*given_, closed_form=True, normalized=True)
+    (one,) = leave_out(*given_, closed_form=True, normalized=True)["several"]
     without = np.delete(np.arange(60), 7)
     names = np.array([int(labels[at][1]) for at in without])
     few = vectors[without]
@@ -470,7 +472,9 @@ def test_elsewhere_the_stored_weights_are_held_against_direct_ones(
             for place, row in enumerate(rows):
                 out = set(rows[part == part[place]].tolist())
                 left = [at for at in range(48) if at not in out]
-                near = sorted(left, key=lambda at: ((vectors[row] - vectors[at]) ** 2).sum())[:5]
+                near = sorted(left, key=lambda at: ((vectors[row] - vectors[at]) ** 2).sum())[
+                    :count
+                ]
                 others = draw_negatives(
                     np.setdiff1d(left, near),
                     index.labels[live[near]],
@@ -479,10 +483,10 @@ def test_elsewhere_the_stored_weights_are_held_against_direct_ones(
                 image = inputs(made_of, source)[row]
                 (own,) = direct.weights(image, vectors[near], vectors[others])
                 maps = made_of.network.forward(image[None]).activations[0].numpy()
-                lengths = [float(np.linalg.norm(weights[at])) for at in near[:count]]
+                lengths = [float(np.linalg.norm(weights[at])) for at in near]
                 mixed = sum(
                     weights[at] / length if count > 1 and length else weights[at]
-                    for at, length in zip(near, lengths, strict=False)
+                    for at, length in zip(near, lengths, strict=True)
                 )
                 both = [np.tensordot(each, maps, 1).ravel().tolist() for each in (mixed, own)]
                 expected.append(literal_correlation(*both))
@@ -526,21 +530,17 @@ def check_in_smaller_indexes(
                     explained = Explainer(index, made_of.network).explain(
                         images[row], n_neighbors=count
                     )
-                    five = index.positions(
-                        Explainer(index, made_of.network).explain(images[row], n_neighbors=5).ids
-                    )
-                    labels = index.labels
+                    near, labels = index.positions(explained.ids), index.labels
                     others = draw_negatives(
-                        np.setdiff1d(np.arange(len(index)), five), labels[five],
+                        np.setdiff1d(np.arange(len(index)), near), labels[near],
                         lambda at, labels=labels: labels[at],
                     )  # fmt: skip
-                    near = index.positions(explained.ids)
                     weights = index.weights(near)
                     lengths = np.linalg.norm(weights, axis=1)
                     shares = np.ones(1) if count == 1 else 1 / count / lengths
                     raw = np.tensordot(weights, activations, 1)
                     (own,) = fallback.weights(
-                        images[row], index.embeddings(five), index.embeddings(others)
+                        images[row], index.embeddings(near), index.embeddings(others)
                     )
                     drawn = np.tensordot(shares, raw, 1).ravel().tolist()
                     direct = np.tensordot(own, activations, 1).ravel().tolist()
@@ -576,12 +576,12 @@ def test_maps_of_several_layers_are_compared_as_they_are_explained(
             for place, row in enumerate(rows):
                 left = np.setdiff1d(np.arange(44), rows[part == part[place]])
                 apart = ((vectors[row] - vectors[left]) ** 2).sum(1)
-                near = left[np.argsort(apart)[:5]]
+                near = left[np.argsort(apart)[:count]]
                 others = draw_negatives(
                     np.setdiff1d(left, near), index.labels[near], lambda at: index.labels[at]
                 )
                 own = direct.weights(images[row], vectors[near], vectors[others])
-                ids = [index.ids[at] for at in near[:count]]
+                ids = [index.ids[at] for at in near]
                 layers = [one[row].numpy() for one in maps]
                 drawn = explainer.explain_features(vectors[row], layers, neighbors=ids).signed_cam
                 signed = signed_cam(own[0], layers[0])

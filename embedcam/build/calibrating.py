@@ -20,7 +20,7 @@ from ..network import EmbeddingNetwork
 from ..passes import Tick, Work
 from ..recipe import Recipe
 from ..transfer import coefficients
-from ..trust import LEAST, SAMPLE, LeftOut, fit_calibration, leave_out, sample_rows
+from ..trust import COUNTS, LEAST, SAMPLE, LeftOut, fit_calibration, leave_out, sample_rows
 
 _BLOCK = 64
 _SHARE = 8
@@ -126,30 +126,32 @@ def calibrate_trust(
     closed, normalized = in_closed_form(recipe, network), network.normalize
     sample = leave_out(recipe, embeddings, labels, rows, closed_form=closed, normalized=normalized)
     direct = None if closed else DirectWeights(network, recipe)
-    counts = {"one": 1, "several": len(sample[0].near)}
-    seen: dict[str, list[np.ndarray]] = {name: [] for name in counts}
-    agreed: dict[str, list[float]] = {name: [] for name in counts}
-    for one, view in zip(sample, views, strict=True):
-        if direct is None:
-            drawn = _by_codes(one, view, network.head_kind.matrix, encodings[0])
-        else:
-            weights = [each.decode(fields(n, one.near)) for n, each in enumerate(encodings)]
-            others = embeddings[one.near], embeddings[one.negatives]
-            drawn = _Drawn(weights, weights, direct.weights(view.inputs, *others), view.maps)
-        for name, count in counts.items():
-            apart = one.distances[:count]
-            shares, found, expected = drawn.by(count, apart)
-            norm = float(np.linalg.norm(shares @ drawn.weights[0][:count]))
-            raw = np.tensordot(drawn.factors[0][:count], view.maps[0], 1)
-            seen[name].append(evidence(raw, shares, norm, apart))
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in COUNTS}
+    agreed: dict[str, list[float]] = {name: [] for name in COUNTS}
+    for place, view in enumerate(views):
+        for name, left_out in sample.items():
+            one = left_out[place]
+            if direct is None:
+                drawn = _by_codes(one, view, network.head_kind.matrix, encodings[0])
+            else:
+                weights = [each.decode(fields(n, one.near)) for n, each in enumerate(encodings)]
+                others = embeddings[one.near], embeddings[one.negatives]
+                drawn = _Drawn(weights, weights, direct.weights(view.inputs, *others), view.maps)
+            shares, found, expected = drawn.maps_by(one.distances)
+            norm = float(np.linalg.norm(shares @ drawn.weights[0]))
+            raw = np.tensordot(drawn.factors[0], view.maps[0], 1)
+            seen[name].append(evidence(raw, shares, norm, one.distances))
             agreed[name].append(correlation(found, expected))
         tick(1)
-    nearest = np.array([one.distances[0] for one in sample])
     return {
         name: fit_calibration(
-            np.array(seen[name]), np.array(agreed[name]), nearest, neighbors=count, seed=recipe.seed
+            np.array(seen[name]),
+            np.array(agreed[name]),
+            np.array([one.distances[0] for one in sample[name]]),
+            neighbors=count,
+            seed=recipe.seed,
         ).to_dict()
-        for name, count in counts.items()
+        for name, count in COUNTS.items()
     }
 
 
@@ -169,13 +171,13 @@ class _Drawn:
     own: Sequence[np.ndarray]
     maps: Sequence[np.ndarray]
 
-    def by(self, count: int, apart: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Shares of the first `count` neighbours; the signed maps by theirs and by its own."""
+    def maps_by(self, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Shares of the neighbours; the signed maps by theirs and by its own, flat."""
         shares = [
-            coefficients(np.linalg.norm(each[:count].astype(np.float64), axis=1), apart)
+            coefficients(np.linalg.norm(each.astype(np.float64), axis=1), distances)
             for each in self.weights
         ]
-        mixed = [share @ each[:count] for share, each in zip(shares, self.factors, strict=True)]
+        mixed = [share @ each for share, each in zip(shares, self.factors, strict=True)]
         both = (drawn_and_signed(each, self.maps)[1] for each in (mixed, self.own))
         found, expected = (signed.astype(np.float64).ravel() for signed in both)
         return shares[0], found, expected

@@ -15,7 +15,7 @@ from .errors import InputError
 
 TEN = 10
 """Neighbours that match looks at, however many are shown."""
-FALLEN = 1.25
+FALLEN = 1.15
 """Times `far`, of squared distances, beyond which nothing matches: noise and blank pictures lie
 farther, and near nothing that was indexed a label says nothing."""
 EVIDENCE = ("nearness", "mean nearness", "share", "gap")
@@ -58,7 +58,7 @@ class MatchCalibration:
 
     With labels: a logistic function of the standardised evidence. Without: the share of the indexed
     images whose own nearest image is at least as far away as the query's, so that usual queries lie
-    around 1/2 and it only falls with distance. Beyond `far` both fall linearly, to 0 at 1.25 times
+    around 1/2 and it only falls with distance. Beyond `far` both fall linearly, to 0 at 1.15 times
     it.
 
     Args:

@@ -74,7 +74,7 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 class Calibration:
     """From evidence to trust, for explanations by one neighbour or by several.
 
-    The score is a quadratic function of the standardised evidence; knots join scores to expected
+    The score is a linear function of the standardised evidence; knots join scores to expected
     correlations and to their 10th percentiles, neither ever falling, linear in between. Beyond the
     largest distance that was calibrated both fall linearly, to 0 at twice that distance.
 
@@ -82,7 +82,6 @@ class Calibration:
         mean: of the evidence, `[F]`.
         scale: its standard deviations, `[F]`, > 0.
         linear: `[F]`.
-        quadratic: of the products of each two, in the order of `pairs`, `[F (F + 1) / 2]`.
         intercept: of the score.
         scores: of the knots, rising.
         correlations: of the knots, in [0, 1], never falling.
@@ -95,7 +94,6 @@ class Calibration:
     mean: tuple[float, ...]
     scale: tuple[float, ...]
     linear: tuple[float, ...]
-    quadratic: tuple[float, ...]
     intercept: float
     scores: tuple[float, ...]
     correlations: tuple[float, ...]
@@ -107,9 +105,7 @@ class Calibration:
     def score(self, evidence: np.ndarray) -> np.ndarray:
         """The score of evidence `[... F]`, `[...]`."""
         x = (np.asarray(evidence, np.float64) - self.mean) / self.scale
-        first, second = pairs(x.shape[-1])
-        products = x[..., first] * x[..., second]
-        found: np.ndarray = self.intercept + x @ self.linear + products @ self.quadratic
+        found: np.ndarray = self.intercept + x @ self.linear
         return found
 
     def trust(self, evidence: np.ndarray, nearest: float) -> tuple[float, float]:
@@ -148,7 +144,6 @@ class Calibration:
         fits = (
             width == known[taken["neighbors"] == 1]
             and len(taken["scale"]) == len(taken["linear"]) == width
-            and len(taken["quadratic"]) == width * (width + 1) // 2
             and len(taken["scores"]) == len(taken["correlations"]) == len(taken["lows"]) >= 1
             and min(taken["scale"]) > 0
             and all(0 <= value <= 1 for value in (*taken["correlations"], *taken["lows"]))
@@ -184,12 +179,6 @@ def fall(distances: np.ndarray, largest: float, until: float = 2.0) -> np.ndarra
     if largest <= 0:
         return np.where(distances > 0, 0.0, 1.0)
     return np.clip((until - distances / largest) / (until - 1), 0, 1)
-
-
-def pairs(width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which two of the evidence each quadratic coefficient belongs to, a <= b."""
-    first, second = np.triu_indices(width)
-    return first, second
 
 
 def _finite(value: Any) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .calibration import Calibration, pairs
+from .calibration import Calibration
 from .classes import label_codes
 from .cotangents import AnchorCotangents
 from .errors import InputError
@@ -166,7 +166,7 @@ def fit_calibration(
     neighbors: int,
     seed: int = 0,
 ) -> Calibration:
-    """Fit scores by ridge regression, and what they are worth by isotonic regression.
+    """Fit scores by ridge regression, and what they are worth by centred isotonic regression.
 
     What a score is worth is fitted with scores of images that the ridge regression did not see: the
     mean correlation, and 10th percentiles of at least 40 images of like scores.
@@ -191,21 +191,19 @@ def fit_calibration(
             raise InputError("evidence or correlations hold NaN or infinity; give finite numbers")
     mean, scale = evidence.mean(0), evidence.std(0)
     scale = np.where(scale > 1e-12 * (1 + np.abs(mean)), scale, 1.0)
-    design = _design((evidence - mean) / scale)
+    x = (evidence - mean) / scale
     fold = np.random.default_rng(seed).permutation(len(y)) % FOLDS
     unseen = np.empty(len(y))
     for part in range(FOLDS):
         known = fold != part
-        weights, intercept = _ridge(design[known], y[known])
-        unseen[~known] = design[~known] @ weights + intercept
-    weights, intercept = _ridge(design, y)
+        weights, intercept = _ridge(x[known], y[known])
+        unseen[~known] = x[~known] @ weights + intercept
+    weights, intercept = _ridge(x, y)
     scores, worth = _isotonic(unseen, y)
-    width = evidence.shape[1]
     return Calibration(
         mean=tuple(mean.tolist()),
         scale=tuple(scale.tolist()),
-        linear=tuple(weights[:width].tolist()),
-        quadratic=tuple(weights[width:].tolist()),
+        linear=tuple(weights.tolist()),
         intercept=intercept,
         scores=scores,
         correlations=worth,
@@ -216,29 +214,29 @@ def fit_calibration(
     )
 
 
-def _design(x: np.ndarray) -> np.ndarray:
-    """Standardised evidence and its products, `[n F + F (F + 1) / 2]`."""
-    first, second = pairs(x.shape[1])
-    return np.concatenate([x, x[:, first] * x[:, second]], axis=1)
-
-
-def _ridge(design: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
-    """Coefficients `[C]` and intercept; the penalty chosen by leave-one-out error."""
+def _ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
+    """Coefficients `[F]` and intercept; the penalty chosen by leave-one-out error."""
     from sklearn.linear_model import RidgeCV
 
-    centre, spread = design.mean(0), design.std(0)
+    centre, spread = x.mean(0), x.std(0)
     spread = np.where(spread > 1e-12, spread, 1.0)
-    model = RidgeCV(np.logspace(-2, 4, 13)).fit((design - centre) / spread, y)
+    model = RidgeCV(np.logspace(-2, 4, 13)).fit((x - centre) / spread, y)
     weights = model.coef_ / spread
     return weights, float(model.intercept_ - centre @ weights)
 
 
 def _isotonic(scores: np.ndarray, y: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Knots of the rising function that fits best: scores, and what they are worth in [0, 1]."""
+    """Knots of the rising function that fits best: scores, and what they are worth in [0, 1].
+
+    Each pool of the fit is one knot, at its mean score, so that what lies between is told apart:
+    centred isotonic regression (Oron & Flournoy 2017).
+    """
     from sklearn.isotonic import IsotonicRegression
 
-    model = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(scores, y)
-    return tuple(model.X_thresholds_.tolist()), tuple(model.y_thresholds_.tolist())
+    fitted = IsotonicRegression(y_min=0, y_max=1).fit(scores, y).predict(scores)
+    worth = np.unique(fitted)
+    centres = [float(scores[fitted == value].mean()) for value in worth]
+    return tuple(centres), tuple(worth.tolist())
 
 
 def _lows(scores: np.ndarray, y: np.ndarray, knots: Sequence[float]) -> tuple[float, ...]:

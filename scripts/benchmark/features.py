@@ -30,7 +30,6 @@ def calibration(width: int, neighbors: int) -> dict[str, Any]:
         mean=(0.0,) * width,
         scale=(1.0,) * width,
         linear=(0.1,) * width,
-        quadratic=(0.01,) * (width * (width + 1) // 2),
         intercept=0.0,
         scores=tuple(np.linspace(-3, 3, 20)),
         correlations=tuple(np.linspace(0, 1, 20)),

@@ -124,7 +124,6 @@ def _calibration(width: int, neighbors: int) -> dict[str, Any]:
         "mean": [0.1] * width,
         "scale": [1.5] * width,
         "linear": [0.2] * width,
-        "quadratic": [0.01] * (width * (width + 1) // 2),
         "intercept": 0.5,
         "scores": [-1.0, 0.0, 1.0],
         "correlations": [0.1, 0.4, 0.9],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from .calibration import evidence
-from .cam import drawn_and_signed, resize
+from .cam import attended, drawn_and_signed, resize
 from .errors import IndexFormatError, InputError
 from .explanation import SHARED, Asked, Explanation, may_follow
 from .index import Index, Neighbors, Selection
@@ -129,11 +129,12 @@ def answer(
         negatives = _others(opened.index, rows, used)
         weights = list(choices.fallback.weights(query.inputs, used.embeddings, negatives))
     ids, root = rows.ids, opened.root
-    drawn, signed = _drawn(weights, query)
+    drawn, signed, features = _drawn(weights, query)
     return Explanation(
         cam=drawn,
         signed_cam=signed,
         weights=weights[0],
+        features=features,
         ids=ids,
         labels=rows.labels,
         paths=_paths(opened, rows),
@@ -219,10 +220,14 @@ def _asked(opened: Opened, used: Selection, chosen: Neighbors, norms: np.ndarray
     ]
 
 
-def _drawn(weights: Sequence[np.ndarray], query: Query) -> tuple[np.ndarray, np.ndarray]:
-    """The map of a query and the same before its ReLU, at the size asked for."""
+def _drawn(
+    weights: Sequence[np.ndarray], query: Query
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The map of a query and the same before its ReLU, at the size asked for, and its features."""
+    layers = query.activations if query.finer is None else query.finer
     with np.errstate(over="ignore", invalid="ignore"):
         found, signed = drawn_and_signed(weights, query.activations, query.finer)
+        features = attended(layers[0], found)
         if query.size is not None:
             found, signed = (resize(one, query.size) for one in (found, signed))
     if not np.isfinite(found).all():
@@ -232,7 +237,7 @@ def _drawn(weights: Sequence[np.ndarray], query: Query) -> tuple[np.ndarray, np.
             f"the map overflows: activations up to {activation:.3g} with weights up to "
             f"{weight:.3g} go beyond float32; scale the activations down, or build the index again"
         )
-    return found, signed
+    return found, signed, features
 
 
 def _extent(opened: Opened, query: Query) -> tuple[float, float, float, float] | None:

@@ -50,6 +50,28 @@ def signed_cam(weights: Array, activations: Array) -> Array:
     return signed
 
 
+def attended(activations: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """Average activations where a map lies: sum_ij M_ij A_k,ij / sum_ij M_ij, `[K]` float32.
+
+    As Chen et al. (WACV 2020) do it for house prices. Where the map is empty, the plain mean.
+
+    Args:
+        activations: A, `[K h w]`.
+        drawn: M, `[H W]` >= 0; on a finer grid than the activations' it is averaged down to theirs,
+            on a coarser one interpolated.
+    """
+    size = activations.shape[1:]
+    if drawn.shape != size:
+        fits = size[0] <= drawn.shape[0] and size[1] <= drawn.shape[1]
+        drawn = area_average(drawn, size) if fits else resize(drawn, size)
+    # Shares of 1, so that neither a large nor a tiny map leaves float32's range.
+    shares = np.asarray(drawn, np.float64).ravel()
+    total = shares.sum()
+    shares = shares / total if total > 0 else np.full(shares.size, 1 / shares.size)
+    found: np.ndarray = activations.reshape(len(activations), -1) @ shares.astype(np.float32)
+    return found
+
+
 def joined(coarse: Array, fine: Array) -> Array:
     """Signed maps of one picture from two views as one, on the finer grid.
 

@@ -57,6 +57,10 @@ class Explanation:
             negative part is the deepest one's; of a `method` it is the method's own map.
         weights: the transferred channel weights, `[K]` float32; with `method` that method's own,
             and zeros where it has none.
+        features: the activations averaged under the map, `[K]` float32, see `cam.attended`: what
+            the query shows where it matched, to predict from. By the map on the layer's grid,
+            before it is resized; with detail 2 the activations are those of the query shown larger,
+            of several layers the deepest one's. Where the map is empty, the plain mean.
         ids, labels, paths: of the neighbours, nearest first; in the order given where they were
             named.
         distances: squared Euclidean, `[n]` float32; smaller is nearer.
@@ -110,6 +114,7 @@ class Explanation:
     cam: np.ndarray
     signed_cam: np.ndarray
     weights: np.ndarray
+    features: np.ndarray
     ids: list[str]
     labels: list[str | None]
     paths: list[str]
@@ -331,7 +336,11 @@ class Explanation:
         return f"prototype {name.removeprefix('prototype-')}" if self.prototypes else name
 
     def to_dict(
-        self, size: tuple[int, int] | None = None, *, signed: bool = False
+        self,
+        size: tuple[int, int] | None = None,
+        *,
+        signed: bool = False,
+        features: bool = False,
     ) -> dict[str, Any]:
         """Plain lists and numbers, ready for JSON; all but the weights and the pictures.
 
@@ -339,6 +348,7 @@ class Explanation:
             size: (height, width) the query's map is averaged down to; None keeps it as it is.
                 A body for the network wants a small one: bilinear resizing draws it again.
             signed: with "signed_cam", of the size of "cam"; it doubles what the map takes.
+            features: with "features", K numbers.
 
         "file" of a neighbour is what became of its picture's file since the build: "same",
         "changed", "missing", or null where the index keeps no mark of it.
@@ -354,6 +364,7 @@ class Explanation:
                 name: _rounded(one if size is None else area_average(one, size))
                 for name, one in maps.items()
             },
+            **({"features": _rounded(self.features)} if features else {}),
             "empty": self.empty,
             "why_empty": self.why_empty,
             "extent": None if self.extent is None else list(self.extent),

@@ -56,6 +56,7 @@ def test_pictures_outside_count_as_not_found(tmp_path: Path) -> None:
             signed_cam=np.ones((2, 2), np.float32),
             cam=np.zeros((2, 2), np.float32),
             weights=np.zeros(3, np.float32),
+            features=np.zeros(3, np.float32),
             ids=list("abcd"),
             labels=[None] * 4,
             paths=[str(root / name) for name in names],

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ..cam import attended
 from ..errors import InputError
 from ..registry import LayersMethod, Method, find_method
 
@@ -100,11 +101,13 @@ def redrawn(
         max_pixels=explanation.max_pixels, **chosen, **asked,
     )  # fmt: skip
     weights = np.zeros_like(explanation.weights) if made.weights is None else made.weights
+    seen = network.forward(network.preprocess(explanation.image)[None]).activations[0]
     return replace(
         explanation,
         cam=np.maximum(made.cam, 0),
         signed_cam=made.cam,
         weights=weights,
+        features=attended(seen.cpu().numpy(), np.maximum(made.grid_cam, 0)),
         layer_weights=made.layer_weights,
         method=method.title,
         trust=None,

@@ -76,7 +76,8 @@ def explain(options: argparse.Namespace) -> None:
                 saved = {} if picture is None else {"picture": str(picture)}
                 # A small map can be drawn large again; fifty thousand numbers fill the terminal.
                 small = small_size(explanation.cam.shape)
-                records.append({"query": query, **saved, **explanation.to_dict(small)})
+                told = explanation.to_dict(small, features=options.features)
+                records.append({"query": query, **saved, **told})
             else:
                 show(*_lines(query, picture, explanation))
     if options.html:

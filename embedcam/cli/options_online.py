@@ -52,6 +52,12 @@ def explain_options(one: argparse.ArgumentParser) -> None:
         help="all queries (IMAGE may be a folder or a CSV) as FOLDER/index.html and JSON lines",
     )
     one.add_argument(
+        "--features",
+        action="store_true",
+        help="the activations averaged under each map, K numbers: with --json in its records; with "
+        "--report in its lines, and as FOLDER/features.npy, a row a line",
+    )
+    one.add_argument(
         "--batch-size", type=positive, metavar="N", help="of a report: queries a pass (default 16)"
     )
     one.add_argument(

@@ -25,6 +25,8 @@ def check_report(options: argparse.Namespace) -> ImageSource | None:
             raise InputError("--batch-size is of a report; give --report FOLDER, or leave it out")
         if options.exclude:
             raise InputError("--exclude is of a report's folder; give --report FOLDER too")
+        if options.features and not options.json:
+            raise InputError("--features goes with --json or --report FOLDER; give one of them")
         return None
     from ..report import check_folder
 
@@ -69,6 +71,7 @@ def write(
         queries,
         options.report,
         scale=options.scale,
+        features=options.features,
         progress=False if options.quiet else None,
         **sized,
         **asked,

@@ -3,8 +3,9 @@
     DIR/
       index.html           the page
       explanations.jsonl   a line a query
+      features.npy         where asked for: a row of features for each of these lines
       report.json          what the report depends on: index, queries, options; at the end also
-                           the SHA-256 of the two files above, which makes it complete
+                           the SHA-256 of the files above, which makes it complete
       .finished/           a file for each finished query, until then
 
 Every file is written under another name, synced and renamed, so that a job killed at any moment
@@ -42,10 +43,13 @@ from ..errors import InputError
 
 PAGE: Final = "index.html"
 LINES: Final = "explanations.jsonl"
+FEATURES: Final = "features.npy"
 _MARK: Final = "report.json"
 _FINISHED: Final = ".finished"
 _FILES: Final = "files"
-_LEFT: Final = re.compile(rf"({re.escape(PAGE)}|{re.escape(LINES)}|report\.json){UNFINISHED}")
+_LEFT: Final = re.compile(
+    rf"({'|'.join(map(re.escape, (PAGE, LINES, FEATURES, _MARK)))}){UNFINISHED}"
+)
 _ROW: Final = re.compile(r"([0-9]{8,})\.json")
 _ROW_LEFT: Final = re.compile(rf"[0-9]{{8,}}\.json{UNFINISHED}")
 _MOST: Final = 256 << 20
@@ -133,19 +137,23 @@ class Folder:
     Args:
         path: the folder.
         about: what everything in it depends on.
+
+    Attributes:
+        files: names of what makes the report complete.
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path, self._about = path, about
         self._job = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        self.files = (LINES, PAGE, *((FEATURES,) if about["options"].get("features") else ()))
 
     @property
     def complete(self) -> bool:
-        """Whether the page and the lines are there, as they were written."""
+        """Whether the page, the lines and what else was asked for are there, as written."""
         sums = (_read_mark(self.path) or {}).get(_FILES)
-        if not isinstance(sums, dict) or sums.keys() != {LINES, PAGE}:
+        if not isinstance(sums, dict) or sums.keys() != set(self.files):
             return False
-        return all(_digest_of(self.path, name) == sums[name] for name in (LINES, PAGE))
+        return all(_digest_of(self.path, name) == sums[name] for name in self.files)
 
     def finished(self) -> set[int]:
         """Places of the queries that are finished; what does not fit its digest is dropped."""
@@ -184,12 +192,12 @@ class Folder:
 
     @contextmanager
     def filled(self, name: str) -> Iterator[IO[bytes]]:
-        """One of the two files, which appears whole or not at all."""
+        """One of the report's files, which appears whole or not at all."""
         with _disk(self.path), written(self.path / name) as file:
             yield file
 
     def seal(self, sums: Mapping[str, str]) -> None:
-        """Say that the report is complete, and the digests of its two files."""
+        """Say that the report is complete, and the digests of its files."""
         with _disk(self.path):
             self.mark({_FILES: dict(sums)})
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ..neighbors import check_rival
 from ..progress import progress_of
 from ..queries import check_count
 from ..render import Look, page_foot, page_head
-from .folder import LINES, PAGE, Folder, check_folder, open_folder
+from .folder import FEATURES, LINES, PAGE, Folder, check_folder, open_folder
 from .queries import Opened, explain_opened, finished, open_query
 from .words import Fact, blocks, facts, intro
 
@@ -82,6 +83,7 @@ def write_report(
     above: str | None = None,
     neighbors: Sequence[str] | None = None,
     exclude_query: bool = False,
+    features: bool = False,
     scale: Scale = "joint",
     side: int = SIDE,
     title: str = "Why did these come back?",
@@ -101,6 +103,8 @@ def write_report(
         folder: of the report alone; created where missing.
         n_neighbors, result, above, neighbors, exclude_query: as for `Explainer.explain`, for every
             query.
+        features: with "features" in each line, and all of them as `features.npy`, float32 `[n K]`:
+            a row for each line, NaN where the query could not be explained.
         scale: "joint" gives the results of a query one colour scale, "each" each its own.
         side: the longest side of the pictures in the page, in pixels.
         title: of the page.
@@ -113,7 +117,18 @@ def write_report(
     """
     check_folder(folder)
     named = (result, above)
-    job = _job(explainer, source, n_neighbors, named, neighbors, exclude_query, scale, side, title)
+    job = _job(
+        explainer,
+        source,
+        n_neighbors,
+        named,
+        neighbors,
+        exclude_query,
+        features,
+        scale,
+        side,
+        title,
+    )
     about = {
         "embedcam": __version__,
         "index": job.index,
@@ -139,6 +154,7 @@ def _job(
     named: tuple[str | None, str | None],
     neighbors: Sequence[str] | None,
     exclude_query: bool,
+    features: bool,
     scale: Scale,
     side: int,
     title: str,
@@ -173,6 +189,7 @@ def _job(
         "side": _at_least_one("side", side),
         **({"exclude_query": True} if exclude_query else {}),
         **({} if above is None else {"above": above}),
+        **({"features": True} if features else {}),
     }
     if explainer.max_pixels != MAX_PIXELS:
         options["max_pixels"] = explainer.max_pixels
@@ -247,7 +264,9 @@ def _explain_missing(job: _Job, place: Folder, batch_size: int, progress: bool |
                     "written; give a new folder for a report of that one"
                 )
             made = [
-                pool.submit(finished, job.source, position, one, why, job.look)
+                pool.submit(
+                    finished, job.source, position, one, why, job.look, "features" in job.options
+                )
                 for position, one, why in zip(batch, opened, found, strict=True)
             ]
             place.keep(dict(zip(batch, (one.result() for one in made), strict=True)))
@@ -284,12 +303,12 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
 
 
 def _assemble(job: _Job, place: Folder) -> list[Fact]:
-    """Put the two files in place, and their digests; a row is held no longer than it takes."""
+    """Put the files in place, and their digests; a row is held no longer than it takes."""
     places, cropped = range(len(job.source)), False
-    sums = {LINES: hashlib.sha256(), PAGE: hashlib.sha256()}
+    sums = {name: hashlib.sha256() for name in place.files}
 
-    def put(file: IO[bytes], name: str, text: str) -> None:
-        data = text.encode("utf-8")
+    def put(file: IO[bytes], name: str, content: str | bytes) -> None:
+        data = content.encode("utf-8") if isinstance(content, str) else content
         sums[name].update(data)
         file.write(data)
 
@@ -299,6 +318,12 @@ def _assemble(job: _Job, place: Folder) -> list[Fact]:
             put(file, LINES, f"{one.line}\n")
             cropped |= one.cropped
     known, index = facts(place.lines()), job.explainer.index
+    if FEATURES in place.files:
+        with place.filled(FEATURES) as file:
+            for piece in _features(
+                place.lines(), len(job.source), index.manifest["layers"][0]["channels"]
+            ):
+                put(file, FEATURES, piece)
     head = page_head(
         job.title,
         intro(Path(os.path.abspath(index.path)).name, index.manifest, job.options, known),
@@ -314,6 +339,17 @@ def _assemble(job: _Job, place: Folder) -> list[Fact]:
         put(file, PAGE, page_foot())
     place.seal({name: digest.hexdigest() for name, digest in sums.items()})
     return known
+
+
+def _features(lines: Iterable[str], count: int, width: int) -> Iterator[bytes]:
+    """A .npy file of the lines' features, float32 `[count width]`, piece by piece."""
+    head = io.BytesIO()
+    about = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
+    np.lib.format.write_array_header_1_0(head, about)
+    yield head.getvalue()
+    for line in lines:
+        row = json.loads(line).get("features", np.full(width, np.nan))
+        yield np.asarray(row, "<f4").tobytes()
 
 
 def _told(path: Path, known: Sequence[Fact], n_new: int) -> Report:

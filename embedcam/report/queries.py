@@ -115,9 +115,14 @@ def _named(name: str, message: str) -> str:
 
 
 def finished(
-    source: ImageSource, position: int, opened: Opened | str, found: Explanation | str, look: Look
+    source: ImageSource,
+    position: int,
+    opened: Opened | str,
+    found: Explanation | str,
+    look: Look,
+    features: bool = False,
 ) -> Finished:
-    """What is kept of a query: its row of the page and its line of JSON."""
+    """What is kept of a query: its row of the page and its line of JSON, with its features."""
     item = source.items[position]
     where = os.path.join(source.root or "", item.path) if item.path else ""
     told = {
@@ -128,7 +133,7 @@ def finished(
     if isinstance(found, str) or isinstance(opened, str):
         return Finished(json.dumps({**told, "error": found}))
     found = replace(found, extent=opened.extent)
-    record = found.to_dict(small_size(found.cam.shape))
+    record = found.to_dict(small_size(found.cam.shape), features=features)
     shown = replace(found, image=opened.small.image, extent=opened.small.extent)
     query, results = shown.tiles(look.side)
     row = Row(query, results, _notes(found), item.id, anchor=anchor(position))

@@ -15,7 +15,7 @@ import numpy as np
 from .calibration import evidence
 from .cam import attended, drawn_and_signed, resize
 from .errors import IndexFormatError, InputError
-from .explanation import SHARED, Asked, Explanation, may_follow
+from .explanation import Asked, Explanation, may_follow, shared_of
 from .index import Index, Neighbors, Selection
 from .neighbors import draw_negatives, named_neighbors
 from .opened import Opened
@@ -158,7 +158,7 @@ def answer(
         direct=direct,
         asked=asked,
         rival=rival,
-        shared=opened.index.manifest["target"] in SHARED,
+        shared=shared_of(opened.index.manifest) is not None,
         prototypes=opened.index.manifest.get("compressed") is not None,
         marks=rows.marks if opened.index.marked else None,
     )

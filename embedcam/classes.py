@@ -46,10 +46,18 @@ class Classes:
             np.add.at(found, self.shared[self.codes[places]], rows(places))
         return found
 
-    @property
-    def n_single(self) -> int:
-        """Classes of one image; their positives are their nearest neighbours."""
-        return int((self.sizes == 1).sum())
+
+def alone(labels: np.ndarray) -> np.ndarray:
+    """Which images are alone with their label, `[N]` booleans; of numbers, which have none.
+
+    Args:
+        labels: `[N]`, codes of classes, or numbers as floats.
+    """
+    if labels.dtype.kind == "f":
+        return np.isnan(labels)
+    classes = Classes(labels)
+    single: np.ndarray = classes.sizes[classes.codes] == 1
+    return single
 
 
 def label_codes(labels: list[str | None]) -> np.ndarray | None:

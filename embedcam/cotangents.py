@@ -1,12 +1,17 @@
 """The cotangent of each anchor under a recipe: from cached embeddings alone, no forward pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from .classes import label_codes
 from .errors import InputError
 from .neighborhoods import NearestOthers
+from .number_labels import label_values
+from .number_triplets import NumberSampler
 from .recipe import Recipe
 from .targets import (
     WHITENED,
@@ -20,6 +25,24 @@ from .targets import (
 from .triplets import Triplets, TripletSampler, active, given_triplets
 
 _BLOCK = 1 << 14
+
+
+def coded_labels(
+    recipe: Recipe, labels: Sequence[str | None], names: Sequence[str]
+) -> np.ndarray | None:
+    """Labels as a recipe takes them: integer codes of classes `[N]`, or numbers, float64 `[N]`.
+
+    Args:
+        recipe: says which.
+        labels: `[N]`.
+        names: of the images, for messages.
+
+    Raises:
+        InputError: a label that should be a number and is none.
+    """
+    if recipe.labels == "numbers":
+        return label_values(labels, names)
+    return label_codes(list(labels))
 
 
 @dataclass(frozen=True)
@@ -43,9 +66,8 @@ class AnchorCotangents:
     Args:
         recipe: target, method, sampling, hinge and seed.
         embeddings: f of every image, `[N D]`.
-        labels: integer labels `[N]`, or None.
+        labels: `[N]` as `coded_labels` gives them, or None.
         mean: mean embedding `[D]`, for the centred target and part.
-
         given: the user's own triplets `[N S 2]`, with sampling "given".
 
     The *whitened* targets measure the margin where the collection is alike in all directions, as
@@ -59,6 +81,9 @@ class AnchorCotangents:
       every image has an answer of its own. An image alone in its label or without one asks what its
       nearest images share, at j = 1, plus 1.5 of its own direction. A label of n <= 10 images
       borrows: its images' positives are (10 - n + 1) / 20 their nearest images, whatever those are.
+
+    Of labels that are numbers no two images need share one: in place of a label's mean stands the
+    image's own, of the images near it and far from it in value.
 
     Norm "around" sets j to 0. These cotangents are at the head already: nothing is taken through
     the norm again, see `Recipe.head_norm`. The numbers were chosen on three sets of photographs,
@@ -85,15 +110,18 @@ class AnchorCotangents:
             # All of them, once: a look at every triplet for every batch would take hours.
             given_triplets(np.arange(0), given, len(embeddings))
         if recipe.resolved_target != "centred" and given is None:
-            self.sampler = TripletSampler(
-                embeddings,
-                labels,
-                NearestOthers(embeddings),
-                sampling=recipe.resolved_sampling,
-                n_triplets=recipe.n_triplets,
-                margin=recipe.margin,
-                seed=recipe.seed,
-            )
+            drawn: dict[str, Any] = {
+                "sampling": recipe.resolved_sampling,
+                "n_triplets": recipe.n_triplets,
+                "margin": recipe.margin,
+                "seed": recipe.seed,
+            }
+            nearest = NearestOthers(embeddings)
+            if labels is None or recipe.labels == "classes":
+                self.sampler = TripletSampler(embeddings, labels, nearest, **drawn)
+            else:
+                drawn |= {"positives": recipe.positives, "negatives": recipe.negatives}
+                self.sampler = NumberSampler(embeddings, labels, nearest, **drawn)
 
     def of(self, anchors: np.ndarray) -> Cotangents:
         """Cotangents of the anchors at positions `[a]`."""
@@ -111,16 +139,11 @@ class AnchorCotangents:
     def _whitened(self, anchors: np.ndarray) -> Cotangents:
         """A whitened target: what the images of each anchor's label share, and its own part."""
         assert self.sampler is not None
-        classes = self.sampler.classes
         counts = np.empty(len(anchors), np.int64)
         values = np.empty((len(anchors), self.embeddings.shape[1]))
-        shared = np.zeros(len(anchors), bool)
-        if classes is not None:
-            codes = classes.codes[anchors]
-            shared = classes.sizes[codes] > 1
-            sums = self._class_sums[classes.shared[codes[shared]]]
-            values[shared] = sums / classes.sizes[codes[shared]][:, None]
-            counts[shared] = self.sampler.mean_difference(anchors[shared])[1]
+        shared = self.sampler.labelled(anchors)
+        if shared.any():
+            values[shared], counts[shared] = self._of_labels(anchors[shared])
         alone = self._amounts(labelled=False)
         values[~shared], counts[~shared] = self._margins(anchors[~shared], alone)
         if self.recipe.resolved_target == "distinctive":
@@ -130,6 +153,17 @@ class AnchorCotangents:
                 own = self._amounts(labelled=of_label).own
                 values[rows] = with_own(values[rows], centred[rows], own)
         return Cotangents(values.astype(np.float32), None, counts)
+
+    def _of_labels(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the images of each anchor's label share, `[a D]`, and of how many triplets it is."""
+        assert self.sampler is not None
+        classes = self.sampler.classes
+        if classes is None:
+            return self._margins(anchors, self._amounts(labelled=True))
+        codes = classes.codes[anchors]
+        sums = self._class_sums[classes.shared[codes]]
+        counts = self.sampler.mean_difference(anchors)[1]
+        return sums / classes.sizes[codes][:, None], counts
 
     def _amounts(self, *, labelled: bool) -> Whitened:
         return Whitened.of(self.recipe.resolved_target, self.recipe.norm, labelled)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from ._files import write_whole
 from .cam import area_average
 from .errors import EmbedcamError, InputError
 from .images import MAX_PIXELS, FileState, file_state, read_image
+from .number_labels import near_share
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -26,6 +27,14 @@ if TYPE_CHECKING:
 
 SHARED = {"discriminant": "one answer", "distinctive": "most of their answer"}
 """What the images of a label share, by targets that hold labels against each other."""
+
+
+def shared_of(manifest: Mapping[str, Any]) -> str | None:
+    """What of their weights the images of a label share in an index; None where it is little.
+
+    Of labels that are numbers no two images need share one.
+    """
+    return SHARED.get(manifest["target"]) if near_share(manifest) is None else None
 
 
 @dataclass(frozen=True, eq=False)

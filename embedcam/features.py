@@ -11,9 +11,9 @@ from torch import Tensor
 from .assembly import described, header, make_encoding, sample_places
 from .build import BuildReport
 from .build.checks import check_amounts, disk_errors, warn_of_norm
-from .build.report import Stages, label_counts
-from .classes import Classes, label_codes
-from .cotangents import AnchorCotangents
+from .build.report import Stages, label_counts, number_range
+from .classes import alone
+from .cotangents import AnchorCotangents, coded_labels
 from .encoding import LowRank
 from .errors import InputError, RecipeError
 from .fingerprint import fingerprint
@@ -89,7 +89,7 @@ def build_from_features(
         head: the affine head; None means the embedding is the pooled vector itself (D = K).
         normalize: whether the index's embeddings are L2-normalised.
         ids: of the images; None numbers them.
-        labels: of the images, or None.
+        labels: of the images, or None; texts of numbers with a recipe of labels "numbers".
         positive_pooled: mean of max(A, 0), `[N K]`; Grad-CAM++ needs it where A can be negative.
         triplets: with sampling "given": `[N S 2]`.
         network: whose identity to record; its layer, head and grid must be those of the features.
@@ -114,10 +114,10 @@ def build_from_features(
     if not len(names) == len(kept_labels) == n:
         raise InputError(f"{n} embeddings came with {len(names)} ids and {len(kept_labels)} labels")
     n_channels = features.pooled.shape[1]
-    check_amounts(recipe, n, kept_labels, width, n_channels, triplets)
+    check_amounts(recipe, names, kept_labels, width, n_channels, triplets)
     identity = None if network is None else _identity(network, features)
     mean = features.embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
-    codes = label_codes(kept_labels)
+    codes = coded_labels(recipe, kept_labels, names)
     anchors = AnchorCotangents(recipe, features.embeddings, codes, mean, triplets)
     exact = is_exact(recipe, features.head.matrix, normalize)
     encoding = make_encoding(
@@ -158,15 +158,24 @@ def build_from_features(
         given=triplets,
     )
     about["match_calibration"] = calibrate_match(
-        features.embeddings, kept_labels, recipe.metric, recipe.seed
+        features.embeddings, kept_labels, recipe.metric, recipe.seed, recipe.near
     )
     shared = {"embedding_mean": mean, **({} if identity is None else identity.arrays())}
     with stages("write"), disk_errors(path):
         create(path, about, [encoding.fitted], shared, part, replace=replace)
     by_label = codes is not None and recipe.resolved_target != "centred" and triplets is None
-    n_single = Classes(codes).n_single if by_label and codes is not None else 0
+    n_single = int(alone(codes).sum()) if by_label and codes is not None else 0
     n_empty = int((counts == 0).sum())
-    return BuildReport(path, n, [], n_single, n_empty, stages.seconds, *label_counts(kept_labels))
+    return BuildReport(
+        path,
+        n,
+        [],
+        n_single,
+        n_empty,
+        stages.seconds,
+        *label_counts(kept_labels, recipe.labels),
+        numbers=number_range(kept_labels, recipe.labels),
+    )
 
 
 @dataclass(frozen=True)

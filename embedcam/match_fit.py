@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from .index.search import nearest
-from .matching import TEN, MatchCalibration, match_evidence
+from .matching import TEN, MatchCalibration, alike, match_evidence
+from .number_labels import Reach, Values, number_of
 
 LEAST = 20
 """Images from which match is fitted; fewer say nothing that holds elsewhere."""
@@ -21,7 +22,11 @@ _RIDGE = 1.0
 
 
 def calibrate_match(
-    embeddings: np.ndarray, labels: Sequence[str | None], metric: str = "l2", seed: int = 0
+    embeddings: np.ndarray,
+    labels: Sequence[str | None],
+    metric: str = "l2",
+    seed: int = 0,
+    near: float | None = None,
 ) -> dict[str, Any] | None:
     """Fit match for "one" result and for "several", as a manifest keeps them.
 
@@ -30,6 +35,8 @@ def calibrate_match(
         labels: theirs, `[N]`.
         metric: "l2" or "ip", by which results are searched.
         seed: of the sample.
+        near: labels are numbers, and the first result is of a query's kind where it is as near in
+            value as this share of the images; None of classes.
 
     Returns:
         Calibrations by name, or None where there are too few images.
@@ -40,23 +47,32 @@ def calibrate_match(
     rows = np.sort(np.random.default_rng(seed).permutation(total)[:SAMPLE])
     found = nearest(embeddings, embeddings[rows], TEN + 1, metric)
     others = [_without(*one) for one in zip(rows, found.positions, found.distances, strict=True)]
-    names = np.array([*labels, None], object)[:-1]
+    reach = _reach(labels, near)
     own = np.array([apart[0] for _, apart in others])
     made = {}
     for name, count in (("one", 1), ("several", TEN)):
         seen, right = [], []
-        for row, (near, apart) in zip(rows, others, strict=True):
-            first = names[near[0]]
-            if names[row] is not None and first is not None:
-                seen.append(match_evidence(apart[:count], names[near[:count]] == first))
-                right.append(first == names[row])
-        known = len(seen) >= LEAST
-        fitted = fit_logistic(np.array(seen), np.array(right)) if known else ((), (), (), 0.0)
+        for row, (found_rows, apart) in zip(rows, others, strict=True):
+            known = [labels[place] for place in found_rows[:count]]
+            if labels[row] is not None and known[0] is not None:
+                seen.append(match_evidence(apart[:count], alike(known[0], known, reach)))
+                right.append(bool(alike(labels[row], known[:1], reach)[0]))
+        enough = len(seen) >= LEAST
+        fitted = fit_logistic(np.array(seen), np.array(right)) if enough else ((), (), (), 0.0)
         distances, shares = _unusual(own)
         made[name] = MatchCalibration(
-            *fitted, distances, shares, float(np.quantile(own, _FAR)), count, len(rows)
+            *fitted, distances, shares, float(np.quantile(own, _FAR)), count, len(rows), *reach
         ).to_dict()
     return made
+
+
+def _reach(labels: Sequence[str | None], near: float | None) -> Reach:
+    """How far the kind of a value goes, where labels are numbers and there are two of them."""
+    values = np.array([number_of(label) for label in labels]) if near is not None else np.empty(0)
+    known = values[~np.isnan(values)]
+    if near is None or len(np.unique(known)) < 2:
+        return (), ()
+    return Values(known, near, 1 - near).reach()
 
 
 def fit_logistic(

@@ -4,7 +4,7 @@ Match says whether the *result* is right; trust (`embedcam.calibration`) whether
 Arrays only, so that a service needs neither torch nor scikit-learn; `embedcam.match_fit` fits it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from .calibration import fall, numbers_of, rising
 from .errors import InputError
+from .number_labels import Reach, near_share, number_of
 
 TEN = 10
 """Neighbours that match looks at, however many are shown."""
@@ -20,6 +21,9 @@ FALLEN = 1.15
 farther, and near nothing that was indexed a label says nothing."""
 EVIDENCE = ("nearness", "mean nearness", "share", "gap")
 """What is looked at; with a single neighbour only the first."""
+
+
+_OF_NUMBERS = ("values", "reaches")
 
 
 def match_evidence(distances: np.ndarray, same: np.ndarray) -> np.ndarray:
@@ -35,7 +39,7 @@ def match_evidence(distances: np.ndarray, same: np.ndarray) -> np.ndarray:
 
     Args:
         distances: squared Euclidean distances of the results, the first one first, `[n]`.
-        same: which results have the first one's label, `[n]`.
+        same: which results are of the first one's kind, see `alike`, `[n]`.
 
     Returns:
         float64 `[4]`, or `[1]` for one result.
@@ -50,6 +54,39 @@ def match_evidence(distances: np.ndarray, same: np.ndarray) -> np.ndarray:
     other = float(rest.max() if alike.all() else rest[~alike].min())
     gap = max(0.0, 1 - apart[0] / other) if other > 0 else 0.0
     return np.array([-apart[0], -float(apart.mean()), share, gap])
+
+
+def alike(one: str | None, others: Sequence[str | None], reach: Reach = ((), ())) -> np.ndarray:
+    """Which labels are of one label's kind, `[n]` booleans; nothing is without a label.
+
+    Args:
+        one: the label.
+        others: `[n]`.
+        reach: of labels that are numbers, how far from a value its kind goes; of classes empty, and
+            equal labels are of one kind.
+    """
+    if one is None:
+        return np.zeros(len(others), bool)
+    if not reach[0]:
+        return np.array([other == one for other in others], bool)
+    value = number_of(one)
+    apart = np.abs(np.array([number_of(other) for other in others]) - value)
+    found: np.ndarray = apart <= np.interp(value, *reach)
+    return found
+
+
+def kinship(manifest: Mapping[str, Any]) -> Callable[[str, str], bool]:
+    """Whether a second label is of a first one's kind, as an index has it.
+
+    Numbers of which nothing was calibrated are never of two kinds.
+    """
+    if near_share(manifest) is None:
+        return lambda one, other: one == other
+    made = (manifest.get("match_calibration") or {}).get("several")
+    if made is None:
+        return lambda one, other: True
+    reach = MatchCalibration.from_dict(made).reach
+    return lambda one, other: bool(alike(one, [other], reach)[0])
 
 
 @dataclass(frozen=True)
@@ -71,6 +108,7 @@ class MatchCalibration:
         far: squared distance from which match falls to 0.
         neighbors: how many results it was fitted with.
         images: how many images it was fitted with.
+        values, reaches: of labels that are numbers, see `number_labels.Reach`; of classes empty.
     """
 
     mean: tuple[float, ...]
@@ -82,6 +120,13 @@ class MatchCalibration:
     far: float
     neighbors: int
     images: int
+    values: tuple[float, ...] = ()
+    reaches: tuple[float, ...] = ()
+
+    @property
+    def reach(self) -> Reach:
+        """How far from a value its kind goes; of classes empty."""
+        return self.values, self.reaches
 
     def match(self, distances: np.ndarray, labels: Sequence[str | None]) -> float:
         """Probability in [0, 1] that the first result is of the query's kind.
@@ -94,7 +139,7 @@ class MatchCalibration:
         if not self.mean or labels[0] is None:
             expected = float(np.interp(first, self.distances, self.shares))
         else:
-            same = np.array([label == labels[0] for label in labels])
+            same = alike(labels[0], labels, self.reach)
             # Of a forged calibration: what overflows is no match, and is no number to show.
             with np.errstate(over="ignore", invalid="ignore"):
                 x = (match_evidence(distances, same) - self.mean) / self.scale
@@ -103,10 +148,11 @@ class MatchCalibration:
         return expected * float(fall(np.asarray(first), self.far, FALLEN))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a manifest."""
+        """Plain values, for a manifest; those of numbers where labels are numbers."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
+            if self.values or name not in _OF_NUMBERS
         }
 
     @classmethod
@@ -116,6 +162,8 @@ class MatchCalibration:
         Raises:
             InputError: something lacks, is no finite number or does not fit.
         """
+        if isinstance(values, Mapping):
+            values = {**{name: [] for name in _OF_NUMBERS}, **values}
         taken = numbers_of(cls, values)
         width = len(taken["mean"])
         fits = (
@@ -128,6 +176,9 @@ class MatchCalibration:
             and rising(taken["shares"][::-1])
             and taken["distances"][0] >= 0
             and taken["far"] >= 0
+            and len(taken["values"]) == len(taken["reaches"])
+            and rising(taken["values"])
+            and all(value >= 0 for value in taken["reaches"])
         )
         if not fits:
             raise InputError("the calibration's numbers do not fit together")

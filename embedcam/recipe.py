@@ -30,6 +30,7 @@ N_TRIPLETS, MOST_TRIPLETS = 50, 1_000_000
 """S where none is asked for (Chen et al., WACV 2020)."""
 ENCODINGS = ("low-rank", "top-m", "dense")
 METRICS = ("l2", "ip")
+LABELS = ("classes", "numbers")
 
 
 class RecipeWarning(EmbedcamWarning):
@@ -68,6 +69,10 @@ class Recipe:
         dtype: of stored weights, "float16" or "float32".
         faiss: FAISS factory string; "none" leaves searching to others.
         metric: "l2" (squared) or "ip" (inner product).
+        labels: "classes", or "numbers": an image's positives are the images nearest to it in value,
+            its negatives those farthest from it, see `number_labels.Values`. A source whose labels
+            are numbers (`find_images(..., labels="numbers")`) makes it "numbers".
+        positives, negatives: of labels that are numbers, the shares of the labelled images.
     """
 
     method: str = "gradcam"
@@ -88,6 +93,9 @@ class Recipe:
     dtype: str = "float16"
     faiss: str = "Flat"
     metric: str = "l2"
+    labels: str = "classes"
+    positives: float = 0.1
+    negatives: float = 0.5
 
     def __post_init__(self) -> None:
         if type(self.margin) is int and self.margin < 1 << 64:
@@ -121,6 +129,11 @@ class Recipe:
             )
         if not 0 < self.margin < math.inf:
             raise RecipeError(f"margin = {self.margin} must be greater than 0; the usual is 0.2")
+        if min(self.positives, self.negatives) <= 0 or not self.positives + self.negatives <= 1:
+            raise RecipeError(
+                f"positives = {self.positives} and negatives = {self.negatives} are shares of the "
+                "images; give numbers above 0 that are at most 1 together, such as 0.1 and 0.5"
+            )
         if not 0 <= self.seed < 1 << 64:
             raise RecipeError(
                 f"seed = {short(self.seed)} must be a whole number from 0 to 2**64 - 1"
@@ -179,6 +192,11 @@ class Recipe:
         drawn = self.triplets is not None or self.sampling not in ("auto", "all")
         plain = not (drawn or self.hinge or self.per_triplet)
         return "distinctive" if plain else "margin"
+
+    @property
+    def near(self) -> float | None:
+        """Share of the images that are positives in value; None where labels are classes."""
+        return self.positives if self.labels == "numbers" else None
 
     @property
     def head_norm(self) -> str:
@@ -279,6 +297,9 @@ class Recipe:
         for name in ("fill", "options"):
             if values[name] == getattr(Recipe, name) or not values[name]:
                 del values[name]
+        for name in ("labels", "positives", "negatives"):
+            if self.labels == "classes" and values[name] == getattr(Recipe, name):
+                del values[name]
         return values
 
     def _repr_html_(self) -> str:
@@ -359,6 +380,7 @@ def read_toml(path: str | Path) -> tuple[Recipe, dict[str, Any], dict[str, Any]]
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "labels": LABELS,
     "method": storable_methods(),
     "target": ("auto", *TARGETS),
     "norm": NORMS,
@@ -374,7 +396,7 @@ _TABLES: dict[str, dict[str, str]] = {
         name: name
         for name in (
             "method", "target", "norm", "sampling", "triplets", "hinge", "margin", "seed",
-            "layers", "fill", "options",
+            "labels", "positives", "negatives", "layers", "fill", "options",
         )
     },
     "encoding": {"name": "encoding", **{name: name for name in ("rank", "m", "by", "dtype")}},

@@ -142,16 +142,29 @@ class TripletSampler:
             share = ((borrowed - sizes[few] + 1) / (2 * borrowed))[:, None]
             near = self._gathered_mean(self._lonely_positives(anchors[few]))
             p_mean[few] += share * (near - p_mean[few])
-        n_sum, n_count = total - sums, n - sizes
+        n_count = n - sizes
+        found = (p_mean - (total - sums) / n_count[:, None]).astype(np.float32)
         counts = (sizes - 1) * n_count
         alone = sizes == 1
         if alone.any():
-            near = self._lonely_positives(anchors[alone])
-            p_mean[alone] = self._gathered_mean(near)
-            n_sum[alone] -= near.shape[1] * p_mean[alone]
-            n_count[alone] -= near.shape[1]
-            counts[alone] = near.shape[1] * n_count[alone]
-        return (p_mean - n_sum / n_count[:, None]).astype(np.float32), counts
+            found[alone], counts[alone] = self._lonely_difference(anchors[alone])
+        return found, counts
+
+    def labelled(self, anchors: np.ndarray) -> np.ndarray:
+        """Which anchors have positives and negatives by their labels, `[a]` booleans."""
+        if self.classes is None:
+            return np.zeros(len(anchors), bool)
+        found: np.ndarray = self.classes.sizes[self.classes.codes[anchors]] > 1
+        return found
+
+    def _lonely_difference(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`mean_difference` of images that no label gives positives."""
+        near = self._lonely_positives(anchors)
+        p_mean, count = self._gathered_mean(near), near.shape[1]
+        outside = len(self.embeddings) - 1 - count
+        own = np.asarray(self.embeddings[anchors], np.float64)
+        n_sum = self._total - own - count * p_mean
+        return (p_mean - n_sum / outside).astype(np.float32), np.full(len(near), count * outside)
 
     def _uniform(self, anchors: np.ndarray) -> np.ndarray:
         """Numbers in [0, 1), `[a S 2]`, from the generator of each anchor's block."""
@@ -169,17 +182,17 @@ class TripletSampler:
     def _positives(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         if self.classes is None:
             near, _ = self._neighbourhoods(anchors)
-            return np.take_along_axis(near, _pick(uniform, near.shape[1]), axis=1)
+            return np.take_along_axis(near, pick(uniform, near.shape[1]), axis=1)
         codes = self.classes.codes[anchors]
         others = self.classes.sizes[codes] - 1
-        step = _pick(uniform, np.maximum(others, 1)[:, None])
+        step = pick(uniform, np.maximum(others, 1)[:, None])
         step += step >= self.classes.ranks[anchors][:, None]
         step = np.minimum(step, others[:, None])
         positives = self.classes.order[self.classes.starts[codes][:, None] + step]
         alone = others == 0
         if alone.any():
             near = self._lonely_positives(anchors[alone])
-            chosen = np.take_along_axis(near, _pick(uniform[alone], near.shape[1]), axis=1)
+            chosen = np.take_along_axis(near, pick(uniform[alone], near.shape[1]), axis=1)
             positives[alone] = chosen
         return positives
 
@@ -187,16 +200,16 @@ class TripletSampler:
         n = len(self.embeddings)
         if self.classes is None:
             _, far = self._neighbourhoods(anchors)
-            return _outside(uniform, np.concatenate([anchors[:, None], far], axis=1), n)
+            return outside(uniform, np.concatenate([anchors[:, None], far], axis=1), n)
         codes = self.classes.codes[anchors]
         start, size = self.classes.starts[codes][:, None], self.classes.sizes[codes][:, None]
-        step = _pick(uniform, n - size)
+        step = pick(uniform, n - size)
         negatives = self.classes.order[step + np.where(step >= start, size, 0)]
         alone = size[:, 0] == 1
         if alone.any():
             near = self._lonely_positives(anchors[alone])
             excluded = np.concatenate([anchors[alone][:, None], near], axis=1)
-            negatives[alone] = _outside(uniform[alone], excluded, n)
+            negatives[alone] = outside(uniform[alone], excluded, n)
         return negatives
 
     def _hard(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
@@ -204,7 +217,7 @@ class TripletSampler:
         for row, distances, candidates in self._candidates(anchors):
             count = min(N_HARD, len(candidates))
             nearest = _nearest_of(distances[candidates], count)
-            negatives[row] = candidates[nearest][_pick(uniform[row], count)]
+            negatives[row] = candidates[nearest][pick(uniform[row], count)]
         return negatives
 
     def _semihard(
@@ -220,27 +233,30 @@ class TripletSampler:
             # An empty window is widened to the nearest beyond; past the last, to the farthest.
             first = np.minimum(first, len(ranked) - 1)
             width = np.maximum(beyond - first, 1)
-            ranks = first + _pick(uniform[row], width)
+            ranks = first + pick(uniform[row], width)
             negatives[row] = candidates[_at_rank(to_negatives, ranked, ranks)]
         return negatives
 
     def _candidates(self, anchors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """For each anchor: its row, its squared distance to every image, and its negatives."""
-        n = len(self.embeddings)
         everything = np.asarray(self.embeddings)
         for row, anchor in enumerate(anchors):
             # One product an anchor, so that its rounding does not depend on the others' company.
             squares = self._squares
             distances = squares + squares[anchor] - 2 * (everything @ everything[anchor])
-            keep = np.ones(n, bool)
-            keep[anchor] = False
-            if self.classes is None:
-                keep[self._neighbourhoods(anchors[row : row + 1])[1][0]] = False
-            elif self.classes.sizes[self.classes.codes[anchor]] == 1:
-                keep[self._lonely_positives(anchors[row : row + 1])[0]] = False
-            else:
-                keep &= self.classes.codes != self.classes.codes[anchor]
-            yield row, np.maximum(distances, 0), np.flatnonzero(keep)
+            yield row, np.maximum(distances, 0), self._negatives_of(anchors[row : row + 1])
+
+    def _negatives_of(self, anchor: np.ndarray) -> np.ndarray:
+        """All negatives of one anchor `[1]`, rising."""
+        keep = np.ones(len(self.embeddings), bool)
+        keep[anchor] = False
+        if self.classes is None:
+            keep[self._neighbourhoods(anchor)[1][0]] = False
+        elif not self.labelled(anchor)[0]:
+            keep[self._lonely_positives(anchor)[0]] = False
+        else:
+            keep &= self.classes.codes != self.classes.codes[anchor[0]]
+        return np.flatnonzero(keep)
 
     def _neighbourhoods(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Without labels: the images positives come from, and those no negative comes from.
@@ -327,7 +343,7 @@ def active(triplets: Triplets, embeddings: np.ndarray, margin: float) -> np.ndar
     return to_positives - to_negatives + margin > 0
 
 
-def _pick(uniform: np.ndarray, count: np.ndarray | int) -> np.ndarray:
+def pick(uniform: np.ndarray, count: np.ndarray | int) -> np.ndarray:
     """Uniform numbers in [0, 1) to whole numbers in 0 .. count - 1."""
     return np.minimum((uniform * count).astype(np.int64), np.asarray(count) - 1)
 
@@ -348,10 +364,10 @@ def _at_rank(distances: np.ndarray, ranked: np.ndarray, ranks: np.ndarray) -> np
     return np.array([np.flatnonzero(distances == value)[k] for value, k in pairs], np.int64)
 
 
-def _outside(uniform: np.ndarray, excluded: np.ndarray, n: int) -> np.ndarray:
+def outside(uniform: np.ndarray, excluded: np.ndarray, n: int) -> np.ndarray:
     """Uniform picks from 0 .. n - 1 without each row's excluded positions."""
     excluded = np.sort(excluded, axis=1)
-    picks = _pick(uniform, n - excluded.shape[1])
+    picks = pick(uniform, n - excluded.shape[1])
     # The k-th free position is k plus the number of excluded ones at or before it.
     free_before = excluded - np.arange(excluded.shape[1])
     jumps = np.stack(

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .calibration import Calibration
-from .classes import label_codes
-from .cotangents import AnchorCotangents
+from .cotangents import AnchorCotangents, coded_labels
 from .errors import InputError
 from .index.search import nearest
 from .neighbors import draw_negatives
@@ -118,7 +117,7 @@ class _Smaller:
         self.normalized, self.anchors = normalized, None
         if closed_form:
             mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
-            codes = label_codes(labels.tolist())
+            codes = coded_labels(recipe, labels.tolist(), [""] * len(labels))
             self.anchors = AnchorCotangents(recipe, embeddings, codes, mean)
 
     def queries(self, vectors: np.ndarray, count: int) -> Iterator[LeftOut]:

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "embedcam"
 FLOORS = {
     -2: ["printing"],
     -1: ["errors", "interrupts"],
-    0: ["calibration"],
+    0: ["calibration", "number_labels"],
     1: [
         "_files",
         "cam",
@@ -38,7 +38,16 @@ FLOORS = {
         "targets",
         "triplets",
     ],
-    3: ["fingerprint", "match_fit", "models", "neighborhoods", "neighbors", "recipe", "weights"],
+    3: [
+        "fingerprint",
+        "match_fit",
+        "models",
+        "neighborhoods",
+        "neighbors",
+        "number_triplets",
+        "recipe",
+        "weights",
+    ],
     4: ["cotangents", "explanation", "export", "finer", "methods", "opened"],
     5: ["answer", "fallback", "passes", "trust"],
     6: ["assembly", "explain", "pairs", "prototypes"],

@@ -15,6 +15,7 @@ RECIPES = sorted((Path(__file__).parents[1] / "index" / "recipes").glob("*.toml"
 TABLES = {
     "weights": [
         "method", "target", "norm", "sampling", "triplets", "hinge", "margin", "seed",
+        "labels", "positives", "negatives",
     ],
     "encoding": ["encoding", "rank", "m", "by", "dtype"],
     "search": ["faiss", "metric"],
@@ -58,6 +59,9 @@ recipes = st.builds(
     dtype=st.sampled_from(["float16", "float32"]),
     faiss=st.sampled_from(["Flat", "HNSW32", "none"]),
     metric=st.sampled_from(["l2", "ip"]),
+    labels=st.sampled_from(["classes", "numbers"]),
+    positives=st.floats(0.01, 0.5),
+    negatives=st.floats(0.01, 0.5),
 )
 
 
@@ -73,7 +77,7 @@ def test_a_recipe_survives_toml_and_plain_values(tmp_path_factory, recipe) -> No
 def test_the_digest_tells_every_choice_apart() -> None:
     other = Recipe(
         "gradcam++", "centred", "around", "hard", 7, False, 0.3, 1, (), "mean", {"a": 1},
-        "dense", 9, 8, "magnitude", "float32", "HNSW8", "ip",
+        "dense", 9, 8, "magnitude", "float32", "HNSW8", "ip", "numbers", 0.2, 0.3,
     )  # fmt: skip
     digests = {Recipe().digest()}
     for entry in fields(Recipe):

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..classes import label_codes
-from ..cotangents import AnchorCotangents
+from ..cotangents import AnchorCotangents, coded_labels
 from ..encoding import Encoding, LowRank, TopM
 from ..errors import EmbedcamError, ImageError, InputError, NetworkMismatch, RecipeError
 from ..identity import Identity
@@ -85,7 +84,7 @@ def warn_of_norm(recipe: Recipe, normalize: bool, stacklevel: int) -> None:
 
 def check_amounts(
     recipe: Recipe,
-    n_images: int,
+    names: list[str],
     labels: list[str | None],
     width: int,
     n_channels: int,
@@ -95,7 +94,7 @@ def check_amounts(
 
     Args:
         recipe: the choices.
-        n_images: N, if all can be read.
+        names: of the images, `[N]` if all can be read.
         labels: theirs, `[N]`.
         width: D.
         n_channels: K.
@@ -104,10 +103,10 @@ def check_amounts(
     if recipe.encoding == "top-m":
         TopM(n_channels, recipe.m, recipe.by, recipe.dtype)
     if recipe.faiss.lower() != "none":
-        check_factory(recipe.faiss, width, n_images, recipe.metric)
+        check_factory(recipe.faiss, width, len(names), recipe.metric)
     # No embedding is looked at before cotangents are asked for.
-    unseen = np.broadcast_to(np.float32(0), (n_images, width))
-    AnchorCotangents(recipe, unseen, label_codes(labels), unseen[0], given)
+    unseen = np.broadcast_to(np.float32(0), (len(names), width))
+    AnchorCotangents(recipe, unseen, coded_labels(recipe, labels, names), unseen[0], given)
 
 
 def check_method(recipe: Recipe, network: EmbeddingNetwork) -> None:

@@ -21,8 +21,8 @@ from ..assembly import (
     header,
     layer_entry,
 )
-from ..classes import Classes, label_codes
-from ..cotangents import AnchorCotangents
+from ..classes import alone
+from ..cotangents import AnchorCotangents, coded_labels
 from ..errors import InputError
 from ..fingerprint import check, fingerprint
 from ..identity import Identity
@@ -43,6 +43,7 @@ from ..index import (
 from ..match_fit import LEAST as LEAST_MATCH
 from ..match_fit import calibrate_match
 from ..network import EmbeddingNetwork
+from ..number_labels import near_share
 from ..passes import (
     Work,
     chunk_size,
@@ -73,7 +74,7 @@ from .checks import (
     same_index,
     warn_of_norm,
 )
-from .report import BuildReport, Stages, label_counts
+from .report import BuildReport, Stages, label_counts, number_range
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def build_index(
         InputError: no images, too few, a single label, or a folder that holds something else.
         EmbedcamError: the disk is full or cannot be written; what is finished is used again.
     """
-    recipe, path = recipe or Recipe(), Path(path)
+    recipe, path = _for_labels(recipe or Recipe(), source), Path(path)
     check_options(source, network, batch_size, on_unreadable, scratch_gb)
     network.check(gradients=not recipe.entry.scored)
     check_norm(recipe, network)
@@ -136,7 +137,7 @@ def build_index(
     check_method(recipe, network)
     identity = fingerprint(network)
     width, n_channels = len(identity.probe_embedding), len(identity.probe_pooled)
-    check_amounts(recipe, len(source), source.labels, width, n_channels, triplets)
+    check_amounts(recipe, source.ids, source.labels, width, n_channels, triplets)
     exact = is_exact(recipe, network.head_kind.matrix, network.normalize)
     # Once, before any is read: a file that changes meanwhile must not pass for the one indexed.
     files = [source.fingerprint(position) for position in range(len(source))]
@@ -190,7 +191,7 @@ def build_index(
             about["trust_calibration"] = calibrated
             if trust:
                 about["match_calibration"] = calibrate_match(
-                    gathered.own, part.labels, recipe.metric, recipe.seed
+                    gathered.own, part.labels, recipe.metric, recipe.seed, recipe.near
                 )
             about["layers"] += [
                 layer_entry(name, own, encoding, None)
@@ -247,6 +248,7 @@ def add_images(
         refuse_prototypes(path, manifest, ADD_INSTEAD)
         encodings = [index.encoding(number) for number in range(len(index.layers))]
         recipe = Recipe.of_index(manifest)
+        _check_labels(recipe, source)
         check(_identity_of(index), network)
         stages, live = Stages(progress), index.live_positions()
         changes, gone = None, list[str]()
@@ -345,7 +347,9 @@ def calibrate_index(
         recipe = Recipe.of_index(manifest)
         embeddings, labels = index.embeddings(live), list(index.labels[live])
         made = {
-            "match_calibration": calibrate_match(embeddings, labels, recipe.metric, recipe.seed)
+            "match_calibration": calibrate_match(
+                embeddings, labels, recipe.metric, recipe.seed, recipe.near
+            )
         }
         if network is not None:
             check(_identity_of(index), network)
@@ -406,7 +410,27 @@ def indexed_images(
         )
     stored = (index.manifest["images"] or {}).get("root")
     chosen = root if root is not None else stored
-    return ImageSource(items, None if chosen is None else Path(chosen), max_pixels=max_pixels)
+    return ImageSource(
+        items,
+        None if chosen is None else Path(chosen),
+        max_pixels=max_pixels,
+        numbers=near_share(index.manifest) is not None,
+    )
+
+
+def _for_labels(recipe: Recipe, source: ImageSource) -> Recipe:
+    """The recipe, of numbers where the source's labels are numbers."""
+    return replace(recipe, labels="numbers") if source.numbers else recipe
+
+
+def _check_labels(recipe: Recipe, source: ImageSource) -> None:
+    """Refuse labels of new images that an index cannot take, before any is embedded."""
+    if source.numbers and recipe.labels != "numbers":
+        raise InputError(
+            'this index\'s labels are classes and those given are numbers; take labels="auto" '
+            "(--labels auto), or build an index of numbers"
+        )
+    coded_labels(recipe, source.labels, source.ids)
 
 
 def _removed(
@@ -440,8 +464,14 @@ def _weights(
     """The second pass; the labels `[N]` of old images (`live` ones of an index) and of new ones,
     and the mean embedding."""
     gathered = gather(work, index, live)
-    before = [] if index is None or live is None else index.labels[live]
-    labels = label_codes([*before, *(work.source.items[p].label for p in gathered.positions)])
+    rows = None if index is None or live is None else index.select(live)
+    before, ids = ([], []) if rows is None else (rows.labels, rows.ids)
+    items = [work.source.items[position] for position in gathered.positions]
+    labels = coded_labels(
+        work.recipe,
+        [*before, *(item.label for item in items)],
+        [*ids, *(item.id for item in items)],
+    )
     if index is None:
         mean = gathered.embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
     else:
@@ -553,8 +583,7 @@ def _report(
     """
     n_single, recipe, n = 0, work.recipe, len(gathered.positions)
     if labels is not None and recipe.resolved_target != "centred" and recipe.sampling != "given":
-        classes = Classes(labels)
-        n_single = int((classes.sizes[classes.codes[gathered.n_before :]] == 1).sum())
+        n_single = int(alone(labels)[gathered.n_before :].sum())
     notes = list(work.source.notes)
     if gathered.n_cropped:
         notes.append(
@@ -568,7 +597,8 @@ def _report(
         n_single,
         int((np.asarray(part.triplets_used) == 0).sum()),
         stages.seconds,
-        *label_counts(part.labels),
+        *label_counts(part.labels, recipe.labels),
         work.source.left_out,
         notes,
+        numbers=number_range(part.labels, recipe.labels),
     )

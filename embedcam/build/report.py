@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..images import LeftOut
+from ..number_labels import number_of
 from ..printing import cut
 from ..progress import progress_of
 from ..render import Table, drawn_blocks
@@ -29,11 +30,13 @@ class BuildReport:
             their positives are their nearest neighbours. 0 where labels draw nothing.
         n_without_triplets: images whose every triplet was satisfied: their weights are zero.
         seconds: wall time of each stage.
-        labels: how many of these images have each label, by its name.
-        n_unlabelled: of these images, those without a label; all of them where labels is empty.
+        labels: how many of these images have each label, by its name; empty where labels are
+            numbers.
+        n_unlabelled: of these images, those without a label.
         left_out: what lies beside the images and was not taken.
         notes: what looks like a mistake, a sentence each.
         changes: what an update found new, changed and vanished; None of other jobs.
+        numbers: the least and the largest label where labels are numbers, else None.
     """
 
     path: Path
@@ -47,6 +50,7 @@ class BuildReport:
     left_out: LeftOut = field(default_factory=LeftOut)
     notes: list[str] = field(default_factory=list)
     changes: Changes | None = None
+    numbers: tuple[float, float] | None = None
 
     def taken(self) -> list[str]:
         """What was taken and what was not, a line each."""
@@ -75,6 +79,9 @@ class BuildReport:
         return ", ".join(others)
 
     def _labels_line(self) -> str:
+        without = f"; {self.n_unlabelled:,} images without a label" if self.n_unlabelled else ""
+        if self.numbers is not None:
+            return "numbers from {:g} to {:g}".format(*self.numbers) + without
         if not self.labels:
             return "none"
         few = ", ".join(cut(name, 30) for name in [*self.labels][:3])
@@ -83,16 +90,23 @@ class BuildReport:
         each = f"{self.labels[most]:,}"
         if self.labels[least] < self.labels[most]:
             each = f"{self.labels[least]:,} ({cut(least, 30)}) to {each} ({cut(most, 30)})"
-        without = f"; {self.n_unlabelled:,} images without a label" if self.n_unlabelled else ""
         images = "image" if self.labels[most] == 1 else "images"
         return f"{len(self.labels):,} ({few}), of {each} {images} each{without}"
 
 
-def label_counts(labels: Iterable[str | None]) -> tuple[dict[str, int], int]:
-    """How many images have each label, by its name, and how many have none."""
+def label_counts(labels: Iterable[str | None], kind: str = "classes") -> tuple[dict[str, int], int]:
+    """How many images have each label, by its name (of numbers nothing), and how many have none."""
     counts = Counter(labels)
     n_unlabelled = counts.pop(None, 0)
+    if kind == "numbers":
+        return {}, n_unlabelled
     return {name: counts[name] for name in sorted(filter(None, counts))}, n_unlabelled
+
+
+def number_range(labels: Iterable[str | None], kind: str) -> tuple[float, float] | None:
+    """The least and the largest of labels that are numbers; None of classes, or without any."""
+    values = [number_of(label) for label in labels if label is not None]
+    return (min(values), max(values)) if values and kind == "numbers" else None
 
 
 class Stages:

@@ -318,6 +318,8 @@ def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str,
             raise RecipeError(f"[images] {name} = {short(value)} should be of type {kind}")
         if isinstance(value, str):
             refuse_nul(f"[images] {name}", value)
+    if options.labels == "numbers":
+        changes["labels"] = "numbers"
     if options.option:
         changes["options"] = dict(options.option)
     if "encoding" not in changes and {"m", "by"} & changes.keys():

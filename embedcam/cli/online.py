@@ -117,9 +117,9 @@ def _say_empty(options: argparse.Namespace, query: str, explanation: Any) -> Non
 
 def _say_shared(options: argparse.Namespace, index: Any) -> None:
     """That by a target of labels a result is hardly explained apart from its label."""
-    from ..explanation import SHARED
+    from ..explanation import shared_of
 
-    shared = SHARED.get(index.manifest["target"]) if options.method is None else None
+    shared = shared_of(index.manifest) if options.method is None else None
     if options.result is None or not shared:
         return
     named = [name for name in (options.result, options.above) if name is not None]

@@ -75,7 +75,13 @@ def pixel_options(one: Any) -> None:
     )
 
 
-LABELS = ("auto", "folders", "subfolders", "none")
+def label_options(one: Any) -> None:
+    """Where labels come from, and what they are."""
+    one.add_argument(
+        "--labels",
+        choices=("auto", "folders", "subfolders", "none", "numbers"),
+        help="where labels are; numbers: those of a CSV are numbers, near ones alike",
+    )
 
 
 def online_options(one: argparse.ArgumentParser) -> None:

@@ -3,9 +3,9 @@
 import argparse
 
 from .options import (
-    LABELS,
     found_options,
     index_options,
+    label_options,
     method_options,
     network_options,
     pixel_options,
@@ -23,7 +23,7 @@ def build_options(one: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="default, paper, unlabelled, or a TOML file; other options win over it",
     )
-    one.add_argument("--labels", choices=LABELS, help="where labels are")
+    label_options(one)
     found_options(one)
     pixel_options(one)
     one.add_argument("--refit", action="store_true", help="redo a finished index")
@@ -99,7 +99,7 @@ def add_options(one: argparse.ArgumentParser) -> None:
         action="store_true",
         help="IMAGES is all that INDEX was built from: take in what is new, changed and vanished",
     )
-    one.add_argument("--labels", choices=LABELS, help="where labels are")
+    label_options(one)
     found_options(one)
     pixel_options(one)
     network_options(one)

@@ -3,9 +3,9 @@
 import argparse
 
 from .options import (
-    LABELS,
     found_options,
     index_options,
+    label_options,
     method_options,
     network_options,
     online_options,
@@ -162,7 +162,7 @@ def evaluate_options(one: argparse.ArgumentParser) -> None:
         "--images", metavar="IMAGES", type=path, required=True, help="query images: folder or CSV"
     )
     one.add_argument("--indexed", metavar="FOLDER", help="where the indexed images lie now")
-    one.add_argument("--labels", choices=LABELS, help="where labels are")
+    label_options(one)
     found_options(one)
     pixel_options(one)
     one.add_argument("--boxes", metavar="CSV", type=path, help="where the objects are")

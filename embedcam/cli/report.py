@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import EmbeddingError, ImageError, InputError, NetworkError
+from ..number_labels import near_share
 from ..printing import as_json, say, sentence, show, show_json
 from ..progress import progress_of
 from ..registry import METHODS
@@ -159,12 +160,13 @@ def verify(options: argparse.Namespace) -> None:
 def _evidence(index: Any) -> dict[str, int]:
     """Labels, images alone in their class, and images without a triplet that counted."""
     live = index.live_positions()
-    sizes = Counter(index.labels[live])
+    sizes, numbers = Counter(index.labels[live]), near_share(index.manifest) is not None
     unlabelled = sizes.pop(None, 0)
     return {
         "labels": len(sizes),
         "unlabelled_images": unlabelled,
-        "labels_of_one_image": sum(size == 1 for size in sizes.values()),
+        # A number needs no other image that has it.
+        "labels_of_one_image": sum(size == 1 for size in sizes.values()) * (not numbers),
         "images_without_evidence": int((index.triplets_used(live) == 0).sum()),
     }
 
@@ -191,7 +193,7 @@ def _lines(
     compressed = manifest.get("compressed")
     merged = [] if compressed is None else [_merged_line(compressed), *fidelity_lines(compressed)]
     shown = [
-        ("images", _images_line(manifest["counts"], evidence)),
+        ("images", _images_line(manifest, evidence)),
         ("", _evidence_line(manifest, evidence)),
         *(("" if number else "prototypes", line) for number, line in enumerate(merged)),
         ("network", _network_line(manifest["network"])),
@@ -241,9 +243,10 @@ def _trust_line(manifest: Mapping[str, Any]) -> str:
     return f"{worth}; calibrated on {counted(one['images'], 'image')} that queried it{when}"
 
 
-def _images_line(counts: Mapping[str, int], evidence: Mapping[str, int]) -> str:
-    labels = evidence["labels"]
-    line = f"{counts['live']:,}, " + (counted(labels, "label") if labels else "no labels")
+def _images_line(manifest: Mapping[str, Any], evidence: Mapping[str, int]) -> str:
+    counts, labels = manifest["counts"], evidence["labels"]
+    what = "label" if near_share(manifest) is None else "number"
+    line = f"{counts['live']:,}, " + (counted(labels, what) if labels else "no labels")
     removed = counts["rows"] - counts["live"]
     if removed:
         line += f"; {removed:,} removed, not yet compacted"

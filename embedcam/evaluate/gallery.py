@@ -7,6 +7,7 @@ import numpy as np
 from ..errors import InputError
 from ..index import Index, nearest
 from ..metrics import precision_at_r
+from ..number_labels import near_share
 
 HELD = 1 << 28
 """Bytes of embeddings that are kept in memory; a larger index is read anew for every ranking."""
@@ -18,14 +19,17 @@ class Gallery:
     """The live images of an index.
 
     positions: `[N]`; labels: `[N]`, None where there is none; codes: `[N]`, equal for equal labels,
-    -1 for none.
+    -1 for none. Labels that are numbers are left out: they are no classes.
     """
 
     def __init__(self, index: Index) -> None:
         self.index, self.positions = index, index.live_positions()
         if not len(self.positions):
             raise InputError(f"{index.path}: every image of this index has been removed")
-        self.labels: list[str | None] = index.labels[self.positions]
+        self.numbers = near_share(index.manifest) is not None
+        self.labels: list[str | None] = (
+            [None] * len(self.positions) if self.numbers else index.labels[self.positions]
+        )
         self._code: dict[str, int] = {}
         for label in self.labels:
             if label is not None:

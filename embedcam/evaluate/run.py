@@ -568,9 +568,14 @@ class _Job:
 
     def _count_notes(self, rows: list[dict[str, Any]], compared: dict[str, Any]) -> None:
         if self.wants("retrieval") and not told.retrieval(rows):
-            what = (
-                "the index has no labels" if not self.gallery.labelled else "no image has a label"
-            )
+            what = "no image has a label"
+            if not self.gallery.labelled:
+                numbers = self.gallery.numbers
+                what = (
+                    "the index's labels are numbers, not classes"
+                    if numbers
+                    else ("the index has no labels")
+                )
             self._note(f"no retrieval quality: {what}")
         if self.wants("localisation"):
             if not len(self.regions):

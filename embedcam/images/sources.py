@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -24,9 +24,10 @@ from embedcam._files import refuse_device
 from embedcam.errors import ImageError, InputError
 from embedcam.images.marks import NO_MARK, FileState, file_mark, file_state
 from embedcam.images.reading import EXTENSIONS, MAX_PIXELS, is_url, read_image, why_missing
+from embedcam.number_labels import check_number
 from embedcam.printing import cut, short
 
-Labels = Literal["auto", "folders", "subfolders", "none"]
+Labels = Literal["auto", "folders", "subfolders", "none", "numbers"]
 _SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev"))
 _OPTIONAL = ("id", "label", "width", "height")
 
@@ -76,6 +77,7 @@ class ImageSource:
         max_pixels: limit of a picture's pixels.
         left_out: what lies beside them and was not taken.
         notes: what looks like a mistake, a sentence each.
+        numbers: whether the labels are numbers, not classes.
     """
 
     def __init__(
@@ -86,13 +88,14 @@ class ImageSource:
         max_pixels: int = MAX_PIXELS,
         left_out: LeftOut | None = None,
         notes: Sequence[str] = (),
+        numbers: bool = False,
     ) -> None:
         self.items: Sequence[Item] = tuple(items)
         self.root = root
         if isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1:
             raise InputError(f"max_pixels = {max_pixels!r}; give a whole number from 1")
         self.max_pixels = max_pixels
-        self.left_out, self.notes = left_out or LeftOut(), tuple(notes)
+        self.left_out, self.notes, self.numbers = left_out or LeftOut(), tuple(notes), numbers
         first: dict[str, int] = {}
         for position, item in enumerate(self.items):
             other = first.setdefault(item.id, position)
@@ -164,7 +167,13 @@ class ImageSource:
     def only(self, positions: Sequence[int]) -> ImageSource:
         """The images at some places, as a list of their own."""
         items = [self.items[position] for position in positions]
-        return ImageSource(items, self.root, max_pixels=self.max_pixels, left_out=self.left_out)
+        return ImageSource(
+            items,
+            self.root,
+            max_pixels=self.max_pixels,
+            left_out=self.left_out,
+            numbers=self.numbers,
+        )
 
     def _file(self, position: int) -> Path:
         path = Path(self.items[position].path)
@@ -182,7 +191,8 @@ def find_images(
 
     labels: "folders" takes the first folder below `path` as the label, "subfolders" the one below
         that, as of train/owls/1.jpg; "none" gives no labels; "auto" takes folders where the images
-        lie in some, and none where they lie flat. For a CSV "auto" takes its label column.
+        lie in some, and none where they lie flat. For a CSV "auto" takes its label column, and
+        "numbers" too, as numbers in place of classes: near ones are alike.
     max_pixels: more than this many pixels are refused before they are decoded.
     exclude: patterns (`*`, `?`, `[...]`) of what is left out: a path below the folder, or the name
         of a file or of a folder with all that is in it. Of a CSV, of its paths and ids.
@@ -193,15 +203,19 @@ def find_images(
     one.
     A file that turns out to be no image is reported when it is read.
     """
-    if labels not in ("auto", "folders", "subfolders", "none"):
-        raise InputError(
-            f'labels: expected "auto", "folders", "subfolders" or "none", given {labels!r}'
-        )
+    if labels not in get_args(Labels):
+        known = ", ".join(f'"{one}"' for one in get_args(Labels))
+        raise InputError(f"labels: expected one of {known}, given {labels!r}")
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     if not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise InputError(f"exclude: expected patterns such as '*.gif', given {short(exclude)}")
     root = Path(path)
     if root.is_dir():
+        if labels == "numbers":
+            raise InputError(
+                f'{root}: labels="numbers" takes the label column of a CSV, and this is a folder; '
+                "give a CSV with the columns path,label"
+            )
         walk = _Walk(root, patterns)
         items = _folder_items(root, sorted(walk), labels, str(walk.left_out()))
         return ImageSource(
@@ -209,11 +223,19 @@ def find_images(
         )
     if root.suffix.lower() == ".csv" and root.is_file():
         if labels in ("folders", "subfolders"):
-            raise InputError(f'{root}: a CSV has a label column; take labels="auto" or "none"')
+            raise InputError(
+                f'{root}: a CSV has a label column; take labels="auto", "numbers" or "none"'
+            )
         counts = Counter(dict.fromkeys(patterns, 0))
         items = list(_csv_items(root, labels, counts))
         left_out = LeftOut(excluded=dict(counts))
-        return ImageSource(items, root.parent, max_pixels=max_pixels, left_out=left_out)
+        return ImageSource(
+            items,
+            root.parent,
+            max_pixels=max_pixels,
+            left_out=left_out,
+            numbers=labels == "numbers",
+        )
     if root.exists():
         raise InputError(f"{root}: expected a folder of images or a .csv file")
     raise InputError(f"{root}: {why_missing(str(path))}; give a folder of images or a .csv file")
@@ -365,6 +387,8 @@ def _csv_items(path: Path, labels: Labels, exclude: Counter[str]) -> Iterator[It
         above = ("/".join(parts[:end]) for end in range(1, len(parts) + 1))
         if _is_excluded(exclude, own, *parts, *above):
             continue
+        if labels == "numbers" and row["label"]:
+            check_number(row["label"], f"{path}, line {line}")
         yield Item(own, where, None if labels == "none" else row["label"] or None)
     if not lines:
         raise InputError(f"{path}: has no lines below its header")

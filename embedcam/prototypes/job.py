@@ -23,6 +23,7 @@ from ..index import (
     refuse_prototypes,
 )
 from ..index.content import wrong_embeddings
+from ..number_labels import near_share
 from ..progress import Advance, progress_of
 from .fidelity import Compressed, fidelity, sample_rows
 from .grouping import Groups, group
@@ -91,7 +92,14 @@ def compress(
             index = stack.enter_context(Index.open(index, with_faiss=False))
         _check(index, path, prototypes, seed, replace)
         live = index.live_positions()
-        labels = index.labels[live]
+        # Of numbers a group shares none.
+        numbers = near_share(index.manifest) is not None
+        labels = [None] * len(live) if numbers else index.labels[live]
+        if per_class and numbers:
+            raise InputError(
+                f"{index.path}: the labels are numbers, so prototypes cannot be made for each; "
+                "leave out --per-class (per_class=False)"
+            )
         if per_class and all(label is None for label in labels):
             raise InputError(
                 f"{index.path}: no image has a label, so prototypes cannot be made for each; leave "

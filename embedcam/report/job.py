@@ -19,6 +19,7 @@ from .. import __version__
 from ..errors import InputError
 from ..images import MAX_PIXELS, ImageSource
 from ..images.batches import default_workers
+from ..matching import kinship
 from ..neighbors import check_rival
 from ..progress import progress_of
 from ..queries import check_count
@@ -142,7 +143,7 @@ def write_report(
             n_new = _explain_missing(job, place, batch_size, progress)
             known = _assemble(job, place)
         else:
-            known = facts(place.lines())
+            known = facts(place.lines(), kinship(explainer.index.manifest))
         place.tidy()
     return _told(place.path / PAGE, known, n_new)
 
@@ -317,7 +318,8 @@ def _assemble(job: _Job, place: Folder) -> list[Fact]:
             one = place.read(position)
             put(file, LINES, f"{one.line}\n")
             cropped |= one.cropped
-    known, index = facts(place.lines()), job.explainer.index
+    index = job.explainer.index
+    known = facts(place.lines(), kinship(index.manifest))
     if FEATURES in place.files:
         with place.filled(FEATURES) as file:
             for piece in _features(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import eq
 from typing import Any, Final
 
 from ..registry import METHODS
@@ -34,12 +35,17 @@ class Fact:
     other: bool = False
 
 
-def facts(lines: Iterable[str]) -> list[Fact]:
-    """Of each query, from its line of JSON."""
-    return [_fact(position, json.loads(line)) for position, line in enumerate(lines)]
+def facts(lines: Iterable[str], kin: Callable[[str, str], bool] = eq) -> list[Fact]:
+    """Of each query, from its line of JSON.
+
+    Args:
+        lines: of JSON.
+        kin: whether a result with the second label is of the kind of a query with the first.
+    """
+    return [_fact(position, json.loads(line), kin) for position, line in enumerate(lines)]
 
 
-def _fact(position: int, record: Mapping[str, Any]) -> Fact:
+def _fact(position: int, record: Mapping[str, Any], kin: Callable[[str, str], bool]) -> Fact:
     if "error" in record:
         return Fact(position, record["query"], record["error"])
     nearest = record["neighbors"][0]
@@ -51,7 +57,7 @@ def _fact(position: int, record: Mapping[str, Any]) -> Fact:
         distance=nearest["distance"],
         match=record.get("match"),
         other=None not in (record.get("label"), nearest["label"])
-        and record["label"] != nearest["label"],
+        and not kin(record["label"], nearest["label"]),
         changed=any(one.get("file") == "changed" for one in record["neighbors"]),
         **{name: record[name] for name in ("trust", "trusted", "direct", "empty")},
     )

@@ -1,0 +1,406 @@
+"""Labels that are numbers: who is near and far, weights, match, and a CSV from end to end."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+from photo_samples import network_of, picture
+from test_cli import NAMED, NETWORK
+
+from embedcam import (
+    Explainer,
+    Index,
+    Recipe,
+    add_images,
+    build_from_features,
+    build_index,
+    find_images,
+    write_report,
+)
+from embedcam.build import indexed_images
+from embedcam.cli import main
+from embedcam.cotangents import AnchorCotangents
+from embedcam.errors import InputError, RecipeError
+from embedcam.evaluate import Settings, evaluate_index
+from embedcam.match_fit import calibrate_match
+from embedcam.matching import MatchCalibration, alike, kinship, match_evidence
+from embedcam.neighborhoods import NearestOthers
+from embedcam.number_labels import Values, number_of
+from embedcam.number_triplets import NumberSampler
+
+N, D = 26, 4
+NUMBERS = Recipe(labels="numbers", target="margin")
+
+
+def sides(values: list[float], a: int, positives: float, negatives: float) -> tuple[set, set]:
+    """Positives and negatives of one image, from its sorted distances to all the others."""
+    others = [i for i, v in enumerate(values) if i != a and not math.isnan(v)]
+    apart = {i: abs(values[i] - values[a]) for i in others}
+    ranked = sorted(apart.values())
+    within = ranked[max(1, round(positives * len(others))) - 1]
+    beyond = ranked[-max(1, round(negatives * len(others)))]
+    near = {i for i in others if apart[i] <= within}
+    return near, {i for i in others if apart[i] >= beyond} - near
+
+
+def prices(kind: str, n: int = N) -> np.ndarray:
+    """Numbers of n images: all different, many alike, or some without one."""
+    rng = np.random.default_rng(4)
+    made = rng.lognormal(3, 1, n) if kind == "different" else rng.integers(0, 6, n) * 0.1
+    if kind == "some":
+        made[[0, 7, 8, 20]] = np.nan
+    return made
+
+
+def table(n: int = N) -> np.ndarray:
+    """Embeddings on a grid, of length about 1: distances are exact in single precision."""
+    return np.random.default_rng(0).integers(-8, 9, (n, D)).astype(np.float32) / 16
+
+
+KINDS = ("different", "alike", "some")
+SHARES = [(0.1, 0.5), (0.3, 0.7), (0.01, 0.01), (0.5, 0.2)]
+
+
+@pytest.mark.parametrize(("positives", "negatives"), SHARES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_near_and_far_are_those_of_sorted_distances(kind, positives, negatives) -> None:
+    values = prices(kind)
+    found = Values(values, positives, negatives)
+    for a in range(N):
+        rank = found.ranks[a]
+        if np.isnan(values[a]):
+            assert rank == -1
+            continue
+        near, far = sides(values.tolist(), a, positives, negatives)
+        if rank < 0:
+            assert not far
+            continue
+        assert set(found.order[slice(*found.near[rank])]) - {a} == near
+        outside = np.delete(found.order, slice(*found.far[rank]))
+        assert set(outside) == far != set()
+    assert (found.ranks >= 0).sum() >= 20
+
+
+def test_an_image_as_far_from_all_others_counts_as_unlabelled() -> None:
+    found = Values(np.array([0.0, -1, 1, np.nan]), 0.5, 0.5)
+    assert found.ranks.tolist() == [-1, 0, 2, -1]
+
+
+def pairs(values: np.ndarray, a: int, recipe: Recipe = NUMBERS) -> list[tuple[int, int]]:
+    """Every (positive, negative) of an image; without a number its nearest ten and the rest."""
+    if np.isnan(values[a]):
+        near = oracles.nearest(table(), a, range(len(values)), min(10, (len(values) - 1) // 3))
+        return [(p, n) for p in near for n in range(len(values)) if n not in (*near, a)]
+    near, far = sides(values.tolist(), a, recipe.positives, recipe.negatives)
+    return [(p, n) for p in sorted(near) for n in sorted(far)]
+
+
+@pytest.mark.parametrize(("positives", "negatives"), SHARES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mean_is_that_of_every_pair(kind, positives, negatives) -> None:
+    recipe, values, rows = (
+        replace(NUMBERS, positives=positives, negatives=negatives),
+        prices(kind),
+        table(),
+    )
+    anchors = AnchorCotangents(recipe, rows, values, rows.mean(0))
+    assert anchors.sampler is not None
+    asked = [a for a in range(N) if np.isnan(values[a]) or anchors.sampler.labelled(np.array([a]))]
+    assert len(asked) >= 20
+    found = anchors.of(np.array(asked))
+    for place, a in enumerate(asked):
+        every = pairs(values, a, recipe)
+        assert found.counts[place] == len(every) > 0
+        wanted = oracles.mean_cotangent(rows, every)
+        np.testing.assert_allclose(found.values[place], wanted, atol=1e-5)
+        np.testing.assert_array_equal(anchors.of(np.array([a])).values[0], found.values[place])
+
+
+def test_the_default_target_is_that_margin_whitened_with_the_images_own_part() -> None:
+    values, rows = prices("different"), table()
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    mean = rows.mean(0)
+    recipe = Recipe(labels="numbers")
+    assert recipe.resolved_target == "distinctive"
+    found = AnchorCotangents(recipe, rows, values, mean).of(np.arange(N)).values
+    centred = rows.astype(np.float64) - rows.astype(np.float64).mean(0)
+    covariance = centred.T @ centred / N
+    ridge = 10 * np.trace(covariance) / D
+    for a in range(N):
+        margin = oracles.mean_cotangent(rows, pairs(values, a, recipe))
+        kind = np.linalg.solve(covariance + ridge * np.eye(D), margin)
+        kind -= 0.5 * rows[a] * (rows[a] @ kind)
+        own = rows[a] - mean
+        wanted = kind / np.linalg.norm(kind) + 0.2 * own / np.linalg.norm(own)
+        np.testing.assert_allclose(found[a], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("sampling", ["random", "semihard", "hard"])
+@pytest.mark.parametrize("kind", ["different", "some"])
+def test_draws_are_of_the_near_and_the_far(kind, sampling) -> None:
+    values, rows = prices(kind), table()
+    sampler = NumberSampler(
+        rows, values, NearestOthers(rows), positives=0.2, negatives=0.5, sampling=sampling,
+        n_triplets=400,
+    )  # fmt: skip
+    found = sampler.draw(np.arange(N))
+    recipe = replace(NUMBERS, positives=0.2)
+    for a in range(N):
+        near, far = (set(side) for side in zip(*pairs(values, a, recipe), strict=True))
+        assert set(found.positives[a]) == near
+        drawn = set(found.negatives[a])
+        assert drawn == far if sampling != "semihard" else drawn <= far
+
+
+# --- match ---------------------------------------------------------------------------------------
+
+
+def test_numbers_are_read_from_text() -> None:
+    assert [number_of(text) for text in ("1.5", " -2e3 ", "0")] == [1.5, -2000, 0]
+    for text in ("", None, "nan", "inf", "-inf", "cheap", "1e301", "1,5"):
+        assert math.isnan(number_of(text))
+
+
+def test_labels_are_alike_within_reach() -> None:
+    reach = ((0.0, 10.0, 20.0), (1.0, 1.0, 5.0))
+    found = alike("15", ["15", "12.1", "11.9", "18", "18.1", None, "x"], reach)
+    assert found.tolist() == [True, True, False, True, False, False, False]
+    assert alike("-5", ["-4", "-3.9"], reach).tolist() == [True, False]
+    assert alike("a", ["a", "b", None]).tolist() == [True, False, False]
+    assert not alike(None, ["1", None], reach).any()
+
+
+def test_reach_is_that_of_the_positives_at_quantiles_of_the_values() -> None:
+    values = prices("different", 100)
+    knots, reaches = Values(values, 0.1, 0.5).reach()
+    ranked = sorted(values.tolist())
+    assert list(knots) == [ranked[round(q * 99 / 32)] for q in range(33)]
+    for knot, reach in zip(knots, reaches, strict=True):
+        near, _ = sides(values.tolist(), values.tolist().index(knot), 0.1, 0.5)
+        assert reach == max(abs(values[i] - knot) for i in near)
+
+
+def made_match(seed: int = 0, n: int = 200) -> tuple[np.ndarray, list[str | None], dict]:
+    """Embeddings on a curve whose place, a little blurred, is the number of each image."""
+    rng = np.random.default_rng(seed)
+    place = rng.uniform(0, 3, n)
+    noise = rng.normal(0, 0.02 + 0.15 * (place > 1.5), (2, n))
+    points = np.column_stack([np.cos(place), np.sin(place)]).astype(np.float32)
+    labels = [f"{v:.4f}" for v in 100 * (place + noise[0])]
+    made = calibrate_match(points, labels, near=0.1)
+    assert made is not None
+    return points, labels, json.loads(json.dumps(made))
+
+
+def test_match_says_how_likely_the_first_result_is_near_in_value() -> None:
+    points, labels, made = made_match()
+    calibration = MatchCalibration.from_dict(made["several"])
+    values = [float(label) for label in labels]
+    told, right = [], []
+    for a in range(len(points)):
+        apart = ((points - points[a]) ** 2).sum(1)
+        near = [i for i in np.argsort(apart, kind="stable") if i != a][:10]
+        first = values[near[0]]
+        same = [abs(values[i] - first) <= np.interp(first, *calibration.reach) for i in near]
+        named = [labels[i] for i in near]
+        x = (match_evidence(apart[near], np.array(same)) - calibration.mean) / calibration.scale
+        wanted = 1 / (1 + math.exp(-(calibration.intercept + x @ calibration.linear)))
+        if apart[near[0]] <= calibration.far:
+            assert calibration.match(apart[near], named) == pytest.approx(wanted, rel=1e-6)
+        told.append(calibration.match(apart[near], named))
+        right.append(abs(first - values[a]) <= np.interp(values[a], *calibration.reach))
+    told, right = np.array(told), np.array(right)
+    assert 0.2 < right.mean() < 0.95
+    assert abs(told.mean() - right.mean()) < 0.05
+    assert told[right].mean() > told[~right].mean() + 0.1
+    # As classes no two of these labels are equal, and every result would be wrong.
+    classes = calibrate_match(points, labels)
+    assert classes is not None
+    assert "values" not in classes["several"]
+    assert MatchCalibration.from_dict(classes["several"]).match(apart[near], named) < 0.05
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"reaches": [1.0]}, {"values": [2.0, 1.0], "reaches": [0.0, 0.0]},
+     {"values": [1.0], "reaches": [-1.0]}, {"values": [None], "reaches": [1.0]}],
+)  # fmt: skip
+def test_a_forged_reach_is_refused(wrong: dict) -> None:
+    made = made_match(n=30)[2]["one"]
+    with pytest.raises(InputError, match="the calibration's"):
+        MatchCalibration.from_dict({**made, **wrong})
+
+
+def test_too_few_numbers_leave_match_to_the_distance() -> None:
+    points = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
+    for labels in (["7"] * 30, [None] * 29 + ["7"], [None] * 30):
+        made = calibrate_match(points, labels, near=0.1)
+        assert made is not None
+        assert "values" not in made["one"]
+
+
+# --- a CSV from end to end -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of three colours whose prices rise with the colour, two of them without a price."""
+    folder = tmp_path_factory.mktemp("shop")
+    lines = ["path,label"]
+    for number in range(26):
+        kind = number % 3
+        picture(kind, number).save(folder / f"{number:02d}.png")
+        price = "" if number in (4, 11) else f"{100 * kind + number * 0.5:g}"
+        lines.append(f"{number:02d}.png,{price}")
+    (folder / "prices.csv").write_text("\n".join(lines) + "\n")
+    (folder / "more.csv").write_text("path,label,id\n00.png,3.25,again\n01.png,,none\n")
+    (folder / "cli_toy_network.py").write_text(NETWORK)
+    return folder
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys, shop: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.chdir(shop)
+    monkeypatch.syspath_prepend(str(shop))
+
+    def told(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([*map(str, arguments)])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    yield told
+    sys.modules.pop("cli_toy_network", None)
+
+
+def test_a_csv_of_prices_is_built_explained_matched_and_added_to(
+    run: Run, shop: Path, tmp_path: Path
+) -> None:
+    index = tmp_path / "index"
+    code, _, noted = run("build", "prices.csv", index, "--labels", "numbers", *NAMED)
+    assert code == 0, noted
+    assert "labels: numbers from 0 to 211.5; 2 images without a label\n" in noted
+    assert "2 images without a label: the nearest neighbours stand in as positives" in noted
+    with Index.open(index) as opened:
+        recipe = Recipe.of_index(opened.manifest)
+        assert (recipe.labels, recipe.positives, recipe.negatives) == ("numbers", 0.1, 0.5)
+        assert opened.manifest["match_calibration"]["several"]["reaches"]
+        assert opened.labels[5] == "202.5"
+        kin = kinship(opened.manifest)
+    assert (kin("202.5", "204"), kin("202.5", "102")) == (True, False)
+    code, told, _ = run("explain", index, "05.png", "--json", "-n", 3, *NAMED[:2])
+    (found,) = json.loads(told)
+    assert found["neighbors"][0]["label"] == "202.5"
+    assert 0 < found["match"] < 1
+    assert "labels    numbers" not in told
+    # By an index of numbers no result stands for its label.
+    code, told, noted = run("explain", index, "05.png", "--result", "02.png", *NAMED[:2])
+    assert (code, "what matched 02.png" in told, "share" in noted) == (0, True, False)
+    before = json.dumps(Index.open(index).manifest["match_calibration"])
+    assert run("calibrate", index)[0] == 0
+    assert json.dumps(Index.open(index).manifest["match_calibration"]) == before
+    code, _, noted = run("add", index, "more.csv", *NAMED[:2])
+    assert code == 0, noted
+    assert "labels: numbers from 3.25 to 3.25; 1 images without a label" in noted
+    code, told, _ = run("info", index)
+    assert "28, 25 numbers; 2 added after the fit" in told
+
+
+def test_a_report_begins_with_results_that_are_far_in_value(shop: Path, tmp_path: Path) -> None:
+    network = network_of()
+    source = find_images(shop / "prices.csv", "numbers")
+    build_index(source, network, tmp_path / "index", progress=False, workers=0)
+    (shop / "asked.csv").write_text("path,label\n00.png,0.1\n01.png,9999\n02.png,201\n")
+    with Explainer(tmp_path / "index", network) as explainer:
+        write_report(explainer, find_images(shop / "asked.csv", "numbers"), tmp_path / "out")
+    page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
+    assert "those first whose first result has another label" in page
+    table = page[page.index("All queries") :]
+    assert table.index("01.png") < min(table.index("00.png"), table.index("02.png"))
+
+
+def test_an_evaluation_takes_numbers_for_no_classes(shop: Path, tmp_path: Path) -> None:
+    network, source = network_of(), find_images(shop / "prices.csv", "numbers")
+    build_index(source, network, tmp_path / "index", progress=False, workers=0)
+    with Index.open(tmp_path / "index") as index:
+        again = indexed_images(index)
+        assert (again.numbers, again.labels) == (True, source.labels)
+    settings = Settings(measures=("retrieval", "objects"), controls=False, limit=4)
+    found = evaluate_index(
+        tmp_path / "index", source, network, settings=settings, workers=0, progress=False
+    )
+    notes = found.summary["notes"]
+    assert "no retrieval quality: the index's labels are numbers, not classes" in notes
+    assert any("pairs of pictures need" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        ("cheap", "the label 'cheap' is not a finite number; correct it, leave it empty"),
+        ("nan", "the label 'nan' is not a finite number"),
+        ("-inf", "the label '-inf' is not a finite number"),
+    ],
+)
+def test_a_label_that_is_no_number_is_refused_with_its_line(
+    run: Run, tmp_path: Path, label: str, said: str
+) -> None:
+    listed = tmp_path / "bad.csv"
+    listed.write_text(f"path,label\na.png,1\nb.png,{label}\n")
+    code, _, noted = run("build", listed, tmp_path / "i", "--labels", "numbers", *NAMED)
+    assert (code, noted) == (2, f"embedcam: {listed}, line 3: " + noted.partition("line 3: ")[2])
+    assert said in noted
+
+
+def test_what_numbers_cannot_be_is_said(run: Run, shop: Path, tmp_path: Path) -> None:
+    assert "takes the label column of a CSV, and this is a folder" in run(
+        "build", shop, tmp_path / "i", "--labels", "numbers", *NAMED
+    )[2]  # fmt: skip
+    network, source = network_of(), find_images(shop / "prices.csv")
+    build_index(source, network, tmp_path / "classes", progress=False, workers=0)
+    with pytest.raises(InputError, match="labels are classes and those given are numbers"):
+        add_images(find_images(shop / "more.csv", "numbers"), network, tmp_path / "classes")
+    (shop / "words.csv").write_text("path,label,id\n00.png,cheap,x\n")
+    recipe = Recipe(labels="numbers")
+    build_index(source, network, tmp_path / "i", recipe, progress=False, workers=0)
+    with pytest.raises(InputError, match="image 'x': the label 'cheap' is not a finite number"):
+        add_images(find_images(shop / "words.csv"), network, tmp_path / "i")
+    code, _, noted = run("compress", tmp_path / "i", tmp_path / "c", "--prototypes", 2,
+                         "--per-class")  # fmt: skip
+    assert code == 2
+    assert "the labels are numbers, so prototypes cannot be made for each" in noted
+    for shares in ({"positives": 0.0}, {"negatives": math.nan}, {"positives": 0.6}):
+        with pytest.raises(RecipeError, match="give numbers above 0 that are at most 1 together"):
+            Recipe(labels="numbers", **shares)
+    rows = table()
+    with pytest.raises(InputError, match="all 24 labels are the number 7, so none is far"):
+        AnchorCotangents(recipe, rows, np.array([7.0] * 24 + [np.nan] * 2), rows.mean(0))
+    with pytest.raises(RecipeError, match="labels = 'prices' is unknown"):
+        Recipe(labels="prices")
+
+
+def test_features_and_prototypes_take_numbers_too(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.random((30, 5), np.float32)
+    labels = [None if i == 3 else f"{i / 7:.3f}" for i in range(30)]
+    recipe = Recipe(labels="numbers", target="margin", norm="around", encoding="dense",
+                    dtype="float32")  # fmt: skip
+    made = build_from_features(
+        rows, rows, tmp_path / "index", recipe, grid=(1, 1), normalize=False, labels=labels
+    )
+    assert (made.n_single, made.numbers, made.labels) == (1, (0.0, 4.143), {})
+    values = np.array([number_of(label) for label in labels])
+    with Index.open(tmp_path / "index") as index:
+        weights = index.encoding(0).decode(index.select(np.arange(30)).fields(0))
+    for a in (0, 12, 29):
+        wanted = 2 * (np.mean([rows[p] - rows[n] for p, n in pairs(values, a)], axis=0))
+        np.testing.assert_allclose(weights[a], wanted, atol=1e-5)

@@ -344,7 +344,7 @@ def test_places_without_images(tmp_path):
     with pytest.raises(InputError, match=r"expected a folder of images or a .csv file"):
         find_images(write(tmp_path / "one.png"))
     with pytest.raises(
-        InputError, match='"auto", "folders", "subfolders" or "none", given \'yes\''
+        InputError, match='"auto", "folders", "subfolders", "none", "numbers", given \'yes\''
     ):
         find_images(tmp_path, "yes")
 

@@ -108,5 +108,7 @@ class NumberSampler(TripletSampler):
     @cached_property
     def _sums(self) -> np.ndarray:
         """Sums of the embeddings of all images before each rank, float64 `[n + 1, D]`."""
-        ordered = np.asarray(self.embeddings[self.values.order], np.float64)
-        return np.concatenate([np.zeros((1, ordered.shape[1])), np.cumsum(ordered, axis=0)])
+        ordered = np.asarray(self.embeddings[self.values.order])
+        sums = np.zeros((len(ordered) + 1, ordered.shape[1]))
+        np.cumsum(ordered, axis=0, dtype=np.float64, out=sums[1:])
+        return sums

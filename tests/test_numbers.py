@@ -24,6 +24,7 @@ from embedcam import (
     write_report,
 )
 from embedcam.build import indexed_images
+from embedcam.classes import label_codes
 from embedcam.cli import main
 from embedcam.cotangents import AnchorCotangents
 from embedcam.errors import InputError, RecipeError
@@ -33,6 +34,7 @@ from embedcam.matching import MatchCalibration, alike, kinship, match_evidence
 from embedcam.neighborhoods import NearestOthers
 from embedcam.number_labels import Values, number_of
 from embedcam.number_triplets import NumberSampler
+from embedcam.trust import leave_out
 
 N, D = 26, 4
 NUMBERS = Recipe(labels="numbers", target="margin")
@@ -306,7 +308,7 @@ def test_a_csv_of_prices_is_built_explained_matched_and_added_to(
     code, told, noted = run("explain", index, "05.png", "--result", "02.png", *NAMED[:2])
     assert (code, "what matched 02.png" in told, "share" in noted) == (0, True, False)
     before = json.dumps(Index.open(index).manifest["match_calibration"])
-    assert run("calibrate", index)[0] == 0
+    assert run("calibrate", index, "--no-trust")[0] == 0
     assert json.dumps(Index.open(index).manifest["match_calibration"]) == before
     code, _, noted = run("add", index, "more.csv", *NAMED[:2])
     assert code == 0, noted
@@ -326,6 +328,22 @@ def test_a_report_begins_with_results_that_are_far_in_value(shop: Path, tmp_path
     assert "those first whose first result has another label" in page
     table = page[page.index("All queries") :]
     assert table.index("01.png") < min(table.index("00.png"), table.index("02.png"))
+
+
+def test_trust_leaves_images_out_of_an_index_of_numbers() -> None:
+    values, rows = prices("different", 60), table(60)
+    labels: list[str | None] = [repr(float(value)) for value in values]
+    recipe = Recipe(labels="numbers", target="margin", norm="around")
+    found = leave_out(
+        recipe, rows, labels, np.arange(0, 60, 5), closed_form=True, normalized=False
+    )["one"]  # fmt: skip
+    near = np.concatenate([one.near for one in found])
+    codes = np.concatenate([one.codes for one in found if one.codes is not None])
+    whole = AnchorCotangents(recipe, rows, values, rows.mean(0)).of(near).values
+    classes = replace(recipe, labels="classes")
+    other = AnchorCotangents(classes, rows, label_codes(labels), rows.mean(0)).of(near).values
+    # A few images less in the index change numbers' codes a little; codes of classes are others.
+    assert np.abs(codes - whole).mean() < 0.5 * np.abs(codes - other).mean()
 
 
 def test_an_evaluation_takes_numbers_for_no_classes(shop: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from photo_samples import CROP, picture
 from PIL import Image
 
 from embedcam.errors import InputError
+from embedcam.evaluate import scenes
 from embedcam.evaluate import summary as told
 from embedcam.evaluate.faithfulness import Curves
 from embedcam.evaluate.gallery import Gallery
@@ -21,7 +22,6 @@ from embedcam.evaluate.measures import localised, retrieved, shares, told_apart
 from embedcam.evaluate.queries import chosen, generator
 from embedcam.evaluate.regions import Region, of_boxes, of_masks
 from embedcam.evaluate.report import tables
-from embedcam.evaluate.scenes import Scenes
 from embedcam.evaluate.settings import MEASURES, METHOD
 from embedcam.images import ImageSource, Item
 from embedcam.metrics import rank_of
@@ -456,15 +456,19 @@ def test_every_ordered_pair_of_known_labels_is_asked_by_pixels_of_one_alone(
     by_label["gull"][:, 4:9] = 1
     by_label["crow"][0, 9] = 1  # less than two hundredths of the picture
     by_label["twig"][5:] = 1  # of a label that the index does not know
-    scenes = Scenes.__new__(Scenes)
-    index = SimpleNamespace(ids=["one"])
-    scenes.gallery = SimpleNamespace(
-        index=index, of_label=lambda name: [] if name == "twig" else [0]
+    source = ImageSource([Item("a.png", "a.png")])
+    work: Any = SimpleNamespace(
+        gallery=SimpleNamespace(of_label=lambda name: [] if name == "twig" else [0]),
+        mapper=SimpleNamespace(clock=lambda what: nullcontext()),
+        own=SimpleNamespace(held=lambda positions: np.array([-1])),
+        reader=SimpleNamespace(source=source),
     )
-    scenes.mapper = SimpleNamespace(clock=lambda what: nullcontext())
     drawn = np.maximum(signed, 0)
-    monkeypatch.setattr(Scenes, "ask", lambda *given: (0, {METHOD: Maps(drawn, signed)}))
-    found = list(scenes.of_boxes(None, by_label, -1, 3, "a.png"))
+    monkeypatch.setattr(
+        scenes, "ask", lambda *given: ({"label": given[2]}, {METHOD: Maps(drawn, signed)})
+    )
+    region = Region(np.ones((10, 10)), np.zeros((0, 4)), by_label)
+    found = list(scenes.of_boxes(work, None, region, 0))  # type: ignore[arg-type]
     assert [row["label"] for row in found] == ["owl", "gull"]
     wins = [
         (signed[0, y, a] > signed[0, v, b]) + 0.5 * (signed[0, y, a] == signed[0, v, b])
@@ -472,4 +476,4 @@ def test_every_ordered_pair_of_known_labels_is_asked_by_pixels_of_one_alone(
     ]  # fmt: skip
     assert found[0]["objects_auc"] == pytest.approx(np.mean(wins))
     assert found[1]["objects_auc"] == pytest.approx(1 - np.mean(wins))
-    assert {row["first"] for row in found} == {3}
+    assert {row["first"] for row in found} == {0}

@@ -21,7 +21,7 @@ from ..errors import EmbedcamError
 from ..memory import ran_out
 from ..network import EmbeddingNetwork
 from .gallery import Gallery
-from .maps import Mapper, Seen
+from .maps import Mapper, Maps, Seen
 from .queries import generator
 
 MEAN, RANDOM, WRONG, SHUFFLED = (
@@ -31,9 +31,10 @@ CONTROLS = (MEAN, RANDOM, WRONG, SHUFFLED)
 STAGES = 5
 
 
-def mean_weights(channels: Sequence[int]) -> list[np.ndarray]:
-    """Ones, `[1 K]` of each layer."""
-    return [np.ones((1, k), np.float32) for k in channels]
+def mean_activation(mapper: Mapper, seen: Seen) -> Maps:
+    """What all channels draw together, of b inputs."""
+    ones = [np.ones((len(seen.embeddings), k), np.float32) for k in mapper.channels]
+    return mapper.drawn(seen, ones)
 
 
 def random_weights(channels: Sequence[int], seed: int, name: str) -> list[np.ndarray]:

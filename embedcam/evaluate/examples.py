@@ -1,6 +1,6 @@
 """The best and the worst, as small pictures: read again at the end, so that none is kept before."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -9,13 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..errors import EmbedcamError
-from ..images import ImageSource
 from ..preprocess import AnyPreprocess
 from ..render import Row, Tile
-from .gallery import Gallery
-from .maps import Mapper, Seen
-from .regions import Regions
-from .settings import Settings
+from .work import Work
 
 SIDE = 320
 RESULTS = 3
@@ -25,34 +21,21 @@ _DARK = (20, 22, 28)
 
 
 class Examples:
-    """Draws some of the measured images again.
+    """Draws some of the measured images again."""
 
-    held: the row of each queried image in the index, -1 for none, by its position; see_pair: a
-    forward pass of two inputs `[2 3 H W]` side by side.
-    """
-
-    def __init__(
-        self,
-        mapper: Mapper,
-        gallery: Gallery,
-        source: ImageSource,
-        regions: Regions,
-        held: Mapping[int, int],
-        see_pair: Callable[[np.ndarray], Seen],
-    ) -> None:
-        self.mapper, self.gallery, self.source = mapper, gallery, source
-        self.regions, self.held, self.see_pair = regions, held, see_pair
-        assert mapper.network.preprocess is not None
-        self.preprocess: AnyPreprocess = mapper.network.preprocess
+    def __init__(self, work: Work) -> None:
+        self.mapper, self.gallery, self.regions = work.mapper, work.gallery, work.regions
+        self.source, self.own, self.settings = work.reader.source, work.own, work.settings
+        self.preprocess: AnyPreprocess = work.reader.preprocess
 
     def choose(
         self,
         rows: Mapping[int, dict[str, Any]],
         asked: Sequence[dict[str, Any]],
-        settings: Settings,
     ) -> list[Row]:
         """The best and the worst by what tells most of what was measured."""
-        if not settings.examples:
+        count = self.settings.examples
+        if not count:
             return []
         shown = []
         for what, draw, pasted in (
@@ -60,7 +43,7 @@ class Examples:
             ("Two objects", self._boxed, False),
         ):
             pairs = [row for row in asked if (row["second"] >= 0) == pasted and not row["empty"]]
-            for end, row in _ends(pairs, lambda row: row["share"], settings.examples):
+            for end, row in _ends(pairs, lambda row: row["share"], count):
                 title = f"{end} by the share on the right object"
                 made = self._attempt(draw, row)
                 if made is not None:
@@ -69,8 +52,8 @@ class Examples:
         ranked = [
             {**row, "position": place} for place, row in rows.items() if score(row) is not None
         ]
-        for end, row in _ends(ranked, score, settings.examples):
-            made = self._attempt(self._query, row, settings)
+        for end, row in _ends(ranked, score, count):
+            made = self._attempt(self._query, row)
             if made is not None:
                 shown.append(replace(made, title=f"One picture, {end} by {by}", compact=True))
         return shown
@@ -82,12 +65,12 @@ class Examples:
             return None
         return made
 
-    def _query(self, row: dict[str, Any], settings: Settings) -> Row:
+    def _query(self, row: dict[str, Any]) -> Row:
         position = row["position"]
         picture = self.source.open(position)
         seen = self.mapper.see(self.preprocess(picture)[None])
-        own = np.array([self.held[position]])
-        near = self.gallery.nearest(seen.embeddings, own, settings.n_neighbors)
+        own = self.own.held([position])
+        near = self.gallery.nearest(seen.embeddings, own, self.settings.n_neighbors)
         explained = self.mapper.transferred(seen, near)[0]
         words = []
         if row.get("energy") is not None:
@@ -104,7 +87,7 @@ class Examples:
     def _scene(self, row: dict[str, Any]) -> Row:
         places = (row["first"], row["second"])
         pictures = [self.source.open(place) for place in places]
-        seen = self.see_pair(np.stack([self.preprocess(one) for one in pictures]))
+        seen = self.mapper.see_pair(np.stack([self.preprocess(one) for one in pictures]))
         result = self.gallery.index.position(row["result"])
         explained = self.mapper.transferred(seen, [np.array([result])])[0]
         height, width = seen.size

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..cam import cam, resize, sharpen, signed_cam
+from ..cam import area_average, cam, resize, sharpen, signed_cam
+from ..errors import EmbedcamError
 from ..explain import Explainer, Explanation
 from ..images import MAX_PIXELS
 from ..index import Index
+from ..memory import ran_out
 from ..network import EmbeddingNetwork
+from ..printing import reason
 from .settings import Clock, Settings
 
 
@@ -75,6 +78,8 @@ class Mapper:
         )
         self.layers = [str(layer["name"]) for layer in index.manifest["layers"]]
         self.channels = [int(layer["channels"]) for layer in index.manifest["layers"]]
+        self.squeezed = ""
+        """Why pairs are squeezed into the size of one picture; empty where they are not."""
 
     def see(self, inputs: Any, network: EmbeddingNetwork | None = None) -> Seen:
         """One forward pass of `[b 3 H W]`, by the index's network or another of its shape."""
@@ -87,6 +92,24 @@ class Mapper:
                 features, activations = network.forward_layers(inputs, self.layers)
         size = (int(inputs.shape[-2]), int(inputs.shape[-1]))
         return Seen(_numpy(features.embedding), [_numpy(maps) for maps in activations], size)
+
+    def see_pair(self, images: np.ndarray) -> Seen:
+        """One forward pass of two inputs `[2 3 H W]` side by side.
+
+        A network that takes one size only is shown both at half their width.
+        """
+        if not self.squeezed:
+            wide = side_by_side(images)
+            try:
+                return self.see(wide)
+            except EmbedcamError as error:
+                if ran_out(error):
+                    raise
+                self.squeezed = (
+                    f"the network takes no picture of {wide.shape[2]} x {wide.shape[3]} "
+                    f"({reason(error)})"
+                )
+        return self.see(side_by_side(images, squeezed=True))
 
     def transferred(self, seen: Seen, rows: Sequence[np.ndarray]) -> list[Explanation]:
         """Each query explained by the images at some rows of the index, `[b]` arrays of rows."""
@@ -108,6 +131,22 @@ class Mapper:
             if len(weights) > 1:  # as an explanation does: only the deepest layer is signed
                 signed = maps + np.minimum(resize(signed, maps.shape[-2:]), 0) * (maps == 0)
             return Maps(resize(maps, seen.size), resize(signed, seen.size))
+
+
+def side_by_side(images: np.ndarray, squeezed: bool = False) -> np.ndarray:
+    """Two inputs `[2 3 H W]` as one, `[1 3 H 2W]`.
+
+    Args:
+        images: the left one first.
+        squeezed: into the size of one, `[1 3 H W]`: columns are averaged, to W // 2 on the left and
+            the rest on the right, so that no column holds something of both.
+    """
+    halves = list(images)
+    if squeezed:
+        height, width = images.shape[-2:]
+        sides = (width // 2, width - width // 2)
+        halves = [area_average(one, (height, w)) for one, w in zip(images, sides, strict=True)]
+    return np.concatenate(halves, axis=2)[None]
 
 
 def _numpy(tensor: Any) -> np.ndarray:

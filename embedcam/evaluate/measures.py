@@ -1,6 +1,6 @@
 """Numbers of one map beside its region, and of one query's results."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -13,9 +13,14 @@ from ..metrics.contrast_free import (
 )
 from .maps import Maps
 from .regions import Region
-from .settings import KS
+from .settings import KS, METHOD
 
 Number = float | None
+
+
+def columns(way: str, numbers: Mapping[str, Number]) -> dict[str, Number]:
+    """The names that a way's numbers have in a row: the method's their own, others' after it."""
+    return {name if way == METHOD else f"{way}: {name}": one for name, one in numbers.items()}
 
 
 def localised(found: Maps, regions: Sequence[Region], threshold: float) -> list[dict[str, Number]]:

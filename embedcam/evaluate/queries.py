@@ -40,7 +40,7 @@ class OwnPositions:
     def __init__(
         self, index: Index, source: ImageSource, positions: np.ndarray, root: Path | None
     ) -> None:
-        self._index = index
+        self._index, self.asked = index, len(positions)
         self._merged = index.manifest.get("compressed") is not None
         items = [source.items[position] for position in positions.tolist()]
         self._by_id = index.find_live([item.id for item in items])
@@ -54,6 +54,11 @@ class OwnPositions:
                     if path and (full := _absolute(root, path)) in wanted:
                         self._by_path[full] = place
         self._source = source
+        self._held: dict[int, int] = {}
+
+    def held(self, positions: Sequence[int]) -> np.ndarray:
+        """The rows that `of` found before, `[b]`."""
+        return np.array([self._held[position] for position in positions])
 
     def unsure(self, positions: Sequence[int]) -> bool:
         """Whether only the embeddings of these images can tell."""
@@ -85,6 +90,7 @@ class OwnPositions:
                 apart = ((stored - embeddings[row]) ** 2).sum()
                 if apart <= SAME * (stored**2).sum():
                     found[row] = place
+        self._held.update(zip(positions, found.tolist(), strict=True))
         return found
 
 

@@ -1,6 +1,8 @@
 """The findings as tables, for the terminal and the page; and the page itself."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from ..render import Block, Chart, Notice, Table, page
@@ -17,10 +19,6 @@ OF_LABELS = (
     "By this target the images of a label share all or most of their weights, an image's own part "
     "included, so that this tells chiefly how often the neighbours are of its label."
 )
-_NAMES = {
-    **{f"recall_{k}": f"Recall@{k}" for k in (1, 5, 10)},
-    "map_at_r": "mAP@R",
-}
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
@@ -28,10 +26,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
     made = [
         _retrieval(summary["retrieval"], summary["indexed_images"]),
         _localisation(summary["localisation"]),
-        *(
-            _objects(name, entry, summary["settings"]["controls"])
-            for name, entry in summary["objects"].items()
-        ),
+        *(_objects(*entry) for entry in summary["objects"].items()),
         _beside(summary),
         _faithfulness(summary),
         _sanity(summary["sanity"]),
@@ -139,10 +134,25 @@ def _interval(one: Mapping[str, Any]) -> str:
     return f"{_number(one['mean'])} [{_number(one['low'])}, {_number(one['high'])}]"
 
 
+def _table(
+    found: Mapping[str, Any],
+    columns: Mapping[str, Callable[[str], str]],
+    caption: str,
+    notes: str,
+) -> Table:
+    """A line for each measure that was found, by the functions from its name to a cell."""
+    rows = [[MEASURES[name].title, *(cell(name) for cell in columns.values())] for name in found]
+    return Table(["measure", *columns], rows, caption, notes)
+
+
+def _better(name: str) -> str:
+    return "more" if MEASURES[name].better > 0 else "less"
+
+
 def _retrieval(found: Mapping[str, Any], indexed: int) -> Table | None:
     if not found:
         return None
-    header = ["", *(_NAMES[name] for name in found)]
+    header = ["", *(MEASURES[name].title for name in found)]
     row = [f"{next(iter(found.values()))['n']:,} queries", *map(_interval, found.values())]
     return Table(
         header, [row], "Does the network retrieve at all?",
@@ -154,40 +164,30 @@ def _retrieval(found: Mapping[str, Any], indexed: int) -> Table | None:
 def _localisation(found: Mapping[str, Any]) -> Table | None:
     if not found:
         return None
-    rows = [
-        [
-            MEASURES[name].title,
-            f"{one['chance']:.3f}" if "chance" in one else "–",
-            _interval(one),
-            _salient(one),
-            MEASURES[name].says,
-        ]
-        for name, one in found.items()
-    ]
-    count = next(iter(found.values()))["n"]
-    return Table(
-        ["measure", "chance", "transferred [95%]", f"{MEAN} [95%]", ""], rows,
-        f"Localisation, {_images(count)} with a box or mask",
+    columns: dict[str, Callable[[str], str]] = {
+        "chance": lambda name: f"{found[name]['chance']:.3f}" if "chance" in found[name] else "–",
+        "transferred [95%]": lambda name: _interval(found[name]),
+        f"{MEAN} [95%]": lambda name: _salient(found[name]),
+        "": lambda name: MEASURES[name].says,
+    }
+    return _table(
+        found, columns,
+        f"Localisation, {_images(next(iter(found.values()))['n'])} with a box or mask",
         "Chance is what a map that is the same everywhere scores: the region's share of the area. "
         f"A pointing game says little where objects stand in the middle. {_free(found)}",
     )  # fmt: skip
 
 
-def _objects(name: str, entry: Mapping[str, Any], controls: bool) -> Table | None:
+def _objects(name: str, entry: Mapping[str, Any]) -> Table | None:
     found, compared = entry["measures"], entry["controls"]
-    ways = [way for way in CONTROLS if any(way in one["ways"] for one in compared.values())]
-    rows = [
-        [
-            MEASURES[measure].title,
-            f"{one['chance']:.3f}",
-            _interval(one),
-            *([] if ways else [_salient(one)]),
-            *(_against(compared[measure], way) for way in ways),
-        ]
-        for measure, one in found.items()
-    ]
-    return Table(
-        ["", "chance", "transferred [95%]", *(ways or [f"{MEAN} [95%]"])], rows,
+    columns: dict[str, Callable[[str], str]] = {
+        "chance": lambda name: f"{found[name]['chance']:.3f}",
+        "transferred [95%]": lambda name: _interval(found[name]),
+    }
+    others = _others(compared)
+    columns |= others or {f"{MEAN} [95%]": lambda name: _salient(found[name])}
+    return _table(
+        found, columns,
         f"Telling two objects apart: {name}, {entry['questions']:,} questions",
         "Each object of a picture is asked about in turn with the stored weights of one result of "
         "its kind; a map that ignores the question scores one half. "
@@ -210,29 +210,29 @@ def _beside(summary: Mapping[str, Any]) -> Table | None:
     compared = summary["controls"]
     if not compared:
         return None
-    ways = [way for way in CONTROLS if any(way in one["ways"] for one in compared.values())]
-    rows = [
-        [
-            MEASURES[name].title,
-            "more" if MEASURES[name].better > 0 else "less",
-            _interval(one["ways"][METHOD]),
-            *(_against(one, way) for way in ways),
-        ]
-        for name, one in compared.items()
-    ]
-    empty = summary["empty_in_controls"]
-    rows.append(
-        ["empty maps", "–", *(f"{empty[way]:.3f}" if way in empty else "–"
-                              for way in (METHOD, *ways))]
-    )  # fmt: skip
-    return Table(
-        ["measure", "better", "transferred [95%]", *ways], rows,
+    others = _others(compared)
+    columns = {
+        "better": _better,
+        "transferred [95%]": lambda name: _interval(compared[name]["ways"][METHOD]),
+        **others,
+    }
+    table = _table(
+        compared, columns,
         f"Beside controls that know nothing, {_images(summary['sample'])}",
         f"{ON_ONE_OBJECT} An empty map scores "
         "chance where it should mark a place, and removes pixels row by row. "
         "* the method does not beat this control: the 95% interval of the paired difference "
         f"reaches 0 or lies on the wrong side. {_meanings(compared)}",
     )  # fmt: skip
+    empty = summary["empty_in_controls"]
+    shares = (f"{empty[way]:.3f}" if way in empty else "–" for way in (METHOD, *others))
+    return replace(table, rows=[*table.rows, ["empty maps", "–", *shares]])
+
+
+def _others(compared: Mapping[str, Any]) -> dict[str, Callable[[str], str]]:
+    """A column for each control."""
+    ways = [way for way in CONTROLS if any(way in one["ways"] for one in compared.values())]
+    return {way: partial(_against, compared, way) for way in ways}
 
 
 def _meanings(names: Iterable[str]) -> str:
@@ -243,7 +243,8 @@ def _meanings(names: Iterable[str]) -> str:
     )
 
 
-def _against(entry: Mapping[str, Any], way: str) -> str:
+def _against(compared: Mapping[str, Any], way: str, name: str) -> str:
+    entry = compared[name]
     if way not in entry["ways"]:
         return "–"
     star = "" if entry["differences"][way]["beats"] else "*"
@@ -254,15 +255,12 @@ def _faithfulness(summary: Mapping[str, Any]) -> Table | None:
     found = summary["faithfulness"]
     if not found or summary["controls"]:
         return None
-    rows = [
-        [MEASURES[name].title, "more" if MEASURES[name].better > 0 else "less", _interval(one)]
-        for name, one in found.items()
-    ]
-    return Table(
-        ["measure", "better", "transferred [95%]"], rows,
+    return _table(
+        found,
+        {"better": _better, "transferred [95%]": lambda name: _interval(found[name])},
         f"Faithfulness, {_images(summary['sample'])}",
         f"Without controls: a figure by itself says little. {_meanings(found)}",
-    )  # fmt: skip
+    )
 
 
 def _sanity(found: Sequence[Mapping[str, Any]]) -> Table | None:

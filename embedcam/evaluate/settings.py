@@ -33,6 +33,8 @@ class Measure:
 
 
 MEASURES: Final = {
+    **{f"recall_{k}": Measure(f"Recall@{k}", "retrieval", 1) for k in KS},
+    "map_at_r": Measure("mAP@R", "retrieval", 1),
     "energy": Measure(
         "energy inside", "localisation", 1, "area", "share of the map's energy on the object"
     ),

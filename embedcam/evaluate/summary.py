@@ -1,19 +1,113 @@
 """From numbers an image to means with intervals, and flags for what does not beat its controls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..metrics import bootstrap_interval
+from .compared import Compared
 from .controls import CONTROLS, MEAN
 from .faithfulness import Curves
-from .settings import KS, MEASURES, METHOD
+from .fidelity import shared
+from .settings import MEASURES, METHOD
+from .work import Work
 
 Rows = Sequence[Mapping[str, Any]]
 
 LEAST = 3
 """Images from which an interval is shown, and a control can be beaten."""
+
+
+def summarised(
+    work: Work, rows: Rows, questions: Rows, beside: Compared, transfers: Rows
+) -> dict[str, Any]:
+    """The whole summary: plain numbers and lists, and the notes with it."""
+    controls = beside_controls(sampled(rows), ("localisation", "faithfulness"))
+    objects: dict[str, dict[str, Any]] = {
+        name: {
+            "questions": len(some),
+            "measures": measured(some, "objects"),
+            "controls": beside_controls(some, ("objects",)) if work.settings.controls else {},
+        }
+        for name, some in (
+            ("pasted pairs", [row for row in questions if row["second"] >= 0]),
+            ("boxes of several labels", [row for row in questions if row["second"] < 0]),
+        )
+        if some
+    }
+    held = [(controls, f"{beside.images} images")]
+    held += [(entry["controls"], name) for name, entry in objects.items()]
+    for text in _left_out(work, rows, beside.images):
+        work.note(text)
+    return {
+        "index": str(work.mapper.index.path),
+        "images": {
+            "given": len(work.reader.source),
+            "asked": work.own.asked,
+            "measured": len(rows),
+            "indexed": sum(row["indexed"] for row in rows),
+            "empty_maps": sum(row["empty"] for row in rows),
+            "with_regions": sum("area" in row for row in rows),
+            "skipped": work.reader.skipped,
+        },
+        "indexed_images": len(work.gallery),
+        "settings": work.settings.to_dict(),
+        "flags": [text for one, what in held for text in flags(one, what)],
+        "beats": [text for one, what in held for text in beaten(one, what)],
+        "notes": work.notes,
+        "retrieval": measured(rows, "retrieval"),
+        "localisation": measured(rows, "localisation"),
+        "faithfulness": measured(rows, "faithfulness"),
+        "sample": beside.images,
+        "masked_passes": beside.passes,
+        "controls": controls,
+        "empty_in_controls": empties(rows),
+        "curves": mean_curves(beside.curves),
+        "objects": objects,
+        "fidelity": fidelity(transfers, shared(work)),
+        "sanity": [
+            {
+                "modules": stage,
+                "of": beside.modules,
+                **mean_of(np.array([alike for alike, _ in values])),
+                "empty": sum(empty for _, empty in values) / len(values),
+            }
+            for stage, values in sorted(beside.stages.items())
+        ],
+    }
+
+
+def _left_out(work: Work, rows: Rows, sample: int) -> Iterator[str]:
+    """What the rows lack, a sentence each."""
+    given, asked = len(work.reader.source), work.own.asked
+    if work.wants("retrieval") and not measured(rows, "retrieval"):
+        what = "no image has a label"
+        if work.gallery.numbers:
+            what = "the index's labels are numbers, not classes"
+        elif not work.gallery.labelled:
+            what = "the index has no labels"
+        yield f"no retrieval quality: {what}"
+    if work.wants("localisation"):
+        missing = sum("area" not in row for row in rows)
+        if not len(work.regions):
+            yield "no localisation: neither boxes nor masks were given"
+        elif missing:
+            yield (
+                f"localisation leaves out {missing} of {len(rows)} images: without a box "
+                "or mask, or with all of it outside of what the network sees"
+            )
+    if work.mapper.index.manifest.get("compressed") is not None:
+        yield (
+            "the index holds prototypes and does not know what was merged into them: a query "
+            "that was is explained with its own part in them"
+        )
+    if sample and sample < len(rows):
+        yield f"faithfulness and controls: a seeded sample of {sample} of {len(rows)} images"
+    if asked < given:
+        yield f"a seeded sample of {asked} of {given} images was queried"
+    if empty := sum(row["empty"] for row in rows):
+        yield f"{empty} of {len(rows)} maps are empty, and score what chance does"
 
 
 def column(rows: Rows, name: str) -> np.ndarray:
@@ -49,12 +143,6 @@ def mean_of(values: np.ndarray, of: Sequence[Any] | None = None) -> dict[str, fl
     """Mean, its 95% interval as `interval` draws it, and of how many."""
     low, high = interval(values, range(len(values)) if of is None else of)
     return {"mean": float(values.mean()), "low": low, "high": high, "n": len(values)}
-
-
-def retrieval(rows: Rows) -> dict[str, Any]:
-    """Recall@k and mAP@R; empty where nothing has a label."""
-    names = [*(f"recall_{k}" for k in KS), "map_at_r"]
-    return {name: mean_of(values) for name in names if len(values := column(rows, name))}
 
 
 def measured(rows: Rows, group: str) -> dict[str, Any]:

@@ -126,7 +126,9 @@ def answer(
     direct = doubted and query.inputs is not None and choices.fallback is not None
     if direct and choices.fallback is not None:
         _LOG.debug("trust %.2f, one in ten below %.2f: weights computed", trust, low)
-        negatives = _others(opened.index, rows, used)
+        negatives = negatives_for(
+            opened.index, [*rows.positions, *used.positions], [*rows.labels, *used.labels]
+        )
         weights = list(choices.fallback.weights(query.inputs, used.embeddings, negatives))
     ids, root = rows.ids, opened.root
     drawn, signed, features = _drawn(weights, query)
@@ -312,20 +314,25 @@ def _match(opened: Opened, near: Neighbors) -> float | None:
     return calibration.match(near.distances, opened.index.select(near.positions).labels)
 
 
-def _others(index: Index, rows: Selection, used: Selection) -> np.ndarray:
-    """Embeddings of seeded random images that are no neighbours, nor labelled as they are.
+def negatives_for(
+    index: Index, left_out: Sequence[int], labels: Sequence[str | None]
+) -> np.ndarray:
+    """Embeddings of seeded random images that a query is told from, `[Q D]`.
 
     Args:
-        index: of the neighbours.
-        rows: the neighbours.
-        used: what is explained by; with `result` one image that may be no neighbour.
+        index: of its neighbours.
+        left_out: rows that are none: the neighbours, and images that show the query itself.
+        labels: of the neighbours; images that share one are taken only where there are no others.
+
+    Raises:
+        InputError: nothing else is there.
     """
     live = index.live_positions()
-    live = live[~np.isin(live, [*rows.positions, *used.positions])]
+    live = live[~np.isin(live, left_out)]
     if len(live) == 0:
         raise InputError(
             "the index holds no image but the neighbours, so nothing is left to tell the query "
             "from; ask for fewer neighbours, or leave out fallback"
         )
-    near = [*rows.labels, *used.labels]
-    return index.embeddings(draw_negatives(live, near, lambda drawn: index.select(drawn).labels))
+    places = draw_negatives(live, labels, lambda drawn: index.select(drawn).labels)
+    return index.embeddings(places)

@@ -25,11 +25,13 @@ from embedcam import (
     evaluate_index,
     find_images,
 )
+from embedcam.answer import negatives_for
 from embedcam.cam import cam, resize
 from embedcam.errors import ImageError, InputError, NetworkMismatch
 from embedcam.evaluate import Evaluation, Settings
 from embedcam.evaluate.controls import ShuffledNetwork, random_weights, wrong_rows
 from embedcam.evaluate.examples import TRUE_BOX
+from embedcam.evaluate.fidelity import RESULTS
 from embedcam.evaluate.gallery import Gallery
 from embedcam.evaluate.maps import Mapper
 from embedcam.evaluate.queries import chosen
@@ -210,39 +212,58 @@ def test_localisation_and_its_controls_literally(
 
 
 def test_fidelity_literally(folder: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
-    # By the margin: weights that a label shares would be the same whoever is taken.
+    """The own map by autograd on the query, the other by the index, and numpy's correlation."""
     build(folder / "photos", tmp_path / "index", network, Recipe(target="margin"))
+    source = find_images(folder / "queries")
     told = evaluate_index(
-        tmp_path / "index", find_images(folder / "queries"), network, progress=False, workers=0,
-        **{**QUICK, "measures": ("fidelity",), "fidelity": 4, "batch_size": 2},
+        tmp_path / "index", source, network, progress=False, workers=0,
+        **{**QUICK, "measures": ("fidelity",), "fidelity": 4, "batch_size": 3},
     ).summary["fidelity"]  # fmt: skip
-    assert [one["n_neighbors"] for one in told["by_neighbors"]] == [1, 2, 5, 10]
-    assert [one["n"] for one in told["by_neighbors"]] == [4] * 4
-    explainer = Explainer(tmp_path / "index", network)
-    index, cosines = explainer.index, []
-    for row in chosen(12, 4, 0):
-        path, own = folder / "photos" / index.ids[int(row)], index.weights([row])[0]
-        near = explainer.explain(path, n_neighbors=3)
-        others = [name for name in near.ids if name != index.ids[int(row)]][:2]
-        theirs = explainer.explain(path, neighbors=others).weights
-        cosines.append(own @ theirs / np.linalg.norm(own) / np.linalg.norm(theirs))
-    assert told["by_neighbors"][1]["cosine"] == pytest.approx(np.mean(cosines), abs=1e-4)
-    assert np.mean(cosines) < 0.999
+    explainer, module = Explainer(tmp_path / "index", network), network.module
+    index = explainer.index
+    kinds: dict[str, dict[int, list[float]]] = {kind: {} for kind in RESULTS}
+    for position in chosen(9, 4, 0).tolist():
+        inputs, label = SQUASH(Image.open(source.name(position))), source.labels[position]
+        ids = explainer.explain(inputs, n_neighbors=12).ids
+        near = [index.position(name) for name in ids]
+        rest = negatives_for(index, near[:2], [index.labels[row] for row in near[:2]])
+        activations = module.relu(module.conv(torch.from_numpy(inputs)[None])).detach()
+        activations.requires_grad_()
+        embedding = torch.nn.functional.normalize(module.head(activations))[0]
+        apart = index.embeddings(near[:2]).mean(0) - rest.mean(0)
+        (gradient,) = torch.autograd.grad(2 * embedding @ torch.from_numpy(apart), activations)
+        own = (gradient.mean((2, 3), keepdim=True) * activations).sum(1)[0].detach().numpy()
+        alike = [name for name in ids if name.split("/")[0] == label]
+        results = (ids, alike, [name for name in ids if name not in alike])
+        for kind, names in zip(RESULTS, results, strict=True):
+            for count in (n for n in (1, 2, 5, 10) if n <= len(names)):
+                weights = explainer.explain(inputs, neighbors=names[:count]).weights
+                other = np.einsum("k,khw->hw", weights, activations[0].detach().numpy())
+                figure = np.corrcoef(own.ravel(), other.ravel())[0, 1]
+                kinds[kind].setdefault(count, []).append(figure)
+    assert {kind: [one["n_neighbors"] for one in line] for kind, line in told.items()} == {
+        RESULTS[0]: [1, 2, 5, 10], RESULTS[1]: [1, 2], RESULTS[2]: [1, 2, 5]
+    }  # fmt: skip
+    for kind, line in told.items():
+        for one in line:
+            figures = kinds[kind][one["n_neighbors"]]
+            assert (one["n"], one["mean"]) == (4, pytest.approx(np.mean(figures), abs=1e-4))
+    assert abs(told[RESULTS[1]][0]["mean"] - told[RESULTS[2]][0]["mean"]) > 0.01
 
 
-def test_fidelity_of_weights_that_a_label_shares_says_so(
+def test_fidelity_is_never_one_where_a_label_shares_its_weights(
     folder: Path, network: EmbeddingNetwork, tmp_path: Path
 ) -> None:
-    build(folder / "photos", tmp_path / "index", network, Recipe(target="margin"))
-    for where, said in ((folder, True), (tmp_path, False)):
-        told = evaluate_index(
-            where / "index", find_images(folder / "photos"), network, progress=False, workers=0,
-            **{**QUICK, "measures": ("fidelity",)},
-        )  # fmt: skip
-        words = "the images of a label share all or most of their weights, an image's own part"
-        assert told.summary["fidelity"]["shared"] == said
-        assert [words in table.notes for table in tables(told.summary)] == [said, False]
-        assert (words[:45] in told.html()) == said
+    build(folder / "photos", tmp_path / "index", network, Recipe(target="discriminant"))
+    told = evaluate_index(
+        tmp_path / "index", find_images(folder / "photos"), network, progress=False, workers=0,
+        **{**QUICK, "measures": ("fidelity",), "fidelity": 12},
+    )  # fmt: skip
+    own = told.summary["fidelity"][RESULTS[1]]
+    assert [one["n_neighbors"] for one in own] == [1, 2]  # of four images a label, one is asked
+    assert all(one["mean"] < 0.999 for one in own)
+    (table,) = [one for one in tables(told.summary) if one.caption.startswith("Transfer")]
+    assert [row[0] for row in table.rows] == list(RESULTS)
 
 
 def test_scenes_literally(folder: Path, network: EmbeddingNetwork, found: Evaluation) -> None:
@@ -623,7 +644,7 @@ def test_maps_of_several_layers_tokens_and_networks_in_two_parts(tmp_path: Path)
         assert bool(told.summary["sanity"]) == (name != "parts")
         assert told.summary["objects"]["pasted pairs"]["questions"] == 8
         assert told.summary["faithfulness"]["insertion"]["n"] == 3
-        assert told.summary["fidelity"]["by_neighbors"][0]["n"] == 5
+        assert told.summary["fidelity"][RESULTS[0]][0]["n"] == 5
 
 
 def test_controls_are_drawn_on_images_with_a_region(
@@ -749,20 +770,13 @@ def test_any_seed_is_taken(folder: Path, network: EmbeddingNetwork) -> None:
 
 
 def test_pictures_that_have_moved(folder: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
-    """The index knows where they were; without the pictures there is nothing to draw or to ask."""
+    """The index knows where they were, and is told where they are."""
     photos = write_photos(tmp_path / "photos")
     build(photos, tmp_path / "index", network)
     photos.rename(tmp_path / "moved")
-    queries = find_images(folder / "queries")
-    some = {**QUICK, "measures": ("fidelity",), "progress": False, "workers": 0}
-    lost = evaluate_index(tmp_path / "index", queries, network, **some)
-    assert "are not to be found; say where they lie now (--indexed" in lost.summary["notes"][0]
-    told = evaluate_index(tmp_path / "index", queries, network, indexed=tmp_path / "moved", **some)
-    there = run(folder, network, measures=("fidelity",))
-    assert told.summary["fidelity"] == there.summary["fidelity"] != {}
+    some = {**QUICK, "measures": ("retrieval",), "progress": False, "workers": 0}
     own = find_images(tmp_path / "moved", "none")
     renamed = ImageSource([replace(item, id=f"x/{item.id}") for item in own.items], own.root)
-    some["measures"] = ("retrieval",)
     for more, indexed in (({}, 0), ({"indexed": tmp_path / "moved"}, 12)):
         rows = evaluate_index(tmp_path / "index", renamed, network, **some, **more).rows
         assert sum(row["indexed"] for row in rows) == indexed
@@ -784,8 +798,9 @@ def test_prototypes_are_no_images_of_the_index(
         assert told.summary["images"]["indexed"] == indexed
         notes = "\n".join(told.summary["notes"])
         assert "holds prototypes and does not know what was merged into them" in notes
-        assert told.summary["fidelity"] == {}
-        assert "a prototype's weights are no image's own" in notes
+        assert bool(told.summary["fidelity"]) == (name == "all")
+        few = "the index holds too few images to tell a query from"
+        assert (few in notes) == (name == "two")
 
 
 def test_another_network_is_refused(folder: Path) -> None:

@@ -16,6 +16,7 @@ from embedcam.errors import InputError
 from embedcam.evaluate import scenes
 from embedcam.evaluate import summary as told
 from embedcam.evaluate.faithfulness import Curves
+from embedcam.evaluate.fidelity import RESULTS
 from embedcam.evaluate.gallery import Gallery
 from embedcam.evaluate.maps import Maps
 from embedcam.evaluate.measures import localised, retrieved, shares, told_apart
@@ -350,14 +351,16 @@ def test_mean_curves_and_fidelity() -> None:
     assert told.mean_curves(curves) == {
         "transferred": {"deletion": [1.0, 0.5], "insertion": [0.0, 1.0]}
     }
-    records = [
-        {"n_neighbors": n, "distance": d, "cosine": d * n, "rank_correlation": d, "iou": 0.0}
-        for n in (1.0, 5.0)
-        for d in (0.4, 0.1, 0.3, 0.2)
+    transfers = [
+        {"results": kind, "n_neighbors": count, "correlation": count * value}
+        for kind in RESULTS[:2]
+        for count in (5, 1)
+        for value in (0.1, 0.3)
     ]
-    found = told.fidelity(records)
-    assert [one["cosine"] for one in found["by_neighbors"]] == pytest.approx([0.25, 1.25])
-    assert [one["from"] for one in found["by_distance"]] == [0.1, 0.2, 0.3, 0.4] * 2
+    found = told.fidelity(transfers)
+    assert list(found) == list(RESULTS[:2])
+    by_count = [(one["n_neighbors"], one["n"], one["mean"]) for one in found[RESULTS[1]]]
+    assert by_count == [(1, 2, pytest.approx(0.2)), (5, 2, pytest.approx(1.0))]
     assert told.fidelity([]) == {}
 
 

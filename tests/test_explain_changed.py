@@ -18,10 +18,9 @@ from PIL import Image
 from service_client import ask, data_of, explainer, picture, post
 from test_build_update import unmarked
 
-from embedcam import Explainer, PairExplainer, build_index, evaluate_index, find_images
+from embedcam import Explainer, PairExplainer, build_index, find_images
 from embedcam.cli import main
 from embedcam.errors import ImageError, InputError
-from embedcam.evaluate import Settings
 from embedcam.index import Index, compact
 from embedcam.prototypes import compress
 from embedcam.render import Tile, panel, shrunk
@@ -265,14 +264,6 @@ def test_a_prototype_whose_picture_was_replaced_has_no_receipt(made: Path, tmp_p
         assert pairs.receipt(query, names["c0/006.png"]).similarity
         with pytest.raises(ImageError, match="in the middle of this prototype was replaced"):
             pairs.receipt(query, names[CHANGED])
-
-
-def test_an_evaluation_leaves_replaced_pictures_out(made: Path, tmp_path: Path) -> None:
-    queries = pictures(tmp_path / "queries", 6, seed=8)
-    asked = Settings(measures=("retrieval", "fidelity"), limit=6, controls=False, examples=1)
-    found = evaluate_index(made / "i", queries, toy().network, settings=asked, progress=False)
-    notes = " ".join(found.summary["notes"])
-    assert "transfer fidelity: 1 indexed pictures were replaced since the build" in notes
 
 
 # ------------------------------------------------------------------ the service

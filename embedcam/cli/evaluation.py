@@ -92,7 +92,7 @@ def _check_files(options: argparse.Namespace) -> None:
 
 
 def _lines(summary: dict[str, Any], intro: str, tables: list[Any]) -> list[str]:
-    from ..evaluate.report import OF_LABELS, ON_ONE_OBJECT
+    from ..evaluate.report import ON_ONE_OBJECT
 
     lines = [intro]
     for table in tables:
@@ -100,7 +100,6 @@ def _lines(summary: dict[str, Any], intro: str, tables: list[Any]) -> list[str]:
         kept = [place for place, name in enumerate(table.header) if name or place == 0]
         cells = [[str(row[place]) for place in kept] for row in [table.header, *table.rows]]
         lines += ["", table.caption, *(f"  {line}" for line in columns(cells, range(1, len(kept))))]
-        lines += [f"  {OF_LABELS}"] if OF_LABELS in table.notes else []
     lines.append("")
     if any("*" in str(cell) for table in tables for row in table.rows for cell in row):
         lines.append("* not better than this control (95% interval of the paired difference)")

@@ -193,7 +193,7 @@ def evaluate_options(one: argparse.ArgumentParser) -> None:
         "--fidelity",
         type=whole,
         metavar="N",
-        help="indexed images whose own weights are compared with transferred ones (default 100)",
+        help="images whose own map is computed and held against transferred ones (default 100)",
     )
     group.add_argument(
         "-n", "--n-neighbors", type=positive, metavar="N", help="neighbours a map (default 5)"

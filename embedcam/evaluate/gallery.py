@@ -81,6 +81,19 @@ class Gallery:
             )
         return kept
 
+    def nearest_of(self, embedding: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
+        """Those of some rows of the index that are nearest to a query `[D]`, nearest first."""
+        nearness, wide = np.empty(len(rows)), embedding.astype(np.float64)
+        step = max(1, BLOCK // self.index.width)
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            block = self.index.embeddings(rows[part]).astype(np.float64)
+            nearness[part] = block @ wide
+            if self.index.metric == "l2":
+                nearness[part] = 2 * nearness[part] - (block**2).sum(1)
+        nearest: np.ndarray = rows[np.argsort(-nearness, kind="stable")[:count]]
+        return nearest
+
     def similarities(self, embeddings: np.ndarray) -> np.ndarray:
         """How near every image is by the index's metric, `[b N]` float64: larger is nearer."""
         wide = np.asarray(embeddings, np.float64)

@@ -15,10 +15,6 @@ ON_ONE_OBJECT = (
     "On pictures of one object mean activation, which shows what is salient, is hard to beat: what "
     "is salient is mostly what matched. Two objects tell them apart."
 )
-OF_LABELS = (
-    "By this target the images of a label share all or most of their weights, an image's own part "
-    "included, so that this tells chiefly how often the neighbours are of its label."
-)
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
@@ -30,7 +26,7 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
         _beside(summary),
         _faithfulness(summary),
         _sanity(summary["sanity"]),
-        *_fidelity(summary["fidelity"]),
+        _fidelity(summary["fidelity"]),
     ]
     return [table for table in made if table is not None]
 
@@ -57,7 +53,7 @@ def report(evaluation: Evaluation) -> str:
         if table.caption.startswith(("Beside", "Faithfulness")):
             blocks += curves
             curves = []
-    blocks += [*curves, *_fidelity_charts(summary["fidelity"])]
+    blocks += curves
     return page(
         evaluation.examples, title="How good are the maps?", intro=intro(summary), tables=blocks
     )
@@ -277,63 +273,17 @@ def _sanity(found: Sequence[Mapping[str, Any]]) -> Table | None:
     )  # fmt: skip
 
 
-def _fidelity(found: Mapping[str, Any]) -> list[Table | None]:
+def _fidelity(found: Mapping[str, Any]) -> Table | None:
     if not found:
-        return []
-    names = ("cosine", "rank_correlation", "iou")
-    heads = ["cosine of the weights", "rank correlation of the maps", "IoU of the top fifths"]
-    by_count = [
-        [f"{one['n_neighbors']}", *(f"{one[name]:.3f}" for name in names)]
-        for one in found["by_neighbors"]
-    ]
-    by_distance = [
-        [
-            f"{one['n_neighbors']}",
-            f"{one['from']:.3g} – {one['to']:.3g}",
-            *(f"{one[name]:.3f}" for name in names),
-        ]
-        for one in found["by_distance"]
-    ]
-    count = found["by_neighbors"][0]["n"]
-    return [
-        Table(
-            ["neighbours", *heads], by_count,
-            f"Transfer fidelity: own weights beside the neighbours', {count:,} indexed "
-            f"image{'' if count == 1 else 's'}",
-            OF_LABELS if found["shared"] else "",
-        ),
-        Table(
-            ["neighbours", "distance of the nearest", *heads], by_distance,
-            "Transfer fidelity by distance, in quarters",
-        ),
-    ]  # fmt: skip
-
-
-def _fidelity_charts(found: Mapping[str, Any]) -> list[Chart]:
-    if not found or len(found["by_neighbors"]) < 2:
-        return []
-    names = {
-        "rank_correlation": "rank correlation of the maps",
-        "cosine": "cosine of the weights",
-        "iou": "IoU of the top fifths",
-    }
-    by_count = {
-        title: [(one["n_neighbors"], one[name]) for one in found["by_neighbors"]]
-        for name, title in names.items()
-    }
-    first = found["by_distance"][0]["n_neighbors"]
-    near = [one for one in found["by_distance"] if one["n_neighbors"] == first]
-    by_distance = {
-        title: [((one["from"] + one["to"]) / 2, one[name]) for one in near]
-        for name, title in names.items()
-    }
-    made = [Chart("Transfer fidelity, by number of neighbours", by_count, "neighbours")]
-    if len(near) > 1:
-        made.append(
-            Chart(
-                "Transfer fidelity from one neighbour, by distance",
-                by_distance,
-                "squared distance, middle of each quarter",
-            )
-        )
-    return made
+        return None
+    counts = sorted({one["n_neighbors"] for line in found.values() for one in line})
+    rows = []
+    for kind, line in found.items():
+        cells = {one["n_neighbors"]: _interval(one) for one in line}
+        rows.append([kind, f"{line[0]['n']:,}", *(cells.get(count, "–") for count in counts)])
+    return Table(
+        ["results", "images", *(f"{n} neighbour{'s' * (n > 1)} [95%]" for n in counts)], rows,
+        "Transfer fidelity: correlation of the query's own map with the transferred one",
+        "The own map is computed on the query itself, as a fallback does; both are taken before "
+        "the ReLU, at the positions of the layer.",
+    )  # fmt: skip

@@ -114,7 +114,7 @@ def _evaluated(reader: Reader, regions: Regions, indexed: Path | None) -> Evalua
         raise InputError(f"none of the {len(positions)} images could be used: {reader.skipped[0]}")
     rows, beside = compared(work, rows)
     questions = boxed + pasted(work, rows)
-    transfers = fidelity(work, rows, root, indexed is not None)
+    transfers = fidelity(work, rows)
     rows = {position: rows[position] for position in sorted(rows)}
     summary = summarised(work, list(rows.values()), questions, beside, transfers)
     shown = Examples(work).choose(rows, questions)

@@ -94,11 +94,7 @@ def ask(
     rows = rows[~np.isin(rows, left_out)]
     if not len(rows):
         return None
-    vectors = gallery.index.embeddings(rows).astype(np.float64)
-    nearness = vectors @ seen.embeddings[0].astype(np.float64)
-    if gallery.index.metric == "l2":
-        nearness = 2 * nearness - (vectors**2).sum(1)
-    result = int(rows[int(nearness.argmax())])
+    (result,) = gallery.nearest_of(seen.embeddings[0], rows, 1)
     maps = {
         METHOD: Maps.of(mapper.transferred(seen, [np.array([result])])),
         MEAN: mean_activation(mapper, seen),
@@ -112,7 +108,7 @@ def ask(
         if len(others):
             wrong = generator(seed, "wrong", name, label).choice(others, 1)
             maps[WRONG] = Maps.of(mapper.transferred(seen, [wrong]))
-    return {"label": label, "result": gallery.index.ids[result]}, maps
+    return {"label": label, "result": gallery.index.ids[int(result)]}, maps
 
 
 def _record(

@@ -127,7 +127,7 @@ class Settings:
     limit: images queried, a seeded sample; None for all.
     faithfulness: images of them whose pixels are removed and whose controls are drawn.
     scenes: pairs of pictures of different labels.
-    fidelity: indexed images whose own weights are compared with transferred ones.
+    fidelity: images whose own map is computed and held against transferred ones.
     steps: of the deletion and insertion curves.
     removed: share of the pixels taken out for the rank drop and ROAD.
     threshold: share of a map's largest value from which a pixel is marked, for IoU and boxes.

@@ -9,7 +9,7 @@ from ..metrics import bootstrap_interval
 from .compared import Compared
 from .controls import CONTROLS, MEAN
 from .faithfulness import Curves
-from .fidelity import shared
+from .fidelity import RESULTS
 from .settings import MEASURES, METHOD
 from .work import Work
 
@@ -65,7 +65,7 @@ def summarised(
         "empty_in_controls": empties(rows),
         "curves": mean_curves(beside.curves),
         "objects": objects,
-        "fidelity": fidelity(transfers, shared(work)),
+        "fidelity": fidelity(transfers),
         "sanity": [
             {
                 "modules": stage,
@@ -285,34 +285,16 @@ def mean_curves(curves: Mapping[str, Curves]) -> dict[str, Any]:
     }
 
 
-def fidelity(records: Sequence[Mapping[str, float]], shared: bool = False) -> dict[str, Any]:
-    """Transfer fidelity by number of neighbours, and by distance in quarters.
-
-    shared: whether the images of a label share their weights.
-    """
-    if not records:
-        return {}
-    counts = sorted({one["n_neighbors"] for one in records})
-    names = ("cosine", "rank_correlation", "iou")
-
-    def means(some: Rows) -> dict[str, float]:
-        return {name: float(column(some, name).mean()) for name in names} | {"n": len(some)}
-
-    by_count = [
-        {"n_neighbors": int(count)} | means([one for one in records if one["n_neighbors"] == count])
-        for count in counts
-    ]
-    by_distance = []
-    for count in (counts[0], *([5.0] if 5.0 in counts else [])):
-        some = [one for one in records if one["n_neighbors"] == count]
-        apart = np.array([one["distance"] for one in some])
-        for quarter in np.array_split(np.argsort(apart, kind="stable"), min(4, len(some))):
-            by_distance.append(
-                {
-                    "n_neighbors": int(count),
-                    "from": float(apart[quarter].min()),
-                    "to": float(apart[quarter].max()),
-                }
-                | means([some[place] for place in quarter])
-            )
-    return {"by_neighbors": by_count, "by_distance": by_distance, "shared": shared}
+def fidelity(transfers: Rows) -> dict[str, Any]:
+    """Correlation of own and transferred maps by kind of results and number of neighbours."""
+    found: dict[str, Any] = {}
+    for kind in RESULTS:
+        some = [row for row in transfers if row["results"] == kind]
+        counts = sorted({row["n_neighbors"] for row in some})
+        by_count = [[row for row in some if row["n_neighbors"] == count] for count in counts]
+        if some:
+            found[kind] = [
+                {"n_neighbors": count, **mean_of(column(rows, "correlation"))}
+                for count, rows in zip(counts, by_count, strict=True)
+            ]
+    return found

@@ -29,7 +29,12 @@ from embedcam.answer import negatives_for
 from embedcam.cam import cam, resize
 from embedcam.errors import ImageError, InputError, NetworkMismatch
 from embedcam.evaluate import Evaluation, Settings
-from embedcam.evaluate.controls import ShuffledNetwork, random_weights, wrong_rows
+from embedcam.evaluate.controls import (
+    ShuffledNetwork,
+    permuted_rows,
+    random_weights,
+    wrong_rows,
+)
 from embedcam.evaluate.examples import TRUE_BOX
 from embedcam.evaluate.fidelity import RESULTS
 from embedcam.evaluate.gallery import Gallery
@@ -195,7 +200,7 @@ def test_localisation_and_its_controls_literally(
             activations = features.activations[0].numpy()
 
             near = index.search(features.embedding.numpy(), 2).positions[0]
-            wrong = wrong_rows(gallery, row["label"], near, -1, 0, row["id"])
+            wrong = wrong_rows(gallery, row["label"], near, [-1], 0, row["id"])
             assert wrong is not None
             assert not {row["label"]} & set(index.labels[wrong])
             theirs = index.weights(wrong)
@@ -271,6 +276,7 @@ def test_scenes_literally(folder: Path, network: EmbeddingNetwork, found: Evalua
     explainer = Explainer(folder / "index", network)
     source = find_images(folder / "queries")
     index = explainer.index
+    gallery = Gallery(index)
     for row in found.scenes:
         inputs = [SQUASH(Image.open(source.name(row[name]))) for name in ("first", "second")]
         scene = np.concatenate(inputs, 2)
@@ -289,6 +295,16 @@ def test_scenes_literally(folder: Path, network: EmbeddingNetwork, found: Evalua
         assert row["share"] == pytest.approx(share, abs=1e-5)
         assert row["right"] == (share > 0.5) + 0.5 * (share == 0.5)
         assert row["mean activation: share"] + _other(found, row) == pytest.approx(1)
+        moved = permuted_rows(gallery, np.array([index.position(nearest)]), [-1])
+        drawn = explainer.explain(scene, neighbors=[index.ids[int(moved[0])]]).cam
+        halves = drawn[:, :32].sum(), drawn[:, 32:].sum()
+        share = halves[row["side"]] / sum(halves) if sum(halves) else 0.5
+        assert row["shuffled index: share"] == pytest.approx(share, abs=1e-5)
+    apart = [row["objects_auc"] - row["shuffled index: objects_auc"] for row in found.scenes]
+    (check,) = [one for one in found.summary["checks"] if one["flag"].startswith("tells apart")]
+    assert check["mean"] == pytest.approx(np.mean(apart))
+    assert check["raised"] == (check["low"] <= 0)
+    assert (check["says"] in found.summary["flags"]) == check["raised"]
 
 
 def test_scenes_of_indexed_images_leave_both_out(
@@ -308,13 +324,13 @@ def test_scenes_of_indexed_images_leave_both_out(
     ids = find_images(folder / "photos").ids
     with Index.open(folder / "index") as index:
         names = [(index.ids[place], index.labels[place]) for place in asked]
-    assert len(names) == 2 * len(told.scenes) == 120
-    for row, (result, label), (wrong, other) in zip(
-        told.scenes, names[::2], names[1::2], strict=True
+    assert len(names) == 3 * len(told.scenes) == 180
+    for row, (result, label), (wrong, other), (moved, _) in zip(
+        told.scenes, names[::3], names[1::3], names[2::3], strict=True
     ):
         assert (row["result"], row["label"]) == (result, label)
         assert other != label
-        assert not {ids[row["first"]], ids[row["second"]]} & {result, wrong}
+        assert not {ids[row["first"]], ids[row["second"]]} & {result, wrong, moved}
 
 
 def _other(found: Evaluation, row: dict[str, Any]) -> float:

@@ -15,6 +15,7 @@ from PIL import Image
 from embedcam.errors import InputError
 from embedcam.evaluate import scenes
 from embedcam.evaluate import summary as told
+from embedcam.evaluate.controls import permuted_rows
 from embedcam.evaluate.faithfulness import Curves
 from embedcam.evaluate.fidelity import RESULTS
 from embedcam.evaluate.gallery import Gallery
@@ -22,7 +23,7 @@ from embedcam.evaluate.maps import Maps
 from embedcam.evaluate.measures import localised, retrieved, shares, told_apart
 from embedcam.evaluate.queries import chosen, generator
 from embedcam.evaluate.regions import Region, of_boxes, of_masks
-from embedcam.evaluate.report import tables
+from embedcam.evaluate.report import notices, tables
 from embedcam.evaluate.settings import MEASURES, METHOD
 from embedcam.images import ImageSource, Item
 from embedcam.metrics import rank_of
@@ -334,6 +335,57 @@ def test_a_method_that_does_not_beat_its_control_is_flagged() -> None:
     deletion = told.beside_controls(rows_of([0.2] * 8, [0.9] * 8, "deletion"), ("faithfulness",))
     assert deletion["deletion"]["differences"]["random weights"]["beats"]
     assert deletion["deletion"]["differences"]["random weights"]["mean"] == pytest.approx(0.7)
+
+
+def test_the_two_flags_are_raised_by_the_paired_interval_alone() -> None:
+    def told_of(apart: list[float]) -> list[tuple[str, bool]]:
+        rows = [{"auc": 0.5 + d, "mean activation: auc": 0.5} for d in apart]
+        asked = [
+            {"objects_auc": 0.5 + d, "shuffled index: objects_auc": 0.5, "first": i, "second": -1}
+            for i, d in enumerate(apart)
+        ]
+        return [(one["flag"], one["raised"]) for one in told.checks(rows, {"boxes": asked})]
+
+    worse, no_better = told.WORSE, told.NO_BETTER
+    assert worse == "localises worse than the mean activation"
+    assert no_better == "tells apart no better than a shuffled index"
+    assert told_of([0.1, 0.2, 0.1, 0.2]) == [(worse, False), (no_better, False)]
+    assert told_of([-0.1, -0.2, -0.1, -0.2]) == [(worse, True), (no_better, True)]
+    assert told_of([-0.2, 0.2, -0.1, 0.1]) == [(worse, False), (no_better, True)]
+    assert told_of([-0.1, -0.2]) == []  # two pictures say nothing
+    # Five questions of one picture are one picture.
+    asked = [{"objects_auc": 0.9, "shuffled index: objects_auc": 0.5, "first": 0, "second": -1}] * 5
+    assert told.checks([], {"boxes": asked}) == []
+
+
+def test_raised_flags_stand_first_on_the_page_and_by_their_names() -> None:
+    rows = [{"auc": 0.25, "mean activation: auc": 0.5}] * 3
+    (one,) = told.checks(rows, {})
+    assert one["says"] == (
+        "localises worse than the mean activation: pixel AUC 0.250 against 0.500, difference "
+        "-0.250 [-0.250, -0.250] (images with a box or mask)"
+    )
+    summary = {**NOTHING, "checks": [one], "flags": [one["says"], "another"], "beats": [],
+               "notes": []}  # fmt: skip
+    first, second = notices(summary)
+    assert isinstance(first, Notice)
+    assert first.title == "Localises worse than the mean activation"
+    assert first.lines == [one["says"].partition(": ")[2]]
+    assert isinstance(second, Notice)
+    assert second.lines == ["another"]
+
+
+def test_a_shuffled_index_moves_every_image_and_never_shows_the_query() -> None:
+    gallery = Gallery(Memory(np.eye(7), list("aabbccc")), 3)  # type: ignore[arg-type]
+    near = np.arange(7)
+    moved = permuted_rows(gallery, near, [-1])
+    assert sorted(moved.tolist()) == near.tolist()
+    assert (moved != near).all()
+    for own in range(7):
+        assert own not in permuted_rows(gallery, np.delete(near, own), [own])
+    assert not {2, 5} & set(permuted_rows(gallery, np.array([0, 1, 3, 4, 6]), [2, 5]).tolist())
+    other = Gallery(Memory(np.eye(7), list("aabbccc")), 4)  # type: ignore[arg-type]
+    assert permuted_rows(other, near, [-1]).tolist() != moved.tolist()
 
 
 def test_what_does_not_apply_is_left_out_of_means() -> None:

@@ -104,7 +104,9 @@ def _lines(summary: dict[str, Any], intro: str, tables: list[Any]) -> list[str]:
     if any("*" in str(cell) for table in tables for row in table.rows for cell in row):
         lines.append("* not better than this control (95% interval of the paired difference)")
     lines += summary["beats"]
-    lines += [f"does not beat its controls: {text}" for text in summary["flags"]]
+    said = [one["says"] for one in summary["checks"] if one["raised"]]
+    lines += said
+    lines += [f"does not beat its controls: {x}" for x in summary["flags"] if x not in said]
     if summary["flags"] and any(ON_ONE_OBJECT in table.notes for table in tables):
         lines.append(ON_ONE_OBJECT)
     lines += [f"note: {text}" for text in summary["notes"]]

@@ -8,19 +8,10 @@ import numpy as np
 from ..errors import EmbedcamError
 from ..images import Batch
 from ..metrics import rank_correlations
-from .controls import (
-    MEAN,
-    RANDOM,
-    SHUFFLED,
-    WRONG,
-    ShuffledNetwork,
-    mean_activation,
-    random_weights,
-    wrong_rows,
-)
+from .controls import MEAN, SHUFFLED, WRONG, ShuffledNetwork
 from .explained import located
 from .faithfulness import Asked, Curves, Faithfulness
-from .maps import Maps, Seen
+from .maps import Maps, Questions, Seen
 from .measures import columns
 from .queries import chosen
 from .settings import METHOD
@@ -68,9 +59,19 @@ def compared(work: Work, rows: Rows) -> tuple[Rows, Compared]:
             own = work.own.held(batch.positions.tolist())
             with work.mapper.clock("explaining"):
                 near = work.gallery.nearest(seen.embeddings, own, work.settings.n_neighbors)
-            maps = {METHOD: work.maps(seen, near)}
-            if controls:
-                maps |= _control_maps(work, batch, seen, near, own)
+            items = [work.reader.source.items[position] for position in batch.positions]
+            asked = Questions(
+                seen,
+                near,
+                own[:, None].tolist(),
+                [item.label for item in items],
+                [item.id for item in items],
+            )
+            maps = work.drawn(asked)
+            if not controls:
+                del maps[MEAN]
+            elif WRONG not in maps:
+                work.note("the index holds too few images for a control with wrong images' weights")
             if shuffled is not None:
                 last = _cascade(work, shuffled, batch, seen, near, own, found)
                 maps |= {} if last is None else {SHUFFLED: last}
@@ -83,11 +84,11 @@ def compared(work: Work, rows: Rows) -> tuple[Rows, Compared]:
                         for way, some in others.items()}  # fmt: skip
                 if faithful:
                     result = int(near[place][0])
-                    asked = Asked(
+                    one = Asked(
                         batch.images[place], seen.embeddings[place], result, int(own[place])
                     )
                     drawn = {way: some.drawn[place] for way, some in maps.items()}
-                    for way, values in asking(asked, drawn).items():
+                    for way, values in asking(one, drawn).items():
                         row |= columns(way, values)
                 rows[position] = row
                 advance(1)
@@ -102,7 +103,8 @@ def _sample(work: Work, rows: Rows) -> np.ndarray:
     """Positions of the images that are compared."""
     settings = work.settings
     faithful = work.wants("faithfulness")
-    localise = settings.controls and work.wants("localisation") and len(work.regions)
+    beside = settings.controls or bool(work.rivals)
+    localise = beside and work.wants("localisation") and len(work.regions)
     sane = settings.controls and work.wants("sanity")
     read = np.array(sorted(rows))
     if not settings.faithfulness or not (faithful or localise or sane):
@@ -112,27 +114,6 @@ def _sample(work: Work, rows: Rows) -> np.ndarray:
         where = [position for position in read.tolist() if "area" in rows[position]]
         read = np.array(where, np.int64) if where or not sane else read
     return read[chosen(len(read), settings.faithfulness, settings.seed)]
-
-
-def _control_maps(
-    work: Work, batch: Batch, seen: Seen, near: list[np.ndarray], own: np.ndarray
-) -> dict[str, Maps]:
-    """Maps of what needs no other network."""
-    items = [work.reader.source.items[position] for position in batch.positions]
-    seed = work.settings.seed
-    drawn = [random_weights(work.mapper.channels, seed, item.id) for item in items]
-    noise = [np.concatenate(layer) for layer in zip(*drawn, strict=True)]
-    maps = {MEAN: mean_activation(work.mapper, seen), RANDOM: work.mapper.drawn(seen, noise)}
-    wrong = [
-        wrong_rows(work.gallery, item.label, near[place], int(own[place]), seed, item.id)
-        for place, item in enumerate(items)
-    ]
-    others = [rows for rows in wrong if rows is not None]
-    if len(others) == len(items):
-        maps[WRONG] = work.maps(seen, others)
-    else:
-        work.note("the index holds too few images for a control with wrong images' weights")
-    return maps
 
 
 def _shuffled(work: Work, sample: np.ndarray) -> ShuffledNetwork | None:

@@ -3,6 +3,7 @@
     mean activation     every channel counts the same: what is salient, whatever was asked
     random weights      Gaussian, other ones for each image
     wrong images        the weights that the index stores for images of other labels
+    shuffled index      the index's weights permuted among all of its images
     shuffled network    the same steps with every parameter of the network shuffled
 
 A way of explaining that does as well without the network's parameters, or with another image's
@@ -21,14 +22,38 @@ from ..errors import EmbedcamError
 from ..memory import ran_out
 from ..network import EmbeddingNetwork
 from .gallery import Gallery
-from .maps import Mapper, Maps, Seen
+from .maps import Mapper, Maps, Questions, Seen
 from .queries import generator
 
-MEAN, RANDOM, WRONG, SHUFFLED = (
-    "mean activation", "random weights", "wrong images", "shuffled network",
+MEAN, RANDOM, WRONG, SHUFFLED_INDEX, SHUFFLED = (
+    "mean activation", "random weights", "wrong images", "shuffled index", "shuffled network",
 )  # fmt: skip
-CONTROLS = (MEAN, RANDOM, WRONG, SHUFFLED)
+CONTROLS = (MEAN, RANDOM, WRONG, SHUFFLED_INDEX, SHUFFLED)
 STAGES = 5
+
+
+def control_maps(mapper: Mapper, gallery: Gallery, seed: int, asked: Questions) -> dict[str, Maps]:
+    """The map of each question by every control but those that need another network.
+
+    The weights of wrong images are left out where the index holds no others.
+    """
+    drawn = [random_weights(mapper.channels, seed, name) for name in asked.names]
+    noise = [np.concatenate(layer) for layer in zip(*drawn, strict=True)]
+    maps = {MEAN: mean_activation(mapper, asked.seen), RANDOM: mapper.drawn(asked.seen, noise)}
+    each = zip(asked.near, asked.left_out, asked.labels, asked.names, strict=True)
+    wrong = [
+        wrong_rows(gallery, label, near, left_out, seed, name)
+        for near, left_out, label, name in each
+    ]
+    others = [rows for rows in wrong if rows is not None]
+    if len(others) == len(wrong):
+        maps[WRONG] = Maps.of(mapper.transferred(asked.seen, others))
+    moved = [
+        permuted_rows(gallery, near, left_out)
+        for near, left_out in zip(asked.near, asked.left_out, strict=True)
+    ]
+    maps[SHUFFLED_INDEX] = Maps.of(mapper.transferred(asked.seen, moved))
+    return maps
 
 
 def mean_activation(mapper: Mapper, seen: Seen) -> Maps:
@@ -44,7 +69,12 @@ def random_weights(channels: Sequence[int], seed: int, name: str) -> list[np.nda
 
 
 def wrong_rows(
-    gallery: Gallery, label: str | None, near: np.ndarray, own: int, seed: int, name: str
+    gallery: Gallery,
+    label: str | None,
+    near: np.ndarray,
+    left_out: Sequence[int],
+    seed: int,
+    name: str,
 ) -> np.ndarray | None:
     """Random rows of the index of other labels than the query's, as many as it has neighbours.
 
@@ -54,20 +84,32 @@ def wrong_rows(
         gallery: the index.
         label: the query's.
         near: its neighbours' rows.
-        own: its own row, -1 where the index does not hold it.
+        left_out: rows that show the query itself.
         seed: with the name, of the drawing.
         name: the query's id.
 
     Returns:
         None where the index holds no other image.
     """
-    taken = ~np.isin(gallery.positions, [*near.tolist(), own])
+    taken = ~np.isin(gallery.positions, [*near.tolist(), *left_out])
     other = taken & (gallery.codes != gallery.code(label)) if label is not None else taken
     rows = gallery.positions[other if other.any() else taken]
     if not len(rows):
         return None
     count = min(len(near), len(rows))
     return generator(seed, "wrong", name).choice(rows, count, replace=False)
+
+
+def permuted_rows(gallery: Gallery, near: np.ndarray, left_out: Sequence[int]) -> np.ndarray:
+    """Rows whose weights stand in the neighbours' place once the index's are permuted.
+
+    The permutation is one cycle through all images, so that none keeps its own; a row that shows
+    the query itself is passed over.
+    """
+    moved: np.ndarray = gallery.cycle[near]
+    for _ in left_out:
+        moved = np.where(np.isin(moved, left_out), gallery.cycle[moved], moved)
+    return moved
 
 
 class ShuffledNetwork:

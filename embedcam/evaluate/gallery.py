@@ -1,6 +1,7 @@
 """The index as what is ranked: its labels, its nearest, and exact places in the ranking."""
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from ..errors import InputError
 from ..index import Index, nearest
 from ..metrics import precision_at_r
 from ..number_labels import near_share
+from .queries import generator
 
 HELD = 1 << 28
 """Bytes of embeddings that are kept in memory; a larger index is read anew for every ranking."""
@@ -18,12 +20,13 @@ BLOCK = 1 << 22
 class Gallery:
     """The live images of an index.
 
+    seed: of the cycle through them.
     positions: `[N]`; labels: `[N]`, None where there is none; codes: `[N]`, equal for equal labels,
     -1 for none. Labels that are numbers are left out: they are no classes.
     """
 
-    def __init__(self, index: Index) -> None:
-        self.index, self.positions = index, index.live_positions()
+    def __init__(self, index: Index, seed: int = 0) -> None:
+        self.index, self.seed, self.positions = index, seed, index.live_positions()
         if not len(self.positions):
             raise InputError(f"{index.path}: every image of this index has been removed")
         self.numbers = near_share(index.manifest) is not None
@@ -59,6 +62,14 @@ class Gallery:
     def label_of(self, row: int) -> str | None:
         """The label of one row of the index."""
         return self.labels[int(self._places[row])]
+
+    @cached_property
+    def cycle(self) -> np.ndarray:
+        """The row that follows each row in a seeded cycle through all live images, `[n_rows]`."""
+        order = self.positions[generator(self.seed, "cycle").permutation(len(self))]
+        following = np.full(self.index.n_rows, -1)
+        following[order] = np.roll(order, -1)
+        return following
 
     def nearest(self, embeddings: np.ndarray, own: np.ndarray, count: int) -> list[np.ndarray]:
         """Rows of the nearest images of each query, itself left out.

@@ -1,6 +1,6 @@
 """From network inputs to maps: transferred by the index, and of any other weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +20,12 @@ from .settings import Clock, Settings
 
 @dataclass(frozen=True)
 class Seen:
-    """What one forward pass of b inputs gave: embeddings `[b D]`, each layer's maps `[b K h w]`."""
+    """What one forward pass of b inputs `[b 3 H W]` gave: embeddings `[b D]`, maps `[b K h w]`.
 
+    activations: of each layer; size: (H, W) of the maps that are drawn.
+    """
+
+    inputs: np.ndarray
     embeddings: np.ndarray
     activations: list[np.ndarray]
     size: tuple[int, int]
@@ -29,7 +33,8 @@ class Seen:
     def row(self, place: int) -> "Seen":
         """One of them, still as a batch."""
         one = slice(place, place + 1)
-        return Seen(self.embeddings[one], [maps[one] for maps in self.activations], self.size)
+        activations = [maps[one] for maps in self.activations]
+        return Seen(self.inputs[one], self.embeddings[one], activations, self.size)
 
     def small(self) -> "Seen":
         """The same, for maps on the layer's own grid; of several layers the finest one's."""
@@ -52,6 +57,29 @@ class Maps(NamedTuple):
             np.stack([one.cam for one in explained]),
             np.stack([one.signed_cam for one in explained]),
         )
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What b maps are to show: for each query the images it is explained by.
+
+    Attributes:
+        seen: the queries.
+        near: rows of the index, nearest first, `[b]` arrays.
+        left_out: rows that show the query itself.
+        labels: that are asked about, None where there is none.
+        names: what is random hangs on.
+    """
+
+    seen: Seen
+    near: Sequence[np.ndarray]
+    left_out: Sequence[Sequence[int]]
+    labels: Sequence[str | None]
+    names: Sequence[str]
+
+
+Way = Callable[[Questions], Maps]
+"""A way of drawing."""
 
 
 class Mapper:
@@ -91,7 +119,8 @@ class Mapper:
             else:
                 features, activations = network.forward_layers(inputs, self.layers)
         size = (int(inputs.shape[-2]), int(inputs.shape[-1]))
-        return Seen(_numpy(features.embedding), [_numpy(maps) for maps in activations], size)
+        embeddings = _numpy(features.embedding)
+        return Seen(np.asarray(inputs), embeddings, [_numpy(maps) for maps in activations], size)
 
     def see_pair(self, images: np.ndarray) -> Seen:
         """One forward pass of two inputs `[2 3 H W]` side by side.
@@ -113,9 +142,12 @@ class Mapper:
 
     def transferred(self, seen: Seen, rows: Sequence[np.ndarray]) -> list[Explanation]:
         """Each query explained by the images at some rows of the index, `[b]` arrays of rows."""
+        return self.explained(seen, [self.index.ids[list(map(int, places))] for places in rows])
+
+    def explained(self, seen: Seen, ids: Sequence[Sequence[str]]) -> list[Explanation]:
+        """Each query explained by images of some ids."""
         with self.clock("explaining"):
             given: Any = seen.activations[0] if len(self.layers) == 1 else seen.activations
-            ids = [self.index.ids[list(map(int, places))] for places in rows]
             found: list[Explanation] = self.explainer.explain_features(
                 seen.embeddings, given, neighbors=ids, size=seen.size
             )

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from ..render import Block, Chart, Notice, Table, page
-from .controls import CONTROLS, MEAN
+from .controls import MEAN
 from .evaluation import Evaluation
 from .settings import MEASURES, METHOD
 from .summary import LEAST
@@ -33,7 +33,13 @@ def tables(summary: Mapping[str, Any]) -> list[Table]:
 
 def notices(summary: Mapping[str, Any]) -> list[Block]:
     """What stands above the figures: the verdict, and what was left out."""
-    blocks: list[Block] = []
+    raised: dict[str, list[str]] = {}
+    for one in summary["checks"]:
+        if one["raised"]:
+            raised.setdefault(one["flag"], []).append(one["says"].removeprefix(f"{one['flag']}: "))
+    blocks: list[Block] = [
+        Notice(f"{flag[0].upper()}{flag[1:]}", said) for flag, said in raised.items()
+    ]
     if summary["flags"] and summary["beats"]:
         blocks.append(Notice("Beats every control", summary["beats"], good=True))
     blocks.append(_verdict(summary))
@@ -107,7 +113,8 @@ def charts(summary: Mapping[str, Any]) -> list[Chart]:
 
 
 def _verdict(summary: Mapping[str, Any]) -> Notice:
-    flags = summary["flags"]
+    said = [one["says"] for one in summary["checks"]]
+    flags = [text for text in summary["flags"] if text not in said]
     compared = bool(summary["controls"]) or any(
         entry["controls"] for entry in summary["objects"].values()
     )
@@ -226,8 +233,8 @@ def _beside(summary: Mapping[str, Any]) -> Table | None:
 
 
 def _others(compared: Mapping[str, Any]) -> dict[str, Callable[[str], str]]:
-    """A column for each control."""
-    ways = [way for way in CONTROLS if any(way in one["ways"] for one in compared.values())]
+    """A column for each other way of drawing."""
+    ways = dict.fromkeys(way for one in compared.values() for way in one["differences"])
     return {way: partial(_against, compared, way) for way in ways}
 
 

@@ -108,7 +108,7 @@ def _evaluated(reader: Reader, regions: Regions, indexed: Path | None) -> Evalua
     root = Path(stored) if indexed is None and stored is not None else indexed
     positions = chosen(len(source), settings.limit, settings.seed)
     own = OwnPositions(mapper.index, source, positions, root)
-    work = Work(settings, reader, mapper, Gallery(mapper.index), own, regions)
+    work = Work(settings, reader, mapper, Gallery(mapper.index, settings.seed), own, regions)
     rows, boxed = explained(work, positions)
     if not rows:
         raise InputError(f"none of the {len(positions)} images could be used: {reader.skipped[0]}")

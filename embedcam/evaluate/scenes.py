@@ -10,8 +10,7 @@ import numpy as np
 
 from ..errors import EmbeddingError, InputError
 from ..images import load_batches
-from .controls import MEAN, RANDOM, WRONG, mean_activation, random_weights
-from .maps import Maps, Seen
+from .maps import Maps, Questions, Seen
 from .measures import columns, shares, told_apart
 from .queries import generator
 from .regions import Region
@@ -89,26 +88,14 @@ def ask(
         The label and the result's id, and the map `[1 H W]` by each way, the mean activation always
         among them; None where no image has the label.
     """
-    gallery, mapper = work.gallery, work.mapper
+    gallery = work.gallery
     rows = gallery.of_label(label)
     rows = rows[~np.isin(rows, left_out)]
     if not len(rows):
         return None
-    (result,) = gallery.nearest_of(seen.embeddings[0], rows, 1)
-    maps = {
-        METHOD: Maps.of(mapper.transferred(seen, [np.array([result])])),
-        MEAN: mean_activation(mapper, seen),
-    }
-    if work.settings.controls:
-        seed = work.settings.seed
-        noise = random_weights(mapper.channels, seed, f"{name} {label}")
-        maps[RANDOM] = mapper.drawn(seen, noise)
-        others = gallery.positions[gallery.codes != gallery.code(label)]
-        others = others[~np.isin(others, left_out)]
-        if len(others):
-            wrong = generator(seed, "wrong", name, label).choice(others, 1)
-            maps[WRONG] = Maps.of(mapper.transferred(seen, [wrong]))
-    return {"label": label, "result": gallery.index.ids[int(result)]}, maps
+    result = gallery.nearest_of(seen.embeddings[0], rows, 1)
+    asked = Questions(seen, [result], [left_out], [label], [f"{name} {label}"])
+    return {"label": label, "result": gallery.index.ids[int(result[0])]}, work.drawn(asked)
 
 
 def _record(

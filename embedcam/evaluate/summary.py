@@ -7,7 +7,7 @@ import numpy as np
 
 from ..metrics import bootstrap_interval
 from .compared import Compared
-from .controls import CONTROLS, MEAN
+from .controls import CONTROLS, MEAN, SHUFFLED_INDEX
 from .faithfulness import Curves
 from .fidelity import RESULTS
 from .settings import MEASURES, METHOD
@@ -17,25 +17,32 @@ Rows = Sequence[Mapping[str, Any]]
 
 LEAST = 3
 """Images from which an interval is shown, and a control can be beaten."""
+WORSE = "localises worse than the mean activation"
+NO_BETTER = "tells apart no better than a shuffled index"
 
 
 def summarised(
     work: Work, rows: Rows, questions: Rows, beside: Compared, transfers: Rows
 ) -> dict[str, Any]:
     """The whole summary: plain numbers and lists, and the notes with it."""
-    controls = beside_controls(sampled(rows), ("localisation", "faithfulness"))
+    others = [*work.rivals, *CONTROLS]
+    sample = sampled(rows, others)
+    controls = beside_controls(sample, ("localisation", "faithfulness"), others)
+    asked: dict[str, Rows] = {
+        "pasted pairs": [row for row in questions if row["second"] >= 0],
+        "boxes of several labels": [row for row in questions if row["second"] < 0],
+    }
+    asked = {name: some for name, some in asked.items() if some}
+    beside_each = others if work.settings.controls or work.rivals else ()
     objects: dict[str, dict[str, Any]] = {
         name: {
             "questions": len(some),
             "measures": measured(some, "objects"),
-            "controls": beside_controls(some, ("objects",)) if work.settings.controls else {},
+            "controls": beside_controls(some, ("objects",), beside_each),
         }
-        for name, some in (
-            ("pasted pairs", [row for row in questions if row["second"] >= 0]),
-            ("boxes of several labels", [row for row in questions if row["second"] < 0]),
-        )
-        if some
+        for name, some in asked.items()
     }
+    checked = checks(rows, asked)
     held = [(controls, f"{beside.images} images")]
     held += [(entry["controls"], name) for name, entry in objects.items()]
     for text in _left_out(work, rows, beside.images):
@@ -53,7 +60,9 @@ def summarised(
         },
         "indexed_images": len(work.gallery),
         "settings": work.settings.to_dict(),
-        "flags": [text for one, what in held for text in flags(one, what)],
+        "checks": checked,
+        "flags": [one["says"] for one in checked if one["raised"]]
+        + [text for one, what in held for text in flags(one, what)],
         "beats": [text for one, what in held for text in beaten(one, what)],
         "notes": work.notes,
         "retrieval": measured(rows, "retrieval"),
@@ -62,7 +71,7 @@ def summarised(
         "sample": beside.images,
         "masked_passes": beside.passes,
         "controls": controls,
-        "empty_in_controls": empties(rows),
+        "empty_in_controls": empties(sample, others),
         "curves": mean_curves(beside.curves),
         "objects": objects,
         "fidelity": fidelity(transfers),
@@ -163,76 +172,96 @@ def measured(rows: Rows, group: str) -> dict[str, Any]:
     return found
 
 
-def beside_controls(rows: Rows, groups: Sequence[str]) -> dict[str, Any]:
-    """The method and its controls on the same rows, with paired differences.
+def beside_controls(
+    rows: Rows, groups: Sequence[str], others: Sequence[str] = CONTROLS
+) -> dict[str, Any]:
+    """The method and other ways of drawing on the same rows, with paired differences.
 
-    A difference is turned so that above 0 the method is better. It beats a control where the whole
+    A difference is turned so that above 0 the method is better. It beats another where the whole
     95% interval lies above 0.
     """
     found: dict[str, Any] = {}
     for name, measure in MEASURES.items():
-        if measure.group not in groups:
-            continue
-        ways: dict[str, Any] = {}
-        differences: dict[str, Any] = {}
-        for control in CONTROLS:
-            both = [
-                row
-                for row in rows
-                if row.get(name) is not None and row.get(f"{control}: {name}") is not None
-            ]
-            if not both:
-                continue
-            mine, theirs, of = (
-                column(both, name),
-                column(both, f"{control}: {name}"),
-                pictures(both),
-            )
-            held = [row for row in rows if row.get(name) is not None and _has_control(row, name)]
-            ways[METHOD] = mean_of(column(held, name), pictures(held))
-            ways[control] = mean_of(theirs, of)
-            differences[control] = _difference(measure.better * mine, measure.better * theirs, of)
-        if ways:
+        differences = {
+            other: _difference(some, name, other)
+            for other in others
+            if measure.group in groups and (some := _with(rows, name, other))
+        }
+        if differences:
+            held = [row for row in rows if any(_with([row], name, other) for other in others)]
+            ways = {METHOD: mean_of(column(held, name), pictures(held))}
+            for other in differences:
+                some = _with(rows, name, other)
+                ways[other] = mean_of(column(some, f"{other}: {name}"), pictures(some))
             found[name] = {"ways": ways, "differences": differences}
     return found
 
 
-def _difference(mine: np.ndarray, theirs: np.ndarray, of: Sequence[Any]) -> dict[str, Any]:
-    """The paired difference of two ways, drawn over pictures."""
-    low, high = interval(mine - theirs, of)
+def _with(rows: Rows, name: str, other: str) -> Rows:
+    """The rows that have a measure by the method and by another way."""
+    return [
+        row for row in rows if row.get(name) is not None and row.get(f"{other}: {name}") is not None
+    ]
+
+
+def _difference(rows: Rows, name: str, other: str) -> dict[str, Any]:
+    """The paired difference of the method and another way, drawn over pictures."""
+    better, of = MEASURES[name].better, pictures(rows)
+    apart = better * (column(rows, name) - column(rows, f"{other}: {name}"))
+    low, high = interval(apart, of)
     # Of one or two pictures an interval says nothing.
     enough = len(set(of)) >= LEAST
     return {
-        "mean": float((mine - theirs).mean()),
+        "mean": float(apart.mean()),
         "low": low,
         "high": high,
-        "win_rate": float((mine > theirs).mean() + (mine == theirs).mean() / 2),
+        "win_rate": float((apart > 0).mean() + (apart == 0).mean() / 2),
         "n": len(of),
         "beats": low > 0 and enough,
         "worse": high < 0 and enough,
     }
 
 
-def sampled(rows: Rows) -> Rows:
-    """The rows of images with controls."""
-    return [row for row in rows if any(f"{way}: empty" in row for way in CONTROLS)]
+def checks(rows: Rows, questions: Mapping[str, Rows]) -> list[dict[str, Any]]:
+    """What is checked of every index by measures that no change of contrast moves.
+
+    Args:
+        rows: of the images.
+        questions: about two objects, by where they were asked.
+
+    Returns:
+        For each check that three pictures or more allow: `flag`, whether it is `raised`, and the
+        paired difference that says so, in which above 0 the method is better.
+    """
+    one = [(WORSE, "auc", MEAN, "images with a box or mask", rows)]
+    two = [(NO_BETTER, "objects_auc", SHUFFLED_INDEX, *entry) for entry in questions.items()]
+    made = []
+    for flag, name, other, where, asked in (*one, *two):
+        some = _with(asked, name, other)
+        if len(set(pictures(some))) < LEAST:
+            continue
+        apart = _difference(some, name, other)
+        raised = apart["worse"] if flag == WORSE else not apart["beats"]
+        mine, theirs = (column(some, each).mean() for each in (name, f"{other}: {name}"))
+        says = (
+            f"{flag}: {MEASURES[name].title} {mine:.3f} against {theirs:.3f}, difference "
+            f"{apart['mean']:.3f} [{apart['low']:.3f}, {apart['high']:.3f}] ({where})"
+        )
+        made.append({"flag": flag, "raised": raised, "says": says, **apart})
+    return made
 
 
-def empties(rows: Rows) -> dict[str, float]:
-    """The share of each way's maps that are empty, on the images with controls."""
-    sample = sampled(rows)
-    if not sample:
-        return {}
-    found = {METHOD: float(column(sample, "empty").mean())}
-    for way in CONTROLS:
-        values = column(sample, f"{way}: empty")
-        if len(values):
-            found[way] = float(values.mean())
-    return found
+def sampled(rows: Rows, others: Sequence[str]) -> Rows:
+    """The rows of images that were drawn by other ways, too."""
+    return [row for row in rows if any(f"{way}: empty" in row for way in others)]
 
 
-def _has_control(row: Mapping[str, Any], name: str) -> bool:
-    return any(row.get(f"{control}: {name}") is not None for control in CONTROLS)
+def empties(rows: Rows, others: Sequence[str]) -> dict[str, float]:
+    """The share of each way's maps that are empty, on the rows of `sampled`."""
+    columns = {METHOD: "empty", **{way: f"{way}: empty" for way in others}}
+    return {
+        way: float(some.mean()) for way, name in columns.items() if len(some := column(rows, name))
+    }
 
 
 def flags(compared: Mapping[str, Any], what: str) -> list[str]:
@@ -265,7 +294,8 @@ def beaten(compared: Mapping[str, Any], what: str) -> list[str]:
     names = [
         MEASURES[name].title
         for name, entry in compared.items()
-        if entry["differences"] and all(one["beats"] for one in entry["differences"].values())
+        if (told := [entry["differences"][way] for way in CONTROLS if way in entry["differences"]])
+        and all(one["beats"] for one in told)
     ]
     return [f"{METHOD} ({what}): better than every control in {_and(names)}"] if names else []
 

@@ -1,6 +1,6 @@
 """What every group of measures reads: the queries a batch at a time, the index and its maps."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,11 +11,12 @@ from ..errors import InputError
 from ..images import Batch, ImageSource, embed, load_batches
 from ..methods.subject import inputs_a_pass
 from ..progress import Advance, progress_of
+from .controls import MEAN, control_maps, mean_activation
 from .gallery import Gallery
-from .maps import Mapper, Maps, Seen
+from .maps import Mapper, Maps, Questions, Seen, Way
 from .queries import OwnPositions
 from .regions import Region, Regions
-from .settings import Settings
+from .settings import METHOD, Settings
 
 Row = dict[str, Any]
 """The columns of one image, or of one question about a picture of two objects."""
@@ -88,6 +89,7 @@ class Work:
     """What the groups of measures are functions of, beside the rows that were there before.
 
     own: where the index holds the queried images themselves.
+    rivals: other ways of drawing that the maps are held against, by name.
     notes: what was left out and is worth knowing, a sentence each.
     """
 
@@ -97,6 +99,7 @@ class Work:
     gallery: Gallery
     own: OwnPositions
     regions: Regions
+    rivals: Mapping[str, Way] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def wants(self, group: str) -> bool:
@@ -107,6 +110,17 @@ class Work:
         """Add what is worth knowing, once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def drawn(self, asked: Questions) -> dict[str, Maps]:
+        """The map of each question by every way: transferred, rivals, controls.
+
+        Without controls the mean activation alone is among them.
+        """
+        maps = {METHOD: Maps.of(self.mapper.transferred(asked.seen, asked.near))}
+        maps |= {name: way(asked) for name, way in self.rivals.items()}
+        if not self.settings.controls:
+            return maps | {MEAN: mean_activation(self.mapper, asked.seen)}
+        return maps | control_maps(self.mapper, self.gallery, self.settings.seed, asked)
 
     def maps(self, seen: Seen, near: list[np.ndarray]) -> Maps:
         """The maps of some queries by their neighbours, as many as the settings name."""

@@ -377,7 +377,7 @@ def test_boxes_of_several_labels_literally(
         if share is not None:
             assert row["share"] == pytest.approx(share, abs=1e-4)
     assert told.summary["objects"]["boxes of several labels"]["questions"] == 6
-    by = "by the share on the right object"
+    by = "by the AUC of the object against the other"
     titles = [f"Two objects, best {by}", f"Two objects, worst {by}"]
     assert [row.title for row in told.examples] == titles
     # A true box is dashed in a colour of its own, and said to be.
@@ -388,11 +388,10 @@ def test_boxes_of_several_labels_literally(
 
 
 def test_examples_say_what_they_are_ordered_by(found: Evaluation) -> None:
-    energy = "energy inside less the object's area"
-    share = "the share on the right object"
+    auc, share = "pixel AUC", "the AUC of the object against the other"
     assert [row.title for row in found.examples] == [
         f"Two pictures, best by {share}", f"Two pictures, worst by {share}",
-        f"One picture, best by {energy}", f"One picture, worst by {energy}",
+        f"One picture, best by {auc}", f"One picture, worst by {auc}",
     ]  # fmt: skip
     dashed = [row.query.subcaption.endswith("dashed: the true box") for row in found.examples]
     assert dashed == [False, False, True, True]

@@ -86,6 +86,23 @@ def test_json_and_choices(say: Say) -> None:
     assert "a seeded sample of 2 of 3 images was queried" in told["notes"]
 
 
+def test_methods_and_recipes_are_columns(say: Say, here: Path, tmp_path: Path) -> None:
+    (here / "five.toml").write_text('[weights]\ntarget = "margin"\n')
+    page, numbers = tmp_path / "report.html", tmp_path / "numbers.csv"
+    code, out, err = say("--images", "queries", *FEW, "--measures", "objects,faithfulness",
+                         "--methods", "gradcam,hirescam", "--recipes", "five.toml", "--html", page,
+                         "--csv", numbers)  # fmt: skip
+    assert code == 0, err
+    assert "transferred [95%]" in out
+    for way in ("Grad-CAM", "HiResCAM", "five"):
+        assert f"{way} [95%]" in out
+        assert f'<b title="{way}">{way}</b>' in page.read_text()
+        assert f"{way}: deletion" in numbers.read_text().partition("\n")[0]
+    code, _, err = say("--images", "queries", "--recipes", "none.toml", "--quiet")
+    assert (code, err) == (6, "embedcam: none.toml: the recipe cannot be read (No such file or "
+                              "directory)\n")  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("code", "message", "arguments"),
     [

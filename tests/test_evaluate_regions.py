@@ -32,7 +32,7 @@ from embedcam.render.chart import chart_svg, ticks
 
 NOTHING: dict[str, Any] = {
     "retrieval": {}, "indexed_images": 1, "localisation": {}, "objects": {}, "controls": {},
-    "faithfulness": {}, "sanity": [], "fidelity": {},
+    "faithfulness": {}, "sanity": [], "fidelity": {}, "methods": [], "recipes": {},
 }  # fmt: skip
 WHOLE = (0.0, 0.0, 40.0, 20.0)
 

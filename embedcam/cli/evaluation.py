@@ -16,11 +16,15 @@ def evaluate(options: argparse.Namespace) -> None:
     """Measure the maps of an index on query images."""
     from ..evaluate import Settings, evaluate_index
     from ..evaluate.report import intro, tables
+    from ..evaluate.rivals import named_methods, named_recipes
     from ..index import Index
 
     # Whatever can be refused is refused before the network is loaded.
     _check_files(options)
     settings = _settings(options, Settings)
+    methods, recipes = options.methods or (), options.recipes or ()
+    named_methods(methods)
+    named_recipes(recipes)
     if options.indexed is not None and not Path(options.indexed).is_dir():
         raise InputError(f"--indexed {options.indexed}: there is no such folder")
     source = found_images(options, options.images, options.labels or "auto")
@@ -35,6 +39,8 @@ def evaluate(options: argparse.Namespace) -> None:
                 boxes=options.boxes,
                 masks=options.masks,
                 indexed=options.indexed,
+                methods=methods,
+                recipes=recipes,
                 settings=settings,
                 on_unreadable=options.on_unreadable or "fail",
                 workers=options.workers,
@@ -102,7 +108,9 @@ def _lines(summary: dict[str, Any], intro: str, tables: list[Any]) -> list[str]:
         lines += ["", table.caption, *(f"  {line}" for line in columns(cells, range(1, len(kept))))]
     lines.append("")
     if any("*" in str(cell) for table in tables for row in table.rows for cell in row):
-        lines.append("* not better than this control (95% interval of the paired difference)")
+        lines.append(
+            "* transferred maps are not better than this (95% interval of the paired difference)"
+        )
     lines += summary["beats"]
     said = [one["says"] for one in summary["checks"] if one["raised"]]
     lines += said

@@ -85,6 +85,8 @@ examples:
   embedcam evaluate my.index --images queries/ --boxes boxes.csv --csv numbers.csv
   embedcam evaluate my.index --images queries/ --masks masks/ --limit 500 --faithfulness 20
   embedcam evaluate my.index --images list.csv --measures retrieval,objects --json
+  embedcam evaluate my.index --images queries/ --methods gradcam,xgradcam --html report.html
+  embedcam evaluate my.index --images queries/ --recipes paper,mine.toml --html report.html
 
 boxes.csv has the columns path,x0,y0,x1,y1[,label][,width,height], a line a box; masks are named as
 the images are, white on the object. An image that the index holds is explained by others only.

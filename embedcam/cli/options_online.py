@@ -177,6 +177,18 @@ def evaluate_options(one: argparse.ArgumentParser) -> None:
         help="of retrieval, localisation, faithfulness, objects, fidelity, sanity (default all)",
     )
     group.add_argument(
+        "--methods",
+        metavar="NAMES",
+        type=names,
+        help="methods that draw on the query itself, a column each, such as gradcam,xgradcam",
+    )
+    group.add_argument(
+        "--recipes",
+        metavar="FILES",
+        type=names,
+        help="TOML recipes, a column each; weights are computed for the index's own pictures",
+    )
+    group.add_argument(
         "--no-controls", action="store_true", help="leave out what the maps are held against"
     )
     group.add_argument("--limit", type=positive, metavar="N", help="images queried, a sample")

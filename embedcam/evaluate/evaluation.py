@@ -23,12 +23,15 @@ class Evaluation:
             columns "CONTROL: MEASURE", and None stands where a measure does not apply.
         scenes: a dict for each question about a picture of two objects.
         examples: the best and the worst, as small pictures.
+        grid: a row for each of a few questions, a picture for each way of drawing; of evaluations
+            with methods or recipes.
     """
 
     summary: dict[str, Any]
     rows: list[dict[str, Any]]
     scenes: list[dict[str, Any]] = field(default_factory=list)
     examples: Sequence[Row] = ()
+    grid: Sequence[Row] = ()
 
     def __repr__(self) -> str:
         done, flags = len(self.rows), len(self.summary["flags"])

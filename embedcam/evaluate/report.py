@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from ..render import Block, Chart, Notice, Table, page
-from .controls import MEAN
+from .controls import CONTROLS, MEAN
 from .evaluation import Evaluation
 from .settings import MEASURES, METHOD
 from .summary import LEAST
@@ -15,6 +15,8 @@ ON_ONE_OBJECT = (
     "On pictures of one object mean activation, which shows what is salient, is hard to beat: what "
     "is salient is mostly what matched. Two objects tell them apart."
 )
+
+_INTERVAL = " [95%]"
 
 
 def tables(summary: Mapping[str, Any]) -> list[Table]:
@@ -61,7 +63,10 @@ def report(evaluation: Evaluation) -> str:
             curves = []
     blocks += curves
     return page(
-        evaluation.examples, title="How good are the maps?", intro=intro(summary), tables=blocks
+        [*evaluation.grid, *evaluation.examples],
+        title="How good are the maps?",
+        intro=intro(summary),
+        tables=blocks,
     )
 
 
@@ -221,21 +226,26 @@ def _beside(summary: Mapping[str, Any]) -> Table | None:
     }
     table = _table(
         compared, columns,
-        f"Beside controls that know nothing, {_images(summary['sample'])}",
+        f"Beside {'other ways and ' * bool(summary['methods'] or summary['recipes'])}"
+        f"controls that know nothing, {_images(summary['sample'])}",
         f"{ON_ONE_OBJECT} An empty map scores "
         "chance where it should mark a place, and removes pixels row by row. "
-        "* the method does not beat this control: the 95% interval of the paired difference "
+        "* transferred maps are not better than this: the 95% interval of the paired difference "
         f"reaches 0 or lies on the wrong side. {_meanings(compared)}",
     )  # fmt: skip
     empty = summary["empty_in_controls"]
-    shares = (f"{empty[way]:.3f}" if way in empty else "–" for way in (METHOD, *others))
+    ways = (METHOD, *(name.removesuffix(_INTERVAL) for name in others))
+    shares = (f"{empty[way]:.3f}" if way in empty else "–" for way in ways)
     return replace(table, rows=[*table.rows, ["empty maps", "–", *shares]])
 
 
 def _others(compared: Mapping[str, Any]) -> dict[str, Callable[[str], str]]:
     """A column for each other way of drawing."""
     ways = dict.fromkeys(way for one in compared.values() for way in one["differences"])
-    return {way: partial(_against, compared, way) for way in ways}
+    return {
+        f"{way}{'' if way in CONTROLS else _INTERVAL}": partial(_against, compared, way)
+        for way in ways
+    }
 
 
 def _meanings(names: Iterable[str]) -> str:
@@ -251,7 +261,8 @@ def _against(compared: Mapping[str, Any], way: str, name: str) -> str:
     if way not in entry["ways"]:
         return "–"
     star = "" if entry["differences"][way]["beats"] else "*"
-    return f"{_number(entry['ways'][way]['mean'])}{star}"
+    one = entry["ways"][way]
+    return f"{_number(one['mean']) if way in CONTROLS else _interval(one)}{star}"
 
 
 def _faithfulness(summary: Mapping[str, Any]) -> Table | None:

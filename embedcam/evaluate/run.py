@@ -1,6 +1,7 @@
 """The whole evaluation: groups of measures, one after another, from rows to rows."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,10 @@ from .examples import Examples
 from .explained import explained
 from .fidelity import fidelity
 from .gallery import Gallery
-from .maps import Mapper
+from .maps import Mapper, Way
 from .queries import OwnPositions, chosen
 from .regions import Regions, of_boxes, of_masks
+from .rivals import Recipes, named_methods, named_recipes, notes_of, rivals_of
 from .scenes import pasted
 from .settings import Clock, Settings
 from .summary import summarised
@@ -31,6 +33,8 @@ def evaluate_index(
     boxes: str | Path | None = None,
     masks: str | Path | None = None,
     indexed: str | Path | None = None,
+    methods: Sequence[str] = (),
+    recipes: Recipes = (),
     settings: Settings | None = None,
     on_unreadable: Literal["fail", "skip"] = "fail",
     workers: int | None = None,
@@ -48,6 +52,10 @@ def evaluate_index(
         boxes: CSV with path,x0,y0,x1,y1[,label][,width,height], a line a box.
         masks: folder of masks named as the images are, white on the object.
         indexed: folder the indexed images lie in now; None takes the one they were built from.
+        methods: names of methods that draw on the query itself, of how similar it is to what it is
+            explained by; a column each, beside the controls.
+        recipes: TOML files, names of recipes that came along, or `Recipe`s by name: the weights of
+            the index's own pictures are computed by each, for a column each.
         settings: what is measured; see `Settings`.
         on_unreadable: "fail" at the first image that cannot be read or embedded, or "skip" it and
             say so.
@@ -84,6 +92,7 @@ def evaluate_index(
         raise InputError(f"{indexed}: there is no such folder; name the indexed images' own")
     if not len(source):
         raise InputError("there are no images to evaluate with")
+    wanted, by_name = named_methods(methods), named_recipes(recipes)
     opened = index if isinstance(index, Index) else Index.open(index)
     try:
         regions: Regions = Regions()
@@ -94,13 +103,20 @@ def evaluate_index(
         root = None if indexed is None else Path(indexed)
         mapper = Mapper(opened, network, settings, Clock(), root, max_pixels=source.max_pixels)
         reader = Reader(source, mapper, settings, on_unreadable, workers, progress)
-        return _evaluated(reader, regions, root)
+        with rivals_of(reader, wanted, by_name) as rivals:
+            found = _evaluated(reader, regions, rivals, root)
+        found.summary["methods"] = list(wanted)
+        found.summary["recipes"] = {name: one.to_dict() for name, one in by_name.items()}
+        found.summary["notes"] += notes_of(wanted)
+        return found
     finally:
         if opened is not index:
             opened.close()
 
 
-def _evaluated(reader: Reader, regions: Regions, indexed: Path | None) -> Evaluation:
+def _evaluated(
+    reader: Reader, regions: Regions, rivals: dict[str, Way], indexed: Path | None
+) -> Evaluation:
     """Everything, one group of measures after another: each takes rows and gives rows."""
     begun = time.perf_counter()
     source, mapper, settings = reader.source, reader.mapper, reader.settings
@@ -108,7 +124,9 @@ def _evaluated(reader: Reader, regions: Regions, indexed: Path | None) -> Evalua
     root = Path(stored) if indexed is None and stored is not None else indexed
     positions = chosen(len(source), settings.limit, settings.seed)
     own = OwnPositions(mapper.index, source, positions, root)
-    work = Work(settings, reader, mapper, Gallery(mapper.index, settings.seed), own, regions)
+    work = Work(
+        settings, reader, mapper, Gallery(mapper.index, settings.seed), own, regions, rivals
+    )
     rows, boxed = explained(work, positions)
     if not rows:
         raise InputError(f"none of the {len(positions)} images could be used: {reader.skipped[0]}")
@@ -117,6 +135,7 @@ def _evaluated(reader: Reader, regions: Regions, indexed: Path | None) -> Evalua
     transfers = fidelity(work, rows)
     rows = {position: rows[position] for position in sorted(rows)}
     summary = summarised(work, list(rows.values()), questions, beside, transfers)
-    shown = Examples(work).choose(rows, questions)
+    examples = Examples(work)
+    shown, grid = examples.choose(rows, questions), examples.grid(rows, questions)
     summary["seconds"] = {**mapper.clock.seconds, "total": time.perf_counter() - begun}
-    return Evaluation(summary, list(rows.values()), questions, shown)
+    return Evaluation(summary, list(rows.values()), questions, shown, grid)

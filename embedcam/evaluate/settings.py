@@ -191,10 +191,12 @@ def _whole(name: str, value: object, least: int) -> None:
 
 
 class Clock:
-    """Where the time went: reading, forward passes, explaining, metrics."""
+    """Where the time went: reading, forward passes, explaining, metrics, named methods."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("reading", "forward", "explaining", "metrics"), 0.0)
+        self.seconds = dict.fromkeys(
+            ("reading", "forward", "explaining", "metrics", "methods"), 0.0
+        )
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:

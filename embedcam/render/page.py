@@ -47,6 +47,7 @@ class Row:
 
     compact: small, and side by side with the compact rows before and after it.
     anchor: what links to it name: letters and digits; empty for none.
+    scale: of its results, as in `panel`; None takes the page's.
     """
 
     query: Tile
@@ -55,6 +56,7 @@ class Row:
     title: str = ""
     compact: bool = False
     anchor: str = ""
+    scale: Scale | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def page_row(row: Row, look: Look | None = None) -> str:
     """A row of a page."""
     look = look or Look()
     tiles = [row.query, *row.results]
-    query_top, result_tops = top_values(row.query, row.results, look.scale)
+    scale = row.scale or look.scale
+    query_top, result_tops = top_values(row.query, row.results, scale)
     shape = max(
         size[1] / size[0] for size in (fitted(tile, look.side, look.side) for tile in tiles)
     )
@@ -164,7 +167,7 @@ def page_row(row: Row, look: Look | None = None) -> str:
     heading = f"<h2>{breakable(row.title)}</h2>\n" if row.title else ""
     has_map = any(tile.cam is not None for tile in tiles)
     noted = has_map and not row.compact and not look.long
-    note = scale_note(query_top, result_tops, look.scale) if noted else ""
+    note = scale_note(query_top, result_tops, scale) if noted else ""
     anchor = f' id="{text(row.anchor)}"' if row.anchor else ""
     return (
         f'<section{anchor} style="--shape:{1 / min(shape, _ONE_ROUND):.4f}">\n{heading}'

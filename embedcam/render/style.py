@@ -57,6 +57,7 @@ th { color: var(--quiet); font-weight: 500; font-size: .8125rem; }
   background: var(--mat); border-left: 4px solid var(--accent); font-size: .9375rem; }
 .notice.good { border-left-color: #2e8b57; }
 .notice ul { margin: .35rem 0 0; padding-left: 1.1rem; }
+td:first-child { min-width: 8rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 @media print { main { padding: 0; } section { break-inside: avoid; } }
 """

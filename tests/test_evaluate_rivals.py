@@ -1,0 +1,216 @@
+"""Methods and recipes beside the maps of an index, against literal re-computations."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from photo_samples import SQUASH, build, network_of, picture, write_photos
+from PIL import Image
+
+from embedcam import EmbeddingNetwork, Explainer, Recipe, evaluate_index, find_images
+from embedcam.errors import InputError
+from embedcam.evaluate import Evaluation
+from embedcam.evaluate.report import tables
+from embedcam.metrics import pixel_auc
+from embedcam.prototypes import compress
+
+QUICK: dict[str, Any] = {
+    "scenes": 3, "faithfulness": 5, "steps": 3, "examples": 1, "n_neighbors": 2, "progress": False,
+    "workers": 0, "measures": ("localisation", "objects"),
+}  # fmt: skip
+FIVE = Recipe.paper(m=5, triplets=4)
+
+
+@pytest.fixture(scope="module")
+def network() -> EmbeddingNetwork:
+    return network_of()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, network: EmbeddingNetwork) -> Path:
+    """Pictures to index, others to query with, boxes of these, and an index."""
+    root = tmp_path_factory.mktemp("rivals")
+    write_photos(root / "photos")
+    lines = ["path,x0,y0,x1,y1"]
+    for label in range(3):
+        (root / "queries" / str(label)).mkdir(parents=True)
+        for number in range(2):
+            one = picture(label, 50 + number)
+            one.save(root / "queries" / str(label) / f"q{number}.png")
+            lines.append(f"queries/{label}/q{number}.png,{9 + number},8,30,27")
+    (root / "boxes.csv").write_text("\n".join(lines) + "\n")
+    build(root / "photos", root / "index", network)
+    return root
+
+
+def run(folder: Path, network: EmbeddingNetwork, **more: Any) -> Evaluation:
+    given = {"boxes": folder / "boxes.csv", **QUICK, **more}
+    return evaluate_index(folder / "index", find_images(folder / "queries"), network, **given)
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path, network: EmbeddingNetwork) -> Evaluation:
+    """One evaluation that several tests look at."""
+    recipes = {"same": Recipe(), "five": FIVE}
+    return run(folder, network, methods=["Grad-CAM", "hirescam"], recipes=recipes)
+
+
+def signed_map(network: EmbeddingNetwork, inputs: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """Grad-CAM of the cosine to the mean of embeddings `[n D]`, by autograd, before the ReLU."""
+    module = network.module
+    activations = module.relu(module.conv(torch.from_numpy(inputs)[None])).detach()
+    activations.requires_grad_()
+    proxy = torch.nn.functional.normalize(torch.from_numpy(near.mean(0)), dim=0)
+    cosine = torch.nn.functional.cosine_similarity(module.head(activations)[0], proxy, dim=0)
+    (gradient,) = torch.autograd.grad(cosine, activations)
+    grid = (gradient.mean((2, 3), keepdim=True) * activations).sum(1, keepdim=True)
+    size = (inputs.shape[1], inputs.shape[2])
+    full = torch.nn.functional.interpolate(grid.detach(), size, mode="bilinear")
+    return full[0].numpy()
+
+
+def test_a_method_draws_on_the_query_what_it_is_explained_by(
+    folder: Path, network: EmbeddingNetwork, found: Evaluation
+) -> None:
+    explainer, source = Explainer(folder / "index", network), find_images(folder / "queries")
+    index, lines = explainer.index, (folder / "boxes.csv").read_text().splitlines()[1:]
+    measured = 0
+    for place, row in enumerate(found.rows):
+        if "Grad-CAM: auc" not in row:
+            continue
+        measured += 1
+        inputs = SQUASH(Image.open(source.name(place)))
+        ids = explainer.explain(inputs, n_neighbors=2).ids
+        drawn = signed_map(network, inputs, index.embeddings(index.positions(ids)))
+        x0, y0, x1, y1 = np.array(lines[place].split(",")[1:], float) * [2 / 3, 0.8, 2 / 3, 0.8]
+        inside = np.zeros((1, 32, 32))
+        for y in range(32):
+            for x in range(32):
+                across = max(0, min(x + 1, x1) - max(x, x0))
+                inside[0, y, x] = across * max(0, min(y + 1, y1) - max(y, y0))
+        assert row["Grad-CAM: auc"] == pytest.approx(pixel_auc(drawn, inside)[0], abs=1e-3)
+    assert measured == 5
+    for row in found.scenes:
+        pair = [SQUASH(Image.open(source.name(row[name]))) for name in ("first", "second")]
+        near = index.embeddings([index.position(row["result"])])
+        drawn = signed_map(network, np.concatenate(pair, 2), near)
+        side = np.zeros((1, 32, 64))
+        side[:, :, :32] = 1
+        side = side if row["side"] == 0 else 1 - side
+        expected = pixel_auc(drawn, side)[0]
+        assert row["Grad-CAM: objects_auc"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_recipe_draws_with_the_weights_that_an_index_of_it_holds(
+    folder: Path, network: EmbeddingNetwork, found: Evaluation, tmp_path: Path
+) -> None:
+    build(folder / "photos", tmp_path / "five", network, FIVE)
+    other, source = Explainer(tmp_path / "five", network), find_images(folder / "queries")
+    apart = []
+    for row in found.scenes:
+        assert row["same: objects_auc"] == pytest.approx(row["objects_auc"], abs=1e-5)
+        pair = [SQUASH(Image.open(source.name(row[name]))) for name in ("first", "second")]
+        drawn = other.explain(np.concatenate(pair, 2), neighbors=[row["result"]]).signed_cam
+        side = np.zeros((1, 32, 64))
+        side[:, :, :32] = 1
+        side = side if row["side"] == 0 else 1 - side
+        assert row["five: objects_auc"] == pytest.approx(pixel_auc(drawn[None], side)[0], abs=1e-5)
+        apart.append(abs(row["five: objects_auc"] - row["objects_auc"]))
+    assert max(apart) > 0.01
+    for row in found.rows:
+        if "same: auc" in row:
+            assert row["same: auc"] == pytest.approx(row["auc"], abs=1e-5)
+
+
+def test_a_column_each_in_tables_and_in_the_grid(found: Evaluation) -> None:
+    ways = ["Grad-CAM", "HiResCAM", "same", "five"]
+    summary = found.summary
+    assert (summary["methods"], list(summary["recipes"])) == (ways[:2], ways[2:])
+    assert summary["recipes"]["five"]["m"] == 5
+    heads = [f"{way} [95%]" for way in ["transferred", *ways]]
+    for start in ("Telling two", "Beside other ways and controls"):
+        (table,) = [one for one in tables(summary) if one.caption.startswith(start)]
+        assert table.header[2:7] == heads
+        assert all(len(row) == len(table.header) for row in table.rows)
+    assert len(found.grid) == 2
+    for row in found.grid:
+        captions = [tile.caption for tile in (row.query, *row.results)]
+        assert captions == ["transferred", *ways, "mean activation"]
+        assert all(tile.subcaption.startswith("pixel AUC 0.") for tile in row.results)
+    # Judged are controls alone: that a method does as well is no fault.
+    assert not [text for text in summary["flags"] if any(way in text for way in ways)]
+    assert (
+        "HiResCAM draws more than channel weights do, so its map is scored as drawn"
+        in (summary["notes"])
+    )
+    assert "asked for" in found.html()
+
+
+def test_what_is_compared_does_not_hang_on_the_batch_or_on_controls(
+    folder: Path, network: EmbeddingNetwork, found: Evaluation
+) -> None:
+    again = run(folder, network, methods=["gradcam", "hirescam"], batch_size=2, controls=False)
+    for here, there in zip(again.rows + again.scenes, found.rows + found.scenes, strict=True):
+        for name in ("Grad-CAM: auc", "HiResCAM: auc", "HiResCAM: objects_auc"):
+            if name in here:
+                assert here[name] == pytest.approx(there[name], abs=1e-3)
+    (table,) = [one for one in tables(again.summary) if one.caption.startswith("Beside")]
+    assert table.header[2:] == [
+        "transferred [95%]", "Grad-CAM [95%]", "HiResCAM [95%]", "mean activation"
+    ]  # fmt: skip
+
+
+def test_a_method_that_ignores_the_question_is_said_to(
+    folder: Path, network: EmbeddingNetwork
+) -> None:
+    told = run(folder, network, methods=["eigencam"], scenes=2, measures=("objects",))
+    assert "Eigen-CAM ignores what is asked: it shows what stands out" in told.summary["notes"][-1]
+    assert told.grid
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"methods": ["gradcamm"]}, "method 'gradcamm' is unknown; did you mean"),
+        ({"methods": "gradcam"}, r"methods = 'gradcam'; give a list of names such as \['gradcam"),
+        ({"methods": ["abn"]}, "ABN draws with a branch that is trained with the network"),
+        ({"methods": ["polycam"]}, "Poly-CAM draws with several layers and this index has one"),
+        ({"recipes": "paper"}, "recipes = 'paper'; give a list of files"),
+        ({"recipes": ["nowhere"]}, "nowhere: there is no such recipe"),
+        ({"recipes": ["paper", "paper"]}, "two recipes have one name"),
+        ({"recipes": {"a": 1}}, "recipes: 'a' is a int; give a Recipe by its name"),
+        ({"recipes": {"wrong images": Recipe()}}, "'wrong images' has the name of a column"),
+        ({"recipes": {"a": Recipe.paper()}}, "the recipe 'a' builds no index: m = 50 channels"),
+        ({"recipes": {"Grad-CAM": Recipe()}, "methods": ["gradcam"]}, "both called 'Grad-CAM'"),
+    ],
+)
+def test_what_cannot_be_compared(
+    folder: Path, network: EmbeddingNetwork, choices: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        run(folder, network, **choices)
+
+
+def test_recipes_need_the_indexed_pictures_as_they_were(
+    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+) -> None:
+    photos = write_photos(tmp_path / "photos")
+    build(photos, tmp_path / "index", network)
+    shutil.copytree(folder / "queries", tmp_path / "queries")
+    some = {"recipes": {"five": FIVE}, "boxes": None, "measures": ("objects",), "scenes": 2}
+    picture(2, 99).save(photos / "1/2.png")
+    with pytest.raises(InputError, match=r"1 of 12 are not to be found as they were, such as 1/2"):
+        run(tmp_path, network, **some)
+    photos.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match=r"12 of 12 .* say where they lie now \(--indexed"):
+        run(tmp_path, network, **some)
+    picture(1, 2).save(tmp_path / "moved/1/2.png")
+    assert run(tmp_path, network, indexed=tmp_path / "moved", **some).scenes
+    compress(tmp_path / "index", tmp_path / "small", 3)
+    (tmp_path / "index").rename(tmp_path / "large")
+    (tmp_path / "small").rename(tmp_path / "index")
+    with pytest.raises(InputError, match="prototypes have none; evaluate the index that they were"):
+        run(tmp_path, network, indexed=tmp_path / "moved", **some)

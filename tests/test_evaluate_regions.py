@@ -353,6 +353,8 @@ def test_the_two_flags_are_raised_by_the_paired_interval_alone() -> None:
     assert told_of([-0.1, -0.2, -0.1, -0.2]) == [(worse, True), (no_better, True)]
     assert told_of([-0.2, 0.2, -0.1, 0.1]) == [(worse, False), (no_better, True)]
     assert told_of([-0.1, -0.2]) == []  # two pictures say nothing
+    assert MEASURES["auc"].free
+    assert MEASURES["objects_auc"].free
     # Five questions of one picture are one picture.
     asked = [{"objects_auc": 0.9, "shuffled index: objects_auc": 0.5, "first": 0, "second": -1}] * 5
     assert told.checks([], {"boxes": asked}) == []

@@ -29,7 +29,8 @@ def fidelity(work: Work, rows: Rows) -> list[Row]:
 
     Returns:
         A row for each image, kind of `results` and number `n_neighbors` of them, with the
-        `correlation` over positions of the layer; None as kinds without labels.
+        `correlation` over positions of the layer. Without a label that the index knows there is
+        the first kind alone.
     """
     settings, gallery = work.settings, work.gallery
     if not work.wants("fidelity") or not settings.fidelity:

@@ -380,9 +380,10 @@ def test_boxes_of_several_labels_literally(
     by = "by the AUC of the object against the other"
     titles = [f"Two objects, best {by}", f"Two objects, worst {by}"]
     assert [row.title for row in told.examples] == titles
-    # A true box is dashed in a colour of its own, and said to be.
+    # The boxes of what was asked for are dashed in a colour of their own, and said to be.
     for row in told.examples:
-        assert row.query.subcaption.endswith("\ndashed: the true boxes")
+        asked_for = row.query.caption.removeprefix("asked for ")
+        assert row.query.subcaption.endswith(f"\ndashed: {asked_for}")
         pixels = np.asarray(row.query.image)
         assert ((pixels == TRUE_BOX).all(2)).sum() > 40
 

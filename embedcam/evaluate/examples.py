@@ -140,16 +140,17 @@ class Examples:
             near = self.gallery.nearest(seen.embeddings, own, self.settings.n_neighbors)
         small = _small(picture)
         across, down = small.width / picture.width, small.height / picture.height
-        boxes = self.regions.pixels(position, picture.size)
+        boxes = self.regions.pixels(position, picture.size, row["label"] if result else None)
         for box in boxes:
             _outline(small, box, across, down)
         name = f"{item.id} {row['label']}" if result else item.id
+        what = f"the true box{'es' * (len(boxes) > 1)}"
         return _Shown(
             small,
             _scaled(self.preprocess.extent(*picture.size), across, down),
             Questions(seen, near, [own.tolist()], [row["label"]], [name]),
             item.id.rpartition("/")[2],
-            notes=[f"dashed: the true box{'es' * (len(boxes) > 1)}"] if len(boxes) else [],
+            notes=[f"dashed: {row['label'] if result else what}"] if len(boxes) else [],
         )
 
     def _pair(self, row: dict[str, Any], result: list[int]) -> "_Shown":

@@ -85,9 +85,9 @@ class Regions:
         return []
 
     def pixels(
-        self, position: int, size: tuple[int, int]
+        self, position: int, size: tuple[int, int], label: str | None = None
     ) -> list[tuple[float, float, float, float]]:
-        """Boxes to draw on the picture of (width, height) `size`."""
+        """Boxes to draw on the picture of (width, height) `size`, of one label where given."""
         return []
 
     def of(
@@ -123,12 +123,15 @@ class BoxRegions(Regions):
         named = (box.label for box in self._boxes.get(position, ()))
         return list(dict.fromkeys(label for label in named if label is not None))
 
-    def pixels(self, position: int, size: tuple[int, int]) -> Any:  # noqa: D102
-        return [box.scaled(size, self.where) for box in self._own(position)]
+    def pixels(  # noqa: D102
+        self, position: int, size: tuple[int, int], label: str | None = None
+    ) -> Any:
+        return [box.scaled(size, self.where) for box in self._own(position, label)]
 
-    def _own(self, position: int) -> Sequence[Box]:
-        """The boxes of the image's own label, where it has one and boxes name it; else all."""
-        boxes, label = self._boxes.get(position, []), self._source.items[position].label
+    def _own(self, position: int, label: str | None = None) -> Sequence[Box]:
+        """The boxes of a label, else of the image's own, where boxes name it; else all."""
+        boxes = self._boxes.get(position, [])
+        label = label or self._source.items[position].label
         own = [box for box in boxes if label is not None and box.label == label]
         return own or boxes
 

@@ -99,7 +99,8 @@ class Examples:
             words = "" if score is None else f"pixel AUC {score:.2f}"
             tiles.append(Tile(shown.picture, maps[way].drawn[0], shown.extent, way, words))
         asked = f", asked for {row['label']}" if "first" in row else ""
-        return Row(tiles[0], tiles[1:], title=f"{shown.name}{asked}", scale="each")
+        notes = "; ".join(shown.notes)
+        return Row(tiles[0], tiles[1:], notes, f"{shown.name}{asked}", scale="each")
 
     def _example(self, row: dict[str, Any]) -> Row:
         """One picture with its map and what it was explained by."""

@@ -35,9 +35,6 @@ class Measure:
 MEASURES: Final = {
     **{f"recall_{k}": Measure(f"Recall@{k}", "retrieval", 1) for k in KS},
     "map_at_r": Measure("mAP@R", "retrieval", 1),
-    "energy": Measure(
-        "energy inside", "localisation", 1, "area", "share of the map's energy on the object"
-    ),
     "auc": Measure(
         "pixel AUC", "localisation", 1, "auc_chance",
         "chance that a pixel of the object has more of the signed map than one outside", True,
@@ -49,6 +46,9 @@ MEASURES: Final = {
     "hottest": Measure(
         "hottest pixels", "localisation", 1, "area",
         "share on the object of the signed map's hottest pixels, as many as it has", True,
+    ),
+    "energy": Measure(
+        "energy inside", "localisation", 1, "area", "share of the map's energy on the object"
     ),
     "pointing": Measure(
         "pointing game", "localisation", 1, "area", "the map's largest value is on the object"
@@ -96,11 +96,6 @@ MEASURES: Final = {
         "share of the images that are more similar to their result under that mask than whole",
 
     ),
-    "share": Measure(
-        "share on the right object", "objects", 1, "share_chance",
-        "of the energy on either object, with the weights of a result of one of them",
-    ),
-    "right": Measure("larger share is the right one", "objects", 1, "right_chance", ""),
     "objects_auc": Measure(
         "AUC, object against the other", "objects", 1, "right_chance",
         "of the signed map's pixels on either object alone", True,
@@ -109,13 +104,18 @@ MEASURES: Final = {
         "AUC, object against the rest", "objects", 1, "right_chance",
         "of the signed map's pixels on it and on all else", True,
     ),
+    "share": Measure(
+        "share on the right object", "objects", 1, "share_chance",
+        "of the energy on either object, with the weights of a result of one of them",
+    ),
+    "right": Measure("larger share is the right one", "objects", 1, "right_chance", ""),
     "even_share": Measure(
         "share at equal area", "objects", 1, "right_chance",
         "as the share, both objects brought to one area",
     ),
     "denser": Measure("denser side is the right one", "objects", 1, "right_chance", ""),
 }  # fmt: skip
-"""By the name of their column, in the order of the tables."""
+"""By the name of their column, in the order of the tables: first what is free of contrast."""
 
 
 @dataclass(frozen=True)

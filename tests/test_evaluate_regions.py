@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -432,6 +432,7 @@ class Memory:
     """As much of an index as a gallery asks for."""
 
     path, metric = "memory", "l2"
+    manifest: ClassVar[dict[str, Any]] = {"recipe": {}}
 
     def __init__(self, embeddings: np.ndarray, labels: list[str | None]) -> None:
         self._embeddings, self.n_rows = embeddings.astype(np.float32), len(embeddings)

@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..images import ImageSource, Item
 from ..index import Index
 from ..methods import MethodWarning, cam_for
+from ..number_labels import near_share
 from ..recipe import Recipe, read_toml, shipped_recipe
 from ..registry import LayersMethod, Method, WeightMethod, find_method
 from ..targets import ClassProxy, Similarity
@@ -187,4 +188,5 @@ def _gallery_pictures(mapper: Mapper, max_pixels: int) -> ImageSource:
             f"{len(selected)} are not to be found as they were, such as {lacking[0]}; say where "
             "they lie now (--indexed, indexed=), or leave recipes out"
         )
-    return ImageSource(items, max_pixels=max_pixels)
+    numbers = near_share(index.manifest) is not None
+    return ImageSource(items, max_pixels=max_pixels, numbers=numbers)

@@ -57,7 +57,9 @@ def fidelity(
             theirs = mapper.transferred(seen, [places[:count] for places in near])
             with mapper.clock("metrics"):
                 drawn = [np.stack([one.cam for one in some]) for some in (mine, theirs)]
-                weights = [np.stack([one.weights for one in some]) for some in (mine, theirs)]
+                weights = [
+                    np.stack([one.weights.ravel() for one in some]) for some in (mine, theirs)
+                ]
                 alike = zip(
                     cosines(*weights),
                     rank_correlations(*drawn),

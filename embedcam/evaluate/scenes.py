@@ -179,6 +179,8 @@ class Scenes:
 
     def see(self, images: np.ndarray) -> Seen:
         """One forward pass of two inputs `[2 3 H W]` side by side."""
+        if self.mapper.index.encoding().grid is not None:
+            self.squeezed = "the index keeps weights by position, for inputs of one size"
         if not self.squeezed:
             wide = side_by_side(images)
             try:

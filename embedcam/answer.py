@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from .calibration import evidence
-from .cam import attended, drawn_and_signed, resize
+from .cam import attended, drawn_and_signed, resize, signed_cams
 from .errors import IndexFormatError, InputError
 from .explanation import Asked, Explanation, may_follow, shared_of
 from .index import Index, Neighbors, Selection
@@ -106,6 +106,7 @@ def answer(
         above: id of its rival, whose weights are subtracted, or None.
         shown: how many of the neighbours are results; None for all. Match looks at the others, too.
     """
+    _check_grids(opened, query)
     match = _match(opened, near)
     near = near.first(shown)
     rows = opened.index.select(near.positions)
@@ -242,6 +243,17 @@ def _drawn(
     return found, signed, features
 
 
+def _check_grids(opened: Opened, query: Query) -> None:
+    """Refuse activations on another grid than the one that weights by position belong to."""
+    for encoding, activations in zip(opened.encodings, query.activations, strict=True):
+        if encoding.grid is not None and activations.shape[1:] != encoding.grid:
+            here, kept = (f"{h} x {w}" for h, w in (activations.shape[1:], encoding.grid))
+            raise InputError(
+                f"the activations lie on a grid of {here}, and this index keeps weights by position"
+                f" on one of {kept}; give the query at the input size that the index was built with"
+            )
+
+
 def _extent(opened: Opened, query: Query) -> tuple[float, float, float, float] | None:
     if query.picture is None or opened.preprocess is None:
         return None
@@ -300,7 +312,7 @@ def _trust(
     # What overflows, of weights that are no honest index's, is not trusted.
     with np.errstate(over="ignore", invalid="ignore"):
         decoded = opened.encodings[0].decode(made.fields)
-        raw = np.tensordot(decoded, activations, 1)
+        raw = signed_cams(decoded, activations)
         norm = float(np.linalg.norm(made.weights[0]))
         seen = evidence(raw, made.shares, norm, distances)
     return calibration.trust(seen, float(np.min(distances)))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .encoding import Dense, Encoding, LowRank, TopM, fit_pca
+from .encoding import Dense, Encoding, LowRank, TopM, fit_by_position, fit_pca
 from .errors import InputError
 from .identity import Identity
 from .images.sources import relative_path
@@ -17,10 +17,11 @@ from .index import Index, PartData
 from .network import EmbeddingNetwork
 from .passes import Work, own_grid, own_maps, skipped_of, weights_of_layer
 from .recipe import Recipe
+from .registry import PositionMethod
 from .triplets import pairs_digest
 
-SAMPLE = 2048
-"""Weight vectors that a low-rank basis is fitted on, at most."""
+SAMPLE, NUMBERS = 2048, 1 << 25
+"""Weights that a basis is fitted on, at most: images, and numbers in all (but `rank` images)."""
 _BLOCK = 1 << 14
 
 
@@ -131,7 +132,7 @@ def make_encoding(
         grid: (H, W) of the layer.
         mean: mean embedding `[D]`.
         normalize: whether embeddings are L2-normalised.
-        sample: gives weight vectors `[n K]` to fit on; not asked where nothing is fitted.
+        sample: gives weights `[n K]`, or `[n K H W]`, to fit on; not asked where nothing is fitted.
         n_channels: K; None counts it in a sample.
     """
     if matrix is not None:
@@ -141,18 +142,19 @@ def make_encoding(
         offset = -mean @ basis if derived else np.zeros(basis.shape[1])
         return LowRank(basis, offset, "head", "embedding" if derived else "stored", recipe.dtype)
     if recipe.encoding == "low-rank":
-        return fit_pca(sample(), recipe.rank, recipe.dtype)
+        by_position = isinstance(recipe.entry, PositionMethod)
+        return (fit_by_position if by_position else fit_pca)(sample(), recipe.rank, recipe.dtype)
     width = sample().shape[1] if n_channels is None else n_channels
     if recipe.encoding == "dense":
         return Dense(width, recipe.dtype)
     return TopM(width, recipe.m, recipe.by, recipe.dtype)
 
 
-def sample_places(n: int, seed: int) -> np.ndarray:
+def sample_places(n: int, seed: int, most: int = SAMPLE) -> np.ndarray:
     """Which of n weight vectors a basis is fitted on: all, or a seeded sample, in order."""
-    if n <= SAMPLE:
+    if n <= most:
         return np.arange(n)
-    return np.sort(np.random.default_rng(seed).permutation(n)[:SAMPLE])
+    return np.sort(np.random.default_rng(seed).permutation(n)[:most])
 
 
 def header(
@@ -333,10 +335,11 @@ def _encoded(
 
 
 def _sample(work: Work, name: str) -> np.ndarray:
-    """Weight vectors of a seeded sample of the images, `[n K]`, of the layer of that name."""
+    """Weights of a seeded sample of the images, `[n ...]`, of the layer of that name."""
     arrays = [work.scratch.read("weights", c, name)[name] for c in _filled(work)]
     starts = np.cumsum([0, *map(len, arrays)])
-    places = sample_places(int(starts[-1]), work.recipe.seed)
+    most = max(work.recipe.rank, min(SAMPLE, NUMBERS // arrays[0][0].size))
+    places = sample_places(int(starts[-1]), work.recipe.seed, most)
     owner = np.searchsorted(starts, places, side="right") - 1
     return np.concatenate([array[places[owner == c] - starts[c]] for c, array in enumerate(arrays)])
 

@@ -20,7 +20,8 @@ def cam(weights: Array, activations: Array) -> Array:
     """Class activation map ReLU(sum_k w_k A_k) (Selvaraju et al. 2017, eq. 2).
 
     Args:
-        weights: channel weights, `[B K]`, or `[K]` for one image.
+        weights: channel weights, `[B K]`, or `[K]` for one image; or weights by position, of the
+            activations' own shape (Draelos and Carin 2020, eq. 2).
         activations: `[B K H W]`, or `[K H W]` for one image.
 
     Returns:
@@ -38,10 +39,15 @@ def signed_cam(weights: Array, activations: Array) -> Array:
     Args, returns and raises as `cam`, but for the sign.
     """
     w_shape, a_shape = tuple(weights.shape), tuple(activations.shape)  # type: ignore[attr-defined]
+    if w_shape == a_shape and len(a_shape) in (3, 4):
+        product: Any = weights * activations  # type: ignore[operator]
+        by_position: Array = product.sum(-3)
+        return by_position
     if len(a_shape) != len(w_shape) + 2 or a_shape[: len(w_shape)] != w_shape or not w_shape:
         raise InputError(
             f"weights {list(w_shape)} and activations {list(a_shape)} do not belong together; "
-            "expected [B K] with [B K H W], or [K] with [K H W]"
+            "expected [B K] with [B K H W], or [K] with [K H W], or weights by position of the "
+            "activations' own shape"
         )
     *batch, channels, height, width = a_shape
     flat = activations.reshape(*batch, channels, height * width)  # type: ignore[attr-defined]
@@ -70,6 +76,22 @@ def attended(activations: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     shares = shares / total if total > 0 else np.full(shares.size, 1 / shares.size)
     found: np.ndarray = activations.reshape(len(activations), -1) @ shares.astype(np.float32)
     return found
+
+
+def signed_cams(weights: np.ndarray, activations: np.ndarray) -> np.ndarray:
+    """Signed maps of one image by several weights.
+
+    Args:
+        weights: `[n K]`, or `[n K H W]` by position.
+        activations: `[K H W]`.
+
+    Returns:
+        `[n H W]`.
+    """
+    if weights.ndim == 2:
+        found: np.ndarray = np.tensordot(weights, activations, 1)
+        return found
+    return np.einsum("nkhw,khw->nhw", weights, activations)
 
 
 def joined(coarse: Array, fine: Array) -> Array:

@@ -1,4 +1,4 @@
-"""How a weight vector is kept in an index: top-m, low-rank or dense. NumPy only.
+"""How weights are kept in an index: top-m, low-rank or dense, or by position. NumPy only.
 
 Every encoding says which fields it keeps for each image (`fields`), which arrays it keeps once
 (`fitted`), and turns weights `[n K]` into rows of those fields and back. Half-precision values lie
@@ -7,7 +7,7 @@ for embeddings, keep their eleven bits.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,13 +31,15 @@ class Field:
 
 
 class Encoding(ABC):
-    """Weights `[n K]` <-> rows of fields. Subclasses: `TopM`, `LowRank`, `Dense`."""
+    """Weights `[n K]` <-> rows of fields. Subclasses: `TopM`, `LowRank`, `Dense`, `ByPosition`."""
 
     name: ClassVar[str]
     n_channels: int
     dtype: str
     fields: dict[str, Field]
     fitted: dict[str, np.ndarray]
+    grid: tuple[int, int] | None = None
+    """(H, W) where weights belong to positions, too: they are then `[n K H W]`."""
     uses_embedding = False
     """True where the code is derived from the stored embedding and nothing is kept beside it."""
 
@@ -198,7 +200,7 @@ class LowRank(Encoding):
 
     def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Codes of weights `[n K]` by projection; only for an orthonormal (PCA) basis."""
-        weights = _checked(weights, self.n_channels)
+        weights = _checked(weights, len(self.fitted["offset"]))
         if self.origin != "pca":
             raise InputError("codes in the head's own basis are dy/dz: give them to encode_codes")
         return self.encode_codes((weights - self.fitted["offset"]) @ self.fitted["basis"].T)
@@ -230,7 +232,7 @@ class LowRank(Encoding):
         """From the codes and products of the basis with itself, without decoding."""
         if self._scale is not None:
             return super().norms(unpacked)
-        if self.rank > self.n_channels:
+        if self.rank > len(self.fitted["offset"]):
             # Products `[R R]` would take more memory than the basis, and more time than decoding.
             return super().norms(unpacked @ self.fitted["basis"] + self.fitted["offset"])
         codes = unpacked.astype(np.float64)
@@ -268,13 +270,60 @@ class LowRank(Encoding):
         return np.asarray(rows["embedding"]) if self.uses_embedding else _unpack(rows, "codes")
 
 
-def from_spec(spec: Mapping[str, Any], n_channels: int, fitted: Rows) -> Encoding:
+class ByPosition(LowRank):
+    """Weights `[n K H W]`, one a channel and position, as principal components of both together.
+
+    Args:
+        basis: `[R K*H*W]`, orthonormal.
+        offset: `[K*H*W]`.
+        grid: (H, W).
+        dtype: of the codes.
+    """
+
+    name = "by-position"
+
+    def __init__(
+        self, basis: np.ndarray, offset: np.ndarray, grid: tuple[int, int], dtype: str = "float16"
+    ) -> None:
+        super().__init__(basis, offset, dtype=dtype)
+        self.grid, self._scale = grid, None
+        self.n_channels, rest = divmod(len(self.fitted["offset"]), grid[0] * grid[1])
+        if rest:
+            raise InputError(
+                f"an offset of {len(self.fitted['offset'])} numbers is not [K H W] on a grid of "
+                f"{grid[0]} x {grid[1]}"
+            )
+
+    def spec(self) -> dict[str, Any]:  # noqa: D102
+        return {"name": self.name, "rank": self.rank, "dtype": self.dtype}
+
+    def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Codes of weights `[n K H W]` by projection."""
+        return super().encode(np.reshape(weights, (len(weights), -1)))
+
+    def decode(self, rows: Rows) -> np.ndarray:
+        """Weights `[n K H W]` float32."""
+        return self._placed(super().decode(rows))
+
+    def combine(self, unpacked: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+        """The same of the averaged codes, `[K H W]`."""
+        return self._placed(super().combine(unpacked, coefficients))
+
+    def _placed(self, weights: np.ndarray) -> np.ndarray:
+        assert self.grid is not None
+        return weights.reshape(*weights.shape[:-1], self.n_channels, *self.grid)
+
+
+def from_spec(
+    spec: Mapping[str, Any], n_channels: int, fitted: Rows, grid: Sequence[int] | None = None
+) -> Encoding:
     """The encoding that an index's manifest describes.
 
     Args:
         spec: what `Encoding.spec` returned.
         n_channels: K.
-        fitted: arrays kept once (`basis`, `offset` for low-rank).
+        fitted: arrays kept once (`basis`, `offset` for low-rank and by-position).
+        grid: (H, W) of the layer, which by-position needs; None where it is not known.
 
     Raises:
         InputError: an unknown encoding, or arrays that do not fit the description.
@@ -286,17 +335,23 @@ def from_spec(spec: Mapping[str, Any], n_channels: int, fitted: Rows) -> Encodin
             return Dense(n_channels, dtype)
         if kind == TopM.name:
             return TopM(n_channels, int(spec["m"]), str(spec["by"]), dtype)
-        if kind == LowRank.name:
-            basis, shape = fitted["basis"], (int(spec["rank"]), n_channels)
+        if kind in (LowRank.name, ByPosition.name):
+            by_position = kind == ByPosition.name
+            if by_position and grid is None:
+                raise InputError("weights by position need the layer's grid, and it is null")
+            height, width = grid if by_position and grid is not None else (1, 1)
+            basis, shape = fitted["basis"], (int(spec["rank"]), n_channels * height * width)
             if basis.shape != shape:
                 raise InputError(
                     f"the basis has shape {list(basis.shape)}; the description says "
                     f"[{shape[0]} {shape[1]}]"
                 )
+            if by_position:
+                return ByPosition(basis, fitted["offset"], (height, width), dtype)
             return LowRank(basis, fitted["offset"], str(spec["origin"]), str(spec["codes"]), dtype)
     except (KeyError, TypeError) as error:
         raise InputError(f"the description of the encoding lacks {error}") from error
-    raise InputError(f"encoding {kind!r} is unknown; known: top-m, low-rank, dense")
+    raise InputError(f"encoding {kind!r} is unknown; known: top-m, low-rank, dense, by-position")
 
 
 def fit_pca(sample: np.ndarray, rank: int, dtype: str = "float16") -> LowRank:
@@ -328,6 +383,12 @@ def fit_pca(sample: np.ndarray, rank: int, dtype: str = "float16") -> LowRank:
     # Eigenvectors have no sign of their own: make the largest entry positive.
     largest = np.take_along_axis(basis, np.abs(basis).argmax(axis=1)[:, None], axis=1)
     return LowRank(basis * np.where(largest < 0, -1, 1), offset, "pca", "stored", dtype)
+
+
+def fit_by_position(sample: np.ndarray, rank: int, dtype: str = "float16") -> ByPosition:
+    """The encoding of weights by position, from a sample of them `[n K H W]`; see `fit_pca`."""
+    fitted = fit_pca(sample.reshape(len(sample), -1), rank).fitted
+    return ByPosition(fitted["basis"], fitted["offset"], sample.shape[2:], dtype)
 
 
 def _multiple_of_identity(basis: np.ndarray) -> np.float32 | None:

@@ -18,7 +18,7 @@ import numpy as np
 from .answer import Choices, Fallback, Query, answer, without_file
 from .errors import EmbeddingError, ImageError, InputError
 from .explanation import Explanation, may_follow
-from .finer import check_detail, finer_activations, larger_input
+from .finer import check_detail, finer_activations, larger_input, refuse_by_position
 from .forking import ProcessLock
 from .images import MAX_PIXELS, FileState, file_state, read_image
 from .index import Index
@@ -260,6 +260,8 @@ class Explainer:
             *(prepared(image, opened.preprocess, self.max_pixels) for image in images), strict=True
         )
         detail = self.detail if detail is None else check_detail(detail)
+        if detail > 1:
+            refuse_by_position(opened)
         batch = stacked(inputs)
         try:
             if len(opened.layers) == 1:
@@ -368,6 +370,7 @@ class Explainer:
         vectors, maps, single = _checked(opened, embedding, activations, grid)
         finer = None
         if detail_activations is not None:
+            refuse_by_position(opened)
             _, finer, _ = _checked(opened, embedding, detail_activations, None)
             if any(min(np.subtract(fine.shape[2:], own.shape[2:])) < 0
                    for fine, own in zip(finer, maps, strict=True)):  # fmt: skip

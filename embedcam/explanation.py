@@ -64,8 +64,8 @@ class Explanation:
         signed_cam: the same before its ReLU, `[H W]` float32: what speaks against is negative.
             Ranks and thresholds of it do not depend on how maps are drawn. Of several layers the
             negative part is the deepest one's; of a `method` it is the method's own map.
-        weights: the transferred channel weights, `[K]` float32; with `method` that method's own,
-            and zeros where it has none.
+        weights: the transferred channel weights, `[K]` float32, or `[K h w]` of an index that keeps
+            them by position; with `method` that method's own, and zeros where it has none.
         features: the activations averaged under the map, `[K]` float32, see `cam.attended`: what
             the query shows where it matched, to predict from. By the map on the layer's grid,
             before it is resized; with detail 2 the activations are those of the query shown larger,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from .network import EmbeddingNetwork
     from .onnx_network import OnnxNetwork
+    from .opened import Opened
 
 DETAILS = (1, 2)
 """How many times the side of its input a query may be shown at."""
@@ -39,6 +40,19 @@ def check_detail(detail: Any) -> int:
             "twice the side"
         )
     return int(detail)
+
+
+def refuse_by_position(opened: Opened) -> None:
+    """Refuse a finer map where weights belong to positions of the network's own input size.
+
+    Raises:
+        InputError: they do.
+    """
+    if opened.by_position:
+        raise InputError(
+            "this index keeps weights by position, which a query shown larger does not have; leave "
+            "out detail (--detail), or use an index of weights by channel, such as of 'gradcam'"
+        )
 
 
 def larger_input(

@@ -113,6 +113,11 @@ class Opened:
             return replace(self, process=os.getpid())
 
     @property
+    def by_position(self) -> bool:
+        """Whether weights belong to positions, so that no larger view of a query takes them."""
+        return any(encoding.grid is not None for encoding in self.encodings)
+
+    @property
     def version(self) -> str:
         """SHA-256 of the manifest, which holds those of all files."""
         return str(self.index.manifest["manifest_sha256"])

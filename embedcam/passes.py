@@ -24,7 +24,7 @@ from .index import quantize_coarse
 from .methods import Subject, found_for, inputs_a_pass, weights_for
 from .network import EmbeddingNetwork
 from .recipe import Recipe
-from .registry import WeightMethod
+from .registry import PositionMethod, WeightMethod
 from .scratch import Scratch
 from .targets import Direction, head_cotangent
 from .weights import weights_from_head, weights_from_pooled
@@ -351,9 +351,9 @@ def _by_method(
     places: np.ndarray,
     rows: slice,
 ) -> tuple[Tensor, Tensor, np.ndarray]:
-    """The same by any method of the zoo that yields one weight vector."""
+    """The same by any method of the zoo of one layer; by some, weights by position `[n K H W]`."""
     found, entry = anchors.of(places[rows]), work.recipe.entry
-    assert isinstance(entry, WeightMethod)
+    assert isinstance(entry, WeightMethod | PositionMethod)
     with _subject(work, batch, found) as subject:
         weights = weights_for(subject, entry, **work.recipe.method_options)
         return weights, subject.activations.detach(), found.counts
@@ -453,7 +453,7 @@ def own_maps(work: Work, chunk: int, factors: np.ndarray) -> tuple[np.ndarray, n
         work: with chunks `embed` and `weights` finished.
         chunk: which.
         factors: what multiplies the kept activations: the stored weights, decoded, `[n K]`; where
-            exact their codes, mean taken off, over the number of cells, `[n D]`.
+            exact their codes, mean taken off, over the number of cells, `[n D]`; or `[n K H W]`.
 
     Returns:
         `[n h w]` uint8 and `[n]` float32; more than 64 cells are averaged to at most 64.

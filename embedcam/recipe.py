@@ -19,6 +19,7 @@ from .registry import (
     METHODS,
     LayersMethod,
     Method,
+    PositionMethod,
     bare_name,
     storable_methods,
     why_not_storable,
@@ -42,7 +43,8 @@ class Recipe:
     """What is computed and how it is stored. The defaults are what measured best.
 
     Args:
-        method: any of `registry.storable_methods()`, the methods that yield channel weights.
+        method: any of `registry.storable_methods()`, the methods that yield channel weights, or,
+            for pictures that are all aligned, weights by position: "hirescam".
         target: "margin" (triplets), "centred" (needs neither labels nor sampling), "distinctive"
             (what sets an image's kind, and a little the image itself, apart from the rest),
             "discriminant" (the same of a label alone, in more strongly whitened embeddings; for
@@ -224,6 +226,11 @@ class Recipe:
         return N_TRIPLETS if self.triplets is None else self.triplets
 
     def _check_together(self) -> None:
+        if isinstance(self.entry, PositionMethod) and self.encoding != "low-rank":
+            raise RecipeError(
+                f"{self.entry.title} has a weight for every channel and position, which are kept "
+                f"as principal components, and encoding = {self.encoding!r}; use 'low-rank'"
+            )
         if self.norm == "around" and (self.entry.scored or not self.entry.targeted):
             raise RecipeError(
                 f"norm 'around' changes the gradient, and {self.entry.title} never asks for one; "

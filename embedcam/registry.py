@@ -2,8 +2,9 @@
 
 Whether a method can be put in an index is its type: a `WeightMethod` yields one number a channel,
 which an index keeps and transfers to queries; a `LayersMethod` yields such a vector for each of
-several layers, and an index keeps them all; a `MapMethod` yields nothing but a map. Names and
-places only: the formulas are in `embedcam.methods` and are loaded on first use.
+several layers, and an index keeps them all; a `PositionMethod` yields one number a channel and
+position, which an index keeps for pictures that are aligned; a `MapMethod` yields nothing but a
+map. Names and places only: the formulas are in `embedcam.methods` and are loaded on first use.
 """
 
 from collections.abc import Callable
@@ -75,6 +76,13 @@ class LayersMethod(Method):
 
 
 @dataclass(frozen=True)
+class PositionMethod(Method):
+    """Yields weights by position `[B K H W]`: an index keeps their principal components."""
+
+    storable: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class MapMethod(Method):
     """Yields a map and no weights.
 
@@ -106,8 +114,7 @@ METHODS: dict[str, Method] = {
         WeightMethod("xgradcam", "XGrad-CAM", "Fu et al., BMVC 2020", "gradients:xgradcam"),
         WeightMethod("integratedgradcam", "Integrated Grad-CAM", "Sattarzadeh et al., ICASSP 2021",
                      "sampled:integrated_gradcam", own_map=True, filled=True),
-        MapMethod("hirescam", "HiResCAM", "Draelos and Carin, 2020", "elementwise:hirescam",
-                  nearest="gradcam", why=_EACH),
+        PositionMethod("hirescam", "HiResCAM", "Draelos and Carin, 2020", "elementwise:hirescam"),
         MapMethod("layercam", "Layer-CAM", "Jiang et al., TIP 2021", "elementwise:layercam",
                   several=True, nearest="gradcam", why=_EACH),
         MapMethod("zoomcam", "Zoom-CAM", "Shi et al., ICPR 2020", "elementwise:zoomcam",

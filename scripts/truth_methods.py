@@ -40,7 +40,7 @@ from embedcam.cotangents import AnchorCotangents
 from embedcam.methods import MethodMap, MethodWarning
 from embedcam.metrics import bootstrap_interval, energy_share, recall_at_k
 from embedcam.recipe import Recipe
-from embedcam.registry import Method, WeightMethod
+from embedcam.registry import LayersMethod, Method, WeightMethod
 from embedcam.targets import Direction
 
 SLOW = ("scorecam", "rise", "lime", "sbsm", "polycam")
@@ -168,7 +168,7 @@ def figures(method: Method, setting: Setting, count: int) -> Row:
         took.append(time.perf_counter() - begun)
         region = unseen.regions[place]
         row.own.append(_inside(np.maximum(made.cam, 0), region))
-        if method.storable:
+        if isinstance(method, WeightMethod | LayersMethod):
             drawn = _by_weights(setting.network, made, image)
             row.drawn.append(_inside(resize(drawn, (SIZE, SIZE)), region))
             row.form.append(_correlation(drawn, made.grid_cam))
@@ -179,7 +179,7 @@ def figures(method: Method, setting: Setting, count: int) -> Row:
         half[:, slice(0, SIZE) if left else slice(SIZE, None)] = 1
         aim = Similarity(setting.embeddings[result])
         row.direct.append(_inside(np.maximum(_made(method, setting, scene, aim).cam, 0), half))
-        if method.storable:
+        if isinstance(method, WeightMethod | LayersMethod):
             stored = _made(
                 method,
                 setting,

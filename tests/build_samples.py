@@ -28,6 +28,7 @@ from embedcam.recipe import Recipe
 from embedcam.triplets import TripletSampler
 
 SIDE, CHANNELS, WIDTH = 16, 8, 5
+CELLS = (SIDE // 4) ** 2
 DENSE = Recipe(encoding="dense", dtype="float32", sampling="random", triplets=4)
 BAD = ["c0/003.png", "c1/004.png", "c2/005.png"]
 
@@ -107,6 +108,19 @@ HEADS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
     "other": lambda: (trunk(), nn.Sequential(PowerMean(), nn.Linear(CHANNELS, WIDTH))),
     "tokens": lambda: (Patches(), TokenHead()),
     "identity": lambda: (trunk(), Mean()),
+    "flattening": lambda: (
+        trunk(),
+        nn.Sequential(nn.Flatten(), nn.Linear(CHANNELS * CELLS, 7), nn.Tanh(), nn.Linear(7, WIDTH)),
+    ),
+    "depthwise": lambda: (
+        trunk(),
+        nn.Sequential(
+            nn.AdaptiveAvgPool2d(SIDE // 4),  # of inputs of another size, too
+            nn.Conv2d(CHANNELS, CHANNELS, SIDE // 4, groups=CHANNELS),
+            nn.Flatten(),
+            nn.Linear(CHANNELS, WIDTH),
+        ),
+    ),
     "fine": lambda: (trunk(1), nn.Sequential(Mean(), nn.Linear(CHANNELS, WIDTH))),
 }
 
@@ -202,7 +216,10 @@ def drawn(recipe: Recipe, embeddings: np.ndarray, labels: list[str | None]) -> n
 def literal_weights(
     toy: Toy, source: ImageSource, recipe: Recipe, embeddings: np.ndarray, triplets: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weights `[N K]` by one backward a triplet through the head, and the triplets counted."""
+    """Weights `[N K]` by one backward a triplet through the head, and the triplets counted.
+
+    Of HiResCAM `[N K H W]`.
+    """
     activations = activations_of(toy, source)
     kept = [
         averaged_weights(

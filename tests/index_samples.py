@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcam.encoding import Dense, Encoding, LowRank, TopM
+from embedcam.encoding import ByPosition, Dense, Encoding, LowRank, TopM
 from embedcam.index import PartData, create, quantize_coarse
 
 WIDTH, CHANNELS, GRID = 8, 6, (2, 3)
@@ -21,6 +21,9 @@ def encoding_of(kind: str, width: int = WIDTH, channels: int = CHANNELS) -> Enco
     if kind == "embedding":
         wide = rng.standard_normal((width, channels)).astype(np.float32)
         return LowRank(wide, wide[0], "head", "embedding")
+    if kind == "by-position":
+        wide = rng.standard_normal((3, channels * GRID[0] * GRID[1])).astype(np.float32)
+        return ByPosition(wide, wide.mean(axis=0), GRID)
     return Dense(channels, "float32" if kind == "dense32" else "float16")
 
 

@@ -1,12 +1,13 @@
 """How `data/golden-format-1/` was made: run once, with format version 1, and never again.
 
-    python tests/make_golden.py FOLDER [--marked]
+    python tests/make_golden.py FOLDER [--marked | --by-position]
 
 The committed index must open for ever (`test_index_golden.py`), so a later version of this program
 may write other bytes; what it says here is where every value in the index came from. Two layers
 (low-rank in half precision with coarse maps, and top-m), two parts, one removed image, FAISS Flat.
 `data/golden-marks-1/` is the same with marks of files, those added later apart: of image i they are
-(i, 10 i, 100 i, 1000 i).
+(i, 10 i, 100 i, 1000 i). `data/golden-positions-1/` has weights by position in place of low-rank
+ones, of the same codes.
 """
 
 import sys
@@ -14,17 +15,19 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcam.encoding import Encoding, LowRank, TopM
+from embedcam.encoding import ByPosition, Encoding, LowRank, TopM
 from embedcam.index import PartData, append, create, quantize_coarse, remove, verify
 
 WIDTH, CHANNELS = 4, 6
 NAMES = ["owl", "crane", "åland", "猫", "owl 2", "none", "late"]
 
 
-def encodings() -> list[Encoding]:
-    basis = np.arange(12, dtype=np.float32).reshape(2, CHANNELS) / 4
+def encodings(by_position: bool = False) -> list[Encoding]:
+    numbers = CHANNELS * 6 if by_position else CHANNELS
+    basis = np.arange(2 * numbers, dtype=np.float32).reshape(2, numbers) / 4
+    offset = np.full(numbers, 0.5, np.float32)
     return [
-        LowRank(basis, np.full(CHANNELS, 0.5, np.float32), "pca"),
+        ByPosition(basis, offset, (2, 3)) if by_position else LowRank(basis, offset, "pca"),
         TopM(CHANNELS, 2, "signed", "float32"),
     ]
 
@@ -50,7 +53,7 @@ def rows(start: int, stop: int) -> PartData:
     )
 
 
-def main(path: Path, marked: bool = False) -> None:
+def main(path: Path, marked: bool = False, by_position: bool = False) -> None:
     layers = [
         {
             "name": name,
@@ -61,8 +64,8 @@ def main(path: Path, marked: bool = False) -> None:
             "coarse_grid": coarse,
         }
         for name, grid, encoding, coarse in zip(
-            ("features.18", "features.10"), ([2, 3], [14, 14]), encodings(), ([2, 3], None),
-            strict=True,
+            ("features.18", "features.10"), ([2, 3], [14, 14]), encodings(by_position),
+            ([2, 3], None), strict=True,
         )
     ]  # fmt: skip
     header = {
@@ -85,7 +88,7 @@ def main(path: Path, marked: bool = False) -> None:
     first = rows(0, 6)
     if marked:
         first.marks = np.arange(6, dtype=np.uint32)[:, None] * np.array([1, 10, 100, 1000], "u4")
-    create(path, header, [e.fitted for e in encodings()], shared, first, factory="Flat")
+    create(path, header, [e.fitted for e in encodings(by_position)], shared, first, factory="Flat")
     append(path, rows(6, 7))
     remove(path, ["crane.jpg"])
     verify(path)
@@ -93,4 +96,4 @@ def main(path: Path, marked: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "--marked" in sys.argv)
+    main(Path(sys.argv[1]), "--marked" in sys.argv, "--by-position" in sys.argv)

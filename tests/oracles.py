@@ -182,7 +182,7 @@ def averaged_weights(
     `embedding` is the anchor's own cached embedding, by which the hinge is judged. A triplet whose
     hinge is satisfied is neither summed nor counted; if none is left the weights are zero.
     """
-    total = np.zeros(activations.shape[0])
+    total = np.zeros(activations.shape if method == "hirescam" else activations.shape[0])
     used = 0
     for p, n in triplets:
         if hinge is not None and hinge_is_satisfied(embedding, embeddings[p], embeddings[n], hinge):
@@ -204,8 +204,10 @@ def target_weights(
     normalize: bool = True,
     norm: str = "through",
 ) -> Array:
-    """Channel weights [K] of one score of one image's embedding."""
+    """Channel weights [K] of one score of one image's embedding; of HiResCAM G, [K H W]."""
     G = gradient(head, activations, score, normalize=normalize, norm=norm)
+    if method == "hirescam":
+        return G.numpy()
     if method == "gradcam":
         return gradcam_weights(G)
     assert method == "gradcam++"

@@ -89,6 +89,20 @@ def test_the_kind_of_a_head(name: str) -> None:
         np.testing.assert_allclose(p.numpy() @ kind.matrix.T, moved.detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_heads_that_a_shift_makes_another() -> None:
+    mix = torch.randn(K, K, 3, 3, generator=torch.Generator().manual_seed(4))
+    deep = torch.randn(K, 1, 4, 5, generator=torch.Generator().manual_seed(5))
+    found = {name: parts(head).head_kind.uses_positions for name, (head, *_) in HEADS.items()
+             if name != "constant"}  # fmt: skip
+    assert {name for name, placed in found.items() if placed} == {"flatten", "centre"}
+    heads = {
+        "depthwise": (lambda a: F.conv2d(a, deep, groups=K).flatten(1), True),
+        "convolution, mean": (lambda a: mean(F.conv2d(a, mix, padding=1).relu()), False),
+    }
+    for head, placed in heads.values():
+        assert parts(head).head_kind.uses_positions == placed
+
+
 @pytest.mark.parametrize("name", [name for name, row in HEADS.items() if row[1]])
 def test_the_derivative_from_pooled_vectors_is_that_of_a_head_pass(name: str) -> None:
     network = parts(HEADS[name][0], normalize=False)

@@ -38,5 +38,17 @@ def test_the_golden_index_opens_for_ever() -> None:
         assert len(index.verify()) == 8
 
 
+def test_the_golden_index_of_weights_by_position_opens_for_ever() -> None:
+    with Index.open(GOLDEN.with_name("golden-positions-1")) as index:
+        # codes (4, -2) in the basis (0 .. 35) / 4 and (36 .. 71) / 4, offset 0.5; [6 channels 2 3]
+        expected = np.arange(36).reshape(6, 2, 3) / 2 - 17.5
+        np.testing.assert_allclose(index.weights([4])[0], expected, rtol=0, atol=3e-2)
+        assert index.manifest["layers"][0]["encoding"] == {
+            "name": "by-position", "rank": 2, "dtype": "float16",
+        }  # fmt: skip
+        np.testing.assert_array_equal(index.weights([2], layer=1), [[0, 0, 0, 0, 2.5, 2.625]])
+        assert len(index.verify()) == 8
+
+
 def test_the_golden_index_is_small() -> None:
     assert sum(f.stat().st_size for f in GOLDEN.rglob("*") if f.is_file()) < 60_000

@@ -25,7 +25,7 @@ CHANNELS = 6
 
 @dataclass
 class Expected:
-    """What a method should find for one image: weights `[K]`, its own map `[h w]`, or both."""
+    """What a method should find for one image: weights `[K]` or `[K h w]`, map `[h w]`, or both."""
 
     weights: np.ndarray | None = None
     map: np.ndarray | None = None

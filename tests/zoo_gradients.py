@@ -153,8 +153,9 @@ def product_map(A: Array, G: Array) -> Array:
 
 
 def hirescam(case: Case) -> Expected:
-    """ReLU(sum_k G A) (Draelos and Carin 2020)."""
-    return Expected(map=product_map(*case.gradient(case.image)))
+    """G, and ReLU(sum_k G A) (Draelos and Carin 2020)."""
+    A, G = case.gradient(case.image)
+    return Expected(G, product_map(A, G))
 
 
 def gradients_at(case: Case, layers: Sequence[str]) -> list[tuple[Array, Array]]:

@@ -10,7 +10,7 @@ import torch
 
 from ..assembly import Gathered
 from ..calibration import correlation, evidence
-from ..cam import drawn_and_signed
+from ..cam import drawn_and_signed, signed_cams
 from ..encoding import Encoding, LowRank
 from ..errors import ImageError
 from ..fallback import DirectWeights
@@ -138,8 +138,8 @@ def calibrate_trust(
                 others = embeddings[one.near], embeddings[one.negatives]
                 drawn = _Drawn(weights, weights, direct.weights(view.inputs, *others), view.maps)
             shares, found, expected = drawn.maps_by(one.distances)
-            norm = float(np.linalg.norm(shares @ drawn.weights[0]))
-            raw = np.tensordot(drawn.factors[0], view.maps[0], 1)
+            norm = float(np.linalg.norm(np.tensordot(shares, drawn.weights[0], 1)))
+            raw = signed_cams(drawn.factors[0], view.maps[0])
             seen[name].append(evidence(raw, shares, norm, one.distances))
             agreed[name].append(correlation(found, expected))
         tick(1)
@@ -160,7 +160,7 @@ class _Drawn:
     """One picture with its neighbours' weights and with its own.
 
     Attributes:
-        weights: of the neighbours by layer, `[n K]`.
+        weights: of the neighbours by layer, `[n K]`, or `[n K h w]` by position.
         factors: what multiplies the maps in their place: the same but where maps are mixed.
         own: what multiplies the maps for the picture's own weights, by layer, `[K]`.
         maps: by layer, `[K h w]`.
@@ -174,10 +174,14 @@ class _Drawn:
     def maps_by(self, distances: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Shares of the neighbours; the signed maps by theirs and by its own, flat."""
         shares = [
-            coefficients(np.linalg.norm(each.astype(np.float64), axis=1), distances)
+            coefficients(
+                np.linalg.norm(each.reshape(len(each), -1).astype(np.float64), axis=1), distances
+            )
             for each in self.weights
         ]
-        mixed = [share @ each for share, each in zip(shares, self.factors, strict=True)]
+        mixed = [
+            np.tensordot(share, each, 1) for share, each in zip(shares, self.factors, strict=True)
+        ]
         both = (drawn_and_signed(each, self.maps)[1] for each in (mixed, self.own))
         found, expected = (signed.astype(np.float64).ravel() for signed in both)
         return shares[0], found, expected

@@ -21,6 +21,7 @@ from ..methods import Subject, found_for
 from ..methods.masks import fill_like
 from ..network import EmbeddingNetwork
 from ..recipe import Recipe, RecipeWarning
+from ..registry import PositionMethod
 from ..targets import Direction
 from ..trust import LEAST
 
@@ -109,13 +110,37 @@ def check_amounts(
     AnchorCotangents(recipe, unseen, coded_labels(recipe, labels, names), unseen[0], given)
 
 
+def head_note(recipe: Recipe, network: EmbeddingNetwork) -> str | None:
+    """What to know of a head that does not pool, a sentence; None of others."""
+    if not network.head_kind.uses_positions:
+        return None
+    what = f"what follows layer {network.layer!r} does not pool: where a thing lies counts"
+    if isinstance(recipe.entry, PositionMethod):
+        return (
+            f"{what}; the weights are kept by position, so transferred maps hold for queries "
+            "aligned as the indexed pictures are"
+        )
+    return (
+        f"{what}, and weights by channel, being means over positions, cannot say so; where all "
+        "pictures are aligned, as faces are, build with method 'hirescam' (--method hirescam), "
+        "which keeps weights by position; elsewhere have the map computed on the query: `embedcam "
+        "explain --method hirescam` or xgradcam"
+    )
+
+
 def check_method(recipe: Recipe, network: EmbeddingNetwork) -> None:
     """Refuse a method that this network cannot do, before any image is embedded.
 
     Raises:
+        RecipeError: weights by position, of a head that pools.
         InputError: options that the method does not have, or values they do not take.
         NetworkError: CAM without an affine head, or a trained branch that is not there.
     """
+    if isinstance(recipe.entry, PositionMethod) and network.head_kind.pooled:
+        raise RecipeError(
+            f"behind average pooling {recipe.entry.title} is Grad-CAM, whose weights belong to "
+            "channels and take less room; use method 'gradcam'"
+        )
     inputs = torch.from_numpy(network.probe_images()).to(network.device)
     options = recipe.method_options
     if recipe.layers:

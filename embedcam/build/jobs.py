@@ -70,6 +70,7 @@ from .checks import (
     check_options,
     disk_errors,
     files_digest,
+    head_note,
     layers_of,
     same_index,
     warn_of_norm,
@@ -139,6 +140,9 @@ def build_index(
     width, n_channels = len(identity.probe_embedding), len(identity.probe_pooled)
     check_amounts(recipe, source.ids, source.labels, width, n_channels, triplets)
     exact = is_exact(recipe, network.head_kind.matrix, network.normalize)
+    note = head_note(recipe, network)
+    if note is not None:
+        log.warning("%s", note)
     # Once, before any is read: a file that changes meanwhile must not pass for the one indexed.
     files = [source.fingerprint(position) for position in range(len(source))]
     given = None if triplets is None else pairs_digest(triplets)
@@ -188,6 +192,8 @@ def build_index(
                 files=files_digest([files[position] for position in gathered.positions]),
                 given=triplets,
             )
+            if note is not None:
+                about["layers"][0]["uses_positions"] = True
             about["trust_calibration"] = calibrated
             if trust:
                 about["match_calibration"] = calibrate_match(
@@ -203,7 +209,7 @@ def build_index(
             create(path, about, fitted, shared, part, replace=generation > 1)
         scratch.remove()
     return _report(
-        work, path, part, gathered, labels, stages, '; resize="squash" shows all of each'
+        work, path, part, gathered, labels, stages, '; resize="squash" shows all of each', note
     )
 
 
@@ -569,6 +575,7 @@ def _report(
     labels: np.ndarray | None,
     stages: Stages,
     against_crop: str = "",
+    of_head: str | None = None,
 ) -> BuildReport:
     """What was done.
 
@@ -580,11 +587,12 @@ def _report(
         labels: codes of old and new images, or None.
         stages: their times.
         against_crop: what shows all of a picture, where there is something to be done.
+        of_head: what to know of the network's head, if anything.
     """
     n_single, recipe, n = 0, work.recipe, len(gathered.positions)
     if labels is not None and recipe.resolved_target != "centred" and recipe.sampling != "given":
         n_single = int(alone(labels)[gathered.n_before :].sum())
-    notes = list(work.source.notes)
+    notes = [*work.source.notes, *([] if of_head is None else [of_head])]
     if gathered.n_cropped:
         notes.append(
             f"the crop leaves out more than a quarter of {gathered.n_cropped:,} of {n:,} "

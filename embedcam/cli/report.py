@@ -199,7 +199,8 @@ def _lines(
         ("network", _network_line(manifest["network"])),
         *(
             ("" if number else "layer",
-             f"{one['name']}: {one['channels']:,} channels{_on(one['grid'])}")
+             f"{one['name']}: {one['channels']:,} channels{_on(one['grid'])}"
+             f"{'; what follows does not pool' if one.get('uses_positions') else ''}")
             for number, one in enumerate(manifest["layers"])
         ),
         ("input", _input_line(network.get("preprocess"))),
@@ -353,6 +354,8 @@ def _encoding_line(encoding: Mapping[str, Any]) -> str:
     if encoding["name"] == "top-m":
         by = "value" if encoding["by"] == "signed" else "magnitude"
         return f"top {encoding['m']} channels by {by}, {encoding['dtype']}"
+    if encoding["name"] == "by-position":
+        return f"by position, {encoding['rank']} principal components, {encoding['dtype']}"
     origin = "the head's own basis" if encoding["origin"] == "head" else "basis by PCA"
     stored = "" if encoding["codes"] == "stored" else ", codes derived from the embedding"
     return f"low-rank {encoding['rank']}, {origin}{stored}, {encoding['dtype']}"

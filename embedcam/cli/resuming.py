@@ -60,4 +60,5 @@ class _Notes(logging.Handler):
 
     def emit(self, record: Any) -> None:
         """Print it, unless nothing but results is to be printed."""
+        self._options.said = (*getattr(self._options, "said", ()), record.getMessage())
         note(self._options, record.getMessage())

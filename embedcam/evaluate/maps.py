@@ -106,7 +106,9 @@ class Mapper:
         )
         self.layers = [str(layer["name"]) for layer in index.manifest["layers"]]
         self.channels = [int(layer["channels"]) for layer in index.manifest["layers"]]
-        self.squeezed = ""
+        by_position = index.encoding().grid is not None
+        kept = "the index keeps weights by position, for inputs of one size"
+        self.squeezed = kept if by_position else ""
         """Why pairs are squeezed into the size of one picture; empty where they are not."""
 
     def see(self, inputs: Any, network: EmbeddingNetwork | None = None) -> Seen:

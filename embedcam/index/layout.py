@@ -189,7 +189,9 @@ def make_layers(root: Path, manifest: PlainManifest, fitted: list[dict[str, Any]
     layers = []
     for number, entry in enumerate(manifest["layers"]):
         try:
-            encoding = from_spec(entry["encoding"], entry["channels"], fitted[number])
+            encoding = from_spec(
+                entry["encoding"], entry["channels"], fitted[number], entry["grid"]
+            )
         except (EmbedcamError, KeyError, TypeError, ValueError, OverflowError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else f"is unusable ({error})"
             raise broken(

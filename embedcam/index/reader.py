@@ -205,7 +205,7 @@ class Index:
         return self.select(positions).fields(layer)
 
     def weights(self, positions: np.ndarray | Sequence[int], layer: int = 0) -> np.ndarray:
-        """Decoded channel weights of rows, float32 `[n K]`."""
+        """Decoded channel weights of rows, float32 `[n K]`, or by position `[n K H W]`."""
         return self.encoding(layer).decode(self.rows(positions, layer))
 
     def coarse(self, positions: np.ndarray | Sequence[int], layer: int = 0) -> np.ndarray | None:

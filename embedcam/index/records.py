@@ -158,7 +158,7 @@ class Embedding:
 class EncodingSpec:
     """How weights are kept; what an encoding needs of this, `encoding.from_spec` asks for."""
 
-    name: Literal["top-m", "low-rank", "dense"]
+    name: Literal["top-m", "low-rank", "dense", "by-position"]
     dtype: Literal["float16", "float32"]
     m: Channels | None = None
     by: Literal["signed", "magnitude"] | None = None
@@ -177,6 +177,7 @@ class Layer:
     cells: Annotated[int, Whole(1, _SIDE**2)] | None
     encoding: EncodingSpec
     coarse_grid: Grid | None
+    uses_positions: bool | None = None
 
     def __post_init__(self) -> None:
         if self.grid is not None and self.cells not in (None, self.grid[0] * self.grid[1]):

@@ -20,7 +20,7 @@ from ..network import EmbeddingNetwork
 from ..preprocess import Extent
 from ..progress import progress_of
 from ..queries import check_sides
-from ..registry import Method, WeightMethod, find_method
+from ..registry import Method, PositionMethod, WeightMethod, find_method
 from ..render import in_notebook, overlay
 from ..targets import Target
 from .custom import as_target
@@ -40,7 +40,8 @@ class MethodMap:
         cam: the map at the input's size, float32 `[H W]`, or `[B H W]` for a batch; over positions
             `[B L]`. >= 0 for every method but the two guided ones, not normalised.
         grid_cam: the map before it was resized.
-        weights: channel weights float32 `[K]` or `[B K]`; None for methods that have none.
+        weights: channel weights float32 `[K]` or `[B K]`, of HiResCAM by position, `[K h w]` or
+            `[B K h w]`; None for methods that have none.
         layer_weights: for methods of several layers, each layer's weights by its name.
         method: its entry in `METHODS`.
         passes: forward and backward passes spent.
@@ -60,7 +61,8 @@ class MethodMap:
     def __repr__(self) -> str:
         """The method and the sizes; the arrays would fill the screen."""
         drawn, grid = (" x ".join(map(str, one.shape)) for one in (self.cam, self.grid_cam))
-        channels = None if self.weights is None else self.weights.shape[-1]
+        # [K], [B K], [K h w] or [B K h w]
+        channels = None if self.weights is None else self.weights.shape[-1:-4:-2][-1]
         return (
             f"<MethodMap: {self.method.title}, {drawn} from {grid}, "
             f"{'no' if channels is None else f'{channels:,}'} channel weights>"
@@ -214,8 +216,8 @@ def cam_for(
     return replace(joined, image=picture, extent=extent)
 
 
-def weights_for(subject: Subject, method: WeightMethod, **options: Any) -> Tensor:
-    """Channel weights `[B K]` of a storable method of one layer, for an index."""
+def weights_for(subject: Subject, method: WeightMethod | PositionMethod, **options: Any) -> Tensor:
+    """Weights of a storable method of one layer, for an index: `[B K]`, or `[B K h w]`."""
     found = found_for(subject, method, **options)
     assert found.weights is not None
     return found.weights

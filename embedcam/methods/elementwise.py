@@ -1,7 +1,8 @@
 """Methods that weigh every position by its own gradient: HiResCAM, Layer-CAM, Zoom-CAM.
 
-Map only: there is no one number a channel. Layer-CAM and Zoom-CAM also fuse several layers, from
-one forward and one backward pass to the shallowest of them.
+There is no one number a channel, but HiResCAM's gradients are weights by position, which an index
+of aligned pictures can keep. Layer-CAM and Zoom-CAM also fuse several layers, from one forward and
+one backward pass to the shallowest of them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,13 +21,14 @@ GAMMA = 2.0
 def hirescam(subject: Subject) -> Found:
     """HiResCAM: ReLU(sum_k G_k A_k), position by position (Draelos and Carin 2020, eq. 2).
 
-    Behind average pooling G is the same everywhere and the map is Grad-CAM's.
+    Behind average pooling G is the same everywhere and the map is Grad-CAM's. G is linear in the
+    target, as Grad-CAM's weights are: over triplets it is one backward pass.
 
     Returns:
-        Maps `[B h w]`, >= 0.
+        Weights by position G, `[B K h w]`, and maps `[B h w]`, >= 0.
     """
     gradients = subject.gradients
-    return Found(maps=_product(gradients, subject.activations))
+    return Found(gradients, _product(gradients, subject.activations))
 
 
 def layercam(

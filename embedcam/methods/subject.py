@@ -35,7 +35,8 @@ class Found:
     """What a method hands back; `weights`, `maps` or both.
 
     Attributes:
-        weights: channel weights, `[B K]`; the map is ReLU(sum_k w_k A_k) unless `maps` is given.
+        weights: channel weights, `[B K]`, or by position `[B K h w]`; the map is
+            ReLU(sum_k w_k A_k) unless `maps` is given.
         maps: the method's own maps, >= 0 unless the method says otherwise, `[B h w]`.
         layers: for methods of several layers, each layer's weights `[B K_l]` by its name.
     """

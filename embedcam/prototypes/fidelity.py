@@ -163,8 +163,9 @@ def _cosines(
             small[from_prototypes[at] == made.groups.of[rows[at]]] = left_out[at]
             for place, count in enumerate(COUNTS):
                 for side, weights in enumerate((whole[:count], small[:count])):
-                    drawn = transfer(weights, np.zeros(len(weights)))
-                    total[at, place, side] += _cosine(drawn, own[at])
+                    flat = weights.reshape(len(weights), -1)
+                    drawn = transfer(flat, np.zeros(len(flat)))
+                    total[at, place, side] += _cosine(drawn, own[at].ravel())
     return total / len(made.layers)
 
 

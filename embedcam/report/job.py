@@ -221,7 +221,10 @@ def _pictures_root(explainer: Explainer) -> str | None:
     first = index.live_positions()[:1]
     if len(first) == 0:
         raise InputError(f"{index.path}: holds no image, so nothing comes back; add some first")
-    nothing = [np.zeros((layer["channels"], 1, 1), "f4") for layer in index.manifest["layers"]]
+    nothing = [
+        np.zeros((layer["channels"], *(index.encoding(number).grid or (1, 1))), "f4")
+        for number, layer in enumerate(index.manifest["layers"])
+    ]
     drawn = explainer.explain_features(
         index.embeddings(first)[0],
         nothing[0] if len(nothing) == 1 else nothing,

@@ -39,6 +39,7 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
                 name: importlib.import_module(f"paper.{name}") for name in PARTS
             }
             loaded["script"] = importlib.import_module("paper_tables")
+            loaded["match"] = importlib.import_module("match")
             loaded["photographs"] = importlib.import_module("photographs")
             patch.setattr(loaded["photographs"], "N_SCENES", PAIRS)
             patch.setattr(loaded["bench"], "load_network", lambda *_, **__: tiny_network())
@@ -308,3 +309,33 @@ def test_a_download_as_it_comes_is_sent_to_be_converted(
         InputError, match=r"CUB-200-2011 as it is downloaded.*prepare_data\.py birds"
     ):
         paper.bench.read_bench(tmp_path, "none", None)
+
+
+def test_match_is_asked_of_the_other_half_of_each_label(paper: SimpleNamespace) -> None:
+    labels = np.repeat(["a", "b", "c"], [9, 30, 2])
+    for most in (5, 99):
+        indexed, asked = paper.match.halves(labels, 3, most)
+        assert not set(indexed) & set(asked)
+        assert [(labels[indexed] == one).sum() for one in "abc"] == [5, min(15, most), 1]
+        assert [(labels[asked] == one).sum() for one in "abc"] == [4, 15, 1]
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(3, 6))
+    points = centres[np.repeat([0, 1, 2], 40)] + 1.2 * generator.normal(size=(120, 6))
+    points = (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
+    names = np.repeat(["a", "b", "c"], 40)
+    far = [np.float32(30 * np.eye(6)[:2])]
+    wrong, area, error, perfect, _, low = paper.match.figures(points, names, far, "all", 0)
+    indexed, asked = paper.match.halves(names, 0, 120)
+    first = [names[indexed][np.argmin(((points[indexed] - points[i]) ** 2).sum(1))] for i in asked]
+    assert wrong == pytest.approx(np.mean(first != names[asked]))
+    assert low == 1
+    assert area > 0.6
+    assert 0 < perfect < 0.3
+    assert 0 < error < 0.3
+    alone = paper.match.figures(points, names, far, "none", 0)
+    assert alone[0] == pytest.approx(wrong)
+    assert np.isnan(alone[2:4]).all()
+    assert alone[4] == pytest.approx(1, abs=1e-3)
+    values, right = np.linspace(0, 1, 20), np.arange(20) % 2 == 0
+    literal = [abs(values[i : i + 2].mean() - 0.5) for i in range(0, 20, 2)]
+    assert paper.match.error(values, right) == pytest.approx(np.mean(literal))

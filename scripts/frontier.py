@@ -310,14 +310,14 @@ def measure(posed: dict[str, Bench], natural: Natural) -> tuple[str, dict[str, l
 
 def draw(points: dict[str, list[float]], path: Path) -> None:
     """The frontier: telling two apart over covering one."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel="covers one object (pixel AUC, mean of four sets)",
                               ylabel="tells two apart (natural, c / d)")  # fmt: skip
     for (name, (x, y)), mark in zip(points.items(), "os^Dv<>PX*hd", strict=False):
         default = name.startswith("**")
         colour = "#d55e00" if default else "#0072b2"
         axes.plot(x, y, mark, color=colour, label=name.strip("*"), markersize=9 if default else 7)
-    axes.legend(fontsize=8, loc="lower left")
+    figure.legend(fontsize=8, loc="outside right upper")
     axes.margins(0.15)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

@@ -60,7 +60,9 @@ def table(rows: list[Carried]) -> str:
 
 
 def _alike(values: np.ndarray) -> str:
-    return f"{figure(values)} ({np.quantile(values, 0.05):.2f})"
+    """Empty where nothing differs: such targets are the same for all images of a label."""
+    least = np.quantile(values, 0.05)
+    return "" if least >= 0.9995 else f"{figure(values)} ({least:.2f})"
 
 
 def said(found: Mapping[str, list[Carried]]) -> str:
@@ -72,7 +74,7 @@ def said(found: Mapping[str, list[Carried]]) -> str:
 
     def alike(recipe: str, source: str) -> str:
         rows = _carried(found, recipe, source).values()
-        return " / ".join(f"{one.alike.mean():.2f}" for one in rows)
+        return " / ".join(f"{one.alike.mean():.3f}" for one in rows)
 
     def areas(recipe: str, source: str) -> str:
         rows = _carried(found, recipe, source).values()

@@ -62,7 +62,7 @@ def table(rows: list[Carried]) -> str:
 def _alike(values: np.ndarray) -> str:
     """Empty where nothing differs: such targets are the same for all images of a label."""
     least = np.quantile(values, 0.05)
-    return "" if least >= 0.9995 else f"{figure(values)} ({least:.2f})"
+    return "" if least >= 0.995 else f"{figure(values)} ({least:.2f})"
 
 
 def said(found: Mapping[str, list[Carried]]) -> str:

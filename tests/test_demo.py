@@ -364,7 +364,7 @@ def test_own_weights_are_those_a_build_stores(demo: Path) -> None:
         gallery.activations[order],
     )
     own = OwnWeights(network, ordered, nobody)
-    recipe = Recipe(triplets=TINY.n_triplets, seed=TINY.seed)
+    recipe = Recipe(seed=TINY.seed)
     with Index.open(demo / "index") as index:
         stored = index.weights(np.arange(len(index)))
     expected = own.of(recipe, np.arange(len(order)))

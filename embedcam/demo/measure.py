@@ -238,6 +238,7 @@ def measure(
         f"{n_triplets} triplets": triplets,
         f"{n_triplets} triplets, top {top_m} of {channels} (the paper)": paper,
         f"{n_triplets} triplets, Grad-CAM++": replace(triplets, method="gradcam++"),
+        "the default: every triplet, whitened": Recipe(),
     }
     same = np.ones((1, channels), np.float32)
     rows: list[dict[str, Any]] = [

@@ -93,7 +93,7 @@ class _Demo:
         self.index = folder / "index"
         self.picture, self.page = folder / "why.png", folder / "why.html"
         self.summary = folder / "summary.json"
-        self.recipe = Recipe(triplets=settings.n_triplets, seed=settings.seed)
+        self.recipe = Recipe(seed=settings.seed)
 
     def draw_scenes(self) -> None:
         """The scenes as files; those of other settings are deleted."""

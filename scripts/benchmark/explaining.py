@@ -11,11 +11,11 @@ from torch import Tensor
 
 from embedcam import EmbeddingNetwork, Explainer, Index
 from embedcam.assembly import header
+from embedcam.build import calibrate_index
 from embedcam.cam import cam, resize
 from embedcam.encoding import Encoding, LowRank, fit_pca
 from embedcam.fingerprint import fingerprint
 from embedcam.index import PartData, create, quantize_coarse
-from embedcam.match_fit import calibrate_index
 from embedcam.recipe import Recipe
 from embedcam.targets import head_cotangent
 from embedcam.weights import gradcam
@@ -69,7 +69,7 @@ def make_index(
         coarse=[quantize_coarse(rng.random((rows, *coarse), np.float32))],
     )
     shared = {**identity.arrays(), "embedding_mean": vectors.mean(0)}
-    create(path, {**described, "trust": TRUST}, [encoding.fitted], shared, part)
+    create(path, {**described, "trust_calibration": TRUST}, [encoding.fitted], shared, part)
     calibrate_index(path)
     return path
 

@@ -18,7 +18,7 @@ import numpy as np
 from .answer import Choices, Fallback, Query, answer, without_file
 from .errors import EmbeddingError, ImageError, InputError
 from .explanation import Explanation, may_follow
-from .finer import check_detail, finer_activations, larger_input, refuse_by_position
+from .finer import Finer, check_detail, larger_input, refuse_by_position
 from .forking import ProcessLock
 from .images import MAX_PIXELS, FileState, file_state, read_image
 from .index import Index
@@ -103,7 +103,7 @@ class Explainer:
                 raise InputError("give the network, or onnx, the same as a file; not both")
             network = from_onnx(onnx)
         self._given = Given(network, None if images is None else Path(images))
-        self._lock = ProcessLock()
+        self._lock, self._finer = ProcessLock(), Finer()
         self._opened = Opened.first(index, self._given)
 
     def __enter__(self) -> Self:
@@ -274,7 +274,7 @@ class Explainer:
             if detail > 1:
                 pairs = zip(pictures, inputs, strict=True)
                 enlarged = larger or [larger_input(*pair, opened.preprocess) for pair in pairs]
-                finer = finer_activations(network, opened.layers, stacked(enlarged))
+                finer = self._finer.activations(network, opened.layers, stacked(enlarged))
         except EmbeddingError as error:
             raise error.named([query_name(one, row) for row, one in enumerate(images)]) from None
         height, width = inputs[0].shape[-2:]

@@ -76,28 +76,46 @@ def larger_input(
     return resize(given.astype(np.float32, copy=False), (2 * height, 2 * width))
 
 
-def finer_activations(
+class Finer:
+    """Activations of inputs at twice the side, by one network; calls from any thread.
+
+    A network of one input size sees the four quarters of each, laid side by side again; which size
+    it refused is remembered, so that it is not tried for every query.
+    """
+
+    def __init__(self) -> None:
+        self._refused: set[tuple[int, ...]] = set()
+
+    def activations(
+        self, network: EmbeddingNetwork | OnnxNetwork, layers: Sequence[str], batch: np.ndarray
+    ) -> list[np.ndarray]:
+        """Of each layer, `[B K 2h 2w]`.
+
+        Args:
+            network: that embeds, the same in every call.
+            layers: names, deepest first.
+            batch: `[B 3 2H 2W]`, see `larger_input`.
+
+        Raises:
+            EmbedcamError: the network takes neither.
+        """
+        size = batch.shape[2:]
+        if size not in self._refused:
+            try:
+                return _activations(network, layers, batch)
+            except EmbedcamError as error:
+                # Neither is about the size: quarters would hide the picture at fault, or fail too.
+                if ran_out(error) or isinstance(error, EmbeddingError):
+                    raise
+        found = _of_quarters(network, layers, batch)
+        self._refused.add(size)
+        return found
+
+
+def _of_quarters(
     network: EmbeddingNetwork | OnnxNetwork, layers: Sequence[str], batch: np.ndarray
 ) -> list[np.ndarray]:
-    """Activations of inputs at twice the side, of each layer `[B K 2h 2w]`.
-
-    A network of one input size sees the four quarters of each, laid side by side again.
-
-    Args:
-        network: that embeds.
-        layers: names, deepest first.
-        batch: `[B 3 2H 2W]`, see `larger_input`.
-
-    Raises:
-        EmbedcamError: the network takes neither.
-    """
-    try:
-        return _activations(network, layers, batch)
-    except EmbedcamError as error:
-        # Neither is about the size: quarters would hide the picture at fault, or fail as well.
-        if ran_out(error) or isinstance(error, EmbeddingError):
-            raise
-    _, _, height, width = batch.shape
+    height, width = batch.shape[2:]
     rows, columns = (slice(0, height // 2), slice(height // 2, height)), (
         slice(0, width // 2), slice(width // 2, width)
     )  # fmt: skip

@@ -17,6 +17,8 @@ contrast moves it; brackets are 95% bootstrap intervals over pictures.
   class c (without labels: of the five nearest). *c / d*: AUC of pixels of c alone against those of
   d alone; *c / rest*: of c's boxes against the rest; *equal areas*: c's share of the drawn map in
   both, each brought to the same area; *right*: how often c is the denser one;
+- *a rival named*: `explain(query, result=A, above=B)`, A and B the nearest results of c and of d:
+  the difference of their weights, each at length 1;
 - *detail 2*: the same with the query's map joined from 224 and 448 pixels.
 """
 
@@ -31,7 +33,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from paper.bench import Bench, frozen_network, read_bench
 from paper.cache import Cache
-from photographs import SIZE, Features, read_pictures
+from photographs import SIZE, STEP, Features, read_pictures
 from PIL import Image
 
 from embedcam import EmbedcamError, Recipe
@@ -42,8 +44,8 @@ from embedcam.images import read_image
 from embedcam.metrics import bootstrap_interval, box_mask, equal_area_share, pixel_auc
 from embedcam.targets import through_norm
 
-STEP, LEAST, NEIGHBORS = 4, 0.02, 5
-"""Every so many pixels are measured; a class alone needs so much of a picture."""
+LEAST, NEIGHBORS = 0.02, 5
+"""A class alone needs so much of a picture; results that explain without labels."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Set:
     embeddings: np.ndarray
     codes: np.ndarray
     matrix: np.ndarray
+
+    @classmethod
+    def of_bench(cls, bench: Bench) -> "Set":
+        """A bench's own."""
+        return cls(bench.embeddings, bench.codes, bench.head.matrix)
 
     def weights(self, cotangents: np.ndarray) -> np.ndarray:
         """Grad-CAM weights `[N K]` of dy/dz `[N D]`, but for the number of cells."""
@@ -81,7 +88,7 @@ Row = Callable[[Set], np.ndarray]
 def rows() -> dict[str, Row]:
     """What is drawn with: weights `[N K]` of a set, by name."""
 
-    def recipe(**choices: str) -> Row:
+    def recipe(**choices: str | int) -> Row:
         return lambda one: one.of(Recipe(**choices))
 
     def paper(one: Set) -> np.ndarray:
@@ -92,6 +99,8 @@ def rows() -> dict[str, Row]:
     return {
         "mean activation": lambda one: np.ones((len(one.codes), one.matrix.shape[1]), np.float32),
         "the paper: 50 triplets, top 50": paper,
+        "margin, one triplet, through": recipe(target="margin", triplets=1),
+        "margin, 50 triplets, through": recipe(target="margin", triplets=50),
         "margin, through": recipe(target="margin"),
         "margin, around": recipe(target="margin", norm="around"),
         "centred, around": recipe(target="centred", norm="around"),
@@ -112,43 +121,13 @@ UNLABELLED: dict[str, Row] = {
 """The same where the index has no labels."""
 
 
-class Posed:
-    """Pictures of one object of unseen classes, and pairs of them side by side."""
-
-    def __init__(self, bench: Bench, regions: np.ndarray, frozen: bool) -> None:
-        self.bench, self.regions = bench, regions[:, ::STEP, ::STEP] >= 0.5
-        matrix = bench.head.matrix
-        if frozen:
-            matrix = np.eye(bench.gallery.pooled.shape[1], dtype=np.float32)
-        z = bench.gallery.pooled @ matrix.T
-        f = (z / np.linalg.norm(z, axis=1, keepdims=True)).astype(np.float32)
-        self.set = Set(f, bench.codes, matrix)
-        near = f @ f.T
-        near[bench.codes[:, None] != bench.codes] = -9
-        np.fill_diagonal(near, -9)
-        self.given = near[bench.scenes.explained].argmax(1)
-
-    def single(self, weights: np.ndarray) -> np.ndarray:
-        """AUC of each picture's own map."""
-        maps = signed(weights, self.bench.gallery.activations, (SIZE, SIZE))
-        return pixel_auc(maps, self.regions)
-
-    def pasted(self, weights: np.ndarray) -> np.ndarray:
-        """AUC of each scene's right side against the other, a scene and its mirror image one."""
-        scenes = self.bench.scenes
-        maps = signed(weights[self.given], scenes.activations, None)
-        left = np.zeros(maps.shape[1:], bool)
-        left[:, : left.shape[1] // 2] = True
-        sides = np.where(scenes.left[:, None, None], left, ~left)
-        return pixel_auc(maps, sides).reshape(2, -1).mean(0)
-
-
 @dataclass(frozen=True)
 class Case:
     """An ordered pair of classes in a picture: pixels of either alone, and of the first's boxes."""
 
     picture: int
     label: str
+    rival: str
     alone: np.ndarray
     other: np.ndarray
     boxes: np.ndarray
@@ -193,22 +172,33 @@ class Natural:
                 for d in names:
                     alone, other = masks[c] & ~masks[d], masks[d] & ~masks[c]
                     if c != d and min(alone.mean(), other.mean()) >= LEAST:
-                        yield Case(number, c, alone, other, masks[c])
+                        yield Case(number, c, d, alone, other, masks[c])
 
     def scored(
-        self, weights: np.ndarray, neighbors: int, detail: int, on_query: bool = False
+        self,
+        weights: np.ndarray,
+        neighbors: int,
+        detail: int,
+        on_query: bool = False,
+        above: bool = False,
     ) -> np.ndarray:
         """c / d, c / rest, drawn c / d and c / rest, equal areas, right: `[cases 6]`.
 
         With `on_query` the weights are taken through the norm at the query, as a gradient that is
-        computed for each query is.
+        computed for each query is; with `above` those of d's nearest results are subtracted.
         """
         unit = weights / np.linalg.norm(weights, axis=1, keepdims=True)
+
+        def of(label: str, case: Case) -> np.ndarray:
+            order = np.where(self.labels == label, self.similar[case.picture], -9)
+            mean: np.ndarray = unit[np.argsort(-order, kind="stable")[:neighbors]].mean(0)
+            return mean
+
         found = []
         for case in self.cases:
-            order = np.where(self.labels == case.label, self.similar[case.picture], -9)
-            near = np.argsort(-order, kind="stable")[:neighbors]
-            drawn = unit[near].mean(0)
+            drawn = of(case.label, case)
+            if above:
+                drawn = drawn - of(case.rival, case)
             if on_query:
                 drawn = through_norm(drawn, self.queries[case.picture], np.float32(1))
             maps = [
@@ -246,20 +236,6 @@ class Natural:
         return cells
 
 
-def signed(
-    weights: np.ndarray, activations: np.ndarray, size: tuple[int, int] | None
-) -> np.ndarray:
-    """sum_k w_k A_k of each picture, `[N h w]`, or every `STEP`th pixel of it at a size."""
-    made = []
-    for start in range(0, len(weights), 128):
-        part = slice(start, start + 128)
-        grids = np.einsum(
-            "nk,nkhw->nhw", weights[part], activations[part].astype(np.float32), optimize=True
-        )
-        made.append(grids if size is None else resize(grids, size)[:, ::STEP, ::STEP])
-    return np.concatenate(made)
-
-
 def _boxes(folder: Path) -> dict[Path, list[tuple[str, np.ndarray]]]:
     """Label and mask `[224 224]` of every box, by picture."""
     found: dict[Path, list[tuple[str, np.ndarray]]] = {}
@@ -288,15 +264,17 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 NATURAL = ["c / d", "c / rest", "drawn: c / d", "c / rest", "equal areas", "right"]
+RIVAL = "the default, a rival named: the nearest of d"
+ON_QUERY = "Grad-CAM of the cosine to the result, computed on the query"
 
 
-def measure(posed: dict[str, Posed], natural: Natural) -> tuple[str, dict[str, list[float]]]:
+def measure(posed: dict[str, Bench], natural: Natural) -> tuple[str, dict[str, list[float]]]:
     """The tables, and what the figure shows: single and natural means by row."""
     single, pasted, one, two = [], [], [], []
     points: dict[str, list[float]] = {}
     for name, row in rows().items():
-        found = [(each.single(w), each.pasted(w)) for each in posed.values()
-                 for w in (row(each.set),)]  # fmt: skip
+        found = [(each.single(w), each.pasted(w).mean(0)) for each in posed.values()
+                 for w in (row(Set.of_bench(each)),)]  # fmt: skip
         weights = row(natural.set)
         plain, fine = (natural.scored(weights, 1, detail) for detail in (1, 2))
         single.append([name, *(shown(values) for values, _ in found)])
@@ -305,10 +283,13 @@ def measure(posed: dict[str, Posed], natural: Natural) -> tuple[str, dict[str, l
         two.append([name, *natural.shown(fine)])
         points[name] = [np.mean([values.mean() for values, _ in found]), plain[:, 0].mean()]
         print(f"{name}: measured", file=sys.stderr, flush=True)
-    cosine = natural.set.embeddings
-    name = "Grad-CAM of the cosine to the result, computed on the query"
+    default, cosine = natural.set.of(Recipe()), natural.set.embeddings
     for lines, detail in ((one, 1), (two, 2)):
-        lines.append([name, *natural.shown(natural.scored(cosine, 1, detail, on_query=True))])
+        for name, values in (
+            (RIVAL, natural.scored(default, 1, detail, above=True)),
+            (ON_QUERY, natural.scored(cosine, 1, detail, on_query=True)),
+        ):
+            lines.append([name, *natural.shown(values)])
     without = [
         [name, *natural.shown(natural.scored(row(natural.set), NEIGHBORS, 1))]
         for name, row in UNLABELLED.items()
@@ -329,14 +310,14 @@ def measure(posed: dict[str, Posed], natural: Natural) -> tuple[str, dict[str, l
 
 def draw(points: dict[str, list[float]], path: Path) -> None:
     """The frontier: telling two apart over covering one."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     axes = figure.add_subplot(xlabel="covers one object (pixel AUC, mean of four sets)",
                               ylabel="tells two apart (natural, c / d)")  # fmt: skip
-    for (name, (x, y)), mark in zip(points.items(), "os^Dv<>PX*", strict=False):
+    for (name, (x, y)), mark in zip(points.items(), "os^Dv<>PX*hd", strict=False):
         default = name.startswith("**")
         colour = "#d55e00" if default else "#0072b2"
         axes.plot(x, y, mark, color=colour, label=name.strip("*"), markersize=9 if default else 7)
-    axes.legend(fontsize=8, loc="lower left")
+    figure.legend(fontsize=8, loc="outside right upper")
     axes.margins(0.15)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
@@ -345,14 +326,11 @@ def draw(points: dict[str, list[float]], path: Path) -> None:
 def main() -> None:
     options = arguments()
     try:
-        posed: dict[str, Posed] = {}
+        posed: dict[str, Bench] = {}
         for folder in options.data[:-1]:
             bench = read_bench(folder, options.weights, options.cache)
-            every = read_pictures(folder)
-            unseen = set(bench.unseen.paths)
-            regions = every.regions[[path in unseen for path in every.paths]]
-            for kind, frozen in (("frozen", True), ("reference", False)):
-                posed[f"{folder.name}, {kind}"] = Posed(bench, regions, frozen)
+            posed[f"{folder.name}, frozen"] = bench.frozen()
+            posed[f"{folder.name}, reference"] = bench
         natural = Natural(options.data[-1], options.weights, options.cache)
         text, points = measure(posed, natural)
     except EmbedcamError as error:

@@ -1,17 +1,16 @@
-"""Maps drawn from channel weights, measured: energy, shares in scenes, transfers, intervals."""
+"""Maps drawn from channel weights, measured: pixels in order, energy, shares, intervals."""
 
 import numpy as np
 import torch
-from photographs import SIZE, Features, Scenes
+from photographs import SIZE, STEP, Features, Scenes
 
 from embedcam.assembly import make_encoding, sample_places
-from embedcam.cam import cam, resize
+from embedcam.cam import resize, signed_cam
 from embedcam.encoding import Encoding, LowRank
 from embedcam.features import AffineHead
-from embedcam.metrics import bootstrap_interval
+from embedcam.metrics import bootstrap_interval, pixel_auc
 from embedcam.passes import is_exact
 from embedcam.recipe import Recipe
-from embedcam.transfer import transfer
 from embedcam.weights import weights_from_pooled
 
 GRID = (7, 7)
@@ -78,15 +77,37 @@ def projected(regions: np.ndarray | None, maps: np.ndarray) -> np.ndarray:
     return down.T @ (whole if regions is None else regions) @ across
 
 
-def drawn(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """cam of activations in half or single precision, in blocks, float64 `[N h w]`."""
+def signed(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """signed_cam of activations in half or single precision, in blocks, float64 `[N h w]`."""
     blocks = (slice(i, i + 128) for i in range(0, len(weights), 128))
-    return np.concatenate(
-        [
-            cam(*(part[rows].astype(np.float32, copy=False) for part in (weights, activations)))
-            for rows in blocks
-        ]
-    ).astype(np.float64)
+    found = [
+        signed_cam(*(part[rows].astype(np.float32, copy=False) for part in (weights, activations)))
+        for rows in blocks
+    ]
+    return np.concatenate(found).astype(np.float64)
+
+
+def drawn(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The same as it is drawn, after its ReLU."""
+    return np.maximum(signed(activations, weights), 0)
+
+
+def single_auc(activations: np.ndarray, weights: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """Pixel AUC of each picture's signed map, the object `[N 56 56]` against the rest, `[N]`."""
+    maps = signed(activations, weights)
+    blocks = (slice(i, i + 128) for i in range(0, len(maps), 128))
+    finer = [resize(maps[rows], (SIZE, SIZE))[:, ::STEP, ::STEP] for rows in blocks]
+    return pixel_auc(np.concatenate(finer), objects)
+
+
+def pasted_auc(scenes: Scenes, weights: np.ndarray) -> np.ndarray:
+    """AUC of each scene's signed map, the explained side's positions against the other's, `[2 n]`:
+    upright, mirrored."""
+    maps = signed(scenes.activations, weights)
+    left = np.zeros(maps.shape[1:], bool)
+    left[:, : left.shape[1] // 2] = True
+    sides = np.where(scenes.left[:, None, None], left, ~left)
+    return pixel_auc(maps, sides).reshape(2, -1)
 
 
 def share_of(scenes: Scenes, weights: np.ndarray) -> np.ndarray:
@@ -104,29 +125,6 @@ def explaining(embeddings: np.ndarray, labels: np.ndarray, explained: np.ndarray
     distances[labels[explained][:, None] != labels] = np.inf
     distances[np.arange(len(explained)), explained] = np.inf
     return distances.argmin(1)
-
-
-def nearest_others(embeddings: np.ndarray, k: int) -> np.ndarray:
-    similarities = embeddings @ embeddings.T
-    np.fill_diagonal(similarities, -np.inf)
-    return np.argsort(-similarities, axis=1, kind="stable")[:, :k]
-
-
-def transfer_correlation(
-    activations: np.ndarray,
-    weights: np.ndarray,
-    neighbors: np.ndarray,
-    embeddings: np.ndarray,
-    k: int,
-) -> np.ndarray:
-    """Pearson correlation of each picture's transferred map with its own."""
-    near = neighbors[:, :k]
-    distances = ((embeddings[:, None] - embeddings[near]) ** 2).sum(-1)
-    pair = (drawn(activations, w) for w in (weights, transfer(weights[near], distances)))
-    a, b = (m.reshape(len(m), -1) - m.mean((1, 2))[:, None] for m in pair)
-    lengths = np.sqrt((a**2).sum(1) * (b**2).sum(1))
-    product = (a * b).sum(1)
-    return np.divide(product, lengths, out=np.zeros_like(product), where=lengths > 0)
 
 
 def figure(values: np.ndarray) -> str:

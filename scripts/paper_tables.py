@@ -9,9 +9,13 @@ reference embedding, the pictures and the scenes are those of scripts/truth.py. 
 frozen features and the trained head are kept as .npy files, named by a digest of the network and of
 the pictures: a killed run begins again where it stopped, and later runs are NumPy alone.
 
-- *energy*: one object; share of a picture's map inside its box or mask, drawn with its own weights;
-- *share*: two objects side by side; share of the map on the side of the explained one, drawn with
-  the weights of the nearest other picture of its class; *larger half right*: how often it is more;
+- *single*: one object; pixel AUC of its box or mask against the rest, of the signed map that its
+  own weights draw; no change of contrast moves it. *Energy*: share of the map as drawn inside;
+- *pasted*: two objects side by side; AUC of the side of the explained one against the other, of the
+  signed map that the weights of the nearest other picture of its class draw. *Share*: of the map as
+  drawn on that side; *right*: how often it is more. Two photographs side by side flatter every row:
+  [frontier.md](frontier.md) has rows on real pictures of several objects;
+- *mean activation*: the plain mean of the channels, no explanation at all;
 - *- base*: difference to the row that the section names, picture by picture: its mean, and how many
   of the pictures have more, ties counted half;
 - a map without any energy scores chance: the share of the area;
@@ -45,11 +49,14 @@ BASES = {
     "triplets; of all triplets: 50 random ones.",
     "transfer": "Five folds: each picture is a query once, the other four folds are the index. The "
     "direct map has the query as its anchor and the index's pictures of its label as positives, "
-    "and the method, target, norm and encoding of the index. *Kept*: mean energy (share) over that "
-    "of the direct maps. *Distance*: neighbours weigh as 1 / distance. *Prototypes*: k-means over "
+    "and the method, target, norm and encoding of the index; the default's is whitened by the "
+    "index and has the query's own part, as where a map is computed on a query itself. "
+    "*Correlation*: of the two signed maps. *Kept*: mean energy (share) over that of the direct "
+    "maps. *Distance*: neighbours weigh as 1 / distance. *Prototypes*: k-means over "
     "the index's embeddings, the mean of each group's unit weights. Second table, two-object "
     "scenes: drawn with weights of the explained picture's nearest others of its class, beside "
-    "weights whose cotangent is those results' own target, differentiated in the scene itself.",
+    "weights whose cotangent is those results' own target, differentiated in the scene itself; "
+    "around the norm these are the same weights, and no row.",
 }
 
 

@@ -20,6 +20,8 @@ from embedcam.images import read_image
 from embedcam.metrics import box_mask
 
 SIZE, N_SCENES = 224, 500
+STEP = 4
+"""Every so many pixels, down and across, their order in a map is measured."""
 BATCH = 8
 """Pictures a forward pass; on a CPU few at once stay in its cache."""
 
@@ -32,6 +34,18 @@ class Pictures:
     labels: np.ndarray
     regions: np.ndarray
     """`[N 224 224]` in [0, 1]; once the grid is known, seen from it, `[N 7 7]`."""
+    objects: np.ndarray
+    """Of every `STEP`th pixel whether it lies in the region, `[N 56 56]`."""
+
+    def some(self, chosen: np.ndarray) -> "Pictures":
+        """Those for which a mask `[N]` is true."""
+        paths = [path for path, kept in zip(self.paths, chosen, strict=True) if kept]
+        return Pictures(paths, self.labels[chosen], self.regions[chosen], self.objects[chosen])
+
+    def seen(self) -> np.ndarray:
+        """Whether a picture is of the first half of the classes, which train the head, `[N]`."""
+        classes = sorted(set(self.labels))
+        return np.isin(self.labels, classes[: len(classes) // 2])
 
 
 @dataclass
@@ -69,7 +83,9 @@ def read_pictures(folder: Path) -> Pictures:
             across, down = SIZE / float(row["width"]), SIZE / float(row["height"])
             box = (x0 * across, y0 * down, x1 * across, y1 * down)
             regions.append(box_mask(box, (SIZE, SIZE)).astype(np.float32))
-    return Pictures(paths, np.array(labels), np.stack(regions))
+    stacked = np.stack(regions)
+    objects = stacked[:, ::STEP, ::STEP] >= 0.5
+    return Pictures(paths, np.array(labels), stacked, objects)
 
 
 def forward(
@@ -92,14 +108,6 @@ def forward(
             print(f"\r{what}: {number}/{total}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return Features(np.concatenate(kept), np.concatenate(pooled))
-
-
-def make_scenes(unseen: Pictures, network: EmbeddingNetwork) -> Scenes:
-    """500 side-by-side pairs of different classes, and their mirror images."""
-    first, second = scene_pairs(unseen.labels)
-    pictures = (scene_picture(unseen, number, first, second) for number in range(2 * len(first)))
-    features = forward(network, pictures, 2 * len(first), (SIZE, 2 * SIZE), "scenes")
-    return scenes_of(features, first, second)
 
 
 def scene_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

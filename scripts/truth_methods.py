@@ -7,13 +7,13 @@ The protocol, the reference embedding and the scenes are those of scripts/truth.
 mask pixels take up to thousands of passes a picture, so each row is of a seeded sample, whose
 size it names: `--pictures` of the fast methods, `--slow-pictures` of the others.
 
-- *energy, own*: one object; share of the method's own map inside the box or mask. The target is an
-  index's: the margin over every triplet of the gallery, or, for methods that average over triplets
-  apart, over 50 drawn ones.
-- *energy, weights*: the same of ReLU(sum w A), what an index draws.
-- *share, direct*: two objects; the method run on the scene itself, its target the cosine similarity
-  to the given result; share of the map's energy on the result's side, chance 0.5.
-- *share, transferred*: the scene drawn with the result's own stored weights (dense).
+- *single*: one object; pixel AUC of its box or mask against the rest. Of the signed map sum w A,
+  which an index draws, where the method yields weights, else of the map as it comes, whose zeros
+  tie. The target is an index's: the default over the gallery, or, for methods that average over
+  triplets apart, the margin over 50 drawn ones. *Energy*: share of the method's own map inside.
+- *direct*: two objects; the method run on the scene itself, its target the cosine similarity to the
+  given result; AUC of the result's side against the other, and share of the map's energy there.
+- *transferred*: the same of the scene drawn with the result's own stored weights (dense).
 - *weight form*: correlation of the picture's own map with the map of its weights.
 """
 
@@ -22,23 +22,23 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from measuring import explaining
-from photographs import SIZE, Pictures, forward, loaded, read_pictures, squashed, train_head
+from measuring import explaining, figure
+from photographs import SIZE, STEP, Pictures, forward, loaded, read_pictures, squashed, train_head
 from safetensors.numpy import save_file
 
 from embedcam import METHODS, EmbedcamError, EmbeddingNetwork, Similarity, cam_for, load_network
-from embedcam.cam import cam, resize, sharpen
+from embedcam.cam import cam, resize, sharpen, signed_cam
 from embedcam.classes import label_codes
 from embedcam.cotangents import AnchorCotangents
 from embedcam.methods import MethodMap, MethodWarning
-from embedcam.metrics import bootstrap_interval, energy_share, recall_at_k
+from embedcam.metrics import energy_share, pixel_auc, recall_at_k
 from embedcam.recipe import Recipe
 from embedcam.registry import LayersMethod, Method, WeightMethod
 from embedcam.targets import Direction
@@ -58,34 +58,39 @@ class Setting:
     network: EmbeddingNetwork
     unseen: Pictures
     embeddings: np.ndarray
+    anchors: dict[str, AnchorCotangents] = field(default_factory=dict)
 
-    def margin(self, method: Method, place: int) -> Direction:
-        """What an index differentiates an image along: every triplet, or 50 drawn ones apart."""
-        codes = label_codes(list(self.unseen.labels))
+    def asked(self, method: Method, place: int) -> tuple[Direction, str]:
+        """What an index differentiates an image along, and the norm's way that is left for it."""
         name = method.name if isinstance(method, WeightMethod) else "gradcam"
-        recipe = Recipe(method=name, target="margin")
-        anchors = AnchorCotangents(recipe, self.embeddings, codes, self.embeddings.mean(0))
-        found = anchors.of(np.array([place]))
+        if name not in self.anchors:
+            codes = label_codes(list(self.unseen.labels))
+            mean = self.embeddings.mean(0)
+            self.anchors[name] = AnchorCotangents(Recipe(method=name), self.embeddings, codes, mean)
+        found = self.anchors[name].of(np.array([place]))
         several = found.values.ndim == 3
-        return Direction(found.values if several else found.values[:, None], found.used)
+        aim = Direction(found.values if several else found.values[:, None], found.used)
+        gradient = method.targeted and not method.scored
+        return aim, self.anchors[name].recipe.head_norm if gradient else "through"
 
 
 @dataclass
 class Row:
-    """One method's figures, each `[n]`."""
+    """One method's figures: (AUC, share) of each picture, and of each scene twice."""
 
     method: Method
-    own: list[float] = field(default_factory=list)
-    drawn: list[float] = field(default_factory=list)
-    direct: list[float] = field(default_factory=list)
-    transferred: list[float] = field(default_factory=list)
+    own: list[tuple[float, float]] = field(default_factory=list)
+    direct: list[tuple[float, float]] = field(default_factory=list)
+    transferred: list[tuple[float, float]] = field(default_factory=list)
     form: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
     def line(self) -> str:
-        """As Markdown."""
-        columns = (self.own, self.drawn, self.direct, self.transferred)
-        cells = [self.method.title, str(len(self.own)), *map(_figure, columns)]
+        """As Markdown: of each list of (AUC, share) both columns."""
+        cells = [self.method.title, str(len(self.own))]
+        for values in (self.own, self.direct, self.transferred):
+            columns = np.array(values).T if values else ([], [])
+            cells += [figure(column) if len(column) else "" for column in columns]
         cells.append(f"{np.mean(self.form):.2f}" if self.form else "")
         return f"| {' | '.join([*cells, f'{1e3 * self.seconds:.0f}'])} |"
 
@@ -108,9 +113,10 @@ def measure(folder: Path, options: argparse.Namespace) -> str:
     setting, said = prepared(folder, options)
     lines = [
         f"## {folder.name}", "", said, "",
-        "| method | n | energy, own | energy, weights | share, direct | share, transferred | "
+        "| method | n | single: AUC | energy | direct: AUC | share | transferred: AUC | share | "
         "weight form | ms a picture |",
-        "|---|---:|---|---|---|---|---:|---:|",
+        "|---|---:|---|---|---|---|---|---|---:|---:|",
+        mean_activation(setting, options.pictures),
     ]  # fmt: skip
     print("\n".join(lines), flush=True)
     chosen = options.methods or [name for name, one in METHODS.items() if not one.trained]
@@ -128,8 +134,7 @@ def prepared(folder: Path, options: argparse.Namespace) -> tuple[Setting, str]:
         "torchvision:mobilenet_v2", weights=options.weights, size=SIZE, resize="squash"
     )
     pictures = read_pictures(folder)
-    classes = sorted(set(pictures.labels))
-    seen = np.isin(pictures.labels, classes[: len(classes) // 2])
+    seen = pictures.seen()
     found = forward(backbone, loaded(pictures.paths), len(seen), (SIZE, SIZE), folder.name)
     with tempfile.TemporaryDirectory() as scratch:
         head = Path(scratch) / "head.safetensors"
@@ -138,11 +143,7 @@ def prepared(folder: Path, options: argparse.Namespace) -> tuple[Setting, str]:
             "torchvision:mobilenet_v2", weights=options.weights, head=head, size=SIZE,
             resize="squash",
         )  # fmt: skip
-    unseen = Pictures(
-        [path for path, s in zip(pictures.paths, seen, strict=True) if not s],
-        pictures.labels[~seen],
-        pictures.regions[~seen],
-    )
+    unseen = pictures.some(~seen)
     matrix = network.head_kind.matrix
     assert matrix is not None
     z = found.pooled[~seen] @ matrix.T
@@ -152,9 +153,9 @@ def prepared(folder: Path, options: argparse.Namespace) -> tuple[Setting, str]:
     return Setting(network, unseen, embeddings), said
 
 
-def figures(method: Method, setting: Setting, count: int) -> Row:
-    """One method on a seeded sample of pictures and of scenes."""
-    row, took = Row(method), []
+def sampled(setting: Setting, count: int) -> Iterator[tuple[int, int, torch.Tensor, np.ndarray]]:
+    """A seeded sample: place of a picture, of its nearest of the class, a scene of it beside a
+    picture of another class, and the half of the scene that shows it."""
     generator = np.random.default_rng(0)
     unseen = setting.unseen
     places = generator.permutation(len(unseen.paths))[:count]
@@ -163,31 +164,46 @@ def figures(method: Method, setting: Setting, count: int) -> Row:
     ]
     results = explaining(setting.embeddings, unseen.labels, places)
     for number, (place, other, result) in enumerate(zip(places, others, results, strict=True)):
-        image, begun = _input(setting, [int(place)]), time.perf_counter()
-        made = _made(method, setting, image, setting.margin(method, int(place)))
-        took.append(time.perf_counter() - begun)
-        region = unseen.regions[place]
-        row.own.append(_inside(np.maximum(made.cam, 0), region))
-        if isinstance(method, WeightMethod | LayersMethod):
-            drawn = _by_weights(setting.network, made, image)
-            row.drawn.append(_inside(resize(drawn, (SIZE, SIZE)), region))
-            row.form.append(_correlation(drawn, made.grid_cam))
         left = number % 2 == 0
-        sides = [int(place), other] if left else [other, int(place)]
-        scene = _input(setting, sides)
+        scene = _input(setting, [int(place), other] if left else [other, int(place)])
         half = np.zeros((SIZE, 2 * SIZE), np.float32)
         half[:, slice(0, SIZE) if left else slice(SIZE, None)] = 1
-        aim = Similarity(setting.embeddings[result])
-        row.direct.append(_inside(np.maximum(_made(method, setting, scene, aim).cam, 0), half))
+        yield int(place), int(result), scene, half
+
+
+def mean_activation(setting: Setting, count: int) -> str:
+    """The row of the plain mean of the channels on the same sample: no explanation at all."""
+    own, direct = [], []
+    for place, _, scene, half in sampled(setting, count):
+        for found, image, region in (
+            (own, _input(setting, [place]), setting.unseen.regions[place]),
+            (direct, scene, half),
+        ):
+            grid = setting.network.forward(image[None]).activations[0].mean(0).numpy()
+            found.append(_scores(grid, resize(grid, region.shape), region))
+    cells = [figure(column) for values in (own, direct) for column in np.array(values).T]
+    return f"| mean activation | {count} | {' | '.join(cells)} |  |  |  |  |"
+
+
+def figures(method: Method, setting: Setting, count: int) -> Row:
+    """One method on the sample."""
+    row, took = Row(method), []
+    for number, (place, result, scene, half) in enumerate(sampled(setting, count)):
+        image, begun = _input(setting, [place]), time.perf_counter()
+        made = _made(method, setting, image, *setting.asked(method, place))
+        took.append(time.perf_counter() - begun)
+        ordered, drawn = _maps(setting.network, made, image)
+        row.own.append(_scores(ordered, drawn, setting.unseen.regions[place]))
         if isinstance(method, WeightMethod | LayersMethod):
-            stored = _made(
-                method,
-                setting,
-                _input(setting, [int(result)]),
-                setting.margin(method, int(result)),
-            )
-            drawn = _by_weights(setting.network, stored, scene)
-            row.transferred.append(_inside(resize(drawn, (SIZE, 2 * SIZE)), half))
+            row.form.append(_correlation(np.maximum(ordered, 0), made.grid_cam))
+        direct = _made(method, setting, scene, Similarity(setting.embeddings[result]))
+        row.direct.append(_scores(*_maps(setting.network, direct, scene), half))
+        if isinstance(method, WeightMethod | LayersMethod):
+            asked = setting.asked(method, result)
+            stored = _made(method, setting, _input(setting, [result]), *asked)
+            grid = _by_weights(setting.network, stored, scene)
+            drawn = resize(np.maximum(grid, 0), half.shape)
+            row.transferred.append(_scores(grid, drawn, half))
         print(f"\r{method.title}: {number + 1}/{count}  ", end="", file=sys.stderr, flush=True)
     print("\r", end="", file=sys.stderr)
     row.seconds = float(np.median(took))
@@ -195,20 +211,33 @@ def figures(method: Method, setting: Setting, count: int) -> Row:
 
 
 def _made(
-    method: Method, setting: Setting, image: torch.Tensor, target: Direction | Similarity
+    method: Method,
+    setting: Setting,
+    image: torch.Tensor,
+    target: Direction | Similarity,
+    norm: str = "through",
 ) -> MethodMap:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MethodWarning)
         return cam_for(
-            setting.network, image, target, method.name, progress=False,
+            setting.network, image, target, method.name, norm=norm, progress=False,
             **OPTIONS.get(method.name, {}),
         )  # fmt: skip
 
 
+def _maps(
+    network: EmbeddingNetwork, made: MethodMap, image: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray]:
+    """What AUC is taken of, `[h w]`, and the method's own map as drawn, `[H W]`."""
+    drawn = np.maximum(made.cam, 0)
+    by_channel = isinstance(made.method, WeightMethod | LayersMethod)
+    return _by_weights(network, made, image) if by_channel else made.cam, drawn
+
+
 def _by_weights(network: EmbeddingNetwork, made: MethodMap, image: torch.Tensor) -> np.ndarray:
-    """The map that a method's weights, or those of its layers, draw on an input, `[h w]`."""
+    """The signed map that a method's weights draw; of several layers the drawn one, `[h w]`."""
     if made.layer_weights is None:
-        return cam(made.weights, network.forward(image[None]).activations[0].numpy())
+        return signed_cam(made.weights, network.forward(image[None]).activations[0].numpy())
     names = OPTIONS["polycam"]["layers"][::-1]
     maps = [one[0].numpy() for one in network.forward_layers(image[None], names)[1]]
     drawn = cam(made.layer_weights[names[0]], maps[0])
@@ -224,11 +253,15 @@ def _input(setting: Setting, places: list[int]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts, axis=2))
 
 
-def _inside(cam_at_size: np.ndarray, region: np.ndarray) -> float:
-    """Share of the energy in a region; a map without any scores chance."""
-    if not cam_at_size.any():
-        return float(region.mean())
-    return float(energy_share(cam_at_size[None], region[None])[0])
+def _scores(ordered: np.ndarray, drawn: np.ndarray, region: np.ndarray) -> tuple[float, float]:
+    """AUC of a region by one map, on every `STEP`th pixel, and share of another's energy in it,
+    chance where it has none."""
+    if ordered.shape != region.shape:
+        ordered = resize(ordered, region.shape)
+    inside = region[::STEP, ::STEP] >= 0.5
+    area = float(pixel_auc(ordered[None, ::STEP, ::STEP], inside[None])[0])
+    share = energy_share(drawn[None], region[None])[0] if drawn.any() else region.mean()
+    return area, float(share)
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -240,15 +273,8 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.corrcoef(a.ravel(), b.ravel())[0, 1])
 
 
-def _figure(values: list[float]) -> str:
-    if not values:
-        return ""
-    low, high = bootstrap_interval(np.array(values))
-    return f"{np.mean(values):.3f} [{low:.3f}, {high:.3f}]"
-
-
 def _preface(options: argparse.Namespace) -> str:
-    names = " ".join(folder.name for folder in options.data)
+    names = " ".join(f"DATA/{folder.name}" for folder in options.data)
     rules = (__doc__ or "").partition("size it names")[2].partition("\n\n")[2]
     return (
         "# Truth: every method, direct and transferred\n\n"

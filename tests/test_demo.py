@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from embedcam.cam import resize
 from embedcam.demo import run_demo
 from embedcam.demo.digits_network import (
     LAYER,
@@ -292,7 +293,17 @@ def test_scores(tmp_path: Path, wrapped: EmbeddingNetwork) -> None:
     assert zero == pytest.approx(scores.chance())
     # A map that does not depend on the question is right half of the time, on average.
     same = scores.row(np.ones((10, 24), np.float32), np.ones((20, 24), np.float32))
-    assert (same["share"], same["right"]) == pytest.approx((0.5, 0.5))
+    assert (same["share"], same["right"], same["side_auc"]) == pytest.approx((0.5, 0.5, 0.5))
+    literal = []
+    for file, activations in zip(queries.files, queries.activations, strict=True):
+        full = resize(activations.sum(0), (scores._size))
+        (x0, y0, x1, y1), values = file.digits[0].box, {True: [], False: []}
+        for y in range(0, full.shape[0], 4):
+            for x in range(0, full.shape[1], 4):
+                values[x0 <= x < x1 and y0 <= y < y1].append(full[y, x])
+        pairs_of = [(a > b) + 0.5 * (a == b) for a in values[True] for b in values[False]]
+        literal.append(np.mean(pairs_of))
+    assert same["box_auc"] == pytest.approx(np.mean(literal), abs=1e-6)
 
     # One channel that is on in the left half, one in the right: the perfect answer scores 1.
     halves = np.zeros((10, 24, 8, 8), np.float32)
@@ -303,6 +314,7 @@ def test_scores(tmp_path: Path, wrapped: EmbeddingNetwork) -> None:
     perfect = Scores(queries, ideal, asked).row(np.zeros((10, 24), np.float32), weights)
     assert perfect["right"] == 1
     assert perfect["share"] > 0.9
+    assert perfect["side_auc"] > 0.99
 
 
 def test_the_whole_demo(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,7 +324,7 @@ def test_the_whole_demo(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert names[4] == "5 triplets, top 6 of 24 (the paper)"
     assert names[-2:] == ["transferred from 1 neighbour", "transferred from 5 neighbours"]
     for row in summary["rows"]:
-        assert all(0 <= row[score] <= 1 for score in ("energy", "share", "right"))
+        assert all(0 <= row[score] <= 1 for score in row if score != "weights")
     assert 0 <= summary["recall_at_1"] <= 1
     with Image.open(demo / "why.png") as image:
         assert image.width > 1000
@@ -352,7 +364,7 @@ def test_own_weights_are_those_a_build_stores(demo: Path) -> None:
         gallery.activations[order],
     )
     own = OwnWeights(network, ordered, nobody)
-    recipe = Recipe(triplets=TINY.n_triplets, seed=TINY.seed)
+    recipe = Recipe(seed=TINY.seed)
     with Index.open(demo / "index") as index:
         stored = index.weights(np.arange(len(index)))
     expected = own.of(recipe, np.arange(len(order)))

@@ -11,7 +11,7 @@ from torch import nn
 from embedcam import EmbeddingNetwork, Explainer, Preprocess, Recipe
 from embedcam.cam import joined, resize, signed_cam
 from embedcam.errors import InputError, NetworkError
-from embedcam.finer import finer_activations, larger_input
+from embedcam.finer import Finer, larger_input
 from embedcam.preprocess import custom
 
 
@@ -118,7 +118,15 @@ def test_a_network_of_one_size_sees_the_quarters() -> None:
     batch = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
     with pytest.raises(NetworkError):
         network.forward(batch)
-    found = finer_activations(network, [network.layer], batch)[0]
+    finer, asked = Finer(), []
+    network.module.register_forward_pre_hook(lambda _, given: asked.append(given[0].shape[-1]))
+    first = finer.activations(network, [network.layer], batch)[0]
+    assert asked[0] == 16
+    asked.clear()
+    found = finer.activations(network, [network.layer], batch)[0]
+    # What was refused is not tried again.
+    assert asked == [8, 8, 8, 8]
+    np.testing.assert_array_equal(found, first)
     assert found.shape == (2, 4, 8, 8)
     for y in (0, 1):
         for x in (0, 1):

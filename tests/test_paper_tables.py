@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from paper_samples import CLASSES, made_data, tiny_network
+from torch import nn
 
+from embedcam import EmbeddingNetwork, Recipe
 from embedcam.cam import resize
 from embedcam.cotangents import Cotangents
 from embedcam.errors import InputError
+from embedcam.fallback import DirectWeights
 from embedcam.neighborhoods import NearestOthers
 from embedcam.triplets import TripletSampler
 
@@ -36,6 +39,7 @@ def paper(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]
                 name: importlib.import_module(f"paper.{name}") for name in PARTS
             }
             loaded["script"] = importlib.import_module("paper_tables")
+            loaded["match"] = importlib.import_module("match")
             loaded["photographs"] = importlib.import_module("photographs")
             patch.setattr(loaded["photographs"], "N_SCENES", PAIRS)
             patch.setattr(loaded["bench"], "load_network", lambda *_, **__: tiny_network())
@@ -73,6 +77,18 @@ def literal_energy(weights: np.ndarray, activations: np.ndarray, region: np.ndar
     return float((full * region).sum() / full.sum()) if full.any() else float(region.mean())
 
 
+def literal_auc(values: np.ndarray, inside: np.ndarray) -> float:
+    """How often a value inside is larger than one outside, pair by pair; ties count half."""
+    apart = values[inside][:, None] - values[~inside]
+    return float(((apart > 0) + 0.5 * (apart == 0)).mean())
+
+
+def literal_single(weights: np.ndarray, activations: np.ndarray, region: np.ndarray) -> float:
+    """AUC of every fourth pixel of the signed map, up-sampled, inside a region against outside."""
+    grid = np.tensordot(weights, activations.astype(np.float64), 1)
+    return literal_auc(resize(grid, region.shape)[::4, ::4], region[::4, ::4] >= 0.5)
+
+
 def squared(a: torch.Tensor, b: np.ndarray) -> torch.Tensor:
     return ((a - torch.from_numpy(b.astype(np.float64))) ** 2).sum()
 
@@ -96,7 +112,7 @@ def test_the_gain_of_averaging_is_the_literal_one(
             tiny.embeddings, tiny.codes, NearestOthers(tiny.embeddings), n_triplets=count
         )
         drawn = sampler.draw(np.arange(len(tiny.codes)))
-        energies = []
+        energies, areas = [], []
         for i, A in enumerate(tiny.gallery.activations):
             each = [
                 literal_weights(
@@ -109,14 +125,22 @@ def test_the_gain_of_averaging_is_the_literal_one(
                 for p, n in zip(drawn.positives[i], drawn.negatives[i], strict=True)
             ]
             energies.append(literal_energy(np.mean(each, 0), A, inside[i]))
-        literal[count] = np.array(energies)
+            areas.append(literal_single(np.mean(each, 0), A, inside[i]))
+        literal[count] = np.array(areas)
         found = rows["dense", str(count)]
-        np.testing.assert_allclose(found.energy, literal[count], atol=2e-3)
+        np.testing.assert_allclose(found.energy, energies, atol=2e-3)
+        np.testing.assert_allclose(found.single, areas, atol=3e-3)
     row = rows["dense", "5"]
-    gained = paper.report.gain(row, "energy")
+    gained = paper.report.gain(row, "single")
     assert gained.mean == pytest.approx((literal[5] - literal[1]).mean(), abs=2e-3)
     assert gained.win_rate == pytest.approx((literal[5] > literal[1]).mean(), abs=0.05)
-    assert f"{gained.mean:+.3f} [" in paper.report.difference(row, "energy")
+    assert f"{gained.mean:+.3f} [" in paper.report.difference(row, "single")
+    mean = rows.pop(("mean activation", ""))
+    ones = np.ones(len(tiny.gallery.activations[0]))
+    areas = [
+        literal_single(ones, *one) for one in zip(tiny.gallery.activations, inside, strict=True)
+    ]
+    np.testing.assert_allclose(mean.single, areas, atol=1e-6)
     # Each encoding is compared with one triplet of its own.
     for (name, count), one in rows.items():
         assert one.against is (None if count == "1" else rows[name, "1"])
@@ -150,7 +174,8 @@ def test_distances_alone_are_what_autograd_says(paper: SimpleNamespace, norm: st
 def test_what_a_transfer_keeps_is_the_literal_ratio(paper: SimpleNamespace) -> None:
     tiny, inside, f = paper.tiny, regions(paper), paper.tiny.embeddings.astype(np.float64)
     count = len(tiny.codes)
-    kept, direct = np.zeros(count), np.zeros(count)
+    kept, direct, areas, alike = np.zeros((4, count))
+    right = np.zeros(count, bool)
     order = np.random.default_rng(0).permutation(count)
     W = tiny.head.matrix.astype(np.float64)
 
@@ -169,24 +194,51 @@ def test_what_a_transfer_keeps_is_the_literal_ratio(paper: SimpleNamespace) -> N
             A = tiny.gallery.activations[q]
             kept[q] = literal_energy(carried, A, inside[q])
             direct[q] = literal_energy(weights(q, index), A, inside[q])
+            areas[q] = literal_single(carried, A, inside[q])
+            maps = (np.tensordot(w, A.astype(np.float64), 1) for w in (carried, weights(q, index)))
+            alike[q] = np.corrcoef(*(one.ravel() for one in maps))[0, 1]
+            right[q] = tiny.codes[near[0]] == tiny.codes[q]
     rows = {(r.recipe, r.source): r for r in paper.transfers.pictures(tiny)}
     found = rows["all triplets, through", "5 nearest, mean"]
     np.testing.assert_allclose(found.direct, direct, atol=3e-3)
     np.testing.assert_allclose(found.kept, kept, atol=3e-3)
+    np.testing.assert_allclose(found.auc, areas, atol=3e-3)
+    np.testing.assert_allclose(found.alike, alike, atol=5e-3)
+    assert 0 < right.sum() < count
+    every = rows["all triplets, through", "1 nearest"]
+    for whose, chosen in (("its", right), ("another", ~right)):
+        part = rows["all triplets, through", f"1 nearest, of {whose} label"]
+        np.testing.assert_array_equal(part.alike, every.alike[chosen])
     ratio = paper.report.ratio(found.kept, found.direct)
     assert ratio.mean == pytest.approx(kept.mean() / direct.mean(), abs=5e-3)
     assert ratio.low < ratio.mean < ratio.high
-    assert (np.abs(found.alike) <= 1).all()
+
+
+def test_the_defaults_direct_map_is_the_one_that_is_computed_on_a_query(
+    paper: SimpleNamespace,
+) -> None:
+    tiny = paper.tiny
+    head = nn.Linear(*tiny.head.matrix.shape[::-1], bias=False)
+    head.weight.data = torch.from_numpy(tiny.head.matrix)
+    module = nn.Sequential(nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+    direct = DirectWeights(EmbeddingNetwork(module, "0"), Recipe())
+    found = paper.transfers.carried_weights(tiny, Recipe(encoding="dense", dtype="float32"))
+    index, queries = next(paper.transfers.folds(len(tiny.codes)))
+    for place in queries[:3]:
+        same = tiny.codes[index] == tiny.codes[place]
+        sides = (tiny.embeddings[index[chosen]] for chosen in (same, ~same))
+        expected = direct.weights(tiny.gallery.activations[place], *sides)[0]
+        unit = (one / np.linalg.norm(one) for one in (found["direct"][place], expected))
+        np.testing.assert_allclose(*unit, atol=1e-4)
 
 
 def test_in_scenes_the_target_is_differentiated_in_the_scene(paper: SimpleNamespace) -> None:
     tiny = paper.tiny
     rows = {(r.recipe, r.source): r for r in paper.transfers.scenes(tiny)}
-    around = rows["all triplets, around", "1 given"]
     # Around the norm a target's weights are the same wherever they are differentiated.
-    np.testing.assert_allclose(around.kept, around.direct, atol=2e-3)
+    assert {name for name, _ in rows} == {"all triplets, through", "50 triplets, top 50, through"}
     f, given = tiny.embeddings, tiny.given
-    shares = np.zeros(2 * PAIRS)
+    shares, areas = np.zeros(2 * PAIRS), np.zeros(2 * PAIRS)
     for number, A in enumerate(tiny.scenes.activations):
         same = tiny.codes == tiny.codes[given[number]]
         positives = f[same & (np.arange(len(f)) != given[number])].astype(np.float64).mean(0)
@@ -195,8 +247,11 @@ def test_in_scenes_the_target_is_differentiated_in_the_scene(paper: SimpleNamesp
         half[:, slice(0, 224) if tiny.scenes.left[number] else slice(224, None)] = 1
         weights = literal_weights(tiny, A, lambda own, c=c: own @ c)
         shares[number] = literal_energy(weights, A, half)
-    direct = rows["all triplets, through", "1 given"].direct
-    np.testing.assert_allclose(direct, shares.reshape(2, -1).mean(0), atol=3e-3)
+        grid = np.tensordot(weights, A.astype(np.float64), 1)
+        areas[number] = literal_auc(grid, half[16::32, 16::32] > 0)
+    found = rows["all triplets, through", "1 given"]
+    np.testing.assert_allclose(found.direct, shares.reshape(2, -1).mean(0), atol=3e-3)
+    np.testing.assert_allclose(found.direct_auc, areas.reshape(2, -1).mean(0), atol=5e-3)
 
 
 def test_features_are_kept_and_a_cut_file_is_made_again(
@@ -254,3 +309,33 @@ def test_a_download_as_it_comes_is_sent_to_be_converted(
         InputError, match=r"CUB-200-2011 as it is downloaded.*prepare_data\.py birds"
     ):
         paper.bench.read_bench(tmp_path, "none", None)
+
+
+def test_match_is_asked_of_the_other_half_of_each_label(paper: SimpleNamespace) -> None:
+    labels = np.repeat(["a", "b", "c"], [9, 30, 2])
+    for most in (5, 99):
+        indexed, asked = paper.match.halves(labels, 3, most)
+        assert not set(indexed) & set(asked)
+        assert [(labels[indexed] == one).sum() for one in "abc"] == [5, min(15, most), 1]
+        assert [(labels[asked] == one).sum() for one in "abc"] == [4, 15, 1]
+    generator = np.random.default_rng(0)
+    centres = generator.normal(size=(3, 6))
+    points = centres[np.repeat([0, 1, 2], 40)] + 1.2 * generator.normal(size=(120, 6))
+    points = (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
+    names = np.repeat(["a", "b", "c"], 40)
+    far = [np.float32(30 * np.eye(6)[:2])]
+    wrong, area, error, perfect, _, low = paper.match.figures(points, names, far, "all", 0)
+    indexed, asked = paper.match.halves(names, 0, 120)
+    first = [names[indexed][np.argmin(((points[indexed] - points[i]) ** 2).sum(1))] for i in asked]
+    assert wrong == pytest.approx(np.mean(first != names[asked]))
+    assert low == 1
+    assert area > 0.6
+    assert 0 < perfect < 0.3
+    assert 0 < error < 0.3
+    alone = paper.match.figures(points, names, far, "none", 0)
+    assert alone[0] == pytest.approx(wrong)
+    assert np.isnan(alone[2:4]).all()
+    assert alone[4] == pytest.approx(1, abs=1e-3)
+    values, right = np.linspace(0, 1, 20), np.arange(20) % 2 == 0
+    literal = [abs(values[i : i + 2].mean() - 0.5) for i in range(0, 20, 2)]
+    assert paper.match.error(values, right) == pytest.approx(np.mean(literal))

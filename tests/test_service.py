@@ -132,6 +132,21 @@ def test_a_finer_map_is_made_of_the_picture_itself(app: Any, index: Path) -> Non
     assert told["rival"]["id"] == "c0/000.png"
 
 
+def test_the_signed_map_comes_on_request(app: Any, index: Path) -> None:
+    plain, whole = (
+        post(app, f"/explain?map_size=4&signed={said}", QUERY).json() for said in ("false", "true")
+    )
+    ExplainAnswer.model_validate(whole)
+    signed = np.array(whole.pop("signed_cam"))
+    assert whole == plain
+    full = explainer(index).explain(QUERY).signed_cam
+    rows, columns = (np.arange(side).reshape(4, -1) for side in full.shape)
+    literal = np.array([[full[np.ix_(r, c)].mean() for c in columns] for r in rows])
+    assert literal.min() < 0
+    np.testing.assert_allclose(signed, literal, atol=1e-5 * np.abs(full).max())
+    assert "signed" in post(app, "/explain?signed=perhaps", QUERY).message
+
+
 @pytest.mark.parametrize("detail", ["0", "3", "two", ""])
 def test_other_details_are_refused(app: Any, detail: str) -> None:
     found = post(app, f"/explain?detail={detail}", QUERY)

@@ -300,6 +300,12 @@ def test_an_onnx_file_answers_as_its_network_does(tmp_path: Path, monkeypatch: A
     found, wanted = (post(each, "/explain", QUERY).json() for each in apps)
     assert [a["id"] for a in found["neighbors"]] == [a["id"] for a in wanted["neighbors"]]
     np.testing.assert_allclose(found["cam"], wanted["cam"], atol=1e-4 * np.max(wanted["cam"]))
+    fine, expected = (
+        np.array(post(each, "/explain?detail=2&signed=true", QUERY).json()["signed_cam"])
+        for each in apps
+    )
+    np.testing.assert_allclose(fine, expected, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(fine).max() > 0
     for each in apps:
         each.state.pipeline.close()
 

@@ -1,8 +1,9 @@
 """How well each way of weighting channels finds the digit: the table of the demonstration.
 
-Every figure is of ReLU(sum_k w_k A_k), bilinearly up-sampled to the scene, nothing else done to it.
-One-digit scenes: the share of a map's energy inside the true box. Two-digit scenes: the share on
-the half with the digit that a given result shows; the result is the gallery's nearest image of
+Maps are sum_k w_k A_k, bilinearly up-sampled to the scene, nothing else done to them. One-digit
+scenes: pixel AUC of the true box against the rest, of the signed map, which no change of contrast
+moves, and the share of the drawn map's energy inside. Two-digit scenes: the same of the half with
+the digit that a given result shows, against the other; the result is the gallery's nearest image of
 that digit, and its weights are applied to the scene. Both halves are asked about in turn, so a map
 that ignores the question scores exactly one half.
 """
@@ -17,12 +18,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from embedcam.cam import cam, resize
+from embedcam.cam import resize, signed_cam
 from embedcam.classes import label_codes
 from embedcam.cotangents import AnchorCotangents
 from embedcam.encoding import TopM
 from embedcam.explain import Explainer
-from embedcam.metrics import box_mask, energy_share
+from embedcam.metrics import box_mask, energy_share, pixel_auc
 from embedcam.network import EmbeddingNetwork
 from embedcam.recipe import Recipe
 from embedcam.targets import head_cotangent
@@ -30,7 +31,7 @@ from embedcam.weights import weights_from_pooled
 
 from .scene_files import SceneFile
 
-_BATCH = 50
+_BATCH, _STEP = 50, 4
 
 
 @dataclass(frozen=True)
@@ -149,17 +150,20 @@ class Scores:
 
     def chance(self) -> dict[str, float]:
         """The scores of a map that is the same everywhere."""
-        return {"energy": float(self._boxes.mean()), "share": 0.5, "right": 0.5}
+        box = float(self._boxes.mean())
+        return {"box_auc": 0.5, "energy": box, "side_auc": 0.5, "share": 0.5, "right": 0.5}
 
     def row(self, one: np.ndarray, two: np.ndarray) -> dict[str, float]:
         """Mean scores of weights `one` `[queries K]` and `two` `[questions K]`."""
-        energies = _in_blocks(one, self._queries.activations, self._size, self._boxes)
+        boxes, energies = _in_blocks(one, self._queries.activations, self._size, self._boxes)
         scenes = self._pairs.activations[[question.scene for question in self._asked]]
         halves = self._halves[[question.side for question in self._asked]]
-        shares = _in_blocks(two, scenes, self._size, halves)
+        sides, shares = _in_blocks(two, scenes, self._size, halves)
         right = (shares > 0.5) + 0.5 * (shares == 0.5)
         return {
+            "box_auc": float(boxes.mean()),
             "energy": float(energies.mean()),
+            "side_auc": float(sides.mean()),
             "share": float(shares.mean()),
             "right": float(right.mean()),
         }
@@ -168,14 +172,18 @@ class Scores:
 def _in_blocks(
     weights: np.ndarray, activations: np.ndarray, size: tuple[int, int], inside: np.ndarray
 ) -> np.ndarray:
-    """Energy shares `[n]`, a few maps at a time: the maps of all scenes are large."""
-    blocks = [slice(start, start + _BATCH) for start in range(0, len(weights), _BATCH)]
-    return np.concatenate(
-        [
-            energy_share(resize(cam(weights[rows], activations[rows]), size), inside[rows])
-            for rows in blocks
-        ]
-    )
+    """AUC of every `_STEP`th pixel of the signed maps, and energy shares of the drawn, `[2 n]`.
+
+    A few maps at a time: those of all scenes are large.
+    """
+    found = []
+    for start in range(0, len(weights), _BATCH):
+        rows = slice(start, start + _BATCH)
+        grids = signed_cam(weights[rows], activations[rows])
+        apart = (resize(grids, size)[:, ::_STEP, ::_STEP], inside[rows, ::_STEP, ::_STEP])
+        drawn = resize(np.maximum(grids, 0), size)
+        found.append([pixel_auc(*apart), energy_share(drawn, inside[rows])])
+    return np.concatenate(found, axis=1)
 
 
 def transferred(
@@ -207,7 +215,7 @@ def measure(
     n_triplets: int,
     top_m: int,
 ) -> list[dict[str, Any]]:
-    """The table's rows: name, and the mean of energy, share and right.
+    """The table's rows: name, and the means that `Scores.row` gives.
 
     Args:
         network: the demo's.
@@ -230,6 +238,7 @@ def measure(
         f"{n_triplets} triplets": triplets,
         f"{n_triplets} triplets, top {top_m} of {channels} (the paper)": paper,
         f"{n_triplets} triplets, Grad-CAM++": replace(triplets, method="gradcam++"),
+        "the default: every triplet, whitened": Recipe(),
     }
     same = np.ones((1, channels), np.float32)
     rows: list[dict[str, Any]] = [

@@ -90,7 +90,7 @@ def html_page(
         query, results = single.why.tiles()
         label = single.file.digits[0].label
         rows.append(Row(query, results, title=f"A held-out {label} and its nearest images"))
-    measured = Table(table[0], table[1:], "Where the maps' energy lies", notes)
+    measured = Table(table[0], table[1:], "Where the maps lie", notes)
     return page(
         rows,
         title="embedcam: why did this image come back?",

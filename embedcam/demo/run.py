@@ -93,7 +93,7 @@ class _Demo:
         self.index = folder / "index"
         self.picture, self.page = folder / "why.png", folder / "why.html"
         self.summary = folder / "summary.json"
-        self.recipe = Recipe(triplets=settings.n_triplets, seed=settings.seed)
+        self.recipe = Recipe(seed=settings.seed)
 
     def draw_scenes(self) -> None:
         """The scenes as files; those of other settings are deleted."""
@@ -194,21 +194,25 @@ def _recall_at_1(index: Index, queries: Measured) -> float:
 
 
 NOTES = (
-    "Box: share of the map's energy inside the digit's true box, on held-out one-digit scenes. Two "
-    "digits: share on the half with the digit that the given result shows, and how often that half "
-    "is the larger one. Weights are the query's own (box) or the given result's (two digits), "
-    "unless transferred."
+    "Box AUC: how well the signed map tells pixels of the digit's true box from the rest, on "
+    "held-out one-digit scenes; chance is 0.5, and no change of contrast moves it. Energy: share "
+    "of the drawn map inside, which a sharper map raises. Two digits: the same of the half with "
+    "the digit that the given result shows, and how often it has the larger share. Weights are the "
+    "query's own (box) or the given result's (two digits), unless transferred."
 )
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
     """The table as words, its header first."""
-    header = ["weights", "box", "two digits", "right half"]
-    lines = [
-        [row["weights"], f"{row['energy']:.3f}", f"{row['share']:.3f}", f"{row['right']:.1%}"]
-        for row in rows
+    header = ["weights", "box AUC", "energy", "two digits AUC", "share", "right half"]
+    shown = ("box_auc", "energy", "side_auc", "share")
+    return [
+        header,
+        *(
+            [row["weights"], *(f"{row[name]:.3f}" for name in shown), f"{row['right']:.1%}"]
+            for row in rows
+        ),
     ]
-    return [header, *lines]
 
 
 def _intro(summary: dict[str, Any]) -> str:

@@ -85,8 +85,12 @@ def check_packages() -> None:
         ) from error
 
 
-def onnx_model(network: EmbeddingNetwork, layers: Sequence[str]) -> Any:
+def onnx_model(network: EmbeddingNetwork, layers: Sequence[str], free: bool) -> Any:
     """An `onnx.ModelProto`: input `images` `[batch 3 H W]`, outputs as `Traced` gives them.
+
+    Args:
+        network, layers: what is written.
+        free: H and W of any size; else those of the network's input.
 
     Raises:
         NetworkError: torch cannot follow the network, with its reason.
@@ -94,6 +98,8 @@ def onnx_model(network: EmbeddingNetwork, layers: Sequence[str]) -> Any:
     names = [output_name(place) for place in range(len(layers))]
     # A batch of one would be taken for a constant.
     example = torch.from_numpy(network.probe_images(2)).to(network.device)
+    sides = ("batch", None, "height", "width") if free else ("batch",)
+    shapes = {place: torch.export.Dim(name) for place, name in enumerate(sides) if name}
     try:
         with torch.inference_mode(False), torch.no_grad(), _silence(), _no_autocast(network):
             program = torch.onnx.export(
@@ -104,7 +110,7 @@ def onnx_model(network: EmbeddingNetwork, layers: Sequence[str]) -> Any:
                 external_data=False,
                 input_names=[INPUT],
                 output_names=[*names, EMBEDDING],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=(shapes,),
             )
         assert program is not None
         return program.model_proto

@@ -15,6 +15,7 @@ import torch
 from .. import __version__
 from .._files import fresh
 from .._files import replace as replace_durably
+from ..cam import resize
 from ..errors import InputError, NetworkError
 from ..fingerprint import fingerprint, full_float32
 from ..identity import Identity, compare
@@ -36,7 +37,8 @@ class ExportReport:
 
     path; bytes: of the file; layers: whose activations it gives, the network's own first; head:
     "identity", "affine" or "other"; difference: the largest relative one from torch's outputs, on
-    the probe and on random pictures; seconds: it took.
+    the probe and on random pictures; seconds: it took; free: whether it takes pictures of any
+    height and width.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class ExportReport:
     head: str
     difference: float
     seconds: float
+    free: bool
 
 
 def export_onnx(
@@ -56,7 +59,8 @@ def export_onnx(
 ) -> ExportReport:
     """Write an index's network as one ONNX file, to be run without torch.
 
-    Its input is `images` float32 `[B 3 H W]`, B of any size; its outputs are `activations`
+    Its input is `images` float32 `[B 3 H W]`, B of any size, H and W too where the network takes
+    any, which `detail=2` makes use of; its outputs are `activations`
     `[B K H W]`, whatever the layer's own layout, `activations_1` and so on for an index of several
     layers, and `embedding` `[B D]`, of length 1 where the index is normalised. It is written in
     float32, run by ONNX Runtime on the CPU and held against torch before it is put in place.
@@ -86,17 +90,24 @@ def export_onnx(
     plain.autocast = None
     settings = replace(given, precision="float32").to_dict()
     described = Described(__version__, settings, given_layers, head_of(plain))
-    with progress_of("tracing", shown=progress):
-        data = _model_bytes(plain, described)
-    with _beside(target) as unfinished, progress_of("checking", shown=progress):
-        _write(unfinished, data)
-        del data
-        difference = _held_against(plain, unfinished, given_layers)
+    with _beside(target) as unfinished:
+        for free in (True, False):
+            try:
+                with progress_of("tracing", shown=progress):
+                    data = _model_bytes(plain, described, free)
+                with progress_of("checking", shown=progress):
+                    _write(unfinished, data)
+                    difference = _held_against(plain, unfinished, given_layers)
+                break
+            except NetworkError:
+                # A network of one input size; what else fails, fails again.
+                if not free:
+                    raise
         size = unfinished.stat().st_size
         _put_in_place(unfinished, target)
     seconds = time.perf_counter() - began
     kind = described.head.kind
-    return ExportReport(target, size, given_layers, kind, difference, seconds)
+    return ExportReport(target, size, given_layers, kind, difference, seconds, free)
 
 
 def head_of(network: EmbeddingNetwork) -> Head:
@@ -110,8 +121,8 @@ def head_of(network: EmbeddingNetwork) -> Head:
     return Head("identity" if kind.identity else "affine", bias)
 
 
-def _model_bytes(network: EmbeddingNetwork, described: Described) -> bytes:
-    model = onnx_model(network, described.layers)
+def _model_bytes(network: EmbeddingNetwork, described: Described, free: bool) -> bytes:
+    model = onnx_model(network, described.layers, free)
     for key, value in described.to_props().items():
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
@@ -200,8 +211,9 @@ def _held_against(network: EmbeddingNetwork, path: Path, layers: Sequence[str]) 
     noise = np.random.default_rng(0).standard_normal((_RANDOM, *probe.shape[1:]))
     pictures = np.concatenate([probe, noise.astype(np.float32)])
     worst = 0.0
-    # Of one picture, and of a batch of another size than the one that was traced.
-    for batch in (pictures[:1], pictures):
+    # Of one picture, of a batch of another size than the one that was traced, and larger.
+    larger = resize(pictures[:1], (2 * pictures.shape[2], 2 * pictures.shape[3]))
+    for batch in (pictures[:1], pictures, *([larger] if written.sides is None else [])):
         expected = _by_torch(network, batch, layers)
         features, maps = written.forward_layers(batch, layers)
         for name, found in zip(expected, [*maps, features.embedding], strict=True):

@@ -99,14 +99,19 @@ class OnnxNetwork:
         """How many pictures a run takes; None: any number."""
         return self._session.shape[0]
 
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """(H, W) that a picture must have; None: any."""
+        height, width = self._session.shape[2:]
+        return None if height is None or width is None else (height, width)
+
     def describe(self) -> dict[str, Any]:
         """What the file says of its network beside the probe, ready for JSON; empty for others'."""
         return {} if self.described is None else dict(self.described.network)
 
     def probe_images(self, count: int = 1) -> np.ndarray:
         """The synthetic pictures as this network's input, float32 `[count C H W]`."""
-        height, width = self._session.shape[2:]
-        size = (height or _ANY_SIDE, width or _ANY_SIDE)
+        size = self.sides or (_ANY_SIDE, _ANY_SIDE)
         return probe_inputs(count, self.preprocess, size, self._session.shape[1] or 3)
 
     # ---------------------------------------------------------------- runs

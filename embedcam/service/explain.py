@@ -67,7 +67,11 @@ def router(pipeline: Pipeline) -> APIRouter:
         },
         openapi_extra=BODY,
         dependencies=[
-            Depends(only("n_neighbors", "result", "rival", "detail", "map_size", "picture_size"))
+            Depends(
+                only(
+                    "n_neighbors", "result", "rival", "detail", "signed", "map_size", "picture_size"
+                )
+            )
         ],
     )
     async def explain(
@@ -93,6 +97,13 @@ def router(pipeline: Pipeline) -> APIRouter:
                 "twice the side, for about four more embeddings.",
             ),
         ] = pipeline.explainer.detail,
+        signed: Annotated[
+            bool,
+            Query(
+                description="Of the JSON: the map before its ReLU, too, negative where the "
+                "picture speaks against the results."
+            ),
+        ] = False,
         map_size: Annotated[
             int, Query(ge=1, le=MAX_CELLS, description="Of the JSON's map: cells a side at most.")
         ] = 14,
@@ -110,7 +121,8 @@ def router(pipeline: Pipeline) -> APIRouter:
                 query, made = await pipeline.explain(upload, wanted, side)
                 if kind == JSON:
                     prefix = request.scope.get("root_path", "")
-                    body = await pipeline.in_thread(_explained, query, made, map_size, prefix)
+                    asked = (query, made, map_size, signed, prefix)
+                    body = await pipeline.in_thread(_explained, *asked)
                 else:
                     body = await pipeline.in_thread(_drawn, query, made, picture_size, kind)
         return Response(body, media_type=kind, headers={"Vary": "Accept"})
@@ -136,16 +148,19 @@ def router(pipeline: Pipeline) -> APIRouter:
     return routes
 
 
-def _explained(query: Picture, made: Explanation, map_size: int, prefix: str) -> bytes:
+def _explained(
+    query: Picture, made: Explanation, map_size: int, signed: bool, prefix: str
+) -> bytes:
     height, width = made.cam.shape
-    shown = made.to_dict((min(map_size, height), min(map_size, width)))
+    shown = made.to_dict((min(map_size, height), min(map_size, width)), signed=signed)
     norms = made.neighbor_norms
     neighbors = [
         _neighbor(one, None if norms is None else norms[place], prefix)
         for place, one in enumerate(shown["neighbors"])
     ]
     kept = (
-        "cam", "empty", "why_empty", "transfer", "match", "trust", "trust_low", "trusted", "direct",
+        "cam", *(["signed_cam"] if signed else []),
+        "empty", "why_empty", "transfer", "match", "trust", "trust_low", "trusted", "direct",
         "explained",
     )  # fmt: skip
     named = {

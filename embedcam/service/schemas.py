@@ -8,6 +8,7 @@ tests hold every answer against them.
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
 
 Cam = Annotated[
     list[list[Annotated[float, Field(ge=0)]]],
@@ -83,6 +84,11 @@ class ExplainAnswer(_Strict):
 
     picture: Size
     cam: Cam
+    signed_cam: list[list[float]] | SkipJsonSchema[None] = Field(
+        default=None,
+        description="With `signed=true`: the map before its ReLU, of the size of `cam`; negative "
+        "where the picture speaks against the results.",
+    )
     extent: Extent
     empty: bool = Field(description="Nothing in the query speaks for these results.")
     why_empty: str | None = Field(

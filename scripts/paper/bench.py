@@ -11,8 +11,10 @@ from measuring import (
     dense_weights,
     energy_in,
     explaining,
+    pasted_auc,
     projected,
     share_of,
+    single_auc,
     stored,
 )
 from photographs import (
@@ -46,6 +48,8 @@ class Row:
 
     Args:
         cells: what names it, a cell a column.
+        single: AUC of each picture's own signed map, `[N]`.
+        pasted: AUC of each scene and its mirror image, `[2 n]`.
         energy: of each picture's own map, `[N]`.
         share: of each scene and its mirror image, `[2 n]`.
         against: the row it is compared with, picture by picture.
@@ -54,6 +58,8 @@ class Row:
     """
 
     cells: tuple[str, ...]
+    single: np.ndarray
+    pasted: np.ndarray
     energy: np.ndarray
     share: np.ndarray
     against: "Row | None" = None
@@ -142,7 +148,25 @@ class Bench:
     def scored(self, cells: tuple[str, ...], weights: np.ndarray) -> Row:
         """What weights `[N K]` score."""
         energy = energy_in(self.gallery.activations, weights, self.unseen.regions)
-        return Row(cells, energy, share_of(self.scenes, weights[self.given]))
+        share = share_of(self.scenes, weights[self.given])
+        return Row(cells, self.single(weights), self.pasted(weights), energy, share)
+
+    def mean_activation(self, columns: int) -> Row:
+        """What the plain mean of the activations scores: no explanation at all."""
+        cells = ("mean activation", *[""] * (columns - 1))
+        return self.scored(cells, np.ones_like(self.gallery.pooled))
+
+    def single(self, weights: np.ndarray) -> np.ndarray:
+        """AUC of each picture's own signed map, object against the rest, `[N]`."""
+        return single_auc(self.gallery.activations, weights, self.unseen.objects)
+
+    def pasted(self, weights: np.ndarray) -> np.ndarray:
+        """AUC of each scene drawn with its result's weights, side against side, `[2 n]`."""
+        return pasted_auc(self.scenes, weights[self.given])
+
+    def frozen(self) -> "Bench":
+        """The same pictures by the frozen pooled vector."""
+        return replace(self, head=AffineHead(np.eye(self.gallery.pooled.shape[1], dtype="f4")))
 
     def said(self) -> str:
         """What the bench is, and whether its embedding retrieves as the frozen features do."""
@@ -184,16 +208,12 @@ def read_bench(folder: Path, weights: str, cache: Path | None) -> Bench:
         len(pictures.paths),
         (SIZE, SIZE),
     )
-    classes = sorted(set(pictures.labels))
-    seen = np.isin(pictures.labels, classes[: len(classes) // 2])
+    seen = pictures.seen()
     head = kept.array(
         f"{folder.name}-head", lambda: train_head(found.pooled[seen], pictures.labels[seen])
     )
-    unseen = Pictures(
-        [path for path, s in zip(pictures.paths, seen, strict=True) if not s],
-        pictures.labels[~seen],
-        projected(pictures.regions[~seen], found.activations),
-    )
+    unseen = pictures.some(~seen)
+    unseen.regions = projected(unseen.regions, found.activations)
     first, second = scene_pairs(unseen.labels)
     picture: Callable[[int], object] = partial(scene_picture, unseen, first=first, second=second)
     scenes = kept.features(f"{folder.name}-scenes", picture, 2 * len(first), (SIZE, 2 * SIZE))

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from measuring import figure
 
+from embedcam.metrics import paired_difference
+
 from . import transfers
 from .bench import Bench
 from .report import Bar, Interval, forest, markdown, mean_of, ratio
@@ -35,26 +37,32 @@ def table(rows: list[Carried]) -> str:
     """Pictures, then scenes, as Markdown."""
     texts = []
     for scene, what in ((False, "energy"), (True, "share")):
-        lines = [
-            [
-                one.recipe,
-                one.source.removeprefix("scene: "),
-                figure(one.kept),
-                *([figure(one.direct)] if scene else []),
-                "" if one.source == "direct" else str(ratio(one.kept, one.direct)),
-                "" if one.source == "direct" else _alike(one.alike),
-            ]
-            for one in rows
-            if one.source.startswith("scene: ") == scene
-        ]
-        direct = ["share, in the scene itself"] if scene else []
-        columns = ["weights", "results" if scene else "from", what, *direct, f"{what} kept"]
-        texts.append(markdown([*columns, "map correlation (5th percentile)"], lines))
+        lines = []
+        for one in rows:
+            if one.source.startswith("scene: ") != scene:
+                continue
+            cells = [one.recipe, one.source.removeprefix("scene: "), figure(one.auc)]
+            if one.source == "direct":
+                cells += ["", figure(one.kept), "", ""]
+            else:
+                gained = paired_difference(one.auc, one.direct_auc)
+                cells += [
+                    f"{gained.mean:+.3f} [{gained.low:+.3f}, {gained.high:+.3f}]",
+                    figure(one.kept),
+                    str(ratio(one.kept, one.direct)),
+                    _alike(one.alike),
+                ]
+            lines.append(cells)
+        columns = ["weights", "results" if scene else "from", "AUC", "AUC - direct", what]
+        kept = f"{what} kept"
+        texts.append(markdown([*columns, kept, "map correlation (5th percentile)"], lines))
     return "\n".join(texts)
 
 
 def _alike(values: np.ndarray) -> str:
-    return f"{figure(values)} ({np.quantile(values, 0.05):.2f})"
+    """Empty where nothing differs: such targets are the same for all images of a label."""
+    least = np.quantile(values, 0.05)
+    return "" if least >= 0.995 else f"{figure(values)} ({least:.2f})"
 
 
 def said(found: Mapping[str, list[Carried]]) -> str:
@@ -66,39 +74,41 @@ def said(found: Mapping[str, list[Carried]]) -> str:
 
     def alike(recipe: str, source: str) -> str:
         rows = _carried(found, recipe, source).values()
-        return " / ".join(f"{one.alike.mean():.2f}" for one in rows)
+        return " / ".join(f"{one.alike.mean():.3f}" for one in rows)
 
-    through, around, _, paper = transfers.RECIPES
-    ranges = {
-        data: [
-            ratio(one.kept, one.direct).mean
-            for one in rows
-            if one.recipe == through and one.source[0].isdigit()
-        ]
-        for data, rows in found.items()
-    }
-    spread = " / ".join(f"{min(kept):.3f} to {max(kept):.3f}" for kept in ranges.values())
+    def areas(recipe: str, source: str) -> str:
+        rows = _carried(found, recipe, source).values()
+        return " / ".join(f"{one.auc.mean():.3f}" for one in rows)
+
+    through, around, default, paper = transfers.RECIPES
     five, other, few = "5 nearest, mean", "a random other class", "nearest of 50 prototypes"
+    right, wrong = (f"1 nearest, of {whose} label" for whose in ("its", "another"))
+    scene = "scene: 1 given"
     return (
-        f"Through the norm, five neighbours keep {kept(through, five)} of the direct map's energy "
-        f"at a map correlation of {alike(through, five)}; weights of a random other class keep "
-        f"{kept(through, other)} at {alike(through, other)}. Around the norm it is "
-        f"{kept(around, five)} at {alike(around, five)}. In the paper's setting it is "
-        f"{kept(paper, five)} at {alike(paper, five)}, but a random other class's weights keep "
-        f"{kept(paper, other)} at {alike(paper, other)}: there, maps agree because they say "
-        f"little. Through the norm, one to ten neighbours in either mode keep {spread}, and the "
-        f"nearest of 50 prototypes {kept(through, few)}. In scenes one given result keeps "
-        f"{kept(through, 'scene: 1 given')} of the share of its own target differentiated in the "
-        "scene; around the norm the two are the same map. The paper's setting keeps "
-        f"{kept(paper, 'scene: 1 given')} of a share that is small to begin with."
+        f"By the default, signed maps drawn with the weights of five neighbours correlate with the "
+        f"query's own direct map at {alike(default, five)} (one neighbour of its label "
+        f"{alike(default, right)}, one of another {alike(default, wrong)}, a random other class "
+        f"{alike(default, other)}), at a single AUC of {areas(default, five)} beside the direct "
+        f"map's {areas(default, 'direct')} and the mean activation's "
+        f"{areas(default, 'mean activation')}. By the margin through the norm it is "
+        f"{alike(through, five)}, around it {alike(around, five)}. In the paper's setting it is "
+        f"{alike(paper, five)}, but a random other class's weights have {alike(paper, other)}: "
+        "there, maps agree because they say little. The nearest of 50 prototypes has "
+        f"{alike(default, few)} by the default. Of the energy, five neighbours keep "
+        f"{kept(default, five)} by the default, {kept(through, five)} by the margin, "
+        f"{kept(paper, five)} by the paper's setting. In scenes, by the margin, one given result "
+        f"has a pasted AUC of {areas(through, scene)}, at {kept(through, scene)} of the share of "
+        f"its own target differentiated in the scene; the paper's setting {areas(paper, scene)}, "
+        f"at {kept(paper, scene)}. By the default and around the norm the two are the same map, "
+        "and nothing is compared."
     )
 
 
 def draw(found: Mapping[str, list[Carried]], path: Path) -> None:
-    """Energy kept and map correlation from each source."""
+    """AUC beside the direct map's, and map correlation, from each source."""
     panels: dict[str, dict[str, dict[str, Interval]]] = {}
     for title, show in (
-        ("energy kept", lambda one: ratio(one.kept, one.direct)),
+        ("single AUC", lambda one: mean_of(one.auc)),
         ("map correlation", lambda one: mean_of(one.alike)),
     ):
         for recipe in transfers.RECIPES:
@@ -123,7 +133,9 @@ def bars(found: Mapping[str, list[Carried]]) -> list[Bar]:
         ("scenes: 1 given result keeps 0.95 of the share", "scene: 1 given", 0.95),
         ("scenes: 5 given results keep 0.95 of the share", "scene: 5 given", 0.95),
     ):
-        for recipe in transfers.RECIPES:
+        for recipe, choice in transfers.RECIPES.items():
+            if source.startswith("scene: ") and choice.head_norm == "around":
+                continue
             kept = _kept(_carried(found, recipe, source))
             shown = {data: str(one) for data, one in kept.items()}
             short = {data: least - one.mean for data, one in kept.items()}

@@ -16,7 +16,7 @@ from .bench import Row
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 MARKS = ("o", "s", "^", "D")
-COLUMNS = ("energy", "energy - base", "share", "share - base", "larger half right")
+COLUMNS = ("single", "single - base", "pasted", "pasted - base", "energy", "share", "right")
 
 
 class Interval(NamedTuple):
@@ -67,7 +67,7 @@ def mean_of(values: np.ndarray) -> Interval:
 
 
 def gain(row: Row, what: str) -> PairedDifference:
-    """How a row fares against its base, picture by picture: "energy" or "share"."""
+    """How a row fares against its base, picture by picture, by one of its figures."""
     assert row.against is not None
     return paired_difference(*(by_picture(getattr(one, what)) for one in (row, row.against)))
 
@@ -88,14 +88,18 @@ def difference(row: Row, what: str) -> str:
     return f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}], {found.win_rate:.0%}"
 
 
-def table(names: Sequence[str], rows: Sequence[Row], sizes: bool = False) -> str:
+def table(
+    names: Sequence[str], rows: Sequence[Row], sizes: bool = False, bases: bool = True
+) -> str:
     """Rows as Markdown: what names them, what they score, how that compares with their base."""
-    columns = [*names, *(["bytes"] if sizes else []), *COLUMNS]
+    columns = [*names, *(["bytes"] if sizes else [])]
+    columns += [one for one in COLUMNS if bases or not one.endswith("- base")]
     lines = []
     for row in rows:
-        cells = [*row.cells, *([str(row.bytes)] if sizes else [])]
-        cells += [figure(row.energy), difference(row, "energy")]
-        cells += [figure(row.share), difference(row, "share"), right(row.share)]
+        cells = [*row.cells, *(["" if row.bytes is None else str(row.bytes)] if sizes else [])]
+        for what in ("single", "pasted"):
+            cells += [figure(getattr(row, what)), *([difference(row, what)] if bases else [])]
+        cells += [figure(row.energy), figure(row.share), right(row.share)]
         lines.append(cells)
     return markdown(columns, lines)
 

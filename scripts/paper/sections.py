@@ -54,29 +54,38 @@ def _wins(what: str) -> Callable[[Row], str]:
     return lambda row: f"{gain(row, what).win_rate:.0%}"
 
 
-def _settings(tables: Tables, separator: str = ", ") -> dict[str, dict[str, dict[str, Interval]]]:
-    """Energy and share of every row, for a forest."""
+def _settings(tables: Tables) -> dict[str, dict[str, dict[str, Interval]]]:
+    """AUC of every row on single and on pasted pictures, for a forest."""
     return {
-        what: {
-            data: {separator.join(filter(None, r.cells)): mean_of(getattr(r, what)) for r in rows}
+        f"{what}: pixel AUC": {
+            data: {", ".join(filter(None, r.cells)): mean_of(getattr(r, what)) for r in rows}
             for data, rows in tables.items()
         }
-        for what in ("energy", "share")
+        for what in ("single", "pasted")
     }
 
 
 def _averaging_said(tables: Tables) -> str:
-    low, top = (named(tables, name, "50") for name in ("low-rank 128", "top 50 signed"))
-    five, every = (named(tables, "low-rank 128", count) for count in ("5", "all"))
+    low, top, around = (
+        named(tables, name, "50")
+        for name in ("low-rank 128", "top 50 signed", "low-rank 128, around")
+    )
+    ten, every = (named(tables, "low-rank 128", count) for count in ("10", "all"))
+
+    def gained(what: str) -> str:
+        return "; ".join(
+            f"{name} {each(rows, _gain(what))} (more in {each(rows, _wins(what))})"
+            for name, rows in (("low-rank", low), ("around the norm", around), ("top 50", top))
+        )
+
+    mean = named(tables, "mean activation", "")
     return (
-        f"Fifty triplets instead of one change the energy of low-rank weights by "
-        f"{each(low, _gain('energy'))} (more in {each(low, _wins('energy'))} of the pictures), of "
-        f"the paper's top 50 by {each(top, _gain('energy'))} ({each(top, _wins('energy'))}); the "
-        f"share in scenes by {each(low, _gain('share'))} and {each(top, _gain('share'))}. Five "
-        f"already give low-rank weights an energy of {each(five, _score('energy'))} and a share of "
-        f"{each(five, _score('share'))}, all of them {each(every, _score('energy'))} and "
-        f"{each(every, _score('share'))}: most of the gain comes from the first ten, and nothing "
-        "is lost by taking all, which need no draw. Low-rank and dense are the same to three "
+        f"Fifty triplets instead of one change the AUC of pasted pairs by: {gained('pasted')}; "
+        f"that of single objects by: {gained('single')}; the energy by: {gained('energy')}. Ten "
+        f"already give low-rank weights a pasted AUC of {each(ten, _score('pasted'))}, all of them "
+        f"{each(every, _score('pasted'))}, and nothing is lost by taking all, which need no draw. "
+        f"On single objects the mean activation has {each(mean, _score('single'))}, the mean over "
+        f"all triplets {each(every, _score('single'))}. Low-rank and dense are the same to three "
         "digits."
     )
 
@@ -84,9 +93,9 @@ def _averaging_said(tables: Tables) -> str:
 def _averaging_draw(tables: Tables, path: Path) -> None:
     ticks = {**{count: str(count) for count in weights.COUNTS}, 220: "all"}
     panels = {}
-    for what in ("energy", "share"):
+    for what in ("single", "pasted"):
         for data, rows in tables.items():
-            panels[f"{data}: {what}"] = {
+            panels[f"{data}: {what}, pixel AUC"] = {
                 name: [
                     (220 if r.cells[1] == "all" else int(r.cells[1]), mean_of(getattr(r, what)))
                     for r in rows
@@ -97,22 +106,18 @@ def _averaging_draw(tables: Tables, path: Path) -> None:
     sweep(path, panels, "triplets an image, S", ticks, columns=len(tables))
 
 
-def _shown(row: Row) -> str:
-    found = gain(row, "energy")
-    return f"{Interval(*found[:3])}, wins {found.win_rate:.0%}"
-
-
 def _averaging_bars(tables: Tables) -> list[Bar]:
     bars = []
-    for name in weights.ENCODINGS:
-        for count in ("50", "all"):
-            rows = named(tables, name, count)
+    for what in ("single", "pasted"):
+        for name in weights.ENCODINGS:
+            rows = named(tables, name, "50")
+            gains = {data: gain(row, what) for data, row in rows.items()}
             bars.append(
                 Bar(
-                    "averaged beats one triplet: the interval of the energy gained is above 0",
-                    f"{name}, {count} triplets",
-                    {data: _shown(row) for data, row in rows.items()},
-                    {data: -gain(row, "energy").low for data, row in rows.items()},
+                    f"50 triplets beat one: the interval of the {what} AUC gained is above 0",
+                    name,
+                    {d: f"{Interval(*g[:3])}, wins {g.win_rate:.0%}" for d, g in gains.items()},
+                    {data: -found.low for data, found in gains.items()},
                 )
             )
     return bars
@@ -121,7 +126,10 @@ def _averaging_bars(tables: Tables) -> list[Bar]:
 def _encodings_said(tables: Tables) -> str:
     kinds = {
         kind: {
-            data: next((r for r in rows if r.cells == (kind, "50")), rows[-1])
+            data: next(
+                (r for r in rows if r.cells == (kind, "50")),
+                [r for r in rows if r.cells[0] == kind][-1],
+            )
             for data, rows in tables.items()
         }
         for kind in ("top-M, signed", "top-M, magnitude")
@@ -131,13 +139,13 @@ def _encodings_said(tables: Tables) -> str:
     signed, size = kinds["top-M, signed"], kinds["top-M, magnitude"]
     return (
         f"Against low-rank weights of as many bytes, the paper's 50 largest channels change "
-        f"the share by {each(signed, _gain('share'))} and the energy by "
-        f"{each(signed, _gain('energy'))}; the 50 of largest magnitude by "
-        f"{each(size, _gain('share'))} and {each(size, _gain('energy'))}. By sign, keeping "
-        "more channels does not help until the negative ones are kept too: only they can take "
-        "energy from the other object. And few "
-        f"components are enough: {few[next(iter(few))].cells[1]} of them reach a share of "
-        f"{each(few, _score('share'))} where dense weights have {each(dense, _score('share'))}; "
+        f"the pasted AUC by {each(signed, _gain('pasted'))} and the single AUC by "
+        f"{each(signed, _gain('single'))}; the 50 of largest magnitude by "
+        f"{each(size, _gain('pasted'))} and {each(size, _gain('single'))}. By sign, keeping "
+        "more channels does not help in pairs until the negative ones are kept too: only they can "
+        "speak against the other object. And few "
+        f"components are enough: {few[next(iter(few))].cells[1]} reach a pasted AUC of "
+        f"{each(few, _score('pasted'))} where dense weights have {each(dense, _score('pasted'))}; "
         "these are weights of a dozen classes, though, which span few directions. A low-rank basis "
         "is kept once an index (K numbers a component), which the bytes an image leave out."
     )
@@ -151,9 +159,9 @@ def _encodings_draw(tables: Tables, path: Path) -> None:
         "top-M by sign": "top-M, signed",
         "dense": "dense",
     }
-    for what in ("energy", "share"):
+    for what in ("single", "pasted"):
         for data, rows in tables.items():
-            panels[f"{data}: {what}"] = {
+            panels[f"{data}: {what}, pixel AUC"] = {
                 name: [
                     (r.bytes or 0, mean_of(getattr(r, what)))
                     for r in rows
@@ -171,23 +179,23 @@ def _targets_said(tables: Tables) -> str:
 
     hinge, centred = pick("margin, 50 triplets, hinge 0.2"), pick("centred")
     near, far = pick("nearness of positives alone"), pick("distance of negatives alone")
-    margin = pick("margin, all triplets")
+    margin, own = pick("margin, all triplets"), pick("distinctive")
+    mean = named(tables, "mean activation", "")
     return (
-        f"Through the norm, the margin's share is {each(margin, _score('share'))}, that of the "
-        f"nearness of positives alone {each(near, _score('share'))}, of the distance of negatives "
-        f"alone {each(far, _score('share'))}: the two add up to the margin exactly, and neither "
-        "does its work. Nearness alone marks what the picture *lacks* of its class's mean, since "
-        "its own embedding drops out (through the norm) or is taken away (around it); the distance "
-        "of negatives is nearly the centred target, and around the norm as good as the margin in "
-        f"scenes ({each(pick('distance of negatives alone', 'around'), _gain('share'))} of share). "
-        "The discriminant target, whitened embeddings and the mean of a label's pictures, adds "
-        f"{each(pick('discriminant'), _gain('share'))} of share and "
-        f"{each(pick('discriminant'), _gain('energy'))} of energy. "
-        f"The centred target falls behind through the norm ({each(centred, _gain('share'))} of "
-        f"share), and keeps up around it ({each(pick('centred', 'around'), _gain('share'))}). The "
-        f"hinge does not help: it leaves {each(hinge, _counted)} of 50 triplets, and changes the "
-        f"share by {each(hinge, _gain('share'))}. With the loss's own sign, what is drawn is the "
-        f"evidence against: a share of {each(pick('the loss with its own sign'), _score('share'))}."
+        f"Through the norm, the margin's pasted AUC is {each(margin, _score('pasted'))}, that of "
+        f"the nearness of positives alone {each(near, _score('pasted'))}, of the distance of "
+        f"negatives alone {each(far, _score('pasted'))}: the two add up to the margin exactly. "
+        "Nearness alone marks what the picture *lacks* of its class's mean, since its own "
+        "embedding drops out (through the norm) or is taken away (around it); the distance of "
+        "negatives is nearly the centred target. The distinctive target, the default, changes the "
+        f"margin's pasted AUC by {each(own, _gain('pasted'))} and its single AUC by "
+        f"{each(own, _gain('single'))}, to {each(own, _score('single'))} beside the mean "
+        f"activation's {each(mean, _score('single'))}. The centred target changes the pasted AUC "
+        f"by {each(centred, _gain('pasted'))}, around the norm by "
+        f"{each(pick('centred', 'around'), _gain('pasted'))}. The hinge leaves "
+        f"{each(hinge, _counted)} of 50 triplets, and changes the pasted AUC by "
+        f"{each(hinge, _gain('pasted'))}. With the loss's own sign, what is drawn is the evidence "
+        f"against: a pasted AUC of {each(pick('the loss with its own sign'), _score('pasted'))}."
     )
 
 
@@ -200,14 +208,12 @@ def _methods_said(tables: Tables) -> str:
     plain, plus = (named(tables, name, "50", "through") for name in ("Grad-CAM", "Grad-CAM++"))
     mean = named(tables, "mean activation", "", "")
     return (
-        f"Grad-CAM++ of 50 triplets is within a few hundredths of the mean activation, which "
-        f"explains nothing: energy {each(plus, _score('energy'))} against "
-        f"{each(mean, _score('energy'))}, share {each(plus, _score('share'))} against "
-        f"{each(mean, _score('share'))}. Of the same triplets Grad-CAM's share is "
-        f"{each(plain, _score('share'))}; Grad-CAM++ differs from it by "
-        f"{each(plus, _gain('share'))}. Its weights cannot be negative, and averaging makes those "
-        "of all pictures alike. With one triplet Grad-CAM's energy is no better than the mean "
-        "activation's: it is the averaging that makes the map."
+        f"Grad-CAM++ of 50 triplets lies near the mean activation, which explains nothing: single "
+        f"AUC {each(plus, _score('single'))} against {each(mean, _score('single'))}, pasted AUC "
+        f"{each(plus, _score('pasted'))} against {each(mean, _score('pasted'))}. Of the same "
+        f"triplets Grad-CAM's pasted AUC is {each(plain, _score('pasted'))}; Grad-CAM++ differs "
+        f"from it by {each(plus, _gain('pasted'))}. Its weights cannot be negative, and averaging "
+        "makes those of all pictures alike."
     )
 
 
@@ -215,14 +221,13 @@ def _sampling_said(tables: Tables) -> str:
     semi, hard = (named(tables, kind, "50") for kind in ("semihard", "hard"))
     random, every = named(tables, "random", "50"), named(tables, "all", "all")
     return (
-        f"In scenes random negatives explain best: semihard ones change the share by "
-        f"{each(semi, _gain('share'))}, hard ones by {each(hard, _gain('share'))} from random's "
-        f"{each(random, _score('share'))}. On single objects the data sets differ: the "
-        f"energy changes by {each(semi, _gain('energy'))} and {each(hard, _gain('energy'))}. "
+        f"Semihard negatives change the pasted AUC by {each(semi, _gain('pasted'))}, hard ones by "
+        f"{each(hard, _gain('pasted'))} from random's {each(random, _score('pasted'))}; the single "
+        f"AUC changes by {each(semi, _gain('single'))} and {each(hard, _gain('single'))}. "
         "Hard negatives are of the few classes most alike, so the map says what tells a picture "
         "from those, and not from whatever stands beside it. All triplets, which cost no "
-        f"draw, differ from 50 random ones by "
-        f"{each(every, _gain('share'))} of share and {each(every, _gain('energy'))} of energy."
+        f"draw, differ from 50 random ones by {each(every, _gain('pasted'))} of pasted and "
+        f"{each(every, _gain('single'))} of single AUC."
     )
 
 

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from measuring import drawn, energy_in, share_of
+from measuring import energy_in, pasted_auc, share_of, signed, single_auc
 
 from embedcam.cotangents import AnchorCotangents, Cotangents
 from embedcam.metrics import correlations
 from embedcam.prototypes.grouping import group
 from embedcam.recipe import Recipe
+from embedcam.targets import WHITENED, Whitened, whitened_cotangent, whitening, with_own
 from embedcam.transfer import transfer
 
 from .bench import Bench
@@ -29,7 +30,7 @@ PROTOTYPES = (50, 100, 200)
 RECIPES = {
     "all triplets, through": Recipe(target="margin"),
     "all triplets, around": Recipe(target="margin", norm="around"),
-    "discriminant, through": Recipe(target="discriminant"),
+    "distinctive: the default": Recipe(),
     "50 triplets, top 50, through": Recipe.paper(),
 }
 
@@ -41,33 +42,64 @@ class Carried:
     Args:
         recipe: name of the weights.
         source: where they are from; "direct" for the query's own.
-        kept: energy of each picture's map, or share of each scene (its mirror image averaged in).
+        auc: single AUC of each picture's map, or pasted AUC of each scene (its mirror image
+            averaged in).
+        direct_auc: the same of the direct map.
+        kept: energy of each picture's map, or share of each scene.
         direct: the same of the direct map.
-        alike: correlation of the two maps, picture by picture, or scene by scene.
+        alike: correlation of the two signed maps, picture by picture, or scene by scene.
     """
 
     recipe: str
     source: str
+    auc: np.ndarray
+    direct_auc: np.ndarray
     kept: np.ndarray
     direct: np.ndarray
     alike: np.ndarray
 
+    def some(self, source: str, chosen: np.ndarray) -> "Carried":
+        """The same of some pictures."""
+        figures = (self.auc, self.direct_auc, self.kept, self.direct, self.alike)
+        return Carried(self.recipe, source, *(one[chosen] for one in figures))
+
 
 def pictures(bench: Bench) -> list[Carried]:
     """One-object pictures, each a query once."""
+    activations, unseen = bench.gallery.activations, bench.unseen
+    mean = np.ones_like(bench.gallery.pooled)
+    right = nearest_of_label(bench)
     found = []
     for name, recipe in RECIPES.items():
         sources = carried_weights(bench, _fitting(bench, recipe))
-        own = sources.pop("direct")
-        direct_maps = drawn(bench.gallery.activations, own)
-        direct = energy_in(bench.gallery.activations, own, bench.unseen.regions)
-        found.append(Carried(name, "direct", direct, direct, np.ones(len(direct))))
-        for source, weights in sources.items():
-            maps = drawn(bench.gallery.activations, weights)
-            energy = energy_in(bench.gallery.activations, weights, bench.unseen.regions)
-            alike = correlations(maps, direct_maps)
-            found.append(Carried(name, source, energy, direct, alike))
+        own = sources["direct"]
+        expected = signed(activations, own)
+        area = single_auc(activations, own, unseen.objects)
+        direct = energy_in(activations, own, unseen.regions)
+        for source, weights in {**sources, "mean activation": mean}.items():
+            one = Carried(
+                name,
+                source,
+                single_auc(activations, weights, unseen.objects),
+                area,
+                energy_in(activations, weights, unseen.regions),
+                direct,
+                correlations(signed(activations, weights), expected),
+            )
+            found.append(one)
+            if source == "1 nearest":
+                found.append(one.some(f"{source}, of its label", right))
+                found.append(one.some(f"{source}, of another label", ~right))
     return found
+
+
+def nearest_of_label(bench: Bench) -> np.ndarray:
+    """Whether each query's nearest picture of its fold's index has its label, `[N]`."""
+    right = np.zeros(len(bench.codes), bool)
+    for index, queries in folds(len(bench.codes)):
+        nearest = index[(bench.embeddings[queries] @ bench.embeddings[index].T).argmax(1)]
+        right[queries] = bench.codes[nearest] == bench.codes[queries]
+    return right
 
 
 def carried_weights(bench: Bench, recipe: Recipe) -> dict[str, np.ndarray]:
@@ -94,10 +126,9 @@ def _of_fold(
     generator = np.random.default_rng(0)
     anchors = AnchorCotangents(recipe, f[index], codes[index], bench.mean)
     weights, _ = bench.weights(recipe, anchors.of(np.arange(len(index))), index)
-    if recipe.target == "discriminant":
-        own = label_cotangents(anchors, codes[queries], codes[index])
-    else:
-        own = query_cotangents(recipe, codes[queries], f[index], codes[index], generator)
+    own = query_cotangents(recipe, codes[queries], f[index], codes[index], generator)
+    if recipe.resolved_target in WHITENED:
+        own = whitened_cotangents(recipe, own, f[queries], f[index])
     counts = np.ones(len(queries), np.int64)
     yield "direct", bench.weights(recipe, Cotangents(own, None, counts), queries)[0]
     distances = ((f[queries][:, None] - f[index]) ** 2).sum(-1)
@@ -117,17 +148,17 @@ def _of_fold(
     yield "a random other class", weights[np.concatenate(strange)]
 
 
-def label_cotangents(
-    anchors: AnchorCotangents, query_codes: np.ndarray, codes: np.ndarray
+def whitened_cotangents(
+    recipe: Recipe, margins: np.ndarray, queries: np.ndarray, index: np.ndarray
 ) -> np.ndarray:
-    """Of queries outside the index: what the index's pictures of their label share, else 0."""
-    every = anchors.of(np.arange(len(codes))).values
-    values = np.zeros((len(query_codes), every.shape[1]), np.float32)
-    for row, code in enumerate(query_codes):
-        alike = np.flatnonzero(codes == code)
-        if len(alike):
-            values[row] = every[alike[0]]
-    return values
+    """Of queries outside the index, as `embedcam.fallback.DirectWeights` computes them: the
+    query's own margin, whitened by the index's embeddings, and its own part."""
+    amounts = Whitened.of(recipe.resolved_target, recipe.norm, labelled=True)
+    known = index.astype(np.float64)
+    mean = known.mean(0)
+    matrix = whitening(known.T @ known / len(known), mean, amounts.ridge)
+    kind = whitened_cotangent(margins, queries, matrix, amounts.jacobian)
+    return with_own(kind, queries - mean, amounts.own)
 
 
 def query_cotangents(
@@ -179,6 +210,9 @@ def scenes(bench: Bench) -> list[Carried]:
     )
     found = []
     for name, recipe in RECIPES.items():
+        if recipe.head_norm == "around":
+            # Its weights are the same wherever it is differentiated: nothing to compare.
+            continue
         recipe = _fitting(bench, recipe)
         cotangents = bench.cotangents(recipe).values
         weights, _ = bench.weights(recipe)
@@ -189,6 +223,7 @@ def scenes(bench: Bench) -> list[Carried]:
             carried = {f"{count} given": transfer(weights[results], apart)}
             if count == 1:
                 carried["a random other class"] = weights[np.tile(strange, 2)]
+                carried["mean activation"] = np.ones_like(direct)
             found += [_scene(bench, name, source, w, direct) for source, w in carried.items()]
     return found
 
@@ -197,9 +232,13 @@ def _scene(
     bench: Bench, recipe: str, source: str, weights: np.ndarray, direct: np.ndarray
 ) -> Carried:
     activations = bench.scenes.activations
-    alike = correlations(drawn(activations, weights), drawn(activations, direct))
-    kept, shown = (share_of(bench.scenes, each).mean(0) for each in (weights, direct))
-    return Carried(recipe, source, kept, shown, alike.reshape(2, -1).mean(0))
+    alike = correlations(signed(activations, weights), signed(activations, direct))
+    measured = [
+        measure(bench.scenes, each).mean(0)
+        for measure in (pasted_auc, share_of)
+        for each in (weights, direct)
+    ]
+    return Carried(recipe, source, *measured, alike.reshape(2, -1).mean(0))
 
 
 def results_of(bench: Bench, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from embedcam.cotangents import Cotangents
 from embedcam.recipe import Recipe
-from embedcam.targets import NORMS
+from embedcam.targets import NORMS, WHITENED
 
 from .bench import Bench, Row
 
@@ -39,7 +39,7 @@ def averaging(bench: Bench) -> list[Row]:
             row.against = single
             single = single or row
             rows.append(row)
-    return rows
+    return [*rows, bench.mean_activation(2)]
 
 
 def encodings(bench: Bench) -> list[Row]:
@@ -64,7 +64,7 @@ def encodings(bench: Bench) -> list[Row]:
             row = bench.row((f"top-M, {by}", str(m)), recipe, found)
             row.against = ranks[max(rank for rank in ranks if rank <= max(2 * m, min(ranks)))]
             rows.append(row)
-    return rows
+    return [*rows, bench.mean_activation(2)]
 
 
 def targets(bench: Bench) -> list[Row]:
@@ -84,8 +84,8 @@ def targets(bench: Bench) -> list[Row]:
             bench.row((name, norm), recipe, Cotangents(values, None, ones))
             for name, values in alone.items()
         ]
-        shared = Recipe(target="discriminant", norm=norm)
-        compared.append(bench.row(("discriminant", norm), shared))
+        for target in WHITENED:
+            compared.append(bench.row((target, norm), Recipe(target=target, norm=norm)))
         compared.append(bench.row(("centred", norm), replace(ALL, target="centred", norm=norm)))
         for row in compared:
             row.against = margin
@@ -95,12 +95,12 @@ def targets(bench: Bench) -> list[Row]:
         )
         hinged.against = drawn
         rows += [margin, *compared, drawn, hinged]
-    return rows
+    return [*rows, bench.mean_activation(2)]
 
 
 def methods(bench: Bench) -> list[Row]:
     """Grad-CAM and Grad-CAM++ of the same triplets, beside the mean activation."""
-    mean = bench.scored(("mean activation", "", ""), np.ones_like(bench.gallery.pooled))
+    mean = bench.mean_activation(3)
     rows = [mean]
     for norm in NORMS:
         for count in (1, 50):
@@ -125,7 +125,7 @@ def sampling(bench: Bench) -> list[Row]:
         rows += made
     every = bench.row(("all", "all"), ALL)
     every.against = rows[3]
-    return [*rows, every]
+    return [*rows, every, bench.mean_activation(2)]
 
 
 def pair_means(embeddings: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

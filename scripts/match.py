@@ -11,7 +11,8 @@ on these alone, and the other half is asked. Five seeded halves: means, in brack
 - *AUROC*: of match between queries with a right and with a wrong first result (bar 0.85);
 - *calibration error*: mean |match - share of right ones| over ten bins of equal count (bar 0.05);
   *perfect*: what a match that is exactly right would have on so many queries, whose first results
-  are right or wrong by chance, at match's own probability: the mean of 200 draws;
+  are right or wrong by chance, at match's own probability: the mean of 200 draws; *together*: the
+  error over ten bins of all halves' queries, of which bins of few queries hide less;
 - *falls*: minus the rank correlation of match with the first result's distance. Without labels
   match is how usual that distance is and says nothing of labels: no error is measured;
 - *noise*, *blank*: share below 0.2 of 60 pictures each (bar 0.95): white, blocky and uniform noise,
@@ -38,7 +39,9 @@ from embedcam.match_fit import calibrate_match
 from embedcam.matching import TEN, MatchCalibration
 
 SEEDS, FEW, MADE, LOW = 5, 10, 60, 0.2
-COLUMNS = ("wrong first", "AUROC", "calibration error", "perfect", "falls", "noise", "blank")
+COLUMNS = (
+    "wrong first", "AUROC", "calibration error", "perfect", "falls", "noise", "blank", "together",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -54,11 +57,15 @@ def main() -> None:
             embeddings, labels = read(folder, network, options.cache)
             name = folder.name if folder.name != "single" else folder.parent.name
             for kind in ("all", "ten", "none"):
-                runs = [figures(embeddings, labels, strange, kind, seed) for seed in range(SEEDS)]
-                lines.append([name, kind, *cells(np.array(runs))])
+                found = [figures(embeddings, labels, strange, kind, seed) for seed in range(SEEDS)]
+                asked = (np.concatenate(parts) for parts in zip(*(said for _, said in found),
+                                                                strict=True))  # fmt: skip
+                together = "" if kind == "none" else f"{error(*asked):.3f}"
+                runs = np.array([columns for columns, _ in found])
+                lines.append([name, kind, *cells(runs), together])
                 print(" | ".join(lines[-1]), flush=True)
-    except EmbedcamError as error:
-        sys.exit(f"match: {error}")
+    except EmbedcamError as problem:
+        sys.exit(f"match: {problem}")
     if options.output:
         rules = (__doc__ or "").partition("--cache CACHE\n\n")[2]
         names = " ".join(f"DATA/{'/'.join(_tail(folder))}" for folder in options.data)
@@ -87,8 +94,8 @@ def read(
 
 def figures(
     embeddings: np.ndarray, labels: np.ndarray, strange: list[np.ndarray], kind: str, seed: int
-) -> list[float]:
-    """The columns, of one half; NaN where one means nothing."""
+) -> tuple[list[float], tuple[np.ndarray, np.ndarray]]:
+    """The columns, of one half, NaN where one means nothing; match and whether it was right."""
     indexed, asked = halves(labels, seed, FEW if kind == "ten" else len(labels))
     known = [None] * len(indexed) if kind == "none" else labels[indexed].tolist()
     made = calibrate_match(embeddings[indexed], known, seed=seed)
@@ -111,7 +118,7 @@ def figures(
     by_label = [np.nan] * 2 if kind == "none" else [error(values, right), np.mean(chance)]
     falls = -spearmanr(values, distances)[0]
     low = [float((match(one)[0] < LOW).mean()) for one in strange]
-    return [1 - right.mean(), area, *by_label, falls, *low]
+    return [1 - right.mean(), area, *by_label, falls, *low], (values, right)
 
 
 def halves(labels: np.ndarray, seed: int, most: int) -> tuple[np.ndarray, np.ndarray]:

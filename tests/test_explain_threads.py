@@ -477,6 +477,7 @@ def test_what_an_operator_reads(
     switch(link, versions[0])
     with caplog.at_level(logging.DEBUG, "embedcam"):
         assert explainer.reload()
-        trust = explainer.explain(strange(0)).trust
-    assert caplog.messages[1:] == [f"trust {trust:.2f} is below 0.50: weights computed"]
+        found = explainer.explain(strange(0))
+    told = f"trust {found.trust:.2f}, one in ten below {found.trust_low:.2f}: weights computed"
+    assert caplog.messages[1:] == [told]
     assert {record.name for record in caplog.records} == {"embedcam"}

@@ -358,3 +358,18 @@ def test_info_says_when_trust_was_calibrated(say: Say, tmp_path: Path) -> None:
     assert "match calibrated on 43 images\n" in say("calibrate", index, "--no-trust")[1]
     told = say("calibrate", index, "--json", *TRUSTED)[1]
     assert json.loads(told) == {"match": 43, "trust": 43}
+
+
+def test_a_report_takes_labels_from_a_csv_and_begins_with_those_that_came_back_wrong(
+    say: Say, tmp_path: Path
+) -> None:
+    asked = tmp_path / "asked.csv"
+    named = Path("photos").resolve()
+    asked.write_text(f"path,label\n{named}/0/0.png,1\n{named}/1/0.png,1\n")
+    told = {}
+    for name, more in (("auto", ()), ("none", ("--labels", "none"))):
+        report = ("--report", tmp_path / name, *more, *TRUSTED)
+        assert say("explain", "shared", asked, *report)[0] == 0
+        told[name] = (tmp_path / name / "index.html").read_text(encoding="utf-8")
+    assert "First result of another label: 1 of 2 queries" in told["auto"]
+    assert "First result of another label" not in told["none"]

@@ -325,7 +325,7 @@ def test_a_report_begins_with_results_that_are_far_in_value(shop: Path, tmp_path
     with Explainer(tmp_path / "index", network) as explainer:
         write_report(explainer, find_images(shop / "asked.csv", "numbers"), tmp_path / "out")
     page = (tmp_path / "out/index.html").read_text(encoding="utf-8")
-    assert "those first whose first result has another label" in page
+    assert "First result of another label: 1 of 3 queries" in page
     table = page[page.index("All queries") :]
     assert table.index("01.png") < min(table.index("00.png"), table.index("02.png"))
 

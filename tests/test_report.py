@@ -238,10 +238,20 @@ def test_the_overview_begins_with_results_of_another_label_then_the_least_match(
         record("wrong", "owl", "gull", 0.8),
         record("unknown", None, "gull", 0.6),
     ]
-    (overview,) = blocks(facts(lines))
+    doubts, overview = blocks(facts(lines))
+    assert doubts.caption == "First result of another label: 1 of 4 queries"
+    assert (doubts.folded, overview.folded) == (False, True)
+    assert doubts.header[:5] == ["query", "its label", "nearest image", "label", "distance"]
+    assert [[str(cell) for cell in row] for row in doubts.rows] == [
+        ["wrong", "owl", "n", "gull", "0.500", "0.80", "0.50"]
+    ]
     assert [str(row[0]) for row in overview.rows] == ["wrong", "right", "unknown", "sure"]
-    assert overview.caption == "All queries, those first whose first result has another label"
-    assert [row[4] for row in overview.rows] == ["0.80", "0.40", "0.60", "0.90"]
+    assert overview.caption == "All queries, those first"
+    assert [row[5] for row in overview.rows] == ["0.80", "0.40", "0.60", "0.90"]
+    many = [record(str(n), "owl", "gull", n / 100) for n in range(60)]
+    doubts, overview = blocks(facts(many))
+    told = "First result of another label: 60 of 60 queries, the 50 least likely matches"
+    assert (doubts.caption, len(doubts.rows), len(overview.rows)) == (told, 50, 60)
     (overview,) = blocks(facts(lines[:2]))
     assert overview.caption == "All queries, the least likely matches first"
 

@@ -75,12 +75,12 @@ def pixel_options(one: Any) -> None:
     )
 
 
-def label_options(one: Any) -> None:
+def label_options(one: Any, whose: str = "") -> None:
     """Where labels come from, and what they are."""
     one.add_argument(
         "--labels",
         choices=("auto", "folders", "subfolders", "none", "numbers"),
-        help="where labels are; numbers: those of a CSV are numbers, near ones alike",
+        help=f"{whose}where labels are; numbers: those of a CSV are numbers, near ones alike",
     )
 
 

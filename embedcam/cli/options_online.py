@@ -60,6 +60,7 @@ def explain_options(one: argparse.ArgumentParser) -> None:
     one.add_argument(
         "--batch-size", type=positive, metavar="N", help="of a report: queries a pass (default 16)"
     )
+    label_options(one, "of a report, which begins with results of another label: ")
     one.add_argument(
         "-n", "--n-neighbors", type=positive, metavar="N", help="results a query (default 5)"
     )

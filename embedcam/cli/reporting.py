@@ -23,8 +23,9 @@ def check_report(options: argparse.Namespace) -> ImageSource | None:
     if options.report is None:
         if options.batch_size is not None:
             raise InputError("--batch-size is of a report; give --report FOLDER, or leave it out")
-        if options.exclude:
-            raise InputError("--exclude is of a report's folder; give --report FOLDER too")
+        for name in ("exclude", "labels"):
+            if getattr(options, name):
+                raise InputError(f"--{name} is of a report's folder; give --report FOLDER too")
         if options.features and not options.json:
             raise InputError("--features goes with --json or --report FOLDER; give one of them")
         return None
@@ -47,9 +48,12 @@ def _queries(options: argparse.Namespace) -> ImageSource:
     given = options.queries
     first = Path(given[0])
     if len(given) == 1 and (first.is_dir() or first.suffix.lower() == ".csv"):
-        return found_images(options, first, "none")
-    if options.exclude:
-        raise InputError("--exclude goes with one folder or CSV; leave it out, or the pictures")
+        # The folders of queries are rarely their labels; a column named so is.
+        usual = "none" if first.is_dir() else "auto"
+        return found_images(options, first, options.labels or usual)
+    for name in ("exclude", "labels"):
+        if getattr(options, name):
+            raise InputError(f"--{name} goes with one folder or CSV; leave it out, or the pictures")
     for query in given:
         if Path(query).is_dir():
             raise InputError(f"{query}: is a folder; give one folder, one CSV or pictures")

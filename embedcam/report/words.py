@@ -12,6 +12,8 @@ from ..registry import METHODS
 from ..render import Block, Link, Notice, Table
 from .queries import anchor
 
+_WRONG = 50
+"""Queries whose result has another label that are listed before all, at most."""
 _UNFOLDED: Final = 12
 """Rows of a table that is seen at once; a longer one is opened by whoever wants it."""
 
@@ -32,6 +34,8 @@ class Fact:
     empty: bool = False
     changed: bool = False
     match: float | None = None
+    asked: str | None = None
+    """The query's own label."""
     other: bool = False
 
 
@@ -56,6 +60,7 @@ def _fact(position: int, record: Mapping[str, Any], kin: Callable[[str, str], bo
         label=nearest["label"],
         distance=nearest["distance"],
         match=record.get("match"),
+        asked=record.get("label"),
         other=None not in (record.get("label"), nearest["label"])
         and not kin(record["label"], nearest["label"]),
         changed=any(one.get("file") == "changed" for one in record["neighbors"]),
@@ -122,7 +127,7 @@ def blocks(known: Sequence[Fact]) -> list[Block]:
             )
         )
     if len(explained) > 1:
-        made.append(_overview(explained))
+        made += _overviews(explained)
     return made
 
 
@@ -140,47 +145,53 @@ def _warnings(explained: Sequence[Fact], failed: Sequence[Fact]) -> list[str]:
     return [f"{count:,} {what}" for count, what in counts if count]
 
 
-def _overview(explained: Sequence[Fact]) -> Table:
-    """Every query that was explained; those first whose result is, or may be, of another kind.
+def _overviews(explained: Sequence[Fact]) -> list[Table]:
+    """Every query that was explained; before that those whose result is of another label.
 
-    By label where the queries have one, then by match, then by trust, where these are known.
+    By match, then by trust, where these are known: what is most in doubt first.
     """
-    matched = any(one.match is not None for one in explained)
-    wrong = any(one.other for one in explained)
-    calibrated = any(one.trust is not None for one in explained)
-    labelled = any(one.label is not None for one in explained)
-    noted = any(_remark(one) for one in explained)
     ordered = sorted(explained, key=_doubt)
+    wrong = [one for one in ordered if one.other]
+    made = []
+    if wrong:
+        title = f"First result of another label: {len(wrong):,} of {len(explained):,} queries"
+        if len(wrong) > _WRONG:
+            title += f", the {_WRONG} least likely matches"
+        made.append(_overview(wrong[:_WRONG], title))
+    matched = any(one.match is not None for one in explained)
+    calibrated = any(one.trust is not None for one in explained)
+    title = "All queries" + (", the least trusted first" if calibrated else "")
+    if matched or wrong:
+        title = f"All queries, {'those first' if wrong else 'the least likely matches first'}"
+    made.append(_overview(ordered, title, folded=bool(wrong) or len(explained) > _UNFOLDED))
+    return made
+
+
+def _overview(shown: Sequence[Fact], title: str, *, folded: bool = False) -> Table:
+    """A row a query."""
     columns = [
         ("query", True, lambda one: Link(one.name, anchor(one.position))),
+        ("its label", any(one.asked is not None for one in shown), lambda one: one.asked or ""),
         ("nearest image", True, lambda one: one.nearest),
-        ("label", labelled, lambda one: one.label or ""),
+        ("label", any(one.label is not None for one in shown), lambda one: one.label or ""),
         ("distance", True, lambda one: f"{one.distance:.3f}"),
-        ("match", matched, lambda one: "-" if one.match is None else f"{one.match:.2f}"),
-        ("trust", calibrated, lambda one: "-" if one.trust is None else f"{one.trust:.2f}"),
-        ("map", noted, _remark),
+        ("match", any(one.match is not None for one in shown), lambda one: _share(one.match)),
+        ("trust", any(one.trust is not None for one in shown), lambda one: _share(one.trust)),
+        ("map", any(_remark(one) for one in shown), _remark),
     ]
-    shown = [(name, cell) for name, wanted, cell in columns if wanted]
-    return Table(
-        [name for name, _ in shown],
-        [[cell(one) for _, cell in shown] for one in ordered],
-        _title(wrong, matched, calibrated),
-        folded=len(explained) > _UNFOLDED,
-    )
+    kept = [(name, cell) for name, wanted, cell in columns if wanted]
+    rows = [[cell(one) for _, cell in kept] for one in shown]
+    return Table([name for name, _ in kept], rows, title, folded=folded)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _doubt(one: Fact) -> tuple[bool, float, float]:
     """Orders queries, what is most in doubt first."""
     match, trust = (-1.0 if value is None else value for value in (one.match, one.trust))
     return not one.other, match, trust
-
-
-def _title(wrong: bool, matched: bool, calibrated: bool) -> str:
-    if wrong:
-        return "All queries, those first whose first result has another label"
-    if matched:
-        return "All queries, the least likely matches first"
-    return "All queries, the least trusted first" if calibrated else "All queries"
 
 
 def _remark(one: Fact) -> str:

@@ -18,7 +18,6 @@ SAMPLE = 512
 _KNOTS = 33
 _FAR = 0.95
 """Quantile of the images' own nearest distances beyond which match falls."""
-_RIDGE = 1.0
 
 
 def calibrate_match(
@@ -78,7 +77,7 @@ def _reach(labels: Sequence[str | None], near: float | None) -> Reach:
 def fit_logistic(
     evidence: np.ndarray, right: np.ndarray
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], float]:
-    """Fit a logistic function by Newton's method, with an L2 penalty of 1/2 |linear|^2.
+    """Fit a logistic function, with an L2 penalty of 1/2 |linear|^2.
 
     Args:
         evidence: `[n F]`.
@@ -88,25 +87,16 @@ def fit_logistic(
         Mean and scale of the evidence, linear coefficients, intercept. The penalty keeps them
         finite where all are right, the prior counts one right and one wrong more.
     """
+    from sklearn.linear_model import LogisticRegression
+
     mean, scale = evidence.mean(axis=0), evidence.std(axis=0)
     scale = np.where(scale > 1e-9, scale, 1.0)
-    n, width = evidence.shape
-    x = np.column_stack([(evidence - mean) / scale, np.ones(n)])
     # One right and one wrong image of average evidence.
-    average = np.zeros((2, width + 1))
-    average[:, -1] = 1
-    x, y = np.vstack([x, average]), np.array([*right.astype(np.float64), 1.0, 0.0])
-    penalty = np.diag([_RIDGE] * width + [0.0])
-    found = np.zeros(width + 1)
-    for _ in range(100):
-        expected = 1 / (1 + np.exp(-np.clip(x @ found, -500, 500)))
-        gradient = x.T @ (y - expected) - penalty @ found
-        curvature = (x * (expected * (1 - expected))[:, None]).T @ x + penalty
-        step = np.linalg.solve(curvature + 1e-9 * np.eye(width + 1), gradient)
-        found += step * min(1.0, 2 / max(float(np.abs(step).max()), 1e-12))
-        if np.abs(step).max() < 1e-10:
-            break
-    return tuple(mean.tolist()), tuple(scale.tolist()), tuple(found[:-1].tolist()), float(found[-1])
+    x = np.concatenate([(evidence - mean) / scale, np.zeros((2, evidence.shape[1]))])
+    model = LogisticRegression(solver="newton-cholesky", tol=1e-10)
+    model.fit(x, np.array([*right, True, False]))
+    linear, intercept = model.coef_[0], float(model.intercept_[0])
+    return tuple(mean.tolist()), tuple(scale.tolist()), tuple(linear.tolist()), intercept
 
 
 def _unusual(own: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

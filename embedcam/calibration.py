@@ -59,15 +59,15 @@ def evidence(raw: np.ndarray, shares: np.ndarray, norm: float, distances: np.nda
     nearest = -float(apart.min())
     if len(raw) == 1:
         return np.array([nearest, *shape])
-    agreement = float(np.mean([correlation(one.ravel(), signed.ravel()) for one in raw]))
+    agreement = float(correlation(raw.reshape(len(raw), -1), signed.ravel()).mean())
     return np.array([agreement, norm, -float(apart.mean()), nearest, *shape])
 
 
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson correlation of two flat arrays; 0 where one of them is constant."""
-    a, b = a - a.mean(), b - b.mean()
-    size = math.sqrt(float(a @ a) * float(b @ b))
-    return float(a @ b) / size if size > 0 else 0.0
+def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Pearson correlation of each row `[... n]` of float64 with `[n]`, `[...]`; 0 of a constant."""
+    a, b = a - a.mean(-1, keepdims=True), b - b.mean()
+    size = np.sqrt((a * a).sum(-1) * (b @ b))
+    return np.divide(a @ b, size, out=np.zeros_like(size), where=size > 0)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def calibrate_trust(
             norm = float(np.linalg.norm(np.tensordot(shares, drawn.weights[0], 1)))
             raw = signed_cams(drawn.factors[0], view.maps[0])
             seen[name].append(evidence(raw, shares, norm, one.distances))
-            agreed[name].append(correlation(found, expected))
+            agreed[name].append(float(correlation(found, expected)))
         tick(1)
     return {
         name: fit_calibration(

@@ -107,9 +107,11 @@ def answer(
         shown: how many of the neighbours are results; None for all. Match looks at the others, too.
     """
     _check_grids(opened, query)
-    match = _match(opened, near)
-    near = near.first(shown)
     rows = opened.index.select(near.positions)
+    match = _match(opened, near, rows)
+    if shown is not None and shown < len(near.positions):
+        near = near.first(shown)
+        rows = opened.index.select(near.positions)
     made = _transferred(opened, rows, near.distances, choices.transfer)
     norms, used, chosen, asked, rival = made.norms, rows, near, None, None
     if result is not None:
@@ -201,8 +203,10 @@ def _same_file(one: str, other: str | Path) -> bool:
 
 def _paths(opened: Opened, rows: Selection) -> list[str]:
     """Where the rows' pictures lie."""
-    root = opened.root
-    return [str(root / path) if path and root is not None else path for path in rows.paths]
+    if opened.root is None:
+        return rows.paths
+    root = "" if opened.root == Path() else str(opened.root)
+    return [os.path.join(root, path) if path else path for path in rows.paths]
 
 
 def _asked(opened: Opened, used: Selection, chosen: Neighbors, norms: np.ndarray) -> list[Asked]:
@@ -318,12 +322,12 @@ def _trust(
     return calibration.trust(seen, float(np.min(distances)))
 
 
-def _match(opened: Opened, near: Neighbors) -> float | None:
+def _match(opened: Opened, near: Neighbors, rows: Selection) -> float | None:
     """Probability that the first result is of the query's kind; None where nothing says so."""
     calibration = opened.matches.get("one" if len(near.positions) == 1 else "several")
     if calibration is None:
         return None
-    return calibration.match(near.distances, opened.index.select(near.positions).labels)
+    return calibration.match(near.distances, rows.labels)
 
 
 def negatives_for(

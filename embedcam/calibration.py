@@ -185,7 +185,8 @@ def fall(distances: np.ndarray, largest: float, until: float = 2.0) -> np.ndarra
     """1 up to the largest calibrated distance, then linearly to 0 at `until` times it, `[...]`."""
     if largest <= 0:
         return np.where(distances > 0, 0.0, 1.0)
-    return np.clip((until - distances / largest) / (until - 1), 0, 1)
+    with np.errstate(over="ignore"):
+        return np.clip((until - distances / largest) / (until - 1), 0, 1)
 
 
 def _finite(value: Any) -> bool:

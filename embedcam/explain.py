@@ -18,7 +18,7 @@ import numpy as np
 from .answer import Choices, Fallback, Query, answer, without_file
 from .errors import EmbeddingError, ImageError, InputError
 from .explanation import Explanation, may_follow
-from .finer import Finer, check_detail, larger_input, refuse_by_position
+from .finer import Finer, check_detail, check_larger, larger_input, refuse_by_position
 from .forking import ProcessLock
 from .images import MAX_PIXELS, FileState, file_state, read_image
 from .index import Index
@@ -263,6 +263,8 @@ class Explainer:
         if detail > 1:
             refuse_by_position(opened)
         batch = stacked(inputs)
+        if larger is not None:
+            check_larger(larger, batch.shape, detail)
         try:
             if len(opened.layers) == 1:
                 features = network.forward(batch)
@@ -272,9 +274,10 @@ class Explainer:
                 activations = [_numpy(maps) for maps in tapped]
             finer = None
             if detail > 1:
-                pairs = zip(pictures, inputs, strict=True)
-                enlarged = larger or [larger_input(*pair, opened.preprocess) for pair in pairs]
-                finer = self._finer.activations(network, opened.layers, stacked(enlarged))
+                if larger is None:
+                    pairs = zip(pictures, inputs, strict=True)
+                    larger = [larger_input(*pair, opened.preprocess) for pair in pairs]
+                finer = self._finer.activations(network, opened.layers, stacked(larger))
         except EmbeddingError as error:
             raise error.named([query_name(one, row) for row, one in enumerate(images)]) from None
         height, width = inputs[0].shape[-2:]

@@ -156,9 +156,10 @@ class Explanation:
     def doubtful(self) -> bool:
         """Whether the first result is rather not of the query's kind: match is below 0.5.
 
-        Without labels half of all usual queries lie below that; there from 0.2.
+        Without labels half of all usual queries lie below that; there from 0.2. What a named image
+        has to say is not in doubt for what came first: False with `result`.
         """
-        return self.match is not None and self.match < self._doubted_below
+        return self.asked is None and self.match is not None and self.match < self._doubted_below
 
     @property
     def _doubted_below(self) -> float:
@@ -188,7 +189,9 @@ class Explanation:
             return ""
         if self.direct:
             return f"trust {self.trust:.2f}: computed on the query"
-        return f"trust {self.trust:.2f}" + ("" if self.trusted else ": not trusted")
+        if self.trusted:
+            return f"trust {self.trust:.2f}"
+        return f"trust {self.trust:.2f}, but one in ten below {self.trust_low:.2f}: not trusted"
 
     @property
     def empty(self) -> bool:
@@ -278,7 +281,14 @@ class Explanation:
             return tile if side is None else render.shrunk(tile, side)
 
         query = small(
-            render.Tile(self.image, self.cam, self.extent, "query", self._transfer_note())
+            render.Tile(
+                self.image,
+                self.cam,
+                self.extent,
+                "query",
+                self._transfer_note(),
+                warning=self.match_in_words if self.doubtful else "",
+            )
         )
         return query, [small(self._tile(result)) for result in self._results()]
 
@@ -409,8 +419,8 @@ class Explanation:
         return in_notebook(self.plot(), f"query and its nearest images: {', '.join(self.ids)}")
 
     def _transfer_note(self) -> str:
-        note = self._map_note()
-        return f"{self.match_in_words}\n{note}" if self.doubtful else note
+        match = "" if self.doubtful or self.asked is not None else self.match_in_words
+        return "\n".join(filter(None, (match, self._map_note())))
 
     def _map_note(self) -> str:
         if self.empty:

@@ -34,7 +34,8 @@ def check_detail(detail: Any) -> int:
     Raises:
         InputError: neither 1 nor 2.
     """
-    if isinstance(detail, bool) or detail not in DETAILS:
+    number = isinstance(detail, int | float | np.integer) and not isinstance(detail, bool)
+    if not number or detail not in DETAILS:
         raise InputError(
             f"detail = {detail!r}; give 1, or 2 for a finer map from one more forward pass at "
             "twice the side"
@@ -52,6 +53,29 @@ def refuse_by_position(opened: Opened) -> None:
         raise InputError(
             "this index keeps weights by position, which a query shown larger does not have; leave "
             "out detail (--detail), or use an index of weights by channel, such as of 'gradcam'"
+        )
+
+
+def check_larger(larger: Sequence[Any], inputs: tuple[int, ...], detail: int) -> None:
+    """Refuse inputs at twice the side that are not those of the queries.
+
+    Args:
+        larger: the inputs.
+        inputs: shape of the queries' own, `(B, 3, H, W)`.
+        detail: 1 or 2.
+
+    Raises:
+        InputError: of detail 1, another number of them, or another shape.
+    """
+    count, channels, height, width = inputs
+    expected = (channels, 2 * height, 2 * width)
+    found = [tuple(getattr(one, "shape", ())) for one in larger]
+    if detail == 1:
+        raise InputError("larger is of a finer map; give detail=2 with it, or leave it out")
+    if found != [expected] * count:
+        raise InputError(
+            f"larger has the shapes {found[:3]}; expected {count} of {list(expected)}, the "
+            "network's inputs at twice the side"
         )
 
 

@@ -69,8 +69,10 @@ def _reach(labels: Sequence[str | None], near: float | None) -> Reach:
     """How far the kind of a value goes, where labels are numbers and there are two of them."""
     values = np.array([number_of(label) for label in labels]) if near is not None else np.empty(0)
     known = values[~np.isnan(values)]
-    if near is None or len(np.unique(known)) < 2:
+    if near is None or not len(known):
         return (), ()
+    if len(np.unique(known)) < 2:
+        return (float(known[0]),), (0.0,)
     return Values(known, near, 1 - near).reach()
 
 

@@ -126,7 +126,7 @@ class _Smaller:
         every = np.arange(len(self.embeddings))
         for row, (near, apart) in enumerate(zip(seen.positions, seen.distances, strict=True)):
             others = draw_negatives(
-                np.setdiff1d(every, near), self.labels[near], lambda at: self.labels[at].tolist()
+                np.delete(every, near), self.labels[near], lambda at: self.labels[at].tolist()
             )
             one = LeftOut(row, near, apart, others)
             yield one if self.anchors is None else self._with_codes(one, vectors[row])

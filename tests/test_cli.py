@@ -201,7 +201,7 @@ def test_explain_prints_what_the_explainer_finds(say: Say, built: Path, tmp_path
     assert first == f"photos/2/1.png -> {tmp_path / 'why.png'}"
     assert header.split() == ["distance", "result", "label"]
     assert [row.split() for row in rows] == [
-        [str(place), f"{distance:.3g}", name, label]
+        [str(place), f"{distance:.3f}" if distance >= 1e-3 else f"{distance:.3g}", name, label]
         for place, (name, label, distance) in enumerate(
             zip(expected.ids, expected.labels, expected.distances, strict=True), 1
         )

@@ -254,8 +254,9 @@ def test_trust_stands_beside_the_results(say: Say, tmp_path: Path) -> None:
     why = Explainer(index, load_network(NAMED[1], layer="relu")).explain(query)
     assert repr(why).endswith(f"; trust {record['trust']:.2f}>")
     doubted = replace(why, trust=0.31, trust_low=0.24)
-    assert doubted.trust_in_words == "trust 0.31: not trusted"
-    assert repr(doubted).endswith("; trust 0.31: not trusted>")
+    said = "trust 0.31, but one in ten below 0.24: not trusted"
+    assert doubted.trust_in_words == said
+    assert repr(doubted).endswith(f"; {said}>")
     assert replace(doubted, direct=True).trust_in_words == "trust 0.31: computed on the query"
     assert repr(replace(why, trust=None)).endswith(", ...>")
     assert "  trust " not in say("explain", "fine", query, *TRUSTED)[1]

@@ -92,6 +92,24 @@ def test_a_batch_and_an_explainer_of_its_own_detail(index: Path, network: Embedd
         np.testing.assert_allclose(given.cam, one.cam, atol=scale)
 
 
+def test_larger_inputs_that_are_not_the_queries_are_refused(
+    index: Path, network: EmbeddingNetwork
+) -> None:
+    inputs = [network.preprocess(picture(0, 7)), network.preprocess(picture(1, 7))]
+    larger = [larger_input(None, one, None) for one in inputs]
+    with Explainer(index, network) as explainer:
+        kept = explainer.explain_batch(inputs, larger=np.stack(larger), detail=2)
+        alike = explainer.explain_batch(inputs, larger=larger, detail=2)
+        np.testing.assert_array_equal(kept[1].cam, alike[1].cam)
+        for given in (larger[:1], [*larger, larger[0]], inputs, "no inputs"):
+            with pytest.raises(InputError, match=r"larger has the shapes .*; expected 2 of \["):
+                explainer.explain_batch(inputs, larger=given, detail=2)
+        with pytest.raises(InputError, match="give detail=2 with it"):
+            explainer.explain_batch(inputs, larger=larger, detail=1)
+        with pytest.raises(InputError, match="give 1, or 2 for a finer map"):
+            explainer.explain(inputs[0], detail=np.array([1, 2]))  # type: ignore[arg-type]
+
+
 def test_an_input_without_its_picture_is_resized() -> None:
     given = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)
     found = larger_input(None, torch.from_numpy(given), None)

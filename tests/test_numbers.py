@@ -241,10 +241,21 @@ def test_a_forged_reach_is_refused(wrong: dict) -> None:
 
 def test_too_few_numbers_leave_match_to_the_distance() -> None:
     points = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
-    for labels in (["7"] * 30, [None] * 29 + ["7"], [None] * 30):
-        made = calibrate_match(points, labels, near=0.1)
-        assert made is not None
-        assert "values" not in made["one"]
+    made = calibrate_match(points, [None] * 30, near=0.1)
+    assert made is not None
+    assert "values" not in made["one"]
+
+
+def test_one_number_in_two_spellings_is_one_kind() -> None:
+    points = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
+    made = {}
+    for name, labels in (("same", ["7"] * 30), ("mixed", ["7", "7.0", "07"] * 10)):
+        found = calibrate_match(points, labels, near=0.1)
+        assert found is not None
+        assert (found["one"]["values"], found["one"]["reaches"]) == ([7.0], [0.0])
+        one = MatchCalibration.from_dict(found["one"])
+        made[name] = one.match(np.array([0.01]), ["7.0"])
+    assert made["same"] == made["mixed"] > 0.5
 
 
 # --- a CSV from end to end -----------------------------------------------------------------------

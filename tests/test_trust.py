@@ -24,12 +24,13 @@ from embedcam import (
     build_index,
     cam_for,
 )
-from embedcam.build import calibrate_index
+from embedcam.build import calibrate_index, jobs
 from embedcam.calibration import Calibration, evidence, fall
 from embedcam.cam import cam, resize, sharpen, signed_cam
 from embedcam.cotangents import AnchorCotangents
 from embedcam.errors import ImageError, IndexFormatError, InputError, NetworkMismatch
 from embedcam.images import ImageSource
+from embedcam.index import remove
 from embedcam.neighbors import draw_negatives
 from embedcam.targets import Direction
 from embedcam.trust import LEAST, fit_calibration, leave_out, sample_rows
@@ -739,6 +740,45 @@ def test_an_earlier_trust_is_not_read_and_the_note_names_what_calibrates_it_agai
         )
     with Explainer(path, made_of.network) as explainer:
         assert explainer.explain(query).trust > 0.5
+
+
+def test_what_changes_while_it_is_calibrated_is_not_vouched_for(
+    quick: None, source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = built(source, toy("affine"), tmp_path / "index")
+    fit = jobs.calibrate_match
+
+    def changed(*given_: Any) -> Any:
+        remove(path, [str(Index.open(path).ids[0])])
+        return fit(*given_)
+
+    monkeypatch.setattr(jobs, "calibrate_match", changed)
+    with pytest.raises(InputError, match="changed while it was being calibrated, so nothing was w"):
+        calibrate_index(path, progress=False)
+    with Index.open(path) as index:
+        assert len(index) == 47
+        assert index.manifest["match_calibration"]["several"]["images"] == 48
+
+
+def test_of_inner_products_the_nearest_counts_not_the_first(quick: None, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(60, 8)) * generator.uniform(0.1, 5, (60, 1))
+    recipe = Recipe(metric="ip", target="margin")
+    labels = [f"k{at % 3}" for at in range(60)]
+    found = leave_out(
+        recipe, vectors.astype(np.float32), labels, sample_rows(60, 0), closed_form=False,
+        normalized=False,
+    )["several"]  # fmt: skip
+    assert any(one.distances.min() < one.distances[0] for one in found)
+    made_of, photos = toy("affine"), pictures(tmp_path / "photos", n=44)
+    path = built(photos, made_of, tmp_path / "index", Recipe(metric="ip"))
+    with opened(path) as (index, live):
+        largest = index.manifest["trust_calibration"]["several"]["largest_distance"]
+        expected = leave_out(
+            Recipe(metric="ip"), index.embeddings(live), list(index.labels[live]),
+            sample_rows(44, 0), closed_form=False, normalized=True,
+        )["several"]  # fmt: skip
+    assert largest == pytest.approx(max(float(one.distances.min()) for one in expected))
 
 
 def test_what_cannot_be_calibrated_again_says_why(

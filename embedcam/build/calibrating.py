@@ -147,7 +147,7 @@ def calibrate_trust(
         name: fit_calibration(
             np.array(seen[name]),
             np.array(agreed[name]),
-            np.array([one.distances[0] for one in sample[name]]),
+            np.array([one.distances.min() for one in sample[name]]),
             neighbors=count,
             seed=recipe.seed,
         ).to_dict()

@@ -385,7 +385,7 @@ def calibrate_index(
                 f"{path}: {len(live)} images calibrate no {what}; add images until there are at "
                 f"least {least}"
             )
-    put_calibrations(path, made)
+    put_calibrations(path, made, manifest["manifest_sha256"])
     return {
         name.partition("_")[0]: int(one["several"]["images"]) for name, one in made.items() if one
     }

@@ -345,22 +345,32 @@ def _write_page(options: argparse.Namespace, rows: list[Any]) -> None:
     note(options, f"page: {options.html}")
 
 
+def _distance(value: float) -> str:
+    """Of three places, so that a column can be compared; a tiny one by its first digits."""
+    return f"{value:.3f}" if value == 0 or value >= 1e-3 else f"{value:.3g}"
+
+
 def _lines(query: str, picture: Path | None, explanation: Any) -> list[str]:
     """The query, and below it a table of its results."""
     from ..render import CHANGED
 
     labels = [label or "" for label in explanation.labels]
     noted = dict.fromkeys(explanation.changed(), CHANGED)
+    given = [("rival", explanation.rival), ("asked", explanation.asked)]
+    named = [(word, one) for word, one in given if one is not None]
+    for word, one in named:
+        if one.id in explanation.ids:
+            noted[one.id] = ", ".join(filter(None, (word, noted.get(one.id))))
     table = [
-        [str(place), f"{distance:.3g}", name, label, noted.get(name, "")]
+        [str(place), _distance(distance), name, label, noted.get(name, "")]
         for place, (name, label, distance) in enumerate(
             zip(explanation.ids, labels, explanation.distances, strict=True), 1
         )
     ]
-    for word, one in (("rival", explanation.rival), ("asked", explanation.asked)):
-        if one is not None and one.id not in explanation.ids:
+    for word, one in named:
+        if one.id not in explanation.ids:
             cells = [one.id, one.label or "", noted.get(one.id, "")]
-            table.insert(0, [word, f"{one.distance:.3g}", *cells])
+            table.insert(0, [word, _distance(one.distance), *cells])
             labels.append(one.label or "")
     header = ["", "distance", "result", "label" if any(labels) else "", ""]
     shown = columns([header, *table], right=(0, 1))

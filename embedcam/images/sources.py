@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -271,6 +272,22 @@ def _folder_items(root: Path, found: list[str], labels: Labels, left_out: str) -
 
 
 def _notes(root: Path, items: Sequence[Item]) -> list[str]:
+    """What looks like a mistake: a list beside the pictures, and parts of a data set as labels."""
+    return [*_of_lists(root), *_of_parts(root, items)]
+
+
+def _of_lists(root: Path) -> list[str]:
+    """That a CSV in the folder lists pictures and labels, which a folder's labels are not."""
+    made = []
+    for file in sorted(file for file in root.glob("*.csv") if file.is_file())[:3]:
+        with suppress(OSError, UnicodeDecodeError), file.open(encoding="utf-8-sig") as lines:
+            columns = [name.strip() for name in lines.readline(4096).split(",")]
+            if {"path", "label"} <= set(columns):
+                made.append(f"{file} lists pictures with labels; give it in place of the folder")
+    return made
+
+
+def _of_parts(root: Path, items: Sequence[Item]) -> list[str]:
     """That labels look like the parts a data set is divided into for training."""
     own = {item.label for item in items if item.label == item.id.partition("/")[0]}
     splits = sorted(label for label in own if label and label.lower() in _SPLITS)

@@ -197,13 +197,28 @@ def compact(path: str | Path, *, rebuild_faiss: bool | str = False) -> int:
         return dropped
 
 
-def put_calibrations(path: str | Path, made: Mapping[str, Mapping[str, Any] | None]) -> None:
+def put_calibrations(
+    path: str | Path, made: Mapping[str, Mapping[str, Any] | None], of: str | None = None
+) -> None:
     """Write calibrations by their keys in the manifest; None takes one out.
 
     Nothing else is changed, and no file but the manifest is written.
+
+    Args:
+        path: of the index.
+        made: calibrations by key.
+        of: `manifest_sha256` of the version they were fitted to; None does not ask.
+
+    Raises:
+        InputError: the index is another version now.
     """
     root = Path(path)
     with _changing(root) as (_, manifest):
+        if of is not None and manifest["manifest_sha256"] != of:
+            raise InputError(
+                f"{root}: the index changed while it was being calibrated, so nothing was written; "
+                "run the command again"
+            )
         manifest.update(made)
         _commit(root, manifest, always=True)
 

@@ -15,6 +15,7 @@ from ..memory import ran_out
 PAPER: Final = (255, 255, 255)
 INK: Final = (24, 28, 36)
 QUIET: Final = (98, 106, 120)
+WARNING: Final = (179, 66, 15)
 LINE: Final = (222, 226, 232)
 MAT: Final = (243, 245, 248)
 

@@ -211,7 +211,8 @@ def _figure(tile: Tile, top: float, look: Look, role: str, compact: bool) -> str
     kind = f"{role} wide" if wide else role
     badge = '<span class="badge">Query</span>' if role == "query" else ""
     short = shorten_middle(tile.caption, lambda words: len(words) <= _CAPTION)
-    lines = [f'<b title="{what}">{breakable(short)}</b>'] if tile.caption else []
+    lines = [f'<b class="warning">{breakable(tile.warning)}</b>'] if tile.warning else []
+    lines += [f'<b title="{what}">{breakable(short)}</b>'] if tile.caption else []
     lines += [f"<span>{breakable(line)}</span>" for line in tile.subcaption.split("\n") if line]
     return (
         f'<figure class="{kind}"{shape}><div class="frame"{focus}>{inside}{badge}</div>\n'

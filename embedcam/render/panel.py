@@ -22,6 +22,7 @@ from embedcam.render.canvas import (
     QUIET,
     TEXT,
     TITLE,
+    WARNING,
     Canvas,
     font_of,
     shorten_end,
@@ -90,6 +91,8 @@ def panel(
     for text, font, color in ((title, TITLE, INK), (subtitle, TEXT, QUIET)):
         for line in wrap(clean(text or ""), font, width - 2 * MARGIN):
             canvas.text(MARGIN, line, font, color, advance=font[0] + 12)
+    if query.warning:
+        canvas.text(MARGIN, query.warning, HEADING, WARNING, advance=26)
     if title or subtitle:
         canvas.y += 14
     left = MARGIN + side + BETWEEN

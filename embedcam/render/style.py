@@ -44,6 +44,7 @@ figure { margin: 0; min-width: 0; }
 @media (prefers-reduced-motion: reduce) { .map { transition: none; } }
 figcaption { padding-top: .5rem; font-size: .875rem; line-height: 1.4; }
 figcaption b { display: block; font-weight: 600; overflow-wrap: anywhere; }
+figcaption .warning { color: var(--accent); }
 figcaption span { display: block; color: var(--quiet); overflow-wrap: anywhere;
   font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; margin: 1.75rem 0 .5rem; }

@@ -26,6 +26,7 @@ class Tile:
     extent: (x0, y0, x1, y1) in pixels of `image` that the map covers; default all of it.
     caption: usually the id; shortened in the middle where it is too long.
     subcaption: label, distance, ...; "\\n" begins another line.
+    warning: what casts doubt on all of it, shown first and apart.
     signed: negative values of the map are evidence against, drawn in another colour.
     changed: the picture is another than the map was made of: each is shown by itself, and the
         picture says so.
@@ -36,6 +37,7 @@ class Tile:
     extent: Extent | None = None
     caption: str = ""
     subcaption: str = ""
+    warning: str = ""
     signed: bool = False
     changed: bool = False
 

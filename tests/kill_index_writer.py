@@ -32,6 +32,12 @@ def prepare_life(path: Path) -> None:
     remove(path, ["image-0004", "image-0021"])
 
 
+def calibrate(path: Path) -> None:
+    from embedcam.build import calibrate_index
+
+    calibrate_index(path)
+
+
 OPERATIONS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
     "create": (lambda path: None, lambda path: make(path, 20)),
     "append": (prepare_life, lambda path: append(path, part(30, 34, encoding_of("top-m")))),
@@ -46,12 +52,18 @@ OPERATIONS: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
     "remove": (prepare_life, lambda path: remove(path, ["image-0007", "image-0020"])),
     "compact": (prepare_life, compact),
     "rebuild": (prepare_life, lambda path: rebuild_faiss(path, "HNSW8")),
+    "calibrate": (prepare_life, lambda path: calibrate(path)),
     "compress": (
         lambda path: make(path.with_name("source"), 20),
         lambda path: compress(path.with_name("source"), path, 4, per_class=True),
     ),
     "replace": (prepare_life, lambda path: make(path, 9, "dense", replace=True, start=100)),
 }
+
+
+def least_kills(operation: str) -> int:
+    """Changes of the folder that an operation makes, at least; calibrating writes one manifest."""
+    return 2 if operation == "calibrate" else 5
 
 
 def state(path: Path) -> bytes | None:
@@ -101,7 +113,7 @@ def main(operation: str, folder: Path) -> None:
         if through:
             break
         kills += 1
-    assert kills >= 5
+    assert kills >= least_kills(operation)
     assert outcomes == {False, True}
     print(kills)
 

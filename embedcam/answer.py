@@ -108,9 +108,10 @@ def answer(
     """
     _check_grids(opened, query)
     rows = opened.index.select(near.positions)
-    match = _match(opened, near, rows)
+    labels = rows.labels
+    match = _match(opened, near, labels)
     if shown is not None and shown < len(near.positions):
-        near = near.first(shown)
+        near, labels = near.first(shown), labels[:shown]
         rows = opened.index.select(near.positions)
     made = _transferred(opened, rows, near.distances, choices.transfer)
     norms, used, chosen, asked, rival = made.norms, rows, near, None, None
@@ -141,7 +142,7 @@ def answer(
         weights=weights[0],
         features=features,
         ids=ids,
-        labels=rows.labels,
+        labels=labels,
         paths=_paths(opened, rows),
         distances=near.distances,
         similarities=near.similarities,
@@ -322,12 +323,12 @@ def _trust(
     return calibration.trust(seen, float(np.min(distances)))
 
 
-def _match(opened: Opened, near: Neighbors, rows: Selection) -> float | None:
+def _match(opened: Opened, near: Neighbors, labels: Sequence[str | None]) -> float | None:
     """Probability that the first result is of the query's kind; None where nothing says so."""
     calibration = opened.matches.get("one" if len(near.positions) == 1 else "several")
     if calibration is None:
         return None
-    return calibration.match(near.distances, rows.labels)
+    return calibration.match(near.distances, labels)
 
 
 def negatives_for(

@@ -51,17 +51,19 @@ def evidence(raw: np.ndarray, shares: np.ndarray, norm: float, distances: np.nda
     """
     raw = np.asarray(raw, np.float64)
     signed = np.tensordot(np.asarray(shares, np.float64), raw, 1)
-    magnitudes, spread = np.abs(signed), float(signed.std())
+    magnitudes, total = np.abs(signed), float(signed.sum())
     size, largest = float(magnitudes.sum()), float(magnitudes.max())
+    centred = signed - total / signed.size
+    spread = math.sqrt(float(np.vdot(centred, centred)) / signed.size)
     # A map that varies by its rounding alone has no peak.
     peak = math.log(largest / spread) if spread > 1e-6 * largest else 0.0
-    shape = [peak, float(np.maximum(signed, 0).sum()) / size if size > 0 else 0.0]
-    apart = np.sqrt(np.asarray(distances, np.float64))
-    nearest = -float(apart.min())
+    shape = [peak, (size + total) / (2 * size) if size > 0 else 0.0]
+    apart = [math.sqrt(value) for value in np.asarray(distances, np.float64).tolist()]
+    nearest = -min(apart)
     if len(raw) == 1:
         return np.array([nearest, *shape])
     agreement = float(correlation(raw.reshape(len(raw), -1), signed.ravel()).mean())
-    return np.array([agreement, norm, -float(apart.mean()), nearest, *shape])
+    return np.array([agreement, norm, -sum(apart) / len(apart), nearest, *shape])
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:

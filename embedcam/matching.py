@@ -4,6 +4,7 @@ Match says whether the *result* is right; trust (`embedcam.calibration`) whether
 Arrays only, so that a service needs neither torch nor scikit-learn; `embedcam.match_fit` fits it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -44,16 +45,18 @@ def match_evidence(distances: np.ndarray, same: np.ndarray) -> np.ndarray:
     Returns:
         float64 `[4]`, or `[1]` for one result.
     """
-    apart = np.sqrt(np.asarray(distances, np.float64))
+    # Of ten numbers, in Python: done before NumPy has begun.
+    apart = [math.sqrt(value) for value in np.asarray(distances, np.float64).tolist()]
     if len(apart) == 1:
         return np.array([-apart[0]])
-    rest, alike = apart[1:], np.asarray(same, bool)[1:]
-    nearest = rest.min()
-    weights = (nearest / rest) ** 2 if nearest > 0 else (rest == 0).astype(np.float64)
-    share = float(weights[alike].sum() / weights.sum())
-    other = float(rest.max() if alike.all() else rest[~alike].min())
+    rest = list(zip(apart[1:], np.asarray(same, bool)[1:].tolist(), strict=True))
+    nearest = min(one for one, _ in rest)
+    weights = [(nearest / one) ** 2 if nearest > 0 else float(one == 0) for one, _ in rest]
+    agreeing = sum(weight for weight, (_, alike) in zip(weights, rest, strict=True) if alike)
+    others = [one for one, alike in rest if not alike]
+    other = min(others) if others else max(one for one, _ in rest)
     gap = max(0.0, 1 - apart[0] / other) if other > 0 else 0.0
-    return np.array([-apart[0], -float(apart.mean()), share, gap])
+    return np.array([-apart[0], -sum(apart) / len(apart), agreeing / sum(weights), gap])
 
 
 def alike(one: str | None, others: Sequence[str | None], reach: Reach = ((), ())) -> np.ndarray:
@@ -140,11 +143,13 @@ class MatchCalibration:
             expected = float(np.interp(first, self.distances, self.shares))
         else:
             same = alike(labels[0], labels, self.reach)
-            # Of a forged calibration: what overflows is no match, and is no number to show.
-            with np.errstate(over="ignore", invalid="ignore"):
-                x = (match_evidence(distances, same) - self.mean) / self.scale
-                expected = float(1 / (1 + np.exp(-(self.intercept + x @ self.linear))))
-        expected = float(np.nan_to_num(expected, nan=0.0))
+            seen = match_evidence(distances, same).tolist()
+            fitted = zip(seen, self.mean, self.scale, self.linear, strict=True)
+            score = self.intercept + sum((one - m) / s * w for one, m, s, w in fitted)
+            # Of a forged calibration: what is no number is no match.
+            expected = (
+                1 / (1 + math.exp(-max(-700.0, min(score, 700.0)))) if score == score else 0.0
+            )
         return expected * float(fall(np.asarray(first), self.far, FALLEN))
 
     def to_dict(self) -> dict[str, Any]:

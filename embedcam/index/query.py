@@ -79,5 +79,7 @@ def _only_live(index: "Index", rows: np.ndarray) -> np.ndarray:
     if rows.size and rows.max() >= index.n_rows:
         file = index.manifest["faiss"]["file"]
         raise broken(index.path, file, "returns rows out of range", REBUILD)
+    if len(index) == index.n_rows:
+        return rows
     alive = index.live(np.maximum(rows, 0).reshape(-1)).reshape(rows.shape)
     return np.where(alive & (rows >= 0), rows, -1)

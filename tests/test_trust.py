@@ -518,12 +518,11 @@ def check_in_smaller_indexes(
         path = built(rest, made_of, folder / str(number), recipe, trust=False, own_maps=own_maps)
         with opened(path) as (index, _):
             fallback = DirectWeights(made_of.network, Recipe.of_index(index.manifest))
+            explainer = Explainer(index, made_of.network)
             for row in np.flatnonzero(part == number):
                 activations = made_of.network.forward(images[row][None]).activations[0].numpy()
                 for count, rows in found.items():
-                    explained = Explainer(index, made_of.network).explain(
-                        images[row], n_neighbors=count
-                    )
+                    explained = explainer.explain(images[row], n_neighbors=count)
                     near, labels = index.positions(explained.ids), index.labels
                     others = draw_negatives(
                         np.setdiff1d(np.arange(len(index)), near), labels[near],

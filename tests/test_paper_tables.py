@@ -324,7 +324,8 @@ def test_match_is_asked_of_the_other_half_of_each_label(paper: SimpleNamespace) 
     points = (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
     names = np.repeat(["a", "b", "c"], 40)
     far = [np.float32(30 * np.eye(6)[:2])]
-    wrong, area, error, perfect, _, low = paper.match.figures(points, names, far, "all", 0)
+    columns, (said, was_right) = paper.match.figures(points, names, far, "all", 0)
+    wrong, area, error, perfect, _, low = columns
     indexed, asked = paper.match.halves(names, 0, 120)
     first = [names[indexed][np.argmin(((points[indexed] - points[i]) ** 2).sum(1))] for i in asked]
     assert wrong == pytest.approx(np.mean(first != names[asked]))
@@ -332,7 +333,9 @@ def test_match_is_asked_of_the_other_half_of_each_label(paper: SimpleNamespace) 
     assert area > 0.6
     assert 0 < perfect < 0.3
     assert 0 < error < 0.3
-    alone = paper.match.figures(points, names, far, "none", 0)
+    assert error == pytest.approx(paper.match.error(said, was_right))
+    assert was_right.tolist() == (first == names[asked]).tolist()
+    alone, _ = paper.match.figures(points, names, far, "none", 0)
     assert alone[0] == pytest.approx(wrong)
     assert np.isnan(alone[2:4]).all()
     assert alone[4] == pytest.approx(1, abs=1e-3)

@@ -32,7 +32,6 @@ def serve(options: argparse.Namespace) -> None:
     with ExitStack() as stack:
         with Index.open(options.index, with_faiss=False) as index:
             bound = stack.enter_context(closing(server.bind(options.host, options.port)))
-            note(options, "loading the network and the index ...")
             network = network_given(options, index.manifest)
             chosen: dict[str, Any] = trust_of(options, index, network)
         if options.n_neighbors is not None:

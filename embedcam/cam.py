@@ -121,17 +121,17 @@ def drawn_and_signed(
     activations: Sequence[np.ndarray],
     finer: Sequence[np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the map of one picture with all layers, and the same before its ReLU.
+    """Draw the map of a picture with all layers, and the same before its ReLU.
 
     What several layers draw is positive (`sharpen`); only the deepest says what speaks against it.
 
     Args:
-        weights: of each layer, deepest first, `[K]`.
-        activations: of each layer, `[K h w]`.
+        weights: of each layer, deepest first, `[K]`, or of several pictures `[B K]`.
+        activations: of each layer, `[K h w]` or `[B K h w]`.
         finer: of each layer, of the same picture shown larger: both maps are `joined`.
 
     Returns:
-        Two maps `[H W]` on the finest grid, the first >= 0.
+        Two maps `[H W]` or `[B H W]` on the finest grid, the first >= 0.
     """
     signed = signed_cam(weights[0], activations[0])
     if finer is not None:
@@ -141,7 +141,7 @@ def drawn_and_signed(
     for own, maps in zip(weights[1:], layers[1:], strict=True):
         found = sharpen(cam(own, maps), found)
     if len(weights) > 1:
-        signed = found + np.minimum(resize(signed, found.shape), 0) * (found == 0)
+        signed = found + np.minimum(resize(signed, found.shape[-2:]), 0) * (found == 0)
     return found, signed
 
 

@@ -428,7 +428,8 @@ class Explanation:
         if self.method:
             return f"{self.method}, on the query;\nresults: stored maps"
         if self.direct:
-            return f"computed on the query:\ntransfer not trusted ({self.trust:.2f})"
+            low = f"one in ten below {self.trust_low:.2f}"
+            return f"computed on the query:\ntransfer not trusted ({low})"
         if self.told_apart is not None:
             one, other = self.told_apart
             if self.asked is not None and one == self.asked.id:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .index.files import ArrayLike
 from .index.search import nearest
 from .matching import TEN, MatchCalibration, alike, match_evidence
 from .number_labels import Reach, Values, number_of
@@ -21,7 +22,7 @@ _FAR = 0.95
 
 
 def calibrate_match(
-    embeddings: np.ndarray,
+    embeddings: ArrayLike,
     labels: Sequence[str | None],
     metric: str = "l2",
     seed: int = 0,
@@ -30,7 +31,7 @@ def calibrate_match(
     """Fit match for "one" result and for "several", as a manifest keeps them.
 
     Args:
-        embeddings: of all live images, `[N D]`; may be a memory map.
+        embeddings: of all live images, `[N D]`; an array, a memory map, or rows gathered on demand.
         labels: theirs, `[N]`.
         metric: "l2" or "ip", by which results are searched.
         seed: of the sample.
@@ -40,7 +41,7 @@ def calibrate_match(
     Returns:
         Calibrations by name, or None where there are too few images.
     """
-    total = len(embeddings)
+    total = embeddings.shape[0]
     if total < LEAST:
         return None
     rows = np.sort(np.random.default_rng(seed).permutation(total)[:SAMPLE])

@@ -147,9 +147,8 @@ class MatchCalibration:
             fitted = zip(seen, self.mean, self.scale, self.linear, strict=True)
             score = self.intercept + sum((one - m) / s * w for one, m, s, w in fitted)
             # Of a forged calibration: what is no number is no match.
-            expected = (
-                1 / (1 + math.exp(-max(-700.0, min(score, 700.0)))) if score == score else 0.0
-            )
+            held = max(-700.0, min(score, 700.0))
+            expected = 0.0 if math.isnan(score) else 1 / (1 + math.exp(-held))
         return expected * float(fall(np.asarray(first), self.far, FALLEN))
 
     def to_dict(self) -> dict[str, Any]:

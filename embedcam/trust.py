@@ -16,6 +16,7 @@ import numpy as np
 from .calibration import Calibration
 from .cotangents import AnchorCotangents, coded_labels
 from .errors import InputError
+from .index.files import ArrayLike
 from .index.search import nearest
 from .neighbors import draw_negatives
 from .recipe import Recipe
@@ -67,7 +68,7 @@ class LeftOut:
 
 def leave_out(
     recipe: Recipe,
-    embeddings: np.ndarray,
+    embeddings: ArrayLike,
     labels: Sequence[str | None],
     rows: np.ndarray,
     *,
@@ -78,7 +79,7 @@ def leave_out(
 
     Args:
         recipe: the index's.
-        embeddings: of all images, `[N D]`; may be a memory map.
+        embeddings: of all images, `[N D]`; an array, a memory map, or rows gathered on demand.
         labels: theirs, `[N]`.
         rows: of the sample, `[n]`.
         closed_form: weights are W^T dy/dz, so that they can be had for the smaller index.
@@ -87,7 +88,7 @@ def leave_out(
     Returns:
         By the names of `COUNTS`, the sample in order.
     """
-    total, names = len(embeddings), np.array([*labels, None], object)[:-1]
+    total, names = embeddings.shape[0], np.array([*labels, None], object)[:-1]
     n_parts = min(len(rows), math.ceil(LEFT_OUT * len(rows) / total))
     part_of = np.random.default_rng(recipe.seed).permutation(len(rows)) % n_parts
     found: dict[tuple[str, int], LeftOut] = {}
@@ -146,7 +147,7 @@ class _Smaller:
         return found.astype(np.float32)
 
 
-def _taken(embeddings: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def _taken(embeddings: ArrayLike, rows: np.ndarray) -> np.ndarray:
     """Those rows; of a large collection in a file of their own, not in memory."""
     if len(rows) < _MAPPED:
         return np.asarray(embeddings[rows])

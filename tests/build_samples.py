@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -278,3 +279,11 @@ def opened(path: Path) -> Iterator[tuple[Index, np.ndarray]]:
     """An index and its live positions."""
     with Index.open(path) as index:
         yield index, index.live_positions()
+
+
+def built(
+    source: ImageSource, made_of: Toy, path: Path, recipe: Recipe | None = None, **options: Any
+) -> Path:
+    """Build an index; returns its path."""
+    jobs.build_index(source, made_of.network, path, recipe, progress=False, **options)
+    return path

@@ -14,6 +14,7 @@ from embedcam import EmbeddingNetwork, Explainer, Recipe, evaluate_index, find_i
 from embedcam.errors import InputError
 from embedcam.evaluate import Evaluation
 from embedcam.evaluate.report import tables
+from embedcam.evaluate.rivals import named_methods, notes_of
 from embedcam.metrics import pixel_auc
 from embedcam.prototypes import compress
 
@@ -142,10 +143,15 @@ def test_a_column_each_in_tables_and_in_the_grid(found: Evaluation) -> None:
         assert all(tile.subcaption.startswith("pixel AUC 0.") for tile in row.results)
     # Judged are controls alone: that a method does as well is no fault.
     assert not [text for text in summary["flags"] if any(way in text for way in ways)]
-    assert (
-        "HiResCAM draws more than channel weights do, so its map is scored as drawn"
-        in (summary["notes"])
-    )
+    # Behind average pooling HiResCAM's weights are Grad-CAM's at every position: one signed map.
+    compared = [row for row in found.rows if "HiResCAM: auc" in row]
+    assert compared
+    for row in compared:
+        assert row["HiResCAM: auc"] == pytest.approx(row["Grad-CAM: auc"], abs=1e-3)
+    assert not [note for note in summary["notes"] if "scored as drawn" in note]
+    assert list(notes_of(named_methods(["layercam", "hirescam"]))) == [
+        "Layer-CAM draws more than its weights do, so its map is scored as drawn"
+    ]
     assert "asked for" in found.html()
 
 

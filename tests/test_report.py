@@ -218,7 +218,7 @@ def test_notes_of_maps_that_are_empty_or_not_trusted(explainer: Explainer, queri
     opened = open_query(source, 0, explainer.preprocess, 48)
     found = explainer.explain(queries / "0/0.png")
     shown = finished(source, 0, opened, replace(found, trust=0.31, trust_low=0.2), look)
-    assert "a map computed on the query itself is 0.31." in shown.row
+    assert "below 0.20 with a map computed on the query itself." in shown.row
     assert "not to be trusted" in shown.row
     assert json.loads(shown.line)["trusted"] is False
     shown = finished(source, 0, opened, replace(found, cam=np.zeros_like(found.cam)), look)

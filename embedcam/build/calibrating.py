@@ -16,6 +16,7 @@ from ..errors import ImageError
 from ..fallback import DirectWeights
 from ..images import Batch
 from ..index import PartData
+from ..index.files import ArrayLike
 from ..network import EmbeddingNetwork
 from ..passes import Tick, Work
 from ..recipe import Recipe
@@ -99,7 +100,7 @@ def calibrate_trust(
     network: EmbeddingNetwork,
     encodings: Sequence[Encoding],
     fields: Rows,
-    embeddings: np.ndarray,
+    embeddings: ArrayLike,
     labels: Sequence[str | None],
     rows: np.ndarray,
     views: Iterator[View],

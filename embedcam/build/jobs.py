@@ -29,6 +29,7 @@ from ..identity import Identity
 from ..images import MAX_PIXELS, ImageSource, Item, load_batches
 from ..index import (
     ADD_INSTEAD,
+    EmbeddingRows,
     Index,
     PartData,
     append,
@@ -351,7 +352,8 @@ def calibrate_index(
         manifest, live = index.manifest, index.live_positions()
         refuse_prototypes(path, manifest, "calibrate the index before compressing it")
         recipe = Recipe.of_index(manifest)
-        embeddings, labels = index.embeddings(live), list(index.labels[live])
+        # Read where they are asked for: a large collection's need not fit into memory.
+        embeddings, labels = EmbeddingRows(index, live), list(index.labels[live])
         made = {
             "match_calibration": calibrate_match(
                 embeddings, labels, recipe.metric, recipe.seed, recipe.near

@@ -111,6 +111,7 @@ def redrawn(
         layer_weights=made.layer_weights,
         method=method.title,
         trust=None,
+        trust_low=None,
         direct=False,
     )
 

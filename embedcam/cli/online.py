@@ -95,15 +95,16 @@ def _say_trust(options: argparse.Namespace, query: str, explanation: Any) -> Non
     if explanation.trusted is False:
         note(
             options,
-            f"note: {query}: its map is not to be trusted (expected correlation with a directly "
-            f"computed one: {explanation.trust:.2f}); --fallback computes one on the query, which "
-            f"answers for the {whose}, right or wrong",
+            f"note: {query}: its map is not to be trusted: one in ten such maps correlates below "
+            f"{explanation.trust_low:.2f} with one computed on the query; --fallback computes "
+            f"that one, which answers for the {whose}, right or wrong",
         )
     if explanation.direct:
         note(
             options,
-            f"note: {query}: computed on the query itself, for the transfer was not trusted "
-            f"({explanation.trust:.2f}); it answers for the {whose}, right or wrong",
+            f"note: {query}: computed on the query itself, for one in ten transferred maps "
+            f"correlates below {explanation.trust_low:.2f} with that; it answers for the {whose}, "
+            "right or wrong",
         )
 
 

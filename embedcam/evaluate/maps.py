@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..cam import area_average, cam, resize, sharpen, signed_cam
+from ..cam import area_average, drawn_and_signed, resize
 from ..errors import EmbedcamError
 from ..explain import Explainer, Explanation
 from ..images import MAX_PIXELS
@@ -158,12 +158,7 @@ class Mapper:
     def drawn(self, seen: Seen, weights: Sequence[np.ndarray]) -> Maps:
         """Maps of given weights, `[b K]` of each layer."""
         with self.clock("explaining"):
-            signed = signed_cam(weights[0], seen.activations[0])
-            maps = np.maximum(signed, 0)
-            for own, finer in zip(weights[1:], seen.activations[1:], strict=True):
-                maps = sharpen(cam(own, finer), maps)
-            if len(weights) > 1:  # as an explanation does: only the deepest layer is signed
-                signed = maps + np.minimum(resize(signed, maps.shape[-2:]), 0) * (maps == 0)
+            maps, signed = drawn_and_signed(weights, seen.activations)
             return Maps(resize(maps, seen.size), resize(signed, seen.size))
 
 

@@ -18,7 +18,7 @@ from ..index import Index
 from ..methods import MethodWarning, cam_for
 from ..number_labels import near_share
 from ..recipe import Recipe, read_toml, shipped_recipe
-from ..registry import LayersMethod, Method, WeightMethod, find_method
+from ..registry import LayersMethod, Method, PositionMethod, WeightMethod, find_method
 from ..targets import ClassProxy, Similarity
 from .controls import CONTROLS
 from .maps import Mapper, Maps, Questions, Way
@@ -136,7 +136,9 @@ def _by_method(reader: Reader, method: Method) -> Way:
 
 
 def _by_weights(method: Method) -> bool:
-    """Whether the method's map is what its channel weights draw, so that it has a sign."""
+    """Whether the method's map is what its weights draw, so that it has a sign."""
+    if isinstance(method, PositionMethod):
+        return True
     return isinstance(method, WeightMethod) and not method.own_map
 
 
@@ -146,7 +148,7 @@ def notes_of(methods: Mapping[str, Method]) -> Iterator[str]:
         if not one.targeted:
             yield f"{title} ignores what is asked: it shows what stands out, not what matched"
         if not _by_weights(one):
-            yield f"{title} draws more than channel weights do, so its map is scored as drawn"
+            yield f"{title} draws more than its weights do, so its map is scored as drawn"
 
 
 def _by_recipe(mapper: Mapper, other: Mapper) -> Way:

@@ -10,6 +10,7 @@ from .joining import check_fitted, check_parts, check_tombstones
 from .locking import lock
 from .manifest import FORMAT_VERSION, named_bytes, refuse_prototypes
 from .parts import PartData, check_ids, quantize_coarse
+from .query import EmbeddingRows
 from .reader import REMOVED, Index
 from .search import Neighbors, nearest
 from .selection import Selection
@@ -28,6 +29,7 @@ from .writer import (
 
 __all__ = [
     "ADD_INSTEAD",
+    "EmbeddingRows",
     "FORMAT_VERSION",
     "Index",
     "Neighbors",

@@ -39,7 +39,7 @@ class ArrayLike(Protocol):
     @property
     def dtype(self) -> np.dtype[Any]: ...  # noqa: D102
 
-    def __getitem__(self, rows: slice) -> np.ndarray: ...
+    def __getitem__(self, rows: Any) -> Any: ...
 
 
 def broken(root: Path, name: str, what: str, remedy: str = _RESTORE) -> IndexFormatError:

@@ -61,8 +61,8 @@ class MethodMap:
     def __repr__(self) -> str:
         """The method and the sizes; the arrays would fill the screen."""
         drawn, grid = (" x ".join(map(str, one.shape)) for one in (self.cam, self.grid_cam))
-        # [K], [B K], [K h w] or [B K h w]
-        channels = None if self.weights is None else self.weights.shape[-1:-4:-2][-1]
+        shape = () if self.weights is None else self.weights.shape
+        channels = None if not shape else shape[-3 if len(shape) > 2 else -1]  # or by position
         return (
             f"<MethodMap: {self.method.title}, {drawn} from {grid}, "
             f"{'no' if channels is None else f'{channels:,}'} channel weights>"

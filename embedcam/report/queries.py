@@ -163,7 +163,7 @@ def _map_note(found: Explanation) -> str:
         return f"Its map is empty: {found.why_empty}."
     if found.trusted is False:
         return (
-            "Its map is not to be trusted: the correlation to be expected with a map computed on "
-            f"the query itself is {found.trust:.2f}."
+            "Its map is not to be trusted: one in ten such maps correlates below "
+            f"{found.trust_low:.2f} with a map computed on the query itself."
         )
     return ""

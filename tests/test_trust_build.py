@@ -1,0 +1,471 @@
+"""Trust in an index: what a build calibrates, and what explanations say of it."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from build_samples import Toy, built, inputs, interrupt, opened, pictures, quicken, toy
+from test_index_corrupt import edit
+from test_trust import literal_correlation, literal_evidence, literal_trust
+
+from embedcam import (
+    DirectWeights,
+    Explainer,
+    Index,
+    Recipe,
+    add_images,
+    build_index,
+)
+from embedcam.build import calibrate_index, jobs
+from embedcam.calibration import Calibration
+from embedcam.cam import cam, resize, sharpen, signed_cam
+from embedcam.errors import ImageError, IndexFormatError, InputError, NetworkMismatch
+from embedcam.images import ImageSource
+from embedcam.index import remove
+from embedcam.neighbors import draw_negatives
+from embedcam.trust import LEAST, fit_calibration, leave_out, sample_rows
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
+    return pictures(tmp_path_factory.mktemp("photos"), n=48, classes=4)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    quicken(monkeypatch)
+
+
+RECIPES = {
+    "low-rank": Recipe(),
+    "top-m": Recipe(encoding="top-m", m=3),
+    "centred": Recipe(target="centred", norm="around"),
+    "margin": Recipe(target="margin"),
+    "gradcam++": Recipe(method="gradcam++"),
+    "eigencam": Recipe(method="eigencam"),
+}
+
+
+@pytest.mark.parametrize("kind", ["affine", "identity"])
+@pytest.mark.parametrize("own_maps", [True, False])
+def test_a_build_calibrates_what_indexes_without_the_queries_answer(
+    quick: None,
+    source: ImageSource,
+    tmp_path: Path,
+    kind: str,
+    own_maps: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_in_smaller_indexes(source, toy(kind), tmp_path, Recipe(), own_maps, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["top-m", "centred", "margin"])
+def test_so_does_every_recipe_of_a_closed_form(
+    quick: None,
+    source: ImageSource,
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    check_in_smaller_indexes(source, toy("affine"), tmp_path, RECIPES[name], True, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("other", "low-rank"), ("tokens", "low-rank"), ("pooled", "low-rank"), ("affine", "gradcam++"),
+     ("affine", "eigencam")],
+)  # fmt: skip
+def test_elsewhere_the_stored_weights_are_held_against_direct_ones(
+    quick: None,
+    source: ImageSource,
+    tmp_path: Path,
+    kind: str,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where weights are no closed form those near keep what they store of the whole index."""
+    made_of, kept = toy(kind), noted(monkeypatch)
+    path = built(source, made_of, tmp_path / "index", RECIPES[name])
+    part = np.random.default_rng(0).permutation(40) % 9
+    rows = sample_rows(48, 0, 40)
+    with opened(path) as (index, live):
+        vectors, weights = index.embeddings(live), index.weights(live)
+        direct = DirectWeights(made_of.network, Recipe.of_index(index.manifest))
+        for count in (1, 5):
+            expected = []
+            for place, row in enumerate(rows):
+                out = set(rows[part == part[place]].tolist())
+                left = [at for at in range(48) if at not in out]
+                near = sorted(left, key=lambda at: ((vectors[row] - vectors[at]) ** 2).sum())[
+                    :count
+                ]
+                others = draw_negatives(
+                    np.setdiff1d(left, near),
+                    index.labels[live[near]],
+                    lambda at: index.labels[live[at]],
+                )
+                image = inputs(made_of, source)[row]
+                (own,) = direct.weights(image, vectors[near], vectors[others])
+                maps = made_of.network.forward(image[None]).activations[0].numpy()
+                lengths = [float(np.linalg.norm(weights[at])) for at in near]
+                mixed = sum(
+                    weights[at] / length if count > 1 and length else weights[at]
+                    for at, length in zip(near, lengths, strict=True)
+                )
+                both = [np.tensordot(each, maps, 1).ravel().tolist() for each in (mixed, own)]
+                expected.append(literal_correlation(*both))
+            np.testing.assert_allclose(kept[count][1], expected, atol=5e-3)
+            assert np.std(expected) > 0.005
+
+
+def noted(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Evidence and correlations that calibrations are fitted to, by number of neighbours."""
+    kept = {}
+
+    def fit(seen: Any, agreed: Any, nearest: Any, *, neighbors: int, **more: Any) -> Any:
+        kept[neighbors] = (seen, agreed)
+        return fit_calibration(seen, agreed, nearest, neighbors=neighbors, **more)
+
+    monkeypatch.setattr("embedcam.build.calibrating.fit_calibration", fit)
+    return kept
+
+
+def check_in_smaller_indexes(
+    source: ImageSource,
+    made_of: Toy,
+    folder: Path,
+    recipe: Recipe,
+    own_maps: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An index is built without each tenth of the images, and asked with them."""
+    kept = noted(monkeypatch)
+    built(source, made_of, folder / "index", recipe, own_maps=own_maps)
+    part = np.random.default_rng(0).permutation(48) % 10
+    images, found = inputs(made_of, source), {1: {}, 5: {}}
+    for number in range(10):
+        rest = source.only(np.flatnonzero(part != number).tolist())
+        path = built(rest, made_of, folder / str(number), recipe, trust=False, own_maps=own_maps)
+        with opened(path) as (index, _):
+            fallback = DirectWeights(made_of.network, Recipe.of_index(index.manifest))
+            explainer = Explainer(index, made_of.network)
+            for row in np.flatnonzero(part == number):
+                activations = made_of.network.forward(images[row][None]).activations[0].numpy()
+                for count, rows in found.items():
+                    explained = explainer.explain(images[row], n_neighbors=count)
+                    near, labels = index.positions(explained.ids), index.labels
+                    others = draw_negatives(
+                        np.setdiff1d(np.arange(len(index)), near), labels[near],
+                        lambda at, labels=labels: labels[at],
+                    )  # fmt: skip
+                    weights = index.weights(near)
+                    lengths = np.linalg.norm(weights, axis=1)
+                    shares = np.ones(1) if count == 1 else 1 / count / lengths
+                    raw = np.tensordot(weights, activations, 1)
+                    (own,) = fallback.weights(
+                        images[row], index.embeddings(near), index.embeddings(others)
+                    )
+                    drawn = np.tensordot(shares, raw, 1).ravel().tolist()
+                    direct = np.tensordot(own, activations, 1).ravel().tolist()
+                    norm = float(np.linalg.norm(shares @ weights))
+                    rows[row] = (
+                        literal_evidence(raw, shares, norm, explained.distances),
+                        literal_correlation(drawn, direct),
+                    )
+    for count, rows in found.items():
+        seen, agreed = kept[count]
+        np.testing.assert_allclose(seen, [rows[row][0] for row in range(48)], atol=5e-3)
+        np.testing.assert_allclose(agreed, [rows[row][1] for row in range(48)], atol=5e-3)
+        assert np.std(agreed) > 0.005
+
+
+def test_maps_of_several_layers_are_compared_as_they_are_explained(
+    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_methods_index import LAYERS, dense, layered
+
+    kept = noted(monkeypatch)
+    network, source = layered(), pictures(tmp_path / "photos", n=44)
+    recipe = dense(method="polycam", layers=LAYERS)
+    build_index(source, network, tmp_path / "index", recipe, progress=False)
+    rows, part = sample_rows(44, 0, 40), np.random.default_rng(0).permutation(40) % 10
+    with Index.open(tmp_path / "index") as index:
+        explainer, names = Explainer(index), [layer["name"] for layer in index.manifest["layers"]]
+        images = np.stack([network.preprocess(source.open(place)) for place in range(44)])
+        features, maps = network.forward_layers(images, names)
+        vectors, direct = features.embedding.numpy(), DirectWeights(network, recipe)
+        for count in (1, 5):
+            expected = []
+            for place, row in enumerate(rows):
+                left = np.setdiff1d(np.arange(44), rows[part == part[place]])
+                apart = ((vectors[row] - vectors[left]) ** 2).sum(1)
+                near = left[np.argsort(apart)[:count]]
+                others = draw_negatives(
+                    np.setdiff1d(left, near), index.labels[near], lambda at: index.labels[at]
+                )
+                own = direct.weights(images[row], vectors[near], vectors[others])
+                ids = [index.ids[at] for at in near]
+                layers = [one[row].numpy() for one in maps]
+                drawn = explainer.explain_features(vectors[row], layers, neighbors=ids).signed_cam
+                signed = signed_cam(own[0], layers[0])
+                found = np.maximum(signed, 0)
+                for each, one in zip(own[1:], layers[1:], strict=True):
+                    found = sharpen(cam(each, one), found)
+                below = np.minimum(resize(signed, found.shape), 0)
+                signed = np.where(found > 0, found, below)
+                expected.append(
+                    literal_correlation(drawn.ravel().tolist(), signed.ravel().tolist())
+                )
+            np.testing.assert_allclose(kept[count][1], expected, atol=5e-3)
+            assert np.std(expected) > 0.01
+
+
+def test_too_few_images_calibrate_nothing_and_so_can_the_user(
+    quick: None, source: ImageSource, tmp_path: Path
+) -> None:
+    few = pictures(tmp_path / "few", n=LEAST - 1)
+    for name, images, options in (("few", few, {}), ("none", source, {"trust": False})):
+        made_of = toy()
+        path = built(images, made_of, tmp_path / name / "index", **options)
+        with Index.open(path) as index:
+            assert "trust_calibration" not in index.manifest
+            found = Explainer(index, made_of.network).explain(inputs(made_of, images)[0])
+            assert (found.trust, found.trusted, found.direct) == (None, None, False)
+            assert "trust" not in found._transfer_note()
+
+
+def test_an_index_without_the_calibration_asked_for_is_not_called_complete(
+    quick: None, source: ImageSource, tmp_path: Path
+) -> None:
+    made_of = toy()
+    path = built(source, made_of, tmp_path / "index", trust=False)
+    built(source, made_of, path, trust=False)
+    with pytest.raises(InputError, match=r"finished index with another choice of trust.*--refit"):
+        built(source, made_of, path)
+    built(source, made_of, path, replace=True)
+    built(source, made_of, path)
+    with pytest.raises(InputError, match="another choice of trust"):
+        built(source, made_of, path, trust=False)
+    few = pictures(tmp_path / "few", n=LEAST - 1)
+    for _ in range(2):  # too few for one: there is none to ask for
+        built(few, made_of, tmp_path / "small")
+
+
+def test_an_explanation_says_how_far_to_trust_it(
+    quick: None, source: ImageSource, tmp_path: Path
+) -> None:
+    made_of = toy()
+    path = built(source, made_of, tmp_path / "index")
+    queries = inputs(made_of, source)
+    with Index.open(path) as index:
+        explainer = Explainer(index, made_of.network, trusted_from=0.3)
+        calibrations = {
+            n: Calibration.from_dict(v) for n, v in index.manifest["trust_calibration"].items()
+        }
+        activations = made_of.network.forward(queries[:1]).activations[0].numpy()
+        for asked in ({}, {"n_neighbors": 1}, {"result": index.ids[7]}):
+            found = explainer.explain(queries[0], **asked)
+            positions = index.positions(found.explained)
+            weights = index.weights(positions)
+            one = len(positions) == 1
+            norms = np.linalg.norm(weights, axis=1)
+            shares = np.ones(1) if one else 1 / len(norms) / norms
+            raw = np.tensordot(weights, activations, 1)
+            own = index.embeddings(positions).astype(np.float64)
+            embedding = made_of.network.forward(queries[:1]).embedding[0].numpy()
+            apart = ((own - embedding) ** 2).sum(1)
+            seen = literal_evidence(raw, shares, float(np.linalg.norm(shares @ weights)), apart)
+            expected = literal_trust(
+                calibrations["one" if one else "several"], np.array(seen), min(apart)
+            )
+            assert (found.trust, found.trust_low) == pytest.approx(expected, abs=2e-3)
+            assert found.trusted == (found.trust_low >= 0.3)
+            assert found.to_dict()["trust"] == found.trust
+            assert found.to_dict()["trusted"] == found.trusted
+        far = explainer.explain(queries[0] * 0 + 40 * np.sign(queries[0] - 0.3))
+        assert far.trust <= explainer.explain(queries[0]).trust + 0.5
+    for wrong in (1.5, -0.1, True, math.nan):
+        with pytest.raises(InputError, match=r"trusted_from = .*; give a number from 0 to 1"):
+            Explainer(path, trusted_from=wrong)
+
+
+def test_where_all_images_have_one_label_none_is_strange(quick: None, tmp_path: Path) -> None:
+    made_of, alike = toy(), pictures(tmp_path / "photos", n=42, classes=1)
+    path = built(alike, made_of, tmp_path / "index", Recipe(target="centred", norm="around"))
+    with Index.open(path) as index:
+        found = Calibration.from_dict(index.manifest["trust_calibration"]["several"])
+        vectors = index.embeddings(np.arange(42))
+        near = index.search(vectors, 2).distances.max(1)
+    assert found.images == 42
+    assert found.largest_distance == pytest.approx(float(near.max()), rel=1e-3)
+
+
+def test_what_is_added_leaves_the_calibration(
+    quick: None, source: ImageSource, tmp_path: Path
+) -> None:
+    made_of = toy()
+    path = built(source, made_of, tmp_path / "index")
+    with Index.open(path) as index:
+        before = index.manifest["trust_calibration"]
+    more = pictures(tmp_path / "more", n=3)
+    items = [replace(item, id=f"new/{item.id}") for item in more.items]
+    add_images(ImageSource(items, more.root), made_of.network, path, progress=False)
+    with Index.open(path) as index:
+        assert len(index) == 51
+        assert index.manifest["trust_calibration"] == before
+
+
+def test_an_index_with_a_broken_calibration_is_refused(
+    quick: None, source: ImageSource, tmp_path: Path
+) -> None:
+    path = built(source, toy(), tmp_path / "index")
+    with Index.open(path) as index:
+        good = index.manifest["trust_calibration"]
+    for broken, message in (
+        ({**good, "many": {}}, "trust_calibration has the unknown entry 'many'"),
+        (
+            {"one": {**good["one"], "scale": [0] * 3}},
+            r"trust_calibration\.one: .*do not fit together",
+        ),
+        (
+            {"several": good["one"]},
+            r"trust_calibration\.several is of explanations by 1 neighbours",
+        ),
+        ({"one": good["several"]}, r"trust_calibration\.one is of explanations by 5 neighbours"),
+        ([1], "trust_calibration"),
+    ):
+        edit(lambda manifest, broken=broken: manifest.update(trust_calibration=broken))(path)
+        with pytest.raises(IndexFormatError, match=message):
+            Index.open(path)
+
+
+def test_an_earlier_trust_is_not_read_and_the_note_names_what_calibrates_it_again(
+    quick: None, source: ImageSource, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made_of = toy("affine")
+    path = built(source, made_of, tmp_path / "index")
+    with Index.open(path) as index:
+        expected = index.manifest["trust_calibration"]
+    # As an index of an earlier version has it, and as none may be: nothing reads it.
+    edit(lambda m: m.update(trust={"one": "?"}, trust_calibration=None))(path)
+    query = inputs(made_of, source)[0]
+    with Explainer(path, made_of.network) as explainer:
+        found = explainer.explain(query)
+        explainer.explain(query)
+    assert (found.trust, found.trust_low, found.trusted) == (None, None, None)
+    told = [each.message for each in caplog.records if "earlier definition" in each.message]
+    assert len(told) == 1
+    assert f"`embedcam calibrate {path}` makes it again, without building the index" in told[0]
+    assert calibrate_index(path, progress=False) == {"match": 48}
+    assert calibrate_index(path, made_of.network, progress=False) == {"match": 48, "trust": 48}
+    with opened(path) as (index, _):
+        index.verify()
+        made = index.manifest["trust_calibration"]
+    for name, one in expected.items():
+        # The build drew with activations that it kept in half precision.
+        np.testing.assert_allclose(made[name]["mean"], one["mean"], rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(
+            made[name]["correlations"][-1], one["correlations"][-1], atol=0.01
+        )
+    with Explainer(path, made_of.network) as explainer:
+        assert explainer.explain(query).trust > 0.5
+
+
+def test_what_changes_while_it_is_calibrated_is_not_vouched_for(
+    quick: None, source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = built(source, toy("affine"), tmp_path / "index")
+    fit = jobs.calibrate_match
+
+    def changed(*given_: Any) -> Any:
+        remove(path, [str(Index.open(path).ids[0])])
+        return fit(*given_)
+
+    monkeypatch.setattr(jobs, "calibrate_match", changed)
+    with pytest.raises(InputError, match="changed while it was being calibrated, so nothing was w"):
+        calibrate_index(path, progress=False)
+    with Index.open(path) as index:
+        assert len(index) == 47
+        assert index.manifest["match_calibration"]["several"]["images"] == 48
+
+
+def test_of_inner_products_the_nearest_counts_not_the_first(quick: None, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(60, 8)) * generator.uniform(0.1, 5, (60, 1))
+    recipe = Recipe(metric="ip", target="margin")
+    labels = [f"k{at % 3}" for at in range(60)]
+    found = leave_out(
+        recipe, vectors.astype(np.float32), labels, sample_rows(60, 0), closed_form=False,
+        normalized=False,
+    )["several"]  # fmt: skip
+    assert any(one.distances.min() < one.distances[0] for one in found)
+    made_of, photos = toy("affine"), pictures(tmp_path / "photos", n=44)
+    path = built(photos, made_of, tmp_path / "index", Recipe(metric="ip"))
+    with opened(path) as (index, live):
+        largest = index.manifest["trust_calibration"]["several"]["largest_distance"]
+        expected = leave_out(
+            Recipe(metric="ip"), index.embeddings(live), list(index.labels[live]),
+            sample_rows(44, 0), closed_form=False, normalized=True,
+        )["several"]  # fmt: skip
+    assert largest == pytest.approx(max(float(one.distances.min()) for one in expected))
+
+
+def test_what_cannot_be_calibrated_again_says_why(
+    quick: None, source: ImageSource, tmp_path: Path
+) -> None:
+    made_of = toy("affine")
+    path = built(pictures(tmp_path / "few", n=LEAST - 1), made_of, tmp_path / "index")
+    with pytest.raises(InputError, match=r"39 images calibrate no trust; add images .* least 40"):
+        calibrate_index(path, made_of.network, progress=False)
+    with pytest.raises(NetworkMismatch):
+        calibrate_index(path, toy("identity").network, progress=False)
+    whole = built(source, made_of, tmp_path / "whole")
+    before = (whole / "manifest.json").read_bytes()
+    with pytest.raises(ImageError, match=r"no such file|cannot be read|does not exist"):
+        calibrate_index(whole, made_of.network, images=tmp_path / "nowhere", progress=False)
+    assert (whole / "manifest.json").read_bytes() == before
+
+
+def test_a_build_is_the_same_bytes_again(quick: None, source: ImageSource, tmp_path: Path) -> None:
+    kept = []
+    for name, batch in (("a", 32), ("b", 32), ("c", 5)):
+        path = built(source, toy("other"), tmp_path / name, batch_size=batch)
+        kept.append(json.loads((path / "manifest.json").read_text())["trust_calibration"])
+    assert kept[0] == kept[1]
+    for name in ("one", "several"):
+        np.testing.assert_allclose(kept[2][name]["mean"], kept[0][name]["mean"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("own_maps", [True, False])
+def test_a_build_that_is_stopped_while_it_calibrates_goes_on(
+    quick: None,
+    source: ImageSource,
+    tmp_path: Path,
+    own_maps: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made_of, given_ = toy("other"), {"own_maps": own_maps, "progress": False}
+    passes = [0]
+    forward = type(made_of.network).forward
+
+    def counted(self: Any, images: Any, **more: Any) -> Any:
+        passes[-1] += len(images)
+        return forward(self, images, **more)
+
+    monkeypatch.setattr(type(made_of.network), "forward", counted)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    build_index(source, made_of.network, whole, **given_)
+    passes.append(0)
+    interrupt(monkeypatch, "calibrate_build", build_index, source, made_of.network, cut, **given_)
+    assert not (cut / "manifest.json").exists()
+    passes.append(0)
+    build_index(source, made_of.network, cut, **given_)
+    assert passes[2] <= passes[0] - 48  # what was finished is used again
+    manifests = [json.loads((one / "manifest.json").read_text()) for one in (whole, cut)]
+    assert manifests[0]["trust_calibration"]["several"]["images"] == 40
+    for key in ("trust_calibration", "parts", "fitted"):
+        assert manifests[0][key] == manifests[1][key]

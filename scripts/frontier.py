@@ -22,7 +22,6 @@ contrast moves it; brackets are 95% bootstrap intervals over pictures.
 - *detail 2*: the same with the query's map joined from 224 and 448 pixels.
 """
 
-import argparse
 import csv
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from paper.bench import Bench, frozen_network, read_bench
+from paper.bench import Bench, data_arguments, frozen_network, read_bench
 from paper.cache import Cache
 from photographs import SIZE, STEP, Features, read_pictures
 from PIL import Image
@@ -324,7 +323,7 @@ def draw(points: dict[str, list[float]], path: Path) -> None:
 
 
 def main() -> None:
-    options = arguments()
+    options = data_arguments(__doc__, "posed folders, and natural last")
     try:
         posed: dict[str, Bench] = {}
         for folder in options.data[:-1]:
@@ -348,17 +347,6 @@ def main() -> None:
             f"docs/results/frontier.md`.\n\n![The frontier](figures/frontier.png)\n\n{rules}\n"
         )
         options.output.write_text(head + text, encoding="utf-8")
-
-
-def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data", nargs="+", type=Path, help="posed folders, and natural last")
-    parser.add_argument("--weights", required=True, help="ImageNet weights of MobileNetV2")
-    parser.add_argument("--output", type=Path, help="Markdown file to write")
-    parser.add_argument("--cache", type=Path, help="folder where features are kept")
-    return parser.parse_args(given)
 
 
 if __name__ == "__main__":

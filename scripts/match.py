@@ -19,16 +19,14 @@ on these alone, and the other half is asked. Five seeded halves: means, in brack
   and pictures of one colour.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from paper.bench import frozen_network
-from paper.cache import Cache
+from paper.bench import data_arguments, frozen_features, frozen_network
 from paper.report import markdown
-from photographs import SIZE, forward, read_pictures, squashed
+from photographs import SIZE, forward
 from PIL import Image
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
@@ -45,7 +43,7 @@ COLUMNS = (
 
 
 def main() -> None:
-    options = arguments()
+    options = data_arguments(__doc__, "folders with annotations.csv")
     try:
         network = frozen_network(options.weights)
         strange = [
@@ -81,14 +79,7 @@ def read(
     folder: Path, network: EmbeddingNetwork, cache: Path | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Embeddings `[N D]` of length 1 and labels `[N]` of a data folder."""
-    pictures = read_pictures(folder)
-    kept = Cache(cache, network, [folder / "annotations.csv", *pictures.paths])
-    found = kept.features(
-        f"{folder.name}-pictures",
-        lambda number: squashed(pictures.paths[number]),
-        len(pictures.paths),
-        (SIZE, SIZE),
-    )
+    pictures, found, _ = frozen_features(folder, network, cache)
     return _unit(found.pooled), pictures.labels
 
 
@@ -173,17 +164,6 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 
 def _tail(folder: Path) -> tuple[str, ...]:
     return folder.parts[-2:] if folder.name == "single" else folder.parts[-1:]
-
-
-def arguments(given: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data", nargs="+", type=Path, help="folders with annotations.csv")
-    parser.add_argument("--weights", required=True, help="ImageNet weights of MobileNetV2")
-    parser.add_argument("--output", type=Path, help="Markdown file to write")
-    parser.add_argument("--cache", type=Path, help="folder where frozen features are kept")
-    return parser.parse_args(given)
 
 
 if __name__ == "__main__":

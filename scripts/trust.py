@@ -17,26 +17,25 @@ halves, in brackets the worst.
 - *elsewhere*: trust and true correlation of queries from another of the sets, in the mean.
 """
 
-import argparse
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from paper.bench import frozen_network
+from paper.bench import data_arguments, frozen_network
 from paper.cache import Cache
 from photographs import SIZE, Features, read_pictures
 from PIL import Image
 from scipy.stats import spearmanr
 
 from embedcam import EmbedcamError, Explainer, Index, Recipe, build_from_features
+from embedcam.answer import negatives_for
 from embedcam.build.calibrating import View, calibrate_trust, trust_rows
 from embedcam.calibration import correlation
 from embedcam.cam import drawn_and_signed
 from embedcam.images import read_image
 from embedcam.index import put_calibrations
-from embedcam.neighbors import draw_negatives
 from embedcam.network import EmbeddingNetwork
 from embedcam.targets import head_cotangent, query_cotangent
 
@@ -56,10 +55,9 @@ class Set:
 def read_set(folder: Path, network: EmbeddingNetwork, cache: Path | None) -> Set:
     """The pictures of a folder; of posed ones the second half of the classes."""
     pictures = read_pictures(folder)
-    classes = sorted(set(pictures.labels))
-    posed = "natural" not in folder.parts
-    kept = np.isin(pictures.labels, classes[len(classes) // 2 :] if posed else classes)
-    paths = [path for path, one in zip(pictures.paths, kept, strict=True) if one]
+    if "natural" not in folder.parts:
+        pictures = pictures.some(~pictures.seen())
+    paths = pictures.paths
     store = Cache(cache, network, paths)
 
     def features(side: int) -> Features:
@@ -71,7 +69,7 @@ def read_set(folder: Path, network: EmbeddingNetwork, cache: Path | None) -> Set
     views = features(SIZE), features(2 * SIZE)
     pooled = views[0].pooled
     unit = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
-    return Set(pictures.labels[kept], unit.astype(np.float32), views)
+    return Set(pictures.labels, unit.astype(np.float32), views)
 
 
 def split(labels: np.ndarray, case: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -127,14 +125,10 @@ def looked(index: Index, one: Set, rows: np.ndarray, count: int) -> np.ndarray:
 def direct_weights(index: Index, embedding: np.ndarray, ids: list[str]) -> np.ndarray:
     """What `DirectWeights` computes on a query, in closed form."""
     recipe, near = Recipe.of_index(index.manifest), index.positions(ids)
-    others = draw_negatives(
-        np.setdiff1d(index.live_positions(), near),
-        index.select(near).labels,
-        lambda at: index.select(at).labels,
-    )
+    others = negatives_for(index, near.tolist(), index.select(near).labels)
     values = query_cotangent(
         recipe.resolved_target, recipe.norm, embedding, index.embeddings(near),
-        index.embeddings(others),
+        others,
     )[None]  # fmt: skip
     length = np.ones(1, np.float32)
     return head_cotangent(values, embedding[None], length, recipe.head_norm, True)[0]
@@ -191,7 +185,7 @@ def measure(name: str, one: Set, other: Set, network: EmbeddingNetwork) -> str:
 
 
 def main() -> None:
-    options = arguments()
+    options = data_arguments(__doc__, "two folders or more")
     try:
         network = frozen_network(options.weights)
         sets = {folder: read_set(folder, network, options.cache) for folder in options.data}
@@ -210,17 +204,6 @@ def main() -> None:
             f"--output docs/results/trust.md`.\n\n{rules}\n"
         )
         options.output.write_text(head + "\n".join(texts), encoding="utf-8")
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data", nargs="+", type=Path, help="two folders or more")
-    parser.add_argument("--weights", required=True, help="ImageNet weights of MobileNetV2")
-    parser.add_argument("--output", type=Path, help="Markdown file to write")
-    parser.add_argument("--cache", type=Path, help="folder where features are kept")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

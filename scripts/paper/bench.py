@@ -1,5 +1,6 @@
 """One data set under the reference embedding, and what is measured on it."""
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -199,15 +200,7 @@ def read_bench(folder: Path, weights: str, cache: Path | None) -> Bench:
             f"{folder} {what}; convert the download first: python scripts/prepare_data.py "
             f"{'birds' if official else 'birds|objects'} {folder} DATA/NAME"
         )
-    network = frozen_network(weights)
-    pictures = read_pictures(folder)
-    kept = Cache(cache, network, [folder / "annotations.csv", *pictures.paths])
-    found = kept.features(
-        f"{folder.name}-pictures",
-        lambda number: squashed(pictures.paths[number]),
-        len(pictures.paths),
-        (SIZE, SIZE),
-    )
+    pictures, found, kept = frozen_features(folder, frozen_network(weights), cache)
     seen = pictures.seen()
     head = kept.array(
         f"{folder.name}-head", lambda: train_head(found.pooled[seen], pictures.labels[seen])
@@ -220,6 +213,33 @@ def read_bench(folder: Path, weights: str, cache: Path | None) -> Bench:
     gallery = Features(found.activations[~seen].astype(np.float32), found.pooled[~seen])
     scenes.activations = scenes.activations.astype(np.float32)
     return Bench(folder.name, unseen, gallery, scenes_of(scenes, first, second), AffineHead(head))
+
+
+def frozen_features(
+    folder: Path, network: EmbeddingNetwork, cache: Path | None
+) -> tuple[Pictures, Features, Cache]:
+    """All pictures of a data folder put through the frozen network, and what keeps arrays of it."""
+    pictures = read_pictures(folder)
+    kept = Cache(cache, network, [folder / "annotations.csv", *pictures.paths])
+    found = kept.features(
+        f"{folder.name}-pictures",
+        lambda number: squashed(pictures.paths[number]),
+        len(pictures.paths),
+        (SIZE, SIZE),
+    )
+    return pictures, found, kept
+
+
+def data_arguments(description: str | None, data: str) -> argparse.Namespace:
+    """The command line of a script that measures on data folders; `data` says which."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", nargs="+", type=Path, help=data)
+    parser.add_argument("--weights", required=True, help="ImageNet weights of MobileNetV2")
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    parser.add_argument("--cache", type=Path, help="folder where frozen features are kept")
+    return parser.parse_args()
 
 
 def frozen_network(weights: str) -> EmbeddingNetwork:

@@ -7,7 +7,7 @@ import sys
 
 if getattr(sys, "argv", [""])[0] == "-m" and sys.orig_argv[-len(sys.argv)] == __name__:
     try:  # `python -m embedcam`: Ctrl-C from here on
-        from .interrupts import INTERRUPTS
+        from .cli.interrupts import INTERRUPTS
 
         INTERRUPTS.take()
     except KeyboardInterrupt:
@@ -19,11 +19,11 @@ TYPE_CHECKING = False  # type checkers take it for true; `typing` costs 15 ms
 __version__ = "0.1.0"
 
 _WHERE = {
-    "METHODS": "registry",
-    "BuildReport": "build",
+    "METHODS": "recipe",
+    "BuildReport": "offline",
     "ClassProxy": "targets",
     "Coordinate": "targets",
-    "DirectWeights": "fallback",
+    "DirectWeights": "methods",
     "EmbedcamError": "errors",
     "EmbeddingNetwork": "network",
     "Explainer": "explain",
@@ -36,14 +36,14 @@ _WHERE = {
     "Recipe": "recipe",
     "Similarity": "targets",
     "TripletMargin": "targets",
-    "add_images": "build",
-    "build_from_features": "features",
-    "build_index": "build",
+    "add_images": "offline",
+    "build_from_features": "offline",
+    "build_index": "offline",
     "cam_for": "methods",
     "evaluate_index": "evaluate",
     "find_images": "images",
     "from_dataset": "images",
-    "load_network": "models",
+    "load_network": "network",
     "write_report": "report",
 }
 
@@ -80,21 +80,17 @@ __all__ = [
 if TYPE_CHECKING:
     import typing
 
-    from .build import BuildReport, add_images, build_index
     from .errors import EmbedcamError
     from .evaluate import evaluate_index
     from .explain import Explainer, Explanation
-    from .fallback import DirectWeights
-    from .features import build_from_features
     from .images import find_images, from_dataset
     from .index import Index
-    from .methods import cam_for
-    from .models import load_network
-    from .network import EmbeddingNetwork
+    from .methods import DirectWeights, cam_for
+    from .network import EmbeddingNetwork, load_network
+    from .offline import BuildReport, add_images, build_from_features, build_index
     from .pairs import PairExplainer
     from .preprocess import Preprocess
-    from .recipe import Recipe
-    from .registry import METHODS
+    from .recipe import METHODS, Recipe
     from .report import write_report
     from .targets import (
         ClassProxy,

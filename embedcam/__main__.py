@@ -1,6 +1,6 @@
 """The command line as a process: `python -m embedcam`, and the script `embedcam`."""
 
-from .interrupts import INTERRUPTS
+from .cli.interrupts import INTERRUPTS
 
 INTERRUPTS.take()
 

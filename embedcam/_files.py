@@ -10,9 +10,12 @@ import os
 import re
 import shutil
 import stat
+import sys
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import IO
 
 from .errors import EmbedcamError, InputError
@@ -306,3 +309,40 @@ def _remove_at(descriptor: int, ours: re.Pattern[str], named: Collection[str]) -
         with suppress(OSError):
             if stat.S_ISREG(os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode):
                 os.unlink(name, dir_fd=descriptor)
+
+
+class ProcessLock:
+    """A re-entrant lock, one for each process: a forked child finds its own, and that open.
+
+    A plain lock that another thread of the parent held during the fork stays locked for ever.
+    """
+
+    def __init__(self) -> None:
+        self._locks: dict[int, threading.RLock] = {}
+
+    def __deepcopy__(self, memo: object) -> "ProcessLock":
+        """Return a lock of its own, open: what is copied is used by others."""
+        return ProcessLock()
+
+    def __enter__(self) -> None:
+        # One atomic step: of two threads that come first, both take the lock that was put in.
+        self._locks.setdefault(os.getpid(), threading.RLock()).acquire()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._locks[os.getpid()].release()
+
+
+def compute_on_one_thread() -> None:
+    """torch on one thread, where this process has it: for a forked child.
+
+    The parent's OpenMP threads are not there any more, and a child that hands them work waits for
+    ever. FAISS is told at every search, see `embedcam.index.Index`.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)

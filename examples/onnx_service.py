@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from embedcam import EmbedcamError, Explainer
-from embedcam.onnx_network import OnnxNetwork
+from embedcam.onnx import OnnxNetwork
 
 MOST_BYTES = 20 << 20
 GRID = (14, 14)

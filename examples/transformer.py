@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from embedcam import EmbeddingNetwork, Preprocess
-from embedcam.cam import cam
+from embedcam.ops import cam
 from embedcam.render import overlay
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

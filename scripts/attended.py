@@ -31,12 +31,12 @@ from scipy.stats import t as student
 from sklearn.linear_model import RidgeCV
 
 from embedcam import EmbeddingNetwork, Explainer, Recipe, build_from_features, load_network
-from embedcam.cam import area_average, attended
 from embedcam.demo.digits_network import LAYER, digits_preprocess, load_weights, save_weights
 from embedcam.demo.scenes import Scene, SceneMaker, Split
 from embedcam.demo.settings import DemoSettings
 from embedcam.demo.training import train
-from embedcam.features import AffineHead
+from embedcam.offline.features import AffineHead
+from embedcam.ops import area_average, attended
 
 NEAREST = "no features: the mean of the five nearest"
 N, FOLDS, NEIGHBORS, SIDE = 600, 5, 5, 192

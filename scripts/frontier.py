@@ -36,11 +36,11 @@ from photographs import SIZE, STEP, Features, read_pictures
 from PIL import Image
 
 from embedcam import EmbedcamError, Recipe
-from embedcam.cam import joined, resize
-from embedcam.classes import label_codes
-from embedcam.cotangents import AnchorCotangents
 from embedcam.images import read_image
 from embedcam.metrics import bootstrap_interval, box_mask, equal_area_share, pixel_auc
+from embedcam.offline.classes import label_codes
+from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.ops import joined, resize
 from embedcam.targets import through_norm
 
 LEAST, NEIGHBORS = 0.02, 5

@@ -31,12 +31,12 @@ from killing import KILLER, begin, everything, in_child, was_killed
 from PIL import Image
 from torch import Tensor, nn
 
-import embedcam.passes as passes
+import embedcam.offline.passes as passes
 from embedcam import EmbeddingNetwork, Explainer, Preprocess, Recipe, find_images, write_report
-from embedcam.build import add_images, build_index
 from embedcam.errors import IndexFormatError
 from embedcam.images import ImageSource
 from embedcam.index import Index, compact, rebuild_faiss, remove, sweep, verify
+from embedcam.offline import add_images, build_index
 from embedcam.prototypes import compress
 from embedcam.report import LINES, PAGE
 

@@ -4,14 +4,14 @@ import numpy as np
 import torch
 from photographs import SIZE, STEP, Features, Scenes
 
-from embedcam.assembly import make_encoding, sample_places
-from embedcam.cam import resize, signed_cam
-from embedcam.encoding import Encoding, LowRank
-from embedcam.features import AffineHead
+from embedcam.index.encoding import Encoding, LowRank
+from embedcam.methods.weights import weights_from_pooled
 from embedcam.metrics import bootstrap_interval, pixel_auc
-from embedcam.passes import is_exact
-from embedcam.recipe import Recipe
-from embedcam.weights import weights_from_pooled
+from embedcam.offline.assembly import make_encoding, sample_places
+from embedcam.offline.features import AffineHead
+from embedcam.offline.passes import is_exact
+from embedcam.ops import resize, signed_cam
+from embedcam.recipe.recipe import Recipe
 
 GRID = (7, 7)
 COARSE_BYTES = 7 * 7 + 4 + 4  # own map, its scale, the count of triplets

@@ -46,11 +46,11 @@ from embedcam import (
     from_dataset,
     load_network,
 )
-from embedcam.cam import resize, signed_cam
 from embedcam.demo.digits_network import digits_preprocess
 from embedcam.demo.training import triplet_loss
 from embedcam.images import ImageSource, read_image
 from embedcam.metrics import bootstrap_interval, pixel_auc
+from embedcam.ops import resize, signed_cam
 from embedcam.render import overlay
 from embedcam.targets import Similarity
 

@@ -31,7 +31,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from embedcam import EmbeddingNetwork
-from embedcam.cam import normalize, resize
 from embedcam.demo import training
 from embedcam.demo.digits_network import digits_preprocess, initialise, save_weights
 from embedcam.demo.scenes import Scene, SceneMaker
@@ -39,7 +38,8 @@ from embedcam.demo.settings import DemoSettings
 from embedcam.methods import MethodWarning, cam_for
 from embedcam.methods.learned import ABNetwork, LFINetwork
 from embedcam.metrics import box_mask, energy_share, recall_at_k
-from embedcam.models.checkpoints import load_state, read_state
+from embedcam.network.checkpoints import load_state, read_state
+from embedcam.ops import normalize, resize
 from embedcam.render import overlay
 from embedcam.targets import Coordinate
 

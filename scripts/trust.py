@@ -30,13 +30,13 @@ from PIL import Image
 from scipy.stats import spearmanr
 
 from embedcam import EmbedcamError, Explainer, Index, Recipe, build_from_features
-from embedcam.answer import negatives_for
-from embedcam.build.calibrating import View, calibrate_trust, trust_rows
-from embedcam.calibration import correlation
-from embedcam.cam import drawn_and_signed
+from embedcam.explain.answer import negatives_for
 from embedcam.images import read_image
 from embedcam.index import put_calibrations
+from embedcam.index.calibration import correlation
 from embedcam.network import EmbeddingNetwork
+from embedcam.offline.calibrating import View, calibrate_trust, trust_rows
+from embedcam.ops import drawn_and_signed
 from embedcam.targets import head_cotangent, query_cotangent
 
 SEEDS, TEN = 5, 10

@@ -34,7 +34,7 @@ from photographs import SIZE
 
 from embedcam import EmbedcamError
 from embedcam.metrics import recall_at_k
-from embedcam.recipe import Recipe
+from embedcam.recipe.recipe import Recipe
 from embedcam.targets import WHITENED
 
 

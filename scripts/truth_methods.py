@@ -34,13 +34,13 @@ from photographs import SIZE, STEP, Pictures, forward, loaded, read_pictures, sq
 from safetensors.numpy import save_file
 
 from embedcam import METHODS, EmbedcamError, EmbeddingNetwork, Similarity, cam_for, load_network
-from embedcam.cam import cam, resize, sharpen, signed_cam
-from embedcam.classes import label_codes
-from embedcam.cotangents import AnchorCotangents
 from embedcam.methods import MethodMap, MethodWarning
 from embedcam.metrics import energy_share, pixel_auc, recall_at_k
-from embedcam.recipe import Recipe
-from embedcam.registry import LayersMethod, Method, WeightMethod
+from embedcam.offline.classes import label_codes
+from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.ops import cam, resize, sharpen, signed_cam
+from embedcam.recipe.recipe import Recipe
+from embedcam.recipe.registry import LayersMethod, Method, WeightMethod
 from embedcam.targets import Direction
 
 SLOW = ("scorecam", "rise", "lime", "sbsm", "polycam")

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from embedcam import Recipe, build_from_features
-from embedcam.cotangents import AnchorCotangents
-from embedcam.neighborhoods import NearestOthers
+from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.offline.neighborhoods import NearestOthers
 
 WIDTH, CENTRES = 128, 1000
 

@@ -35,7 +35,7 @@ from embedcam import (
 from embedcam.errors import InputError
 from embedcam.images import find_images, read_image
 from embedcam.methods import MethodMap, MethodWarning
-from embedcam.registry import Method
+from embedcam.recipe.registry import Method
 from embedcam.render import overlay
 
 COLUMNS = 6
@@ -80,7 +80,7 @@ def attention(folder: Path, network: EmbeddingNetwork) -> dict[str, EmbeddingNet
     from train_attention import make_abn, make_lfi
 
     from embedcam.demo.settings import DemoSettings
-    from embedcam.models.checkpoints import load_state, read_state
+    from embedcam.network.checkpoints import load_state, read_state
 
     found = {}
     for name, file, make in (("lficam", "lfi", make_lfi), ("abn", "abn", make_abn)):

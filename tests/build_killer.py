@@ -23,12 +23,12 @@ from build_samples import DENSE, Toy, dense, everything, paint, pictures, toy
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from killing import KILLER, Job, in_child
 
-import embedcam.passes as passes
-from embedcam.build import add_images, build_index
+import embedcam.offline.passes as passes
 from embedcam.images import ImageSource, find_images
 from embedcam.index import Index, verify
+from embedcam.offline import add_images, build_index
 from embedcam.preprocess import custom
-from embedcam.recipe import Recipe
+from embedcam.recipe.recipe import Recipe
 
 
 def killed_everywhere(

@@ -17,16 +17,15 @@ from PIL import Image
 from torch import Tensor, nn
 from toys import seeded
 
-import embedcam.build.jobs as jobs
-from embedcam import probe
-from embedcam.classes import label_codes
+import embedcam.offline.jobs as jobs
 from embedcam.images import ImageSource, find_images
 from embedcam.index import Index
-from embedcam.neighborhoods import NearestOthers
 from embedcam.network import EmbeddingNetwork
-from embedcam.preprocess import Preprocess
-from embedcam.recipe import Recipe
-from embedcam.triplets import TripletSampler
+from embedcam.offline.classes import label_codes
+from embedcam.offline.neighborhoods import NearestOthers
+from embedcam.offline.triplets import TripletSampler
+from embedcam.preprocess import Preprocess, probe
+from embedcam.recipe.recipe import Recipe
 
 SIDE, CHANNELS, WIDTH = 16, 8, 5
 CELLS = (SIDE // 4) ** 2

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from embedcam.encoding import ByPosition, Dense, Encoding, LowRank, TopM
 from embedcam.index import PartData, create, quantize_coarse
+from embedcam.index.encoding import ByPosition, Dense, Encoding, LowRank, TopM
 
 WIDTH, CHANNELS, GRID = 8, 6, (2, 3)
 

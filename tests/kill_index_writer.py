@@ -33,7 +33,7 @@ def prepare_life(path: Path) -> None:
 
 
 def calibrate(path: Path) -> None:
-    from embedcam.build import calibrate_index
+    from embedcam.offline import calibrate_index
 
     calibrate_index(path)
 

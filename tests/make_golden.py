@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from embedcam.encoding import ByPosition, Encoding, LowRank, TopM
 from embedcam.index import PartData, append, create, quantize_coarse, remove, verify
+from embedcam.index.encoding import ByPosition, Encoding, LowRank, TopM
 
 WIDTH, CHANNELS = 4, 6
 NAMES = ["owl", "crane", "åland", "猫", "owl 2", "none", "late"]

@@ -10,8 +10,8 @@ from test_report import records
 from test_report_cli import Say, here, say  # noqa: F401 - fixtures
 
 from embedcam import EmbeddingNetwork, Explainer, Recipe, find_images, write_report
-from embedcam.cam import attended, cam, joined, resize, signed_cam
-from embedcam.finer import larger_input
+from embedcam.explain.finer import larger_input
+from embedcam.ops import attended, cam, joined, resize, signed_cam
 
 
 def oracle(activations: np.ndarray, drawn: np.ndarray) -> list[float]:

@@ -14,14 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from embedcam import EmbeddingNetwork, Explainer, Preprocess, build_index, find_images
-from embedcam.build import add_images
 from embedcam.cli import main
 from embedcam.errors import EmbeddingError, InputError
 from embedcam.evaluate import evaluate_index
 from embedcam.index import Index
 from embedcam.methods import cam_for
+from embedcam.offline import add_images
 from embedcam.pairs import PairExplainer
-from embedcam.recipe import Recipe
+from embedcam.recipe.recipe import Recipe
 from embedcam.report import write_report
 from embedcam.targets import Coordinate
 

@@ -25,11 +25,11 @@ from build_samples import (
     toy,
 )
 
-import embedcam.passes as passes
-from embedcam.build import build_index
+import embedcam.offline.passes as passes
 from embedcam.images import ImageSource, find_images
 from embedcam.index import verify
-from embedcam.recipe import Recipe
+from embedcam.offline import build_index
+from embedcam.recipe.recipe import Recipe
 
 HALF = 2.0**-10
 

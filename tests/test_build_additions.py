@@ -25,17 +25,13 @@ from build_samples import (
     toy,
 )
 
-import embedcam.passes as passes
-from embedcam.build import add_images, build_index, indexed_images
-from embedcam.errors import (
-    IndexFormatError,
-    InputError,
-    NetworkMismatch,
-)
-from embedcam.identity import NetworkWarning
+import embedcam.offline.passes as passes
+from embedcam.errors import IndexFormatError, InputError, NetworkMismatch
 from embedcam.images import ImageSource, find_images, from_dataset
 from embedcam.index import remove, verify
-from embedcam.recipe import Recipe
+from embedcam.index.identity import NetworkWarning
+from embedcam.offline import add_images, build_index, indexed_images
+from embedcam.recipe.recipe import Recipe
 
 HALF = 2.0**-10
 

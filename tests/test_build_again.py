@@ -19,11 +19,11 @@ from build_samples import (
 )
 from PIL import Image
 
-from embedcam.build import add_images, build_index, indexed_images
 from embedcam.errors import InputError
 from embedcam.images import ImageSource, find_images, from_dataset
 from embedcam.index import compact, remove
-from embedcam.recipe import Recipe
+from embedcam.offline import add_images, build_index, indexed_images
+from embedcam.recipe.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -155,7 +155,9 @@ def test_the_manifest_says_which_triplets_were_drawn(
 
 @pytest.mark.parametrize("encoding", ["dense", "top-m"])
 def test_where_nothing_is_fitted_no_sample_is_read(tmp_path, source, monkeypatch, encoding) -> None:
-    monkeypatch.setattr("embedcam.assembly._sample", lambda work: pytest.fail("read for nothing"))
+    monkeypatch.setattr(
+        "embedcam.offline.assembly._sample", lambda work: pytest.fail("read for nothing")
+    )
     build_index(source, toy().network, tmp_path / "i", dense(encoding=encoding, m=4))
     with opened(tmp_path / "i") as (index, live):
         assert index.weights(live).shape == (12, 8)

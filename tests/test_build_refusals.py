@@ -22,9 +22,8 @@ from build_samples import (
 )
 from PIL import Image
 
-import embedcam.build.jobs as jobs
-import embedcam.passes as passes
-from embedcam.build import build_index
+import embedcam.offline.jobs as jobs
+import embedcam.offline.passes as passes
 from embedcam.errors import (
     EmbedcamError,
     ImageError,
@@ -35,8 +34,9 @@ from embedcam.errors import (
 )
 from embedcam.images import ImageSource, find_images
 from embedcam.index import Index, lock
+from embedcam.offline import build_index
 from embedcam.preprocess import custom
-from embedcam.recipe import Recipe, RecipeWarning
+from embedcam.recipe.recipe import Recipe, RecipeWarning
 
 HALF = 2.0**-10
 

@@ -13,11 +13,11 @@ from build_samples import dense, everything, opened, paint, pictures, quicken, t
 from PIL import Image
 
 from embedcam import Explainer
-from embedcam.build import add_images, build_index
 from embedcam.cli import main
 from embedcam.errors import ImageError, InputError
 from embedcam.images import find_images, from_dataset
 from embedcam.index import Index, remove, verify
+from embedcam.offline import add_images, build_index
 from embedcam.prototypes import compress
 
 

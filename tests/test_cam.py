@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from embedcam.cam import area_average, cam, joined, normalize, resize, signed_cam
 from embedcam.errors import InputError
+from embedcam.ops import area_average, cam, joined, normalize, resize, signed_cam
 
 RNG = np.random.default_rng(0)
 NUMBERS = st.floats(-8, 8, width=32)

@@ -201,7 +201,12 @@ def test_explain_prints_what_the_explainer_finds(say: Say, built: Path, tmp_path
     assert first == f"photos/2/1.png -> {tmp_path / 'why.png'}"
     assert header.split() == ["distance", "result", "label"]
     assert [row.split() for row in rows] == [
-        [str(place), f"{distance:.3f}" if distance >= 1e-3 else f"{distance:.3g}", name, label]
+        [
+            str(place),
+            f"{distance:.3f}" if distance == 0 or distance >= 1e-3 else f"{distance:.3g}",
+            name,
+            label,
+        ]
         for place, (name, label, distance) in enumerate(
             zip(expected.ids, expected.labels, expected.distances, strict=True), 1
         )
@@ -873,10 +878,10 @@ def test_an_interruption_is_130_and_says_how_to_go_on(
     build = ("build", "photos", f"{index}2", *NAMED)
     told = "going on: 12 of 12 images are embedded\ngoing on: weights of 12 of 12 images are done\n"
     with monkeypatch.context() as patch:
-        patch.setattr("embedcam.build.jobs.embedding_pass", interrupted)
+        patch.setattr("embedcam.offline.jobs.embedding_pass", interrupted)
         assert say(*build) == (130, "", "embedcam: interrupted\n")  # nothing is kept yet
         patch.undo()
-        patch.setattr("embedcam.build.jobs.fit_encodings", interrupted)
+        patch.setattr("embedcam.offline.jobs.fit_encodings", interrupted)
         code, out, err = say(*build)
         assert (code, out) == (130, "")
         assert err == "embedcam: interrupted; run the same command again to go on\n"
@@ -1051,7 +1056,7 @@ def test_explain_by_a_method_computed_on_the_query(say: Say, built: Path, tmp_pa
     assert record["method"] == "Layer-CAM"
     assert picture.stat().st_size > 1000
     expected = cam_for(network, query, Similarity(reference), "layercam").cam
-    from embedcam.cam import area_average
+    from embedcam.ops import area_average
 
     drawn = np.array(record["cam"])
     np.testing.assert_allclose(
@@ -1102,7 +1107,7 @@ def test_a_methods_fill_and_options_can_be_said(say: Say, built: Path, tmp_path:
     from cli_toy_network import make
 
     from embedcam import EmbeddingNetwork, Similarity, cam_for
-    from embedcam.cam import area_average
+    from embedcam.ops import area_average
 
     index, query = tmp_path / "index", sorted(Path("photos").rglob("*.png"))[0]
     chosen = ["--method", "scorecam", "--fill", "blur", "--option", "weights=softmax"]

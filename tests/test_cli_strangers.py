@@ -13,8 +13,9 @@ import pytest
 from photo_samples import write_photos
 from test_cli import NAMED, NETWORK
 
-from embedcam import Explainer, load_network, progress
+from embedcam import Explainer, load_network
 from embedcam.cli import main
+from embedcam.images import progress
 from embedcam.index import manifest as manifest_file
 
 TRUSTED = NAMED[:2]
@@ -200,7 +201,7 @@ def test_an_exit_in_the_network_s_code_is_no_fault_of_embedcam_s(
     def leave(*_: object, **__: object) -> None:
         raise SystemExit("enough")
 
-    monkeypatch.setattr("embedcam.build.build_index", leave)
+    monkeypatch.setattr("embedcam.offline.build_index", leave)
     code, _, err = say("build", "photos", tmp_path / "i", *NAMED, "--quiet")
     assert code == 4
     assert err == (
@@ -217,7 +218,7 @@ def test_a_job_without_a_terminal_says_how_far_it_is(
     assert " of 12 images, 0 s\n" in err
     assert out.count("\n") == 1
     assert say("build", "photos", tmp_path / "j", *NAMED, "--quiet")[2] == ""
-    assert not logging.getLogger("embedcam.progress").handlers
+    assert not logging.getLogger("embedcam.images.progress").handlers
 
 
 def test_an_example_of_pictures_finds_some(say: Say, tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from PIL import Image
 from test_cli import NAMED, NETWORK
 
 from embedcam import Explainer, Index, TripletMargin, cam_for, load_network
-from embedcam.cam import area_average
 from embedcam.cli import main
+from embedcam.ops import area_average
 
 TRUSTED = NAMED[:2]
 QUERY = "photos/0/0.png"

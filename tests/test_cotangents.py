@@ -4,11 +4,11 @@ import numpy as np
 import oracles
 import pytest
 
-from embedcam.cotangents import AnchorCotangents
 from embedcam.errors import InputError
-from embedcam.neighborhoods import NearestOthers
-from embedcam.recipe import Recipe
-from embedcam.triplets import TripletSampler
+from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.offline.neighborhoods import NearestOthers
+from embedcam.offline.triplets import TripletSampler
+from embedcam.recipe.recipe import Recipe
 
 N, D = 24, 4
 LABELS = np.array([*(i % 3 for i in range(N - 1)), 9])

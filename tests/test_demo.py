@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from embedcam.cam import resize
 from embedcam.demo import run_demo
 from embedcam.demo.digits_network import (
     LAYER,
@@ -27,12 +26,13 @@ from embedcam.demo.scenes import SceneMaker, _split_digits
 from embedcam.demo.settings import DemoSettings
 from embedcam.demo.stages import Stages
 from embedcam.demo.training import Batches, train, triplet_loss
-from embedcam.encoding import TopM
 from embedcam.errors import InputError, NetworkError
 from embedcam.images import find_images
 from embedcam.index import Index
+from embedcam.index.encoding import TopM
 from embedcam.network import EmbeddingNetwork
-from embedcam.recipe import Recipe
+from embedcam.ops import resize
+from embedcam.recipe.recipe import Recipe
 
 TINY = DemoSettings(
     scene_size=64,

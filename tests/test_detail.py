@@ -9,9 +9,9 @@ from photo_samples import SIDE, build, network_of, picture, write_photos
 from torch import nn
 
 from embedcam import EmbeddingNetwork, Explainer, Preprocess, Recipe
-from embedcam.cam import joined, resize, signed_cam
 from embedcam.errors import InputError, NetworkError
-from embedcam.finer import Finer, larger_input
+from embedcam.explain.finer import Finer, larger_input
+from embedcam.ops import joined, resize, signed_cam
 from embedcam.preprocess import custom
 
 

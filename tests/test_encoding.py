@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from embedcam.encoding import Dense, Encoding, LowRank, TopM, fit_pca, from_spec
 from embedcam.errors import InputError
+from embedcam.index.encoding import Dense, Encoding, LowRank, TopM, fit_pca, from_spec
 
 RNG = np.random.default_rng(0)
 DTYPES = ["float16", "float32"]

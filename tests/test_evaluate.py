@@ -25,16 +25,9 @@ from embedcam import (
     evaluate_index,
     find_images,
 )
-from embedcam.answer import negatives_for
-from embedcam.cam import cam, resize
 from embedcam.errors import ImageError, InputError, NetworkMismatch
 from embedcam.evaluate import Evaluation, Settings
-from embedcam.evaluate.controls import (
-    ShuffledNetwork,
-    permuted_rows,
-    random_weights,
-    wrong_rows,
-)
+from embedcam.evaluate.controls import ShuffledNetwork, permuted_rows, random_weights, wrong_rows
 from embedcam.evaluate.examples import TRUE_BOX
 from embedcam.evaluate.fidelity import RESULTS
 from embedcam.evaluate.gallery import Gallery
@@ -42,9 +35,11 @@ from embedcam.evaluate.maps import Mapper
 from embedcam.evaluate.queries import chosen
 from embedcam.evaluate.report import tables
 from embedcam.evaluate.summary import beside_controls
+from embedcam.explain.answer import negatives_for
 from embedcam.images import ImageSource
 from embedcam.index import remove
 from embedcam.metrics import map_at_r, noisy_linear_imputation, recall_at_k
+from embedcam.ops import cam, resize
 
 QUICK: dict[str, Any] = {
     "faithfulness": 3, "scenes": 4, "fidelity": 5, "steps": 4, "examples": 1, "n_neighbors": 2,

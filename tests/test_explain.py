@@ -29,13 +29,13 @@ from PIL import Image
 from torch import nn
 
 from embedcam import EmbeddingNetwork, Explainer, Explanation, Index, Recipe
-from embedcam.cam import area_average
-from embedcam.encoding import Dense
+from embedcam._checks import LARGEST
 from embedcam.errors import ImageError, InputError, NetworkError, NetworkMismatch
-from embedcam.explanation import check_picture_name
+from embedcam.explain.explanation import check_picture_name
 from embedcam.index import compact, create, remove
+from embedcam.index.encoding import Dense
+from embedcam.ops import area_average
 from embedcam.preprocess import custom
-from embedcam.queries import LARGEST
 
 DENSE = Recipe(encoding="dense", dtype="float32")
 GRID = (SIDE // 4, SIDE // 4)

@@ -18,18 +18,11 @@ import pytest
 from photo_samples import Flat, build, network_of, picture, tensor_of, write_photos
 from rounding import same_arrays
 
-from embedcam import (
-    DirectWeights,
-    EmbeddingNetwork,
-    Explainer,
-    Explanation,
-    Index,
-    Recipe,
-    fingerprint,
-)
+from embedcam import DirectWeights, EmbeddingNetwork, Explainer, Explanation, Index, Recipe
 from embedcam.errors import IndexFormatError, InputError, NetworkMismatch
-from embedcam.explanation import Asked
+from embedcam.explain.explanation import Asked
 from embedcam.index import append, compact, remove
+from embedcam.network import fingerprint
 
 THREADS = 4
 QUERIES = 5

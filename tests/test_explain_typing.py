@@ -47,8 +47,8 @@ follow_imports = silent
 follow_imports = skip
 """
 SHOWN = {
-    "Explanation": "embedcam.explanation.Explanation",
-    "list": "list[embedcam.explanation.Explanation]",
+    "Explanation": "embedcam.explain.explanation.Explanation",
+    "list": "list[embedcam.explain.explanation.Explanation]",
     "Any": "Any",
     "bool": "bool",
 }

@@ -22,8 +22,8 @@ import embedcam.export.writing as writing
 from embedcam import EmbeddingNetwork, Explainer, Index, Preprocess, Recipe
 from embedcam.errors import IndexFormatError, InputError, NetworkError, NetworkMismatch
 from embedcam.export import export_onnx
-from embedcam.identity import NetworkWarning
-from embedcam.onnx_network import OnnxNetwork
+from embedcam.index.identity import NetworkWarning
+from embedcam.onnx import OnnxNetwork
 
 DENSE = Recipe(encoding="dense", dtype="float32")
 

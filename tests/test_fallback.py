@@ -10,18 +10,10 @@ import torch
 from build_samples import built, inputs, pictures, quicken, toy
 from test_index_corrupt import edit
 
-from embedcam import (
-    DirectWeights,
-    Explainer,
-    Index,
-    Recipe,
-    TripletMargin,
-    build_index,
-    cam_for,
-)
-from embedcam.cam import cam, sharpen
+from embedcam import DirectWeights, Explainer, Index, Recipe, TripletMargin, build_index, cam_for
 from embedcam.errors import InputError
 from embedcam.images import ImageSource
+from embedcam.ops import cam, sharpen
 from embedcam.targets import Direction
 
 

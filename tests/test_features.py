@@ -20,13 +20,13 @@ from build_samples import (
 )
 from safetensors.torch import save_file
 
-from embedcam.build import add_images, build_index
 from embedcam.errors import InputError, NetworkError, RecipeError
-from embedcam.explain import Explainer
-from embedcam.features import AffineHead, build_from_features, read_array, read_head
+from embedcam.explain.explainer import Explainer
 from embedcam.images import ImageSource, find_images
 from embedcam.index import verify
-from embedcam.recipe import Recipe, RecipeWarning
+from embedcam.offline import add_images, build_index
+from embedcam.offline.features import AffineHead, build_from_features, read_array, read_head
+from embedcam.recipe.recipe import Recipe, RecipeWarning
 
 GRID = (4, 4)
 
@@ -125,14 +125,14 @@ def test_the_weights_are_the_literal_loops(tmp_path, source) -> None:
 def test_blocks_change_nothing(tmp_path, source, monkeypatch) -> None:
     it = toy()
     from_features(it, source, tmp_path / "one", DENSE)
-    monkeypatch.setattr("embedcam.features.BLOCK", 5)
+    monkeypatch.setattr("embedcam.offline.features.BLOCK", 5)
     from_features(it, source, tmp_path / "three", DENSE)
     with opened(tmp_path / "one") as (a, live), opened(tmp_path / "three") as (b, _):
         assert off(a.weights(live), b.weights(live)) < 1e-6
 
 
 def test_a_bad_number_is_found_in_whichever_block(tmp_path, source, monkeypatch) -> None:
-    monkeypatch.setattr("embedcam.features.BLOCK", 5)
+    monkeypatch.setattr("embedcam.offline.features.BLOCK", 5)
     it = toy()
     for row in (0, 4, 5, 11):
         for name in ("embeddings", "pooled"):
@@ -161,7 +161,9 @@ def test_a_bar_counts_every_image(tmp_path, source, capsys) -> None:
 def test_where_nothing_is_fitted_no_sample_is_taken(
     tmp_path, source, monkeypatch, encoding
 ) -> None:
-    monkeypatch.setattr("embedcam.features.sample_places", lambda n, seed: pytest.fail("taken"))
+    monkeypatch.setattr(
+        "embedcam.offline.features.sample_places", lambda n, seed: pytest.fail("taken")
+    )
     from_features(toy(), source, tmp_path / "i", dense(encoding=encoding, m=4))
     with opened(tmp_path / "i") as (index, live):
         assert index.weights(live).shape == (12, 8)

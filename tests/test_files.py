@@ -23,7 +23,7 @@ from embedcam.index import (
     sweep,
     verify,
 )
-from embedcam.scratch import Scratch, finished_job
+from embedcam.offline.scratch import Scratch, finished_job
 
 
 def everything(folder: Path) -> dict[str, bytes | None]:

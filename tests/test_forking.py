@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from embedcam.forking import ProcessLock, compute_on_one_thread
+from embedcam._files import ProcessLock, compute_on_one_thread
 
 
 def test_one_thread_at_a_time_and_the_same_again() -> None:

@@ -12,10 +12,9 @@ from torch import nn
 from toys import seeded, toy
 
 from embedcam.errors import IndexFormatError, NetworkMismatch
-from embedcam.fingerprint import check, fingerprint, hash_parameters
-from embedcam.identity import Identity, NetworkWarning
-from embedcam.models import load_network
-from embedcam.network import EmbeddingNetwork
+from embedcam.index.identity import Identity, NetworkWarning
+from embedcam.network import EmbeddingNetwork, load_network
+from embedcam.network.fingerprint import check, fingerprint, hash_parameters
 from embedcam.preprocess import Preprocess
 
 
@@ -51,7 +50,7 @@ def test_the_probe_is_what_the_network_makes_of_the_picture() -> None:
 def test_the_picture_is_the_same_for_ever() -> None:
     import hashlib
 
-    from embedcam.probe import probe_picture
+    from embedcam.preprocess.probe import probe_picture
 
     assert probe_picture().shape == (240, 320, 3)
     digests = [hashlib.sha256(probe_picture(i).tobytes()).hexdigest()[:16] for i in range(2)]

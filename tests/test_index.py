@@ -361,7 +361,7 @@ def test_importing_and_opening_need_neither_torch_nor_faiss(tmp_path: Path) -> N
 
 
 def test_bytes_beyond_the_embedding_fit_the_budget(tmp_path: Path) -> None:
-    from embedcam.encoding import LowRank, TopM
+    from embedcam.index.encoding import LowRank, TopM
 
     free = ("embeddings", "ids", "paths", "labels")
     for encoding in (
@@ -410,7 +410,7 @@ def test_faiss_is_derived(tmp_path: Path) -> None:
 
 def test_the_worked_example_of_the_format(tmp_path: Path) -> None:
     """index/README.md's example, written and compared byte for byte."""
-    from embedcam.encoding import TopM
+    from embedcam.index.encoding import TopM
 
     encoding = TopM(3, 1, "signed", "float32")
     rows = PartData(

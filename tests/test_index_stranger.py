@@ -10,7 +10,7 @@ from index_samples import make
 from PIL import Image
 
 from embedcam.errors import InputError
-from embedcam.explanation import Explanation, may_follow
+from embedcam.explain.explanation import Explanation, may_follow
 from embedcam.index import manifest as manifest_file
 from embedcam.index import rebuild_faiss
 

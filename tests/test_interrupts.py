@@ -83,7 +83,7 @@ def run(
 
 @pytest.mark.parametrize(
     "name",
-    ["embedcam.interrupts", "embedcam.cli", "argparse", "embedcam.cli.parser", "embedcam.index",
+    ["embedcam.cli.interrupts", "embedcam.cli", "argparse", "embedcam.cli.parser", "embedcam.index",
      "numpy", "exit"],
 )  # fmt: skip
 def test_whatever_is_being_imported(place: Path, name: str) -> None:

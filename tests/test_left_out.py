@@ -9,12 +9,12 @@ from build_samples import DENSE, pictures, quicken, toy
 from PIL import Image
 from test_images import csv_of, write
 
-from embedcam.build import add_images, build_index
-from embedcam.build.report import BuildReport
-from embedcam.cli import for_command_line
+from embedcam.cli.command_line import for_command_line
 from embedcam.errors import ImageError, InputError
 from embedcam.evaluate.regions import of_boxes
 from embedcam.images import ImageSource, Item, LeftOut, find_images
+from embedcam.offline import add_images, build_index
+from embedcam.offline.report import BuildReport
 from embedcam.preprocess import Preprocess
 
 

@@ -17,16 +17,9 @@ from photo_samples import build, network_of, picture, write_photos
 from PIL import Image, ImageFile
 from torch import nn
 
-from embedcam import (
-    EmbeddingNetwork,
-    Explainer,
-    build_index,
-    cli,
-    find_images,
-    memory,
-    write_report,
-)
-from embedcam.cli import _say
+from embedcam import EmbeddingNetwork, Explainer, build_index, cli, find_images, write_report
+from embedcam import errors as memory
+from embedcam.cli.command_line import _say
 from embedcam.errors import EmbedcamError, ImageError, InputError, NetworkError
 from embedcam.images import read_image
 from embedcam.report import LINES, PAGE
@@ -352,7 +345,11 @@ def test_the_command_line_says_it_whenever_it_comes(
     def none(*_: object, **__: object) -> None:
         raise MemoryError
 
-    for place in ("embedcam.index.Index.open", "embedcam.cli._say", "embedcam.cli.parser.parser"):
+    for place in (
+        "embedcam.index.Index.open",
+        "embedcam.cli.command_line._say",
+        "embedcam.cli.parser.parser",
+    ):
         monkeypatch.setattr(place, none)
         assert cli.main(["info", str(tmp_path)]) == 6
         said = capsys.readouterr().err

@@ -23,11 +23,7 @@ from embedcam import (
 )
 from embedcam.errors import EmbedcamError, InputError, NetworkError, RecipeError
 from embedcam.methods import MethodWarning
-from embedcam.registry import (
-    MapMethod,
-    find_method,
-    storable_methods,
-)
+from embedcam.recipe.registry import MapMethod, find_method, storable_methods
 from embedcam.render import overlay
 from embedcam.targets import Direction
 

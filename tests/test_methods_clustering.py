@@ -12,11 +12,11 @@ from torch import nn
 from zoo_cases import Case, Expected
 
 from embedcam import METHODS, EmbeddingNetwork
-from embedcam.cam import sharpen
 from embedcam.errors import InputError, NetworkError
 from embedcam.methods import Found, Subject
 from embedcam.methods.clusters import clustered, contiguous
 from embedcam.methods.grouping import _cut, blended
+from embedcam.ops import sharpen
 from embedcam.targets import Direction, Similarity
 
 NAMES = sorted(zoo.ORACLES)

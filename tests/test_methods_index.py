@@ -24,15 +24,13 @@ from embedcam import (
     add_images,
     build_index,
 )
-from embedcam.cam import area_average, resize
-from embedcam.classes import label_codes
-from embedcam.cotangents import AnchorCotangents
 from embedcam.errors import InputError, NetworkError, RecipeError
 from embedcam.images import ImageSource
 from embedcam.methods import Subject, weights_for
-from embedcam.registry import (
-    WeightMethod,
-)
+from embedcam.offline.classes import label_codes
+from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.ops import area_average, resize
+from embedcam.recipe.registry import WeightMethod
 from embedcam.targets import Direction
 
 UNTRAINED = [name for name, method in METHODS.items() if not method.trained]

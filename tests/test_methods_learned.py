@@ -22,7 +22,7 @@ from embedcam.demo.settings import DemoSettings
 from embedcam.errors import InputError, NetworkError
 from embedcam.methods import Found, MethodMap, MethodWarning, Subject, cam_for
 from embedcam.methods.learned import ABNetwork, LFINetwork, at_stride_one
-from embedcam.models.checkpoints import load_state, read_state
+from embedcam.network.checkpoints import load_state, read_state
 from embedcam.targets import Coordinate
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_attention.py"

@@ -19,7 +19,7 @@ from embedcam.errors import InputError, NetworkError
 from embedcam.methods import decomposition, superpixels
 from embedcam.methods.masks import fill_like, unit_masks
 from embedcam.methods.subject import Found, Subject
-from embedcam.registry import METHODS
+from embedcam.recipe.registry import METHODS
 from embedcam.targets import Coordinate, Direction, NegativeDistance, Similarity, Target
 
 CASES = {

@@ -14,8 +14,7 @@ from torch import nn
 from torchvision import models
 
 from embedcam.errors import InputError, NetworkError
-from embedcam.models import load_network
-from embedcam.network import EmbeddingNetwork
+from embedcam.network import EmbeddingNetwork, load_network
 from embedcam.preprocess import Preprocess
 
 SMALL = {"size": 64, "weights": "random"}
@@ -65,7 +64,7 @@ def test_the_defaults_of_the_families(row: tuple[Any, ...]) -> None:
 
 
 def test_the_layer_of_a_vgg_is_its_last_relu() -> None:
-    from embedcam.models.families import FAMILIES, default_layer
+    from embedcam.network.families import FAMILIES, default_layer
 
     class Tiny(nn.Module):
         def __init__(self) -> None:
@@ -95,7 +94,7 @@ def test_a_vit_is_explained_before_its_last_attention(monkeypatch: pytest.Monkey
 
 
 def test_every_family_names_an_existing_model() -> None:
-    from embedcam.models.families import FAMILIES, family_of
+    from embedcam.network.families import FAMILIES, family_of
 
     reached = set()
     for name in models.list_models(module=models):
@@ -191,7 +190,7 @@ def test_mixed_precision_files_become_float32(
 
 
 def test_densenet_files_with_the_old_names_load(tmp_path: Path) -> None:
-    from embedcam.models.checkpoints import read_state
+    from embedcam.network.checkpoints import read_state
 
     old = {"features.denseblock1.denselayer1.norm.1.weight": torch.ones(2)}
     torch.save(old, tmp_path / "old.pth")

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from toys import images, seeded, toy
 
 from embedcam.errors import EmbedcamError, InputError, NetworkError
-from embedcam.fingerprint import fingerprint
-from embedcam.identity import NetworkWarning
-from embedcam.models import load_network
-from embedcam.models.checkpoints import load_state, read_state
-from embedcam.network import EmbeddingNetwork
+from embedcam.index.identity import NetworkWarning
+from embedcam.network import EmbeddingNetwork, load_network
+from embedcam.network.checkpoints import load_state, read_state
+from embedcam.network.fingerprint import fingerprint
 from embedcam.network.layouts import choose_embedding
 from embedcam.preprocess import CustomPreprocess, Preprocess, custom, from_transform
 

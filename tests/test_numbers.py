@@ -23,18 +23,18 @@ from embedcam import (
     find_images,
     write_report,
 )
-from embedcam.build import indexed_images
-from embedcam.classes import label_codes
 from embedcam.cli import main
-from embedcam.cotangents import AnchorCotangents
 from embedcam.errors import InputError, RecipeError
 from embedcam.evaluate import Settings, evaluate_index
-from embedcam.match_fit import calibrate_match
-from embedcam.matching import MatchCalibration, alike, kinship, match_evidence
-from embedcam.neighborhoods import NearestOthers
-from embedcam.number_labels import Values, number_of
-from embedcam.number_triplets import NumberSampler
-from embedcam.trust import leave_out
+from embedcam.images.number_labels import Values, number_of
+from embedcam.index.matching import MatchCalibration, alike, kinship, match_evidence
+from embedcam.offline import indexed_images
+from embedcam.offline.classes import label_codes
+from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.offline.match_fit import calibrate_match
+from embedcam.offline.neighborhoods import NearestOthers
+from embedcam.offline.number_triplets import NumberSampler
+from embedcam.offline.trust import leave_out
 
 N, D = 26, 4
 NUMBERS = Recipe(labels="numbers", target="margin")

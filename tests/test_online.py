@@ -14,8 +14,8 @@ from onnx_samples import pooled_model, save
 from photo_samples import build, network_of, picture, write_photos
 
 from embedcam import Explainer, Index
-from embedcam.fingerprint import fingerprint
-from embedcam.onnx_network import Described, Head
+from embedcam.network.fingerprint import fingerprint
+from embedcam.onnx import Described, Head
 
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS = [

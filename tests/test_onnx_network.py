@@ -29,9 +29,9 @@ from photo_samples import (
 
 from embedcam import EmbeddingNetwork, Explainer, Index, Preprocess
 from embedcam.errors import InputError, NetworkError, NetworkMismatch
-from embedcam.fingerprint import fingerprint
-from embedcam.identity import NetworkWarning
-from embedcam.onnx_network import Described, Head, OnnxNetwork
+from embedcam.index.identity import NetworkWarning
+from embedcam.network.fingerprint import fingerprint
+from embedcam.onnx import Described, Head, OnnxNetwork
 from embedcam.preprocess import custom
 
 IMAGES = np.random.default_rng(0).standard_normal((3, 3, SIDE, SIDE)).astype(np.float32)
@@ -102,7 +102,7 @@ FORKED = """
 import os, signal, sys
 import numpy as np
 from embedcam.errors import NetworkError
-from embedcam.onnx_network import OnnxNetwork
+from embedcam.onnx import OnnxNetwork
 
 path, replaced = sys.argv[1:]
 network = OnnxNetwork(path, threads=2)
@@ -199,7 +199,7 @@ def test_a_file_that_lacks_a_layer_of_the_index_is_refused(
     index: Path, network: EmbeddingNetwork, file: Path
 ) -> None:
     with Index.open(index) as opened:
-        from embedcam.identity import Identity
+        from embedcam.index.identity import Identity
 
         stored = Identity.from_dict(opened.manifest["network"], opened.probe())
     with pytest.raises(NetworkMismatch, match="the activations of relu, and the index draws with"):
@@ -447,7 +447,7 @@ def test_a_description_comes_back(network: EmbeddingNetwork) -> None:
 def test_a_graph_that_does_not_end_is_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedcam.onnx_network.network.PROBE_SECONDS", 0.2)
+    monkeypatch.setattr("embedcam.onnx.network.PROBE_SECONDS", 0.2)
     path = tmp_path / "endless.onnx"
     helped = helper.make_node
     body = helper.make_graph(

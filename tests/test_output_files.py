@@ -10,8 +10,8 @@ from PIL import Image
 
 from embedcam._files import fresh, write_whole
 from embedcam.errors import InputError
-from embedcam.explanation import save_picture
-from embedcam.scratch import Scratch
+from embedcam.explain.explanation import save_picture
+from embedcam.offline.scratch import Scratch
 
 
 def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:

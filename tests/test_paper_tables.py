@@ -16,12 +16,12 @@ from paper_samples import CLASSES, made_data, tiny_network
 from torch import nn
 
 from embedcam import EmbeddingNetwork, Recipe
-from embedcam.cam import resize
-from embedcam.cotangents import Cotangents
 from embedcam.errors import InputError
-from embedcam.fallback import DirectWeights
-from embedcam.neighborhoods import NearestOthers
-from embedcam.triplets import TripletSampler
+from embedcam.methods.fallback import DirectWeights
+from embedcam.offline.cotangents import Cotangents
+from embedcam.offline.neighborhoods import NearestOthers
+from embedcam.offline.triplets import TripletSampler
+from embedcam.ops import resize
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 PARTS = ("cache", "bench", "weights", "transfers", "report", "sections")

@@ -18,9 +18,9 @@ from torch import Tensor
 from zoo_cases import Case
 
 from embedcam import METHODS
-from embedcam.cam import sharpen
 from embedcam.methods import Found, Subject
 from embedcam.methods.clusters import clustered
+from embedcam.ops import sharpen
 
 KINDS: list[dict[str, Any]] = [
     {"head": "curved", "target": "triplets", "seed": 2},

@@ -11,7 +11,7 @@ from zoo_cases import CHANNELS, SIZE, Case, Pooled, make
 
 from embedcam import EmbeddingNetwork
 from embedcam.methods.subject import Subject
-from embedcam.registry import METHODS
+from embedcam.recipe.registry import METHODS
 from embedcam.targets import Coordinate, NegativeDistance
 
 

@@ -26,13 +26,13 @@ from build_samples import (
 from test_index_corrupt import edit
 
 from embedcam import Explainer, Index, Recipe, add_images, build_index, cam_for, find_images
-from embedcam.cam import signed_cam, signed_cams
-from embedcam.classes import label_codes
-from embedcam.cotangents import AnchorCotangents
-from embedcam.encoding import ByPosition, fit_by_position, from_spec
 from embedcam.errors import IndexFormatError, InputError, RecipeError
 from embedcam.evaluate import evaluate_index
 from embedcam.index import verify
+from embedcam.index.encoding import ByPosition, fit_by_position, from_spec
+from embedcam.offline.classes import label_codes
+from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.ops import signed_cam, signed_cams
 from embedcam.prototypes import compress
 from embedcam.report import write_report
 from embedcam.targets import Similarity

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import embedcam
-from embedcam.errors import EmbedcamError, ImageTooLarge, InputError
-from embedcam.identity import NetworkWarning
-from embedcam.methods import MethodWarning
-from embedcam.printing import (
+from embedcam.errors import (
+    EmbedcamError,
+    ImageTooLarge,
+    InputError,
     PrintableLines,
     as_json,
     cut,
@@ -27,7 +27,9 @@ from embedcam.printing import (
     short,
     show,
 )
-from embedcam.recipe import RecipeWarning
+from embedcam.index.identity import NetworkWarning
+from embedcam.methods import MethodWarning
+from embedcam.recipe.recipe import RecipeWarning
 
 PACKAGE = Path(embedcam.__file__).parent
 

@@ -8,8 +8,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from embedcam import progress
-from embedcam.progress import progress_of
+from embedcam.images import progress
+from embedcam.images.progress import progress_of
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ from index_samples import CHANNELS, GRID, WIDTH, encoding_of, header_of, make, p
 from test_index_corrupt import forge
 
 from embedcam import Explainer, Index
-from embedcam.encoding import LowRank, TopM
 from embedcam.errors import IndexFormatError, InputError
 from embedcam.index import PartData, append, compact, create, remove
 from embedcam.index import manifest as manifest_file
+from embedcam.index.encoding import LowRank, TopM
 from embedcam.prototypes import compress, fidelity, grouping, job, merging
 from embedcam.prototypes.grouping import Groups, group, sums_of_groups
 
@@ -627,7 +627,7 @@ def test_prototypes_take_no_images_and_are_not_compressed_again(tmp_path: Path) 
         append(tmp_path / "b", part(40, 41, encoding_of("dense32")))
     with pytest.raises(InputError, match=r"holds prototypes, .*; compress the index it was made"):
         compress(tmp_path / "b", tmp_path / "c", 2)
-    from embedcam.build import indexed_images
+    from embedcam.offline import indexed_images
 
     with (
         Index.open(tmp_path / "b") as small,

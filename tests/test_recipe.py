@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcam.errors import RecipeError
-from embedcam.recipe import Recipe, read_toml
+from embedcam.recipe.recipe import Recipe, read_toml
 
 RECIPES = sorted((Path(__file__).parents[1] / "index" / "recipes").glob("*.toml"))
 TABLES = {

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from rounding import assert_same_picture
 
-from embedcam.cam import resize
 from embedcam.errors import InputError
+from embedcam.ops import resize
 from embedcam.render import (
     Link,
     Look,

@@ -132,7 +132,7 @@ def test_what_is_refused_before_the_network_is_loaded(
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the network was loaded")
 
-    monkeypatch.setattr("embedcam.models.load_network", never)
+    monkeypatch.setattr("embedcam.network.load_network", never)
     out = tmp_path / "out"
     found, told, said = say(*(str(out) if word == "OUT" else word for word in words))
     assert (found, told) == (code, ""), said

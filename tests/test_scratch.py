@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcam.errors import InputError
-from embedcam.scratch import Scratch, finished_job, remove
+from embedcam.offline.scratch import Scratch, finished_job, remove
 
 ARRAYS = {
     "a": np.arange(12, dtype=np.float32).reshape(3, 4),

@@ -20,10 +20,10 @@ from rounding import assert_same_picture
 from service_client import FORM, ask, built, data_of, explainer, form, picture, post, send
 
 from embedcam import Explainer, Index, add_images, build_index, find_images
-from embedcam.cam import area_average
 from embedcam.errors import InputError
 from embedcam.images import ImageSource
 from embedcam.index import remove
+from embedcam.ops import area_average
 from embedcam.render import Tile, top_value
 from embedcam.render import overlay as render_overlay
 from embedcam.service import Limits, create_app

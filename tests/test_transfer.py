@@ -9,7 +9,7 @@ from hypothesis.extra import numpy as hnp
 from sklearn.neighbors import KNeighborsRegressor
 
 from embedcam.errors import InputError
-from embedcam.transfer import coefficients, transfer
+from embedcam.ops import coefficients, transfer
 
 RNG = np.random.default_rng(0)
 MODES = ["mean", "distance"]

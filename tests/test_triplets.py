@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedcam.classes import alone, label_codes
 from embedcam.errors import InputError, RecipeError
-from embedcam.triplets import (
+from embedcam.offline.classes import alone, label_codes
+from embedcam.offline.triplets import (
     BLOCK,
     N_EXCLUDED,
     N_HARD,

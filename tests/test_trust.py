@@ -10,13 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcam import (
-    Recipe,
-)
-from embedcam.calibration import Calibration, evidence, fall
-from embedcam.cotangents import AnchorCotangents
+from embedcam import Recipe
 from embedcam.errors import InputError
-from embedcam.trust import LEAST, fit_calibration, leave_out, sample_rows
+from embedcam.index.calibration import Calibration, evidence, fall
+from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.offline.trust import LEAST, fit_calibration, leave_out, sample_rows
 
 # --- what is looked at ---
 

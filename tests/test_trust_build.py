@@ -12,22 +12,15 @@ from build_samples import Toy, built, inputs, interrupt, opened, pictures, quick
 from test_index_corrupt import edit
 from test_trust import literal_correlation, literal_evidence, literal_trust
 
-from embedcam import (
-    DirectWeights,
-    Explainer,
-    Index,
-    Recipe,
-    add_images,
-    build_index,
-)
-from embedcam.build import calibrate_index, jobs
-from embedcam.calibration import Calibration
-from embedcam.cam import cam, resize, sharpen, signed_cam
+from embedcam import DirectWeights, Explainer, Index, Recipe, add_images, build_index
 from embedcam.errors import ImageError, IndexFormatError, InputError, NetworkMismatch
 from embedcam.images import ImageSource
 from embedcam.index import remove
-from embedcam.neighbors import draw_negatives
-from embedcam.trust import LEAST, fit_calibration, leave_out, sample_rows
+from embedcam.index.calibration import Calibration
+from embedcam.index.neighbors import draw_negatives
+from embedcam.offline import calibrate_index, jobs
+from embedcam.offline.trust import LEAST, fit_calibration, leave_out, sample_rows
+from embedcam.ops import cam, resize, sharpen, signed_cam
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +123,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[np.ndarray, np.nda
         kept[neighbors] = (seen, agreed)
         return fit_calibration(seen, agreed, nearest, neighbors=neighbors, **more)
 
-    monkeypatch.setattr("embedcam.build.calibrating.fit_calibration", fit)
+    monkeypatch.setattr("embedcam.offline.calibrating.fit_calibration", fit)
     return kept
 
 

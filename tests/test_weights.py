@@ -15,10 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from embedcam.network import EmbeddingNetwork, HeadPass
-from embedcam.targets import head_cotangent, margin_cotangent
-from embedcam.triplets import Triplets, active
-from embedcam.weights import (
+from embedcam.methods.weights import (
     gradcam,
     gradcam_plus_plus,
     pooled_gradcam,
@@ -26,6 +23,9 @@ from embedcam.weights import (
     weights_from_head,
     weights_from_pooled,
 )
+from embedcam.network import EmbeddingNetwork, HeadPass
+from embedcam.offline.triplets import Triplets, active
+from embedcam.targets import head_cotangent, margin_cotangent
 
 METHODS = ["gradcam", "gradcam++"]
 NORMS = {"through": (True, "through"), "around": (True, "around"), "none": (False, "through")}

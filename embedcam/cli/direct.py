@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from ..cam import attended
 from ..errors import InputError
-from ..registry import LayersMethod, Method, find_method
+from ..ops import attended
+from ..recipe.registry import LayersMethod, Method, find_method
 
 
 def check_method(options: argparse.Namespace) -> Method | None:
@@ -55,8 +55,8 @@ def trust_of(options: argparse.Namespace, index: Any, network: Any) -> dict[str,
     if options.trusted_from is not None:
         given["trusted_from"] = options.trusted_from
     if options.fallback:
-        from ..fallback import DirectWeights
-        from ..recipe import Recipe
+        from ..methods.fallback import DirectWeights
+        from ..recipe.recipe import Recipe
 
         recipe = Recipe.of_index(index.manifest)
         given["fallback"] = DirectWeights(network, recipe)

@@ -5,8 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
-from ..printing import show, show_json
+from ..errors import InputError, show, show_json
 from .networks import named, network_of_index, network_options
 from .online import check_folder
 from .report import columns, found_images, naming_skip, note

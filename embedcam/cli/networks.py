@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from ..errors import InputError, NetworkError
-from ..printing import reason, short
+from ..errors import InputError, NetworkError, reason, short
 
 _KNOWN: dict[str, tuple[type, ...]] = {
     "network": (str,),
@@ -60,7 +59,7 @@ def network_given(options: argparse.Namespace, manifest: Mapping[str, Any]) -> A
     """The network a query is embedded with: from an ONNX file, or as the index was built."""
     if options.onnx is None:
         return named(network_of_index(manifest, network_options(options)))
-    from ..onnx_network import OnnxNetwork
+    from ..onnx import OnnxNetwork
 
     return OnnxNetwork(options.onnx)
 
@@ -124,7 +123,7 @@ def named(settings: Mapping[str, Any]) -> Any:
     if own and os.getcwd() not in sys.path and "" not in sys.path:
         # Behind all others, so that a file lying here shadows no library.
         sys.path.append(os.getcwd())
-    from ..models import load_network
+    from ..network import load_network
 
     _check_device(arguments.get("device"))
     return load_network(name, **arguments)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .._files import refuse_device
-from ..errors import InputError, RecipeError
-from ..printing import printable, reason, short, show_json
-from ..progress import progress_of
+from ..errors import InputError, RecipeError, printable, reason, short, show_json
+from ..images.progress import progress_of
 from .networks import named, network_of_index, network_options, refuse_nul, refuse_unknown
 from .report import (
     counted,
@@ -56,8 +55,8 @@ def build(options: argparse.Namespace) -> None:
 
 def add(options: argparse.Namespace) -> None:
     """Add images to an index."""
-    from ..build import BuildReport, add_images
     from ..index import ADD_INSTEAD, Index, refuse_prototypes
+    from ..offline import BuildReport, add_images
 
     if options.update and options.skip_existing:
         raise InputError("--update looks at the existing images; leave out --skip-existing")
@@ -165,8 +164,8 @@ def compress(options: argparse.Namespace) -> None:
 
 def calibrate(options: argparse.Namespace) -> None:
     """Calibrate match and trust for the images that an index holds."""
-    from ..build import calibrate_index
     from ..index import Index
+    from ..offline import calibrate_index
 
     with Index.open(options.index, with_faiss=False) as index:
         network = None
@@ -199,9 +198,9 @@ def demo(options: argparse.Namespace) -> None:
 def _build_images(
     options: argparse.Namespace, recipe: Any, images: dict[str, Any], network: dict[str, Any]
 ) -> Any:
-    from ..build import build_index, indexed_images
     from ..images import MAX_PIXELS
     from ..index import Index
+    from ..offline import build_index, indexed_images
 
     path = options.images or images.get("path")
     own_maps = not options.no_own_maps
@@ -250,7 +249,7 @@ def _build_images(
 
 
 def _build_features(options: argparse.Namespace, recipe: Any, network: dict[str, Any]) -> Any:
-    from ..features import build_from_features, read_array, read_head
+    from ..offline.features import build_from_features, read_array, read_head
 
     if not (options.embeddings and options.pooled and options.grid):
         raise InputError(
@@ -283,7 +282,7 @@ def _build_features(options: argparse.Namespace, recipe: Any, network: dict[str,
 
 def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The recipe with the command line's choices over it, and its images and network."""
-    from ..recipe import Recipe, read_toml, shipped_recipe
+    from ..recipe.recipe import Recipe, read_toml, shipped_recipe
     from ..targets import WHITENED
 
     recipe = Recipe()
@@ -345,7 +344,7 @@ def _refuse_unused(recipe: Any, changes: dict[str, Any]) -> None:
 def _given_triplets(options: argparse.Namespace) -> Any:
     if options.triplets is None or not options.triplets.endswith(".npy"):
         return None
-    from ..features import read_array
+    from ..offline.features import read_array
 
     return read_array(options.triplets)
 

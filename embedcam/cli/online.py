@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_whole
-from ..errors import ImageError, InputError
+from ..errors import ImageError, InputError, show, show_json
 from ..images import MAX_PIXELS
 from ..images.reading import why_missing
-from ..printing import show, show_json
 from .direct import check_method, options_of, redrawn, trust_of
 from .networks import check_onnx, network_given
 from .report import columns, counted, listing_ids, note, some_of
@@ -22,8 +21,8 @@ from .reporting import check_report, write
 
 def explain(options: argparse.Namespace) -> None:
     """Explain query images against an index."""
-    from ..explain import Explainer
-    from ..explanation import small_size
+    from ..explain.explainer import Explainer
+    from ..explain.explanation import small_size
     from ..index import Index
 
     # Whatever can be refused is refused before the network is loaded.
@@ -118,7 +117,7 @@ def _say_empty(options: argparse.Namespace, query: str, explanation: Any) -> Non
 
 def _say_shared(options: argparse.Namespace, index: Any) -> None:
     """That by a target of labels a result is hardly explained apart from its label."""
-    from ..explanation import shared_of
+    from ..explain.explanation import shared_of
 
     shared = shared_of(index.manifest) if options.method is None else None
     if options.result is None or not shared:
@@ -258,7 +257,7 @@ def plan_pictures(output: str | None, queries: Sequence[str]) -> list[Path | Non
     """
     if output is None:
         return [None] * len(queries)
-    from ..explanation import check_picture_name
+    from ..explain.explanation import check_picture_name
 
     where = Path(output)
     folder = where.is_dir() or output.endswith("/") or not where.suffix

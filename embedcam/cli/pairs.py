@@ -4,10 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import ImageError
+from ..errors import ImageError, show, show_json
 from ..images import MAX_PIXELS
 from ..images.reading import why_missing
-from ..printing import show, show_json
 from .networks import check_onnx, network_given
 from .online import check_above, check_images, plan_pictures
 from .report import columns, listing_ids, note
@@ -15,7 +14,7 @@ from .report import columns, listing_ids, note
 
 def compare(options: argparse.Namespace) -> None:
     """Why a query and a result match, or why the result came above a rival."""
-    from ..explain import Explainer
+    from ..explain.explainer import Explainer
     from ..index import Index
     from ..pairs import PairExplainer
 

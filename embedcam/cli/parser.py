@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..printing import cut, say
+from ..errors import cut, say
 from . import examples
 from .options import index_options
 from .options_offline import (

@@ -6,12 +6,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import EmbeddingError, ImageError, InputError, NetworkError
-from ..number_labels import near_share
-from ..printing import as_json, say, sentence, show, show_json
-from ..progress import progress_of
-from ..registry import METHODS
-from . import for_command_line
+from ..errors import (
+    EmbeddingError,
+    ImageError,
+    InputError,
+    NetworkError,
+    as_json,
+    say,
+    sentence,
+    show,
+    show_json,
+)
+from ..images.number_labels import near_share
+from ..images.progress import progress_of
+from ..recipe.registry import METHODS
+from .command_line import for_command_line
 
 METRICS = {"l2": "squared L2", "ip": "inner product"}
 _LABEL, _CELL = 12, 400

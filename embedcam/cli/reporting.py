@@ -4,10 +4,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..errors import ImageError, InputError
+from ..errors import ImageError, InputError, printable, show
 from ..images import MAX_PIXELS, ImageSource, Item
 from ..images.reading import why_missing
-from ..printing import printable, show
 from .report import found_images, note
 
 _INSTEAD = "--report writes index.html and explanations.jsonl into its folder; leave out {}"

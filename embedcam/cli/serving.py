@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
+from ..errors import PrintableLines, show, show_json
 from ..images import MAX_PIXELS
-from ..printing import PrintableLines, show, show_json
 from ..service import check_installed
 from .direct import trust_of
 from .networks import check_onnx, network_given
@@ -20,7 +20,7 @@ from .report import counted, note
 def serve(options: argparse.Namespace) -> None:
     """Explain over HTTP until a signal."""
     check_installed()
-    from ..explain import Explainer
+    from ..explain.explainer import Explainer
     from ..index import Index
     from ..service import server
     from ..service.app import create_app

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from embedcam.errors import NetworkError
-from embedcam.preprocess import Preprocess
+from ..errors import NetworkError
+from ..preprocess import Preprocess
 
 #: The layer to explain: its output is `[B K 12 12]` for an input of 96 x 96.
 LAYER = "trunk"

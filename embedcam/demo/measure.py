@@ -18,17 +18,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from embedcam.cam import resize, signed_cam
-from embedcam.classes import label_codes
-from embedcam.cotangents import AnchorCotangents
-from embedcam.encoding import TopM
-from embedcam.explain import Explainer
-from embedcam.metrics import box_mask, energy_share, pixel_auc
-from embedcam.network import EmbeddingNetwork
-from embedcam.recipe import Recipe
-from embedcam.targets import head_cotangent
-from embedcam.weights import weights_from_pooled
-
+from ..explain.explainer import Explainer
+from ..index.encoding import TopM
+from ..methods.weights import weights_from_pooled
+from ..metrics import box_mask, energy_share, pixel_auc
+from ..network import EmbeddingNetwork
+from ..offline.classes import label_codes
+from ..offline.cotangents import AnchorCotangents
+from ..ops import resize, signed_cam
+from ..recipe.recipe import Recipe
+from ..targets import head_cotangent
 from .scene_files import SceneFile
 
 _BATCH, _STEP = 50, 4

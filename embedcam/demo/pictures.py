@@ -9,9 +9,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from embedcam.explain import Explainer, Explanation
-from embedcam.render import Row, Table, Tile, overlay, page
-
+from ..explain.explainer import Explainer, Explanation
+from ..render import Row, Table, Tile, overlay, page
 from .scene_files import SceneFile
 
 _SIDE, _GAP, _MARGIN, _ROUND = 208, 14, 36, 10

@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from embedcam.build import build_index
-from embedcam.explain import Explainer
-from embedcam.images import find_images
-from embedcam.index import Index
-from embedcam.network import EmbeddingNetwork
-from embedcam.printing import show
-from embedcam.recipe import Recipe
-
+from ..errors import show
+from ..explain.explainer import Explainer
+from ..images import find_images
+from ..index import Index
+from ..network import EmbeddingNetwork
+from ..offline import build_index
+from ..recipe.recipe import Recipe
 from .digits_network import LAYER, digits_preprocess, load_weights, save_weights
 from .measure import Measured, features, measure, questions
 from .pictures import explain_doubles, explain_singles, html_page, panel_picture

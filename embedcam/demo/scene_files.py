@@ -9,8 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from embedcam.progress import progress_of
-
+from ..images.progress import progress_of
 from .scenes import Box, PlacedDigit, SceneMaker, Split
 from .settings import DemoSettings
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-from embedcam.errors import InputError
+from ..errors import InputError
 
 #: Raised when the code of a stage changes what it makes; finished stages of another are redone.
 STAGES_VERSION = 1

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from embedcam.errors import InputError
+from ..errors import InputError
 
 _RECORD = "stages.json"
 

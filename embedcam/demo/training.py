@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedcam.progress import progress_of
-
+from ..images.progress import progress_of
 from .digits_network import MEAN, STD, DigitsNetwork, initialise
 from .scenes import SceneMaker
 from .settings import DemoSettings

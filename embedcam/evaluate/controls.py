@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import EmbedcamError
-from ..memory import ran_out
+from ..errors import EmbedcamError, ran_out
 from ..network import EmbeddingNetwork
 from .gallery import Gallery
 from .maps import Mapper, Maps, Questions, Seen

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cam import normalize
 from ..errors import NetworkError
 from ..methods.masks import fill_like
 from ..methods.subject import inputs_a_pass
@@ -25,6 +24,7 @@ from ..metrics import (
     score_drops,
 )
 from ..network import EmbeddingNetwork
+from ..ops import normalize
 from .gallery import Gallery
 from .measures import Number
 from .settings import Clock, Settings

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..answer import negatives_for
-from ..fallback import DirectWeights
+from ..explain.answer import negatives_for
 from ..images import Batch
+from ..methods.fallback import DirectWeights
 from ..metrics import correlations
-from ..recipe import Recipe
+from ..recipe.recipe import Recipe
 from .maps import Seen
 from .queries import chosen
 from .work import Row, Rows, Work

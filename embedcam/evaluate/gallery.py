@@ -6,9 +6,9 @@ from functools import cached_property
 import numpy as np
 
 from ..errors import InputError
+from ..images.number_labels import near_share
 from ..index import Index, nearest
 from ..metrics import precision_at_r
-from ..number_labels import near_share
 from .queries import generator
 
 HELD = 1 << 28

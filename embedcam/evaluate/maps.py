@@ -7,14 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..cam import area_average, drawn_and_signed, resize
-from ..errors import EmbedcamError
-from ..explain import Explainer, Explanation
+from ..errors import EmbedcamError, ran_out, reason
+from ..explain.explainer import Explainer, Explanation
 from ..images import MAX_PIXELS
 from ..index import Index
-from ..memory import ran_out
 from ..network import EmbeddingNetwork
-from ..printing import reason
+from ..ops import area_average, drawn_and_signed, resize
 from .settings import Clock, Settings
 
 

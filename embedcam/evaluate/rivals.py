@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from ..build import build_index
-from ..cam import resize, signed_cam
 from ..errors import InputError
 from ..images import ImageSource, Item
+from ..images.number_labels import near_share
 from ..index import Index
 from ..methods import MethodWarning, cam_for
-from ..number_labels import near_share
-from ..recipe import Recipe, read_toml, shipped_recipe
-from ..registry import LayersMethod, Method, PositionMethod, WeightMethod, find_method
+from ..offline import build_index
+from ..ops import resize, signed_cam
+from ..recipe.recipe import Recipe, read_toml, shipped_recipe
+from ..recipe.registry import LayersMethod, Method, PositionMethod, WeightMethod, find_method
 from ..targets import ClassProxy, Similarity
 from .controls import CONTROLS
 from .maps import Mapper, Maps, Questions, Way

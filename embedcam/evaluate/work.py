@@ -9,8 +9,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..images import Batch, ImageSource, embed, load_batches
+from ..images.progress import Advance, progress_of
 from ..methods.subject import inputs_a_pass
-from ..progress import Advance, progress_of
 from .controls import MEAN, control_maps, mean_activation
 from .gallery import Gallery
 from .maps import Mapper, Maps, Questions, Seen, Way

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import NetworkError
 from ..network import EmbeddingNetwork
-from ..onnx_network.network import EMBEDDING, output_name
+from ..onnx.network import EMBEDDING, output_name
 
 INPUT = "images"
 _LARGEST = (1 << 31) - (1 << 24)

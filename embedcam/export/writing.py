@@ -15,15 +15,15 @@ import torch
 from .. import __version__
 from .._files import fresh
 from .._files import replace as replace_durably
-from ..cam import resize
 from ..errors import InputError, NetworkError
-from ..fingerprint import fingerprint, full_float32
-from ..identity import Identity, compare
+from ..images.progress import progress_of
 from ..index import Index
+from ..index.identity import Identity, compare
 from ..network import EmbeddingNetwork
-from ..onnx_network import Described, Head, OnnxNetwork
-from ..onnx_network.network import output_name
-from ..progress import progress_of
+from ..network.fingerprint import fingerprint, full_float32
+from ..onnx import Described, Head, OnnxNetwork
+from ..onnx.network import output_name
+from ..ops import resize
 from .tracing import onnx_model, refuse_unexportable
 
 TOLERANCE = 1e-4

@@ -5,11 +5,11 @@
 This room owns the outside world of image files. It never imports torch.
 """
 
-from embedcam.images.batches import Batch, embed, load_batches
-from embedcam.images.datasets import DatasetSource, from_dataset
-from embedcam.images.marks import FileState, file_state
-from embedcam.images.reading import EXTENSIONS, MAX_PIXELS, read_image
-from embedcam.images.sources import ImageSource, Item, LeftOut, find_images
+from .batches import Batch, embed, load_batches
+from .datasets import DatasetSource, from_dataset
+from .marks import FileState, file_state
+from .reading import EXTENSIONS, MAX_PIXELS, read_image
+from .sources import ImageSource, Item, LeftOut, find_images
 
 __all__ = [
     "EXTENSIONS",

@@ -13,10 +13,9 @@ from typing import Literal, TypeVar
 import numpy as np
 from PIL import Image
 
-from embedcam.errors import EmbeddingError, ImageError, InputError
-from embedcam.images.marks import NO_MARK
-from embedcam.images.sources import ImageSource
-from embedcam.printing import printable
+from ..errors import EmbeddingError, ImageError, InputError, printable
+from .marks import NO_MARK
+from .sources import ImageSource
 
 Prepare = Callable[[Image.Image], np.ndarray]
 T = TypeVar("T")

@@ -11,11 +11,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from embedcam.errors import ImageError, InputError
-from embedcam.images.reading import MAX_PIXELS, is_long_text, read_image
-from embedcam.images.sources import ImageSource, Item, escaped, relative_path
-from embedcam.memory import ran_out
-from embedcam.printing import cut, short
+from ..errors import ImageError, InputError, cut, ran_out, short
+from .reading import MAX_PIXELS, is_long_text, read_image
+from .sources import ImageSource, Item, escaped, relative_path
 
 _PICTURES = ("image", "img", "picture", "photo")
 """Columns of rows that are taken for the picture, the first there is; `_LABELS` for the label."""

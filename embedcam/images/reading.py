@@ -25,8 +25,8 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import numpy as np
 from PIL import Image
 
-from embedcam import memory
-from embedcam.errors import ImageError, ImageTooLarge
+from .. import errors as memory
+from ..errors import ImageError, ImageTooLarge
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile

@@ -21,12 +21,11 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
-from embedcam._files import refuse_device
-from embedcam.errors import ImageError, InputError
-from embedcam.images.marks import NO_MARK, FileState, file_mark, file_state
-from embedcam.images.reading import EXTENSIONS, MAX_PIXELS, is_url, read_image, why_missing
-from embedcam.number_labels import check_number
-from embedcam.printing import cut, short
+from .._files import refuse_device
+from ..errors import ImageError, InputError, cut, short
+from .marks import NO_MARK, FileState, file_mark, file_state
+from .number_labels import check_number
+from .reading import EXTENSIONS, MAX_PIXELS, is_url, read_image, why_missing
 
 Labels = Literal["auto", "folders", "subfolders", "none", "numbers"]
 _SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev"))

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ..encoding import TopM
-from ..queries import UNIT_TOLERANCE, wrong_number
+from .._checks import UNIT_TOLERANCE, wrong_number
+from .encoding import TopM
 from .layout import Layer
 
 

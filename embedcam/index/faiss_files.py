@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from .._files import fresh, replace
-from ..errors import InputError
-from ..printing import cut, short
+from ..errors import InputError, cut, short
 from .files import ArrayLike, blocks, broken, open_checked, sha256_of
 from .search import metric_code, threads
 

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .._files import ProcessLock
 from ..errors import InputError
-from ..forking import ProcessLock
 from .faiss_files import load_faiss, open_faiss
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..encoding import Encoding, from_spec
 from ..errors import EmbedcamError
 from . import manifest as manifest_file
+from .encoding import Encoding, from_spec
 from .files import SUFFIXES, broken, file_name, map_array
 from .manifest import PlainManifest
 

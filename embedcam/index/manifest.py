@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import NotPlain, fresh, read_regular, replace
-from ..errors import IndexFormatError, InputError
-from ..printing import short
+from ..errors import IndexFormatError, InputError, short
 from .files import broken
 from .records import Manifest
 from .schema import Wrong, reader

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..encoding import Encoding
+from .._checks import whole
 from ..errors import IndexFormatError, InputError
 from . import manifest as manifest_file
+from .encoding import Encoding
 from .faiss_files import REBUILD
 from .faiss_loading import FaissFile
 from .files import broken
@@ -20,7 +21,7 @@ from .layout import MARKS, Layer, make_layers, map_fitted, map_tombstones, of_la
 from .parts import Part
 from .query import search_batch
 from .rows import Rows
-from .search import SLACK, Neighbors, check_count, check_queries, join, threads
+from .search import SLACK, Neighbors, check_queries, join, threads
 from .selection import Selection
 from .strings import Strings, check_positions
 
@@ -292,14 +293,14 @@ class Index:
             IndexFormatError: the FAISS file is broken.
         """
         queries = check_queries(queries, self.width, self.normalized)
-        k = min(check_count(n_neighbors), len(self))
+        k = min(whole("n_neighbors", n_neighbors, 1), len(self))
         if self.manifest["faiss"] is None:
             raise InputError(
                 "this index was built without FAISS; give neighbors= ids that your own search "
                 "found, or give it one with `embedcam compact --rebuild-faiss Flat`"
             )
         if nprobe is not None:
-            nprobe = check_count(nprobe, "nprobe")
+            nprobe = whole("nprobe", nprobe, 1)
         if k == 0:
             raise InputError("every image of this index has been removed; add images first")
         loaded = None if self._faiss is None else self._faiss.loaded()

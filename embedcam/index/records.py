@@ -11,12 +11,11 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from ..calibration import Calibration
-from ..errors import InputError
-from ..matching import MatchCalibration
+from ..errors import InputError, short
 from ..preprocess import AnyPreprocess, preprocess_from_dict
-from ..printing import short
+from .calibration import Calibration
 from .files import SUFFIXES
+from .matching import MatchCalibration
 from .schema import Real, Text, Whole, Wrong, check_fields, one_of
 
 MAX_WIDTH = 1 << 20

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import LARGEST, check_vectors, whole
 from ..errors import InputError
-from ..queries import LARGEST, check_vectors
 from .files import ArrayLike, blocks
 
 SLACK = 16
@@ -70,19 +70,6 @@ def check_queries(queries: np.ndarray, width: int, normalized: bool = False) -> 
     return np.ascontiguousarray(check_vectors(found, normalized))
 
 
-def check_count(value: int, name: str = "n_neighbors") -> int:
-    """k, or another number of things to look at, as an int; at least 1.
-
-    Raises:
-        InputError: no whole number, or less.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise InputError(f"{name} = {value!r}; expected a whole number from 1")
-    if value < 1:
-        raise InputError(f"{name} = {value}; at least 1 is needed")
-    return int(value)
-
-
 def rank(
     queries: np.ndarray, candidates: np.ndarray, vectors: np.ndarray, k: int, metric: str
 ) -> Neighbors:
@@ -131,7 +118,7 @@ def nearest(
     """
     total, width = embeddings.shape
     queries = check_queries(queries, width)
-    k = min(check_count(n_neighbors), total)
+    k = min(whole("n_neighbors", n_neighbors, 1), total)
     if total == 0:
         raise InputError("there are no embeddings to search")
     kind = metric_code(metric)

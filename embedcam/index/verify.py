@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import IndexFormatError
-from ..printing import short
+from ..errors import IndexFormatError, short
 from .content import wrong_embeddings, wrong_field, wrong_scales, wrong_values
 from .faiss_files import REBUILD, load_faiss
 from .files import blocks, broken, sha256_of

@@ -9,13 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._files import (
-    NotPlain,
-    is_folder,
-    remove_files,
-    remove_folders,
-    sync_folder,
-)
+from .._files import NotPlain, is_folder, remove_files, remove_folders, sync_folder
 from .._files import replace as replace_durably
 from ..errors import EmbedcamError, IndexFormatError, InputError
 from . import faiss_files, locking

@@ -23,9 +23,11 @@ Each method is a function `method(subject, **options) -> Found`; `embedcam.regis
 """
 
 from .direct import MethodMap, MethodWarning, cam_for, found_for, weights_for
+from .fallback import DirectWeights
 from .subject import Found, Passes, Subject, inputs_a_pass
 
 __all__ = [
+    "DirectWeights",
     "Found",
     "MethodMap",
     "MethodWarning",

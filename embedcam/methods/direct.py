@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..cam import cam, resize
+from .._checks import check_sides
 from ..errors import EmbedcamWarning, EmbeddingError, InputError
 from ..images import MAX_PIXELS, read_image
+from ..images.progress import progress_of
 from ..network import EmbeddingNetwork
+from ..ops import cam, resize
 from ..preprocess import Extent
-from ..progress import progress_of
-from ..queries import check_sides
-from ..registry import Method, PositionMethod, WeightMethod, find_method
+from ..recipe.registry import Method, PositionMethod, WeightMethod, find_method
 from ..render import in_notebook, overlay
 from ..targets import Target
 from .custom import as_target

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..cam import normalize, resize
 from ..errors import InputError
+from ..ops import normalize, resize
 from .subject import Found, Subject
 
 GAMMA = 2.0

@@ -3,10 +3,10 @@
 import torch
 
 from ..errors import NetworkError
-from ..weights import gradcam as gradcam_weights
-from ..weights import gradcam_plus_plus as gradcam_plus_plus_weights
-from ..weights import weights_from_pooled
 from .subject import Found, Subject
+from .weights import gradcam as gradcam_weights
+from .weights import gradcam_plus_plus as gradcam_plus_plus_weights
+from .weights import weights_from_pooled
 
 
 def cam(subject: Subject) -> Found:

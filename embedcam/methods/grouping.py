@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..network import Features
-from ..weights import gradcam as gradcam_weights
 from .clusters import clustered, contiguous
 from .masks import blurred, fill_like, flat, masked, pictures_only, unit_masks
 from .options import one_of, whole_number
 from .subject import Found, Subject
+from .weights import gradcam as gradcam_weights
 
 PERCENTILE = 70.0
 """Group-CAM's cut: the paper's theta, and that of its first published code."""

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from ..cam import cam as draw
-from ..cam import resize
-from ..weights import gradcam as gradcam_weights
+from ..ops import cam as draw
+from ..ops import resize
 from .subject import Found, Subject
+from .weights import gradcam as gradcam_weights
 
 
 def guided_backprop(subject: Subject) -> Found:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError, NetworkError
-from ..registry import FILLS
+from ..recipe.registry import FILLS
 from .subject import Subject
 
 BLUR_SIZE, BLUR_SIGMA = 51, 50.0

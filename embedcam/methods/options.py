@@ -4,8 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from ..printing import short
+from ..errors import InputError, short
 
 
 def whole_number(name: str, value: Any, least: int = 1, most: int = 1_000_000) -> int:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cam import sharpen
 from ..errors import InputError
+from ..ops import sharpen
 from .grouping import blended
 from .masks import fill_like, flat, pictures_only
 from .options import one_of

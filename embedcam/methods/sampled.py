@@ -6,12 +6,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..cam import cam as draw
 from ..errors import InputError
-from ..weights import gradcam as gradcam_weights
+from ..ops import cam as draw
 from .masks import fill_like
 from .options import whole_number
 from .subject import Found, Subject
+from .weights import gradcam as gradcam_weights
 
 # Gradients held at once: noisy inputs times triplets.
 _AT_ONCE = 256

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike
 
-from embedcam.errors import InputError
+from ..errors import InputError
 
 
 def finite(values: ArrayLike, what: str, axes: str) -> np.ndarray:

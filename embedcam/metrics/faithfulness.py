@@ -8,8 +8,7 @@ where larger is more like.
 import numpy as np
 from numpy.typing import ArrayLike
 
-from embedcam.errors import InputError
-
+from ..errors import InputError
 from .checks import evened, finite, fraction_of, maps_of, same_shape, whole
 from .order import pixel_count, pixel_ranks
 

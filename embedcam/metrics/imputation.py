@@ -5,8 +5,7 @@ from numpy.typing import ArrayLike
 from scipy import sparse
 from scipy.sparse.linalg import splu
 
-from embedcam.errors import InputError
-
+from ..errors import InputError
 from .checks import finite, whole
 
 DIRECT, DIAGONAL = 1 / 6, 1 / 12

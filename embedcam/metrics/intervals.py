@@ -6,8 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from embedcam.errors import InputError
-
+from ..errors import InputError
 from .checks import finite, same_shape, whole
 
 BLOCK = 2**20

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import ndimage
 
-from embedcam.errors import InputError
-
+from ..errors import InputError
 from .checks import evened, finite, fraction_of, maps_and_regions, maps_of, same_shape, whole
 
 THRESHOLDS = tuple(step / 20 for step in range(1, 21))

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from embedcam.errors import InputError
-
+from ..errors import InputError
 from .checks import finite
 
 BLOCK = 2**23

@@ -18,6 +18,7 @@ from .gradients import Features, HeadPass
 from .guided import input_gradient
 from .head import HeadKind
 from .layouts import LayoutName, OutputChoice
+from .loading import load_network
 from .several import SeveralPass, several_pass
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "OutputChoice",
     "SeveralPass",
     "input_gradient",
+    "load_network",
     "several_pass",
 ]

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import InputError, NetworkError
 from ..preprocess import CustomPreprocess
-from ..probe import probe_inputs
+from ..preprocess.probe import probe_inputs
 from .layouts import is_pair
 
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .._files import ProcessLock
 from ..errors import InputError, NetworkError
-from ..forking import ProcessLock
 from ..preprocess import from_transform
 from .accepted import refuse_module, refuse_parts, refuse_preprocess, refuse_settings
 from .gradients import (

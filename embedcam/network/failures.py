@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import EmbedcamError, InputError, NetworkError, text_of
-from ..memory import ran_out
+from ..errors import EmbedcamError, InputError, NetworkError, ran_out, text_of
 
 _MOST = 300
 _ADVICE = {

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._files import ProcessLock
 from ..errors import EmbedcamError, InputError, NetworkError
-from ..forking import ProcessLock
-from ..probe import probe_inputs
+from ..preprocess.probe import probe_inputs
 from .failures import advice_of, said_of
 from .gradients import Features, at_least_single, make_features
 from .injected import HeadAlone, Injected

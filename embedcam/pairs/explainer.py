@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._checks import check_outputs, stacked
 from ..errors import EmbeddingError, ImageError, InputError
-from ..opened import query_name
-from ..queries import check_outputs, stacked
+from ..explain.opened import query_name
 from .heads import PooledHead, pooled_head
 from .receipt import Comparison, Receipt, Shown, make_comparison, make_receipt
 from .sides import DifferentiatedSide, PooledSide, Side, as_array
 
 if TYPE_CHECKING:
-    from ..explain import Explainer
+    from ..explain.explainer import Explainer
     from ..images import FileState
     from ..index import Index
 

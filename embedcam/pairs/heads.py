@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..encoding import LowRank
 from ..errors import InputError
+from ..index.encoding import LowRank
 
 if TYPE_CHECKING:
     from ..index import Index

@@ -9,14 +9,9 @@ it says which rectangle of the picture that array shows. Its numbers are those o
 and the usual Resize / CenterCrop / ToTensor / Normalize chains and turns them into a `Preprocess`.
 """
 
-from embedcam.preprocess.custom import (
-    AnyPreprocess,
-    CustomPreprocess,
-    custom,
-    preprocess_from_dict,
-)
-from embedcam.preprocess.recognise import from_transform
-from embedcam.preprocess.standard import IMAGENET_MEAN, IMAGENET_STD, Extent, Preprocess
+from .custom import AnyPreprocess, CustomPreprocess, custom, preprocess_from_dict
+from .recognise import from_transform
+from .standard import IMAGENET_MEAN, IMAGENET_STD, Extent, Preprocess
 
 __all__ = [
     "IMAGENET_MEAN",

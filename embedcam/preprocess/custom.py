@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from embedcam.errors import EmbedcamError, InputError
-from embedcam.preprocess.standard import Extent, Preprocess, not_ours
+from ..errors import EmbedcamError, InputError
+from .standard import Extent, Preprocess, not_ours
 
 
 @dataclass(frozen=True)

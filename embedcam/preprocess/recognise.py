@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from embedcam.errors import InputError
-from embedcam.preprocess.custom import AnyPreprocess, CustomPreprocess, custom
-from embedcam.preprocess.standard import RESAMPLING, Preprocess
+from ..errors import InputError
+from .custom import AnyPreprocess, CustomPreprocess, custom
+from .standard import RESAMPLING, Preprocess
 
 
 def from_transform(transform: Any, *, name: str | None = None) -> AnyPreprocess:

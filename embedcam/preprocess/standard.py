@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, Self
 import numpy as np
 from PIL import Image
 
-from embedcam.errors import ImageError, InputError
+from ..errors import ImageError, InputError
 
 Extent = tuple[float, float, float, float]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..index import Index, nearest
 from ..index.search import rank
-from ..transfer import transfer
+from ..ops import transfer
 from .grouping import Groups
 from .merging import Centres, Merged, as_stored, encode, numbers_of
 

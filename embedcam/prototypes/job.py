@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import IndexFormatError, InputError
+from ..images.number_labels import near_share
+from ..images.progress import Advance, progress_of
 from ..index import (
     Index,
     PartData,
@@ -23,8 +25,6 @@ from ..index import (
     refuse_prototypes,
 )
 from ..index.content import wrong_embeddings
-from ..number_labels import near_share
-from ..progress import Advance, progress_of
 from .fidelity import Compressed, fidelity, sample_rows
 from .grouping import Groups, group
 from .merging import centres_of, maps_of_medoids, merge

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..encoding import Encoding, LowRank, Rows
 from ..index import Index
+from ..index.encoding import Encoding, LowRank, Rows
 from .grouping import Groups, sums_of_groups
 
 _LENGTH = 1e-6

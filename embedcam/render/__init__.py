@@ -6,13 +6,13 @@ needed, never pyplot), and may be missing.
 file, and `page_head`, `page_row` and `page_foot` its pieces.
 """
 
-from embedcam.render.blocks import Block, Link, Notice, Table, drawn_blocks
-from embedcam.render.chart import Chart
-from embedcam.render.overlay import colormap, overlay, stretch
-from embedcam.render.page import Look, Row, in_notebook, page, page_foot, page_head, page_row
-from embedcam.render.panel import panel
-from embedcam.render.receipt import Mark, receipt_picture
-from embedcam.render.tiles import CHANGED, Tile, shrunk, top_value
+from .blocks import Block, Link, Notice, Table, drawn_blocks
+from .chart import Chart
+from .overlay import colormap, overlay, stretch
+from .page import Look, Row, in_notebook, page, page_foot, page_head, page_row
+from .panel import panel
+from .receipt import Mark, receipt_picture
+from .tiles import CHANGED, Tile, shrunk, top_value
 
 __all__ = [
     "CHANGED",

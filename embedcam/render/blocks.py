@@ -10,8 +10,8 @@ from itertools import groupby
 
 import numpy as np
 
-from embedcam.render.chart import Chart, chart_svg
-from embedcam.render.tiles import clean
+from .chart import Chart, chart_svg
+from .tiles import clean
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Final
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from ..memory import ran_out
+from ..errors import ran_out
 
 PAPER: Final = (255, 255, 255)
 INK: Final = (24, 28, 36)

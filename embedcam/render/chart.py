@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-from embedcam.errors import InputError
-from embedcam.render.tiles import clean
+from ..errors import InputError
+from .tiles import clean
 
 WIDTH, HEIGHT = 420, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 40

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from embedcam.errors import InputError
+from ..errors import InputError
 
 Extent = tuple[float, float, float, float]
 

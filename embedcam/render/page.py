@@ -16,23 +16,15 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from embedcam.printing import cut
-from embedcam.render.blocks import Block, breakable, drawn_blocks, paragraphs, text
-from embedcam.render.canvas import shorten_middle
-from embedcam.render.chart import STYLE as CHART_STYLE
-from embedcam.render.chart import Chart
-from embedcam.render.overlay import ALPHA, COLORMAP, colormap
-from embedcam.render.panel import FRAME_NOTE, scale_note
-from embedcam.render.style import LONG, STYLE
-from embedcam.render.tiles import (
-    Scale,
-    Tile,
-    check_scale,
-    fitted,
-    mapped_picture,
-    plain_picture,
-    top_values,
-)
+from ..errors import cut
+from .blocks import Block, breakable, drawn_blocks, paragraphs, text
+from .canvas import shorten_middle
+from .chart import STYLE as CHART_STYLE
+from .chart import Chart
+from .overlay import ALPHA, COLORMAP, colormap
+from .panel import FRAME_NOTE, scale_note
+from .style import LONG, STYLE
+from .tiles import Scale, Tile, check_scale, fitted, mapped_picture, plain_picture, top_values
 
 _SIDE: Final = 320
 _CAPTION: Final = 40  # letters of an id; its whole is in the tooltip

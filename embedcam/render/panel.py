@@ -9,8 +9,8 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from embedcam.errors import InputError
-from embedcam.render.canvas import (
+from ..errors import InputError
+from .canvas import (
     BAR,
     BETWEEN,
     CAPTION,
@@ -29,8 +29,8 @@ from embedcam.render.canvas import (
     shorten_middle,
     wrap,
 )
-from embedcam.render.overlay import ALPHA, COLORMAP, overlay
-from embedcam.render.tiles import (
+from .overlay import ALPHA, COLORMAP, overlay
+from .tiles import (
     Scale,
     Tile,
     check_scale,

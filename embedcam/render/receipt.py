@@ -9,8 +9,8 @@ from typing import Final
 
 from PIL import Image, ImageDraw
 
-from embedcam.errors import InputError
-from embedcam.render.canvas import (
+from ..errors import InputError
+from .canvas import (
     BETWEEN,
     CAPTION,
     GAP,
@@ -28,14 +28,7 @@ from embedcam.render.canvas import (
     shorten_middle,
     wrap,
 )
-from embedcam.render.tiles import (
-    Tile,
-    clean,
-    fitted,
-    mapped_picture,
-    plain_picture,
-    top_value,
-)
+from .tiles import Tile, clean, fitted, mapped_picture, plain_picture, top_value
 
 FOR: Final = (179, 3, 38)
 AGAINST: Final = (59, 76, 192)

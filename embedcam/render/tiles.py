@@ -9,9 +9,9 @@ from typing import Final, Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from embedcam.errors import InputError
-from embedcam.render.canvas import font_of
-from embedcam.render.overlay import ALPHA, Extent, checked_cam, checked_extent, overlay
+from ..errors import InputError
+from .canvas import font_of
+from .overlay import ALPHA, Extent, checked_cam, checked_extent, overlay
 
 Scale = Literal["joint", "each"]
 CHANGED: Final = "changed since the build"

@@ -16,20 +16,20 @@ from typing import IO, TYPE_CHECKING, Any, Final
 import numpy as np
 
 from .. import __version__
+from .._checks import whole
 from ..errors import InputError
 from ..images import MAX_PIXELS, ImageSource
 from ..images.batches import default_workers
-from ..matching import kinship
-from ..neighbors import check_rival
-from ..progress import progress_of
-from ..queries import check_count
+from ..images.progress import progress_of
+from ..index.matching import kinship
+from ..index.neighbors import check_rival
 from ..render import Look, page_foot, page_head
 from .folder import FEATURES, LINES, PAGE, Folder, check_folder, open_folder
 from .queries import Opened, explain_opened, finished, open_query
 from .words import Fact, blocks, facts, intro
 
 if TYPE_CHECKING:
-    from ..explain import Explainer
+    from ..explain.explainer import Explainer
     from ..render.tiles import Scale
 
 SIDE: Final = 200
@@ -177,7 +177,7 @@ def _job(
         index.position(name)
     given = None if neighbors is None else list(neighbors)
     options = {
-        "n_neighbors": check_count(count if n_neighbors is None else n_neighbors),
+        "n_neighbors": whole("n_neighbors", count if n_neighbors is None else n_neighbors, 1),
         "result": result,
         "neighbors": given,
         "transfer": explainer.transfer,

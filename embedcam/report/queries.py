@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import EmbeddingError, ImageError, InputError, NetworkError
-from ..explanation import Explanation, small_size
+from ..errors import EmbeddingError, ImageError, InputError, NetworkError, printable, ran_out
+from ..explain.explanation import Explanation, small_size
 from ..images import ImageSource
-from ..memory import ran_out
-from ..printing import printable
 from ..render import Look, Row, Tile, page_row, shrunk
 from .folder import Finished
 
 if TYPE_CHECKING:
-    from ..explain import Explainer
+    from ..explain.explainer import Explainer
     from ..preprocess import AnyPreprocess, Extent
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from operator import eq
 from typing import Any, Final
 
-from ..registry import METHODS
+from ..recipe.registry import METHODS
 from ..render import Block, Link, Notice, Table
 from .queries import anchor
 

@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..errors import EmbedcamError
-from ..explain import Explainer
+from ..explain.explainer import Explainer
 from . import compare, explain, files, items, status
 from .errors import Refused, handle
 from .files import PAGE

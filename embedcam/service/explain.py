@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
-from ..explain import Explanation
+from ..explain.explainer import Explanation
 from .accept import choose
 from .addresses import item_url
 from .parameters import only

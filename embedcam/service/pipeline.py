@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from ..explain import Explainer, Explanation
+from ..explain.explainer import Explainer, Explanation
 from ..images.batches import default_workers
 from ..index import Index, Neighbors
 from .batching import Batcher

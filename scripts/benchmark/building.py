@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from embedcam import EmbeddingNetwork, build_index, find_images
-from embedcam.assembly import SAMPLE
-from embedcam.encoding import fit_pca
 from embedcam.images import ImageSource, load_batches
 from embedcam.index import rebuild_faiss
-from embedcam.passes import is_exact
-from embedcam.recipe import Recipe
-from embedcam.weights import gradcam
+from embedcam.index.encoding import fit_pca
+from embedcam.methods.weights import gradcam
+from embedcam.offline.assembly import SAMPLE
+from embedcam.offline.passes import is_exact
+from embedcam.recipe.recipe import Recipe
 
 from .cases import fresh, frozen_network, gem_network, linear_network, write_pictures
 from .timing import Case, alternate, ratio, table, verdict

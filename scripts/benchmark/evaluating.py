@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from embedcam import EmbeddingNetwork, Recipe, build_index, evaluate_index, find_images
-from embedcam.cam import cam, normalize, resize
 from embedcam.cli import main
 from embedcam.images import ImageSource
+from embedcam.methods.weights import gradcam
 from embedcam.metrics import average_drop, average_increase, curve_area, deletion_steps
+from embedcam.ops import cam, normalize, resize
 from embedcam.targets import head_cotangent
-from embedcam.weights import gradcam
 
 from .cases import SIZE, frozen_network, write_pictures
 from .timing import Case, Ratio, alternate, milliseconds, ratio, table, verdict

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torchvision import models
 
 from embedcam import EmbeddingNetwork
-from embedcam.cotangents import AnchorCotangents
-from embedcam.recipe import Recipe
+from embedcam.methods.weights import weights_from_head, weights_from_pooled
+from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.recipe.recipe import Recipe
 from embedcam.targets import head_cotangent
-from embedcam.weights import weights_from_head, weights_from_pooled
 
 from .cases import GeM, seeded, trunk_of
 from .timing import table, verdict

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from embedcam import EmbeddingNetwork, Explainer, Index
-from embedcam.assembly import header
-from embedcam.build import calibrate_index
-from embedcam.cam import cam, resize
-from embedcam.encoding import Encoding, LowRank, fit_pca
-from embedcam.fingerprint import fingerprint
 from embedcam.index import PartData, create, quantize_coarse
-from embedcam.recipe import Recipe
+from embedcam.index.encoding import Encoding, LowRank, fit_pca
+from embedcam.methods.weights import gradcam
+from embedcam.network.fingerprint import fingerprint
+from embedcam.offline import calibrate_index
+from embedcam.offline.assembly import header
+from embedcam.ops import cam, resize
+from embedcam.recipe.recipe import Recipe
 from embedcam.targets import head_cotangent
-from embedcam.weights import gradcam
 
 from .cases import SIZE, frozen_network, linear_network, query_input
 from .features import TRUST

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from embedcam import Explainer, Index
-from embedcam.calibration import Calibration
-from embedcam.encoding import TopM
 from embedcam.index import Neighbors
+from embedcam.index.calibration import Calibration
+from embedcam.index.encoding import TopM
 
 from .indexes import make_index, near
 from .timing import Case, alternate, table, verdict

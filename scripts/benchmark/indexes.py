@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from embedcam.assembly import header
-from embedcam.encoding import Encoding, LowRank, TopM, fit_pca
 from embedcam.index import Index, PartData, create, quantize_coarse, rebuild_faiss
-from embedcam.recipe import Recipe
+from embedcam.index.encoding import Encoding, LowRank, TopM, fit_pca
+from embedcam.offline.assembly import header
+from embedcam.recipe.recipe import Recipe
 
 from .timing import Case, alternate, milliseconds, ratio, table, verdict
 

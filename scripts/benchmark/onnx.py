@@ -9,7 +9,7 @@ import torch
 
 from embedcam import EmbeddingNetwork, Explainer
 from embedcam.export import export_onnx
-from embedcam.onnx_network import OnnxNetwork
+from embedcam.onnx import OnnxNetwork
 
 from .cases import SIZE, frozen_network
 from .explaining import NEIGHBORS, ROWS, make_index

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from embedcam import METHODS, EmbeddingNetwork, Explainer, Similarity, cam_for
 from embedcam.methods import Subject
-from embedcam.registry import WeightMethod
+from embedcam.recipe.registry import WeightMethod
 
 from .cases import SIZE, frozen_network, query_input
 from .explaining import make_index

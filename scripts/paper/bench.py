@@ -32,12 +32,12 @@ from photographs import (
 )
 
 from embedcam import EmbeddingNetwork, load_network
-from embedcam.classes import label_codes
-from embedcam.cotangents import AnchorCotangents, Cotangents
 from embedcam.errors import InputError
-from embedcam.features import AffineHead
 from embedcam.metrics import recall_at_k
-from embedcam.recipe import Recipe
+from embedcam.offline.classes import label_codes
+from embedcam.offline.cotangents import AnchorCotangents, Cotangents
+from embedcam.offline.features import AffineHead
+from embedcam.recipe.recipe import Recipe
 from embedcam.targets import head_cotangent
 
 from .cache import Cache

@@ -10,7 +10,7 @@ from photographs import Features, forward
 from PIL import Image
 
 from embedcam import EmbeddingNetwork
-from embedcam.fingerprint import fingerprint
+from embedcam.network.fingerprint import fingerprint
 
 PART = 128
 """Pictures a file: a killed run begins again at the last one."""

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from measuring import energy_in, pasted_auc, share_of, signed, single_auc
 
-from embedcam.cotangents import AnchorCotangents, Cotangents
 from embedcam.metrics import correlations
+from embedcam.offline.cotangents import AnchorCotangents, Cotangents
+from embedcam.ops import transfer
 from embedcam.prototypes.grouping import group
-from embedcam.recipe import Recipe
+from embedcam.recipe.recipe import Recipe
 from embedcam.targets import WHITENED, Whitened, whitened_cotangent, whitening, with_own
-from embedcam.transfer import transfer
 
 from .bench import Bench
 
@@ -151,7 +151,7 @@ def _of_fold(
 def whitened_cotangents(
     recipe: Recipe, margins: np.ndarray, queries: np.ndarray, index: np.ndarray
 ) -> np.ndarray:
-    """Of queries outside the index, as `embedcam.fallback.DirectWeights` computes them: the
+    """Of queries outside the index, as `embedcam.methods.fallback.DirectWeights` computes them: the
     query's own margin, whitened by the index's embeddings, and its own part."""
     amounts = Whitened.of(recipe.resolved_target, recipe.norm, labelled=True)
     known = index.astype(np.float64)

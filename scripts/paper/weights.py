@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from embedcam.cotangents import Cotangents
-from embedcam.recipe import Recipe
+from embedcam.offline.cotangents import Cotangents
+from embedcam.recipe.recipe import Recipe
 from embedcam.targets import NORMS, WHITENED
 
 from .bench import Bench, Row

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from embedcam import Recipe, build_from_features
-from embedcam.features import AffineHead
 from embedcam.index import Index, PartData, append, create, quantize_coarse, remove
+from embedcam.offline.features import AffineHead
 from embedcam.prototypes import compress
 
 N, WIDTH, CHANNELS, GRID = 24, 6, 8, (2, 2)

@@ -22,7 +22,7 @@ from embedcam.cli import main
 from embedcam.cli.networks import network_of_index
 from embedcam.index import Index
 from embedcam.index.verify import verify
-from embedcam.recipe import Recipe
+from embedcam.recipe.recipe import Recipe
 from strangers.kinds import queries
 
 SECONDS, MEMORY_BYTES, MESSAGE_CHARACTERS = 10, 1 << 30, 2000

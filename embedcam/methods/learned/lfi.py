@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...cam import cam, normalize
 from ...errors import InputError, NetworkError
+from ...ops import cam, normalize
 
 
 class LFINetwork(nn.Module):

@@ -1,0 +1,304 @@
+"""Checks: a value is of the wanted kind, or one sentence says what was given and what is expected.
+
+Importing this file loads nothing heavy, so that the command line may; the checks of arrays import
+NumPy where they run.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+from .errors import EmbedcamError, InputError, NetworkError, short
+
+if TYPE_CHECKING:
+    import numpy as np
+
+UNIT_TOLERANCE = 1e-3
+"""How far from 1 the length of a normalised embedding may be."""
+LARGEST = 1e15
+"""Of what is given: squares and sums of larger numbers need not stay within float32."""
+
+# Single values
+
+
+def whole(
+    name: str,
+    value: object,
+    least: int = 0,
+    most: int | None = None,
+    *,
+    error: type[EmbedcamError] = InputError,
+) -> int:
+    """Return a whole number, Python's or NumPy's, as an int.
+
+    Args:
+        name: of the value, for the message.
+        value: to check; booleans are no numbers.
+        least: smallest value allowed.
+        most: largest value allowed, None for any.
+        error: class of the exception.
+
+    Raises:
+        EmbedcamError: of the class `error`; not a whole number, or out of range.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        raise error(f"{name} = {short(value)}; give a whole number {_range(least, most)}")
+    return number
+
+
+def number(
+    name: str,
+    value: object,
+    least: float = -math.inf,
+    most: float = math.inf,
+    *,
+    above: float | None = None,
+    below: float | None = None,
+    error: type[EmbedcamError] = InputError,
+) -> float:
+    """Return a finite number as a float.
+
+    Args:
+        name: of the value, for the message.
+        value: to check; booleans are no numbers.
+        least, most: the range, both ends allowed.
+        above, below: ends that are not allowed themselves.
+        error: class of the exception.
+
+    Raises:
+        EmbedcamError: of the class `error`; not a finite number, or out of range.
+    """
+    try:
+        converted = math.nan if isinstance(value, bool | str | bytes) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        converted = math.nan
+    fits = math.isfinite(converted) and least <= converted <= most
+    fits = fits and (above is None or converted > above) and (below is None or converted < below)
+    if not fits:
+        wanted = f"a number {_interval(least, most, above, below)}".rstrip()
+        raise error(f"{name} = {short(value)}; give {wanted}")
+    return converted
+
+
+def one_of(
+    name: str, value: object, known: Iterable[str], *, error: type[EmbedcamError] = InputError
+) -> str:
+    """Return a choice among known ones.
+
+    Raises:
+        EmbedcamError: of the class `error`; names the nearest known choice and all of them.
+    """
+    names = tuple(known)
+    if not isinstance(value, str) or value not in names:
+        raise error(f"{name} = {short(value)} is unknown; {nearest_of(value, names)}")
+    return value
+
+
+def nearest_of(given: object, known: Iterable[str]) -> str:
+    """Return words for a message: the known name nearest to what was given, and all of them."""
+    names = list(known)
+    near = get_close_matches(given, names, 1, 0.5) if isinstance(given, str) else []
+    return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(names)}"
+
+
+def _range(least: int, most: int | None) -> str:
+    return f"of at least {least}" if most is None else f"from {least} to {most:,}"
+
+
+def _interval(least: float, most: float, above: float | None, below: float | None) -> str:
+    words = []
+    if above is not None and below is not None:
+        return f"between {above:g} and {below:g}"
+    if least > -math.inf and most < math.inf:
+        return f"from {least:g} to {most:g}"
+    if above is not None:
+        words.append(f"above {above:g}")
+    if least > -math.inf:
+        words.append(f"of at least {least:g}")
+    if below is not None:
+        words.append(f"below {below:g}")
+    if most < math.inf:
+        words.append(f"of at most {most:g}")
+    return " and ".join(words)
+
+
+def check_sides(name: str, sides: Any) -> tuple[int, int]:
+    """Return (height, width), both whole and at least 1."""
+    try:
+        height, width = (int(side) for side in sides)
+        if min(height, width) >= 1 and (height, width) == tuple(sides):
+            return height, width
+    except (TypeError, ValueError):
+        pass
+    raise InputError(f"{name} = {sides!r}; give (height, width), whole numbers of at least 1")
+
+
+# Arrays: what a query may be
+
+
+def check_features(
+    embedding: Any,
+    activations: Any,
+    width: int,
+    channels: int,
+    normalized: bool,
+    grid: tuple[int, int] | None = None,
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Features of one query or of several.
+
+    Args:
+        embedding: `[D]` or `[B D]`.
+        activations: `[K H W]` or `[B K H W]`; tokens `[T K]` or `[B T K]` with `grid`.
+        width: D expected.
+        channels: K expected.
+        normalized: whether embeddings must have length 1.
+        grid: (H, W) of tokens.
+
+    Returns:
+        float32 `[B D]`, float32 `[B K H W]`, and whether it was one query alone.
+
+    Raises:
+        InputError: a wrong shape, a NaN, a number beyond `LARGEST`, or a vector that is not of unit
+            length.
+    """
+    import numpy as np
+
+    vectors, maps = _numbers("embedding", embedding), _numbers("activations", activations)
+    single = vectors.ndim == 1
+    if single:
+        vectors, maps = vectors[None], maps[None]
+    if vectors.ndim != 2 or vectors.shape[1] != width:
+        raise InputError(
+            f"the embedding has shape {list(np.shape(embedding))}; this index holds {width} "
+            f"numbers an image, so give [{width}] or [B {width}]"
+        )
+    maps = _on_grid(maps, channels, grid, list(np.shape(activations)))
+    if len(maps) != len(vectors):
+        raise InputError(f"{len(vectors)} embeddings came with {len(maps)} activations")
+    wrong = wrong_number(maps)
+    if wrong is not None:
+        raise InputError(f"the activations of query {wrong[0]} {wrong[1]}")
+    return check_vectors(vectors, normalized), maps.astype(np.float32, copy=False), single
+
+
+def check_vectors(vectors: np.ndarray, normalized: bool) -> np.ndarray:
+    """Embeddings of queries, numbers `[B D]`, as float32.
+
+    Args:
+        vectors: given.
+        normalized: whether they must have length 1.
+
+    Raises:
+        InputError: a NaN, a number beyond `LARGEST`, or a vector that is not of unit length.
+    """
+    import numpy as np
+
+    wrong = wrong_number(vectors)
+    if wrong is not None:
+        raise InputError(f"the embedding of query {wrong[0]} {wrong[1]}")
+    found = vectors.astype(np.float32, copy=False)
+    lengths = np.linalg.norm(found, axis=1)
+    off = np.abs(lengths - 1)
+    if normalized and len(off) and off.max() > UNIT_TOLERANCE:
+        worst = int(off.argmax())
+        raise InputError(
+            f"the embedding of query {worst} has length {lengths[worst]:.4g}; this index holds "
+            "vectors of length 1: divide it by its L2 norm first"
+        )
+    return found
+
+
+def check_outputs(embeddings: np.ndarray, *activations: np.ndarray) -> None:
+    """What a network made of pictures: embeddings `[B D]`, activations `[B K H W]` of each layer.
+
+    Raises:
+        NetworkError: a NaN, an infinity, or a number beyond `LARGEST`.
+    """
+    named = [("embedding", embeddings), *(("activations", maps) for maps in activations)]
+    for name, values in named:
+        wrong = wrong_number(values)
+        if wrong is not None:
+            raise NetworkError(f"the network's {name} of query {wrong[0]} {wrong[1]}")
+
+
+def wrong_number(values: np.ndarray) -> tuple[int, str] | None:
+    """The first row of numbers `[n ...]` that cannot be computed with, and what is wrong with it.
+
+    A NaN and an infinity, and what is larger than `LARGEST`; None where there is none.
+    """
+    import numpy as np
+
+    if _usable(values):
+        return None
+    row = next(place for place, one in enumerate(values) if not _usable(one))
+    numbers = values[row].ravel()
+    least, most = float(numbers.min()), float(numbers.max())
+    worst = most if most > LARGEST else least
+    if not np.isfinite(worst) or not np.isfinite(numbers).all():
+        return row, "holds a NaN or an infinity"
+    return row, f"holds {worst:.4g}, and numbers may go up to {LARGEST:g} either way; scale it down"
+
+
+def _usable(values: np.ndarray) -> bool:
+    # Two passes and no copy, in whatever type they come; a NaN passes neither comparison.
+    return float(values.min(initial=0)) >= -LARGEST and float(values.max(initial=0)) <= LARGEST
+
+
+def stacked(inputs: Sequence[Any]) -> Any:
+    """Inputs `[3 H W]` as one batch in their own library; a batch of one is not copied."""
+    import numpy as np
+
+    if len({tuple(one.shape) for one in inputs}) > 1:
+        shapes = sorted({str(list(one.shape)) for one in inputs})
+        raise InputError(f"inputs of one batch must have one shape, got {', '.join(shapes)}")
+    if len(inputs) == 1:
+        return inputs[0][None]
+    first = next((one for one in inputs if not isinstance(one, np.ndarray)), None)
+    if first is None:
+        return np.stack(inputs)
+    batch = first.detach().new_empty((len(inputs), *first.shape))
+    for place, one in enumerate(inputs):
+        batch[place] = first.new_tensor(one) if isinstance(one, np.ndarray) else one.detach()
+    return batch
+
+
+def _numbers(name: str, values: Any) -> np.ndarray:
+    import numpy as np
+
+    try:
+        found = np.asarray(values)
+        if found.dtype.kind in "fiu":
+            return found
+        given = f"type {found.dtype}"
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = str(error).partition("\n")[0]
+    raise InputError(f"the {name} cannot be read as an array of numbers ({given})")
+
+
+def _on_grid(
+    maps: np.ndarray, channels: int, grid: tuple[int, int] | None, given: list[int]
+) -> np.ndarray:
+    """Activations `[B K H W]` of these, or of tokens `[B T K]` on a grid."""
+    if grid is not None and maps.ndim == 3 and maps.shape[2] == channels:
+        height, width = check_sides("grid", grid)
+        if maps.shape[1] != height * width:
+            raise InputError(
+                f"{maps.shape[1]} tokens do not fill a grid of {height} x {width}; drop class "
+                "and register tokens first"
+            )
+        return maps.reshape(-1, height, width, channels).transpose(0, 3, 1, 2)
+    if grid is not None or maps.ndim != 4 or maps.shape[1] != channels or 0 in maps.shape[2:]:
+        raise InputError(
+            f"the activations have shape {given}; this index needs [{channels} H W] for one query "
+            f"and [B {channels} H W] for several, or tokens [T {channels}] and [B T {channels}] "
+            "with grid=(H, W)"
+        )
+    return maps

@@ -1,0 +1,179 @@
+"""The command line: `embedcam build | add | explain | export | info ...`; `COMMANDS` lists them.
+
+parser.py    what can be said; imports nothing heavy, so that --help is quick
+examples.py  what --help ends with
+options.py, options_offline.py, options_online.py  the options of the commands
+values.py    what stands behind an option, read
+networks.py  the network that options, a recipe or an index name
+offline.py   build, add, remove, compact, compress, demo
+online.py    explain
+pairs.py     compare
+serving.py   serve
+reporting.py explain --report
+exporting.py export
+evaluation.py evaluate
+resuming.py  what an interrupted command finds again
+report.py    info and verify, and how things are printed
+"""
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import (
+    EmbedcamError,
+    ImageError,
+    IndexFormatError,
+    NetworkError,
+    reason,
+    say,
+    show,
+    told,
+)
+from .interrupts import INTERRUPTED, INTERRUPTS
+
+EXIT_CODES: dict[type[Exception], int] = {
+    ImageError: 3,
+    NetworkError: 4,
+    IndexFormatError: 5,
+    EmbedcamError: 2,
+    OSError: 6,
+}
+"""The first class that fits an error gives the exit code; 0 is success, 130 an interruption."""
+_PYTHON = re.compile(
+    r" \((?:(?:(?:replace|update|exclude_query)=True|per_class=False|layer=|size=|resize=)"
+    r"(?:, )?)+\)"
+)
+"""What messages say to callers from Python, in brackets behind the option."""
+_OPTIONS = (
+    (re.compile(r'\b(labels|resize)="(\w+)"'), r"--\1 \2"),
+    (re.compile(r"\bnormalize=False\b"), "--no-normalize"),
+    (re.compile(r"\bimages= \(--images\)"), "--images"),
+    (re.compile(r"\bmax_pixels\b=?"), "--max-pixels"),
+    (re.compile(r"\bexclude="), "--exclude"),
+)
+"""Arguments that messages name to callers from Python, and what the command line has for them."""
+UNEXPECTED = 70
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done; 2 wrong arguments or choices; 3 an image; 4 the network; 5 the index; 6 a file or
+        folder that cannot be read or written, or too little memory; 70 a fault of embedcam's own;
+        130 interrupted.
+    """
+    try:
+        return _run(arguments)
+    except KeyboardInterrupt:  # before the command began, or while its error was being printed
+        say("embedcam: interrupted")
+        return INTERRUPTED
+    except MemoryError:  # before the command began, or too little for a sentence about an error
+        if "--debug" in (sys.argv if arguments is None else arguments):
+            raise
+    # What the command held is free by now.
+    say("embedcam: there is too little memory; allow it more, and run the same command again")
+    return EXIT_CODES[OSError]
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    from .parser import COMMANDS, parser
+
+    try:
+        options = parser().parse_args(arguments)
+    except SystemExit as stop:  # argparse has said what is wrong, or has printed the help
+        return int(stop.code or 0)
+    if options.command is None:
+        say(f"embedcam: name a command: {', '.join(COMMANDS)}; see `embedcam --help`")
+        return EXIT_CODES[EmbedcamError]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", module=r"embedcam\.")
+        warnings.showwarning = _show_warning
+        try:
+            with INTERRUPTS:
+                from .resuming import told_of
+
+                with told_of(options):
+                    options.run(options)
+                if sys.stdout is not None:
+                    sys.stdout.flush()  # a reader that has gone away is met here, not at exit
+                if INTERRUPTS.met:
+                    raise KeyboardInterrupt  # a library has swallowed it
+        except KeyboardInterrupt:
+            return _interrupted(options)
+        except BrokenPipeError:
+            _let_go_of_output()
+        except (Exception, SystemExit) as error:
+            if INTERRUPTS.met:  # a library has made its own error of it
+                return _interrupted(options)
+            if options.debug:
+                raise
+            return _say(told(error, vars(options)))
+    return 0
+
+
+def for_command_line(text: str) -> str:
+    """A message in the words of the command line, where it names arguments of Python."""
+    text = _PYTHON.sub("", text)
+    for argument, option in _OPTIONS:
+        text = argument.sub(option, text)
+    return text
+
+
+def _interrupted(options: Any) -> int:
+    from .resuming import kept
+
+    hint = "; run the same command again to go on" if kept(options) else ""
+    say(f"embedcam: interrupted{hint}")
+    return INTERRUPTED
+
+
+def _say(error: BaseException) -> int:
+    """One sentence on the error stream; the whole traceback only with --debug."""
+    code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), UNEXPECTED)
+    text = str(error)  # embedcam's own is one line
+    if not isinstance(error, EmbedcamError):
+        text = " ".join(text.split()) or type(error).__name__
+    text = for_command_line(text)
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("embedcam"):
+        # Installed for answering queries only, with --no-deps.
+        code = EXIT_CODES[NetworkError]
+        text = (
+            f"this takes {error.name}, which is not installed; run pip install embedcam, or "
+            "explain with --onnx FILE"
+        )
+    if code == EXIT_CODES[EmbedcamError] and isinstance(error.__cause__, OSError):
+        code = EXIT_CODES[OSError]
+    if isinstance(error, OSError) and error.strerror:
+        text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
+    elif isinstance(error, SystemExit):  # the only code that is not embedcam's own
+        code = EXIT_CODES[NetworkError]
+        text = (
+            f"the network's own code ended the program ({reason(error)}); it should raise an error"
+        )
+    elif code == UNEXPECTED:
+        text = f"unexpected {type(error).__name__}: {text}; run again with --debug and report it"
+    say(f"embedcam: {text}")
+    return code
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], *where: Any, **more: Any
+) -> None:
+    """Show embedcam's own warnings as sentences, others as ever."""
+    if category.__module__.startswith("embedcam."):
+        say(f"embedcam: warning: {message}")
+    else:
+        text = warnings.formatwarning(message, category, *where[:2])
+        show(*text.splitlines(), error=True)
+
+
+def _let_go_of_output() -> None:
+    """Nobody reads on (`embedcam info x | head -1`): what is left goes nowhere, in silence."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

@@ -1,0 +1,204 @@
+"""Weights and heads from files. No pickle is ever run: `.safetensors`, or `weights_only=True`."""
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NetworkError
+from ..index.identity import NetworkWarning
+from .layers import near_misses
+
+# How training scripts wrap a state dict, and what wrappers write before each name.
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+_PREFIX = "module."
+# Names in the DenseNet files that torchvision itself distributes: norm.1 for norm1.
+_OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|conv))\.([12]\..*)$")
+_FLOATS = {"F16", "BF16", "F32", "F64"}
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file, wrappers and their prefixes taken off.
+
+    Raises:
+        NetworkError: naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    _refuse_missing(path, "weights")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    # Whatever a damaged file makes its reader say.
+    except Exception as error:
+        raise NetworkError(
+            f"weights {path} cannot be read ({_short(error)}); expected .safetensors, or a PyTorch "
+            "checkpoint that loads with weights_only=True: save the network's state_dict() (of a "
+            "Lightning checkpoint torch.save(checkpoint['state_dict'], FILE))"
+        ) from error
+    return _unwrap(content, path)
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping) or not content:
+        raise NetworkError(
+            f"weights {path} hold a {type(content).__name__}; expected a state dict of named "
+            "tensors, perhaps under 'state_dict' or 'model'"
+        )
+    other = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    if other:
+        raise NetworkError(
+            f"weights {path} hold {len(other)} entries that are not tensors ({_some(other)}); "
+            "expected a state dict, perhaps under 'state_dict' or 'model'"
+        )
+    state = {str(key): value for key, value in content.items()}
+    # torch.compile writes its own anywhere, others before all names, whatever else is before them.
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    while all(key.startswith(_PREFIX) for key in state):
+        state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+    return {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
+
+
+def load_state(
+    module: nn.Module, state: Mapping[str, Tensor], dropped: Sequence[str], source: str
+) -> None:
+    """Put a state dict into a module, all or nothing, in the module's own dtypes.
+
+    Args:
+        module: changed in place.
+        state: names as the module's own, perhaps all behind one prefix, as Lightning writes them
+            (`model.`), beside others (of a loss, which are left out with a warning); counters of
+            batch norms may be missing.
+        dropped: beginnings of names (`"fc."`) that were cut off and may be in the state.
+        source: what to call it in messages.
+
+    Raises:
+        NetworkError: names or shapes that do not fit, the first few of each.
+    """
+    own = module.state_dict()
+    state = _fitted_names(state, own, source)
+    extra = [k for k in state if k not in own and not k.startswith(tuple(dropped))]
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    unlike = [
+        f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    if extra or missing or unlike:
+        hint = near_misses(extra[0], missing, 1) if extra and missing else ""
+        if 2 * len(missing) > len(own):
+            hint = "; these are another network's weights: give this one's, or name the other"
+        said = [
+            f"{len(keys)} {what} ({_some(keys)})"
+            for what, keys in (
+                ("missing", missing),
+                ("unexpected", extra),
+                ("of another shape", unlike),
+            )
+            if keys
+        ]
+        raise NetworkError(f"{source} do not fit the network: {', '.join(said)}{hint}")
+    fitting = {key: value.to(own[key].dtype) for key, value in state.items() if key in own}
+    module.load_state_dict(fitting, strict=False)
+
+
+def _fitted_names(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+    """A state with the one prefix taken off behind which most of the module's names stand."""
+
+    def behind(prefix: str) -> int:
+        return sum(f"{prefix}{key}" in state for key in own)
+
+    parts = [key.split(".") for key in state]
+    prefixes = {".".join(p[:n]) + "." for p in parts for n in range(1, min(len(p), 5))}
+    # Sorted, the shortest first: the same choice each time.
+    best = max(["", *sorted(prefixes, key=lambda prefix: (len(prefix), prefix))], key=behind)
+    if not best:
+        return dict(state)
+    left = [key for key in state if not key.startswith(best)]
+    if left:
+        warnings.warn(
+            f"{source}: {len(left)} entries beside {best!r} are left out ({_some(left)})",
+            NetworkWarning,
+            stacklevel=2,
+        )
+    return {key.removeprefix(best): value for key, value in state.items() if key.startswith(best)}
+
+
+def read_affine(path: str | Path, width: int | None) -> nn.Linear:
+    """An affine head from a `.safetensors` file: `weight [D K']` and perhaps `bias [D]`.
+
+    Args:
+        path: the file.
+        width: K', what the network without the head returns; None if that is not known.
+
+    Raises:
+        NetworkError: naming the file, what it holds and what was expected.
+    """
+    path = Path(path)
+    _refuse_missing(path, "head")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            found = {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
+            _check_affine(path, found, width)
+            tensors = {key: file.get_tensor(key).float() for key in found}
+    except (SafetensorError, OSError) as error:
+        raise NetworkError(
+            f"head {path} cannot be read ({_short(error)}); expected a .safetensors file with "
+            "weight [D K] and perhaps bias [D]"
+        ) from error
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise NetworkError(f"head {path} holds NaN or infinity; save it again from training")
+    weight = tensors["weight"]
+    linear = nn.Linear(weight.shape[1], weight.shape[0], "bias" in tensors, device="meta")
+    linear.load_state_dict(tensors, assign=True)
+    return linear
+
+
+def _check_affine(path: Path, found: dict[str, tuple[list[int], str]], width: int | None) -> None:
+    """Names, shapes and dtypes, before any number is read."""
+    unknown = sorted(set(found) - {"weight", "bias"})
+    if "weight" not in found or unknown:
+        raise NetworkError(
+            f"head {path} holds {_some(sorted(found)) or 'nothing'}; expected weight "
+            f"[D {width or 'K'}] and perhaps bias [D]"
+        )
+    shape = found["weight"][0]
+    if len(shape) != 2 or 0 in shape or shape[1] != (width or shape[1]):
+        given = "" if width is None else f", for the {width} numbers of the network's embedding"
+        raise NetworkError(f"head {path} has a weight {shape}; expected [D {width or 'K'}]{given}")
+    if "bias" in found and found["bias"][0] != [shape[0]]:
+        raise NetworkError(f"head {path} has a bias {found['bias'][0]}; expected [{shape[0]}]")
+    for key, (_, dtype) in found.items():
+        if dtype not in _FLOATS:
+            raise NetworkError(f"head {path} has a {key} of {dtype}; expected floating point")
+
+
+def _refuse_missing(path: Path, what: str) -> None:
+    if not path.is_file():
+        raise NetworkError(f"{what} {path} is not a file; give the path of an existing one")
+
+
+def _some(names: Sequence[Any], count: int = 3) -> str:
+    shown = ", ".join(str(name) for name in names[:count])
+    return f"{shown}, ..." if len(names) > count else shown
+
+
+def _short(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0][:120].rstrip(". ")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

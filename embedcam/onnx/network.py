@@ -1,0 +1,327 @@
+"""`OnnxNetwork`: a network in an ONNX file, as an `Explainer` takes it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import EmbeddingError, InputError, NetworkError, NetworkMismatch
+from ..index.identity import Identity, compare
+from ..preprocess import AnyPreprocess, from_transform, preprocess_from_dict
+from ..preprocess.probe import probe_inputs
+from .described import Described, Head
+from .session import PROBE_SECONDS, PROVIDERS, Session
+
+_ANY_SIDE = 224
+ACTIVATIONS, EMBEDDING = "activations", "embedding"
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxFeatures:
+    """What one run on B images gives, float32 arrays; as `embedcam.network.Features`.
+
+    embedding: `[B D]`, of length 1 iff the network normalises.
+    norm: `[B]`, the length |z| before that; None where it cannot be known from the outputs.
+    activations: `[B K H W]`.
+    """
+
+    embedding: np.ndarray
+    norm: np.ndarray | None
+    activations: np.ndarray
+
+
+class OnnxNetwork:
+    """A network that `embedcam export` wrote, or any ONNX file with activations and an embedding.
+
+    Concurrent calls are safe. A child made by fork opens the file again, on one thread.
+
+    Args:
+        path: of the ONNX file. Its outputs are `activations` `[B K H W]` and `embedding` `[B D]`;
+            in another program's file the only ones of four and of two dimensions are taken.
+        preprocess: picture -> input `[3 H W]`, where the file does not say or names a transform of
+            the caller's own; an index's is taken for another program's file without one.
+        threads: that one run computes on; None leaves it to ONNX Runtime, which takes every core.
+        providers: of ONNX Runtime, the preferred one first.
+
+    Attributes:
+        described: what the file says of itself; None in another program's file.
+        layer, normalize, name, head: of the network; None where the file does not say.
+        layers: names of the layers whose activations it gives, the network's own first.
+
+    Raises:
+        InputError: a preprocess, threads or providers that cannot be used.
+        NetworkError: onnxruntime is missing, or the file cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        preprocess: Any = None,
+        threads: int | None = None,
+        providers: Sequence[str] = PROVIDERS,
+    ) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise InputError(f"expected the path of an ONNX file, given {type(path).__name__}")
+        self._session = Session(path, threads, providers)
+        self.path = self._session.path
+        self.described = Described.from_props(self._session.props, self.path)
+        said = {} if self.described is None else self.described.network
+        self.layer: str | None = said.get("layer")
+        self.normalize: bool | None = said.get("normalize")
+        self.name: str | None = said.get("name")
+        self.head: Head | None = None if self.described is None else self.described.head
+        self.layers = () if self.described is None else self.described.layers
+        self.preprocess: AnyPreprocess | None = None
+        if preprocess is not None:
+            self.preprocess = from_transform(preprocess)
+        elif said.get("preprocess") is not None:
+            self.preprocess = preprocess_from_dict(said["preprocess"])
+        self._maps, self._embedding = self._named_outputs()
+
+    # ---------------------------------------------------------------- facts
+
+    @property
+    def threads(self) -> int | None:
+        """As it was given."""
+        return self._session.threads
+
+    @property
+    def batch(self) -> int | None:
+        """How many pictures a run takes; None: any number."""
+        return self._session.shape[0]
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """(H, W) that a picture must have; None: any."""
+        height, width = self._session.shape[2:]
+        return None if height is None or width is None else (height, width)
+
+    def describe(self) -> dict[str, Any]:
+        """What the file says of its network beside the probe, ready for JSON; empty for others'."""
+        return {} if self.described is None else dict(self.described.network)
+
+    def probe_images(self, count: int = 1) -> np.ndarray:
+        """The synthetic pictures as this network's input, float32 `[count C H W]`."""
+        size = self.sides or (_ANY_SIDE, _ANY_SIDE)
+        return probe_inputs(count, self.preprocess, size, self._session.shape[1] or 3)
+
+    # ---------------------------------------------------------------- runs
+
+    def forward(self, images: Any) -> OnnxFeatures:
+        """Embeddings and activations of preprocessed images `[B 3 H W]`, an array or CPU tensor.
+
+        Raises:
+            InputError: images of a wrong shape, or with NaN.
+            NetworkError: outputs of a wrong shape, or an embedding that is not finite, or zero.
+        """
+        return self._run(images, self._maps[:1])[0]
+
+    __call__ = forward
+
+    def forward_layers(
+        self, images: Any, layers: Sequence[str]
+    ) -> tuple[OnnxFeatures, list[np.ndarray]]:
+        """As `forward`, with the activations `[B K H W]` of several layers, in the order given.
+
+        The features' own are those of the last layer.
+
+        Raises:
+            InputError: no layer, or one the file does not give; and as `forward`.
+        """
+        missing = [name for name in layers if name not in self.layers]
+        if missing or isinstance(layers, str) or not layers:
+            raise InputError(
+                f"{self.path} gives the activations of {', '.join(self.layers) or 'one layer'}; "
+                f"asked for {layers!r}"
+            )
+        features, maps = self._run(images, [self._maps[self.layers.index(n)] for n in layers])
+        return OnnxFeatures(features.embedding, features.norm, maps[-1]), maps
+
+    # ---------------------------------------------------------------- the index
+
+    def identity(self) -> Identity:
+        """What tells this network from another, its probe run through ONNX Runtime.
+
+        Raises:
+            NetworkError: another program's file, which says nothing of itself.
+        """
+        if self.described is None:
+            raise NetworkError(f"{self.path}: was not written by `embedcam export`")
+        return self._identity(self.described.network)
+
+    def for_index(self, stored: Identity, layers: Sequence[str]) -> OnnxNetwork:
+        """This network as the one of an index, or a refusal.
+
+        Another program's file says neither its layer nor its settings: it is given the index's, and
+        the probe decides, with a warning, as for any network of other parameters.
+
+        Args:
+            stored: the index's identity of its network.
+            layers: the index's, by name, in its order.
+
+        Raises:
+            NetworkMismatch: it is not the index's network, or gives not all of the layers.
+            InputError: the index's preprocessing is the caller's own and was not given.
+        """
+        found = self
+        if self.described is not None:
+            compare(stored, self.identity())
+        else:
+            found = copy.copy(self)
+            found.layer, found.normalize, found.layers = (
+                stored.layer,
+                stored.normalize,
+                (layers[0],),
+            )
+            if self.preprocess is None and stored.preprocess is not None:
+                found.preprocess = preprocess_from_dict(stored.preprocess)
+            settings = {
+                **stored.to_dict(),
+                "parameters_sha256": _sha256(self.path),
+                "structure_sha256": "an ONNX file's is not known",
+                "precision": "ONNX",
+            }
+            if found.preprocess is not None:
+                settings["preprocess"] = found.preprocess.to_dict()
+            compare(stored, found._identity(settings))
+        missing = [name for name in layers if name not in found.layers]
+        if missing:
+            raise NetworkMismatch(
+                f"this is not the network of the index: {self.path} gives the activations of "
+                f"{', '.join(found.layers)}, and the index draws with {', '.join(layers)}; write "
+                "it again with `embedcam export`"
+            )
+        return found
+
+    def _identity(self, settings: dict[str, Any]) -> Identity:
+        features = self._run(self.probe_images(), self._maps[:1], PROBE_SECONDS)[0]
+        pooled = features.activations[0].mean((1, 2), dtype=np.float64)
+        probe = {
+            "probe_embedding": features.embedding[0],
+            "probe_pooled": pooled.astype(np.float32),
+        }
+        if self.preprocess is not None:
+            settings = {**settings, "preprocess": self.preprocess.to_dict()}
+        return Identity.from_dict(settings, probe)
+
+    # ---------------------------------------------------------------- inside
+
+    def _named_outputs(self) -> tuple[list[str], str]:
+        """Names of the layers' outputs, and of the embedding's."""
+        found = self._session.outputs
+        count = max(1, len(self.layers))
+        maps = [output_name(place) for place in range(count)]
+        if {*maps, EMBEDDING} <= found.keys():
+            return maps, EMBEDDING
+        four = [name for name, n in found.items() if n == 4]
+        two = [name for name, n in found.items() if n == 2]
+        if self.described is None and len(four) == len(two) == 1:
+            return four, two[0]
+        listed = ", ".join(f"{name} ({n} dimensions)" for name, n in found.items()) or "none"
+        raise NetworkError(
+            f"{self.path}: its outputs are {listed}; expected {', '.join(maps)} [B K H W] and "
+            f"{EMBEDDING} [B D], as `embedcam export` writes them"
+        )
+
+    def _run(
+        self, images: Any, names: Sequence[str], seconds: float | None = None
+    ) -> tuple[OnnxFeatures, list[np.ndarray]]:
+        batch = self._checked(images)
+        # A file whose batch is fixed at one picture takes them one at a time.
+        single = self.batch == 1 and len(batch) > 1
+        pieces = [batch[row : row + 1] for row in range(len(batch))] if single else [batch]
+        runs = [self._session.run([*names, self._embedding], piece, seconds) for piece in pieces]
+        found = [np.concatenate(one) for one in zip(*runs, strict=True)] if single else runs[0]
+        *maps, embedding = found
+        self._check_outputs(batch, maps, embedding)
+        own = maps[names.index(self._maps[0])] if self._maps[0] in names else None
+        embedding, norm = self._lengths(batch, own, embedding)
+        return OnnxFeatures(embedding, norm, maps[0]), maps
+
+    def _refused(self, what: str, bad: np.ndarray) -> EmbeddingError:
+        advice = f"leave the picture out, or check the weights in {self.path}"
+        return EmbeddingError(what, advice, np.flatnonzero(bad).tolist(), len(bad))
+
+    def _lengths(
+        self, batch: np.ndarray, own: np.ndarray | None, embedding: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """The embedding `[B D]`, and its length `[B]` before it was normalised, if known.
+
+        Args:
+            batch: the input, to tell a bad picture from a bad network.
+            own: activations of the network's own layer, if they were asked for.
+            embedding: as the file gives it.
+        """
+        lengths = np.sqrt(np.einsum("bd,bd->b", embedding, embedding, dtype=np.float64))
+        if not np.isfinite(lengths).all() or (self.normalize and not lengths.all()):
+            if not np.isfinite(batch).all():
+                raise InputError("the images hold NaN or infinity; check their preprocessing")
+            bad = ~np.isfinite(lengths) | ((lengths == 0) & bool(self.normalize))
+            raise self._refused("the embedding is zero or not finite and cannot be used", bad)
+        if own is not None and not math.isfinite(float(own.sum())):
+            bad = ~np.isfinite(own.reshape(len(own), -1)).all(1)
+            if bad.any():
+                raise self._refused("the layer's activations hold NaN or infinity", bad)
+        norm = None
+        if self.normalize is False:
+            norm = lengths.astype(np.float32)
+        elif self.normalize and self.described is None:
+            # Another program may leave it to whoever searches.
+            embedding = (embedding / lengths[:, None]).astype(np.float32)
+        elif own is not None and self.head is not None and self.head.kind == "identity":
+            assert self.head.bias is not None
+            z = own.mean((2, 3), dtype=np.float64) + self.head.bias
+            norm = np.linalg.norm(z, axis=1).astype(np.float32)
+        return embedding, norm
+
+    def _checked(self, images: Any) -> np.ndarray:
+        try:
+            batch = np.asarray(images)
+        except (TypeError, ValueError, RuntimeError) as error:
+            said = str(error).partition("\n")[0]
+            raise InputError(f"the images cannot be read as an array ({said})") from error
+        if batch.ndim != 4 or 0 in batch.shape or batch.dtype.kind != "f":
+            raise InputError(
+                f"images are {list(batch.shape)} of {batch.dtype}; expected preprocessed floats "
+                "[B 3 H W], at least one"
+            )
+        _, *wanted = self._session.shape
+        if any(n not in (None, m) for n, m in zip(wanted, batch.shape[1:], strict=True)):
+            shown = " ".join("any" if n is None else str(n) for n in wanted)
+            raise InputError(
+                f"images are {list(batch.shape)}; {self.path} takes [B {shown}]: prepare them as "
+                "the index says"
+            )
+        return np.ascontiguousarray(batch, np.float32)
+
+    def _check_outputs(
+        self, batch: np.ndarray, maps: Sequence[np.ndarray], embedding: np.ndarray
+    ) -> None:
+        fine = embedding.ndim == 2 and len(embedding) == len(batch) and embedding.shape[1] > 0
+        for one in maps:
+            fine = fine and one.ndim == 4 and len(one) == len(batch) and 0 not in one.shape
+        if not fine:
+            shown = ", ".join(str(list(one.shape)) for one in (*maps, embedding))
+            raise NetworkError(
+                f"{self.path}: gives {shown} for {len(batch)} images; expected activations "
+                "[B K H W] and an embedding [B D]"
+            )
+
+
+def output_name(place: int) -> str:
+    """Of a layer's output: `activations` of the first, `activations_1` of the second, ..."""
+    return ACTIVATIONS if place == 0 else f"{ACTIVATIONS}_{place}"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,190 @@
+"""Every method on one screen: its name, where its formula was published, and what it yields.
+
+Whether a method can be put in an index is its type: a `WeightMethod` yields one number a channel,
+which an index keeps and transfers to queries; a `LayersMethod` yields such a vector for each of
+several layers, and an index keeps them all; a `PositionMethod` yields one number a channel and
+position, which an index keeps for pictures that are aligned; a `MapMethod` yields nothing but a
+map. Names and places only: the formulas are in `embedcam.methods` and are loaded on first use.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, ClassVar
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True)
+class Method:
+    """A class activation method.
+
+    Attributes:
+        name: as in the papers, lower case, without hyphens.
+        title: as printed.
+        source: paper, or where it was published.
+        where: "module:function" below `embedcam.methods`.
+        seeded: whether it draws random numbers.
+        targeted: False where the map ignores the target: it cannot say what matched.
+        scored: it asks for scores of the embedding and never for a gradient, so that the norm's two
+            ways, which differ in the gradient, are one.
+        several: whether it can work on several layers at once.
+        filled: whether what it masks, or begins its steps from, takes the fill that is asked for.
+        trained: whether it needs a branch of its own that was trained (`methods.learned`).
+    """
+
+    name: str
+    title: str
+    source: str
+    where: str
+    seeded: bool = False
+    targeted: bool = True
+    scored: bool = False
+    several: bool = False
+    filled: bool = False
+    trained: bool = False
+    storable: ClassVar[bool] = False
+
+    def load(self) -> Callable[..., Any]:
+        """The function: `function(subject, **options) -> Found`."""
+        module, _, function = self.where.partition(":")
+        found: Callable[..., Any] = getattr(import_module(f"embedcam.methods.{module}"), function)
+        return found
+
+
+@dataclass(frozen=True)
+class WeightMethod(Method):
+    """Yields channel weights `[B K]`: an index can hold them.
+
+    Attributes:
+        per_triplet: not linear in the target, so weights are averaged over triplets.
+        own_map: the paper's map is more than its weights draw; `cam_for` shows the paper's, an
+            index the weight form.
+    """
+
+    per_triplet: bool = False
+    own_map: bool = False
+    storable: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class LayersMethod(Method):
+    """Yields one weight vector a layer, and a map made of all of them: an index can hold them."""
+
+    storable: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class PositionMethod(Method):
+    """Yields weights by position `[B K H W]`: an index keeps their principal components."""
+
+    storable: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class MapMethod(Method):
+    """Yields a map and no weights.
+
+    Attributes:
+        nearest: the storable method that comes nearest.
+        why: why there is no number a channel to store.
+    """
+
+    nearest: str = ""
+    why: str = ""
+
+
+FILLS = ("mean", "black", "blur")
+"""What masked pixels may become, by name; `methods.masks.fill_like` says what each is."""
+
+_EACH = "its gradient differs from position to position, so no one number a channel draws its map"
+_PIXELS = "it works on pixels and never sees the layer's channels"
+_BRANCH = "its map comes out of a trained branch and not of a sum over channels"
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        WeightMethod("cam", "CAM", "Zhou et al., CVPR 2016", "gradients:cam"),
+        WeightMethod("gradcam", "Grad-CAM", "Selvaraju et al., ICCV 2017", "gradients:gradcam"),
+        WeightMethod("gradcam++", "Grad-CAM++", "Chattopadhay et al., WACV 2018",
+                     "gradients:gradcam_plus_plus", per_triplet=True),
+        WeightMethod("smoothgradcam++", "Smooth Grad-CAM++", "Omeiza et al., 2019",
+                     "sampled:smooth_gradcam_plus_plus", seeded=True, per_triplet=True),
+        WeightMethod("xgradcam", "XGrad-CAM", "Fu et al., BMVC 2020", "gradients:xgradcam"),
+        WeightMethod("integratedgradcam", "Integrated Grad-CAM", "Sattarzadeh et al., ICASSP 2021",
+                     "sampled:integrated_gradcam", own_map=True, filled=True),
+        PositionMethod("hirescam", "HiResCAM", "Draelos and Carin, 2020", "elementwise:hirescam"),
+        MapMethod("layercam", "Layer-CAM", "Jiang et al., TIP 2021", "elementwise:layercam",
+                  several=True, nearest="gradcam", why=_EACH),
+        MapMethod("zoomcam", "Zoom-CAM", "Shi et al., ICPR 2020", "elementwise:zoomcam",
+                  several=True, nearest="gradcam", why=_EACH),
+        MapMethod("guidedbackprop", "Guided Backpropagation", "Springenberg et al., ICLR 2015",
+                  "guided:guided_backprop", nearest="gradcam", why=_PIXELS),
+        MapMethod("guidedgradcam", "Guided Grad-CAM", "Selvaraju et al., ICCV 2017",
+                  "guided:guided_gradcam", nearest="gradcam", why=_PIXELS),
+        WeightMethod("eigencam", "Eigen-CAM", "Muhammad and Yeasin, IJCNN 2020",
+                     "decomposition:eigencam", targeted=False),
+        WeightMethod("eigengradcam", "EigenGrad-CAM", "pytorch-grad-cam",
+                     "decomposition:eigengradcam", own_map=True),
+        WeightMethod("scorecam", "Score-CAM", "Wang et al., CVPR Workshops 2020",
+                     "masking:scorecam", scored=True, filled=True),
+        WeightMethod("ablationcam", "Ablation-CAM", "Desai and Ramaswamy, WACV 2020",
+                     "ablation:ablationcam", scored=True),
+        WeightMethod("groupcam", "Group-CAM", "Zhang et al., 2021", "grouping:groupcam",
+                     seeded=True, own_map=True),
+        WeightMethod("clustercam", "Cluster-CAM", "Feng et al., 2023", "grouping:clustercam",
+                     seeded=True, own_map=True, scored=True, filled=True),
+        WeightMethod("cosinecam", "Cosine-CAM", "tetutaro/class_activation_mapping",
+                     "grouping:cosinecam", seeded=True, own_map=True),
+        LayersMethod("polycam", "Poly-CAM", "Englebert et al., 2022", "polycam:polycam",
+                     several=True, scored=True, filled=True),
+        MapMethod("rise", "RISE", "Petsiuk et al., BMVC 2018", "pixels:rise", seeded=True,
+                  scored=True, filled=True, nearest="scorecam", why=_PIXELS),
+        MapMethod("lime", "LIME", "Ribeiro et al., KDD 2016", "pixels:lime", seeded=True,
+                  scored=True, filled=True, nearest="scorecam", why=_PIXELS),
+        MapMethod("sbsm", "SBSM", "Dong et al., CVPR Workshops 2019", "pixels:sbsm",
+                  scored=True, filled=True, nearest="scorecam", why=_PIXELS),
+        WeightMethod("lficam", "LFI-CAM", "Lee et al., ICCV 2021", "attention:lficam",
+                     targeted=False, trained=True),
+        MapMethod("abn", "ABN", "Fukui et al., CVPR 2019", "attention:abn", targeted=False,
+                  trained=True, nearest="lficam", why=_BRANCH),
+    )
+}  # fmt: skip
+"""Every method by name."""
+
+
+def find_method(name: str) -> Method:
+    """The method of that name; hyphens, spaces and case do not matter.
+
+    Raises:
+        InputError: no such method, with the nearest names.
+    """
+    if not isinstance(name, str):
+        raise InputError(f"a method is named by a string such as 'gradcam'; given {name!r}")
+    bare = bare_name(name)
+    if bare in METHODS:
+        return METHODS[bare]
+    near = get_close_matches(bare, METHODS, 3, 0.5)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "known:"
+    listed = "" if near else f" {', '.join(METHODS)}"
+    raise InputError(f"method {name!r} is unknown; {hint}{listed}")
+
+
+def bare_name(name: str) -> str:
+    """What a printed name is in `METHODS`, if it is there: "Grad-CAM" -> "gradcam"."""
+    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
+
+
+def storable_methods() -> tuple[str, ...]:
+    """Names of the methods an index can hold."""
+    return tuple(name for name, method in METHODS.items() if method.storable)
+
+
+def why_not_storable(method: Method) -> str:
+    """One sentence on why an index cannot hold a method, naming the nearest that it can."""
+    assert isinstance(method, MapMethod)
+    return (
+        f"{method.title} cannot be put in an index: {method.why}; the nearest method that can is "
+        f"{method.nearest!r}"
+    )

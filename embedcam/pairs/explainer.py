@@ -12,7 +12,7 @@ import numpy as np
 
 from .._checks import check_outputs, stacked
 from ..errors import EmbeddingError, ImageError, InputError
-from ..explain.opened import query_name
+from ..explain.queries import query_name
 from .heads import PooledHead, pooled_head
 from .receipt import Comparison, Receipt, Shown, make_comparison, make_receipt
 from .sides import DifferentiatedSide, PooledSide, Side, as_array

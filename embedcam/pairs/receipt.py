@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..errors import InputError
-from ..explain.explanation import save_picture
+from ..explain.drawing import save_picture
 from .drawing import draw_comparison, draw_receipt
 from .lines import SMALL, Line, amounts_of, as_dicts, check_count, other_channels, top_lines
 from .sides import Evidence, Side, evidence_of

@@ -163,7 +163,7 @@ def test_threads_get_the_answers_of_one(
 
 def test_threads_whose_transfer_is_not_trusted(built: Path, network: EmbeddingNetwork) -> None:
     with Explainer(built) as plain:
-        recipe = Recipe.from_dict(plain.index.manifest["recipe"])
+        recipe = Recipe.from_dict(plain.index.manifest.recipe)
     careful = {"fallback": DirectWeights(network, recipe)}
     asked: list[Ask] = [lambda e, n=n: [e.explain(strange(n))] for n in range(4)]
     asked += [lambda e: e.explain_batch([strange(5), strange(6)]), *questions(network)[:3]]

@@ -195,7 +195,7 @@ def check_medoid(index: Index, name: str, state: FileState | None) -> None:
     Raises:
         ImageError: its file is another than was indexed.
     """
-    if index.manifest.get("compressed") is not None and state == "changed":
+    if index.manifest.is_compressed and state == "changed":
         raise ImageError(
             f"{name}: the picture in the middle of this prototype was replaced since it was "
             "indexed; index it again, and compress that"
@@ -216,7 +216,7 @@ def check_same(index: Index, name: str, side: Side) -> None:
     Raises:
         ImageError: the embeddings differ.
     """
-    if index.manifest.get("compressed") is not None:
+    if index.manifest.is_compressed:
         return
     stored = index.embeddings([index.position(name)])[0].astype(np.float64)
     lengths = np.linalg.norm(stored) * np.linalg.norm(side.embedding)

@@ -58,7 +58,7 @@ def pooled_head(network: Any, index: Index) -> PooledHead | None:
             f"encoding ({encoding.name}) holds; give the network instead of its ONNX file"
         )
     # The basis is dz/dA: the matrix divided by the number of positions.
-    cells = index.record.layers[0].cells
+    cells = index.manifest.layers[0].cells
     if cells is None:
         raise InputError(
             "receipts need the number of the layer's positions, which this index does not hold; "

@@ -320,7 +320,7 @@ def _check(explainer: Explainer) -> None:
         raise InputError(
             "a service embeds pictures: give the Explainer the network, with its preprocessing"
         )
-    if explainer.index.manifest["faiss"] is None:
+    if explainer.index.manifest.faiss is None:
         raise InputError(
             f"{explainer.index.path} was built without FAISS, so a service cannot search it; "
             "`embedcam compact --rebuild-faiss Flat` gives it one"

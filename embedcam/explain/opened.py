@@ -19,12 +19,11 @@ from ..index.calibration import Calibration
 from ..index.encoding import Encoding
 from ..index.identity import Identity
 from ..index.matching import MatchCalibration
-from ..preprocess import AnyPreprocess, preprocess_from_dict
+from ..preprocess import AnyPreprocess, Network, preprocess_from_dict
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..network import EmbeddingNetwork
     from ..onnx import OnnxNetwork
 
 _LOG = logging.getLogger("embedcam")
@@ -34,7 +33,7 @@ _LOG = logging.getLogger("embedcam")
 class Given:
     """What an explainer was given beside the index, the same for every version of it."""
 
-    network: EmbeddingNetwork | OnnxNetwork | None
+    network: Network | None
     images: Path | None
 
 
@@ -56,7 +55,7 @@ class Opened:
     """
 
     index: Index
-    network: EmbeddingNetwork | OnnxNetwork | None
+    network: Network | None
     layers: tuple[str, ...]
     channels: tuple[int, ...]
     encodings: tuple[Encoding, ...]
@@ -222,16 +221,14 @@ def from_onnx(onnx: str | Path | OnnxNetwork) -> OnnxNetwork:
     return onnx if isinstance(onnx, OnnxNetwork) else OnnxNetwork(onnx)
 
 
-def admitted(
-    index: Index, network: EmbeddingNetwork | OnnxNetwork
-) -> EmbeddingNetwork | OnnxNetwork:
+def admitted(index: Index, network: Network) -> Network:
     """The network as the one of the index, or a refusal.
 
     Raises:
         NetworkMismatch: another network, layer or preprocessing.
         InputError: no network, or an index that does not know its own.
     """
-    if not hasattr(network, "probe_images"):
+    if not isinstance(network, Network):
         raise InputError(
             f"network is a {type(network).__name__}; expected an EmbeddingNetwork: wrap it as "
             "EmbeddingNetwork(module, layer, preprocess=...)"
@@ -244,13 +241,7 @@ def admitted(
             "naming the network"
         )
     stored = Identity.from_dict(described, index.probe())
-    # Not by its class, whose module would be loaded for every torch network.
-    if hasattr(network, "for_index"):
-        return network.for_index(stored, [layer["name"] for layer in index.manifest["layers"]])
-    from ..network.fingerprint import check
-
-    check(stored, network)
-    return network
+    return network.for_index(stored, [layer["name"] for layer in index.manifest["layers"]])
 
 
 def _same_network(index: Index, before: Index) -> bool:
@@ -263,13 +254,10 @@ def _same_network(index: Index, before: Index) -> bool:
     )
 
 
-def _preprocess(
-    index: Index, network: EmbeddingNetwork | OnnxNetwork | None
-) -> AnyPreprocess | None:
+def _preprocess(index: Index, network: Network | None) -> AnyPreprocess | None:
     """The network's own, which was held against the index's; else the one described."""
     if network is not None and network.preprocess is not None:
-        found: AnyPreprocess = network.preprocess
-        return found
+        return network.preprocess
     described = (index.manifest["network"] or {}).get("preprocess")
     return preprocess_from_dict(described) if described else None
 

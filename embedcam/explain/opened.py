@@ -18,12 +18,11 @@ from ..index import Index
 from ..index.calibration import Calibration
 from ..index.encoding import Encoding
 from ..index.matching import MatchCalibration
-from ..preprocess import AnyPreprocess
+from ..preprocess import AnyPreprocess, Network
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..network import EmbeddingNetwork
     from ..onnx import OnnxNetwork
 
 _LOG = logging.getLogger("embedcam")
@@ -33,7 +32,7 @@ _LOG = logging.getLogger("embedcam")
 class Given:
     """What an explainer was given beside the index, the same for every version of it."""
 
-    network: EmbeddingNetwork | OnnxNetwork | None
+    network: Network | None
     images: Path | None
 
 
@@ -55,7 +54,7 @@ class Opened:
     """
 
     index: Index
-    network: EmbeddingNetwork | OnnxNetwork | None
+    network: Network | None
     layers: tuple[str, ...]
     channels: tuple[int, ...]
     encodings: tuple[Encoding, ...]
@@ -214,16 +213,14 @@ def from_onnx(onnx: str | Path | OnnxNetwork) -> OnnxNetwork:
     return onnx if isinstance(onnx, OnnxNetwork) else OnnxNetwork(onnx)
 
 
-def admitted(
-    index: Index, network: EmbeddingNetwork | OnnxNetwork
-) -> EmbeddingNetwork | OnnxNetwork:
+def admitted(index: Index, network: Network) -> Network:
     """The network as the one of the index, or a refusal.
 
     Raises:
         NetworkMismatch: another network, layer or preprocessing.
         InputError: no network, or an index that does not know its own.
     """
-    if not hasattr(network, "probe_images"):
+    if not isinstance(network, Network):
         raise InputError(
             f"network is a {type(network).__name__}; expected an EmbeddingNetwork: wrap it as "
             "EmbeddingNetwork(module, layer, preprocess=...)"
@@ -235,13 +232,7 @@ def admitted(
             "network cannot be checked against it; use explain_features, or build it again "
             "naming the network"
         )
-    # Not by its class, whose module would be loaded for every torch network.
-    if hasattr(network, "for_index"):
-        return network.for_index(stored, index.manifest.layer_names)
-    from ..network.fingerprint import check
-
-    check(stored, network)
-    return network
+    return network.for_index(stored, index.manifest.layer_names)
 
 
 def _same_network(index: Index, before: Index) -> bool:
@@ -254,13 +245,10 @@ def _same_network(index: Index, before: Index) -> bool:
     )
 
 
-def _preprocess(
-    index: Index, network: EmbeddingNetwork | OnnxNetwork | None
-) -> AnyPreprocess | None:
+def _preprocess(index: Index, network: Network | None) -> AnyPreprocess | None:
     """The network's own, which was held against the index's; else the one described."""
     if network is not None and network.preprocess is not None:
-        found: AnyPreprocess = network.preprocess
-        return found
+        return network.preprocess
     stored = index.manifest.network
     return None if stored is None else stored.preprocess
 

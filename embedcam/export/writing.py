@@ -20,7 +20,7 @@ from ..images.progress import progress_of
 from ..index import Index
 from ..index.identity import Identity, compare
 from ..network import EmbeddingNetwork
-from ..network.fingerprint import fingerprint, full_float32
+from ..network.steady import full_float32
 from ..onnx import Described, Head, OnnxNetwork
 from ..onnx.network import output_name
 from ..ops import resize
@@ -81,7 +81,7 @@ def export_onnx(
     began = time.perf_counter()
     target = check_target(path)
     stored, layers = _asked_of(index)
-    given = fingerprint(network)
+    given = network.identity()
     compare(stored, given)
     refuse_unexportable(network)
     given_layers = (network.layer, *(name for name in layers if name != network.layer))

@@ -28,7 +28,6 @@ from ..index import (
 )
 from ..index.identity import Identity
 from ..network import EmbeddingNetwork
-from ..network.fingerprint import check, fingerprint
 from ..recipe.recipe import Recipe
 from .assembly import (
     Gathered,
@@ -135,7 +134,7 @@ def build_index(
     check_target(path, replace=True)
     layers = layers_of(network, recipe)
     check_method(recipe, network)
-    identity = fingerprint(network)
+    identity = network.identity()
     width, n_channels = len(identity.probe_embedding), len(identity.probe_pooled)
     check_amounts(recipe, source.ids, source.labels, width, n_channels, triplets)
     exact = is_exact(recipe, network.head_kind.matrix, network.normalize)
@@ -254,7 +253,7 @@ def add_images(
         encodings = [index.encoding(number) for number in range(len(index.layers))]
         recipe = Recipe.of_index(manifest)
         _check_labels(recipe, source)
-        check(_identity_of(index), network)
+        network.for_index(_identity_of(index))
         stages, live = Stages(progress), index.live_positions()
         changes, gone = None, list[str]()
         if update:
@@ -271,7 +270,7 @@ def add_images(
         files = [source.fingerprint(position) for position in range(len(source))]
         job = _digest(
             recipe,
-            fingerprint(network),
+            network.identity(),
             source,
             files,
             chunk_size(batch_size, recipe.method),
@@ -359,7 +358,7 @@ def calibrate_index(
             )
         }
         if network is not None:
-            check(_identity_of(index), network)
+            network.for_index(_identity_of(index))
             encodings = [index.encoding(number) for number in range(len(index.layers))]
             check_addable(recipe, encodings[0], network)
             rows = trust_rows(len(live), recipe, network)

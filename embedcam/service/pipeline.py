@@ -225,8 +225,7 @@ class Pipeline:
     def _searched(self, wanted: Wanted, inputs: Sequence[np.ndarray]) -> list[Found]:
         network, index = self.explainer.network, self.index
         assert network is not None  # `_check` saw to it
-        found: Any = network.forward(np.stack(inputs)).embedding
-        embeddings = found if isinstance(found, np.ndarray) else found.cpu().numpy()
+        embeddings = network.embed(np.stack(inputs)).embedding
         near = index.search(embeddings, wanted.n_neighbors)
         return [
             _found(index, Neighbors(*one))

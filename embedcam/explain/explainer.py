@@ -19,7 +19,7 @@ from ..index import Index
 from ..index.matching import TEN
 from ..index.neighbors import check_rival, check_wanted, find_neighbors
 from ..ops import coefficients
-from ..preprocess import AnyPreprocess
+from ..preprocess import AnyPreprocess, Network
 from .answer import Fallback, answer, without_file
 from .explanation import Explanation, may_follow
 from .queries import Query, check_detail, embed, of_features, prepare
@@ -28,7 +28,6 @@ from .snapshot import Snapshot
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..network import EmbeddingNetwork
     from ..onnx import OnnxNetwork
 
     Vector = np.ndarray[tuple[int], np.dtype[Any]]
@@ -90,7 +89,7 @@ class Explainer:
     def __init__(
         self,
         index: Index | str | Path,
-        network: EmbeddingNetwork | OnnxNetwork | None = None,
+        network: Network | None = None,
         *,
         onnx: str | Path | OnnxNetwork | None = None,
         n_neighbors: int = 5,
@@ -137,7 +136,7 @@ class Explainer:
         return self._now().index
 
     @property
-    def network(self) -> EmbeddingNetwork | OnnxNetwork | None:
+    def network(self) -> Network | None:
         """What embeds pictures, held against the index; None where features are given."""
         return self._now().network
 
@@ -280,11 +279,6 @@ class Explainer:
             that came without one.
         """
         snapshot = self._now()
-        if snapshot.network is None:
-            raise InputError(
-                "this Explainer has no network, so it cannot embed a picture; give it one, or call "
-                "explain_features with the embedding and the activations"
-            )
         if isinstance(images, str | bytes):
             raise InputError("expected a list of queries, got one; use explain()")
         wanted = check_wanted(n_neighbors, neighbors, len(images), self.n_neighbors)

@@ -197,13 +197,14 @@ def finer_activations(snapshot: Snapshot, batch: np.ndarray) -> list[np.ndarray]
 
 def _forward(snapshot: Snapshot, batch: Any) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return the embeddings `[B D]` and the activations `[B K H W]` of each layer, float32."""
-    network: Any = snapshot.network
-    if len(snapshot.layers) == 1:
-        features = network.forward(batch)
-        maps = [features.activations]
-    else:
-        features, maps = network.forward_layers(batch, list(snapshot.layers))
-    return as_array(features.embedding, np.float32), [as_array(one, np.float32) for one in maps]
+    if snapshot.network is None:
+        raise InputError(
+            "this Explainer has no network, so it cannot embed a picture; give it one, or call "
+            "explain_features with the embedding and the activations"
+        )
+    embedding, _, maps = snapshot.network.embed(batch, snapshot.layers)
+    single = [one.astype(np.float32, copy=False) for one in (embedding, *maps)]
+    return single[0], single[1:]
 
 
 def _check_larger(larger: Sequence[Any], inputs: tuple[int, ...], detail: int) -> None:

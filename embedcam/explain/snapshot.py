@@ -6,20 +6,14 @@ import copy
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
 import numpy as np
 
 from .._files import compute_on_one_thread
 from ..errors import EmbedcamError, InputError
-from ..images.number_labels import near_share
-from ..index import Index, Selection
-from ..index.identity import Identity
-from ..preprocess import AnyPreprocess, preprocess_from_dict
-
-if TYPE_CHECKING:
-    from ..network import EmbeddingNetwork
-    from ..onnx import OnnxNetwork
+from ..index import Index, Manifest, Selection
+from ..preprocess import Network
 
 SHARED = {"discriminant": "one answer", "distinctive": "most of their answer"}
 """What the images of a label share, by targets that hold labels against each other."""
@@ -40,38 +34,38 @@ class Snapshot:
     def __init__(
         self,
         index: Index,
-        network: EmbeddingNetwork | OnnxNetwork | None,
+        network: Network | None,
         images: Path | None,
         place: Path,
         before: Snapshot | None = None,
         *,
         owned: bool = True,
     ) -> None:
-        record, manifest = index.record, index.manifest
+        manifest = index.manifest
         self.index, self.place, self.owned, self.process = index, place, owned, os.getpid()
         self._given = network, images
-        self.network: EmbeddingNetwork | OnnxNetwork | None
+        self.network: Network | None
         if before is not None and _same_network(index, before.index):
             self.network = before.network
         else:
             self.network = None if network is None else admitted(index, network)
-        stored_root = None if record.images is None else record.images.root
+        stored_root = manifest.images_root
         self.root = images or (None if stored_root is None else Path(stored_root))
         self.only_below = images is not None
-        self.layers = tuple(layer.name for layer in record.layers)
-        self.channels = tuple(layer.channels for layer in record.layers)
+        self.layers = tuple(manifest.layer_names)
+        self.channels = tuple(layer.channels for layer in manifest.layers)
         self.encodings = tuple(index.encoding(number) for number in range(len(self.layers)))
-        self.calibrations = record.trust_calibration or {}
-        self.matches = record.match_calibration or {}
-        self.marked, self.prototypes = index.marked, record.compressed is not None
+        self.calibrations = manifest.trust_calibration or {}
+        self.matches = manifest.match_calibration or {}
+        self.marked, self.prototypes = index.marked, manifest.is_compressed
         self.shared = shared_of(manifest)
         self.refused_sizes: set[tuple[int, ...]] = set()
-        self.preprocess: AnyPreprocess | None = getattr(self.network, "preprocess", None)
-        if self.preprocess is None and (described := (manifest["network"] or {}).get("preprocess")):
-            self.preprocess = preprocess_from_dict(described)
+        self.preprocess = None if manifest.network is None else manifest.network.preprocess
+        if self.network is not None and self.network.preprocess is not None:
+            self.preprocess = self.network.preprocess
         if before is None or before.marked:
             self._say_unmarked()
-        if before is None and "trust" in manifest and not self.calibrations:
+        if before is None and manifest.has_earlier_trust:
             _LOG.warning(
                 "%s holds a calibration of trust by an earlier definition, which is not read; "
                 "`embedcam calibrate %s` makes it again, without building the index",
@@ -83,7 +77,7 @@ class Snapshot:
     def open(
         cls,
         index: Index | str | Path,
-        network: EmbeddingNetwork | OnnxNetwork | None,
+        network: Network | None,
         images: Path | None,
         place: Path | None = None,
         before: Snapshot | None = None,
@@ -136,11 +130,11 @@ class Snapshot:
     @property
     def version(self) -> str:
         """Return the SHA-256 of the manifest, which holds those of all files."""
-        return str(self.index.record.manifest_sha256)
+        return str(self.index.manifest.manifest_sha256)
 
     def describe(self) -> str:
         """Return words for a log."""
-        return f"generation {self.index.record.generation} with {len(self.index)} images"
+        return f"generation {self.index.manifest.generation} with {len(self.index)} images"
 
     def close(self) -> None:
         """Close the index, unless it is the caller's."""
@@ -176,45 +170,36 @@ class Snapshot:
             )
 
 
-def shared_of(manifest: Any) -> str | None:
+def shared_of(manifest: Manifest) -> str | None:
     """Return what of their weights the images of a label share; None where it is little.
 
     Of labels that are numbers no two images need share one.
     """
-    return SHARED.get(manifest["target"]) if near_share(manifest) is None else None
+    return SHARED.get(manifest.target) if manifest.near_share is None else None
 
 
-def admitted(
-    index: Index, network: EmbeddingNetwork | OnnxNetwork
-) -> EmbeddingNetwork | OnnxNetwork:
+def admitted(index: Index, network: Network) -> Network:
     """Return the network held against the index's, or raise NetworkMismatch or InputError."""
-    if not hasattr(network, "probe_images"):
+    if not isinstance(network, Network):
         raise InputError(
             f"network is a {type(network).__name__}; expected an EmbeddingNetwork: wrap it as "
             "EmbeddingNetwork(module, layer, preprocess=...)"
         )
-    described = index.manifest.get("network")
-    if described is None:
+    stored = index.identity
+    if stored is None:
         raise InputError(
             "this index was built from features alone and does not know its network, so a "
             "network cannot be checked against it; use explain_features, or build it again "
             "naming the network"
         )
-    stored = Identity.from_dict(described, index.probe())
-    # Not by its class, whose module would be loaded for every torch network.
-    if hasattr(network, "for_index"):
-        return network.for_index(stored, [layer.name for layer in index.record.layers])
-    from ..network.fingerprint import check
-
-    check(stored, network)
-    return network
+    return network.for_index(stored, index.manifest.layer_names)
 
 
 def _same_network(index: Index, before: Index) -> bool:
     """Return whether two versions name one network, which was checked against the one before."""
     now, then = index.probe(), before.probe()
     return (
-        index.manifest.get("network") == before.manifest.get("network")
+        index.manifest.network == before.manifest.network
         and now.keys() == then.keys()
         and all(np.array_equal(now[name], then[name]) for name in now)
     )

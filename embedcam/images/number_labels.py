@@ -30,9 +30,8 @@ def number_of(text: str | None) -> float:
     return value if abs(value) <= LARGEST else math.nan
 
 
-def near_share(manifest: Mapping[str, Any]) -> float | None:
+def near_share(recipe: Mapping[str, Any]) -> float | None:
     """Return the share of an index's images that are near in value; None of classes."""
-    recipe = manifest["recipe"]
     if recipe.get("labels", "classes") == "classes":
         return None
     share = recipe.get("positives")
@@ -115,7 +114,8 @@ class Values:
 
         # Of count + 1 images in a row: the farther left they begin, the farther the left end is.
         best = _first(low, high, lambda start: x[start + count] - x >= x - x[start])
-        return np.minimum(radius(best), radius(np.maximum(best - 1, low)))
+        nearest: np.ndarray = np.minimum(radius(best), radius(np.maximum(best - 1, low)))
+        return nearest
 
     def _interval(self, inside: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Return the ranks around each whose distance is inside, `[n 2]`, the end excluded."""

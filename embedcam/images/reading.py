@@ -22,6 +22,7 @@ import re
 import stat
 import struct
 import zlib
+from collections.abc import Callable
 from functools import lru_cache
 from typing import IO, TYPE_CHECKING, Any, Final, Literal
 
@@ -103,7 +104,9 @@ def read_image(
         _check_size(name, source.shape[1::-1], max_pixels)
         return Image.fromarray(_eight_bits(name, source))
     if isinstance(source, Image.Image):
-        return _finish(name or str(getattr(source, "filename", "") or "picture"), source, max_pixels)
+        return _finish(
+            name or str(getattr(source, "filename", "") or "picture"), source, max_pixels
+        )
     if hasattr(source, "read"):
         name = name or str(getattr(source, "name", "open file"))
         source = source.read()
@@ -284,6 +287,10 @@ def _open_header(name: str, stream: IO[bytes]) -> ImageFile:
                     refusals.append(f"{kind}: {reason(error)}")
         if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF:
             return _open_heif(name, stream)
+        if missing:
+            raise ImageError(f"{name}: cannot be read ({missing}); pip install -U pillow")
+        if refusals:
+            raise SyntaxError(refusals[0])
     except ImageError:
         raise
     except Exception as error:
@@ -294,11 +301,6 @@ def _open_header(name: str, stream: IO[bytes]) -> ImageFile:
         # A crafted header can make a decoder raise nearly anything.
         _not_for_memory(name, error, 0)
         raise ImageError(f"{name}: has a broken header ({reason(error)})") from None
-    if missing:
-        raise ImageError(f"{name}: cannot be read ({missing}); pip install -U pillow")
-    if refusals:
-        _not_for_memory(name, SyntaxError(refusals[0]), 0)
-        raise ImageError(f"{name}: has a broken header ({refusals[0]})")
     raise ImageError(f"{name}: is not an image of a known kind ({', '.join(FORMATS)}, HEIF)")
 
 
@@ -312,7 +314,7 @@ def _open_heif(name: str, stream: IO[bytes]) -> ImageFile:
             '"embedcam[heic]"'
         ) from None
     stream.seek(0)
-    opened: ImageFile = HeifImageFile(stream, "")
+    opened: ImageFile = HeifImageFile(stream, "")  # type: ignore[no-untyped-call]
     return opened
 
 
@@ -323,7 +325,8 @@ def _finish(name: str, image: Image.Image, max_pixels: int) -> Image.Image:
         # The level that a PNG calls transparent, in the depth that its pixels are decoded to.
         level, tiles = image.info.get("transparency"), getattr(image, "tile", None)
         if level is not None and tiles and isinstance(tiles[0][3], str):
-            image.info["transparency"] = _LEVELS.get(tiles[0][3], lambda level: level)(level)
+            scale: Callable[[Any], Any] = _LEVELS.get(tiles[0][3], lambda level: level)
+            image.info["transparency"] = scale(level)
         # A truncated file is found here. PNG and TIFF know their orientation only afterwards.
         image.load()
         turn = _UPRIGHT.get(_orientation(image))

@@ -14,12 +14,13 @@ from .._checks import as_array, check_outputs, stacked
 from ..errors import EmbeddingError, ImageError, InputError
 from ..explain.queries import query_name
 from .receipt import Comparison, Receipt, Shown, make_comparison, make_receipt
-from .sides import DifferentiatedSide, PooledHead, PooledSide, Side, pooled_head
+from .sides import DifferentiatedSide, PooledSide, Side, matrix_of
 
 if TYPE_CHECKING:
     from ..explain.explainer import Explainer
     from ..images import FileState
     from ..index import Index
+    from ..preprocess import AffineHead
 
 _SAME = 0.99
 """Cosine with the stored embedding from which a picture counts as the one that was indexed."""
@@ -51,8 +52,8 @@ class PairExplainer:
             )
         self.explainer = explainer
         self.network: Any = explainer.network
-        self._head: tuple[weakref.ref[Index], PooledHead | None] | None = None
-        if not hasattr(type(self.network), "head_kind"):
+        self._head: tuple[weakref.ref[Index], AffineHead | None] | None = None
+        if not self.network.differentiable:
             self.head(explainer.index)
 
     def receipt(self, query: Any, result: Any, *, centred: bool = True) -> Receipt:
@@ -117,7 +118,7 @@ class PairExplainer:
         first, second = self.receipts(query, [result, rival], centred=centred)
         return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
 
-    def head(self, index: Index) -> PooledHead | None:
+    def head(self, index: Index) -> AffineHead | None:
         """Return the head by an index of the explainer; None where it is not pooled and affine.
 
         Raises
@@ -129,7 +130,8 @@ class PairExplainer:
         if known is None or known[0]() is not index:
             # With its index, which is not held by it: another version may keep the matrix
             # otherwise, or not at all.
-            known = self._head = (weakref.ref(index), pooled_head(self.network, index))
+            head = self.network.affine_head(lambda: matrix_of(index))
+            known = self._head = (weakref.ref(index), head)
         return known[1]
 
     def sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
@@ -144,10 +146,9 @@ class PairExplainer:
         for shape in {tuple(one.shape) for one in inputs}:
             places = [place for place, one in enumerate(inputs) if tuple(one.shape) == shape]
             with _placed(places):
-                features = self.network.forward(stacked([inputs[place] for place in places]))
-            embeddings, maps = as_array(features.embedding), as_array(features.activations)
+                embedded = self.network.embed(stacked([inputs[place] for place in places]))
+            embeddings, norms, (maps,) = embedded
             check_outputs(embeddings, maps)
-            norms = None if features.norm is None else as_array(features.norm)
             for row, place in enumerate(places):
                 norm = 1.0
                 if self.network.normalize:
@@ -200,7 +201,7 @@ def mean_of(index: Index, centred: bool) -> np.ndarray:
 
 def check_medoid(index: Index, name: str, state: FileState | None) -> None:
     """Refuse a prototype whose picture was replaced: no stored embedding is that picture's."""
-    if index.record.compressed is not None and state == "changed":
+    if index.manifest.is_compressed and state == "changed":
         raise ImageError(
             f"{name}: the picture in the middle of this prototype was replaced since it was "
             "indexed; index it again, and compress that"
@@ -213,7 +214,7 @@ def check_same(index: Index, name: str, side: Side) -> None:
     A prototype is the mean of several images, and is no picture's embedding: it is not compared.
     Its receipt is of the picture in its middle, whose similarity it divides.
     """
-    if index.record.compressed is not None:
+    if index.manifest.is_compressed:
         return
     stored = index.embeddings([index.position(name)])[0].astype(np.float64)
     lengths = np.linalg.norm(stored) * np.linalg.norm(side.embedding)

@@ -166,7 +166,8 @@ class Receipt:
             self._vectors(side, range(height * width))
             for side, (height, width) in zip(self.sides, grids, strict=True)
         ]
-        return (vectors[0] @ vectors[1].T).reshape(*grids[0], *grids[1])
+        pairs: np.ndarray = (vectors[0] @ vectors[1].T).reshape(*grids[0], *grids[1])
+        return pairs
 
     def links(self, n: int = 5) -> list[Link]:
         """Return the best matching positions, best first.
@@ -258,7 +259,8 @@ class Receipt:
 
     def _vectors(self, side: Side, cells: Sequence[int]) -> np.ndarray:
         height, width = side.activations.shape[1:]
-        return side.cell_vectors(cells) - self.mean / (height * width)
+        vectors: np.ndarray = side.cell_vectors(cells) - self.mean / (height * width)
+        return vectors
 
     def _matched(self, other: Side, vector: np.ndarray) -> np.ndarray:
         """Return `[H' W']` for a position's vector `[D]`."""

@@ -212,7 +212,7 @@ def _at_least_one(name: str, value: Any) -> int:
 
 def _version(explainer: Explainer) -> dict[str, Any]:
     manifest = explainer.index.manifest
-    return {"generation": manifest["generation"], "sha256": manifest["manifest_sha256"]}
+    return {"generation": manifest.generation, "sha256": manifest.manifest_sha256}
 
 
 def _pictures_root(explainer: Explainer) -> str:
@@ -314,7 +314,7 @@ def _assemble(job: _Job, place: Folder) -> list[Fact]:
     if FEATURES in place.files:
         with place.filled(FEATURES) as file:
             for piece in _features(
-                place.lines(), len(job.source), index.manifest["layers"][0]["channels"]
+                place.lines(), len(job.source), index.manifest.layers[0].channels
             ):
                 put(file, FEATURES, piece)
     head = page_head(

@@ -295,7 +295,7 @@ class Explanation:
         """Return all that pictures show, the images that were named first."""
         named = [one for one in (self.asked, self.rival) if one is not None]
         names = [one.id for one in named]
-        return [*named, *(one for one in self.neighbors() if one.id not in names)]
+        return named + [one for one in self.neighbors() if one.id not in names]
 
     def file_state(self, result: Result) -> FileState | None:
         """Return what became of a result's file since the build; None where unknown."""

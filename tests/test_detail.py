@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from photo_samples import SIDE, build, network_of, picture, write_photos
+from photo_samples import SIDE, build, picture, write_photos
 from torch import nn
 
 from embedcam import EmbeddingNetwork, Explainer, Preprocess, Recipe
@@ -15,11 +15,6 @@ from embedcam.errors import InputError, NetworkError
 from embedcam.explain.queries import finer_activations, larger_input
 from embedcam.ops import joined, resize, signed_cam
 from embedcam.preprocess import custom
-
-
-@pytest.fixture(scope="module")
-def network() -> EmbeddingNetwork:
-    return network_of()
 
 
 @pytest.fixture(scope="module")

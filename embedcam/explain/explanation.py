@@ -152,7 +152,7 @@ class Explanation:
 
     @property
     def match_in_words(self) -> str:
-        """ "match 0.93", and whether that is doubtful; empty where nothing was calibrated."""
+        """Words as "match 0.93", and whether that is doubtful; empty without a calibration."""
         if self.match is None:
             return ""
         return ("DOUBTFUL RESULT, " if self.doubtful else "") + f"match {self.match:.2f}"
@@ -169,7 +169,7 @@ class Explanation:
 
     @property
     def trust_in_words(self) -> str:
-        """ "trust 0.83", and whether that is enough; empty where the index holds no calibration."""
+        """Words as "trust 0.83", and whether that is enough; empty where nothing was calibrated."""
         if self.trust is None:
             return ""
         if self.direct:

@@ -196,7 +196,7 @@ def file_state(path: str | os.PathLike[str], mark: np.ndarray) -> FileState | No
 
 @lru_cache(maxsize=4096)
 def _content(path: str, *_: int) -> list[int]:
-    """The second half of a file's mark; read once while what the folder says of it stays."""
+    """Return the second half of a file's mark, read once while the folder says the same of it."""
     content: list[int] = file_mark(path)[2:].tolist()
     return content
 

@@ -7,10 +7,8 @@ scores.py      targets as objects: a score for every embedding, what a method ex
 Arrays only: everything works on NumPy arrays and on tensors alike.
 """
 
+from ..recipe import NORMS, TARGETS, WHITENED
 from .cotangents import (
-    NORMS,
-    TARGETS,
-    WHITENED,
     Whitened,
     centred_cotangent,
     head_cotangent,

@@ -9,15 +9,12 @@ from typing import TypeVar
 
 import numpy as np
 
+from ..recipe import WHITENED
+
 Array = TypeVar("Array")
 
-TARGETS = ("margin", "centred", "discriminant", "distinctive")
-NORMS = ("through", "around")
 _UNIT = 4e-3
 """How far from 1 the squared length of a normalised embedding may be."""
-
-WHITENED = ("discriminant", "distinctive")
-"""Targets that measure the margin in whitened embeddings, over every triplet."""
 
 
 def margin_cotangent(positives: Array, negatives: Array) -> Array:

@@ -1,10 +1,10 @@
 """How things are printed; and the commands that only tell: info and verify."""
 
-import argparse
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import (
     EmbeddingError,
@@ -12,22 +12,23 @@ from ..errors import (
     InputError,
     NetworkError,
     as_json,
-    say,
     sentence,
     show,
     show_json,
 )
 from ..images.number_labels import near_share
 from ..images.progress import progress_of
-from ..recipe.registry import METHODS
-from .command_line import for_command_line
+from ..recipe import METHODS
+from .command_line import note
 
-METRICS = {"l2": "squared L2", "ip": "inner product"}
+if TYPE_CHECKING:
+    from ..images import ImageSource
+
 _LABEL, _CELL = 12, 400
 _PIECE = 1 << 16
 
 
-def emit(options: argparse.Namespace, values: Mapping[str, Any], *lines: str) -> None:
+def emit(options: Namespace, values: Mapping[str, Any], *lines: str) -> None:
     """Print JSON where asked for, else the lines."""
     if options.json:
         show_json(values, indent=2)
@@ -35,25 +36,42 @@ def emit(options: argparse.Namespace, values: Mapping[str, Any], *lines: str) ->
         show(*lines)
 
 
-def note(options: argparse.Namespace, text: str) -> None:
-    """Something worth knowing, on the error stream, so that output stays clean."""
-    if not options.quiet:
-        say(for_command_line(text))
-
-
 def counted(number: int, what: str) -> str:
-    """ "1 image", "2,000 images"."""
+    """Return "1 image", "2,000 images"."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first few of some names."""
+    """Return the first few of some names."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
+def size_text(n_bytes: float) -> str:
+    """Return "296 kB"."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while n_bytes >= 1000 and len(units) > 1:
+        n_bytes /= 1000
+        units.pop(0)
+    return f"{n_bytes:.3g} {units[0]}"
+
+
+def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Return rows of cells as lines with columns of one width; `right` are set flush right."""
+    # What is escaped takes more room, so cells are made printable here.
+    rows = [[sentence(cell, _CELL) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place in right else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
 @contextmanager
-def naming_skip(options: argparse.Namespace) -> Iterator[None]:
-    """Errors of a broken image among many name the option that leaves it out."""
+def naming_skip(options: Namespace) -> Iterator[None]:
+    """Let errors of a broken image among many name the option that leaves it out."""
     try:
         yield
     except (ImageError, EmbeddingError) as error:
@@ -67,7 +85,7 @@ def naming_skip(options: argparse.Namespace) -> Iterator[None]:
 
 @contextmanager
 def listing_ids(index: str) -> Iterator[None]:
-    """Errors of ids name the command that lists them, not what Python has for it."""
+    """Let errors of ids name the command that lists them, not what Python has for it."""
     try:
         yield
     except InputError as error:
@@ -78,19 +96,16 @@ def listing_ids(index: str) -> Iterator[None]:
         raise InputError(f"{text}; `embedcam info {index} --ids` lists those it has") from error
 
 
-def found_images(options: argparse.Namespace, path: Any, labels: Any, **otherwise: Any) -> Any:
-    """The images of a folder or a CSV, but for those excluded; what looks wrong is said at once.
+def images_of(options: Namespace, path: Any, labels: str, **otherwise: Any) -> "ImageSource":
+    """Return the images of a folder or a CSV, and say at once what looks wrong.
 
-    Args:
-        options: with `exclude` and `max_pixels`.
-        path, labels: as of `find_images`.
-        **otherwise: its other arguments, where the options are silent.
+    `otherwise` are arguments of `find_images` for which the options are silent.
     """
     from ..images import find_images
 
-    given = {"exclude": options.exclude, "max_pixels": options.max_pixels}
-    said = {name: value for name, value in given.items() if value is not None}
-    source = find_images(path, labels, **{**otherwise, **said})
+    asked = {"exclude": options.exclude, "max_pixels": options.max_pixels}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    source = find_images(path, labels, **{**otherwise, **asked})
     options.said = source.notes
     for text in source.notes:
         note(options, f"note: {text}")
@@ -100,47 +115,32 @@ def found_images(options: argparse.Namespace, path: Any, labels: Any, **otherwis
     return source
 
 
-def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Rows of cells as lines with columns of one width; `right` are set flush right.
-
-    Cells are made printable here, for what is escaped takes more room; a long one is cut.
-    """
-    rows = [[sentence(cell, _CELL) for cell in row] for row in rows]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+_TOLD = (
+    "format_version", "generation", "counts", "recipe", "recipe_sha256", "sign", "method", "target",
+    "norm", "triplets", "images", "network", "embedding", "metric", "layers", "fit", "faiss",
+    "libraries", "compressed",
+)  # fmt: skip
+"""Entries of the manifest that `info --json` repeats."""
 
 
-def info(options: argparse.Namespace) -> None:
-    """What an index holds."""
+def info(options: Namespace) -> None:
+    """Tell what an index holds."""
     from ..index import Index
 
-    if options.ids:
-        with Index.open(options.index, with_faiss=False) as index:
-            _list_ids(options, index)
-        return
     with Index.open(options.index, with_faiss=False) as index:
+        if options.ids:
+            return _list_ids(options, index)
         manifest = index.manifest
         evidence = _evidence(index)
     bytes_all, bytes_image, bytes_mark = _bytes(manifest)
-    summary = {
-        key: manifest.get(key)
-        for key in ("format_version", "generation", "counts", "recipe", "recipe_sha256", "sign",
-                    "method", "target", "norm", "triplets", "images", "network", "embedding",
-                    "metric", "layers", "fit", "faiss", "libraries", "compressed")
-    }  # fmt: skip
+    summary = {key: manifest.get(key) for key in _TOLD}
     size = {"bytes": bytes_all, "bytes_an_image": bytes_image, "bytes_a_mark": bytes_mark}
     summary |= {**evidence, **size}
     emit(options, summary, options.index, *_lines(manifest, evidence, size))
 
 
-def _list_ids(options: argparse.Namespace, index: Any) -> None:
-    """The ids of all live images, one a line, or one JSON list; a piece at a time."""
+def _list_ids(options: Namespace, index: Any) -> None:
+    """Print the ids of all live images, one a line, or one JSON list; a piece at a time."""
     live = index.live_positions()
     if options.json:
         show("[" if len(live) else "[]")
@@ -151,7 +151,7 @@ def _list_ids(options: argparse.Namespace, index: Any) -> None:
         show("]")
 
 
-def verify(options: argparse.Namespace) -> None:
+def verify(options: Namespace) -> None:
     """Check every promise of an index; the error names the file and what is wrong."""
     from ..index import Index
 
@@ -167,7 +167,7 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def _evidence(index: Any) -> dict[str, int]:
-    """Labels, images alone in their class, and images without a triplet that counted."""
+    """Count labels, images alone in their class, and images without a triplet that counted."""
     live = index.live_positions()
     sizes, numbers = Counter(index.labels[live]), near_share(index.manifest) is not None
     unlabelled = sizes.pop(None, 0)
@@ -181,15 +181,15 @@ def _evidence(index: Any) -> dict[str, int]:
 
 
 def _bytes(manifest: Mapping[str, Any]) -> tuple[int, float, float]:
-    """All bytes; an image's, beyond id, label, path, embedding and mark; and those of its mark."""
+    """Return all bytes; an image's, beyond id, label, path, embedding, mark; and its mark's."""
     from ..index import named_bytes
 
     parts = [file for part in manifest["parts"] for file in part["files"].items()]
     known = ("ids.", "labels.", "paths.", "embeddings.", "marks.")
-    own = sum(entry["bytes"] for name, entry in parts if not name.startswith(known))
+    kept = sum(entry["bytes"] for name, entry in parts if not name.startswith(known))
     marks = sum(entry["bytes"] for name, entry in parts if name.startswith("marks."))
     rows = max(manifest["counts"]["rows"], 1)
-    return named_bytes(manifest), round(own / rows, 1), round(marks / rows, 1)
+    return named_bytes(manifest), round(kept / rows, 1), round(marks / rows, 1)
 
 
 def _lines(
@@ -198,7 +198,7 @@ def _lines(
     layer, network = manifest["layers"][0], manifest["network"] or {}
     normalized = "L2-normalised" if manifest["embedding"]["normalized"] else "not normalised"
     coarse = layer["coarse_grid"]
-    made = ", ".join(f"{name} {version}" for name, version in manifest["libraries"].items())
+    libraries = ", ".join(f"{name} {version}" for name, version in manifest["libraries"].items())
     compressed = manifest.get("compressed")
     merged = [] if compressed is None else [_merged_line(compressed), *fidelity_lines(compressed)]
     shown = [
@@ -224,7 +224,7 @@ def _lines(
                  "id, label, path and embedding"),
         ("files", _files_line(manifest["images"], size["bytes_a_mark"])),
         ("recipe", manifest["recipe_sha256"][:16]),
-        ("made with", f"{made}; generation {manifest['generation']}"),
+        ("made with", f"{libraries}; generation {manifest['generation']}"),
     ]  # fmt: skip
     lines = [f"  {name:<{_LABEL}}{sentence(value)}" for name, value in shown if value]
     if manifest["counts"]["added_after_fit"]:
@@ -266,7 +266,7 @@ def _images_line(manifest: Mapping[str, Any], evidence: Mapping[str, int]) -> st
 
 
 def _evidence_line(manifest: Mapping[str, Any], evidence: Mapping[str, int]) -> str:
-    said = []
+    sentences = []
     # An image without a label among labelled ones is a class of its own.
     alone = evidence["labels_of_one_image"] + evidence["unlabelled_images"]
     # Where labels draw the positives: not for the centred target, nor for given triplets.
@@ -275,28 +275,28 @@ def _evidence_line(manifest: Mapping[str, Any], evidence: Mapping[str, int]) -> 
     if drawn and evidence["labels"] and alone:
         unlabelled = evidence["unlabelled_images"]
         without = f" ({unlabelled:,} of them without a label)" if unlabelled else ""
-        said.append(
+        sentences.append(
             f"{counted(alone, 'image')} alone in {'its' if alone == 1 else 'their'} class{without},"
             " with nearest neighbours as positives"
         )
     if evidence["images_without_evidence"]:
-        said.append(
+        sentences.append(
             f"{counted(evidence['images_without_evidence'], 'image')} without evidence: every "
             "triplet was satisfied"
         )
-    return "; ".join(said)
+    return "; ".join(sentences)
 
 
 def _merged_line(compressed: Mapping[str, Any]) -> str:
-    way = " for each label" if compressed["per_class"] else ""
+    each = " for each label" if compressed["per_class"] else ""
     return (
-        f"{compressed['prototypes']:,}{way} asked for, {compressed['rows']:,} made of "
+        f"{compressed['prototypes']:,}{each} asked for, {compressed['rows']:,} made of "
         f"{counted(compressed['from_rows'], 'image')}, seed {compressed['seed']}"
     )
 
 
 def fidelity_lines(compressed: Mapping[str, Any]) -> list[str]:
-    """What an index of prototypes lost, as a table."""
+    """Return what an index of prototypes lost, as a table."""
     fidelity = compressed["fidelity"]
     cosine = {f"cosine of weights from {n}": one for n, one in fidelity["cosine"].items()}
     measured = {**cosine, "Recall@1": fidelity["recall_at_1"]}
@@ -344,8 +344,8 @@ def _weights_line(manifest: Mapping[str, Any]) -> str:
         return f"{method}, which ignores targets: what stands out, not what matches"
     named = {name: f"{name} target" for name in ("centred", "discriminant", "distinctive")}
     target = named.get(manifest["target"], "triplet margin")
-    way = "" if entry is not None and entry.scored else f", {manifest['norm']} the norm"
-    line = f"{method} of the {target}{way}"
+    norm = "" if entry is not None and entry.scored else f", {manifest['norm']} the norm"
+    line = f"{method} of the {target}{norm}"
     if manifest["target"] == "centred":
         return line
     count, sampling = triplets["count"], triplets["sampling"]
@@ -373,7 +373,8 @@ def _encoding_line(encoding: Mapping[str, Any]) -> str:
 def _search_line(manifest: Mapping[str, Any]) -> str:
     if manifest["faiss"] is None:
         return "none; neighbours are named by the caller"
-    return f"FAISS {manifest['faiss']['factory']}, {METRICS[manifest['metric']]}"
+    metric = {"l2": "squared L2", "ip": "inner product"}[manifest["metric"]]
+    return f"FAISS {manifest['faiss']['factory']}, {metric}"
 
 
 def _files_line(images: Mapping[str, Any] | None, bytes_mark: float) -> str:
@@ -384,12 +385,3 @@ def _files_line(images: Mapping[str, Any] | None, bytes_mark: float) -> str:
 
 def _on(grid: Any) -> str:
     return "" if grid is None else f" on a grid of {grid[0]} x {grid[1]}"
-
-
-def size_text(n_bytes: float) -> str:
-    """ "296 kB"."""
-    units = ["bytes", "kB", "MB", "GB", "TB"]
-    while n_bytes >= 1000 and len(units) > 1:
-        n_bytes /= 1000
-        units.pop(0)
-    return f"{n_bytes:.3g} {units[0]}"

@@ -13,6 +13,7 @@ from .._options import checked_values, chosen, setting
 from ..errors import InputError, NetworkError, reason, short
 
 if TYPE_CHECKING:
+    from ..index import Manifest
     from ..network import EmbeddingNetwork
     from ..onnx import OnnxNetwork
 
@@ -112,7 +113,7 @@ def check_onnx(options: argparse.Namespace) -> None:
 
 
 def query_network(
-    options: argparse.Namespace, manifest: Mapping[str, Any]
+    options: argparse.Namespace, manifest: "Manifest"
 ) -> "EmbeddingNetwork | OnnxNetwork":
     """Return the network a query is embedded with: from an ONNX file, or as the build loaded it."""
     if getattr(options, "onnx", None) is None:
@@ -122,14 +123,14 @@ def query_network(
     return OnnxNetwork(options.onnx)
 
 
-def network_of_index(manifest: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+def network_of_index(manifest: "Manifest", asked: Mapping[str, Any]) -> dict[str, Any]:
     """Return how an index's network is loaded again: as for its build, but for what is `asked`."""
-    if manifest["network"] is None:
+    if manifest.network is None:
         raise InputError(
             "this index was built from features alone and does not know its network, so pictures "
             "cannot be embedded for it; build it again with --network, or use explain_features"
         )
-    loading = manifest["network"].get("loading") or {}
+    loading = manifest.network.loading or {}
     if asked.get("network", loading.get("network")) != loading.get("network"):
         return dict(asked)  # another way to the same network: layers and files have other names
     if not loading:

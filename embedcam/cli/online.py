@@ -229,7 +229,7 @@ def _method(options: Namespace) -> Method | None:
 def trust_options(options: Namespace, index: "Index", network: Any) -> dict[str, Any]:
     """Return what `Explainer` is told of trust; an index without a calibration has none."""
     asked = options.fallback or options.trusted_from is not None
-    if asked and index.manifest.get("trust_calibration") is None:
+    if asked and index.manifest.trust_calibration is None:
         raise InputError(
             f"{index.path} holds no calibration of trust (built without one, from features, of "
             "fewer than 40 images, or of prototypes), so no transfer is found wanting; leave out "
@@ -270,7 +270,7 @@ def _by_method(
     if options.fill is not None:
         chosen_options["fill"] = options.fill
     if isinstance(method, LayersMethod):
-        chosen_options["layers"] = [layer["name"] for layer in index.manifest["layers"]]
+        chosen_options["layers"] = index.manifest.layer_names
         if len(chosen_options["layers"]) < 2:
             raise InputError(
                 f"{method.title} draws with several layers and this index has one; call "
@@ -557,7 +557,7 @@ def compare(options: Namespace) -> None:
             pair = pairs.above(options.query, options.result, options.above, centred=centred)
             head += f", above {options.above}"
             total = ["more similar by", f"{pair.score:+.3f}"]
-        if index.manifest.get("compressed") is not None:
+        if index.manifest.is_compressed:
             note(
                 options,
                 "note: a prototype is the mean of several images; what is compared is the picture "

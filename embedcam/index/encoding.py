@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..errors import InputError
-from ..recipe import DTYPES
 
 Rows = Mapping[str, np.ndarray]
 _Products = tuple[np.ndarray | None, np.ndarray | None, float]
+DTYPES = ("float16", "float32")
 _ORTHONORMAL = 3e-7
 """Rows in single precision are orthonormal to about this, and norms no better."""
 

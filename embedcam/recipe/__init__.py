@@ -1,6 +1,6 @@
 """What an index is made with: the recipe, and the registry of methods."""
 
-from .recipe import DTYPES, METRICS, NORMS, TARGETS, WHITENED, Recipe
+from .recipe import NORMS, TARGETS, WHITENED, Recipe
 from .registry import FILLS, METHODS
 
-__all__ = ["DTYPES", "FILLS", "METHODS", "METRICS", "NORMS", "TARGETS", "WHITENED", "Recipe"]
+__all__ = ["FILLS", "METHODS", "NORMS", "TARGETS", "WHITENED", "Recipe"]

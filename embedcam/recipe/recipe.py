@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._checks import nearest_of, one_of
 from .._files import refuse_device
@@ -25,6 +25,9 @@ from .registry import (
     storable_methods,
     why_not_storable,
 )
+
+if TYPE_CHECKING:
+    from ..index import Manifest
 
 TARGETS = ("margin", "centred", "discriminant", "distinctive")
 WHITENED = ("discriminant", "distinctive")
@@ -372,10 +375,10 @@ class Recipe:
             raise RecipeError(f"{where}: {error}") from error
 
     @classmethod
-    def of_index(cls, manifest: Mapping[str, Any]) -> "Recipe":
+    def of_index(cls, manifest: "Manifest") -> "Recipe":
         """Return the recipe an index was built by; an older one left its target to the manifest."""
-        recipe = cls.from_dict(manifest["recipe"], "the index's recipe")
-        return recipe if recipe.target != "auto" else replace(recipe, target=manifest["target"])
+        recipe = cls.from_dict(manifest.recipe, "the index's recipe")
+        return recipe if recipe.target != "auto" else replace(recipe, target=manifest.target)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for a manifest; options as a table, where there are any."""

@@ -9,7 +9,7 @@ from typing import Any
 from .._options import chosen
 from ..errors import InputError, show, show_json
 from .command_line import note
-from .networks import query_network
+from .networks import torch_network
 from .online import check_folder
 from .output import columns, images_of, naming_skip
 
@@ -38,7 +38,7 @@ def evaluate(options: Namespace) -> None:
     if options.masks:
         of_masks(options.masks, source)
     with Index.open(options.index) as index:
-        network = query_network(options, index.manifest)
+        network = torch_network(options, index.manifest)
         with naming_skip(options):
             evaluation = evaluate_index(
                 index,

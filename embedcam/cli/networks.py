@@ -112,12 +112,17 @@ def check_onnx(options: argparse.Namespace) -> None:
         )
 
 
+def torch_network(options: argparse.Namespace, manifest: "Manifest") -> "EmbeddingNetwork":
+    """Return the network of an index as the build loaded it, but for what the options say."""
+    return load_named(network_of_index(manifest, chosen(options, NetworkSettings)))
+
+
 def query_network(
     options: argparse.Namespace, manifest: "Manifest"
 ) -> "EmbeddingNetwork | OnnxNetwork":
-    """Return the network a query is embedded with: from an ONNX file, or as the build loaded it."""
-    if getattr(options, "onnx", None) is None:
-        return load_named(network_of_index(manifest, chosen(options, NetworkSettings)))
+    """Return the network a query is embedded with: from an ONNX file, or as for the build."""
+    if options.onnx is None:
+        return torch_network(options, manifest)
     from ..onnx import OnnxNetwork
 
     return OnnxNetwork(options.onnx)

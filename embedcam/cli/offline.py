@@ -13,7 +13,7 @@ from ..images.progress import progress_of
 from ..recipe import WHITENED, Recipe
 from ..recipe.recipe import read_toml, shipped_recipe
 from .command_line import note
-from .networks import ImageSettings, NetworkSettings, load_named, network_of_index, query_network
+from .networks import ImageSettings, NetworkSettings, load_named, network_of_index, torch_network
 from .output import (
     counted,
     emit,
@@ -178,7 +178,7 @@ def calibrate(options: Namespace) -> None:
 
     with Index.open(options.index, with_faiss=False) as index:
         loads = not options.no_trust and index.manifest.network is not None
-        network = query_network(options, index.manifest) if loads else None
+        network = torch_network(options, index.manifest) if loads else None
     counts = calibrate_index(
         options.index,
         network,
@@ -202,7 +202,7 @@ def export(options: Namespace) -> None:
     check_packages()
     check_target(options.output)
     with Index.open(options.index, with_faiss=False) as index:
-        network = query_network(options, index.manifest)
+        network = torch_network(options, index.manifest)
         report = export_onnx(index, network, options.output, progress=_shown(options))
     emit(
         options,

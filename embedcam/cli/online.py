@@ -25,6 +25,7 @@ from .output import columns, counted, images_of, listing_ids, some_of
 
 if TYPE_CHECKING:
     from ..explain import Explainer, Explanation
+    from ..images.sources import Labels
     from ..index import Index
 
 
@@ -156,13 +157,14 @@ def _note_shared(options: Namespace, index: "Index") -> None:
     query = options.queries[0] if len(options.queries) == 1 else "QUERY"
     if None in labels or len(set(labels)) < len(labels):
         return  # Where both are of one label, the note on the empty map says so.
+    speaks_for = " rather than ".join(map(str, labels))
     compared, what = options.result, "matches this one image"
     if options.above is not None:
         compared, what = f"{compared} --above {options.above}", "puts the one above the other"
     note(
         options,
         f"note: by this index's target the images of a label share {shared}: what speaks for "
-        f"{' rather than '.join(labels)}; `embedcam compare {options.index} {query} {compared}` "
+        f"{speaks_for}; `embedcam compare {options.index} {query} {compared}` "
         f"says what {what}",
     )
 
@@ -408,7 +410,7 @@ def _lines(query: str, picture: Path | None, explanation: "Explanation") -> list
     labels = [label or "" for label in explanation.labels]
     remarks = dict.fromkeys(explanation.changed(), CHANGED)
     named = [("rival", explanation.rival), ("asked", explanation.asked)]
-    extra = []
+    extra = list[tuple[str, float, str, str]]()
     for word, one in named:
         if one is not None and one.id in explanation.ids:
             remarks[one.id] = ", ".join(filter(None, (word, remarks.get(one.id))))
@@ -473,7 +475,7 @@ def _report_queries(options: Namespace) -> ImageSource | None:
     first = Path(options.queries[0])
     if len(options.queries) == 1 and (first.is_dir() or first.suffix.lower() == ".csv"):
         # The folders of queries are rarely their labels; a column named so is.
-        usual = "none" if first.is_dir() else "auto"
+        usual: Labels = "none" if first.is_dir() else "auto"
         return images_of(options, first, options.labels or usual)
     for name in ("exclude", "labels"):
         if getattr(options, name):

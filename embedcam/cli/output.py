@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import (
@@ -23,6 +24,7 @@ from .command_line import note
 
 if TYPE_CHECKING:
     from ..images import ImageSource
+    from ..images.sources import Labels
     from ..index import Index, Manifest
     from ..preprocess import AnyPreprocess
 
@@ -98,7 +100,9 @@ def listing_ids(index: str) -> Iterator[None]:
         raise InputError(f"{text}; `embedcam info {index} --ids` lists those it has") from error
 
 
-def images_of(options: Namespace, path: Any, labels: str, **otherwise: Any) -> "ImageSource":
+def images_of(
+    options: Namespace, path: str | Path, labels: "Labels", **otherwise: Any
+) -> "ImageSource":
     """Return the images of a folder or a CSV, and say at once what looks wrong.
 
     `otherwise` are arguments of `find_images` for which the options are silent.

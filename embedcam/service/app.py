@@ -116,7 +116,7 @@ def _status(pipeline: Pipeline) -> APIRouter:
             said = "the network has not answered a probe yet; try again"
             raise HTTPProblem(503, "not_ready", said, {"Retry-After": "1"})
         index = pipeline.index
-        generation = int(index.manifest["generation"])
+        generation = index.manifest.generation
         answer = Readiness(status="ready", images=len(index), generation=generation)
         return Response(written(answer), media_type=JSON)
 

@@ -273,8 +273,8 @@ class ReceiptMaker:
         """Return an indexed image's picture, decoded and prepared; what fails names no file."""
         explainer = self._pipeline.explainer
         try:
-            file, merged = explainer.picture_file(name), explainer.index.manifest.get("compressed")
-            if merged is not None and explainer.file_state(name) == "changed":
+            file, merged = explainer.picture_file(name), explainer.index.manifest.is_compressed
+            if merged and explainer.file_state(name) == "changed":
                 raise _changed()  # no stored embedding is that picture's, so none would tell
             if file is not None:
                 picture = read_image(file, max_pixels=explainer.max_pixels)

@@ -145,7 +145,7 @@ def _item(
     index = pipeline.index
     position = find_live(index, id)
     file = pipeline.explainer.picture_file(id)
-    tag = _tag(file, index.manifest["manifest_sha256"], id, kind, size, with_map)
+    tag = _tag(file, index.manifest.manifest_sha256, id, kind, size, with_map)
     if tag in known or known == "*":
         return None, tag
     picture = _picture(file, pipeline.explainer.max_pixels)

@@ -248,7 +248,7 @@ class Pipeline:
 
     def _check(self) -> None:
         _ = self.preprocess
-        if self.index.manifest["faiss"] is None:
+        if self.index.manifest.faiss is None:
             raise InputError(
                 f"{self.index.path} was built without FAISS, so a service cannot search it; "
                 "`embedcam compact --rebuild-faiss Flat` gives it one"
@@ -385,9 +385,7 @@ class Pipeline:
         network, index = self.explainer.network, self.index
         if network is None:
             raise InputError("the explainer has no network")
-        computed: Any = network.forward(np.stack(inputs)).embedding
-        embeddings = computed if isinstance(computed, np.ndarray) else computed.cpu().numpy()
-        near = index.search(embeddings, n_neighbors)
+        near = index.search(network.embed(np.stack(inputs)).embedding, n_neighbors)
         answers = []
         for positions, *scores in zip(
             near.positions, near.distances, near.similarities, strict=True

@@ -17,7 +17,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
 from ..errors import ImageError, ImageTooLarge
-from ..explain.finer import larger_input
+from ..explain.queries import larger_input
 from ..images import read_image
 from ..preprocess import AnyPreprocess, Extent
 from ..render import Tile, scale_box, top_value

@@ -147,7 +147,7 @@ def _note_doubts(options: Namespace, query: str, explanation: "Explanation") -> 
 
 def _note_shared(options: Namespace, index: "Index") -> None:
     """Say that by a target of labels a result is hardly explained apart from its label."""
-    from ..explain.explanation import shared_of
+    from ..explain.snapshot import shared_of
 
     shared = shared_of(index.manifest) if options.method is None else None
     if options.result is None or not shared:
@@ -349,7 +349,7 @@ def _plan_pictures(output: str | None, queries: Sequence[str]) -> list[Path | No
     """Return where each query's picture goes: the file named, or one a query in a folder."""
     if output is None:
         return [None] * len(queries)
-    from ..explain.explanation import check_picture_name
+    from ..explain.drawing import check_picture_name
 
     where = Path(output)
     folder = where.is_dir() or output.endswith("/") or not where.suffix

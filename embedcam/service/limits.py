@@ -1,8 +1,5 @@
 """What one request, and all of them together, may cost."""
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .._options import check, setting
@@ -53,41 +50,3 @@ class Limits:
 
     def __post_init__(self) -> None:
         check(self)
-
-
-class Gate:
-    """Lets so many in at a time; who comes then is refused at once, for queues hide overload."""
-
-    def __init__(self, places: int) -> None:
-        self._places, self._inside = places, 0
-        self._lock = threading.Lock()
-
-    @property
-    def inside(self) -> int:
-        """How many are being worked on."""
-        return self._inside
-
-    @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """A place, given back in the end.
-
-        Raises:
-            Refused: 503, all places are taken.
-        """
-        from .errors import Refused  # with FastAPI, which reading the limits does not take
-
-        with self._lock:
-            full = self._inside >= self._places
-            self._inside += not full
-        if full:
-            raise Refused(
-                503,
-                "busy",
-                f"{self._places} requests are being worked on, which is the limit; try again",
-                {"Retry-After": "1"},
-            )
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1

@@ -179,14 +179,13 @@ def _refuse_unexportable(network: EmbeddingNetwork) -> None:
 def _identity_and_layers(index: Index | str | Path) -> tuple[Identity, list[str]]:
     opened = index if isinstance(index, Index) else Index.open(index, with_faiss=False)
     try:
-        stored = opened.manifest.get("network")
+        stored = opened.identity
         if stored is None:
             raise InputError(
                 "this index was built from features alone and does not know its network, so none "
                 "can be exported for it; build it again naming the network"
             )
-        names = [str(layer["name"]) for layer in opened.manifest["layers"]]
-        return Identity.from_dict(stored, opened.probe()), names
+        return stored, opened.manifest.layer_names
     finally:
         if opened is not index:
             opened.close()

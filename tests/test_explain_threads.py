@@ -20,7 +20,7 @@ from rounding import same_arrays
 
 from embedcam import DirectWeights, EmbeddingNetwork, Explainer, Explanation, Index, Recipe
 from embedcam.errors import IndexFormatError, InputError, NetworkMismatch
-from embedcam.explain.explanation import Asked
+from embedcam.explain.explanation import Result
 from embedcam.index import append, compact, remove
 
 THREADS = 4
@@ -58,7 +58,7 @@ def same(a: Any, b: Any) -> bool:
         mine, other = getattr(a, field.name), getattr(b, field.name)
         if field.name in ("image", "preprocess"):
             alike = type(mine) is type(other)
-        elif isinstance(mine, Asked) and isinstance(other, Asked):
+        elif isinstance(mine, Result) and isinstance(other, Result):
             alike = same(mine, other)
         elif isinstance(mine, dict):
             alike = mine.keys() == other.keys() and all(
@@ -162,7 +162,7 @@ def test_threads_get_the_answers_of_one(
 
 def test_threads_whose_transfer_is_not_trusted(built: Path, network: EmbeddingNetwork) -> None:
     with Explainer(built) as plain:
-        recipe = Recipe.from_dict(plain.index.manifest["recipe"])
+        recipe = Recipe.from_dict(plain.index.manifest.recipe)
     careful = {"fallback": DirectWeights(network, recipe)}
     asked: list[Ask] = [lambda e, n=n: [e.explain(strange(n))] for n in range(4)]
     asked += [lambda e: e.explain_batch([strange(5), strange(6)]), *questions(network)[:3]]

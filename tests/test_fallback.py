@@ -51,7 +51,7 @@ def test_an_explanation_that_is_not_trusted_is_computed_on_the_query(
                 asked.append((positives, negatives))
                 return super().weights(inputs, positives, negatives)
 
-        fallback = Noted(made_of.network, Recipe.from_dict(index.manifest["recipe"]))
+        fallback = Noted(made_of.network, Recipe.from_dict(index.manifest.recipe))
         explainer = Explainer(index, made_of.network, trusted_from=1.0, fallback=fallback)
         found = explainer.explain(query)
         again = explainer.explain(query)
@@ -61,7 +61,7 @@ def test_an_explanation_that_is_not_trusted_is_computed_on_the_query(
     assert (found.direct, found.trusted, found.trust) == (True, True, plain.trust)
     assert np.array_equal(found.cam, again.cam)
     assert found.to_dict()["direct"] is True
-    assert "computed on the query:\ntransfer not trusted" in found._transfer_note()
+    assert "computed on the query:\ntransfer not trusted" in found.tiles()[0].subcaption
     np.testing.assert_array_equal(positives, index_vectors(path, found.ids))
     assert not {rows[tuple(v)] for v in negatives} & near
     own = made_of.network.forward(query[None]).embedding[0].numpy()
@@ -187,7 +187,7 @@ def test_direct_weights_of_several_layers(quick: None, tmp_path: Path) -> None:
         fallback = DirectWeights(network, recipe)
         found = Explainer(index, network, trusted_from=1.0, fallback=fallback).explain(query)
         assert found.direct
-        names = [layer["name"] for layer in index.manifest["layers"]]
+        names = index.manifest.layer_names
         maps = network.forward_layers(query[None], names)[1]
         drawn = cam(found.layer_weights[names[0]], maps[0][0].numpy())
         for name, one in zip(names[1:], maps[1:], strict=True):

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from index_samples import WIDTH, encoding_of, header_of, make, part
 
 from embedcam.errors import IndexFormatError, InputError
-from embedcam.images import ImageSource, Item, file_state, from_dataset, load_batches
-from embedcam.images import marks as marks_of_files
-from embedcam.images.marks import NO_MARK, file_mark
+from embedcam.images import ImageSource, Item, file_state, from_dataset, load_batches, reading
+from embedcam.images.reading import NO_MARK, file_mark
 from embedcam.index import Index, PartData, append, compact, create, remove, verify
 from embedcam.prototypes import compress
 
@@ -77,7 +76,7 @@ def test_what_is_no_file_has_no_mark_and_a_gone_one_is_missing(file: Path) -> No
 def test_of_a_very_large_file_size_and_time_decide(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(marks_of_files, "MAX_HASHED", 2)
+    monkeypatch.setattr(reading, "MAX_HASHED", 2)
     mark = file_mark(file)
     assert mark[2:].tolist() == [0, 0]
     assert file_state(file, mark) == "same"
@@ -163,7 +162,7 @@ def test_an_index_without_marks_is_as_it_was(tmp_path: Path) -> None:
     with Index.open(path) as index:
         assert not index.marked
         assert index.select([3, 4]).marks.tolist() == [[0] * 4] * 2
-        names = index.manifest["parts"][0]["files"]
+        names = index.manifest.parts[0].files
         assert "marks.u32" not in names
     compact(path)
     with Index.open(path) as index:
@@ -227,15 +226,15 @@ def test_rows_are_added_and_removed_in_one_step(tmp_path: Path) -> None:
     rows = replace(part(7, 9, encoding_of("top-m")), embeddings=np.eye(WIDTH, dtype="f4")[:2])
     assert append(path, rows, removing=["image-0003", "image-0007", "image-0008"]) == 20
     with Index.open(path) as index:
-        assert index.manifest["generation"] == 2
-        assert index.manifest["counts"] == {"rows": 22, "live": 19, "added_after_fit": 2}
+        assert index.manifest.generation == 2
+        assert index.manifest.to_dict()["counts"] == {"rows": 22, "live": 19, "added_after_fit": 2}
         assert index.tombstones.tolist() == [3, 7, 8]
         assert (index.position("image-0007"), index.position("image-0008")) == (20, 21)
         assert index.search(np.eye(WIDTH, dtype="f4")[:1], 1).positions.tolist() == [[20]]
         assert "image-0003" not in index.find_live(["image-0003"])
     append(path, part(7, 8, encoding_of("top-m")), removing=["image-0007"])
     with Index.open(path) as index:
-        assert index.manifest["counts"] == {"rows": 23, "live": 19, "added_after_fit": 2}
+        assert index.manifest.to_dict()["counts"] == {"rows": 23, "live": 19, "added_after_fit": 2}
     assert verify(path).ok
 
 

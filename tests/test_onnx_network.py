@@ -198,9 +198,7 @@ def test_a_file_that_lacks_a_layer_of_the_index_is_refused(
     index: Path, network: EmbeddingNetwork, file: Path
 ) -> None:
     with Index.open(index) as opened:
-        from embedcam.index.identity import Identity
-
-        stored = Identity.from_dict(opened.manifest["network"], opened.probe())
+        stored = opened.identity
     with pytest.raises(NetworkMismatch, match="the activations of relu, and the index draws with"):
         OnnxNetwork(file).for_index(stored, ["relu", "conv"])
     with pytest.raises(InputError, match="gives the activations of relu; asked for"):

@@ -22,7 +22,7 @@ from embedcam import EmbeddingNetwork, Explainer, build_index
 from embedcam.errors import InputError
 from embedcam.export import export_onnx
 from embedcam.pairs import PairExplainer, Receipt, make_receipt
-from embedcam.service import Limits, compare, create_app, receipts
+from embedcam.service import Limits, compare, create_app
 from embedcam.service.compare import rounded
 from embedcam.service.schemas import CompareAnswer
 
@@ -178,7 +178,7 @@ def test_receipts_end_with_the_one_begun_when_time_is_up(
         time.sleep(0.2)
         return make_receipt(*given, **named)
 
-    monkeypatch.setattr(receipts, "make_receipt", slow)
+    monkeypatch.setattr(compare, "make_receipt", slow)
     pipeline = app.state.pipeline
     try:
         assert post(app, target(*why.index.ids[:8]), QUERY).error == (503, "too_slow")
@@ -201,7 +201,7 @@ def test_graphs_of_heads_do_not_pile_up(other: tuple[Any, Path], monkeypatch: An
         most.append(len(alive))
         return made
 
-    monkeypatch.setattr(receipts, "make_receipt", counted)
+    monkeypatch.setattr(compare, "make_receipt", counted)
     body = post(app, target(*why.index.ids[:8]), QUERY).json()
     app.state.pipeline.close()
     assert [one["id"] for one in body["receipts"]] == why.index.ids[:8]
@@ -426,7 +426,7 @@ def test_a_path_that_climbs_is_not_followed(tmp_path: Path, monkeypatch: Any) ->
 
 def test_it_takes_a_place_and_a_time(index: Path, monkeypatch: Any) -> None:
     made = create_app(explainer(index), limits=Limits(concurrency=1))
-    with made.state.pipeline.gate.admitted():
+    with made.state.pipeline.concurrency.place():
         assert post(made, target(IDS[0]), QUERY).error == (503, "busy")
     made.state.pipeline.close()
     slow = create_app(explainer(index), limits=Limits(seconds=0.01))

@@ -212,27 +212,15 @@ def _at_least_one(name: str, value: Any) -> int:
 
 def _version(explainer: Explainer) -> dict[str, Any]:
     manifest = explainer.index.manifest
-    return {"generation": manifest["generation"], "sha256": manifest["manifest_sha256"]}
+    return {"generation": manifest.generation, "sha256": manifest.manifest_sha256}
 
 
-def _pictures_root(explainer: Explainer) -> str | None:
-    """Where the indexed pictures are read from: asked of the explainer, by a map of nothing."""
+def _pictures_root(explainer: Explainer) -> str:
+    """Where the indexed pictures are read from."""
     index = explainer.index
-    first = index.live_positions()[:1]
-    if len(first) == 0:
+    if len(index) == 0:
         raise InputError(f"{index.path}: holds no image, so nothing comes back; add some first")
-    nothing = [
-        np.zeros((layer["channels"], *(index.encoding(number).grid or (1, 1))), "f4")
-        for number, layer in enumerate(index.manifest["layers"])
-    ]
-    drawn = explainer.explain_features(
-        index.embeddings(first)[0],
-        nothing[0] if len(nothing) == 1 else nothing,
-        neighbors=index.select(first).ids,
-    )
-    if drawn.root is None:
-        return None
-    return os.path.abspath(drawn.root) + (" alone" if drawn.only_below else "")
+    return os.path.abspath(explainer.root) + (" alone" if explainer.only_below else "")
 
 
 def _described(source: ImageSource) -> dict[str, Any]:
@@ -326,7 +314,7 @@ def _assemble(job: _Job, place: Folder) -> list[Fact]:
     if FEATURES in place.files:
         with place.filled(FEATURES) as file:
             for piece in _features(
-                place.lines(), len(job.source), index.manifest["layers"][0]["channels"]
+                place.lines(), len(job.source), index.manifest.layers[0].channels
             ):
                 put(file, FEATURES, piece)
     head = page_head(

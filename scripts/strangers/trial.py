@@ -15,8 +15,8 @@ from typing import Any
 import faiss  # before children are forked, so that none of them loads it
 import numpy as np
 
-import embedcam.cli.parser  # loaded beforehand as well
-import embedcam.cli.report  # noqa: F401
+import embedcam.cli.output  # loaded beforehand as well
+import embedcam.cli.parser  # noqa: F401
 from embedcam import EmbedcamError, Explainer
 from embedcam.cli import main
 from embedcam.cli.networks import network_of_index
@@ -60,7 +60,7 @@ class Expected:
     def __init__(self, path: Path) -> None:
         with Index.open(path) as index:
             self.n_layers = len(index.layers)
-            self.with_faiss = index.manifest["faiss"] is not None
+            self.with_faiss = index.manifest.faiss is not None
             self.names = index.ids[index.live_positions()[:3]]
         self.answers = {name: step() for name, step in self.steps(path).items()}
 
@@ -213,7 +213,7 @@ def _settings(path: Path) -> Answers:
     """What loads the network and builds again, as far as it can be read without either."""
     with Index.open(path, with_faiss=False) as index:
         Recipe.of_index(index.manifest)
-        if index.manifest["network"] is not None:
+        if index.manifest.network is not None:
             network_of_index(index.manifest, {})
     return {}
 

@@ -16,7 +16,8 @@ from ..index import Index, Neighbors, Selection
 from ..index.calibration import evidence
 from ..index.neighbors import draw_negatives, named_neighbors
 from ..ops import coefficients, picture_maps, rival_coefficients, signed_cams
-from .explanation import Explanation, Result, may_follow
+from .drawing import may_follow
+from .explanation import Explanation, Result
 from .queries import Query
 from .snapshot import Snapshot
 

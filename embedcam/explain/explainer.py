@@ -21,7 +21,8 @@ from ..index.neighbors import check_rival, check_wanted, find_neighbors
 from ..ops import coefficients
 from ..preprocess import AnyPreprocess, Network
 from .answer import Fallback, answer, picture_paths, without_file
-from .explanation import Explanation, may_follow
+from .drawing import may_follow
+from .explanation import Explanation
 from .queries import Query, embed, of_features, prepare
 from .snapshot import Snapshot
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._checks import check_sides
 from ..errors import InputError, NetworkError
 from ..index.identity import Identity, compare
-from ..preprocess import AffineHead, Embedded, from_transform, refuse_random
+from ..preprocess import Embedded, HeadMatrix, from_transform, refuse_random
 from ..preprocess.probe import probe_inputs
 from .gradients import Features, HeadPass, at_least_single, make_features
 from .head import HeadAlone, HeadKind, NetworkHead, tolerance_of
@@ -499,10 +499,10 @@ class EmbeddingNetwork:
         """Return z `[n D]` of the head alone, on activations `[n K H W]`; see `head_alone`."""
         return self.head_alone(image)(activations)
 
-    def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> AffineHead | None:
+    def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix | None:
         """Return the head where it is pooled and affine; nothing is asked of an index."""
         kind = self.head_kind
-        return AffineHead(None if kind.identity else kind.matrix) if kind.affine else None
+        return HeadMatrix(None if kind.identity else kind.matrix) if kind.affine else None
 
     def _ask(self) -> tuple[Tensor, Tensor]:
         """Return two prepared probes, and the layer's output for the first."""

@@ -96,7 +96,7 @@ class HeadAlone:
                 except EmbedcamError:
                     self._repeat = True
             rest = [1] * (one.ndim - 1)
-            pieces = maps.split(self._most or len(maps))
+            pieces = torch.split(maps, self._most or len(maps))
             return torch.cat([self._run(one.repeat(len(p), *rest), p, shake) for p in pieces])
 
     def _run(self, images: Tensor, maps: Tensor, shake: bool) -> Tensor:
@@ -310,9 +310,8 @@ def _alike(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return for each draw whether the other has its z, how far z is from that of zeros, and z."""
     with torch.no_grad():
-        z, z_other, z_zero = run(torch.cat([draws, others, torch.zeros_like(draws[:1])])).split(
-            [len(draws), len(draws), 1]
-        )
+        both = run(torch.cat([draws, others, torch.zeros_like(draws[:1])]))
+        z, z_other, z_zero = torch.split(both, [len(draws), len(draws), 1])
     # Relative to how far the activations move z at all, not to a constant in it. At zero a head
     # that normalizes may return NaN.
     moved = _distance(z, z_zero.nan_to_num(0.0, 0.0, 0.0))
@@ -375,7 +374,8 @@ def _gradient(z: Tensor, maps: Tensor, cotangents: Tensor) -> Tensor | None:
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a - b, dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(a - b, dim=1)
+    return lengths
 
 
 def _near(values: Tensor, target: float, tolerance: float) -> bool:

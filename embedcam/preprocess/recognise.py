@@ -170,8 +170,9 @@ def _sides_of(size: Any) -> list[int] | None:
     """Return [shorter side] or [H, W] of a processor's size; None for what it else may be."""
     if isinstance(size, int):
         return [size, size]
-    get = size.get if isinstance(size, Mapping) else lambda key: getattr(size, key, None)
-    height, width, shortest = get("height"), get("width"), get("shortest_edge")
+    names = ("height", "width", "shortest_edge", "longest_edge")
+    sides = size if isinstance(size, Mapping) else {key: getattr(size, key, None) for key in names}
+    height, width, shortest, longest = map(sides.get, names)
     if height and width:
         return [int(height), int(width)]
-    return [int(shortest)] if shortest and not get("longest_edge") else None
+    return [int(shortest)] if shortest and not longest else None

@@ -232,10 +232,6 @@ def test_an_index_that_does_not_know_its_network_takes_none(file: Path, tmp_path
 # --- what is no network --------------------------------------------------------------------------
 
 
-def props_without(key: str) -> Callable[[dict[str, str]], dict[str, str]]:
-    return lambda props: {name: text for name, text in props.items() if name != key}
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

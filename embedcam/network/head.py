@@ -8,7 +8,6 @@ dropout or second linear layer behind the pooling needs no special case: all are
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,13 +27,6 @@ _CHUNK_NUMBERS = 1 << 22
 _SHIFTED = 0.4
 """Change of z by a shift, of what the activations make of z: convolutions before pooling change up
 to 0.31 (ResNet-18, MobileNetV2), depthwise and flattening heads 0.57 to 2.6 (VGG-11, digits)."""
-
-
-class Run(Protocol):
-    """The head of one picture, with its activations replaced."""
-
-    def __call__(self, maps: Tensor, picture: int = 0, shake: bool = False) -> Tensor:
-        """Return z `[n D]` for `[n K H W]`; `shake` also changes the prefix tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +205,9 @@ class NetworkHead:
         )
 
 
-def _agrees(run: Run, replay: Callable[[Tensor], Tensor], maps: Tensor, tolerance: float) -> bool:
+def _agrees(
+    run: HeadAlone, replay: Callable[[Tensor], Tensor], maps: Tensor, tolerance: float
+) -> bool:
     """Return whether the head, a function of pooled vectors, gives the network's own z."""
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     several = torch.cat([maps, -3 * maps])
@@ -242,7 +236,7 @@ def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def find_head_kind(
-    run: Run,
+    run: HeadAlone,
     shape: tuple[int, int, int],
     *,
     dtype: torch.dtype,
@@ -278,10 +272,10 @@ def find_head_kind(
 
 
 def _random_activations(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seed: int = 0
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return `[n K H W]`, one for each of `_DRAWS`, from a generator of their own."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     rows = []
     for scale, sign in _DRAWS:
         # Channels differ in their mean, or the mean over many positions would vanish.
@@ -291,14 +285,14 @@ def _random_activations(
     return torch.stack(rows).to(device, dtype)
 
 
-def _is_pooled(run: Run, draws: Tensor, tolerance: float) -> tuple[bool, Tensor]:
+def _is_pooled(run: HeadAlone, draws: Tensor, tolerance: float) -> tuple[bool, Tensor]:
     """Return whether z stays when each channel is replaced by its mean; and z `[n D]`."""
     flat = draws.mean((2, 3), keepdim=True).expand_as(draws)
     same, moved, z = _alike(run, draws, flat, tolerance)
     return bool((same & (moved > 0)).all()), z
 
 
-def _uses_positions(run: Run, draws: Tensor) -> bool:
+def _uses_positions(run: HeadAlone, draws: Tensor) -> bool:
     """Return whether a shift by half the grid, which pooling hardly minds, changes z largely."""
     height, width = draws.shape[2:]
     shifted = draws.roll((height // 2, width // 2), (2, 3))
@@ -306,7 +300,7 @@ def _uses_positions(run: Run, draws: Tensor) -> bool:
 
 
 def _alike(
-    run: Run, draws: Tensor, others: Tensor, tolerance: float
+    run: HeadAlone, draws: Tensor, others: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return for each draw whether the other has its z, how far z is from that of zeros, and z."""
     with torch.no_grad():
@@ -320,7 +314,7 @@ def _alike(
 
 
 def _affine_products(
-    run: Run, draws: Tensor, tolerance: float
+    run: HeadAlone, draws: Tensor, tolerance: float
 ) -> list[tuple[Tensor, Tensor]] | None:
     """Return random cotangents c `[D]` and W^T c `[K]`; None if the head has no one Jacobian W.
 
@@ -350,7 +344,7 @@ def _affine_products(
 
 
 def _matrix(
-    run: Run, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+    run: HeadAlone, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> np.ndarray:
     """Return W `[D K]`, many rows a backward pass: sample i of the batch gets row i's cotangent."""
     count = max(1, min(64, _CHUNK_NUMBERS // int(np.prod(shape))))

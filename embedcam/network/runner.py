@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from .._files import ProcessLock
 from ..errors import EmbedcamError, NetworkError
-from .gradients import at_least_single
+from .gradients import SeveralRun, at_least_single
 from .hooks import Change, run_hooked, run_layers, run_parts, watch
 from .layers import (
     Images,
@@ -28,22 +27,6 @@ from .module import ModuleState, input_channels, no_gradients, uncompiled
 
 LayoutOptions = tuple[LayoutName, tuple[int, int] | None, int | None]
 """Layout, grid and prefix tokens, as they were given."""
-
-
-@dataclass
-class SeveralRun:
-    """One run hooked at several layers.
-
-    names: of the layers, as asked for; z: the head's output `[B D]`; kept: each layer's output;
-    batch: the prepared input; layouts: of the layers; depth: their places in the order they ran.
-    """
-
-    names: list[str]
-    z: Tensor
-    kept: list[Tensor]
-    batch: Tensor
-    layouts: list[Layout]
-    depth: list[int]
 
 
 class Runner:

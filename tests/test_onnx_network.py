@@ -24,7 +24,6 @@ from photo_samples import (
     network_of,
     picture,
     tensor_of,
-    write_photos,
 )
 
 from embedcam import EmbeddingNetwork, Explainer, Index, Preprocess
@@ -37,14 +36,10 @@ IMAGES = np.random.default_rng(0).standard_normal((3, 3, SIDE, SIDE)).astype(np.
 
 
 @pytest.fixture(scope="module")
-def network() -> EmbeddingNetwork:
-    return network_of()
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory, network: EmbeddingNetwork) -> Path:
-    folder = tmp_path_factory.mktemp("built")
-    return build(write_photos(folder / "photos"), folder / "index", network)
+def index(
+    photos: Path, network: EmbeddingNetwork, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return build(photos, tmp_path_factory.mktemp("built") / "index", network)
 
 
 def described(network: EmbeddingNetwork, **changed: Any) -> dict[str, str]:
@@ -206,11 +201,11 @@ def test_a_file_that_lacks_a_layer_of_the_index_is_refused(
 
 
 def test_a_transform_of_the_callers_own_is_asked_for(
-    network: EmbeddingNetwork, tmp_path: Path
+    photos: Path, network: EmbeddingNetwork, tmp_path: Path
 ) -> None:
     own = custom(SQUASH, name="mine")
     ours = network_of(preprocess=own)
-    path = build(write_photos(tmp_path / "photos"), tmp_path / "index", ours)
+    path = build(photos, tmp_path / "index", ours)
     file = save(pooled_model(network, props=described(ours)), tmp_path / "network.onnx")
     with pytest.raises(InputError, match=r"'mine' is a transform of the caller's own.*pass the"):
         Explainer(path, onnx=file)

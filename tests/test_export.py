@@ -265,9 +265,6 @@ def test_a_half_precision_network_is_left_as_it_was_and_its_file_admitted_with_a
         Explainer(index, onnx=tmp_path / "network.onnx").index.close()
 
 
-# --- refused -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def built(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(photos, tmp_path_factory.mktemp("built") / "index", network_of())

@@ -150,9 +150,6 @@ def test_offline_without_weights_is_one_sentence(monkeypatch: pytest.MonkeyPatch
     )
 
 
-# ------------------------------------------------------------------ files of weights
-
-
 @pytest.fixture(scope="module")
 def squeezenet() -> dict[str, torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
@@ -241,9 +238,6 @@ def test_files_that_cannot_be_read(
             load(tmp_path / "other.pt")
 
 
-# ------------------------------------------------------------------ heads
-
-
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small", "resnet18"])
 def test_an_affine_head_is_put_after_the_embedding(name: str, tmp_path: Path) -> None:
     plain = load_network(f"torchvision:{name}", normalize=False, **SMALL)
@@ -293,9 +287,6 @@ def test_heads_that_cannot_be_read(tmp_path: Path) -> None:
         load_network("torchvision:squeezenet1_1", head=path, **SMALL)
 
 
-# ------------------------------------------------------------------ names
-
-
 @pytest.mark.parametrize(
     ("network", "message"),
     [
@@ -313,9 +304,6 @@ def test_heads_that_cannot_be_read(tmp_path: Path) -> None:
 def test_names_that_are_nearly_right(network: str, message: str) -> None:
     with pytest.raises(NetworkError, match=message):
         load_network(network, weights="random")
-
-
-# ------------------------------------------------------------------ timm and factories
 
 
 @pytest.mark.parametrize(

@@ -135,9 +135,6 @@ def test_normalisation_is_the_users_choice_and_the_norm_is_kept() -> None:
     torch.testing.assert_close(EmbeddingNetwork(module, "relu").head_pass(x).vjp(c), one)
 
 
-# ------------------------------------------------------------------ it comes back as it was
-
-
 def state_of(module: nn.Module) -> dict[str, Any]:
     return {
         "modes": [part.training for part in module.modules()],
@@ -262,9 +259,6 @@ def test_concurrent_calls_do_not_mix() -> None:
     assert not module.conv._forward_hooks
 
 
-# ------------------------------------------------------------------ precision and memory
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_gives_float32_near_the_full_precision(dtype: torch.dtype) -> None:
     module, x, c = toy(), images(4), torch.randn(4, 5) * 1e-4
@@ -318,9 +312,6 @@ def test_arrays_go_in_read_only_or_not() -> None:
     array = x.numpy().copy()
     array.flags.writeable = False
     assert torch.equal(network.forward(array).embedding, network.forward(x).embedding)
-
-
-# ------------------------------------------------------------------ trunk and head
 
 
 def test_parts_give_what_the_hooked_module_gives() -> None:

@@ -45,9 +45,6 @@ def wrapped(module: nn.Module, layer: str = "relu", **settings: Any) -> Embeddin
     return EmbeddingNetwork(module, layer, **{"input_size": SIZE, **settings})
 
 
-# -------------------------------------------------------------------- chance and batches
-
-
 def counting() -> Callable[[Tensor], Tensor]:
     calls: list[int] = []
     return lambda z: z + (calls.append(1), len(calls))[1]  # type: ignore[func-returns-value]
@@ -92,9 +89,6 @@ def test_ordinary_networks_are_steady_also_in_half_precision() -> None:
     wrapped(toy()).check()
     wrapped(toy(), autocast=torch.bfloat16).check()
     wrapped(toy().to(torch.bfloat16)).check()
-
-
-# -------------------------------------------------------------------- failures of the user's own
 
 
 def failing(error: Exception) -> Callable[[Tensor], Tensor]:
@@ -211,9 +205,6 @@ def test_a_tensor_kept_from_the_first_forward_can_be_differentiated() -> None:
     assert network.head_pass(images()).vjp(torch.ones(2, 5)).any()
 
 
-# -------------------------------------------------------------------- arguments
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -295,9 +286,6 @@ def test_hugging_face_processors_as_preprocess() -> None:
         from_transform(Processor({"shortest_edge": 10}, crop_pct=0.9))
 
 
-# -------------------------------------------------------------------- layouts
-
-
 class Tokens(nn.Module):
     """8 x 8 patches as tokens in any order of axes; the mean of their squares embeds."""
 
@@ -361,9 +349,6 @@ def test_a_fixed_size_that_does_not_tell_asks_for_the_layout() -> None:
     wrapped(seeded(Fixed), "layer", layout="bkhw").forward(images(1, 32, 32))
 
 
-# -------------------------------------------------------------------- channels, positions, slopes
-
-
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_networks_of_other_channels(channels: int) -> None:
     module = seeded(lambda: Net(channels))
@@ -386,9 +371,6 @@ def test_a_derivative_of_zero_is_said_before_any_work(after: Callable[[Tensor], 
     with pytest.raises(NetworkError, match=r"zero everywhere|never reaches the embedding"):
         network.check()
     network.check(gradients=False)
-
-
-# -------------------------------------------------------------------- copies, weights, outputs
 
 
 def test_a_copy_is_equal_and_independent() -> None:
@@ -435,9 +417,6 @@ def test_timm_networks_with_ways_of_their_own(name: str) -> None:
     network = load_network(f"timm:{name}", weights="random")
     network.check()
     assert network.forward(network.probe_images()).activations.shape[2:] == (14, 14)
-
-
-# -------------------------------------------------------------------- a second visit of strangers
 
 
 class _InPlace(nn.Module):

@@ -53,9 +53,6 @@ def file(network: EmbeddingNetwork, tmp_path: Path) -> Path:
     return save(pooled_model(network, props=described(network)), tmp_path / "network.onnx")
 
 
-# --- values --------------------------------------------------------------------------------------
-
-
 def test_a_run_gives_what_torch_gives(network: EmbeddingNetwork, file: Path) -> None:
     ours = OnnxNetwork(file)
     expected = network.forward(IMAGES)
@@ -127,9 +124,6 @@ def test_a_forked_child_opens_the_file_again(file: Path, replaced: str, code: in
     arguments = [sys.executable, "-c", FORKED, str(file), replaced]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
-
-
-# --- whose file is admitted ----------------------------------------------------------------------
 
 
 def test_the_index_s_own_is_admitted_silently(index: Path, file: Path, tmp_path: Path) -> None:
@@ -222,9 +216,6 @@ def test_an_index_that_does_not_know_its_network_takes_none(file: Path, tmp_path
     build_from_features(pooled, pooled, tmp_path / "index", grid=(8, 8), progress=False)
     with pytest.raises(InputError, match="was built from features alone"):
         Explainer(tmp_path / "index", onnx=file)
-
-
-# --- what is no network --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

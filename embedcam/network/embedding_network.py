@@ -132,7 +132,7 @@ class EmbeddingNetwork:
         check_options(layout, grid, prefix_tokens, output)
         self.preprocess: Any = None if preprocess is None else from_transform(preprocess)
         refuse_random(self.preprocess)
-        hooked: nn.Module | None = None
+        hooked = module
         if trunk is None:
             dotted, hooked = find_layer(module, layer)
             layer = bare_name(dotted)
@@ -210,7 +210,7 @@ class EmbeddingNetwork:
     @property
     def hooked(self) -> bool:
         """Whether layers are found by hooks: False where trunk and head were given."""
-        return self.runner.hooked is not None
+        return self.runner.parts is None
 
     def __repr__(self) -> str:
         norm = "normalised" if self.normalize else "not normalised"

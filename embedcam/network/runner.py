@@ -40,7 +40,7 @@ class Runner:
         self,
         module: nn.Module,
         layer: str,
-        hooked: nn.Module | None,
+        hooked: nn.Module,
         *,
         trunk: Callable[[Tensor], Any] | None,
         head: Callable[[Any], Any] | None,
@@ -123,7 +123,6 @@ class Runner:
 
             output, kept = run_parts(run_trunk, head, self.layer, images, change)
         else:
-            assert self.hooked is not None
             layer = [(self.layer, self.hooked)]
             with self.lock:
                 output, (kept,) = run_hooked(self.module, layer, images, lambda _, raw: change(raw))
@@ -134,7 +133,7 @@ class Runner:
     ) -> SeveralRun:
         """Run once, hooked at several layers of a module."""
         named = find_layers(self.module, layers)
-        if self.hooked is None:
+        if self.parts is not None:
             raise NetworkError(
                 "this network was given as trunk and head, so no other layer can be found in it; "
                 "give it as a module and a layer"
@@ -155,7 +154,7 @@ class Runner:
         For exporters; nothing of input or output is checked. One run on the probe finds out how
         the layers are laid out. Of trunk and head the only layer is the network's own.
         """
-        if self.hooked is None and list(layers) == [self.layer]:
+        if self.parts is not None and list(layers) == [self.layer]:
             with no_gradients(), self.precision(False):
                 batch = self.prepare(probe)
                 _, raw = self.call(batch, unchanged, 1)

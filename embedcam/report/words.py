@@ -1,4 +1,4 @@
-"""What a report says above its rows: what was asked of which index, and how it went."""
+"""What a report says: what was asked of which index, how it went, and of each query's map."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from ..recipe.registry import METHODS
 from ..render import Block, Link, Notice, Table
-from .queries import anchor
 
 if TYPE_CHECKING:
+    from ..explain.explanation import Explanation
     from ..index import Manifest
 
 _WRONG = 50
@@ -43,12 +43,7 @@ class Fact:
 
 
 def facts(lines: Iterable[str], kin: Callable[[str, str], bool] = eq) -> list[Fact]:
-    """Of each query, from its line of JSON.
-
-    Args:
-        lines: of JSON.
-        kin: whether a result with the second label is of the kind of a query with the first.
-    """
+    """Return what is known of each query, from its line of JSON; `kin` compares two labels."""
     return [_fact(position, json.loads(line), kin) for position, line in enumerate(lines)]
 
 
@@ -72,7 +67,7 @@ def _fact(position: int, record: Mapping[str, Any], kin: Callable[[str, str], bo
 
 
 def intro(place: str, manifest: Manifest, options: Mapping[str, Any], known: Sequence[Fact]) -> str:
-    """What was asked of which index, and how to read the maps."""
+    """Say what was asked of which index, and how to read the maps."""
     network, layers = manifest.network, manifest.layers
     name = network.name if network is not None else None
     entry = METHODS.get(manifest.method)
@@ -113,7 +108,7 @@ def _source_of_weights(options: Mapping[str, Any]) -> str:
 
 
 def blocks(known: Sequence[Fact]) -> list[Block]:
-    """What to look out for, what could not be read, and every query with a link to its row."""
+    """Return what to look out for, what could not be read, and every query with its link."""
     explained = [one for one in known if one.error is None]
     failed = [one for one in known if one.error is not None]
     made: list[Block] = []
@@ -148,10 +143,7 @@ def _warnings(explained: Sequence[Fact], failed: Sequence[Fact]) -> list[str]:
 
 
 def _overviews(explained: Sequence[Fact]) -> list[Table]:
-    """Every query that was explained; before that those whose result is of another label.
-
-    By match, then by trust, where these are known: what is most in doubt first.
-    """
+    """List every query explained, the most doubtful first, after those of another label."""
     ordered = sorted(explained, key=_doubt)
     wrong = [one for one in ordered if one.other]
     made = []
@@ -170,8 +162,7 @@ def _overviews(explained: Sequence[Fact]) -> list[Table]:
 
 
 def _overview(shown: Sequence[Fact], title: str, *, folded: bool = False) -> Table:
-    """A row a query."""
-    columns = [
+    columns: list[tuple[str, bool, Callable[[Fact], object]]] = [
         ("query", True, lambda one: Link(one.name, anchor(one.position))),
         ("its label", any(one.asked is not None for one in shown), lambda one: one.asked or ""),
         ("nearest image", True, lambda one: one.nearest),
@@ -191,7 +182,7 @@ def _share(value: float | None) -> str:
 
 
 def _doubt(one: Fact) -> tuple[bool, float, float]:
-    """Orders queries, what is most in doubt first."""
+    """Order queries, what is most in doubt first."""
     match, trust = (-1.0 if value is None else value for value in (one.match, one.trust))
     return not one.other, match, trust
 
@@ -206,3 +197,23 @@ def _remark(one: Fact) -> str:
 
 def _counted(number: int, one: str, several: str) -> str:
     return f"{number:,} {one if number == 1 else several}"
+
+
+def anchor(position: int) -> str:
+    """Return what a link to a query's row names."""
+    return f"q{position + 1}"
+
+
+def note_of(explanation: Explanation) -> str:
+    """Say what must be known before the map of a query is looked at."""
+    notes = []
+    if explanation.doubtful:
+        notes.append(f"Its first result is doubtful: match {explanation.match:.2f}.")
+    if explanation.empty:
+        notes.append(f"Its map is empty: {explanation.why_empty}.")
+    elif explanation.trusted is False:
+        notes.append(
+            "Its map is not to be trusted: one in ten such maps correlates below "
+            f"{explanation.trust_low:.2f} with a map computed on the query itself."
+        )
+    return " ".join(notes)

@@ -110,55 +110,43 @@ def _source_of_weights(options: Mapping[str, Any]) -> str:
 def blocks(known: Sequence[Fact]) -> list[Block]:
     """Return what to look out for, what could not be read, and every query with its link."""
     explained = [one for one in known if one.error is None]
-    failed = [one for one in known if one.error is not None]
-    made: list[Block] = []
-    if warned := _warnings(explained, failed):
-        made.append(Notice(f"Of {_counted(len(known), 'query', 'queries')}", warned))
-    if failed:
-        made.append(
-            Table(
-                ["query", "why not"],
-                [[one.name, one.error] for one in failed],
-                "Could not be explained",
-                folded=len(failed) > _UNFOLDED,
-            )
-        )
-    if len(explained) > 1:
-        made += _overviews(explained)
-    return made
-
-
-def _warnings(explained: Sequence[Fact], failed: Sequence[Fact]) -> list[str]:
-    counts = [
-        (len(failed), "could not be explained"),
-        (sum(one.trusted is False for one in explained), "with a map that is not to be trusted"),
-        (sum(one.empty for one in explained), "with an empty map"),
-        (sum(one.direct for one in explained), "whose weights were computed on the query itself"),
-        (
-            sum(one.changed for one in explained),
-            "with a result whose picture has changed since the build: its map is of the old one",
+    failed = [[one.name, one.error] for one in known if one.error is not None]
+    counts = {
+        "could not be explained": len(failed),
+        "with a map that is not to be trusted": sum(one.trusted is False for one in explained),
+        "with an empty map": sum(one.empty for one in explained),
+        "whose weights were computed on the query itself": sum(one.direct for one in explained),
+        "with a result whose picture has changed since the build: its map is of the old one": sum(
+            one.changed for one in explained
         ),
-    ]
-    return [f"{count:,} {what}" for count, what in counts if count]
-
-
-def _overviews(explained: Sequence[Fact]) -> list[Table]:
-    """List every query explained, the most doubtful first, after those of another label."""
-    ordered = sorted(explained, key=_doubt)
+    }
+    warned = [f"{count:,} {what}" for what, count in counts.items() if count]
+    shown: list[Block] = []
+    if warned:
+        shown.append(Notice(f"Of {_counted(len(known), 'query', 'queries')}", warned))
+    if failed:
+        folded = len(failed) > _UNFOLDED
+        shown.append(Table(["query", "why not"], failed, "Could not be explained", folded=folded))
+    if len(explained) < 2:
+        return shown
+    # What is most in doubt first: another label, then match and trust, unknown ones before all.
+    ordered = sorted(
+        explained, key=lambda one: (not one.other, _known(one.match), _known(one.trust))
+    )
     wrong = [one for one in ordered if one.other]
-    made = []
+    title = "All queries"
     if wrong:
-        title = f"First result of another label: {len(wrong):,} of {len(explained):,} queries"
+        first = f"First result of another label: {len(wrong):,} of {len(explained):,} queries"
         if len(wrong) > _WRONG:
-            title += f", the {_WRONG} least likely matches"
-        made.append(_overview(wrong[:_WRONG], title))
-    matched = any(one.match is not None for one in explained)
-    calibrated = any(one.trust is not None for one in explained)
-    title = "All queries" + (", the least trusted first" if calibrated else "")
-    if matched or wrong:
-        title = f"All queries, {'those first' if wrong else 'the least likely matches first'}"
-    made.append(_overview(ordered, title, folded=bool(wrong) or len(explained) > _UNFOLDED))
-    return made
+            first += f", the {_WRONG} least likely matches"
+        shown.append(_overview(wrong[:_WRONG], first))
+        title += ", those first"
+    elif any(one.match is not None for one in explained):
+        title += ", the least likely matches first"
+    elif any(one.trust is not None for one in explained):
+        title += ", the least trusted first"
+    shown.append(_overview(ordered, title, folded=bool(wrong) or len(explained) > _UNFOLDED))
+    return shown
 
 
 def _overview(shown: Sequence[Fact], title: str, *, folded: bool = False) -> Table:
@@ -177,14 +165,12 @@ def _overview(shown: Sequence[Fact], title: str, *, folded: bool = False) -> Tab
     return Table([name for name, _ in kept], rows, title, folded=folded)
 
 
+def _known(value: float | None) -> float:
+    return -1.0 if value is None else value
+
+
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _doubt(one: Fact) -> tuple[bool, float, float]:
-    """Order queries, what is most in doubt first."""
-    match, trust = (-1.0 if value is None else value for value in (one.match, one.trust))
-    return not one.other, match, trust
 
 
 def _remark(one: Fact) -> str:

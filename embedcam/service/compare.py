@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
@@ -25,18 +25,17 @@ from ..pairs import (
     make_receipt,
     mean_of,
 )
-from .errors import HTTPProblem, choose, only
+from .errors import HTTPProblem, choose
 from .explain import BODY, PROBLEMS
 from .pictures import JSON, PNG, WEBP, Prepared, encoded, prepare, small_box
 from .pipeline import Pipeline, check_apart, find_live
 from .schemas import (
-    BINARY,
     CompareAnswer,
     Contrast,
     Evidence,
     PairReceipt,
     built,
-    problems,
+    route,
     size_of,
     written,
 )
@@ -92,18 +91,15 @@ def router(pipeline: Pipeline) -> APIRouter:
     @routes.post(
         "/compare",
         operation_id="compare",
-        summary="Why this picture and an image match, or why one image came above another",
-        response_class=Response,
-        responses={
-            200: {
-                "model": CompareAnswer,
-                "description": "Receipts as JSON; or one drawn, where `Accept` asks for a picture.",
-                "content": {PNG: BINARY, WEBP: BINARY},
-            },
-            **problems(404, 406, 409, 501, *PROBLEMS),
-        },
-        openapi_extra=BODY,
-        dependencies=[Depends(only(CompareParameters))],
+        **route(
+            "Why this picture and an image match, or why one image came above another",
+            CompareAnswer,
+            *(404, 406, 409, 501, *PROBLEMS),
+            parameters=CompareParameters,
+            drawn=(PNG, WEBP),
+            said="Receipts as JSON; or one drawn, where `Accept` asks for a picture.",
+            openapi_extra=BODY,
+        ),
     )
     async def compare(request: Request, asked: Annotated[CompareParameters, Query()]) -> Response:
         maker.check()

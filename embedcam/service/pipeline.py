@@ -192,31 +192,20 @@ class Telemetry:
     """Counters for Prometheus, in a registry of the application's own."""
 
     def __init__(self, in_progress: Callable[[], float]) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        registry = self.registry
-        self.requests = Counter(
-            "embedcam_requests",
-            "Requests answered.",
-            ("method", "route", "status"),
-            registry=registry,
-        )
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        by = ("method", "route", "status")
+        said = "From a request's first byte to its answer."
+        together = "Pictures that went through the network together."
+        probed = "1 once the network has answered a probe."
+        self.requests = Counter("embedcam_requests", "Requests answered.", by, registry=registry)
         self.seconds = Histogram(
-            "embedcam_request_seconds",
-            "From a request's first byte to its answer.",
-            ("route",),
-            buckets=_SECONDS,
-            registry=registry,
+            "embedcam_request_seconds", said, ("route",), buckets=_SECONDS, registry=registry
         )
         self.batches = Histogram(
-            "embedcam_batch_pictures",
-            "Pictures that went through the network together.",
-            buckets=_BATCHES,
-            registry=registry,
+            "embedcam_batch_pictures", together, buckets=_BATCHES, registry=registry
         )
-        self.ready = Gauge(
-            "embedcam_ready", "1 once the network has answered a probe.", registry=registry
-        )
+        self.ready = Gauge("embedcam_ready", probed, registry=registry)
         working = Gauge("embedcam_in_progress", "Requests being worked on.", registry=registry)
         working.set_function(in_progress)
 

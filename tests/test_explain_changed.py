@@ -146,8 +146,7 @@ def test_an_index_without_marks_says_once_that_it_cannot_tell(
 
 @pytest.fixture
 def say(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    for module in ("online", "pairs"):
-        monkeypatch.setattr(f"embedcam.cli.{module}.network_given", lambda *_: toy().network)
+    monkeypatch.setattr("embedcam.cli.online.query_network", lambda *_: toy().network)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()

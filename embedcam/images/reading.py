@@ -314,7 +314,7 @@ def _open_heif(name: str, stream: IO[bytes]) -> ImageFile:
             '"embedcam[heic]"'
         ) from None
     stream.seek(0)
-    opened: ImageFile = HeifImageFile(stream, "")  # type: ignore[no-untyped-call]
+    opened: ImageFile = HeifImageFile(stream, "")
     return opened
 
 

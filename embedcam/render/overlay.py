@@ -29,11 +29,8 @@ _STRIP: Final = 256
 def colormap(values: ArrayLike, name: str = COLORMAP) -> Array:
     """Return the colors of values in [0, 1] (clipped): `[...]` to float32 RGB `[... 3]` in [0, 1].
 
-    Parameters
-    ----------
-    values : numbers of any shape, finite
-    name : any of matplotlib's color maps; inferno, viridis, magma, plasma and cividis show equal
-        steps as equal
+    name: any of matplotlib's color maps; inferno, viridis, magma, plasma and cividis show equal
+    steps as equal.
     """
     table = _table(name)
     # Against rounding to the nearest entry: at 1.0 the last one, no index beyond it.
@@ -69,17 +66,11 @@ def _table(name: str) -> Array:
 
 
 def stretch(cam: ArrayLike, size: tuple[int, int], extent: Extent | None = None) -> Array:
-    """Return a map at the resolution of a picture: `[h w]` to float32 `[H W]`, 0 outside the box.
+    """Return a map at a picture's resolution: `[h w]` to float32 `[H W]`, 0 outside the crop box.
 
-    Bilinear, pixel centers aligned (as `embedcam.cam.resize`, which it equals without a box), but
-    onto any rectangle, whose edges may fall between pixels or outside the picture. A pixel belongs
-    to the box if its center does.
-
-    Parameters
-    ----------
-    cam : `[h w]`, finite; negative values count as none
-    size : (H, W) of the picture
-    extent : crop box (x0, y0, x1, y1) in pixels of the picture; default all of it
+    Bilinear, pixel centers aligned (as `embedcam.ops.resize`, which it equals without a box), but
+    onto any rectangle (x0, y0, x1, y1) in pixels, whose edges may fall between them or outside. A
+    pixel belongs to the box if its center does.
     """
     height, width = size
     whole = np.zeros((height, width), dtype=np.float32)

@@ -56,17 +56,7 @@ class Tile:
     subcaption : label, distance, ...; a line break begins another line
     warning : what casts doubt on all of it, shown first and apart
     signed : negative values of the map are evidence against, drawn in another color
-    changed : the picture is another than the map was made of: each is shown by itself, and the
-        picture says so
-
-    Attributes
-    ----------
-    cropped : the map leaves a visible part of the picture out
-
-    Raises
-    ------
-    InputError
-        A map or a crop box that cannot be drawn.
+    changed : the picture is another than the map was made of: each is shown by itself, and says so
     """
 
     image: Image.Image | None
@@ -78,6 +68,7 @@ class Tile:
     signed: bool = False
     changed: bool = False
     cropped: bool = field(default=False, init=False)
+    """The map leaves a visible part of the picture out."""
 
     def __post_init__(self) -> None:
         if self.cam is None:
@@ -359,20 +350,8 @@ def panel(
 ) -> Image.Image:
     """Draw the query in the first column, results beside it; pictures above, their maps below.
 
-    Parameters
-    ----------
-    query, results : tiles
-    scale : "joint" gives the results one color scale, so that weak evidence looks weak beside
-        strong; "each" gives every map its own. The query's map always has its own
-    title, subtitle : words above
-    side : of a tile, in pixels, 48 to 2048
-    columns : results on one line, at least 1; more go on the next
-    alpha, cmap : as of `overlay`
-
-    Raises
-    ------
-    InputError
-        An argument out of range, or a map that cannot be drawn.
+    scale "joint" gives the results one color scale, so that weak evidence looks weak beside
+    strong; "each" gives every map its own. A tile has `side` pixels, a line `columns` of results.
     """
     whole("panel: columns", columns, 1)
     whole("panel: side", side, 48, 2048)
@@ -447,17 +426,10 @@ def receipt_picture(
     note: str = "",
     side: int = 280,
 ) -> Image.Image:
-    """Draw pictures above their maps, links between the first two, and a sum beside them.
+    """Draw two or three pictures above their maps, links between the first two, and a sum.
 
-    Parameters
-    ----------
-    tiles : two or three; signed ones show evidence against in another color
-    amounts, total : what is added up, (words, number) each, and what it sums to
-    apart : so many first amounts are large beside the others, and have no bar
-    headings : one above each tile
-    links : between the first two tiles
-    title, note : words above and below
-    side : of a tile, in pixels, 48 to 2048
+    `amounts` are (words, number) each, and sum to `total`; the first ones, so many as are `apart`,
+    are large beside the others, and have no bar.
     """
     if not 2 <= len(tiles) <= 3:
         raise InputError(f"receipt: {len(tiles)} pictures; give 2 or 3")

@@ -237,7 +237,19 @@ class ReceiptMaker:
         kept: list[Receipt] = []
 
         def settle(name: str, picture: Prepared, its_side: Side) -> None:
-            receipt = _receipt(index, name, query, picture, its_side, centred)
+            (label,) = index.select([find_live(index, name)]).labels
+            try:
+                check_same(index, name, its_side)
+            except ImageError:
+                raise _changed() from None
+            receipt = make_receipt(
+                query[1],
+                its_side,
+                mean_of(index, centred),
+                centred=centred,
+                query_shown=Shown(query[0].small, small_box(query[0]), "", None),
+                result_shown=Shown(picture.small, small_box(picture), name, label),
+            )
             told.append(tell(picture, receipt))
             if keep:
                 kept.append(receipt)
@@ -282,29 +294,6 @@ class ReceiptMaker:
             "no_picture",
             "the picture of a result cannot be read any more, and a receipt needs it; leave it out",
         )
-
-
-def _receipt(
-    index: Index,
-    name: str,
-    query: tuple[Prepared, Side],
-    picture: Prepared,
-    its_side: Side,
-    centred: bool,
-) -> Receipt:
-    (label,) = index.select([find_live(index, name)]).labels
-    try:
-        check_same(index, name, its_side)
-    except ImageError:
-        raise _changed() from None
-    return make_receipt(
-        query[1],
-        its_side,
-        mean_of(index, centred),
-        centred=centred,
-        query_shown=Shown(query[0].small, small_box(query[0]), "", None),
-        result_shown=Shown(picture.small, small_box(picture), name, label),
-    )
 
 
 def _no_receipts() -> HTTPProblem:

@@ -51,17 +51,11 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Batcher:
-    """One thread that puts pictures of equal wishes through the network together.
+    """One thread that puts up to `most` pictures of equal wishes through the network together.
 
-    Pictures are decoded before, in other threads, so one that cannot be read meets no other. A
-    picture that waits while others are being read gives them a moment to come along; one that is
-    alone goes at once.
-
-    Parameters
-    ----------
-    most : pictures a batch
-    seconds : how long the first picture of a batch waits for those that were announced
-    batched : told how many pictures went together
+    Pictures are decoded before, in other threads, so one that cannot be read meets no other. The
+    first of a batch waits `seconds` for those that were announced; one that is alone goes at once.
+    `batched` is told how many pictures went together.
     """
 
     def __init__(
@@ -213,15 +207,7 @@ class Telemetry:
 class Pipeline:
     """All the work of a service; its endpoints only read parameters and write answers.
 
-    Parameters
-    ----------
-    explainer : with a network
-    limits : of requests
-
-    Raises
-    ------
-    InputError
-        An explainer that cannot explain pictures.
+    Raises InputError for an explainer that cannot explain pictures.
     """
 
     def __init__(self, explainer: Explainer, limits: Limits) -> None:

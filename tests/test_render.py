@@ -13,8 +13,8 @@ from rounding import assert_same_picture
 from embedcam.errors import InputError
 from embedcam.ops import resize
 from embedcam.render import (
-    Link,
     Look,
+    PageLink,
     Row,
     Table,
     Tile,
@@ -486,7 +486,7 @@ def test_a_long_page_leaves_what_is_out_of_sight_for_later():
 
 
 def test_links_and_folded_tables():
-    rows = [[Link(NASTY, "q3"), 0.5]]
+    rows = [[PageLink(NASTY, "q3"), 0.5]]
     read = Reader(page([], tables=[Table(["a", "b"], rows, "All", folded=True)]))
     assert read.all("a") == [{"href": "#q3"}]
     assert "".join(read.text).count(NASTY) == 1

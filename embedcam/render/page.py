@@ -35,7 +35,7 @@ _DASHES: Final = ("", "7 4", "2 4", "9 3 2 3", "4 3", "12 4")
 
 
 @dataclass(frozen=True)
-class Link:
+class PageLink:
     """A word of a table that leads to a row of the same page, by the row's anchor."""
 
     words: str
@@ -348,7 +348,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     environment.filters |= {"breakable": _breakable, "paragraphs": _paragraphs}
-    environment.tests["link"] = lambda value: isinstance(value, Link)
+    environment.tests["link"] = lambda value: isinstance(value, PageLink)
     return environment
 
 

@@ -9,7 +9,7 @@ from operator import eq
 from typing import TYPE_CHECKING, Any, Final
 
 from ..recipe.registry import METHODS
-from ..render import Block, Link, Notice, Table
+from ..render import Block, Notice, PageLink, Table
 
 if TYPE_CHECKING:
     from ..explain.explanation import Explanation
@@ -151,7 +151,7 @@ def blocks(known: Sequence[Fact]) -> list[Block]:
 
 def _overview(shown: Sequence[Fact], title: str, *, folded: bool = False) -> Table:
     columns: list[tuple[str, bool, Callable[[Fact], object]]] = [
-        ("query", True, lambda one: Link(one.name, anchor(one.position))),
+        ("query", True, lambda one: PageLink(one.name, anchor(one.position))),
         ("its label", any(one.asked is not None for one in shown), lambda one: one.asked or ""),
         ("nearest image", True, lambda one: one.nearest),
         ("label", any(one.label is not None for one in shown), lambda one: one.label or ""),

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Final, Literal
 
@@ -41,6 +41,9 @@ _FOR, _AGAINST = (179, 3, 38), (59, 76, 192)  # the ends of the signed color map
 _SUM_WIDTH, _BAR_LEFT, _BAR_WIDTH, _NUMBER_WIDTH = 400, 190, 140, 64
 _LINK: Final = ((250, 204, 21), (74, 222, 128), (56, 189, 248), (244, 114, 182), (251, 146, 60))
 FRAME_NOTE: Final = "A frame marks what the network saw; there is no evidence outside it."
+
+
+resized = partial(Image.Image.resize, resample=Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 @dataclass
@@ -96,7 +99,7 @@ class Tile:
 
         The picture is made small first: the same, without the cost of coloring megapixels.
         """
-        plain = None if self.image is None else resized(self.image, size)
+        plain = None if self.image is None else resized(self.image.convert("RGB"), size)
         box: Extent = (0, 0, *size)
         mapped = None
         if self.cam is not None and (plain is None or self.changed):
@@ -112,11 +115,6 @@ class Tile:
         if plain is not None and self.changed:
             _draw_note(plain, CHANGED)
         return plain, mapped
-
-
-def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Return the picture in RGB at (width, height) `size`."""
-    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def _draw_note(picture: Image.Image, words: str) -> None:
@@ -148,7 +146,7 @@ def shrunk(tile: Tile, side: int) -> Tile:
         return tile
     size, box = tile.fitted(side, side), checked_box(tile.extent, *tile.image.size)
     extent = scale_box(box, tile.image.size, size)
-    return replace(tile, image=resized(tile.image, size), extent=extent)
+    return replace(tile, image=resized(tile.image.convert("RGB"), size), extent=extent)
 
 
 def top_value(tiles: Iterable[Tile]) -> float:
@@ -310,7 +308,9 @@ class Canvas:
                 length = font_of(*font).getlength
                 if not text.isprintable() or length(text) > side:
                     text = shorten(text, side, length, middle=is_name)
-                self.text(x, text, font, color, _LEADING)
+                write = partial(ImageDraw.ImageDraw.text, xy=(x, self.y), text=text, fill=color)
+                self._strokes.append(partial(write, font=font_of(*font)))
+                self.y += _LEADING
             end = max(end, self.y)
         self.y = end
         return frames
@@ -362,8 +362,10 @@ def panel(
     left = _MARGIN + side + _BETWEEN
 
     canvas = Canvas(2 * _MARGIN + max(right, 2 * side))
-    canvas.paragraph(title or "", _TITLE, _INK, 36)
-    canvas.paragraph(subtitle or "", _TEXT, _QUIET, 25)
+    if title:
+        canvas.paragraph(title, _TITLE, _INK, 36)
+    if subtitle:
+        canvas.paragraph(subtitle, _TEXT, _QUIET, 25)
     if query.warning:
         canvas.text(_MARGIN, clean(query.warning), _HEADING, _WARNING, 26)
     if title or subtitle:
@@ -388,7 +390,7 @@ def panel(
     if maps:
         canvas.y += 8
         note = scale_note(query_top, tops, scale)
-        if any(tile.cropped for tile in (query, *results)):
+        if any(map(attrgetter("cropped"), (query, *results))):
             note += f" {FRAME_NOTE}"
         _draw_legend(canvas, note, alpha, cmap)
     return canvas.image()

@@ -114,9 +114,6 @@ def test_what_is_shown_adds_up(app: Any) -> None:
 def test_as_many_lines_and_links_as_asked(app: Any) -> None:
     (one,) = post(app, target(IDS[1], lines=3, links=0), QUERY).json()["receipts"]
     assert (len(one["channels"]), one["links"]) == (3, [])
-    channels = sum(line["contribution"] for line in one["channels"]) + one["other_channels"]
-    total = one["shared"] + channels + one["remainder"]
-    assert total == pytest.approx(one["similarity"], abs=1e-5)
 
 
 def test_the_similarity_is_the_search_s(app: Any) -> None:

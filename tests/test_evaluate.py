@@ -27,14 +27,13 @@ from embedcam import (
 )
 from embedcam.errors import ImageError, InputError, NetworkMismatch
 from embedcam.evaluate import Evaluation, Settings
-from embedcam.evaluate.controls import ShuffledNetwork, permuted_rows, random_weights, wrong_rows
+from embedcam.evaluate.baselines import ShuffledNetwork, permuted_rows, random_weights, wrong_rows
 from embedcam.evaluate.examples import TRUE_BOX
-from embedcam.evaluate.fidelity import RESULTS
-from embedcam.evaluate.gallery import Gallery
+from embedcam.evaluate.gallery import Gallery, sample
+from embedcam.evaluate.groups import RESULTS
 from embedcam.evaluate.maps import Mapper
-from embedcam.evaluate.queries import chosen
 from embedcam.evaluate.report import tables
-from embedcam.evaluate.summary import beside_controls
+from embedcam.evaluate.summary import beside_others
 from embedcam.explain.answer import negatives_for
 from embedcam.images import ImageSource
 from embedcam.index import remove
@@ -222,7 +221,7 @@ def test_fidelity_literally(folder: Path, network: EmbeddingNetwork, tmp_path: P
     explainer, module = Explainer(tmp_path / "index", network), network.module
     index = explainer.index
     kinds: dict[str, dict[int, list[float]]] = {kind: {} for kind in RESULTS}
-    for position in chosen(9, 4, 0).tolist():
+    for position in sample(9, 4, 0).tolist():
         inputs, label = SQUASH(Image.open(source.name(position))), source.labels[position]
         ids = explainer.explain(inputs, n_neighbors=12).ids
         near = [index.position(name) for name in ids]
@@ -499,11 +498,11 @@ def test_a_control_is_beaten_where_the_whole_interval_is_above_it() -> None:
     surely, hardly = [0.1] * 10, [2.0] + [-0.1] * 9
     for differences, beats in ((surely, True), (hardly, False)):
         rows = [{"energy": 0.5 + d, "random weights: energy": 0.5} for d in differences]
-        told = beside_controls(rows, ("localisation",))["energy"]["differences"]["random weights"]
+        told = beside_others(rows, ("localisation",))["energy"]["differences"]["random weights"]
         assert told["mean"] > 0
         assert (told["beats"], told["worse"]) == (beats, False)
         turned = [{"deletion": 0.5 - d, "random weights: deletion": 0.5} for d in differences]
-        less = beside_controls(turned, ("faithfulness",))["deletion"]["differences"]
+        less = beside_others(turned, ("faithfulness",))["deletion"]["differences"]
         assert less["random weights"]["beats"] == beats
 
 

@@ -1,9 +1,9 @@
 """Hostile values in the place of every key of every kind of index: what becomes of it?
 
-    python scripts/hostile_manifests.py [--seconds 600] [--sample 400 --seed 0]
+    python -m scripts.campaigns manifests [--seconds 600] [--sample 400 --seed 0]
 
-For each kind of index (scripts/strangers/kinds.py) and each key of its manifest some forty values
-(scripts/strangers/values.py) take the key's place, and the key is left out; the checksums are made
+For each kind of index (scripts/campaigns/kinds.py) and each key of its manifest some forty values
+(scripts/campaigns/values.py) take the key's place, and the key is left out; the checksums are made
 to fit. What comes of it is opened, verified, searched, explained and described, in a child of its
 own, within 10 seconds and 1 GB beyond what it began with. It must be refused in one sentence, or
 answer as the unchanged index does. (Settings of an approximate search and the numbers of a
@@ -16,7 +16,6 @@ printed.
 import argparse
 import json
 import random
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -24,9 +23,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from strangers.kinds import KINDS, build_kind
-from strangers.trial import OUTCOMES, Expected, Outcome, in_child, judged
-from strangers.values import VALUES, Place, changed, may_differ, places, write
+from .kinds import KINDS, build_kind
+from .trial import OUTCOMES, Expected, Outcome, in_child, judged
+from .values import VALUES, Place, changed, may_differ, places, write
 
 BATCH = 50
 Trial = tuple[Place, str]
@@ -85,6 +84,3 @@ def main() -> int:
             failed += walk(name, Path(folder), each, rng, until)
     return int(failed > 0)
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """What does explaining add to a search service? POST /explain beside POST /search on loopback.
 
-    python scripts/benchmark_service.py --output docs/results/service.md
-    python scripts/benchmark_service.py --rounds 2 --requests 20       a minute
+    python -m scripts.benchmarks service --output docs/results/service.md
+    python -m scripts.benchmarks service --rounds 2 --requests 20       a minute
 
 Needs no data: random weights and synthetic pictures in a temporary folder. The server is a process
 of its own, the clients are threads of this one, in a closed loop: the next request leaves as soon
@@ -25,10 +25,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
-from benchmark.cases import write_pictures
-from benchmark.timing import table, verdict
+from .cases import write_pictures
+from .timing import table, verdict
 from PIL import Image
-from serving.client import Call, Caller, closed_loop
+from .load import Call, Caller, closed_loop
 
 BARS = {"p50": 1.10, "p99": 1.15}
 CASES = {
@@ -72,8 +72,8 @@ def main() -> None:
 def serve(name: str, threads: int | None, folder: Path, told: Connection) -> None:
     """The server's process: an index of that network with random rows, and the null endpoint."""
     import torch
-    from benchmark.cases import linear_network
-    from benchmark.explaining import NEIGHBORS, ROWS, make_index
+    from .cases import linear_network
+    from .explaining import NEIGHBORS, ROWS, make_index
     from fastapi import Request
     from starlette.responses import Response
 
@@ -147,7 +147,7 @@ def preface(options: argparse.Namespace, about: str) -> str:
     """What the figures were measured with."""
     return (
         "# What explaining adds to a service\n\n"
-        f"`scripts/benchmark_service.py`: {options.network} with random weights and a linear head "
+        f"`python -m scripts.benchmarks service`: {options.network} with random weights and a linear head "
         f"of 128, JPEG uploads of 640 x 480; {about}; {options.rounds} rounds of "
         f"{options.requests} requests a case, {platform.machine()}, Python "
         f"{platform.python_version()}.\n\n"
@@ -203,6 +203,3 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     return parser.parse_args()
 
-
-if __name__ == "__main__":
-    sys.exit(main())

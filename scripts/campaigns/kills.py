@@ -1,6 +1,6 @@
 """Kill jobs with SIGKILL at random moments: run again, each ends in the undisturbed one's bytes.
 
-    python scripts/kills.py --count 200 --seconds 480 --seed 0
+    python -m scripts.campaigns kills --count 200 --seconds 480 --seed 0
 
 Needs no data: a tiny network with random weights and synthetic pictures in a temporary folder. Half
 of the kills come before a step on the disk drawn at random (a file opened for writing, a rename, a
@@ -27,7 +27,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
-from killing import KILLER, begin, everything, in_child, was_killed
+from .killing import KILLER, begin, everything, in_child, was_killed
 from PIL import Image
 from torch import Tensor, nn
 
@@ -290,6 +290,3 @@ def main() -> int:
         print(failure, file=sys.stderr)
     return 1 if campaign.failures else 0
 
-
-if __name__ == "__main__":
-    sys.exit(main())

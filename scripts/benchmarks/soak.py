@@ -1,6 +1,6 @@
 """A service under good and hostile load for minutes: no good request fails, no memory is kept.
 
-    python scripts/soak_service.py --minutes 10 --output docs/results/soak.md
+    python -m scripts.benchmarks soak --minutes 10 --output docs/results/soak.md
 
 Needs no data: MobileNetV2 with random weights and synthetic pictures in a temporary folder, served
 by `embedcam serve` in a process of its own. Clients in a closed loop send a seeded mix of good
@@ -28,11 +28,11 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from benchmark.cases import write_pictures
-from benchmark.timing import table
+from .cases import write_pictures
+from .timing import table
 from PIL import Image
-from serving import hostile
-from serving.client import Call, Caller
+from . import load as hostile
+from .load import Call, Caller
 
 TIMEOUT, MAX_BODY = 10, 3_000_000
 GROWTH = 1.05
@@ -287,7 +287,7 @@ def report(
     highest = max(held for _, held in memory) / 1e6
     lines = [
         "# A service under load\n",
-        f"`scripts/soak_service.py`: {options.minutes:g} minutes, {options.concurrency} clients "
+        f"`python -m scripts.benchmarks soak`: {options.minutes:g} minutes, {options.concurrency} clients "
         f"and one that drips, {options.good:.0%} good requests, MobileNetV2 with random weights; "
         f"{sum(run.answers.values()):,} requests.\n",
         f"- answered otherwise than they should be: {len(run.wrong)}",
@@ -313,6 +313,3 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     return parser.parse_args()
 
-
-if __name__ == "__main__":
-    sys.exit(main())

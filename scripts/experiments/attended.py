@@ -1,8 +1,5 @@
 """A number predicted from pictures, from plain features and from those averaged under the maps.
 
-    python scripts/attended.py NETWORKS --output docs/results/attended.md
-    python scripts/attended.py mobilenet_v2.safetensors --seeds 3 --output docs/results/attended.md
-
 The shape of the paper's application, house prices (Chen et al., WACV 2020), on scenes of the
 demonstration whose number is known: a handwritten digit among 9 to 13 doodles, and as its price the
 digit's *value* (0 to 9) or its *height* (in hundredths of the scene's side); or two digits among
@@ -20,7 +17,7 @@ difference to plain.
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +28,19 @@ from scipy.stats import t as student
 from sklearn.linear_model import RidgeCV
 
 from embedcam import EmbeddingNetwork, Explainer, Recipe, build_from_features, load_network
-from embedcam.demo.digits_network import LAYER, digits_preprocess, load_weights, save_weights
+from embedcam.demo.digits_network import (
+    LAYER,
+    digits_preprocess,
+    load_weights,
+    save_weights,
+    train,
+)
 from embedcam.demo.scenes import Scene, SceneMaker, Split
 from embedcam.demo.settings import DemoSettings
-from embedcam.demo.training import train
 from embedcam.offline.features import AffineHead
 from embedcam.ops import area_average, attended
+
+from .data import table
 
 NEAREST = "no features: the mean of the five nearest"
 N, FOLDS, NEIGHBORS, SIDE = 600, 5, 5, 192
@@ -199,25 +203,25 @@ def figure(values: np.ndarray) -> str:
     return f"{values.mean():.3f} ± {half:.3f}"
 
 
-def table(price: str, rows: dict[str, list[tuple[float, float]]]) -> str:
-    """A table in Markdown: a line for each kind of features."""
-    found = {name: np.array(both) for name, both in rows.items()}
-    plain = found["plain mean"][:, 0]
-    lines = [["features", f"error of the {price}", "less", "R²"], ["---"] * 4]
-    for name, both in found.items():
-        less = "" if name == "plain mean" else figure(plain - both[:, 0])
-        lines.append([name, figure(both[:, 0]), less, figure(both[:, 1])])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def lines_of(price: str, rows: dict[str, list[tuple[float, float]]]) -> str:
+    """Return the table of a price: a line for each kind of features."""
+    by_name = {name: np.array(both) for name, both in rows.items()}
+    plain = by_name["plain mean"][:, 0]
+    lines = [
+        [name, figure(both[:, 0]), "" if name == "plain mean" else figure(plain - both[:, 0]),
+         figure(both[:, 1])]
+        for name, both in by_name.items()
+    ]  # fmt: skip
+    return table(("features", f"error of the {price}", "less", "R²"), lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("networks", type=Path, help="folder, or MobileNetV2's weights")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="Markdown file to write")
-    options = parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> Iterator[str]:
+    """Yield a table a price."""
     torch.set_num_threads(1)
     kept: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for seed in range(options.seeds):
@@ -229,21 +233,7 @@ def main() -> None:
             for price, numbers in scenes.prices.items():
                 for name, both in errors(scenes, numbers, head, seed).items():
                     kept.setdefault(price, {}).setdefault(name, []).append(both)
-                print(
-                    seed, price, {name: rows[-1] for name, rows in kept[price].items()}, flush=True
-                )
-    tables = [table(price, rows) for price, rows in kept.items()]
-    print("\n\n".join(tables))
-    if options.output:
-        said, shown = (__doc__ or "").strip(), "\n\n".join(tables)
-        if not options.output.exists():
-            options.output.write_text(f"# Features where the map lies\n\n{said}\n", "utf-8")
-        what = (
-            "MobileNetV2, frozen" if options.networks.is_file() else "The demonstration's network"
-        )
-        with options.output.open("a", encoding="utf-8") as file:
-            file.write(f"\n## {what}\n\n{shown}\n")
-
-
-if __name__ == "__main__":
-    main()
+    frozen = options.networks.is_file()
+    name = "MobileNetV2, frozen" if frozen else "The demonstration's network"
+    yield f"## {name}\n"
+    yield from (lines_of(price, rows) for price, rows in kept.items())

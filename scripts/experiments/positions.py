@@ -1,8 +1,5 @@
 """Weights by position against weights by channel, behind heads that do not pool.
 
-    python scripts/positions.py --natural DATA/natural --weights mobilenet_v2_imagenet.safetensors \\
-        --output docs/results/positions.md --figure docs/results/figures/positions.jpg
-
 Small networks are trained by a triplet loss on aligned handwritten digits (scikit-learn's, of 60% of the
 handwriting): each picture of 32 x 32 pixels has one digit of 16 x 16 in its left or its right half, within
 a pixel of its place. The head is *depthwise*, a convolution over the whole grid of each channel and a
@@ -14,13 +11,11 @@ signed map: the digit's ink against the other digit's ink (0.5 knows nothing). *
 two pixels, along, across or both. Means over scenes and seeds with 95% bootstrap intervals over scenes, and
 the lowest mean of a seed.
 
-*Nothing aligned*: real pictures with objects of several classes, asked and scored as in frontier.md (means
-over pictures), from a layer of MobileNetV2 with convolutions and average pooling behind it.
+*Nothing aligned*: real pictures with objects of several classes, evaluated as in the experiment `truth`, at
+a layer of MobileNetV2 with convolutions and average pooling behind it.
 """  # noqa: E501
 
 import argparse
-import itertools
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +25,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from frontier import LEAST, _boxes
-from photographs import read_pictures
 from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -46,13 +39,15 @@ from embedcam import (
     from_dataset,
     load_network,
 )
-from embedcam.demo.digits_network import digits_preprocess
-from embedcam.demo.training import triplet_loss
-from embedcam.images import ImageSource, read_image
+from embedcam.demo.digits_network import digits_preprocess, triplet_loss
+from embedcam.images import ImageSource
 from embedcam.metrics import bootstrap_interval, pixel_auc
 from embedcam.ops import resize, signed_cam
 from embedcam.render import overlay
 from embedcam.targets import Similarity
+
+from .data import table
+from .truth import OBJECTS, evaluated, sources
 
 SIDE, DIGIT, CHANNELS, WIDTH = 32, 16, 96, 32
 HEADS = ("depthwise", "flattening", "average pooling")
@@ -265,9 +260,8 @@ def drawn(asked: list[Scene], maps: dict[str, np.ndarray]) -> Image.Image:
     return sheet
 
 
-def measured(options: argparse.Namespace) -> list[str]:
-    """Lines of the tables, a head each."""
-    lines: list[str] = []
+def measured(options: argparse.Namespace) -> Iterator[str]:
+    """Yield the table of each head."""
     for head in HEADS:
         cells: dict[str, dict[bool, list[np.ndarray]]] = {}
         recalls, n_bytes = [], {}
@@ -297,60 +291,28 @@ def measured(options: argparse.Namespace) -> list[str]:
                 for way, explainer in explainers.items():
                     n_bytes[way] = explainer.index.encoding().bytes_per_image()
                     explainer.close()
-            print(head, seed, {w: [round(float(v[-1].mean()), 3) for v in both.values()]
-                               for w, both in cells.items()}, flush=True)  # fmt: skip
-        lines += [
-            f"\n## {head.capitalize()}\n",
-            f"Recall@1 of single digits {np.mean(recalls):.3f}.\n",
-            "| weights | bytes an image | in place | moved |",
-            "|---|---|---|---|",
+        rows = [
+            [METHODS.get(way, way), n_bytes.get(way, ""), *(figure(both[m]) for m in (False, True))]
+            for way, both in cells.items()
         ]
-        for way, both in cells.items():
-            figures = " | ".join(figure(both[moved]) for moved in (False, True))
-            lines.append(f"| {METHODS.get(way, way)} | {n_bytes.get(way, '')} | {figures} |")
-    return lines
+        yield (
+            f"\n## {head.capitalize()}\n\nRecall@1 of single digits {np.mean(recalls):.3f}.\n\n"
+            + table(("weights", "bytes an image", "in place", "moved"), rows)
+        )
 
 
-def unaligned(folder: Path, weights: str) -> list[str]:
-    """Lines of the table of real pictures, with convolutions and pooling behind the layer."""
+def unaligned(folder: Path, weights: str) -> str:
+    """Evaluate recipes on real pictures, with convolutions and pooling behind the layer."""
     network = load_network(
         "torchvision:mobilenet_v2", weights=weights, size=224, resize="squash", layer=LAYER
     )
-    pictures, boxes = read_pictures(folder / "single"), _boxes(folder / "several")
-    known, questions, cases = set(pictures.labels), {}, []
-    for path, found in boxes.items():
-        masks: dict[str, np.ndarray] = {}
-        for label, mask in found:
-            masks[label] = masks.get(label, np.zeros_like(mask)) | mask
-        for c, d in itertools.permutations([label for label in masks if label in known], 2):
-            alone, other = masks[c] & ~masks[d], masks[d] & ~masks[c]
-            if min(alone.mean(), other.mean()) >= LEAST:
-                place = questions.setdefault((path, c), len(questions))
-                cases.append((place, path, alone, other, masks[c]))
-    source = from_dataset(
-        [(str(path), label) for path, label in zip(pictures.paths, pictures.labels, strict=True)]
-    )
-    with indexes(network, source) as explainers:
-        inputs = np.stack([network.preprocess(read_image(path)) for path, _ in questions])
-        maps = signed_maps(network, explainers, inputs, [label for _, label in questions])
-    lines = [
-        f"\n## Nothing aligned\n\n{len(cases)} cases in "
-        f"{len({path for _, path, *_ in cases})} pictures of *natural* (see frontier.md), "
-        f"MobileNetV2 at `{LAYER}`.\n",
-        "| weights | c / d | c / rest |", "|---|---|---|",
-    ]  # fmt: skip
-    owners = np.unique([str(path) for _, path, *_ in cases], return_inverse=True)[1]
-    for way, found in maps.items():
-        every = np.stack([found[place] for place, *_ in cases])
-        alone, other, whole = (np.stack(regions) for regions in list(zip(*cases, strict=True))[2:])
-        cells = [
-            [scores[owners == one].mean() for one in range(owners.max() + 1)]
-            for scores in (pixel_auc(every, alone, other), pixel_auc(every, whole))
-        ]
-        shown = " | ".join(f"{np.mean(cell):.3f} [{{:.3f}}, {{:.3f}}]".format(
-            *bootstrap_interval(cell)) for cell in cells)  # fmt: skip
-        lines.append(f"| {METHODS.get(way, way)} | {shown} |")
-    return lines
+    indexed, asked, boxes = sources(folder)
+    recipes = {name: Recipe(method=name) for name in METHODS if name != "gradcam"}
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "index"
+        build_index(indexed, network, path, Recipe(), trust=False, progress=False)
+        choices = {**OBJECTS, "recipes": recipes, "methods": ["hirescam"], "scenes": 0}
+        return evaluated("Nothing aligned", path, asked, network, boxes, choices)
 
 
 def figure(by_seed: list[np.ndarray]) -> str:
@@ -370,30 +332,18 @@ def recall(network: EmbeddingNetwork, index: Index, writing: Handwriting) -> flo
     return float(np.mean([int(label) for label in found] == writing.labels))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--scenes", type=int, default=200, help="queries of each seed")
     parser.add_argument("--natural", type=Path, help="folder of real pictures that are not aligned")
     parser.add_argument("--weights", help="of MobileNetV2, with --natural")
-    parser.add_argument("--output", type=Path, help="Markdown file to write")
     parser.add_argument("--figure", type=Path, help="picture to write")
-    options = parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> Iterator[str]:
+    """Yield a table a head, and that of real pictures."""
     torch.set_num_threads(1)
-    lines = measured(options)
+    yield from measured(options)
     if options.natural:
-        lines += unaligned(options.natural, options.weights)
-    print("\n".join(lines))
-    if options.output:
-        text = "\n".join(["# Weights by position\n", (__doc__ or "").strip(), *lines])
-        if options.figure:
-            shown = os.path.relpath(options.figure, options.output.parent)
-            text += f"\n\n![Depthwise: the left digit asked for, then the right one]({shown})"
-        options.output.write_text(f"{text}\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+        yield unaligned(options.natural, options.weights)

@@ -1,7 +1,5 @@
 """What a build without labels costs as the collection grows, in CPU time.
 
-    python scripts/unlabelled.py 10000 40000 1000000 --output docs/results/unlabelled.md
-
 Clustered vectors of 128 numbers (1,000 seeded centres) stand in for pooled activations and
 embeddings; `build_from_features` by the default recipe, on one thread. *CPU* is of the whole build:
 neighbours, weights, encoding and writing. *agreement* is of the weights with those of exact
@@ -11,6 +9,7 @@ neighbours, for 500 seeded images: cosine, median and 5th percentile.
 import argparse
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import faiss
@@ -20,6 +19,8 @@ import torch
 from embedcam import Recipe, build_from_features
 from embedcam.offline.cotangents import AnchorCotangents
 from embedcam.offline.neighborhoods import NearestOthers
+
+from .data import table
 
 WIDTH, CENTRES = 128, 1000
 
@@ -52,26 +53,13 @@ def measured(n: int) -> list[str]:
     return [*cells, f"{np.median(cosine):.4f}, {np.percentile(cosine, 5):.4f}"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=int, help="sizes of collections")
-    parser.add_argument("--output", type=Path, help="Markdown file to write")
-    options = parser.parse_args()
+
+
+def measure(options: argparse.Namespace) -> Iterator[str]:
+    """Yield the table."""
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-    lines = [["images", "CPU s", "CPU ms an image", "agreement"], ["---"] * 4]
-    for n in options.images:
-        lines.append(measured(n))
-        print("  ".join(lines[-1]), flush=True)
-    if options.output:
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        said = (__doc__ or "").strip()
-        options.output.write_text(
-            f"# Builds without labels\n\n{said}\n\n{table}\n", encoding="utf-8"
-        )
-
-
-if __name__ == "__main__":
-    main()
+    head = ("images", "CPU s", "CPU ms an image", "agreement")
+    yield table(head, [measured(n) for n in options.images])

@@ -1,10 +1,10 @@
 """Random damage to indexes: is each one refused, answered as if whole, or found by `verify`?
 
-    python scripts/mutants.py [--count 10000] [--seconds 3600] [--seed 0]
-    python scripts/mutants.py --seed 0 --only 1234
+    python -m scripts.campaigns mutants [--count 10000] [--seconds 3600] [--seed 0]
+    python -m scripts.campaigns mutants --seed 0 --only 1234
 
-A mutant is a copy of a tiny index of some kind (scripts/strangers/kinds.py) with one damage
-(scripts/strangers/damage.py). It is opened, verified, searched, explained and described, within 10
+A mutant is a copy of a tiny index of some kind (scripts/campaigns/kinds.py) with one damage
+(scripts/campaigns/damage.py). It is opened, verified, searched, explained and described, within 10
 seconds and 1 GB beyond what the process began with, in a child, so that a crash is seen. It must
 be refused in one sentence of at most 2,000 characters, give the answers of the whole index, or be
 damaged in a way that `verify` names. Anything else has failed and is printed with its number, by
@@ -14,7 +14,6 @@ which `--only` makes it again. Prints a table; the exit status is 1 where someth
 import argparse
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -22,9 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from strangers.damage import DAMAGE, Victim
-from strangers.kinds import KINDS, build_kind
-from strangers.trial import NAMED, REFUSED, SAME, Expected, Outcome, in_child, judged
+from .damage import DAMAGE, Victim
+from .kinds import KINDS, build_kind
+from .trial import NAMED, REFUSED, SAME, Expected, Outcome, in_child, judged
 
 BATCH = 25
 FAILED = "failed"
@@ -114,6 +113,3 @@ def main() -> int:
     print(f"\nseed {options.seed}: {number} mutants of {len(KINDS)} indexes in {seconds:.0f} s")
     return int(any(what == FAILED for _, what in counts))
 
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,5 @@
 """Does trust say what it says? For queries that the index has never seen.
 
-    python scripts/trust.py DATA/birds20 DATA/objects24 DATA/natural/single \\
-        --weights mobilenet_v2_imagenet.safetensors --output docs/results/trust.md --cache CACHE
-
 Half of each label's pictures are indexed (at most ten a label in *ten*, without their labels in
 *none*), the other half are queries; of birds and objects the pictures of the second half of their
 classes. Frozen pooled MobileNetV2, the default recipe. The true correlation is of the signed map
@@ -17,27 +14,36 @@ halves, in brackets the worst.
 - *elsewhere*: trust and true correlation of queries from another of the sets, in the mean.
 """
 
-import sys
+import argparse
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from paper.bench import data_arguments, frozen_network
-from paper.cache import Cache
-from photographs import SIZE, Features, read_pictures
-from PIL import Image
 from scipy.stats import spearmanr
 
-from embedcam import EmbedcamError, Explainer, Index, Recipe, build_from_features
+from embedcam import Explainer, Index, Recipe, build_from_features
 from embedcam.explain.answer import negatives_for
-from embedcam.images import read_image
 from embedcam.index import put_calibrations
 from embedcam.index.calibration import correlation
 from embedcam.network import EmbeddingNetwork
 from embedcam.offline.calibrating import View, calibrate_trust, trust_rows
 from embedcam.ops import drawn_and_signed
 from embedcam.targets import head_cotangent, query_cotangent
+
+from .data import (
+    SIZE,
+    Features,
+    binned_error,
+    data_arguments,
+    frozen_features,
+    frozen_network,
+    halves,
+    name_of,
+    table,
+    unit,
+)
 
 SEEDS, TEN = 5, 10
 CASES = ("all", "ten", "none")
@@ -53,34 +59,15 @@ class Set:
 
 
 def read_set(folder: Path, network: EmbeddingNetwork, cache: Path | None) -> Set:
-    """The pictures of a folder; of posed ones the second half of the classes."""
-    pictures = read_pictures(folder)
-    if "natural" not in folder.parts:
-        pictures = pictures.some(~pictures.seen())
-    paths = pictures.paths
-    store = Cache(cache, network, paths)
-
-    def features(side: int) -> Features:
-        def picture(number: int) -> Image.Image:
-            return read_image(paths[number]).resize((side, side), Image.Resampling.BILINEAR)
-
-        return store.features(f"trust-{folder.name}", picture, len(paths), (side, side))
-
-    views = features(SIZE), features(2 * SIZE)
-    pooled = views[0].pooled
-    unit = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
-    return Set(pictures.labels, unit.astype(np.float32), views)
-
-
-def split(labels: np.ndarray, case: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that are indexed, and those that query."""
-    generator, indexed = np.random.default_rng(seed), []
-    for label in np.unique(labels):
-        rows = generator.permutation(np.flatnonzero(labels == label))
-        half = max(1, len(rows) // 2)
-        indexed.append(rows[: min(half, TEN) if case == "ten" else half])
-    rows = np.sort(np.concatenate(indexed))
-    return rows, np.setdiff1d(np.arange(len(labels)), rows)
+    """Read the pictures of a folder; of posed ones the second half of the classes."""
+    views = []
+    for side in (SIZE, 2 * SIZE):
+        pictures, features, _ = frozen_features(folder, network, cache, side)
+        kept = np.ones(len(pictures.labels), bool)
+        if "natural" not in folder.parts:
+            kept = ~pictures.seen()
+        views.append(Features(features.activations[kept], features.pooled[kept]))
+    return Set(pictures.labels[kept], unit(views[0].pooled), (views[0], views[1]))
 
 
 def calibrated(
@@ -139,17 +126,11 @@ def figures(found: np.ndarray, strange: np.ndarray) -> list[float]:
     trust, low, true, joined = found.T
     trusted = low >= 0.5
     return [
-        float(true.mean()), error(trust, true), float(spearmanr(trust, true)[0]),
+        float(true.mean()), binned_error(trust, true), float(spearmanr(trust, true)[0]),
         float(trusted.mean()), float((true[trusted] < 0.5).mean()) if trusted.any() else 0.0,
-        error(trust, joined), float(spearmanr(trust, joined)[0]),
+        binned_error(trust, joined), float(spearmanr(trust, joined)[0]),
         float(strange[:, 0].mean()), float(strange[:, 2].mean()),
     ]  # fmt: skip
-
-
-def error(trust: np.ndarray, true: np.ndarray) -> float:
-    """Mean distance over ten bins of equal count."""
-    bins = np.array_split(np.argsort(trust, kind="stable"), 10)
-    return float(np.mean([abs(trust[some].mean() - true[some].mean()) for some in bins]))
 
 
 HEAD = (
@@ -158,13 +139,13 @@ HEAD = (
 )  # fmt: skip
 
 
-def measure(name: str, one: Set, other: Set, network: EmbeddingNetwork) -> str:
+def measured(name: str, one: Set, other: Set, network: EmbeddingNetwork) -> str:
     """The table of one set."""
-    lines = [f"| {' | '.join(HEAD)} |", "|---|" + "---:|" * (len(HEAD) - 1)]
+    lines: list[list[str]] = []
     for case in CASES:
         runs: dict[int, list[list[float]]] = {1: [], 5: []}
         for seed in range(SEEDS):
-            rows, queries = split(one.labels, case, seed)
+            rows, queries = halves(one.labels, seed, TEN if case == "ten" else len(one.labels))
             with tempfile.TemporaryDirectory(prefix="embedcam-trust-") as folder:
                 index = calibrated(one, rows, case, Path(folder) / "index", network)
                 for count, kept in runs.items():
@@ -179,32 +160,16 @@ def measure(name: str, one: Set, other: Set, network: EmbeddingNetwork) -> str:
                 f"{values[:, at].mean():.3f} ({worst[at in (1, 4, 5)][at]:.3f})"
                 for at in range(values.shape[1])
             ]
-            lines.append(f"| {case} | {count} | {' | '.join(cells)} |")
-        print(f"{name}, {case}: measured", file=sys.stderr, flush=True)
-    return "\n".join([f"## {name}", "", *lines, ""])
+            lines.append([case, str(count), *cells])
+    return f"## {name}\n\n{table(HEAD, lines)}"
 
 
-def main() -> None:
-    options = data_arguments(__doc__, "two folders or more")
-    try:
-        network = frozen_network(options.weights)
-        sets = {folder: read_set(folder, network, options.cache) for folder in options.data}
-        folders, texts = list(sets), []
-        for at, folder in enumerate(folders):
-            name = folder.parent.name if folder.name == "single" else folder.name
-            texts.append(measure(name, sets[folder], sets[folders[at - 1]], network))
-            print(texts[-1], flush=True)
-    except EmbedcamError as error_:
-        sys.exit(f"trust: {error_}")
-    if options.output:
-        rules = (__doc__ or "").partition("--cache CACHE\n\n")[2]
-        head = (
-            "# Does trust say what it says?\n\nMade by `python scripts/trust.py DATA/birds20 "
-            "DATA/objects24 DATA/natural/single --weights mobilenet_v2_imagenet.safetensors "
-            f"--output docs/results/trust.md`.\n\n{rules}\n"
-        )
-        options.output.write_text(head + "\n".join(texts), encoding="utf-8")
+arguments = data_arguments
 
 
-if __name__ == "__main__":
-    main()
+def measure(options: argparse.Namespace) -> Iterator[str]:
+    """Yield the table of each folder; queries from elsewhere are of the one before it."""
+    network = frozen_network(options.weights)
+    sets = {folder: read_set(folder, network, options.cache) for folder in options.data}
+    for at, folder in enumerate(options.data):
+        yield measured(name_of(folder), sets[folder], sets[options.data[at - 1]], network)

@@ -23,7 +23,7 @@ from embedcam.cli.networks import network_of_index
 from embedcam.index import Index
 from embedcam.index.verify import verify
 from embedcam.recipe.recipe import Recipe
-from strangers.kinds import queries
+from .kinds import queries
 
 SECONDS, MEMORY_BYTES, MESSAGE_CHARACTERS = 10, 1 << 30, 2000
 REFUSED, SAME, NAMED, FREE = "refused", "same answers", "named by verify", "another valid index"

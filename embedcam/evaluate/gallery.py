@@ -10,7 +10,6 @@ import numpy as np
 
 from ..errors import InputError
 from ..images import ImageSource, Item
-from ..images.number_labels import near_share
 from ..index import Index
 from ..metrics import precision_at_r, rank_of
 
@@ -46,7 +45,7 @@ class Gallery:
         self.index, self.seed, self.positions = index, seed, index.live_positions()
         if not len(self.positions):
             raise InputError(f"{index.path}: every image of this index has been removed")
-        self.numbers = near_share(index.manifest) is not None
+        self.numbers = index.manifest.near_share is not None
         self.labels: list[str | None] = (
             [None] * len(self.positions) if self.numbers else index.labels[self.positions]
         )
@@ -89,7 +88,7 @@ class Gallery:
 
     def nearest(self, embeddings: np.ndarray, own_rows: np.ndarray, count: int) -> list[np.ndarray]:
         """Return up to `count` nearest rows of each query `[b D]`, its own row `[b]` left out."""
-        if self.index.manifest["faiss"] is not None:
+        if self.index.manifest.faiss is not None:
             rows = self.index.search(embeddings, count + 1).positions
         else:  # neighbors come from elsewhere; here brute force finds them
             rows = np.stack([self.nearest_of(one, None, count + 1) for one in embeddings])
@@ -174,7 +173,7 @@ class OwnRows:
         self, index: Index, source: ImageSource, positions: np.ndarray, root: Path | None
     ) -> None:
         self._index, self._source, self.asked = index, source, len(positions)
-        self._merged = index.manifest.get("compressed") is not None
+        self._merged = index.manifest.is_compressed
         items = [source.items[position] for position in positions.tolist()]
         self._by_id = index.find_live([item.id for item in items])
         wanted = {_absolute(source.root, item.path) for item in items if item.path}

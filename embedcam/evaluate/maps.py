@@ -85,8 +85,8 @@ class Mapper:
             index, network, n_neighbors=settings.n_neighbors, transfer=settings.transfer,
             images=images, max_pixels=max_pixels,
         )  # fmt: skip
-        self.layers = [str(layer["name"]) for layer in index.manifest["layers"]]
-        self.channels = [int(layer["channels"]) for layer in index.manifest["layers"]]
+        self.layers = index.manifest.layer_names
+        self.channels = [layer.channels for layer in index.manifest.layers]
         by_position = index.encoding().grid is not None
         one_size = "the index keeps weights by position, for inputs of one size"
         self.squeezed = one_size if by_position else ""

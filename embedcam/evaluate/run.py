@@ -122,7 +122,7 @@ def evaluate_index(
             regions = of_masks(masks, source)
         root = None if indexed is None else Path(indexed)
         mapper = Mapper(opened, network, settings, Clock(), root, max_pixels=source.max_pixels)
-        stored = (opened.manifest["images"] or {}).get("root")
+        stored = opened.manifest.images_root
         if root is None and stored is not None:
             root = Path(stored)
         positions = sample(len(source), settings.limit, settings.seed)

@@ -16,7 +16,6 @@ import argparse
 import io
 import multiprocessing
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -25,10 +24,11 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
-from .cases import write_pictures
-from .timing import table, verdict
 from PIL import Image
+
+from .cases import write_pictures
 from .load import Call, Caller, closed_loop
+from .timing import table, verdict
 
 BARS = {"p50": 1.10, "p99": 1.15}
 CASES = {
@@ -72,14 +72,15 @@ def main() -> None:
 def serve(name: str, threads: int | None, folder: Path, told: Connection) -> None:
     """The server's process: an index of that network with random rows, and the null endpoint."""
     import torch
-    from .cases import linear_network
-    from .explaining import NEIGHBORS, ROWS, make_index
     from fastapi import Request
     from starlette.responses import Response
 
     from embedcam import Explainer
     from embedcam.service import create_app, server
     from embedcam.service.upload import read_upload
+
+    from .cases import linear_network
+    from .explaining import NEIGHBORS, ROWS, make_index
 
     if threads:
         torch.set_num_threads(threads)
@@ -202,4 +203,3 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     return parser.parse_args()
-

@@ -28,11 +28,12 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-from .cases import write_pictures
-from .timing import table
 from PIL import Image
+
 from . import load as hostile
+from .cases import write_pictures
 from .load import Call, Caller
+from .timing import table
 
 TIMEOUT, MAX_BODY = 10, 3_000_000
 GROWTH = 1.05
@@ -312,4 +313,3 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--good", type=float, default=0.6, help="share of good requests (0.6)")
     parser.add_argument("--output", type=Path, help="Markdown file to write as well")
     return parser.parse_args()
-

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from embedcam.index.manifest import sealed
+
 from .values import VALUES, Place, changed, may_differ, places, write
 
 MANIFEST = "manifest.json"

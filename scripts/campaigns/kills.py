@@ -27,7 +27,6 @@ from pathlib import Path
 import faiss
 import numpy as np
 import torch
-from .killing import KILLER, begin, everything, in_child, was_killed
 from PIL import Image
 from torch import Tensor, nn
 
@@ -39,6 +38,8 @@ from embedcam.index import Index, compact, rebuild_faiss, remove, sweep, verify
 from embedcam.offline import add_images, build_index
 from embedcam.prototypes import compress
 from embedcam.report import LINES, PAGE
+
+from .killing import KILLER, begin, everything, in_child, was_killed
 
 SIDE, CHANNELS, WIDTH = 16, 8, 5
 AGAIN = 0.3
@@ -289,4 +290,3 @@ def main() -> int:
     for failure in campaign.failures:
         print(failure, file=sys.stderr)
     return 1 if campaign.failures else 0
-

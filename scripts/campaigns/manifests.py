@@ -83,4 +83,3 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="embedcam-hostile-") as folder:
             failed += walk(name, Path(folder), each, rng, until)
     return int(failed > 0)
-

@@ -112,4 +112,3 @@ def main() -> int:
     seconds = time.monotonic() - began
     print(f"\nseed {options.seed}: {number} mutants of {len(KINDS)} indexes in {seconds:.0f} s")
     return int(any(what == FAILED for _, what in counts))
-

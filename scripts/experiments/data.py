@@ -24,7 +24,6 @@ from embedcam import EmbeddingNetwork, load_network
 from embedcam.errors import InputError
 from embedcam.images import ImageSource, Item, read_image
 from embedcam.metrics import bootstrap_interval
-from embedcam.network.fingerprint import fingerprint
 
 SIZE, BATCH, PART = 224, 8, 128
 """Side of the network's input; pictures a forward pass, and a file of kept features."""
@@ -51,7 +50,9 @@ class Pictures:
         """Return the pictures as an index or an evaluation takes them."""
         names = [str(path.relative_to(root)) for path in self.paths]
         labels = self.labels.tolist() if labeled else [None] * len(names)
-        return ImageSource([Item(n, n, label) for n, label in zip(names, labels, strict=True)], root)
+        return ImageSource(
+            [Item(n, n, label) for n, label in zip(names, labels, strict=True)], root
+        )
 
 
 @dataclass
@@ -118,7 +119,7 @@ class Cache:
         self, folder: Path | None, network: EmbeddingNetwork, files: Iterable[Path]
     ) -> None:
         self.folder, self.network = folder, network
-        made_of = hashlib.sha256(fingerprint(network).parameters_sha256.encode())
+        made_of = hashlib.sha256(network.identity().parameters_sha256.encode())
         for file in files:
             made_of.update(hashlib.sha256(file.read_bytes()).digest())
         self.key = made_of.hexdigest()[:16]

@@ -155,4 +155,3 @@ def _score(cells: np.ndarray) -> np.ndarray:
 
 def _on_left(cells: np.ndarray) -> float:
     return float(np.unravel_index(cells.argmax(), cells.shape)[1] < cells.shape[1] // 2)
-

@@ -1,0 +1,218 @@
+"""What users hold on to, collected from the running package: run this file to write it anew.
+
+python tests/snapshots.py writes tests/snapshots/*.json; test_snapshots.py compares.
+"""
+
+import contextlib
+import inspect
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from photo_samples import picture
+
+FOLDER = Path(__file__).parent / "snapshots"
+NETWORK = """
+import torch
+from torch import nn
+from embedcam import Preprocess
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 8, 5, 4, 2), nn.ReLU()
+        self.linear = nn.Linear(8, 5)
+
+    def forward(self, images):
+        return self.linear(self.relu(self.conv(images)).mean((2, 3)))
+
+def make():
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(4)
+        return Net().eval(), Preprocess(size=(32, 32), resize="crop", resize_to=36)
+"""
+NAMED = ["--network", "snapshot_network:make"]
+COMMANDS = (
+    "build", "add", "remove", "compact", "compress", "explain", "serve", "compare", "evaluate",
+    "export", "calibrate", "info", "verify", "demo",
+)  # fmt: skip
+PICTURE = "photos/2/1.png"
+ANSWERS: dict[str, list[str]] = {
+    "build": ["build", "photos", "fresh", *NAMED, "--layer", "relu"],
+    "info": ["info", "i"],
+    "verify": ["verify", "i"],
+    "calibrate": ["calibrate", "i", "--no-trust"],
+    "add": ["add", "i", "more", *NAMED],
+    "explain": ["explain", "i", PICTURE, *NAMED],
+    "explain by result": ["explain", "i", PICTURE, "--result", "1/0.png", *NAMED],
+    "explain by method": ["explain", "i", PICTURE, "--method", "gradcam++", *NAMED],
+    "explain features": ["explain", "i", PICTURE, "--features", *NAMED],
+    "compare": ["compare", "i", PICTURE, "1/0.png", *NAMED],
+    "evaluate": ["evaluate", "i", "--images", "photos", "--fidelity", "2", *NAMED],
+    "remove": ["remove", "i", "0/0.png"],
+    "compact": ["compact", "i"],
+    "export": ["export", "i", "-o", "n.onnx", *NAMED],
+    "compress": ["compress", "i", "p", "--prototypes", "3"],
+}
+WRONG: dict[str, list[str]] = {
+    "no command": [],
+    "an unknown command": ["bild"],
+    "an unknown option": ["info", "i", "--jsn"],
+    "no such folder": ["build", "nowhere", "x", *NAMED],
+    "an unknown method": ["build", "photos", "x", "--method", "gradcan", *NAMED],
+    "a number out of range": ["build", "photos", "x", "--rank", "0", *NAMED],
+    "no picture": ["explain", "i", "snapshot_network.py", *NAMED],
+    "no such picture": ["explain", "i", "nowhere.png", *NAMED],
+    "no such network": ["build", "photos", "x", "--network", "torchvision:resnet51"],
+    "no such layer": ["build", "photos", "x", "--layer", "reluu", *NAMED],
+    "code that is not loaded unasked": ["explain", "i", PICTURE],
+    "no index": ["info", "photos"],
+    "an index that is there": ["build", "photos", "i", *NAMED, "--layer", "relu", "--rank", "2"],
+    "where nothing can be written": ["explain", "i", PICTURE, "-o", "photos/2/1.png/x.png", *NAMED],
+}
+
+
+def shape_of(value: Any) -> Any:
+    """Return what a JSON value is made of: its keys, and the kinds of its values."""
+    if isinstance(value, dict):
+        return {key: shape_of(one) for key, one in sorted(value.items())}
+    if isinstance(value, list):
+        return [shape_of(value[0])] if value else []
+    if isinstance(value, bool) or value is None:
+        return "null" if value is None else "truth value"
+    return "text" if isinstance(value, str) else "number"
+
+
+def run(words: list[str]) -> tuple[int, str]:
+    """Run a command; return its exit code and what it printed."""
+    from embedcam.cli import main
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        code = main(words)
+    return code, out.getvalue()
+
+
+def help_texts() -> dict[str, Any]:
+    """Return the words of every `--help`, without their line ends."""
+    texts = {}
+    for command in ("", *COMMANDS):
+        text = " ".join(run([command, "--help"] if command else ["--help"])[1].split())
+        # Python 3.13 names an option's value once.
+        texts[command or "embedcam"] = re.sub(r"(-\w) [A-Z|]+, (--)", r"\1, \2", text)
+    return texts
+
+
+def answers() -> dict[str, Any]:
+    """Return the shape of every `--json`, line by line where there are several."""
+    shapes: dict[str, Any] = {}
+    for name, words in ANSWERS.items():
+        code, out = run([*words, "--json", *(["--quiet"] if words[0] in ("build", "add") else [])])
+        try:
+            shape = shape_of(json.loads(out))
+        except ValueError:
+            shape = [shape_of(json.loads(line)) for line in out.splitlines()[:1]]
+        shapes[name] = [code, shape]
+    return shapes
+
+
+def exit_codes() -> dict[str, Any]:
+    """Return the exit code of everything that can be wrong."""
+    return {name: run(words)[0] for name, words in WRONG.items()}
+
+
+def public_names() -> dict[str, Any]:
+    """Return the public names; of functions the parameters, of classes what can be called."""
+    import embedcam
+
+    def parameters(thing: Any) -> str:
+        words = []
+        for one in inspect.signature(thing).parameters.values():
+            default = "" if one.default is one.empty else f"={one.default!r}"
+            kind = {one.VAR_POSITIONAL: "*", one.VAR_KEYWORD: "**"}.get(one.kind, "")
+            words += ["*"] if one.kind is one.KEYWORD_ONLY and "*" not in words else []
+            words.append(f"{kind}{one.name}{default}")
+        return re.sub(r" at 0x[0-9a-f]+", "", ", ".join(words))
+
+    names: dict[str, Any] = {}
+    for name in embedcam.__all__:
+        thing = getattr(embedcam, name)
+        if inspect.isclass(thing) and not issubclass(thing, Exception):
+            names[name] = {"": parameters(thing)} | {
+                method: parameters(value) if inspect.isroutine(value) else "attribute"
+                for method, value in inspect.getmembers(thing)
+                if not method.startswith("_")
+            }
+        elif inspect.isclass(thing):
+            names[name] = [kind.__name__ for kind in thing.__mro__]
+        elif callable(thing):
+            names[name] = parameters(thing)
+        else:
+            names[name] = sorted(thing) if isinstance(thing, dict) else type(thing).__name__
+    return names
+
+
+def openapi() -> dict[str, Any]:
+    """Return the service's description of itself."""
+    from embedcam import Explainer, load_network
+    from embedcam.service import create_app
+
+    network = load_network("snapshot_network:make", layer="relu")
+    app = create_app(Explainer("i", network))
+    description: dict[str, Any] = app.openapi()
+    app.state.pipeline.close()
+    return description
+
+
+COLLECTED: dict[str, Callable[[], Any]] = {
+    "help": help_texts,
+    "public": public_names,
+    "json": answers,
+    "exit_codes": exit_codes,
+    "openapi": openapi,
+}
+
+
+@contextlib.contextmanager
+def working_folder() -> Iterator[None]:
+    """Work in a folder of photographs, an index and a network of one's own."""
+    before, path, columns = Path.cwd(), list(sys.path), os.environ.get("COLUMNS")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        os.environ["COLUMNS"] = "100"
+        Path("snapshot_network.py").write_text(NETWORK)
+        for label, number in ((label, number) for label in range(3) for number in range(9)):
+            name = Path("photos" if number < 8 else "more", str(label), f"{number}.png")
+            name.parent.mkdir(parents=True, exist_ok=True)
+            picture(label, number).save(name)
+        sys.path.insert(0, folder)
+        try:
+            run(["build", "photos", "i", "--quiet", *NAMED, "--layer", "relu"])
+            yield
+        finally:
+            os.chdir(before)
+            sys.path[:] = path
+            sys.modules.pop("snapshot_network", None)
+            if columns is None:
+                del os.environ["COLUMNS"]
+            else:
+                os.environ["COLUMNS"] = columns
+
+
+def saved(name: str) -> Any:
+    """Return a snapshot."""
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for part, collect in COLLECTED.items():
+        with working_folder():
+            text = json.dumps(collect(), indent=1, ensure_ascii=False)
+        (FOLDER / f"{part}.json").write_text(f"{text}\n", encoding="utf-8")

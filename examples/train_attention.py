@@ -1,6 +1,6 @@
 """Train LFI-CAM and ABN on the demonstration's scenes, and see whether they look at the digit.
 
-    python scripts/train_attention.py OUTPUT
+    python examples/train_attention.py OUTPUT
 
 Each network is the demo's own, cut in two, with its attention branch at the cut, trained from
 random weights by the demo's semi-hard triplet loss (ABN: by the sum of those of its two
@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from embedcam import EmbeddingNetwork
-from embedcam.demo import training
+from embedcam.demo import digits_network as training
 from embedcam.demo.digits_network import digits_preprocess, initialise, save_weights
 from embedcam.demo.scenes import Scene, SceneMaker
 from embedcam.demo.settings import DemoSettings

@@ -1,7 +1,7 @@
 """Every method of the zoo on one query, side by side, with its time and passes, as one picture.
 
-    python scripts/zoo_figure.py demo-output --output zoo.png
-    python scripts/zoo_figure.py DATA/birds20 --weights mobilenet_v2_imagenet.safetensors \\
+    python examples/zoo_figure.py demo-output --output zoo.png
+    python examples/zoo_figure.py DATA/birds20 --weights mobilenet_v2_imagenet.safetensors \\
         --output birds.png
 
 The first form takes a folder that `embedcam demo` wrote: a scene with two digits, and the gallery's
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def attention(folder: Path, network: EmbeddingNetwork) -> dict[str, EmbeddingNetwork]:
-    """The networks that scripts/train_attention.py trained on the demonstration's scenes."""
+    """The networks that examples/train_attention.py trained on the demonstration's scenes."""
     from train_attention import make_abn, make_lfi
 
     from embedcam.demo.settings import DemoSettings
@@ -115,27 +115,26 @@ def demo_scene(
 ) -> tuple[EmbeddingNetwork, Image.Image, Image.Image, list[str]]:
     """A scene of the demonstration with two digits, and the nearest picture of the left one's."""
     from embedcam.demo.digits_network import LAYER, digits_preprocess, load_weights
-    from embedcam.demo.measure import features, questions
-    from embedcam.demo.scene_files import read_scenes
+    from embedcam.demo.scenes import read_scenes
 
-    network = EmbeddingNetwork(
-        load_weights(options.folder / "network.safetensors"),
-        LAYER,
-        preprocess=digits_preprocess(),
-        name="digits",
-    )
-    scenes = options.folder / "scenes"
-    gallery, pairs = (
-        features(network, read_scenes(scenes, split)) for split in ("gallery", "pair")
-    )
-    asked = [q for q in questions(gallery, pairs, n_results=1) if q.side == 0][options.number]
-    scene = read_image(pairs.files[asked.scene].path)
+    module = load_weights(options.folder / "network.safetensors")
+    network = EmbeddingNetwork(module, LAYER, preprocess=digits_preprocess(), name="digits")
+    folder = options.folder / "scenes"
+    path, digits = list(read_scenes(folder, "pair").items())[options.number]
+    scene = read_image(folder / path)
+    same = [
+        read_image(folder / one)
+        for one, placed in read_scenes(folder, "gallery").items()
+        if placed[0].label == digits[0].label
+    ]
+    batch = np.stack([network.preprocess(picture) for picture in (scene, *same)])
+    vectors = network.forward(batch).embedding
+    result = same[int((vectors[1:] @ vectors[0]).argmax())]
     # The demonstration's network takes scenes of any width: the whole scene, not squashed.
     height = network.preprocess.size[0]
     network.preprocess = replace(
         network.preprocess, size=(height, height * scene.width // scene.height)
     )
-    result = read_image(gallery.files[int(asked.results[0])].path)
     return network, scene, result.resize(scene.size), ["trunk.1", "trunk.3", "trunk"]
 
 
@@ -214,7 +213,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, help="of the demonstration, or of photographs")
     parser.add_argument("--weights", help="ImageNet weights of MobileNetV2, for photographs")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="only these")
-    parser.add_argument("--attention", type=Path, help="of scripts/train_attention.py's networks")
+    parser.add_argument("--attention", type=Path, help="of examples/train_attention.py's networks")
     parser.add_argument("--number", type=int, default=0, help="which scene, from 0")
     parser.add_argument("--output", type=Path, default=Path("zoo.png"), help="picture to write")
     options = parser.parse_args()

@@ -78,7 +78,7 @@ def _learned(network: EmbeddingNetwork, kind: type[Learned], title: str) -> Lear
     given = type(module).__name__ if network.hooked else "network given as trunk and head"
     raise NetworkError(
         f"{title} draws what a trained branch says, and this {given} has none; wrap trunk and head "
-        f"in embedcam.methods.learned.{kind.__name__}, train it as scripts/train_attention.py "
+        f"in embedcam.methods.learned.{kind.__name__}, train it as examples/train_attention.py "
         "does, and explain EmbeddingNetwork(module, 'trunk')"
     )
 

@@ -1,23 +1,28 @@
 """What does it cost? Every bar of the package as a ratio within one run, with its noise beside it.
 
-    python scripts/benchmark.py --network resnet50 mobilenet_v2 --output docs/results/benchmark.md
-    python scripts/benchmark.py explain peers --quick
+    python -m scripts.benchmarks --network resnet50 mobilenet_v2 --output docs/results/benchmark.md
+    python -m scripts.benchmarks explain peers --quick
+    python -m scripts.benchmarks service --output docs/results/service.md
+    python -m scripts.benchmarks soak --minutes 10 --output docs/results/soak.md
 
 Needs no data: random weights and synthetic pictures in a temporary folder. Cases of one table run
 in one process and strictly alternate, A B A B; each ratio is the median over rounds of (this case /
 the first case of the same round), with the smallest and largest beside it; garbage collection is
-off while a case is timed. The control row is the first case run a second time in each round: how
-far it lies from 1 is how far any other ratio can be believed.
+off while a case is timed. The A/A row is the first case run a second time in each round: how
+far it lies from 1 is how far any other ratio can be believed. `service` and `soak` have options of
+their own.
 """
 
 import argparse
 import platform
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from benchmark import (
+
+from . import (
     building,
     evaluating,
     exactness,
@@ -26,13 +31,59 @@ from benchmark import (
     indexes,
     onnx,
     receipts,
+    service,
+    soak,
     trusting,
     zoo,
 )
 
-SECTIONS = ("exactness", "build", "explain", "peers", "storage", "open", "search", "zoo", "memory",
-            "eigencam", "online", "evaluate", "trust", "receipts", "features",
-            "onnx")  # fmt: skip
+Section = Callable[[argparse.Namespace, Path], Iterator[str]]
+
+
+def _each(report: Callable[..., str], rounds: int) -> Section:
+    """Report each network, so many times the rounds."""
+    return lambda o, folder: (report(name, rounds * o.rounds, folder) for name in o.network)
+
+
+def _build(o: argparse.Namespace, folder: Path) -> Iterator[str]:
+    for name in o.network:
+        yield building.report(name, o.images, o.rounds, o.batch_size, folder, o.heads)
+
+
+def _open(o: argparse.Namespace, folder: Path) -> Iterator[str]:
+    yield indexes.open_report((5 if o.quick else 10) * o.rows, o.rounds, folder)
+
+
+def _evaluate(o: argparse.Namespace, folder: Path) -> Iterator[str]:
+    yield evaluating.share_report(o.network, o.images, o.rounds, folder)
+    counts = (64, 256) if o.quick else (500, 10_000)
+    yield evaluating.memory_report("mobilenet_v2", *counts, folder)
+    yield evaluating.peers_report("mobilenet_v2", o.rounds)
+
+
+def _trust(o: argparse.Namespace, folder: Path) -> Iterator[str]:
+    return (trusting.report(name, o.images, o.rounds, folder) for name in o.network)
+
+
+SECTIONS: dict[str, Section] = {
+    "exactness": lambda o, _: iter([exactness.report(1 if o.quick else 4, triplets=50)]),
+    "build": _build,
+    "explain": _each(explaining.explain_report, 20),
+    "peers": _each(explaining.peers_report, 20),
+    "storage": lambda o, folder: iter([indexes.storage_report(4096, folder)]),
+    "open": _open,
+    "search": lambda o, folder: iter([indexes.search_report(o.rows, 100 * o.rounds, folder)]),
+    "zoo": lambda o, _: iter([zoo.peers_report(o.network[0], "resnet18", 4 * o.rounds)]),
+    "memory": lambda o, _: map(zoo.memory_report, ("resnet18", "mobilenet_v2")),
+    "eigencam": lambda o, _: iter([zoo.decomposition_report(20 * o.rounds)]),
+    "online": lambda o, folder: iter([zoo.online_report(o.network[0], 4 * o.rounds, folder)]),
+    "evaluate": _evaluate,
+    "trust": _trust,
+    "receipts": _each(receipts.report, 20),
+    "features": lambda o, folder: iter([features.report(o.rows, 100 * o.rounds, folder)]),
+    "onnx": _each(onnx.onnx_report, 4),
+}
+OTHERS = {"service": service.main, "soak": soak.main}
 
 
 def main() -> None:
@@ -42,9 +93,8 @@ def main() -> None:
     report = [preface(options)]
     print(report[0], flush=True)
     with tempfile.TemporaryDirectory(prefix="embedcam-benchmark-", dir=options.folder) as folder:
-        for name in SECTIONS:
-            if name in options.sections:
-                text = section(name, options, Path(folder))
+        for name, section in SECTIONS.items():
+            for text in section(options, Path(folder)) if name in options.sections else ():
                 print(text, flush=True)
                 report.append(text)
     if options.output:
@@ -53,59 +103,11 @@ def main() -> None:
         print(f"written to {options.output}")
 
 
-def section(name: str, options: argparse.Namespace, folder: Path) -> str:
-    """One section's Markdown."""
-    rounds, images = options.rounds, options.images
-    rows = 20_000 if options.quick else 100_000
-    if name == "exactness":
-        return exactness.report(anchors=1 if options.quick else 4, triplets=50)
-    if name == "build":
-        text = [
-            building.report(network, images, rounds, options.batch_size, folder, options.heads)
-            for network in options.network
-        ]
-        return "\n".join(text)
-    if name in ("explain", "peers"):
-        make = explaining.explain_report if name == "explain" else explaining.peers_report
-        return "\n".join(make(network, 20 * rounds, folder) for network in options.network)
-    if name == "storage":
-        return indexes.storage_report(4096, folder)
-    if name == "open":
-        return indexes.open_report(100_000 if options.quick else 1_000_000, rounds, folder)
-    fast = options.network[0]
-    if name == "zoo":
-        return zoo.peers_report(fast, "resnet18", 4 * rounds)
-    if name == "memory":
-        return "\n".join(map(zoo.memory_report, ("resnet18", "mobilenet_v2")))
-    if name == "eigencam":
-        return zoo.decomposition_report(20 * rounds)
-    if name == "onnx":
-        return "\n".join(onnx.onnx_report(each, 4 * rounds, folder) for each in options.network)
-    if name == "online":
-        return zoo.online_report(fast, 4 * rounds, folder)
-    if name == "evaluate":
-        counts = (64, 256) if options.quick else (500, 10_000)
-        return "\n".join(
-            (
-                evaluating.share_report(options.network, images, rounds, folder),
-                evaluating.memory_report("mobilenet_v2", *counts, folder),
-                evaluating.peers_report("mobilenet_v2", rounds),
-            )
-        )
-    if name == "receipts":
-        return "\n".join(receipts.report(each, 20 * rounds, folder) for each in options.network)
-    if name == "trust":
-        return "\n".join(trusting.report(each, images, rounds, folder) for each in options.network)
-    if name == "features":
-        return features.report(rows, 100 * rounds, folder)
-    return indexes.search_report(rows, 100 * rounds, folder)
-
-
 def preface(options: argparse.Namespace) -> str:
-    """What the figures were measured with."""
+    """Say what the figures were measured with."""
     return (
         "# What it costs\n\n"
-        f"`scripts/benchmark.py {' '.join(options.sections)}`: random weights, synthetic "
+        f"`python -m scripts.benchmarks {' '.join(options.sections)}`: random weights, synthetic "
         f"pictures, 224 px, {options.rounds} rounds; torch {torch.__version__} on "
         f"{torch.get_num_threads()} threads, {platform.machine()}, Python "
         f"{platform.python_version()}.\n\n"
@@ -140,8 +142,11 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     options.sections = options.sections or list(SECTIONS)
     options.images = options.images or (64 if options.quick else 512)
     options.rounds = options.rounds or (2 if options.quick else 5)
+    options.rows = 20_000 if options.quick else 100_000
     return options
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in OTHERS:
+        sys.exit(OTHERS[sys.argv.pop(1)]())
     sys.exit(main())

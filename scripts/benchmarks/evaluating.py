@@ -93,12 +93,12 @@ def memory_report(name: str, few: int, many: int, folder: Path) -> str:
     for count in (few, many):
         given = write_queries(folder / f"queries-{count}.csv", source, count)
         code = (
-            "from benchmark.evaluating import peak; "
+            "from scripts.benchmarks.evaluating import peak; "
             f"print(peak({str(path)!r}, {str(given)!r}, {str(folder)!r}))"
         )
         done = subprocess.run(
             [sys.executable, "-c", code],
-            capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
+            capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
         )  # fmt: skip
         peaks[count] = float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
     over = peaks[many] / peaks[few]

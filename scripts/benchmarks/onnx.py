@@ -76,12 +76,7 @@ def _rows(
         measured = ratio(seconds, took["torch"])
         bar = BAR if case == "ONNX Runtime" else None
         rows.append(
-            [
-                f"{title}: {case}",
-                milliseconds(seconds),
-                measured,
-                verdict(measured.median, bar),
-            ]
+            [f"{title}: {case}", milliseconds(seconds), measured, verdict(measured.median, bar)]
         )
     return rows
 

@@ -148,8 +148,8 @@ def preface(options: argparse.Namespace, about: str) -> str:
     """What the figures were measured with."""
     return (
         "# What explaining adds to a service\n\n"
-        f"`python -m scripts.benchmarks service`: {options.network} with random weights and a linear head "
-        f"of 128, JPEG uploads of 640 x 480; {about}; {options.rounds} rounds of "
+        f"`python -m scripts.benchmarks service`: {options.network} with random weights and a "
+        f"linear head of 128, JPEG uploads of 640 x 480; {about}; {options.rounds} rounds of "
         f"{options.requests} requests a case, {platform.machine()}, Python "
         f"{platform.python_version()}.\n\n"
         "Blocks of a case alternate against one server. `/ search` is the ratio of the same "

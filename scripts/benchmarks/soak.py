@@ -288,8 +288,9 @@ def report(
     highest = max(held for _, held in memory) / 1e6
     lines = [
         "# A service under load\n",
-        f"`python -m scripts.benchmarks soak`: {options.minutes:g} minutes, {options.concurrency} clients "
-        f"and one that drips, {options.good:.0%} good requests, MobileNetV2 with random weights; "
+        f"`python -m scripts.benchmarks soak`: {options.minutes:g} minutes, "
+        f"{options.concurrency} clients and one that drips, {options.good:.0%} good requests, "
+        "MobileNetV2 with random weights; "
         f"{sum(run.answers.values()):,} requests.\n",
         f"- answered otherwise than they should be: {len(run.wrong)}",
         *(f"  - {line}" for line in run.wrong[:10]),

@@ -177,10 +177,10 @@ def memory_report(model: str) -> str:
     """Peak memory of Score-CAM in a process of its own, beside pytorch-grad-cam's."""
     grown = {}
     for which in ("none", "embedcam", "embedcam, 16", "pytorch-grad-cam"):
-        code = f"from benchmark.zoo import peak; print(peak({model!r}, {which!r}))"
+        code = f"from scripts.benchmarks.zoo import peak; print(peak({model!r}, {which!r}))"
         done = subprocess.run(
             [sys.executable, "-c", code],
-            capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
+            capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
         )  # fmt: skip
         grown[which] = float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
     own, alike, peer = (

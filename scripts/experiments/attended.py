@@ -28,13 +28,7 @@ from scipy.stats import t as student
 from sklearn.linear_model import RidgeCV
 
 from embedcam import EmbeddingNetwork, Explainer, Recipe, build_from_features, load_network
-from embedcam.demo.digits_network import (
-    LAYER,
-    digits_preprocess,
-    load_weights,
-    save_weights,
-    train,
-)
+from embedcam.demo.digits_network import LAYER, digits_preprocess, load_weights, save_weights, train
 from embedcam.demo.scenes import Scene, SceneMaker, Split
 from embedcam.demo.settings import DemoSettings
 from embedcam.offline.features import AffineHead

@@ -1,8 +1,8 @@
 """Do receipts point at what matched? Scenes of two photographs, and cells matched one by one.
 
-The data, the split and the two embeddings are those of the experiment `truth`. 500 scenes of two unseen
-pictures of different classes, x on the left and y on the right; x' and y' are the nearest other
-pictures of the same classes.
+The data, the split and the two embeddings are those of the experiment `truth`. 500 scenes of two
+unseen pictures of different classes, x on the left and y on the right; x' and y' are the nearest
+other pictures of the same classes.
 
 - *map*: the scene is the query and x' the result. *AUC*: of its signed evidence, cells on the left
   against those on the right; *share*: of the positive evidence on the left, *right*: how often it

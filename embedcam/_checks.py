@@ -302,3 +302,14 @@ def _on_grid(
             "with grid=(H, W)"
         )
     return maps
+
+
+def as_array(values: Any, kind: Any = None) -> np.ndarray:
+    """Return an array, or a tensor on any device, as an array; of another type where one is named.
+
+    Nothing is copied that need not be.
+    """
+    import numpy as np
+
+    array: np.ndarray = values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
+    return array if kind is None else array.astype(kind, copy=False)

@@ -10,7 +10,7 @@ from test_report import records
 from test_report_cli import Say, here, say  # noqa: F401 - fixtures
 
 from embedcam import EmbeddingNetwork, Explainer, Recipe, find_images, write_report
-from embedcam.explain.finer import larger_input
+from embedcam.explain.queries import larger_input
 from embedcam.ops import attended, cam, joined, resize, signed_cam
 
 

@@ -180,7 +180,7 @@ def test_options_of_methods_are_bounded(say: Say) -> None:
     for given, said in (
         ("cells=99999999", "cells = 99999999; give a whole number from 1 to 256"),
         ("masks=100000000000", "masks = 100000000000; give a whole number from 2 to 1,000,000"),
-        ("masks=1", "masks = 1; give a whole number from 2"),
+        ("masks=1", "masks = 1; give a whole number from 2 to 1,000,000"),
     ):
         code, _, err = say(*asked, given)
         assert (code, err) == (2, f"embedcam: {said}\n")

@@ -1,6 +1,8 @@
 """A finer map of a query: shown larger once more, joined, from pictures, inputs and features."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from torch import nn
 
 from embedcam import EmbeddingNetwork, Explainer, Preprocess, Recipe
 from embedcam.errors import InputError, NetworkError
-from embedcam.explain.finer import Finer, larger_input
+from embedcam.explain.queries import finer_activations, larger_input
 from embedcam.ops import joined, resize, signed_cam
 from embedcam.preprocess import custom
 
@@ -136,12 +138,13 @@ def test_a_network_of_one_size_sees_the_quarters() -> None:
     batch = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
     with pytest.raises(NetworkError):
         network.forward(batch)
-    finer, asked = Finer(), []
+    asked: list[int] = []
+    snapshot: Any = SimpleNamespace(network=network, layers=(network.layer,), refused_sizes=set())
     network.module.register_forward_pre_hook(lambda _, given: asked.append(given[0].shape[-1]))
-    first = finer.activations(network, [network.layer], batch)[0]
+    first = finer_activations(snapshot, batch)[0]
     assert asked[0] == 16
     asked.clear()
-    found = finer.activations(network, [network.layer], batch)[0]
+    found = finer_activations(snapshot, batch)[0]
     # What was refused is not tried again.
     assert asked == [8, 8, 8, 8]
     np.testing.assert_array_equal(found, first)

@@ -31,7 +31,8 @@ from torch import nn
 from embedcam import EmbeddingNetwork, Explainer, Explanation, Index, Recipe
 from embedcam._checks import LARGEST
 from embedcam.errors import ImageError, InputError, NetworkError, NetworkMismatch
-from embedcam.explain.explanation import check_picture_name
+from embedcam.explain import drawing
+from embedcam.explain.drawing import check_picture_name
 from embedcam.index import compact, create, remove
 from embedcam.index.encoding import Dense
 from embedcam.ops import area_average
@@ -814,7 +815,7 @@ def test_indexes_and_networks_that_do_not_go_together(
         Explainer(without, network)
     with pytest.raises(InputError, match="has no network, so it cannot embed a picture"):
         Explainer(dense).explain(picture(0, 0))
-    with pytest.raises(InputError, match="'median' is unknown; use one of mean, distance"):
+    with pytest.raises(InputError, match=r"'median' is unknown; .*known: mean, distance"):
         Explainer(dense, transfer="median")
     with pytest.raises(InputError, match="n_neighbors = 0"):
         Explainer(dense, n_neighbors=0)
@@ -938,15 +939,13 @@ def test_where_no_picture_can_be_written(cropped: Explainer, tmp_path: Path) -> 
 def test_the_scale_reaches_the_panel(
     cropped: Explainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from embedcam import render
-
-    panel, scales = render.panel, []
+    panel, scales = drawing.panel, []
 
     def watched(*tiles: Any, scale: str, **more: Any) -> Image.Image:
         scales.append(scale)
         return panel(*tiles, scale=scale, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(render, "panel", watched)
+    monkeypatch.setattr(drawing, "panel", watched)
     why = cropped.explain(picture(0, 0))
     why.plot()
     why.plot(scale="each")

@@ -20,7 +20,7 @@ from rounding import same_arrays
 
 from embedcam import DirectWeights, EmbeddingNetwork, Explainer, Explanation, Index, Recipe
 from embedcam.errors import IndexFormatError, InputError, NetworkMismatch
-from embedcam.explain.explanation import Asked
+from embedcam.explain.explanation import Result
 from embedcam.index import append, compact, remove
 
 THREADS = 4
@@ -58,7 +58,7 @@ def same(a: Any, b: Any) -> bool:
         mine, other = getattr(a, field.name), getattr(b, field.name)
         if field.name in ("image", "preprocess"):
             alike = type(mine) is type(other)
-        elif isinstance(mine, Asked) and isinstance(other, Asked):
+        elif isinstance(mine, Result) and isinstance(other, Result):
             alike = same(mine, other)
         elif isinstance(mine, dict):
             alike = mine.keys() == other.keys() and all(

@@ -731,8 +731,8 @@ def test_shapes_that_vary_name_the_image(tmp_path):
         ({"positions": [-1]}, "-1 to -1 given"),
         ({"positions": [0.5]}, "expected whole numbers"),
         ({"positions": [[0]]}, "expected whole numbers"),
-        ({"batch_size": 0}, "batch_size: expected a whole number from 1, given 0"),
-        ({"workers": -1}, "workers: expected a whole number from 0, given -1"),
+        ({"batch_size": 0}, "batch_size = 0; give a whole number of at least 1"),
+        ({"workers": -1}, "workers = -1; give a whole number of at least 0"),
         ({"on_error": "ignore"}, 'expected "fail" or "skip", given \'ignore\''),
     ],
 )

@@ -18,7 +18,7 @@ from zoo_gradients import ORACLES, bilinear, weighted_map
 
 from embedcam import METHODS, EmbeddingNetwork, Similarity, TripletMargin, cam_for
 from embedcam.errors import InputError, NetworkError, RecipeError
-from embedcam.methods import Found, Subject
+from embedcam.methods import MethodOutput, Subject
 from embedcam.targets import Direction
 
 # Stages of the toy trunk: [5 12 18], [5 4 6] and [6 4 6].
@@ -27,31 +27,16 @@ HOMOGENEOUS = ["gradcam", "xgradcam", "integratedgradcam", "hirescam", "layercam
 
 
 def found_for(
-    name: str,
-    case: Case,
-    images: Tensor | None = None,
-    *,
-    batch_size: int = 32,
-    fill: Any = "mean",
-    norm: str = "through",
-    seed: int = 0,
-    **options: Any,
-) -> tuple[Found, Subject]:
-    batch = case.image[None] if images is None else images
-    with (
-        Subject(
-            case.network, batch, case.target, batch_size=batch_size, fill=fill, norm=norm, seed=seed
-        ) as subject,
-        torch.no_grad(),
-    ):
-        return METHODS[name].load()(subject, **options), subject
+    name: str, case: Case, images: Any = None, **options: Any
+) -> tuple[MethodOutput, Subject]:
+    return zoo_cases.run(case, name, images, **{"batch_size": 32, **options})
 
 
-def parts(found: Found, row: int = 0) -> list[np.ndarray]:
+def parts(found: MethodOutput, row: int = 0) -> list[np.ndarray]:
     return [part[row].detach().numpy() for part in (found.weights, found.maps) if part is not None]
 
 
-def distance(expected: Expected, found: Found) -> float:
+def distance(expected: Expected, found: MethodOutput) -> float:
     """Largest difference, relative to the largest number expected of weights or map."""
     wanted = [part for part in (expected.weights, expected.map) if part is not None]
     given = parts(found)
@@ -253,18 +238,6 @@ def test_smooth_noise_follows_the_images_range() -> None:
     np.testing.assert_allclose(scaled.weights, found.weights, rtol=1e-9)
 
 
-def test_smooth_stays_bounded_at_the_pole_of_its_fraction() -> None:
-    """With strong noise m3 < 0 < m1 somewhere, and 2 m2 + S m3 near 0: a is at most 1."""
-    from embedcam.methods.sampled import _smooth_weights
-
-    first, second = torch.ones(1, 3, 1, 1).double(), torch.full((1, 3, 1, 1), 2.0).double()
-    third = torch.tensor([1.0, -3.9999999, -8.0]).double().reshape(1, 3, 1, 1)
-    found = _smooth_weights(first, second, third, torch.ones(3, 1, 1).double())
-    np.testing.assert_allclose(found[0], [2 / 5, 1, 1])
-    nothing = _smooth_weights(0 * first, 0 * second, 0 * third, torch.ones(3, 1, 1).double())
-    assert (nothing == 0).all()
-
-
 def test_integrated_takes_steps_and_a_baseline() -> None:
     case = zoo_cases.make("curved", "triplets")
     grey = torch.full_like(case.image, 0.25)
@@ -314,14 +287,6 @@ def test_layercam_fuses_layers(shallow: list[str] | None) -> None:
     np.testing.assert_allclose(backwards.maps, found.maps, rtol=1e-12)
 
 
-def test_layercams_shallow_layers_are_vgg16s_first_three_stages_by_default() -> None:
-    from embedcam.methods.elementwise import _shallow
-
-    for sides in ((112, 56, 28, 14, 7), (224, 112, 56, 28, 14)):
-        stages = {f"stage{i + 1}": torch.zeros(1, n, n) for i, n in enumerate(sides)}
-        assert _shallow(stages, "stage5", None) == {"stage1", "stage2", "stage3"}
-
-
 def test_zoomcam_fuses_layers() -> None:
     case = zoo_cases.make("curved", "triplets", signed=True)
     found, _ = found_for("zoomcam", case, layers=LAYERS)
@@ -351,31 +316,6 @@ def test_the_norm_goes_around_where_asked() -> None:
     assert distance(again, fused) < 1e-9
     pixels, _ = found_for("guidedbackprop", case, norm="around")
     assert distance(ORACLES["guidedbackprop"](plain), pixels) < 1e-9
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("smoothgradcam++", {"samples": 0}, r"samples = 0; give a whole number from 1"),
-        ("smoothgradcam++", {"samples": True}, r"samples = True; give a whole number"),
-        ("smoothgradcam++", {"sigma": -0.1}, r"sigma = -0\.1; give a share of the image's range"),
-        ("smoothgradcam++", {"sigma": float("nan")}, r"sigma = nan; give a share"),
-        ("integratedgradcam", {"steps": 2.5}, r"steps = 2\.5; give a whole number from 1"),
-        ("layercam", {"shallow": ["features"]}, r"which of several layers .*; give layers= too"),
-        (
-            "layercam",
-            {"layers": LAYERS, "shallow": ["features.4"]},
-            r"shallow names 'features\.4'; give a list of some of the layers 'features\.1'",
-        ),
-        ("layercam", {"layers": LAYERS, "shallow": "features"}, r"shallow names 'features'; give"),
-        ("zoomcam", {"layers": "features"}, r"layers = 'features' is one name; give a list such"),
-        ("zoomcam", {"layers": []}, r"give a list of layers, such as \['layer3', 'layer4'\]"),
-        ("zoomcam", {"layers": ["features"] * 2}, r"given twice among features, features"),
-    ],
-)
-def test_wrong_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        found_for(name, zoo_cases.make(), **options)
 
 
 @pytest.mark.parametrize("name", [*HOMOGENEOUS, "gradcam++", "guidedbackprop", "zoomcam"])

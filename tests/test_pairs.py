@@ -250,9 +250,9 @@ def test_lines_are_the_largest_by_magnitude_and_the_rest_is_told() -> None:
     body = json.loads(json.dumps(receipt.to_dict(lines=3)))
     told = sum(line["contribution"] for line in body["channels"]) + body["other_channels"]
     assert told + body["shared"] + body["remainder"] == pytest.approx(body["similarity"], abs=1e-9)
-    with pytest.raises(InputError, match="-1 lines; give a whole number"):
+    with pytest.raises(InputError, match="lines = -1; give a whole number"):
         receipt.lines(-1)
-    with pytest.raises(InputError, match="-1 links; give a whole number"):
+    with pytest.raises(InputError, match="links = -1; give a whole number"):
         receipt.links(-1)
 
 
@@ -264,7 +264,7 @@ def test_links_are_drawn_from_the_middles_of_cells(monkeypatch) -> None:
     receipt = make_receipt(query, result, np.zeros(WIDTH), query_shown=shown)
     given = {}
     monkeypatch.setattr(
-        "embedcam.pairs.drawing.receipt_picture", lambda *_, **named: given.update(named)
+        "embedcam.pairs.receipt.receipt_picture", lambda *_, **named: given.update(named)
     )
     receipt.plot(links=3)
     links = receipt.links(3)
@@ -512,7 +512,7 @@ def test_a_rival_s_own_map_has_the_rival_s_colour(monkeypatch: pytest.MonkeyPatc
     result, rival = (make_receipt(sides[0], one, np.zeros(3)) for one in sides[1:])
     drawn: list[Tile] = []
     monkeypatch.setattr(
-        "embedcam.pairs.drawing.receipt_picture", lambda tiles, *_, **__: drawn.extend(tiles)
+        "embedcam.pairs.receipt.receipt_picture", lambda tiles, *_, **__: drawn.extend(tiles)
     )
     made = make_comparison(sides[0], result, rival, "l2")
     made.plot()

@@ -183,7 +183,9 @@ def test_missing_channels_stay_missing_only_where_all_miss_them() -> None:
 
 def test_errors_say_what_was_given() -> None:
     ones = np.ones(2)
-    with pytest.raises(InputError, match="mode 'median' is unknown; use one of mean, distance"):
+    with pytest.raises(
+        InputError, match="transfer = 'median' is unknown; .*mean, distance"
+    ):
         coefficients(ones, ones, "median")
     with pytest.raises(InputError, match=r"norms \[2\] and distances \[3\] must have one shape"):
         coefficients(ones, np.ones(3))

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embedcam import EmbeddingNetwork, cam_for
-from embedcam.methods import MethodWarning
+from embedcam import METHODS, EmbeddingNetwork, cam_for
+from embedcam.methods import MethodOutput, MethodWarning, Subject, run_method
 from embedcam.targets import Direction, Similarity, Target, TripletMargin
 
 SIZE = (12, 18)
@@ -176,3 +176,20 @@ def made(name: str, network: Any, images: Any, target: Any, **options: Any) -> A
         return cam_for(
             network, images, target, name, progress=False, **{**QUICK.get(name, {}), **options}
         )
+
+
+def run_on(
+    network: Any, images: Any, target: Any, name: str, **options: Any
+) -> tuple[MethodOutput, Subject]:
+    """What a method returns for a batch, and the subject with its passes."""
+    settings = {k: options.pop(k) for k in ("batch_size", "seed", "fill", "norm") if k in options}
+    if name == "polycam":
+        options.setdefault("layers", ["features.1", "features"])
+    with Subject(network, images, target, **settings) as subject:
+        return run_method(subject, METHODS[name], **options), subject
+
+
+def run(case: Case, name: str, images: Any = None, **options: Any) -> tuple[MethodOutput, Subject]:
+    """`run_on` a case's own network and target, and its picture or others."""
+    images = case.image[None] if images is None else images
+    return run_on(case.network, images, case.target, name, **options)

@@ -55,7 +55,7 @@ def trust_of(options: argparse.Namespace, index: Any, network: Any) -> dict[str,
     if options.trusted_from is not None:
         given["trusted_from"] = options.trusted_from
     if options.fallback:
-        from ..methods.fallback import DirectWeights
+        from ..methods import DirectWeights
         from ..recipe.recipe import Recipe
 
         recipe = Recipe.of_index(index.manifest)

@@ -117,7 +117,7 @@ def _say_empty(options: argparse.Namespace, query: str, explanation: Any) -> Non
 
 def _say_shared(options: argparse.Namespace, index: Any) -> None:
     """That by a target of labels a result is hardly explained apart from its label."""
-    from ..explain.explanation import shared_of
+    from ..explain.snapshot import shared_of
 
     shared = shared_of(index.manifest) if options.method is None else None
     if options.result is None or not shared:
@@ -257,7 +257,7 @@ def plan_pictures(output: str | None, queries: Sequence[str]) -> list[Path | Non
     """
     if output is None:
         return [None] * len(queries)
-    from ..explain.explanation import check_picture_name
+    from ..explain.drawing import check_picture_name
 
     where = Path(output)
     folder = where.is_dir() or output.endswith("/") or not where.suffix

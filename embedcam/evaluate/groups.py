@@ -8,9 +8,9 @@ import numpy as np
 from ..errors import EmbedcamError, EmbeddingError, InputError
 from ..explain.answer import negatives_for
 from ..images import Batch, load_batches
-from ..methods.fallback import DirectWeights
+from ..methods import DirectWeights
 from ..metrics import correlations, rank_correlations
-from ..metrics.order import pixel_count
+from ..metrics.maps import pixel_count
 from ..recipe.recipe import Recipe
 from .baselines import SHUFFLED, WRONG, ShuffledNetwork, mean_activation
 from .faithfulness import Faithfulness

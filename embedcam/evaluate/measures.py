@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from ..metrics import best_iou, box_from_map, box_iou, energy_share, iou_at, pointing_hit
-from ..metrics.contrast_free import (
+from ..metrics import (
     average_precision,
+    best_iou,
+    box_from_map,
+    box_iou,
+    energy_share,
     equal_area_share,
     hottest_precision,
+    iou_at,
     pixel_auc,
+    pointing_hit,
 )
 from .regions import Region
 

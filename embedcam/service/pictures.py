@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ImageError, ImageTooLarge
-from ..explain.finer import larger_input
+from ..explain.queries import larger_input
 from ..images import read_image
 from ..preprocess import AnyPreprocess, Extent
 from ..render import Tile, top_value

@@ -52,14 +52,7 @@ class PrepareError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """One picture of a download.
-
-    path: of the original; name: its path below images/ in the output, without suffix.
-    box: (x0, y0, x1, y1) in pixels of the original, ends excluded.
-    contour: corners `[n 2]` (x, y) of the object's outline, or None; (0, 0) is the middle of the
-        first pixel.
-    split: "train", "test", or "" where the download has none.
-    """
+    """One picture of a download."""
 
     path: Path
     name: str
@@ -119,11 +112,7 @@ def read_objects(root: Path, wanted: Sequence[str]) -> Iterator[Source]:
 
 
 def read_annotation(path: Path) -> tuple[tuple[float, float, float, float], np.ndarray]:
-    """Box and outline `[n 2]` of a Caltech-101 annotation, in pixels of the picture.
-
-    The file counts pixels from 1 with both ends included, its box is (top, bottom, left, right),
-    and its outline is measured from the box's top left corner.
-    """
+    """Box and outline `[n 2]` of a Caltech-101 annotation, in pixels of the picture."""
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
@@ -165,11 +154,7 @@ def choose(known: Sequence[str], wanted: Sequence[str]) -> set[str]:
 def prepare(
     sources: Sequence[Source], out: Path, max_side: int, progress: bool = True
 ) -> dict[str, int]:
-    """Write pictures, masks and, last, the table; finished pictures of the same size are kept.
-
-    Returns:
-        How many pictures were written and how many were there already.
-    """
+    """Write pictures, masks and, last, the table; finished pictures of the same size are kept."""
     if not sources:
         raise PrepareError("no picture was found; check the folder and the classes")
     settings = {"max_side": max_side, "jpeg_quality": JPEG_QUALITY}

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 from ..errors import EmbedcamError
 from ..preprocess import Extent
 from ..render import Row as PageRow
-from ..render import Tile
+from ..render import Tile, shrunk
+from ..render.overlay import scale_box
 from .gallery import sample
 from .maps import Questions
 from .measures import MEAN, TRANSFERRED
@@ -144,15 +145,17 @@ class Examples:
         own = work.own_rows.known([position])
         if not about:
             near = work.gallery.nearest(seen.embeddings, own, work.settings.n_neighbors)
-        small = _small(picture)
         boxes = work.regions.pixels(position, picture.size, row["label"] if about else None)
+        extent = work.preprocess.extent(*picture.size)
+        tile = _shrunk(Tile(picture, extent=extent))
+        small = (tile.image or picture).copy()
         for box in boxes:
-            _outline(small, _scaled(box, picture, small))
+            _outline(small, scale_box(box, picture.size, small.size))
         what = row["label"] if about else f"the true box{'es' * (len(boxes) > 1)}"
         name = f"{item.id} {row['label']}" if about else item.id
         return _Shown(
             small,
-            _scaled(work.preprocess.extent(*picture.size), picture, small),
+            tile.extent,
             Questions(seen, near, [own.tolist()], [row["label"]], [name]),
             item.id.rpartition("/")[2],
             notes=[f"dashed: {what}"] if boxes else [],
@@ -187,24 +190,9 @@ def _insertion_gain(row: Row) -> float | None:
     return float(row["insertion"] - row["deletion"])
 
 
-def _small(picture: Image.Image) -> Image.Image:
-    small = picture.copy()
-    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return small
-
-
 def _shrunk(tile: Tile) -> Tile:
-    """Return a tile whose picture is small, its crop box with it."""
-    if tile.image is None:
-        return tile
-    small = _small(tile.image)
-    extent = None if tile.extent is None else _scaled(tile.extent, tile.image, small)
-    return replace(tile, image=small, extent=extent)
-
-
-def _scaled(box: Extent, picture: Image.Image, small: Image.Image) -> Extent:
-    across, down = small.width / picture.width, small.height / picture.height
-    return box[0] * across, box[1] * down, box[2] * across, box[3] * down
+    """Return a tile whose picture is small, and never enlarged."""
+    return tile if tile.image is None else shrunk(tile, min(SIDE, max(tile.image.size)))
 
 
 def _outline(picture: Image.Image, box: Extent) -> None:

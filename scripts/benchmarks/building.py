@@ -57,14 +57,7 @@ def subjects(name: str, folder: Path, heads: Sequence[str]) -> list[Subject]:
 
 
 class Runs:
-    """What is timed for one subject over one list of pictures.
-
-    Args:
-        subject: network and methods.
-        source: the pictures.
-        batch: pictures a forward pass.
-        folder: where runs write; each run's own folder is gone after it.
-    """
+    """What is timed for one subject over one list of pictures."""
 
     def __init__(self, subject: Subject, source: ImageSource, batch: int, folder: Path) -> None:
         self.subject, self.source, self.batch, self.folder = subject, source, batch, folder

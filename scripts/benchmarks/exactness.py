@@ -29,15 +29,7 @@ GALLERY = 24
 
 @dataclass(frozen=True)
 class Subject:
-    """A network whose weights are compared.
-
-    Args:
-        name: for the table.
-        module: in eval mode.
-        layer: the one explained.
-        size: of its input.
-        maps: the layer's output -> `[1 K H W]`, for the literal loop.
-    """
+    """A network whose weights are compared."""
 
     name: str
     module: nn.Module
@@ -66,13 +58,7 @@ def subjects() -> list[Subject]:
 
 
 def report(anchors: int, triplets: int, chosen: list[Subject] | None = None) -> str:
-    """The table.
-
-    Args:
-        anchors: images whose weights are computed.
-        triplets: S.
-        chosen: subjects; None for all.
-    """
+    """The table."""
     rows = []
     for subject in subjects() if chosen is None else chosen:
         for dtype, bar in BARS.items():

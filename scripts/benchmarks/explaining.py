@@ -74,13 +74,7 @@ def make_index(
 
 
 class Query:
-    """One preprocessed picture and the ways to treat it.
-
-    Args:
-        network: of the index.
-        path: the index.
-        image: `[3 H W]`.
-    """
+    """One preprocessed picture and the ways to treat it."""
 
     def __init__(self, network: EmbeddingNetwork, path: Path, image: Tensor) -> None:
         self.network, self.image = network, image

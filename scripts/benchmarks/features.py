@@ -45,12 +45,7 @@ TRUST = {"one": calibration(3, 1), "several": calibration(6, 5)}
 
 
 class Asked:
-    """Queries, and one explainer for each way to ask them.
-
-    Args:
-        paths: of the index, without and with trust.
-        queries: how many.
-    """
+    """Queries, and one explainer for each way to ask them."""
 
     def __init__(self, paths: dict[str, Path], queries: int) -> None:
         self.explainers = {name: Explainer(path) for name, path in paths.items()}

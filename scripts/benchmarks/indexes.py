@@ -55,17 +55,7 @@ def make_index(
     clusters: int = 1000,
     trust: dict[str, Any] | None = None,
 ) -> Path:
-    """An index of clustered unit vectors and random weights, never whole in memory.
-
-    Args:
-        path: of the index.
-        rows: N.
-        encoding: of the weights.
-        factory: FAISS's.
-        folder: for the arrays it is made from.
-        clusters: centres of the embeddings.
-        trust: the manifest's calibrations.
-    """
+    """An index of clustered unit vectors and random weights, never whole in memory."""
     arrays = {
         "vectors": _mapped(folder / "vectors", "f4", (rows, WIDTH)),
         "maps": _mapped(folder / "maps", "u1", (rows, *GRID)),

@@ -57,11 +57,7 @@ class Caller:
 def closed_loop(
     port: int, concurrency: int, number: int, call: Callable[[int], Call]
 ) -> list[float]:
-    """Seconds of each of `number` requests, so many at a time, the next as soon as one is answered.
-
-    Raises:
-        RuntimeError: one was answered with a status that was not expected.
-    """
+    """Seconds of each of `number` requests, the next sent as soon as one is answered."""
     left = iter(range(number))
     lock, seconds, faults = threading.Lock(), list[float](), list[str]()
 

@@ -73,13 +73,7 @@ def main() -> int:
 
 
 class Soak:
-    """The load.
-
-    Attributes:
-        answers: how often each kind of request was answered with each status.
-        wrong: the first answers that were not as they should be.
-        seconds: of good requests.
-    """
+    """The load."""
 
     def __init__(self, port: int, options: argparse.Namespace) -> None:
         self.port, self.options = port, options
@@ -258,10 +252,7 @@ def resident(process: int) -> int:
 
 
 def growth(memory: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
-    """Median megabytes after warming up and at the end, and the ratio.
-
-    The first quarter of the time warms up; the second is held against the last.
-    """
+    """Median megabytes after warming up and at the end, and the ratio."""
     whole = memory[-1][0]
     after = [held for gone, held in memory if 0.25 * whole <= gone < 0.5 * whole]
     end = [held for gone, held in memory if gone >= 0.75 * whole]

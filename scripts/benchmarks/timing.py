@@ -14,13 +14,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """Something to be timed.
-
-    Args:
-        run: what is timed; gets what `before` returned, if there is a `before`.
-        before: makes ready, untimed.
-        after: tidies up, untimed; gets what `before` returned.
-    """
+    """Something to be timed."""
 
     run: Callable[..., Any]
     before: Run | None = None
@@ -53,13 +47,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def alternate(cases: Mapping[str, Case], rounds: int, warmup: int = 1) -> dict[str, np.ndarray]:
-    """Seconds of each case in each round `[rounds]`; the cases take turns: A B C A B C.
-
-    Args:
-        cases: by name, the one that others are compared with first.
-        rounds: timed.
-        warmup: rounds before those, thrown away.
-    """
+    """Seconds of each case in each round `[rounds]`; the cases take turns: A B C A B C."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     # What lives already is left out of the collections between runs: they would cost more than the
     # runs, and empty the processor's cache.

@@ -57,13 +57,7 @@ class Score(nn.Module):
 
 
 def peers_report(fast: str, slow: str, rounds: int) -> str:
-    """Each method beside its peers, in alternating runs.
-
-    Args:
-        fast: torchvision model for methods of a few passes.
-        slow: for methods of a pass a channel.
-        rounds: of the fast ones.
-    """
+    """Each method beside its peers, in alternating runs."""
     rows = []
     for name in sorted(GRAD_CAM | TORCH_CAM, key=list(METHODS).index):
         model, repeat = (slow, 2) if name in SLOW else (fast, rounds)

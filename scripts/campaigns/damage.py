@@ -21,14 +21,7 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class Victim:
-    """A copy of an index that is to be damaged.
-
-    Attributes:
-        path: of the copy.
-        others: indexes of other kinds.
-        rng: decides everything.
-        outside: a folder beside it, where links may lead.
-    """
+    """A copy of an index that is to be damaged."""
 
     path: Path
     others: list[Path]

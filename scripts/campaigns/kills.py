@@ -61,13 +61,7 @@ class Net(nn.Module):
 
 @dataclass
 class Kind:
-    """A kind of job, and what became of those that were killed.
-
-    Args:
-        run: the job, told its folder.
-        before: makes the folder it starts from; None starts from nothing.
-        over: what tidies up where the job is refused once it is done, as a removal is.
-    """
+    """A kind of job, and what became of those that were killed."""
 
     run: Callable[[Path], object]
     before: Callable[[Path], object] | None = None

@@ -30,12 +30,7 @@ FAILED = "failed"
 
 
 class Campaign:
-    """Mutants by number, over indexes that are built once.
-
-    Args:
-        folder: where the indexes and the mutants lie.
-        seed: of the mutants.
-    """
+    """Mutants by number, over indexes that are built once."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self._folder, self._seed = folder, seed

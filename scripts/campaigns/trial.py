@@ -35,12 +35,7 @@ faiss.omp_set_num_threads(1)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one index.
-
-    Attributes:
-        kind: one of `OUTCOMES`, or "FAILED".
-        said: the refusal, or what failed.
-    """
+    """What became of one index."""
 
     kind: str
     said: str = ""
@@ -52,11 +47,7 @@ class Outcome:
 
 
 class Expected:
-    """What the whole index answers.
-
-    Args:
-        path: of the index.
-    """
+    """What the whole index answers."""
 
     def __init__(self, path: Path) -> None:
         with Index.open(path) as index:
@@ -97,13 +88,7 @@ class Expected:
 
 
 def judged(path: Path, expected: Expected, free: Sequence[str] = ()) -> Outcome:
-    """What becomes of an index; in this process.
-
-    Args:
-        path: of the index.
-        expected: of the whole one.
-        free: beginnings of answers that may be others, because the index may rightly say so.
-    """
+    """What becomes of an index; in this process."""
     refused, other = {}, False
     for name, step in expected.steps(path).items():
         try:
@@ -133,10 +118,7 @@ def judged(path: Path, expected: Expected, free: Sequence[str] = ()) -> Outcome:
 
 
 def in_child(work: Callable[[Callable[[Any], None]], None]) -> list[Any]:
-    """What `work` sends, from a forked child that ends after `SECONDS` without sending.
-
-    The last is an `Outcome` that says so where the child was ended by a signal.
-    """
+    """What `work` sends, from a forked child that ends after `SECONDS` without sending."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:

@@ -45,11 +45,7 @@ CENTRED = Recipe(target="centred", norm="around")
 
 @dataclass(frozen=True)
 class Scenes:
-    """Scenes of one seed with their features.
-
-    embeddings `[n D]`, activations `[n K h w]`; boxes: of the digits on the layer's grid, the share
-    of each cell in them, `[n h w]`; prices: by their names, `[n]` each.
-    """
+    """Scenes of one seed with their features."""
 
     embeddings: np.ndarray
     activations: np.ndarray

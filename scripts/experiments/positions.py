@@ -214,10 +214,7 @@ def signed_maps(
     inputs: np.ndarray,
     asked: list[str],
 ) -> dict[str, np.ndarray]:
-    """Signed maps of each way, `[n H W]`.
-
-    Each input is drawn with the weights of the nearest result of the label asked for.
-    """
+    """Signed maps of each way, `[n H W]`."""
     index, size = next(iter(explainers.values())).index, inputs.shape[-2:]
     vectors = np.asarray(index.embeddings(index.live_positions()))
     labels, maps = np.array(list(index.labels)), {way: [] for way in (*explainers, MEAN, DIRECT)}

@@ -40,11 +40,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def network() -> EmbeddingNetwork:
-    return network_of()
-
-
-@pytest.fixture(scope="module")
 def built(
     photos: Path, network: EmbeddingNetwork, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

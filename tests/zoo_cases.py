@@ -31,6 +31,12 @@ class Expected:
     map: np.ndarray | None = None
     layers: dict[str, np.ndarray] = field(default_factory=dict)
 
+    @property
+    def parts(self) -> list[np.ndarray]:
+        """All there is: weights, map, weights of layers by name."""
+        kept = [part for part in (self.weights, self.map) if part is not None]
+        return [*kept, *(self.layers[name] for name in sorted(self.layers))]
+
 
 class Pooled(nn.Module):
     """Average pooling, a linear map with a bias."""
@@ -193,3 +199,20 @@ def run(case: Case, name: str, images: Any = None, **options: Any) -> tuple[Meth
     """`run_on` a case's own network and target, and its picture or others."""
     images = case.image[None] if images is None else images
     return run_on(case.network, images, case.target, name, **options)
+
+
+def parts(output: MethodOutput, row: int = 0) -> list[np.ndarray]:
+    """What a method returned for one image, in the order of `Expected.parts`."""
+    kept = [part for part in (output.weights, output.maps) if part is not None]
+    kept += [output.layers[name] for name in sorted(output.layers or {})]
+    return [part[row].detach().numpy() for part in kept]
+
+
+def distance(expected: Expected, output: MethodOutput, row: int = 0) -> float:
+    """The largest difference, relative to the largest number of weights or map."""
+    found = parts(output, row)
+    assert [part.shape for part in expected.parts] == [part.shape for part in found]
+    return max(
+        float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-12))
+        for a, b in zip(expected.parts, found, strict=True)
+    )

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .. import evaluate_index  # a user of the public names, as its readers are
 from .._files import make_folder, write_whole
 from ..errors import InputError, show
-from ..evaluate import Evaluation, evaluate_index
 from ..explain.explainer import Explainer
 from ..images import ImageSource, Item, find_images
 from ..index import Index
@@ -43,7 +43,8 @@ NOTES = (
     "the nearest result's, unless transferred from more; of two digits those of one result."
 )
 _HEADER = ("weights", "box AUC", "energy", "two digits AUC", "share", "right half")
-_SCORES = {"side_auc": "objects_auc", "share": "share", "right": "right"}
+_IMAGE_SCORES = {"box_auc": "auc", "energy": "energy"}
+_SCENE_SCORES = {"side_auc": "objects_auc", "share": "share", "right": "right"}
 
 
 def run_demo(
@@ -180,15 +181,15 @@ class _Demo:
             )
             for count, some in ((1, recipes), (5, {}))
         )  # fmt: skip
-        area = float(np.mean([row["area"] for row in _singles(one)]))
+        area = float(np.mean([row["area"] for row in _singles(one.rows)]))
         rows = [
             {"weights": "chance (area)", "box_auc": 0.5, "energy": area, "side_auc": 0.5,
              "share": 0.5, "right": 0.5},
-            *(_row(one, name, f"{name}: ") for name in ("mean activation", *recipes)),
-            _row(one, "transferred from 1 neighbour"),
-            _row(five, "transferred from 5 neighbours"),
+            *(_row(one.rows, one.scenes, name, f"{name}: ") for name in ("mean activation", *recipes)),
+            _row(one.rows, one.scenes, "transferred from 1 neighbour"),
+            _row(five.rows, five.scenes, "transferred from 5 neighbours"),
         ]  # fmt: skip
-        recall = float(np.mean([row["recall_1"] for row in _singles(one)]))
+        recall = float(np.mean([row["recall_1"] for row in _singles(one.rows)]))
         return rows, recall, one.scenes
 
     def _queries(self) -> ImageSource:
@@ -253,14 +254,16 @@ def _recipes(settings: DemoSettings) -> dict[str, Recipe]:
     }
 
 
-def _singles(evaluation: Evaluation) -> list[dict[str, Any]]:
-    return [row for row in evaluation.rows if row["label"] is not None]
+Rows = Sequence[dict[str, Any]]
 
 
-def _row(evaluation: Evaluation, name: str, before: str = "") -> dict[str, Any]:
+def _singles(rows: Rows) -> Rows:
+    return [row for row in rows if row["label"] is not None]
+
+
+def _row(images: Rows, scenes: Rows, name: str, before: str = "") -> dict[str, Any]:
     """Return the means of one method; before: of its columns' names."""
-    singles = {"box_auc": "auc", "energy": "energy"}
-    columns = [(_singles(evaluation), singles), (evaluation.scenes, _SCORES)]
+    columns = [(_singles(images), _IMAGE_SCORES), (scenes, _SCENE_SCORES)]
     means = {
         score: float(np.mean([row[before + column] for row in rows]))
         for rows, scores in columns

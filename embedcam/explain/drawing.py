@@ -11,8 +11,7 @@ from PIL import Image
 
 from .._files import write_whole
 from ..errors import EmbedcamError, InputError
-from ..images import read_image
-from ..preprocess import Extent
+from ..images import file_state, read_image
 from ..render import CHANGED, Tile, panel, shrunk
 from ..render.tiles import Scale
 
@@ -43,7 +42,16 @@ def tiles(explanation: Explanation, side: int | None = None) -> tuple[Tile, list
 
 
 def _tile(explanation: Explanation, result: Result) -> Tile:
-    picture, extent = _picture(explanation, result.path)
+    picture, extent, changed = None, None, False
+    if explanation.follows(result.path):
+        changed = result.mark is not None and file_state(result.path, result.mark) == "changed"
+        try:
+            picture = read_image(result.path, max_pixels=explanation.max_pixels)
+            if explanation.preprocess is not None:
+                extent = explanation.preprocess.extent(*picture.size)
+        except EmbedcamError:
+            # A map over the wrong part of a picture would be worse than one beside it.
+            picture = None
     name = _short_name(explanation, result.id)
     words = [] if result.label is None else [result.label]
     if explanation.prototypes and result.label is not None:
@@ -53,7 +61,6 @@ def _tile(explanation: Explanation, result: Result) -> Tile:
         words.append("asked for")
     if result is explanation.rival:
         words.append("its rival")
-    changed = explanation.file_state(result) == "changed"
     if changed:
         words.append(CHANGED)
     # Maps are drawn with weights of length 1.
@@ -89,20 +96,6 @@ def _map_note(explanation: Explanation) -> str:
         return f"what here matched\n{_short_name(explanation, explanation.explained[0])}"
     words = f"weights of {len(explanation.explained)} neighbours, {explanation.transfer}"
     return "\n".join(filter(None, (words, explanation.trust_in_words)))
-
-
-def _picture(explanation: Explanation, path: str) -> tuple[Image.Image | None, Extent | None]:
-    """Return a result's picture and what the network saw of it; None for what is not to be had."""
-    if not explanation.follows(path):
-        return None, None
-    try:
-        picture = read_image(path, max_pixels=explanation.max_pixels)
-        if explanation.preprocess is None:
-            return picture, None
-        # A map over the wrong part of a picture would be worse than one beside it.
-        return picture, explanation.preprocess.extent(*picture.size)
-    except EmbedcamError:
-        return None, None
 
 
 def save_picture(draw: Callable[[], Image.Image], path: str | Path) -> Path:

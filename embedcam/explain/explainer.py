@@ -22,7 +22,7 @@ from ..ops import coefficients
 from ..preprocess import AnyPreprocess, Network
 from .answer import Fallback, answer, without_file
 from .explanation import Explanation, may_follow
-from .queries import Query, check_detail, embed, of_features, prepare
+from .queries import Query, embed, of_features, prepare
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -100,7 +100,8 @@ class Explainer:
         max_pixels: int = MAX_PIXELS,
         detail: int = 1,
     ) -> None:
-        self.n_neighbors, self.detail = whole("n_neighbors", n_neighbors, 1), check_detail(detail)
+        self.n_neighbors = whole("n_neighbors", n_neighbors, 1)
+        self.detail = whole("detail", detail, 1, 2)
         self.max_pixels, self.fallback = max_pixels, fallback
         coefficients(np.ones(1), np.ones(1), transfer)
         self.transfer, self.trusted_from = transfer, number("trusted_from", trusted_from, 0, 1)
@@ -156,27 +157,18 @@ class Explainer:
         return self._now().only_below
 
     def reload(self, *, verify: bool = False) -> bool:
-        """Serve the version of the index that lies at its path now.
+        """Serve the version of the index that lies there now; return whether it is another one.
 
         In one step: a request in flight ends with the version it began with, whose files are let go
-        with the last of them. The network is held against the new version. `fallback` stays; its
-        recipe should be that of the new one. An open index that the explainer was handed is left
-        alone, and the new version is the explainer's own.
+        with the last of them. The network is held against the new version; what cannot be served
+        raises, and the old version is served on. `fallback` stays; its recipe should be that of the
+        new one. An open index that the explainer was handed is left alone, and the new version is
+        the explainer's own.
 
         Parameters
         ----------
         verify
             Check every file of the new version first; reads all of it.
-
-        Returns
-        -------
-        bool
-            Whether another version is served now.
-
-        Raises
-        ------
-        IndexFormatError, NetworkMismatch, InputError
-            The new version cannot be served; the old one is served on.
         """
         with self._lock:
             before = self._now()
@@ -285,7 +277,7 @@ class Explainer:
         check_rival(result, above)
         if len(images) == 0:
             return []
-        detail = self.detail if detail is None else check_detail(detail)
+        detail = self.detail if detail is None else whole("detail", detail, 1, 2)
         queries = embed(snapshot, images, self.max_pixels, detail, larger)
         if exclude_query and files is None:
             files = [one if isinstance(one, str | Path) else None for one in images]
@@ -384,25 +376,11 @@ class Explainer:
         return answers[0] if single else answers
 
     def prepared(self, image: Any) -> tuple[Image.Image | None, Any]:
-        """Return a query's picture, None of the network's own input, and the input `[3 H W]`.
-
-        Raises
-        ------
-        ImageError, InputError
-            It cannot be read, or is neither a picture nor an input.
-        """
+        """Return a query's picture, None of the network's own input, and the input `[3 H W]`."""
         return prepare(image, self._now().preprocess, self.max_pixels)
 
     def picture_file(self, id: str) -> Path | None:
-        """Return where an indexed image's picture lies; None where its path is not to be followed.
-
-        A path that climbs out of the images' folder is not.
-
-        Raises
-        ------
-        InputError
-            An unknown or removed id.
-        """
+        """Return where an indexed image's picture lies; None where its path is not followed."""
         snapshot = self._now()
         (path,) = snapshot.paths(snapshot.index.select([snapshot.index.position(id)]))
         followed = may_follow(path, snapshot.root or Path(), snapshot.only_below)
@@ -411,16 +389,8 @@ class Explainer:
     def file_state(self, id: str) -> FileState | None:
         """Return what became of an indexed image's file since the build.
 
-        Returns
-        -------
-        str or None
-            "same", "changed" or "missing"; None where the index keeps no mark of it, or its path is
-            not to be followed (`picture_file`).
-
-        Raises
-        ------
-        InputError
-            An unknown or removed id.
+        "same", "changed" or "missing"; None where the index keeps no mark of it, or its path is not
+        to be followed (`picture_file`).
         """
         path, index = self.picture_file(id), self._now().index
         if path is None:
@@ -428,15 +398,7 @@ class Explainer:
         return file_state(path, index.select([index.position(id)]).marks[0])
 
     def picture(self, id: str) -> Image.Image:
-        """Return the picture of an indexed image, upright.
-
-        Raises
-        ------
-        InputError
-            An unknown or removed id.
-        ImageError
-            It has no picture, or one that cannot be read or lies outside the images' folder.
-        """
+        """Return the picture of an indexed image, upright, or raise ImageError."""
         path = self.picture_file(id)
         if path is None:
             raise ImageError(

@@ -152,7 +152,7 @@ class Explanation:
 
     @property
     def match_in_words(self) -> str:
-        """ "match 0.93", and whether that is doubtful; empty where nothing was calibrated."""
+        """Words as "match 0.93", and whether that is doubtful; empty without a calibration."""
         if self.match is None:
             return ""
         return ("DOUBTFUL RESULT, " if self.doubtful else "") + f"match {self.match:.2f}"
@@ -169,7 +169,7 @@ class Explanation:
 
     @property
     def trust_in_words(self) -> str:
-        """ "trust 0.83", and whether that is enough; empty where the index holds no calibration."""
+        """Words as "trust 0.83", and whether that is enough; empty where nothing was calibrated."""
         if self.trust is None:
             return ""
         if self.direct:
@@ -295,7 +295,7 @@ class Explanation:
         """Return all that pictures show, the images that were named first."""
         named = [one for one in (self.asked, self.rival) if one is not None]
         names = [one.id for one in named]
-        return [*named, *(one for one in self.neighbors() if one.id not in names)]
+        return named + [one for one in self.neighbors() if one.id not in names]
 
     def file_state(self, result: Result) -> FileState | None:
         """Return what became of a result's file since the build; None where unknown."""

@@ -143,17 +143,6 @@ def query_name(image: Any, row: int) -> str:
     return os.fspath(path) if path else f"query {row}"
 
 
-def check_detail(detail: Any) -> int:
-    """Return how many times the side of its input a query is shown at, 1 or 2."""
-    number = isinstance(detail, int | float | np.integer) and not isinstance(detail, bool)
-    if not number or detail not in (1, 2):
-        raise InputError(
-            f"detail = {detail!r}; give 1, or 2 for a finer map from one more forward pass at "
-            "twice the side"
-        )
-    return int(detail)
-
-
 def larger_input(
     picture: Image.Image | None, inputs: Any, preprocess: AnyPreprocess | None
 ) -> np.ndarray:

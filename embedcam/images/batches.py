@@ -29,19 +29,10 @@ Outcome = tuple[np.ndarray, tuple[int, int], np.ndarray] | ImageError
 class Batch:
     """Some consecutive images of the positions asked for, without those that cannot be read.
 
-    Attributes
-    ----------
-    positions
-        Indices into the source, int64 `[b]`.
-    images
-        Preprocessed, float32 `[b 3 H W]`.
-    sizes
-        (width, height) of the upright originals, int64 `[b 2]`.
-    marks
-        Of the files before they were read (`ImageSource.mark`), uint32 `[b 4]`; zeros where they
-        were not asked for.
-    errors
-        (position, message) of the images left out.
+    `positions` are indices into the source, int64 `[b]`; `images` preprocessed, float32 `[b 3 H
+    W]`; `sizes` (width, height) of the upright originals, int64 `[b 2]`; `marks` of the files
+    before they were read (`ImageSource.mark`), uint32 `[b 4]`, zeros where they were not asked for;
+    `errors` (position, message) of the images left out.
     """
 
     positions: np.ndarray

@@ -196,7 +196,7 @@ def file_state(path: str | os.PathLike[str], mark: np.ndarray) -> FileState | No
 
 @lru_cache(maxsize=4096)
 def _content(path: str, *_: int) -> list[int]:
-    """The second half of a file's mark; read once while what the folder says of it stays."""
+    """Return the second half of a file's mark, read once while the folder says the same of it."""
     content: list[int] = file_mark(path)[2:].tolist()
     return content
 
@@ -314,7 +314,7 @@ def _open_heif(name: str, stream: IO[bytes]) -> ImageFile:
             '"embedcam[heic]"'
         ) from None
     stream.seek(0)
-    opened: ImageFile = HeifImageFile(stream, "")  # type: ignore[no-untyped-call]
+    opened: ImageFile = HeifImageFile(stream, "")
     return opened
 
 
@@ -329,8 +329,14 @@ def _finish(name: str, image: Image.Image, max_pixels: int) -> Image.Image:
             image.info["transparency"] = scale(level)
         # A truncated file is found here. PNG and TIFF know their orientation only afterwards.
         image.load()
-        turn = _UPRIGHT.get(_orientation(image))
-        rgb = _to_rgb(name, image)
+        try:
+            turn = _UPRIGHT.get(int(image.getexif().get(_ORIENTATION_TAG, 1)))
+        except Exception as error:  # a broken EXIF block says nothing about the pixels
+            if memory.ran_out(error):
+                raise
+            turn = None
+        plain = image.mode == "RGB" and "transparency" not in image.info
+        rgb = image if plain else _to_rgb(name, image)
         if turn is None:
             return rgb
         upright = rgb.transpose(turn)
@@ -358,15 +364,6 @@ def _check_size(name: str, size: Any, max_pixels: int) -> None:
         )
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception as error:  # a broken EXIF block says nothing about the pixels
-        if memory.ran_out(error):
-            raise
-        return 1
-
-
 def _not_for_memory(name: str, error: Exception, pixels: int) -> None:
     """Raise where a picture may only have found too little memory: it is not a broken one."""
     # Not asked of the error: some decoders call it a broken stream, and a crafted picture may ask
@@ -386,7 +383,7 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def _wide_values(name: str, image: Image.Image) -> np.ndarray:

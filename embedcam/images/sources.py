@@ -245,7 +245,7 @@ def find_images(
 
 
 def escaped(text: str) -> str:
-    """Return text that can be stored: bytes of a file name that are no UTF-8 as \\xff."""
+    r"""Return text that can be stored: bytes of a file name that are no UTF-8 as \xff."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

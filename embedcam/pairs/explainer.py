@@ -119,13 +119,7 @@ class PairExplainer:
         return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
 
     def head(self, index: Index) -> AffineHead | None:
-        """Return the head by an index of the explainer; None where it is not pooled and affine.
-
-        Raises
-        ------
-        InputError
-            An ONNX network, and an index that does not tell its head's matrix.
-        """
+        """Return the head by an index of the explainer; None where it is not pooled and affine."""
         known = self._head
         if known is None or known[0]() is not index:
             # With its index, which is not held by it: another version may keep the matrix

@@ -70,23 +70,12 @@ class Shown:
 class Receipt:
     """Why a query and one result are similar.
 
-    Attributes
-    ----------
-    similarity
-        f . f', the inner product of the embeddings.
-    query, result
-        What each side gives to it, `Evidence`: of either `cells.sum() + shared + remainder` is the
-        similarity, and so is `channels.sum() + ...`.
-    exact
-        Whether the contributions are exact (the head is average pooling and affine), or one
-        vector-Jacobian product of the head on each side; the remainder then holds what is not of
-        first order.
-    centred
-        Whether what the average image shares was put apart.
-    sides, mean
-        Both pictures, and the mean embedding that was put apart, `[D]`.
-    query_shown, result_shown
-        Their pictures.
+    `similarity` is f . f', the inner product of the embeddings. `query` and `result` are what each
+    side gives to it: of either `cells.sum() + shared + remainder` is the similarity, and so is
+    `channels.sum() + ...`. `exact` is whether the contributions are exact (the head is average
+    pooling and affine), or one vector-Jacobian product of the head on each side; the remainder then
+    holds what is not of first order. `centred` is whether what the average image shares, by its
+    embedding `mean` `[D]`, was put apart. `query_shown` and `result_shown` are the pictures.
     """
 
     similarity: float
@@ -128,23 +117,12 @@ class Receipt:
         return shared + _amounts(self.channels, n, self.remainder, self.exact)
 
     def point(self, row: int, column: int, of: Which = "query") -> np.ndarray:
-        """Return what one position matches: contributions of its pairs with the other picture's.
+        """Return what one position matches, `[H' W']` on the other picture's grid, signed.
 
         Of both positions' vectors (what each alone gives to the embedding) an equal share of the
-        mean embedding is taken; the contribution is the product of what is left. Over all pairs
-        the contributions sum to (f - m) . (f' - m), but for the remainders.
-
-        Parameters
-        ----------
-        row, column
-            The position, from 0, on its own picture's grid.
-        of
-            Whose position it is.
-
-        Returns
-        -------
-        array
-            `[H' W']` on the other picture's grid, signed.
+        mean embedding is taken; the contribution is the product of what is left. Over all pairs the
+        contributions sum to (f - m) . (f' - m), but for the remainders. `row` and `column` count
+        from 0 on the position's own grid, that `of` the "query" or of the "result".
         """
         if of not in ("query", "result"):
             raise InputError(f'of = {of!r}; a cell is of the "query" or of the "result"')
@@ -238,13 +216,7 @@ class Receipt:
         )
 
     def save(self, path: str | Path, **choices: Any) -> Path:
-        """Write the picture of `plot`, whose arguments are taken; the ending chooses the format.
-
-        Raises
-        ------
-        InputError
-            An ending that names no format, or a place that cannot be written.
-        """
+        """Write the picture of `plot`, whose arguments are taken; the ending chooses the format."""
         return save_picture(lambda: self.plot(**choices), path)
 
     def _repr_html_(self) -> str:
@@ -272,21 +244,13 @@ class Receipt:
 class Comparison:
     """Why one result came above another.
 
-    Attributes
-    ----------
-    score
-        Half of D(f, f'') - D(f, f'), D squared Euclidean, f' the result and f'' the rival; for
-        embeddings of length 1, and where the index ranks by inner products, the difference of the
-        similarities. Positive: the result is nearer.
-    query
-        What the query's positions and channels give to the score: positive where it speaks for the
-        result, negative for the rival. `cells.sum() + remainder` is the score, and `lengths` is
-        part of that remainder.
-    result, rival
-        The receipts of either with the query.
-    lengths
-        What the embeddings' own lengths give, (|f''|^2 - |f'|^2) / 2: of two equally similar
-        results the shorter is nearer. 0 for inner products.
+    `score` is half of D(f, f'') - D(f, f'), D squared Euclidean, f' the result and f'' the rival;
+    for embeddings of length 1, and where the index ranks by inner products, the difference of the
+    similarities. Positive: the result is nearer. `query` is what the query's positions and channels
+    give to it: positive where it speaks for the result, negative for the rival. `cells.sum() +
+    remainder` is the score, and `lengths` is part of that remainder: what the embeddings' own
+    lengths give, (|f''|^2 - |f'|^2) / 2: of two equally similar results the shorter is nearer. 0
+    for inner products. `result` and `rival` are the receipts of either with the query.
     """
 
     score: float

@@ -48,16 +48,8 @@ class Side(Protocol):
 class PooledSide(Side):
     """A picture behind average pooling and an affine head: everything from its activations.
 
-    Parameters
-    ----------
-    activations
-        A, `[K H W]`.
-    embedding
-        f, `[D]`.
-    norm
-        |z|, or 1 where the embedding is not normalised.
-    matrix
-        W `[D K]`; None for the identity.
+    Of activations A `[K H W]`, the embedding f `[D]`, its norm |z| (1 where f is not normalised),
+    and the matrix W `[D K]`, None for the identity.
     """
 
     exact = True
@@ -131,15 +123,10 @@ class DifferentiatedSide(Side):
 class Evidence:
     """What one picture's activations give to a score.
 
-    Attributes
-    ----------
-    cells, channels
-        Of each position, `[H W]`, and of each channel, `[K]`, signed.
-    shared
-        The part of the score that the picture has with the average image too.
-    remainder
-        What neither accounts for: the head's bias, and beyond an affine head what is not of first
-        order. The sum of `cells` (or of `channels`), `shared` and `remainder` is the score.
+    `cells` is of each position, `[H W]`, `channels` of each channel, `[K]`, signed; `shared` the
+    part of the score that the picture has with the average image too; `remainder` what neither
+    accounts for: the head's bias, and beyond an affine head what is not of first order. The sum of
+    `cells` (or of `channels`), `shared` and `remainder` is the score.
     """
 
     cells: np.ndarray

@@ -77,7 +77,7 @@ def serve(name: str, threads: int | None, folder: Path, told: Connection) -> Non
 
     from embedcam import Explainer
     from embedcam.service import create_app, server
-    from embedcam.service.upload import read_upload
+    from embedcam.service.pictures import read_upload
 
     from .cases import linear_network
     from .explaining import NEIGHBORS, ROWS, make_index

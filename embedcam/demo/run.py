@@ -173,7 +173,7 @@ class _Demo:
         """Return the table's rows, Recall@1, and the questions about two-digit scenes."""
         source = self._queries()
         recipes = _recipes(self.settings)
-        one, five = (
+        nearest, several = (
             evaluate_index(
                 index, source, network, boxes=self.scenes / TABLE, recipes=some,
                 progress=self._bars, n_neighbors=count, controls=False, examples=0, scenes=0,
@@ -181,16 +181,17 @@ class _Demo:
             )
             for count, some in ((1, recipes), (5, {}))
         )  # fmt: skip
-        area = float(np.mean([row["area"] for row in _singles(one.rows)]))
+        one, five = ((each.rows, each.scenes) for each in (nearest, several))
+        area = float(np.mean([row["area"] for row in _singles(one[0])]))
         rows = [
             {"weights": "chance (area)", "box_auc": 0.5, "energy": area, "side_auc": 0.5,
              "share": 0.5, "right": 0.5},
-            *(_row(one.rows, one.scenes, name, f"{name}: ") for name in ("mean activation", *recipes)),
-            _row(one.rows, one.scenes, "transferred from 1 neighbour"),
-            _row(five.rows, five.scenes, "transferred from 5 neighbours"),
+            *(_row(one, name, f"{name}: ") for name in ("mean activation", *recipes)),
+            _row(one, "transferred from 1 neighbour"),
+            _row(five, "transferred from 5 neighbours"),
         ]  # fmt: skip
-        recall = float(np.mean([row["recall_1"] for row in _singles(one.rows)]))
-        return rows, recall, one.scenes
+        recall = float(np.mean([row["recall_1"] for row in _singles(one[0])]))
+        return rows, recall, one[1]
 
     def _queries(self) -> ImageSource:
         """Return the queries of one digit with their labels, then those of two, without."""
@@ -261,8 +262,9 @@ def _singles(rows: Rows) -> Rows:
     return [row for row in rows if row["label"] is not None]
 
 
-def _row(images: Rows, scenes: Rows, name: str, before: str = "") -> dict[str, Any]:
-    """Return the means of one method; before: of its columns' names."""
+def _row(measured: tuple[Rows, Rows], name: str, before: str = "") -> dict[str, Any]:
+    """Return the means of one method over images and scenes; before: of its columns' names."""
+    images, scenes = measured
     columns = [(_singles(images), _IMAGE_SCORES), (scenes, _SCENE_SCORES)]
     means = {
         score: float(np.mean([row[before + column] for row in rows]))

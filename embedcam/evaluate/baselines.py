@@ -134,11 +134,11 @@ class ShuffledNetwork:
         order = torch.Generator().manual_seed(seed % (1 << 63))
         self._other = [[_shuffled(one, order) for one in group] for group in self._kept]
         self._images = torch.from_numpy(images).to(self.network.device, self.network.dtype)
-        self._norms = [
-            part for part in module.modules()
-            if isinstance(part, _BatchNorm) and part.running_mean is not None
-        ]  # fmt: skip
-        self._statistics = {0: self._read_statistics()}
+        parts = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+        self._norms = [part for part in parts if part.running_mean is not None]
+        buffers = [one for norm in self._norms for one in (norm.running_mean, norm.running_var)]
+        self._buffers = [one for one in buffers if one is not None]
+        self._statistics = {0: [one.clone() for one in self._buffers]}
 
     def shuffle(self, modules: int) -> None:
         """Shuffle the first modules from the output, 0 to `count`; others are as they were."""
@@ -149,9 +149,8 @@ class ShuffledNetwork:
                     parameter.copy_(value)
             if modules not in self._statistics:
                 self._statistics[modules] = self._measure_statistics()
-            for buffers, values in zip(self._buffers(), self._statistics[modules], strict=True):
-                for buffer, value in zip(buffers, values, strict=True):
-                    buffer.copy_(value)
+            for buffer, value in zip(self._buffers, self._statistics[modules], strict=True):
+                buffer.copy_(value)
 
     def see(self, mapper: Mapper, inputs: np.ndarray) -> Seen | None:
         """Run inputs as it is shuffled now; None where nothing finite comes out."""
@@ -160,14 +159,7 @@ class ShuffledNetwork:
         except EmbedcamError:
             return None
 
-    def _buffers(self) -> list[list[Tensor]]:
-        pairs = ((norm.running_mean, norm.running_var) for norm in self._norms)
-        return [[one for one in pair if one is not None] for pair in pairs]
-
-    def _read_statistics(self) -> list[list[Tensor]]:
-        return [[one.clone() for one in pair] for pair in self._buffers()]
-
-    def _measure_statistics(self) -> list[list[Tensor]]:
+    def _measure_statistics(self) -> list[Tensor]:
         """Measure the statistics of the images through the parameters as they are now."""
         if not self._norms or len(self._images) < 2:
             return self._statistics[0]
@@ -185,7 +177,7 @@ class ShuffledNetwork:
             for norm, momentum in zip(self._norms, momenta, strict=True):
                 norm.eval()
                 norm.momentum = momentum
-        return self._read_statistics()
+        return [one.clone() for one in self._buffers]
 
 
 def _shuffled(values: Tensor, order: torch.Generator) -> Tensor:

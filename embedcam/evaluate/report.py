@@ -32,19 +32,13 @@ class Evaluation:
 
     Attributes
     ----------
-    summary : dict
-        Means with 95% intervals, comparisons with baselines, curves, notes, flags and the settings;
-        plain numbers and lists.
-    rows : list of dict
-        A dict for each image that was read, in the source's order; baselines' numbers are in
-        columns "BASELINE: MEASURE", and None stands where a measure does not apply.
-    scenes : list of dict
-        A dict for each question about a picture of two objects.
-    examples : sequence of Row
-        The best and the worst, as small pictures.
-    grid : sequence of Row
-        A row for each of a few questions, a picture for each method; of evaluations with methods or
-        recipes.
+    summary : means with 95% intervals, comparisons with baselines, curves, notes, flags and the
+        settings; plain numbers and lists
+    rows : a dict for each image that was read, in the source's order; baselines' numbers are in
+        columns "BASELINE: MEASURE", and None stands where a measure does not apply
+    scenes : a dict for each question about a picture of two objects
+    examples : the best and the worst, as small pictures
+    grid : a row for each of a few questions, a picture for each method or recipe that was named
     """
 
     summary: Summary

@@ -46,38 +46,20 @@ def evaluate_index(
 
     Parameters
     ----------
-    index : Index or path
-        An open index, or its folder.
-    source : ImageSource
-        The query images, as `find_images` gives them.
-    network : EmbeddingNetwork
-        The network the index was built with; another one is refused.
-    boxes : path, optional
-        CSV with path,x0,y0,x1,y1[,label][,width,height], a line a box.
-    masks : path, optional
-        Folder of masks named as the images are, white on the object.
-    indexed : path, optional
-        Folder the indexed images lie in now; default the one they were built from.
-    methods : sequence of str
-        Names of methods that draw on the query itself, of how similar it is to what it is
-        explained by; a column each, beside the baselines.
-    recipes : sequence of paths, or Recipes by name
-        TOML files or names of recipes that came along: the weights of the index's own pictures are
-        computed by each, for a column each.
-    settings : Settings, optional
-        What is measured.
-    on_unreadable : {"fail", "skip"}
-        Stop at the first image that cannot be read or embedded, or leave it out and say so.
-    workers : int, optional
-        Threads that decode images.
-    progress : bool, optional
-        Show bars; default on a terminal or in a notebook, elsewhere a log line now and then.
-    **choices
-        Single settings by name, such as `n_neighbors=1`, in place of `settings`.
-
-    Returns
-    -------
-    Evaluation
+    index : an open index, or its folder
+    source : the query images, as `find_images` gives them
+    network : the network the index was built with; another one is refused
+    boxes : CSV with path,x0,y0,x1,y1[,label][,width,height], a line a box
+    masks : folder of masks named as the images are, white on the object
+    indexed : folder the indexed images lie in now; default the one they were built from
+    methods : names of methods that draw on the query itself, of how similar it is to what it is
+        explained by; a column each, beside the baselines
+    recipes : TOML files, names of recipes that came along, or Recipes by name: the weights of the
+        index's own pictures are computed by each, for a column each
+    settings : what is measured; `choices` are single settings by name in its place
+    on_unreadable : "fail" at the first image that cannot be read or embedded, or "skip" and say so
+    workers : threads that decode images
+    progress : show bars; default on a terminal or in a notebook, elsewhere a log line now and then
 
     Raises
     ------

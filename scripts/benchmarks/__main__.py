@@ -36,6 +36,7 @@ from . import (
     trusting,
     zoo,
 )
+from .timing import written
 
 Section = Callable[[argparse.Namespace, Path], Iterator[str]]
 
@@ -97,10 +98,7 @@ def main() -> None:
             for text in section(options, Path(folder)) if name in options.sections else ():
                 print(text, flush=True)
                 report.append(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text("\n".join(report), encoding="utf-8")
-        print(f"written to {options.output}")
+    written("\n".join(report), options.output)
 
 
 def preface(options: argparse.Namespace) -> str:

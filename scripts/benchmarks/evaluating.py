@@ -22,7 +22,7 @@ from embedcam.ops import cam, normalize, resize
 from embedcam.targets import head_cotangent
 
 from .cases import SIZE, frozen_network, write_pictures
-from .timing import Case, Ratio, alternate, milliseconds, ratio, table, verdict
+from .timing import Case, Ratio, alternate, compared, table, verdict
 from .zoo import Score
 
 SHARE_BAR, MEMORY_BAR, PEER_BAR = 0.2, 1.1, 1.0
@@ -153,13 +153,8 @@ def peers_report(name: str, rounds: int) -> str:
         if peer is not None:
             cases["torch-cam"] = peer
         took = alternate({case: Case(run) for case, run in cases.items()}, rounds)
-        for case, spent in took.items():
-            over = ratio(spent, took["embedcam"])
-            bar = PEER_BAR if case == "torch-cam" else None
-            rows.append(
-                [f"{metric}, {count} pictures: {case}", milliseconds(spent), over,
-                 verdict(over.median, bar, at_least=True)]
-            )  # fmt: skip
+        before = f"{metric}, {count} pictures: "
+        rows += compared(took, before, {"torch-cam": PEER_BAR}, at_least=True)
     missing = "" if peer else "\ntorch-cam is missing or has none (`pip install torchcam`).\n"
     return (
         f"\n## Metrics beside torch-cam's, {name}\n\nPictures of {SIZE} x {SIZE}, similarity to "

@@ -21,7 +21,7 @@ from embedcam.targets import head_cotangent
 
 from .cases import SIZE, frozen_network, linear_network, query_input
 from .features import TRUST
-from .timing import Case, alternate, milliseconds, ratio, table, verdict
+from .timing import Case, alternate, compared, milliseconds, ratio, table, verdict
 
 NEIGHBORS = 10
 ROWS = 2000
@@ -148,12 +148,7 @@ def explain_report(name: str, rounds: int, folder: Path) -> str:
             warmup=5,
         )
         query.close()
-        for case, seconds in took.items():
-            measured = ratio(seconds, took["embedding"])
-            bar = BARS.get(case, {}).get(name)
-            rows.append(
-                [f"{title}: {case}", milliseconds(seconds), measured, verdict(measured.median, bar)]
-            )
+        rows += compared(took, f"{title}: ", {case: bars.get(name) for case, bars in BARS.items()})
     return (
         f"\n## Explain / embedding at batch 1, {name}\n\n"
         f"From a preprocessed tensor to the map at {SIZE} x {SIZE}, {NEIGHBORS} neighbours of "

@@ -13,7 +13,7 @@ from embedcam.onnx import OnnxNetwork
 
 from .cases import SIZE, frozen_network
 from .explaining import NEIGHBORS, ROWS, make_index
-from .timing import Case, alternate, milliseconds, ratio, table, verdict
+from .timing import Case, alternate, compared, table, verdict
 
 BATCHES = (1, 8)
 BAR, MAPS_BAR = 1.0, 1e-3
@@ -71,14 +71,7 @@ def _rows(
         rounds,
         warmup=3,
     )
-    rows = []
-    for case, seconds in took.items():
-        measured = ratio(seconds, took["torch"])
-        bar = BAR if case == "ONNX Runtime" else None
-        rows.append(
-            [f"{title}: {case}", milliseconds(seconds), measured, verdict(measured.median, bar)]
-        )
-    return rows
+    return compared(took, f"{title}: ", {"ONNX Runtime": BAR})
 
 
 def maps_off(expected: Explainer, found: Explainer, pictures: np.ndarray) -> float:

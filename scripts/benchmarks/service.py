@@ -28,7 +28,7 @@ from PIL import Image
 
 from .cases import write_pictures
 from .load import Call, Caller, closed_loop
-from .timing import table, verdict
+from .timing import table, verdict, written
 
 BARS = {"p50": 1.10, "p99": 1.15}
 CASES = {
@@ -63,10 +63,7 @@ def main() -> None:
         finally:
             server.terminate()
             server.join(60)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text, encoding="utf-8")
-        print(f"written to {options.output}")
+    written(text, options.output)
 
 
 def serve(name: str, threads: int | None, folder: Path, told: Connection) -> None:

@@ -33,7 +33,7 @@ from PIL import Image
 from . import load as hostile
 from .cases import write_pictures
 from .load import Call, Caller
-from .timing import table
+from .timing import table, written
 
 TIMEOUT, MAX_BODY = 10, 3_000_000
 GROWTH = 1.05
@@ -66,9 +66,7 @@ def main() -> int:
         said = (folder / "log").read_text(errors="replace")
     text, failed = report(options, run, memory, ended, said)
     print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text, encoding="utf-8")
+    written(text, options.output)
     return int(failed)
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,30 @@ def milliseconds(seconds: np.ndarray) -> str:
     """Median, and smallest to largest."""
     low, middle, high = (1e3 * float(f(seconds)) for f in (np.min, np.median, np.max))
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def compared(
+    took: Mapping[str, np.ndarray],
+    before: str = "",
+    bars: Mapping[str, float | None] | None = None,
+    *,
+    at_least: bool = False,
+) -> list[list[Any]]:
+    """Rows of case, milliseconds, ratio to the first case, and the bar."""
+    base, rows = next(iter(took.values())), list[list[Any]]()
+    for case, seconds in took.items():
+        over, bar = ratio(seconds, base), (bars or {}).get(case)
+        told = verdict(over.median, bar, at_least=at_least)
+        rows.append([before + case, milliseconds(seconds), over, told])
+    return rows
+
+
+def written(text: str, output: Path | None) -> None:
+    """Write Markdown where it was asked for."""
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+        print(f"written to {output}")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

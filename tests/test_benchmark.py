@@ -20,6 +20,7 @@ from scripts.benchmarks import (
     explaining,
     features,
     indexes,
+    onnx,
     timing,
     trusting,
     zoo,

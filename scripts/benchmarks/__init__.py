@@ -1,1 +1,1 @@
-"""The parts of scripts/benchmark.py."""
+"""What embedcam costs: one tool with a section for each bar."""

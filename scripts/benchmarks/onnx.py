@@ -30,12 +30,13 @@ def onnx_report(
     written = export_onnx(path, network, folder / f"{name}.onnx")
     threads = torch.get_num_threads()
     torchs = Explainer(path, network, n_neighbors=NEIGHBORS)
-    ours = Explainer(path, onnx=OnnxNetwork(written.path, threads=threads), n_neighbors=NEIGHBORS)
+    onnx_network = OnnxNetwork(written.path, threads=threads)
+    ours = Explainer(path, onnx=onnx_network, n_neighbors=NEIGHBORS)
     rows: list[list[Any]] = []
     for batch in BATCHES:
         pictures = inputs(network, batch)
         for what, cases in (
-            ("forward", (network.forward, _network(ours).forward)),
+            ("forward", (network.embed, onnx_network.embed)),
             ("explain", (torchs.explain_batch, ours.explain_batch)),
         ):
             rows += _rows(f"batch {batch}, {what}", pictures, *cases, rounds)
@@ -90,7 +91,3 @@ def inputs(network: EmbeddingNetwork, count: int) -> np.ndarray:
     probe = network.probe_images(count)
     noise = np.random.default_rng(0).standard_normal(probe.shape).astype(np.float32)
     return probe + np.float32(0.5) * noise
-
-
-def _network(explainer: Explainer) -> Any:
-    return explainer.network

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 from toys import VIT_LAYER, seeded, small_vit
-from zoo_cases import CHANNELS, SIZE, WIDTH, Case, Expected, distance, make, run, run_on
+from zoo_cases import CHANNELS, SIZE, WIDTH, Case, Expected, distance, make, parts, run, run_on
 
 from embedcam import EmbeddingNetwork
 from embedcam.errors import InputError, NetworkError
@@ -264,13 +264,6 @@ def test_a_flat_map_is_a_mask_of_zeros(value: float, size: tuple[int, int]) -> N
         masks = unit_masks(torch.full((2, 4, 6), value, dtype=dtype), size)
         assert masks.shape == (2, *size)
         assert not masks.any()
-
-
-def test_masks_run_from_zero_to_one() -> None:
-    maps = torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(0))
-    masks = unit_masks(maps, (12, 18))
-    assert masks.amin((1, 2)).tolist() == [0] * 5
-    assert masks.amax((1, 2)).tolist() == [1] * 5
 
 
 @pytest.mark.parametrize("head", ["pooled", "curved"])
@@ -623,13 +616,6 @@ def test_slic_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.undo()
     assert torch.equal(missing, run(case, "lime", samples=20)[0].maps)  # type: ignore[arg-type]
     assert torch.equal(missing, run(case, "lime", samples=20, superpixels="grid")[0].maps)  # type: ignore[arg-type]
-
-
-def test_superpixels_given_by_hand_are_used() -> None:
-    case = make("curved", "triplets")
-    labels = zoo.grid_labels(SIZE, 9)
-    by_hand = run(case, "lime", samples=60, superpixels=labels)[0].maps
-    assert torch.equal(by_hand, run(case, "lime", **FEW["lime"])[0].maps)  # type: ignore[arg-type]
 
 
 def test_fills() -> None:

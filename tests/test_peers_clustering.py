@@ -17,10 +17,11 @@ from oracles import bilinear, cam
 from torch import Tensor
 from zoo_cases import Case
 
-from embedcam import METHODS
-from embedcam.methods import MethodOutput, Subject
+from embedcam.methods import MethodOutput
 from embedcam.methods.grouping import clustered
 from embedcam.ops import sharpen
+
+pytestmark = pytest.mark.peers
 
 KINDS: list[dict[str, Any]] = [
     {"head": "curved", "target": "triplets", "seed": 2},
@@ -30,9 +31,7 @@ KINDS: list[dict[str, Any]] = [
 
 
 def of(name: str, case: Case, **options: Any) -> MethodOutput:
-    with Subject(case.network, case.image[None], case.target) as subject, torch.no_grad():
-        found: MethodOutput = METHODS[name].load()(subject, **options)
-    return found
+    return zoo_cases.run(case, name, **options)[0]
 
 
 def upsampled(maps: Tensor | None) -> Tensor:

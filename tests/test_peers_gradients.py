@@ -14,11 +14,12 @@ import zoo_gradients
 from torch import Tensor, nn
 from zoo_cases import Case
 
-from embedcam import METHODS
-from embedcam.methods import MethodOutput, Subject
+from embedcam.methods import MethodOutput
 
 LAYERS = ["features.1", "features.2", "features"]
 SIGNED = {"head": "curved", "target": "triplets", "signed": True}
+
+pytestmark = pytest.mark.peers
 
 
 def case_of(scale: float = 1.0, **settings: Any) -> Case:
@@ -46,11 +47,7 @@ class _Scaled:
 
 
 def ours(name: str, case: Case, **options: Any) -> MethodOutput:
-    with (
-        Subject(case.network, case.image[None], case.target) as subject,
-        torch.no_grad(),
-    ):
-        return METHODS[name].load()(subject, **options)
+    return zoo_cases.run(case, name, **options)[0]
 
 
 def own_map(name: str, case: Case, **options: Any) -> np.ndarray:

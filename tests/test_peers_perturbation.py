@@ -7,17 +7,16 @@ import pytest
 import torch
 import zoo_perturbation as zoo
 from torch import Tensor, nn
-from zoo_cases import CHANNELS, SIZE, Case, Pooled, make
+from zoo_cases import CHANNELS, SIZE, Case, Pooled, make, run
 
 from embedcam import EmbeddingNetwork
-from embedcam.methods.subject import Subject
-from embedcam.recipe.registry import METHODS
 from embedcam.targets import Coordinate, NegativeDistance
+
+pytestmark = pytest.mark.peers
 
 
 def find(case: Case, name: str, **options: Any) -> Any:
-    with Subject(case.network, case.image[None], case.target) as subject, torch.no_grad():
-        return METHODS[name].load()(subject, **options)
+    return run(case, name, **options)[0]
 
 
 def with_trunk(features: nn.Module, head: nn.Module | None = None) -> Case:

@@ -1,9 +1,7 @@
 """What is explained: targets, as scores of an embedding (objects) and as cotangents there."""
 
+from ..recipe import NORMS, TARGETS, WHITENED
 from .cotangents import (
-    NORMS,
-    TARGETS,
-    WHITENED,
     Whitened,
     centred_cotangent,
     head_cotangent,

@@ -10,19 +10,16 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..recipe import WHITENED
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 Array = TypeVar("Array", NDArray[np.floating], "Tensor")
 """A NumPy array or a torch tensor; what comes in is what goes out."""
 
-TARGETS = ("margin", "centred", "discriminant", "distinctive")
-NORMS = ("through", "around")
 _UNIT = 4e-3
 """How far from 1 the squared length of a normalized embedding may be."""
-
-WHITENED = ("discriminant", "distinctive")
-"""Targets that measure the margin in whitened embeddings, over every triplet."""
 
 
 def margin_cotangent(positives: Array, negatives: Array) -> Array:

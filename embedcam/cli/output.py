@@ -1,12 +1,11 @@
 """How things are printed; and the commands that only tell: info and verify."""
 
-from __future__ import annotations
-
-import argparse
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import (
@@ -15,25 +14,25 @@ from ..errors import (
     InputError,
     NetworkError,
     as_json,
-    say,
     sentence,
     show,
     show_json,
 )
 from ..images.progress import progress_of
-from ..recipe.registry import METHODS
-from .command_line import for_command_line
+from ..recipe import METHODS
+from .command_line import note
 
 if TYPE_CHECKING:
-    from ..index import Manifest
+    from ..images import ImageSource
+    from ..images.sources import Labels
+    from ..index import Index, Manifest
     from ..preprocess import AnyPreprocess
 
-METRICS = {"l2": "squared L2", "ip": "inner product"}
 _LABEL, _CELL = 12, 400
 _PIECE = 1 << 16
 
 
-def emit(options: argparse.Namespace, values: Mapping[str, Any], *lines: str) -> None:
+def emit(options: Namespace, values: Mapping[str, Any], *lines: str) -> None:
     """Print JSON where asked for, else the lines."""
     if options.json:
         show_json(values, indent=2)
@@ -41,25 +40,42 @@ def emit(options: argparse.Namespace, values: Mapping[str, Any], *lines: str) ->
         show(*lines)
 
 
-def note(options: argparse.Namespace, text: str) -> None:
-    """Something worth knowing, on the error stream, so that output stays clean."""
-    if not options.quiet:
-        say(for_command_line(text))
-
-
 def counted(number: int, what: str) -> str:
-    """ "1 image", "2,000 images"."""
+    """Return "1 image", "2,000 images"."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The first few of some names."""
+    """Return the first few of some names."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
+def size_text(n_bytes: float) -> str:
+    """Return "296 kB"."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while n_bytes >= 1000 and len(units) > 1:
+        n_bytes /= 1000
+        units.pop(0)
+    return f"{n_bytes:.3g} {units[0]}"
+
+
+def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """Return rows of cells as lines with columns of one width; `right` are set flush right."""
+    # What is escaped takes more room, so cells are made printable here.
+    rows = [[sentence(cell, _CELL) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place in right else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
 @contextmanager
-def naming_skip(options: argparse.Namespace) -> Iterator[None]:
-    """Errors of a broken image among many name the option that leaves it out."""
+def naming_skip(options: Namespace) -> Iterator[None]:
+    """Let errors of a broken image among many name the option that leaves it out."""
     try:
         yield
     except (ImageError, EmbeddingError) as error:
@@ -73,7 +89,7 @@ def naming_skip(options: argparse.Namespace) -> Iterator[None]:
 
 @contextmanager
 def listing_ids(index: str) -> Iterator[None]:
-    """Errors of ids name the command that lists them, not what Python has for it."""
+    """Let errors of ids name the command that lists them, not what Python has for it."""
     try:
         yield
     except InputError as error:
@@ -84,19 +100,18 @@ def listing_ids(index: str) -> Iterator[None]:
         raise InputError(f"{text}; `embedcam info {index} --ids` lists those it has") from error
 
 
-def found_images(options: argparse.Namespace, path: Any, labels: Any, **otherwise: Any) -> Any:
-    """The images of a folder or a CSV, but for those excluded; what looks wrong is said at once.
+def images_of(
+    options: Namespace, path: str | Path, labels: "Labels", **otherwise: Any
+) -> "ImageSource":
+    """Return the images of a folder or a CSV, and say at once what looks wrong.
 
-    Args:
-        options: with `exclude` and `max_pixels`.
-        path, labels: as of `find_images`.
-        **otherwise: its other arguments, where the options are silent.
+    `otherwise` are arguments of `find_images` for which the options are silent.
     """
     from ..images import find_images
 
-    given = {"exclude": options.exclude, "max_pixels": options.max_pixels}
-    said = {name: value for name, value in given.items() if value is not None}
-    source = find_images(path, labels, **{**otherwise, **said})
+    asked = {"exclude": options.exclude, "max_pixels": options.max_pixels}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    source = find_images(path, labels, **{**otherwise, **asked})
     options.said = source.notes
     for text in source.notes:
         note(options, f"note: {text}")
@@ -106,48 +121,33 @@ def found_images(options: argparse.Namespace, path: Any, labels: Any, **otherwis
     return source
 
 
-def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
-    """Rows of cells as lines with columns of one width; `right` are set flush right.
-
-    Cells are made printable here, for what is escaped takes more room; a long one is cut.
-    """
-    rows = [[sentence(cell, _CELL) for cell in row] for row in rows]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if place in right else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+_TOLD = (
+    "format_version", "generation", "counts", "recipe", "recipe_sha256", "sign", "method", "target",
+    "norm", "triplets", "images", "network", "embedding", "metric", "layers", "fit", "faiss",
+    "libraries", "compressed",
+)  # fmt: skip
+"""Entries of the manifest that `info --json` repeats."""
 
 
-def info(options: argparse.Namespace) -> None:
-    """What an index holds."""
+def info(options: Namespace) -> None:
+    """Tell what an index holds."""
     from ..index import Index
 
-    if options.ids:
-        with Index.open(options.index, with_faiss=False) as index:
-            _list_ids(options, index)
-        return
     with Index.open(options.index, with_faiss=False) as index:
+        if options.ids:
+            return _list_ids(options, index)
         manifest = index.manifest
         evidence = _evidence(index)
     bytes_all, bytes_image, bytes_mark = _bytes(manifest)
     raw = manifest.to_dict()
-    summary = {
-        key: raw.get(key)
-        for key in ("format_version", "generation", "counts", "recipe", "recipe_sha256", "sign",
-                    "method", "target", "norm", "triplets", "images", "network", "embedding",
-                    "metric", "layers", "fit", "faiss", "libraries", "compressed")
-    }  # fmt: skip
+    summary = {key: raw.get(key) for key in _TOLD}
     size = {"bytes": bytes_all, "bytes_an_image": bytes_image, "bytes_a_mark": bytes_mark}
     summary |= {**evidence, **size}
     emit(options, summary, options.index, *_lines(manifest, evidence, size))
 
 
-def _list_ids(options: argparse.Namespace, index: Any) -> None:
-    """The ids of all live images, one a line, or one JSON list; a piece at a time."""
+def _list_ids(options: Namespace, index: "Index") -> None:
+    """Print the ids of all live images, one a line, or one JSON list; a piece at a time."""
     live = index.live_positions()
     if options.json:
         show("[" if len(live) else "[]")
@@ -158,7 +158,7 @@ def _list_ids(options: argparse.Namespace, index: Any) -> None:
         show("]")
 
 
-def verify(options: argparse.Namespace) -> None:
+def verify(options: Namespace) -> None:
     """Check every promise of an index; the error names the file and what is wrong."""
     from ..index import Index
 
@@ -173,8 +173,8 @@ def verify(options: argparse.Namespace) -> None:
     )
 
 
-def _evidence(index: Any) -> dict[str, int]:
-    """Labels, images alone in their class, and images without a triplet that counted."""
+def _evidence(index: "Index") -> dict[str, int]:
+    """Count labels, images alone in their class, and images without a triplet that counted."""
     live = index.live_positions()
     sizes, numbers = Counter(index.labels[live]), index.manifest.near_share is not None
     unlabelled = sizes.pop(None, 0)
@@ -187,21 +187,23 @@ def _evidence(index: Any) -> dict[str, int]:
     }
 
 
-def _bytes(manifest: Manifest) -> tuple[int, float, float]:
-    """All bytes; an image's, beyond id, label, path, embedding and mark; and those of its mark."""
+def _bytes(manifest: "Manifest") -> tuple[int, float, float]:
+    """Return all bytes; an image's, beyond id, label, path, embedding, mark; and its mark's."""
     parts = [file for part in manifest.parts for file in part.files.items()]
     known = ("ids.", "labels.", "paths.", "embeddings.", "marks.")
-    own = sum(entry.bytes for name, entry in parts if not name.startswith(known))
+    kept = sum(entry.bytes for name, entry in parts if not name.startswith(known))
     marks = sum(entry.bytes for name, entry in parts if name.startswith("marks."))
     rows = max(manifest.counts.rows, 1)
-    return manifest.named_bytes, round(own / rows, 1), round(marks / rows, 1)
+    return manifest.named_bytes, round(kept / rows, 1), round(marks / rows, 1)
 
 
-def _lines(manifest: Manifest, evidence: Mapping[str, int], size: Mapping[str, float]) -> list[str]:
+def _lines(
+    manifest: "Manifest", evidence: Mapping[str, int], size: Mapping[str, float]
+) -> list[str]:
     layer, network = manifest.layers[0], manifest.network
     normalized = "L2-normalised" if manifest.embedding.normalized else "not normalised"
     coarse = layer.coarse_grid
-    made = ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())
+    libraries = ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())
     merged = []
     if manifest.compressed is not None:
         compressed = asdict(manifest.compressed)
@@ -229,7 +231,7 @@ def _lines(manifest: Manifest, evidence: Mapping[str, int], size: Mapping[str, f
                  "id, label, path and embedding"),
         ("files", _files_line(manifest.images, size["bytes_a_mark"])),
         ("recipe", manifest.recipe_sha256[:16]),
-        ("made with", f"{made}; generation {manifest.generation}"),
+        ("made with", f"{libraries}; generation {manifest.generation}"),
     ]  # fmt: skip
     lines = [f"  {name:<{_LABEL}}{sentence(value)}" for name, value in shown if value]
     if manifest.counts.added_after_fit:
@@ -244,7 +246,7 @@ def _match_line(match: Mapping[str, Any] | None) -> str:
     return f"calibrated on {counted(one.images, 'image')}"
 
 
-def _trust_line(manifest: Manifest) -> str:
+def _trust_line(manifest: "Manifest") -> str:
     trust, added = manifest.trust_calibration, manifest.counts.added_after_fit
     if not trust:
         return "not calibrated; `embedcam calibrate INDEX` does"
@@ -258,7 +260,7 @@ def _trust_line(manifest: Manifest) -> str:
     return f"{worth}; calibrated on {counted(one.images, 'image')} that queried it{when}"
 
 
-def _images_line(manifest: Manifest, evidence: Mapping[str, int]) -> str:
+def _images_line(manifest: "Manifest", evidence: Mapping[str, int]) -> str:
     counts, labels = manifest.counts, evidence["labels"]
     what = "label" if manifest.near_share is None else "number"
     line = f"{counts.live:,}, " + (counted(labels, what) if labels else "no labels")
@@ -270,8 +272,8 @@ def _images_line(manifest: Manifest, evidence: Mapping[str, int]) -> str:
     return line
 
 
-def _evidence_line(manifest: Manifest, evidence: Mapping[str, int]) -> str:
-    said = []
+def _evidence_line(manifest: "Manifest", evidence: Mapping[str, int]) -> str:
+    sentences = []
     # An image without a label among labelled ones is a class of its own.
     alone = evidence["labels_of_one_image"] + evidence["unlabelled_images"]
     # Where labels draw the positives: not for the centred target, nor for given triplets.
@@ -280,28 +282,28 @@ def _evidence_line(manifest: Manifest, evidence: Mapping[str, int]) -> str:
     if drawn and evidence["labels"] and alone:
         unlabelled = evidence["unlabelled_images"]
         without = f" ({unlabelled:,} of them without a label)" if unlabelled else ""
-        said.append(
+        sentences.append(
             f"{counted(alone, 'image')} alone in {'its' if alone == 1 else 'their'} class{without},"
             " with nearest neighbours as positives"
         )
     if evidence["images_without_evidence"]:
-        said.append(
+        sentences.append(
             f"{counted(evidence['images_without_evidence'], 'image')} without evidence: every "
             "triplet was satisfied"
         )
-    return "; ".join(said)
+    return "; ".join(sentences)
 
 
 def _merged_line(compressed: Mapping[str, Any]) -> str:
-    way = " for each label" if compressed["per_class"] else ""
+    each = " for each label" if compressed["per_class"] else ""
     return (
-        f"{compressed['prototypes']:,}{way} asked for, {compressed['rows']:,} made of "
+        f"{compressed['prototypes']:,}{each} asked for, {compressed['rows']:,} made of "
         f"{counted(compressed['from_rows'], 'image')}, seed {compressed['seed']}"
     )
 
 
 def fidelity_lines(compressed: Mapping[str, Any]) -> list[str]:
-    """What an index of prototypes lost, as a table."""
+    """Return what an index of prototypes lost, as a table."""
     fidelity = compressed["fidelity"]
     cosine = {f"cosine of weights from {n}": one for n, one in fidelity["cosine"].items()}
     measured = {**cosine, "Recall@1": fidelity["recall_at_1"]}
@@ -333,7 +335,7 @@ def _network_line(network: Any) -> str:
     return ", ".join(known)
 
 
-def _input_line(preprocess: AnyPreprocess | None) -> str:
+def _input_line(preprocess: "AnyPreprocess | None") -> str:
     if preprocess is None:
         return ""
     from ..preprocess import Preprocess
@@ -344,15 +346,15 @@ def _input_line(preprocess: AnyPreprocess | None) -> str:
     return f"{height} x {width}, " + ("centre crop" if crop else "whole picture squashed")
 
 
-def _weights_line(manifest: Manifest) -> str:
+def _weights_line(manifest: "Manifest") -> str:
     entry, triplets = METHODS.get(manifest.method), manifest.triplets
     method = manifest.method if entry is None else entry.title
     if entry is not None and not entry.targeted:
         return f"{method}, which ignores targets: what stands out, not what matches"
     named = {name: f"{name} target" for name in ("centred", "discriminant", "distinctive")}
     target = named.get(manifest.target, "triplet margin")
-    way = "" if entry is not None and entry.scored else f", {manifest.norm} the norm"
-    line = f"{method} of the {target}{way}"
+    norm = "" if entry is not None and entry.scored else f", {manifest.norm} the norm"
+    line = f"{method} of the {target}{norm}"
     if manifest.target == "centred":
         return line
     count, sampling = triplets.count, triplets.sampling
@@ -377,10 +379,11 @@ def _encoding_line(encoding: Any) -> str:
     return f"low-rank {encoding.rank}, {origin}{stored}, {encoding.dtype}"
 
 
-def _search_line(manifest: Manifest) -> str:
+def _search_line(manifest: "Manifest") -> str:
     if manifest.faiss is None:
         return "none; neighbours are named by the caller"
-    return f"FAISS {manifest.faiss.factory}, {METRICS[manifest.metric]}"
+    metric = {"l2": "squared L2", "ip": "inner product"}[manifest.metric]
+    return f"FAISS {manifest.faiss.factory}, {metric}"
 
 
 def _files_line(images: Any, bytes_mark: float) -> str:
@@ -391,12 +394,3 @@ def _files_line(images: Any, bytes_mark: float) -> str:
 
 def _on(grid: Any) -> str:
     return "" if grid is None else f" on a grid of {grid[0]} x {grid[1]}"
-
-
-def size_text(n_bytes: float) -> str:
-    """ "296 kB"."""
-    units = ["bytes", "kB", "MB", "GB", "TB"]
-    while n_bytes >= 1000 and len(units) > 1:
-        n_bytes /= 1000
-        units.pop(0)
-    return f"{n_bytes:.3g} {units[0]}"

@@ -121,7 +121,7 @@ def test_all_is_the_mean_over_every_triplet(tmp_path, source, kind, choices) -> 
         expected, counts = literal_weights(it, source, recipe, index.embeddings(live), triplets)
         assert off(index.weights(live), expected) < 2e-5
         assert index.triplets_used(live).tolist() == counts.tolist() == [3 * 8] * 12
-        assert index.manifest["triplets"]["sampling"] == "all"
+        assert index.manifest.triplets.sampling == "all"
 
 
 @pytest.mark.parametrize("kind", ["affine", "pooled", "tokens"])

@@ -96,9 +96,9 @@ def test_additions_keep_what_was_fitted_and_draw_from_old_and_new(tmp_path, grow
         assert {n: a.tobytes() for n, a in index.rows(live[:12]).items()} == old
         assert index.coarse(live[:12]).tobytes() == old_maps
         assert list(index.ids[live]) == first.ids + later.ids
-        counts = index.manifest["counts"]
+        counts = index.manifest.to_dict()["counts"]
         assert (counts["rows"], counts["added_after_fit"]) == (18, 6)
-        assert index.manifest["fit"] == {"images": 12, "rows": 12}
+        assert index.manifest.to_dict()["fit"] == {"images": 12, "rows": 12}
         embeddings = index.embeddings(live)
         encoding = index.encoding()
         rows = live[12:]
@@ -164,9 +164,9 @@ def test_a_refit_redoes_every_weight_and_forgets_what_was_added(tmp_path, grown)
     assert source.ids == first.ids[1:] + later.ids
     build_index(source, it.network, tmp_path / "i", DENSE, replace=True)
     with opened(tmp_path / "i") as (index, live):
-        counts = index.manifest["counts"]
+        counts = index.manifest.to_dict()["counts"]
         assert (counts["rows"], counts["live"], counts["added_after_fit"]) == (17, 17, 0)
-        assert index.manifest["fit"] == {"images": 17, "rows": 17}
+        assert index.manifest.to_dict()["fit"] == {"images": 17, "rows": 17}
         embeddings = index.embeddings(live)
         mean = embeddings.astype(np.float64).mean(0)
         np.testing.assert_allclose(index.fitted("embedding_mean"), mean, atol=1e-7)
@@ -247,7 +247,7 @@ def test_faiss_grows_with_the_additions_by_what_it_was_trained_on(tmp_path, grow
         build_index(first, it.network, tmp_path / "i", recipe)
     add_images(later, it.network, tmp_path / "i")
     with opened(tmp_path / "i") as (index, live):
-        assert index.manifest["faiss"]["trained_on"] == 12
+        assert index.manifest.faiss.trained_on == 12
         found = index.search(index.embeddings(live), 1).positions[:, 0]
         assert found.tolist() == list(range(18))
 

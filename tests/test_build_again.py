@@ -63,7 +63,7 @@ def test_other_given_triplets_are_not_called_done(tmp_path, source) -> None:
     again(path, source, recipe, triplets=pairs(1).astype(np.uint16))
     refused(path, source, "with another array of given triplets;", recipe, triplets=pairs(4))
     with opened(path) as (index, _):
-        about = index.manifest["triplets"]
+        about = index.manifest.to_dict()["triplets"]
         assert (about["sampling"], about["count"], len(about["sha256"])) == ("given", 2, 64)
     refused(path, source, "with another recipe and array of given triplets;")
     build_index(source, toy().network, path, recipe, triplets=pairs(4), replace=True)
@@ -150,7 +150,7 @@ def test_the_manifest_says_which_triplets_were_drawn(
     build_index(source, toy().network, tmp_path / "i", recipe)
     with opened(tmp_path / "i") as (index, _):
         expected = {"count": count, "hinge": False, "margin": 0.2, "seed": 0}
-        assert index.manifest["triplets"] == {"sampling": sampling, **expected}
+        assert index.manifest.to_dict()["triplets"] == {"sampling": sampling, **expected}
 
 
 @pytest.mark.parametrize("encoding", ["dense", "top-m"])

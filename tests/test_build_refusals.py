@@ -352,7 +352,7 @@ def test_replace_swaps_a_finished_index_for_readers_to_come(tmp_path, source) ->
         build_index(source, toy().network, tmp_path / "i", dense(norm="around"), replace=True)
         np.testing.assert_array_equal(old.weights(live), weights)
         with opened(tmp_path / "i") as (new, _):
-            assert new.manifest["generation"] == 2
+            assert new.manifest.generation == 2
             assert off(new.weights(live), weights) > 0.01
 
 

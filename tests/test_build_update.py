@@ -80,7 +80,7 @@ def test_new_changed_and_vanished_files_are_taken_in(photos: Path) -> None:
     places = [place for place, name in enumerate(source.ids) if name in wanted]
     add_images(source.only(places), toy().network, two_steps, progress=False)
     with opened(photos.with_name("i")) as (index, live), opened(two_steps) as (other, others):
-        assert index.manifest["generation"] == 2
+        assert index.manifest.generation == 2
         assert sorted(index.ids[live]) == sorted(source.ids)
         assert index.ids[live] == other.ids[others]
         np.testing.assert_array_equal(index.weights(live), other.weights(others))
@@ -91,7 +91,7 @@ def test_new_changed_and_vanished_files_are_taken_in(photos: Path) -> None:
         after = dict(zip(index.ids[live], index.weights(live).tolist(), strict=True))
         kept = set(before) - set(changes.gone)
         assert all(after[name] == before[name] for name in kept)
-        assert index.manifest["counts"] == {"rows": 16, "live": 13, "added_after_fit": 4}
+        assert index.manifest.to_dict()["counts"] == {"rows": 16, "live": 13, "added_after_fit": 4}
     assert set(states(photos).values()) == {"same"}
 
     manifest = (photos.with_name("i") / "manifest.json").read_bytes()
@@ -125,7 +125,7 @@ def test_only_vanished_files_are_only_removed(photos: Path) -> None:
     assert (report.n_images, report.changes.vanished) == (0, ["c2/005.png"])
     with Index.open(photos.with_name("i")) as index:
         assert len(index) == 11
-        assert index.manifest["generation"] == 2
+        assert index.manifest.generation == 2
 
 
 def test_images_of_another_folder_are_left_alone(photos: Path, tmp_path: Path) -> None:

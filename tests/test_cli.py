@@ -402,7 +402,7 @@ def test_info_says_what_the_manifest_holds(say: Say, built: Path) -> None:
     assert lines[0] == str(built)
     shown = {line[2:14].strip(): line[14:] for line in lines[1:]}
     with Index.open(built) as opened:
-        manifest = opened.manifest
+        manifest = opened.manifest.to_dict()
         files = [f for part in manifest["parts"] for f in part["files"].items()]
     assert shown["images"] == "12, 3 labels"
     assert shown["network"] == "cli_toy_network:make"
@@ -569,7 +569,7 @@ def test_compress_explain_and_what_prototypes_do_not_take(
     assert header.split() == ["12", "images", "left", "out", "in", "turn", "prototypes", "all",
                               "images", "lost"]  # fmt: skip
     with Index.open(tmp_path / "one") as opened:
-        lost = opened.manifest["compressed"]["fidelity"]
+        lost = opened.manifest.to_dict()["compressed"]["fidelity"]
     for row, (what, one) in zip(
         rows,
         [("cosine of weights from 1", lost["cosine"]["1"]),
@@ -1114,7 +1114,7 @@ def test_a_methods_fill_and_options_can_be_said(say: Say, built: Path, tmp_path:
     chosen += ["--option", "temperature=0.5"]
     assert say("build", "photos", index, *chosen, "--quiet", *NAMED)[0] == 0
     with Index.open(index) as opened:
-        recipe, name, reference = opened.manifest["recipe"], opened.ids[3], opened.embeddings([3])
+        recipe, name, reference = opened.manifest.recipe, opened.ids[3], opened.embeddings([3])
         assert recipe["fill"] == "blur"
         assert recipe["options"] == {"weights": "softmax", "temperature": 0.5}
     record = answer(say, "explain", built, query, "--result", name, *chosen, "--quiet")[0]

@@ -154,8 +154,8 @@ def test_other_methods_take_the_same_direction(
 def check(made_of: Toy, source: ImageSource, path: Path, recipe: Recipe) -> None:
     with opened(path) as (index, live):
         index.verify()
-        assert index.manifest["target"] == "discriminant"
-        assert index.manifest["triplets"]["sampling"] == "all"
+        assert index.manifest.target == "discriminant"
+        assert index.manifest.triplets.sampling == "all"
         vectors, stored = index.embeddings(live), index.weights(live)
         labels = [str(label) for label in index.labels[live]]
     maps = made_of.network.forward(inputs(made_of, source)).activations.double()

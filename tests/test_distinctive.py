@@ -125,7 +125,7 @@ def test_it_is_what_auto_stands_for_and_what_an_index_keeps(
     made_of, source = toy("affine"), pictures(tmp_path / "photos")
     build_index(source, made_of.network, tmp_path / "index", RECIPE, progress=False)
     with Index.open(tmp_path / "index") as index:
-        assert index.manifest["recipe"]["target"] == index.manifest["target"] == "distinctive"
+        assert index.manifest.recipe["target"] == index.manifest.target == "distinctive"
         assert Recipe.of_index(index.manifest) == RECIPE.resolved
 
 

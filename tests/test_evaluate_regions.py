@@ -28,7 +28,7 @@ from embedcam.evaluate.settings import MEASURES, METHOD
 from embedcam.images import ImageSource, Item
 from embedcam.metrics import rank_of
 from embedcam.render import Chart, Notice, Table, page
-from embedcam.render.chart import chart_svg, ticks
+from embedcam.render.page import drawn_blocks, ticks
 
 NOTHING: dict[str, Any] = {
     "retrieval": {}, "indexed_images": 1, "localisation": {}, "objects": {}, "controls": {},
@@ -484,14 +484,15 @@ def test_ticks_take_in_both_ends(low: float, span: float) -> None:
 
 
 def test_a_chart_by_hand() -> None:
-    text = chart_svg(Chart("A <b>", {"one": [(0, 0), (1, 1)], "two": [(0, 1), (1, 0)]}, "x", "y"))
+    lines = {"one": [(0, 0), (1, 1)], "two": [(0, 1), (1, 0)]}
+    [text] = drawn_blocks([Chart("A <b>", lines, "x", "y")])
     assert 'points="46.0,220.0 408.0,12.0"' in text
     assert 'points="46.0,12.0 408.0,220.0"' in text
     assert "A &lt;b&gt;" in text
     assert "<b>one" not in text
     for points in ({}, {"one": []}, {"one": [(0.0, float("nan"))]}):
         with pytest.raises(InputError, match="has no points"):
-            chart_svg(Chart("c", points))
+            drawn_blocks([Chart("c", points)])
 
 
 def test_notices_charts_and_tables_in_their_order() -> None:

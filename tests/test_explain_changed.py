@@ -24,7 +24,6 @@ from embedcam.errors import ImageError, InputError
 from embedcam.index import Index, compact
 from embedcam.prototypes import compress
 from embedcam.render import Tile, panel, shrunk
-from embedcam.render.tiles import mapped_picture, plain_picture
 from embedcam.report import write_report
 from embedcam.service import create_app
 
@@ -76,11 +75,10 @@ def test_the_new_picture_is_shown_with_a_note_and_without_the_old_map(why: Any) 
     assert not same.changed
     assert "changed" not in same.subcaption
     size = (200, 100)
-    plain = np.asarray(plain_picture(changed, size)).astype(int)
+    plain, mapped = (np.asarray(one).astype(int) for one in changed.drawn(size, 1.0))
     assert (np.abs(plain[:70] - YELLOW) <= 3).all()
     assert (plain[80:] < 60).mean() > 0.3  # words on a dark strip
-    mapped = np.asarray(mapped_picture(changed, size, 1.0)).astype(int)
-    alone = np.asarray(mapped_picture(Tile(None, changed.cam), (200, 200), 1.0).resize(size))
+    alone = np.asarray(Tile(None, changed.cam).drawn((200, 200), 1.0)[1].resize(size))
     assert np.abs(mapped - alone).mean() < 4  # the map by itself, on grey
     assert not (np.abs(mapped - YELLOW) <= 40).all(-1).any()
 

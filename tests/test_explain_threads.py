@@ -22,7 +22,6 @@ from embedcam import DirectWeights, EmbeddingNetwork, Explainer, Explanation, In
 from embedcam.errors import IndexFormatError, InputError, NetworkMismatch
 from embedcam.explain.explanation import Asked
 from embedcam.index import append, compact, remove
-from embedcam.network import fingerprint
 
 THREADS = 4
 QUERIES = 5
@@ -163,7 +162,7 @@ def test_threads_get_the_answers_of_one(
 
 def test_threads_whose_transfer_is_not_trusted(built: Path, network: EmbeddingNetwork) -> None:
     with Explainer(built) as plain:
-        recipe = Recipe.from_dict(plain.index.manifest["recipe"])
+        recipe = Recipe.from_dict(plain.index.manifest.recipe)
     careful = {"fallback": DirectWeights(network, recipe)}
     asked: list[Ask] = [lambda e, n=n: [e.explain(strange(n))] for n in range(4)]
     asked += [lambda e: e.explain_batch([strange(5), strange(6)]), *questions(network)[:3]]
@@ -372,9 +371,9 @@ def test_the_network_of_a_new_version_is_checked_and_cheaply_where_it_is_the_sam
     switch(link, versions[0])
     explainer = Explainer(link, network)
     checks: list[Any] = []
-    check = fingerprint.check
+    admit = EmbeddingNetwork.for_index
     monkeypatch.setattr(
-        fingerprint, "check", lambda stored, given: (checks.append(stored), check(stored, given))
+        EmbeddingNetwork, "for_index", lambda *given: (checks.append(given), admit(*given))[1]
     )
     switch(link, versions[1])
     assert explainer.reload()

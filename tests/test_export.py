@@ -191,7 +191,7 @@ def test_it_says_what_the_manifest_says(case: tuple[str, EmbeddingNetwork, Path,
     props = {entry.key: entry.value for entry in model.metadata_props}
     assert props["embedcam.version"] == embedcam.__version__
     with Index.open(index) as opened:
-        stored = opened.manifest["network"]
+        stored = opened.manifest.to_dict()["network"]
     assert json.loads(props["embedcam.network"]) == {
         key: value for key, value in stored.items() if key != "loading"
     }
@@ -233,7 +233,7 @@ def test_the_head_s_bias_makes_the_embedding_of_the_pooled_activations(
         with Index.open(index) as opened:
             encoding = opened.encoding(0)
             assert (encoding.name, encoding.origin) == ("low-rank", "head")
-            height, width = opened.manifest["layers"][0]["grid"]
+            height, width = opened.manifest.layers[0].grid
             matrix = encoding.fitted["basis"] * height * width
     z = pooled @ matrix.T + bias
     expected = features.embedding * features.norm[:, None]

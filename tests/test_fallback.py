@@ -51,7 +51,7 @@ def test_an_explanation_that_is_not_trusted_is_computed_on_the_query(
                 asked.append((positives, negatives))
                 return super().weights(inputs, positives, negatives)
 
-        fallback = Noted(made_of.network, Recipe.from_dict(index.manifest["recipe"]))
+        fallback = Noted(made_of.network, Recipe.from_dict(index.manifest.recipe))
         explainer = Explainer(index, made_of.network, trusted_from=1.0, fallback=fallback)
         found = explainer.explain(query)
         again = explainer.explain(query)
@@ -187,7 +187,7 @@ def test_direct_weights_of_several_layers(quick: None, tmp_path: Path) -> None:
         fallback = DirectWeights(network, recipe)
         found = Explainer(index, network, trusted_from=1.0, fallback=fallback).explain(query)
         assert found.direct
-        names = [layer["name"] for layer in index.manifest["layers"]]
+        names = index.manifest.layer_names
         maps = network.forward_layers(query[None], names)[1]
         drawn = cam(found.layer_weights[names[0]], maps[0][0].numpy())
         for name, one in zip(names[1:], maps[1:], strict=True):

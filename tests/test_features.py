@@ -103,8 +103,8 @@ def test_features_in_files_give_the_index_of_their_images(
         assert off(a.weights(live), b.weights(live)) < (2**-10 if half else 1e-5)
         assert a.coarse(live) is None
         same = ("recipe_sha256", "network", "triplets", "method", "target", "norm", "embedding")
-        assert all(a.manifest[key] == b.manifest[key] for key in same)
-        one, other = a.manifest["layers"][0], b.manifest["layers"][0]
+        assert all(getattr(a.manifest, key) == getattr(b.manifest, key) for key in same)
+        one, other = a.manifest.layers[0], b.manifest.layers[0]
         assert one == other
 
 
@@ -167,7 +167,7 @@ def test_where_nothing_is_fitted_no_sample_is_taken(
     from_features(toy(), source, tmp_path / "i", dense(encoding=encoding, m=4))
     with opened(tmp_path / "i") as (index, live):
         assert index.weights(live).shape == (12, 8)
-        assert index.manifest["images"] is None
+        assert index.manifest.images is None
 
 
 def test_unit_embeddings_are_kept_to_the_bit_and_others_made_so(tmp_path, source) -> None:

@@ -246,17 +246,17 @@ def test_compacting_with_a_rebuild_is_one_change_and_a_second_time_none(tmp_path
     remove(path, ["image-0002"])
     assert compact(path, rebuild_faiss="HNSW8") == 1
     manifest = Index.open(path).manifest
-    assert (manifest["generation"], manifest["faiss"]["factory"]) == (3, "HNSW8")
+    assert (manifest.generation, manifest.faiss.factory) == (3, "HNSW8")
     whole = everything(path)
     assert compact(path, rebuild_faiss=True) == 0
     assert everything(path) == whole
     file = path / "faiss-000003.index"
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")  # not what the manifest says of it
     assert compact(path, rebuild_faiss=True) == 0
-    assert Index.open(path).manifest["generation"] == 4
+    assert Index.open(path).manifest.generation == 4
     assert verify(path).problems == []
     assert compact(path, rebuild_faiss="none") == 0
-    assert Index.open(path).manifest["faiss"] is None
+    assert Index.open(path).manifest.faiss is None
     with pytest.raises(InputError, match="built without FAISS; name a factory"):
         compact(path, rebuild_faiss=True)
 

@@ -14,7 +14,7 @@ from toys import seeded, toy
 from embedcam.errors import IndexFormatError, NetworkMismatch
 from embedcam.index.identity import Identity, NetworkWarning
 from embedcam.network import EmbeddingNetwork, load_network
-from embedcam.network.fingerprint import check, fingerprint, hash_parameters
+from embedcam.network.fingerprint import hash_parameters
 from embedcam.preprocess import Preprocess
 
 
@@ -26,8 +26,12 @@ def network(module: nn.Module | None = None, **given: Any) -> EmbeddingNetwork:
 
 def stored(original: EmbeddingNetwork) -> Identity:
     """As it comes back from an index: through JSON, and arrays apart."""
-    identity = fingerprint(original)
+    identity = original.identity()
     return Identity.from_dict(json.loads(json.dumps(identity.to_dict())), identity.arrays())
+
+
+def check(identity: Identity, given: EmbeddingNetwork) -> None:
+    given.for_index(identity)
 
 
 def changed(name: str, change: float) -> nn.Module:
@@ -39,12 +43,12 @@ def changed(name: str, change: float) -> nn.Module:
 
 def test_the_probe_is_what_the_network_makes_of_the_picture() -> None:
     original = network()
-    identity = fingerprint(original)
+    identity = original.identity()
     features = original.forward(original.probe_images())
     np.testing.assert_array_equal(identity.probe_embedding, features.embedding[0])
     np.testing.assert_allclose(identity.probe_pooled, features.activations[0].mean((1, 2)))
     assert identity.probe_embedding.dtype == identity.probe_pooled.dtype == np.float32
-    assert fingerprint(network()).to_dict() == identity.to_dict()
+    assert network().identity().to_dict() == identity.to_dict()
 
 
 def test_the_picture_is_the_same_for_ever() -> None:
@@ -197,7 +201,7 @@ def test_other_parameters_are_refused_with_both_values() -> None:
     assert identity.parameters_sha256[:12] in said
     assert hash_parameters(other.module)[:12] in said
     assert "where 0.001 is allowed" in said
-    for numbers in (identity, fingerprint(other)):
+    for numbers in (identity, other.identity()):
         first = min((numbers.probe_pooled, numbers.probe_embedding), key=lambda a: a.size != 6)
         assert f"{first[0]:.4g}" in said
 
@@ -227,7 +231,7 @@ def test_a_head_of_its_own_is_part_of_the_parameters() -> None:
 
 
 def test_broken_identities_are_errors_of_the_index() -> None:
-    identity = fingerprint(network())
+    identity = network().identity()
     good, arrays = identity.to_dict(), identity.arrays()
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({k: v for k, v in good.items() if k != "layer"}, arrays, "has no 'layer'"),
@@ -246,7 +250,7 @@ def test_broken_identities_are_errors_of_the_index() -> None:
 
 
 def test_a_probe_that_is_not_a_number_is_never_near() -> None:
-    identity = fingerprint(network())
+    identity = network().identity()
     broken = copy.copy(identity)
     object.__setattr__(broken, "probe_pooled", np.full(6, np.nan, np.float32))
     with pytest.raises(NetworkMismatch):
@@ -262,7 +266,7 @@ def test_another_training_of_the_same_structure_is_refused() -> None:
     name = next(name for name, _ in toy().named_parameters() if name.endswith("weight"))
     identity = stored(network())
     near = network(changed(name, 0.005))
-    moved = fingerprint(near).probe_pooled - identity.probe_pooled
+    moved = near.identity().probe_pooled - identity.probe_pooled
     difference = np.linalg.norm(moved) / np.linalg.norm(identity.probe_pooled)
     assert 1e-3 < difference < 2e-2
     with pytest.raises(NetworkMismatch, match=r"where 0\.001 is allowed"):

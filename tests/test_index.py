@@ -75,7 +75,7 @@ def test_what_is_written_comes_back(tmp_path: Path, kind: str) -> None:
         assert [index.position(i) for i in index.ids] == list(range(9))
         np.testing.assert_array_equal(index.fitted("embedding_mean"), np.arange(WIDTH))
         assert list(index.probe()) == ["probe_embedding"]
-        assert index.manifest["fit"] == {"images": 9, "rows": 9}
+        assert index.manifest.to_dict()["fit"] == {"images": 9, "rows": 9}
         assert len(index.verify()) == 8
 
 
@@ -114,7 +114,7 @@ def test_a_life_of_changes(tmp_path: Path) -> None:
     append(path, again)  # a removed id may come back
     with Index.open(path) as index:
         assert (len(index), index.n_rows) == (24, 26)
-        assert index.manifest["counts"]["added_after_fit"] == 5
+        assert index.manifest.counts.added_after_fit == 5
         assert index.position("image-0003") == 25
         np.testing.assert_array_equal(index.positions(["image-0024", "image-0003"]), [24, 25])
         with pytest.raises(InputError, match="'image-0022' is not in the index any more"):
@@ -124,8 +124,8 @@ def test_a_life_of_changes(tmp_path: Path) -> None:
     assert compact(path) == 2
     with Index.open(path) as index:
         assert (len(index), index.n_rows, len(index.parts)) == (24, 24, 1)
-        assert index.manifest["fit"] == {"images": 20, "rows": 19}
-        assert index.manifest["counts"]["added_after_fit"] == 5
+        assert index.manifest.to_dict()["fit"] == {"images": 20, "rows": 19}
+        assert index.manifest.counts.added_after_fit == 5
         order = [n for n in range(25) if n not in (3, 22)]
         for row, number in enumerate(order):
             check_rows(index, part(number, number + 1, encoding), np.array([row]), "low-rank")
@@ -296,7 +296,7 @@ def test_replacing_keeps_old_readers_working(tmp_path: Path) -> None:
         assert old.ids[0] == "image-0000"
         assert old.search(old.embeddings([2]), 1).positions.tolist() == [[2]]
         with Index.open(path) as new:
-            assert new.manifest["generation"] == 2
+            assert new.manifest.generation == 2
             assert len(new) == 9
             assert new.ids[0] == "image-0100"
     assert (path / ".building").exists()
@@ -371,8 +371,8 @@ def test_bytes_beyond_the_embedding_fit_the_budget(tmp_path: Path) -> None:
         rows = part(0, 8, encoding, grid=(7, 7))
         path = tmp_path / encoding.name
         create(path, header_of(encoding, grid=(7, 7)), [encoding.fitted], {}, rows)
-        files = Index.open(path).manifest["parts"][0]["files"]
-        spent = sum(f["bytes"] for name, f in files.items() if not name.startswith(free))
+        files = Index.open(path).manifest.parts[0].files
+        spent = sum(f.bytes for name, f in files.items() if not name.startswith(free))
         assert spent / 8 <= 320
 
 
@@ -404,7 +404,7 @@ def test_faiss_is_derived(tmp_path: Path) -> None:
         rebuild_faiss(path)
     rebuild_faiss(path, "IVF4,Flat")
     with Index.open(path) as index:
-        assert index.manifest["faiss"]["search"] == {"nprobe": 4}
+        assert index.manifest.faiss.search.nprobe == 4
         index.verify()
 
 
@@ -445,4 +445,4 @@ def test_the_worked_example_of_the_format(tmp_path: Path) -> None:
     with Index.open(path) as index:
         assert index.weights([0, 1]).tolist() == [[0, 0, 0.5], [0.25, 0, 0]]
         np.testing.assert_allclose(index.coarse([0, 1]), [[[1, 0]], [[1.004, 2]]], atol=1e-4)
-        assert index.manifest["counts"] == {"rows": 2, "live": 1, "added_after_fit": 0}
+        assert index.manifest.to_dict()["counts"] == {"rows": 2, "live": 1, "added_after_fit": 0}

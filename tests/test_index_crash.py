@@ -104,7 +104,7 @@ def test_a_reader_that_loses_the_race_reads_again(
 
     monkeypatch.setattr(manifest_file, "read", read_then_compact)
     with Index.open(path) as index:
-        assert index.manifest["generation"] == 3
+        assert index.manifest.generation == 3
         assert len(index) == 19
 
 

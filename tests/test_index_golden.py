@@ -30,7 +30,7 @@ def test_the_golden_index_opens_for_ever() -> None:
         assert index.coarse([5], layer=1) is None
         assert index.fitted("embedding_mean").tolist() == [0.25] * 4
         assert sorted(index.probe()) == ["probe_embedding", "probe_pooled"]
-        assert index.manifest["counts"] == {"rows": 7, "live": 6, "added_after_fit": 1}
+        assert index.manifest.to_dict()["counts"] == {"rows": 7, "live": 6, "added_after_fit": 1}
         found = index.search(np.array([[0, 0.6, 0.8, 0]], np.float32), 2)
         assert index.ids[found.positions[0]] == ["åland.jpg", "owl.jpg"]
         np.testing.assert_allclose(found.distances, [[0.4, 2.0]], rtol=1e-6)
@@ -43,7 +43,7 @@ def test_the_golden_index_of_weights_by_position_opens_for_ever() -> None:
         # codes (4, -2) in the basis (0 .. 35) / 4 and (36 .. 71) / 4, offset 0.5; [6 channels 2 3]
         expected = np.arange(36).reshape(6, 2, 3) / 2 - 17.5
         np.testing.assert_allclose(index.weights([4])[0], expected, rtol=0, atol=3e-2)
-        assert index.manifest["layers"][0]["encoding"] == {
+        assert index.manifest.to_dict()["layers"][0]["encoding"] == {
             "name": "by-position", "rank": 2, "dtype": "float16",
         }  # fmt: skip
         np.testing.assert_array_equal(index.weights([2], layer=1), [[0, 0, 0, 0, 2.5, 2.625]])

@@ -192,7 +192,7 @@ def test_every_key_that_is_read_is_declared() -> None:
 
 def test_the_record_says_what_the_manifest_says(path: Path) -> None:
     with Index.open(path) as index:
-        record, plain = index.record, index.manifest
+        record, plain = index.manifest, index.manifest.to_dict()
         assert record.layers[0].name == "features.18"
         assert record.layers[0].encoding.m == plain["layers"][0]["encoding"]["m"] == 2
         assert record.layers[0].grid == (2, 3)

@@ -163,7 +163,7 @@ def test_an_index_without_marks_is_as_it_was(tmp_path: Path) -> None:
     with Index.open(path) as index:
         assert not index.marked
         assert index.select([3, 4]).marks.tolist() == [[0] * 4] * 2
-        names = index.manifest["parts"][0]["files"]
+        names = index.manifest.parts[0].files
         assert "marks.u32" not in names
     compact(path)
     with Index.open(path) as index:
@@ -227,15 +227,15 @@ def test_rows_are_added_and_removed_in_one_step(tmp_path: Path) -> None:
     rows = replace(part(7, 9, encoding_of("top-m")), embeddings=np.eye(WIDTH, dtype="f4")[:2])
     assert append(path, rows, removing=["image-0003", "image-0007", "image-0008"]) == 20
     with Index.open(path) as index:
-        assert index.manifest["generation"] == 2
-        assert index.manifest["counts"] == {"rows": 22, "live": 19, "added_after_fit": 2}
+        assert index.manifest.generation == 2
+        assert index.manifest.to_dict()["counts"] == {"rows": 22, "live": 19, "added_after_fit": 2}
         assert index.tombstones.tolist() == [3, 7, 8]
         assert (index.position("image-0007"), index.position("image-0008")) == (20, 21)
         assert index.search(np.eye(WIDTH, dtype="f4")[:1], 1).positions.tolist() == [[20]]
         assert "image-0003" not in index.find_live(["image-0003"])
     append(path, part(7, 8, encoding_of("top-m")), removing=["image-0007"])
     with Index.open(path) as index:
-        assert index.manifest["counts"] == {"rows": 23, "live": 19, "added_after_fit": 2}
+        assert index.manifest.to_dict()["counts"] == {"rows": 23, "live": 19, "added_after_fit": 2}
     assert verify(path).ok
 
 

@@ -177,7 +177,7 @@ def test_opened_without_faiss_search_is_brute_force(tmp_path: Path) -> None:
 def test_nprobe(tmp_path: Path) -> None:
     path = make(tmp_path / "x", 300, "dense", "IVF64,Flat")
     with Index.open(path) as index:
-        assert index.manifest["faiss"]["search"] == {"nprobe": 8}
+        assert index.manifest.faiss.search.nprobe == 8
         queries = -index.embeddings(np.arange(40))
         everything = index.search(queries, 5, nprobe=64).positions
         np.testing.assert_array_equal(

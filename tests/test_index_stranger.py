@@ -88,7 +88,7 @@ def test_what_a_stranger_s_factory_asks_for_is_not_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, what: str
 ) -> None:
     path = make(tmp_path / "x", 12)
-    manifest = manifest_file.read(path)
+    manifest = manifest_file.read(path).to_dict()
     manifest["faiss"]["factory"] = factory
     manifest_file.write(path, manifest)
 

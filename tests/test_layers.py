@@ -103,7 +103,7 @@ def test_packages_without_torch(package: str) -> None:
 def test_offline_and_online_meet_only_on_disk() -> None:
     reached = reached_from("explain")
     assert {"ops", "index"} <= reached
-    assert not reached & {"targets", "methods", "offline"}
+    assert not reached & {"targets", "methods", "offline", "network"}
     assert "explain" not in reached_from("offline")
 
 

@@ -153,10 +153,10 @@ def test_an_index_says_how_likely_its_first_result_is_right(tmp_path: Path) -> N
     assert found[1]._transfer_note().startswith(f"match {found[1].match:.2f}\n")
 
     with Index.open(tmp_path / "i") as index:
-        made = index.manifest["match_calibration"]
+        made = index.manifest.match_calibration
     put_calibrations(tmp_path / "i", {"match_calibration": None})
     with Explainer(tmp_path / "i") as explainer:
         assert explainer.explain_features(query, maps).match is None
     assert main(["calibrate", str(tmp_path / "i"), "--quiet"]) == 0
     with Index.open(tmp_path / "i") as index:
-        assert index.manifest["match_calibration"] == made
+        assert index.manifest.match_calibration == made

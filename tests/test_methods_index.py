@@ -101,7 +101,7 @@ def test_an_index_holds_every_layer_of_poly_cam_and_redraws_its_map(
     build_index(source, network, tmp_path / "index", recipe, batch_size=4, progress=False)
     with opened(tmp_path / "index") as (index, live):
         index.verify()
-        assert [layer["name"] for layer in index.manifest["layers"]] == [
+        assert index.manifest.layer_names == [
             "features", "features.2", "features.0",
         ]  # fmt: skip
         vectors = index.embeddings(live)
@@ -130,9 +130,7 @@ def test_an_index_holds_every_layer_of_poly_cam_and_redraws_its_map(
                 np.testing.assert_allclose(
                     again.cam, own.cam[0], rtol=1e-3, atol=1e-4 * own.cam.max()
                 )
-                _, tapped = network.forward_layers(
-                    image[None], [layer["name"] for layer in index.manifest["layers"]]
-                )
+                _, tapped = network.forward_layers(image[None], index.manifest.layer_names)
                 alone = Explainer(index).explain_features(
                     vectors[row],
                     [maps[0].numpy() for maps in tapped],
@@ -380,7 +378,7 @@ def test_a_recipes_fill_and_options_are_the_methods(
     build_index(source, made_of.network, tmp_path / "index", recipe, progress=False)
     with opened(tmp_path / "index") as (index, live):
         vectors, stored = index.embeddings(live), index.weights(live)
-        assert Recipe.from_dict(index.manifest["recipe"]) == recipe.resolved
+        assert Recipe.from_dict(index.manifest.recipe) == recipe.resolved
     codes = label_codes([item.label for item in source.items])
     aim = AnchorCotangents(recipe, vectors, codes, vectors.mean(0)).of(np.array([3]))
     image = torch.from_numpy(inputs(made_of, source))[3]

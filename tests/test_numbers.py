@@ -306,7 +306,7 @@ def test_a_csv_of_prices_is_built_explained_matched_and_added_to(
     with Index.open(index) as opened:
         recipe = Recipe.of_index(opened.manifest)
         assert (recipe.labels, recipe.positives, recipe.negatives) == ("numbers", 0.1, 0.5)
-        assert opened.manifest["match_calibration"]["several"]["reaches"]
+        assert opened.manifest.match_calibration["several"].reaches
         assert opened.labels[5] == "202.5"
         kin = kinship(opened.manifest)
     assert (kin("202.5", "204"), kin("202.5", "102")) == (True, False)
@@ -318,9 +318,9 @@ def test_a_csv_of_prices_is_built_explained_matched_and_added_to(
     # By an index of numbers no result stands for its label.
     code, told, noted = run("explain", index, "05.png", "--result", "02.png", *NAMED[:2])
     assert (code, "what matched 02.png" in told, "share" in noted) == (0, True, False)
-    before = json.dumps(Index.open(index).manifest["match_calibration"])
+    before = Index.open(index).manifest.match_calibration
     assert run("calibrate", index, "--no-trust")[0] == 0
-    assert json.dumps(Index.open(index).manifest["match_calibration"]) == before
+    assert Index.open(index).manifest.match_calibration == before
     code, _, noted = run("add", index, "more.csv", *NAMED[:2])
     assert code == 0, noted
     assert "labels: numbers from 3.25 to 3.25; 1 images without a label" in noted

@@ -14,7 +14,6 @@ from onnx_samples import pooled_model, save
 from photo_samples import build, network_of, picture, write_photos
 
 from embedcam import Explainer, Index
-from embedcam.network.fingerprint import fingerprint
 from embedcam.onnx import Described, Head
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +91,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = network_of()
     build(write_photos(folder / "photos"), folder / "my.index", network)
     bias = network.module.get_parameter("linear.bias").detach().numpy()
-    said = Described("0", fingerprint(network).to_dict(), ("relu",), Head("affine", bias))
+    said = Described("0", network.identity().to_dict(), ("relu",), Head("affine", bias))
     save(pooled_model(network, props=said.to_props()), folder / "network.onnx")
     picture(1, 30).save(folder / "query.png")
     return folder

@@ -30,7 +30,6 @@ from photo_samples import (
 from embedcam import EmbeddingNetwork, Explainer, Index, Preprocess
 from embedcam.errors import InputError, NetworkError, NetworkMismatch
 from embedcam.index.identity import NetworkWarning
-from embedcam.network.fingerprint import fingerprint
 from embedcam.onnx import Described, Head, OnnxNetwork
 from embedcam.preprocess import custom
 
@@ -50,7 +49,7 @@ def index(tmp_path_factory: pytest.TempPathFactory, network: EmbeddingNetwork) -
 
 def described(network: EmbeddingNetwork, **changed: Any) -> dict[str, str]:
     bias = network.module.get_parameter("linear.bias").detach().numpy()
-    said = {**fingerprint(network).to_dict(), **changed}
+    said = {**network.identity().to_dict(), **changed}
     return Described("0.1.0", said, (said["layer"],), Head("affine", bias)).to_props()
 
 
@@ -72,7 +71,7 @@ def test_a_run_gives_what_torch_gives(network: EmbeddingNetwork, file: Path) -> 
         assert found.embedding.dtype == found.activations.dtype == np.float32
     assert (ours.layer, ours.layers, ours.normalize) == ("relu", ("relu",), True)
     assert ours.preprocess == SQUASH
-    assert ours.describe() == fingerprint(network).to_dict()
+    assert ours.describe() == network.identity().to_dict()
     np.testing.assert_array_equal(ours.probe_images(2), network.probe_images(2))
     assert ours.head is not None
     assert ours.head.kind == "affine"
@@ -82,7 +81,7 @@ def test_a_run_gives_what_torch_gives(network: EmbeddingNetwork, file: Path) -> 
 
 
 def test_its_identity_is_the_torch_network_s(network: EmbeddingNetwork, file: Path) -> None:
-    mine, torchs = OnnxNetwork(file).identity(), fingerprint(network)
+    mine, torchs = OnnxNetwork(file).identity(), network.identity()
     assert mine.to_dict() == torchs.to_dict()
     np.testing.assert_allclose(mine.probe_embedding, torchs.probe_embedding, rtol=1e-5)
     np.testing.assert_allclose(mine.probe_pooled, torchs.probe_pooled, rtol=1e-5)
@@ -199,9 +198,7 @@ def test_a_file_that_lacks_a_layer_of_the_index_is_refused(
     index: Path, network: EmbeddingNetwork, file: Path
 ) -> None:
     with Index.open(index) as opened:
-        from embedcam.index.identity import Identity
-
-        stored = Identity.from_dict(opened.manifest["network"], opened.probe())
+        stored = opened.identity
     with pytest.raises(NetworkMismatch, match="the activations of relu, and the index draws with"):
         OnnxNetwork(file).for_index(stored, ["relu", "conv"])
     with pytest.raises(InputError, match="gives the activations of relu; asked for"):

@@ -91,7 +91,7 @@ def test_by_the_default_target_they_are_the_gradient_along_its_cotangent(
     build_index(source, made_of.network, tmp_path / "index", POSITIONS, progress=False)
     activations = activations_of(made_of, source)
     with opened(tmp_path / "index") as (index, live):
-        assert index.manifest["target"] == "distinctive"
+        assert index.manifest.target == "distinctive"
         vectors, codes = index.embeddings(live), label_codes(list(index.labels[live]))
         along = AnchorCotangents(POSITIONS, vectors, codes, vectors.mean(0)).of(live).values
         for row, cotangent in enumerate(torch.from_numpy(along)):
@@ -214,7 +214,7 @@ def test_images_are_added_compressed_and_reported(built: Path, tmp_path: Path) -
     with Index.open(tmp_path / "small") as small, Explainer(small, made_of.network) as explainer:
         assert small.weights([0]).shape == (1, CHANNELS, 4, 4)
         assert explainer.explain(inputs(made_of, more)[0]).signed_cam.any()
-        assert small.manifest["compressed"]["fidelity"]["cosine"]["1"]["index"] > 0.5
+        assert small.manifest.compressed.fidelity.cosine["1"].index > 0.5
 
 
 def test_a_query_of_another_grid_and_a_finer_map_are_refused(built: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_build_says_what_a_head_that_does_not_pool_means(
             report = build_index(source, toy(kind).network, tmp_path / name, recipe, progress=False)
         said[name] = report.notes
         with Index.open(tmp_path / name) as index:
-            noted = index.manifest["layers"][0].get("uses_positions", False)
+            noted = bool(index.manifest.layers[0].uses_positions)
             assert noted == bool(report.notes)
         assert caplog.messages == report.notes
     assert "--method hirescam" in said["channels"][0]

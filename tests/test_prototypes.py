@@ -154,7 +154,7 @@ def test_as_many_prototypes_as_images_are_the_images(
     maps = rng.random((CHANNELS, *GRID), np.float32)
     with Index.open(source) as index, Index.open(tmp_path / "b") as small:
         live = index.live_positions()
-        assert small.manifest["metric"] == metric
+        assert small.manifest.metric == metric
         np.testing.assert_array_equal(small.embeddings(range(29)), index.embeddings(live))
         close = np.testing.assert_array_equal if kind != "embedding" else _near
         close(small.weights(range(29)), index.weights(live))
@@ -447,8 +447,8 @@ def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         np.testing.assert_allclose(one.weights(range(4)), other.weights(range(4)), rtol=1e-6)
         np.testing.assert_allclose(one.embeddings(range(4)), other.embeddings(range(4)), rtol=1e-6)
         assert one.paths[range(4)] == other.paths[range(4)]
-        found = one.manifest["compressed"]["fidelity"]
-        assert other.manifest["compressed"]["fidelity"] == close_to(found, 1e-5)
+        found = one.manifest.to_dict()["compressed"]["fidelity"]
+        assert other.manifest.to_dict()["compressed"]["fidelity"] == close_to(found, 1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 100])
@@ -474,7 +474,7 @@ def test_nothing_else_is_changed_and_what_is_said_is_true(tmp_path: Path) -> Non
     report = compress(source, tmp_path / "b", 5)
     assert everything(source) == before
     with Index.open(source) as index, Index.open(tmp_path / "b") as small:
-        old, new = index.manifest, small.manifest
+        old, new = index.manifest.to_dict(), small.manifest.to_dict()
         for key in ("recipe", "recipe_sha256", "network", "embedding", "metric", "method", "target",
                     "norm", "triplets", "layers", "sign"):  # fmt: skip
             assert new[key] == old[key]
@@ -492,14 +492,14 @@ def test_nothing_else_is_changed_and_what_is_said_is_true(tmp_path: Path) -> Non
 def test_it_is_searched_changed_and_kept_as_prototypes(tmp_path: Path) -> None:
     compress(clustered(tmp_path / "a"), tmp_path / "b", 6)
     with Index.open(tmp_path / "b") as small:
-        said = small.manifest["compressed"]
+        said = small.manifest.compressed
         found = small.search(small.embeddings(range(6)), 2)
         assert found.positions[:, 0].tolist() == list(range(6))
     remove(tmp_path / "b", ["prototype-0002"])
     compact(tmp_path / "b")
     with Index.open(tmp_path / "b") as small:
         small.verify()
-        assert small.manifest["compressed"] == said
+        assert small.manifest.compressed == said
         assert list(small.ids)[:2] == ["prototype-0001", "prototype-0003"]
 
 
@@ -514,7 +514,7 @@ def test_prototypes_are_swapped_for_others_where_asked(tmp_path: Path) -> None:
     compress(source, tmp_path / "c", 3)
     with Index.open(tmp_path / "b") as new, Index.open(tmp_path / "c") as other:
         new.verify()
-        assert (len(new), new.manifest["generation"]) == (3, 2)
+        assert (len(new), new.manifest.generation) == (3, 2)
         np.testing.assert_array_equal(new.embeddings(range(3)), other.embeddings(range(3)))
     compress(source, tmp_path / "d", 3, replace=True)  # nothing there to be replaced
 
@@ -692,7 +692,7 @@ def test_what_a_manifest_says_of_prototypes_is_checked(
 
 def test_other_indexes_say_nothing_of_prototypes(tmp_path: Path) -> None:
     with Index.open(make(tmp_path / "a")) as index:
-        assert "compressed" not in index.manifest
+        assert not index.manifest.is_compressed
     golden = Path(__file__).parent / "data" / "golden-format-1"
     shutil.copytree(golden, tmp_path / "golden")
     report = compress(tmp_path / "golden", tmp_path / "b", 3)

@@ -29,7 +29,7 @@ from embedcam.render import (
     stretch,
     top_value,
 )
-from embedcam.render.panel import shorten_end, shorten_middle, wrap
+from embedcam.render.tiles import shorten, wrap
 
 GREY = 100
 
@@ -220,7 +220,7 @@ def test_overlay_keeps_the_callers_picture_and_takes_every_mode():
         ({"cam": np.zeros((1, 2, 2))}, r"expected a map \[h w\], given \[1, 2, 2\]"),
         ({"cam": np.zeros((0, 2))}, r"given \[0, 2\]"),
         ({"cam": np.array([["a"]])}, "expected numbers"),
-        ({"vmax": float("nan")}, "vmax is nan"),
+        ({"vmax": float("nan")}, "vmax = nan; give a number"),
         ({"alpha": 1.5}, "alpha is 1.5; give an opacity from 0 to 1"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"extent": (0, 0, 0, 5)}, "expected x0 < x1 and y0 < y1"),
@@ -331,22 +331,21 @@ def test_words_of_any_kind_fit():
 def test_panels_that_cannot_be_drawn():
     with pytest.raises(InputError, match=r'scale is \'all\'; give "joint"'):
         panel(tile(), [], scale="all")
-    with pytest.raises(InputError, match="0 columns of 240 pixels"):
+    with pytest.raises(InputError, match="panel: columns = 0; give a whole number of at least 1"):
         panel(tile(), [], columns=0)
-    with pytest.raises(InputError, match="5 columns of 9 pixels"):
+    with pytest.raises(InputError, match="panel: side = 9; give a whole number from 48"):
         panel(tile(), [], side=9)
     with pytest.raises(InputError, match="NaN or infinite"):
         panel(tile(), [tile(), tile(np.nan)])
 
 
 def test_shortening():
-    at_most = lambda n: lambda text: len(text) <= n  # noqa: E731
-    assert shorten_middle("abcdefghij", at_most(10)) == "abcdefghij"
-    assert shorten_middle("abcdefghij", at_most(7)) == "abc…hij"
-    assert shorten_middle("abcdefghij", at_most(1)) == "…"
-    assert shorten_middle("abcdefghij", at_most(0)) == "…"
-    assert shorten_end("abc defghi", at_most(5)) == "abc…"
-    assert shorten_end("ab", at_most(2)) == "ab"
+    assert shorten("abcdefghij", 10, middle=True) == "abcdefghij"
+    assert shorten("abcdefghij", 7, middle=True) == "abc…hij"
+    assert shorten("abcdefghij", 1, middle=True) == "…"
+    assert shorten("abcdefghij", 0, middle=True) == "…"
+    assert shorten("abc defghi", 5) == "abc…"
+    assert shorten("ab", 2) == "ab"
     assert wrap("", (13, False), 100) == []
     assert " ".join(wrap("one two three four", (13, False), 60)) == "one two three four"
     assert len(wrap("one two three four", (13, False), 60)) > 1

@@ -426,7 +426,7 @@ def test_a_map_of_an_index_built_anew_is_sent_anew(tmp_path: Path, monkeypatch: 
         os.utime(tmp_path / "photos" / "c0" / "000.png", (1, 1))
         why = explainer(index)
         made = create_app(why)
-        assert why.index.manifest["generation"] == 1
+        assert why.index.manifest.generation == 1
         tags.append(ask(made, "GET", "/items/c0/000.png/cam").headers["etag"])
         shutil.rmtree(index)
     assert tags[0] != tags[1]

@@ -17,5 +17,8 @@ def here() -> Iterator[None]:
 def test_what_users_hold_on_to_is_as_it_was(part: str) -> None:
     now, before = COLLECTED[part](), saved(part)
     assert now.keys() == before.keys()
-    for name in before:
-        assert now[name] == before[name], name
+    for name, was in before.items():
+        if part == "public" and isinstance(was, dict):  # a class may offer more than it did
+            assert {key: now[name].get(key) for key in was} == was, name
+        else:
+            assert now[name] == was, name

@@ -16,7 +16,6 @@ from embedcam import DirectWeights, Explainer, Index, Recipe, add_images, build_
 from embedcam.errors import ImageError, IndexFormatError, InputError, NetworkMismatch
 from embedcam.images import ImageSource
 from embedcam.index import remove
-from embedcam.index.calibration import Calibration
 from embedcam.index.neighbors import draw_negatives
 from embedcam.offline import calibrate_index, jobs
 from embedcam.offline.trust import LEAST, fit_calibration, leave_out, sample_rows
@@ -187,7 +186,7 @@ def test_maps_of_several_layers_are_compared_as_they_are_explained(
     build_index(source, network, tmp_path / "index", recipe, progress=False)
     rows, part = sample_rows(44, 0, 40), np.random.default_rng(0).permutation(40) % 10
     with Index.open(tmp_path / "index") as index:
-        explainer, names = Explainer(index), [layer["name"] for layer in index.manifest["layers"]]
+        explainer, names = Explainer(index), index.manifest.layer_names
         images = np.stack([network.preprocess(source.open(place)) for place in range(44)])
         features, maps = network.forward_layers(images, names)
         vectors, direct = features.embedding.numpy(), DirectWeights(network, recipe)
@@ -225,7 +224,7 @@ def test_too_few_images_calibrate_nothing_and_so_can_the_user(
         made_of = toy()
         path = built(images, made_of, tmp_path / name / "index", **options)
         with Index.open(path) as index:
-            assert "trust_calibration" not in index.manifest
+            assert index.manifest.trust_calibration is None
             found = Explainer(index, made_of.network).explain(inputs(made_of, images)[0])
             assert (found.trust, found.trusted, found.direct) == (None, None, False)
             assert "trust" not in found._transfer_note()
@@ -256,9 +255,7 @@ def test_an_explanation_says_how_far_to_trust_it(
     queries = inputs(made_of, source)
     with Index.open(path) as index:
         explainer = Explainer(index, made_of.network, trusted_from=0.3)
-        calibrations = {
-            n: Calibration.from_dict(v) for n, v in index.manifest["trust_calibration"].items()
-        }
+        calibrations = index.manifest.trust_calibration
         activations = made_of.network.forward(queries[:1]).activations[0].numpy()
         for asked in ({}, {"n_neighbors": 1}, {"result": index.ids[7]}):
             found = explainer.explain(queries[0], **asked)
@@ -290,7 +287,7 @@ def test_where_all_images_have_one_label_none_is_strange(quick: None, tmp_path: 
     made_of, alike = toy(), pictures(tmp_path / "photos", n=42, classes=1)
     path = built(alike, made_of, tmp_path / "index", Recipe(target="centred", norm="around"))
     with Index.open(path) as index:
-        found = Calibration.from_dict(index.manifest["trust_calibration"]["several"])
+        found = index.manifest.trust_calibration["several"]
         vectors = index.embeddings(np.arange(42))
         near = index.search(vectors, 2).distances.max(1)
     assert found.images == 42
@@ -303,13 +300,13 @@ def test_what_is_added_leaves_the_calibration(
     made_of = toy()
     path = built(source, made_of, tmp_path / "index")
     with Index.open(path) as index:
-        before = index.manifest["trust_calibration"]
+        before = index.manifest.trust_calibration
     more = pictures(tmp_path / "more", n=3)
     items = [replace(item, id=f"new/{item.id}") for item in more.items]
     add_images(ImageSource(items, more.root), made_of.network, path, progress=False)
     with Index.open(path) as index:
         assert len(index) == 51
-        assert index.manifest["trust_calibration"] == before
+        assert index.manifest.trust_calibration == before
 
 
 def test_an_index_with_a_broken_calibration_is_refused(
@@ -317,7 +314,7 @@ def test_an_index_with_a_broken_calibration_is_refused(
 ) -> None:
     path = built(source, toy(), tmp_path / "index")
     with Index.open(path) as index:
-        good = index.manifest["trust_calibration"]
+        good = index.manifest.to_dict()["trust_calibration"]
     for broken, message in (
         ({**good, "many": {}}, "trust_calibration has the unknown entry 'many'"),
         (
@@ -342,7 +339,7 @@ def test_an_earlier_trust_is_not_read_and_the_note_names_what_calibrates_it_agai
     made_of = toy("affine")
     path = built(source, made_of, tmp_path / "index")
     with Index.open(path) as index:
-        expected = index.manifest["trust_calibration"]
+        expected = index.manifest.to_dict()["trust_calibration"]
     # As an index of an earlier version has it, and as none may be: nothing reads it.
     edit(lambda m: m.update(trust={"one": "?"}, trust_calibration=None))(path)
     query = inputs(made_of, source)[0]
@@ -357,7 +354,7 @@ def test_an_earlier_trust_is_not_read_and_the_note_names_what_calibrates_it_agai
     assert calibrate_index(path, made_of.network, progress=False) == {"match": 48, "trust": 48}
     with opened(path) as (index, _):
         index.verify()
-        made = index.manifest["trust_calibration"]
+        made = index.manifest.to_dict()["trust_calibration"]
     for name, one in expected.items():
         # The build drew with activations that it kept in half precision.
         np.testing.assert_allclose(made[name]["mean"], one["mean"], rtol=2e-3, atol=2e-3)
@@ -383,7 +380,7 @@ def test_what_changes_while_it_is_calibrated_is_not_vouched_for(
         calibrate_index(path, progress=False)
     with Index.open(path) as index:
         assert len(index) == 47
-        assert index.manifest["match_calibration"]["several"]["images"] == 48
+        assert index.manifest.match_calibration["several"].images == 48
 
 
 def test_of_inner_products_the_nearest_counts_not_the_first(quick: None, tmp_path: Path) -> None:
@@ -399,7 +396,7 @@ def test_of_inner_products_the_nearest_counts_not_the_first(quick: None, tmp_pat
     made_of, photos = toy("affine"), pictures(tmp_path / "photos", n=44)
     path = built(photos, made_of, tmp_path / "index", Recipe(metric="ip"))
     with opened(path) as (index, live):
-        largest = index.manifest["trust_calibration"]["several"]["largest_distance"]
+        largest = index.manifest.trust_calibration["several"].largest_distance
         expected = leave_out(
             Recipe(metric="ip"), index.embeddings(live), list(index.labels[live]),
             sample_rows(44, 0), closed_form=False, normalized=True,

@@ -45,7 +45,7 @@ def trust_of(options: argparse.Namespace, index: Any, network: Any) -> dict[str,
         InputError: a fallback or a threshold without a calibration.
     """
     asked = options.fallback or options.trusted_from is not None
-    if asked and index.manifest.get("trust_calibration") is None:
+    if asked and index.manifest.trust_calibration is None:
         raise InputError(
             f"{index.path} holds no calibration of trust (built without one, from features, of "
             "fewer than 40 images, or of prototypes), so no transfer is found wanting; leave out "
@@ -89,7 +89,7 @@ def redrawn(
     from ..methods import cam_for
 
     target = _target(explanation, index)
-    layers = [layer["name"] for layer in index.manifest["layers"]]
+    layers = index.manifest.layer_names
     chosen: dict[str, Any] = {"layers": layers} if isinstance(method, LayersMethod) else {}
     if chosen and len(layers) < 2:
         raise InputError(

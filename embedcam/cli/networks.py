@@ -1,13 +1,18 @@
 """The network that the options, a recipe or an index name."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, NetworkError, reason, short
+
+if TYPE_CHECKING:
+    from ..index import Manifest
 
 _KNOWN: dict[str, tuple[type, ...]] = {
     "network": (str,),
@@ -55,7 +60,7 @@ def check_onnx(options: argparse.Namespace) -> None:
         )
 
 
-def network_given(options: argparse.Namespace, manifest: Mapping[str, Any]) -> Any:
+def network_given(options: argparse.Namespace, manifest: Manifest) -> Any:
     """The network a query is embedded with: from an ONNX file, or as the index was built."""
     if options.onnx is None:
         return named(network_of_index(manifest, network_options(options)))
@@ -64,19 +69,19 @@ def network_given(options: argparse.Namespace, manifest: Mapping[str, Any]) -> A
     return OnnxNetwork(options.onnx)
 
 
-def network_of_index(manifest: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]:
+def network_of_index(manifest: Manifest, said: Mapping[str, Any]) -> dict[str, Any]:
     """How an index's network is loaded again: as it was for the build, but for what is said now.
 
     Raises:
         InputError: the index does not know its network, or not how to load it.
         NetworkError: a file it was loaded from is gone.
     """
-    if manifest["network"] is None:
+    if manifest.network is None:
         raise InputError(
             "this index was built from features alone and does not know its network, so pictures "
             "cannot be embedded for it; build it again with --network, or use explain_features"
         )
-    loading = manifest["network"].get("loading") or {}
+    loading = manifest.network.loading or {}
     if said.get("network", loading.get("network")) != loading.get("network"):
         return dict(said)  # another way to the same network: layers and files have other names
     if not loading:

@@ -55,14 +55,14 @@ def build(options: argparse.Namespace) -> None:
 
 def add(options: argparse.Namespace) -> None:
     """Add images to an index."""
-    from ..index import ADD_INSTEAD, Index, refuse_prototypes
+    from ..index import ADD_INSTEAD, Index
     from ..offline import BuildReport, add_images
 
     if options.update and options.skip_existing:
         raise InputError("--update looks at the existing images; leave out --skip-existing")
     source = found_images(options, options.images, options.labels or "auto")
     with Index.open(options.index) as index:
-        refuse_prototypes(index.path, index.manifest, ADD_INSTEAD)  # before a network is loaded
+        index.refuse_prototypes(ADD_INSTEAD)  # before a network is loaded
         network = network_of_index(index.manifest, network_options(options))
         if options.skip_existing:
             source = _without_known(options, source, index)
@@ -169,7 +169,7 @@ def calibrate(options: argparse.Namespace) -> None:
 
     with Index.open(options.index, with_faiss=False) as index:
         network = None
-        if not options.no_trust and index.manifest["network"] is not None:
+        if not options.no_trust and index.manifest.network is not None:
             network = named(network_of_index(index.manifest, network_options(options)))
     found = calibrate_index(
         options.index,
@@ -213,9 +213,9 @@ def _build_images(
                 pixels = options.max_pixels or images.get("max_pixels", MAX_PIXELS)
                 source = indexed_images(index, max_pixels=pixels)
             # An index from features had no maps to choose.
-            if index.manifest["images"] is not None:
-                own_maps &= index.manifest["layers"][0]["coarse_grid"] is not None
-            if index.manifest["network"] is not None or not network.get("network"):
+            if index.manifest.images is not None:
+                own_maps &= index.manifest.layers[0].coarse_grid is not None
+            if index.manifest.network is not None or not network.get("network"):
                 network = network_of_index(index.manifest, network)
     elif path is None:
         raise InputError(

@@ -39,7 +39,7 @@ def compare(options: argparse.Namespace) -> None:
             made = pairs.receipt(options.query, options.result, centred=centred)
         else:
             made = pairs.above(options.query, options.result, options.above, centred=centred)
-        if index.manifest.get("compressed") is not None:
+        if index.manifest.is_compressed:
             note(
                 options,
                 "note: a prototype is the mean of several images; what is compared is the picture "

@@ -1,10 +1,13 @@
 """How things are printed; and the commands that only tell: info and verify."""
 
+from __future__ import annotations
+
 import argparse
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 from ..errors import (
     EmbeddingError,
@@ -17,10 +20,13 @@ from ..errors import (
     show,
     show_json,
 )
-from ..images.number_labels import near_share
 from ..images.progress import progress_of
 from ..recipe.registry import METHODS
 from .command_line import for_command_line
+
+if TYPE_CHECKING:
+    from ..index import Manifest
+    from ..preprocess import AnyPreprocess
 
 METRICS = {"l2": "squared L2", "ip": "inner product"}
 _LABEL, _CELL = 12, 400
@@ -128,8 +134,9 @@ def info(options: argparse.Namespace) -> None:
         manifest = index.manifest
         evidence = _evidence(index)
     bytes_all, bytes_image, bytes_mark = _bytes(manifest)
+    raw = manifest.to_dict()
     summary = {
-        key: manifest.get(key)
+        key: raw.get(key)
         for key in ("format_version", "generation", "counts", "recipe", "recipe_sha256", "sign",
                     "method", "target", "norm", "triplets", "images", "network", "embedding",
                     "metric", "layers", "fit", "faiss", "libraries", "compressed")
@@ -169,7 +176,7 @@ def verify(options: argparse.Namespace) -> None:
 def _evidence(index: Any) -> dict[str, int]:
     """Labels, images alone in their class, and images without a triplet that counted."""
     live = index.live_positions()
-    sizes, numbers = Counter(index.labels[live]), near_share(index.manifest) is not None
+    sizes, numbers = Counter(index.labels[live]), index.manifest.near_share is not None
     unlabelled = sizes.pop(None, 0)
     return {
         "labels": len(sizes),
@@ -180,54 +187,52 @@ def _evidence(index: Any) -> dict[str, int]:
     }
 
 
-def _bytes(manifest: Mapping[str, Any]) -> tuple[int, float, float]:
+def _bytes(manifest: Manifest) -> tuple[int, float, float]:
     """All bytes; an image's, beyond id, label, path, embedding and mark; and those of its mark."""
-    from ..index import named_bytes
-
-    parts = [file for part in manifest["parts"] for file in part["files"].items()]
+    parts = [file for part in manifest.parts for file in part.files.items()]
     known = ("ids.", "labels.", "paths.", "embeddings.", "marks.")
-    own = sum(entry["bytes"] for name, entry in parts if not name.startswith(known))
-    marks = sum(entry["bytes"] for name, entry in parts if name.startswith("marks."))
-    rows = max(manifest["counts"]["rows"], 1)
-    return named_bytes(manifest), round(own / rows, 1), round(marks / rows, 1)
+    own = sum(entry.bytes for name, entry in parts if not name.startswith(known))
+    marks = sum(entry.bytes for name, entry in parts if name.startswith("marks."))
+    rows = max(manifest.counts.rows, 1)
+    return manifest.named_bytes, round(own / rows, 1), round(marks / rows, 1)
 
 
-def _lines(
-    manifest: Mapping[str, Any], evidence: Mapping[str, int], size: Mapping[str, float]
-) -> list[str]:
-    layer, network = manifest["layers"][0], manifest["network"] or {}
-    normalized = "L2-normalised" if manifest["embedding"]["normalized"] else "not normalised"
-    coarse = layer["coarse_grid"]
-    made = ", ".join(f"{name} {version}" for name, version in manifest["libraries"].items())
-    compressed = manifest.get("compressed")
-    merged = [] if compressed is None else [_merged_line(compressed), *fidelity_lines(compressed)]
+def _lines(manifest: Manifest, evidence: Mapping[str, int], size: Mapping[str, float]) -> list[str]:
+    layer, network = manifest.layers[0], manifest.network
+    normalized = "L2-normalised" if manifest.embedding.normalized else "not normalised"
+    coarse = layer.coarse_grid
+    made = ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())
+    merged = []
+    if manifest.compressed is not None:
+        compressed = asdict(manifest.compressed)
+        merged = [_merged_line(compressed), *fidelity_lines(compressed)]
     shown = [
         ("images", _images_line(manifest, evidence)),
         ("", _evidence_line(manifest, evidence)),
         *(("" if number else "prototypes", line) for number, line in enumerate(merged)),
-        ("network", _network_line(manifest["network"])),
+        ("network", _network_line(network)),
         *(
             ("" if number else "layer",
-             f"{one['name']}: {one['channels']:,} channels{_on(one['grid'])}"
-             f"{'; what follows does not pool' if one.get('uses_positions') else ''}")
-            for number, one in enumerate(manifest["layers"])
+             f"{one.name}: {one.channels:,} channels{_on(one.grid)}"
+             f"{'; what follows does not pool' if one.uses_positions else ''}")
+            for number, one in enumerate(manifest.layers)
         ),
-        ("input", _input_line(network.get("preprocess"))),
-        ("embedding", f"{manifest['embedding']['width']:,} numbers, {normalized}"),
+        ("input", _input_line(network.preprocess if network else None)),
+        ("embedding", f"{manifest.embedding.width:,} numbers, {normalized}"),
         ("weights", _weights_line(manifest)),
-        ("stored as", _encoding_line(layer["encoding"])),
+        ("stored as", _encoding_line(layer.encoding)),
         ("own maps", "none" if coarse is None else f"{coarse[0]} x {coarse[1]}"),
         ("trust", _trust_line(manifest)),
-        ("match", _match_line(manifest.get("match_calibration"))),
+        ("match", _match_line(manifest.match_calibration)),
         ("search", _search_line(manifest)),
         ("size", f"{size_text(size['bytes'])}; {size['bytes_an_image']:g} bytes an image beyond "
                  "id, label, path and embedding"),
-        ("files", _files_line(manifest["images"], size["bytes_a_mark"])),
-        ("recipe", manifest["recipe_sha256"][:16]),
-        ("made with", f"{made}; generation {manifest['generation']}"),
+        ("files", _files_line(manifest.images, size["bytes_a_mark"])),
+        ("recipe", manifest.recipe_sha256[:16]),
+        ("made with", f"{made}; generation {manifest.generation}"),
     ]  # fmt: skip
     lines = [f"  {name:<{_LABEL}}{sentence(value)}" for name, value in shown if value]
-    if manifest["counts"]["added_after_fit"]:
+    if manifest.counts.added_after_fit:
         lines += ["", "  `embedcam build --refit` fits again on all images."]
     return lines
 
@@ -236,42 +241,42 @@ def _match_line(match: Mapping[str, Any] | None) -> str:
     if not match:
         return "not calibrated; `embedcam calibrate INDEX --no-trust` does, without pictures"
     one = next(iter(match.values()))
-    return f"calibrated on {counted(one['images'], 'image')}"
+    return f"calibrated on {counted(one.images, 'image')}"
 
 
-def _trust_line(manifest: Mapping[str, Any]) -> str:
-    trust, added = manifest.get("trust_calibration"), manifest["counts"]["added_after_fit"]
+def _trust_line(manifest: Manifest) -> str:
+    trust, added = manifest.trust_calibration, manifest.counts.added_after_fit
     if not trust:
         return "not calibrated; `embedcam calibrate INDEX` does"
     one = next(iter(trust.values()))
     when = f"; {counted(added, 'image')} more came after the build" if added else ""
     worth = ", ".join(
-        f"{values['correlations'][0]:.2f} to {values['correlations'][-1]:.2f} from "
-        f"{counted(values['neighbors'], 'neighbour')}"
-        for values in sorted(trust.values(), key=lambda values: values["neighbors"])
+        f"{values.correlations[0]:.2f} to {values.correlations[-1]:.2f} from "
+        f"{counted(values.neighbors, 'neighbour')}"
+        for values in sorted(trust.values(), key=lambda values: values.neighbors)
     )
-    return f"{worth}; calibrated on {counted(one['images'], 'image')} that queried it{when}"
+    return f"{worth}; calibrated on {counted(one.images, 'image')} that queried it{when}"
 
 
-def _images_line(manifest: Mapping[str, Any], evidence: Mapping[str, int]) -> str:
-    counts, labels = manifest["counts"], evidence["labels"]
-    what = "label" if near_share(manifest) is None else "number"
-    line = f"{counts['live']:,}, " + (counted(labels, what) if labels else "no labels")
-    removed = counts["rows"] - counts["live"]
+def _images_line(manifest: Manifest, evidence: Mapping[str, int]) -> str:
+    counts, labels = manifest.counts, evidence["labels"]
+    what = "label" if manifest.near_share is None else "number"
+    line = f"{counts.live:,}, " + (counted(labels, what) if labels else "no labels")
+    removed = counts.rows - counts.live
     if removed:
         line += f"; {removed:,} removed, not yet compacted"
-    if counts["added_after_fit"]:
-        line += f"; {counts['added_after_fit']:,} added after the fit"
+    if counts.added_after_fit:
+        line += f"; {counts.added_after_fit:,} added after the fit"
     return line
 
 
-def _evidence_line(manifest: Mapping[str, Any], evidence: Mapping[str, int]) -> str:
+def _evidence_line(manifest: Manifest, evidence: Mapping[str, int]) -> str:
     said = []
     # An image without a label among labelled ones is a class of its own.
     alone = evidence["labels_of_one_image"] + evidence["unlabelled_images"]
     # Where labels draw the positives: not for the centred target, nor for given triplets.
-    drawn = manifest["target"] != "centred" and manifest["triplets"]["sampling"] != "given"
-    drawn &= manifest.get("compressed") is None  # a prototype alone is no image alone
+    drawn = manifest.target != "centred" and manifest.triplets.sampling != "given"
+    drawn &= not manifest.is_compressed  # a prototype alone is no image alone
     if drawn and evidence["labels"] and alone:
         unlabelled = evidence["unlabelled_images"]
         without = f" ({unlabelled:,} of them without a label)" if unlabelled else ""
@@ -315,11 +320,11 @@ def fidelity_lines(compressed: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _network_line(network: Mapping[str, Any] | None) -> str:
+def _network_line(network: Any) -> str:
     if network is None:
         return "not known: built from features"
-    loading = network.get("loading") or {}
-    known = [network.get("name") or "not named"]
+    loading = network.loading or {}
+    known = [network.name or "not named"]
     weights = loading.get("weights")
     if weights is not None:
         known.append("random weights" if weights == "random" else f"weights {weights}")
@@ -328,55 +333,57 @@ def _network_line(network: Mapping[str, Any] | None) -> str:
     return ", ".join(known)
 
 
-def _input_line(preprocess: Mapping[str, Any] | None) -> str:
+def _input_line(preprocess: AnyPreprocess | None) -> str:
     if preprocess is None:
         return ""
-    if preprocess.get("kind") == "custom":
-        return f"the caller's own {preprocess['name']}"
-    (height, width), crop = preprocess["size"], preprocess["resize"] == "crop"
+    from ..preprocess import Preprocess
+
+    if not isinstance(preprocess, Preprocess):
+        return f"the caller's own {preprocess.name}"
+    (height, width), crop = preprocess.size, preprocess.resize == "crop"
     return f"{height} x {width}, " + ("centre crop" if crop else "whole picture squashed")
 
 
-def _weights_line(manifest: Mapping[str, Any]) -> str:
-    entry, triplets = METHODS.get(manifest["method"]), manifest["triplets"]
-    method = manifest["method"] if entry is None else entry.title
+def _weights_line(manifest: Manifest) -> str:
+    entry, triplets = METHODS.get(manifest.method), manifest.triplets
+    method = manifest.method if entry is None else entry.title
     if entry is not None and not entry.targeted:
         return f"{method}, which ignores targets: what stands out, not what matches"
     named = {name: f"{name} target" for name in ("centred", "discriminant", "distinctive")}
-    target = named.get(manifest["target"], "triplet margin")
-    way = "" if entry is not None and entry.scored else f", {manifest['norm']} the norm"
+    target = named.get(manifest.target, "triplet margin")
+    way = "" if entry is not None and entry.scored else f", {manifest.norm} the norm"
     line = f"{method} of the {target}{way}"
-    if manifest["target"] == "centred":
+    if manifest.target == "centred":
         return line
-    count, sampling = triplets["count"], triplets["sampling"]
+    count, sampling = triplets.count, triplets.sampling
     drawn = {
         "all": "the exact mean of all triplets",
         "given": "triplets of the user's own",
-    }.get(sampling, f"{count} {sampling} triplets an image, seed {triplets['seed']}")
-    hinge = f", hinge at {triplets['margin']:g}" if triplets["hinge"] else ""
+    }.get(sampling, f"{count} {sampling} triplets an image, seed {triplets.seed}")
+    hinge = f", hinge at {triplets.margin:g}" if triplets.hinge else ""
     return f"{line}; {drawn}{hinge}"
 
 
-def _encoding_line(encoding: Mapping[str, Any]) -> str:
-    if encoding["name"] == "dense":
-        return f"dense, all channels, {encoding['dtype']}"
-    if encoding["name"] == "top-m":
-        by = "value" if encoding["by"] == "signed" else "magnitude"
-        return f"top {encoding['m']} channels by {by}, {encoding['dtype']}"
-    if encoding["name"] == "by-position":
-        return f"by position, {encoding['rank']} principal components, {encoding['dtype']}"
-    origin = "the head's own basis" if encoding["origin"] == "head" else "basis by PCA"
-    stored = "" if encoding["codes"] == "stored" else ", codes derived from the embedding"
-    return f"low-rank {encoding['rank']}, {origin}{stored}, {encoding['dtype']}"
+def _encoding_line(encoding: Any) -> str:
+    if encoding.name == "dense":
+        return f"dense, all channels, {encoding.dtype}"
+    if encoding.name == "top-m":
+        by = "value" if encoding.by == "signed" else "magnitude"
+        return f"top {encoding.m} channels by {by}, {encoding.dtype}"
+    if encoding.name == "by-position":
+        return f"by position, {encoding.rank} principal components, {encoding.dtype}"
+    origin = "the head's own basis" if encoding.origin == "head" else "basis by PCA"
+    stored = "" if encoding.codes == "stored" else ", codes derived from the embedding"
+    return f"low-rank {encoding.rank}, {origin}{stored}, {encoding.dtype}"
 
 
-def _search_line(manifest: Mapping[str, Any]) -> str:
-    if manifest["faiss"] is None:
+def _search_line(manifest: Manifest) -> str:
+    if manifest.faiss is None:
         return "none; neighbours are named by the caller"
-    return f"FAISS {manifest['faiss']['factory']}, {METRICS[manifest['metric']]}"
+    return f"FAISS {manifest.faiss.factory}, {METRICS[manifest.metric]}"
 
 
-def _files_line(images: Mapping[str, Any] | None, bytes_mark: float) -> str:
+def _files_line(images: Any, bytes_mark: float) -> str:
     if bytes_mark:
         return f"marked, {bytes_mark:g} bytes an image more: a picture that was replaced is told"
     return "" if images is None else "not marked: whether a picture was replaced cannot be told"

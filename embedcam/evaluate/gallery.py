@@ -6,7 +6,6 @@ from functools import cached_property
 import numpy as np
 
 from ..errors import InputError
-from ..images.number_labels import near_share
 from ..index import Index, nearest
 from ..metrics import precision_at_r
 from .queries import generator
@@ -29,7 +28,7 @@ class Gallery:
         self.index, self.seed, self.positions = index, seed, index.live_positions()
         if not len(self.positions):
             raise InputError(f"{index.path}: every image of this index has been removed")
-        self.numbers = near_share(index.manifest) is not None
+        self.numbers = index.manifest.near_share is not None
         self.labels: list[str | None] = (
             [None] * len(self.positions) if self.numbers else index.labels[self.positions]
         )
@@ -79,7 +78,7 @@ class Gallery:
             own: the queries' own rows `[b]`, -1 where the index does not hold them.
             count: rows wanted; fewer where the index has no more.
         """
-        if self.index.manifest["faiss"] is not None:
+        if self.index.manifest.faiss is not None:
             found = self.index.search(embeddings, count + 1).positions
         else:  # neighbours come from elsewhere; here brute force finds them
             rows = nearest(_Rows(self), embeddings, count + 1, self.index.metric).positions

@@ -102,8 +102,8 @@ class Mapper:
             images=images,
             max_pixels=max_pixels,
         )
-        self.layers = [str(layer["name"]) for layer in index.manifest["layers"]]
-        self.channels = [int(layer["channels"]) for layer in index.manifest["layers"]]
+        self.layers = index.manifest.layer_names
+        self.channels = [layer.channels for layer in index.manifest.layers]
         by_position = index.encoding().grid is not None
         kept = "the index keeps weights by position, for inputs of one size"
         self.squeezed = kept if by_position else ""

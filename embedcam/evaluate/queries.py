@@ -41,7 +41,7 @@ class OwnPositions:
         self, index: Index, source: ImageSource, positions: np.ndarray, root: Path | None
     ) -> None:
         self._index, self.asked = index, len(positions)
-        self._merged = index.manifest.get("compressed") is not None
+        self._merged = index.manifest.is_compressed
         items = [source.items[position] for position in positions.tolist()]
         self._by_id = index.find_live([item.id for item in items])
         wanted = {_absolute(source.root, item.path) for item in items if item.path}

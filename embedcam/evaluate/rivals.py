@@ -12,7 +12,6 @@ import numpy as np
 
 from ..errors import InputError
 from ..images import ImageSource, Item
-from ..images.number_labels import near_share
 from ..index import Index
 from ..methods import MethodWarning, cam_for
 from ..offline import build_index
@@ -171,7 +170,7 @@ def _gallery_pictures(mapper: Mapper, max_pixels: int) -> ImageSource:
         InputError: one that is not to be found, or was replaced.
     """
     index, explainer = mapper.index, mapper.explainer
-    if index.manifest.get("compressed") is not None:
+    if index.manifest.is_compressed:
         raise InputError(
             "recipes are computed for the pictures of the index, and prototypes have none; "
             "evaluate the index that they were made from"
@@ -190,5 +189,5 @@ def _gallery_pictures(mapper: Mapper, max_pixels: int) -> ImageSource:
             f"{len(selected)} are not to be found as they were, such as {lacking[0]}; say where "
             "they lie now (--indexed, indexed=), or leave recipes out"
         )
-    numbers = near_share(index.manifest) is not None
+    numbers = index.manifest.near_share is not None
     return ImageSource(items, max_pixels=max_pixels, numbers=numbers)

@@ -120,7 +120,7 @@ def _evaluated(
     """Everything, one group of measures after another: each takes rows and gives rows."""
     begun = time.perf_counter()
     source, mapper, settings = reader.source, reader.mapper, reader.settings
-    stored = (mapper.index.manifest["images"] or {}).get("root")
+    stored = mapper.index.manifest.images_root
     root = Path(stored) if indexed is None and stored is not None else indexed
     positions = chosen(len(source), settings.limit, settings.seed)
     own = OwnPositions(mapper.index, source, positions, root)

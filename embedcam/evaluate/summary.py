@@ -106,7 +106,7 @@ def _left_out(work: Work, rows: Rows, sample: int) -> Iterator[str]:
                 f"localisation leaves out {missing} of {len(rows)} images: without a box "
                 "or mask, or with all of it outside of what the network sees"
             )
-    if work.mapper.index.manifest.get("compressed") is not None:
+    if work.mapper.index.manifest.is_compressed:
         yield (
             "the index holds prototypes and does not know what was merged into them: a query "
             "that was is explained with its own part in them"

@@ -164,7 +164,7 @@ def answer(
         asked=asked,
         rival=rival,
         shared=shared_of(opened.index.manifest) is not None,
-        prototypes=opened.index.manifest.get("compressed") is not None,
+        prototypes=opened.index.manifest.is_compressed,
         marks=rows.marks if opened.index.marked else None,
     )
 

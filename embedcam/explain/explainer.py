@@ -23,7 +23,7 @@ from ..index import Index
 from ..index.matching import TEN
 from ..index.neighbors import check_rival, check_wanted, find_neighbors
 from ..ops import coefficients
-from ..preprocess import AnyPreprocess
+from ..preprocess import AnyPreprocess, Network
 from .answer import Choices, Fallback, Query, answer, without_file
 from .explanation import Explanation, may_follow
 from .finer import Finer, check_detail, check_larger, larger_input, refuse_by_position
@@ -32,7 +32,6 @@ from .opened import Given, Opened, from_onnx, prepared, query_name
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..network import EmbeddingNetwork
     from ..onnx import OnnxNetwork
 
     Vector = np.ndarray[tuple[int], np.dtype[Any]]
@@ -80,7 +79,7 @@ class Explainer:
     def __init__(
         self,
         index: Index | str | Path,
-        network: EmbeddingNetwork | OnnxNetwork | None = None,
+        network: Network | None = None,
         *,
         onnx: str | Path | OnnxNetwork | None = None,
         n_neighbors: int = 5,
@@ -129,7 +128,7 @@ class Explainer:
         return self._now().index
 
     @property
-    def network(self) -> EmbeddingNetwork | OnnxNetwork | None:
+    def network(self) -> Network | None:
         """What embeds pictures, held against the index; None where features are given."""
         return self._now().network
 
@@ -266,12 +265,8 @@ class Explainer:
         if larger is not None:
             check_larger(larger, batch.shape, detail)
         try:
-            if len(opened.layers) == 1:
-                features = network.forward(batch)
-                activations = [_numpy(features.activations)]
-            else:
-                features, tapped = network.forward_layers(batch, opened.layers)
-                activations = [_numpy(maps) for maps in tapped]
+            embedded = network.embed(batch, opened.layers)
+            embeddings, *activations = map(_single, (embedded.embedding, *embedded.activations))
             finer = None
             if detail > 1:
                 if larger is None:
@@ -281,7 +276,7 @@ class Explainer:
         except EmbeddingError as error:
             raise error.named([query_name(one, row) for row, one in enumerate(images)]) from None
         height, width = inputs[0].shape[-2:]
-        embeddings, size = _numpy(features.embedding), (int(height), int(width))
+        size = int(height), int(width)
         check_outputs(embeddings, *activations, *(finer or ()))
         looked = max(wanted, TEN) if opened.matches else wanted
         near = find_neighbors(opened.index, embeddings, looked + exclude_query, neighbors)
@@ -509,6 +504,5 @@ def _file_of(image: Any) -> str | Path | None:
     return image if isinstance(image, str | Path) else None
 
 
-def _numpy(values: Any) -> np.ndarray:
-    found: np.ndarray = values if isinstance(values, np.ndarray) else values.cpu().numpy()
-    return found.astype(np.float32, copy=False)
+def _single(values: np.ndarray) -> np.ndarray:
+    return values.astype(np.float32, copy=False)

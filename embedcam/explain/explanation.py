@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +14,12 @@ import numpy as np
 from .._files import write_whole
 from ..errors import EmbedcamError, InputError
 from ..images import MAX_PIXELS, FileState, file_state, read_image
-from ..images.number_labels import near_share
 from ..ops import area_average
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ..index import Manifest
     from ..preprocess import AnyPreprocess, Extent
     from ..render import Tile
     from ..render.tiles import Scale
@@ -29,12 +29,12 @@ SHARED = {"discriminant": "one answer", "distinctive": "most of their answer"}
 """What the images of a label share, by targets that hold labels against each other."""
 
 
-def shared_of(manifest: Mapping[str, Any]) -> str | None:
+def shared_of(manifest: Manifest) -> str | None:
     """What of their weights the images of a label share in an index; None where it is little.
 
     Of labels that are numbers no two images need share one.
     """
-    return SHARED.get(manifest["target"]) if near_share(manifest) is None else None
+    return SHARED.get(manifest.target) if manifest.near_share is None else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,13 +14,11 @@ import numpy as np
 
 from ..errors import EmbedcamError, EmbeddingError, InputError, ran_out
 from ..ops import resize
-from ..preprocess import AnyPreprocess, Preprocess
+from ..preprocess import AnyPreprocess, Network, Preprocess
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..network import EmbeddingNetwork
-    from ..onnx import OnnxNetwork
     from .opened import Opened
 
 DETAILS = (1, 2)
@@ -110,7 +108,7 @@ class Finer:
         self._refused: set[tuple[int, ...]] = set()
 
     def activations(
-        self, network: EmbeddingNetwork | OnnxNetwork, layers: Sequence[str], batch: np.ndarray
+        self, network: Network, layers: Sequence[str], batch: np.ndarray
     ) -> list[np.ndarray]:
         """Of each layer, `[B K 2h 2w]`.
 
@@ -135,9 +133,7 @@ class Finer:
         return found
 
 
-def _of_quarters(
-    network: EmbeddingNetwork | OnnxNetwork, layers: Sequence[str], batch: np.ndarray
-) -> list[np.ndarray]:
+def _of_quarters(network: Network, layers: Sequence[str], batch: np.ndarray) -> list[np.ndarray]:
     height, width = batch.shape[2:]
     rows, columns = (slice(0, height // 2), slice(height // 2, height)), (
         slice(0, width // 2), slice(width // 2, width)
@@ -150,13 +146,6 @@ def _of_quarters(
     ]
 
 
-def _activations(
-    network: EmbeddingNetwork | OnnxNetwork, layers: Sequence[str], batch: np.ndarray
-) -> list[np.ndarray]:
-    found: Any
-    if len(layers) == 1:
-        found = [network.forward(batch).activations]
-    else:
-        found = network.forward_layers(batch, list(layers))[1]
-    arrays = [one if isinstance(one, np.ndarray) else one.cpu().numpy() for one in found]
-    return [one.astype(np.float32, copy=False) for one in arrays]
+def _activations(network: Network, layers: Sequence[str], batch: np.ndarray) -> list[np.ndarray]:
+    maps = network.embed(batch, layers).activations
+    return [one.astype(np.float32, copy=False) for one in maps]

@@ -17,14 +17,12 @@ from ..images import read_image
 from ..index import Index
 from ..index.calibration import Calibration
 from ..index.encoding import Encoding
-from ..index.identity import Identity
 from ..index.matching import MatchCalibration
-from ..preprocess import AnyPreprocess, preprocess_from_dict
+from ..preprocess import AnyPreprocess, Network
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..network import EmbeddingNetwork
     from ..onnx import OnnxNetwork
 
 _LOG = logging.getLogger("embedcam")
@@ -34,7 +32,7 @@ _LOG = logging.getLogger("embedcam")
 class Given:
     """What an explainer was given beside the index, the same for every version of it."""
 
-    network: EmbeddingNetwork | OnnxNetwork | None
+    network: Network | None
     images: Path | None
 
 
@@ -56,7 +54,7 @@ class Opened:
     """
 
     index: Index
-    network: EmbeddingNetwork | OnnxNetwork | None
+    network: Network | None
     layers: tuple[str, ...]
     channels: tuple[int, ...]
     encodings: tuple[Encoding, ...]
@@ -120,11 +118,11 @@ class Opened:
     @property
     def version(self) -> str:
         """SHA-256 of the manifest, which holds those of all files."""
-        return str(self.index.manifest["manifest_sha256"])
+        return self.index.manifest.manifest_sha256
 
     def describe(self) -> str:
         """For a log."""
-        return f"generation {self.index.manifest['generation']} with {len(self.index)} images"
+        return f"generation {self.index.manifest.generation} with {len(self.index)} images"
 
     def close(self) -> None:
         """Close the index, unless it is the caller's."""
@@ -157,15 +155,15 @@ class Opened:
     def _of(
         cls, index: Index, given: Given, place: Path, before: Opened | None = None, *, owned: bool
     ) -> Self:
-        manifest, layers = index.manifest, index.manifest["layers"]
+        manifest = index.manifest
         network = given.network
         if before is not None and _same_network(index, before.index):
             network = before.network
         elif network is not None:
             network = admitted(index, network)
-        root = given.images
+        root: Path | str | None = given.images
         if root is None:
-            root = (manifest.get("images") or {}).get("root")
+            root = manifest.images_root
         if before is None or before.index.marked:
             _say_unmarked(index)
         if before is None:
@@ -173,17 +171,11 @@ class Opened:
         return cls(
             index=index,
             network=network,
-            layers=tuple(str(layer["name"]) for layer in layers),
-            channels=tuple(int(layer["channels"]) for layer in layers),
-            encodings=tuple(index.encoding(number) for number in range(len(layers))),
-            calibrations={
-                name: Calibration.from_dict(values)
-                for name, values in (manifest.get("trust_calibration") or {}).items()
-            },
-            matches={
-                name: MatchCalibration.from_dict(values)
-                for name, values in (manifest.get("match_calibration") or {}).items()
-            },
+            layers=tuple(manifest.layer_names),
+            channels=tuple(layer.channels for layer in manifest.layers),
+            encodings=tuple(index.encoding(number) for number in range(len(index.layers))),
+            calibrations=manifest.trust_calibration or {},
+            matches=manifest.match_calibration or {},
             preprocess=_preprocess(index, network),
             root=None if root is None else Path(root),
             place=place,
@@ -205,8 +197,7 @@ def _say_unmarked(index: Index) -> None:
 
 def _say_uncalibrated(index: Index) -> None:
     """Say, once, that trust was calibrated by a version that meant something else by it."""
-    manifest = index.manifest
-    if "trust" in manifest and manifest.get("trust_calibration") is None:
+    if index.manifest.has_earlier_trust:
         _LOG.warning(
             "%s holds a calibration of trust by an earlier definition, which is not read; "
             "`embedcam calibrate %s` makes it again, without building the index",
@@ -222,56 +213,44 @@ def from_onnx(onnx: str | Path | OnnxNetwork) -> OnnxNetwork:
     return onnx if isinstance(onnx, OnnxNetwork) else OnnxNetwork(onnx)
 
 
-def admitted(
-    index: Index, network: EmbeddingNetwork | OnnxNetwork
-) -> EmbeddingNetwork | OnnxNetwork:
+def admitted(index: Index, network: Network) -> Network:
     """The network as the one of the index, or a refusal.
 
     Raises:
         NetworkMismatch: another network, layer or preprocessing.
         InputError: no network, or an index that does not know its own.
     """
-    if not hasattr(network, "probe_images"):
+    if not isinstance(network, Network):
         raise InputError(
             f"network is a {type(network).__name__}; expected an EmbeddingNetwork: wrap it as "
             "EmbeddingNetwork(module, layer, preprocess=...)"
         )
-    described = index.manifest.get("network")
-    if described is None:
+    stored = index.identity
+    if stored is None:
         raise InputError(
             "this index was built from features alone and does not know its network, so a "
             "network cannot be checked against it; use explain_features, or build it again "
             "naming the network"
         )
-    stored = Identity.from_dict(described, index.probe())
-    # Not by its class, whose module would be loaded for every torch network.
-    if hasattr(network, "for_index"):
-        return network.for_index(stored, [layer["name"] for layer in index.manifest["layers"]])
-    from ..network.fingerprint import check
-
-    check(stored, network)
-    return network
+    return network.for_index(stored, index.manifest.layer_names)
 
 
 def _same_network(index: Index, before: Index) -> bool:
     """Whether two versions name one network, which was checked against the one before."""
     ours, theirs = index.probe(), before.probe()
     return (
-        index.manifest.get("network") == before.manifest.get("network")
+        index.manifest.network == before.manifest.network
         and ours.keys() == theirs.keys()
         and all(np.array_equal(ours[name], theirs[name]) for name in ours)
     )
 
 
-def _preprocess(
-    index: Index, network: EmbeddingNetwork | OnnxNetwork | None
-) -> AnyPreprocess | None:
+def _preprocess(index: Index, network: Network | None) -> AnyPreprocess | None:
     """The network's own, which was held against the index's; else the one described."""
     if network is not None and network.preprocess is not None:
-        found: AnyPreprocess = network.preprocess
-        return found
-    described = (index.manifest["network"] or {}).get("preprocess")
-    return preprocess_from_dict(described) if described else None
+        return network.preprocess
+    stored = index.manifest.network
+    return None if stored is None else stored.preprocess
 
 
 def prepared(

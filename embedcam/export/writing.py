@@ -20,7 +20,7 @@ from ..images.progress import progress_of
 from ..index import Index
 from ..index.identity import Identity, compare
 from ..network import EmbeddingNetwork
-from ..network.fingerprint import fingerprint, full_float32
+from ..network.steady import full_float32
 from ..onnx import Described, Head, OnnxNetwork
 from ..onnx.network import output_name
 from ..ops import resize
@@ -81,7 +81,7 @@ def export_onnx(
     began = time.perf_counter()
     target = check_target(path)
     stored, layers = _asked_of(index)
-    given = fingerprint(network)
+    given = network.identity()
     compare(stored, given)
     refuse_unexportable(network)
     given_layers = (network.layer, *(name for name in layers if name != network.layer))
@@ -139,14 +139,13 @@ def _asked_of(index: Index | str | Path) -> tuple[Identity, list[str]]:
     """The index's identity of its network, and its layers' names."""
     opened = index if isinstance(index, Index) else Index.open(index, with_faiss=False)
     try:
-        stored = opened.manifest.get("network")
+        stored = opened.identity
         if stored is None:
             raise InputError(
                 "this index was built from features alone and does not know its network, so none "
                 "can be exported for it; build it again naming the network"
             )
-        names = [str(layer["name"]) for layer in opened.manifest["layers"]]
-        return Identity.from_dict(stored, opened.probe()), names
+        return stored, opened.manifest.layer_names
     finally:
         if opened is not index:
             opened.close()

@@ -30,13 +30,12 @@ def number_of(text: str | None) -> float:
     return value if abs(value) <= LARGEST else math.nan
 
 
-def near_share(manifest: Mapping[str, Any]) -> float | None:
+def near_share(recipe: Mapping[str, Any]) -> float | None:
     """Share of an index's images that are near in value; None where its labels are classes.
 
     Raises:
         InputError: a recipe that no build has written.
     """
-    recipe = manifest["recipe"]
     if recipe.get("labels", "classes") == "classes":
         return None
     share = recipe.get("positives")

@@ -8,10 +8,11 @@ checks.
 from .faiss_files import check_factory
 from .joining import check_fitted, check_parts, check_tombstones
 from .locking import lock
-from .manifest import FORMAT_VERSION, named_bytes, refuse_prototypes
+from .manifest import FORMAT_VERSION
 from .parts import PartData, check_ids, quantize_coarse
 from .query import EmbeddingRows
 from .reader import REMOVED, Index
+from .records import Manifest
 from .search import Neighbors, nearest
 from .selection import Selection
 from .verify import Report, verify
@@ -32,6 +33,7 @@ __all__ = [
     "EmbeddingRows",
     "FORMAT_VERSION",
     "Index",
+    "Manifest",
     "Neighbors",
     "PartData",
     "REMOVED",
@@ -47,12 +49,10 @@ __all__ = [
     "compact",
     "create",
     "lock",
-    "named_bytes",
     "nearest",
     "quantize_coarse",
     "put_calibrations",
     "rebuild_faiss",
-    "refuse_prototypes",
     "remove",
     "sweep",
     "verify",

@@ -35,7 +35,7 @@ def check_parts(index: Index, first: int = 0) -> None:
     Raises:
         IndexFormatError: naming the first file that is not what was written.
     """
-    entries = index.manifest["parts"]
+    entries = index.manifest.raw["parts"]
     for part, entry in zip(index.parts[first:], entries[first:], strict=True):
         for name, line in entry["files"].items():
             if sha256_of(part.arrays[name]) != line["sha256"]:
@@ -48,7 +48,7 @@ def check_tombstones(index: Index) -> None:
     Raises:
         IndexFormatError: they are not what was written.
     """
-    entry = index.manifest["tombstones"]
+    entry = index.manifest.raw["tombstones"]
     if entry is not None and sha256_of(index.tombstones) != entry["sha256"]:
         raise broken(index.path, entry["file"], "does not match its checksum")
 
@@ -59,7 +59,7 @@ def check_fitted(index: Index) -> None:
     Raises:
         IndexFormatError: naming the first file that is not what was written.
     """
-    entry = index.manifest["fitted"]
+    entry = index.manifest.raw["fitted"]
     for name, line in entry["files"].items():
         if sha256_of(index.fitted_files[name]) != line["sha256"]:
             raise broken(index.path, f"{entry['directory']}/{name}", "does not match its checksum")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import NotPlain, fresh, read_regular, replace
-from ..errors import IndexFormatError, InputError, short
+from ..errors import IndexFormatError, short
 from .files import broken
 from .records import Manifest
 from .schema import Wrong, reader
@@ -54,7 +54,7 @@ def write(root: Path, manifest: Mapping[str, Any]) -> None:
     replace(unfinished, root / NAME)
 
 
-def read(root: Path) -> PlainManifest:
+def read(root: Path) -> Manifest:
     """The manifest of an index, checked; no other file is touched.
 
     Raises:
@@ -72,8 +72,7 @@ def read(root: Path) -> PlainManifest:
         raise broken(root, NAME, what, remedy)
     if manifest != sealed(manifest):
         raise broken(root, NAME, "does not match its own checksum, so it was altered")
-    check(root, manifest)
-    return manifest
+    return check(root, manifest)
 
 
 def check(root: Path, manifest: Mapping[str, Any]) -> Manifest:
@@ -88,6 +87,7 @@ def check(root: Path, manifest: Mapping[str, Any]) -> Manifest:
             raise Wrong(" is not the digest of the recipe", "recipe_sha256")
     except Wrong as wrong:
         raise broken(root, NAME, _said(manifest, wrong)) from wrong
+    object.__setattr__(checked, "raw", manifest)
     return checked
 
 
@@ -101,29 +101,6 @@ def _said(manifest: Mapping[str, Any], wrong: Wrong) -> str:
         case _:
             return str(wrong)
     return f"its entry for {folder['directory']}/{name} {Wrong(wrong.what, *rest)}"
-
-
-def named_bytes(manifest: Mapping[str, Any]) -> int:
-    """Bytes of all files that a manifest names; its own are not among them."""
-    entries = [entry for part in manifest["parts"] for entry in part["files"].values()]
-    entries += manifest["fitted"]["files"].values()
-    entries += [entry for key in ("faiss", "tombstones") if (entry := manifest[key]) is not None]
-    return sum(entry["bytes"] for entry in entries)
-
-
-def refuse_prototypes(root: Path, manifest: Mapping[str, Any], instead: str) -> None:
-    """Refuse what needs the images themselves where rows are prototypes merged from several.
-
-    Args:
-        root: of the index.
-        manifest: its manifest.
-        instead: what to do, as the end of a sentence.
-
-    Raises:
-        InputError: the index holds prototypes.
-    """
-    if manifest.get("compressed") is not None:
-        raise InputError(f"{root}: holds prototypes, each merged from several images; {instead}")
 
 
 def _read_bytes(root: Path) -> bytes:

@@ -7,13 +7,16 @@ Arrays only, so that a service needs neither torch nor scikit-learn; `embedcam.m
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import InputError
-from ..images.number_labels import Reach, near_share, number_of
+from ..images.number_labels import Reach, number_of
 from .calibration import fall, numbers_of, rising
+
+if TYPE_CHECKING:
+    from .records import Manifest
 
 TEN = 10
 """Neighbours that match looks at, however many are shown."""
@@ -78,17 +81,17 @@ def alike(one: str | None, others: Sequence[str | None], reach: Reach = ((), ())
     return found
 
 
-def kinship(manifest: Mapping[str, Any]) -> Callable[[str, str], bool]:
+def kinship(manifest: "Manifest") -> Callable[[str, str], bool]:
     """Whether a second label is of a first one's kind, as an index has it.
 
     Numbers of which nothing was calibrated are never of two kinds.
     """
-    if near_share(manifest) is None:
+    if manifest.near_share is None:
         return lambda one, other: one == other
-    made = (manifest.get("match_calibration") or {}).get("several")
-    if made is None:
+    calibration = (manifest.match_calibration or {}).get("several")
+    if calibration is None:
         return lambda one, other: True
-    reach = MatchCalibration.from_dict(made).reach
+    reach = calibration.reach
     return lambda one, other: bool(alike(one, [other], reach)[0])
 
 

@@ -42,7 +42,7 @@ def search_batch(
         k: 1 .. the number of live rows.
         nprobe: IVF lists to visit; None takes the manifest's.
     """
-    settings = index.record.faiss.search if index.record.faiss else SearchSettings()
+    settings = index.manifest.faiss.search if index.manifest.faiss else SearchSettings()
     probes, effort = nprobe or settings.nprobe or 1, settings.ef_search or 1
     candidates = np.full((len(queries), k), -1, np.int64)
     todo = np.arange(len(queries))
@@ -77,7 +77,7 @@ def _widen(candidates: np.ndarray, columns: int) -> np.ndarray:
 
 def _only_live(index: "Index", rows: np.ndarray) -> np.ndarray:
     if rows.size and rows.max() >= index.n_rows:
-        file = index.manifest["faiss"]["file"]
+        file = index.manifest.raw["faiss"]["file"]
         raise broken(index.path, file, "returns rows out of range", REBUILD)
     if len(index) == index.n_rows:
         return rows

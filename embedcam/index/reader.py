@@ -1,7 +1,7 @@
 """An index opened for reading: everything mapped, nothing read until it is asked for."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
@@ -17,9 +17,11 @@ from .encoding import Encoding
 from .faiss_files import REBUILD
 from .faiss_loading import FaissFile
 from .files import broken
+from .identity import Identity
 from .layout import MARKS, Layer, make_layers, map_fitted, map_tombstones, of_layer
 from .parts import Part
 from .query import search_batch
+from .records import Manifest
 from .rows import Rows
 from .search import SLACK, Neighbors, check_queries, join, threads
 from .selection import Selection
@@ -45,8 +47,7 @@ class Index:
 
     Attributes:
         path: the directory.
-        manifest: the manifest as it stands, a dict (see index/README.md).
-        record: the same, typed: every key that was checked, as an attribute.
+        manifest: what the index is, typed; `to_dict()` returns it as JSON has it.
         n_rows: rows, removed ones included; `len(index)` counts live ones.
         width: D of the embeddings.
         normalized: whether embeddings have unit length.
@@ -58,28 +59,27 @@ class Index:
     def __init__(
         self,
         path: Path,
-        manifest: dict[str, Any],
+        manifest: Manifest,
         with_faiss: bool,
         n_threads: int | None = None,
     ) -> None:
         self.path, self.manifest = path, manifest
-        self.record = record = manifest_file.check(path, manifest)
-        self.n_rows, self.metric = record.counts.rows, record.metric
-        self.width, self.normalized = record.embedding.width, record.embedding.normalized
+        self.n_rows, self.metric = manifest.counts.rows, manifest.metric
+        self.width, self.normalized = manifest.embedding.width, manifest.embedding.normalized
         self.with_faiss, self.n_threads = with_faiss, n_threads
         self._process = os.getpid()
-        self.fitted_files = map_fitted(path, manifest)
+        self.fitted_files = map_fitted(path, manifest.raw)
         self._shared = of_layer(self.fitted_files, None)
-        fitted = [of_layer(self.fitted_files, n) for n in range(len(manifest["layers"]))]
-        self.layers: list[Layer] = make_layers(path, manifest, fitted)
-        parts = [Part(path, p, self.width, self.layers) for p in manifest["parts"]]
+        fitted = [of_layer(self.fitted_files, n) for n in range(len(manifest.layers))]
+        self.layers: list[Layer] = make_layers(path, manifest.raw, fitted)
+        parts = [Part(path, p, self.width, self.layers) for p in manifest.raw["parts"]]
         self._rows = Rows(path, parts, self.layers, self.width)
-        self._removed = map_tombstones(path, manifest)
+        self._removed = map_tombstones(path, manifest.raw)
         self.ids: Strings[str] = Strings(self.n_rows, self._rows.ids)
         self.paths: Strings[str] = Strings(self.n_rows, self._rows.paths)
         self.labels: Strings[str | None] = Strings(self.n_rows, self._rows.labels)
-        used = with_faiss and manifest["faiss"] is not None
-        self._faiss = FaissFile(path, manifest) if used else None
+        used = with_faiss and manifest.faiss is not None
+        self._faiss = FaissFile(path, manifest.raw) if used else None
 
     @classmethod
     def open(
@@ -294,7 +294,7 @@ class Index:
         """
         queries = check_queries(queries, self.width, self.normalized)
         k = min(whole("n_neighbors", n_neighbors, 1), len(self))
-        if self.manifest["faiss"] is None:
+        if self.manifest.faiss is None:
             raise InputError(
                 "this index was built without FAISS; give neighbors= ids that your own search "
                 "found, or give it one with `embedcam compact --rebuild-faiss Flat`"
@@ -325,6 +325,30 @@ class Index:
         from .verify import verify_open
 
         return verify_open(self, progress=progress).checks
+
+    @property
+    def identity(self) -> Identity | None:
+        """The network that it was built with; None of an index made of features alone.
+
+        Raises:
+            IndexFormatError: it is not described as any network is.
+        """
+        described = self.manifest.raw["network"]
+        return None if described is None else Identity.from_dict(described, self.probe())
+
+    def refuse_prototypes(self, instead: str) -> None:
+        """Refuse what needs the images themselves where rows are merged from several.
+
+        Args:
+            instead: what to do, as the end of a sentence.
+
+        Raises:
+            InputError: the index holds prototypes.
+        """
+        if self.manifest.is_compressed:
+            raise InputError(
+                f"{self.path}: holds prototypes, each merged from several images; {instead}"
+            )
 
     # Inside
 
@@ -408,15 +432,15 @@ def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def _still(root: Path, place: str, manifest: Mapping[str, Any]) -> bool:
+def _still(root: Path, place: str, manifest: Manifest) -> bool:
     """Whether the same version lies at the same place."""
-    now = manifest_file.read(root)["manifest_sha256"]
-    return os.path.realpath(root) == place and bool(now == manifest["manifest_sha256"])
+    now = manifest_file.read(root).manifest_sha256
+    return os.path.realpath(root) == place and now == manifest.manifest_sha256
 
 
-def _missing(root: Path, manifest: Mapping[str, Any], error: FileNotFoundError) -> IndexFormatError:
-    faiss = manifest["faiss"]
+def _missing(root: Path, manifest: Manifest, error: FileNotFoundError) -> IndexFormatError:
+    faiss = manifest.faiss
     name = os.path.relpath(error.filename or root, root)
-    if faiss is not None and name == faiss["file"]:
+    if faiss is not None and name == faiss.file:
         return broken(root, name, "is missing", REBUILD)
     return broken(root, name, "is missing")

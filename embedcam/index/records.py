@@ -4,14 +4,16 @@ See index/README.md for what they mean. Whatever no file bounds has a bound here
 survives: channels, positions, search settings, lengths of text.
 """
 
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from ..errors import InputError, short
+from ..images.number_labels import near_share
 from ..preprocess import AnyPreprocess, preprocess_from_dict
 from .calibration import Calibration
 from .files import SUFFIXES
@@ -41,6 +43,10 @@ Sha256 = Annotated[str, Text(64, r"[0-9a-f]{64}", "a SHA-256 in hexadecimal")]
 FileName = Annotated[
     str, Text(100, r"(?!.*\.\.)[a-z][a-z0-9_.]*", "a plain file name of a-z, 0-9, _ and .")
 ]
+
+
+Situation = Annotated[str, partial(one_of, ("one", "several"))]
+"""How many neighbors explain a query."""
 
 
 def _numbered(pattern: str) -> Text:
@@ -324,18 +330,19 @@ class Manifest:
     faiss: Faiss | None
     compressed: Compressed | None = None
     trust_calibration: (
-        Mapping[Literal["one", "several"], Annotated[Calibration, _read_by(Calibration.from_dict)]]
-        | None
+        Mapping[Situation, Annotated[Calibration, _read_by(Calibration.from_dict)]] | None
     ) = None
     match_calibration: (
         Mapping[
-            Literal["one", "several"],
+            Situation,
             Annotated[MatchCalibration, _read_by(MatchCalibration.from_dict)],
         ]
         | None
     ) = None
-    manifest_sha256: Sha256 | None = None
-    """None only while the manifest is being made."""
+    manifest_sha256: Sha256 = ""
+    """Empty only while the manifest is being made."""
+    raw: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """As JSON has it, keys of later versions included; for `embedcam.index` alone."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -362,3 +369,43 @@ class Manifest:
         if counts.added_after_fit > total - self.fit.rows:
             what = f" of {counts.added_after_fit} added and {self.fit.rows} fitted rows of {total}"
             raise Wrong(what + " do not go together", "counts")
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether rows are prototypes, each merged from several images."""
+        return self.compressed is not None
+
+    @property
+    def has_earlier_trust(self) -> bool:
+        """Whether trust was calibrated by a version that meant something else by it."""
+        return "trust" in self.raw and self.trust_calibration is None
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Names of the layers, deepest first."""
+        return [layer.name for layer in self.layers]
+
+    @property
+    def images_root(self) -> str | None:
+        """The folder that the images lay in; None where it is not known."""
+        return None if self.images is None else self.images.root
+
+    @property
+    def near_share(self) -> float | None:
+        """Share of the images that are near in value; None where labels are classes.
+
+        Raises:
+            InputError: a recipe that no build has written.
+        """
+        return near_share(self.recipe)
+
+    @property
+    def named_bytes(self) -> int:
+        """Bytes of all files that it names; its own are not among them."""
+        folders: list[Part | Fitted] = [*self.parts, self.fitted]
+        total = sum(entry.bytes for folder in folders for entry in folder.files.values())
+        return total + sum(entry.bytes for entry in (self.faiss, self.tombstones) if entry)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a copy of the manifest as JSON has it."""
+        return copy.deepcopy(dict(self.raw))

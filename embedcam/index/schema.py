@@ -138,7 +138,7 @@ def _record(kind: type, value: Any) -> Any:
 def _readers(kind: type) -> dict[str, tuple[Reader, bool]]:
     """Of each field of a record its reader, and whether it must be present."""
     hints = get_type_hints(kind, include_extras=True)
-    return {f.name: (reader(hints[f.name]), f.default is MISSING) for f in fields(kind)}
+    return {f.name: (reader(hints[f.name]), f.default is MISSING) for f in fields(kind) if f.init}
 
 
 def _table(key: Reader, each: Reader, value: Any) -> Mapping[str, Any]:

@@ -92,7 +92,7 @@ def verify_open(index: Index, *, collect: bool = False, progress: Progress | Non
 
 
 def _checksums(index: Index, progress: Progress | None) -> Iterator[IndexFormatError]:
-    manifest = index.manifest
+    manifest = index.manifest.raw
     fitted = manifest["fitted"]
     files: list[tuple[str, np.ndarray | int, str]] = []
     for part, entry in zip(index.parts, manifest["parts"], strict=True):
@@ -143,7 +143,7 @@ def _weights(index: Index) -> Iterator[IndexFormatError]:
                 yield from _blockwise(index, part, layer.coarse_files[1], wrong_scales)
     for name, array in index.fitted_files.items():
         if (what := wrong_values(array)) is not None:
-            yield broken(index.path, f"{index.manifest['fitted']['directory']}/{name}", what)
+            yield broken(index.path, f"{index.manifest.raw['fitted']['directory']}/{name}", what)
 
 
 def _blockwise(
@@ -236,10 +236,10 @@ def _unique(index: Index) -> Iterator[IndexFormatError]:
 
 
 def _faiss(index: Index) -> Iterator[IndexFormatError]:
-    entry = index.manifest["faiss"]
+    entry = index.manifest.raw["faiss"]
     if entry is None or index.faiss_file is None:
         return
-    loaded = load_faiss(index.path, index.manifest, index.faiss_file)
+    loaded = load_faiss(index.path, index.manifest.raw, index.faiss_file)
     if not index.n_rows:
         return
     rows = np.unique(np.linspace(0, index.n_rows - 1, SAMPLE).astype(np.int64))

@@ -107,7 +107,7 @@ def append(path: str | Path, part: PartData, *, removing: Sequence[str] = ()) ->
     """
     root = Path(path)
     with _changing(root) as (index, manifest):
-        manifest_file.refuse_prototypes(root, manifest, ADD_INSTEAD)
+        index.refuse_prototypes(ADD_INSTEAD)
         check_ids(part.ids)
         gone = np.unique(index.positions(removing))
         if known := sorted(index.find_live(part.ids).keys() - set(removing)):
@@ -127,7 +127,7 @@ def append(path: str | Path, part: PartData, *, removing: Sequence[str] = ()) ->
         if len(gone):
             _bury(root, index, manifest, gone)
         if manifest["faiss"] is not None:
-            loaded = _load_faiss(root, index.manifest)
+            loaded = _load_faiss(root, index.manifest.raw)
             rows = EmbeddingRows(_reopened(root, manifest))
             faiss_files.grow(loaded, rows, index.n_rows, manifest["faiss"]["factory"])
             manifest["faiss"] |= _save_faiss(root, manifest, loaded)
@@ -183,7 +183,7 @@ def compact(path: str | Path, *, rebuild_faiss: bool | str = False) -> int:
         if rebuild_faiss:
             _put_faiss(root, manifest, factory)
         elif manifest["faiss"] is not None:
-            loaded = _load_faiss(root, index.manifest)
+            loaded = _load_faiss(root, index.manifest.raw)
             rows = EmbeddingRows(index, kept)
             faiss_files.refill(loaded, rows, manifest["faiss"]["factory"])
             manifest["faiss"] |= _save_faiss(root, manifest, loaded)
@@ -298,7 +298,7 @@ def _in_place(root: Path) -> Manifest | None:
             is_folder(root / name)
         except NotPlain as error:
             raise broken(root, name, str(error)) from error
-    return manifest_file.read(root) if _finished(root) else None
+    return manifest_file.read(root).to_dict() if _finished(root) else None
 
 
 @contextlib.contextmanager
@@ -329,7 +329,7 @@ def _changing(root: Path) -> Iterator[tuple[Index, Manifest]]:
     Index.open(root, with_faiss=False).close()
     _in_place(root)
     with locking.lock(root), Index.open(root, with_faiss=False) as index, _writing(root):
-        manifest = plain(index.manifest)
+        manifest = index.manifest.to_dict()
         manifest["generation"] += 1
         yield index, manifest
 
@@ -475,4 +475,4 @@ def _load_faiss(root: Path, manifest: Manifest) -> Any:
 
 def _reopened(root: Path, manifest: Manifest) -> Index:
     """Rows as they will be once the manifest is in place."""
-    return Index(root, manifest, with_faiss=False)
+    return Index(root, manifest_file.check(root, manifest), with_faiss=False)

@@ -10,9 +10,10 @@ output becomes a leaf and only what follows it (the head) is differentiated. Par
 `.grad` and `requires_grad`, modes and hooks stay as they are, also after an exception.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._files import ProcessLock
 from ..errors import InputError, NetworkError
-from ..preprocess import from_transform
+from ..index.identity import Identity, compare
+from ..preprocess import AffineHead, Embedded, from_transform
 from .accepted import refuse_module, refuse_parts, refuse_preprocess, refuse_settings
+from .fingerprint import hash_parameters, hash_structure
 from .gradients import (
     Features,
     HeadPass,
@@ -92,6 +95,8 @@ class EmbeddingNetwork(ModuleRuns):
     Raises:
         NetworkError, InputError: with what was given, what was expected and what to do.
     """
+
+    differentiable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -200,7 +205,47 @@ class EmbeddingNetwork(ModuleRuns):
             "preprocess": None if self.preprocess is None else self.preprocess.to_dict(),
         }
 
+    def identity(self) -> Identity:
+        """Return what tells this network from another, its probe taken with one forward pass.
+
+        A network without preprocess is asked at the input size it has seen, 224 x 224 before any.
+
+        Raises
+        ------
+        NetworkError
+            The embedding depends on the rest of a batch, or on chance: it has no identity.
+        """
+        self.check_steady()
+        with full_float32(self.device):
+            features = self.forward(self.probe_images())
+        described = self.describe()
+        return Identity(
+            parameters_sha256=hash_parameters(self.module),
+            structure_sha256=hash_structure(self.module),
+            precision=str(self.autocast or self.dtype).removeprefix("torch."),
+            probe_embedding=features.embedding[0].float().cpu().numpy(),
+            probe_pooled=features.activations[0].mean((1, 2)).float().cpu().numpy(),
+            # As it will come back from JSON: tuples as lists.
+            preprocess=json.loads(json.dumps(described.pop("preprocess"))),
+            **described,
+        )
+
+    def for_index(self, stored: Identity, layers: Sequence[str] = ()) -> Self:
+        """Return this network as the one of an index; `NetworkMismatch` where it is another."""
+        compare(stored, self.identity())
+        return self
+
     # ---------------------------------------------------------------- passes
+
+    def embed(self, images: Images, layers: Sequence[str] | None = None) -> Embedded:
+        """Embed images `[B C H W]` into NumPy arrays; raises as `forward`."""
+        if layers is None or list(layers) == [self.layer]:
+            features = self.forward(images)
+            maps = [features.activations]
+        else:
+            features, maps = self.forward_layers(images, layers)
+        embedding, norm = features.embedding.cpu().numpy(), features.norm.cpu().numpy()
+        return Embedded(embedding, norm, [one.cpu().numpy() for one in maps])
 
     def forward(self, images: Images, *, allow_zero: bool = False) -> Features:
         """Embeddings and activations of preprocessed images; no gradients.
@@ -368,6 +413,11 @@ class EmbeddingNetwork(ModuleRuns):
             if self._kind is None:
                 self._kind = self._ask_head()
             return self._kind
+
+    def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> AffineHead | None:
+        """Return the head where it is pooled and affine; nothing is asked of an index."""
+        kind = self.head_kind
+        return AffineHead(None if kind.identity else kind.matrix) if kind.affine else None
 
     @property
     def already_normalized(self) -> bool:

@@ -1,16 +1,12 @@
-"""The identity of a torch network: its parameters hashed, its probe taken."""
+"""A torch network's parameters, hashed."""
 
 import hashlib
 import json
-from typing import Any
 
 import torch
 from torch import nn
 
-from ..index.identity import Identity, compare
-from .embedding_network import EmbeddingNetwork
 from .layers import bare_name
-from .steady import full_float32
 
 
 def hash_parameters(module: nn.Module) -> str:
@@ -45,45 +41,3 @@ def _hash_state(module: nn.Module, with_bytes: bool) -> str:
             whole = tensor.cpu().contiguous()
             digest.update(whole.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def fingerprint(network: EmbeddingNetwork) -> Identity:
-    """The identity of a network, its probe taken with one forward pass.
-
-    A network without preprocess is asked at the input size it has seen, 224 x 224 before any.
-
-    Raises:
-        NetworkError: its embedding depends on the rest of a batch, or on chance: it has none.
-    """
-    network.check_steady()
-    with full_float32(network.device):
-        features = network.forward(network.probe_images())
-    described = network.describe()
-    precision = str(network.autocast or network.dtype).removeprefix("torch.")
-    return Identity(
-        parameters_sha256=hash_parameters(network.module),
-        layer=described["layer"],
-        preprocess=_plain(described["preprocess"]),
-        normalize=described["normalize"],
-        output=described["output"],
-        layout=described["layout"],
-        precision=precision,
-        name=described["name"],
-        probe_embedding=features.embedding[0].float().cpu().numpy(),
-        probe_pooled=features.activations[0].mean((1, 2)).float().cpu().numpy(),
-        structure_sha256=hash_structure(network.module),
-    )
-
-
-def check(stored: Identity, network: EmbeddingNetwork) -> None:
-    """Refuse a network that is not the one an index was built with, see `identity.compare`.
-
-    Raises:
-        NetworkMismatch: naming the index's value and the network's.
-    """
-    compare(stored, fingerprint(network))
-
-
-def _plain(value: Any) -> Any:
-    """As it will come back from JSON: tuples as lists."""
-    return None if value is None else json.loads(json.dumps(value))

@@ -94,7 +94,7 @@ def _check_root(index: Index, source: ImageSource) -> None:
         raise InputError(
             "a data set has no files to compare; update from a folder or a CSV: find_images(...)"
         )
-    stored = (index.manifest["images"] or {}).get("root")
+    stored = index.manifest.images_root
     root = None if source.root is None else str(source.root.resolve())
     if stored is None:
         raise InputError(

@@ -222,15 +222,14 @@ def same_index(
         InputError: naming what differs.
     """
     manifest = index.manifest
-    network = manifest["network"] or {}
     unusable = _unusable(source, set(index.ids[index.live_positions()]), embeds)
     checks = {
-        "recipe": manifest["recipe_sha256"] == recipe.resolved.digest(),
-        "network": identity.to_dict().items() <= network.items(),
-        "choice of own maps": (manifest["layers"][0]["coarse_grid"] is not None) == own_maps,
-        "choice of trust": (manifest.get("trust_calibration") is not None)
-        == (trust and manifest["fit"]["images"] >= LEAST),
-        "array of given triplets": manifest["triplets"].get("sha256") == given,
+        "recipe": manifest.recipe_sha256 == recipe.resolved.digest(),
+        "network": index.identity is not None and index.identity.to_dict() == identity.to_dict(),
+        "choice of own maps": (manifest.layers[0].coarse_grid is not None) == own_maps,
+        "choice of trust": (manifest.trust_calibration is not None)
+        == (trust and manifest.fit.images >= LEAST),
+        "array of given triplets": manifest.triplets.sha256 == given,
     }
     differs = [what for what, same in checks.items() if not same]
     said = [f"another {' and '.join(differs)}"] if differs else []
@@ -250,9 +249,9 @@ def _other_images(
     unusable: Mapping[int, tuple[str, str]] | None,
 ) -> list[str]:
     """How the images of an index differ from those of a source that can be used."""
-    counts, live = index.manifest["counts"], index.live_positions()
-    added = counts["added_after_fit"]
-    removed = index.manifest["fit"]["images"] - (counts["live"] - added)
+    counts, live = index.manifest.counts, index.live_positions()
+    added = counts.added_after_fit
+    removed = index.manifest.fit.images - (counts.live - added)
     changes = [f"{n:,} {how} since" for n, how in ((added, "added"), (removed, "removed")) if n]
     if changes:
         return [f"another list of images ({', '.join(changes)})"]
@@ -264,7 +263,7 @@ def _other_images(
     said = []
     if [item.label for item in items] != list(index.labels[live]):
         said.append("other labels")
-    stored = (index.manifest["images"] or {}).get("files_sha256")
+    stored = index.manifest.images.files_sha256 if index.manifest.images else None
     if stored is not None and stored != files_digest([files[place] for place in places]):
         said.append("image files changed since")
     return said

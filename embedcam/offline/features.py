@@ -16,7 +16,6 @@ from ..index.identity import ALIKE, Identity
 from ..methods.weights import weights_from_pooled
 from ..network import EmbeddingNetwork
 from ..network.checkpoints import read_affine
-from ..network.fingerprint import fingerprint
 from ..recipe.recipe import Recipe
 from ..targets import head_cotangent
 from .assembly import described, header, make_encoding, sample_places
@@ -315,7 +314,7 @@ def _checked(
 
 def _identity(network: EmbeddingNetwork, features: _Features) -> Identity:
     """The identity of the network, found to be one that these features can be of."""
-    identity, kind = fingerprint(network), network.head_kind
+    identity, kind = network.identity(), network.head_kind
     activations = network.forward(network.probe_images()).activations
     shape = None if kind.matrix is None else list(kind.matrix.shape)
     said = {

@@ -13,7 +13,6 @@ import torch
 
 from ..errors import InputError
 from ..images import MAX_PIXELS, ImageSource, Item, load_batches
-from ..images.number_labels import near_share
 from ..index import (
     ADD_INSTEAD,
     EmbeddingRows,
@@ -24,13 +23,11 @@ from ..index import (
     create,
     lock,
     put_calibrations,
-    refuse_prototypes,
     remove,
     sweep,
 )
 from ..index.identity import Identity
 from ..network import EmbeddingNetwork
-from ..network.fingerprint import check, fingerprint
 from ..recipe.recipe import Recipe
 from .assembly import (
     Gathered,
@@ -137,7 +134,7 @@ def build_index(
     check_target(path, replace=True)
     layers = layers_of(network, recipe)
     check_method(recipe, network)
-    identity = fingerprint(network)
+    identity = network.identity()
     width, n_channels = len(identity.probe_embedding), len(identity.probe_pooled)
     check_amounts(recipe, source.ids, source.labels, width, n_channels, triplets)
     exact = is_exact(recipe, network.head_kind.matrix, network.normalize)
@@ -154,7 +151,7 @@ def build_index(
         generation = 1
         if (path / "manifest.json").exists():
             with Index.open(path) as index:
-                generation = index.manifest["generation"] + 1
+                generation = index.manifest.generation + 1
                 if _tidied(index) == job or not replace:
                     skipped = same_index(
                         index, recipe, identity, source, files, own_maps, trust, given, network
@@ -252,11 +249,11 @@ def add_images(
     Index.open(path).close()  # refuse a folder without an index before a lock file appears in it
     with disk_errors(path), lock(path), Index.open(path) as index:
         manifest = index.manifest
-        refuse_prototypes(path, manifest, ADD_INSTEAD)
+        index.refuse_prototypes(ADD_INSTEAD)
         encodings = [index.encoding(number) for number in range(len(index.layers))]
         recipe = Recipe.of_index(manifest)
         _check_labels(recipe, source)
-        check(_identity_of(index), network)
+        network.for_index(_identity_of(index))
         stages, live = Stages(progress), index.live_positions()
         changes, gone = None, list[str]()
         if update:
@@ -273,7 +270,7 @@ def add_images(
         files = [source.fingerprint(position) for position in range(len(source))]
         job = _digest(
             recipe,
-            fingerprint(network),
+            network.identity(),
             source,
             files,
             chunk_size(batch_size, recipe.method),
@@ -284,9 +281,9 @@ def add_images(
             return BuildReport(path, 0, [], left_out=source.left_out)
         if not update:
             check_new(index, source)
-        layer = manifest["layers"][0]
-        with_maps = layer["coarse_grid"] is not None
-        scratch = Scratch(path / _SCRATCH, f"{job} {manifest['manifest_sha256']}")
+        layer = manifest.layers[0]
+        with_maps = layer.coarse_grid is not None
+        scratch = Scratch(path / _SCRATCH, f"{job} {manifest.manifest_sha256}")
         keep = with_maps and _may_keep(network, source, exact, layers, scratch_gb, scratch)
         work = Work(
             network, source, recipe, scratch, batch_size, workers, on_unreadable, keep, exact,
@@ -304,17 +301,18 @@ def add_images(
                 scratch.remove()
                 return _removed(path, changes, source, skipped, stages)
         gathered, labels, mean = _weights(work, stages, None, index, live)
-        if list(grid_of(work)) != layer["grid"]:
+        if list(grid_of(work)) != list(layer.grid or ()):
             raise InputError(
-                f"the layer's grid is {list(grid_of(work))} for these images and {layer['grid']} "
+                f"the layer's grid is {list(grid_of(work))} for these images and "
+                f"{list(layer.grid or ())} "
                 "in the index; use the preprocessing that the index was built with"
             )
         with stages("encode"):
-            root = (manifest["images"] or {}).get("root")
+            root = manifest.images_root
             stored_root = None if root is None else Path(root)
             part = encode(work, encodings, gathered, mean, with_maps, stored_root)
         with stages("write"):
-            scratch.promise(job, manifest["generation"] + 1)
+            scratch.promise(job, manifest.generation + 1)
             append(path, part, removing=gone)
         scratch.remove()
     return replace(_report(work, path, part, gathered, labels, stages), changes=changes)
@@ -350,7 +348,7 @@ def calibrate_index(
     path = Path(path)
     with Index.open(path, with_faiss=False) as index:
         manifest, live = index.manifest, index.live_positions()
-        refuse_prototypes(path, manifest, "calibrate the index before compressing it")
+        index.refuse_prototypes("calibrate the index before compressing it")
         recipe = Recipe.of_index(manifest)
         # Read where they are asked for: a large collection's need not fit into memory.
         embeddings, labels = EmbeddingRows(index, live), list(index.labels[live])
@@ -360,13 +358,13 @@ def calibrate_index(
             )
         }
         if network is not None:
-            check(_identity_of(index), network)
+            network.for_index(_identity_of(index))
             encodings = [index.encoding(number) for number in range(len(index.layers))]
             check_addable(recipe, encodings[0], network)
             rows = trust_rows(len(live), recipe, network)
             source = indexed_images(index, images)
             batches = load_batches(source, rows, network.preprocess, batch_size, workers=workers)
-            layers = [layer["name"] for layer in manifest["layers"]]
+            layers = manifest.layer_names
             with Stages(progress)("trust", len(rows)) as tick:
                 made["trust_calibration"] = calibrate_trust(
                     recipe,
@@ -387,7 +385,7 @@ def calibrate_index(
                 f"{path}: {len(live)} images calibrate no {what}; add images until there are at "
                 f"least {least}"
             )
-    put_calibrations(path, made, manifest["manifest_sha256"])
+    put_calibrations(path, made, manifest.manifest_sha256)
     return {
         name.partition("_")[0]: int(one["several"]["images"]) for name, one in made.items() if one
     }
@@ -407,7 +405,7 @@ def indexed_images(
         InputError: an index of prototypes, or one that does not know where its images lie.
     """
     instead = "refit the index it was compressed from, and compress that again"
-    refuse_prototypes(index.path, index.manifest, instead)
+    index.refuse_prototypes(instead)
     live = index.live_positions()
     listed = zip(index.ids[live], index.paths[live], index.labels[live], strict=True)
     items = [Item(name, path, label) for name, path, label in listed]
@@ -416,13 +414,13 @@ def indexed_images(
             "the index does not know where its images lie (it was built from a data set or from "
             "features), so it cannot be refitted from them; build it again from its source"
         )
-    stored = (index.manifest["images"] or {}).get("root")
+    stored = index.manifest.images_root
     chosen = root if root is not None else stored
     return ImageSource(
         items,
         None if chosen is None else Path(chosen),
         max_pixels=max_pixels,
-        numbers=near_share(index.manifest) is not None,
+        numbers=index.manifest.near_share is not None,
     )
 
 
@@ -510,7 +508,7 @@ def _without_skipped(triplets: np.ndarray, gathered: Gathered, source: ImageSour
 def _tidied(index: Index) -> str | None:
     """The job that made this generation and was killed before it had tidied up, which is done."""
     scratch = index.path / _SCRATCH
-    job = finished_job(scratch, index.manifest["generation"])
+    job = finished_job(scratch, index.manifest.generation)
     empty = scratch.is_dir() and not scratch.is_symlink() and not any(scratch.iterdir())
     if job is not None or empty:
         sweep(index.path)
@@ -541,13 +539,13 @@ def _may_keep(
 
 
 def _identity_of(index: Index) -> Identity:
-    stored = index.manifest["network"]
+    stored = index.identity
     if stored is None:
         raise InputError(
             "this index was built from features alone and does not know its network; build it "
             "again with all images"
         )
-    return Identity.from_dict(stored, index.probe())
+    return stored
 
 
 def _digest(

@@ -6,16 +6,22 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ..errors import EmbeddingError, InputError, NetworkError, NetworkMismatch
 from ..index.identity import Identity, compare
-from ..preprocess import AnyPreprocess, from_transform, preprocess_from_dict
+from ..preprocess import (
+    AffineHead,
+    AnyPreprocess,
+    Embedded,
+    from_transform,
+    preprocess_from_dict,
+)
 from ..preprocess.probe import probe_inputs
 from .described import Described, Head
 from .session import PROBE_SECONDS, PROVIDERS, Session
@@ -60,6 +66,8 @@ class OnnxNetwork:
         InputError: a preprocess, threads or providers that cannot be used.
         NetworkError: onnxruntime is missing, or the file cannot be used.
     """
+
+    differentiable: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -145,6 +153,30 @@ class OnnxNetwork:
             )
         features, maps = self._run(images, [self._maps[self.layers.index(n)] for n in layers])
         return OnnxFeatures(features.embedding, features.norm, maps[-1]), maps
+
+    def embed(self, images: Any, layers: Sequence[str] | None = None) -> Embedded:
+        """Embed images `[B C H W]`; raises as `forward` and `forward_layers`."""
+        if layers is None or len(layers) == 1:
+            features = self.forward(images)
+            return Embedded(features.embedding, features.norm, [features.activations])
+        features, maps = self.forward_layers(images, layers)
+        return Embedded(features.embedding, features.norm, maps)
+
+    def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> AffineHead:
+        """Return the head, its matrix from an index where it is not the identity.
+
+        Raises
+        ------
+        InputError
+            The head is not average pooling and affine, or the index does not hold its matrix.
+        """
+        if self.head is None or self.head.kind == "other":
+            raise InputError(
+                f"receipts need the head by itself, and {self.path} has none that is average "
+                "pooling and affine; give the network instead of its ONNX file"
+            )
+        matrix = None if self.head.kind == "identity" else stored_matrix()
+        return AffineHead(matrix, self.head.bias)
 
     # ---------------------------------------------------------------- the index
 

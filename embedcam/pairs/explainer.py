@@ -13,7 +13,7 @@ import numpy as np
 from .._checks import check_outputs, stacked
 from ..errors import EmbeddingError, ImageError, InputError
 from ..explain.opened import query_name
-from .heads import PooledHead, pooled_head
+from .heads import matrix_of
 from .receipt import Comparison, Receipt, Shown, make_comparison, make_receipt
 from .sides import DifferentiatedSide, PooledSide, Side, as_array
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..explain.explainer import Explainer
     from ..images import FileState
     from ..index import Index
+    from ..preprocess import AffineHead
 
 _SAME = 0.99
 """Cosine with the stored embedding from which a picture counts as the one that was indexed."""
@@ -48,8 +49,8 @@ class PairExplainer:
             )
         self.explainer = explainer
         self.network: Any = explainer.network
-        self._head: tuple[weakref.ref[Index], PooledHead | None] | None = None
-        if not hasattr(type(self.network), "head_kind"):
+        self._head: tuple[weakref.ref[Index], AffineHead | None] | None = None
+        if not self.network.differentiable:
             self.head(explainer.index)
 
     def receipt(self, query: Any, result: Any, *, centred: bool = True) -> Receipt:
@@ -104,7 +105,7 @@ class PairExplainer:
         first, second = self.receipts(query, [result, rival], centred=centred)
         return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
 
-    def head(self, index: Index) -> PooledHead | None:
+    def head(self, index: Index) -> AffineHead | None:
         """The head by an index of the explainer; None where it is not average pooling and affine.
 
         Raises:
@@ -114,7 +115,8 @@ class PairExplainer:
         if known is None or known[0]() is not index:
             # With its index, which is not held by it: another version may keep the matrix
             # otherwise, or not at all.
-            known = self._head = (weakref.ref(index), pooled_head(self.network, index))
+            head = self.network.affine_head(lambda: matrix_of(index))
+            known = self._head = (weakref.ref(index), head)
         return known[1]
 
     def sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
@@ -131,10 +133,9 @@ class PairExplainer:
         for shape in {tuple(one.shape) for one in inputs}:
             places = [place for place, one in enumerate(inputs) if tuple(one.shape) == shape]
             with _placed(places):
-                features = self.network.forward(stacked([inputs[place] for place in places]))
-            embeddings, maps = as_array(features.embedding), as_array(features.activations)
+                embedded = self.network.embed(stacked([inputs[place] for place in places]))
+            embeddings, norms, (maps,) = embedded
             check_outputs(embeddings, maps)
-            norms = None if features.norm is None else as_array(features.norm)
             for row, place in enumerate(places):
                 norm = 1.0
                 if self.network.normalize:
@@ -195,7 +196,7 @@ def check_medoid(index: Index, name: str, state: FileState | None) -> None:
     Raises:
         ImageError: its file is another than was indexed.
     """
-    if index.manifest.get("compressed") is not None and state == "changed":
+    if index.manifest.is_compressed and state == "changed":
         raise ImageError(
             f"{name}: the picture in the middle of this prototype was replaced since it was "
             "indexed; index it again, and compress that"
@@ -216,7 +217,7 @@ def check_same(index: Index, name: str, side: Side) -> None:
     Raises:
         ImageError: the embeddings differ.
     """
-    if index.manifest.get("compressed") is not None:
+    if index.manifest.is_compressed:
         return
     stored = index.embeddings([index.position(name)])[0].astype(np.float64)
     lengths = np.linalg.norm(stored) * np.linalg.norm(side.embedding)

@@ -10,15 +10,19 @@ and the usual Resize / CenterCrop / ToTensor / Normalize chains and turns them i
 """
 
 from .custom import AnyPreprocess, CustomPreprocess, custom, preprocess_from_dict
+from .protocol import AffineHead, Embedded, Network
 from .recognise import from_transform
 from .standard import IMAGENET_MEAN, IMAGENET_STD, Extent, Preprocess
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "AffineHead",
     "AnyPreprocess",
     "CustomPreprocess",
+    "Embedded",
     "Extent",
+    "Network",
     "Preprocess",
     "custom",
     "from_transform",

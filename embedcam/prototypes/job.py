@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from ..errors import IndexFormatError, InputError
-from ..images.number_labels import near_share
 from ..images.progress import Advance, progress_of
 from ..index import (
     Index,
@@ -21,8 +20,6 @@ from ..index import (
     check_target,
     check_tombstones,
     create,
-    named_bytes,
-    refuse_prototypes,
 )
 from ..index.content import wrong_embeddings
 from .fidelity import Compressed, fidelity, sample_rows
@@ -93,7 +90,7 @@ def compress(
         _check(index, path, prototypes, seed, replace)
         live = index.live_positions()
         # Of numbers a group shares none.
-        numbers = near_share(index.manifest) is not None
+        numbers = index.manifest.near_share is not None
         labels = [None] * len(live) if numbers else index.labels[live]
         if per_class and numbers:
             raise InputError(
@@ -122,7 +119,7 @@ def compress(
             lost = fidelity(made, sample, tick)
         about = {
             "from_rows": len(live),
-            "from_bytes": named_bytes(index.manifest),
+            "from_bytes": index.manifest.named_bytes,
             "prototypes": prototypes,
             "rows": len(groups),
             "per_class": per_class,
@@ -131,15 +128,13 @@ def compress(
         }
         _write(made, path, about, replace)
     with Index.open(path, with_faiss=False) as small:
-        size = named_bytes(small.manifest)
+        size = small.manifest.named_bytes
     seconds = time.perf_counter() - began
     return CompressReport(path, len(live), len(groups), about, size, seconds)
 
 
 def _check(index: Index, path: Path, prototypes: int, seed: int, replace: bool) -> None:
-    refuse_prototypes(
-        index.path, index.manifest, "compress the index it was made of, with another number"
-    )
+    index.refuse_prototypes("compress the index it was made of, with another number")
     if not len(index):
         raise InputError(f"{index.path}: every image was removed; there is nothing to compress")
     for name, value, least, most, which in (
@@ -152,7 +147,7 @@ def _check(index: Index, path: Path, prototypes: int, seed: int, replace: bool) 
             )
     if (path / "manifest.json").exists():
         with Index.open(path, with_faiss=False) as there:
-            merged = there.manifest.get("compressed") is not None
+            merged = there.manifest.is_compressed
         if not merged:
             raise InputError(
                 f"{path}: holds an index of images, which prototypes do not replace; choose "
@@ -235,7 +230,7 @@ def _write(made: Compressed, path: Path, about: dict[str, Any], replace: bool) -
 
 def _header(made: Compressed, about: dict[str, Any]) -> dict[str, Any]:
     """What the source's manifest says of how its rows were made, and what became of them."""
-    manifest = made.index.manifest
+    manifest = made.index.manifest.to_dict()
     same = ("recipe", "network", "embedding", "metric", "method", "target", "norm", "triplets")
     images = manifest.get("images")
     return {

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._files import refuse_device
 from ..errors import EmbedcamWarning, RecipeError, short
@@ -24,6 +24,9 @@ from .registry import (
     storable_methods,
     why_not_storable,
 )
+
+if TYPE_CHECKING:
+    from ..index import Manifest
 
 N_TRIPLETS, MOST_TRIPLETS = 50, 1_000_000
 """S where none is asked for (Chen et al., WACV 2020)."""
@@ -290,10 +293,10 @@ class Recipe:
             raise RecipeError(f"{where}: {error}") from error
 
     @classmethod
-    def of_index(cls, manifest: Mapping[str, Any]) -> "Recipe":
+    def of_index(cls, manifest: "Manifest") -> "Recipe":
         """The recipe an index was built by; an older one may leave its target to the manifest."""
-        recipe = cls.from_dict(manifest["recipe"], "the index's recipe")
-        return recipe if recipe.target != "auto" else replace(recipe, target=manifest["target"])
+        recipe = cls.from_dict(manifest.recipe, "the index's recipe")
+        return recipe if recipe.target != "auto" else replace(recipe, target=manifest.target)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a manifest; options as a table, where there are any."""

@@ -1,18 +1,25 @@
 """Pictures: maps laid over images, panels of a query and its results, and pages of panels.
 
-Pillow draws; matplotlib lends fonts and all colour maps but the default ones (imported when first
-needed, never pyplot), and may be missing.
-`overlay` is one picture, `panel` and `receipt_picture` one PNG, `page` one self-contained HTML
-file, and `page_head`, `page_row` and `page_foot` its pieces.
+Pillow draws; matplotlib lends fonts and all color maps but the default ones, and may be missing.
 """
 
-from .blocks import Block, Link, Notice, Table, drawn_blocks
-from .chart import Chart
-from .overlay import colormap, overlay, stretch
-from .page import Look, Row, in_notebook, page, page_foot, page_head, page_row
-from .panel import panel
-from .receipt import Mark, receipt_picture
-from .tiles import CHANGED, Tile, shrunk, top_value
+from .overlay import colormap, overlay, scale_box, stretch
+from .page import (
+    Block,
+    Chart,
+    Link,
+    Look,
+    Notice,
+    Row,
+    Table,
+    drawn_blocks,
+    in_notebook,
+    page,
+    page_foot,
+    page_head,
+    page_row,
+)
+from .tiles import CHANGED, Mark, Tile, panel, receipt_picture, shrunk, top_value
 
 __all__ = [
     "CHANGED",
@@ -35,6 +42,7 @@ __all__ = [
     "page_row",
     "panel",
     "receipt_picture",
+    "scale_box",
     "shrunk",
     "stretch",
     "top_value",

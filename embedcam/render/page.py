@@ -1,45 +1,95 @@
-"""One HTML file that shows many explanations: no scripts, nothing fetched, light and dark.
-
-`page` makes a whole document; `page_head`, `page_row` and `page_foot` are its pieces, for a page of
-more rows than memory should hold at once.
-"""
+"""One HTML file for many explanations, from templates: nothing is fetched, light and dark."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
-from typing import Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from PIL import Image
 
-from ..errors import cut
-from .blocks import Block, breakable, drawn_blocks, paragraphs, text
-from .canvas import shorten_middle
-from .chart import STYLE as CHART_STYLE
-from .chart import Chart
+from ..errors import InputError, cut
 from .overlay import ALPHA, COLORMAP, colormap
-from .panel import FRAME_NOTE, scale_note
-from .style import LONG, STYLE
-from .tiles import Scale, Tile, check_scale, fitted, mapped_picture, plain_picture, top_values
+from .tiles import FRAME_NOTE, Scale, Tile, clean, scale_note, shorten, top_values
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
 
 _SIDE: Final = 320
 _CAPTION: Final = 40  # letters of an id; its whole is in the tooltip
 _SHARED_NOTE: Final = "The results of one query share a colour scale; the query's map has its own."
 _IN_NOTEBOOK: Final = 1_600_000  # pixels of a picture, a third of a megabyte
 _ONE_ROUND: Final = 1.35  # taller than this, a picture is shown smaller rather than the row taller
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 260, 46, 12, 12, 40  # of a chart
+_DASHES: Final = ("", "7 4", "2 4", "9 3 2 3", "4 3", "12 4")
+"""Lines are told apart without their colors, too."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """A word of a table that leads to a row of the same page, by the row's anchor."""
+
+    words: str
+    anchor: str
+
+    def __str__(self) -> str:
+        return self.words
+
+
+@dataclass
+class Table:
+    """A table of words, numbers and links; of a folded one only the caption is seen at first."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    caption: str = ""
+    notes: str = ""
+    folded: bool = False
+
+
+@dataclass
+class Notice:
+    """What a reader must see before the figures: a heading and a list of sentences."""
+
+    title: str
+    lines: Sequence[str] = ()
+    good: bool = False
+
+
+@dataclass
+class Chart:
+    """Lines over one axis, each a name and points (x, y), x rising; the first matters most."""
+
+    title: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    x_label: str = ""
+    y_label: str = ""
+    notes: str = ""
+
+
+Block = Table | Chart | Notice
 
 
 @dataclass
 class Row:
     """A query, its results, and what there is to say about them.
 
-    compact: small, and side by side with the compact rows before and after it.
-    anchor: what links to it name: letters and digits; empty for none.
-    scale: of its results, as in `panel`; None takes the page's.
+    Parameters
+    ----------
+    query, results : tiles
+    notes, title : words above the pictures
+    compact : small, and side by side with the compact rows before and after it
+    anchor : what links to it name: letters and digits; empty for none
+    scale : of its results, as in `panel`; None takes the page's
     """
 
     query: Tile
@@ -55,11 +105,13 @@ class Row:
 class Look:
     """What all rows of a page share.
 
-    scale: as in `panel`, for the results of each row by itself.
-    side: the longest side of the pictures stored in the page, in pixels.
-    alpha, cmap: as of `overlay`.
-    quality: of the JPEG pictures, 1 to 95.
-    long: of hundreds of rows: pictures are decoded, and rows laid out, as they come into sight.
+    Parameters
+    ----------
+    scale : as in `panel`, for the results of each row by itself
+    side : the longest side of the pictures stored in the page, in pixels
+    alpha, cmap : as of `overlay`
+    quality : of the JPEG pictures, 1 to 95
+    long : of hundreds of rows: pictures are decoded, and rows laid out, as they come into sight
     """
 
     scale: Scale = "joint"
@@ -70,7 +122,7 @@ class Look:
     long: bool = False
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
+        top_values(Tile(None), (), self.scale)  # refuses an unknown scale
 
 
 def page(
@@ -84,30 +136,25 @@ def page(
     alpha: float = ALPHA,
     cmap: str = COLORMAP,
 ) -> str:
-    """A whole HTML document, self-contained: pictures and styles are inside.
+    """Return a whole HTML document, self-contained: pictures and styles are inside.
 
-    intro: plain text; an empty line begins a new paragraph.
-    tables: in the order given; charts that follow one another stand side by side.
-    scale: as in `panel`, for the results of each row by itself.
-    side: the longest side of the pictures stored in the page, in pixels.
+    Parameters
+    ----------
+    rows : queries with their results
+    title : heading
+    intro : plain text; an empty line begins a new paragraph
+    tables : blocks in the order given; charts that follow one another stand side by side
+    scale, side, alpha, cmap : as of `Look`
     """
     look = Look(scale, side, alpha, cmap)
     tiles = [tile for row in rows for tile in (row.query, *row.results)]
-    parts = [
-        page_head(
-            title,
-            intro,
-            tables,
-            look,
-            maps=any(tile.cam is not None for tile in tiles),
-            cropped=any(tile.cropped for tile in tiles),
-        )
-    ]
+    maps, cropped = any(t.cam is not None for t in tiles), any(t.cropped for t in tiles)
+    parts = [page_head(title, intro, tables, look, maps=maps, cropped=cropped)]
     for compact, run in groupby(rows, lambda row: row.compact):
         drawn = [page_row(row, look) for row in run]
         if compact:
-            note = paragraphs(_SHARED_NOTE if scale == "joint" else "", "quiet")
-            drawn = ['<div class="compact">\n', *drawn, "</div>\n", note and f"{note}\n"]
+            note = f'<p class="quiet">{_SHARED_NOTE}</p>\n' if scale == "joint" else ""
+            drawn = ['<div class="compact">\n', *drawn, "</div>\n", note]
         parts += drawn
     return "".join([*parts, page_foot()])
 
@@ -121,105 +168,96 @@ def page_head(
     maps: bool = True,
     cropped: bool = False,
 ) -> str:
-    """A document up to its first row.
+    """Return a document up to its first row.
 
-    title, intro, tables: as of `page`.
-    look: of the rows that follow; None takes the default.
-    maps: whether any of them has a map, so that colours need a legend.
-    cropped: whether any map leaves a visible part of its picture out (`Tile.cropped`).
+    Parameters
+    ----------
+    title, intro, tables : as of `page`
+    look : of the rows that follow; None takes the default
+    maps : whether any of them has a map, so that colors need a legend
+    cropped : whether any map leaves a visible part of its picture out (`Tile.cropped`)
     """
     look = look or Look()
-    parts = [paragraphs(intro, "intro"), *drawn_blocks(tables)]
-    if maps:
-        parts.append(_legend(cropped, look.alpha, look.cmap))
-    if maps and look.long:  # once, in place of a note below every row
-        joint = look.scale == "joint"
-        parts.append(paragraphs(_SHARED_NOTE if joint else scale_note(1, [1], "each"), "quiet"))
-    charted = any(isinstance(block, Chart) for block in tables)
-    return _HEAD.format(
-        title=text(title),
-        style=STYLE + (CHART_STYLE if charted else "") + (LONG if look.long else ""),
-        body="".join(f"{part}\n" for part in parts if part),
+    at = np.linspace(0, 1, 9)
+    stops = [
+        f"rgba({r * 255:.0f},{g * 255:.0f},{b * 255:.0f},{look.alpha * share:.3f}) {share:.1%}"
+        for (r, g, b), share in zip(colormap(at, look.cmap), at, strict=True)
+    ]
+    return _written(
+        "head.html",
+        title=title,
+        intro=intro,
+        blocks=[_block(block) for block in _grouped(tables)],
+        charted=any(isinstance(block, Chart) for block in tables),
+        long=look.long,
+        maps=maps,
+        stops=",".join(stops),
+        frame_note=FRAME_NOTE if cropped else "",
+        # Once, in place of a note below every row.
+        note=_SHARED_NOTE if look.scale == "joint" else scale_note(1, [1], "each"),
     )
 
 
 def page_row(row: Row, look: Look | None = None) -> str:
-    """A row of a page."""
+    """Return a row of a page."""
     look = look or Look()
     tiles = [row.query, *row.results]
     scale = row.scale or look.scale
-    query_top, result_tops = top_values(row.query, row.results, scale)
-    shape = max(
-        size[1] / size[0] for size in (fitted(tile, look.side, look.side) for tile in tiles)
-    )
-    figures = [
-        _figure(tile, top, look, "query" if i == 0 else "result", row.compact)
-        for i, (tile, top) in enumerate(zip(tiles, [query_top, *result_tops], strict=True))
-    ]
-    heading = f"<h2>{breakable(row.title)}</h2>\n" if row.title else ""
-    has_map = any(tile.cam is not None for tile in tiles)
-    noted = has_map and not row.compact and not look.long
-    note = scale_note(query_top, result_tops, scale) if noted else ""
-    anchor = f' id="{text(row.anchor)}"' if row.anchor else ""
-    return (
-        f'<section{anchor} style="--shape:{1 / min(shape, _ONE_ROUND):.4f}">\n{heading}'
-        f"{paragraphs(row.notes, 'notes')}"
-        f'<div class="tiles">\n{"".join(figures)}</div>\n'
-        f"{paragraphs(note, 'quiet')}\n</section>\n"
+    query_top, tops = top_values(row.query, row.results, scale)
+    sizes = [tile.fitted(look.side, look.side) for tile in tiles]
+    noted = any(tile.cam is not None for tile in tiles) and not row.compact and not look.long
+    return _written(
+        "row.html",
+        row=row,
+        shape=1 / min(max(size[1] / size[0] for size in sizes), _ONE_ROUND),
+        note=scale_note(query_top, tops, scale) if noted else "",
+        long=look.long,
+        figures=[
+            {
+                "tile": tile,
+                "role": "result" if place else "query",
+                "pictures": [
+                    None if picture is None else (picture, _jpeg(picture, look.quality))
+                    for picture in tile.drawn(size, top, look.alpha, look.cmap)
+                ],
+                "short": shorten(tile.caption, _CAPTION, middle=True),
+                # Two objects side by side are shown as large as one beside them.
+                "wide": row.compact and not place and size[0] > 1.5 * size[1],
+                "shape": size[0] / size[1],
+            }
+            for place, (tile, size, top) in enumerate(
+                zip(tiles, sizes, [query_top, *tops], strict=True)
+            )
+        ],
     )
 
 
 def page_foot() -> str:
-    """The end of a document, behind its last row."""
+    """Return the end of a document, behind its last row."""
     return "</main>\n</body>\n</html>\n"
 
 
-def _legend(cropped: bool, alpha: float, cmap: str) -> str:
-    at = np.linspace(0, 1, 9)
-    stops = [
-        f"rgba({r * 255:.0f},{g * 255:.0f},{b * 255:.0f},{alpha * share:.3f}) {share:.1%}"
-        for (r, g, b), share in zip(colormap(at, cmap), at, strict=True)
-    ]
-    frame = f" {FRAME_NOTE}" if cropped else ""
-    return (
-        '<p class="legend"><span>no evidence</span>'
-        f'<span class="bar" style="background-image:linear-gradient(90deg,{",".join(stops)})">'
-        "</span><span>strongest</span></p>\n"
-        f'<p class="quiet">Point at a picture, or tap it, to see it without its map.{frame}</p>'
-    )
+def drawn_blocks(blocks: Sequence[Block]) -> list[str]:
+    """Return blocks as HTML; charts that follow one another stand side by side.
 
-
-def _figure(tile: Tile, top: float, look: Look, role: str, compact: bool) -> str:
-    size = fitted(tile, look.side, look.side)
-    what = text(tile.caption or role)
-    plain = _img(plain_picture(tile, size), f"{role}: {what}", "plain", look)
-    mapped = mapped_picture(tile, size, top, look.alpha, look.cmap)
-    drawn = _img(mapped, f"map over {role} {what}", "map", look)
-    inside = plain + drawn or "<span>picture not found</span>"
-    focus = ' tabindex="0"' if plain and drawn else ""
-    # Two objects side by side are shown as large as one beside them.
-    wide = compact and role == "query" and size[0] > 1.5 * size[1]
-    shape = f' style="--shape:{size[0] / size[1]:.4f}"' if wide else ""
-    kind = f"{role} wide" if wide else role
-    badge = '<span class="badge">Query</span>' if role == "query" else ""
-    short = shorten_middle(tile.caption, lambda words: len(words) <= _CAPTION)
-    lines = [f'<b class="warning">{breakable(tile.warning)}</b>'] if tile.warning else []
-    lines += [f'<b title="{what}">{breakable(short)}</b>'] if tile.caption else []
-    lines += [f"<span>{breakable(line)}</span>" for line in tile.subcaption.split("\n") if line]
-    return (
-        f'<figure class="{kind}"{shape}><div class="frame"{focus}>{inside}{badge}</div>\n'
-        f"<figcaption>{''.join(lines)}</figcaption></figure>\n"
-    )
+    Raises
+    ------
+    InputError
+        A chart without points, or with one that is not finite.
+    """
+    return [_block(block) for block in _grouped(blocks)]
 
 
 def in_notebook(picture: Image.Image, alt: str) -> str:
-    """A picture as notebooks show it: small enough that a saved one with several stays small."""
+    """Return a picture as notebooks show it: so small that a saved one with several stays small."""
+    from markupsafe import Markup
+
     shown = picture.convert("RGB")
     if (pixels := shown.width * shown.height) > _IN_NOTEBOOK:
         share = (_IN_NOTEBOOK / pixels) ** 0.5
         shown = shown.resize((int(share * shown.width), int(share * shown.height)))
-    size = f'style="width: {picture.width}px; max-width: 100%"'
-    return f'<img alt="{text(cut(alt, 400))}" {size} src="{_jpeg(shown, 80)}">'
+    tag = Markup('<img alt="{}" style="width: {}px; max-width: 100%" src="{}">')
+    return str(tag.format(clean(cut(alt, 400)), picture.width, _jpeg(shown, 80)))
 
 
 def _jpeg(picture: Image.Image, quality: int) -> str:
@@ -228,27 +266,121 @@ def _jpeg(picture: Image.Image, quality: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
-def _img(picture: Image.Image | None, alt: str, kind: str, look: Look) -> str:
-    """A picture inside the page; `alt` is already escaped."""
-    if picture is None:
-        return ""
-    later = 'loading="lazy" decoding="async" ' if look.long else ""
-    return (
-        f'<img class="{kind}" alt="{alt}" width="{picture.width}" height="{picture.height}" '
-        f'{later}src="{_jpeg(picture, look.quality)}">'
+def _grouped(blocks: Sequence[Block]) -> list[Table | Notice | list[Chart]]:
+    grouped: list[Table | Notice | list[Chart]] = []
+    for block in blocks:
+        if not isinstance(block, Chart):
+            grouped.append(block)
+        elif grouped and isinstance(grouped[-1], list):
+            grouped[-1].append(block)
+        else:
+            grouped.append([block])
+    return grouped
+
+
+def _block(block: Table | Notice | list[Chart]) -> Markup:
+    from markupsafe import Markup
+
+    if isinstance(block, Table):
+        numeric = [
+            all(_is_number(row[place]) for row in block.rows if place < len(row))
+            for place in range(len(block.header))
+        ]
+        text = _written("block.html", table=block, numeric=numeric)
+    elif isinstance(block, Notice):
+        text = _written("block.html", notice=block)
+    else:
+        text = _written("block.html", charts=[_plotted(chart) for chart in block])
+    return Markup(text)
+
+
+def _plotted(chart: Chart) -> dict[str, Any]:
+    """Return where the lines and ticks of a chart lie, in units of its drawing."""
+    points = [point for line in chart.lines.values() for point in line]
+    if not points or not np.isfinite(points).all():
+        raise InputError(f"chart {chart.title!r} has no points, or some that are not finite")
+    x_ticks, y_ticks = (ticks(min(values), max(values)) for values in zip(*points, strict=True))
+
+    def across(x: float) -> float:
+        share = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+
+    def down(y: float) -> float:
+        share = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+
+    return {
+        "chart": chart,
+        "x_ticks": [(across(x), f"{x:g}") for x in x_ticks],
+        "y_ticks": [(down(y), f"{y:g}") for y in y_ticks],
+        "lines": [
+            {
+                "name": name,
+                "color": place % len(_DASHES),
+                "dash": _DASHES[place % len(_DASHES)],
+                "points": " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in line),
+            }
+            for place, (name, line) in enumerate(chart.lines.items())
+        ],
+    }
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Return four to seven round numbers that take in both ends, rising."""
+    if high - low < 1e-9 * max(abs(low), abs(high), 1e-9):
+        margin = max(abs(low), 1e-9) / 2
+        low, high = low - margin, high + margin
+    rough = (high - low) / 5
+    digits = -math.floor(math.log10(rough))
+    power = 10.0**-digits
+    step = next(power * one for one in (1, 2, 5, 10) if power * one >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(number * step, digits) for number in range(first, last + 1)]
+
+
+def _is_number(value: object) -> bool:
+    """Tell whether a cell reads as a number: 12, 0.5, 83%, 0.92 (0.95), 0.4*, or a dash."""
+    words = re.sub(r"[()±\[\],]", " ", re.sub("[%*]", "", str(value))).split()
+    try:
+        return all(word in "-–—" or math.isfinite(float(word)) for word in words)
+    except ValueError:
+        return False
+
+
+# Templates
+
+
+def _written(template: str, **values: Any) -> str:
+    return _environment().get_template(template).render(values)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        finalize=lambda value: (
+            clean(value) if type(value) is str and not value.isprintable() else value
+        ),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
     )
+    environment.filters |= {"breakable": _breakable, "paragraphs": _paragraphs}
+    environment.tests["link"] = lambda value: isinstance(value, Link)
+    return environment
 
 
-_HEAD: Final = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<h1>{title}</h1>
-{body}"""
+def _breakable(words: object) -> Markup:
+    """Return text whose long words may break behind their joints."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub("([_/])", r"\1<wbr>", str(escape(clean(str(words))))))
+
+
+def _paragraphs(text: str) -> list[str]:
+    blocks = [" ".join(block.split()) for block in text.replace("\r", "").split("\n\n")]
+    return [block for block in blocks if block]

@@ -1,146 +1,135 @@
-"""A tile: one picture with its map and its words; what panels and pages are laid out from."""
+"""Tiles, a picture with its map and words each, and the one grid that panels and receipts draw."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from operator import itemgetter
+from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from ..errors import InputError
-from .canvas import font_of
-from .overlay import ALPHA, Extent, checked_cam, checked_extent, overlay
+from .._checks import whole
+from ..errors import InputError, ran_out
+from .overlay import (
+    ALPHA,
+    COLORMAP,
+    Array,
+    Extent,
+    checked_box,
+    checked_cam,
+    paint,
+    scale_box,
+)
 
 Scale = Literal["joint", "each"]
+Font = tuple[int, bool]
+Color = tuple[int, int, int]
 CHANGED: Final = "changed since the build"
+
+_PAPER, _INK, _QUIET = (255, 255, 255), (24, 28, 36), (98, 106, 120)
+_WARNING, _LINE, _MAT = (179, 66, 15), (222, 226, 232), (243, 245, 248)
+_TITLE, _HEADING, _CAPTION, _TEXT = (24, True), (13, True), (14, True), (13, False)
+_LEADING: Final = 20
+_MARGIN, _GAP, _BETWEEN = 40, 16, 44  # around the page, between results, between query and results
+_BAR: Final = (240, 12)
+_FOR, _AGAINST = (179, 3, 38), (59, 76, 192)  # the ends of the signed color map
+_SUM_WIDTH, _BAR_LEFT, _BAR_WIDTH, _NUMBER_WIDTH = 400, 190, 140, 64
+_LINK: Final = ((250, 204, 21), (74, 222, 128), (56, 189, 248), (244, 114, 182), (251, 146, 60))
+FRAME_NOTE: Final = "A frame marks what the network saw; there is no evidence outside it."
 
 
 @dataclass
 class Tile:
     """A picture, its map and what to write below.
 
-    image: None where it cannot be had any more; the map is then shown by itself.
-    cam: `[h w]`, >= 0 unless `signed`; None for a picture without a map.
-    extent: (x0, y0, x1, y1) in pixels of `image` that the map covers; default all of it.
-    caption: usually the id; shortened in the middle where it is too long.
-    subcaption: label, distance, ...; "\\n" begins another line.
-    warning: what casts doubt on all of it, shown first and apart.
-    signed: negative values of the map are evidence against, drawn in another colour.
-    changed: the picture is another than the map was made of: each is shown by itself, and the
-        picture says so.
+    Parameters
+    ----------
+    image : None where it cannot be had any more; the map is then shown by itself
+    cam : `[h w]`, >= 0 unless `signed`; None for a picture without a map
+    extent : crop box (x0, y0, x1, y1) in pixels that the map covers; default all of the picture
+    caption : usually the id; shortened in the middle where it is too long
+    subcaption : label, distance, ...; a line break begins another line
+    warning : what casts doubt on all of it, shown first and apart
+    signed : negative values of the map are evidence against, drawn in another color
+    changed : the picture is another than the map was made of: each is shown by itself, and the
+        picture says so
+
+    Attributes
+    ----------
+    cropped : the map leaves a visible part of the picture out
+
+    Raises
+    ------
+    InputError
+        A map or a crop box that cannot be drawn.
     """
 
     image: Image.Image | None
-    cam: np.ndarray | None = None
+    cam: Array | None = None
     extent: Extent | None = None
     caption: str = ""
     subcaption: str = ""
     warning: str = ""
     signed: bool = False
     changed: bool = False
+    cropped: bool = field(default=False, init=False)
 
-    @property
-    def cropped(self) -> bool:
-        """Whether the map leaves a visible part of the picture out."""
-        if self.image is None or self.cam is None or self.extent is None or self.changed:
-            return False
-        width, height = self.image.size
-        x0, y0, x1, y1 = checked_extent(self.extent, width, height)
-        # Half a pixel is rounding, not a crop.
-        return x0 > 0.5 or y0 > 0.5 or x1 < width - 0.5 or y1 < height - 0.5
+    def __post_init__(self) -> None:
+        if self.cam is None:
+            return
+        self.cam = checked_cam(self.cam, self.signed)
+        if self.image is not None and self.extent is not None:
+            width, height = self.image.size
+            self.extent = x0, y0, x1, y1 = checked_box(self.extent, width, height)
+            # Half a pixel is rounding, not a crop.
+            beyond = x0 > 0.5 or y0 > 0.5 or x1 < width - 0.5 or y1 < height - 0.5
+            self.cropped = beyond and not self.changed
 
+    def fitted(self, width: int, height: int) -> tuple[int, int]:
+        """Return (width, height) of the picture, made to fit a box with its shape kept."""
+        if self.image is None:
+            return min(width, height), min(width, height)
+        across, down = self.image.size
+        factor = min(width / across, height / down)
+        return max(1, round(across * factor)), max(1, round(down * factor))
 
-def check_scale(scale: str) -> None:
-    """Refuse a scale that is neither of the two."""
-    if scale not in ("joint", "each"):
-        raise InputError(f'scale is {scale!r}; give "joint" (one for all results) or "each"')
+    def drawn(
+        self, size: tuple[int, int], top: float, alpha: float = ALPHA, cmap: str | None = None
+    ) -> tuple[Image.Image | None, Image.Image | None]:
+        """Return the picture at (width, height) `size`, and the same with the map over it.
 
-
-def top_value(tiles: Iterable[Tile]) -> float:
-    """The largest value of the tiles' maps: the end of their common colour scale; 0 for none."""
-    return max(
-        (
-            float(np.abs(checked_cam(tile.cam, tile.signed)).max())
-            for tile in tiles
-            if tile.cam is not None
-        ),
-        default=0.0,
-    )
-
-
-def top_values(query: Tile, results: Sequence[Tile], scale: Scale) -> tuple[float, list[float]]:
-    """The end of the colour scale of the query and of each result.
-
-    The query's map always has its own: its weights are averaged from neighbours of unit norm, the
-    results' are their own, so the two are in different units.
-    """
-    if scale == "each":
-        return top_value([query]), [top_value([tile]) for tile in results]
-    return top_value([query]), [top_value(results)] * len(results)
-
-
-def fitted(tile: Tile, width: int, height: int) -> tuple[int, int]:
-    """(width, height) of the tile's picture, made to fit a box with its shape kept."""
-    if tile.image is None:
-        return min(width, height), min(width, height)
-    across, down = tile.image.size
-    factor = min(width / across, height / down)
-    return max(1, round(across * factor)), max(1, round(down * factor))
+        The picture is made small first: the same, without the cost of coloring megapixels.
+        """
+        plain = None if self.image is None else resized(self.image, size)
+        box: Extent = (0, 0, *size)
+        mapped = None
+        if self.cam is not None and (plain is None or self.changed):
+            # By itself: on a middle gray, at full opacity.
+            gray = Image.new("RGB", size, (128, 128, 128))
+            mapped = paint(gray, self.cam, box, top, 1.0, cmap, self.signed)
+        elif self.cam is not None and plain is not None and self.image is not None:
+            if self.extent is not None:
+                box = scale_box(self.extent, self.image.size, size)
+            mapped = paint(plain.copy(), self.cam, box, top, alpha, cmap, self.signed)
+            if self.cropped:
+                _draw_frame(mapped, box)
+        if plain is not None and self.changed:
+            _draw_note(plain, CHANGED)
+        return plain, mapped
 
 
-def shrunk(tile: Tile, side: int) -> Tile:
-    """The tile with its picture at `side` pixels on the longest side: there it draws the same."""
-    size = fitted(tile, side, side)
-    picture = _resized(tile, size)
-    if picture is None or tile.image is None:
-        return tile
-    across, down = size[0] / tile.image.width, size[1] / tile.image.height
-    x0, y0, x1, y1 = checked_extent(tile.extent, *tile.image.size)
-    return replace(tile, image=picture, extent=(x0 * across, y0 * down, x1 * across, y1 * down))
-
-
-def plain_picture(tile: Tile, size: tuple[int, int]) -> Image.Image | None:
-    """The tile's picture at (width, height) `size`, with a note on it where it is `changed`."""
-    picture = _resized(tile, size)
-    if picture is not None and tile.changed:
-        _draw_note(picture, CHANGED)
-    return picture
-
-
-def _resized(tile: Tile, size: tuple[int, int]) -> Image.Image | None:
-    if tile.image is None:
-        return None
-    return tile.image.convert("RGB").resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-
-
-def mapped_picture(
-    tile: Tile, size: tuple[int, int], vmax: float, alpha: float = ALPHA, cmap: str | None = None
-) -> Image.Image | None:
-    """The tile's picture at `size` with its map over it, and a frame around a cropped extent.
-
-    The picture is made small first and the map drawn at that size: the same, without the cost of
-    colouring megapixels.
-    """
-    if tile.cam is None:
-        return None
-    plain = _resized(tile, size)
-    if plain is None or tile.image is None or tile.changed:
-        # By itself: on a middle grey, at full opacity.
-        grey = Image.new("RGB", size, (128, 128, 128))
-        return overlay(grey, tile.cam, None, vmax, 1.0, cmap, tile.signed)
-    extent = checked_extent(tile.extent, *tile.image.size)
-    across, down = size[0] / tile.image.width, size[1] / tile.image.height
-    small = (extent[0] * across, extent[1] * down, extent[2] * across, extent[3] * down)
-    drawn = overlay(plain, tile.cam, small, vmax, alpha, cmap, tile.signed)
-    if tile.cropped:
-        _draw_frame(drawn, small)
-    return drawn
+def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return the picture in RGB at (width, height) `size`."""
+    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def _draw_note(picture: Image.Image, words: str) -> None:
-    """Words on a dark strip across the bottom, as large as fit."""
+    """Write on a dark strip across the bottom, as large as fits."""
     room = picture.width - 8
     size = next((size for size in (13, 11, 9) if font_of(size, True).getlength(words) <= room), 7)
     height = min(picture.height, size + 10)
@@ -151,11 +140,10 @@ def _draw_note(picture: Image.Image, words: str) -> None:
     draw.text(middle, words, (255, 255, 255), font_of(size, True), anchor="mm")
 
 
-def _draw_frame(picture: Image.Image, extent: Extent) -> None:
-    """A thin line, light on dark, around what the network saw."""
-    width, height = picture.size
-    x0, y0 = max(0, round(extent[0])), max(0, round(extent[1]))
-    x1, y1 = min(width, round(extent[2])) - 1, min(height, round(extent[3])) - 1
+def _draw_frame(picture: Image.Image, box: Extent) -> None:
+    """Draw a thin line, light on dark, around what the network saw."""
+    x0, y0 = max(0, round(box[0])), max(0, round(box[1]))
+    x1, y1 = min(picture.width, round(box[2])) - 1, min(picture.height, round(box[3])) - 1
     if x1 - x0 < 2 or y1 - y0 < 2:
         return
     draw = ImageDraw.Draw(picture, "RGBA")
@@ -163,7 +151,377 @@ def _draw_frame(picture: Image.Image, extent: Extent) -> None:
     draw.rectangle((x0 + 1, y0 + 1, x1 - 1, y1 - 1), outline=(0, 0, 0, 70))
 
 
+def shrunk(tile: Tile, side: int) -> Tile:
+    """Return the tile with its picture at `side` pixels on the longest side; it draws the same."""
+    if tile.image is None:
+        return tile
+    size, box = tile.fitted(side, side), checked_box(tile.extent, *tile.image.size)
+    extent = scale_box(box, tile.image.size, size)
+    return replace(tile, image=resized(tile.image, size), extent=extent)
+
+
+def top_value(tiles: Iterable[Tile]) -> float:
+    """Return the largest value of the tiles' maps, the end of a common color scale; 0 for none."""
+    top = 0.0
+    for tile in tiles:
+        if tile.cam is not None:
+            top = max(top, float(np.abs(tile.cam).max()))
+    return top
+
+
+def top_values(query: Tile, results: Sequence[Tile], scale: str) -> tuple[float, list[float]]:
+    """Return the end of the color scale of the query and of each result.
+
+    The query's map always has its own: its weights are averages of unit vectors, in another unit.
+    """
+    if scale not in ("joint", "each"):
+        raise InputError(f'scale is {scale!r}; give "joint" (one for all results) or "each"')
+    if scale == "each":
+        return top_value([query]), [top_value([tile]) for tile in results]
+    return top_value([query]), [top_value(results)] * len(results)
+
+
+def scale_note(query_top: float, result_tops: Sequence[float], scale: Scale) -> str:
+    """Say what the colors mean, in one sentence or two."""
+    nothing = " There is no positive evidence in the query." if query_top == 0 else ""
+    if not result_tops:
+        return f"From no evidence to the strongest in this picture.{nothing}"
+    if scale == "each":
+        return f"Each map on its own scale: strengths cannot be compared between pictures.{nothing}"
+    return f"Results share one colour scale. The query's map has its own.{nothing}"
+
+
+# Words
+
+
+@lru_cache(maxsize=32)
+def font_of(size: int, bold: bool = False) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return DejaVu Sans, which matplotlib brings along; without it Pillow's own font."""
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    try:
+        import matplotlib
+
+        path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
+        return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
+    except (ImportError, OSError) as error:  # an installation for serving, or one without fonts
+        if ran_out(error):
+            raise
+        return ImageFont.load_default(size)
+
+
 def clean(text: str) -> str:
-    """Text that can be drawn and encoded: no control characters, no lone surrogates."""
+    """Return text that can be drawn and encoded: no control characters, no lone surrogates."""
     text = text.encode("utf-8", "replace").decode("utf-8")
-    return "".join(c if c.isprintable() or c == " " else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join([c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text])
+
+
+def shorten(
+    text: str, room: float, length: Callable[[str], float] = len, *, middle: bool = False
+) -> str:
+    """Return the text, or as much of its beginning (of both ends: `middle`) as fits, with "…"."""
+    text = text if text.isprintable() else clean(text)
+
+    def shorter(kept: int) -> str:
+        tail = (kept + 1) // 2 if middle else 0
+        start = text[: kept - tail]
+        return f"{start if middle else start.rstrip()}…{text[len(text) - tail :]}"
+
+    if length(text) <= room:
+        return text
+    kept = bisect_left(range(1, len(text)), True, key=lambda n: length(shorter(n)) > room)
+    return shorter(kept)
+
+
+def wrap(text: str, font: Font, width: int) -> list[str]:
+    """Return lines of at most `width` pixels, broken between words."""
+    lines: list[str] = []
+    length = font_of(*font).getlength
+    for word in (text if text.isprintable() else clean(text)).split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and length(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(shorten(word, width, length))
+    return lines
+
+
+# The grid
+
+
+class Canvas:
+    """Pictures, words and lines down a page whose height is known only at the end."""
+
+    def __init__(self, width: int) -> None:
+        self.width, self.y = width, _MARGIN
+        self._pictures: list[tuple[Image.Image, tuple[int, int]]] = []
+        self._strokes: list[Callable[[ImageDraw.ImageDraw], object]] = []
+
+    def text(
+        self, x: int, text: str, font: Font, color: Color, advance: int = 0, anchor: str = "la"
+    ) -> None:
+        """Write at x; the next thing is drawn `advance` pixels below."""
+        at, shown = (x, self.y), font_of(*font)
+        draw = partial(ImageDraw.ImageDraw.text, xy=at, text=text, fill=color, font=shown)
+        self._strokes.append(partial(draw, anchor=anchor))
+        self.y += advance
+
+    def paragraph(self, text: str, font: Font, color: Color, advance: int) -> None:
+        """Write lines across the page."""
+        for line in wrap(text, font, self.width - 2 * _MARGIN):
+            self.text(_MARGIN, line, font, color, advance)
+
+    def stroke(self, draw: Callable[..., object], **how: object) -> None:
+        """Draw over the pictures, after what came before: a method of `ImageDraw`."""
+        self._strokes.append(partial(draw, **how))
+
+    def pictures(
+        self, x: int, box: tuple[int, int], pictures: Mapping[str, Image.Image | None]
+    ) -> None:
+        """Put pictures in the middle of boxes below each other; where there is none, its name."""
+        for missing, picture in pictures.items():
+            mat = Image.new("RGB", box, _MAT)
+            if picture is not None:
+                mat.paste(picture, ((box[0] - picture.width) // 2, (box[1] - picture.height) // 2))
+            else:
+                middle = (box[0] // 2, box[1] // 2)
+                ImageDraw.Draw(mat).text(middle, missing, _QUIET, font_of(*_TEXT), anchor="mm")
+            self._pictures.append((mat, (x, self.y)))
+            self.y += box[1] + 8
+
+    def tiles(
+        self,
+        placed: Sequence[tuple[int, Tile, float]],
+        side: int,
+        alpha: float = ALPHA,
+        cmap: str | None = None,
+        maps: bool = True,
+    ) -> list[tuple[int, int, int, int]]:
+        """Draw a line of tiles: pictures of one height, their maps, and the words below.
+
+        `placed` holds (x, tile, end of the color scale); returns (x, y, width, height) of each
+        picture.
+        """
+        sizes = [tile.fitted(side, side) for _, tile, _ in placed]
+        height = max(map(itemgetter(1), sizes))
+        frames, begun, end = [], self.y, self.y
+        for (x, tile, top), size in zip(placed, sizes, strict=True):
+            self.y = begun
+            plain, mapped = tile.drawn(size, top, alpha, cmap)
+            corner = x + (side - size[0]) // 2, begun + (height - size[1]) // 2
+            frames.append((*corner, *size))
+            shown = {"picture not found" if tile.image is None else "": plain}
+            self.pictures(x, (side, height), {**shown, "no map": mapped} if maps else shown)
+            self.y += 6
+            lines = tile.subcaption.split("\n") if tile.subcaption else []
+            for place, text in enumerate([tile.caption, *lines] if tile.caption else lines):
+                is_name = place == 0 and bool(tile.caption)
+                font, color = (_CAPTION, _INK) if is_name else (_TEXT, _QUIET)
+                length = font_of(*font).getlength
+                if not text.isprintable() or length(text) > side:
+                    text = shorten(text, side, length, middle=is_name)
+                self.text(x, text, font, color, _LEADING)
+            end = max(end, self.y)
+        self.y = end
+        return frames
+
+    def image(self) -> Image.Image:
+        """Return the page."""
+        image = Image.new("RGB", (self.width, self.y + _MARGIN - 20), _PAPER)
+        for picture, corner in self._pictures:
+            image.paste(picture, corner, _round_corners(picture.size))
+        draw = ImageDraw.Draw(image)
+        for stroke in self._strokes:
+            stroke(draw)
+        return image
+
+
+@lru_cache(maxsize=8)
+def _round_corners(box: tuple[int, int]) -> Image.Image:
+    """Return a mask with smooth round corners: drawn four times as large, then made small."""
+    radius = min(8, min(box) // 2)
+    large = Image.new("L", (4 * box[0], 4 * box[1]), 0)
+    edge = (0, 0, 4 * box[0] - 1, 4 * box[1] - 1)
+    ImageDraw.Draw(large).rounded_rectangle(edge, 4 * radius, fill=255)
+    return ImageChops.duplicate(large.resize(box, Image.Resampling.BOX))
+
+
+def panel(
+    query: Tile,
+    results: Sequence[Tile],
+    *,
+    scale: Scale = "joint",
+    title: str | None = None,
+    subtitle: str | None = None,
+    side: int = 240,
+    columns: int = 5,
+    alpha: float = ALPHA,
+    cmap: str = COLORMAP,
+) -> Image.Image:
+    """Draw the query in the first column, results beside it; pictures above, their maps below.
+
+    Parameters
+    ----------
+    query, results : tiles
+    scale : "joint" gives the results one color scale, so that weak evidence looks weak beside
+        strong; "each" gives every map its own. The query's map always has its own
+    title, subtitle : words above
+    side : of a tile, in pixels, 48 to 2048
+    columns : results on one line, at least 1; more go on the next
+    alpha, cmap : as of `overlay`
+
+    Raises
+    ------
+    InputError
+        An argument out of range, or a map that cannot be drawn.
+    """
+    whole("panel: columns", columns, 1)
+    whole("panel: side", side, 48, 2048)
+    query_top, tops = top_values(query, results, scale)
+    maps = any([tile.cam is not None for tile in (query, *results)])
+    on_line = min(columns, len(results))
+    right = side + (_BETWEEN + on_line * (side + _GAP) - _GAP if on_line else 0)
+    left = _MARGIN + side + _BETWEEN
+
+    canvas = Canvas(2 * _MARGIN + max(right, 2 * side))
+    canvas.paragraph(title or "", _TITLE, _INK, 36)
+    canvas.paragraph(subtitle or "", _TEXT, _QUIET, 25)
+    if query.warning:
+        canvas.text(_MARGIN, clean(query.warning), _HEADING, _WARNING, 26)
+    if title or subtitle:
+        canvas.y += 14
+    canvas.text(_MARGIN, "Query", _HEADING, _QUIET)
+    if results:
+        canvas.text(left, "Result" if len(results) == 1 else "Results", _HEADING, _QUIET)
+    canvas.y += 28
+    begun = canvas.y
+    placed = [
+        (left + place % columns * (side + _GAP), tile, top)
+        for place, (tile, top) in enumerate(zip(results, tops, strict=True))
+    ]
+    lines = [placed[start : start + columns] for start in range(0, len(placed), columns)] or [[]]
+    lines[0].insert(0, (_MARGIN, query, query_top))
+    for line in lines:
+        canvas.tiles(line, side, alpha, cmap, maps)
+        canvas.y += 24
+    if results:
+        x = left - _BETWEEN // 2
+        canvas.stroke(ImageDraw.ImageDraw.line, xy=(x, begun, x, canvas.y - 24), fill=_LINE)
+    if maps:
+        canvas.y += 8
+        note = scale_note(query_top, tops, scale)
+        if any(tile.cropped for tile in (query, *results)):
+            note += f" {FRAME_NOTE}"
+        _draw_legend(canvas, note, alpha, cmap)
+    return canvas.image()
+
+
+def _draw_legend(canvas: Canvas, note: str, alpha: float, cmap: str) -> None:
+    ramp = np.linspace(0, 1, 256, dtype=np.float32)[None]
+    # Over a light gray, as over a picture: the left end is transparent.
+    gray = Image.new("RGB", _BAR, (226, 229, 234))
+    canvas.text(_MARGIN, "no evidence", _TEXT, _QUIET)
+    x = _MARGIN + round(font_of(*_TEXT).getlength("no evidence")) + 12
+    canvas.text(x + _BAR[0] + 12, "strongest", _TEXT, _QUIET, 2)
+    canvas.pictures(x, _BAR, {"": paint(gray, ramp, (0, 0, *_BAR), 1.0, alpha, cmap)})
+    canvas.y += 4
+    canvas.paragraph(note, _TEXT, _QUIET, _LEADING)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A link between two pictures: a point of each, (x, y) as shares of width and height."""
+
+    start: tuple[float, float]
+    end: tuple[float, float]
+
+
+def receipt_picture(
+    tiles: Sequence[Tile],
+    amounts: Sequence[tuple[str, float]],
+    total: tuple[str, float],
+    *,
+    apart: int = 0,
+    headings: Sequence[str] = (),
+    links: Sequence[Mark] = (),
+    title: str | None = None,
+    note: str = "",
+    side: int = 280,
+) -> Image.Image:
+    """Draw pictures above their maps, links between the first two, and a sum beside them.
+
+    Parameters
+    ----------
+    tiles : two or three; signed ones show evidence against in another color
+    amounts, total : what is added up, (words, number) each, and what it sums to
+    apart : so many first amounts are large beside the others, and have no bar
+    headings : one above each tile
+    links : between the first two tiles
+    title, note : words above and below
+    side : of a tile, in pixels, 48 to 2048
+    """
+    if not 2 <= len(tiles) <= 3:
+        raise InputError(f"receipt: {len(tiles)} pictures; give 2 or 3")
+    whole("receipt: side", side, 48, 2048)
+    lefts = [_MARGIN + place * (side + _BETWEEN) for place in range(len(tiles))]
+    across = lefts[-1] + side + _BETWEEN
+    canvas = Canvas(across + _SUM_WIDTH + _MARGIN)
+    canvas.paragraph(title or "", _TITLE, _INK, 36)
+    if title:
+        canvas.y += 14
+    for left, heading in zip(lefts, headings, strict=False):
+        canvas.text(left, heading, _HEADING, _QUIET)
+    canvas.text(across, "What adds up", _HEADING, _QUIET, 28)
+    begun = canvas.y
+    frames = canvas.tiles(
+        [(left, tile, top_value([tile])) for left, tile in zip(lefts, tiles, strict=True)], side
+    )
+    for number, link in reversed(list(enumerate(links))):
+        ends = [
+            (round(x + share[0] * width), round(y + share[1] * height))
+            for (x, y, width, height), share in zip(frames, (link.start, link.end), strict=False)
+        ]
+        canvas.stroke(_draw_link, ends=ends, number=number)
+    end, canvas.y = canvas.y, begun
+    _draw_sum(canvas, across, amounts, total, apart)
+    canvas.y = max(canvas.y, end) + 8
+    canvas.paragraph(note, _TEXT, _QUIET, _LEADING)
+    return canvas.image()
+
+
+def _draw_link(draw: ImageDraw.ImageDraw, ends: list[tuple[int, int]], number: int) -> None:
+    """Draw a line with a numbered disc at both ends, edged to be seen on any picture."""
+    color = _LINK[number % len(_LINK)]
+    draw.line([*ends[0], *ends[1]], fill=_INK, width=4)
+    draw.line([*ends[0], *ends[1]], fill=color, width=2)
+    for x, y in ends:
+        draw.ellipse((x - 9, y - 9, x + 9, y + 9), fill=color, outline=_INK)
+        draw.text((x, y), str(number + 1), _INK, font_of(*_HEADING), anchor="mm")
+
+
+def _draw_sum(
+    canvas: Canvas,
+    left: int,
+    amounts: Sequence[tuple[str, float]],
+    total: tuple[str, float],
+    apart: int,
+) -> None:
+    """Draw each amount with a bar from a middle line: to the right for, to the left against."""
+    top = max((abs(number) for _, number in amounts[apart:]), default=0.0)
+    middle, right = left + _BAR_LEFT + _BAR_WIDTH // 2, left + _SUM_WIDTH - 6
+    begun = canvas.y + apart * (_LEADING + 4)
+    for place, (words, number) in enumerate(amounts):
+        if top > 0 and place >= apart:
+            end = middle + round(_BAR_WIDTH // 2 * number / top)
+            box = (min(middle, end), canvas.y + 4, max(middle, end), canvas.y + 14)
+            color = _FOR if number > 0 else _AGAINST
+            canvas.stroke(ImageDraw.ImageDraw.rectangle, xy=box, fill=color)
+        canvas.text(right, f"{number:+.3f}", _TEXT, _INK, anchor="ra")
+        shown = shorten(words, _BAR_LEFT - 10, font_of(*_TEXT).getlength)
+        canvas.text(left, shown, _TEXT, _QUIET, _LEADING + 4)
+    rule = (middle, begun, middle, canvas.y - 4)
+    canvas.stroke(ImageDraw.ImageDraw.line, xy=rule, fill=_LINE)
+    under = (left, canvas.y + 4, right, canvas.y + 4)
+    canvas.stroke(ImageDraw.ImageDraw.line, xy=under, fill=_LINE, width=2)
+    canvas.y += _GAP
+    canvas.text(right, f"{total[1]:+.3f}", _CAPTION, _INK, anchor="ra")
+    canvas.text(left, total[0], _CAPTION, _INK, _LEADING + 8)

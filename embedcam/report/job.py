@@ -212,7 +212,7 @@ def _at_least_one(name: str, value: Any) -> int:
 
 def _version(explainer: Explainer) -> dict[str, Any]:
     manifest = explainer.index.manifest
-    return {"generation": manifest["generation"], "sha256": manifest["manifest_sha256"]}
+    return {"generation": manifest.generation, "sha256": manifest.manifest_sha256}
 
 
 def _pictures_root(explainer: Explainer) -> str | None:
@@ -222,8 +222,8 @@ def _pictures_root(explainer: Explainer) -> str | None:
     if len(first) == 0:
         raise InputError(f"{index.path}: holds no image, so nothing comes back; add some first")
     nothing = [
-        np.zeros((layer["channels"], *(index.encoding(number).grid or (1, 1))), "f4")
-        for number, layer in enumerate(index.manifest["layers"])
+        np.zeros((layer.channels, *(index.encoding(number).grid or (1, 1))), "f4")
+        for number, layer in enumerate(index.manifest.layers)
     ]
     drawn = explainer.explain_features(
         index.embeddings(first)[0],
@@ -326,7 +326,7 @@ def _assemble(job: _Job, place: Folder) -> list[Fact]:
     if FEATURES in place.files:
         with place.filled(FEATURES) as file:
             for piece in _features(
-                place.lines(), len(job.source), index.manifest["layers"][0]["channels"]
+                place.lines(), len(job.source), index.manifest.layers[0].channels
             ):
                 put(file, FEATURES, piece)
     head = page_head(

@@ -6,11 +6,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import eq
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from ..recipe.registry import METHODS
 from ..render import Block, Link, Notice, Table
 from .queries import anchor
+
+if TYPE_CHECKING:
+    from ..index import Manifest
 
 _WRONG = 50
 """Queries whose result has another label that are listed before all, at most."""
@@ -68,22 +71,21 @@ def _fact(position: int, record: Mapping[str, Any], kin: Callable[[str, str], bo
     )
 
 
-def intro(
-    place: str, manifest: Mapping[str, Any], options: Mapping[str, Any], known: Sequence[Fact]
-) -> str:
+def intro(place: str, manifest: Manifest, options: Mapping[str, Any], known: Sequence[Fact]) -> str:
     """What was asked of which index, and how to read the maps."""
-    network, layers = manifest["network"] or {}, manifest["layers"]
-    entry = METHODS.get(manifest["method"])
-    grid = layers[0]["grid"]
-    names = ", ".join(f"{one['name']} ({one['channels']:,} channels)" for one in layers)
+    network, layers = manifest.network, manifest.layers
+    name = network.name if network is not None else None
+    entry = METHODS.get(manifest.method)
+    grid = layers[0].grid
+    names = ", ".join(f"{one.name} ({one.channels:,} channels)" for one in layers)
     size = "" if grid is None else f" on a grid of {grid[0]} x {grid[1]}"
     asked = (
         f"{_counted(len(known), 'query', 'queries')} against the index {place}: "
-        f"{_counted(manifest['counts']['live'], 'image', 'images')}, generation "
-        f"{manifest['generation']}, embedded by {network.get('name') or 'a network without a name'}"
+        f"{_counted(manifest.counts.live, 'image', 'images')}, generation "
+        f"{manifest.generation}, embedded by {name or 'a network without a name'}"
         f", layer {names}{size}."
     )
-    method = manifest["method"] if entry is None else entry.title
+    method = manifest.method if entry is None else entry.title
     read = (
         f"A map shows what in a query speaks for its results: {method} weights "
         f"{_source_of_weights(options)}; a result's own map shows what tells it from other images. "

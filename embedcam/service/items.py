@@ -167,7 +167,7 @@ def _find(pipeline: Pipeline, id: str) -> _Item:
 
 def _tag(item: _Item, *what: object) -> str:
     """Changes when the index, the file or what is asked of them does; tells nothing of them."""
-    about: list[object] = [item.index.manifest["manifest_sha256"], *what]
+    about: list[object] = [item.index.manifest.manifest_sha256, *what]
     try:
         status = os.stat(item.file) if item.file is not None else None
     except (OSError, ValueError):

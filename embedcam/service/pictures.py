@@ -16,7 +16,7 @@ from ..explain.finer import larger_input
 from ..images import read_image
 from ..preprocess import AnyPreprocess, Extent
 from ..render import Tile, top_value
-from ..render.tiles import fitted, mapped_picture
+from ..render.overlay import scale_box
 from .errors import Refused
 
 NAME: Final = "the picture"
@@ -106,7 +106,7 @@ def shrunk(picture: Image.Image, side: int) -> Image.Image:
     """The picture with its longer side at most `side` pixels; never enlarged."""
     if max(picture.size) <= side:
         return picture
-    size = fitted(Tile(picture), side, side)
+    size = Tile(picture).fitted(side, side)
     return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
@@ -128,15 +128,13 @@ def overlay(
         side: of the picture of a map by itself.
         changed: the picture is another than the map was made of: the map is drawn by itself.
     """
-    if small is None or size is None or extent is None:
-        extent = None
-    else:
-        across, down = small.width / size[0], small.height / size[1]
-        x0, y0, x1, y1 = extent
-        extent = (x0 * across, y0 * down, x1 * across, y1 * down)
-    tile = Tile(small, cam, extent, changed=changed)
-    drawn = mapped_picture(tile, fitted(tile, side, side) if small is None else small.size,
-                           top_value([tile]))  # fmt: skip
+    box = None
+    if small is not None and size is not None and extent is not None:
+        box = scale_box(extent, size, small.size)
+    tile = Tile(small, cam, box, changed=changed)
+    _, drawn = tile.drawn(
+        tile.fitted(side, side) if small is None else small.size, top_value([tile])
+    )
     assert drawn is not None  # there is a map
     return drawn
 

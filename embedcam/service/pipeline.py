@@ -225,8 +225,7 @@ class Pipeline:
     def _searched(self, wanted: Wanted, inputs: Sequence[np.ndarray]) -> list[Found]:
         network, index = self.explainer.network, self.index
         assert network is not None  # `_check` saw to it
-        found: Any = network.forward(np.stack(inputs)).embedding
-        embeddings = found if isinstance(found, np.ndarray) else found.cpu().numpy()
+        embeddings = network.embed(np.stack(inputs)).embedding
         near = index.search(embeddings, wanted.n_neighbors)
         return [
             _found(index, Neighbors(*one))
@@ -320,7 +319,7 @@ def _check(explainer: Explainer) -> None:
         raise InputError(
             "a service embeds pictures: give the Explainer the network, with its preprocessing"
         )
-    if explainer.index.manifest["faiss"] is None:
+    if explainer.index.manifest.faiss is None:
         raise InputError(
             f"{explainer.index.path} was built without FAISS, so a service cannot search it; "
             "`embedcam compact --rebuild-faiss Flat` gives it one"

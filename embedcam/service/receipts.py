@@ -134,8 +134,8 @@ class ReceiptMaker:
         preprocess = explainer.preprocess
         assert preprocess is not None  # the pipeline checked it
         try:
-            file, merged = explainer.picture_file(name), explainer.index.manifest.get("compressed")
-            if merged is not None and explainer.file_state(name) == "changed":
+            file, merged = explainer.picture_file(name), explainer.index.manifest.is_compressed
+            if merged and explainer.file_state(name) == "changed":
                 raise _changed()  # no stored embedding is that picture's, so none would tell
             picture = None
             if file is not None:

@@ -39,7 +39,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 {"Retry-After": "1"},
             )
         index = pipeline.index
-        generation = int(index.manifest["generation"])
+        generation = index.manifest.generation
         return JSONResponse({"status": "ready", "images": len(index), "generation": generation})
 
     @routes.get(

@@ -13,7 +13,6 @@ from embedcam import EmbeddingNetwork, Explainer, Index
 from embedcam.index import PartData, create, quantize_coarse
 from embedcam.index.encoding import Encoding, LowRank, fit_pca
 from embedcam.methods.weights import gradcam
-from embedcam.network.fingerprint import fingerprint
 from embedcam.offline import calibrate_index
 from embedcam.offline.assembly import header
 from embedcam.ops import cam, resize
@@ -54,7 +53,7 @@ def make_index(
         weights = rng.standard_normal((rows, channels)).astype(np.float32)
         encoding = fit_pca(weights[:256], 128)
         fields = encoding.encode(weights)
-    identity = fingerprint(network)
+    identity = network.identity()
     described = header(
         Recipe(method=method), {**identity.to_dict(), "loading": None}, None, width,
         network.normalize, network.layer, (grid[0], grid[1]), encoding, coarse,

@@ -249,7 +249,7 @@ def search_report(
             hits = [len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]
             once, again = (Case(partial(_search_next, index, cycle(asked))) for _ in range(2))
             took = alternate({"once": once, "again": again}, queries, warmup=10)
-            size = (path / index.manifest["faiss"]["file"]).stat().st_size
+            size = (path / index.manifest.faiss.file).stat().st_size
         lines.append(
             [
                 factory,

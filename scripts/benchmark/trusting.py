@@ -1,6 +1,7 @@
 """What trust costs: a query that says how far it can be believed, and a build that calibrates."""
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def queries_of(path: Path, network: EmbeddingNetwork, rounds: int) -> tuple[list
     features = network.forward(query_input()[None])
     given = features.embedding.numpy()[0], features.activations.numpy()[0]
     with Index.open(path) as calibrated, Index.open(path) as plain:
-        plain.manifest["trust_calibration"] = None
+        plain.manifest = replace(plain.manifest, trust_calibration=None)
         explainers = {
             PLAIN: Explainer(plain, n_neighbors=NEIGHBORS),
             TRUST: Explainer(calibrated, n_neighbors=NEIGHBORS),

@@ -22,7 +22,13 @@ from PIL import Image
 
 CHOICES: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {"target": "margin", "sampling": "random", "triplets": 50, "encoding": "top-m", "m": 5},
+    "paper": {
+        "target": "margin",
+        "sampling": "random",
+        "triplets": 50,
+        "encoding": "top-m",
+        "m": 5,
+    },
     "centred": {"target": "centred"},
     "discriminant": {"target": "discriminant", "encoding": "dense", "dtype": "float32"},
     "around": {"norm": "around", "target": "margin"},

@@ -10,7 +10,6 @@ from photographs import Features, forward
 from PIL import Image
 
 from embedcam import EmbeddingNetwork
-from embedcam.network.fingerprint import fingerprint
 
 PART = 128
 """Pictures a file: a killed run begins again at the last one."""
@@ -29,7 +28,7 @@ class Cache:
         self, folder: Path | None, network: EmbeddingNetwork, files: Iterable[Path]
     ) -> None:
         self.folder, self.network = folder, network
-        found = hashlib.sha256(fingerprint(network).parameters_sha256.encode())
+        found = hashlib.sha256(network.identity().parameters_sha256.encode())
         for file in files:
             found.update(hashlib.sha256(file.read_bytes()).digest())
         self.key = found.hexdigest()[:16]

@@ -75,7 +75,11 @@ def _two_layers(path: Path) -> None:
     _built(path.with_name("one"), Recipe(encoding="low-rank", rank=3))
     rng = np.random.default_rng(5)
     with Index.open(path.with_name("one")) as index:
-        rows, about, encoding = index.select(np.arange(N)), index.manifest, index.encoding()
+        rows, about, encoding = (
+            index.select(np.arange(N)),
+            index.manifest.to_dict(),
+            index.encoding(),
+        )
         shared, fields = index.shared(), rows.fields()
         part = PartData(
             ids=rows.ids,

@@ -1,0 +1,70 @@
+"""`Network`: what a torch network and an ONNX network both do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+
+import numpy as np
+
+from .custom import AnyPreprocess
+
+if TYPE_CHECKING:
+    from ..index.identity import Identity
+
+
+class Embedded(NamedTuple):
+    """What one run on B images gives, as NumPy arrays."""
+
+    embedding: np.ndarray
+    """`[B D]`, of length 1 iff the network normalizes."""
+    norm: np.ndarray | None
+    """`[B]`, the length |z| before that; None where the network cannot tell it."""
+    activations: list[np.ndarray]
+    """Of each layer, `[B K H W]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class AffineHead:
+    """A pooled and affine head: z = W p + b of the mean p of the activations over positions.
+
+    matrix: W `[D K]`, None for the identity; bias: b `[D]`, None where it is not known.
+    """
+
+    matrix: np.ndarray | None
+    bias: np.ndarray | None = None
+
+    def norm(self, activations: np.ndarray) -> float:
+        """Return |z| of activations `[K H W]`; the bias must be known."""
+        pooled = activations.mean((1, 2), dtype=np.float64)
+        z = pooled if self.matrix is None else self.matrix @ pooled
+        return float(np.linalg.norm(z if self.bias is None else z + self.bias))
+
+
+@runtime_checkable
+class Network(Protocol):
+    """A network whose embeddings are explained, whatever runs it."""
+
+    differentiable: ClassVar[bool]
+    """Whether derivatives of the embedding at the layer can be had."""
+    preprocess: AnyPreprocess | None
+    name: str | None
+
+    def embed(self, images: Any, layers: Sequence[str] | None = None) -> Embedded:
+        """Embed preprocessed images `[B C H W]`; activations are its own layer's, or of these."""
+
+    def probe_images(self, count: int = 1) -> np.ndarray:
+        """Return the synthetic pictures as this network's input, float32 `[count C H W]`."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what identifies the network beside its parameters, ready for JSON."""
+
+    def identity(self) -> Identity:
+        """Return what tells this network from another, its probe taken with one run."""
+
+    def for_index(self, stored: Identity, layers: Sequence[str]) -> Self:
+        """Return the network as the one of an index, or raise `NetworkMismatch`."""
+
+    def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> AffineHead | None:
+        """Return the head, None where it is another; a matrix not held is asked of an index."""

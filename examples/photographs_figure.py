@@ -62,7 +62,11 @@ def draw(output: Path, weights: str | None) -> None:
 
 
 def draw_row(
-    axes: np.ndarray, explainer: Explainer, query: Image.Image, labels: tuple[str, str], photos: Path
+    axes: np.ndarray,
+    explainer: Explainer,
+    query: Image.Image,
+    labels: tuple[str, str],
+    photos: Path,
 ) -> None:
     """Draw a query, and for each label its nearest result with the query's map."""
     axes[0].imshow(query)

@@ -1,6 +1,6 @@
 """Draw the architecture from the imports: packages in layers, each above all that it imports.
 
-    python scripts/architecture.py > docs/images/architecture.svg
+python scripts/architecture.py > docs/images/architecture.svg
 """
 
 import ast
@@ -47,7 +47,10 @@ def drawing() -> str:
     width = max(map(len, rows.values())) * (BOX + GAP) + GAP
     height = len(rows) * ROW + 10
     places = {
-        name: ((width - len(names) * (BOX + GAP) + GAP) / 2 + at * (BOX + GAP), height - (row + 1) * ROW + 20)
+        name: (
+            (width - len(names) * (BOX + GAP) + GAP) / 2 + at * (BOX + GAP),
+            height - (row + 1) * ROW + 20,
+        )
         for row, names in rows.items()
         for at, name in enumerate(names)
     }

@@ -101,7 +101,9 @@ def broken_links() -> list[str]:
                 continue
             target = (file.parent / unquote(parts.path)).resolve() if parts.path else file
             target = target / "index.html" if target.is_dir() else target
-            lost = target in pages and parts.fragment and parts.fragment not in pages[target].anchors
+            lost = (
+                target in pages and parts.fragment and parts.fragment not in pages[target].anchors
+            )
             if not target.exists() or lost:
                 broken.append(f"{file.relative_to(SITE)}: {link}")
     return broken

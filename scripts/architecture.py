@@ -25,8 +25,17 @@ def below() -> dict[str, set[str]]:
     imports: dict[str, set[str]] = {parts[0]: set() for parts in files.values()}
     for file, parts in files.items():
         depth = len(parts) - 1
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or node.level != depth + 1:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        typing_only = {
+            id(inner)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if id(node) in typing_only or not isinstance(node, ast.ImportFrom):
+                continue
+            if node.level != depth + 1:
                 continue
             names = [node.module] if node.module else [alias.name for alias in node.names]
             imports[parts[0]] |= {name.split(".")[0] for name in names}
@@ -72,7 +81,8 @@ def drawing() -> str:
     for name, (x, y) in places.items():
         color = COLORS.get(name, "#f2f4f7")
         parts.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{BOX}" height="{HEIGHT}" rx="6" fill="{color}" stroke="#5b6876"/>'
+            f'<rect x="{x:g}" y="{y:g}" width="{BOX}" height="{HEIGHT}" rx="6" fill="{color}" '
+            'stroke="#5b6876"/>'
             f'<text x="{x + BOX / 2:g}" y="{y + 22:g}" text-anchor="middle">{escape(name)}</text>'
         )
     return "\n".join([*parts, "</svg>\n"])

@@ -3,8 +3,8 @@
     python scripts/notebooks.py [--write] [NOTEBOOK ...]
 
 Each runs in a folder of its own. EMBEDCAM_WEIGHTS names ImageNet weights of torchvision's
-mobilenet_v2; without it the networks have random weights, which checks that every cell runs. --write
-keeps the outputs in the notebooks.
+mobilenet_v2; without it the networks have random weights, which checks that every cell runs.
+--write keeps the outputs in the notebooks.
 """
 
 import argparse
@@ -22,9 +22,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "examples" / "notebooks"
 def main() -> int:
     """Execute notebooks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "notebooks", nargs="*", type=Path, help="all of examples/notebooks by default"
-    )
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all")
     parser.add_argument("--write", action="store_true", help="keep the outputs")
     options = parser.parse_args()
     os.environ.setdefault("EMBEDCAM_WEIGHTS", "random")

@@ -1,7 +1,7 @@
 """LFI-CAM and the Attention Branch Network: networks with a trained branch, and their maps.
 
 Each wraps a trunk (images -> A `[B K H W]`) and a head (A -> embedding), and is trained like any
-embedding network: `scripts/train_attention.py` shows it. `EmbeddingNetwork(module, "trunk")` makes
+embedding network: `examples/train_attention.py` shows it. `EmbeddingNetwork(module, "trunk")` makes
 it one that embedcam explains, by 'lficam' or 'abn', which ignore the target, and by every other
 method.
 """
@@ -267,7 +267,7 @@ def _learned(network: EmbeddingNetwork, kind: type[Learned], title: str) -> Lear
     what = type(module).__name__ if network.hooked else "network given as trunk and head"
     raise NetworkError(
         f"{title} draws what a trained branch says, and this {what} has none; wrap trunk and head "
-        f"in embedcam.methods.learned.{kind.__name__}, train it as scripts/train_attention.py "
+        f"in embedcam.methods.learned.{kind.__name__}, train it as examples/train_attention.py "
         "does, and explain EmbeddingNetwork(module, 'trunk')"
     )
 

@@ -45,19 +45,10 @@ class LFINetwork(nn.Module):
 
     Parameters
     ----------
-    trunk
-        Images `[B C h w]` -> A `[B K H W]`, the layer to explain; called once a forward.
-    head
-        `[B K H W]` -> embedding `[B D]`.
-    n_channels
-        K, at least 1.
-    width
-        Channels inside FIN, at least 1; default K.
-
-    Raises
-    ------
-    InputError
-        n_channels or width below 1.
+    trunk, head
+        X `[B C h w]` -> A, the layer to explain, called once a forward; `[B K H W]` -> f.
+    n_channels, width
+        K, and channels inside FIN (default K), at least 1.
     """
 
     def __init__(
@@ -130,23 +121,13 @@ class ABNetwork(nn.Module):
 
     Parameters
     ----------
-    trunk
-        Images `[B C h w]` -> A `[B K H W]`, the layer to explain; called once a forward.
-    stage
-        The last stage, A -> `[B n_channels H' W']`.
-    head
-        What the stage returns -> embedding `[B D']`.
-    n_channels
-        Of what the stage returns, at least 1.
-    embedding_size
-        D of the branch's own embedding, at least 1.
+    trunk, stage, head
+        X `[B C h w]` -> A, the layer to explain, called once a forward; A -> what the last stage
+        makes, `[B n_channels H' W']`; that -> f.
+    n_channels, embedding_size
+        Of what the stage returns, and D, at least 1.
     branch
         A -> `[B n_channels H W]`, in place of `at_stride_one(stage)`.
-
-    Raises
-    ------
-    InputError
-        n_channels or embedding_size below 1.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
 from embedcam import EmbedcamError, EmbeddingNetwork
-from embedcam.index.matching import TEN, MatchCalibration
+from embedcam.index.calibration import TEN, MatchCalibration
 from embedcam.index.search import nearest
 from embedcam.offline.match_fit import calibrate_match
 

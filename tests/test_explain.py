@@ -565,15 +565,15 @@ def test_a_query_costs_nothing_that_grows_with_the_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from embedcam.index import Selection
-    from embedcam.index.strings import StringTable
+    from embedcam.index.arrays import StringTable
 
     touched = {"rows": 0, "strings": 0}
     array, take = Selection.array, StringTable.take
     raw, many = StringTable.raw, StringTable.tolist
 
-    def counting_array(self: Selection, file: str, empty: Any) -> Any:
+    def counting_array(self: Selection, column: Any) -> Any:
         touched["rows"] += len(self)
-        return array(self, file, empty)
+        return array(self, column)
 
     def counting_take(self: StringTable, rows: Any) -> list[str]:
         touched["strings"] += len(rows)

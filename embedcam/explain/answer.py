@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import IndexFormatError, InputError
 from ..index import Index, Neighbors, Selection
 from ..index.calibration import evidence
-from ..index.neighbors import draw_negatives, named_neighbors
+from ..index.search import draw_negatives, named_neighbors
 from ..ops import attended, coefficients, drawn_and_signed, resize, rival_coefficients, signed_cams
 from .explanation import Asked, Explanation, may_follow, shared_of
 from .opened import Opened

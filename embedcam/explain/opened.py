@@ -15,9 +15,8 @@ from .._files import compute_on_one_thread
 from ..errors import EmbedcamError, InputError
 from ..images import read_image
 from ..index import Index
-from ..index.calibration import Calibration
+from ..index.calibration import Calibration, MatchCalibration
 from ..index.encoding import Encoding
-from ..index.matching import MatchCalibration
 from ..preprocess import AnyPreprocess, Network
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ from ..errors import InputError
 from ..images import MAX_PIXELS, ImageSource
 from ..images.batches import default_workers
 from ..images.progress import progress_of
-from ..index.matching import kinship
-from ..index.neighbors import check_rival
+from ..index.calibration import kinship
+from ..index.search import check_rival
 from ..render import Look, page_foot, page_head
 from .folder import FEATURES, LINES, PAGE, Folder, check_folder, open_folder
 from .queries import Opened, explain_opened, finished, open_query

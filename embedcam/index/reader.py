@@ -74,12 +74,12 @@ class Index:
         self.layers = make_layers(path, manifest.layers, fitted, self.width)
         self.columns = columns_of(self.width, self.normalized, self.layers)
         self._rows = Rows(path, manifest, self.layers, self.columns)
-        self.tombstones = map_tombstones(path, manifest)
+        self._tombstones = map_tombstones(path, manifest)
         self.ids: Strings[str] = Strings(self._rows, "ids")
         self.paths: Strings[str] = Strings(self._rows, "paths")
         self.labels: Strings[str | None] = Strings(self._rows, "labels")
         used = with_faiss and manifest.faiss is not None
-        self.faiss_file = FaissFile(path, manifest) if used else None
+        self._faiss = FaissFile(path, manifest) if used else None
 
     @classmethod
     def open(
@@ -333,6 +333,16 @@ class Index:
     def parts(self) -> list[Part]:
         """The mapped parts, in the order of their rows."""
         return self._rows.parts
+
+    @property
+    def faiss_file(self) -> FaissFile | None:
+        """The FAISS file; None where there is none or it was left alone."""
+        return self._faiss
+
+    @property
+    def tombstones(self) -> np.ndarray:
+        """Positions of removed rows, uint64, rising."""
+        return self._tombstones
 
     @property
     def starts(self) -> np.ndarray:

@@ -103,7 +103,7 @@ class Dense(Encoding):
 class TopM(Encoding):
     """The paper's encoding: the M largest channels and their values, the others dropped.
 
-    `by` "signed" keeps the largest values (the paper, 50 of them), "magnitude" the largest |values|.
+    `by` "signed" keeps the largest values (the paper, 50 of them), "magnitude" the largest in size.
     """
 
     name = "top-m"

@@ -14,7 +14,7 @@ from ..index import PartData
 from ..index.arrays import ArrayLike
 from ..index.calibration import correlation, evidence
 from ..index.encoding import Encoding, LowRank
-from ..methods.fallback import DirectWeights
+from ..methods import DirectWeights
 from ..network import EmbeddingNetwork
 from ..ops import coefficients, drawn_and_signed, signed_cams
 from ..recipe.recipe import Recipe

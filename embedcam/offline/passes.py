@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import EmbeddingError, ImageError
 from ..images import Batch, ImageSource, embed, load_batches
 from ..index import quantize_coarse
-from ..methods import Subject, found_for, inputs_a_pass, weights_for
+from ..methods import Subject, inputs_a_pass, run_method, weights_for
 from ..methods.weights import weights_from_head, weights_from_pooled
 from ..network import EmbeddingNetwork
 from ..ops import area_average, cam
@@ -366,7 +366,7 @@ def _by_layers(
     found, names = anchors.of(places), [name for name, _ in work.layers]
     with _subject(work, batch, found) as subject:
         options = work.recipe.method_options
-        made = found_for(subject, work.recipe.entry, layers=names, **options)
+        made = run_method(subject, work.recipe.entry, layers=names, **options)
     assert made.layers is not None
     assert made.maps is not None
     arrays = {weights_of_layer(at): _numpy(made.layers[name]) for at, name in enumerate(names)}

@@ -92,3 +92,13 @@ def explainer(dense: Path, network: "EmbeddingNetwork") -> "Iterator[Explainer]"
 
     with Index.open(dense) as index:
         yield Explainer(index, network, n_neighbors=3)
+
+
+@pytest.fixture
+def same_draws() -> Iterator[None]:
+    """Draw the same random numbers in every test, whatever ran before."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield

@@ -99,7 +99,7 @@ BELIEVED = [
     (("network", "preprocess"), None, "x", "network.preprocess is 'x', not of type dict"),
     (("network", "preprocess", "size"), [8, 9], 1, "network.preprocess: preprocess: size is 1"),
     (("network", "preprocess", "mean"), [0, 0, 0], [10**400, 0, 0], "preprocess: mean is .1000"),
-    (("network", "preprocess", "interpolation"), "box", [[1]], r"interpolation is \[\[1"),
+    (("network", "preprocess", "interpolation"), "box", [[1]], r"interpolation = \[\[1"),
     (("network", "loading", "weights"), "a b", "a\nb", "expected text without control characters"),
     (("network", "name"), None, 1e308, r"network\.name is 1e\+308, not of type str"),
     (("libraries",), {"a": "1"}, {"a": 1}, r"libraries\.a is 1, not of type str"),

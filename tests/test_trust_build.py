@@ -227,7 +227,7 @@ def test_too_few_images_calibrate_nothing_and_so_can_the_user(
             assert index.manifest.trust_calibration is None
             found = Explainer(index, made_of.network).explain(inputs(made_of, images)[0])
             assert (found.trust, found.trusted, found.direct) == (None, None, False)
-            assert "trust" not in found._transfer_note()
+            assert "trust" not in found.tiles()[0].subcaption
 
 
 def test_an_index_without_the_calibration_asked_for_is_not_called_complete(

@@ -11,7 +11,7 @@ from embedcam import Explainer, Index, build_from_features
 from embedcam.cli import main
 from embedcam.errors import InputError
 from embedcam.index import put_calibrations
-from embedcam.index.matching import MatchCalibration, match_evidence
+from embedcam.index.calibration import MatchCalibration, match_evidence
 from embedcam.offline.match_fit import calibrate_match, fit_logistic
 
 

@@ -27,7 +27,7 @@ from embedcam.cli import main
 from embedcam.errors import InputError, RecipeError
 from embedcam.evaluate import Settings, evaluate_index
 from embedcam.images.number_labels import Values, number_of
-from embedcam.index.matching import MatchCalibration, alike, kinship, match_evidence
+from embedcam.index.calibration import MatchCalibration, alike, kinship, match_evidence
 from embedcam.offline import indexed_images
 from embedcam.offline.classes import label_codes
 from embedcam.offline.cotangents import AnchorCotangents

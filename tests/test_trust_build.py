@@ -16,7 +16,7 @@ from embedcam import DirectWeights, Explainer, Index, Recipe, add_images, build_
 from embedcam.errors import ImageError, IndexFormatError, InputError, NetworkMismatch
 from embedcam.images import ImageSource
 from embedcam.index import remove
-from embedcam.index.neighbors import draw_negatives
+from embedcam.index.search import draw_negatives
 from embedcam.offline import calibrate_index, jobs
 from embedcam.offline.trust import LEAST, fit_calibration, leave_out, sample_rows
 from embedcam.ops import cam, resize, sharpen, signed_cam

@@ -11,9 +11,9 @@ import torch
 from ..errors import ImageError
 from ..images import Batch
 from ..index import PartData
+from ..index.arrays import ArrayLike
 from ..index.calibration import correlation, evidence
 from ..index.encoding import Encoding, LowRank
-from ..index.files import ArrayLike
 from ..methods import DirectWeights
 from ..network import EmbeddingNetwork
 from ..ops import coefficients, drawn_and_signed, signed_cams

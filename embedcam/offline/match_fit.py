@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..images.number_labels import Reach, Values, number_of
-from ..index.files import ArrayLike
-from ..index.matching import TEN, MatchCalibration, alike, match_evidence
+from ..index.arrays import ArrayLike
+from ..index.calibration import TEN, MatchCalibration, alike, match_evidence
 from ..index.search import nearest
 
 LEAST = 20

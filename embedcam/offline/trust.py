@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..errors import InputError
+from ..index.arrays import ArrayLike
 from ..index.calibration import Calibration
-from ..index.files import ArrayLike
-from ..index.neighbors import draw_negatives
-from ..index.search import nearest
+from ..index.search import draw_negatives, nearest
 from ..recipe.recipe import Recipe
 from ..targets import head_cotangent, query_cotangent
 from .cotangents import AnchorCotangents, coded_labels

@@ -21,7 +21,7 @@ from ..index import (
     check_tombstones,
     create,
 )
-from ..index.content import wrong_embeddings
+from ..index.arrays import wrong_embeddings
 from .fidelity import Compressed, fidelity, sample_rows
 from .grouping import Groups, group
 from .merging import centres_of, maps_of_medoids, merge

@@ -175,10 +175,9 @@ def maps_of_medoids(
     those of the medoid's weights brought to the length of the merged ones: the map that is drawn is
     the one that the medoid itself has in the index it came from.
     """
-    found = index.layers[layer]
-    if found.coarse_grid is None:
+    columns = index.layers[layer].coarse
+    if columns is None:
         return None
-    maps, scales = found.coarse_files
     rows = index.select(live[centres.medoids])
     source = index.encoding(layer)
 
@@ -192,11 +191,8 @@ def maps_of_medoids(
     own = _lengths(source, own_fields, len(rows))
     lengths = _lengths(merged.encoding, merged_fields, len(rows))
     factors = np.where(own > 0, lengths / np.where(own > 0, own, 1), 1)
-    stored = rows.array(scales, np.empty(0, np.float32))
-    return (
-        rows.array(maps, np.empty((0, *found.coarse_grid), np.uint8)),
-        (stored * factors).astype(np.float32),
-    )
+    maps, scales = (rows.array(column) for column in columns)
+    return maps, (scales * factors).astype(np.float32)
 
 
 def _lengths(encoding: Encoding, fetch: Callable[[slice], Rows], n: int) -> np.ndarray:

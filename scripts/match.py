@@ -34,7 +34,7 @@ from sklearn.metrics import roc_auc_score
 from embedcam import EmbedcamError, EmbeddingNetwork
 from embedcam.index.matching import TEN, MatchCalibration
 from embedcam.index.search import nearest
-from embedcam.offline.match_fit import calibrate_match
+from embedcam.offline.match import calibrate_match
 
 SEEDS, FEW, MADE, LOW = 5, 10, 60, 0.2
 COLUMNS = (

@@ -7,9 +7,9 @@ from photographs import SIZE, STEP, Features, Scenes
 from embedcam.index.encoding import Encoding, LowRank
 from embedcam.methods.weights import weights_from_pooled
 from embedcam.metrics import bootstrap_interval, pixel_auc
-from embedcam.offline.assembly import make_encoding, sample_places
+from embedcam.offline.merge import make_encoding, sample_places
 from embedcam.offline.features import AffineHead
-from embedcam.offline.passes import is_exact
+from embedcam.offline.strategies import is_exact
 from embedcam.ops import resize, signed_cam
 from embedcam.recipe.recipe import Recipe
 

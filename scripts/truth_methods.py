@@ -36,7 +36,7 @@ from safetensors.numpy import save_file
 from embedcam import METHODS, EmbedcamError, EmbeddingNetwork, Similarity, cam_for, load_network
 from embedcam.methods import MethodMap, MethodWarning
 from embedcam.metrics import energy_share, pixel_auc, recall_at_k
-from embedcam.offline.classes import label_codes
+from embedcam.offline.triplets import label_codes
 from embedcam.offline.cotangents import AnchorCotangents
 from embedcam.ops import cam, resize, sharpen, signed_cam
 from embedcam.recipe.recipe import Recipe

@@ -25,7 +25,8 @@ from build_samples import (
     toy,
 )
 
-import embedcam.offline.passes as passes
+import embedcam.offline.plan as plan
+import embedcam.offline.strategies as strategies
 from embedcam.images import ImageSource, find_images
 from embedcam.index import verify
 from embedcam.offline import build_index
@@ -47,7 +48,7 @@ def source(tmp_path_factory) -> ImageSource:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of at least four images, so that a dozen make several."""
-    monkeypatch.setattr(passes, "CHUNK", 4)
+    monkeypatch.setattr(plan, "CHUNK", 4)
 
 
 # ------------------------------------------------------------------ values
@@ -268,7 +269,7 @@ def test_activations_beyond_half_precision_make_no_infinite_map(tmp_path, source
 
 
 def test_without_own_maps_nothing_is_kept(tmp_path, source, monkeypatch) -> None:
-    monkeypatch.setattr(passes, "_spilled", None)
+    monkeypatch.setattr(strategies.Strategy, "cached", None)
     build_index(source, toy().network, tmp_path / "i", DENSE, own_maps=False)
     with opened(tmp_path / "i") as (index, live):
         assert index.coarse(live) is None
@@ -280,7 +281,7 @@ def test_without_own_maps_nothing_is_kept(tmp_path, source, monkeypatch) -> None
      ((100, 1), (64, 1)), ((9, 8), (8, 8)), ((28, 7), (16, 4))],
 )  # fmt: skip
 def test_the_coarse_grid_keeps_the_shape_in_64_cells(grid, coarse) -> None:
-    found = passes.coarse_grid(grid)
+    found = strategies.coarse_grid(grid)
     assert found == coarse
     assert found[0] * found[1] <= 64
     assert found[0] <= grid[0]

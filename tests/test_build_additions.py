@@ -25,7 +25,7 @@ from build_samples import (
     toy,
 )
 
-import embedcam.offline.passes as passes
+import embedcam.offline.plan as plan
 from embedcam.errors import IndexFormatError, InputError, NetworkMismatch
 from embedcam.images import ImageSource, find_images, from_dataset
 from embedcam.index import remove, verify
@@ -54,7 +54,7 @@ def source(tmp_path_factory) -> ImageSource:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of at least four images, so that a dozen make several."""
-    monkeypatch.setattr(passes, "CHUNK", 4)
+    monkeypatch.setattr(plan, "CHUNK", 4)
 
 
 # ------------------------------------------------------------------ additions

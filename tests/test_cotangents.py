@@ -6,7 +6,7 @@ import pytest
 
 from embedcam.errors import InputError
 from embedcam.offline.cotangents import AnchorCotangents
-from embedcam.offline.neighborhoods import NearestOthers
+from embedcam.offline.triplets import NearestOthers
 from embedcam.offline.triplets import TripletSampler
 from embedcam.recipe.recipe import Recipe
 

@@ -8,7 +8,7 @@ from build_samples import pictures, quicken, toy
 
 from embedcam import DirectWeights, Index, Recipe, build_index
 from embedcam.errors import RecipeError
-from embedcam.offline.classes import label_codes
+from embedcam.offline.triplets import label_codes
 from embedcam.offline.cotangents import AnchorCotangents
 from embedcam.targets import Whitened
 
@@ -72,7 +72,7 @@ def test_the_cotangent_is_the_literal_one(
     of_unit_length: bool, norm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embedcam.offline.cotangents._BLOCK", 5)
-    monkeypatch.setattr("embedcam.offline.classes._SUMMED", 5)
+    monkeypatch.setattr("embedcam.offline.triplets._SUMMED", 5)
     vectors, labels = some(of_unit_length)
     recipe = Recipe(norm=norm)
     anchors = AnchorCotangents(recipe, vectors, label_codes(labels), vectors.mean(0))

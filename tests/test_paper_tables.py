@@ -19,7 +19,7 @@ from embedcam import EmbeddingNetwork, Recipe
 from embedcam.errors import InputError
 from embedcam.methods.fallback import DirectWeights
 from embedcam.offline.cotangents import Cotangents
-from embedcam.offline.neighborhoods import NearestOthers
+from embedcam.offline.triplets import NearestOthers
 from embedcam.offline.triplets import TripletSampler
 from embedcam.ops import resize
 

@@ -30,7 +30,7 @@ from embedcam.errors import IndexFormatError, InputError, RecipeError
 from embedcam.evaluate import evaluate_index
 from embedcam.index import verify
 from embedcam.index.encoding import ByPosition, fit_by_position, from_spec
-from embedcam.offline.classes import label_codes
+from embedcam.offline.triplets import label_codes
 from embedcam.offline.cotangents import AnchorCotangents
 from embedcam.ops import signed_cam, signed_cams
 from embedcam.prototypes import compress

@@ -17,7 +17,8 @@ from embedcam.errors import ImageError, IndexFormatError, InputError, NetworkMis
 from embedcam.images import ImageSource
 from embedcam.index import remove
 from embedcam.index.neighbors import draw_negatives
-from embedcam.offline import calibrate_index, jobs
+from embedcam.offline import build as jobs
+from embedcam.offline import calibrate_index
 from embedcam.offline.trust import LEAST, fit_calibration, leave_out, sample_rows
 from embedcam.ops import cam, resize, sharpen, signed_cam
 
@@ -122,7 +123,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[np.ndarray, np.nda
         kept[neighbors] = (seen, agreed)
         return fit_calibration(seen, agreed, nearest, neighbors=neighbors, **more)
 
-    monkeypatch.setattr("embedcam.offline.calibrating.fit_calibration", fit)
+    monkeypatch.setattr("embedcam.offline.trust.fit_calibration", fit)
     return kept
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .report import note
 
-_JOBS = ("embedcam.offline.passes", "embedcam.progress")
+_JOBS = ("embedcam.offline.shard", "embedcam.progress")
 
 
 def kept(options: argparse.Namespace) -> bool:

@@ -23,7 +23,7 @@ from ..index.encoding import TopM
 from ..methods.weights import weights_from_pooled
 from ..metrics import box_mask, energy_share, pixel_auc
 from ..network import EmbeddingNetwork
-from ..offline.classes import label_codes
+from ..offline.triplets import label_codes
 from ..offline.cotangents import AnchorCotangents
 from ..ops import resize, signed_cam
 from ..recipe.recipe import Recipe

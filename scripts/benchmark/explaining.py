@@ -14,7 +14,7 @@ from embedcam.index import PartData, create, quantize_coarse
 from embedcam.index.encoding import Encoding, LowRank, fit_pca
 from embedcam.methods.weights import gradcam
 from embedcam.offline import calibrate_index
-from embedcam.offline.assembly import header
+from embedcam.offline.merge import header
 from embedcam.ops import cam, resize
 from embedcam.recipe.recipe import Recipe
 from embedcam.targets import head_cotangent

@@ -13,7 +13,7 @@ import numpy as np
 
 from embedcam.index import Index, PartData, create, quantize_coarse, rebuild_faiss
 from embedcam.index.encoding import Encoding, LowRank, TopM, fit_pca
-from embedcam.offline.assembly import header
+from embedcam.offline.merge import header
 from embedcam.recipe.recipe import Recipe
 
 from .timing import Case, alternate, milliseconds, ratio, table, verdict

@@ -34,7 +34,7 @@ from photographs import (
 from embedcam import EmbeddingNetwork, load_network
 from embedcam.errors import InputError
 from embedcam.metrics import recall_at_k
-from embedcam.offline.classes import label_codes
+from embedcam.offline.triplets import label_codes
 from embedcam.offline.cotangents import AnchorCotangents, Cotangents
 from embedcam.offline.features import AffineHead
 from embedcam.recipe.recipe import Recipe

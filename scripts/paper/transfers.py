@@ -18,7 +18,7 @@ from measuring import energy_in, pasted_auc, share_of, signed, single_auc
 from embedcam.metrics import correlations
 from embedcam.offline.cotangents import AnchorCotangents, Cotangents
 from embedcam.ops import transfer
-from embedcam.prototypes.grouping import group
+from embedcam.prototypes.groups import group
 from embedcam.recipe.recipe import Recipe
 from embedcam.targets import WHITENED, Whitened, whitened_cotangent, whitening, with_own
 

@@ -1,7 +1,6 @@
 """Checks: a value is of the wanted kind, or one sentence says what was given and what is expected.
 
-Importing this file loads nothing heavy, so that the command line may; the checks of arrays import
-NumPy where they run.
+Importing this file loads nothing heavy: the checks of arrays import NumPy where they run.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ UNIT_TOLERANCE = 1e-3
 LARGEST = 1e15
 """Of what is given: squares and sums of larger numbers need not stay within float32."""
 
-# Single values
-
 
 def whole(
     name: str,
@@ -33,24 +30,13 @@ def whole(
     *,
     error: type[EmbedcamError] = InputError,
 ) -> int:
-    """Return a whole number, Python's or NumPy's, as an int.
-
-    Args:
-        name: of the value, for the message.
-        value: to check; booleans are no numbers.
-        least: smallest value allowed.
-        most: largest value allowed, None for any.
-        error: class of the exception.
-
-    Raises:
-        EmbedcamError: of the class `error`; not a whole number, or out of range.
-    """
+    """Return a whole number (Python's or NumPy's, no boolean) as an int, or raise `error`."""
     try:
         number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = None
     if number is None or number < least or (most is not None and number > most):
-        raise error(f"{name} = {short(value)}; give a whole number {_range(least, most)}")
+        raise error(f"{name} = {short(value)}; give a whole number {interval(least, most)}")
     return number
 
 
@@ -64,18 +50,7 @@ def number(
     below: float | None = None,
     error: type[EmbedcamError] = InputError,
 ) -> float:
-    """Return a finite number as a float.
-
-    Args:
-        name: of the value, for the message.
-        value: to check; booleans are no numbers.
-        least, most: the range, both ends allowed.
-        above, below: ends that are not allowed themselves.
-        error: class of the exception.
-
-    Raises:
-        EmbedcamError: of the class `error`; not a finite number, or out of range.
-    """
+    """Return a finite number, no boolean, as a float, or raise `error`."""
     try:
         converted = math.nan if isinstance(value, bool | str | bytes) else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
@@ -83,19 +58,32 @@ def number(
     fits = math.isfinite(converted) and least <= converted <= most
     fits = fits and (above is None or converted > above) and (below is None or converted < below)
     if not fits:
-        wanted = f"a number {_interval(least, most, above, below)}".rstrip()
+        wanted = f"a number {interval(least, most, above, below)}".rstrip()
         raise error(f"{name} = {short(value)}; give {wanted}")
     return converted
+
+
+def interval(
+    least: float, most: float | None, above: float | None = None, below: float | None = None
+) -> str:
+    """Return words for a range: "of at least 1", "from 0 to 1", "between 0 and 1"."""
+    if above is not None and below is not None:
+        return f"between {_end(above)} and {_end(below)}"
+    if math.isfinite(least) and most is not None and math.isfinite(most):
+        return f"from {_end(least)} to {_end(most)}"
+    ends = (("above", above), ("of at least", least), ("below", below), ("of at most", most))
+    known = [(words, end) for words, end in ends if end is not None and math.isfinite(end)]
+    return " and ".join(f"{words} {_end(end)}" for words, end in known)
+
+
+def _end(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 def one_of(
     name: str, value: object, known: Iterable[str], *, error: type[EmbedcamError] = InputError
 ) -> str:
-    """Return a choice among known ones.
-
-    Raises:
-        EmbedcamError: of the class `error`; names the nearest known choice and all of them.
-    """
+    """Return a choice among known ones, or raise `error` with the nearest one and all of them."""
     names = tuple(known)
     if not isinstance(value, str) or value not in names:
         raise error(f"{name} = {short(value)} is unknown; {nearest_of(value, names)}")
@@ -109,27 +97,6 @@ def nearest_of(given: object, known: Iterable[str]) -> str:
     return (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(names)}"
 
 
-def _range(least: int, most: int | None) -> str:
-    return f"of at least {least}" if most is None else f"from {least} to {most:,}"
-
-
-def _interval(least: float, most: float, above: float | None, below: float | None) -> str:
-    words = []
-    if above is not None and below is not None:
-        return f"between {above:g} and {below:g}"
-    if least > -math.inf and most < math.inf:
-        return f"from {least:g} to {most:g}"
-    if above is not None:
-        words.append(f"above {above:g}")
-    if least > -math.inf:
-        words.append(f"of at least {least:g}")
-    if below is not None:
-        words.append(f"below {below:g}")
-    if most < math.inf:
-        words.append(f"of at most {most:g}")
-    return " and ".join(words)
-
-
 def check_sides(name: str, sides: Any) -> tuple[int, int]:
     """Return (height, width), both whole and at least 1."""
     try:
@@ -141,7 +108,7 @@ def check_sides(name: str, sides: Any) -> tuple[int, int]:
     raise InputError(f"{name} = {sides!r}; give (height, width), whole numbers of at least 1")
 
 
-# Arrays: what a query may be
+# What a query may be
 
 
 def check_features(
@@ -152,22 +119,10 @@ def check_features(
     normalized: bool,
     grid: tuple[int, int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Features of one query or of several.
+    """Return features of queries as float32 `[B D]` and `[B K H W]`, and whether it was one alone.
 
-    Args:
-        embedding: `[D]` or `[B D]`.
-        activations: `[K H W]` or `[B K H W]`; tokens `[T K]` or `[B T K]` with `grid`.
-        width: D expected.
-        channels: K expected.
-        normalized: whether embeddings must have length 1.
-        grid: (H, W) of tokens.
-
-    Returns:
-        float32 `[B D]`, float32 `[B K H W]`, and whether it was one query alone.
-
-    Raises:
-        InputError: a wrong shape, a NaN, a number beyond `LARGEST`, or a vector that is not of unit
-            length.
+    Given are an embedding `[D]` or `[B D]` of `width` numbers, of length 1 where `normalized`, and
+    activations `[K H W]` or `[B K H W]` of `channels`, or tokens `[T K]` or `[B T K]` on a `grid`.
     """
     import numpy as np
 
@@ -190,22 +145,14 @@ def check_features(
 
 
 def check_vectors(vectors: np.ndarray, normalized: bool) -> np.ndarray:
-    """Embeddings of queries, numbers `[B D]`, as float32.
-
-    Args:
-        vectors: given.
-        normalized: whether they must have length 1.
-
-    Raises:
-        InputError: a NaN, a number beyond `LARGEST`, or a vector that is not of unit length.
-    """
+    """Return embeddings of queries `[B D]` as float32; each of length 1 where `normalized`."""
     import numpy as np
 
     wrong = wrong_number(vectors)
     if wrong is not None:
         raise InputError(f"the embedding of query {wrong[0]} {wrong[1]}")
-    found = vectors.astype(np.float32, copy=False)
-    lengths = np.linalg.norm(found, axis=1)
+    vectors = vectors.astype(np.float32, copy=False)
+    lengths = np.linalg.norm(vectors, axis=1)
     off = np.abs(lengths - 1)
     if normalized and len(off) and off.max() > UNIT_TOLERANCE:
         worst = int(off.argmax())
@@ -213,15 +160,11 @@ def check_vectors(vectors: np.ndarray, normalized: bool) -> np.ndarray:
             f"the embedding of query {worst} has length {lengths[worst]:.4g}; this index holds "
             "vectors of length 1: divide it by its L2 norm first"
         )
-    return found
+    return vectors
 
 
 def check_outputs(embeddings: np.ndarray, *activations: np.ndarray) -> None:
-    """What a network made of pictures: embeddings `[B D]`, activations `[B K H W]` of each layer.
-
-    Raises:
-        NetworkError: a NaN, an infinity, or a number beyond `LARGEST`.
-    """
+    """Raise NetworkError where embeddings `[B D]` or a layer's activations cannot be used."""
     named = [("embedding", embeddings), *(("activations", maps) for maps in activations)]
     for name, values in named:
         wrong = wrong_number(values)
@@ -230,9 +173,9 @@ def check_outputs(embeddings: np.ndarray, *activations: np.ndarray) -> None:
 
 
 def wrong_number(values: np.ndarray) -> tuple[int, str] | None:
-    """The first row of numbers `[n ...]` that cannot be computed with, and what is wrong with it.
+    """Return the first row of `[n ...]` that cannot be computed with, and why; None without one.
 
-    A NaN and an infinity, and what is larger than `LARGEST`; None where there is none.
+    That is a row with a NaN, an infinity or a number beyond `LARGEST`.
     """
     import numpy as np
 
@@ -253,7 +196,7 @@ def _usable(values: np.ndarray) -> bool:
 
 
 def stacked(inputs: Sequence[Any]) -> Any:
-    """Inputs `[3 H W]` as one batch in their own library; a batch of one is not copied."""
+    """Return inputs `[3 H W]` as one batch in their own library; a batch of one is not copied."""
     import numpy as np
 
     if len({tuple(one.shape) for one in inputs}) > 1:
@@ -274,19 +217,18 @@ def _numbers(name: str, values: Any) -> np.ndarray:
     import numpy as np
 
     try:
-        found = np.asarray(values)
-        if found.dtype.kind in "fiu":
-            return found
-        given = f"type {found.dtype}"
+        array = np.asarray(values)
+        if array.dtype.kind in "fiu":
+            return array
+        reason = f"type {array.dtype}"
     except (TypeError, ValueError, RuntimeError) as error:
-        given = str(error).partition("\n")[0]
-    raise InputError(f"the {name} cannot be read as an array of numbers ({given})")
+        reason = str(error).partition("\n")[0]
+    raise InputError(f"the {name} cannot be read as an array of numbers ({reason})")
 
 
 def _on_grid(
     maps: np.ndarray, channels: int, grid: tuple[int, int] | None, given: list[int]
 ) -> np.ndarray:
-    """Activations `[B K H W]` of these, or of tokens `[B T K]` on a grid."""
     if grid is not None and maps.ndim == 3 and maps.shape[2] == channels:
         height, width = check_sides("grid", grid)
         if maps.shape[1] != height * width:
@@ -302,3 +244,14 @@ def _on_grid(
             "with grid=(H, W)"
         )
     return maps
+
+
+def as_array(values: Any, kind: Any = None) -> np.ndarray:
+    """Return an array, or a tensor on any device, as an array; of another type where one is named.
+
+    Nothing is copied that need not be.
+    """
+    import numpy as np
+
+    array: np.ndarray = values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
+    return array if kind is None else array.astype(kind, copy=False)

@@ -1,7 +1,7 @@
 """Settings: each is declared once, with its type, default, range and help.
 
 A frozen dataclass whose fields are made by `setting` is the declaration. Its checks (`check`), its
-options on the command line (`add_options`, `chosen`) and its tables in TOML follow from it.
+options on the command line (`add_options`, `chosen`) and its tables in TOML (`from_tables`) follow.
 Importing this file loads nothing heavy.
 """
 
@@ -10,33 +10,46 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
-from ._checks import nearest_of, number, one_of, whole
+from ._checks import interval, nearest_of, number, one_of, whole
 from .errors import EmbedcamError, InputError, short
 
-Record = TypeVar("Record")
+Check = Callable[[str, Any], Any]
+"""Returns a value as it is kept, or raises an `InputError` that begins with the name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """One setting's declaration.
 
-    Attributes:
-        kind: `int`, `float`, `bool`, `str` or `tuple` (of names).
-        optional: whether None is allowed.
-        least, most: the range of a number, both ends allowed.
-        above, below: ends of the range of a number that are not allowed themselves.
-        choices: names it chooses among, or a function that gives them; empty for any text.
-        help: a line for `--help`; empty where the command line does not offer the setting.
-        flag: the option's name where it is not the field's; of a boolean that is on by default,
-            the option that turns it off.
-        metavar: what `--help` shows for the value.
-        read: what turns the command line's text into the value; None reads by `kind`.
-        table, entry: where the setting stands in TOML; the entry's name where it is not the
-            field's.
+    Attributes
+    ----------
+    kind : type
+        `int`, `float`, `bool`, `str` or `tuple` (of names).
+    optional : bool
+        None is allowed.
+    least, most, above, below : float
+        Range of a number; `above` and `below` are not allowed themselves.
+    choices : tuple of str or callable
+        Names it chooses among, or a function that gives them; empty for any text.
+    metavar, help : str
+        What `--help` shows; without help the command line does not offer the setting.
+    flag : str
+        The option's name where it is not the field's; of a boolean that is on by default, the
+        option that turns it off.
+    letter : str
+        A short name of the option, such as "-n".
+    read : callable
+        Turns the command line's text into the value, or raises; None reads by `kind`.
+    check : callable
+        Takes the place of the check by `kind`.
+    repeated : bool
+        The option may be given several times; the value is the list of all.
+    table, entry : str
+        Where the setting stands in TOML; the entry's name where it is not the field's.
     """
 
     kind: type
@@ -46,10 +59,13 @@ class Setting:
     above: float | None = None
     below: float | None = None
     choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = ()
+    metavar: str | None = None
     help: str = ""
     flag: str = ""
-    metavar: str | None = None
+    letter: str = ""
     read: Callable[[str], Any] | None = None
+    check: Check | None = None
+    repeated: bool = False
     table: str = ""
     entry: str = ""
 
@@ -59,13 +75,14 @@ class Setting:
         return self.choices() if callable(self.choices) else self.choices
 
     def checked(self, name: str, value: Any, error: type[EmbedcamError] = InputError) -> Any:
-        """Return a value as the setting's kind.
-
-        Raises:
-            EmbedcamError: of the class `error`; another kind, out of range, or an unknown name.
-        """
+        """Return a value as the setting's kind, or raise `error`."""
         if value is None and self.optional:
             return None
+        if self.check is not None:
+            try:
+                return self.check(name, value)
+            except InputError as wrong:
+                raise error(str(wrong)) from None
         if self.kind is int:
             most = None if self.most == math.inf else int(self.most)
             return whole(name, value, int(max(self.least, -(1 << 62))), most, error=error)
@@ -73,36 +90,52 @@ class Setting:
             return number(
                 name, value, self.least, self.most, above=self.above, below=self.below, error=error
             )
-        if self.kind is bool:
-            if not isinstance(value, bool):
-                raise error(f"{name} = {short(value)}; give true or false")
-            return value
+        if self.kind is bool and not isinstance(value, bool):
+            raise error(f"{name} = {short(value)}; give true or false")
         if self.kind is tuple:
             return self._checked_names(name, value, error)
-        if not isinstance(value, str):
+        if self.kind is str and not isinstance(value, str):
             raise error(f"{name} = {short(value)}; give a text")
+        if self.kind is str and "\0" in value:
+            raise error(f"{name} = {short(value)} holds a NUL, which no name can")
         return one_of(name, value, self.known, error=error) if self.choices else value
 
     def _checked_names(self, name: str, value: Any, error: type[EmbedcamError]) -> tuple[str, ...]:
-        if isinstance(value, str) or not isinstance(value, Iterable):
-            raise error(f"{name} = {short(value)}; give a list of names")
-        names = tuple(value)
+        names = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (0,)
         if not all(isinstance(one, str) and one for one in names):
             raise error(f"{name} = {short(value)}; give a list of names")
         for one in names if self.choices else ():
             one_of(name, one, self.known, error=error)
         return names
 
+    def from_text(self, text: str) -> Any:
+        """Return what the command line's text stands for; `check` still checks choices."""
+        if self.read is None and self.kind not in (int, float):
+            return tuple(filter(None, text.split(","))) if self.kind is tuple else text
+        try:
+            return self.read(text) if self.read else self.checked("", self.kind(text))
+        except (ValueError, OverflowError) as error:
+            what = "a whole number" if self.kind is int else "a number"
+            limits = interval(self.least, self.most, self.above, self.below)
+            wrong = f"{text!r} is not {what} {limits}".rstrip()
+            raise argparse.ArgumentTypeError(str(error) if self.read else wrong) from None
 
-def setting(default: Any, kind: type | None = None, **declared: Any) -> Any:
+
+def setting(
+    default: Any,
+    metavar: str | None = None,
+    help: str = "",
+    *,
+    kind: type | None = None,
+    **declared: Any,
+) -> Any:
     """Declare a field of a dataclass as a setting.
 
-    Args:
-        default: its value where none is given; None makes the setting optional.
-        kind: where the default does not tell.
-        declared: other attributes of `Setting`.
+    `default` None makes it optional and wants a `kind`; `declared` are attributes of `Setting`.
     """
-    declaration = Setting(kind=kind or type(default), optional=default is None, **declared)
+    declaration = Setting(
+        kind=kind or type(default), optional=default is None, metavar=metavar, help=help, **declared
+    )
     return dataclasses.field(default=default, metadata={"setting": declaration})
 
 
@@ -116,93 +149,85 @@ def settings_of(record: Any) -> dict[str, Setting]:
 
 
 def check(record: Any, error: type[EmbedcamError] = InputError) -> None:
-    """Check every setting of a frozen dataclass and keep it as its kind; for `__post_init__`.
-
-    Raises:
-        EmbedcamError: of the class `error`; names the setting, what was given and what is expected.
-    """
+    """Check every setting of a frozen dataclass and keep it as its kind; for `__post_init__`."""
     for name, declaration in settings_of(record).items():
         value = declaration.checked(name, getattr(record, name), error)
         object.__setattr__(record, name, value)
 
 
-def add_options(group: Any, record: type, names: Iterable[str] | None = None) -> None:
-    """Add the command line's options of a dataclass's settings to a parser or a group of one.
+def add_options(
+    group: Any, record: type, *names: str, tables: Container[str] | None = None, help: str = "{}"
+) -> None:
+    """Add the options of a dataclass's settings to a parser or a group of one.
 
-    Options that are not given stay None, so that the dataclass's own defaults, and what a file
-    says, hold; see `chosen`.
+    Those named, or all others of the `tables` (None for any) that the parser does not have yet.
+    What is not given stays None, so that the dataclass's defaults, and what a file says, hold;
+    `help` may say more around the "{}" of the setting's own.
     """
     declared = settings_of(record)
-    for name in declared if names is None else names:
-        _add_option(group, name, declared[name], getattr(record, name))
+    for name in names or declared:
+        one, default = declared[name], getattr(record, name)
+        flag = _flag(name, one)
+        there = not names and flag in group._option_string_actions
+        if not one.help or there or (tables is not None and one.table not in tables):
+            continue
+        flags = [one.letter, flag] if one.letter else [flag]
+        more: dict[str, Any] = {"default": None, "help": help.format(one.help)}
+        if one.kind is bool:
+            more["action"] = "store_false" if default else "store_true"
+        else:
+            more |= {"type": one.from_text, "metavar": one.metavar}
+            more["action"] = "append" if one.repeated else "store"
+            if one.choices and one.metavar is None:
+                more["choices"] = one.known
+        group.add_argument(*flags, **more)
 
 
-def _add_option(group: Any, name: str, declaration: Setting, default: Any) -> None:
-    if not declaration.help:
-        return
-    flag = "--" + (declaration.flag or name).replace("_", "-")
-    more: dict[str, Any] = {"dest": name, "default": None, "help": declaration.help}
-    if declaration.kind is bool:
-        group.add_argument(flag, action="store_false" if default else "store_true", **more)
-        return
-    read = declaration.read or _reader(name, declaration)
-    group.add_argument(flag, type=read, metavar=declaration.metavar, **more)
-
-
-def _reader(name: str, declaration: Setting) -> Callable[[str], Any]:
-    """Return what reads the option's text; argparse puts the option before the message."""
-
-    def read(text: str) -> Any:
-        value: Any = text
-        if declaration.kind in (int, float):
-            try:
-                value = declaration.kind(text)
-            except ValueError:
-                value = text
-        elif declaration.kind is tuple:
-            value = tuple(part for part in text.split(",") if part)
-        try:
-            return declaration.checked(name, value)
-        except EmbedcamError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return read
+def _flag(name: str, declaration: Setting) -> str:
+    return "--" + (declaration.flag or name).replace("_", "-")
 
 
 def chosen(options: argparse.Namespace, record: type) -> dict[str, Any]:
     """Return the settings of a dataclass that the command line was given, by name."""
-    named = {name: getattr(options, name, None) for name in settings_of(record)}
+    flags = {name: one.flag or name for name, one in settings_of(record).items() if one.help}
+    named = {name: getattr(options, flag, None) for name, flag in flags.items()}
     return {name: value for name, value in named.items() if value is not None}
 
 
+def checked_values(record: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the values of a table, each checked as the setting of its name; None is left out."""
+    declared, kept = settings_of(record), {}
+    for name, value in values.items():
+        if name not in declared:
+            raise InputError(f"{where} has no entry {name!r}; {nearest_of(name, declared)}")
+        if value is not None:
+            kept[name] = declared[name].checked(f"{where} {name}", value)
+    return kept
+
+
 def from_tables(
-    record: type[Record], tables: Mapping[str, Any], where: str, error: type[EmbedcamError]
+    record: type,
+    tables: Mapping[str, Any],
+    where: str,
+    error: type[EmbedcamError],
+    others: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Return the settings that TOML tables hold, by name; for the dataclass's constructor.
+    """Return the settings that TOML tables, as `tomllib` reads them, hold, by name.
 
-    Args:
-        record: the dataclass; each setting names its `table`.
-        tables: as `tomllib` reads them, those of the settings alone.
-        where: the file, for messages.
-        error: class of the exception.
-
-    Raises:
-        EmbedcamError: of the class `error`; an unknown table or entry.
+    Each setting names its `table`; tables called as the `others` are passed over.
     """
-    entries: dict[str, dict[str, str]] = {}
+    entries: dict[str, dict[str, str]] = {name: {} for name in others}
     for name, declaration in settings_of(record).items():
         entries.setdefault(declaration.table, {})[declaration.entry or name] = name
     values: dict[str, Any] = {}
     for table, given in tables.items():
-        known = entries.get(table)
-        if known is None:
+        if table not in entries:
             raise error(f"{where}: unknown table [{table}]; {nearest_of(table, entries)}")
         if not isinstance(given, Mapping):
             raise error(f"{where}: {table} = {short(given)} should be a table, [{table}]")
-        for entry, value in given.items():
-            if entry not in known:
-                raise error(
-                    f"{where}: [{table}] has no entry {entry!r}; {nearest_of(entry, known)}"
-                )
-            values[known[entry]] = value
+        for entry, value in given.items() if table not in others else ():
+            if entry not in entries[table]:
+                known = nearest_of(entry, entries[table])
+                raise error(f"{where}: [{table}] has no entry {entry!r}; {known}")
+            values[entries[table][entry]] = value
     return values

@@ -27,17 +27,15 @@ from typing import Any, TextIO
 from unicodedata import category
 
 MESSAGE = 2_000
-"""Characters of the longest message."""
 _QUOTED = 60
 _UNSEEN_LETTERS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0]")
 """Drawn as nothing, though Unicode counts them among letters and marks."""
 
 
 def printable(text: str) -> str:
-    """The text with everything that is not seen escaped as Python writes it (`\\x1b`, `\\u202e`).
+    """Return a text with all that is not seen escaped as Python writes it (`\\x1b`, `\\u202e`).
 
-    That is: control characters and line ends, marks that turn the direction of writing, other
-    format characters, and halves of surrogate pairs. Blanks of every width stay.
+    Blanks of every width stay.
     """
     if text.isprintable() and not _UNSEEN_LETTERS.search(text):
         return text
@@ -50,7 +48,7 @@ def printable(text: str) -> str:
 
 
 def cut(text: str, most: int = MESSAGE) -> str:
-    """The text, or its beginning and its end around "..." where it is longer than `most`."""
+    """Return the text, or both its ends around "..." where it is longer than `most`."""
     if len(text) <= most:
         return text
     kept = most - 3
@@ -59,12 +57,12 @@ def cut(text: str, most: int = MESSAGE) -> str:
 
 
 def sentence(text: str, most: int = MESSAGE) -> str:
-    """A message: printable, and no longer than `most` characters."""
+    """Return a text as a message: printable, and no longer than `most` characters."""
     return cut(printable(cut(text, most)), most)
 
 
 def short(value: object, most: int = _QUOTED) -> str:
-    """A value as messages quote it: Python's way of writing it, cut in the middle."""
+    """Return a value as messages quote it: as Python writes it, cut in the middle."""
     try:
         return sentence(_BRIEF.repr(value), most)
     except (ValueError, RecursionError):  # a number of thousands of digits, lists in lists
@@ -72,23 +70,15 @@ def short(value: object, most: int = _QUOTED) -> str:
 
 
 def reason(error: BaseException, most: int = 200) -> str:
-    """The first line of a foreign exception's message; its kind where it has none.
-
-    Of the system's errors what it says, without the number and the file's name.
-    """
+    """Return the first line of a foreign exception's message; its kind where it has none."""
+    # Of the system's errors without the number and the file's name.
     text = (isinstance(error, OSError) and error.strerror) or str(error)[: 10 * MESSAGE]
     line = next(filter(None, map(str.strip, text.splitlines())), "")
     return sentence(line.rstrip(". ") or type(error).__name__, most)
 
 
 def show(*lines: str, error: bool = False, flush: bool = False) -> None:
-    """Print lines for a person: the only place that writes to a terminal.
-
-    Args:
-        lines: each is printed as one line, whatever it holds.
-        error: on the error stream. A stream that was closed from the start is passed over.
-        flush: at once.
-    """
+    """Print texts, each as one line, on a stream that may be closed; only this prints."""
     stream: TextIO | None = sys.stderr if error else sys.stdout
     if stream is None:
         return
@@ -108,7 +98,7 @@ def say(text: str) -> None:
 
 
 def as_json(values: Any, indent: int | None = None) -> str:
-    """JSON of ASCII letters that can be seen."""
+    """Return JSON of ASCII letters that can be seen."""
     # One control character that JSON lets through: DEL.
     return json.dumps(values, indent=indent, allow_nan=False).replace("\x7f", "\\u007f")
 
@@ -119,28 +109,21 @@ def show_json(values: Any, *, indent: int | None = None, flush: bool = False) ->
 
 
 class PrintableLines(logging.Formatter):
-    """A log's lines for a person: its own tracebacks keep theirs, and nothing else makes one."""
+    """Format log records for a person: only tracebacks have several lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record, printable."""
+        """Return the record, printable."""
         return "\n".join(map(printable, super().format(record).split("\n")))
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
-        """The message, on one line."""
+        """Return the message, on one line."""
         return sentence(super().formatMessage(record))
 
 
-class _Brief(Repr):
-    """`reprlib`'s, with more of a string and of a long list than it shows of itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel = 3
-        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 20
-        self.maxstring = self.maxother = self.maxlong = MESSAGE
-
-
-_BRIEF = _Brief()
+_BRIEF = Repr()
+_BRIEF.maxlevel = 3
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxset = _BRIEF.maxfrozenset = _BRIEF.maxdict = 20
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = MESSAGE
 
 
 class EmbedcamError(Exception):
@@ -180,11 +163,8 @@ class NetworkError(EmbedcamError):
 class EmbeddingError(NetworkError):
     """Embeddings or activations of some pictures that cannot be used.
 
-    Args:
-        what: is wrong with them, such as "the embedding is zero and cannot be normalised".
-        advice: what to do next.
-        rows: the pictures' places in the batch.
-        size: pictures of the batch; of one alone no place is named.
+    `what` is wrong with them, `advice` what to do next, `rows` their places in the batch, and
+    `size` the number of its pictures; of one alone no place is named.
     """
 
     def __init__(self, what: str, advice: str, rows: Sequence[int], size: int) -> None:
@@ -195,15 +175,11 @@ class EmbeddingError(NetworkError):
         super().__init__(f"{what}{at}; {advice}")
 
     def named(self, names: Sequence[str]) -> "EmbeddingError":
-        """The same error with the first picture's name before it.
-
-        Args:
-            names: of all pictures of the batch.
-        """
+        """Return the error with the first of its pictures' name, of all `names`, before it."""
         return self.of_one(names[self.rows[0]])
 
     def of_one(self, name: str) -> "EmbeddingError":
-        """The same error with a name before it, whatever its places are."""
+        """Return the error with a name before it, whatever its places are."""
         self.args, self.is_named = (f"{name}: {self.what}; {self.advice}",), True
         return self
 
@@ -221,7 +197,7 @@ class IndexBusyError(IndexFormatError):
 
 
 def text_of(error: BaseException) -> str:
-    """What an exception says; nothing where its own code fails at that."""
+    """Return what an exception says; nothing where its own code fails at that."""
     try:
         return str(error)
     except Exception:
@@ -242,10 +218,9 @@ _LESS = {"batch_size": "a smaller --batch-size", "workers": "fewer --workers"}
 
 
 def ran_out(error: BaseException | None) -> bool:
-    """Whether an exception, or one that led to it, says that there was too little memory.
+    """Return whether an exception, or one that led to it, tells of too little memory.
 
-    Such a failure says nothing about a picture, a network or a file: nothing may be concluded from
-    it, and no result of it kept.
+    Such a failure says nothing about a picture, a network or a file.
     """
     seen = set[int]()
     while error is not None and id(error) not in seen:
@@ -260,7 +235,7 @@ def ran_out(error: BaseException | None) -> bool:
 
 
 def is_left(n_bytes: int) -> bool:
-    """Whether that much memory, and a little to spare, could be had now."""
+    """Return whether that much memory, and a little to spare, could be had now."""
     try:
         mmap.mmap(-1, n_bytes + _SPARE).close()
     except (OSError, MemoryError, ValueError, OverflowError):
@@ -269,21 +244,20 @@ def is_left(n_bytes: int) -> bool:
 
 
 def told(error: BaseException, options: Mapping[str, Any]) -> BaseException:
-    """The error, or where memory ran out what a command says of that; its options are named."""
+    """Return the error, or where memory ran out what a command with these options says of it."""
     if not ran_out(error):
         return error
     less = " or ".join(text for name, text in _LESS.items() if name in options)
-    way = f"take {less}, or allow it more" if less else "allow it more"
-    said = EmbedcamError(
-        f"there is too little memory ({_reason(error)}); {way}, and run the same command again"
+    advice = f"take {less}, or allow it more" if less else "allow it more"
+    memory = EmbedcamError(
+        f"there is too little memory ({_reason(error)}); {advice}, and run the same command again"
     )
     # As other failures of the machine.
-    said.__cause__ = OSError(errno.ENOMEM, "Cannot allocate memory")
-    return said
+    memory.__cause__ = OSError(errno.ENOMEM, "Cannot allocate memory")
+    return memory
 
 
 def _reason(error: BaseException) -> str:
-    """What the library said, on one line, without the place in its source."""
     while error.__cause__ is not None:
         error = error.__cause__
     text = " ".join(str(error).split())

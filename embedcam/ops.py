@@ -11,39 +11,50 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from ._checks import one_of
 from .errors import InputError
 
 Array = TypeVar("Array")
 """A NumPy array or a torch tensor; what comes in is what goes out."""
+MODES = ("mean", "distance")
 
 
 def cam(weights: Array, activations: Array) -> Array:
-    """Class activation map ReLU(sum_k w_k A_k) (Selvaraju et al. 2017, eq. 2).
+    """Return the class activation map ReLU(sum_k w_k A_k) (Selvaraju et al. 2017, eq. 2).
 
-    Args:
-        weights: channel weights, `[B K]`, or `[K]` for one image; or weights by position, of the
-            activations' own shape (Draelos and Carin 2020, eq. 2).
-        activations: `[B K H W]`, or `[K H W]` for one image.
+    Parameters
+    ----------
+    weights
+        Channel weights, `[B K]`, or `[K]` for one image; or weights by position, of the
+        activations' own shape (Draelos and Carin 2020, eq. 2).
+    activations
+        `[B K H W]`, or `[K H W]` for one image.
 
-    Returns:
+    Returns
+    -------
+    array
         The map, `[B H W]` or `[H W]`, >= 0, not normalised.
 
-    Raises:
-        InputError: the shapes do not belong together.
+    Raises
+    ------
+    InputError
+        The shapes do not belong together.
     """
-    return _relu(signed_cam(weights, activations))
+    maps: Any = signed_cam(weights, activations)
+    positive: Any = np.maximum(maps, 0) if isinstance(maps, np.ndarray) else maps.clip(min=0)
+    clipped: Array = positive
+    return clipped
 
 
 def signed_cam(weights: Array, activations: Array) -> Array:
-    """The map before its ReLU, sum_k w_k A_k: negative where the picture speaks against it.
-
-    Args, returns and raises as `cam`, but for the sign.
-    """
-    w_shape, a_shape = tuple(weights.shape), tuple(activations.shape)  # type: ignore[attr-defined]
+    """Return the map before its ReLU, sum_k w_k A_k: negative where the picture speaks against."""
+    w: Any = weights
+    maps: Any = activations
+    w_shape, a_shape = tuple(w.shape), tuple(maps.shape)
+    signed: Array
     if w_shape == a_shape and len(a_shape) in (3, 4):
-        product: Any = weights * activations  # type: ignore[operator]
-        by_position: Array = product.sum(-3)
-        return by_position
+        signed = (w * maps).sum(-3)
+        return signed
     if len(a_shape) != len(w_shape) + 2 or a_shape[: len(w_shape)] != w_shape or not w_shape:
         raise InputError(
             f"weights {list(w_shape)} and activations {list(a_shape)} do not belong together; "
@@ -51,21 +62,26 @@ def signed_cam(weights: Array, activations: Array) -> Array:
             "activations' own shape"
         )
     *batch, channels, height, width = a_shape
-    flat = activations.reshape(*batch, channels, height * width)  # type: ignore[attr-defined]
-    mixed = weights.reshape(*batch, 1, channels) @ flat  # type: ignore[attr-defined]
-    signed: Array = mixed.reshape(*batch, height, width)
+    mixed = w.reshape(*batch, 1, channels) @ maps.reshape(*batch, channels, height * width)
+    signed = mixed.reshape(*batch, height, width)
     return signed
 
 
+def signed_cams(weights: np.ndarray, activations: np.ndarray) -> np.ndarray:
+    """Return signed maps `[n H W]` of one image `[K H W]` by weights `[n K]` or `[n K H W]`."""
+    maps: np.ndarray
+    if weights.ndim == 2:
+        maps = np.tensordot(weights, activations, 1)
+    else:
+        maps = np.einsum("nkhw,khw->nhw", weights, activations)
+    return maps
+
+
 def attended(activations: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """Average activations where a map lies: sum_ij M_ij A_k,ij / sum_ij M_ij, `[K]` float32.
+    """Return activations averaged where a map lies, sum_ij M_ij A_k,ij / sum_ij M_ij, `[K]`.
 
-    As Chen et al. (WACV 2020) do it for house prices. Where the map is empty, the plain mean.
-
-    Args:
-        activations: A, `[K h w]`.
-        drawn: M, `[H W]` >= 0; on a finer grid than the activations' it is averaged down to theirs,
-            on a coarser one interpolated.
+    As Chen et al. (WACV 2020) do it for house prices; under an empty map the plain mean. A map on
+    a finer grid than the activations' `[K h w]` is averaged down, on a coarser one interpolated.
     """
     size = activations.shape[1:]
     if drawn.shape != size:
@@ -75,45 +91,22 @@ def attended(activations: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     shares = np.asarray(drawn, np.float64).ravel()
     total = shares.sum()
     shares = shares / total if total > 0 else np.full(shares.size, 1 / shares.size)
-    found: np.ndarray = activations.reshape(len(activations), -1) @ shares.astype(np.float32)
-    return found
-
-
-def signed_cams(weights: np.ndarray, activations: np.ndarray) -> np.ndarray:
-    """Signed maps of one image by several weights.
-
-    Args:
-        weights: `[n K]`, or `[n K H W]` by position.
-        activations: `[K H W]`.
-
-    Returns:
-        `[n H W]`.
-    """
-    if weights.ndim == 2:
-        found: np.ndarray = np.tensordot(weights, activations, 1)
-        return found
-    return np.einsum("nkhw,khw->nhw", weights, activations)
+    mean: np.ndarray = activations.reshape(len(activations), -1) @ shares.astype(np.float32)
+    return mean
 
 
 def joined(coarse: Array, fine: Array) -> Array:
-    """Signed maps of one picture from two views as one, on the finer grid.
+    """Return signed maps of one picture from two views as one, on the finer grid, with mean 0.
 
     s_c ((U(C) - mean U(C)) / s_c + (F - mean F) / s_f), s the standard deviations: equal parts of
-    both, in the units of the coarse map, with mean 0. A constant map adds nothing.
-
-    Args:
-        coarse: C, `[... h w]`.
-        fine: F, `[... H W]`, of the same picture shown larger.
-
-    Returns:
-        `[... H W]`.
+    both, in the units of the coarse map C `[... h w]`; F is `[... H W]`. A constant adds nothing.
     """
-    size = tuple(fine.shape)[-2:]  # type: ignore[attr-defined]
-    upper, own = _centred(resize(coarse, size)), _centred(fine)
-    spreads = [((one * one).mean((-2, -1))[..., None, None]) ** 0.5 for one in (upper, own)]
+    larger: Any = fine
+    upper, lower = (_centered(one) for one in (resize(coarse, _sides(fine)), fine))
+    spreads = [((one * one).mean((-2, -1))[..., None, None]) ** 0.5 for one in (upper, lower)]
     # A map that varies by its own rounding alone says nothing, however far it is stretched.
-    flat = spreads[1] <= 1e-6 * abs(fine).mean((-2, -1))[..., None, None]  # type: ignore[arg-type]
-    both: Array = upper + own * (spreads[0] / (spreads[1] + flat)) * ~flat
+    flat = spreads[1] <= 1e-6 * abs(larger).mean((-2, -1))[..., None, None]
+    both: Array = upper + lower * (spreads[0] / (spreads[1] + flat)) * ~flat
     return both
 
 
@@ -122,160 +115,203 @@ def drawn_and_signed(
     activations: Sequence[np.ndarray],
     finer: Sequence[np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the map of a picture with all layers, and the same before its ReLU.
+    """Return the map >= 0 of a picture, or of several, by all layers, and before its ReLU.
 
+    Weights `[K]` and activations `[K h w]` are of each layer, deepest first, or with a leading B.
     What several layers draw is positive (`sharpen`); only the deepest says what speaks against it.
-
-    Args:
-        weights: of each layer, deepest first, `[K]`, or of several pictures `[B K]`.
-        activations: of each layer, `[K h w]` or `[B K h w]`.
-        finer: of each layer, of the same picture shown larger: both maps are `joined`.
-
-    Returns:
-        Two maps `[H W]` or `[B H W]` on the finest grid, the first >= 0.
+    With `finer`, activations of the picture shown larger, both maps are `joined`.
     """
     signed = signed_cam(weights[0], activations[0])
     if finer is not None:
         signed = joined(signed, signed_cam(weights[0], finer[0]))
-    found = np.maximum(signed, 0)
+    positive = np.maximum(signed, 0)
     layers = activations if finer is None else finer
-    for own, maps in zip(weights[1:], layers[1:], strict=True):
-        found = sharpen(cam(own, maps), found)
+    for layer_weights, maps in zip(weights[1:], layers[1:], strict=True):
+        positive = sharpen(cam(layer_weights, maps), positive)
     if len(weights) > 1:
-        signed = found + np.minimum(resize(signed, found.shape[-2:]), 0) * (found == 0)
-    return found, signed
+        signed = positive + np.minimum(resize(signed, _sides(positive)), 0) * (positive == 0)
+    return positive, signed
 
 
-def _centred(maps: Any) -> Any:
-    return maps - maps.mean((-2, -1))[..., None, None]
+def picture_maps(
+    weights: Sequence[np.ndarray],
+    activations: Sequence[np.ndarray],
+    finer: Sequence[np.ndarray] | None = None,
+    size: tuple[int, int] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return `drawn_and_signed` of one picture at a size, and its `attended` activations `[K]`."""
+    positive, signed = drawn_and_signed(weights, activations, finer)
+    features = attended((activations if finer is None else finer)[0], positive)
+    if size is not None:
+        positive, signed = resize(positive, size), resize(signed, size)
+    return positive, signed, features
 
 
 def resize(maps: Array, size: tuple[int, int]) -> Array:
-    """Bilinear resizing U(.) with pixel centres aligned (`align_corners=False`), no antialiasing.
+    """Return maps `[... h w]` at (H, W) by bilinear interpolation U(.), within their range.
 
-    Args:
-        maps: `[... h w]`.
-        size: (H, W) wanted, both >= 1.
-
-    Returns:
-        `[... H W]`, within the range of the input.
+    Pixel centers are aligned (`align_corners=False`); there is no antialiasing.
     """
     height, width = _checked_size(size)
-    h, w = tuple(maps.shape)[-2:]  # type: ignore[attr-defined]
-    maps = _floating(maps)
+    h, w = _sides(maps)
+    floats: Any = _floating(maps)
     # Eight bytes a number is float64 in either library.
-    kind = "float64" if maps.itemsize == 8 else "float32"  # type: ignore[attr-defined]
-    return _sandwich(maps, _bilinear(h, height, kind), _bilinear(w, width, kind))
+    kind = "float64" if floats.itemsize == 8 else "float32"
+    resized: Array = _sandwich(floats, _bilinear(h, height, kind), _bilinear(w, width, kind))
+    return resized
 
 
 def area_average(maps: Array, size: tuple[int, int]) -> Array:
-    """Average each map over equal rectangles, exactly, cells cut by a border counted by area.
+    """Return maps `[... h w]` averaged over equal rectangles at (H, W), at most (h, w).
 
-    Args:
-        maps: `[... h w]`.
-        size: (H, W) wanted, at most (h, w).
-
-    Returns:
-        `[... H W]`; the mean of every map is kept.
+    Exactly, positions cut by a border counted by area: the mean of every map is kept.
     """
     height, width = _checked_size(size)
-    h, w = tuple(maps.shape)[-2:]  # type: ignore[attr-defined]
+    h, w = _sides(maps)
     if height > h or width > w:
         raise InputError(f"a {h} x {w} map cannot be averaged to {height} x {width}; use resize")
-    return _sandwich(_floating(maps), _area(h, height), _area(w, width))
+    averaged: Array = _sandwich(_floating(maps), _area(h, height), _area(w, width))
+    return averaged
 
 
 def sharpen(fine: Array, coarse: Array) -> Array:
-    """L(R) U(P): a coarse map P, given the local structure of a finer one R.
+    """Return L(R) U(P): a coarse map P `[... h w]` with the structure of a finer R `[... H W]`.
 
     L(R) = R / U(D(R)), D bilinear down to the size of P and U back up (Englebert et al. 2022): how
-    R differs within the cells of P. It is 0 where U(D(R)) is 0 to the rounding of R's largest.
-
-    Args:
-        fine: R, `[... H W]`, >= 0.
-        coarse: P, `[... h w]`, >= 0.
-
-    Returns:
-        `[... H W]`.
+    R differs within the positions of P. It is 0 where U(D(R)) is 0 to the rounding of R's largest.
     """
-    size = tuple(fine.shape)[-2:]  # type: ignore[attr-defined]
-    around: Any = resize(resize(fine, tuple(coarse.shape)[-2:]), size)  # type: ignore[attr-defined]
-    *lead, height, width = tuple(fine.shape)  # type: ignore[attr-defined]
-    largest: Any = _largest(fine.reshape(*lead, height * width))[..., None]  # type: ignore[attr-defined]
-    least = largest * (2.0**-52 if fine.itemsize == 8 else 2.0**-23)  # type: ignore[attr-defined]
+    size, r = _sides(fine), fine
+    ratio: Any = r
+    around: Any = resize(resize(r, _sides(coarse)), size)
+    largest: Any = _largest(_flat(r))[..., None]
+    least = largest * (2.0**-52 if ratio.itemsize == 8 else 2.0**-23)
     seen = around > least
-    local = fine / (around * seen + ~seen) * seen
-    sharpened: Array = local * resize(coarse, size)
+    sharpened: Array = ratio / (around * seen + ~seen) * seen * resize(coarse, size)
     return sharpened
 
 
 def normalize(maps: Array) -> Array:
-    """Min-max normalisation N(.) of each map to [0, 1]; a constant map becomes zeros, never NaN.
+    """Return each map `[... H W]` min-max normalised to [0, 1]; a constant one becomes zeros.
 
     For showing one map by itself. It hides how strong the evidence is: never use it before
     comparing maps.
-
-    Args:
-        maps: `[... H W]`.
     """
-    maps = _floating(maps)
-    *lead, height, width = tuple(maps.shape)  # type: ignore[attr-defined]
-    flat = maps.reshape(*lead, height * width)  # type: ignore[attr-defined]
+    floats: Any = _floating(maps)
+    flat = _flat(floats)
     # Two sorted ends instead of amin/min(axis), whose return types differ between the libraries.
     low = -_largest(-flat)
     span = _largest(flat) - low
-    flat_map = span == 0
-    scaled = (flat - low) / (span + flat_map)
-    return scaled.reshape(*lead, height, width)
+    scaled: Array = ((flat - low) / (span + (span == 0))).reshape(*floats.shape)
+    return scaled
 
 
-def _relu(maps: Array) -> Array:
-    if isinstance(maps, np.ndarray):
-        positive: Any = np.maximum(maps, 0)
-        return positive
-    return maps.clip(min=0)  # type: ignore[attr-defined]
+def coefficients(norms: np.ndarray, distances: np.ndarray, mode: str = "mean") -> np.ndarray:
+    """Return what each neighbor's weights are multiplied by before they are summed, `[... n]`.
+
+    `mean`: each neighbor's weights divided by their L2 norm `[... n]`, then averaged. `distance`:
+    the same with shares 1 / Euclidean distance (of *squared* distances `[... n]`), where exact
+    matches take all. One neighbor: its weights, unscaled. A neighbor whose weights are all zero (no
+    triplet taught it anything) carries no evidence and takes no share.
+    """
+    norms, distances = np.asarray(norms, np.float64), np.asarray(distances, np.float64)
+    if mode not in MODES:
+        one_of("transfer", mode, MODES)
+    if norms.shape != distances.shape or norms.ndim == 0 or norms.shape[-1] == 0:
+        raise InputError(
+            f"norms {list(norms.shape)} and distances {list(distances.shape)} must have one shape "
+            "[... n] with at least one neighbour"
+        )
+    n = norms.shape[-1]
+    queries = zip(norms.reshape(-1, n).tolist(), distances.reshape(-1, n).tolist(), strict=True)
+    shares = [_of_one_query(lengths, apart, mode) for lengths, apart in queries]
+    return np.array(shares, np.float32).reshape(norms.shape)
 
 
-def _floating(maps: Array) -> Array:
-    """Bytes and other whole numbers as float32, which neither wraps nor truncates."""
-    if isinstance(maps, np.ndarray):
-        floats: Any = maps if maps.dtype.kind == "f" else maps.astype(np.float32)
-    else:
-        floats = maps if maps.is_floating_point() else maps.float()  # type: ignore[attr-defined]
-    return floats
+def rival_coefficients(norms: np.ndarray) -> np.ndarray:
+    """Return (1 / |w_A|, -1 / |w_B|) of a result's and its rival's norms `[2]`: both at length 1.
+
+    Weights that are all zero stay zero.
+    """
+    lengths = np.asarray(norms, np.float64)
+    inverse = np.divide(1, lengths, out=np.zeros(2), where=lengths > 0)
+    return (inverse * (1, -1)).astype(np.float32)
 
 
-def _largest(flat: Array) -> Array:
-    """`[... N]` -> `[... 1]`, the largest value along the last axis."""
-    best = flat.max(-1)  # type: ignore[attr-defined]
-    values = getattr(best, "values", best)
-    return values[..., None]
+def transfer(weights: np.ndarray, distances: np.ndarray, mode: str = "mean") -> np.ndarray:
+    """Return query weights `[... K]` float32 from neighbors' `[... n K]`; see `coefficients`."""
+    weights = np.asarray(weights)
+    norms = np.linalg.norm(weights.astype(np.float64), axis=-1)
+    share = coefficients(norms, distances, mode)
+    return (share[..., None, :] @ weights.astype(np.float32, copy=False))[..., 0, :]
 
 
-def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
-    height, width = (int(n) for n in size)
-    if height < 1 or width < 1:
-        raise InputError(f"size {tuple(size)} has an empty side; give (height, width), both >= 1")
+def _of_one_query(norms: list[float], distances: list[float], mode: str) -> list[float]:
+    """In Python: ten neighbors are done before NumPy has set up its first operation."""
+    # Not "< 0", which a NaN passes.
+    if not all(value >= 0 for values in (norms, distances) for value in values):
+        raise InputError("norms and distances must be numbers >= 0; got a NaN or a negative value")
+    if len(norms) == 1:
+        return [1.0]
+    shares = [float(norm > 0) for norm in norms]
+    if mode == "distance":
+        exact = [share * (apart == 0) for share, apart in zip(shares, distances, strict=True)]
+        near = zip(shares, distances, strict=True)
+        shares = exact if any(exact) else [s and 1 / math.sqrt(apart) for s, apart in near]
+    total = sum(shares)
+    return [share and share / total / norm for share, norm in zip(shares, norms, strict=True)]
+
+
+def _centered(maps: Any) -> Any:
+    return maps - maps.mean((-2, -1))[..., None, None]
+
+
+def _sides(maps: Any) -> tuple[int, int]:
+    height, width = tuple(maps.shape)[-2:]
     return height, width
 
 
-def _sandwich(maps: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
-    """rows @ maps @ columns^T in the maps' own library, type and device."""
+def _flat(maps: Any) -> Any:
+    *lead, height, width = tuple(maps.shape)
+    return maps.reshape(*lead, height * width)
+
+
+def _floating(maps: Any) -> Any:
+    """Return bytes and other whole numbers as float32, which neither wraps nor truncates."""
+    if isinstance(maps, np.ndarray):
+        return maps if maps.dtype.kind == "f" else maps.astype(np.float32)
+    return maps if maps.is_floating_point() else maps.float()
+
+
+def _largest(flat: Any) -> Any:
+    """Return the largest value along the last axis, `[... 1]`."""
+    best = flat.max(-1)
+    return getattr(best, "values", best)[..., None]
+
+
+def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = size
+    if int(height) < 1 or int(width) < 1:
+        raise InputError(f"size {tuple(size)} has an empty side; give (height, width), both >= 1")
+    return int(height), int(width)
+
+
+def _sandwich(maps: Any, rows: np.ndarray, columns: np.ndarray) -> Any:
+    """Return rows @ maps @ columns^T in the maps' own library, type and device."""
     if isinstance(maps, np.ndarray):
         kind = maps.dtype if maps.dtype == np.float64 else np.dtype(np.float32)
         return rows.astype(kind, copy=False) @ maps @ columns.astype(kind, copy=False).T
-    left, right = maps.new_tensor(rows), maps.new_tensor(columns)  # type: ignore[attr-defined]
+    left, right = maps.new_tensor(rows), maps.new_tensor(columns)
     return left @ maps @ right.mT
 
 
 @lru_cache(maxsize=256)
 def _bilinear(source: int, target: int, kind: str = "float64") -> np.ndarray:
-    """Interpolation matrix `[target source]`; each row sums to 1."""
-    centre = (np.arange(target) + 0.5) * (source / target) - 0.5
-    centre = np.clip(centre, 0, source - 1)
-    low = np.floor(centre).astype(int)
+    """Return the interpolation matrix `[target source]`; each row sums to 1."""
+    center = (np.arange(target) + 0.5) * (source / target) - 0.5
+    center = np.clip(center, 0, source - 1)
+    low = np.floor(center).astype(int)
     high = np.minimum(low + 1, source - 1)
-    part = centre - low
+    part = center - low
     matrix = np.zeros((target, source))
     np.add.at(matrix, (np.arange(target), low), 1 - part)
     np.add.at(matrix, (np.arange(target), high), part)
@@ -286,101 +322,10 @@ def _bilinear(source: int, target: int, kind: str = "float64") -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def _area(source: int, target: int) -> np.ndarray:
-    """Overlap matrix `[target source]`: the share of each source cell in each target cell."""
+    """Return the share of each source position in each target position, `[target source]`."""
     edges = np.arange(target + 1) * (source / target)
-    cell = np.arange(source)
-    overlap = np.minimum(edges[1:, None], cell + 1) - np.maximum(edges[:-1, None], cell)
-    matrix = np.clip(overlap, 0, None) * (target / source)
+    start = np.arange(source)
+    overlap = np.minimum(edges[1:, None], start + 1) - np.maximum(edges[:-1, None], start)
+    matrix: np.ndarray = np.clip(overlap, 0, None) * (target / source)
     matrix.setflags(write=False)
     return matrix
-
-
-MODES = ("mean", "distance")
-
-
-def coefficients(norms: np.ndarray, distances: np.ndarray, mode: str = "mean") -> np.ndarray:
-    """What each neighbour's weights are multiplied by; the products are then summed.
-
-    `mean`: each neighbour's weights divided by their L2 norm, then averaged. `distance`: the same
-    with shares 1 / Euclidean distance, where exact matches (distance 0) take all. One neighbour:
-    its weights, unscaled. A neighbour whose weights are all zero (no triplet taught it anything)
-    carries no evidence and takes no share.
-
-    Args:
-        norms: L2 norm of each neighbour's weights, `[... n]`, >= 0.
-        distances: *squared* Euclidean distance of each neighbour to the query, `[... n]`, >= 0.
-        mode: "mean" or "distance".
-
-    Returns:
-        `[... n]` float32.
-
-    Raises:
-        InputError: unknown mode, unequal shapes, no neighbour, or a NaN or negative value.
-    """
-    norms, distances = np.asarray(norms, np.float64), np.asarray(distances, np.float64)
-    if mode not in MODES:
-        raise InputError(f"transfer mode {mode!r} is unknown; use one of {', '.join(MODES)}")
-    if norms.shape != distances.shape or norms.ndim == 0 or norms.shape[-1] == 0:
-        raise InputError(
-            f"norms {list(norms.shape)} and distances {list(distances.shape)} must have one shape "
-            "[... n] with at least one neighbour"
-        )
-    n = norms.shape[-1]
-    given = zip(norms.reshape(-1, n).tolist(), distances.reshape(-1, n).tolist(), strict=True)
-    found = [_of_one_query(lengths, apart, mode) for lengths, apart in given]
-    return np.array(found, np.float32).reshape(norms.shape)
-
-
-def rival_coefficients(norms: np.ndarray) -> np.ndarray:
-    """Return what the weights of a result and of its rival are multiplied by before they are added.
-
-    (1 / |w_A|, -1 / |w_B|): both are brought to unit length, as `coefficients` does with several
-    neighbors, and the rival's are subtracted. Weights that are all zero stay zero.
-
-    Args:
-        norms: L2 norms of the weights of the result and of its rival, `[2]`, >= 0.
-
-    Returns:
-        `[2]` float32.
-    """
-    lengths = np.asarray(norms, np.float64)
-    inverse = np.divide(1, lengths, out=np.zeros(2), where=lengths > 0)
-    return (inverse * (1, -1)).astype(np.float32)
-
-
-def transfer(weights: np.ndarray, distances: np.ndarray, mode: str = "mean") -> np.ndarray:
-    """Query weights from decoded neighbours' weights.
-
-    Args:
-        weights: `[... n K]`, missing channels zero.
-        distances: squared Euclidean distances to the query, `[... n]`.
-        mode: "mean" or "distance", see `coefficients`.
-
-    Returns:
-        `[... K]` float32; never cut to the top M again.
-    """
-    weights = np.asarray(weights)
-    norms = np.linalg.norm(weights.astype(np.float64), axis=-1)
-    share = coefficients(norms, distances, mode)
-    return (share[..., None, :] @ weights.astype(np.float32, copy=False))[..., 0, :]
-
-
-def _of_one_query(norms: list[float], distances: list[float], mode: str) -> list[float]:
-    """In Python: ten neighbours are done before NumPy has set up its first operation."""
-    # Not "< 0", which a NaN passes.
-    if not all(value >= 0 for values in (norms, distances) for value in values):
-        raise InputError("norms and distances must be numbers >= 0; got a NaN or a negative value")
-    if len(norms) == 1:
-        return [1.0]
-    shares = [float(norm > 0) for norm in norms]
-    if mode == "distance":
-        counted = [share * (apart == 0) for share, apart in zip(shares, distances, strict=True)]
-        if any(counted):
-            shares = counted
-        else:
-            shares = [
-                share and 1 / math.sqrt(apart)
-                for share, apart in zip(shares, distances, strict=True)
-            ]
-    total = sum(shares)
-    return [share and share / total / norm for share, norm in zip(shares, norms, strict=True)]

@@ -79,7 +79,7 @@ def serve(name: str, threads: int | None, folder: Path, told: Connection) -> Non
 
     from embedcam import Explainer
     from embedcam.service import create_app, server
-    from embedcam.service.upload import read_upload
+    from embedcam.service.pictures import read_upload
 
     if threads:
         torch.set_num_threads(threads)

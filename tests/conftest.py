@@ -1,8 +1,12 @@
 """Settings every test shares."""
 
 import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
+import pytest
 
 # Seeded and without a database: the same examples on every machine, no folder left behind.
 hypothesis.settings.register_profile(
@@ -11,3 +15,80 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("embedcam")
 # Pictures are drawn without a screen.
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+if TYPE_CHECKING:
+    from embedcam import EmbeddingNetwork, Explainer
+
+
+@pytest.fixture(scope="module")
+def cli_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A working folder with photos and, importable from nowhere else, a module with a network."""
+    from cli_samples import working_folder
+
+    with working_folder(tmp_path_factory.mktemp("cli")) as folder:
+        yield folder
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command: its exit code, and what it printed on both streams."""
+    from cli_samples import trusting
+
+    from embedcam.cli import main
+
+    def run(*arguments: object, unasked: bool = True) -> tuple[int, str, str]:
+        words = [str(argument) for argument in arguments]
+        capsys.readouterr()
+        code = main([*words, *(trusting(words) if unasked else [])])
+        told = capsys.readouterr()
+        for letter in told.out + told.err:
+            assert letter.isprintable() or letter in "\n\r", repr(letter)
+        return code, told.out, told.err
+
+    return run
+
+
+@pytest.fixture
+def refused(say: Callable[..., tuple[int, str, str]]) -> Callable[..., None]:
+    """One sentence on the error stream, nothing on the other, and the code."""
+
+    def check(code: int, message: str, *arguments: object) -> None:
+        exit_code, out, err = say(*arguments)
+        assert (exit_code, out) == (code, ""), err
+        assert err.count("\n") == 1
+        assert err.startswith("embedcam")
+        assert message in err
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from photo_samples import write_photos
+
+    return write_photos(tmp_path_factory.mktemp("photos") / "photos")
+
+
+@pytest.fixture(scope="session")
+def network() -> "EmbeddingNetwork":
+    from photo_samples import network_of
+
+    return network_of()
+
+
+@pytest.fixture(scope="session")
+def dense(
+    photos: Path, network: "EmbeddingNetwork", tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An index of the photos with dense weights."""
+    from photo_samples import DENSE, build
+
+    return build(photos, tmp_path_factory.mktemp("dense") / "dense", network, DENSE)
+
+
+@pytest.fixture
+def explainer(dense: Path, network: "EmbeddingNetwork") -> "Iterator[Explainer]":
+    from embedcam import Explainer, Index
+
+    with Index.open(dense) as index:
+        yield Explainer(index, network, n_neighbors=3)

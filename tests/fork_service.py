@@ -127,7 +127,7 @@ def locks_held(folder: Path, explainer: Explainer) -> None:
     def hold() -> None:
         faiss_file = explainer.index._faiss
         assert faiss_file is not None
-        with explainer._lock, explainer.network._lock, faiss_file._lock:
+        with explainer._lock, explainer.network.runner.lock, faiss_file._lock:
             held.set()
             go_on.wait(60)
 

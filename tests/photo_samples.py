@@ -9,10 +9,19 @@ from PIL import Image
 from torch import Tensor, nn
 from toys import seeded
 
-from embedcam import EmbeddingNetwork, Preprocess, Recipe, build_index, find_images
+from embedcam import (
+    EmbeddingNetwork,
+    Explanation,
+    Preprocess,
+    Recipe,
+    build_index,
+    find_images,
+)
 
 CHANNELS, WIDTH, SIDE = 8, 5, 32
 SQUASH = Preprocess(size=(SIDE, SIDE))
+GRID = (SIDE // 4, SIDE // 4)
+DENSE = Recipe(encoding="dense", dtype="float32")
 CROP = Preprocess(size=(SIDE, SIDE), resize="crop", resize_to=36)
 
 
@@ -90,3 +99,18 @@ def build(
 
 def tensor_of(image: Image.Image, preprocess: Preprocess = SQUASH) -> Tensor:
     return torch.from_numpy(preprocess(image))
+
+
+def same(a: Explanation, b: Explanation, rtol: float = 0.0) -> None:
+    assert a.ids == b.ids
+    assert a.labels == b.labels
+    assert a.paths == b.paths
+    assert a.explained == b.explained
+    pairs = [(a.cam, b.cam), (a.weights, b.weights), (a.distances, b.distances)]
+    pairs += [(a.similarities, b.similarities)]
+    if a.neighbor_cams is not None:
+        assert b.neighbor_cams is not None
+        pairs.append((a.neighbor_cams, b.neighbor_cams))
+    for mine, other in pairs:
+        assert mine.shape == other.shape
+        np.testing.assert_allclose(mine, other, rtol=rtol, atol=rtol * np.abs(other).max())

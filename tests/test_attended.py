@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from photo_samples import CHANNELS, SIDE, build, network_of, picture, write_photos
+from photo_samples import CHANNELS, SIDE, build, picture, write_photos
 from test_report import records
 from test_report_cli import Say, here, say  # noqa: F401 - fixtures
 
 from embedcam import EmbeddingNetwork, Explainer, Recipe, find_images, write_report
-from embedcam.explain.finer import larger_input
+from embedcam.explain.queries import larger_input
 from embedcam.ops import attended, cam, joined, resize, signed_cam
 
 
@@ -55,11 +55,6 @@ def test_a_map_on_another_grid_is_brought_to_the_activations() -> None:
     coarse = rng.random((1, 2))
     expected = oracle(activations, resize(coarse, (2, 3)))
     np.testing.assert_allclose(attended(activations, coarse), expected, rtol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def network() -> EmbeddingNetwork:
-    return network_of()
 
 
 @pytest.fixture(scope="module")

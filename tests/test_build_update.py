@@ -290,7 +290,7 @@ def say(
 ) -> Callable[..., tuple[int, str, str]]:
     import embedcam.cli.offline as offline
 
-    monkeypatch.setattr(offline, "named", lambda chosen: toy().network)
+    monkeypatch.setattr(offline, "load_named", lambda chosen: toy().network)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()

@@ -54,12 +54,6 @@ def test_the_map_by_hand() -> None:
         np.testing.assert_array_equal(np.asarray(got), [[2.0, 0.0, 2.0]])
 
 
-def test_the_map_of_tensors_is_that_of_arrays() -> None:
-    w, A = RNG.normal(size=(3, 5)), RNG.normal(size=(3, 5, 2, 4))
-    got = cam(torch.from_numpy(w), torch.from_numpy(A))
-    np.testing.assert_allclose(got.numpy(), cam(w, A), rtol=1e-12)
-
-
 def test_a_map_scales_with_its_weights_and_adds_only_before_the_cut() -> None:
     w, v, A = RNG.normal(size=5), RNG.normal(size=5), RNG.normal(size=(5, 3, 3))
     np.testing.assert_allclose(cam(3.0 * w, A), 3.0 * cam(w, A), rtol=1e-12)

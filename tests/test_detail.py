@@ -1,23 +1,20 @@
 """A finer map of a query: shown larger once more, joined, from pictures, inputs and features."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from photo_samples import SIDE, build, network_of, picture, write_photos
+from photo_samples import SIDE, build, picture, write_photos
 from torch import nn
 
 from embedcam import EmbeddingNetwork, Explainer, Preprocess, Recipe
 from embedcam.errors import InputError, NetworkError
-from embedcam.explain.finer import Finer, larger_input
+from embedcam.explain.queries import finer_activations, larger_input
 from embedcam.ops import joined, resize, signed_cam
 from embedcam.preprocess import custom
-
-
-@pytest.fixture(scope="module")
-def network() -> EmbeddingNetwork:
-    return network_of()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +103,7 @@ def test_larger_inputs_that_are_not_the_queries_are_refused(
                 explainer.explain_batch(inputs, larger=given, detail=2)
         with pytest.raises(InputError, match="give detail=2 with it"):
             explainer.explain_batch(inputs, larger=larger, detail=1)
-        with pytest.raises(InputError, match="give 1, or 2 for a finer map"):
+        with pytest.raises(InputError, match="give a whole number from 1 to 2"):
             explainer.explain(inputs[0], detail=np.array([1, 2]))  # type: ignore[arg-type]
 
 
@@ -136,12 +133,13 @@ def test_a_network_of_one_size_sees_the_quarters() -> None:
     batch = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
     with pytest.raises(NetworkError):
         network.forward(batch)
-    finer, asked = Finer(), []
+    asked: list[int] = []
+    snapshot: Any = SimpleNamespace(network=network, layers=(network.layer,), refused_sizes=set())
     network.module.register_forward_pre_hook(lambda _, given: asked.append(given[0].shape[-1]))
-    first = finer.activations(network, [network.layer], batch)[0]
+    first = finer_activations(snapshot, batch)[0]
     assert asked[0] == 16
     asked.clear()
-    found = finer.activations(network, [network.layer], batch)[0]
+    found = finer_activations(snapshot, batch)[0]
     # What was refused is not tried again.
     assert asked == [8, 8, 8, 8]
     np.testing.assert_array_equal(found, first)
@@ -156,5 +154,5 @@ def test_a_network_of_one_size_sees_the_quarters() -> None:
 
 @pytest.mark.parametrize("detail", [0, 3, True, "2", 1.5])
 def test_other_details_are_refused(index: Path, network: EmbeddingNetwork, detail: object) -> None:
-    with pytest.raises(InputError, match="give 1, or 2 for a finer map"):
+    with pytest.raises(InputError, match="give a whole number from 1 to 2"):
         Explainer(index, network, detail=detail)  # type: ignore[arg-type]

@@ -1,13 +1,10 @@
 """Results whose pictures were replaced since the build, and queries that are of the index."""
 
-import io
 import json
 import logging
 import os
-import re
 import shutil
-from base64 import b64decode
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,7 @@ from embedcam.cli import main
 from embedcam.errors import ImageError, InputError
 from embedcam.index import Index, compact
 from embedcam.prototypes import compress
-from embedcam.render import Tile, panel, shrunk
+from embedcam.render import Tile
 from embedcam.report import write_report
 from embedcam.service import create_app
 
@@ -54,9 +51,6 @@ def why(made: Path) -> Any:
         yield explainer.explain(made / "photos/c0/000.png")
 
 
-# ------------------------------------------------------------------ what is said, and drawn
-
-
 def test_each_result_says_what_became_of_its_file(why: Any) -> None:
     files = {one["id"]: one["file"] for one in why.to_dict((2, 2))["neighbors"]}
     assert files.pop(CHANGED) == "changed"
@@ -81,16 +75,6 @@ def test_the_new_picture_is_shown_with_a_note_and_without_the_old_map(why: Any) 
     alone = np.asarray(Tile(None, changed.cam).drawn((200, 200), 1.0)[1].resize(size))
     assert np.abs(mapped - alone).mean() < 4  # the map by itself, on grey
     assert not (np.abs(mapped - YELLOW) <= 40).all(-1).any()
-
-
-def test_a_tile_made_small_has_one_note(why: Any) -> None:
-    tile = next(tile for tile in why.tiles()[1] if tile.changed)
-    small = shrunk(tile, 32)
-    assert small.changed
-    assert (np.abs(np.asarray(small.image).astype(int) - YELLOW) <= 3).all()
-    assert not tile.cropped
-    for side in (48, 320):  # drawn at any size
-        assert panel(tile, [tile], side=side).width > side
 
 
 def test_the_picture_of_the_whole_shows_the_note(why: Any, made: Path) -> None:
@@ -141,13 +125,9 @@ def test_an_index_without_marks_says_once_that_it_cannot_tell(
     assert found[0].not_found() == ["c1/004.png"]
 
 
-# ------------------------------------------------------------------ the command line
-
-
 @pytest.fixture
 def say(made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    for module in ("online", "pairs"):
-        monkeypatch.setattr(f"embedcam.cli.{module}.network_given", lambda *_: toy().network)
+    monkeypatch.setattr("embedcam.cli.online.query_network", lambda *_: toy().network)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -186,24 +166,6 @@ def test_the_command_says_that_it_cannot_tell(say: Say, made: Path, tmp_path: Pa
     assert err == ""
 
 
-def test_the_page_shows_the_new_picture_beside_its_map(
-    say: Say, made: Path, tmp_path: Path
-) -> None:
-    query, page = made / "photos/c0/000.png", tmp_path / "why.html"
-    say("explain", made / "i", query, "-n", 12, "--html", page)
-    text = page.read_text()
-    figure = next(part for part in text.split("<figure") if f'title="{CHANGED[3:]}"' in part)
-    assert "<span>changed since the build</span>" in figure
-    assert text.count("changed since the build") == 1
-    plain, mapped = re.findall(r"base64,([^\"]+)", figure)
-    assert (_yellow(plain) > 0.5, _yellow(mapped)) == (True, 0)
-
-
-def _yellow(data: str) -> float:
-    shown = np.asarray(Image.open(io.BytesIO(b64decode(data)))).astype(int)
-    return float((np.abs(shown - YELLOW) < 30).all(-1).mean())
-
-
 def test_a_report_says_it_in_rows_lines_and_head(made: Path, tmp_path: Path) -> None:
     source = find_images(made / "as-built", "none").only([0, 1])
     with Explainer(made / "i", toy().network, n_neighbors=12) as explainer:
@@ -231,9 +193,6 @@ def test_info_counts_marks_apart(say: Say, made: Path, tmp_path: Path) -> None:
     assert with_marks["bytes_an_image"] == without["bytes_an_image"]
     assert with_marks["bytes"] == without["bytes"] + 12 * 16
     assert (with_marks["bytes_a_mark"], without["bytes_a_mark"]) == (16, 0)
-
-
-# ------------------------------------------------------------------ receipts and measures
 
 
 def test_a_receipt_is_of_the_picture_that_is_shown(say: Say, made: Path, tmp_path: Path) -> None:
@@ -264,15 +223,16 @@ def test_a_prototype_whose_picture_was_replaced_has_no_receipt(made: Path, tmp_p
             pairs.receipt(query, names[CHANGED])
 
 
-# ------------------------------------------------------------------ the service
-
-
 @pytest.fixture
-def app(made: Path) -> Any:
-    made_app = create_app(explainer(made / "i"))
-    made_app.state.pipeline.set_ready(True)
-    yield made_app
-    made_app.state.pipeline.close()
+def app(made: Path) -> Iterator[Any]:
+    yield from serving(made / "i")
+
+
+def serving(index: Path) -> Iterator[Any]:
+    app = create_app(explainer(index))
+    app.state.pipeline.set_ready(True)
+    yield app
+    app.state.pipeline.close()
 
 
 def test_the_service_says_it_of_every_result_and_map(app: Any, made: Path) -> None:
@@ -300,16 +260,9 @@ def test_the_service_refuses_the_receipt_of_a_replaced_prototype(
     compress(made / "i", tmp_path / "small", 12, progress=False)
     with Index.open(tmp_path / "small") as index:
         name = dict(zip(index.paths, index.ids, strict=True))[CHANGED]
-    made_app = create_app(explainer(tmp_path / "small"))
-    made_app.state.pipeline.set_ready(True)
-    try:
-        asked = post(made_app, f"/compare?result={name}", data_of(picture()))
+    for app in serving(tmp_path / "small"):
+        asked = post(app, f"/compare?result={name}", data_of(picture()))
         assert asked.error == (409, "changed_picture")
-    finally:
-        made_app.state.pipeline.close()
-
-
-# ------------------------------------------------------------------ a query of the index
 
 
 def test_the_query_s_own_file_is_left_out(made: Path, tmp_path: Path) -> None:

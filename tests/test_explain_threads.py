@@ -20,7 +20,7 @@ from rounding import same_arrays
 
 from embedcam import DirectWeights, EmbeddingNetwork, Explainer, Explanation, Index, Recipe
 from embedcam.errors import IndexFormatError, InputError, NetworkMismatch
-from embedcam.explain.explanation import Asked
+from embedcam.explain.explanation import Result
 from embedcam.index import append, compact, remove
 
 THREADS = 4
@@ -40,11 +40,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def network() -> EmbeddingNetwork:
-    return network_of()
-
-
-@pytest.fixture(scope="module")
 def built(
     photos: Path, network: EmbeddingNetwork, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
@@ -58,7 +53,7 @@ def same(a: Any, b: Any) -> bool:
         mine, other = getattr(a, field.name), getattr(b, field.name)
         if field.name in ("image", "preprocess"):
             alike = type(mine) is type(other)
-        elif isinstance(mine, Asked) and isinstance(other, Asked):
+        elif isinstance(mine, Result) and isinstance(other, Result):
             alike = same(mine, other)
         elif isinstance(mine, dict):
             alike = mine.keys() == other.keys() and all(

@@ -17,8 +17,7 @@ from torchvision import models
 from toys import seeded
 
 import embedcam
-import embedcam.export.tracing as tracing
-import embedcam.export.writing as writing
+import embedcam.export as exporting
 from embedcam import EmbeddingNetwork, Explainer, Index, Preprocess, Recipe
 from embedcam.errors import IndexFormatError, InputError, NetworkError, NetworkMismatch
 from embedcam.export import export_onnx
@@ -127,24 +126,19 @@ def test_it_computes_what_torch_does_for_batches_of_any_size(
     layers = list(file.layers)
     for batch in (1, 2, 5):
         images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(batch))
-        expected = network.forward(images)
-        found = file.forward(images)
-        for mine, torchs in (
-            (found.embedding, expected.embedding),
-            (found.activations, expected.activations),
+        expected, found = network.embed(images, layers), file.embed(images, layers)
+        for mine, torchs in zip(
+            [found.embedding, *found.activations],
+            [expected.embedding, *expected.activations],
+            strict=True,
         ):
-            assert mine.shape == tuple(torchs.shape)
+            assert mine.shape == torchs.shape
             assert mine.dtype == np.float32
             np.testing.assert_allclose(mine, torchs, rtol=1e-4, atol=1e-5)
         known = name in ("not normalised", "pooled vector")
         assert (found.norm is not None) == known
         if known:
             np.testing.assert_allclose(found.norm, expected.norm, rtol=1e-5)
-        if len(layers) > 1:
-            _, torch_maps = network.forward_layers(images, layers)
-            _, maps = file.forward_layers(images, layers)
-            for mine, torchs in zip(maps, torch_maps, strict=True):
-                np.testing.assert_allclose(mine, torchs, rtol=1e-4, atol=1e-5)
 
 
 def test_an_explainer_draws_the_same_maps(case: tuple[str, EmbeddingNetwork, Path, Path]) -> None:
@@ -312,7 +306,7 @@ def test_no_index_and_no_place(built: Path, tmp_path: Path) -> None:
 def test_a_file_that_computes_something_else_is_removed(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = tracing.onnx_model
+    right = exporting.onnx_model
 
     def wrong(*given: Any) -> Any:
         model = right(*given)
@@ -322,7 +316,7 @@ def test_a_file_that_computes_something_else_is_removed(
                 one.raw_data = values.tobytes()
         return model
 
-    monkeypatch.setattr(writing, "onnx_model", wrong)
+    monkeypatch.setattr(exporting, "onnx_model", wrong)
     target = tmp_path / "network.onnx"
     target.write_text("what was there before")
     with pytest.raises(NetworkError, match=r"ONNX Runtime's embedding is off from torch's by 0\.0"):
@@ -366,14 +360,14 @@ def test_networks_that_no_file_of_one_piece_holds() -> None:
     half = network_of()
     half.module.to(torch.bfloat16)
     with pytest.raises(NetworkError, match="computes in bfloat16, and ONNX files are written in"):
-        tracing.refuse_unexportable(half)
+        exporting._refuse_unexportable(half)
     large = network_of()
     large.module.register_buffer("table", torch.zeros(1).expand(1 << 30))
     with pytest.raises(NetworkError, match=r"holds 4\.3 GB of parameters; one ONNX file holds at"):
-        tracing.refuse_unexportable(large)
+        exporting._refuse_unexportable(large)
     signals = network_of(layout="bkl")
     with pytest.raises(NetworkError, match="takes no pictures and cannot be exported"):
-        tracing.refuse_unexportable(signals)
+        exporting._refuse_unexportable(signals)
 
 
 def test_missing_packages_are_named(
@@ -396,7 +390,7 @@ def test_a_full_disk_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    monkeypatch.setattr(writing, "_model_bytes", lambda *_: b"written")
+    monkeypatch.setattr(exporting, "_model_bytes", lambda *_: b"written")
     with pytest.raises(InputError, match=r"cannot be written to \(No space left on device\)"):
         export_onnx(built, network_of(), tmp_path / "network.onnx")
     assert nothing_left(tmp_path)

@@ -61,7 +61,7 @@ def test_an_explanation_that_is_not_trusted_is_computed_on_the_query(
     assert (found.direct, found.trusted, found.trust) == (True, True, plain.trust)
     assert np.array_equal(found.cam, again.cam)
     assert found.to_dict()["direct"] is True
-    assert "computed on the query:\ntransfer not trusted" in found._transfer_note()
+    assert "computed on the query:\ntransfer not trusted" in found.tiles()[0].subcaption
     np.testing.assert_array_equal(positives, index_vectors(path, found.ids))
     assert not {rows[tuple(v)] for v in negatives} & near
     own = made_of.network.forward(query[None]).embedding[0].numpy()

@@ -14,7 +14,7 @@ from toys import seeded, toy
 from embedcam.errors import IndexFormatError, NetworkMismatch
 from embedcam.index.identity import Identity, NetworkWarning
 from embedcam.network import EmbeddingNetwork, load_network
-from embedcam.network.fingerprint import hash_parameters
+from embedcam.network.module import hash_parameters
 from embedcam.preprocess import Preprocess
 
 

@@ -16,9 +16,8 @@ from hypothesis import strategies as st
 from index_samples import WIDTH, encoding_of, header_of, make, part
 
 from embedcam.errors import IndexFormatError, InputError
-from embedcam.images import ImageSource, Item, file_state, from_dataset, load_batches
-from embedcam.images import marks as marks_of_files
-from embedcam.images.marks import NO_MARK, file_mark
+from embedcam.images import ImageSource, Item, file_state, from_dataset, load_batches, reading
+from embedcam.images.reading import NO_MARK, file_mark
 from embedcam.index import Index, PartData, append, compact, create, remove, verify
 from embedcam.prototypes import compress
 
@@ -77,7 +76,7 @@ def test_what_is_no_file_has_no_mark_and_a_gone_one_is_missing(file: Path) -> No
 def test_of_a_very_large_file_size_and_time_decide(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(marks_of_files, "MAX_HASHED", 2)
+    monkeypatch.setattr(reading, "MAX_HASHED", 2)
     mark = file_mark(file)
     assert mark[2:].tolist() == [0, 0]
     assert file_state(file, mark) == "same"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from embedcam.errors import InputError, NetworkError
 from embedcam.network import EmbeddingNetwork
-from embedcam.network.layouts import Layout, choose_embedding, replace_first, resolve
+from embedcam.network.layers import Layout, choose_embedding, replace_first, resolve
 
 Pair = namedtuple("Pair", "embedding other")
 
@@ -167,9 +167,9 @@ def test_tokens_of_a_picture_that_is_not_square() -> None:
 
 def test_options_that_fit_no_output() -> None:
     for given, message in (
-        ({"layout": "khw"}, r"layout='khw' is not known; give one of auto, bkhw, bhwk, btk"),
-        ({"grid": (0, 3)}, r"grid=\(0, 3\) is not a grid"),
-        ({"prefix_tokens": -1}, r"prefix_tokens=-1 is negative"),
+        ({"layout": "khw"}, r"layout = 'khw' is unknown; .*known: auto, bkhw, bhwk, btk"),
+        ({"grid": (0, 3)}, r"grid = \(0, 3\); give"),
+        ({"prefix_tokens": -1}, r"prefix_tokens = -1; give a whole"),
         ({"output": 1.5}, r"output=1.5 cannot choose"),
     ):
         with pytest.raises(InputError, match=message):

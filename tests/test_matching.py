@@ -148,9 +148,9 @@ def test_an_index_says_how_likely_its_first_result_is_right(tmp_path: Path) -> N
     assert far.match_in_words == "DOUBTFUL RESULT, match 0.00"
     # First and apart, in a colour of its own; what is not in doubt stands below.
     assert far.tiles()[0].warning == "DOUBTFUL RESULT, match 0.00"
-    assert "match" not in far._transfer_note()
+    assert "match" not in far.tiles()[0].subcaption
     assert found[1].tiles()[0].warning == ""
-    assert found[1]._transfer_note().startswith(f"match {found[1].match:.2f}\n")
+    assert found[1].tiles()[0].subcaption.startswith(f"match {found[1].match:.2f}\n")
 
     with Index.open(tmp_path / "i") as index:
         made = index.manifest.match_calibration

@@ -149,6 +149,83 @@ def test_an_unknown_option_is_refused_with_those_there_are() -> None:
         cam_for(case.network, case.image, case.target, "rise", mask=3)
 
 
+LAYERS = ["features.1", "features"]
+COUNT = "give a whole number from 1 to 1,000,000"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("smoothgradcam++", {"samples": 0}, f"samples = 0; {COUNT}"),
+        ("smoothgradcam++", {"samples": True}, f"samples = True; {COUNT}"),
+        ("smoothgradcam++", {"sigma": -0.1}, r"sigma = -0\.1; give a number of at least 0"),
+        ("smoothgradcam++", {"sigma": float("nan")}, "sigma = nan; give a number of at least 0"),
+        ("integratedgradcam", {"steps": 2.5}, rf"steps = 2\.5; {COUNT}"),
+        ("layercam", {"shallow": ["features"]}, r"which of several layers .*; give layers= too"),
+        (
+            "layercam",
+            {"layers": LAYERS, "shallow": ["features.4"]},
+            r"shallow names 'features\.4'; give a list of some of the layers 'features\.1'",
+        ),
+        (
+            "layercam",
+            {"layers": LAYERS, "shallow": "features"},
+            "shallow = 'features'; give a",
+        ),
+        ("zoomcam", {"layers": "features"}, "layers = 'features'; give a list of names"),
+        ("zoomcam", {"layers": []}, r"give a list of layers, such as \['layer3', 'layer4'\]"),
+        ("zoomcam", {"layers": ["features"] * 2}, "given twice among features, features"),
+        ("groupcam", {"groups": 0}, f"groups = 0; {COUNT}"),
+        (
+            "groupcam",
+            {"clustering": "spectral"},
+            "'spectral' is unknown; known: contiguous, k",
+        ),
+        (
+            "groupcam",
+            {"percentile": 100},
+            "percentile = 100; give a number of at least 0 and",
+        ),
+        ("groupcam", {"percentile": "70"}, "percentile = '70'; give a number of at least 0 and"),
+        ("clustercam", {"n_clusters": 2.0}, f"n_clusters = 2.0; {COUNT}"),
+        ("clustercam", {"clustering": "ward"}, "'ward' is unknown; known: kmeans, spectral"),
+        ("clustercam", {"view": None}, "view = None; give a text"),
+        ("clustercam", {"weighing": "x"}, "weighing = 'x' is unknown; known: equal, scored"),
+        ("cosinecam", {"n_clusters": "8"}, f"n_clusters = '8'; {COUNT}"),
+        ("polycam", {"layers": None}, "draws from several layers and layers = None; give"),
+        ("polycam", {"layers": []}, r"layers = \(\); give their names, such as layers=\['layer1'"),
+        ("polycam", {"layers": "features"}, "layers = 'features'; give a list of names"),
+        ("polycam", {"variant": "+"}, r"variant = '\+' is unknown; known: plus, minus, both"),
+        ("polycam", {"baseline": 1}, "baseline = 1; give true or false"),
+        ("scorecam", {"weights": "relu"}, "'relu' is unknown; known: raw, softmax"),
+        ("scorecam", {"weights": "softmax", "temperature": 0}, "= 0; give a number above 0"),
+        ("scorecam", {"temperature": 2.0}, "give weights='softmax' with it"),
+        ("rise", {"masks": 1}, "masks = 1; give a whole number from 2"),
+        ("rise", {"cells": 2.5}, "cells = 2.5; give a whole number from 1 to 256"),
+        ("rise", {"probability": 1}, "probability = 1; give a number between 0 and 1"),
+        ("lime", {"samples": True}, "samples = True; give a whole number from 2"),
+        ("lime", {"segments": 0}, f"segments = 0; {COUNT}"),
+        ("lime", {"kernel": 0.0}, "kernel = 0.0; give a number above 0"),
+        ("lime", {"ridge": "1"}, "ridge = '1'; give a number above 0"),
+        ("lime", {"superpixels": "quickshift"}, "known: grid, slic"),
+        (
+            "lime",
+            {"superpixels": np.zeros((3, 4), int)},
+            r"superpixels are \[3, 4\] of int64; .* each pixel \[12 18\]",
+        ),
+        ("sbsm", {"window": 0}, "window = 0; give a whole number of at least 1"),
+        ("sbsm", {"window": (13, 2)}, "13 x 2 is larger than the picture, 12 x 18"),
+        ("sbsm", {"stride": (1, 2, 3)}, r"give \(height, width\)"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused(
+    name: str, options: dict[str, Any], message: str
+) -> None:
+    case = zoo_cases.make()
+    with pytest.raises(InputError, match=message):
+        made(name, case.network, case.image, case.target, **options)
+
+
 @pytest.mark.parametrize("name", [n for n in UNTRAINED if not METHODS[n].targeted])
 def test_a_method_that_ignores_the_target_says_so(name: str) -> None:
     case = zoo_cases.make()
@@ -178,8 +255,8 @@ def test_a_target_that_cannot_be_is_refused(target: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "beside"}, "norm 'beside' is unknown; use one of through, around"),
-        ({"batch_size": 0}, "batch_size = 0; give a whole number from 1"),
+        ({"norm": "beside"}, "norm = 'beside' is unknown; known: through, around"),
+        ({"batch_size": 0}, "batch_size = 0; give a whole number of at least 1"),
         ({"size": 50}, "size = 50; give \\(height, width\\)"),
         ({"size": "x"}, "size = 'x'; give"),
         ({"size": (0, 3)}, "size = \\(0, 3\\); give"),

@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zoo_cases
 import zoo_learned as oracle
 from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 from zoo_cases import Case, Pooled, make, trunk
 
-from embedcam import METHODS, EmbeddingNetwork
+from embedcam import EmbeddingNetwork
 from embedcam.demo.digits_network import save_weights
 from embedcam.demo.settings import DemoSettings
 from embedcam.errors import InputError, NetworkError
-from embedcam.methods import Found, MethodMap, MethodWarning, Subject, cam_for
+from embedcam.methods import MethodMap, MethodOutput, MethodWarning, Subject, cam_for
 from embedcam.methods.learned import ABNetwork, LFINetwork, at_stride_one
 from embedcam.network.checkpoints import load_state, read_state
 from embedcam.targets import Coordinate
@@ -35,10 +36,10 @@ CHOICES = [
 ]
 
 
-def found_by(name: str, case: Case, images: Any = None, **settings: Any) -> tuple[Found, Subject]:
-    images = case.image[None] if images is None else images
-    with Subject(case.network, images, case.target, **settings) as subject, torch.no_grad():
-        return METHODS[name].load()(subject), subject
+def found_by(
+    name: str, case: Case, images: Any = None, **settings: Any
+) -> tuple[MethodOutput, Subject]:
+    return zoo_cases.run(case, name, images, **settings)
 
 
 def drawn(name: str, network: EmbeddingNetwork, images: Any, **settings: Any) -> MethodMap:
@@ -301,7 +302,7 @@ def test_other_methods_work_at_the_same_layer(name: str, target: str) -> None:
         cuts = torch.from_numpy(np.stack([activations] * 6))
         cuts[range(6), range(6)] = 0
         scores = case.target.score(
-            subject.normalized(case.network.head_outputs(case.image[None], cuts))
+            torch.nn.functional.normalize(case.network.head_outputs(case.image[None], cuts))
         )
         assert off(subject.scores(0, [case.image[None]]) - scores, drops) < TOLERANCE
 

@@ -158,10 +158,10 @@ ONES = np.ones((1, 3, 3))
     [
         (lambda: deletion_steps(ONES[0], 2), r"maps \[3, 3\] must be \[B H W\] with no empty axis"),
         (lambda: deletion_steps(-ONES, 2), "must be >= 0 everywhere.*give it as ReLU leaves it"),
-        (lambda: deletion_steps(ONES, 10), "steps = 10; it must be a whole number, 1 to 9"),
-        (lambda: deletion_steps(ONES, 0), "steps = 0; it must be a whole number, 1 to 9"),
-        (lambda: deletion_steps(ONES, 2.5), "steps = 2.5; it must be a whole number"),  # type: ignore[arg-type]
-        (lambda: deletion_steps(ONES, True), "steps = True; it must be a whole number"),
+        (lambda: deletion_steps(ONES, 10), "steps = 10; give a whole number from 1 to 9"),
+        (lambda: deletion_steps(ONES, 0), "steps = 0; give a whole number from 1 to 9"),
+        (lambda: deletion_steps(ONES, 2.5), "steps = 2.5; give a whole number"),  # type: ignore[arg-type]
+        (lambda: deletion_steps(ONES, True), "steps = True; give a whole number"),
         (lambda: removal_masks(ONES, 0.0), r"fraction = 0.0; it must lie in \(0, 1\]: 0.2 means"),
         (lambda: removal_masks(ONES * np.nan, 0.5), "got a NaN or a negative value"),
         (lambda: curve_area([[1.0]]), r"scores \[B 1\] are no curve; give the score before and"),
@@ -182,7 +182,7 @@ ONES = np.ones((1, 3, 3))
             r"ranks before and after have shapes \[1\] and \[2\]",
         ),
         (lambda: rank_drop([0.0], [1.0]), "a rank of 0; ranks begin at 1, as `rank_of` counts"),
-        (lambda: leaves_top([1.0], [2.0], 0), "k = 0; it must be a whole number, 1 or more"),
+        (lambda: leaves_top([1.0], [2.0], 0), "k = 0; give a whole number of at least 1"),
         (
             lambda: score_drops([1.0], [1.0, 2.0], [0.0]),
             r"full and masked scores have shapes \[1\]",

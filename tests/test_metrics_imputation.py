@@ -102,7 +102,7 @@ def test_it_is_what_the_peer_computes() -> None:
         (lambda: noisy_linear_imputation(IMAGES, MASKS * 1.0), "of type float64 .* give booleans"),
         (
             lambda: noisy_linear_imputation(IMAGES, MASKS | True),
-            "removes the whole picture, .* leave at least one pixel, or fill with a colour",
+            "removes the whole picture, .* leave at least one pixel, or fill with a color",
         ),
         (
             lambda: noisy_linear_imputation(IMAGES, MASKS, noise=-1),
@@ -111,7 +111,7 @@ def test_it_is_what_the_peer_computes() -> None:
         (lambda: noisy_linear_imputation(IMAGES, MASKS, noise=np.nan), "noise = nan; it must be"),
         (
             lambda: noisy_linear_imputation(IMAGES, MASKS, seed=-1),
-            "seed = -1; it must be a whole num",
+            "seed = -1; give a whole num",
         ),
         (lambda: noisy_linear_imputation(IMAGES[:0], MASKS[:0]), r"images \[0, 2, 9, 7\] must be"),
     ],

@@ -215,7 +215,7 @@ ONES = np.ones((1, 3, 3))
         (lambda: best_iou(ONES, ONES, []), r"no thresholds; give one or more, each in \(0, 1\]"),
         (lambda: box_mask((0, 0, np.nan, 1), (2, 2)), "must be four numbers: x0, y0, x1, y1"),
         (lambda: box_mask((0, 0, 1), (2, 2)), "must be four numbers: x0, y0, x1, y1"),  # type: ignore[arg-type]
-        (lambda: box_mask(BOX, (0, 2)), "height = 0; it must be a whole number, 1 or more"),
+        (lambda: box_mask(BOX, (0, 2)), "height = 0; give a whole number of at least 1"),
         (lambda: box_iou([[0, 0, 1]], [[0, 0, 1]]), r"boxes \[1, 3\] must be \[B 4\]: x0, y0"),
         (
             lambda: box_iou([[3, 0, 1, 2]], [[0, 0, 1, 1]]),

@@ -64,7 +64,7 @@ def test_the_defaults_of_the_families(row: tuple[Any, ...]) -> None:
 
 
 def test_the_layer_of_a_vgg_is_its_last_relu() -> None:
-    from embedcam.network.families import FAMILIES, default_layer
+    from embedcam.network.loading import FAMILIES
 
     class Tiny(nn.Module):
         def __init__(self) -> None:
@@ -72,7 +72,7 @@ def test_the_layer_of_a_vgg_is_its_last_relu() -> None:
             self.features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2))
             self.classifier = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
 
-    assert default_layer(Tiny(), FAMILIES["vgg"]) == "features.1"
+    assert FAMILIES["vgg"].default_layer(Tiny()) == "features.1"
 
 
 def test_a_vit_is_explained_before_its_last_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_a_vit_is_explained_before_its_last_attention(monkeypatch: pytest.Monkey
 
 
 def test_every_family_names_an_existing_model() -> None:
-    from embedcam.network.families import FAMILIES, family_of
+    from embedcam.network.loading import FAMILIES, family_of
 
     reached = set()
     for name in models.list_models(module=models):
@@ -116,7 +116,7 @@ def test_the_preprocessing_is_that_of_the_weights() -> None:
     assert wide.forward(pictures(wide)).activations.shape == (2, 512, 2, 3)
     own = load_network("torchvision:resnet18", weights="random", preprocess=Preprocess((32, 32)))
     assert own.preprocess == Preprocess((32, 32))
-    with pytest.raises(InputError, match=r"size='big' is not a size"):
+    with pytest.raises(InputError, match=r"size = 'big'; give"):
         load_network("torchvision:resnet18", size="big")
 
 

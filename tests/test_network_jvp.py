@@ -54,7 +54,7 @@ def test_refusals() -> None:
     ):
         passed.jvp(np.zeros((1, 8, 2, 2), np.float32))
     passed.close()
-    with pytest.raises(InputError, match="this head pass was closed"):
+    with pytest.raises(InputError, match="this pass was closed"):
         passed.jvp(np.zeros((1, 8, 4, 4), np.float32))
 
 

@@ -18,7 +18,7 @@ from embedcam.errors import EmbedcamError, InputError, NetworkError
 from embedcam.index.identity import NetworkWarning
 from embedcam.network import EmbeddingNetwork, load_network
 from embedcam.network.checkpoints import load_state, read_state
-from embedcam.network.layouts import choose_embedding
+from embedcam.network.layers import choose_embedding
 from embedcam.preprocess import CustomPreprocess, Preprocess, custom, from_transform
 
 SIZE = (32, 32)
@@ -212,11 +212,11 @@ def test_a_tensor_kept_from_the_first_forward_can_be_differentiated() -> None:
         ({"normalize": "yes"}, "normalize='yes'; give True or False"),
         ({"channels_last": 1}, "channels_last=1"),
         ({"name": 3}, "name=3"),
-        ({"input_size": 32}, "input_size=32 is not a size"),
+        ({"input_size": 32}, "input_size = 32; give"),
         ({"device": "gpu"}, "device='gpu' is no torch device"),
-        ({"grid": "7x7"}, "grid='7x7' is not a grid"),
-        ({"grid": 7}, "grid=7 is not a grid"),
-        ({"prefix_tokens": 1.5}, r"prefix_tokens=1\.5"),
+        ({"grid": "7x7"}, "grid = '7x7'; give"),
+        ({"grid": 7}, "grid = 7; give"),
+        ({"prefix_tokens": 1.5}, r"prefix_tokens = 1\.5"),
         ({"preprocess": 3}, "expected a transform, given 3"),
         ({"preprocess": Preprocess}, "given the class Preprocess; give an instance"),
         ({"preprocess": lambda picture: picture.nothing}, "failed with AttributeError.*nothing"),
@@ -232,7 +232,7 @@ def test_networks_by_name_of_a_wrong_type() -> None:
     for given, message in (
         ({"network": nn.Identity()}, "network is a Identity"),
         ({"network": "torchvision:resnet18", "weights": 3}, "weights is a int"),
-        ({"network": "torchvision:resnet18", "size": 3.5}, r"size=3\.5 is not a size"),
+        ({"network": "torchvision:resnet18", "size": 3.5}, r"size = 3\.5; give"),
     ):
         with pytest.raises(InputError, match=message):
             load_network(**given)  # type: ignore[arg-type]
@@ -405,7 +405,7 @@ def test_a_copy_is_equal_and_independent() -> None:
 def test_a_copy_of_a_named_network_calls_its_own_head() -> None:
     network = load_network("torchvision:mobilenet_v3_small", weights="random", size=64)
     other = copy.deepcopy(network)
-    assert other._head.args[0] is other.module  # type: ignore[union-attr]
+    assert other.runner.head.args[0] is other.module  # type: ignore[union-attr]
     assert other.module is not network.module
 
 

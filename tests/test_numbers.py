@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import oracles
 import pytest
+from cli_samples import NAMED, NETWORK
 from photo_samples import network_of, picture
-from test_cli import NAMED, NETWORK
 
 from embedcam import (
     Explainer,

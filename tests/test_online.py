@@ -102,7 +102,7 @@ def test_the_requirements_are_few_and_those_of_the_package() -> None:
     project = tomllib.loads(text)["project"]
     known = [*project["dependencies"], *project["optional-dependencies"]["onnx"]]
     assert [name_of(line) for line in REQUIREMENTS] == ["numpy", "pillow", "faiss-cpu",
-                                                       "onnxruntime"]  # fmt: skip
+                                                       "onnxruntime", "jinja2"]  # fmt: skip
     assert set(REQUIREMENTS) <= set(known)
 
 
@@ -137,8 +137,8 @@ why = explainer.explain(told["query"])
 why.save(told["out"])
 (batched,) = explainer.explain_batch([told["query"]], result=why.ids[0])
 by_features = explainer.explain_features(
-    (found := explainer.network.forward(explainer.preprocess(why.image)[None])).embedding[0],
-    found.activations[0],
+    (found := explainer.network.embed(explainer.preprocess(why.image)[None])).embedding[0],
+    found.activations[0][0],
 )
 print(json.dumps({
     "cam": why.cam.tolist(), "ids": why.ids, "html": len(why._repr_html_()),

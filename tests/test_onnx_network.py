@@ -65,10 +65,10 @@ def test_a_run_gives_what_torch_gives(network: EmbeddingNetwork, file: Path) -> 
     ours = OnnxNetwork(file)
     expected = network.forward(IMAGES)
     for images in (IMAGES, torch.from_numpy(IMAGES), IMAGES.astype(np.float64)):
-        found = ours.forward(images)
-        np.testing.assert_allclose(found.embedding, expected.embedding, rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(found.activations, expected.activations, rtol=1e-4, atol=1e-6)
-        assert found.embedding.dtype == found.activations.dtype == np.float32
+        embedding, _, (maps,) = ours.embed(images)
+        np.testing.assert_allclose(embedding, expected.embedding, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(maps, expected.activations, rtol=1e-4, atol=1e-6)
+        assert embedding.dtype == maps.dtype == np.float32
     assert (ours.layer, ours.layers, ours.normalize) == ("relu", ("relu",), True)
     assert ours.preprocess == SQUASH
     assert ours.describe() == network.identity().to_dict()
@@ -90,11 +90,11 @@ def test_its_identity_is_the_torch_network_s(network: EmbeddingNetwork, file: Pa
 def test_threads_change_nothing(file: Path) -> None:
     ours = OnnxNetwork(file, threads=2)
     assert ours.threads == 2
-    expected = ours.forward(IMAGES)
+    expected = ours.embed(IMAGES)
     with ThreadPoolExecutor(8) as pool:
-        for found in pool.map(lambda _: ours.forward(IMAGES), range(64)):
-            np.testing.assert_allclose(found.embedding, expected.embedding, atol=1e-6)
-            np.testing.assert_allclose(found.activations, expected.activations, atol=1e-6)
+        for embedding, _, (maps,) in pool.map(lambda _: ours.embed(IMAGES), range(64)):
+            np.testing.assert_allclose(embedding, expected.embedding, atol=1e-6)
+            np.testing.assert_allclose(maps, expected.activations[0], atol=1e-6)
 
 
 FORKED = """
@@ -106,7 +106,7 @@ from embedcam.onnx import OnnxNetwork
 path, replaced = sys.argv[1:]
 network = OnnxNetwork(path, threads=2)
 images = np.random.default_rng(0).standard_normal((16, 3, 32, 32)).astype(np.float32)
-expected = network.forward(images)
+expected = network.embed(images)
 if replaced == "yes":
     data = open(path, "rb").read()
     os.unlink(path)
@@ -115,13 +115,13 @@ child = os.fork()
 if child == 0:
     signal.alarm(60)
     try:
-        found = network.forward(images)
+        found = network.embed(images)
     except NetworkError as error:
         os._exit(7 if "was replaced after it was opened" in str(error) else 8)
     same = np.allclose(found.embedding, expected.embedding, rtol=1e-5)
     os._exit(0 if same and np.isfinite(found.activations).all() else 9)
 code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-network.forward(images)
+network.embed(images)
 sys.exit(code)
 """
 
@@ -202,7 +202,7 @@ def test_a_file_that_lacks_a_layer_of_the_index_is_refused(
     with pytest.raises(NetworkMismatch, match="the activations of relu, and the index draws with"):
         OnnxNetwork(file).for_index(stored, ["relu", "conv"])
     with pytest.raises(InputError, match="gives the activations of relu; asked for"):
-        OnnxNetwork(file).forward_layers(IMAGES, ["conv"])
+        OnnxNetwork(file).embed(IMAGES, ["conv"])
 
 
 def test_a_transform_of_the_callers_own_is_asked_for(
@@ -365,7 +365,7 @@ def test_a_network_that_asks_for_all_memory_fails_in_words(tmp_path: Path) -> No
     model.graph.output.append(value)
     path = save(model, tmp_path / "bomb.onnx")
     with pytest.raises(NetworkError, match=r"ONNX Runtime cannot (run|read) it.*memory"):
-        OnnxNetwork(path).forward(IMAGES[:, :, :8, :8])
+        OnnxNetwork(path).embed(IMAGES[:, :, :8, :8])
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_outputs_that_are_none(tmp_path: Path, nodes: list[Any], message: str) -
     model = model_of(nodes, [("images", SHAPE)], [("activations", None), ("embedding", None)])
     path = save(model, tmp_path / "network.onnx")
     with pytest.raises(NetworkError, match=message):
-        OnnxNetwork(path).forward(IMAGES[:, :, :8, :8])
+        OnnxNetwork(path).embed(IMAGES[:, :, :8, :8])
 
 
 @pytest.mark.parametrize(
@@ -408,12 +408,12 @@ def test_outputs_that_are_none(tmp_path: Path, nodes: list[Any], message: str) -
 )
 def test_images_that_are_none(file: Path, images: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        OnnxNetwork(file).forward(images)
+        OnnxNetwork(file).embed(images)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True, "two", 5000])
 def test_threads_that_are_none(file: Path, threads: Any) -> None:
-    with pytest.raises(InputError, match=r"threads = .*; give a whole number from 1, or None"):
+    with pytest.raises(InputError, match=r"threads = .*; give a whole number from 1 to 1,024"):
         OnnxNetwork(file, threads=threads)
 
 

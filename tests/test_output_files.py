@@ -10,7 +10,7 @@ from PIL import Image
 
 from embedcam._files import fresh, write_whole
 from embedcam.errors import InputError
-from embedcam.explain.explanation import save_picture
+from embedcam.explain.drawing import save_picture
 from embedcam.offline.checkpoint import Checkpoint
 
 

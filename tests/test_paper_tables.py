@@ -17,7 +17,7 @@ from torch import nn
 
 from embedcam import EmbeddingNetwork, Recipe
 from embedcam.errors import InputError
-from embedcam.methods.fallback import DirectWeights
+from embedcam.methods import DirectWeights
 from embedcam.offline.cotangents import Cotangents
 from embedcam.offline.triplets import NearestOthers
 from embedcam.offline.triplets import TripletSampler

@@ -18,8 +18,8 @@ from torch import Tensor
 from zoo_cases import Case
 
 from embedcam import METHODS
-from embedcam.methods import Found, Subject
-from embedcam.methods.clusters import clustered
+from embedcam.methods import MethodOutput, Subject
+from embedcam.methods.grouping import clustered
 from embedcam.ops import sharpen
 
 KINDS: list[dict[str, Any]] = [
@@ -29,9 +29,9 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def of(name: str, case: Case, **options: Any) -> Found:
+def of(name: str, case: Case, **options: Any) -> MethodOutput:
     with Subject(case.network, case.image[None], case.target) as subject, torch.no_grad():
-        found: Found = METHODS[name].load()(subject, **options)
+        found: MethodOutput = METHODS[name].load()(subject, **options)
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from zoo_cases import Case
 
 from embedcam import METHODS
-from embedcam.methods import Found, Subject
+from embedcam.methods import MethodOutput, Subject
 
 LAYERS = ["features.1", "features.2", "features"]
 SIGNED = {"head": "curved", "target": "triplets", "signed": True}
@@ -45,7 +45,7 @@ class _Scaled:
         return self.scale * each, used
 
 
-def ours(name: str, case: Case, **options: Any) -> Found:
+def ours(name: str, case: Case, **options: Any) -> MethodOutput:
     with (
         Subject(case.network, case.image[None], case.target) as subject,
         torch.no_grad(),

@@ -1,53 +1,33 @@
 """`embedcam explain --report`: what it prints, writes and refuses."""
 
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from build_samples import everything
-from photo_samples import picture, write_photos
-from test_cli import NAMED, NETWORK
+from cli_samples import NAMED, Say
+from photo_samples import picture
 
 from embedcam import Explainer, find_images, load_network, write_report
 from embedcam.cli import main
 
-TRUSTED = NAMED[:2]
-
 
 @pytest.fixture(scope="module", autouse=True)
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def here(cli_folder: Path) -> Path:
     """A working folder with an index, queries, and a module with its network."""
-    folder = tmp_path_factory.mktemp("report-cli")
-    (folder / "cli_toy_network.py").write_text(NETWORK)
-    write_photos(folder / "photos")
+    folder = cli_folder
     (folder / "queries/deep/er").mkdir(parents=True)
     for number in range(5):
         picture(number % 3, 70 + number).save(folder / f"queries/deep/er/{number}.png")
     (folder / "queries/broken.jpg").write_text("a letter")
-    before, path = Path.cwd(), list(sys.path)
-    os.chdir(folder)
     assert main(["build", "photos", "my.index", "--quiet", *NAMED]) == 0
-    yield folder
-    os.chdir(before)
-    sys.path[:] = path
-    sys.modules.pop("cli_toy_network", None)
-
-
-Say = Callable[..., tuple[int, str, str]]
+    return folder
 
 
 @pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = main(["explain", "my.index", *map(str, arguments), *TRUSTED])
-        told = capsys.readouterr()
-        return code, told.out, told.err
-
-    return run
+def say(say: Say) -> Say:
+    return partial(say, "explain", "my.index")
 
 
 def test_a_folder_of_queries_is_one_page(say: Say, tmp_path: Path) -> None:
@@ -122,22 +102,14 @@ def test_stopped_and_run_again_it_goes_on(
     ],
 )
 def test_what_is_refused_before_the_network_is_loaded(
-    say: Say,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    code: int,
-    message: str,
-    words: list[str],
+    refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str, words: list
 ) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("the network was loaded")
 
     monkeypatch.setattr("embedcam.network.load_network", never)
     out = tmp_path / "out"
-    found, told, said = say(*(str(out) if word == "OUT" else word for word in words))
-    assert (found, told) == (code, ""), said
-    assert message in said
-    assert said.count("\n") == 1
+    refused(code, message, *(out if word == "OUT" else word for word in words))
     assert not out.exists()
 
 

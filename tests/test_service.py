@@ -27,8 +27,7 @@ from embedcam.ops import area_average
 from embedcam.render import Tile, top_value
 from embedcam.render import overlay as render_overlay
 from embedcam.service import Limits, create_app
-from embedcam.service.addresses import item_url
-from embedcam.service.schemas import ExplainAnswer, ItemCam, SearchAnswer
+from embedcam.service.schemas import ExplainAnswer, ItemCam, SearchAnswer, urls_of
 
 QUERY = data_of(picture(3))
 
@@ -583,9 +582,9 @@ def test_limits_that_nothing_could_pass(limits: dict[str, Any], said: str) -> No
 
 
 def test_ids_are_quoted() -> None:
-    assert item_url("", "c0/a b.png", "image") == "/items/c0/a%20b.png/image"
-    assert item_url("/proxy", "a/../b", "cam") == "/proxy/items/a%2F..%2Fb/cam"
-    assert item_url("", "\ud800", "cam") == f"/items/{quote('?')}/cam"
+    assert urls_of("", "c0/a b.png")["image_url"] == "/items/c0/a%20b.png/image"
+    assert urls_of("/proxy", "a/../b")["cam_url"] == "/proxy/items/a%2F..%2Fb/cam"
+    assert urls_of("", "\ud800")["cam_url"] == f"/items/{quote('?')}/cam"
 
 
 # --- /examples ---

@@ -5,7 +5,7 @@ import os
 import time
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
+from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from embedcam import EmbeddingNetwork, Explainer, build_index
 from embedcam.errors import InputError
 from embedcam.export import export_onnx
 from embedcam.pairs import PairExplainer, Receipt, make_receipt
-from embedcam.service import Limits, compare, create_app, receipts
+from embedcam.service import Limits, compare, create_app
 from embedcam.service.compare import rounded
 from embedcam.service.schemas import CompareAnswer
 
@@ -178,7 +178,7 @@ def test_receipts_end_with_the_one_begun_when_time_is_up(
         time.sleep(0.2)
         return make_receipt(*given, **named)
 
-    monkeypatch.setattr(receipts, "make_receipt", slow)
+    monkeypatch.setattr(compare, "make_receipt", slow)
     pipeline = app.state.pipeline
     try:
         assert post(app, target(*why.index.ids[:8]), QUERY).error == (503, "too_slow")
@@ -201,7 +201,7 @@ def test_graphs_of_heads_do_not_pile_up(other: tuple[Any, Path], monkeypatch: An
         most.append(len(alive))
         return made
 
-    monkeypatch.setattr(receipts, "make_receipt", counted)
+    monkeypatch.setattr(compare, "make_receipt", counted)
     body = post(app, target(*why.index.ids[:8]), QUERY).json()
     app.state.pipeline.close()
     assert [one["id"] for one in body["receipts"]] == why.index.ids[:8]
@@ -313,13 +313,14 @@ def test_an_onnx_file_answers_as_its_network_does(tmp_path: Path, monkeypatch: A
 def test_a_network_whose_head_is_not_to_be_had(index: Path) -> None:
     """An ONNX file: it gives arrays, and nothing but activations and embeddings."""
     why = explainer(index)
-    forward = why.network.forward
+    why._snapshot = snapshot = copy(why._snapshot)
 
-    def arrays(images: Any) -> Any:
-        found = forward(images)
-        return SimpleNamespace(embedding=found.embedding.numpy())
+    def headless(_: object) -> None:
+        raise InputError("receipts need the head by itself")
 
-    why._opened = replace(why._opened, network=SimpleNamespace(forward=arrays))
+    snapshot.network = SimpleNamespace(
+        embed=why.network.embed, differentiable=False, affine_head=headless
+    )
     made = create_app(why)
     assert post(made, target(IDS[0]), QUERY).error == (501, "no_receipts")
     same = post(create_app(explainer(index)), "/search", QUERY).json()
@@ -426,7 +427,7 @@ def test_a_path_that_climbs_is_not_followed(tmp_path: Path, monkeypatch: Any) ->
 
 def test_it_takes_a_place_and_a_time(index: Path, monkeypatch: Any) -> None:
     made = create_app(explainer(index), limits=Limits(concurrency=1))
-    with made.state.pipeline.gate.admitted():
+    with made.state.pipeline.concurrency.place():
         assert post(made, target(IDS[0]), QUERY).error == (503, "busy")
     made.state.pipeline.close()
     slow = create_app(explainer(index), limits=Limits(seconds=0.01))

@@ -15,7 +15,7 @@ from schemathesis import GenerationMode
 from service_client import awake, built, data_of, explainer, picture
 
 from embedcam.service import create_app
-from embedcam.service.upload import RAW_TYPES
+from embedcam.service.pictures import RAW_TYPES
 
 POST = ["/explain", "/search", "/compare"]
 GET = ["/items/{id}/image", "/items/{id}/cam", "/healthz", "/readyz", "/metrics"]

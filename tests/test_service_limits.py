@@ -18,7 +18,7 @@ from service_client import ask, built, data_of, explainer, picture, post, send
 
 from embedcam.errors import InputError, NetworkError
 from embedcam.service import Limits, create_app
-from embedcam.service.batching import Batcher
+from embedcam.service.pipeline import Batcher
 
 QUERY = data_of(picture(3))
 PNG = {"content-type": "image/png"}
@@ -118,49 +118,49 @@ class Recorder:
         return [2 * int(one) for one in inputs]
 
 
-def submitted(batcher: Batcher, settings: Any, number: int) -> Future[Any]:
+def submitted(batcher: Batcher, answer: Any, settings: Any, number: int) -> Future[Any]:
     with batcher.announced() as submit:
-        return submit(settings, np.array(number))
+        return submit(answer, settings, np.array(number))
 
 
 def test_one_alone_does_not_wait() -> None:
-    batcher = Batcher(Recorder(), 8, seconds=60)
+    batcher = Batcher(8, seconds=60)
     start = time.monotonic()
-    assert submitted(batcher, "a", 4).result(20) == 8
+    assert submitted(batcher, Recorder(), "a", 4).result(20) == 8
     assert time.monotonic() - start < 30
     batcher.close()
 
 
 def test_one_waits_for_what_was_announced_and_no_longer() -> None:
     recorder = Recorder()
-    batcher = Batcher(recorder, 8, seconds=60)
+    batcher = Batcher(8, seconds=60)
     with ExitStack() as open_ones:
         submit = open_ones.enter_context(batcher.announced())
-        first = submitted(batcher, "a", 1)
+        first = submitted(batcher, recorder, "a", 1)
         with pytest.raises(TimeoutError):
             first.result(0.05)
-        assert submit("a", np.array(2)).result(20) == 4
+        assert submit(recorder, "a", np.array(2)).result(20) == 4
     assert recorder.batches == [("a", [1, 2])]
     with batcher.announced():  # one that never comes: its picture could not be read
-        second = submitted(batcher, "a", 3)
+        second = submitted(batcher, recorder, "a", 3)
     assert second.result(20) == 6
     batcher.close()
 
 
 def test_one_waits_so_long_at_most() -> None:
-    batcher = Batcher(Recorder(), 8, seconds=0.01)
+    batcher = Batcher(8, seconds=0.01)
     with batcher.announced():
-        assert submitted(batcher, "a", 1).result(20) == 2
+        assert submitted(batcher, Recorder(), "a", 1).result(20) == 2
     batcher.close()
 
 
 def test_a_batch_has_a_size() -> None:
     hold, sizes = threading.Event(), list[int]()
     recorder = Recorder(hold)
-    batcher = Batcher(recorder, 3, seconds=0, batched=sizes.append)
-    first = submitted(batcher, "a", 0)
+    batcher = Batcher(3, seconds=0, batched=sizes.append)
+    first = submitted(batcher, recorder, "a", 0)
     assert recorder.begun.wait(20)
-    rest = [submitted(batcher, "ab"[number % 2], number) for number in range(1, 8)]
+    rest = [submitted(batcher, recorder, "ab"[number % 2], number) for number in range(1, 8)]
     hold.set()
     assert [one.result(20) for one in [first, *rest]] == [0, 2, 4, 6, 8, 10, 12, 14]
     batcher.close()
@@ -171,10 +171,10 @@ def test_a_batch_has_a_size() -> None:
 def test_what_was_given_up_is_not_worked_on() -> None:
     hold = threading.Event()
     recorder = Recorder(hold)
-    batcher = Batcher(recorder, 1, seconds=0)
-    first = submitted(batcher, "a", 1)
+    batcher = Batcher(1, seconds=0)
+    first = submitted(batcher, recorder, "a", 1)
     assert recorder.begun.wait(20)
-    second, third = submitted(batcher, "a", 2), submitted(batcher, "a", 3)
+    second, third = submitted(batcher, recorder, "a", 2), submitted(batcher, recorder, "a", 3)
     assert second.cancel()
     hold.set()
     assert (first.result(20), third.result(20)) == (2, 6)
@@ -187,8 +187,8 @@ def test_what_was_given_up_is_not_worked_on() -> None:
 def test_closing_answers_what_waits() -> None:
     hold = threading.Event()
     recorder = Recorder(hold)
-    batcher = Batcher(recorder, 1, seconds=60)
-    waiting = [submitted(batcher, "a", number) for number in range(3)]
+    batcher = Batcher(1, seconds=60)
+    waiting = [submitted(batcher, recorder, "a", number) for number in range(3)]
     assert recorder.begun.wait(20)
     closing = threading.Thread(target=batcher.close)
     closing.start()
@@ -196,7 +196,7 @@ def test_closing_answers_what_waits() -> None:
     closing.join(20)
     assert [one.result(0) for one in waiting] == [0, 2, 4]
     with pytest.raises(RuntimeError, match="closed"):
-        submitted(batcher, "a", 1)
+        submitted(batcher, recorder, "a", 1)
     batcher.close()
 
 
@@ -204,11 +204,11 @@ def test_a_fault_reaches_everyone_it_met() -> None:
     def broken(settings: Any, inputs: Any) -> list[int]:
         raise MemoryError("out of it")
 
-    batcher = Batcher(broken, 2, seconds=0)
+    batcher = Batcher(2, seconds=0)
     with pytest.raises(MemoryError):
-        submitted(batcher, "a", 1).result(20)
+        submitted(batcher, broken, "a", 1).result(20)
     with pytest.raises(MemoryError):
-        submitted(batcher, "a", 1).result(20)  # the thread goes on
+        submitted(batcher, broken, "a", 1).result(20)  # the thread goes on
     batcher.close()
 
 
@@ -216,8 +216,9 @@ def test_a_fault_reaches_everyone_it_met() -> None:
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(-3, 9)), max_size=12), st.integers(1, 4)
 )
 def test_everyone_gets_the_answer_of_their_own(jobs: list[tuple[str, int]], most: int) -> None:
-    batcher = Batcher(Recorder(), most, seconds=0)
-    futures = [submitted(batcher, settings, number) for settings, number in jobs]
+    batcher = Batcher(most, seconds=0)
+    recorder = Recorder()
+    futures = [submitted(batcher, recorder, settings, number) for settings, number in jobs]
     for (_, number), future in zip(jobs, futures, strict=True):
         if number < 0:
             with pytest.raises(InputError, match=rf"^\[{number}\]"):

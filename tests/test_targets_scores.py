@@ -20,7 +20,7 @@ from embedcam import (
     cam_for,
 )
 from embedcam.errors import InputError
-from embedcam.methods.custom import Custom, as_target
+from embedcam.methods.direct import FunctionTarget, as_target
 from embedcam.targets import Direction, Target
 
 B, S, D = 3, 4, 5
@@ -240,7 +240,7 @@ def test_a_function_is_the_target_that_it_writes_out(head: str, method: str) -> 
 def test_a_functions_derivative_is_autograds_and_works_without_gradients() -> None:
     f = torch.from_numpy(F_)
     target = as_target(lambda e: (e**3).sum(1))
-    assert isinstance(target, Custom)
+    assert isinstance(target, FunctionTarget)
     assert as_target(target) is target
     assert target.at(1).function is target.function  # type: ignore[attr-defined]
     for context in (torch.no_grad(), torch.inference_mode()):
@@ -280,7 +280,7 @@ def test_functions_that_cannot_be_targets_are_refused(function: Any, message: st
     [
         (
             lambda: Similarity(ONE, "euclid"),
-            "similarity 'euclid' is unknown; use 'cosine' or 'dot'",
+            "similarity = 'euclid' is unknown; known: cosine, dot",
         ),
         (lambda: Similarity(np.zeros(D)), "reference holds a vector of length 0, which points now"),
         (lambda: PairContribution(np.zeros(D)), "reference holds a vector of length 0"),
@@ -293,8 +293,8 @@ def test_functions_that_cannot_be_targets_are_refused(function: Any, message: st
         (lambda: NegativeDistance([]), r"reference has shape \[0\]; expected embeddings"),
         (lambda: TripletMargin(P, N[:2]), r"positives \[4, 5\] and negatives \[2, 5\] must have"),
         (lambda: TripletMargin(P, None), "negatives"),
-        (lambda: Coordinate(1.5), "a coordinate is a whole number; given 1.5"),  # type: ignore[arg-type]
-        (lambda: Coordinate(True), "a coordinate is a whole number; given True"),
+        (lambda: Coordinate(1.5), "index = 1.5; give a whole number"),  # type: ignore[arg-type]
+        (lambda: Coordinate(True), "index = True; give a whole number"),
         (lambda: as_target(None), "target is None; give one such as Similarity"),
         (lambda: as_target(Similarity), "target is <class"),
     ],

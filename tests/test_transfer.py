@@ -99,17 +99,6 @@ def test_transferred_weights_are_no_longer_than_one(mode, given_) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(neighbours(least=2))
-def test_equal_distances_are_the_plain_mean(given_) -> None:
-    rows, _ = given_
-    for value in (0.0, 0.5):
-        squared = np.full(len(rows), value)
-        np.testing.assert_allclose(
-            transfer(rows, squared, "distance"), transfer(rows, squared, "mean"), atol=1e-6
-        )
-
-
-@settings(max_examples=40, deadline=None)
-@given(neighbours(least=2))
 def test_exact_matches_take_all(given_) -> None:
     rows, squared = given_
     assume(np.linalg.norm(rows, axis=1).all())
@@ -175,15 +164,9 @@ def test_coefficients_apply_to_what_the_weights_are_linear_in(mode) -> None:
     )
 
 
-def test_missing_channels_stay_missing_only_where_all_miss_them() -> None:
-    rows = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]], np.float32)
-    got = transfer(rows, np.zeros(2))
-    np.testing.assert_array_equal(got, [0.5, 0.5, 0.0, 0.0])
-
-
 def test_errors_say_what_was_given() -> None:
     ones = np.ones(2)
-    with pytest.raises(InputError, match="mode 'median' is unknown; use one of mean, distance"):
+    with pytest.raises(InputError, match=r"transfer = 'median' is unknown; .*mean, dist"):
         coefficients(ones, ones, "median")
     with pytest.raises(InputError, match=r"norms \[2\] and distances \[3\] must have one shape"):
         coefficients(ones, np.ones(3))

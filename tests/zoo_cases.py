@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embedcam import EmbeddingNetwork, cam_for
-from embedcam.methods import MethodWarning
+from embedcam import METHODS, EmbeddingNetwork, cam_for
+from embedcam.methods import MethodOutput, MethodWarning, Subject, run_method
 from embedcam.targets import Direction, Similarity, Target, TripletMargin
 
 SIZE = (12, 18)
@@ -30,6 +30,12 @@ class Expected:
     weights: np.ndarray | None = None
     map: np.ndarray | None = None
     layers: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[np.ndarray]:
+        """All there is: weights, map, weights of layers by name."""
+        kept = [part for part in (self.weights, self.map) if part is not None]
+        return [*kept, *(self.layers[name] for name in sorted(self.layers))]
 
 
 class Pooled(nn.Module):
@@ -176,3 +182,37 @@ def made(name: str, network: Any, images: Any, target: Any, **options: Any) -> A
         return cam_for(
             network, images, target, name, progress=False, **{**QUICK.get(name, {}), **options}
         )
+
+
+def run_on(
+    network: Any, images: Any, target: Any, name: str, **options: Any
+) -> tuple[MethodOutput, Subject]:
+    """What a method returns for a batch, and the subject with its passes."""
+    settings = {k: options.pop(k) for k in ("batch_size", "seed", "fill", "norm") if k in options}
+    if name == "polycam":
+        options.setdefault("layers", ["features.1", "features"])
+    with Subject(network, images, target, **settings) as subject:
+        return run_method(subject, METHODS[name], **options), subject
+
+
+def run(case: Case, name: str, images: Any = None, **options: Any) -> tuple[MethodOutput, Subject]:
+    """`run_on` a case's own network and target, and its picture or others."""
+    images = case.image[None] if images is None else images
+    return run_on(case.network, images, case.target, name, **options)
+
+
+def parts(output: MethodOutput, row: int = 0) -> list[np.ndarray]:
+    """What a method returned for one image, in the order of `Expected.parts`."""
+    kept = [part for part in (output.weights, output.maps) if part is not None]
+    kept += [output.layers[name] for name in sorted(output.layers or {})]
+    return [part[row].detach().numpy() for part in kept]
+
+
+def distance(expected: Expected, output: MethodOutput, row: int = 0) -> float:
+    """The largest difference, relative to the largest number of weights or map."""
+    found = parts(output, row)
+    assert [part.shape for part in expected.parts] == [part.shape for part in found]
+    return max(
+        float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-12))
+        for a, b in zip(expected.parts, found, strict=True)
+    )

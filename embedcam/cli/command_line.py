@@ -1,26 +1,14 @@
-"""The command line: `embedcam build | add | explain | export | info ...`; `COMMANDS` lists them.
+"""One command from its arguments to its exit code, and how what goes wrong is said."""
 
-parser.py    what can be said; imports nothing heavy, so that --help is quick
-examples.py  what --help ends with
-options.py, options_offline.py, options_online.py  the options of the commands
-values.py    what stands behind an option, read
-networks.py  the network that options, a recipe or an index name
-offline.py   build, add, remove, compact, compress, demo
-online.py    explain
-pairs.py     compare
-serving.py   serve
-reporting.py explain --report
-exporting.py export
-evaluation.py evaluate
-resuming.py  what an interrupted command finds again
-report.py    info and verify, and how things are printed
-"""
-
+import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ..errors import (
@@ -43,29 +31,31 @@ EXIT_CODES: dict[type[Exception], int] = {
     OSError: 6,
 }
 """The first class that fits an error gives the exit code; 0 is success, 130 an interruption."""
-_PYTHON = re.compile(
-    r" \((?:(?:(?:replace|update|exclude_query)=True|per_class=False|layer=|size=|resize=)"
-    r"(?:, )?)+\)"
-)
-"""What messages say to callers from Python, in brackets behind the option."""
-_OPTIONS = (
-    (re.compile(r'\b(labels|resize)="(\w+)"'), r"--\1 \2"),
-    (re.compile(r"\bnormalize=False\b"), "--no-normalize"),
-    (re.compile(r"\bimages= \(--images\)"), "--images"),
-    (re.compile(r"\bmax_pixels\b=?"), "--max-pixels"),
-    (re.compile(r"\bexclude="), "--exclude"),
+UNEXPECTED = 70
+_FOR_COMMAND_LINE = (
+    # What messages say to callers from Python, in brackets behind the option.
+    (
+        r" \((?:(?:(?:replace|update|exclude_query)=True|per_class=False|layer=|size=|resize=)"
+        r"(?:, )?)+\)",
+        "",
+    ),
+    (r'\b(labels|resize)="(\w+)"', r"--\1 \2"),
+    (r"\bnormalize=False\b", "--no-normalize"),
+    (r"\bimages= \(--images\)", "--images"),
+    (r"\bmax_pixels\b=?", "--max-pixels"),
+    (r"\bexclude=", "--exclude"),
 )
 """Arguments that messages name to callers from Python, and what the command line has for them."""
-UNEXPECTED = 70
+_JOBS = ("embedcam.offline.shard", "embedcam.progress")
+"""Loggers that say how far a job is."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns:
-        0 done; 2 wrong arguments or choices; 3 an image; 4 the network; 5 the index; 6 a file or
-        folder that cannot be read or written, or too little memory; 70 a fault of embedcam's own;
-        130 interrupted.
+    Returns 0 done; 2 wrong arguments or choices; 3 an image; 4 the network; 5 the index; 6 a file
+    or folder that cannot be read or written, or too little memory; 70 a fault of embedcam's own;
+    130 interrupted.
     """
     try:
         return _run(arguments)
@@ -94,11 +84,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         warnings.filterwarnings("always", module=r"embedcam\.")
         warnings.showwarning = _show_warning
         try:
-            with INTERRUPTS:
-                from .resuming import told_of
-
-                with told_of(options):
-                    options.run(options)
+            with INTERRUPTS, _log_as_notes(options):
+                options.run(options)
                 if sys.stdout is not None:
                     sys.stdout.flush()  # a reader that has gone away is met here, not at exit
                 if INTERRUPTS.met:
@@ -106,7 +93,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         except KeyboardInterrupt:
             return _interrupted(options)
         except BrokenPipeError:
-            _let_go_of_output()
+            _discard_output()
         except (Exception, SystemExit) as error:
             if INTERRUPTS.met:  # a library has made its own error of it
                 return _interrupted(options)
@@ -116,24 +103,42 @@ def _run(arguments: Sequence[str] | None) -> int:
     return 0
 
 
+def note(options: Namespace, text: str) -> None:
+    """Print something worth knowing on the error stream, so that output stays clean."""
+    if not options.quiet:
+        say(for_command_line(text))
+
+
 def for_command_line(text: str) -> str:
-    """A message in the words of the command line, where it names arguments of Python."""
-    text = _PYTHON.sub("", text)
-    for argument, option in _OPTIONS:
-        text = argument.sub(option, text)
+    """Return a message in the words of the command line, where it names arguments of Python."""
+    for argument, option in _FOR_COMMAND_LINE:
+        text = re.sub(argument, option, text)
     return text
 
 
-def _interrupted(options: Any) -> int:
-    from .resuming import kept
-
-    hint = "; run the same command again to go on" if kept(options) else ""
+def _interrupted(options: Namespace) -> int:
+    hint = "; run the same command again to go on" if _is_kept(options) else ""
     say(f"embedcam: interrupted{hint}")
     return INTERRUPTED
 
 
+def _is_kept(options: Namespace) -> bool:
+    """Return whether running the command again finds work that was done before."""
+
+    def unfinished(index: Path) -> bool:
+        return any(index.glob(".building/*/arrays.json"))
+
+    if options.command in ("build", "add"):
+        return unfinished(Path(options.index))
+    if options.command == "demo":
+        stages = Path(options.folder) / "stages.json"
+        recorded = stages.read_text(encoding="utf-8").strip() if stages.is_file() else "{}"
+        return recorded != "{}" or any(map(unfinished, Path(options.folder).glob("*/")))
+    return bool(options.resumes)
+
+
 def _say(error: BaseException) -> int:
-    """One sentence on the error stream; the whole traceback only with --debug."""
+    """Print one sentence about an error; return its exit code."""
     code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), UNEXPECTED)
     text = str(error)  # embedcam's own is one line
     if not isinstance(error, EmbedcamError):
@@ -164,7 +169,6 @@ def _say(error: BaseException) -> int:
 def _show_warning(
     message: Warning | str, category: type[Warning], *where: Any, **more: Any
 ) -> None:
-    """Show embedcam's own warnings as sentences, others as ever."""
     if category.__module__.startswith("embedcam."):
         say(f"embedcam: warning: {message}")
     else:
@@ -172,8 +176,42 @@ def _show_warning(
         show(*text.splitlines(), error=True)
 
 
-def _let_go_of_output() -> None:
-    """Nobody reads on (`embedcam info x | head -1`): what is left goes nowhere, in silence."""
+def _discard_output() -> None:
+    """Send what is left nowhere: nobody reads on (`embedcam info x | head -1`)."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+@contextmanager
+def _log_as_notes(options: Namespace) -> Iterator[None]:
+    """Print warnings, and how far a job is, as notes; a service's log has all of it already."""
+    if options.command == "serve":
+        yield
+        return
+    notes, log = _Notes(options), logging.getLogger("embedcam")
+    levels = {name: logging.getLogger(name).level for name in _JOBS}
+    log.addHandler(notes)
+    for name in _JOBS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(notes)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+class _Notes(logging.Handler):
+    def __init__(self, options: Namespace) -> None:
+        super().__init__(logging.INFO)
+        self._options = options
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is a warning or of a job."""
+        return record.levelno >= logging.WARNING or record.name in _JOBS
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record, and remember that it was said."""
+        self._options.said = (*getattr(self._options, "said", ()), record.getMessage())
+        note(self._options, record.getMessage())

@@ -1,37 +1,46 @@
 """The command that measures how good an index's maps are."""
 
-import argparse
 import os
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .._options import chosen
 from ..errors import InputError, show, show_json
-from .networks import named, network_of_index, network_options
+from .command_line import note
+from .networks import torch_network
 from .online import check_folder
-from .report import columns, found_images, naming_skip, note
+from .output import columns, images_of, naming_skip
 
 
-def evaluate(options: argparse.Namespace) -> None:
+def evaluate(options: Namespace) -> None:
     """Measure the maps of an index on query images."""
     from ..evaluate import Settings, evaluate_index
+    from ..evaluate.regions import of_boxes, of_masks
     from ..evaluate.report import intro, tables
     from ..evaluate.rivals import named_methods, named_recipes
     from ..index import Index
 
     # Whatever can be refused is refused before the network is loaded.
     _check_files(options)
-    settings = _settings(options, Settings)
+    settings = Settings(**chosen(options, Settings))
     methods, recipes = options.methods or (), options.recipes or ()
     named_methods(methods)
     named_recipes(recipes)
     if options.indexed is not None and not Path(options.indexed).is_dir():
         raise InputError(f"--indexed {options.indexed}: there is no such folder")
-    source = found_images(options, options.images, options.labels or "auto")
-    _check_regions(options, source)
+    source = images_of(options, options.images, options.labels or "auto")
+    if options.boxes and options.masks:
+        raise InputError("give --boxes or --masks, not both")
+    if options.boxes:
+        of_boxes(options.boxes, source)
+    if options.masks:
+        of_masks(options.masks, source)
     with Index.open(options.index) as index:
-        network = named(network_of_index(index.manifest, network_options(options)))
+        network = torch_network(options, index.manifest)
         with naming_skip(options):
-            found = evaluate_index(
+            evaluation = evaluate_index(
                 index,
                 source,
                 network,
@@ -47,41 +56,20 @@ def evaluate(options: argparse.Namespace) -> None:
             )
     # Files first: a reader that goes away (`| head`) ends the command.
     for what, file, save in (
-        ("page", options.html, found.save_html),
-        ("numbers of each image", options.csv, found.save_csv),
+        ("page", options.html, evaluation.save_html),
+        ("numbers of each image", options.csv, evaluation.save_csv),
     ):
         if file is not None:
             save(file)
             note(options, f"{what}: {file}")
-    summary = found.summary
+    summary = evaluation.summary
     if options.json:
-        show_json(found.to_dict(), indent=2)
+        show_json(evaluation.to_dict(), indent=2)
     else:
         show(*_lines(summary, intro(summary), tables(summary)))
 
 
-def _settings(options: argparse.Namespace, kind: Any) -> Any:
-    """The settings that were given; the others are the default's."""
-    names = (
-        "n_neighbors", "transfer", "limit", "faithfulness", "scenes", "fidelity", "steps",
-        "removed", "threshold", "fill", "measures", "seed", "batch_size", "examples",
-    )  # fmt: skip
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return kind(**given, controls=not options.no_controls)
-
-
-def _check_regions(options: argparse.Namespace, source: Any) -> None:
-    from ..evaluate.regions import of_boxes, of_masks
-
-    if options.boxes and options.masks:
-        raise InputError("give --boxes or --masks, not both")
-    if options.boxes:
-        of_boxes(options.boxes, source)
-    if options.masks:
-        of_masks(options.masks, source)
-
-
-def _check_files(options: argparse.Namespace) -> None:
+def _check_files(options: Namespace) -> None:
     """Refuse to write where nothing can be, or over what is read or written besides."""
     written = [file for file in (options.html, options.csv) if file is not None]
     for file in written:
@@ -96,7 +84,7 @@ def _check_files(options: argparse.Namespace) -> None:
         raise InputError(f"--html and --csv both name {options.csv}; give each its own file")
 
 
-def _lines(summary: dict[str, Any], intro: str, tables: list[Any]) -> list[str]:
+def _lines(summary: dict[str, Any], intro: str, tables: Sequence[Any]) -> list[str]:
     from ..evaluate.report import ON_ONE_OBJECT
 
     lines = [intro]
@@ -110,10 +98,9 @@ def _lines(summary: dict[str, Any], intro: str, tables: list[Any]) -> list[str]:
         lines.append(
             "* transferred maps are not better than this (95% interval of the paired difference)"
         )
-    lines += summary["beats"]
-    said = [one["says"] for one in summary["checks"] if one["raised"]]
-    lines += said
-    lines += [f"does not beat its controls: {x}" for x in summary["flags"] if x not in said]
+    doubts = [one["says"] for one in summary["checks"] if one["raised"]]
+    lines += summary["beats"] + doubts
+    lines += [f"does not beat its controls: {x}" for x in summary["flags"] if x not in doubts]
     if summary["flags"] and any(ON_ONE_OBJECT in table.notes for table in tables):
         lines.append(ON_ONE_OBJECT)
     lines += [f"note: {text}" for text in summary["notes"]]

@@ -1,6 +1,7 @@
-"""What `--help` ends with: examples, and what one should know."""
+"""What `--help` ends with: examples, and what one should know; by command, "" for all."""
 
-EPILOG = """\
+EXAMPLES = {
+    "": """\
 examples:
   embedcam demo                                  everything at work on handwritten digits
   embedcam build photos/ my.index --network torchvision:resnet50
@@ -9,8 +10,8 @@ examples:
 
 exit codes: 0 done, 2 wrong arguments, 3 an image, 4 the network, 5 the index,
             6 a file or folder that cannot be read or written, 130 interrupted
-"""
-BUILD = """\
+""",
+    "build": """\
 examples:
   embedcam build photos/ my.index --network torchvision:resnet50
   embedcam build list.csv my.index --network torchvision:mobilenet_v2 \\
@@ -24,8 +25,8 @@ A killed build goes on where it stopped when the same command is run again.
 IMAGES is a folder with a folder per class, a flat folder, or a CSV with path,label[,id]. It ends
 with what was taken, and what was not; --exclude leaves out more. HEIC takes pip install
 "embedcam[heic]".
-"""
-ADD = """\
+""",
+    "add": """\
 examples:
   embedcam add my.index more-photos/
   embedcam add my.index photos/ --skip-existing          only those that are new
@@ -33,29 +34,29 @@ examples:
 
 What the first build fitted stays as it is; weights of old images are not computed again.
 --update compares size, time and then content of each file with what was indexed.
-"""
-REMOVE = """\
+""",
+    "remove": """\
 examples:
   embedcam remove my.index owls/1.jpg owls/2.jpg
   embedcam remove my.index --from ids.txt        one id a line; - reads standard input
 
 Removed images are never returned; `embedcam compact` then drops their bytes.
-"""
-COMPACT = """\
+""",
+    "compact": """\
 examples:
   embedcam compact my.index
   embedcam compact my.index --rebuild-faiss              from the embeddings; the file is not read
   embedcam compact my.index --rebuild-faiss HNSW32       with another factory, or none
-"""
-COMPRESS = """\
+""",
+    "compress": """\
 examples:
   embedcam compress my.index small.index --prototypes 500
   embedcam compress my.index small.index --prototypes 5 --per-class
 
 Near images are merged into one prototype with the mean of their weights, shown by the picture of
 the image in their middle. What that loses is measured and printed; `embedcam info` repeats it.
-"""
-EXPLAIN = """\
+""",
+    "explain": """\
 examples:
   embedcam explain my.index query.jpg -o why.png
   embedcam explain my.index queries/*.jpg -o pictures/ --html why.html -n 10
@@ -69,8 +70,8 @@ examples:
 The network is loaded as it was for the build; where its files have moved, say so with --weights
 and --head. Pictures are written for queries where -o or --html asks for them. A report that was
 stopped goes on when the same command is run again.
-"""
-COMPARE = """\
+""",
+    "compare": """\
 examples:
   embedcam compare my.index query.jpg owls/1.jpg -o receipt.png
   embedcam compare my.index query.jpg owls/1.jpg --above hawks/3.jpg -o above.png
@@ -78,8 +79,8 @@ examples:
 
 RESULT is the id of an image of the index. What adds up to the similarity is printed; -o draws where
 in both pictures it is, and which cells match. What the average image shares is put apart.
-"""
-EVALUATE = """\
+""",
+    "evaluate": """\
 examples:
   embedcam evaluate my.index --images queries/ --html report.html
   embedcam evaluate my.index --images queries/ --boxes boxes.csv --csv numbers.csv
@@ -90,8 +91,8 @@ examples:
 
 boxes.csv has the columns path,x0,y0,x1,y1[,label][,width,height], a line a box; masks are named as
 the images are, white on the object. An image that the index holds is explained by others only.
-"""
-SERVE = """\
+""",
+    "serve": """\
 examples:
   embedcam serve my.index
   embedcam serve my.index --onnx network.onnx
@@ -100,8 +101,8 @@ examples:
 
 One process, on this machine alone unless --host says otherwise. /openapi.json describes the
 addresses. SIGTERM and Ctrl-C end it once what was begun is finished; SIGHUP serves a changed index.
-"""
-EXPORT = """\
+""",
+    "export": """\
 examples:
   embedcam export my.index -o network.onnx
   embedcam export my.index -o network.onnx --weights resnet50.safetensors
@@ -110,28 +111,29 @@ examples:
 One file with the activations and the embedding as outputs, for batches of any size, held against
 torch before it is put in place. The network is loaded as it was for the build; where its files
 have moved, say so with --weights and --head. Needs pip install "embedcam[onnx]".
-"""
-INFO = """\
+""",
+    "info": """\
 examples:
   embedcam info my.index
   embedcam info my.index --json
   embedcam info my.index --ids                   the ids of its images, one a line
 
 What is printed is escaped where it would not be seen (\\x1b, \\u202e); --json has it as it is.
-"""
-CALIBRATE = """\
+""",
+    "calibrate": """\
 examples:
   embedcam calibrate my.index               trust and match for the images that it holds now
   embedcam calibrate my.index --no-trust    match alone, without pictures or a network
 
 Weights stay as they are. Trust shows at most 512 of the pictures to the network.
-"""
-VERIFY = """\
+""",
+    "verify": """\
 example:
   embedcam verify my.index && echo whole
-"""
-DEMO = """\
+""",
+    "demo": """\
 examples:
   embedcam demo
   embedcam demo out/ --seed 1
-"""
+""",
+}

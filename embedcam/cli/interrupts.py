@@ -13,7 +13,7 @@ from _signal import (  # type: ignore[import-not-found]
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType
-    from typing import Any, NoReturn
+    from typing import NoReturn
 
 INTERRUPTED = 130
 
@@ -22,16 +22,14 @@ class _Interrupts:
     """What SIGINT does once it is `taken`, to the end of the process.
 
     While a command runs (`with INTERRUPTS:`) the first one raises KeyboardInterrupt, so that files
-    are tidied up. Any other ends the process at once: a second one, one before and after the
-    command, and one amid an import, which libraries answer by errors of their own.
-
-    Attributes:
-        met: one was raised. A library may have swallowed it, or made another error of it.
+    are tidied up; `met` then says so, for a library may swallow it or make another error of it.
+    Any other ends the process at once: a second one, one before and after the command, and one
+    amid an import, which libraries answer by errors of their own.
     """
 
     def __init__(self) -> None:
         self.met = self._running = False
-        self._otherwise = sys.unraisablehook
+        self._unraisable_before = sys.unraisablehook
 
     def take(self) -> None:
         """Take care of SIGINT, unless the process was started with it ignored (`nohup`, `&`)."""
@@ -51,11 +49,11 @@ class _Interrupts:
         self.met = True
         raise KeyboardInterrupt
 
-    def _unraisable(self, about: "Any") -> None:
-        """Called for an exception that Python itself swallows, in a destructor or a callback."""
+    def _unraisable(self, about: "sys.UnraisableHookArgs") -> None:
+        # An exception that Python itself swallows, in a destructor or a callback.
         if isinstance(about.exc_value, KeyboardInterrupt):
             _end()
-        self._otherwise(about)
+        self._unraisable_before(about)
 
 
 INTERRUPTS = _Interrupts()

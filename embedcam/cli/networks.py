@@ -1,170 +1,189 @@
-"""The network that the options, a recipe or an index name."""
-
-from __future__ import annotations
+"""The network and the images that options, a recipe or an index name."""
 
 import argparse
 import os
 import sys
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .._checks import check_sides
+from .._options import checked_values, chosen, setting
 from ..errors import InputError, NetworkError, reason, short
 
 if TYPE_CHECKING:
     from ..index import Manifest
+    from ..network import EmbeddingNetwork
+    from ..onnx import OnnxNetwork
 
-_KNOWN: dict[str, tuple[type, ...]] = {
-    "network": (str,),
-    "weights": (str,),
-    "head": (str,),
-    "layer": (str,),
-    "normalize": (bool,),
-    "size": (int, list, tuple),
-    "resize": (str,),
-    "output": (str, int),
-    "layout": (str,),
-    "grid": (list, tuple),
-    "prefix_tokens": (int,),
-    "device": (str,),
-    "autocast": (str,),
-    "channels_last": (bool,),
-    "seed": (int,),
-}
 _FILES = ("weights", "head")
-_FORMS = "--network torchvision:NAME, timm:NAME or package.module:factory"
+_LIBRARIES = ("torchvision", "timm")
 
 
-def network_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says of the network; nothing where it says nothing."""
-    names = (
-        "network", "weights", "head", "layer", "size", "resize", "grid", "prefix_tokens", "device",
-        "autocast",
-    )  # fmt: skip
-    said = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    if options.no_normalize:
-        said["normalize"] = False
-    return said
+def sides_of(text: str) -> tuple[int, int]:
+    """Return the sides that N or HxW, in pixels, stands for."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise InputError(f"{text!r} is not a size; give 224 or 224x320")
+    return int(sides[0]), int(sides[-1])
+
+
+def _sides(name: str, value: Any) -> Any:
+    return value if type(value) is int and value > 0 else check_sides(name, value)
+
+
+def _text_or_number(name: str, value: Any) -> str | int:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise InputError(f"{name} = {short(value)}; give a text or a whole number")
+    return value
+
+
+def _patterns(name: str, value: Any) -> Any:
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
+        raise InputError(f"{name} = {short(value)}; give a text or a list of texts")
+    return value
+
+
+_text, _whole = partial(setting, None, kind=str), partial(setting, None, kind=int)
+_hw = partial(setting, None, "HxW", kind=tuple, read=sides_of)
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """How a network is loaded: the options of a command, and a recipe's table `[network]`."""
+
+    network: str | None = _text("NAME", "torchvision:NAME, timm:NAME or package.module:factory")
+    weights: str | None = _text("FILE", ".safetensors or .pt file, or 'random'")
+    head: str | None = _text("FILE", "affine map, safetensors weight [D K], bias")
+    layer: str | None = _text("NAME", "dotted name of the layer to explain")
+    normalize: bool = setting(
+        True, help="leave embeddings without their L2 norm", flag="no_normalize"
+    )
+    size: tuple[int, int] | int | None = _hw("input side, or HxW, in pixels", check=_sides)
+    resize: str | None = _text(
+        help="whole picture squashed, or centre cropped", choices=("squash", "crop")
+    )
+    grid: tuple[int, int] | None = _hw("HxW of the layer, where it is of tokens", check=check_sides)
+    prefix_tokens: int | None = _whole("N", "class and register tokens before the grid", least=0)
+    device: str | None = _text("NAME", "torch device, e.g. cpu or cuda")
+    autocast: str | None = _text(help="compute in half precision", choices=("bf16", "fp16", "off"))
+    output: str | int | None = _text(check=_text_or_number)
+    layout: str | None = _text()
+    channels_last: bool = setting(False)
+    seed: int = setting(0)
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Which images are taken: the options of a command, and a recipe's table `[images]`."""
+
+    path: str | None = _text()
+    labels: str | None = _text(
+        help="where labels are; numbers: those of a CSV are numbers, near ones alike",
+        choices=("auto", "folders", "subfolders", "none", "numbers"),
+    )
+    on_unreadable: str | None = _text(
+        help="what to do with an image that cannot be read or embedded (default fail)",
+        choices=("fail", "skip"),
+    )
+    exclude: Sequence[str] | None = _text(
+        "PATTERN",
+        "leave out images and folders by path or name, such as '*.gif'; may be repeated",
+        repeated=True,
+        check=_patterns,
+    )
+    max_pixels: int | None = _whole(
+        "N", "of a picture; larger ones are refused unread (default 89478485)", least=1
+    )
 
 
 def check_onnx(options: argparse.Namespace) -> None:
     """Refuse beside an ONNX file what takes the network as torch has it."""
     if options.onnx is None:
         return
-    said = [f"--{name.replace('_', '-')}" for name in network_options(options)]
-    said += [f"--{name}" for name in ("method", "fallback") if getattr(options, name, None)]
-    if said:
+    flags = [f"--{name.replace('_', '-')}" for name in chosen(options, NetworkSettings)]
+    flags += [f"--{name}" for name in ("method", "fallback") if getattr(options, name, None)]
+    if flags:
         raise InputError(
             f"--onnx takes the whole network from {options.onnx}, without torch; leave out "
-            f"{', '.join(said).replace('--normalize', '--no-normalize')}"
+            f"{', '.join(flags).replace('--normalize', '--no-normalize')}"
         )
 
 
-def network_given(options: argparse.Namespace, manifest: Manifest) -> Any:
-    """The network a query is embedded with: from an ONNX file, or as the index was built."""
+def torch_network(options: argparse.Namespace, manifest: "Manifest") -> "EmbeddingNetwork":
+    """Return the network of an index as the build loaded it, but for what the options say."""
+    return load_named(network_of_index(manifest, chosen(options, NetworkSettings)))
+
+
+def query_network(
+    options: argparse.Namespace, manifest: "Manifest"
+) -> "EmbeddingNetwork | OnnxNetwork":
+    """Return the network a query is embedded with: from an ONNX file, or as for the build."""
     if options.onnx is None:
-        return named(network_of_index(manifest, network_options(options)))
+        return torch_network(options, manifest)
     from ..onnx import OnnxNetwork
 
     return OnnxNetwork(options.onnx)
 
 
-def network_of_index(manifest: Manifest, said: Mapping[str, Any]) -> dict[str, Any]:
-    """How an index's network is loaded again: as it was for the build, but for what is said now.
-
-    Raises:
-        InputError: the index does not know its network, or not how to load it.
-        NetworkError: a file it was loaded from is gone.
-    """
+def network_of_index(manifest: "Manifest", asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how an index's network is loaded again: as for its build, but for what is `asked`."""
     if manifest.network is None:
         raise InputError(
             "this index was built from features alone and does not know its network, so pictures "
             "cannot be embedded for it; build it again with --network, or use explain_features"
         )
     loading = manifest.network.loading or {}
-    if said.get("network", loading.get("network")) != loading.get("network"):
-        return dict(said)  # another way to the same network: layers and files have other names
+    if asked.get("network", loading.get("network")) != loading.get("network"):
+        return dict(asked)  # another way to the same network: layers and files have other names
     if not loading:
         raise InputError(
             "this index was built with a network that was not loaded by name; write a function "
             "that returns it, and give --network package.module:function"
         )
     name = str(loading.get("network", ""))
-    if "network" not in said and name.partition(":")[0] not in ("torchvision", "timm"):
+    if "network" not in asked and name.partition(":")[0] not in _LIBRARIES:
         raise InputError(
             f"this index names the network {name!r}, which is code of whoever built it; if you "
             f"trust it, say so with --network {name}"
         )
-    for what in _FILES:
-        file = loading.get(what)
-        if what not in said and file not in (None, "random") and not os.path.isfile(file):
+    for option in _FILES:
+        file = loading.get(option)
+        if option not in asked and file not in (None, "random") and not os.path.isfile(file):
             raise NetworkError(
-                f"the index was built with --{what} {file}, which is not there any more; say where "
-                f"it lies now with --{what} FILE"
+                f"the index was built with --{option} {file}, which is not there any more; say "
+                f"where it lies now with --{option} FILE"
             )
-    return {**loading, **said}
+    return {**loading, **asked}
 
 
-def named(settings: Mapping[str, Any]) -> Any:
-    """Load the network.
-
-    Raises:
-        InputError: none is named, or a setting means nothing.
-        NetworkError: it cannot be loaded.
-    """
-    arguments = {name: value for name, value in settings.items() if value is not None}
-    _check(arguments)
-    if not arguments.get("network"):
-        raise InputError(f"no network was named; give {_FORMS}")
-    for what in _FILES:
+def load_named(settings: Mapping[str, Any]) -> "EmbeddingNetwork":
+    """Load the network that settings name, or raise InputError or NetworkError."""
+    arguments = checked_values(NetworkSettings, settings, "[network]")
+    name = arguments.pop("network", None)
+    if not name:
+        raise InputError(
+            "no network was named; give --network torchvision:NAME, timm:NAME or "
+            "package.module:factory"
+        )
+    for option in _FILES:
         # An index records the file, and is used from other folders later.
-        if arguments.get(what, "random") != "random":
-            arguments[what] = os.path.abspath(os.path.expanduser(arguments[what]))
-    for name in ("size", "grid"):
-        if isinstance(arguments.get(name), list):
-            arguments[name] = tuple(arguments[name])
-    name = str(arguments.pop("network"))
-    own = name.partition(":")[0] not in ("torchvision", "timm")
-    if own and os.getcwd() not in sys.path and "" not in sys.path:
+        if arguments.get(option, "random") != "random":
+            arguments[option] = os.path.abspath(os.path.expanduser(arguments[option]))
+    own_code = name.partition(":")[0] not in _LIBRARIES
+    if own_code and os.getcwd() not in sys.path and "" not in sys.path:
         # Behind all others, so that a file lying here shadows no library.
         sys.path.append(os.getcwd())
     from ..network import load_network
 
-    _check_device(arguments.get("device"))
+    if "device" in arguments:
+        _check_device(arguments["device"])
     return load_network(name, **arguments)
 
 
-def refuse_unknown(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Refuse an entry of a recipe's table that means nothing, with the nearest one that does."""
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise InputError(f"{where} has no entry {name!r}; {hint}")
-
-
-def refuse_nul(where: str, text: str) -> None:
-    """Refuse the one letter that no name of a file or a network can hold."""
-    if "\0" in text:
-        raise InputError(f"{where} = {short(text)} holds a NUL, which no name can")
-
-
-def _check(arguments: Mapping[str, Any]) -> None:
-    refuse_unknown("[network]", arguments, _KNOWN)
-    for name, value in arguments.items():
-        kinds = _KNOWN[name]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            expected = " or ".join(kind.__name__ for kind in kinds if kind is not tuple)
-            raise InputError(f"[network] {name} = {short(value)} should be of type {expected}")
-        if isinstance(value, str):
-            refuse_nul(f"[network] {name}", value)
-    if arguments.get("autocast", "off") not in ("bf16", "fp16", "off"):
-        raise InputError(f"autocast = {arguments['autocast']!r} is unknown; use bf16, fp16 or off")
-
-
-def _check_device(device: str | None) -> None:
-    if device is None:
-        return
+def _check_device(device: str) -> None:
     import torch
 
     try:

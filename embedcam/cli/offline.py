@@ -1,51 +1,50 @@
-"""Commands that make or change an index: build, add, remove, compact, compress; the demo."""
+"""Commands that make or change an index, or files from one; the demo."""
 
-import argparse
 import sys
+from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._files import refuse_device
-from ..errors import InputError, RecipeError, printable, reason, short, show_json
+from .._options import checked_values, chosen
+from ..errors import InputError, RecipeError, printable, reason, show_json
 from ..images.progress import progress_of
-from .networks import named, network_of_index, network_options, refuse_nul, refuse_unknown
-from .report import (
+from ..recipe import WHITENED, Recipe
+from ..recipe.recipe import read_toml, shipped_recipe
+from .command_line import note
+from .networks import ImageSettings, NetworkSettings, load_named, network_of_index, torch_network
+from .output import (
     counted,
     emit,
     fidelity_lines,
-    found_images,
+    images_of,
     listing_ids,
     naming_skip,
-    note,
     size_text,
     some_of,
 )
 
-_RECIPE = (
-    "method", "target", "norm", "sampling", "hinge", "margin", "seed", "layers", "fill",
-    "encoding", "rank", "m", "by", "dtype", "faiss", "metric",
-)  # fmt: skip
-_IMAGES: dict[str, tuple[type, ...]] = {
-    "path": (str,),
-    "labels": (str,),
-    "on_unreadable": (str,),
-    "exclude": (str, list),
-    "max_pixels": (int,),
-}
-"""Entries of a recipe's table of images, and their types."""
+if TYPE_CHECKING:
+    from ..offline import BuildReport
 
 
-def build(options: argparse.Namespace) -> None:
+def _shown(options: Namespace) -> bool | None:
+    """Return what shows progress: on a terminal, unless nothing but results is to be printed."""
+    return False if options.quiet else None
+
+
+def build(options: Namespace) -> None:
     """Build an index from images, or from features."""
-    recipe, images, network = _recipe(options)
-    kept = options.refit and not options.recipe and (Path(options.index) / "manifest.json").exists()
+    exists = (Path(options.index) / "manifest.json").exists()
+    again = options.refit and exists
+    recipe, images, network = _choices(options, again)
     if options.embeddings or options.pooled:
         report = _build_features(options, recipe, network)
     else:
-        report = _build_images(options, recipe, images, network)
+        report = _build_images(options, recipe, images, network, again)
     _report(options, report, "built")
-    if kept:
+    if again and not options.recipe:
         note(
             options,
             f"note: the recipe was the index's (target {recipe.resolved_target}, method "
@@ -53,51 +52,46 @@ def build(options: argparse.Namespace) -> None:
         )
 
 
-def add(options: argparse.Namespace) -> None:
+def add(options: Namespace) -> None:
     """Add images to an index."""
     from ..index import ADD_INSTEAD, Index
     from ..offline import BuildReport, add_images
 
     if options.update and options.skip_existing:
         raise InputError("--update looks at the existing images; leave out --skip-existing")
-    source = found_images(options, options.images, options.labels or "auto")
+    source = images_of(options, options.images, options.labels or "auto")
     with Index.open(options.index) as index:
         index.refuse_prototypes(ADD_INSTEAD)  # before a network is loaded
-        network = network_of_index(index.manifest, network_options(options))
-        if options.skip_existing:
-            source = _without_known(options, source, index)
-            if not len(source):
-                none = BuildReport(Path(options.index), 0, [], left_out=source.left_out)
-                return _report(options, none, "added to")
+        network = network_of_index(index.manifest, chosen(options, NetworkSettings))
+        known = index.find_live(source.ids) if options.skip_existing else ()
+    if known:
+        note(options, f"{counted(len(known), 'image')} left out: in the index already")
+    if options.skip_existing:
+        source = source.only([row for row, name in enumerate(source.ids) if name not in known])
+    if options.skip_existing and not len(source):
+        report = BuildReport(Path(options.index), 0, [], left_out=source.left_out)
+        return _report(options, report, "added to")
     with naming_skip(options):
         report = add_images(
             source,
-            named(network),
+            load_named(network),
             options.index,
             update=options.update,
             batch_size=options.batch_size,
             workers=options.workers,
             on_unreadable=options.on_unreadable or "fail",
             scratch_gb=options.scratch_gb,
-            progress=False if options.quiet else None,
+            progress=_shown(options),
         )
     _report(options, report, "added to")
 
 
-def _without_known(options: argparse.Namespace, source: Any, index: Any) -> Any:
-    """The images whose ids the index does not hold."""
-    known = index.find_live(source.ids)
-    if known:
-        note(options, f"{counted(len(known), 'image')} left out: in the index already")
-    return source.only([place for place, name in enumerate(source.ids) if name not in known])
-
-
-def remove(options: argparse.Namespace) -> None:
+def remove(options: Namespace) -> None:
     """Remove images by id."""
     from ..index import REMOVED, Index
     from ..index import remove as remove_ids
 
-    ids = [*options.ids, *(_lines(options.file) if options.file else [])]
+    ids = [*options.ids, *(_lines_of(options.file) if options.file else [])]
     if not ids:
         raise InputError("no id was given; name some, or give a file of them with --from")
     # A folder without an index is refused before a lock file appears in it.
@@ -111,8 +105,7 @@ def remove(options: argparse.Namespace) -> None:
             raise
         step = "nothing to do" if len(ids) == 1 else "leave it out; nothing was removed"
         raise InputError(f"{known}{gone}; {step}") from error
-    with Index.open(options.index, with_faiss=False) as index:
-        left = len(index)
+    left = _n_images(options.index)
     emit(
         options,
         {"removed": removed, "images": left},
@@ -121,17 +114,33 @@ def remove(options: argparse.Namespace) -> None:
     )
 
 
-def compact(options: argparse.Namespace) -> None:
+def _n_images(path: str) -> int:
+    from ..index import Index
+
+    with Index.open(path, with_faiss=False) as index:
+        return len(index)
+
+
+def _lines_of(path: str) -> list[str]:
+    refuse_device(path)
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: the ids cannot be read ({reason(error)})") from error
+    # Only line ends divide: an id may hold whatever else `splitlines` takes for one.
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line]
+
+
+def compact(options: Namespace) -> None:
     """Drop the bytes of removed images."""
     from ..index import Index
     from ..index import compact as compact_parts
 
     Index.open(options.index, with_faiss=False).close()  # as in `remove`
     again = options.rebuild_faiss
-    with progress_of("compacting", shown=False if options.quiet else None):
+    with progress_of("compacting", shown=_shown(options)):
         dropped = compact_parts(options.index, rebuild_faiss=again is not None and (again or True))
-    with Index.open(options.index, with_faiss=False) as index:
-        left = len(index)
+    left = _n_images(options.index)
     emit(
         options,
         {"dropped": dropped, "images": left},
@@ -139,7 +148,7 @@ def compact(options: argparse.Namespace) -> None:
     )
 
 
-def compress(options: argparse.Namespace) -> None:
+def compress(options: Namespace) -> None:
     """Write a small index of prototypes, and say what is lost."""
     from ..prototypes import compress as compress_index
 
@@ -150,7 +159,7 @@ def compress(options: argparse.Namespace) -> None:
         per_class=options.per_class,
         seed=options.seed,
         replace=options.replace,
-        progress=False if options.quiet else None,
+        progress=_shown(options),
     )
     about = report.compressed
     lines = [
@@ -162,31 +171,49 @@ def compress(options: argparse.Namespace) -> None:
     emit(options, {**asdict(report), "path": str(report.path)}, *lines)
 
 
-def calibrate(options: argparse.Namespace) -> None:
+def calibrate(options: Namespace) -> None:
     """Calibrate match and trust for the images that an index holds."""
     from ..index import Index
     from ..offline import calibrate_index
 
     with Index.open(options.index, with_faiss=False) as index:
-        network = None
-        if not options.no_trust and index.manifest.network is not None:
-            network = named(network_of_index(index.manifest, network_options(options)))
-    found = calibrate_index(
+        loads = not options.no_trust and index.manifest.network is not None
+        network = torch_network(options, index.manifest) if loads else None
+    counts = calibrate_index(
         options.index,
         network,
         images=options.images,
         batch_size=options.batch_size,
         workers=options.workers,
-        progress=False if options.quiet else None,
+        progress=_shown(options),
     )
-    told = ", ".join(f"{name} calibrated on {counted(n, 'image')}" for name, n in found.items())
-    emit(options, found, f"{options.index}: {told}")
+    told = ", ".join(f"{name} calibrated on {counted(n, 'image')}" for name, n in counts.items())
+    emit(options, counts, f"{options.index}: {told}")
     if network is None and not options.no_trust:
         note(options, "note: built from features alone, so no pictures to calibrate trust with")
 
 
-def demo(options: argparse.Namespace) -> None:
-    """The main job, end to end, on handwritten digits."""
+def export(options: Namespace) -> None:
+    """Write an index's network as one ONNX file, checked against torch."""
+    from ..export import check_packages, check_target, export_onnx
+    from ..index import Index
+
+    # Whatever can be refused is refused before the network is loaded.
+    check_packages()
+    check_target(options.output)
+    with Index.open(options.index, with_faiss=False) as index:
+        network = torch_network(options, index.manifest)
+        report = export_onnx(index, network, options.output, progress=_shown(options))
+    emit(
+        options,
+        {**asdict(report), "path": str(report.path)},
+        f"{report.path}: {size_text(report.bytes)}, layer {', '.join(report.layers)}, "
+        f"{report.head} head; off from torch by {report.difference:.1g}; {report.seconds:.1f} s",
+    )
+
+
+def demo(options: Namespace) -> None:
+    """Run the main job, end to end, on handwritten digits."""
     from ..demo import run_demo
 
     shown = not (options.quiet or options.json)
@@ -195,16 +222,59 @@ def demo(options: argparse.Namespace) -> None:
         show_json(summary, indent=2)
 
 
+def _choices(options: Namespace, again: bool) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
+    """Return the recipe with the command line's choices over it, and its images and network.
+
+    The recipe is the one named, or, where an index is built `again`, its own.
+    """
+    recipe, images, network = Recipe(), dict[str, Any](), dict[str, Any]()
+    if options.recipe:
+        recipe, images, network = read_toml(shipped_recipe(options.recipe))
+        images = checked_values(ImageSettings, images, "[images]")
+    elif again:
+        from ..index import Index
+
+        with Index.open(options.index) as index:
+            recipe = Recipe.of_index(index.manifest)
+    changes = chosen(options, Recipe)
+    if options.labels == "numbers":
+        changes["labels"] = "numbers"
+    if isinstance(changes.get("triplets"), str):
+        del changes["triplets"]
+        changes["sampling"] = "given"
+    draws = changes.keys() & {"triplets", "hinge", "sampling"}
+    if draws and "target" not in changes and recipe.target in WHITENED:
+        changes["target"] = "auto"  # as a build without a target decides it for these draws
+    if "encoding" not in changes and {"m", "by"} & changes.keys():
+        changes["encoding"] = "top-m"
+    changed = replace(recipe, **changes)
+    # An option that the other choices leave without a meaning is refused rather than ignored.
+    hinged = changed.hinge or changed.sampling == "semihard"
+    for name, option, used, needs in (
+        ("m", "--top-m", changed.encoding == "top-m", "--encoding top-m"),
+        ("by", "--by", changed.encoding == "top-m", "--encoding top-m"),
+        ("rank", "--rank", changed.encoding == "low-rank", "--encoding low-rank"),
+        ("margin", "--margin", hinged, "--hinge or --sampling semihard"),
+    ):
+        if name in changes and not used:
+            raise RecipeError(f"{option} means nothing here: it goes with {needs}")
+    return changed, images, {**network, **chosen(options, NetworkSettings)}
+
+
 def _build_images(
-    options: argparse.Namespace, recipe: Any, images: dict[str, Any], network: dict[str, Any]
-) -> Any:
+    options: Namespace,
+    recipe: Recipe,
+    images: dict[str, Any],
+    network: dict[str, Any],
+    again: bool,
+) -> "BuildReport":
     from ..images import MAX_PIXELS
     from ..index import Index
     from ..offline import build_index, indexed_images
 
     path = options.images or images.get("path")
     own_maps = not options.no_own_maps
-    if options.refit and (path is None or (Path(options.index) / "manifest.json").exists()):
+    if again or (options.refit and path is None):
         # What is not said is as it was; without images, those that the index knows are taken.
         with Index.open(options.index) as index:
             if path is None:
@@ -224,12 +294,11 @@ def _build_images(
         )
     if path is not None:
         kept = {name: images[name] for name in ("exclude", "max_pixels") if name in images}
-        source = found_images(options, path, options.labels or images.get("labels", "auto"), **kept)
-    loaded = named(network)
+        source = images_of(options, path, options.labels or images.get("labels", "auto"), **kept)
+    loaded = load_named(network)
     if network.get("layer") is None:
-        called = loaded.name or network["network"]
-        note(options, f"{called}: explaining layer {loaded.layer} (--layer takes another)")
-    triplets = _given_triplets(options)
+        name = loaded.name or network["network"]
+        note(options, f"{name}: explaining layer {loaded.layer} (--layer takes another)")
     with naming_skip(options):
         return build_index(
             source,
@@ -239,16 +308,16 @@ def _build_images(
             batch_size=options.batch_size,
             workers=options.workers,
             on_unreadable=options.on_unreadable or images.get("on_unreadable", "fail"),
-            triplets=triplets,
+            triplets=_given_triplets(options),
             own_maps=own_maps,
             trust=not options.no_trust,
             scratch_gb=options.scratch_gb,
             replace=options.refit,
-            progress=False if options.quiet else None,
+            progress=_shown(options),
         )
 
 
-def _build_features(options: argparse.Namespace, recipe: Any, network: dict[str, Any]) -> Any:
+def _build_features(options: Namespace, recipe: Recipe, network: dict[str, Any]) -> "BuildReport":
     from ..offline.features import build_from_features, read_array, read_head
 
     if not (options.embeddings and options.pooled and options.grid):
@@ -257,9 +326,9 @@ def _build_features(options: argparse.Namespace, recipe: Any, network: dict[str,
         )
     if options.images:
         raise InputError("give either IMAGES or --embeddings and --pooled, not both")
-    pooled = read_array(options.pooled)
-    embeddings = read_array(options.embeddings)
-    ids, labels = _ids(options.ids)
+    pooled, embeddings = read_array(options.pooled), read_array(options.embeddings)
+    ids, labels = _ids_of(options.ids) if options.ids else (None, None)
+    positive = options.positive_pooled
     return build_from_features(
         embeddings,
         pooled,
@@ -270,89 +339,24 @@ def _build_features(options: argparse.Namespace, recipe: Any, network: dict[str,
         normalize=network.get("normalize", True),
         ids=ids,
         labels=labels,
-        positive_pooled=(
-            None if options.positive_pooled is None else read_array(options.positive_pooled)
-        ),
+        positive_pooled=None if positive is None else read_array(positive),
         triplets=_given_triplets(options),
-        network=named(network) if network.get("network") else None,
+        network=load_named(network) if network.get("network") else None,
         replace=options.refit,
-        progress=False if options.quiet else None,
+        progress=_shown(options),
     )
 
 
-def _recipe(options: argparse.Namespace) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The recipe with the command line's choices over it, and its images and network."""
-    from ..recipe.recipe import Recipe, read_toml, shipped_recipe
-    from ..targets import WHITENED
-
-    recipe = Recipe()
-    images: dict[str, Any] = {}
-    network: dict[str, Any] = {}
-    if options.recipe:
-        recipe, images, network = read_toml(shipped_recipe(options.recipe))
-    elif options.refit and (Path(options.index) / "manifest.json").exists():
-        from ..index import Index
-
-        with Index.open(options.index) as index:
-            recipe = Recipe.of_index(index.manifest)
-    changes = {n: getattr(options, n) for n in _RECIPE if getattr(options, n) is not None}
-    if options.triplets is not None:
-        if options.triplets.endswith(".npy"):
-            changes["sampling"] = "given"
-        else:
-            try:
-                changes["triplets"] = int(options.triplets)
-            except ValueError:
-                raise RecipeError(
-                    f"--triplets {options.triplets}: give a number, or a .npy file of shape "
-                    "[N S 2]; for every triplet there is use --sampling all"
-                ) from None
-    draws = changes.keys() & {"triplets", "hinge", "sampling"}
-    if draws and "target" not in changes and recipe.target in WHITENED:
-        changes["target"] = "auto"  # as a build without a target decides it for these draws
-    refuse_unknown("[images]", images, _IMAGES)
-    for name, value in images.items():
-        if not isinstance(value, _IMAGES[name]) or isinstance(value, bool):
-            kind = " or ".join(one.__name__ for one in _IMAGES[name])
-            raise RecipeError(f"[images] {name} = {short(value)} should be of type {kind}")
-        if isinstance(value, str):
-            refuse_nul(f"[images] {name}", value)
-    if options.labels == "numbers":
-        changes["labels"] = "numbers"
-    if options.option:
-        changes["options"] = dict(options.option)
-    if "encoding" not in changes and {"m", "by"} & changes.keys():
-        changes["encoding"] = "top-m"
-    changed = replace(recipe, **changes)
-    _refuse_unused(changed, changes)
-    return changed, images, {**network, **network_options(options)}
-
-
-def _refuse_unused(recipe: Any, changes: dict[str, Any]) -> None:
-    """Refuse an option that the other choices leave without a meaning, rather than ignore it."""
-    hinged = recipe.hinge or recipe.sampling == "semihard"
-    for name, option, used, needs in (
-        ("m", "--top-m", recipe.encoding == "top-m", "--encoding top-m"),
-        ("by", "--by", recipe.encoding == "top-m", "--encoding top-m"),
-        ("rank", "--rank", recipe.encoding == "low-rank", "--encoding low-rank"),
-        ("margin", "--margin", hinged, "--hinge or --sampling semihard"),
-    ):
-        if name in changes and not used:
-            raise RecipeError(f"{option} means nothing here: it goes with {needs}")
-
-
-def _given_triplets(options: argparse.Namespace) -> Any:
-    if options.triplets is None or not options.triplets.endswith(".npy"):
+def _given_triplets(options: Namespace) -> Any:
+    if not isinstance(options.triplets, str):
         return None
     from ..offline.features import read_array
 
     return read_array(options.triplets)
 
 
-def _ids(path: str | None) -> tuple[list[str] | None, list[str | None] | None]:
-    """Ids and labels from a CSV with the columns id[,label]."""
-    if path is None:
-        return None, None
+def _ids_of(path: str) -> tuple[list[str], list[str | None] | None]:
+    """Return ids and labels from a CSV with the columns id[,label]."""
     from ..images.sources import csv_rows
 
     rows = [row for _, row in csv_rows(Path(path), ["id"], "id[,label]")]
@@ -362,31 +366,7 @@ def _ids(path: str | None) -> tuple[list[str] | None, list[str | None] | None]:
     return [row["id"] for row in rows], labels
 
 
-def _lines(path: str) -> list[str]:
-    refuse_device(path)
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the ids cannot be read ({reason(error)})") from error
-    # Only line ends divide: an id may hold whatever else `splitlines` takes for one.
-    return [line for line in text.replace("\r\n", "\n").split("\n") if line]
-
-
-def _changes(options: argparse.Namespace, changes: Any) -> str:
-    """What an update did."""
-    if changes.n_unmarked:
-        note(
-            options,
-            f"note: {counted(changes.n_unmarked, 'image')} of the index without a mark of the "
-            "file, so whether one changed cannot be told; `embedcam build --refit` adds marks",
-        )
-    found = (("new", changes.new), ("changed", changes.changed), ("vanished", changes.vanished))
-    told = [f"{len(ids):,} {what} ({some_of(ids)})" for what, ids in found if ids]
-    same = f"{changes.n_same:,} as before"
-    return f"{', '.join(told)}; {same}," if told else f"nothing to update, {same},"
-
-
-def _report(options: argparse.Namespace, report: Any, verb: str) -> None:
+def _report(options: Namespace, report: "BuildReport", verb: str) -> None:
     for name, why in report.skipped[:20]:
         # A reason begins with the file's path, which mostly ends in its id.
         path, _, rest = why.partition(": ")
@@ -395,31 +375,38 @@ def _report(options: argparse.Namespace, report: Any, verb: str) -> None:
         note(options, f"... and {len(report.skipped) - 20} more")
     # An image without a label is a class of its own where labels draw the positives.
     unlabelled = min(report.n_unlabelled, report.n_single)
+    nearest = "the nearest neighbours stand in as positives"
     for number, what in (
-        (report.n_single - unlabelled, "alone with a label"),
-        (unlabelled, "without a label"),
+        (report.n_single - unlabelled, f"alone with a label: {nearest}"),
+        (unlabelled, f"without a label: {nearest}"),
+        (report.n_without_triplets, "without evidence: every triplet was satisfied"),
     ):
         if number:
-            note(
-                options,
-                f"{counted(number, 'image')} {what}: the nearest neighbours stand in as positives",
-            )
-    if report.n_without_triplets:
-        note(
-            options,
-            f"{counted(report.n_without_triplets, 'image')} without evidence: every triplet was "
-            "satisfied",
-        )
+            note(options, f"{counted(number, 'image')} {what}")
     for text in report.taken():
         if text not in getattr(options, "said", ()):
             note(options, text)
     took = f"in {sum(report.seconds.values()):.1f} s"
     if report.changes is not None:
-        text = f"{report.path}: {_changes(options, report.changes)} {took}"
+        text = f"{_changes(options, report.changes)} {took}"
     elif not report.n_images:
-        text = f"{report.path}: holds these images already; nothing to do"
+        text = "holds these images already; nothing to do"
     elif verb == "built":
-        text = f"{report.path}: built, {counted(report.n_images, 'image')} {took}"
+        text = f"built, {counted(report.n_images, 'image')} {took}"
     else:
-        text = f"{report.path}: {counted(report.n_images, 'image')} added {took}"
-    emit(options, {**asdict(report), "path": str(report.path)}, text)
+        text = f"{counted(report.n_images, 'image')} added {took}"
+    emit(options, {**asdict(report), "path": str(report.path)}, f"{report.path}: {text}")
+
+
+def _changes(options: Namespace, changes: Any) -> str:
+    """Return what an update did."""
+    if changes.n_unmarked:
+        note(
+            options,
+            f"note: {counted(changes.n_unmarked, 'image')} of the index without a mark of the "
+            "file, so whether one changed cannot be told; `embedcam build --refit` adds marks",
+        )
+    kinds = (("new", changes.new), ("changed", changes.changed), ("vanished", changes.vanished))
+    told = [f"{len(ids):,} {what} ({some_of(ids)})" for what, ids in kinds if ids]
+    same = f"{changes.n_same:,} as before"
+    return f"{', '.join(told)}; {same}," if told else f"nothing to update, {same},"

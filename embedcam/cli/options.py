@@ -1,137 +1,335 @@
-"""Options that several commands have."""
+"""The options of each command: a function of its name for each."""
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
-from .values import amount, option, path, positive, share, size, whole
+from .._options import Setting, add_options
+from .networks import ImageSettings, NetworkSettings
+
+WHOLE = Setting(kind=int, least=0).from_text
+POSITIVE = Setting(kind=int, least=1).from_text
+AMOUNT = Setting(kind=float, least=0).from_text
+SHARE = Setting(kind=float, least=0, most=1).from_text
+NAMES = Setting(kind=tuple).from_text
 
 
-def network_options(one: argparse.ArgumentParser) -> None:
-    """Which network, and how it is loaded."""
-    group = one.add_argument_group("network")
-    group.add_argument(
-        "--network", metavar="NAME", help="torchvision:NAME, timm:NAME or package.module:factory"
-    )
-    group.add_argument("--weights", metavar="FILE", help=".safetensors or .pt file, or 'random'")
-    group.add_argument("--head", metavar="FILE", help="affine map, safetensors weight [D K], bias")
-    group.add_argument("--layer", metavar="NAME", help="dotted name of the layer to explain")
-    group.add_argument(
-        "--no-normalize", action="store_true", help="leave embeddings without their L2 norm"
-    )
-    group.add_argument("--size", type=size, metavar="HxW", help="input side, or HxW, in pixels")
-    group.add_argument(
-        "--resize", choices=("squash", "crop"), help="whole picture squashed, or centre cropped"
-    )
-    group.add_argument(
-        "--grid", type=size, metavar="HxW", help="HxW of the layer, where it is of tokens"
-    )
-    group.add_argument(
-        "--prefix-tokens", type=whole, metavar="N", help="class and register tokens before the grid"
-    )
-    group.add_argument("--device", metavar="NAME", help="torch device, e.g. cpu or cuda")
-    group.add_argument(
-        "--autocast", choices=("bf16", "fp16", "off"), help="compute in half precision"
-    )
+def path(text: str) -> str:
+    """Return a path, not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name was given")
+    return text
 
 
-def work_options(one: argparse.ArgumentParser) -> None:
-    """How the work is done."""
-    group = one.add_argument_group("work")
-    group.add_argument(
-        "--batch-size", type=positive, metavar="N", default=32, help="images a pass (default 32)"
-    )
-    group.add_argument("--workers", type=whole, metavar="N", help="threads that decode images")
-    group.add_argument(
-        "--on-unreadable",
-        choices=("fail", "skip"),
-        help="what to do with an image that cannot be read or embedded (default fail)",
-    )
-    group.add_argument(
-        "--scratch-gb",
-        type=amount,
-        metavar="GB",
-        default=50.0,
-        help="disk for activations kept meanwhile (default 50)",
-    )
+def adder(group: Any) -> Callable[..., None]:
+    """Return what adds options "-o --output PNG", and arguments "images IMAGES", to a parser.
+
+    Without a word for its value an option is true where it is given.
+    """
+
+    def add(names: str, text: str, read: Any = None, **more: Any) -> None:
+        *flags, last = names.split()
+        if flags and not last.startswith("-"):
+            more |= {"metavar": last, "type": read}
+        else:
+            flags.append(last)
+            more |= {} if "choices" in more else {"action": "store_true"}
+        group.add_argument(*flags, help=text, **more)
+
+    return add
 
 
-def found_options(one: Any) -> None:
-    """Which images of a folder or a CSV are taken."""
-    one.add_argument(
-        "--exclude",
-        metavar="PATTERN",
-        action="append",
-        help="leave out images and folders by path or name, such as '*.gif'; may be repeated",
-    )
+def _group(command: Any, *title: str) -> Any:
+    return adder(command.add_argument_group(*title))
 
 
-def pixel_options(one: Any) -> None:
-    """How large a picture may be."""
-    one.add_argument(
-        "--max-pixels",
-        metavar="N",
-        type=positive,
-        help="of a picture; larger ones are refused unread (default 89478485)",
-    )
+def _index(command: Any) -> Callable[..., None]:
+    add = adder(command)
+    add("index INDEX", "folder of the index", path)
+    return add
 
 
-def label_options(one: Any, whose: str = "") -> None:
-    """Where labels come from, and what they are."""
-    one.add_argument(
-        "--labels",
-        choices=("auto", "folders", "subfolders", "none", "numbers"),
-        help=f"{whose}where labels are; numbers: those of a CSV are numbers, near ones alike",
-    )
+def _network(command: Any) -> None:
+    add_options(command.add_argument_group("network"), NetworkSettings)
 
 
-def online_options(one: argparse.ArgumentParser) -> None:
-    """Where queries and their results come from."""
-    one.add_argument("--images", metavar="FOLDER", help="where the indexed images lie now")
-    one.add_argument(
-        "--onnx",
-        metavar="FILE",
-        type=path,
-        help="the network as `embedcam export` wrote it, run without torch",
-    )
+def _work(command: Any) -> None:
+    group = command.add_argument_group("work")
+    add = adder(group)
+    add("--batch-size N", "images a pass (default 32)", POSITIVE, default=32)
+    add("--workers N", "threads that decode images", WHOLE)
+    add_options(group, ImageSettings, "on_unreadable")
+    add("--scratch-gb GB", "disk for activations kept meanwhile (default 50)", AMOUNT, default=50.0)
 
 
-def transfer_options(one: argparse.ArgumentParser) -> None:
-    """How weights are transferred, and from when they are trusted."""
-    one.add_argument(
+def _online(command: Any) -> None:
+    add = adder(command)
+    add("--images FOLDER", "where the indexed images lie now")
+    add("--onnx FILE", "the network as `embedcam export` wrote it, run without torch", path)
+
+
+def _results(add: Callable[..., None]) -> None:
+    add("-n --n-neighbors N", "results a query (default 5)", POSITIVE)
+
+
+def _transfer(add: Callable[..., None]) -> None:
+    add(
         "--transfer",
+        "how neighbours count (default mean)",
         choices=("mean", "distance"),
         default="mean",
-        help="how neighbours count (default mean)",
     )
-    one.add_argument(
-        "--trusted-from",
-        type=share,
-        metavar="T",
-        help="correlation that nine in ten such maps must reach to count as trusted (default 0.5)",
+    add(
+        "--trusted-from T",
+        "correlation that nine in ten such maps must reach to count as trusted (default 0.5)",
+        SHARE,
     )
-    one.add_argument(
-        "--fallback",
-        action="store_true",
-        help="where the transfer is not trusted, compute the weights on the query itself",
+    add("--fallback", "where the transfer is not trusted, compute the weights on the query itself")
+
+
+def build(command: Any) -> None:
+    """Declare the options of `embedcam build`."""
+    from ..recipe import Recipe
+
+    adder(command)("images IMAGES", "folder or CSV", path, nargs="?")
+    add = _index(command)
+    add(
+        "--recipe NAME|FILE",
+        "default, paper, unlabelled, or a TOML file; other options win over it",
+    )
+    add_options(command, ImageSettings, "labels", "exclude", "max_pixels")
+    add("--refit", "redo a finished index")
+    _network(command)
+    group = command.add_argument_group("weights")
+    add_options(group, Recipe, "method", "layers", "fill", "options")
+    add_options(group, Recipe, tables=("weights",))
+    group = command.add_argument_group("storage")
+    add_options(group, Recipe)
+    adder(group)("--no-own-maps", "keep no maps of the images")
+    adder(group)("--no-trust", "calibrate neither trust nor match")
+    _work(command)
+    add = _group(command, "from features instead of images", "the layer's HxW is given by --grid")
+    add("--embeddings FILE", ".npy [N D]")
+    add("--pooled FILE", ".npy [N K]: mean activations")
+    add("--positive-pooled FILE", ".npy [N K]: mean of max(A, 0)")
+    add("--ids FILE", "CSV with id[,label], a row an embedding")
+
+
+def add(command: Any) -> None:
+    """Declare the options of `embedcam add`."""
+    add = _index(command)
+    add("images IMAGES", "folder or CSV", path)
+    add("--skip-existing", "leave out images that INDEX holds already")
+    add(
+        "--update",
+        "IMAGES is all that INDEX was built from: take in what is new, changed and vanished",
+    )
+    add_options(command, ImageSettings, "labels", "exclude", "max_pixels")
+    _network(command)
+    _work(command)
+
+
+def remove(command: Any) -> None:
+    """Declare the options of `embedcam remove`."""
+    add = _index(command)
+    add("ids ID", "ids of images", nargs="*")
+    add("--from FILE", "ids, one a line; - for stdin", dest="file")
+
+
+def calibrate(command: Any) -> None:
+    """Declare the options of `embedcam calibrate`."""
+    add = _index(command)
+    add("--no-trust", "match alone: no pictures, no network")
+    add("--images FOLDER", "where the indexed images lie now")
+    _network(command)
+    _work(command)
+
+
+def compact(command: Any) -> None:
+    """Declare the options of `embedcam compact`."""
+    _index(command)(
+        "--rebuild-faiss FACTORY",
+        "make the FAISS file again; FACTORY another one than it had",
+        nargs="?",
+        const="",
     )
 
 
-def index_options(one: argparse.ArgumentParser) -> None:
-    """The index."""
-    one.add_argument("index", metavar="INDEX", type=path, help="folder of the index")
-
-
-def method_options(group: Any) -> None:
-    """Choices of a method."""
-    group.add_argument(
-        "--fill",
-        metavar="WHAT",
-        help="what a masking method puts in place of masked pixels: mean (default), black or blur",
+def compress(command: Any) -> None:
+    """Declare the options of `embedcam compress`."""
+    add = _index(command)
+    add("output OUTPUT", "folder of the new index", path)
+    add("--prototypes N", "how many, at most the number of images", POSITIVE, required=True)
+    add("--per-class", "N for each label, each with its label")
+    add("--replace", "swap an index of prototypes that OUTPUT holds for the new one")
+    add(
+        "--seed N",
+        "of k-means and of the images that the loss is measured on (default 0)",
+        WHOLE,
+        default=0,
     )
-    group.add_argument(
-        "--option",
-        metavar="NAME=VALUE",
-        type=option,
+
+
+def compare(command: Any) -> None:
+    """Declare the options of `embedcam compare`."""
+    add = _index(command)
+    add("query IMAGE", "query picture", path)
+    add("result RESULT", "id of an image of the index")
+    add("--above ID", "why the result came above this image")
+    add("-o --output PNG", "picture", path)
+    add("--lines N", "channels listed (default 10)", POSITIVE, default=10)
+    add("--not-centred", "do not put apart what the average image of the index shares")
+    _online(command)
+    add_options(command, ImageSettings, "max_pixels")
+    _network(command)
+
+
+def explain(command: Any) -> None:
+    """Declare the options of `embedcam explain`."""
+    from ..recipe import Recipe
+
+    add = _index(command)
+    add("queries IMAGE", "query pictures", path, nargs="+")
+    add("-o --output PNG", "picture; a folder for many queries", path)
+    add("--html FILE", "one self-contained page with all queries", path)
+    add(
+        "--report FOLDER",
+        "all queries (IMAGE may be a folder or a CSV) as FOLDER/index.html and JSON lines",
+        path,
+    )
+    add(
+        "--features",
+        "the activations averaged under each map, K numbers: with --json in its "
+        "records; with --report in its lines, and as FOLDER/features.npy, a row a line",
+    )
+    add("--batch-size N", "of a report: queries a pass (default 16)", POSITIVE)
+    add_options(
+        command,
+        ImageSettings,
+        "labels",
+        help="of a report, which begins with results of another label: {}",
+    )
+    _results(add)
+    _transfer(add)
+    add("--result ID", "explain by this one image of the index")
+    add(
+        "--detail",
+        "2 draws a finer map: the query is shown once more at twice the side, for "
+        "about four more embeddings",
+        type=int,
+        choices=(1, 2),
+        default=1,
+    )
+    add("--above ID", "with --result: what speaks for the result rather than for this image")
+    add(
+        "--method NAME",
+        "compute the query's map itself, by any method (scorecam, rise, ...), in "
+        "place of transferred weights",
+    )
+    add_options(command, Recipe, "fill", "options")
+    add(
+        "--neighbors IDS",
+        "ids found elsewhere, comma-separated or repeated, instead of a search",
         action="append",
-        help="an option of the method, such as samples=50; may be repeated",
     )
+    add(
+        "--exclude-query",
+        "where INDEX holds IMAGE, the same file and not a copy, leave it out of the results",
+    )
+    add(
+        "--scale",
+        "of the results' colours (default joint)",
+        choices=("joint", "each"),
+        default="joint",
+    )
+    _online(command)
+    add_options(command, ImageSettings, "exclude", "max_pixels")
+    _network(command)
+
+
+def serve(command: Any) -> None:
+    """Declare the options of `embedcam serve`."""
+    from ..service.limits import Limits
+
+    add = _index(command)
+    add("--host NAME", "default 127.0.0.1", path, default="127.0.0.1")
+    add("--port N", "0 takes a free one (default 8000)", WHOLE, default=8000)
+    add(
+        "--allow-host NAME",
+        "a name that requests may call this service by, such as a proxy's; may be repeated",
+        path,
+        action="append",
+    )
+    _results(add)
+    _transfer(add)
+    _online(command)
+    group = command.add_argument_group(
+        "limits",
+        "Besides: 10 s for the head of a request, of 64 KiB at most; 20 s for a client to read\n"
+        "64 KiB of its answer, or the rest; 512 connections.",
+    )
+    add_options(group, Limits)
+    _network(command)
+
+
+def evaluate(command: Any) -> None:
+    """Declare the options of `embedcam evaluate`."""
+    from ..evaluate.settings import Settings
+
+    add = _index(command)
+    add("--images IMAGES", "query images: folder or CSV", path, required=True)
+    add("--indexed FOLDER", "where the indexed images lie now")
+    add_options(command, ImageSettings, "labels", "exclude", "max_pixels")
+    add("--boxes CSV", "where the objects are", path)
+    add("--masks FOLDER", "the same, as masks", path)
+    add("--html FILE", "one self-contained page", path)
+    add("--csv FILE", "the numbers of each image", path)
+    group = command.add_argument_group("what is measured")
+    add_options(group, Settings, "measures")
+    add = adder(group)
+    add(
+        "--methods NAMES",
+        "methods that draw on the query itself, a column each, such as gradcam,xgradcam",
+        NAMES,
+    )
+    add(
+        "--recipes FILES",
+        "TOML recipes, a column each; weights are computed for the index's own pictures",
+        NAMES,
+    )
+    add_options(group, Settings, "controls", "limit", "faithfulness", "scenes", "fidelity")
+    add_options(group, Settings, tables=("",))
+    _network(command)
+    group = command.add_argument_group("work")
+    add_options(group, Settings)
+    adder(group)("--workers N", "threads that decode images", WHOLE)
+    add_options(group, ImageSettings, "on_unreadable")
+
+
+def export(command: Any) -> None:
+    """Declare the options of `embedcam export`."""
+    _index(command)("-o --output FILE", "ONNX file to write", path, required=True)
+    _network(command)
+
+
+def info(command: Any) -> None:
+    """Declare the options of `embedcam info`."""
+    _index(command)("--ids", "list the ids of its images, one a line")
+
+
+def verify(command: Any) -> None:
+    """Declare the options of `embedcam verify`."""
+    _index(command)
+
+
+def demo(command: Any) -> None:
+    """Declare the options of `embedcam demo`."""
+    add = adder(command)
+    add(
+        "folder FOLDER",
+        "where everything is written (default demo-output)",
+        path,
+        nargs="?",
+        default="demo-output",
+    )
+    add("--seed N", "of scenes and training", WHOLE, default=0)

@@ -23,8 +23,20 @@ An image that lies in the index never explains itself. (An index of prototypes d
 images were merged into it, and the findings say so.)
 """
 
-from .evaluation import Evaluation
-from .run import evaluate_index
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .settings import Settings
 
+if TYPE_CHECKING:
+    from .evaluation import Evaluation
+    from .run import evaluate_index
+
 __all__ = ["Evaluation", "Settings", "evaluate_index"]
+
+
+def __getattr__(name: str) -> Any:
+    modules = {"Evaluation": "evaluation", "evaluate_index": "run"}
+    if name not in modules:
+        raise AttributeError(f"module 'embedcam.evaluate' has no attribute {name!r}")
+    return getattr(import_module(f".{modules[name]}", __name__), name)

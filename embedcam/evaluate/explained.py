@@ -6,7 +6,7 @@ import numpy as np
 
 from ..errors import InputError
 from ..images import Batch
-from ..metrics.order import pixel_count
+from ..metrics.maps import pixel_count
 from .controls import MEAN, mean_activation
 from .maps import Maps, Seen
 from .measures import Number, columns, localised, retrieved

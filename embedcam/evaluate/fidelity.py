@@ -11,7 +11,7 @@ import numpy as np
 
 from ..explain.answer import negatives_for
 from ..images import Batch
-from ..methods.fallback import DirectWeights
+from ..methods import DirectWeights
 from ..metrics import correlations
 from ..recipe.recipe import Recipe
 from .maps import Seen

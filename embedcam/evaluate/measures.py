@@ -4,12 +4,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..metrics import best_iou, box_from_map, box_iou, energy_share, iou_at, pointing_hit
-from ..metrics.contrast_free import (
+from ..metrics import (
     average_precision,
+    best_iou,
+    box_from_map,
+    box_iou,
+    energy_share,
     equal_area_share,
     hottest_precision,
+    iou_at,
     pixel_auc,
+    pointing_hit,
 )
 from .maps import Maps
 from .regions import Region

@@ -1,12 +1,14 @@
 """What is measured, on how many images, and what each measure is called."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from .._options import check, setting
 from ..errors import InputError
+from ..recipe import FILLS
 
 GROUPS: Final = ("retrieval", "localisation", "faithfulness", "objects", "fidelity", "sanity")
 """What `measures` chooses among."""
@@ -122,72 +124,85 @@ MEASURES: Final = {
 class Settings:
     """What is measured, and how. The defaults end in minutes on a CPU.
 
-    n_neighbors: images a query is explained by; the map is the one `explain` shows.
-    transfer: "mean" or "distance".
-    limit: images queried, a seeded sample; None for all.
-    faithfulness: images of them whose pixels are removed and whose controls are drawn.
-    scenes: pairs of pictures of different labels.
-    fidelity: images whose own map is computed and held against transferred ones.
-    steps: of the deletion and insertion curves.
-    removed: share of the pixels taken out for the rank drop and ROAD.
-    threshold: share of a map's largest value from which a pixel is marked, for IoU and boxes.
-    fill: what takes a removed pixel's place: "mean", "black" or "blur".
-    measures: groups among `GROUPS`.
-    controls: whether controls are drawn.
-    examples: best and worst ones shown, each.
-    seed: of every sample and every random weight.
-    batch_size: images a forward pass; None takes what is fast: 8 on a CPU, 32 elsewhere.
+    Parameters
+    ----------
+    n_neighbors : int
+        Images a query is explained by; the map is the one `explain` shows.
+    transfer : str
+        "mean" or "distance".
+    limit : int, optional
+        Images queried, a seeded sample; None for all.
+    faithfulness, scenes, fidelity : int
+        Images of them whose pixels are removed and whose baselines are drawn; pairs of pictures
+        of different labels; images whose own map is held against transferred ones.
+    steps : int
+        Of the deletion and insertion curves.
+    removed, threshold : float
+        Shares between 0 and 1: of the pixels taken out for the rank drop and ROAD; of a map's
+        largest value from which a pixel is marked, for IoU and boxes.
+    fill : str
+        What takes a removed pixel's place: "mean", "black" or "blur".
+    measures : tuple of str
+        Groups among `GROUPS`.
+    controls : bool
+        Draw baselines.
+    examples : int
+        Best and worst ones shown, each.
+    seed : int
+        Of every sample and every random weight.
+    batch_size : int, optional
+        Images a forward pass; None takes what is fast: 8 on a CPU, 32 elsewhere.
     """
 
-    n_neighbors: int = 5
-    transfer: str = "mean"
-    limit: int | None = None
-    faithfulness: int = 50
-    scenes: int = 100
-    fidelity: int = 100
-    steps: int = 20
-    removed: float = 0.2
-    threshold: float = 0.2
-    fill: str = "mean"
-    measures: tuple[str, ...] = GROUPS
-    controls: bool = True
-    examples: int = 3
-    seed: int = 0
-    batch_size: int | None = None
+    n_neighbors: int = setting(5, "N", "neighbours a map (default 5)", letter="-n", least=1)
+    transfer: str = setting(
+        "mean", help="how neighbours count (default mean)", choices=("mean", "distance")
+    )
+    limit: int | None = setting(None, "N", "images queried, a sample", kind=int, least=1)
+    faithfulness: int = setting(
+        50,
+        "N",
+        "images whose pixels are removed and whose controls are drawn (default 50)",
+        least=0,
+    )
+    scenes: int = setting(100, "N", "pairs of pictures, side by side (default 100)", least=0)
+    fidelity: int = setting(
+        100,
+        "N",
+        "images whose own map is computed and held against transferred ones (default 100)",
+        least=0,
+    )
+    steps: int = setting(20, "N", "of deletion and insertion (default 20)", least=1)
+    removed: float = setting(
+        0.2, "SHARE", "of the pixels, for the rank drop (default 0.2)", above=0, below=1
+    )
+    threshold: float = setting(
+        0.2, "SHARE", "of a map's largest value, for IoU and boxes (default 0.2)", above=0, below=1
+    )
+    fill: str = setting("mean", help="in place of removed pixels (default mean)", choices=FILLS)
+    measures: tuple[str, ...] = setting(
+        GROUPS,
+        "NAMES",
+        "of retrieval, localisation, faithfulness, objects, fidelity, sanity (default all)",
+        choices=GROUPS,
+    )
+    controls: bool = setting(
+        True, help="leave out what the maps are held against", flag="no_controls"
+    )
+    examples: int = setting(3, "N", "best and worst on the page (default 3 each)", least=0)
+    seed: int = setting(0, "N", "of every sample (default 0)", least=0)
+    batch_size: int | None = setting(
+        None, "N", "images a pass (default 8 on a CPU)", kind=int, least=1, table="work"
+    )
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("n_neighbors", 1), ("faithfulness", 0), ("scenes", 0), ("fidelity", 0), ("steps", 1),
-            ("examples", 0), ("seed", 0),
-        ):  # fmt: skip
-            _whole(name, getattr(self, name), least)
-        for name in ("limit", "batch_size"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 1)
-        for name in ("removed", "threshold"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < 1:
-                raise InputError(f"{name} = {value!r}; give a share between 0 and 1")
-        if self.fill not in ("mean", "black", "blur"):
-            raise InputError(f"fill = {self.fill!r} is unknown; use mean, black or blur")
-        if isinstance(self.measures, str) or not isinstance(self.measures, Iterable):
-            raise InputError(
-                f"measures = {self.measures!r}; give a tuple of names among {', '.join(GROUPS)}"
-            )
-        unknown = [name for name in self.measures if name not in GROUPS]
-        if unknown or not self.measures:
-            named = repr(unknown[0]) if unknown else "nothing"
-            raise InputError(f"measures names {named}; choose among {', '.join(GROUPS)}")
+        check(self)
+        if not self.measures:
+            raise InputError(f"measures names nothing; choose among {', '.join(GROUPS)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**values, "measures": list(self.measures)}
-
-
-def _whole(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} = {value!r}; give a whole number of at least {least}")
+        """Return everything, ready for JSON."""
+        return {**asdict(self), "measures": list(self.measures)}
 
 
 class Clock:

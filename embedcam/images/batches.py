@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Literal, TypeVar
 
 import numpy as np
 from PIL import Image
 
+from .._checks import one_of, whole
 from ..errors import EmbeddingError, ImageError, InputError, printable
-from .marks import NO_MARK
+from .reading import NO_MARK
 from .sources import ImageSource
 
 Prepare = Callable[[Image.Image], np.ndarray]
@@ -26,12 +29,10 @@ Outcome = tuple[np.ndarray, tuple[int, int], np.ndarray] | ImageError
 class Batch:
     """Some consecutive images of the positions asked for, without those that cannot be read.
 
-    positions: int64 `[b]`, indices into the source.
-    images: float32 `[b 3 H W]`, preprocessed.
-    sizes: int64 `[b 2]`, (width, height) of the upright originals.
-    marks: uint32 `[b 4]`, taken of the files before they were read (`ImageSource.mark`); zeros
-        where they were not asked for.
-    errors: (position, message) of the images left out.
+    `positions` are indices into the source, int64 `[b]`; `images` preprocessed, float32 `[b 3 H
+    W]`; `sizes` (width, height) of the upright originals, int64 `[b 2]`; `marks` of the files
+    before they were read (`ImageSource.mark`), uint32 `[b 4]`, zeros where they were not asked for;
+    `errors` (position, message) of the images left out.
     """
 
     positions: np.ndarray
@@ -44,32 +45,23 @@ class Batch:
         return len(self.positions)
 
     def without(self, rows: Sequence[int], reasons: Sequence[str]) -> Batch:
-        """The batch without some of its images, which are among its errors then.
-
-        rows: their places in the batch. reasons: why they are left out, a message each.
-        """
+        """Return the batch without some of its rows, which are among its errors then."""
         kept = np.ones(len(self), bool)
         kept[list(rows)] = False
         left_out = zip(self.positions[list(rows)].tolist(), reasons, strict=True)
-        return Batch(
-            self.positions[kept],
-            self.images[kept],
-            self.sizes[kept],
-            self.marks[kept],
-            sorted([*self.errors, *left_out]),
-        )
+        arrays = {name: getattr(self, name)[kept] for name in ("images", "sizes", "marks")}
+        errors = sorted([*self.errors, *left_out])
+        return Batch(self.positions[kept], **arrays, errors=errors)
 
 
 def embed(
     batch: Batch, source: ImageSource, run: Callable[[np.ndarray], T], on_error: str
 ) -> tuple[Batch, T | None]:
-    """Run a network on a batch, without the images whose embedding cannot be used.
+    """Run a network on a batch's images `[b 3 H W]`, without those whose embedding is unusable.
 
-    run: images `[b 3 H W]` to what is wanted of them; raises EmbeddingError.
-    on_error: "fail" raises the error of the first such image, with its name; "skip" leaves it out
-        and reports it in `Batch.errors`.
-
-    Returns the batch that was run, and what came of it; None where no image is left.
+    `run` raises EmbeddingError of those; `on_error` "fail" raises it with the image's name, "skip"
+    leaves the image out and reports it in `Batch.errors`. Return the batch that was run, and what
+    came of it; None where no image is left.
     """
     while len(batch):
         names = [source.name(position) for position in batch.positions.tolist()]
@@ -84,7 +76,7 @@ def embed(
 
 
 def default_workers() -> int:
-    """Threads worth having here: one for each usable core, at most eight."""
+    """Return the threads worth having here: one for each usable core, at most eight."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(8, usable or 1))
 
@@ -103,11 +95,10 @@ def load_batches(
 
     Batch j covers positions[j * batch_size : (j + 1) * batch_size], whatever could be read of it,
     so that an unreadable image moves no other. `workers` threads read ahead by about one batch;
-    0 reads in the calling thread. Closing the generator stops them.
-
-    on_error: "fail" raises the ImageError of the first unreadable image; "skip" leaves it out and
-        reports it in `Batch.errors`. Any other exception, such as a transform's own, is raised.
-    marked: take the marks of the files, which reads each of them twice.
+    0 reads in the calling thread. Closing the generator stops them. `on_error` "fail" raises the
+    ImageError of the first unreadable image; "skip" leaves it out and reports it in `Batch.errors`.
+    Any other exception, such as a transform's own, is raised. `marked` takes the marks of the
+    files, which reads each of them twice.
     """
     wanted = np.asarray(positions)
     if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
@@ -118,22 +109,20 @@ def load_batches(
             f"positions: {wanted.min()} to {wanted.max()} given, "
             f"the source has {len(source)} images"
         )
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size: expected a whole number from 1, given {batch_size!r}")
-    workers = default_workers() if workers is None else workers
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
-        raise InputError(f"workers: expected a whole number from 0, given {workers!r}")
-    if on_error not in ("fail", "skip"):
-        raise InputError(f'on_error: expected "fail" or "skip", given {on_error!r}')
+    batch_size = whole("batch_size", batch_size, 1)
+    workers = default_workers() if workers is None else whole("workers", workers)
+    one_of("on_error", on_error, ("fail", "skip"))
     prepare = partial(_prepare, source, preprocess, marked)
-    outcomes = _inline(prepare, wanted)
+    outcomes = (prepare(position) for position in wanted.tolist())
     if workers:
         outcomes = _threaded(prepare, wanted, workers, ahead=batch_size + 2 * workers)
-    return _batches(source, wanted, outcomes, batch_size, on_error, _expected_shape(preprocess))
+    size = getattr(preprocess, "size", None)
+    shape = (3, *size) if isinstance(size, tuple) else None
+    return _batches(source, wanted, outcomes, batch_size, on_error, shape)
 
 
 def _prepare(source: ImageSource, preprocess: Prepare, marked: bool, position: int) -> Outcome:
-    """The input of one image, or why there is none; other exceptions get the image's name."""
+    """Return the input of one image, or why there is none; other exceptions get its name."""
     try:
         # Before it is read: a file that changes meanwhile must not pass for the one that was read.
         mark = source.mark(position) if marked else np.array(NO_MARK, np.uint32)
@@ -150,17 +139,10 @@ def _prepare(source: ImageSource, preprocess: Prepare, marked: bool, position: i
         raise
 
 
-def _inline(
-    prepare: Callable[[int], Outcome], positions: np.ndarray
-) -> Generator[Outcome, None, None]:
-    for position in positions.tolist():
-        yield prepare(position)
-
-
 def _threaded(
     prepare: Callable[[int], Outcome], positions: np.ndarray, workers: int, ahead: int
 ) -> Generator[Outcome, None, None]:
-    """Outcomes in order, with at most `ahead` images in the making or waiting."""
+    """Yield outcomes in order, with at most `ahead` images in the making or waiting."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="embedcam-images")
     waiting: deque[Future[Outcome]] = deque()
     try:
@@ -174,11 +156,6 @@ def _threaded(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _expected_shape(preprocess: Prepare) -> tuple[int, ...] | None:
-    size = getattr(preprocess, "size", None)
-    return (3, *size) if isinstance(size, tuple) else None
-
-
 def _batches(
     source: ImageSource,
     positions: np.ndarray,
@@ -187,37 +164,31 @@ def _batches(
     on_error: str,
     shape: tuple[int, ...] | None,
 ) -> Generator[Batch, None, None]:
-    try:
+    with closing(outcomes):
         for start in range(0, len(positions), batch_size):
-            kept: list[int] = []
-            arrays: list[np.ndarray] = []
-            sizes: list[tuple[int, int]] = []
-            marks: list[np.ndarray] = []
+            part = positions[start : start + batch_size].tolist()
+            loaded: list[tuple[int, np.ndarray, tuple[int, int], np.ndarray]] = []
             errors: list[tuple[int, str]] = []
-            for position in positions[start : start + batch_size].tolist():
-                outcome = next(outcomes)
+            some: Iterator[Outcome] = islice(outcomes, len(part))
+            for position, outcome in zip(part, some, strict=True):
                 if isinstance(outcome, ImageError):
                     if on_error == "fail":
                         raise outcome
                     errors.append((position, str(outcome)))
                     continue
-                array, size, mark = outcome
-                shape = array.shape if shape is None else shape
-                if array.shape != shape:
+                shape = outcome[0].shape if shape is None else shape
+                if outcome[0].shape != shape:
                     raise InputError(
-                        f"{source.name(position)}: preprocessed to {list(array.shape)}, the images "
-                        f"before it to {list(shape)}; a network takes one size, so resize or crop"
+                        f"{source.name(position)}: preprocessed to {list(outcome[0].shape)}, the "
+                        f"images before it to {list(shape)}; a network takes one size, so resize "
+                        "or crop"
                     )
-                kept.append(position)
-                arrays.append(array)
-                sizes.append(size)
-                marks.append(mark)
+                loaded.append((position, *outcome))
+            arrays = [array for _, array, _, _ in loaded]
             yield Batch(
-                positions=np.array(kept, dtype=np.int64),
+                positions=np.array([one[0] for one in loaded], dtype=np.int64),
                 images=np.stack(arrays) if arrays else np.zeros((0, *(shape or (3, 0, 0))), "f4"),
-                sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
-                marks=np.array(marks, dtype=np.uint32).reshape(-1, 4),
+                sizes=np.array([one[2] for one in loaded], dtype=np.int64).reshape(-1, 2),
+                marks=np.array([one[3] for one in loaded], dtype=np.uint32).reshape(-1, 4),
                 errors=errors,
             )
-    finally:
-        outcomes.close()

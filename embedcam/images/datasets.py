@@ -19,6 +19,14 @@ _PICTURES = ("image", "img", "picture", "photo")
 """Columns of rows that are taken for the picture, the first there is; `_LABELS` for the label."""
 _LABELS = ("label", "labels", "class", "fine_label")
 _UNDECODED = {"bytes", "path"}
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    EOFError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+"""Pillow's ways of saying that a file is broken."""
 
 
 class DatasetSource(ImageSource):
@@ -37,7 +45,7 @@ class DatasetSource(ImageSource):
         self._lock = lock
 
     def open(self, position: int) -> Image.Image:
-        """The item's picture, upright and RGB; raises ImageError, which begins with its name."""
+        """Return the item's picture, upright and RGB, or raise ImageError that names it."""
         name, reason = self.name(position), self.refused(position)
         if reason is not None:
             raise ImageError(reason)
@@ -47,12 +55,9 @@ class DatasetSource(ImageSource):
             else:
                 with self._lock:
                     item = self._dataset[position]
-        except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            # Pillow's ways of saying that a file is broken.
+        except _BROKEN as error:
             if ran_out(error):
                 raise
-            raise ImageError(f"{name}: cannot be read ({error})") from error
-        except Image.DecompressionBombWarning as error:
             raise ImageError(f"{name}: cannot be read ({error})") from error
         except ValueError as error:
             if not is_long_text(error):
@@ -64,7 +69,7 @@ class DatasetSource(ImageSource):
         return read_image(_picture(item), max_pixels=self.max_pixels, name=name)
 
     def fingerprint(self, position: int) -> str:
-        """The id alone: what lies behind a data set cannot be asked whether it changed."""
+        """Return the id alone: what a data set holds cannot be asked whether it changed."""
         return f"id:{self.items[position].id}"
 
 
@@ -76,18 +81,26 @@ def from_dataset(
     thread_safe: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> DatasetSource:
-    """Any data set with a length and integer positions, of pictures or (picture, label) pairs.
+    """Take any data set with a length and integer positions as a source of images.
 
-    Items may be rows, too, as Hugging Face's data sets have them: dictionaries with the picture
-    under "image" (or img, picture, photo), the label under "label" (or labels, class).
-    A picture is anything `read_image` takes, or a tensor `[1|3 H W]` (uint8, or floats in [0, 1]).
-    ids: default the paths below `dataset.root` where the data set lists its files (`samples`, as
+    Parameters
+    ----------
+    dataset
+        Of pictures, (picture, label) pairs, or rows as Hugging Face's data sets have them:
+        dictionaries with the picture under "image" (or img, picture, photo), the label under
+        "label" (or labels, class). A picture is anything `read_image` takes, or a tensor
+        `[1|3 H W]` (uint8, or floats in [0, 1]).
+    ids
+        Default the paths below `dataset.root` where the data set lists its files (`samples`, as
         torchvision's ImageFolder does), else "0", "1", ...
-    labels: default `dataset.targets`; without those each item is read once for its label. "none"
-        leaves them out. Whole numbers become names where the data set has `classes`, or rows whose
+    labels
+        Default `dataset.targets`; without those each item is read once for its label. "none" leaves
+        them out. Whole numbers become names where the data set has `classes`, or rows whose
         `features` name them; -1 is no label there.
-    thread_safe: items may be read by several threads at once; otherwise one at a time.
-    max_pixels: more than this many pixels are refused.
+    thread_safe
+        Items may be read by several threads at once; otherwise one at a time.
+    max_pixels
+        More than this many pixels are refused.
     """
     if isinstance(dataset, Mapping):
         named = ", ".join(map(str, list(dataset)[:3]))
@@ -104,24 +117,20 @@ def from_dataset(
     if n_items == 0:
         raise InputError(f"{type(dataset).__name__}: the data set is empty")
     root, paths = _dataset_paths(dataset, n_items)
-    own_ids = list(ids) if ids is not None else paths or [str(i) for i in range(n_items)]
-    if len(own_ids) != n_items:
-        raise InputError(f"ids: {len(own_ids)} given for a data set of {n_items} images")
-    for own in own_ids:
-        if not isinstance(own, str) or not own:
-            raise InputError(f"ids: {short(own)} given; an id is a string that is not empty")
-    names = _dataset_labels(dataset, n_items, labels)
-    where = paths or [""] * n_items
-    items = [
-        Item(escaped(own), path, name)
-        for own, path, name in zip(own_ids, where, names, strict=True)
-    ]
+    names = list(ids) if ids is not None else paths or [str(i) for i in range(n_items)]
+    if len(names) != n_items:
+        raise InputError(f"ids: {len(names)} given for a data set of {n_items} images")
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise InputError(f"ids: {short(name)} given; an id is a string that is not empty")
+    columns = names, paths or [""] * n_items, _dataset_labels(dataset, n_items, labels)
+    items = [Item(escaped(name), path, label) for name, path, label in zip(*columns, strict=True)]
     lock = None if thread_safe else threading.Lock()
     return DatasetSource(dataset, items, root, lock, max_pixels)
 
 
 def _dataset_paths(dataset: Any, n_items: int) -> tuple[Path | None, list[str] | None]:
-    """The root and relative paths of a data set that lists its files, as ImageFolder does."""
+    """Return the root and relative paths of a data set that lists its files, as ImageFolder."""
     samples, root = getattr(dataset, "samples", None), getattr(dataset, "root", None)
     if not isinstance(samples, list) or len(samples) != n_items or root is None:
         return None, None
@@ -137,38 +146,33 @@ def _dataset_labels(
         if labels != "none":
             raise InputError(f'labels: expected one for each image, or "none", given {labels!r}')
         return [None] * n_items
-    found: Iterable[object] | None = labels
-    if found is None:
+    values: Iterable[object] | None = labels
+    if values is None:
         targets = getattr(dataset, "targets", None)
-        found = targets if targets is not None and len(targets) == n_items else None
+        values = targets if targets is not None and len(targets) == n_items else None
     classes, features = getattr(dataset, "classes", None), getattr(dataset, "features", None)
     if isinstance(features, Mapping):
         column = next((name for name in _LABELS if name in features), None)
-        if found is None and column is not None:
-            found = dataset[column]  # all of them, without a picture decoded
+        if values is None and column is not None:
+            values = dataset[column]  # all of them, without a picture decoded
         if classes is None and column is not None:
             classes = getattr(features[column], "names", None)
-        found = None if found is None else [None if value == -1 else value for value in found]
-    if found is None:
-        found = _read_labels(dataset, n_items)
-    names = [_label_name(value, classes) for value in found]
+        values = None if values is None else [None if value == -1 else value for value in values]
+    if values is None:
+        values = _read_labels(dataset, n_items)
+    names = [_label_name(value, classes) for value in values]
     if len(names) != n_items:
         raise InputError(f"labels: {len(names)} given for a data set of {n_items} images")
     return names
 
 
 def _read_labels(dataset: Any, n_items: int) -> Iterator[object]:
-    """Each item's second element; an unreadable item has none, and is reported when it is read."""
+    """Yield each item's label; an unreadable item has none, and is reported when it is read."""
     for position in range(n_items):
         try:
             item = dataset[position]
-        except (OSError, SyntaxError, EOFError) as error:
-            if ran_out(error):
-                raise
-            yield None
-            continue
-        except ValueError as error:
-            if not is_long_text(error):
+        except (OSError, SyntaxError, EOFError, ValueError) as error:
+            if ran_out(error) or (isinstance(error, ValueError) and not is_long_text(error)):
                 raise
             yield None
             continue
@@ -182,7 +186,7 @@ def _read_labels(dataset: Any, n_items: int) -> Iterator[object]:
 
 
 def _label_name(value: Any, classes: Any) -> str | None:
-    """A label as a string; whole numbers by the data set's class names."""
+    """Return a label as a string; whole numbers by the data set's class names."""
     if value is None or isinstance(value, str):
         return value or None
     if getattr(value, "ndim", None) == 0:  # a numpy or torch scalar
@@ -204,10 +208,17 @@ def _label_name(value: Any, classes: Any) -> str | None:
 
 
 def _picture(item: Any) -> Any:
-    """What `read_image` takes, of a data set's item."""
+    """Return what `read_image` takes, of a data set's item."""
     picture = item[0] if isinstance(item, tuple | list) and item else item
     if isinstance(picture, Mapping) and not picture.keys() <= _UNDECODED:
-        picture = _of_row(picture)
+        column = next((name for name in _PICTURES if name in picture), None)
+        if column is None:
+            columns = cut(", ".join(map(str, picture)), 80)
+            raise InputError(
+                f"the data set's rows have the columns {columns}; one of them has to be the "
+                f"picture and called {_PICTURES[0]!r}, or give (picture, label) pairs"
+            )
+        picture = picture[column]
     if isinstance(picture, Mapping) and picture.keys() & _UNDECODED:
         # An undecoded picture of Hugging Face's: the bytes of its file, or where it lies.
         held = picture.get("bytes")
@@ -216,23 +227,5 @@ def _picture(item: Any) -> Any:
         return picture
     values: np.ndarray = picture.detach().cpu().numpy()
     if values.ndim == 3 and values.shape[0] in (1, 3, 4):
-        return (
-            values[0] if values.shape[0] == 1 else np.ascontiguousarray(values.transpose(1, 2, 0))
-        )
+        return values[0] if len(values) == 1 else np.ascontiguousarray(values.transpose(1, 2, 0))
     return values
-
-
-def _of_row(row: Mapping[Any, Any]) -> Any:
-    """The picture of a row.
-
-    Raises:
-        InputError: none of its columns is known to hold one.
-    """
-    for name in _PICTURES:
-        if name in row:
-            return row[name]
-    columns = cut(", ".join(map(str, row)), 80)
-    raise InputError(
-        f"the data set's rows have the columns {columns}; one of them has to be the picture and "
-        f"called {_PICTURES[0]!r}, or give (picture, label) pairs"
-    )

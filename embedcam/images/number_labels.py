@@ -1,7 +1,7 @@
 """Labels that are numbers: read from their text, and who is near and who is far in value.
 
-Arrays only. An image's positives are the images whose numbers are nearest to its own, its negatives
-those whose numbers are farthest from it; both are intervals of the images in the order of value.
+An image's positives are the images whose numbers are nearest to its own, its negatives those whose
+numbers are farthest from it; both are intervals of the images in the order of value.
 """
 
 import math
@@ -22,7 +22,7 @@ Reach = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def number_of(text: str | None) -> float:
-    """A label's number; NaN where it is none, not finite, or beyond 1e300 either way."""
+    """Return a label's number; NaN where it is none, not finite, or beyond 1e300 either way."""
     try:
         value = float(text or "nan")
     except ValueError:
@@ -31,11 +31,7 @@ def number_of(text: str | None) -> float:
 
 
 def near_share(recipe: Mapping[str, Any]) -> float | None:
-    """Share of an index's images that are near in value; None where its labels are classes.
-
-    Raises:
-        InputError: a recipe that no build has written.
-    """
+    """Return the share of an index's images that are near in value; None of classes."""
     if recipe.get("labels", "classes") == "classes":
         return None
     share = recipe.get("positives")
@@ -48,11 +44,7 @@ def near_share(recipe: Mapping[str, Any]) -> float | None:
 
 
 def check_number(text: str, where: str) -> None:
-    """Refuse a label that is no number.
-
-    Raises:
-        InputError: beginning with `where` it stands.
-    """
+    """Refuse a label that is no number; the message begins with `where` it stands."""
     if math.isnan(number_of(text)):
         raise InputError(
             f"{where}: the label {short(text)} is not a finite number; correct it, leave it empty, "
@@ -61,15 +53,7 @@ def check_number(text: str, where: str) -> None:
 
 
 def label_values(labels: Sequence[str | None], names: Sequence[str]) -> np.ndarray | None:
-    """Labels as numbers, float64 `[N]`, NaN without one; None where no image has one.
-
-    Args:
-        labels: `[N]`.
-        names: of the images, for messages.
-
-    Raises:
-        InputError: naming the first image whose label is no finite number.
-    """
+    """Return labels as numbers, float64 `[N]`, NaN without one; None where no image has one."""
     if all(label is None for label in labels):
         return None
     for label, name in zip(labels, names, strict=True):
@@ -79,26 +63,18 @@ def label_values(labels: Sequence[str | None], names: Sequence[str]) -> np.ndarr
 
 
 class Values:
-    """Images in the order of their numbers, and the positives and negatives of each.
+    """Images in the order of their numbers `[N]`, and the positives and negatives of each.
 
     Of n labelled images let p be max(1, round(positives (n - 1))), and q likewise of negatives; let
     r be an image's distance in value to its p-th nearest other, and R that to its q-th farthest.
     Its positives are all others within r, its negatives all from R on that are no positives: images
     of one value are on one side together.
 
-    Args:
-        values: numbers of all images, `[N]`, NaN without one.
-        positives, negatives: shares of the labelled images, above 0, together at most 1.
-
-    Attributes:
-        order: positions of the labelled images, rising in value, `[n]`.
-        ranks: place of every image in `order`, `[N]`; -1 of those without a number, and of those
-            from whom no image is farther than their positives: they count as unlabelled.
-        near, far: by rank, first and last place but one of the interval that the positives and the
-            image itself fill, and of the one that no negative lies in, `[n 2]`.
-
-    Raises:
-        InputError: fewer than two different numbers.
+    `order` holds the positions of the labelled images, rising in value, `[n]`; `ranks` the place of
+    every image in it, `[N]`, -1 of those without a number, and of those from whom no image is
+    farther than their positives: they count as unlabelled. `near` and `far` are by rank the first
+    and last place but one of the interval that the positives and the image itself fill, and of the
+    one that no negative lies in, `[n 2]`.
     """
 
     def __init__(self, values: np.ndarray, positives: float, negatives: float) -> None:
@@ -122,32 +98,32 @@ class Values:
         self.reaches = within
 
     def reach(self) -> Reach:
-        """How far the positives of a value lie, at up to 33 quantiles of the values."""
+        """Return how far the positives of a value lie, at up to 33 quantiles of the values."""
         places = np.linspace(0, len(self._sorted) - 1, KNOTS).round().astype(int)
         values, first = np.unique(self._sorted[places], return_index=True)
         return tuple(values.tolist()), tuple(self.reaches[places[first]].tolist())
 
     def _radius(self, count: int) -> np.ndarray:
-        """Distance in value from each image to the `count`-th nearest other, by rank `[n]`."""
-        x, n = self._sorted, len(self._sorted)
-        own = np.arange(n)
-        low, high = np.maximum(own - count, 0), np.minimum(own, n - 1 - count)
+        """Return the distance in value from each image to the `count`-th nearest other, `[n]`."""
+        x, ranks = self._sorted, np.arange(len(self._sorted))
+        low, high = np.maximum(ranks - count, 0), np.minimum(ranks, len(x) - 1 - count)
 
         def radius(start: np.ndarray) -> np.ndarray:
-            found: np.ndarray = np.maximum(x - x[start], x[start + count] - x)
-            return found
+            farther: np.ndarray = np.maximum(x - x[start], x[start + count] - x)
+            return farther
 
         # Of count + 1 images in a row: the farther left they begin, the farther the left end is.
         best = _first(low, high, lambda start: x[start + count] - x >= x - x[start])
-        return np.minimum(radius(best), radius(np.maximum(best - 1, low)))
+        nearest: np.ndarray = np.minimum(radius(best), radius(np.maximum(best - 1, low)))
+        return nearest
 
     def _interval(self, inside: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """The ranks around each whose distance in value is inside, `[n 2]`, the end excluded."""
+        """Return the ranks around each whose distance is inside, `[n 2]`, the end excluded."""
         x, n = self._sorted, len(self._sorted)
-        own = np.arange(n)
-        start = _first(np.zeros(n, int), own, lambda place: inside(x - x[place]))
+        ranks = np.arange(n)
+        start = _first(np.zeros(n, int), ranks, lambda place: inside(x - x[place]))
         stop = _first(
-            own + 1, np.full(n, n), lambda place: ~inside(x[np.minimum(place, n - 1)] - x)
+            ranks + 1, np.full(n, n), lambda place: ~inside(x[np.minimum(place, n - 1)] - x)
         )
         return np.stack([start, stop], axis=1)
 
@@ -155,11 +131,11 @@ class Values:
 def _first(
     low: np.ndarray, high: np.ndarray, holds: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """The first whole number from `low` on, `high` at the latest, from which something holds."""
+    """Return the first whole number from `low` on, `high` at most, from which something holds."""
     low, high = low.copy(), high.copy()
     while (open_ := low < high).any():
         middle = (low + high) // 2
-        found = holds(middle)
-        high = np.where(open_ & found, middle, high)
-        low = np.where(open_ & ~found, middle + 1, low)
+        held = holds(middle)
+        high = np.where(open_ & held, middle, high)
+        low = np.where(open_ & ~held, middle + 1, low)
     return low

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 log = logging.getLogger("embedcam.progress")
 EVERY = 30.0
@@ -19,37 +18,27 @@ Advance = Callable[[int], object]
 def progress_of(
     stage: str, total: int | None = 0, unit: str = "images", *, shown: bool | None, done: int = 0
 ) -> Iterator[Advance]:
-    """Show how far a stage of a job is, while it runs.
+    """Show how far a stage of a job is, while it runs; yield what is told how many more are done.
 
-    Args:
-        stage: what is being done.
-        total: of units; 0 where they are not counted, which no bar shows, None where nobody knows.
-        unit: what is counted.
-        shown: True shows a bar; False nothing; None a bar on a terminal or in a notebook, and
-            elsewhere a line of the logger `embedcam.progress` every half minute.
-        done: units that were done before.
-
-    Yields:
-        What is to be told how many more were dealt with.
+    A `total` of 0 is not counted, which no bar shows; None is unknown. `shown` True shows a bar,
+    False nothing; None a bar on a terminal or in a notebook, and elsewhere a line of the logger
+    `embedcam.progress` every half minute.
     """
     wanted = shown if shown is not None else _terminal() or _notebook()
-    bar = _bar(stage, total, unit, done) if wanted and total != 0 else None
-    if bar is not None:
-        with bar:
-            yield bar.update
-    elif shown is False:
+    if wanted and total != 0:
+        try:
+            from tqdm.auto import tqdm
+        except ImportError:  # as where torch is missing
+            pass
+        else:
+            with tqdm(desc=stage, total=total, initial=done, unit=f" {unit}") as bar:
+                yield bar.update
+            return
+    if shown is False:
         yield lambda more: None
-    else:
-        with _logged(stage, total, unit, done) as advance:
-            yield advance
-
-
-def _bar(stage: str, total: int | None, unit: str, done: int) -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:  # as where torch is missing
-        return None
-    return tqdm(desc=stage, total=total, initial=done, unit=f" {unit}")
+        return
+    with _logged(stage, total, unit, done) as advance:
+        yield advance
 
 
 def _terminal() -> bool:
@@ -57,14 +46,14 @@ def _terminal() -> bool:
 
 
 def _notebook() -> bool:
-    """Whether this is a notebook's kernel; its error stream is no terminal."""
+    """Return whether this is a notebook's kernel; its error stream is no terminal."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and "IPKernelApp" in shell.config
 
 
 @contextmanager
 def _logged(stage: str, total: int | None, unit: str, done: int) -> Iterator[Advance]:
-    """A line every half minute by a thread, so that one long step does not silence it."""
+    """Write a line every half minute by a thread, so that one long step does not silence it."""
     begun, counted, ended = time.monotonic(), [done], threading.Event()
 
     def tell() -> None:

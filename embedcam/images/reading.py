@@ -1,9 +1,9 @@
-"""One image: from a file, bytes, Pillow or numpy to an upright RGB picture, within limits.
+"""One image: from a file, bytes, Pillow or numpy to an upright RGB picture; and a file's mark.
 
 What becomes of pictures that are not plain 8-bit RGB:
 
 - EXIF orientation is applied; a broken EXIF block counts as none.
-- Grey, palette, CMYK and YCbCr are converted; colour profiles are ignored, as networks' training
+- Grey, palette, CMYK and YCbCr are converted; color profiles are ignored, as networks' training
   pipelines ignore them.
 - Transparency is composed on white.
 - 16 bits a channel are scaled to 8 (65535 becomes 255), not clipped; where a file says that zero is
@@ -15,18 +15,22 @@ What becomes of pictures that are not plain 8-bit RGB:
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
 import stat
 import struct
-from typing import IO, TYPE_CHECKING, Any, Final
+import zlib
+from collections.abc import Callable
+from functools import lru_cache
+from typing import IO, TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 from PIL import Image
 
 from .. import errors as memory
-from ..errors import ImageError, ImageTooLarge
+from ..errors import ImageError, ImageTooLarge, reason
 
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
@@ -50,10 +54,7 @@ _URL: Final = re.compile(
 )
 _BYTES_A_PIXEL: Final = 32
 """What decoding, converting and turning take at once."""
-_ORIENTATION_TAG: Final = 0x0112
-_BITS_TAG: Final = 258
-_PHOTOMETRIC_TAG: Final = 262
-_WHITE_IS_ZERO: Final = 0
+_ORIENTATION_TAG, _BITS_TAG, _PHOTOMETRIC_TAG, _WHITE_IS_ZERO = 0x0112, 258, 262, 0
 # How far a PNG's level has to go to be one of the pixel's, by Pillow's name for its raw pixels.
 _LEVELS: Final = {
     "L;2": lambda level: level * 85,
@@ -71,36 +72,49 @@ _UPRIGHT: Final = {
 }
 
 ImageLike = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray
+FileState = Literal["same", "changed", "missing"]
+NO_MARK: Final = (0, 0, 0, 0)
+"""Of what is no file, or could not be read; no file has it."""
+MAX_HASHED: Final = 1 << 28
+"""Bytes of a file whose content is looked at; of a larger one size and time have to do."""
 
 
 def read_image(
     source: ImageLike, *, max_pixels: int = MAX_PIXELS, name: str | None = None
 ) -> Image.Image:
-    """The picture as a person sees it: RGB, 8 bits, upright.
+    """Return the picture as a person sees it: RGB, 8 bits, upright.
 
-    source: a path, the bytes of a file, an open binary file, a Pillow image, or a numpy array:
-        uint8 or uint16 `[H W]`, `[H W 3]`, `[H W 4]`, or floats of these shapes in [0, 1].
-    max_pixels: more than this many pixels are refused before they are decoded.
-    name: what to call the image in messages; a path by default.
+    Parameters
+    ----------
+    source
+        A path, the bytes of a file, an open binary file, a Pillow image, or a numpy array: uint8 or
+        uint16 `[H W]`, `[H W 3]`, `[H W 4]`, or floats of these shapes in [0, 1].
+    max_pixels
+        More than this many pixels are refused before they are decoded.
+    name
+        What to call the image in messages; a path by default.
 
-    Raises ImageError, which begins with the path or name, for whatever cannot be read.
+    Raises
+    ------
+    ImageError
+        Beginning with the path or name, for whatever cannot be read.
     """
     if isinstance(source, np.ndarray):
         name = name or "array"
         _check_size(name, source.shape[1::-1], max_pixels)
         return Image.fromarray(_eight_bits(name, source))
     if isinstance(source, Image.Image):
-        name = name or str(getattr(source, "filename", "") or "picture")
-        return _finish(name, source, max_pixels)
+        return _finish(
+            name or str(getattr(source, "filename", "") or "picture"), source, max_pixels
+        )
+    if hasattr(source, "read"):
+        name = name or str(getattr(source, "name", "open file"))
+        source = source.read()
+        if not isinstance(source, bytes):
+            raise ImageError(f"{name}: opened as text; open it in binary mode (rb)")
     if isinstance(source, bytes | bytearray | memoryview):
         name = name or f"image of {len(source)} bytes"
         return _decode(name, io.BytesIO(source), len(source), max_pixels)
-    if hasattr(source, "read"):
-        name = name or str(getattr(source, "name", "open file"))
-        data = source.read()
-        if not isinstance(data, bytes):
-            raise ImageError(f"{name}: opened as text; open it in binary mode (rb)")
-        return _decode(name, io.BytesIO(data), len(data), max_pixels)
     if not isinstance(source, str | os.PathLike):
         raise ImageError(
             f"{name or 'image'}: expected a path, bytes, a binary file, a Pillow image or a numpy "
@@ -117,6 +131,85 @@ def read_image(
         return _read_file(path, name, max_pixels)
 
 
+def why_missing(path: str) -> str:
+    """Return what to say of a file that is not there."""
+    if is_url(path):
+        return "is an address, and only local files are read; download it, and name the file"
+    if os.path.islink(path):
+        return f"is a link to {os.readlink(path)}, which does not exist"
+    return "does not exist"
+
+
+def is_url(path: str) -> bool:
+    """Return whether a path is an address on the network, such as https://host/a.jpg."""
+    return _URL.match(path) is not None
+
+
+def is_long_text(error: Exception) -> bool:
+    """Return whether Pillow refused the text of a PNG, not its pixels."""
+    return "MAX_TEXT" in str(error)
+
+
+def file_mark(path: str | os.PathLike[str]) -> np.ndarray:
+    """Return the mark of a file as it is now, uint32 `[4]`; `NO_MARK` for what cannot be read.
+
+    Its size modulo 2^32; the CRC-32 of its time of change (nanoseconds, as a little-endian int64);
+    and the BLAKE2b-64 of its bytes, the lower half first, 0 for a file above `MAX_HASHED`. The
+    size is taken before a byte is read, so a file that changes meanwhile is seen to have changed.
+    """
+    content = bytes(8)
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
+            return np.array(NO_MARK, np.uint32)
+        with open(path, "rb") as stream:
+            status = os.fstat(stream.fileno())
+            if status.st_size <= MAX_HASHED:
+                content = hashlib.file_digest(stream, _digest).digest()
+    except (OSError, ValueError):
+        return np.array(NO_MARK, np.uint32)
+    return np.array([*_outside(status), *np.frombuffer(content, "<u4")], np.uint32)
+
+
+def file_state(path: str | os.PathLike[str], mark: np.ndarray) -> FileState | None:
+    """Return whether the file at a path is the one that was marked; None where it was not.
+
+    Size and time tell at once that it is. With another time alone its bytes decide: copying a
+    collection changes times and no picture.
+    """
+    if not np.any(mark):
+        return None
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return "missing"
+    if not stat.S_ISREG(status.st_mode):
+        return "missing"
+    size, time, *content = mark.tolist()
+    outside = _outside(status)
+    if outside == (size, time):
+        return "same"
+    if outside[0] != size or not any(content):
+        return "changed"
+    now = _content(os.fspath(path), *status[1:3], *outside, status.st_mtime_ns, status.st_ctime_ns)
+    return "same" if now == content else "changed"
+
+
+@lru_cache(maxsize=4096)
+def _content(path: str, *_: int) -> list[int]:
+    """Return the second half of a file's mark, read once while the folder says the same of it."""
+    content: list[int] = file_mark(path)[2:].tolist()
+    return content
+
+
+def _outside(status: os.stat_result) -> tuple[int, int]:
+    time = zlib.crc32(status.st_mtime_ns.to_bytes(8, "little", signed=True))
+    return status.st_size % (1 << 32), time
+
+
+def _digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=8)
+
+
 def _read_file(path: str, name: str, max_pixels: int) -> Image.Image:
     try:
         mode = os.stat(path).st_mode
@@ -127,6 +220,8 @@ def _read_file(path: str, name: str, max_pixels: int) -> Image.Image:
             raise ImageError(f"{name}: is not a regular file")
         with open(path, "rb") as stream:
             return _decode(name, stream, os.fstat(stream.fileno()).st_size, max_pixels)
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"{name}: {why_missing(path)}") from None
     except PermissionError:
@@ -136,43 +231,22 @@ def _read_file(path: str, name: str, max_pixels: int) -> Image.Image:
             raise
         raise ImageError(f"{name}: cannot be opened ({error.strerror or error})") from None
     except ValueError as error:
-        if isinstance(error, ImageError):
-            raise
         raise ImageError(f"{name}: is not a path ({error})") from None
-
-
-def why_missing(path: str) -> str:
-    """What to say of a file that is not there."""
-    if is_url(path):
-        return "is an address, and only local files are read; download it, and name the file"
-    if os.path.islink(path):
-        return f"is a link to {os.readlink(path)}, which does not exist"
-    return "does not exist"
-
-
-def is_url(path: str) -> bool:
-    """Whether a path is an address on the network, such as https://host/a.jpg."""
-    return _URL.match(path) is not None
 
 
 def _decode(name: str, stream: IO[bytes], n_bytes: int, max_pixels: int) -> Image.Image:
     if n_bytes == 0:
         raise ImageError(f"{name}: is empty (0 bytes)")
     try:
-        return _decoded(name, stream, max_pixels)
+        return _finish(name, _open_header(name, stream), max_pixels)
     except ImageError as error:
         if not is_long_text(error):
             raise
-    return _decoded(name, _without_text(stream), max_pixels)
-
-
-def is_long_text(error: Exception) -> bool:
-    """Whether Pillow refused the text of a PNG, not its pixels."""
-    return "MAX_TEXT" in str(error)
+    return _finish(name, _open_header(name, _without_text(stream)), max_pixels)
 
 
 def _without_text(stream: IO[bytes]) -> IO[bytes]:
-    """A PNG without what it says beside its pixels; XMP, which may turn it, stays if readable."""
+    """Return a PNG without its text; XMP, which may turn it, stays if readable."""
     stream.seek(0)
     kept = io.BytesIO()
     kept.write(stream.read(8))
@@ -186,26 +260,8 @@ def _without_text(stream: IO[bytes]) -> IO[bytes]:
     return kept
 
 
-def _decoded(name: str, stream: IO[bytes], max_pixels: int) -> Image.Image:
-    try:
-        image = _open_header(name, stream)
-    except ImageError:
-        raise
-    except Exception as error:
-        if "unknown pixel mode" in str(error):  # whole, and not one of those Pillow decodes
-            raise ImageError(
-                f"{name}: is of a kind that is not read ({_reason(error)}); save it as PNG"
-            ) from None
-        # A crafted header can make a decoder raise nearly anything.
-        _not_for_memory(name, error, 0)
-        raise ImageError(f"{name}: has a broken header ({_reason(error)})") from None
-    if image is None:
-        raise ImageError(f"{name}: is not an image of a known kind ({', '.join(FORMATS)}, HEIF)")
-    return _finish(name, image, max_pixels)
-
-
-def _open_header(name: str, stream: IO[bytes]) -> ImageFile | None:
-    """The image with only its header read; None if no decoder knows it.
+def _open_header(name: str, stream: IO[bytes]) -> ImageFile:
+    """Return the image with only its header read.
 
     `Image.open` without its check for decompression bombs: that check warns or raises by a global
     setting and does not tell the size, and warnings cannot be caught safely beside other threads.
@@ -214,28 +270,38 @@ def _open_header(name: str, stream: IO[bytes]) -> ImageFile | None:
     Image.init()
     prefix = stream.read(16)
     refusals, missing = [], ""
-    for kind in FORMATS:
-        if kind not in Image.OPEN:  # built without this decoder
-            continue
-        factory, accepts = Image.OPEN[kind]
-        accepted = accepts(prefix) if accepts else True
-        if isinstance(accepted, str):
-            missing = accepted
-        if not accepted or isinstance(accepted, str):
-            continue
-        stream.seek(0)
-        try:
-            return factory(stream, "")
-        except (SyntaxError, IndexError, TypeError, struct.error) as error:
-            # "Not mine", in the decoders' ways of saying so: another one may know it.
-            refusals.append(f"{kind}: {_reason(error)}")
-    if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF:
-        return _open_heif(name, stream)
-    if missing:
-        raise ImageError(f"{name}: cannot be read ({missing}); pip install -U pillow")
-    if refusals:
-        raise SyntaxError(refusals[0])
-    return None
+    try:
+        for kind in FORMATS:
+            if kind not in Image.OPEN:  # built without this decoder
+                continue
+            factory, accepts = Image.OPEN[kind]
+            accepted = accepts(prefix) if accepts else True
+            if isinstance(accepted, str):
+                missing = accepted
+            elif accepted:
+                stream.seek(0)
+                try:
+                    return factory(stream, "")
+                except (SyntaxError, IndexError, TypeError, struct.error) as error:
+                    # "Not mine", in the decoders' ways of saying so: another one may know it.
+                    refusals.append(f"{kind}: {reason(error)}")
+        if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF:
+            return _open_heif(name, stream)
+        if missing:
+            raise ImageError(f"{name}: cannot be read ({missing}); pip install -U pillow")
+        if refusals:
+            raise SyntaxError(refusals[0])
+    except ImageError:
+        raise
+    except Exception as error:
+        if "unknown pixel mode" in str(error):  # whole, and not one of those Pillow decodes
+            raise ImageError(
+                f"{name}: is of a kind that is not read ({reason(error)}); save it as PNG"
+            ) from None
+        # A crafted header can make a decoder raise nearly anything.
+        _not_for_memory(name, error, 0)
+        raise ImageError(f"{name}: has a broken header ({reason(error)})") from None
+    raise ImageError(f"{name}: is not an image of a known kind ({', '.join(FORMATS)}, HEIF)")
 
 
 def _open_heif(name: str, stream: IO[bytes]) -> ImageFile:
@@ -256,11 +322,21 @@ def _finish(name: str, image: Image.Image, max_pixels: int) -> Image.Image:
     """Decode, convert to RGB and turn upright."""
     _check_size(name, image.size, max_pixels)
     try:
-        _scale_transparency(image)
+        # The level that a PNG calls transparent, in the depth that its pixels are decoded to.
+        level, tiles = image.info.get("transparency"), getattr(image, "tile", None)
+        if level is not None and tiles and isinstance(tiles[0][3], str):
+            scale: Callable[[Any], Any] = _LEVELS.get(tiles[0][3], lambda level: level)
+            image.info["transparency"] = scale(level)
         # A truncated file is found here. PNG and TIFF know their orientation only afterwards.
         image.load()
-        turn = _UPRIGHT.get(_orientation(image))
-        rgb = _to_rgb(name, image)
+        try:
+            turn = _UPRIGHT.get(int(image.getexif().get(_ORIENTATION_TAG, 1)))
+        except Exception as error:  # a broken EXIF block says nothing about the pixels
+            if memory.ran_out(error):
+                raise
+            turn = None
+        plain = image.mode == "RGB" and "transparency" not in image.info
+        rgb = image if plain else _to_rgb(name, image)
         if turn is None:
             return rgb
         upright = rgb.transpose(turn)
@@ -271,10 +347,10 @@ def _finish(name: str, image: Image.Image, max_pixels: int) -> Image.Image:
         raise
     except Exception as error:
         _not_for_memory(name, error, image.width * image.height)
-        reason = _reason(error)
-        if "truncated" in reason.lower() or isinstance(error, EOFError):
-            raise ImageError(f"{name}: is truncated ({reason})") from None
-        raise ImageError(f"{name}: cannot be decoded ({reason})") from None
+        words = reason(error)
+        if "truncated" in words.lower() or isinstance(error, EOFError):
+            raise ImageError(f"{name}: is truncated ({words})") from None
+        raise ImageError(f"{name}: cannot be decoded ({words})") from None
 
 
 def _check_size(name: str, size: Any, max_pixels: int) -> None:
@@ -286,23 +362,6 @@ def _check_size(name: str, size: Any, max_pixels: int) -> None:
             f"{name}: has {width} x {height} pixels, above the limit of {max_pixels}; "
             "raise max_pixels if you trust it"
         )
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception as error:  # a broken EXIF block says nothing about the pixels
-        if memory.ran_out(error):
-            raise
-        return 1
-
-
-def _scale_transparency(image: Image.Image) -> None:
-    """The level that a PNG calls transparent, in the depth that Pillow decodes its pixels to."""
-    level, tiles = image.info.get("transparency"), getattr(image, "tile", None)
-    scale = _LEVELS.get(tiles[0][3]) if tiles and isinstance(tiles[0][3], str) else None
-    if level is not None and scale is not None:
-        image.info["transparency"] = scale(level)
 
 
 def _not_for_memory(name: str, error: Exception, pixels: int) -> None:
@@ -324,11 +383,11 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def _wide_values(name: str, image: Image.Image) -> np.ndarray:
-    """The values of a one-channel picture of more than 8 bits, as uint16 or float `[H W]`."""
+    """Return the values of a one-channel picture of more than 8 bits, uint16 or float `[H W]`."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})  # TIFF has tags
     inverted = tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO  # Pillow sees to it up to 8 bits
     if image.mode == "F":
@@ -347,7 +406,7 @@ def _wide_values(name: str, image: Image.Image) -> np.ndarray:
 
 
 def _eight_bits(name: str, values: np.ndarray) -> np.ndarray:
-    """uint8 `[H W 3]` of an array that `read_image` accepts; transparency composed on white."""
+    """Return uint8 `[H W 3]` of an array that `read_image` takes; transparency lies on white."""
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)):
         raise ImageError(
             f"{name}: expected an array [H W], [H W 3] or [H W 4], given {list(values.shape)}"
@@ -367,12 +426,5 @@ def _eight_bits(name: str, values: np.ndarray) -> np.ndarray:
         raise ImageError(f"{name}: expected uint8, uint16 or floats in [0, 1], given {kind}")
     if values.ndim == 2:
         return np.repeat(values[:, :, None], 3, axis=2)
-    if values.shape[2] == 3:
-        return np.ascontiguousarray(values)
-    return np.asarray(_to_rgb(name, Image.fromarray(np.ascontiguousarray(values))))
-
-
-def _reason(error: Exception) -> str:
-    """What a decoder complained about, on one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    values = np.ascontiguousarray(values)
+    return values if values.shape[2] == 3 else np.asarray(_to_rgb(name, Image.fromarray(values)))

@@ -21,11 +21,21 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
+from .._checks import one_of, whole
 from .._files import refuse_device
 from ..errors import ImageError, InputError, cut, short
-from .marks import NO_MARK, FileState, file_mark, file_state
 from .number_labels import check_number
-from .reading import EXTENSIONS, MAX_PIXELS, is_url, read_image, why_missing
+from .reading import (
+    EXTENSIONS,
+    MAX_PIXELS,
+    NO_MARK,
+    FileState,
+    file_mark,
+    file_state,
+    is_url,
+    read_image,
+    why_missing,
+)
 
 Labels = Literal["auto", "folders", "subfolders", "none", "numbers"]
 _SPLITS = frozenset(("train", "training", "test", "testing", "val", "valid", "validation", "dev"))
@@ -45,11 +55,9 @@ class Item:
 class LeftOut:
     """What lies in a folder beside its images, or was not wanted of a list; counted.
 
-    Attributes:
-        endings: files of unknown kinds by their ending in lower case, "" for none; most first.
-        hidden: files and folders whose name begins with a dot.
-        empty: folders that hold no file.
-        excluded: files, folders and lines of a list that each pattern of `exclude` left out.
+    `endings` counts files of unknown kinds by their ending in lower case, "" for none, most first;
+    `hidden` names that begin with a dot; `empty` folders that hold no file; `excluded` the files,
+    folders and lines of a list that each pattern of `exclude` left out.
     """
 
     endings: dict[str, int] = field(default_factory=dict)
@@ -58,7 +66,7 @@ class LeftOut:
     excluded: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """In words; empty where nothing was left out."""
+        """Return it in words; empty where nothing was left out."""
         said = [f"{n:,} {ending or 'without an ending'}" for ending, n in self.endings.items()]
         if len(said) > 10:
             said[10:] = [f"{sum([*self.endings.values()][10:]):,} of {len(said) - 10} other kinds"]
@@ -71,13 +79,9 @@ class LeftOut:
 class ImageSource:
     """Images on disk, in a fixed order.
 
-    Attributes:
-        items: the images.
-        root: folder that their paths are relative to, or None.
-        max_pixels: limit of a picture's pixels.
-        left_out: what lies beside them and was not taken.
-        notes: what looks like a mistake, a sentence each.
-        numbers: whether the labels are numbers, not classes.
+    `items` are the images, `root` the folder that their paths are relative to, or None; `left_out`
+    is what lies beside them and was not taken, `notes` says what looks like a mistake, a sentence
+    each; `numbers` is whether the labels are numbers, not classes.
     """
 
     def __init__(
@@ -92,9 +96,7 @@ class ImageSource:
     ) -> None:
         self.items: Sequence[Item] = tuple(items)
         self.root = root
-        if isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1:
-            raise InputError(f"max_pixels = {max_pixels!r}; give a whole number from 1")
-        self.max_pixels = max_pixels
+        self.max_pixels = whole("max_pixels", max_pixels, 1)
         self.left_out, self.notes, self.numbers = left_out or LeftOut(), tuple(notes), numbers
         first: dict[str, int] = {}
         for position, item in enumerate(self.items):
@@ -119,14 +121,14 @@ class ImageSource:
         return [item.label for item in self.items]
 
     def name(self, position: int) -> str:
-        """What messages call an image: its path, or its id where it has no path."""
+        """Return what messages call an image: its path, or its id where it has no path."""
         item = self.items[position]
         if is_url(item.path):
             return cut(item.path, 200)
         return escaped(str(self._file(position))) if item.path else item.id
 
     def refused(self, position: int) -> str | None:
-        """Why an image is not read, where its path alone says so: the message of its error."""
+        """Return why an image is not read, where its path alone says so: its error's message."""
         path = self.items[position].path
         if is_url(path):
             return f"{self.name(position)}: {why_missing(path)}"
@@ -135,7 +137,7 @@ class ImageSource:
         return None
 
     def open(self, position: int) -> Image.Image:
-        """The picture, upright and RGB; raises ImageError, which begins with its path."""
+        """Return the picture, upright and RGB, or raise ImageError, beginning with its path."""
         reason = self.refused(position)
         if reason is not None:
             raise ImageError(reason)
@@ -144,7 +146,7 @@ class ImageSource:
         )
 
     def fingerprint(self, position: int) -> str:
-        """Changes when the file does (size and time of change): for resuming a build."""
+        """Return what changes when the file does (size and time): for resuming a build."""
         try:
             status = os.stat(self._file(position))
         except (OSError, ValueError):
@@ -152,27 +154,20 @@ class ImageSource:
         return f"{status.st_size}:{status.st_mtime_ns}"
 
     def mark(self, position: int) -> np.ndarray:
-        """What tells later whether the file was replaced, uint32 `[4]`; zeros for what is no file.
-
-        See `marks.file_mark`.
-        """
+        """Return the file's mark, see `file_mark`; zeros for what is no file."""
         if not self.items[position].path:
             return np.array(NO_MARK, np.uint32)
         return file_mark(self._file(position))
 
     def state(self, position: int, mark: np.ndarray) -> FileState | None:
-        """Whether the file is the one that was marked; see `marks.file_state`."""
+        """Return whether the file is the one that was marked; see `file_state`."""
         return file_state(self._file(position), mark)
 
     def only(self, positions: Sequence[int]) -> ImageSource:
-        """The images at some places, as a list of their own."""
-        items = [self.items[position] for position in positions]
+        """Return the images at some places, as a source of their own."""
+        items, limit = [self.items[position] for position in positions], self.max_pixels
         return ImageSource(
-            items,
-            self.root,
-            max_pixels=self.max_pixels,
-            left_out=self.left_out,
-            numbers=self.numbers,
+            items, self.root, max_pixels=limit, left_out=self.left_out, numbers=self.numbers
         )
 
     def _file(self, position: int) -> Path:
@@ -187,25 +182,29 @@ def find_images(
     max_pixels: int = MAX_PIXELS,
     exclude: str | Sequence[str] = (),
 ) -> ImageSource:
-    """The images of a folder, or of a CSV with the columns path,label[,id].
-
-    labels: "folders" takes the first folder below `path` as the label, "subfolders" the one below
-        that, as of train/owls/1.jpg; "none" gives no labels; "auto" takes folders where the images
-        lie in some, and none where they lie flat. For a CSV "auto" takes its label column, and
-        "numbers" too, as numbers in place of classes: near ones are alike.
-    max_pixels: more than this many pixels are refused before they are decoded.
-    exclude: patterns (`*`, `?`, `[...]`) of what is left out: a path below the folder, or the name
-        of a file or of a folder with all that is in it. Of a CSV, of its paths and ids.
+    """List the images of a folder, or of a CSV with the columns path,label[,id].
 
     Images are told by the extension (see `EXTENSIONS`); hidden files and folders are left out. The
-    source's `left_out` counts what was not taken, its `notes` say what looks like a mistake.
-    Links are followed; a folder that is reached twice is read once, under its own name if it has
-    one.
-    A file that turns out to be no image is reported when it is read.
+    source's `left_out` counts what was not taken, its `notes` say what looks like a mistake. Links
+    are followed; a folder that is reached twice is read once, under its own name if it has one. A
+    file that turns out to be no image is reported when it is read.
+
+    Parameters
+    ----------
+    path
+        The folder, or the CSV file.
+    labels
+        "folders" takes the first folder below `path` as the label, "subfolders" the one below that,
+        as of train/owls/1.jpg; "none" gives no labels; "auto" takes folders where the images lie in
+        some, and none where they lie flat. For a CSV "auto" takes its label column, and "numbers"
+        too, as numbers in place of classes: near ones are alike.
+    max_pixels
+        More than this many pixels are refused before they are decoded.
+    exclude
+        Patterns (`*`, `?`, `[...]`) of what is left out: a path below the folder, or the name of a
+        file or of a folder with all that is in it. Of a CSV, of its paths and ids.
     """
-    if labels not in get_args(Labels):
-        known = ", ".join(f'"{one}"' for one in get_args(Labels))
-        raise InputError(f"labels: expected one of {known}, given {labels!r}")
+    one_of("labels", labels, get_args(Labels))
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     if not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise InputError(f"exclude: expected patterns such as '*.gif', given {short(exclude)}")
@@ -219,7 +218,11 @@ def find_images(
         walk = _Walk(root, patterns)
         items = _folder_items(root, sorted(walk), labels, str(walk.left_out()))
         return ImageSource(
-            items, root, max_pixels=max_pixels, left_out=walk.left_out(), notes=_notes(root, items)
+            items,
+            root,
+            max_pixels=max_pixels,
+            left_out=walk.left_out(),
+            notes=[*_of_lists(root), *_of_parts(root, items)],
         )
     if root.suffix.lower() == ".csv" and root.is_file():
         if labels in ("folders", "subfolders"):
@@ -242,20 +245,20 @@ def find_images(
 
 
 def escaped(text: str) -> str:
-    """Text that can be printed and stored: bytes of a file name that are no UTF-8 as \\xff."""
+    r"""Return text that can be stored: bytes of a file name that are no UTF-8 as \xff."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _folder_items(root: Path, found: list[str], labels: Labels, left_out: str) -> list[Item]:
-    if not found:
+def _folder_items(root: Path, paths: list[str], labels: Labels, left_out: str) -> list[Item]:
+    if not paths:
         there = f"; it holds {left_out}" if left_out else ""
         raise InputError(f"{root}: contains no images ({', '.join(sorted(EXTENSIONS))}){there}")
-    flat = [name for name in found if "/" not in name]
+    flat = [name for name in paths if "/" not in name]
     if labels == "auto":
-        labels = "none" if len(flat) == len(found) else "folders"
+        labels = "none" if len(flat) == len(paths) else "folders"
     depth = {"none": 0, "folders": 1, "subfolders": 2}[labels]
-    shallow = [name for name in found if name.count("/") < depth]
-    if shallow and len(shallow) == len(found):
+    shallow = [name for name in paths if name.count("/") < depth]
+    if shallow and len(shallow) == len(paths):
         what = "subfolder" if depth == 1 else "folder in its subfolders"
         raise InputError(f'{root}: has no {what} to take labels from; take labels="none"')
     if shallow:
@@ -263,34 +266,29 @@ def _folder_items(root: Path, found: list[str], labels: Labels, left_out: str) -
             f"{root}: {len(shallow)} images such as {short(escaped(shallow[0]))} lie beside the "
             'class folders; move them into one, or take labels="none"'
         )
-    names = map(escaped, found)
     return [
         Item(name, path, name.split("/")[depth - 1] if depth else None)
-        for name, path in zip(names, found, strict=True)
+        for path in paths
+        for name in [escaped(path)]
     ]
 
 
-def _notes(root: Path, items: Sequence[Item]) -> list[str]:
-    """What looks like a mistake: a list beside the pictures, and parts of a data set as labels."""
-    return [*_of_lists(root), *_of_parts(root, items)]
-
-
 def _of_lists(root: Path) -> list[str]:
-    """That a CSV in the folder lists pictures and labels, which a folder's labels are not."""
-    made = []
+    """Say that a CSV in the folder lists pictures and labels, which its folders are not."""
+    notes = []
     for file in sorted(file for file in root.glob("*.csv") if file.is_file())[:3]:
         with suppress(OSError, UnicodeDecodeError), file.open(encoding="utf-8-sig") as lines:
             columns = [name.strip() for name in lines.readline(4096).split(",")]
             if {"path", "label"} <= set(columns):
-                made.append(f"{file} lists pictures with labels; give it in place of the folder")
-    return made
+                notes.append(f"{file} lists pictures with labels; give it in place of the folder")
+    return notes
 
 
 def _of_parts(root: Path, items: Sequence[Item]) -> list[str]:
-    """That labels look like the parts a data set is divided into for training."""
-    own = {item.label for item in items if item.label == item.id.partition("/")[0]}
-    splits = sorted(label for label in own if label and label.lower() in _SPLITS)
-    if not splits or (len(splits) == 1 and len(own) > 1):  # a train may be a class
+    """Say that labels look like the parts a data set is divided into for training."""
+    folders = {item.label for item in items if item.label == item.id.partition("/")[0]}
+    splits = sorted(label for label in folders if label and label.lower() in _SPLITS)
+    if not splits or (len(splits) == 1 and len(folders) > 1):  # a train may be a class
         return []
     one = len(splits) == 1
     named, what = " and ".join(splits), "a part" if one else "parts"
@@ -313,7 +311,7 @@ def _of_parts(root: Path, items: Sequence[Item]) -> list[str]:
 
 
 class _Walk:
-    """Paths below `root`, "/" between the parts, of the files with an image's extension."""
+    """Walks the paths below `root`, "/" between the parts, of files with an image's extension."""
 
     def __init__(self, root: Path, exclude: Sequence[str]) -> None:
         self._root, self._hidden, self._empty = root, 0, 0
@@ -321,7 +319,7 @@ class _Walk:
         self._excluded = Counter(dict.fromkeys(exclude, 0))
 
     def left_out(self) -> LeftOut:
-        """What was not yielded so far."""
+        """Return what was not yielded so far."""
         endings = sorted(self._endings.items(), key=lambda pair: (-pair[1], pair[0]))
         return LeftOut(dict(endings), self._hidden, self._empty, dict(self._excluded))
 
@@ -364,7 +362,7 @@ class _Walk:
 
 
 def _is_excluded(counts: Counter[str], *names: str) -> bool:
-    """Whether a pattern fits one of the names; it is counted."""
+    """Return whether a pattern fits one of the names; it is counted."""
     for pattern in counts:
         if any(fnmatchcase(name, pattern.rstrip("/")) for name in names):
             counts[pattern] += 1
@@ -385,27 +383,27 @@ def _csv_items(path: Path, labels: Labels, exclude: Counter[str]) -> Iterator[It
     for line, row in csv_rows(path, wanted, "path,label[,id]"):
         if not row["path"]:
             raise InputError(f"{path}, line {line}: the path is empty")
-        given = row["path"]
-        where = given if is_url(given) else relative_path(given, path.parent)
-        own = row.get("id", where)
-        if not own:
+        where = row["path"]
+        where = where if is_url(where) else relative_path(where, path.parent)
+        id = row.get("id", where)
+        if not id:
             raise InputError(
                 f"{path}, line {line}: the id is empty; leave out the column or fill it"
             )
-        other = lines.setdefault(own, line)
+        other = lines.setdefault(id, line)
         if other != line:
             raise InputError(
-                f"{path}: lines {other} and {line} have the same id {short(own)}; ids must be "
+                f"{path}: lines {other} and {line} have the same id {short(id)}; ids must be "
                 "unique"
                 + ("" if "id" in row else ", so add a column id or remove one of the lines")
             )
         parts = where.split("/")
         above = ("/".join(parts[:end]) for end in range(1, len(parts) + 1))
-        if _is_excluded(exclude, own, *parts, *above):
+        if _is_excluded(exclude, id, *parts, *above):
             continue
         if labels == "numbers" and row["label"]:
             check_number(row["label"], f"{path}, line {line}")
-        yield Item(own, where, None if labels == "none" else row["label"] or None)
+        yield Item(id, where, None if labels == "none" else row["label"] or None)
     if not lines:
         raise InputError(f"{path}: has no lines below its header")
 
@@ -413,13 +411,10 @@ def _csv_items(path: Path, labels: Labels, exclude: Counter[str]) -> Iterator[It
 def csv_rows(
     path: Path, wanted: Sequence[str], expected: str
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, row) of a CSV; blanks around the fields, and a name's case, mean nothing.
+    """Yield (line number, row) of a CSV that has the columns `wanted`, else raise InputError.
 
-    path: of the file, UTF-8, its fields divided by commas, semicolons or tabs.
-    wanted: columns that it must have.
-    expected: its header, for messages.
-
-    Raises InputError, which begins with the path and says what is wrong where.
+    It is UTF-8, its fields divided by commas, semicolons or tabs; blanks around the fields, and a
+    name's case, mean nothing. `expected` is its header, for messages.
     """
     refuse_device(path)
     try:
@@ -448,13 +443,13 @@ def csv_rows(
 
 
 def _columns(header: str, divider: str, wanted: Sequence[str]) -> int:
-    """How many of the wanted columns a header names."""
+    """Return how many of the wanted columns a header names."""
     names = [name.strip(' "').lower() for name in re.split(f"[{divider}\r\n]", header)]
     return sum(name in names for name in wanted)
 
 
 def _known(name: str, wanted: Sequence[str]) -> str:
-    """A column's name, in lower case where that is one that means something."""
+    """Return a column's name, in lower case where that is one that means something."""
     lower = name.strip().lower()
     return lower if lower in (*wanted, *_OPTIONAL) else name.strip()
 
@@ -471,9 +466,9 @@ def _check_header(path: Path, columns: list[str], wanted: Sequence[str], expecte
         raise InputError(f"{path}: the header names a column twice: {cut(','.join(columns), 80)}")
 
 
-def relative_path(given: str, root: Path) -> str:
-    """A CSV's path relative to `root` if it lies below it, else absolute; "/" between the parts."""
+def relative_path(path: str, root: Path) -> str:
+    """Return a path relative to `root` where it lies below it, else absolute; "/" between parts."""
     base = os.path.abspath(root)
-    absolute = os.path.normpath(os.path.join(base, given))
+    absolute = os.path.normpath(os.path.join(base, path))
     below = os.path.join(base, "")
     return Path(absolute.removeprefix(below)).as_posix()

@@ -1,10 +1,10 @@
-"""`cam_for`: any method, directly on a picture, with any target. No index needed."""
+"""Any method, directly on a picture or a query, with any target: `cam_for` and `DirectWeights`."""
 
 import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .._checks import check_sides
+from .._checks import check_sides, whole
+from .._options import Setting
 from ..errors import EmbedcamWarning, EmbeddingError, InputError
 from ..images import MAX_PIXELS, read_image
 from ..images.progress import progress_of
 from ..network import EmbeddingNetwork
 from ..ops import cam, resize
 from ..preprocess import Extent
-from ..recipe.registry import Method, PositionMethod, WeightMethod, find_method
+from ..recipe.recipe import Recipe
+from ..recipe.registry import LayersMethod, Method, PositionMethod, WeightMethod, find_method
 from ..render import in_notebook, overlay
-from ..targets import Target
-from .custom import as_target
-from .options import whole_number
-from .subject import Found, Passes, Subject, inputs_a_pass
+from ..targets import Direction, Target, TripletMargin, query_cotangent
+from .subject import MethodOutput, Passes, Subject, inputs_a_pass
 
 
 class MethodWarning(EmbedcamWarning):
@@ -34,19 +34,28 @@ class MethodWarning(EmbedcamWarning):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class MethodMap:
-    """What a method says of one input, or of a batch of B.
+    """A method's map of one input, or of a batch of B.
 
-    Attributes:
-        cam: the map at the input's size, float32 `[H W]`, or `[B H W]` for a batch; over positions
-            `[B L]`. >= 0 for every method but the two guided ones, not normalised.
-        grid_cam: the map before it was resized.
-        weights: channel weights float32 `[K]` or `[B K]`, of HiResCAM by position, `[K h w]` or
-            `[B K h w]`; None for methods that have none.
-        layer_weights: for methods of several layers, each layer's weights by its name.
-        method: its entry in `METHODS`.
-        passes: forward and backward passes spent.
-        image: the upright picture it was made of, where that was one picture; else None.
-        extent: the rectangle of that picture that the map covers, as `plot` takes it.
+    Attributes
+    ----------
+    cam
+        The map at the input's size, float32 `[H W]`, or `[B H W]` for a batch; over positions
+        `[B L]`. >= 0 for every method but the two guided ones, not normalized.
+    grid_cam
+        The map before it was resized.
+    weights
+        Channel weights float32 `[K]` or `[B K]`, of HiResCAM by position, `[K h w]` or `[B K h w]`;
+        None for methods that have none.
+    layer_weights
+        For methods of several layers, each layer's weights by its name.
+    method
+        Its entry in `METHODS`.
+    passes
+        Forward and backward passes spent.
+    image
+        The upright picture it was made of, where that was one picture; else None.
+    extent
+        The rectangle of that picture that the map covers, as `plot` takes it.
     """
 
     cam: np.ndarray
@@ -59,14 +68,11 @@ class MethodMap:
     extent: Extent | None = None
 
     def __repr__(self) -> str:
-        """The method and the sizes; the arrays would fill the screen."""
-        drawn, grid = (" x ".join(map(str, one.shape)) for one in (self.cam, self.grid_cam))
+        """Return the method and the sizes; the arrays would fill the screen."""
+        size, grid = (" x ".join(map(str, one.shape)) for one in (self.cam, self.grid_cam))
         shape = () if self.weights is None else self.weights.shape
-        channels = None if not shape else shape[-3 if len(shape) > 2 else -1]  # or by position
-        return (
-            f"<MethodMap: {self.method.title}, {drawn} from {grid}, "
-            f"{'no' if channels is None else f'{channels:,}'} channel weights>"
-        )
+        channels = f"{shape[-3 if len(shape) > 2 else -1]:,}" if shape else "no"
+        return f"<MethodMap: {self.method.title}, {size} from {grid}, {channels} channel weights>"
 
     def plot(
         self,
@@ -75,33 +81,43 @@ class MethodMap:
         *,
         max_pixels: int = MAX_PIXELS,
     ) -> Image.Image:
-        """The map over its picture, at the picture's size.
+        """Draw the map over its picture, at the picture's size.
 
-        Args:
-            picture: a path, bytes, a PIL image or `uint8 [H W 3]`; None draws on grey.
-            extent: (x0, y0, x1, y1) in pixels of the picture that the map covers, as
-                `network.preprocess.extent(width, height)` says; None for all of it.
-            max_pixels: a picture of more pixels is refused.
+        Parameters
+        ----------
+        picture
+            A path, bytes, a PIL image or `uint8 [H W 3]`; None draws on grey.
+        extent
+            (x0, y0, x1, y1) in pixels of the picture that the map covers, as
+            `network.preprocess.extent(width, height)` says; None for all of it.
+        max_pixels
+            A picture of more pixels is refused.
 
-        Raises:
-            InputError: a batch, or a map over positions.
+        Raises
+        ------
+        InputError
+            A batch, or a map over positions.
         """
-        if self.cam.ndim != 2 or self.grid_cam.ndim != 2:
+        if not self._one_picture:
             raise InputError(
                 f"the map is {list(self.cam.shape)}, and one [H W] is drawn; draw those of a batch "
                 "one by one with embedcam.render.overlay"
             )
         if picture is None:
-            drawn = Image.new("RGB", self.cam.shape[::-1], (128, 128, 128))
+            canvas = Image.new("RGB", self.cam.shape[::-1], (128, 128, 128))
         else:
-            drawn = read_image(picture, max_pixels=max_pixels)
-        return overlay(drawn, self.cam, extent, signed=bool((self.cam < 0).any()))
+            canvas = read_image(picture, max_pixels=max_pixels)
+        return overlay(canvas, self.cam, extent, signed=bool((self.cam < 0).any()))
 
     def _repr_html_(self) -> str | None:
-        """The map over its picture in notebooks; of a batch or over positions the words alone."""
-        if self.cam.ndim != 2 or self.grid_cam.ndim != 2:
+        """Return the map over its picture for notebooks; of a batch or over positions nothing."""
+        if not self._one_picture:
             return None
         return in_notebook(self.plot(self.image, self.extent), self.method.title)
+
+    @property
+    def _one_picture(self) -> bool:
+        return self.cam.ndim == 2 and self.grid_cam.ndim == 2
 
     def save(
         self,
@@ -113,12 +129,14 @@ class MethodMap:
     ) -> Path:
         """Write the picture of `plot`; the file's ending chooses the format.
 
-        Raises:
-            InputError: as `plot`, or a file that cannot be written.
+        Raises
+        ------
+        InputError
+            As `plot`, or a file that cannot be written.
         """
-        drawn = self.plot(picture, extent, max_pixels=max_pixels)
+        image = self.plot(picture, extent, max_pixels=max_pixels)
         try:
-            drawn.save(path)
+            image.save(path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise InputError(
@@ -142,36 +160,49 @@ def cam_for(
     max_pixels: int = MAX_PIXELS,
     **options: Any,
 ) -> MethodMap:
-    """The class activation map of a target, by any method of `METHODS`.
+    """Compute the class activation map of a target, by any method of `METHODS`.
 
-    Args:
-        network: the network and the layer to explain.
-        images: the network's input as floats, `[C H W]` or a batch `[B C H W]`, an array or tensor;
-            or a picture (path, bytes, PIL image, `uint8 [H W 3]`) or a list of them, preprocessed
-            as the network says. With layout "bkl" always a batch: `[B C L]` or `[B L]`.
-        target: a score of the embedding: `Similarity`, `TripletMargin`, `NegativeDistance`,
-            `ClassProxy`, `PairContribution`, `Coordinate`, or a function from embeddings `[B D]` to
-            scores `[B]`.
-        method: a name in `METHODS`.
-        norm: the gradient "through" the L2 norm or "around" it. A cosine does not change with the
-            length, so with it both differ by a factor only.
-        size: (H, W) of the map, over positions a number; None takes the input's.
-        batch_size: inputs a forward pass; changes nothing beyond float rounding. None takes 8 on a
-            CPU, where they fit its caches, and 32 elsewhere.
-        seed: of everything random; each image of a batch draws the same.
-        fill: what masked pixels become, and the baseline: "mean", "black", "blur", a number or a
-            tensor.
-        progress: a bar; None shows it on a terminal or in a notebook, else logs how far it is.
-        max_pixels: a picture of more pixels is refused.
-        **options: the method's own, see its function.
+    Parameters
+    ----------
+    network
+        The network and the layer to explain.
+    images
+        The network's input as floats, `[C H W]` or a batch `[B C H W]`, an array or tensor; or a
+        picture (path, bytes, PIL image, `uint8 [H W 3]`) or a list of them, preprocessed as the
+        network says. With layout "bkl" always a batch: `[B C L]` or `[B L]`.
+    target
+        A score of the embedding: `Similarity`, `TripletMargin`, `NegativeDistance`, `ClassProxy`,
+        `PairContribution`, `Coordinate`, or a function from embeddings `[B D]` to scores `[B]`.
+    method
+        A name in `METHODS`.
+    norm
+        The gradient "through" the L2 norm or "around" it. A cosine does not change with the length,
+        so with it both differ by a factor only.
+    size
+        (H, W) of the map, over positions a number; None takes the input's.
+    batch_size
+        Inputs a forward pass; changes nothing beyond float rounding. None takes 8 on a CPU, where
+        they fit its caches, and 32 elsewhere.
+    seed
+        Of everything random; each image of a batch draws the same.
+    fill
+        What masked pixels become, and the baseline: "mean", "black", "blur", a number or a tensor.
+    progress
+        A bar; None shows it on a terminal or in a notebook, else logs how far it is.
+    max_pixels
+        A picture of more pixels is refused.
+    **options
+        The method's own, see its function.
 
-    Raises:
-        InputError: an unknown method or option, or inputs and targets that do not fit.
-        NetworkError: a method that makes no sense for this network, with the reason.
+    Raises
+    ------
+    InputError
+        An unknown method or option, or inputs and targets that do not fit.
+    NetworkError
+        A method that makes no sense for this network, with the reason.
     """
-    entry, wanted = find_method(method), as_target(target)
-    function = entry.load()
-    check_options(entry, function, options)
+    entry, target = find_method(method), as_target(target)
+    checked_options(entry, options)
     if not entry.targeted:
         warnings.warn(
             f"{entry.title} ignores the target: it shows what stands out, not what matched",
@@ -185,117 +216,103 @@ def cam_for(
         )
     if batch_size is None:
         batch_size = inputs_a_pass(network.device)
-    batch_size = whole_number("batch_size", batch_size, most=1 << 62)
+    batch_size = whole("batch_size", batch_size, 1)
+    over_positions = network.layout_options[0] == "bkl"
     if size is not None:
-        positions = network.layout_options[0] == "bkl" and isinstance(size, int | np.integer)
-        size = check_sides("size", (1, size) if positions else size)
+        one_number = over_positions and isinstance(size, int | np.integer)
+        size = check_sides("size", (1, size) if one_number else size)
     batch, single, picture = _inputs(network, images, max_pixels)
-    wanted.check(len(batch), None)
-    made = []
+    target.check(len(batch), None)
+    passes, parts = Passes(), []
     with progress_of(entry.title, None, "passes", shown=progress) as advance:
         for start in range(0, len(batch), batch_size):
             part = slice(start, start + batch_size)
             try:
                 with Subject(
-                    network, batch[part], wanted.at(part), norm=norm, batch_size=batch_size,
-                    seed=seed, fill=fill, tick=advance,
+                    network, batch[part], target.at(part), norm=norm, batch_size=batch_size,
+                    seed=seed, fill=fill, progress=advance, passes=passes,
                 ) as subject:  # fmt: skip
-                    made.append(_drawn(entry, subject, found_for(subject, entry, **options), size))
+                    parts.append(_drawn(subject, run_method(subject, entry, **options), size))
             except EmbeddingError as error:
                 # Of a changed picture, perhaps: its place is that among many of one picture.
                 if not isinstance(images, str | os.PathLike):
                     raise
                 raise error.of_one(os.fspath(images)) from None
-    joined = _joined(made, single)
-    if picture is None or network.preprocess is None:
-        return joined
-    try:
-        extent = network.preprocess.extent(*picture.size)
-    except InputError:  # a map over the wrong part of a picture would be worse than one on grey
-        return joined
-    return replace(joined, image=picture, extent=extent)
-
-
-def weights_for(subject: Subject, method: WeightMethod | PositionMethod, **options: Any) -> Tensor:
-    """Weights of a storable method of one layer, for an index: `[B K]`, or `[B K h w]`."""
-    found = found_for(subject, method, **options)
-    assert found.weights is not None
-    return found.weights
-
-
-def found_for(subject: Subject, method: Method, **options: Any) -> Found:
-    """All that a method finds, for an index."""
-    function = method.load()
-    check_options(method, function, options)
-    with torch.inference_mode(False), torch.no_grad():
-        found: Found = function(subject, **options)
-    return found
-
-
-def _joined(made: list[MethodMap], single: bool) -> MethodMap:
-    """The pieces of a batch as one, or the only image of a batch of one."""
-
-    def together(name: str) -> Any:
-        whole = np.concatenate([getattr(one, name) for one in made])
-        return whole[0] if single else whole
-
-    first = made[0]
-    layers = None
-    if first.layer_weights is not None:
-        layers = {
-            name: np.concatenate([one.layer_weights[name] for one in made if one.layer_weights])
-            for name in first.layer_weights
-        }
-        layers = {name: values[0] for name, values in layers.items()} if single else layers
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    arrays = {name: array[0] if single else array for name, array in arrays.items()}
+    extent = None
+    if picture is not None and network.preprocess is not None:
+        try:
+            extent = network.preprocess.extent(*picture.size)
+        except InputError:  # a map over the wrong part of a picture would be worse than on grey
+            picture = None
     return MethodMap(
-        together("cam"),
-        together("grid_cam"),
-        None if first.weights is None else together("weights"),
-        layers,
-        first.method,
-        sum((one.passes for one in made), Passes()),
-    )
+        arrays.pop("cam"), arrays.pop("grid"), arrays.pop("weights", None),
+        {name.removeprefix("layer "): array for name, array in arrays.items()} or None,
+        entry, passes, picture, extent,
+    )  # fmt: skip
 
 
 def _drawn(
-    entry: Method, subject: Subject, found: Found, size: tuple[int, int] | None
-) -> MethodMap:
-    """What was found for a piece of a batch, drawn."""
-    weights = None if found.weights is None else _numpy(found.weights)
-    if found.maps is None:
-        assert weights is not None
-        grid = cam(weights, _numpy(subject.activations))
+    subject: Subject, output: MethodOutput, size: tuple[int, int] | None
+) -> dict[str, np.ndarray]:
+    """Return a `MethodMap`'s arrays `[B ...]` by name, each layer's weights as "layer NAME"."""
+    arrays = {f"layer {name}": _numpy(values) for name, values in (output.layers or {}).items()}
+    if output.weights is not None:
+        arrays["weights"] = _numpy(output.weights)
+    if output.maps is None:
+        grid = cam(arrays["weights"], _numpy(subject.activations))
     else:
-        grid = _numpy(found.maps)
-    over_positions = subject.network.layout == "bkl"
-    sides = subject.images.shape[-1:] if over_positions else subject.images.shape[-2:]
-    wanted = (1, sides[0]) if over_positions else (sides[0], sides[1])
-    drawn = resize(grid, wanted if size is None else size)
-    layers = None
-    if found.layers is not None:
-        layers = {name: _numpy(values) for name, values in found.layers.items()}
+        grid = _numpy(output.maps)
+    sides, over_positions = subject.images.shape, subject.network.layout == "bkl"
+    resized = resize(grid, size or (1 if over_positions else sides[-2], sides[-1]))
     if over_positions:
-        drawn, grid = drawn[:, 0], grid[:, 0]
-    return MethodMap(drawn, grid, weights, layers, entry, subject.passes)
+        return {**arrays, "cam": resized[:, 0], "grid": grid[:, 0]}
+    return {**arrays, "cam": resized, "grid": grid}
 
 
-def check_options(entry: Method, function: Callable[..., Any], options: dict[str, Any]) -> None:
-    """Refuse options that a method's function does not have.
+def run_method(subject: Subject, method: Method, **options: Any) -> MethodOutput:
+    """Run a method with its own options, checked."""
+    checked = checked_options(method, options)
+    with torch.inference_mode(False), torch.no_grad():
+        output: MethodOutput = method.load()(subject, **checked)
+    return output
 
-    Raises:
-        InputError: with those it has.
+
+def weights_for(subject: Subject, method: WeightMethod | PositionMethod, **options: Any) -> Tensor:
+    """Return weights of a storable method of one layer, `[B K]`, or `[B K h w]`."""
+    weights = run_method(subject, method, **options).weights
+    if weights is None:
+        raise InputError(f"{method.title} yields no weights of one layer")
+    return weights
+
+
+def checked_options(method: Method, options: dict[str, Any]) -> dict[str, Any]:
+    """Return a method's own options as its function's annotations declare them.
+
+    Raises
+    ------
+    InputError
+        An option that the method does not have, or a value it does not take.
     """
-    known = list(inspect.signature(function).parameters)[1:]
-    for name in options:
+    parameters = list(inspect.signature(method.load()).parameters.values())[1:]
+    known = {parameter.name: parameter.annotation for parameter in parameters}
+    checked = {}
+    for name, value in options.items():
         if name not in known:
             listed = f"its options are {', '.join(known)}" if known else "it has no options"
-            raise InputError(f"{entry.title} has no option {name!r}; {listed}")
+            raise InputError(f"{method.title} has no option {name!r}; {listed}")
+        for declared in getattr(known[name], "__metadata__", ()):
+            if isinstance(declared, Setting):
+                value = declared.checked(name, value)
+        checked[name] = value
+    return checked
 
 
 def _inputs(
     network: EmbeddingNetwork, images: Any, max_pixels: int
 ) -> tuple[Tensor, bool, Image.Image | None]:
-    """The batch of inputs, whether it was one alone, and that one where it was a picture."""
+    """Return the batch of inputs, whether it was one alone, and that one where it was a picture."""
     over_positions = network.layout_options[0] == "bkl"
     kind = str(getattr(images, "dtype", ""))
     if isinstance(images, Tensor | np.ndarray) and ("float" in kind or over_positions):
@@ -311,23 +328,146 @@ def _inputs(
                 "input [C H W], or a picture as uint8 [H W 3]"
             )
         return (batch[None] if single else batch).to(network.device), single, None
-    several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
     if network.preprocess is None:
         raise InputError(
             "the network has no preprocessing, so a picture cannot be turned into its input; give "
             "a float array [C H W], or EmbeddingNetwork(..., preprocess=...)"
         )
-    listed = list(images) if several else [images]
-    if not listed:
+    several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+    pictures = [
+        read_image(picture, max_pixels=max_pixels) for picture in (images if several else [images])
+    ]
+    if not pictures:
         raise InputError("the list of pictures is empty; give at least one")
-    read = [read_image(picture, max_pixels=max_pixels) for picture in listed]
-    prepared = [np.asarray(network.preprocess(picture)) for picture in read]
+    prepared = [np.asarray(network.preprocess(picture)) for picture in pictures]
     if len({one.shape for one in prepared}) > 1:
         raise InputError("the pictures of one batch must have one size after preprocessing")
     batch = torch.from_numpy(np.stack(prepared)).to(network.device)
-    return batch, not several, None if several else read[0]
+    return batch, not several, None if several else pictures[0]
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
-    found: np.ndarray = tensor.detach().float().cpu().numpy()
-    return found
+    array: np.ndarray = tensor.detach().float().cpu().numpy()
+    return array
+
+
+class FunctionTarget(Target):
+    """y = function(f), any function of embeddings `[B D]` to scores `[B]`, by autograd."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def score(self, embeddings: Any) -> Any:
+        """Return y `[B]`, one finite number an image."""
+        scores = self.function(embeddings)
+        if not isinstance(scores, Tensor) or scores.shape != embeddings.shape[:1]:
+            what = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise InputError(
+                f"the target returned {what} for embeddings {list(embeddings.shape)}; expected "
+                f"one score an image, a tensor [{len(embeddings)}]"
+            )
+        if not bool(torch.isfinite(scores).all()):
+            raise InputError(
+                "the target returned a NaN or an infinity; a score must be a number for every "
+                "embedding"
+            )
+        return scores
+
+    def cotangents(self, embeddings: Any) -> tuple[Any, None]:
+        """Return dy/df, `[B 1 D]`."""
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = embeddings.detach().clone().requires_grad_()
+            score = self.score(leaf)
+            if not score.requires_grad:
+                raise InputError(
+                    "the target's score does not depend on the embedding, or was cut from it "
+                    "(detach, numpy); compute it with torch from the embeddings it is given"
+                )
+            gradient = torch.autograd.grad(score.sum(), leaf, allow_unused=True)[0]
+        return (torch.zeros_like(embeddings) if gradient is None else gradient)[:, None], None
+
+
+def as_target(target: Any) -> Target:
+    """Return a target as it is, a callable as one."""
+    if isinstance(target, Target):
+        return target
+    if callable(target) and not isinstance(target, type):
+        return FunctionTarget(target)
+    raise InputError(
+        f"target is {target!r}; give one such as Similarity(reference), or a function from "
+        "embeddings [B D] to scores [B]"
+    )
+
+
+class DirectWeights:
+    """Weights of a query by the recipe's own method and target, with the query as anchor.
+
+    Its neighbors are the positives and stand for its label, which a query has none of; seeded
+    random other images are the negatives, see `targets.query_cotangent`. Through the head alone
+    where the method is Grad-CAM's kind; works inside inference mode too.
+
+    Parameters
+    ----------
+    network
+        The network the index was built with.
+    recipe
+        The index's, `Recipe.of_index(index.manifest)`.
+
+    Raises
+    ------
+    InputError
+        They are something else.
+    """
+
+    def __init__(self, network: EmbeddingNetwork, recipe: Recipe) -> None:
+        if not isinstance(network, EmbeddingNetwork) or not isinstance(recipe, Recipe):
+            raise InputError(
+                "DirectWeights takes the index's network and recipe, an EmbeddingNetwork and a "
+                f"Recipe; given {type(network).__name__} and {type(recipe).__name__}"
+            )
+        self.network, self.recipe = network, recipe
+
+    def weights(
+        self, inputs: Any, positives: np.ndarray, negatives: np.ndarray
+    ) -> Sequence[np.ndarray]:
+        """Return weights `[K]` of each layer, in the manifest's order.
+
+        Parameters
+        ----------
+        inputs
+            The network's input, `[3 H W]`.
+        positives, negatives
+            Embeddings of the neighbors `[P D]` and of other images `[Q D]`.
+        """
+        recipe, entry, options = self.recipe, self.recipe.entry, self.recipe.method_options
+        if isinstance(entry, LayersMethod):
+            options["layers"] = list(recipe.layers)
+        batch = torch.as_tensor(inputs)[None].to(self.network.device)
+        with Subject(
+            self.network,
+            batch.float(),
+            self._target(positives, negatives, batch),
+            norm="through" if self.network.already_normalized else recipe.head_norm,
+            seed=recipe.seed % (1 << 63),
+            fill=recipe.fill,
+        ) as subject:
+            output = run_method(subject, entry, **options)
+        if output.layers is not None:
+            run = self.network.run_several(batch, recipe.layers, differentiable=False)
+            order = sorted(range(len(run.names)), key=lambda place: -run.depth[place])
+            return [_numpy(output.layers[run.names[place]][0]) for place in order]
+        return [] if output.weights is None else [_numpy(output.weights[0])]
+
+    def _target(self, positives: np.ndarray, negatives: np.ndarray, batch: Tensor) -> Target:
+        recipe = self.recipe
+        if recipe.per_triplet:
+            generator = np.random.default_rng(recipe.seed)
+            first, second = (
+                generator.integers(len(each), size=recipe.n_triplets)
+                for each in (positives, negatives)
+            )
+            return TripletMargin(positives[first], negatives[second])
+        # Affine in the anchor, so the mean over all triplets is one direction.
+        query = self.network.forward(batch).embedding[0].cpu().numpy()
+        target, norm = recipe.resolved_target, recipe.norm
+        return Direction(query_cotangent(target, norm, query, positives, negatives))

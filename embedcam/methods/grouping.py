@@ -1,27 +1,28 @@
 """Methods that score groups of channels in place of channels: Group-, Cluster- and Cosine-CAM.
 
-Each needs one forward pass a group. Their maps are on the layer's own grid. A channel that belongs
-to no group, and every channel of a group whose map is flat, has weight 0: such a map hides nothing
-of the picture, or everything. All of them mask pixels, so the network must take pictures.
+Each needs one forward pass a group. A channel that belongs to no group, and every channel of a
+group whose map is flat, has weight 0: such a map hides nothing of the picture, or everything.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Annotated
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from .._options import Setting
 from ..network import Features
-from .clusters import clustered, contiguous
-from .masks import blurred, fill_like, flat, masked, pictures_only, unit_masks
-from .options import one_of, whole_number
-from .subject import Found, Subject
+from .gradients import Count
+from .masks import blurred, fill_of, flat, map_scores, pictures_only
+from .subject import MethodOutput, Subject
 from .weights import gradcam as gradcam_weights
 
 PERCENTILE = 70.0
 """Group-CAM's cut: the paper's theta, and that of its first published code."""
-_INSTEAD = "ablationcam"
+RESTARTS = 10
+"""Starts of k-means; the best is kept."""
+EQUAL = 6
+"""Decimals, of maps scaled to a largest value of 1, to which equal maps agree."""
 # Of a sum of some dozens of numbers, in units of the last place.
 _ROUNDING = 64
 
@@ -29,75 +30,63 @@ _ROUNDING = 64
 def groupcam(
     subject: Subject,
     *,
-    groups: int = 32,
-    clustering: str = "contiguous",
-    percentile: float | None = PERCENTILE,
-) -> Found:
+    groups: Count = 32,
+    clustering: Annotated[
+        str, Setting(kind=str, choices=("contiguous", "kmeans", "agglomerative"))
+    ] = "contiguous",
+    percentile: Annotated[
+        float | None, Setting(kind=float, optional=True, least=0, below=100)
+    ] = PERCENTILE,
+) -> MethodOutput:
     """Group-CAM: map ReLU(sum_g w_g H_g), w_g = ReLU(y(X M_g + B (1 - M_g)) - y(B)).
 
     H_g = ReLU(sum_{k in g} alpha_k A_k), its small values set to 0, with alpha Grad-CAM's weights;
     M_g = N(U(H_g)); B = the blurred picture (51 px, sigma 50), whatever `fill` says (Zhang et al.
     2021, arXiv 2103.13859, section 3). The weight form is w_g alpha_k: the same map but for the
-    ReLU inside H_g and the cut.
+    ReLU inside H_g and the cut. Groups are `contiguous`, or alpha_k A_k clustered.
 
     The cut keeps what is larger than the percentile of H_g's own values, before it is resized.
     Default 70, as in the paper and the first published code, which also weighted M_g and not H_g;
     the later published code has no cut: percentile=None.
 
     Where H_g is flat (all of it cut or negative, too) w_g is 0; where every group is, the map is 0.
-    So is a gain within the rounding of the scores, and the map of a picture of one colour.
+    So is a gain within the rounding of the scores, and the map of a picture of one color.
     Passes: one backward through the head; 2 forwards and one for each group that is not flat.
-
-    Args:
-        subject: pictures `[B C H W]`.
-        groups: how many; where the layer has fewer channels, each is its own group.
-        clustering: "contiguous" neighbours, ceil(K / groups) in each, or alpha_k A_k clustered by
-            "kmeans" or "agglomerative" (Ward).
-        percentile: 0 <= percentile < 100, or None for no cut.
-
-    Returns:
-        weights `[B K]` and maps `[B h w]` >= 0.
-
-    Raises:
-        InputError: options that cannot be.
-        NetworkError: the network takes no pictures.
     """
-    groups = whole_number("groups", groups)
-    one_of("clustering", clustering, ("contiguous", "kmeans", "agglomerative"))
-    _check_percentile(percentile)
-    pictures_only(subject, "Group-CAM", _INSTEAD)
-    alphas, activations = gradcam_weights(subject.gradients), subject.activations
+    pictures_only(subject, "Group-CAM")
+    alphas = gradcam_weights(subject.gradients)
     weights, maps = [], []
-    for row, (alpha, own) in enumerate(zip(alphas, activations, strict=True)):
-        parts = alpha[:, None, None] * own
+    for row, alpha in enumerate(alphas):
+        parts = alpha[:, None, None] * subject.activations[row]
         if clustering == "contiguous":
             member = contiguous(parts, groups)
         else:
             member = clustered(parts, groups, clustering, subject.seed)
-        drawn = _cut(_mixed(member, parts).clamp(min=0), percentile)
-        gains = _gains(subject, row, drawn).clamp(min=0)
+        group_maps = _cut(_mixed(member, parts).clamp(min=0), percentile)
+        gains = _gains(subject, row, group_maps).clamp(min=0)
         weights.append((gains @ member) * alpha)
-        maps.append(_mixed(gains[None], drawn)[0])
-    return Found(torch.stack(weights), torch.stack(maps))
+        maps.append(_mixed(gains[None], group_maps)[0])
+    return MethodOutput(torch.stack(weights), torch.stack(maps))
 
 
 def clustercam(
     subject: Subject,
     *,
-    n_clusters: int = 8,
-    clustering: str = "kmeans",
-    view: str = "difference",
-    weighing: str = "equal",
-) -> Found:
+    n_clusters: Count = 8,
+    clustering: Annotated[str, Setting(kind=str, choices=("kmeans", "spectral"))] = "kmeans",
+    view: Annotated[
+        str, Setting(kind=str, choices=("base", "scissors", "difference"))
+    ] = "difference",
+    weighing: Annotated[str, Setting(kind=str, choices=("equal", "scored"))] = "equal",
+) -> MethodOutput:
     """Cluster-CAM: map ReLU(N(M_b) - N(M_s)), the best and the worst group of channels.
 
     M_g = the mean of A_k over a cluster g of channel maps; the group with the largest
     y(X m_g + F (1 - m_g)), m_g = N(U(M_g)), is the cognition-base b, that with the least the
     cognition-scissors s; F is the subject's fill (Feng et al. 2023, arXiv 2302.01642). No gradient
-    is taken. N puts both on one scale, or the size of the groups would decide.
-
-    The weight form is one scale a group, 1 / (|g| (max M_g - min M_g)), negative for the scissors:
-    the same map but for the offsets min M_g of N.
+    is taken. N puts both on one scale, or the size of the groups would decide. The weight form is
+    one scale a group, 1 / (|g| (max M_g - min M_g)), negative for the scissors: the same map but
+    for the offsets min M_g of N.
 
     With `weighing="scored"` as in tetutaro/class_activation_mapping: maps alpha_k A_k of Grad-CAM's
     alpha are clustered, scored against the blurred picture, the scores scaled to unit length, and
@@ -106,193 +95,123 @@ def clustercam(
 
     Flat channels are in no group; with one group base and scissors are the same, and the difference
     is 0; with none all is 0, and "scored" so it is where no group gains more than rounding, as in a
-    picture of one colour. Of groups that score alike the one with the first channel is taken.
+    picture of one color. Of groups that score alike the one with the first channel is taken.
     Passes: 1 forward and one for each group; "scored" one more, and a backward through the head.
-
-    Args:
-        subject: pictures `[B C H W]`.
-        n_clusters: how many; at most as many as there are channel maps that differ and are not
-            flat.
-        clustering: "kmeans" or "spectral".
-        view: "base", "scissors", or their "difference".
-        weighing: "equal" (the paper) or "scored".
-
-    Returns:
-        weights `[B K]` and maps `[B h w]` >= 0, with "equal" <= 1.
-
-    Raises:
-        InputError: options that cannot be.
-        NetworkError: the network takes no pictures.
     """
-    n_clusters = whole_number("n_clusters", n_clusters)
-    one_of("clustering", clustering, ("kmeans", "spectral"))
-    one_of("view", view, ("base", "scissors", "difference"))
-    one_of("weighing", weighing, ("equal", "scored"))
-    pictures_only(subject, "Cluster-CAM", _INSTEAD)
+    pictures_only(subject, "Cluster-CAM")
     scored = weighing == "scored"
     alphas = gradcam_weights(subject.gradients) if scored else None
     weights, maps = [], []
-    for row, own in enumerate(subject.activations):
-        parts = own if alphas is None else alphas[row][:, None, None] * own
+    for row, parts in enumerate(subject.activations):
+        if alphas is not None:
+            parts = alphas[row][:, None, None] * parts
         member = _shares(clustered(parts, n_clusters, clustering, subject.seed))
         means = _mixed(member, parts)
         low, high = means.amin((-2, -1)), means.amax((-2, -1))
-        scales = torch.where(high > low, 1 / torch.where(high > low, high - low, 1), 0)
-        offsets = low
+        seen = ~flat(means)
         if scored:
-            gains = _unit(_gains(subject, row, means))
-            scales, offsets = torch.ones_like(scales), torch.zeros_like(scales)
+            scores = _unit(_gains(subject, row, means))
+            scales, offsets = torch.ones_like(low), torch.zeros_like(low)
             # Where nothing was gained, no group is the best or the worst.
-            signs = _base_and_scissors(gains, gains.any() & ~flat(means), view, scored)
+            seen &= scores.any()
         else:
-            picture = subject.images[row]
-            fill = fill_like(picture, subject.fill, subject.network.preprocess)
-            scores = _seen_scores(subject, row, means, fill)
-            signs = _base_and_scissors(scores, ~flat(means), view, scored)
-        shares = signs * scales
-        found = shares @ member
-        weights.append(found if alphas is None else found * alphas[row])
+            fill = fill_of(subject, row)
+            scores = map_scores(subject, row, means, subject.images[row], fill)
+            scales, offsets = torch.where(seen, 1 / torch.where(seen, high - low, 1), 0), low
+        shares = _base_and_scissors(scores, seen, view, scored) * scales
+        mixed = shares @ member
+        weights.append(mixed if alphas is None else mixed * alphas[row])
         maps.append(_mixed(shares[None], means - offsets[:, None, None])[0].clamp(min=0))
-    return Found(torch.stack(weights), torch.stack(maps))
+    return MethodOutput(torch.stack(weights), torch.stack(maps))
 
 
-def cosinecam(subject: Subject, *, n_clusters: int = 8) -> Found:
+def cosinecam(subject: Subject, *, n_clusters: Count = 8) -> MethodOutput:
     """Cosine-CAM: map ReLU(sum_g s_g M_g), M_g = the mean of alpha_k A_k over a group.
 
-    Groups by k-means over the maps alpha_k A_k, each scaled to length 1 and not centred, so that
+    Groups by k-means over the maps alpha_k A_k, each scaled to length 1 and not centered, so that
     direction alone decides, and the sign of alpha_k with it; s_g = y(X m_g + B (1 - m_g)) - y(B),
     m_g = N(U(M_g)), B = the blurred picture (51 px, sigma 50) whatever `fill` says; s is scaled to
     length 1 (tetutaro/class_activation_mapping; no paper). The weight form s_g alpha_k / |g| draws
     the very map.
 
-    That code clusters the rows of the left singular vectors of the maps centred by their common
+    That code clusters the rows of the left singular vectors of the maps centered by their common
     mean, takes the number of groups by an elbow, weights by XGrad-CAM's alpha, and scores logits of
     a sigmoid; here the maps themselves are clustered, alpha is Grad-CAM's, and y the target's.
 
     Flat maps are in no group; where no group scores otherwise than the blurred picture, beyond
-    rounding, all is 0, as it is for a picture of one colour.
+    rounding, all is 0, as it is for a picture of one color.
     Passes: one backward through the head; 2 forwards and one for each group that is not flat.
-
-    Args:
-        subject: pictures `[B C H W]`.
-        n_clusters: how many; at most as many as there are directions that differ.
-
-    Returns:
-        weights `[B K]` and maps `[B h w]` >= 0.
-
-    Raises:
-        InputError: options that cannot be.
-        NetworkError: the network takes no pictures.
     """
-    n_clusters = whole_number("n_clusters", n_clusters)
-    pictures_only(subject, "Cosine-CAM", _INSTEAD)
-    alphas, activations = gradcam_weights(subject.gradients), subject.activations
+    pictures_only(subject, "Cosine-CAM")
+    alphas = gradcam_weights(subject.gradients)
     weights, maps = [], []
-    for row, (alpha, own) in enumerate(zip(alphas, activations, strict=True)):
-        parts = alpha[:, None, None] * own
+    for row, alpha in enumerate(alphas):
+        parts = alpha[:, None, None] * subject.activations[row]
         member = _shares(clustered(parts, n_clusters, "kmeans", subject.seed, unit=True))
         means = _mixed(member, parts)
         scores = _unit(_gains(subject, row, means))
         weights.append((scores @ member) * alpha)
         maps.append(_mixed(scores[None], means)[0].clamp(min=0))
-    return Found(torch.stack(weights), torch.stack(maps))
-
-
-def blended(
-    subject: Subject, picture: Tensor, maps: Tensor, background: Tensor
-) -> Iterator[Tensor]:
-    """The picture where a map is high, the background where it is low, a batch at a time.
-
-    Args:
-        subject: says how many make a batch.
-        picture: X, `[C H W]`.
-        maps: `[n h w]`; m = N(U(map)).
-        background: F, `[C H W]`.
-
-    Yields:
-        X m + F (1 - m), `[at most a batch, C H W]`.
-    """
-    size = (picture.shape[-2], picture.shape[-1])
-    for piece in subject.batches(len(maps)):
-        yield masked(picture, background, unit_masks(maps[piece], size))
-
-
-def _check_percentile(percentile: Any) -> None:
-    number = isinstance(percentile, int | float) and not isinstance(percentile, bool)
-    if percentile is not None and not (number and 0 <= percentile < 100):
-        raise InputError(
-            f"percentile = {percentile!r}; give a number from 0 to below 100, or None for no cut"
-        )
+    return MethodOutput(torch.stack(weights), torch.stack(maps))
 
 
 def _mixed(weights: Tensor, maps: Tensor) -> Tensor:
-    """Sums of maps: `[g n]` and `[n h w]` -> `[g h w]`."""
+    """Return sums of maps: `[g n]` and `[n h w]` -> `[g h w]`."""
     return (weights @ maps.flatten(1)).reshape(len(weights), *maps.shape[1:])
 
 
 def _shares(member: Tensor) -> Tensor:
-    """Membership as shares of a mean, each group's summing to 1."""
+    """Return membership as shares of a mean, each group's summing to 1."""
     return member / member.sum(1, keepdim=True)
 
 
 def _cut(maps: Tensor, percentile: float | None) -> Tensor:
-    """Only what is larger than each map's own percentile; the rest 0."""
+    """Keep only what is larger than each map's own percentile; the rest 0."""
     if percentile is None:
         return maps
     # What exceeds the interpolated percentile is just what exceeds the value below it, and that
     # one is found without rounding.
-    cells = maps[0].numel()
-    below = int(percentile * (cells - 1) / 100)
+    below = int(percentile * (maps[0].numel() - 1) / 100)
     limits = maps.flatten(1).sort(1).values[:, below]
     return maps * (maps > limits[:, None, None])
 
 
-def _seen_scores(subject: Subject, row: int, maps: Tensor, background: Tensor) -> Tensor:
-    """y of one picture seen through each map `[n h w]`, `[n]`; 0 for flat ones, not scored."""
-    found = maps.new_zeros(len(maps))
-    seen = ~flat(maps)
-    if seen.any():
-        pieces = blended(subject, subject.images[row], maps[seen], background)
-        found[seen] = subject.scores(row, pieces).to(found)
-    return found
-
-
 def _gains(subject: Subject, row: int, maps: Tensor) -> Tensor:
-    """y of a blurred picture made clear through each map, less y of it blurred, `[n]`.
+    """Return y of a blurred picture made clear through each map, less y of it blurred, `[n]`.
 
-    0 for flat maps, where the picture is of one colour and so its own blur, and where a difference
+    0 for flat maps, where the picture is of one color and so its own blur, and where a difference
     is the rounding of the scores: scaled to length 1, that would be a map at full strength.
     """
-    seen = ~flat(maps)
-    if not seen.any() or flat(subject.images[row]).all():
+    picture, seen = subject.images[row], ~flat(maps)
+    if not seen.any() or flat(picture).all():
         return maps.new_zeros(len(maps))
-    dim = blurred(subject.images[row : row + 1])
-    scores = _seen_scores(subject, row, maps, dim[0])
-    base = subject.scores(row, [dim]).to(scores)
+    dim = blurred(picture)
+    scores = map_scores(subject, row, maps, picture, dim)
+    base = subject.scores(row, [dim[None]]).to(scores)
     gains = scores - base
-    largest = torch.cat([scores[seen], base]).abs().max() + _terms(subject, row)
+    largest = torch.cat([scores[seen], base]).abs().max() + _size_of_terms(subject, row)
     rounding = _ROUNDING * torch.finfo(gains.dtype).eps * largest
     return gains * (seen & (gains.abs() > rounding))
 
 
-def _terms(subject: Subject, row: int) -> Tensor:
-    """How large the terms of y are, which may cancel: |dy/dz| |z|, the mean over triplets."""
+def _size_of_terms(subject: Subject, row: int) -> Tensor:
+    """Return how large the terms of y are, which may cancel: mean over triplets of |dy/dz| |z|."""
     part, whole = slice(row, row + 1), subject.features
-    own = Features(whole.embedding[part], whole.norm[part], whole.activations[part])
-    each, used = subject.cotangents(own, row)
+    image = Features(whole.embedding[part], whole.norm[part], whole.activations[part])
+    each, used = subject.cotangents(image, row)
     counted = used.to(each.dtype)
-    sizes = torch.linalg.vector_norm(each, dim=2) * own.norm[:, None]
+    sizes: Tensor = torch.linalg.vector_norm(each, dim=2) * image.norm[:, None]
     return (sizes * counted).sum() / counted.sum().clamp(min=1)
 
 
 def _unit(values: Tensor) -> Tensor:
-    """A vector at length 1; of zeros: as it is."""
+    """Return a vector at length 1; of zeros: as it is."""
     length = torch.linalg.vector_norm(values)
     return values / torch.where(length > 0, length, 1)
 
 
 def _base_and_scissors(scores: Tensor, seen: Tensor, view: str, scored: bool) -> Tensor:
-    """The part each group plays, `[g]`: the best's positive, the worst's negative, others 0."""
+    """Return each group's part, `[g]`: the best's positive, the worst's negative, else 0."""
     signs = torch.zeros_like(scores)
     if not seen.any():
         return signs
@@ -307,3 +226,94 @@ def _base_and_scissors(scores: Tensor, seen: Tensor, view: str, scored: bool) ->
     elif base != scissors:
         signs[base], signs[scissors] = value, -other
     return signs
+
+
+# Which channels belong together
+
+
+def contiguous(maps: Tensor, groups: int) -> Tensor:
+    """Return the membership `[g K]` of neighboring channels of `[K h w]`, ceil(K / groups) each."""
+    size = -(-len(maps) // groups)
+    return _membership(np.arange(len(maps)) // size, maps)
+
+
+def clustered(maps: Tensor, clusters: int, how: str, seed: int, *, unit: bool = False) -> Tensor:
+    """Return the membership `[g K]`, zeros and ones, of channels whose maps `[K h w]` are alike.
+
+    `how` is "kmeans" (Lloyd, k-means++, 10 starts), "spectral" (normalized cuts of the affinity
+    exp(-d^2 / (2 median d^2)) over Euclidean distances d) or "agglomerative" (Ward), scikit-learn's
+    in float64, so that the outcome does not depend on threads beyond rounding. `unit` scales each
+    map to length 1 first, so that shape alone decides, and sign. Groups are in the order of their
+    first channel. Flat maps say nothing about where and are in none; maps that are equal (to 1e-6
+    of the largest value) are one point with a count, never parted, so there may be fewer groups.
+    """
+    rows = maps.detach().flatten(1).double().cpu().numpy()
+    seen = np.flatnonzero(~flat(maps).cpu().numpy())
+    labels = np.full(len(rows), -1)
+    if len(seen):
+        rows = rows[seen]
+        rows = rows / (np.abs(rows).max(1, keepdims=True) if unit else np.abs(rows).max())
+        if unit:
+            rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        # The library's seeds end at 2**32; a seed sequence takes any.
+        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+        labels[seen] = _labels(rows, clusters, how, random)
+    return _membership(labels, maps)
+
+
+def _membership(labels: np.ndarray, like: Tensor) -> Tensor:
+    """Return labels `[K]`, -1 for none, as zeros and ones `[g K]`, by first appearance."""
+    names, first = np.unique(labels[labels >= 0], return_index=True)
+    ordered = names[np.argsort(first)]
+    return torch.from_numpy(labels[None] == ordered[:, None]).to(like)
+
+
+def _labels(rows: np.ndarray, clusters: int, how: str, random: np.random.RandomState) -> np.ndarray:
+    """Return a label for each row `[n d]`, with at most as many clusters as rows that differ."""
+    _, first, which, counts = np.unique(
+        np.round(rows, EQUAL) + 0.0,
+        axis=0,
+        return_index=True,
+        return_inverse=True,
+        return_counts=True,
+    )
+    # Points in the order they appear.
+    order = np.argsort(first)
+    which = np.argsort(order)[which.reshape(-1)]
+    points, counts = rows[first[order]], counts[order]
+    clusters = min(clusters, len(points))
+    if clusters == len(points):
+        return which
+    if clusters == 1:
+        return np.zeros(len(rows), int)
+    from sklearn.cluster import AgglomerativeClustering, KMeans
+
+    labels: np.ndarray
+    if how == "kmeans":
+        # Without a tolerance every start runs until no label changes: rounding cannot stop it.
+        kmeans = KMeans(clusters, n_init=RESTARTS, tol=0, random_state=random)
+        labels = kmeans.fit(points, sample_weight=counts.astype(np.float64)).labels_
+    elif how == "spectral":
+        labels = _labels(_spectral(points, clusters, random), clusters, "kmeans", random)
+    else:
+        labels = AgglomerativeClustering(clusters, linkage="ward").fit(points).labels_
+    return labels[which]
+
+
+def _spectral(points: np.ndarray, clusters: int, random: np.random.RandomState) -> np.ndarray:
+    """Return the first eigenvectors of the graph's Laplacian, `[n clusters]`."""
+    from sklearn.manifold import spectral_embedding
+
+    squares = (points * points).sum(1)
+    distances = np.maximum(squares[:, None] + squares[None] - 2 * points @ points.T, 0)
+    np.fill_diagonal(distances, 0)
+    usual = np.median(distances[~np.eye(len(points), dtype=bool)])
+    # Half of all pairs may be near to each other and the rest far: then the mean is the scale.
+    usual = usual if usual > 0 else distances.mean()
+    # No two points are wholly apart, or the graph would fall into pieces.
+    affinity = np.maximum(np.exp(-distances / (2 * usual)), 1e-12)
+    embedded = spectral_embedding(
+        affinity, n_components=clusters, random_state=random, drop_first=False
+    )
+    scaled: np.ndarray = embedded / np.abs(embedded).max()
+    return scaled

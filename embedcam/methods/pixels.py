@@ -5,25 +5,33 @@ is the subject's fill. Pictures only.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import check_sides, one_of, whole
+from .._options import Setting
 from ..errors import InputError
-from .masks import fill_like, masked, pictures_only
-from .options import whole_number
-from .subject import Found, Subject
-from .superpixels import superpixels_of
+from .masks import fill_of, masked_scores, pictures_only
+from .subject import MethodOutput, Subject
 
-_INSTEAD = "ablationcam"
+KINDS = ("grid", "slic")
 # The windows of published implementations of SBSM: 50 pixels every 20, on pictures of 224.
 _WINDOW, _STRIDE = 50 / 224, 20 / 224
+_Samples = Annotated[int, Setting(kind=int, least=2, most=1_000_000)]
+_Positive = Annotated[float, Setting(kind=float, above=0)]
 
 
-def rise(subject: Subject, *, masks: int = 2000, cells: int = 7, probability: float = 0.5) -> Found:
+def rise(
+    subject: Subject,
+    *,
+    masks: _Samples = 2000,
+    cells: Annotated[int, Setting(kind=int, least=1, most=256)] = 7,
+    probability: Annotated[float, Setting(kind=float, above=0, below=1)] = 0.5,
+) -> MethodOutput:
     """RISE: ReLU(sum_i (f(X M_i) - mean f) M_i / (n p)) (Petsiuk et al. 2018, eq. 6).
 
     M_i: `cells` x `cells` cells, each 1 with probability p, enlarged bilinearly to (cells + 1)
@@ -36,140 +44,100 @@ def rise(subject: Subject, *, masks: int = 2000, cells: int = 7, probability: fl
     the map is then 1 / p times the covariance of score and mask, which can be negative and is cut
     at 0. Cells measure the picture's side over `cells`, rounded up and not down, or the masks would
     not cover it.
-
-    Args:
-        subject: pictures.
-        masks: n.
-        cells: of a mask, along either side.
-        probability: p, of a cell to show the picture.
-
-    Returns:
-        maps `[B H W]` >= 0, at the input's size; 0 where every mask has the same score.
-
-    Raises:
-        InputError: options out of range.
-        NetworkError: inputs that are not pictures.
     """
-    pictures_only(subject, "RISE", _INSTEAD)
-    total, side = whole_number("masks", masks, 2), whole_number("cells", cells, 1, 256)
-    if not isinstance(probability, int | float) or not 0 < probability < 1:
-        raise InputError(f"probability = {probability!r}; give a number between 0 and 1")
-    like, (height, width) = subject.features.embedding, _size(subject)
-    cell = (math.ceil(height / side), math.ceil(width / side))
+    pictures_only(subject, "RISE")
+    like, (height, width) = subject.features.embedding, subject.images.shape[-2:]
+    cell = (math.ceil(height / cells), math.ceil(width / cells))
     generator = subject.generator()
-    drawn = torch.rand(total, side, side, generator=generator) < probability
-    rows = torch.randint(cell[0], (total,), generator=generator)
-    columns = torch.randint(cell[1], (total,), generator=generator)
+    drawn = torch.rand(masks, cells, cells, generator=generator) < probability
+    rows = torch.randint(cell[0], (masks,), generator=generator)
+    columns = torch.randint(cell[1], (masks,), generator=generator)
     shown, offsets = drawn.to(like), torch.stack([rows, columns], 1).tolist()
+    large = ((cells + 1) * cell[0], (cells + 1) * cell[1])
 
-    def pieces() -> Iterator[tuple[slice, Tensor]]:
+    def masks_of(part: slice) -> Tensor:
         # Made twice, which is little beside the passes, and never held.
-        for part in subject.batches(total):
-            large = ((side + 1) * cell[0], (side + 1) * cell[1])
-            whole = F.interpolate(shown[part][:, None], large, mode="bilinear")[:, 0]
-            crops = [
-                one[y : y + height, x : x + width]
-                for one, (y, x) in zip(whole, offsets[part], strict=True)
-            ]
-            yield part, torch.stack(crops)
+        whole = F.interpolate(shown[part][:, None], large, mode="bilinear")[:, 0]
+        pairs = zip(whole, offsets[part], strict=True)
+        return torch.stack([one[y : y + height, x : x + width] for one, (y, x) in pairs])
 
     maps = like.new_zeros(len(subject), height, width)
-    for row, (image, fill) in enumerate(_with_fills(subject)):
-        scores = subject.scores(row, (masked(image, fill, piece) for _, piece in pieces()))
-        above = _above_mean(scores)
-        for part, piece in pieces():
-            maps[row] += torch.tensordot(above[part], piece, 1)
-    return Found(maps=(maps / (total * probability)).clamp(min=0))
+    for row, image in enumerate(subject.images):
+        scores = masked_scores(subject, row, image, fill_of(subject, row), masks, masks_of)
+        shifted = scores - scores[0]  # exactly 0 where all are equal
+        above = shifted - shifted.mean()
+        for part in subject.batches(masks):
+            maps[row] += torch.tensordot(above[part], masks_of(part), 1)
+    return MethodOutput(maps=(maps / (masks * probability)).clamp(min=0))
 
 
 def lime(
     subject: Subject,
     *,
-    samples: int = 1000,
+    samples: _Samples = 1000,
     superpixels: Any = "grid",
-    segments: int = 50,
-    kernel: float = 0.25,
-    ridge: float = 1.0,
-) -> Found:
+    segments: Annotated[int, Setting(kind=int, least=1, most=1_000_000)] = 50,
+    kernel: _Positive = 0.25,
+    ridge: _Positive = 1.0,
+) -> MethodOutput:
     """LIME: a ridge regression of f on which superpixels are present (Ribeiro et al. 2016, eq. 1).
 
     Samples switch each superpixel off with probability 1/2, the first has them all; a sample weighs
-    exp(-d^2 / s^2), d = 1 - cosine of its presence vector to all-ones (1 where nothing is present).
-    Intercept free, L2 penalty `ridge`. Each pixel gets its superpixel's coefficient, negative ones
-    are cut at 0. Every image of a batch draws the same numbers.
+    exp(-d^2 / s^2), s = `kernel`, d = 1 - cosine of its presence vector to all-ones. Intercept
+    free, L2 penalty `ridge`. Each pixel gets its superpixel's coefficient, negative ones are cut at
+    0. Every image of a batch draws the same numbers.
+
+    `superpixels` are "grid" (the default, as a map must not depend on what is installed), "slic"
+    (follows edges; scikit-image: `pip install embedcam[lime]`), both of about `segments`, or labels
+    `[H W]`.
 
     Departures: the paper's K-Lasso for choosing a few superpixels is left out; all are fitted, by
     ridge, as the authors' image code does when given as many features as superpixels.
-
-    Args:
-        subject: pictures.
-        samples: masked pictures, one pass each.
-        superpixels: "grid" (a regular grid of cells), "slic" (follows edges; scikit-image:
-            `pip install embedcam[lime]`), or labels `[H W]`. The grid is the default because a map
-            must not depend on what is installed.
-        segments: superpixels wanted; slic and grid come near it.
-        kernel: s.
-        ridge: weight of the penalty.
-
-    Returns:
-        maps `[B H W]` >= 0, at the input's size; 0 where all samples have the same score.
-
-    Raises:
-        InputError: options out of range, labels of another size, or "slic" without scikit-image.
-        NetworkError: inputs that are not pictures.
     """
-    pictures_only(subject, "LIME", _INSTEAD)
-    total, wanted = whole_number("samples", samples, 2), whole_number("segments", segments, 1)
-    _positive("kernel", kernel)
-    _positive("ridge", ridge)
-    maps = subject.features.embedding.new_zeros(len(subject), *_size(subject))
-    for row, (image, fill) in enumerate(_with_fills(subject)):
-        labels = superpixels_of(image, superpixels, wanted)
+    pictures_only(subject, "LIME")
+    maps = subject.features.embedding.new_zeros(len(subject), *subject.images.shape[-2:])
+    for row, image in enumerate(subject.images):
+        labels = superpixels_of(image, superpixels, segments)
         count = int(labels.max()) + 1
-        present = torch.randint(2, (total, count), generator=subject.generator())
+        present = torch.randint(2, (samples, count), generator=subject.generator())
         present[0] = 1
         masks = present.to(maps)
-        scores = subject.scores(
-            row,
-            (masked(image, fill, masks[part][:, labels]) for part in subject.batches(total)),
-        )
-        fitted = _ridge(present, scores, float(kernel), float(ridge))
-        maps[row] = fitted.to(maps)[labels]
-    return Found(maps=maps.clamp(min=0))
+
+        def masks_of(part: slice, masks: Tensor = masks, labels: Tensor = labels) -> Tensor:
+            return masks[part][:, labels]
+
+        scores = masked_scores(subject, row, image, fill_of(subject, row), samples, masks_of)
+        maps[row] = _ridge(present, scores, kernel, ridge).to(maps)[labels]
+    return MethodOutput(maps=maps.clamp(min=0))
 
 
-def sbsm(
-    subject: Subject,
-    *,
-    window: int | tuple[int, int] | None = None,
-    stride: int | tuple[int, int] | None = None,
-) -> Found:
+def _ridge(present: Tensor, scores: Tensor, kernel: float, penalty: float) -> Tensor:
+    """Return the coefficients `[d]` of the scores `[n]` on presence `[n d]`."""
+    from sklearn.linear_model import Ridge
+
+    vectors = present.double().numpy()
+    distance = 1 - (vectors.mean(1) ** 0.5)  # the cosine of m ones among d to d ones is sqrt(m / d)
+    weights = torch.exp(-(torch.from_numpy(distance) ** 2) / kernel**2).numpy()
+    # Around the first score: equal scores then give coefficients of exactly 0.
+    values = (scores - scores[0]).double().cpu().numpy()
+    fitted = Ridge(alpha=penalty).fit(vectors, values, sample_weight=weights)
+    return torch.from_numpy(fitted.coef_)
+
+
+def sbsm(subject: Subject, *, window: Any = None, stride: Any = None) -> MethodOutput:
     """SBSM: sum_i max(d(q, r_i) - d(q, r), 0) (1 - M_i) / sum_i (1 - M_i) (Dong et al. 2019).
 
     r_i is the picture with window i filled, M_i is 0 in that window and 1 elsewhere: how much
-    farther the picture gets without each window, averaged over the windows a pixel is in.
+    farther the picture gets without each window, averaged over the windows a pixel is in. The
+    distance is d = -y for any target, so d(q, r_i) - d(q, r) = y - y_i: with `NegativeDistance(q)`
+    it is the paper's, with squared Euclidean distances.
 
-    The distance is d = -y for any target, so d(q, r_i) - d(q, r) = y - y_i: with
-    `NegativeDistance(q)` it is the paper's, with squared Euclidean distances.
-
-    Windows start every `stride` pixels from the upper left, and once more flush with the lower and
-    the right border. A pixel that no window covers (a stride larger than the window) is 0.
-
-    Args:
-        subject: pictures.
-        window: (height, width) in pixels, or one number for both; None: 50/224 of the picture.
-        stride: the same; None: 20/224 of the picture.
-
-    Returns:
-        maps `[B H W]` >= 0, at the input's size.
-
-    Raises:
-        InputError: a window or stride that is not a whole number of pixels, or a window larger than
-            the picture.
-        NetworkError: inputs that are not pictures.
+    `window` and `stride` are (height, width) in pixels, or one number for both; None takes 50/224
+    and 20/224 of the picture. Windows start every `stride` pixels from the upper left, and once
+    more flush with the lower and the right border. A pixel that no window covers is 0.
     """
-    pictures_only(subject, "SBSM", _INSTEAD)
-    embeddings, size = subject.features.embedding, _size(subject)
+    pictures_only(subject, "SBSM")
+    embeddings, size = subject.features.embedding, (*subject.images.shape[-2:],)
     sides, steps = _pair("window", window, size, _WINDOW), _pair("stride", stride, size, _STRIDE)
     if sides[0] > size[0] or sides[1] > size[1]:
         raise InputError(
@@ -182,52 +150,21 @@ def sbsm(
     )
     across = len(columns)
 
-    def shown() -> Iterator[Tensor]:
-        for part in subject.batches(len(rows) * across):
-            each = torch.arange(part.start, part.stop, device=rows.device)
-            yield 1 - rows[each // across][:, :, None] * columns[each % across][:, None]
+    def masks_of(part: slice) -> Tensor:
+        each = torch.arange(part.start, part.stop, device=rows.device)
+        return 1 - rows[each // across][:, :, None] * columns[each % across][:, None]
 
     maps = embeddings.new_zeros(len(subject), *size)
-    covering = rows.sum(0)[:, None] * columns.sum(0)
-    for row, (image, fill) in enumerate(_with_fills(subject)):
-        score = subject.target.at(row).score(embeddings[row : row + 1])
-        scores = subject.scores(row, (masked(image, fill, masks) for masks in shown()))
-        drops = (score - scores).clamp(min=0).reshape(len(rows), across)
+    covering, total = rows.sum(0)[:, None] * columns.sum(0), len(rows) * across
+    for row, image in enumerate(subject.images):
+        scores = masked_scores(subject, row, image, fill_of(subject, row), total, masks_of)
+        drops = (subject.score(row) - scores).clamp(min=0).reshape(len(rows), across)
         maps[row] = rows.mT @ drops.to(maps) @ columns / covering.clamp(min=1)
-    return Found(maps=maps)
-
-
-def _with_fills(subject: Subject) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each image and what its masked pixels become, `[C H W]`."""
-    for image in subject.images:
-        yield image, fill_like(image, subject.fill, subject.network.preprocess)
-
-
-def _size(subject: Subject) -> tuple[int, int]:
-    return subject.images.shape[-2], subject.images.shape[-1]
-
-
-def _above_mean(scores: Tensor) -> Tensor:
-    """Scores less their mean; exactly 0 where all are equal."""
-    shifted = scores - scores[0]
-    return shifted - shifted.mean()
-
-
-def _ridge(present: Tensor, scores: Tensor, kernel: float, penalty: float) -> Tensor:
-    """Coefficients `[d]` of the scores `[n]` on presence `[n d]`."""
-    from sklearn.linear_model import Ridge
-
-    vectors = present.double().numpy()
-    distance = 1 - (vectors.mean(1) ** 0.5)  # the cosine of m ones among d to d ones is sqrt(m / d)
-    weights = torch.exp(-(torch.from_numpy(distance) ** 2) / kernel**2).numpy()
-    # Around the first score: equal scores then give coefficients of exactly 0.
-    values = (scores - scores[0]).double().cpu().numpy()
-    fitted = Ridge(alpha=penalty).fit(vectors, values, sample_weight=weights)
-    return torch.from_numpy(fitted.coef_)
+    return MethodOutput(maps=maps)
 
 
 def _covered(side: int, window: int, stride: int) -> Tensor:
-    """Which pixels of a side each window covers, `[n side]`."""
+    """Return which pixels of a side each window covers, `[n side]`."""
     starts = list(range(0, side - window + 1, stride))
     if starts[-1] < side - window:
         starts.append(side - window)
@@ -235,17 +172,63 @@ def _covered(side: int, window: int, stride: int) -> Tensor:
     return (begin <= pixel) & (pixel < begin + window)
 
 
-def _pair(name: str, value: Any, size: tuple[int, int], share: float) -> tuple[int, int]:
+def _pair(name: str, value: Any, size: tuple[int, ...], share: float) -> tuple[int, int]:
     if value is None:
         return max(1, round(size[0] * share)), max(1, round(size[1] * share))
     if isinstance(value, tuple | list):
-        if len(value) != 2:
-            raise InputError(f"{name} = {value!r}; give (height, width) or one number of pixels")
-        return whole_number(name, value[0], 1), whole_number(name, value[1], 1)
-    return whole_number(name, value, 1), whole_number(name, value, 1)
+        return check_sides(name, value)
+    return (whole(name, value, 1),) * 2
 
 
-def _positive(name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise InputError(f"{name} = {value!r}; give a number greater than 0")
+def superpixels_of(image: Tensor, kind: Any, wanted: int) -> Tensor:
+    """Return labels 0 .. d - 1 of the pixels `[H W]` of an image `[C H W]`, d about `wanted`.
+
+    `kind` is "grid", "slic", or labels `[H W]`, an array or tensor of whole numbers.
+    """
+    size = (image.shape[1], image.shape[2])
+    if isinstance(kind, str):
+        one_of("superpixels", kind, KINDS)
+        labels = grid(*size, wanted) if kind == "grid" else _slic(image, wanted)
+    else:
+        labels = np.asarray(kind.cpu() if isinstance(kind, Tensor) else kind)
+        if labels.shape != size or labels.dtype.kind not in "iu":
+            raise InputError(
+                f"superpixels are {list(labels.shape)} of {labels.dtype}; expected a label, a "
+                f"whole number, for each pixel [{size[0]} {size[1]}], or 'grid' or 'slic'"
+            )
+    # Numbered without gaps: every label then is a column of the regression that something moves.
+    numbered = np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
+    return torch.from_numpy(numbered).to(image.device)
+
+
+def grid(height: int, width: int, wanted: int) -> np.ndarray:
+    """Return a grid of nearly square regions, about `wanted`, at most one a pixel."""
+    side = (height * width / wanted) ** 0.5
+    rows, columns = (min(n, max(1, round(n / side))) for n in (height, width))
+    of_row, of_column = np.arange(height) * rows // height, np.arange(width) * columns // width
+    labels: np.ndarray = of_row[:, None] * columns + of_column
+    return labels
+
+
+def _slic(image: Tensor, wanted: int) -> np.ndarray:
+    """Return SLIC's regions of the image scaled to [0, 1], in Lab where it has three channels."""
+    try:
+        from skimage.segmentation import slic
+    except ImportError as error:
+        raise InputError(
+            "superpixels = 'slic' needs scikit-image, which is not installed; "
+            "pip install embedcam[lime], or use superpixels='grid'"
+        ) from error
+    pixels = image.double().cpu().numpy().transpose(1, 2, 0)
+    span = pixels.max() - pixels.min()
+    pixels = (pixels - pixels.min()) / (span if span > 0 else 1)
+    # Unsmoothed (sigma 0), pixel noise breaks the regions into specks that are merged, down to one.
+    labels: np.ndarray = slic(
+        pixels,
+        n_segments=wanted,
+        sigma=1,
+        convert2lab=len(image) == 3,
+        channel_axis=-1,
+        start_label=0,
+    )
+    return labels

@@ -1,45 +1,37 @@
 """How good maps, rankings and retrieval are: pure functions over arrays, NumPy in and out.
 
-checks.py        what comes in, checked; magnitudes brought near 1 without rounding
-order.py         pixels in order of value, in one way everywhere
-contrast_free.py signed maps beside a region, by the order of their values alone
-localisation.py  a map beside the place it should mark: energy, pointing, IoU, boxes
-faithfulness.py  what is removed and in which order; what the scores after it say
-imputation.py    removed pixels filled in from their surroundings
-retrieval.py     Recall@K and mAP@R of embeddings
-agreement.py     two maps or two weight vectors beside each other
-intervals.py     how sure a mean or a difference is
-
 Nothing here runs a network, sharpens a map or leaves an image out unsaid. What is not a number
-never comes out: bad input is an `InputError`, and what a map without energy scores stands in each
-docstring.
+never comes out: bad input is an `InputError`, and what a map without energy scores is said.
 """
 
-from .agreement import correlations, cosines, map_iou, rank_correlations
-from .contrast_free import average_precision, equal_area_share, hottest_precision, pixel_auc
 from .faithfulness import (
     average_drop,
     average_increase,
     curve_area,
     deletion_steps,
     leaves_top,
+    noisy_linear_imputation,
     rank_drop,
     rank_of,
     removal_masks,
     score_drops,
 )
-from .imputation import noisy_linear_imputation
 from .intervals import PairedDifference, bootstrap_interval, paired_difference
 from .localisation import (
+    average_precision,
     best_iou,
     box_from_map,
     box_iou,
     box_mask,
     energy_share,
+    equal_area_share,
+    hottest_precision,
     iou_at,
     localisation_accuracy,
+    pixel_auc,
     pointing_hit,
 )
+from .maps import correlations, cosines, map_iou, rank_correlations
 from .retrieval import map_at_r, precision_at_r, recall_at_k, recalls_at
 
 __all__ = [

@@ -1,80 +1,61 @@
 """Whether a map marks what the network used: what to remove, and what the scores after it say.
 
-The parts that need no network. A caller removes pixels by the masks made here (filled by a colour,
-a blur or `noisy_linear_imputation`), runs its network, and hands back the scores or similarities,
-where larger is more like.
+The parts that need no network. A caller removes pixels by the masks made here (filled by a color, a
+blur or `noisy_linear_imputation`), runs its network, and hands back the scores or similarities,
+where larger is more like. Every function raises `InputError` for shapes that do not go together, an
+empty batch, a NaN or an infinity.
 """
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .._checks import whole
 from ..errors import InputError
-from .checks import evened, finite, fraction_of, maps_of, same_shape, whole
-from .order import pixel_count, pixel_ranks
+from .maps import alike, drawn_maps, evened, finite, pixel_count, pixel_ranks, share_of
+
+DIRECT, DIAGONAL = 1 / 6, 1 / 12
+NEIGHBORS = [
+    (down, across, DIRECT if 0 in (down, across) else DIAGONAL)
+    for down in (-1, 0, 1)
+    for across in (-1, 0, 1)
+    if (down, across) != (0, 0)
+]
 
 
 def deletion_steps(maps: ArrayLike, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which pixels go first: deletion and insertion in S steps (Petsiuk et al., BMVC 2018).
+    """Return which pixels go first: deletion and insertion in S steps (Petsiuk et al., BMVC 2018).
 
-    Pixels go in order of decreasing value, ties by position, row by row, so that the same map
-    always goes the same way. Mask j holds the first j/S of them, to the nearest whole number
-    (halves up). Deletion removes a mask's pixels, insertion keeps only those.
-
-    Args:
-        maps: `[B H W]`, >= 0.
-        steps: S, 1 to H*W.
-
-    Returns:
-        The order as flat positions, `[B H*W]` int64, and the masks, `[B S+1 H W]` booleans: the
-        first empty, the last full.
-
-    Raises:
-        InputError: maps that are not `[B H W]`, a negative, infinite or NaN value, an empty batch,
-            or more steps than pixels.
+    The order of `maps` `[B H W]`, >= 0, as flat positions `[B H*W]`: decreasing value, ties by
+    position, row by row. And masks, booleans `[B S+1 H W]`: mask j holds the first j/S of them, to
+    the nearest whole number (halves up). Deletion removes a mask's pixels, insertion keeps only
+    those.
     """
-    maps = maps_of(maps)
+    maps = drawn_maps(maps)
     pixels = maps[0].size
-    steps = whole(steps, "steps", 1, pixels)
+    steps = whole("steps", steps, 1, pixels)
     order, ranks = pixel_ranks(maps)
     counts = (2 * np.arange(steps + 1) * pixels + steps) // (2 * steps)
     return order, ranks[:, None] < counts[:, None, None]
 
 
 def removal_masks(maps: ArrayLike, fraction: float) -> np.ndarray:
-    """A map's top pixels: the first `fraction` of them in the order of `deletion_steps`.
+    """Return a map's top pixels: the first `fraction` of them in the order of `deletion_steps`.
 
-    Args:
-        maps: `[B H W]`, >= 0.
-        fraction: in (0, 1]; the nearest whole number of pixels is taken, halves up, at least one.
-
-    Returns:
-        `[B H W]` booleans, the same number true in each.
-
-    Raises:
-        InputError: maps that are not `[B H W]`, a negative, infinite or NaN value, an empty batch,
-            or a fraction outside (0, 1].
+    Booleans `[B H W]`, the same number true in each: the nearest whole number of pixels, halves up,
+    at least one.
     """
-    maps = maps_of(maps)
-    count = pixel_count(fraction_of(fraction, "fraction"), maps[0].size)
-    _, ranks = pixel_ranks(maps)
-    masks: np.ndarray = ranks < count
+    maps = drawn_maps(maps)
+    count = pixel_count(share_of("fraction", fraction), maps[0].size)
+    masks: np.ndarray = pixel_ranks(maps)[1] < count
     return masks
 
 
 def curve_area(scores: ArrayLike) -> np.ndarray:
-    """Area under a deletion or insertion curve by the trapezoid rule (Petsiuk et al., BMVC 2018).
+    """Return the area under a deletion or insertion curve, by trapezoids (Petsiuk et al. 2018).
 
     The share of pixels removed runs over [0, 1] in equal steps, so a constant score is its own
-    area. Deletion is better the smaller it is, insertion the larger.
-
-    Args:
-        scores: `[B S+1]`, S >= 1, of any sign: before the first step, and after each.
-
-    Returns:
-        `[B]` float64, between the smallest and the largest score.
-
-    Raises:
-        InputError: scores that are not `[B S+1]`, a NaN or an infinity, an empty batch, no step.
+    area, `[B]`. Deletion is better the smaller it is, insertion the larger. `scores` are `[B S+1]`,
+    of any sign: before the first step, and after each.
     """
     scores = finite(scores, "scores", "B S+1")
     steps = scores.shape[1] - 1
@@ -83,27 +64,16 @@ def curve_area(scores: ArrayLike) -> np.ndarray:
     # Each divided before it is added: a sum of large scores could overflow.
     weights = np.full(steps + 1, 1 / steps)
     weights[[0, -1]] /= 2
-    areas: np.ndarray = (scores * weights).sum(1)
-    return np.clip(areas, scores.min(1), scores.max(1))
+    areas: np.ndarray = np.clip((scores * weights).sum(1), scores.min(1), scores.max(1))
+    return areas
 
 
 def rank_of(scores: ArrayLike, item: ArrayLike) -> np.ndarray:
-    """The place of one gallery item in the ranking of each query; 1 is the first.
+    """Return the place of one gallery item in the ranking of each query, `[B]`; 1 is the first.
 
-    Items of equal score share their mean place: among N equal ones each is at (N + 1) / 2, whatever
-    order they are stored in.
-
-    Args:
-        scores: `[B N]`, a similarity of every gallery item: larger is nearer. Give minus a
-            distance.
-        item: `[B]` whole numbers from 0 to N - 1.
-
-    Returns:
-        `[B]` float64 in [1, N], whole or half.
-
-    Raises:
-        InputError: shapes that do not go together, a NaN or an infinity, an empty batch, an item
-            that is not in the gallery.
+    `scores` are similarities `[B N]`, larger is nearer: give minus a distance. `item` are whole
+    numbers `[B]` from 0 to N - 1. Items of equal score share their mean place: among N equal ones
+    each is at (N + 1) / 2.
     """
     scores, item = finite(scores, "scores", "B N"), np.asarray(item)
     count = scores.shape[1]
@@ -117,23 +87,15 @@ def rank_of(scores: ArrayLike, item: ArrayLike) -> np.ndarray:
             f"items {item.min()} to {item.max()} of a gallery of {count}; "
             f"give places from 0 to {count - 1}"
         )
-    own = scores[np.arange(len(scores)), item][:, None]
-    ranks: np.ndarray = (scores > own).sum(1) + ((scores == own).sum(1) + 1) / 2
+    score = scores[np.arange(len(scores)), item][:, None]
+    ranks: np.ndarray = (scores > score).sum(1) + ((scores == score).sum(1) + 1) / 2
     return ranks
 
 
 def rank_drop(before: ArrayLike, after: ArrayLike) -> np.ndarray:
-    """By how many places an item fell; negative where it rose.
+    """Return by how many places an item fell, `[B]`; negative where it rose.
 
-    Args:
-        before: ranks `[B]` with the whole picture, as `rank_of` gives them, 1 the first.
-        after: ranks `[B]` with pixels removed.
-
-    Returns:
-        `[B]` float64.
-
-    Raises:
-        InputError: shapes that differ, a rank below 1, a NaN or an infinity, an empty batch.
+    Ranks `[B]` as `rank_of` gives them: with the whole picture, and with pixels removed.
     """
     first, second = _ranks(before, after)
     drop: np.ndarray = second - first
@@ -141,60 +103,47 @@ def rank_drop(before: ArrayLike, after: ArrayLike) -> np.ndarray:
 
 
 def leaves_top(before: ArrayLike, after: ArrayLike, k: int) -> np.ndarray:
-    """Whether an item was among the first k and no longer is.
+    """Return which items were among the first k and no longer are, booleans `[B]`.
 
-    One that was not there cannot leave: it is false, and a share should be taken over those with
-    `before <= k`.
-
-    Args:
-        before: ranks `[B]` with the whole picture, as `rank_of` gives them, 1 the first.
-        after: ranks `[B]` with pixels removed.
-        k: 1 or more.
-
-    Returns:
-        `[B]` booleans.
-
-    Raises:
-        InputError: shapes that differ, a rank below 1, a NaN or an infinity, an empty batch, k < 1.
+    One that was not there cannot leave, and a share should be taken over those with `before <= k`.
     """
     first, second = _ranks(before, after)
-    k = whole(k, "k", 1)
+    k = whole("k", k, 1)
     left: np.ndarray = (first <= k) & (second > k)
     return left
+
+
+def _ranks(before: ArrayLike, after: ArrayLike) -> list[np.ndarray]:
+    ranks = alike(before, after, "ranks before and after", "B")
+    least = min(one.min() for one in ranks)
+    if least < 1:
+        raise InputError(f"a rank of {least:g}; ranks begin at 1, as `rank_of` counts them")
+    return ranks
 
 
 def score_drops(
     full: ArrayLike, masked: ArrayLike, base: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The share of each image's score that is lost where only the map's part of it is shown.
+    """Return the share of each image's score that is lost where only the map's part is shown.
 
     Chattopadhay et al. (2018) divide max(0, y - y_masked) by y, a probability. Similarities and
     margins may be negative, and have no natural zero; here it is the score of the wholly masked
-    image:
+    image: drop = max(0, y - y_masked) / (y - y_base), at most 1. With y_base = 0 and scores >= 0
+    that is the paper's.
 
-        drop = max(0, y - y_masked) / (y - y_base), at most 1.
+    Also returned is which images count, booleans `[B]`. An image with y <= y_base has nothing to
+    lose: it is not counted (its drop is 0), rather than called a perfect or a hopeless case, which
+    would reward the method or punish it for what no map could change. Which images count does not
+    depend on the map, so all methods are judged on the same ones.
 
-    With y_base = 0 and scores >= 0 that is the paper's. An image with y <= y_base has nothing to
-    lose: it is not counted, rather than called a perfect or a hopeless case, which would reward the
-    method or punish it for what no map could change. Which images count does not depend on the map,
-    so all methods are judged on the same ones.
-
-    Args:
-        full: y, `[B]`, the score of the whole image.
-        masked: y_masked, `[B]`, of the image with only what the map marks.
-        base: y_base, `[B]`, of the image with everything masked by the same fill.
-
-    Returns:
-        The drops, `[B]` float64 in [0, 1], 0 where not counted; and which are counted, `[B]`
-        booleans.
-
-    Raises:
-        InputError: shapes that differ, a NaN or an infinity, an empty batch.
+    Parameters
+    ----------
+    full, masked, base
+        `[B]`, the scores y of the whole image, y_masked with only what the map marks, y_base with
+        everything masked by the same fill.
     """
-    y, y_masked = finite(full, "scores", "B"), finite(masked, "scores", "B")
-    y_base = finite(base, "scores", "B")
-    same_shape(y, y_masked, "full and masked scores")
-    same_shape(y, y_base, "full and base scores")
+    y, y_masked = alike(full, masked, "full and masked scores", "B")
+    _, y_base = alike(y, base, "full and base scores", "B")
     counted = y > y_base
     y, y_masked, y_base = evened(np.stack([y, y_masked, y_base], axis=1)).T
     span = np.maximum(y - y_base, 0)
@@ -203,18 +152,9 @@ def score_drops(
 
 
 def average_drop(full: ArrayLike, masked: ArrayLike, base: ArrayLike) -> float:
-    """Mean of `score_drops` over the images that count (Chattopadhay et al. 2018, restated there).
+    """Return the mean of `score_drops` over the images that count, in [0, 1]; smaller is better.
 
-    Args:
-        full: `[B]`, the score of the whole image.
-        masked: `[B]`, of the image with only what the map marks.
-        base: `[B]`, of the image with everything masked by the same fill.
-
-    Returns:
-        A share in [0, 1]; smaller is better. Say beside it how many images counted.
-
-    Raises:
-        InputError: as `score_drops`, or no image counts.
+    Say beside it how many images counted.
     """
     drops, counted = score_drops(full, masked, base)
     if not counted.any():
@@ -226,30 +166,107 @@ def average_drop(full: ArrayLike, masked: ArrayLike, base: ArrayLike) -> float:
 
 
 def average_increase(full: ArrayLike, masked: ArrayLike) -> float:
-    """Share of images that score higher with only the map's part shown (Chattopadhay et al. 2018).
+    """Return the share of images that score higher with only the map's part shown.
 
-    A comparison of two scores, so it holds for those of any sign, and every image counts; one that
-    stays exactly as it was did not increase.
-
-    Args:
-        full: `[B]`, the score of the whole image.
-        masked: `[B]`, of the image with only what the map marks.
-
-    Returns:
-        A share in [0, 1]; larger is better.
-
-    Raises:
-        InputError: shapes that differ, a NaN or an infinity, an empty batch.
+    Chattopadhay et al. 2018; larger is better. A comparison of two scores `[B]`, so it holds for
+    those of any sign, and every image counts; one that stays exactly as it was did not increase.
     """
-    y, y_masked = finite(full, "scores", "B"), finite(masked, "scores", "B")
-    same_shape(y, y_masked, "full and masked scores")
+    y, y_masked = alike(full, masked, "full and masked scores", "B")
     return float((y_masked > y).mean())
 
 
-def _ranks(before: ArrayLike, after: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    first, second = finite(before, "ranks", "B"), finite(after, "ranks", "B")
-    same_shape(first, second, "ranks before and after")
-    least = min(first.min(), second.min())
-    if least < 1:
-        raise InputError(f"a rank of {least:g}; ranks begin at 1, as `rank_of` counts them")
-    return first, second
+def noisy_linear_imputation(
+    images: np.ndarray, masks: ArrayLike, noise: float = 0.01, seed: int = 0
+) -> np.ndarray:
+    """Fill removed pixels with their neighbors' weighted mean, ROAD's imputation.
+
+    Rong et al., ICML 2022. The removed pixels of an image solve one sparse linear system a channel:
+    direct neighbors weigh 1/6, diagonal ones 1/12, removed or not; at the border of the picture the
+    weights of those that are there are made to sum to 1. Gaussian noise is added to what was
+    solved, to hide its smoothness. What was not removed stays as it was, bit for bit.
+
+    Parameters
+    ----------
+    images
+        `[B C H W]`, floating point, as the network takes them.
+    masks
+        Booleans `[B H W]`, true where a pixel is removed; not all of a picture.
+    noise
+        Standard deviation of the noise, in the images' units; 0 for none.
+    seed
+        Of the noise. Every image gets the same draw, so batches of any size give the same.
+    """
+    images = np.asarray(images)
+    if images.dtype.kind != "f":
+        raise InputError(f"images of type {images.dtype} must be floating point; scale bytes first")
+    pictures, masks = finite(images, "images", "B C H W"), np.asarray(masks)
+    batch, channels, height, width = pictures.shape
+    if masks.shape != (batch, height, width) or masks.dtype != bool:
+        raise InputError(
+            f"masks {list(masks.shape)} of type {masks.dtype} with images {list(images.shape)}; "
+            "give booleans [B H W], true where a pixel is removed"
+        )
+    if masks.all((1, 2)).any():
+        raise InputError(
+            "a mask removes the whole picture, and nothing is left to fill it from; "
+            "leave at least one pixel, or fill with a color"
+        )
+    if not 0 <= noise < np.inf:
+        raise InputError(f"noise = {noise}; it must be a standard deviation, 0 or more")
+    filled = images.copy()
+    draw = np.random.default_rng(whole("seed", seed)).normal(0, 1, (channels, height, width))
+    same_mask: dict[bytes, list[int]] = {}
+    for number, mask in enumerate(masks):
+        same_mask.setdefault(np.packbits(mask).tobytes(), []).append(number)
+    for numbers in same_mask.values():
+        mask = masks[numbers[0]]
+        if mask.any():
+            solved = _solve(pictures[numbers].reshape(-1, height, width), mask)
+            solved = solved.reshape(len(numbers), channels, -1) + noise * draw[:, mask]
+            for number, values in zip(numbers, solved, strict=True):
+                filled[number][:, mask] = values
+    return filled
+
+
+def _solve(planes: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Return the removed pixels of planes `[P H W]` that share a mask `[H W]`, `[P removed]`.
+
+    Each row is multiplied by the sum of its pixel's weights, which makes the matrix symmetric and
+    spares the renormalization at the border.
+    """
+    from scipy import sparse
+    from scipy.sparse.linalg import splu
+
+    height, width = mask.shape
+    size = int(mask.sum())
+    place = np.full(mask.shape, -1)
+    place[mask] = np.arange(size)
+    total = np.zeros(mask.shape)
+    known = np.zeros(planes.shape)
+    rows, columns, values = [np.arange(size)], [np.arange(size)], []
+    for down, across, weight in NEIGHBORS:
+        here = _shifted(-down, height), _shifted(-across, width)
+        there = _shifted(down, height), _shifted(across, width)
+        total[here] += weight
+        known[:, *here] += weight * np.where(mask[there], 0, planes[:, *there])
+        both = mask[here] & mask[there]
+        rows.append(place[here][both])
+        columns.append(place[there][both])
+        values.append(np.full(len(rows[-1]), -weight))
+    entries = np.concatenate([total[mask], *values])
+    matrix = sparse.csc_matrix(
+        (entries, (np.concatenate(rows), np.concatenate(columns))), shape=(size, size)
+    )
+    # One factorization for all channels. At 224 x 224, on one core, it takes 0.01, 0.07 and 0.15 s
+    # where a connected tenth, half and nine tenths are removed; conjugate gradients 0.03, 0.2 and
+    # 0.6 s, and win only for scattered pixels. Symmetric and diagonally dominant: no pivoting.
+    factors = splu(
+        matrix, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0, options={"SymmetricMode": True}
+    )
+    solved: np.ndarray = factors.solve(np.ascontiguousarray(known[:, mask].T)).T
+    return solved
+
+
+def _shifted(step: int, size: int) -> slice:
+    """Return the part of an axis that, moved back by `step`, still lies in it."""
+    return slice(max(step, 0), size + min(step, 0))

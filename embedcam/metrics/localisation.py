@@ -1,82 +1,61 @@
-"""A map beside the place it should mark: no sharpening, and a threshold only where a name says so.
+"""A map beside the place it should mark.
 
-A map without energy marks no place. Everything here counts it as a uniform map, which scores what
-chance does: the region's share of the area.
+Maps are `[B H W]`, regions `inside` too: booleans, or the covered part of each pixel in [0, 1];
+each function returns `[B]` float64 in [0, 1] and raises `InputError` for shapes that differ, an
+empty batch, a NaN or an infinity. A map without energy marks no place and counts as a uniform map,
+which scores what chance does: the region's share of the area. Sharpening a map, an offset or any
+other increasing change of its values raises energy and shares without knowing more; `pixel_auc`,
+`average_precision` and `hottest_precision` are of a signed map's order alone and do not change.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import ndimage
 
+from .._checks import whole
 from ..errors import InputError
-from .checks import evened, finite, fraction_of, maps_and_regions, maps_of, same_shape, whole
+from .maps import alike, drawn_maps, evened, maps_and_regions, share_of
 
 THRESHOLDS = tuple(step / 20 for step in range(1, 21))
 """0.05, 0.10 ... 1: what `best_iou` tries."""
+Box = tuple[int, int, int, int]
 
 
 def energy_share(maps: ArrayLike, inside: ArrayLike) -> np.ndarray:
-    """Share of each map's energy that lies inside a region (Chen et al., WACV 2020, section 4.2).
+    """Return the share of each map's energy that lies inside (Chen et al., WACV 2020, sec. 4.2)."""
+    drawn, region = maps_and_regions(maps, inside)
+    drawn = evened(drawn)
+    total = drawn.sum((1, 2))
+    share: np.ndarray = (drawn * region).sum((1, 2)) / np.where(total > 0, total, 1)
+    return np.where(total > 0, share, region.mean((1, 2)))
 
-    A map without energy tells nothing: it scores chance, the region's share of the area.
 
-    Args:
-        maps: `[B H W]`, >= 0.
-        inside: the region, `[B H W]`: booleans, or the covered part of each pixel in [0, 1].
+def equal_area_share(maps: ArrayLike, inside: ArrayLike, other: ArrayLike) -> np.ndarray:
+    """Return the share of a region in the energy of two, each brought to the same area.
 
-    Returns:
-        `[B]` float64 in [0, 1].
-
-    Raises:
-        InputError: shapes that differ, a negative, infinite or NaN value, an empty batch.
+    mean inside / (mean inside + mean other): a larger object does not win by its size. 0.5 where
+    the map has no energy in either, or one of them is empty.
     """
-    maps, inside = maps_and_regions(maps, inside)
-    maps = evened(maps)
-    total = maps.sum((1, 2))
-    chance = inside.mean((1, 2))
-    share = (maps * inside).sum((1, 2)) / np.where(total > 0, total, 1)
-    return np.where(total > 0, share, chance)
-
-
-def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
-    """A box as the covered part of each pixel, `[H W]` in [0, 1].
-
-    Args:
-        box: x0, y0, x1, y1 in pixels of the map, edges between pixels; parts outside are cut.
-        size: (H, W), both >= 1.
-
-    Raises:
-        InputError: a box that is not four numbers, a NaN, or an empty size.
-    """
-    if len(box) != 4 or any(math.isnan(edge) for edge in box):
-        raise InputError(f"box {box} must be four numbers: x0, y0, x1, y1 in pixels of the map")
-    x0, y0, x1, y1 = box
-    rows = np.arange(whole(size[0], "height", 1))
-    columns = np.arange(whole(size[1], "width", 1))
-    down = np.clip(np.minimum(rows + 1, y1) - np.maximum(rows, y0), 0, 1)
-    across = np.clip(np.minimum(columns + 1, x1) - np.maximum(columns, x0), 0, 1)
-    return down[:, None] * across[None, :]
+    drawn, inside = maps_and_regions(maps, inside)
+    drawn, other = maps_and_regions(drawn, other)
+    drawn = evened(drawn)
+    areas = [region.sum((1, 2)) for region in (inside, other)]
+    dense = [
+        (drawn * region).sum((1, 2)) / np.where(area > 0, area, 1)
+        for region, area in zip((inside, other), areas, strict=True)
+    ]
+    both = dense[0] + dense[1]
+    known = (areas[0] > 0) & (areas[1] > 0) & (both > 0)
+    return np.where(known, dense[0] / np.where(both > 0, both, 1), 0.5)
 
 
 def pointing_hit(maps: ArrayLike, inside: ArrayLike) -> np.ndarray:
-    """The pointing game (Zhang et al. 2018): whether a map's largest value lies in the region.
+    """Return whether each map's largest value lies inside, the pointing game (Zhang et al. 2018).
 
-    Of several largest pixels each counts the same: the score is the share of them that is inside,
-    so no rule of reading order decides. There is no margin around the region: widen `inside` for
-    one. A map without energy, like a uniform one, scores the region's share of the area.
-
-    Args:
-        maps: `[B H W]`, >= 0.
-        inside: the region, `[B H W]`: booleans, or the covered part of each pixel in [0, 1].
-
-    Returns:
-        `[B]` float64 in [0, 1]; 0 or 1 where the largest pixel is one and the region of booleans.
-
-    Raises:
-        InputError: shapes that differ, a negative, infinite or NaN value, an empty batch.
+    Of several largest pixels each counts the same: the score is the share of them that is inside.
+    There is no margin around the region: widen `inside` for one.
     """
     maps, inside = maps_and_regions(maps, inside)
     largest = maps == maps.max((1, 2), keepdims=True)
@@ -84,52 +63,90 @@ def pointing_hit(maps: ArrayLike, inside: ArrayLike) -> np.ndarray:
     return hits
 
 
-def iou_at(maps: ArrayLike, inside: ArrayLike, threshold: float) -> np.ndarray:
-    """Intersection over union of a region and the pixels >= `threshold` times the map's largest.
+def pixel_auc(maps: ArrayLike, inside: ArrayLike, outside: ArrayLike | None = None) -> np.ndarray:
+    """Return the area under the ROC curve of a signed map's pixels: inside against `outside`.
 
-    A map without energy, like a uniform one, marks the whole picture: it scores the region's share
-    of the area.
-
-    Args:
-        maps: `[B H W]`, >= 0.
-        inside: the region, `[B H W]`: booleans, or the covered part of each pixel in [0, 1].
-        threshold: in (0, 1].
-
-    Returns:
-        `[B]` float64 in [0, 1].
-
-    Raises:
-        InputError: shapes that differ, a negative, infinite or NaN value, an empty batch, or a
-            threshold outside (0, 1].
+    The chance that a pixel drawn from inside has a larger value than one from outside (None: all
+    the rest), equal values counting half: 0.5 for a map that knows nothing, and where either region
+    is empty.
     """
+    maps, inside = maps_and_regions(maps, inside, signed=True)
+    other = 1 - inside
+    if outside is not None:
+        _, other = maps_and_regions(maps, outside, signed=True)
+    areas = np.full(len(maps), 0.5)
+    for row, (hits, misses) in enumerate(_steps(maps, inside, other)):
+        if hits.sum() > 0 and misses.sum() > 0:
+            before = hits.cumsum() - hits / 2
+            areas[row] = (before * misses).sum() / (hits.sum() * misses.sum())
+    return areas
+
+
+def average_precision(maps: ArrayLike, inside: ArrayLike) -> np.ndarray:
+    """Return the average precision of a signed map's pixels as a search for those of a region.
+
+    Precision is read after each step of equal values, the largest first, and weighted by the recall
+    that the step adds, without interpolation. A map that knows nothing scores the region's share of
+    the area, and every map scores 0 where the region is empty.
+    """
+    maps, inside = maps_and_regions(maps, inside, signed=True)
+    scores = np.zeros(len(maps))
+    for row, (hits, misses) in enumerate(_steps(maps, inside, 1 - inside)):
+        if hits.sum() > 0:
+            precision = hits.cumsum() / (hits + misses).cumsum()
+            scores[row] = (precision * hits).sum() / hits.sum()
+    return scores
+
+
+def hottest_precision(
+    maps: ArrayLike, inside: ArrayLike, fraction: float | None = None
+) -> np.ndarray:
+    """Return the share of a signed map's hottest pixels that lies in a region.
+
+    `fraction` of the pixels, in (0, 1], are hottest; None takes the region's own area, so that a
+    perfect map scores 1 (and 0 where it is empty). Equal values at the border of the hottest count
+    in part, so no rule of reading order decides.
+    """
+    maps, inside = maps_and_regions(maps, inside, signed=True)
+    pixels = maps[0].size
+    scores = np.zeros(len(maps))
+    for row, (hits, misses) in enumerate(_steps(maps, inside, 1 - inside)):
+        area = hits.sum() if fraction is None else share_of("fraction", fraction) * pixels
+        if area > 0:
+            size = hits + misses
+            taken = np.clip(area - (size.cumsum() - size), 0, size)
+            scores[row] = (taken / size * hits).sum() / area
+    return scores
+
+
+def _steps(
+    maps: np.ndarray, inside: np.ndarray, outside: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield, for each map, how much of both regions lies at each of its values, largest first."""
+    for one, hit, miss in zip(maps, inside, outside, strict=True):
+        _, step = np.unique(-one.ravel(), return_inverse=True)
+        yield np.bincount(step, hit.ravel()), np.bincount(step, miss.ravel())
+
+
+def iou_at(maps: ArrayLike, inside: ArrayLike, threshold: float) -> np.ndarray:
+    """Return the IoU of a region and the pixels >= `threshold`, in (0, 1], of a map's largest."""
     maps, inside = maps_and_regions(maps, inside)
     marked = _marked(maps, threshold)
     both = (marked * inside).sum((1, 2))
-    either: np.ndarray = np.where(marked, 1.0, inside).sum((1, 2))
-    return both / either
+    iou: np.ndarray = both / np.where(marked, 1.0, inside).sum((1, 2))
+    return iou
 
 
 def best_iou(
     maps: ArrayLike, inside: ArrayLike, thresholds: Sequence[float] = THRESHOLDS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The largest `iou_at` over thresholds, image by image, and the threshold that reaches it.
+    """Return each map's best `iou_at` of several thresholds, and the threshold that gives it.
 
-    The threshold is chosen by looking at the answer: an upper bound on what a fixed one can do, not
-    what a user gets.
-
-    Args:
-        maps: `[B H W]`, >= 0.
-        inside: the region, `[B H W]`: booleans, or the covered part of each pixel in [0, 1].
-        thresholds: each in (0, 1]; of equally good ones the first given is told.
-
-    Returns:
-        IoU `[B]` in [0, 1] and threshold `[B]`, float64.
-
-    Raises:
-        InputError: as `iou_at`, or no threshold at all.
+    Of equally good thresholds the one given first. It looks at the answer: a bound on what a
+    threshold could do, not a threshold to use.
     """
-    tried = np.array([fraction_of(one, "threshold") for one in thresholds])
-    if not tried.size:
+    tried = np.array([share_of("threshold", value) for value in thresholds])
+    if not len(tried):
         raise InputError("no thresholds; give one or more, each in (0, 1]")
     drawn, regions = maps_and_regions(maps, inside)
     order = np.argsort(tried, kind="stable")
@@ -140,83 +157,16 @@ def best_iou(
     return scores[np.arange(len(scores)), best], tried[best]
 
 
-def box_from_map(maps: ArrayLike, threshold: float = 0.2) -> np.ndarray:
-    """The tight box around the largest connected part of a map, cut at a share of its top value.
-
-    Weakly supervised localisation as in Zhou et al. (CVPR 2016): a fifth of the map's largest value
-    as the threshold, and the box that covers the largest connected component. Pixels that touch at
-    a corner are connected; of equally large components the one that begins first, row by row, is
-    taken. A map without energy, like a uniform one, gives the whole picture.
-
-    Args:
-        maps: `[B H W]`, >= 0.
-        threshold: share of the largest value, in (0, 1].
-
-    Returns:
-        `[B 4]` float64: x0, y0, x1, y1 in pixels, edges between pixels.
-
-    Raises:
-        InputError: maps that are not `[B H W]`, a negative, infinite or NaN value, an empty batch,
-            or a threshold outside (0, 1].
-    """
-    boxes = [_largest_part(one) for one in _marked(maps_of(maps), threshold)]
-    return np.array(boxes, np.float64)
-
-
-def box_iou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
-    """Intersection over union of two boxes, pair by pair; two boxes without area score 0.
-
-    Args:
-        a: `[B 4]`: x0, y0, x1, y1 with x0 <= x1 and y0 <= y1.
-        b: `[B 4]`.
-
-    Returns:
-        `[B]` float64 in [0, 1].
-
-    Raises:
-        InputError: boxes that are not `[B 4]`, a NaN, or edges the wrong way round.
-    """
-    a, b = _boxes(a), _boxes(b)
-    same_shape(a, b, "boxes")
-    # Axes: pair, box, corner, coordinate.
-    pair = evened(np.stack([a, b], axis=1).reshape(len(a), 2, 2, 2))
-    sides = np.clip(pair[:, :, 1].min(1) - pair[:, :, 0].max(1), 0, None)
-    both = sides.prod(1)
-    either = (pair[:, :, 1] - pair[:, :, 0]).prod(2).sum(1) - both
-    return np.clip(both / np.where(either > 0, either, 1), 0, 1)
-
-
-def localisation_accuracy(boxes: ArrayLike, truth: ArrayLike, least: float = 0.5) -> float:
-    """Share of boxes that overlap the true one with an IoU of `least` or more.
-
-    The half is that of weakly supervised localisation (Zhou et al., CVPR 2016), there counted only
-    where the class is right too; an embedding has no class, so the box alone counts.
-
-    Args:
-        boxes: `[B 4]`, as `box_from_map` gives them.
-        truth: `[B 4]`, the true boxes.
-        least: the IoU that counts as found, in (0, 1].
-
-    Returns:
-        A share in [0, 1].
-
-    Raises:
-        InputError: as `box_iou`, or `least` outside (0, 1].
-    """
-    return float((box_iou(boxes, truth) >= fraction_of(least, "least")).mean())
-
-
 def _marked(maps: np.ndarray, threshold: float) -> np.ndarray:
-    """Pixels >= threshold * max; a map without energy is marked everywhere, by the same rule."""
+    """Return which pixels are >= threshold * max; all of a map without energy, by the same rule."""
     even = evened(maps)
-    marked: np.ndarray = even >= fraction_of(threshold, "threshold") * even.max(
-        (1, 2), keepdims=True
-    )
+    limits = share_of("threshold", threshold) * even.max((1, 2), keepdims=True)
+    marked: np.ndarray = even >= limits
     return marked
 
 
 def _ious(even: np.ndarray, inside: np.ndarray, rising: np.ndarray) -> np.ndarray:
-    """`iou_at` of one map for every threshold `[n]`, from one look at each pixel.
+    """Return `iou_at` of one map for every threshold `[n]`, from one look at each pixel.
 
     A pixel's level is how many thresholds it passes, by the very comparisons of `_marked`.
     """
@@ -229,7 +179,38 @@ def _ious(even: np.ndarray, inside: np.ndarray, rising: np.ndarray) -> np.ndarra
     return ious
 
 
-def _largest_part(marked: np.ndarray) -> tuple[int, int, int, int]:
+def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
+    """Return a box x0, y0, x1, y1 as the covered part of each pixel, `[H W]` in [0, 1].
+
+    In pixels of the map of `size` (H, W), edges between pixels; parts outside are cut.
+    """
+    if len(box) != 4 or any(math.isnan(edge) for edge in box):
+        raise InputError(f"box {box} must be four numbers: x0, y0, x1, y1 in pixels of the map")
+    x0, y0, x1, y1 = box
+    rows = np.arange(whole("height", size[0], 1))
+    columns = np.arange(whole("width", size[1], 1))
+    down = np.clip(np.minimum(rows + 1, y1) - np.maximum(rows, y0), 0, 1)
+    across = np.clip(np.minimum(columns + 1, x1) - np.maximum(columns, x0), 0, 1)
+    covered: np.ndarray = down[:, None] * across[None, :]
+    return covered
+
+
+def box_from_map(maps: ArrayLike, threshold: float = 0.2) -> np.ndarray:
+    """Return the tight box `[B 4]` around the largest connected part of a map, cut at a share.
+
+    x0, y0, x1, y1 in pixels, edges between pixels. Weakly supervised localization as in Zhou et al.
+    (CVPR 2016): a fifth of the map's largest value as the threshold, and the box that covers the
+    largest connected component. Pixels that touch at a corner are connected; of equally large
+    components the one that begins first, row by row, is taken. A map without energy, like a uniform
+    one, gives the whole picture.
+    """
+    boxes = [_largest_part(one) for one in _marked(drawn_maps(maps), threshold)]
+    return np.array(boxes, np.float64)
+
+
+def _largest_part(marked: np.ndarray) -> Box:
+    from scipy import ndimage
+
     parts, _ = ndimage.label(marked, np.ones((3, 3)))
     _, first, sizes = np.unique(parts[marked], return_index=True, return_counts=True)
     taken = int(parts[marked][first[sizes == sizes.max()].min()])
@@ -237,14 +218,34 @@ def _largest_part(marked: np.ndarray) -> tuple[int, int, int, int]:
     return columns.start, rows.start, columns.stop, rows.stop
 
 
-def _boxes(boxes: ArrayLike) -> np.ndarray:
-    array = finite(boxes, "boxes", "B 4")
-    if array.shape[1] != 4:
-        raise InputError(f"boxes {list(array.shape)} must be [B 4]: x0, y0, x1, y1 of each")
-    turned = (array[:, 2:] < array[:, :2]).any(1)
+def box_iou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """Return the IoU of two boxes `[B 4]` (x0 <= x1, y0 <= y1), pair by pair; 0 without area."""
+    a, b = alike(a, b, "boxes", "B 4")
+    # Axes: pair, box, corner, coordinate.
+    pair = evened(np.stack([_boxes(a), _boxes(b)], axis=1).reshape(len(a), 2, 2, 2))
+    sides = np.clip(pair[:, :, 1].min(1) - pair[:, :, 0].max(1), 0, None)
+    both = sides.prod(1)
+    either = (pair[:, :, 1] - pair[:, :, 0]).prod(2).sum(1) - both
+    iou: np.ndarray = np.clip(both / np.where(either > 0, either, 1), 0, 1)
+    return iou
+
+
+def localisation_accuracy(boxes: ArrayLike, truth: ArrayLike, least: float = 0.5) -> float:
+    """Return the share of boxes `[B 4]` that overlap the true one with an IoU of `least` or more.
+
+    The half is that of weakly supervised localization (Zhou et al., CVPR 2016), there counted only
+    where the class is right too; an embedding has no class, so the box alone counts.
+    """
+    return float((box_iou(boxes, truth) >= share_of("least", least)).mean())
+
+
+def _boxes(boxes: np.ndarray) -> np.ndarray:
+    if boxes.shape[1] != 4:
+        raise InputError(f"boxes {list(boxes.shape)} must be [B 4]: x0, y0, x1, y1 of each")
+    turned = (boxes[:, 2:] < boxes[:, :2]).any(1)
     if turned.any():
         raise InputError(
-            f"box {array[turned][0].tolist()} has its edges the wrong way round; "
+            f"box {boxes[turned][0].tolist()} has its edges the wrong way round; "
             "give x0, y0, x1, y1 with x0 <= x1 and y0 <= y1, not a width and a height"
         )
-    return array
+    return boxes

@@ -1,7 +1,9 @@
 """How well embeddings retrieve their own label; nearness is squared Euclidean distance.
 
-Without a gallery every image queries all others, never itself. Of equally near ones the one stored
-first comes first.
+Embeddings are `[N D]`, labels `[N]`, numbers or strings. With a `gallery` `[G D]` and its labels
+that is searched, else every image queries all others, never itself. Of equally near ones the one
+stored first comes first. Every function raises `InputError` for shapes that do not go together, a
+NaN or an infinity.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import InputError
-from .checks import finite
+from .maps import finite
 
 BLOCK = 2**23
 """Distances held at once: 64 MB."""
@@ -23,22 +25,9 @@ def recall_at_k(
     gallery: ArrayLike | None = None,
     gallery_labels: ArrayLike | None = None,
 ) -> float:
-    """Share of images with an image of their own label among their k nearest others.
+    """Return the share of images with one of their own label among their k nearest others.
 
-    An image alone with its label misses: it counts as any other.
-
-    Args:
-        embeddings: `[N D]`; without a gallery, leave-one-out.
-        labels: `[N]`, numbers or strings.
-        k: neighbours looked at, 1 to N - 1 (to G with a gallery).
-        gallery: `[G D]`, to be searched in place of the others.
-        gallery_labels: `[G]`.
-
-    Returns:
-        A share in [0, 1].
-
-    Raises:
-        InputError: shapes that do not go together, a NaN or an infinity, k out of reach.
+    k is 1 to N - 1 (to G with a gallery). An image alone with its label misses.
     """
     return recalls_at(embeddings, labels, [k], gallery, gallery_labels)[k]
 
@@ -50,21 +39,7 @@ def recalls_at(
     gallery: ArrayLike | None = None,
     gallery_labels: ArrayLike | None = None,
 ) -> dict[int, float]:
-    """`recall_at_k` for several k from one pass over the distances.
-
-    Args:
-        embeddings: `[N D]`; without a gallery, leave-one-out.
-        labels: `[N]`, numbers or strings.
-        ks: each 1 to N - 1 (to G with a gallery).
-        gallery: `[G D]`, to be searched in place of the others.
-        gallery_labels: `[G]`.
-
-    Returns:
-        Recall@k of each k, in [0, 1], never falling with k.
-
-    Raises:
-        InputError: shapes that do not go together, a NaN or an infinity, a k out of reach, no k.
-    """
+    """Return `recall_at_k` for several k from one pass over the distances."""
     search = _Search(embeddings, labels, gallery, gallery_labels)
     for k in ks:
         if k != int(k) or not 1 <= k <= search.reach:
@@ -74,15 +49,15 @@ def recalls_at(
         raise InputError("no k; give one or more, as [1, 5, 10]")
     hits = dict.fromkeys((int(k) for k in ks), 0)
     for distances, alike in search.blocks():
-        # The place of the nearest of one's own needs no sorting: those before it are counted.
-        own = np.where(alike, distances, np.inf)
-        first = own.argmin(1)[:, None]
-        nearest = np.take_along_axis(own, first, axis=1)
+        # The place of the nearest of the same label needs no sorting: those before it are counted.
+        same = np.where(alike, distances, np.inf)
+        first = same.argmin(1)[:, None]
+        nearest = np.take_along_axis(same, first, axis=1)
         before = (distances < nearest).sum(1)
         before += ((distances == nearest) & (np.arange(search.size) < first)).sum(1)
-        found = np.isfinite(nearest[:, 0])
+        reached = np.isfinite(nearest[:, 0])
         for k in hits:
-            hits[k] += int((found & (before < k)).sum())
+            hits[k] += int((reached & (before < k)).sum())
     return {k: count / search.queries for k, count in hits.items()}
 
 
@@ -92,23 +67,11 @@ def map_at_r(
     gallery: ArrayLike | None = None,
     gallery_labels: ArrayLike | None = None,
 ) -> float:
-    """Mean average precision at R (Musgrave et al., ECCV 2020).
+    """Return the mean average precision at R (Musgrave et al., ECCV 2020).
 
     For a query with R others of its label: 1/R times the sum over i = 1..R of the precision among
     the i nearest where the i-th is of its label, 0 where not; then the mean over queries. An image
     alone with its label has R = 0 and is left out, unlike in `recall_at_k`, where it misses.
-
-    Args:
-        embeddings: `[N D]`; without a gallery, leave-one-out.
-        labels: `[N]`, numbers or strings.
-        gallery: `[G D]`, to be searched in place of the others.
-        gallery_labels: `[G]`.
-
-    Returns:
-        A number in [0, 1].
-
-    Raises:
-        InputError: shapes that do not go together, a NaN or an infinity, or every image alone.
     """
     search = _Search(embeddings, labels, gallery, gallery_labels)
     scores: list[float] = []
@@ -123,38 +86,26 @@ def map_at_r(
 
 
 def precision_at_r(distances: ArrayLike, alike: ArrayLike) -> np.ndarray:
-    """Average precision at R of single queries, whose mean is `map_at_r`.
+    """Return the average precision at R of single queries, whose mean is `map_at_r`, `[B]`.
 
-    For callers that search block by block, or leave images out of their own way.
-
-    Args:
-        distances: `[B N]`, smaller is nearer; infinite for what takes no part.
-        alike: `[B N]` booleans, which of the N are of the query's label.
-
-    Returns:
-        `[B]` float64 in [0, 1], 0 for a query without any alike.
-
-    Raises:
-        InputError: shapes that differ, or a NaN.
+    Distances `[B N]`, smaller is nearer, infinite for what takes no part; `alike` says which of the
+    N are of the query's label, booleans `[B N]`. 0 for a query without any.
     """
-    rows, own = np.asarray(distances, np.float64), np.asarray(alike)
-    if rows.ndim != 2 or rows.shape != own.shape or own.dtype != bool:
+    rows, same = np.asarray(distances, np.float64), np.asarray(alike)
+    if rows.ndim != 2 or rows.shape != same.shape or same.dtype != bool:
         raise InputError(
-            f"distances {list(rows.shape)} and alike {list(own.shape)} of type {own.dtype}; give "
+            f"distances {list(rows.shape)} and alike {list(same.shape)} of type {same.dtype}; give "
             "both as [B N], alike as booleans"
         )
     if np.isnan(rows).any():
         raise InputError("a distance is NaN; look at what computed it")
-    return np.array(
-        [
-            _precision_at_r(row, mine) if mine.any() else 0.0
-            for row, mine in zip(rows, own, strict=True)
-        ]
-    )
+    return np.array([_precision_at_r(*query) for query in zip(rows, same, strict=True)])
 
 
 def _precision_at_r(distances: np.ndarray, alike: np.ndarray) -> float:
     r = int(alike.sum())
+    if r == 0:
+        return 0.0
     # Only the nearest R, and what ties with the last of them, are worth sorting.
     near = np.flatnonzero(distances <= np.partition(distances, r - 1)[r - 1])
     hits = alike[near[np.argsort(distances[near], kind="stable")[:r]]]
@@ -173,15 +124,15 @@ class _Search:
     ) -> None:
         if (gallery is None) != (gallery_labels is None):
             raise InputError("a gallery needs its labels, and labels their gallery; give both")
-        self._embeddings, self._labels = _labelled(embeddings, labels, "embeddings", "N")
+        vectors, self._labels = _labelled(embeddings, labels, "embeddings", "N")
+        searched, self._gallery_labels = vectors, self._labels
         self._alone = gallery is None
-        self._gallery, self._gallery_labels = self._embeddings, self._labels
         if gallery is not None and gallery_labels is not None:
-            self._gallery, self._gallery_labels = _labelled(gallery, gallery_labels, "gallery", "G")
-        if self._gallery.shape[1] != self._embeddings.shape[1]:
+            searched, self._gallery_labels = _labelled(gallery, gallery_labels, "gallery", "G")
+        if searched.shape[1] != vectors.shape[1]:
             raise InputError(
-                f"embeddings {list(self._embeddings.shape)} and a gallery "
-                f"{list(self._gallery.shape)} differ in width; take both from one network"
+                f"embeddings {list(vectors.shape)} and a gallery {list(searched.shape)} differ in "
+                "width; take both from one network"
             )
         if (self._labels.dtype.kind in "US") != (self._gallery_labels.dtype.kind in "US"):
             raise InputError(
@@ -189,15 +140,14 @@ class _Search:
                 f"{self._gallery_labels.dtype} never match; give both as strings or as numbers"
             )
         # A power of two: which is nearer stays, and squares of extreme values stay numbers.
-        largest = max(np.abs(self._embeddings).max(), np.abs(self._gallery).max())
-        _, exponent = np.frexp(largest)
-        self._embeddings = np.ldexp(self._embeddings, -exponent)
-        self._gallery = np.ldexp(self._gallery, -exponent)
-        self.queries, self.size = len(self._embeddings), len(self._gallery)
+        _, exponent = np.frexp(max(np.abs(vectors).max(), np.abs(searched).max()))
+        self._embeddings = np.ldexp(vectors, -exponent)
+        self._gallery = np.ldexp(searched, -exponent)
+        self.queries, self.size = len(vectors), len(searched)
         self.reach = self.size - self._alone
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Distances `[b G]`, infinite to oneself, and which are of one's own label, `[b G]`."""
+        """Yield distances `[b G]`, infinite to oneself, and which have one's own label `[b G]`."""
         squares = (self._gallery**2).sum(1)
         step = max(1, BLOCK // self.size)
         for start in range(0, self.queries, step):

@@ -22,11 +22,7 @@ _FLOATS = {"F16", "BF16", "F32", "F64"}
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file, wrappers and their prefixes taken off.
-
-    Raises:
-        NetworkError: naming the file and what is wrong with it.
-    """
+    """Return the state dict in a file, wrappers and their prefixes taken off."""
     path = Path(path)
     _refuse_missing(path, "weights")
     try:
@@ -75,29 +71,22 @@ def load_state(
 ) -> None:
     """Put a state dict into a module, all or nothing, in the module's own dtypes.
 
-    Args:
-        module: changed in place.
-        state: names as the module's own, perhaps all behind one prefix, as Lightning writes them
-            (`model.`), beside others (of a loss, which are left out with a warning); counters of
-            batch norms may be missing.
-        dropped: beginnings of names (`"fc."`) that were cut off and may be in the state.
-        source: what to call it in messages.
-
-    Raises:
-        NetworkError: names or shapes that do not fit, the first few of each.
+    All names may stand behind one prefix (Lightning's `model.`), beside others, which are left out
+    with a warning; those that begin with a `dropped` name were cut off, and counters of batch norms
+    may be missing. `source` is what messages call the state.
     """
-    own = module.state_dict()
-    state = _fitted_names(state, own, source)
-    extra = [k for k in state if k not in own and not k.startswith(tuple(dropped))]
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    wanted = module.state_dict()
+    state = _fitted_names(state, wanted, source)
+    extra = [k for k in state if k not in wanted and not k.startswith(tuple(dropped))]
+    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
     unlike = [
-        f"{k} {list(state[k].shape)} instead of {list(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
+        f"{k} {list(state[k].shape)} instead of {list(wanted[k].shape)}"
+        for k in wanted
+        if k in state and state[k].shape != wanted[k].shape
     ]
     if extra or missing or unlike:
         hint = near_misses(extra[0], missing, 1) if extra and missing else ""
-        if 2 * len(missing) > len(own):
+        if 2 * len(missing) > len(wanted):
             hint = "; these are another network's weights: give this one's, or name the other"
         said = [
             f"{len(keys)} {what} ({_some(keys)})"
@@ -109,17 +98,17 @@ def load_state(
             if keys
         ]
         raise NetworkError(f"{source} do not fit the network: {', '.join(said)}{hint}")
-    fitting = {key: value.to(own[key].dtype) for key, value in state.items() if key in own}
+    fitting = {key: value.to(wanted[key].dtype) for key, value in state.items() if key in wanted}
     module.load_state_dict(fitting, strict=False)
 
 
 def _fitted_names(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str
+    state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
-    """A state with the one prefix taken off behind which most of the module's names stand."""
+    """Return a state without the one prefix behind which most of the module's names stand."""
 
     def behind(prefix: str) -> int:
-        return sum(f"{prefix}{key}" in state for key in own)
+        return sum(f"{prefix}{key}" in state for key in wanted)
 
     parts = [key.split(".") for key in state]
     prefixes = {".".join(p[:n]) + "." for p in parts for n in range(1, min(len(p), 5))}
@@ -138,14 +127,9 @@ def _fitted_names(
 
 
 def read_affine(path: str | Path, width: int | None) -> nn.Linear:
-    """An affine head from a `.safetensors` file: `weight [D K']` and perhaps `bias [D]`.
+    """Return an affine head from a `.safetensors` file: `weight [D K']` and perhaps `bias [D]`.
 
-    Args:
-        path: the file.
-        width: K', what the network without the head returns; None if that is not known.
-
-    Raises:
-        NetworkError: naming the file, what it holds and what was expected.
+    `width` is K', what the network without the head returns; None if that is not known.
     """
     path = Path(path)
     _refuse_missing(path, "head")
@@ -154,9 +138,9 @@ def read_affine(path: str | Path, width: int | None) -> nn.Linear:
     try:
         with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            found = {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
-            _check_affine(path, found, width)
-            tensors = {key: file.get_tensor(key).float() for key in found}
+            kinds = {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
+            _check_affine(path, kinds, width)
+            tensors = {key: file.get_tensor(key).float() for key in kinds}
     except (SafetensorError, OSError) as error:
         raise NetworkError(
             f"head {path} cannot be read ({_short(error)}); expected a .safetensors file with "
@@ -170,21 +154,21 @@ def read_affine(path: str | Path, width: int | None) -> nn.Linear:
     return linear
 
 
-def _check_affine(path: Path, found: dict[str, tuple[list[int], str]], width: int | None) -> None:
-    """Names, shapes and dtypes, before any number is read."""
-    unknown = sorted(set(found) - {"weight", "bias"})
-    if "weight" not in found or unknown:
+def _check_affine(path: Path, kinds: dict[str, tuple[list[int], str]], width: int | None) -> None:
+    """Refuse wrong names, shapes and dtypes, before any number is read."""
+    unknown = sorted(set(kinds) - {"weight", "bias"})
+    if "weight" not in kinds or unknown:
         raise NetworkError(
-            f"head {path} holds {_some(sorted(found)) or 'nothing'}; expected weight "
+            f"head {path} holds {_some(sorted(kinds)) or 'nothing'}; expected weight "
             f"[D {width or 'K'}] and perhaps bias [D]"
         )
-    shape = found["weight"][0]
+    shape = kinds["weight"][0]
     if len(shape) != 2 or 0 in shape or shape[1] != (width or shape[1]):
         given = "" if width is None else f", for the {width} numbers of the network's embedding"
         raise NetworkError(f"head {path} has a weight {shape}; expected [D {width or 'K'}]{given}")
-    if "bias" in found and found["bias"][0] != [shape[0]]:
-        raise NetworkError(f"head {path} has a bias {found['bias'][0]}; expected [{shape[0]}]")
-    for key, (_, dtype) in found.items():
+    if "bias" in kinds and kinds["bias"][0] != [shape[0]]:
+        raise NetworkError(f"head {path} has a bias {kinds['bias'][0]}; expected [{shape[0]}]")
+    for key, (_, dtype) in kinds.items():
         if dtype not in _FLOATS:
             raise NetworkError(f"head {path} has a {key} of {dtype}; expected floating point")
 

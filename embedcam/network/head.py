@@ -1,4 +1,4 @@
-"""What the head (activations -> embedding) does with positions, found by asking it.
+"""The head of a network (activations -> embedding): what it is, run alone, and its derivative.
 
 A head is *pooled* if it sees its activations only through their mean over positions, and *affine*
 if it is then z = W p + b of that mean p. Both are found numerically: the layer's output is
@@ -14,13 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import EmbedcamError
-from .gradients import derivatives
-from .injected import Injected, RunNetwork
-from .layouts import Layout
+from ..errors import EmbedcamError, InputError, NetworkError
+from .gradients import at_least_single, derivatives, replay_vjp, unreachable
+from .hooks import run_head
+from .layers import Images, Layout, choose_embedding
+from .module import no_gradients
+from .runner import Runner
 
 # Scale and sign (0: both) of the random activations. Signed ones tell a ReLU or a power mean from a
-# mean, different scales a normalisation or a saturating unit from an affine map.
+# mean, different scales a normalization or a saturating unit from an affine map.
 _DRAWS = ((1.0, 0), (5.0, 0), (0.2, 0), (1.0, 1), (30.0, 0), (1.0, -1))
 _CHUNK_NUMBERS = 1 << 22
 _SHIFTED = 0.4
@@ -32,7 +34,7 @@ class Run(Protocol):
     """The head of one picture, with its activations replaced."""
 
     def __call__(self, maps: Tensor, picture: int = 0, shake: bool = False) -> Tensor:
-        """z `[n D]` for activations `[n K H W]`; `shake` also changes the prefix tokens."""
+        """Return z `[n D]` for `[n K H W]`; `shake` also changes the prefix tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,7 @@ class HeadKind:
     affine: it is z = W p + b; implies `pooled`.
     matrix: W `[D K]`, if affine; float64 for a float64 network, else float32.
     identity: W is the identity: the embedding is p itself (plus perhaps a constant).
-    unit_norm: its output always has length 1: the module normalises by itself.
+    unit_norm: its output always has length 1: the module normalizes by itself.
     uses_positions: a shift of the activations makes it largely another output: it does not pool.
     """
 
@@ -55,8 +57,184 @@ class HeadKind:
     uses_positions: bool = False
 
 
+class HeadAlone:
+    """The head of one input as a function of the activations; `inputs` counts what the trunk saw.
+
+    The trunk sees one picture and the head a batch, which most modules allow; where one does not,
+    the picture is repeated, at most `most` at once. A head given as a function is called by itself
+    where it needs nothing else of the trunk. While it is asked what it is (`asking`), gradients are
+    the caller's choice and nothing is cast.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        pictures: Tensor,
+        layout: Layout,
+        *,
+        most: int | None = None,
+        asking: bool = False,
+        inputs: int = 0,
+    ) -> None:
+        self.inputs = inputs
+        self._runner, self._pictures, self._layout = runner, pictures, layout
+        self._most, self._asking, self._repeat = most, asking, False
+        function = None if runner.parts is None or layout.prefix else runner.parts[1]
+        self._function = None if asking or runner.plain_dtype is None else function
+
+    def __call__(self, maps: Tensor, picture: int = 0, shake: bool = False) -> Tensor:
+        """Return z `[n D]` for activations `[n K H W]`; `shake` also changes the prefix tokens."""
+        with torch.inference_mode(False):
+            maps = maps.to(self._pictures.device)
+            if self._function is not None:
+                raw = self._layout.to_raw(maps, maps)
+                return run_function(self._runner, self._function, raw, len(maps))
+            one = self._pictures[picture : picture + 1]
+            if not self._repeat:
+                try:
+                    return self._run(one, maps, shake)
+                except EmbedcamError:
+                    self._repeat = True
+            rest = [1] * (one.ndim - 1)
+            pieces = maps.split(self._most or len(maps))
+            return torch.cat([self._run(one.repeat(len(p), *rest), p, shake) for p in pieces])
+
+    def _run(self, images: Tensor, maps: Tensor, shake: bool) -> Tensor:
+        self.inputs += len(images)
+        gradients = self._asking and torch.is_grad_enabled()
+
+        def inject(raw: Tensor) -> tuple[Tensor, Tensor]:
+            like = raw.detach() * -3 + 1 if shake else raw.detach()
+            torch.set_grad_enabled(gradients)
+            onward = self._layout.to_raw(maps, like.to(maps.dtype))
+            return raw, onward.to(raw.dtype).clone()
+
+        with no_gradients(), self._runner.precision(not self._asking):
+            return self._runner.call(images, inject, len(maps))[0]
+
+
+def run_function(
+    runner: Runner, head: Callable[[Tensor], object], raw: Tensor, count: int
+) -> Tensor:
+    """Return z `[n D]` of a head given as a function, on activations in the layer's layout."""
+    with no_gradients(), runner.precision():
+        # A copy: the head may begin with an in-place unit.
+        output = run_head(head, raw.to(runner.plain_dtype, copy=True))
+        return at_least_single(choose_embedding(output, runner.output, count))
+
+
+class NetworkHead:
+    """A network's head: asked once what it is, run alone, differentiated from pooled vectors."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._kind: HeadKind | None = None
+        self._matrix: Tensor | None = None
+        self._replays = False
+
+    def kind(self, ask: Callable[[], tuple[Tensor, Tensor]]) -> HeadKind:
+        """Return what the head is; `ask` gives two inputs, and the layer's output for the first."""
+        with self._runner.lock:
+            if self._kind is None:
+                with torch.inference_mode(False):
+                    pictures, raw = ask()
+                    self._kind = self._asked(pictures, raw)
+            return self._kind
+
+    @property
+    def replays(self) -> bool:
+        """Whether a head that was asked can be replayed from pooled vectors."""
+        return self._kind is not None and (self._kind.affine or self._replays)
+
+    def _asked(self, pictures: Tensor, raw: Tensor) -> HeadKind:
+        layout = self._runner.read_layout(pictures[:1], raw)
+        maps, dtype = layout.to_maps(raw), self._runner.state.dtype
+        run = HeadAlone(self._runner, pictures, layout, asking=True)
+        kind = find_head_kind(
+            run,
+            (maps.shape[1], maps.shape[2], maps.shape[3]),
+            dtype=dtype,
+            device=maps.device,
+            has_prefix=layout.prefix > 0,
+        )
+        if self._runner.head is not None and kind.pooled and not kind.affine:
+            self._replays = _agrees(run, self._replay, maps, tolerance_of(dtype, maps.device))
+        return kind
+
+    def alone(self, image: Images, most: int | None) -> HeadAlone:
+        """Return the head of one input `[1 C H W]` as a function of the activations."""
+        runner, inputs = self._runner, 0
+        with no_gradients(), runner.precision():
+            batch = runner.prepare(image)
+            layout = runner.layout
+            if layout is None:
+                _, raw = runner.call(batch, lambda raw: (raw, raw.clone()), 1)
+                layout, inputs = runner.read_layout(batch, raw), 1
+        return HeadAlone(runner, batch, layout, most=most, inputs=inputs)
+
+    def vjp(self, kind: HeadKind, pooled: Images, cotangents: Images) -> Tensor:
+        """Return dy/dp `[B K]` or `[B S K]` for p `[B K]` and dy/dz `[B D]` or `[B S D]`."""
+        if not self.replays:
+            raise self._not_pooled()
+        device, dtype = self._runner.device, self._runner.state.dtype
+        single = torch.float64 if dtype == torch.float64 else torch.float32
+        with no_gradients():
+            p = torch.as_tensor(pooled, device=device).to(single)
+            c = torch.as_tensor(cotangents, device=device).to(single)
+            if p.ndim != 2 or c.ndim not in (2, 3) or len(c) != len(p):
+                raise InputError(
+                    f"pooled {list(p.shape)} and cotangents {list(c.shape)} do not belong "
+                    "together; expected [B K] with [B D] or [B S D]"
+                )
+            if kind.identity:
+                return c.clone()
+            if kind.affine:
+                if self._matrix is None or self._matrix.device != c.device:
+                    self._matrix = torch.as_tensor(kind.matrix, device=c.device)
+                return c @ self._matrix.to(c.dtype)
+            with self._runner.precision():
+                every = c.clone() if c.ndim == 3 else c.clone()[:, None]
+                gradient = replay_vjp(self._replay, p.clone(), every)
+            return gradient if c.ndim == 3 else gradient[:, 0]
+
+    def _replay(self, pooled: Tensor) -> Tensor:
+        """Return z `[n D]` of pooled activations `[n K]`, by the head on a grid of one position."""
+        runner = self._runner
+        if runner.head is None or runner.layout is None:
+            raise self._not_pooled()
+        raw = runner.layout.one_position(pooled.to(runner.state.dtype))
+        output = run_head(runner.head, raw)
+        return at_least_single(choose_embedding(output, runner.output, len(pooled)))
+
+    def _not_pooled(self) -> NetworkError:
+        return NetworkError(
+            f"what follows layer {self._runner.layer!r} is not a function of the pooled "
+            "activations; use head_pass(images).vjp"
+        )
+
+
+def _agrees(run: Run, replay: Callable[[Tensor], Tensor], maps: Tensor, tolerance: float) -> bool:
+    """Return whether the head, a function of pooled vectors, gives the network's own z."""
+    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+    several = torch.cat([maps, -3 * maps])
+    with torch.no_grad():
+        expected = run(several)
+        try:
+            replayed = replay(several.mean((2, 3)))
+        # A head made for larger grids just cannot be replayed.
+        except EmbedcamError:
+            return False
+        if replayed.shape != expected.shape:
+            return False
+        allowed = tolerance * torch.linalg.vector_norm(expected, dim=1)
+        return bool((_distance(replayed, expected) <= allowed).all())
+
+
+# What a head is
+
+
 def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
-    """Relative difference below which two results of a head count as equal."""
+    """Return the relative difference below which two results of a head count as equal."""
     if dtype in (torch.float16, torch.bfloat16):
         return 4e-2
     # Accelerators may multiply in TF32.
@@ -71,18 +249,10 @@ def find_head_kind(
     device: torch.device,
     has_prefix: bool = False,
 ) -> HeadKind:
-    """Ask a head whether it is pooled and affine.
+    """Ask a deterministic head of activations (K, H, W) whether it is pooled and affine.
 
-    Args:
-        run: the head, deterministic, each image by itself.
-        shape: (K, H, W) of its activations.
-        dtype: of the network's parameters. In half precision the comparison is at 4e-2: enough to
-            tell kinds of heads apart; the matrix then has half precision's accuracy.
-        device: where the activations live.
-        has_prefix: whether tokens before the grid exist; a head that uses them is not pooled.
-
-    Returns:
-        HeadKind, with the matrix where affine.
+    A head that uses prefix tokens is not pooled. With parameters in half precision the comparison
+    is at 4e-2, enough to tell kinds of heads apart.
     """
     tolerance = tolerance_of(dtype, device)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -110,7 +280,7 @@ def find_head_kind(
 def _random_activations(
     shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Tensor:
-    """`[n K H W]`, one for each of `_DRAWS`, from a generator of their own."""
+    """Return `[n K H W]`, one for each of `_DRAWS`, from a generator of their own."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for scale, sign in _DRAWS:
@@ -122,17 +292,14 @@ def _random_activations(
 
 
 def _is_pooled(run: Run, draws: Tensor, tolerance: float) -> tuple[bool, Tensor]:
-    """Whether z stays the same when each channel is replaced by its mean; and z `[n D]`."""
+    """Return whether z stays when each channel is replaced by its mean; and z `[n D]`."""
     flat = draws.mean((2, 3), keepdim=True).expand_as(draws)
     same, moved, z = _alike(run, draws, flat, tolerance)
     return bool((same & (moved > 0)).all()), z
 
 
 def _uses_positions(run: Run, draws: Tensor) -> bool:
-    """Whether z is largely another where the activations are shifted by half the grid.
-
-    Convolutions and pooling mind a shift at the borders alone.
-    """
+    """Return whether a shift by half the grid, which pooling hardly minds, changes z largely."""
     height, width = draws.shape[2:]
     shifted = draws.roll((height // 2, width // 2), (2, 3))
     return not bool(_alike(run, draws, shifted, _SHIFTED)[0].all())
@@ -141,13 +308,13 @@ def _uses_positions(run: Run, draws: Tensor) -> bool:
 def _alike(
     run: Run, draws: Tensor, others: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each draw: whether the other has its z, how far it moves z from that of zeros, and z."""
+    """Return for each draw whether the other has its z, how far z is from that of zeros, and z."""
     with torch.no_grad():
         z, z_other, z_zero = run(torch.cat([draws, others, torch.zeros_like(draws[:1])])).split(
             [len(draws), len(draws), 1]
         )
     # Relative to how far the activations move z at all, not to a constant in it. At zero a head
-    # that normalises may return NaN.
+    # that normalizes may return NaN.
     moved = _distance(z, z_zero.nan_to_num(0.0, 0.0, 0.0))
     rounding = 64 * torch.finfo(z.dtype).eps * torch.linalg.vector_norm(z, dim=1)
     return _distance(z, z_other) <= tolerance * moved + rounding, moved, z
@@ -156,25 +323,27 @@ def _alike(
 def _affine_products(
     run: Run, draws: Tensor, tolerance: float
 ) -> list[tuple[Tensor, Tensor]] | None:
-    """Random cotangents c `[D]` and W^T c `[K]`; None if the head has no one Jacobian W.
+    """Return random cotangents c `[D]` and W^T c `[K]`; None if the head has no one Jacobian W.
 
     It must be the same at every position, draw and picture. Random cotangents stand for all: two
     different Jacobians agree on them with probability zero.
     """
     products: list[tuple[Tensor, Tensor]] = []
-    cells = draws.shape[2] * draws.shape[3]
+    positions = draws.shape[2] * draws.shape[3]
     for picture in range(2):
         maps = draws.clone().requires_grad_()
         z = run(maps, picture=picture)
         if not z.requires_grad:
             return None
-        for number, cotangent in enumerate(_random_cotangents(z, 2)):
+        generator = torch.Generator().manual_seed(1)
+        rows = torch.randn(2, z.shape[1], generator=generator)
+        for number, cotangent in enumerate(rows.to(z.device, z.dtype)):
             gradient = _gradient(z, maps, cotangent.expand_as(z))
             if gradient is None or not bool(torch.isfinite(gradient).all()):
                 return None
             if len(products) <= number:
                 products.append((cotangent, gradient[0].sum((1, 2))))
-            expected = (products[number][1] / cells)[None, :, None, None].expand_as(gradient)
+            expected = (products[number][1] / positions)[None, :, None, None].expand_as(gradient)
             allowed = tolerance * torch.linalg.vector_norm(expected.flatten(1), dim=1)
             if not bool((_distance(gradient.flatten(1), expected.flatten(1)) <= allowed).all()):
                 return None
@@ -184,7 +353,7 @@ def _affine_products(
 def _matrix(
     run: Run, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> np.ndarray:
-    """W `[D K]`, many rows a backward pass: sample i of the batch gets row i's unit cotangent."""
+    """Return W `[D K]`, many rows a backward pass: sample i of the batch gets row i's cotangent."""
     count = max(1, min(64, _CHUNK_NUMBERS // int(np.prod(shape))))
     maps = torch.ones(count, *shape, dtype=dtype, device=device, requires_grad=True)
     z = run(maps)
@@ -195,15 +364,10 @@ def _matrix(
         cotangents = torch.zeros_like(z)
         cotangents[torch.arange(stop - start), torch.arange(start, stop)] = 1
         gradient = _gradient(z, maps, cotangents)
-        assert gradient is not None
+        if gradient is None:
+            raise unreachable("the layer")
         rows[start:stop] = gradient.sum((2, 3))[: stop - start].cpu()
     return rows.numpy()
-
-
-def _random_cotangents(z: Tensor, count: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(count, z.shape[1], generator=generator)
-    return list(rows.to(z.device, z.dtype))
 
 
 def _gradient(z: Tensor, maps: Tensor, cotangents: Tensor) -> Tensor | None:
@@ -216,54 +380,3 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 def _near(values: Tensor, target: float, tolerance: float) -> bool:
     return bool(((values - target).abs() <= tolerance).all())
-
-
-def ask_head(
-    network: RunNetwork,
-    pictures: Tensor,
-    raw: Tensor,
-    layout: Layout,
-    replay: Callable[[Tensor], Tensor] | None,
-    dtype: torch.dtype,
-) -> tuple[HeadKind, bool]:
-    """What a network's head is, and whether it can be replayed from pooled vectors.
-
-    Args:
-        network: runs it with the layer's output changed; must undo any grad mode set meanwhile.
-        pictures: two inputs, `[2 C H W]`.
-        raw: the layer's output for the first, in `layout`.
-        layout: of the layer.
-        replay: pooled vectors `[n K]` -> z `[n D]`, where the head is known as a function.
-        dtype: of the parameters.
-    """
-    maps = layout.to_maps(raw)
-    run = Injected(network, pictures, layout)
-    kind = find_head_kind(
-        run,
-        (maps.shape[1], maps.shape[2], maps.shape[3]),
-        dtype=dtype,
-        device=maps.device,
-        has_prefix=layout.prefix > 0,
-    )
-    if replay is None or not kind.pooled or kind.affine:
-        return kind, False
-    return kind, _replay_agrees(run, replay, maps, tolerance_of(dtype, maps.device))
-
-
-def _replay_agrees(
-    run: Run, replay: Callable[[Tensor], Tensor], maps: Tensor, tolerance: float
-) -> bool:
-    """Whether the head, called as a function of pooled vectors, gives the network's own z."""
-    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    several = torch.cat([maps, -3 * maps])
-    with torch.no_grad():
-        expected = run(several)
-        try:
-            found = replay(several.mean((2, 3)))
-        # A head made for larger grids just cannot be replayed.
-        except EmbedcamError:
-            return False
-        if found.shape != expected.shape:
-            return False
-        allowed = tolerance * torch.linalg.vector_norm(expected, dim=1)
-        return bool((_distance(found, expected) <= allowed).all())

@@ -1,51 +1,62 @@
-"""Finding a layer in a module, and saying why one cannot be explained."""
+"""Finding a layer in a module, and reading what it and the network return.
 
+A layer's output is `[B K H W]` ("bkhw", most CNNs), `[B H W K]` ("bhwk", Swin), tokens `[B T K]`
+("btk", ViT; "tbk" and "bkt" in another order) with class and register tokens first, or `[B K L]`
+("bkl", 1-D convolutions). Everything else in the package sees `[B K H W]`, H = 1 for "bkl".
+"""
+
+import dataclasses
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .._checks import check_sides, one_of, whole
 from ..errors import InputError, NetworkError
+from .module import bare_name, user_code
 
-_WRAPPERS = ("module", "_orig_mod")
+LayoutName = Literal["auto", "bkhw", "bhwk", "btk", "tbk", "bkt", "bkl"]
+OutputChoice = str | int | Callable[[Any], Tensor] | None
+Images = np.ndarray | Tensor
+
+# How to bring tokens to [B T K]; each order is its own inverse.
+_ORDERS = {"btk": (0, 1, 2), "tbk": (1, 0, 2), "bkt": (0, 2, 1)}
+# Class token, register tokens and a distillation token: no published network has more.
+MAX_PREFIX = 16
+# What transformers' models of one tower return.
+_POOLED, _UNPOOLED = "pooler_output", ("last_hidden_state", "hidden_states", "attentions")
+_OUTPUT = "give a function that takes what the network returns and gives the embedding [B D]"
+
+# Finding a layer
 
 
 def near_misses(word: str, known: Iterable[str], count: int = 4) -> str:
-    """ ", did you mean a, b?" or nothing: the names nearest to a wrong one."""
+    """Return "; did you mean a, b?" of the names nearest to a wrong one, or nothing."""
     names = list(known)
     tail = word.rpartition(".")[2]
     close = difflib.get_close_matches(word, names, n=count, cutoff=0.5)
-    same_tail = [name for name in names if name.rpartition(".")[2] == tail and name not in close]
-    close = (close + same_tail)[:count]
-    return f"; did you mean {', '.join(close)}?" if close else ""
-
-
-def bare_name(name: str) -> str:
-    """A dotted name without what wrappers put into it (`module.` of DDP, `_orig_mod.`)."""
-    parts = [part for part in name.split(".") if part != "_orig_mod"]
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
+    close += [name for name in names if name.rpartition(".")[2] == tail and name not in close]
+    return f"; did you mean {', '.join(close[:count])}?" if close else ""
 
 
 def find_layer(module: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
-    """(dotted name, module) of a layer given either way.
+    """Return (dotted name, module) of a layer given either way, wrappers' prefixes optional.
 
-    A name may leave out the `module.` that wrappers such as DistributedDataParallel add.
-
-    Raises:
-        NetworkError: there is none, with the nearest names; or it lies inside a compiled module.
+    Raises `NetworkError` where there is none, or it lies inside a compiled module.
     """
     named = dict(module.named_modules())
     if isinstance(layer, nn.Module):
-        name = next((name for name, found in named.items() if found is layer), None)
+        name = next((name for name, part in named.items() if part is layer), None)
         if name is None:
             raise NetworkError(
                 f"the given layer, a {type(layer).__name__}, is not part of the "
                 f"{type(module).__name__}; give one of its submodules, or a name such as "
-                f"{_last_name(named)!r}"
+                f"{next(reversed(named), '')!r}"
             )
     elif isinstance(layer, str):
         bare = {bare_name(name): name for name in reversed(named)}
@@ -62,16 +73,11 @@ def find_layer(module: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Modul
 
 
 def find_layers(module: nn.Module, layers: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """(dotted name, module) of several layers.
-
-    Raises:
-        InputError: no list, an empty one, or a layer twice.
-        NetworkError: as `find_layer`.
-    """
+    """Return (bare name, module) of several layers, each given once."""
     if isinstance(layers, str) or not layers:
         raise InputError("give a list of layers, such as ['layer3', 'layer4']")
-    found = [find_layer(module, layer) for layer in layers]
-    bare = [(bare_name(name), part) for name, part in found]
+    pairs = [find_layer(module, layer) for layer in layers]
+    bare = [(bare_name(name), part) for name, part in pairs]
     names = [name for name, _ in bare]
     if len(set(names)) < len(names):
         raise InputError(f"a layer is given twice among {', '.join(names)}; name each once")
@@ -79,26 +85,21 @@ def find_layers(module: nn.Module, layers: Sequence[str]) -> list[tuple[str, nn.
 
 
 def _parts(module: nn.Module, most: int = 12) -> str:
-    """ "; its parts are conv1, bn1, ...": where no name comes near."""
     names = [name for name, _ in module.named_children()]
     more = ", ..." if len(names) > most else ""
     return f"; its parts are {', '.join(names[:most])}{more}" if names else ""
 
 
 def _other_name(module: nn.Module, named: dict[str, nn.Module], layer: str) -> str | None:
-    """The first name of a layer that has several, given one of the others."""
+    """Return the first name of a layer that has several, given one of the others."""
     with suppress(AttributeError):
         part = module.get_submodule(layer)
-        return next((name for name, found in named.items() if found is part), None)
+        return next((name for name, known in named.items() if known is part), None)
     return None
 
 
-def _last_name(named: dict[str, nn.Module]) -> str:
-    return next(reversed(named), "")
-
-
 def _refuse_compiled(named: dict[str, nn.Module], layer: str) -> None:
-    """Hooks on TorchScript, or added after `torch.compile`, do not fire: nothing is captured."""
+    """Refuse TorchScript, and what is behind `torch.compile`: hooks do not fire there."""
     if isinstance(named[layer], torch.jit.ScriptModule):
         raise NetworkError(
             f"layer {bare_name(layer)!r} is TorchScript, where hooks do not fire; choose a layer "
@@ -106,10 +107,9 @@ def _refuse_compiled(named: dict[str, nn.Module], layer: str) -> None:
         )
     parts = layer.split(".") if layer else []
     for depth in range(len(parts) + 1):
-        name = ".".join(parts[:depth])
-        found = named[name]
         inside = depth < len(parts) and parts[depth] == "_orig_mod"
-        if inside or getattr(found, "_compiled_call_impl", None) is not None:
+        part = named[".".join(parts[:depth])]
+        if inside or getattr(part, "_compiled_call_impl", None) is not None:
             raise NetworkError(
                 f"layer {bare_name(layer)!r} lies inside a compiled module, where hooks do not "
                 "fire; give the module as it was before torch.compile, or compile trunk and head "
@@ -117,15 +117,13 @@ def _refuse_compiled(named: dict[str, nn.Module], layer: str) -> None:
             )
 
 
-def before_attention(module: nn.Module | None) -> str | None:
-    """The normalisation before the last attention of a transformer, by name, if there is one."""
-    if module is None:
-        return None
+def before_attention(module: nn.Module) -> str | None:
+    """Return the name of the normalization before a transformer's last attention, if any."""
     named = dict(module.named_modules())
     attentions = [
         name for name, part in named.items() if "attention" in type(part).__name__.lower()
     ]
-    # The outermost of nested attention modules stands beside the block's normalisation.
+    # The outermost of nested attention modules stands beside the block's normalization.
     outermost = [
         name for name in attentions if not any(name.startswith(f"{other}.") for other in attentions)
     ]
@@ -136,3 +134,384 @@ def before_attention(module: nn.Module | None) -> str | None:
         if "norm" in type(part).__name__.lower():
             return bare_name(f"{block}.{name}" if block else name)
     return None
+
+
+# How a layer's output is laid out
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a layer's output is laid out: its kind, (H, W) of the positions, tokens before them."""
+
+    kind: str
+    grid: tuple[int, int]
+    prefix: int = 0
+
+    @property
+    def tokens(self) -> bool:
+        """Whether the positions are tokens."""
+        return self.kind in _ORDERS
+
+    def to_maps(self, raw: Tensor) -> Tensor:
+        """Return `[B K H W]` of a layer's output or its gradient, without prefix tokens."""
+        if self.kind == "bkhw":
+            return raw
+        if self.kind == "bhwk":
+            return raw.permute(0, 3, 1, 2)
+        if self.kind == "bkl":
+            return raw[:, :, None]
+        tokens = raw.permute(_ORDERS[self.kind])[:, self.prefix :]
+        # The shape, not len(): an exporter follows a batch of any size through it.
+        return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], *self.grid)
+
+    def to_raw(self, maps: Tensor, like: Tensor) -> Tensor:
+        """Return the layer's output with `[B K H W]` in it and the prefix tokens of `like`."""
+        if self.kind == "bkhw":
+            return maps
+        if self.kind == "bhwk":
+            return maps.permute(0, 2, 3, 1)
+        if self.kind == "bkl":
+            return maps[:, :, 0]
+        order = _ORDERS[self.kind]
+        tokens = maps.flatten(2).transpose(1, 2)
+        if self.prefix:
+            prefix = like.permute(order)[:, : self.prefix].expand(len(maps), -1, -1)
+            tokens = torch.cat([prefix, tokens], dim=1)
+        return tokens.permute(order)
+
+    def one_position(self, pooled: Tensor) -> Tensor:
+        """Return the layer's output if its grid had one position, holding `pooled` `[B K]`."""
+        return replace(self, grid=(1, 1), prefix=0).to_raw(pooled[:, :, None, None], pooled)
+
+
+def resolve(
+    raw: Tensor,
+    images: Tensor,
+    kind: str = "auto",
+    grid: tuple[int, int] | None = None,
+    prefix: int | None = None,
+    layer: str = "layer",
+) -> Layout:
+    """Return the layout of a layer's output for `images`, held against what the user said of it."""
+    shape = tuple(raw.shape)
+    if raw.ndim not in (3, 4):
+        raise NetworkError(
+            f"layer {layer!r} returned a tensor {list(shape)}; expected [B K H W], [B H W K] or "
+            "tokens [B T K]: choose a layer before the pooling"
+        )
+    if shape[1 if kind == "tbk" else 0] != len(images):
+        raise NetworkError(
+            f"layer {layer!r} returned {list(shape)} for a batch of {len(images)}; expected the "
+            "batch as first dimension: choose a layer that keeps images apart, or say "
+            "layout='tbk' of tokens that come before it"
+        )
+    if kind == "bkl":
+        if len(shape) != 3 or grid is not None or prefix is not None:
+            raise NetworkError(
+                f"layer {layer!r} returned {list(shape)}, but layout='bkl' says [B K L], channels "
+                "over positions, without grid= or prefix_tokens="
+            )
+        return Layout("bkl", (1, shape[2]))
+    size = (int(images.shape[-2]), int(images.shape[-1]))
+    if kind == "auto":
+        # Of four dimensions the channels are last where only the middle two have the aspect.
+        last = raw.ndim == 4 and _same_aspect(shape[1:3], size)
+        kind = "bhwk" if last and not _same_aspect(shape[2:4], size) else "bkhw"
+        kind = "btk" if raw.ndim == 3 else kind
+    if (kind in _ORDERS) != (raw.ndim == 3):
+        expected = "three dimensions" if kind in _ORDERS else "four dimensions"
+        raise NetworkError(
+            f"layer {layer!r} returned {list(shape)}, but layout={kind!r} says {expected}; "
+            'leave layout="auto" or choose another layer'
+        )
+    if kind in _ORDERS:
+        count = shape[_ORDERS[kind].index(1)]
+        return replace(_tokens(count, size, grid, prefix, layer), kind=kind)
+    height, width = shape[1:3] if kind == "bhwk" else shape[2:4]
+    if grid is not None and tuple(grid) != (height, width):
+        raise NetworkError(
+            f"layer {layer!r} returned {list(shape)}, read as {kind} with a grid of "
+            f"{height} x {width}, but grid={_by(grid)} was given; leave grid= out or set layout="
+        )
+    return Layout(kind, (height, width))
+
+
+def axes_told(
+    shapes: tuple[Sequence[int], Sequence[int]],
+    batches: tuple[int, int],
+    size: tuple[int, int],
+    layer: str,
+) -> str:
+    """Return the layout that a layer shows by its outputs for two inputs of other sizes.
+
+    `shapes` are of the outputs, the second empty where no other size was taken; `batches` counts
+    the inputs; `size` is (H, W) of the first. "auto" where the first shape alone tells.
+    """
+    first, second = shapes
+    if len(second) == len(first):
+        moved = {place for place in range(1, len(first)) if first[place] != second[place]}
+        batch = {place for place in (0, 1) if (first[place], second[place]) == batches}
+        if len(first) == 3 and 0 not in batch and 1 in batch:
+            return "tbk"
+        told = {(3, 1): "btk", (3, 2): "bkt", (4, 3): "bkhw", (4, 1): "bhwk"}
+        # Axis 2 of four is a side either way; the other side tells, and channels never move.
+        kinds = [told[len(first), place] for place in moved if (len(first), place) in told]
+        if 0 in batch and len(kinds) == 1:
+            return kinds[0]
+    if len(first) == 4 and _same_aspect(first[1:3], size) and _same_aspect(first[2:4], size):
+        raise NetworkError(
+            f"layer {layer!r} returned {list(first)} for an input {_by(size)} and takes no other "
+            "size, so its channels cannot be told from its positions; say layout='bkhw' or 'bhwk'"
+        )
+    return "auto"
+
+
+def smaller(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return sizes of about half: as it comes, and in steps that networks ask for."""
+    sizes: list[tuple[int, int]] = []
+    for step in (1, 32, 14):
+        height, width = (-(-side // (2 * step)) * step for side in size)
+        fits = all(side % step == 0 for side in size) and (height, width) != tuple(size)
+        if fits and (height, width) not in sizes:
+            sizes.append((height, width))
+    return sizes
+
+
+def _same_aspect(grid: Sequence[int], size: tuple[int, int]) -> bool:
+    """Return whether the grid is the input's, divided by one stride, give or take a position."""
+    (h, w), (height, width) = grid, size
+    if h > height or w > width:
+        return False
+    return abs(h - w * height / width) <= 1 or abs(w - h * width / height) <= 1
+
+
+def _tokens(
+    count: int,
+    size: tuple[int, int],
+    grid: tuple[int, int] | None,
+    prefix: int | None,
+    layer: str,
+) -> Layout:
+    if grid is not None:
+        h, w = grid
+        before = count - h * w
+        if before < 0 or (prefix is not None and before != prefix):
+            said = "" if prefix is None else f" and prefix_tokens={prefix}"
+            raise NetworkError(
+                f"layer {layer!r} returned {count} tokens, but grid={_by(grid)}{said} makes "
+                f"{h * w + (prefix or 0)}; correct grid= or prefix_tokens="
+            )
+        return Layout("btk", (h, w), before)
+    prefixes = range(min(MAX_PREFIX + 1, count)) if prefix is None else [prefix]
+    for exact in (True, False):
+        for candidate in prefixes:
+            sides = _grid(count - candidate, size, exact)
+            if sides is not None:
+                return Layout("btk", sides, candidate)
+    said = "" if prefix is None else f" after {prefix} prefix tokens"
+    raise NetworkError(
+        f"the {count} tokens of layer {layer!r}{said} fit no grid of a {_by(size)} input; "
+        "give grid=(H, W), and prefix_tokens= if the network has class or register tokens"
+    )
+
+
+def _grid(count: int, size: tuple[int, int], exact: bool) -> tuple[int, int] | None:
+    """Return (h, w), h w = count, that square patches cut out of the input, perhaps rounded."""
+    height, width = size
+    for h in (h for h in range(1, count + 1) if count % h == 0):
+        w = count // h
+        if exact:
+            if h * width == w * height and height % h == 0:
+                return h, w
+            continue
+        for patch in {height // h, -(-height // h), width // w, -(-width // w)} - {0}:
+            down, up = (height // patch, width // patch), (-(-height // patch), -(-width // patch))
+            if (h, w) in (down, up):
+                return h, w
+    return None
+
+
+def _by(size: Sequence[int]) -> str:
+    return " x ".join(str(side) for side in size)
+
+
+# The tensors in what a layer or a network returns
+
+
+def first_tensor(output: Any, layer: str) -> Tensor:
+    """Return a layer's activations: its output, or the first tensor of a tuple, list or dict."""
+    values = [output] if isinstance(output, Tensor) else _values(output)
+    first = next((value for value in values if isinstance(value, Tensor)), None)
+    if first is None:
+        raise NetworkError(
+            f"layer {layer!r} returned {type(output).__name__}; expected a tensor, or a tuple, "
+            "list or dict with a tensor in it: choose a layer inside or after it"
+        )
+    if torch._C._functorch.is_functorch_wrapped_tensor(first):
+        raise NetworkError(
+            f"layer {layer!r} runs inside torch.vmap, where its activations cannot be kept; choose "
+            "a layer outside of it, or give a module that takes the whole batch at once"
+        )
+    if not first.is_floating_point() or first.layout != torch.strided:
+        raise NetworkError(
+            f"layer {layer!r} returned a tensor of {_numbers(first)}; expected real numbers in "
+            "floating point: choose a layer before or after it"
+        )
+    return first
+
+
+def _numbers(tensor: Tensor) -> str:
+    """Return "complex64", or "sparse_coo float32"."""
+    kinds = (tensor.layout, tensor.dtype) if tensor.layout != torch.strided else (tensor.dtype,)
+    return " ".join(str(kind).removeprefix("torch.") for kind in kinds)
+
+
+def replace_first(output: Any, tensor: Tensor) -> Any:
+    """Return the same output with its first tensor replaced."""
+    if isinstance(output, Tensor):
+        return tensor
+    if isinstance(output, Mapping):
+        changed: Any = type(output)(**output) if dataclasses.is_dataclass(output) else {**output}
+        changed[next(key for key, value in output.items() if isinstance(value, Tensor))] = tensor
+        return changed
+    items = list(output)
+    items[next(i for i, value in enumerate(items) if isinstance(value, Tensor))] = tensor
+    named_tuple = getattr(output, "_fields", None) is not None
+    return type(output)(*items) if named_tuple else type(output)(items)
+
+
+def _values(output: Any) -> list[Any]:
+    if isinstance(output, Mapping):
+        return list(output.values())
+    return list(output) if isinstance(output, tuple | list) else []
+
+
+def choose_embedding(output: Any, choice: OutputChoice, batch: int | None) -> Tensor:
+    """Return the embedding `[B D]` in what a network's forward returned.
+
+    `choice` None takes a tensor, the first of a tuple, the only one of a dict or dataclass, or
+    `pooler_output`; a str is a key or attribute, an int a position, a callable gets the output.
+    """
+    value = _chosen(output, choice)
+    if not isinstance(value, Tensor):
+        by = "the network" if choice is None else f"output={describe_choice(choice)!r}"
+        raise NetworkError(
+            f"{by} returned {type(value).__name__}; expected the embedding, a tensor [B D]"
+        )
+    if value.is_complex() or value.layout != torch.strided:
+        raise NetworkError(
+            f"the network's output is a tensor of {_numbers(value)}; expected an embedding of real "
+            "numbers, such as output=lambda out: "
+            f"{'torch.view_as_real(out).flatten(1)' if value.is_complex() else 'out.to_dense()'}"
+        )
+    if value.ndim > 2 and all(side == 1 for side in value.shape[2:]):
+        value = value.flatten(1)
+    if value.ndim != 2 or value.shape[1] == 0 or (batch and value.shape[0] != batch):
+        images = "" if batch is None else f" for a batch of {batch}"
+        raise NetworkError(
+            f"the network's output is {list(value.shape)}{images}; expected an "
+            "embedding [B D]: choose it with output=, a name, a position or a function such as "
+            "lambda out: out.last_hidden_state[:, 0]"
+        )
+    return value
+
+
+def _chosen(output: Any, choice: OutputChoice) -> Any:
+    if choice is None and isinstance(output, Tensor):
+        return output
+    if callable(choice):
+        with user_code(f"output={describe_choice(choice)}", advice=_OUTPUT):
+            return choice(output)
+    named = _named(output)
+    if isinstance(choice, str):
+        if isinstance(output, Mapping) and choice in output:
+            return output[choice]
+        if not isinstance(output, Tensor) and getattr(output, choice, None) is not None:
+            return getattr(output, choice)
+        raise NetworkError(
+            f"output={choice!r} is not in what the network returned "
+            f"({type(output).__name__} with {', '.join(named or ()) or 'no names'})"
+        )
+    if isinstance(choice, int):
+        values = [output] if isinstance(output, Tensor) else _values(output)
+        if not -len(values) <= choice < len(values):
+            raise NetworkError(
+                f"output={choice} is beyond the {len(values)} values that the network returned"
+            )
+        return values[choice]
+    if named is not None:
+        if len(named) == 1:
+            return next(iter(named.values()))
+        if _POOLED in named and set(named) <= {_POOLED, *_UNPOOLED}:
+            return named[_POOLED]
+        # Of several, the first that is one vector an image.
+        likely = [name for name, value in named.items() if value.ndim == 2] or [*named, ""]
+        raise NetworkError(
+            f"the network returned {type(output).__name__} with {', '.join(named)}; say which is "
+            f"the embedding, e.g. output={likely[0]!r}"
+        )
+    return output[0] if isinstance(output, tuple | list) and output else output
+
+
+def _named(output: Any) -> dict[str, Tensor] | None:
+    """Return the tensors of a dict or dataclass by name; None for what has no names."""
+    if isinstance(output, Mapping):
+        items = {str(key): value for key, value in output.items()}
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        items = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
+    else:
+        return None
+    return {name: value for name, value in items.items() if isinstance(value, Tensor)}
+
+
+def describe_choice(choice: OutputChoice) -> str | int | None:
+    """Return `output=` as something JSON can hold: a callable by its name."""
+    if callable(choice):
+        return getattr(choice, "__qualname__", type(choice).__name__)
+    return choice
+
+
+# What is given
+
+
+def check_options(
+    layout: str, grid: tuple[int, int] | None, prefix: int | None, output: OutputChoice
+) -> None:
+    """Refuse options that no layer's output could ever fit."""
+    one_of("layout", layout, get_args(LayoutName))
+    if grid is not None:
+        check_sides("grid", grid)
+    if prefix is not None:
+        whole("prefix_tokens", prefix)
+    if not (output is None or isinstance(output, str | int) or callable(output)):
+        raise InputError(
+            f"output={output!r} cannot choose an embedding; give a name, a position or a function"
+        )
+
+
+def check_images(images: Images, positions: bool = False) -> Tensor:
+    """Return preprocessed images as a tensor `[B C H W]` of floats.
+
+    With `positions` they are signals `[B C L]`, tables `[B L]` or the numbers of words `[B L]`.
+    """
+    if isinstance(images, np.ndarray):
+        # torch warns about arrays it could write to though it should not.
+        images = torch.from_numpy(images if images.flags.writeable else images.copy())
+    dimensions = (2, 3) if positions else (4,)
+    if not isinstance(images, Tensor) or images.ndim not in dimensions or 0 in images.shape:
+        what = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        if positions:
+            raise InputError(
+                f"the input is {what}; layout='bkl' expects signals [B C L], tables [B L] or the "
+                "numbers of words [B L], at least one"
+            )
+        raise InputError(
+            f"images are {what}; expected preprocessed images [B 3 H W], at least one: add the "
+            "batch dimension to a single image"
+        )
+    if not positions and not images.is_floating_point():
+        raise InputError(
+            f"images are {images.dtype}; expected preprocessed floats: apply the network's "
+            "preprocess first"
+        )
+    return images

@@ -1,7 +1,10 @@
 """`load_network`: a network by name, ready to embed and to be explained."""
 
 import importlib
-from dataclasses import replace
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -9,21 +12,446 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_sides
 from ..errors import InputError, NetworkError
-from ..preprocess import CustomPreprocess, Preprocess, from_transform
+from ..preprocess import AnyPreprocess, Preprocess, from_transform
 from ..preprocess.probe import probe_inputs
 from .checkpoints import load_state, read_affine, read_state
-from .embedding_network import EmbeddingNetwork
-from .failures import own_failures
-from .layers import near_misses
-from .layouts import LayoutName, choose_embedding, is_pair
-from .libraries import PARTS_LAYER, Loaded, Weights, from_timm, from_torchvision
-from .state import input_channels, module_device, no_gradients
-from .tap import with_positions
+from .embedding_network import DEFAULT_INPUT_SIZE, EmbeddingNetwork
+from .hooks import with_positions
+from .layers import LayoutName, choose_embedding, near_misses
+from .module import input_channels, module_device, no_gradients, user_code
 
-Size = int | tuple[int, int] | None
+Sides = tuple[int, int] | None
+PathLike = str | Path | None
 
 _FORMS = "torchvision:NAME, timm:NAME or package.module:factory"
+_AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PARTS_LAYER = "forward_features"
+"""What the output of a timm model's own trunk is called."""
+
+
+@dataclass
+class Loaded:
+    """A module in eval mode, and what is known about it."""
+
+    module: nn.Module
+    layer: str | None
+    preprocess: AnyPreprocess | None = None
+    head: Callable[[Tensor], Any] | None = None
+    trunk: Callable[[Tensor], Any] | None = None
+    prefix_tokens: int | None = None
+
+
+def load_network(
+    network: str,
+    *,
+    weights: PathLike = None,
+    head: PathLike = None,
+    layer: str | None = None,
+    normalize: bool = True,
+    size: int | tuple[int, int] | None = None,
+    resize: Literal["crop", "squash"] | None = None,
+    output: str | int | None = None,
+    layout: LayoutName = "auto",
+    grid: tuple[int, int] | None = None,
+    prefix_tokens: int | None = None,
+    preprocess: Any = None,
+    device: str | torch.device | None = None,
+    autocast: torch.dtype | str | None = None,
+    channels_last: bool = False,
+    seed: int = 0,
+) -> EmbeddingNetwork:
+    """Return a network by name, in eval mode; its embedding is the input of its classifier.
+
+    Its `spec` are the arguments that load it again.
+
+    Parameters
+    ----------
+    network
+        "torchvision:NAME", "timm:NAME", or "package.module:factory", a function without arguments
+        that returns a module, (module, preprocess), or an `EmbeddingNetwork`.
+    weights
+        None for the library's pretrained ones (a factory: as it made them), a file (.safetensors,
+        or a PyTorch checkpoint that loads with `weights_only=True`), or "random".
+    head
+        A `.safetensors` file with `weight [D K']` and perhaps `bias [D]`, an affine map to put
+        after the embedding.
+    layer
+        Dotted name; known for torchvision's common families and timm's.
+    size, resize
+        Of the network's input, H = W or (H, W), and "crop" or "squash", how pictures are brought to
+        it; default as it was trained.
+    autocast
+        As of `EmbeddingNetwork`, or by name: "bf16", "fp16", "off".
+    preprocess
+        Instead of the network's own: a `Preprocess` or any transform.
+    seed
+        Of random weights.
+    normalize, output, layout, grid, prefix_tokens, device, channels_last
+        As of `EmbeddingNetwork`; the module is moved to the device.
+
+    Raises
+    ------
+    NetworkError, InputError
+        In one sentence, with the next step.
+    """
+    if isinstance(autocast, str):
+        if autocast not in _AUTOCAST:
+            raise InputError(f"autocast = {autocast!r} is unknown; use 'bf16', 'fp16' or 'off'")
+        autocast = _AUTOCAST[autocast]
+    if not isinstance(network, str):
+        raise InputError(
+            f"network is a {type(network).__name__}; expected {_FORMS}, or "
+            "EmbeddingNetwork(module, layer) for a module that is there already"
+        )
+    for what, file in (("weights", weights), ("head", head)):
+        if not isinstance(file, str | Path | None):
+            raise InputError(f"{what} is a {type(file).__name__}; expected the path of a file")
+    source, _, name = network.partition(":")
+    if not name:
+        raise _no_network(network)
+    sides = None
+    if size is not None:
+        sides = check_sides("size", (size, size) if isinstance(size, int) else size)
+    if source == "torchvision":
+        loaded = _from_torchvision(name, weights, head, sides, seed)
+    elif source == "timm":
+        loaded = _from_timm(name, weights, head, sides, seed)
+    else:
+        product = _call_factory(source, name)
+        if isinstance(product, EmbeddingNetwork):
+            moved = None if device is None or torch.device(device) == product.device else device
+            return _as_made(
+                product, network, weights=weights, head=head, layer=layer, size=size, resize=resize,
+                output=output, layout=None if layout == "auto" else layout, grid=grid,
+                prefix_tokens=prefix_tokens, preprocess=preprocess, autocast=autocast,
+                normalize=None if normalize else False, channels_last=channels_last or None,
+                device=moved,
+            )  # fmt: skip
+        loaded = _from_factory(product, network, weights, head, output)
+    if loaded.trunk is not None and layer in (None, PARTS_LAYER):
+        layer = PARTS_LAYER
+    elif layer is not None and layer != loaded.layer:
+        loaded.head = loaded.trunk = None
+    layer = layer or loaded.layer
+    if layer is None:
+        raise NetworkError(
+            f"no default layer is known for {network}; give one with --layer (layer=)"
+            f"{_last_layers(loaded, sides)}"
+        )
+    module = loaded.module.eval()
+    if device is not None:
+        module = module.to(device)
+    if channels_last:
+        module = module.to(memory_format=torch.channels_last)
+    transform = from_transform(preprocess) if preprocess is not None else loaded.preprocess
+    result = EmbeddingNetwork(
+        module,
+        layer,
+        head=loaded.head,
+        trunk=loaded.trunk,
+        normalize=normalize,
+        output=None if isinstance(module, _WithHead) else output,
+        layout=layout,
+        grid=grid,
+        prefix_tokens=loaded.prefix_tokens if prefix_tokens is None else prefix_tokens,
+        preprocess=_resized(transform, sides, resize),
+        device=device,
+        autocast=autocast,
+        channels_last=channels_last,
+        name=network,
+    )
+    result.spec = {
+        "network": network,
+        "weights": None if weights is None else str(weights),
+        "head": None if head is None else str(head),
+        "layer": result.layer,
+        "normalize": normalize,
+        "size": None if sides is None else list(sides),
+        "resize": resize,
+        "output": output,
+        "layout": layout,
+        "grid": None if grid is None else list(grid),
+        "prefix_tokens": prefix_tokens,
+        "autocast": next((k for k, kind in _AUTOCAST.items() if kind and kind == autocast), None),
+        "channels_last": channels_last,
+        "seed": seed,
+    }
+    return result
+
+
+def _no_network(network: str) -> NetworkError:
+    from torchvision import models
+
+    package, _, function = network.rpartition(".")
+    if package and find_spec(package.partition(".")[0]) is not None:
+        return NetworkError(
+            f"{network!r} is not a network; write {package}:{function}, with a colon before "
+            "the function"
+        )
+    known = [f"torchvision:{name}" for name in models.list_models(module=models)]
+    near = near_misses(f"torchvision:{network}", known, 2)
+    return NetworkError(f"{network!r} is not a network; give {_FORMS}{near}")
+
+
+def _resized(
+    preprocess: AnyPreprocess | None, sides: Sides, resize: Literal["crop", "squash"] | None
+) -> AnyPreprocess | None:
+    """Return a preprocessing at another size, the share that a crop cuts off kept."""
+    if sides is None and resize is None:
+        return preprocess
+    if not isinstance(preprocess, Preprocess):
+        raise InputError(
+            "size and resize change the network's own preprocessing, and it has none that is "
+            "known; leave them out and give preprocess=, or let the function that makes it return "
+            "(module, Preprocess.imagenet(224))"
+        )
+    size, mode = sides or preprocess.size, resize or preprocess.resize
+    if mode == "squash":
+        return replace(preprocess, size=size, resize=mode, resize_to=None)
+    shorter = preprocess.resize_to
+    share = 256 / 224 if shorter is None else shorter / min(preprocess.size)
+    return replace(preprocess, size=size, resize=mode, resize_to=round(min(size) * share))
+
+
+def _built(build: Callable[[], nn.Module], seed: int, network: str) -> Any:
+    """Return a module with random weights of its own seed; no generator of the caller's moves."""
+    advice = "choose another size, or another network"
+    with user_code(f"making {network}", advice=advice), torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed, which would also seed accelerators.
+        torch.default_generator.manual_seed(seed)
+        return build()
+
+
+def _fetched(build: Callable[[], nn.Module], network: str) -> Any:
+    try:
+        return build()
+    # Offline, a library may raise anything from URLError to its own kinds.
+    except Exception as error:
+        message = str(error).strip().partition("\n")[0][:120]
+        raise NetworkError(
+            f"the pretrained weights of {network} could not be fetched "
+            f"({type(error).__name__}: {message}); give a file with --weights FILE, or random ones "
+            "with --weights random"
+        ) from error
+
+
+def _load_weights(module: nn.Module, weights: PathLike, dropped: list[str]) -> None:
+    if weights is not None and weights != "random":
+        load_state(module, read_state(weights), dropped, f"weights {weights}")
+
+
+# torchvision: which layer explains a family's networks, and where their classifier is
+
+
+def _last_relu(module: nn.Module) -> str:
+    """Return the last convolution's ReLU, before the max pooling halves its grid (VGG, AlexNet)."""
+    named = [name for name, part in module.named_modules() if isinstance(part, nn.ReLU)]
+    return [name for name in named if name.startswith("features.")][-1]
+
+
+def _last_norm_before_attention(module: nn.Module) -> str:
+    """Return a ViT's: after its last attention only the class token reaches the embedding."""
+    return [name for name, _ in module.named_modules() if name.endswith(".ln_1")][-1]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of torchvision's networks.
+
+    layer: dotted name of the layer to explain, or a function finding it.
+    classifier: dotted name of the last linear layer (SqueezeNet: of the whole classifier).
+    head: whether pooling and the rest of the classifier follow `layer` as
+        `classifier(avgpool(activations))` with something non-affine in between.
+    """
+
+    layer: str | Callable[[nn.Module], str]
+    classifier: str
+    head: bool = False
+
+    def default_layer(self, module: nn.Module) -> str:
+        """Return the dotted name of the layer to explain."""
+        return self.layer if isinstance(self.layer, str) else self.layer(module)
+
+
+FAMILIES: dict[str, Family] = {
+    r"(wide_)?resnet|resnext": Family("layer4", "fc"),
+    r"mobilenet_v2": Family("features", "classifier.1"),
+    r"mobilenet_v3": Family("features", "classifier.3", head=True),
+    r"efficientnet": Family("features", "classifier.1"),
+    r"convnext": Family("features", "classifier.2", head=True),
+    r"densenet": Family("features", "classifier"),
+    r"vgg": Family(_last_relu, "classifier.6"),
+    r"alexnet": Family(_last_relu, "classifier.6"),
+    r"squeezenet": Family("features", "classifier"),
+    r"swin": Family("permute", "head"),
+    r"vit_": Family(_last_norm_before_attention, "heads.head"),
+    r"regnet": Family("trunk_output", "fc"),
+    r"shufflenet": Family("conv5", "fc"),
+    r"mnasnet": Family("layers", "classifier.1"),
+}
+
+
+def family_of(name: str) -> Family:
+    """Return the family of a torchvision model."""
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise NetworkError(f"torchvision has no model {name!r}{near_misses(name, known)}")
+    for pattern, family in FAMILIES.items():
+        if re.match(pattern, name):
+            return family
+    raise NetworkError(
+        f"embedcam does not know where the embedding of torchvision:{name} is; wrap it in a "
+        "function of your own and give it as package.module:factory with --layer"
+    )
+
+
+def _from_torchvision(
+    name: str, weights: PathLike, head: PathLike, sides: Sides, seed: int
+) -> Loaded:
+    from torchvision import models
+
+    family = family_of(name)
+    default = models.get_model_weights(name).DEFAULT
+    build, side = models.get_model, {}
+    if name.startswith("vit_"):
+        # A ViT's position embeddings belong to one input size.
+        if sides is not None and sides[0] != sides[1]:
+            raise InputError(f"size={sides} is not square, which torchvision:{name} needs")
+        side = {"image_size": sides[0] if sides else default.transforms().crop_size[0]}
+    module: Any = None
+    if weights is None:
+        module = _fetched(lambda: build(name, weights=default), f"torchvision:{name}")
+    if module is None or (side and side["image_size"] != module.image_size):
+        fetched, module = module, _built(lambda: build(name, weights=None, **side), seed, name)
+        if fetched is not None:
+            from torchvision.models.vision_transformer import interpolate_embeddings
+
+            state = fetched.state_dict()
+            state = interpolate_embeddings(side["image_size"], module.patch_size, state)
+            module.load_state_dict(state)
+    width = _cut_classifier(module, family)
+    _load_weights(module, weights, [f"{family.classifier}."])
+    if head is not None:
+        linear, end = read_affine(head, width), module.get_submodule(family.classifier)
+        if isinstance(end, nn.Sequential):
+            end.append(linear)
+        else:
+            _replace(module, family.classifier, linear)
+    # Not a closure: a copy of the network calls its own module's parts.
+    function = partial(_classified, module) if family.head else None
+    layer = family.default_layer(module)
+    return Loaded(module, layer, from_transform(default.transforms()), function)
+
+
+def _cut_classifier(module: nn.Module, family: Family) -> int:
+    """Replace the classifier's last linear layer by nothing: D, the width of the embedding."""
+    last = module.get_submodule(family.classifier)
+    if isinstance(last, nn.Linear):
+        _replace(module, family.classifier, nn.Identity())
+        return last.in_features
+    # SqueezeNet classifies by a convolution; its embedding is the global average of its features.
+    width = next(part.in_channels for part in last.modules() if isinstance(part, nn.Conv2d))
+    _replace(module, family.classifier, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    return width
+
+
+def _replace(module: nn.Module, name: str, part: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, part)
+
+
+def _classified(module: Any, activations: Tensor) -> Tensor:
+    pooled = module.avgpool(activations)
+    # ConvNeXt's classifier begins with a normalization over channels of `[B K 1 1]`.
+    if not isinstance(module.classifier[0], nn.Linear):
+        return module.classifier(pooled)
+    return module.classifier(torch.flatten(pooled, 1))
+
+
+# timm
+
+
+class _TimmNetwork(nn.Module):
+    """A timm model without classifier, as its own two halves, perhaps with an affine map."""
+
+    def __init__(self, module: nn.Module, head: nn.Linear | None) -> None:
+        super().__init__()
+        self.module: Any = module
+        self.embedding_head = nn.Identity() if head is None else head
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.trunk(images))
+
+    def trunk(self, images: Tensor) -> Tensor:
+        return self.module.forward_features(images)
+
+    def head(self, activations: Tensor) -> Tensor:
+        return self.embedding_head(self.module.forward_head(activations))
+
+
+def _from_timm(name: str, weights: PathLike, head: PathLike, sides: Sides, seed: int) -> Loaded:
+    """Load any timm model, explained at the end of its trunk, or before its last attention."""
+    try:
+        import timm
+        from timm.data import resolve_model_data_config
+    except ImportError as error:
+        raise NetworkError(
+            f"timm:{name} needs timm, which is not installed; run pip install 'embedcam[timm]'"
+        ) from error
+    if not timm.is_model(name):
+        raise NetworkError(f"timm has no model {name!r}{near_misses(name, timm.list_models())}")
+
+    def build() -> nn.Module:
+        settings: dict[str, Any] = {"pretrained": weights is None, "num_classes": 0}
+        if sides is not None:
+            try:
+                return timm.create_model(name, img_size=sides, **settings)
+            except TypeError:  # a network that takes any size has no such argument
+                pass
+        return timm.create_model(name, **settings)
+
+    fetch = weights is None
+    module = _fetched(build, f"timm:{name}") if fetch else _built(build, seed, name)
+    classifier = module.pretrained_cfg.get("classifier") or ()
+    names = [classifier] if isinstance(classifier, str) else list(classifier)
+    _load_weights(module, weights, [f"{name}." for name in names])
+    affine = None if head is None else read_affine(head, module.head_hidden_size)
+    whole, preprocess = (
+        _TimmNetwork(module, affine),
+        _timm_preprocess(resolve_model_data_config(module)),
+    )
+    prefix = getattr(module, "num_prefix_tokens", None)
+    blocks = getattr(module, "blocks", None)
+    late = [getattr(module, part, None) for part in ("cls_attn_blocks", "blocks_token_only")]
+    if blocks is not None and late != [None, None]:
+        # CaiT and XCiT: the class token comes after the blocks, and reads the patches there.
+        return Loaded(whole, f"blocks.{len(blocks) - 1}", preprocess, prefix_tokens=0)
+    by_token = prefix and getattr(module, "global_pool", "") == "token"
+    if by_token and blocks is not None and getattr(blocks[-1], "norm1", None) is not None:
+        # Only the class token is read: after the last attention the patches count no more.
+        layer = f"blocks.{len(blocks) - 1}.norm1"
+        return Loaded(whole, layer, preprocess, prefix_tokens=prefix)
+    return Loaded(whole, PARTS_LAYER, preprocess, whole.head, whole.trunk, prefix_tokens=prefix)
+
+
+def _timm_preprocess(config: dict[str, Any]) -> Preprocess:
+    _, height, width = config["input_size"]
+    crop = config.get("crop_mode", "center") == "center"
+    return Preprocess(
+        size=(height, width),
+        resize="crop" if crop else "squash",
+        resize_to=int(min(height, width) / config["crop_pct"]) if crop else None,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+    )
+
+
+# A function of the user's
 
 
 class _WithHead(nn.Module):
@@ -39,193 +467,10 @@ class _WithHead(nn.Module):
         return self.embedding_head(choose_embedding(self.module(images), self.output, None))
 
 
-_AUTOCAST_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-def _autocast(name: str) -> torch.dtype | None:
-    known = {"off": None, **{short: dtype for dtype, short in _AUTOCAST_NAMES.items()}}
-    if name not in known:
-        raise InputError(f"autocast = {name!r} is unknown; use 'bf16', 'fp16' or 'off'")
-    return known[name]
-
-
-def load_network(
-    network: str,
-    *,
-    weights: Weights = None,
-    head: str | Path | None = None,
-    layer: str | None = None,
-    normalize: bool = True,
-    size: Size = None,
-    resize: Literal["crop", "squash"] | None = None,
-    output: str | int | None = None,
-    layout: LayoutName = "auto",
-    grid: tuple[int, int] | None = None,
-    prefix_tokens: int | None = None,
-    preprocess: Any = None,
-    device: str | torch.device | None = None,
-    autocast: torch.dtype | str | None = None,
-    channels_last: bool = False,
-    seed: int = 0,
-) -> EmbeddingNetwork:
-    """A network by name; its embedding is the input of its classifier.
-
-    Args:
-        network: "torchvision:NAME", "timm:NAME", or "package.module:factory", a function without
-            arguments that returns a module, (module, preprocess), or an `EmbeddingNetwork`.
-        weights: None for the library's pretrained ones (a factory: as it made them), a file
-            (.safetensors, or a PyTorch checkpoint that loads with `weights_only=True`), or
-            "random".
-        head: a `.safetensors` file with `weight [D K']` and perhaps `bias [D]`, an affine map to
-            put after the embedding.
-        layer: dotted name of the layer to explain; known for torchvision's common families and
-            timm's.
-        normalize: L2-normalise the embedding.
-        size: of the network's input, H = W or (H, W); default as it was trained.
-        resize: "crop" or "squash", how pictures are brought to that size; default as trained.
-        output, layout, grid, prefix_tokens, channels_last: as of `EmbeddingNetwork`.
-        autocast: as of `EmbeddingNetwork`, or by name: "bf16", "fp16", "off".
-        preprocess: instead of the network's own: a `Preprocess` or any transform.
-        device: where to put it.
-        seed: of random weights.
-
-    Returns:
-        The network in eval mode; its `spec` are the arguments that load it again.
-
-    Raises:
-        NetworkError, InputError: in one sentence, with the next step.
-    """
-    if isinstance(autocast, str):
-        autocast = _autocast(autocast)
-    if not isinstance(network, str):
-        raise InputError(
-            f"network is a {type(network).__name__}; expected {_FORMS}, or "
-            "EmbeddingNetwork(module, layer) for a module that is there already"
-        )
-    for what, file in (("weights", weights), ("head", head)):
-        if not isinstance(file, str | Path | None):
-            raise InputError(f"{what} is a {type(file).__name__}; expected the path of a file")
-    source, _, name = network.partition(":")
-    if not name:
-        from torchvision import models
-
-        package, _, function = network.rpartition(".")
-        if package and find_spec(package.partition(".")[0]) is not None:
-            raise NetworkError(
-                f"{network!r} is not a network; write {package}:{function}, with a colon before "
-                "the function"
-            )
-        known = [f"torchvision:{known}" for known in models.list_models(module=models)]
-        raise NetworkError(
-            f"{network!r} is not a network; give {_FORMS}"
-            f"{near_misses(f'torchvision:{network}', known, 2)}"
-        )
-    sides = _sides(size)
-    if source == "torchvision":
-        loaded = from_torchvision(name, weights, head, sides, seed)
-    elif source == "timm":
-        loaded = from_timm(name, weights, head, sides, seed)
-    else:
-        made = _call_factory(source, name)
-        if isinstance(made, EmbeddingNetwork):
-            moved = None if device is None or torch.device(device) == made.device else device
-            return _as_made(
-                made, network, weights=weights, head=head, layer=layer, size=size, resize=resize,
-                output=output, layout=None if layout == "auto" else layout, grid=grid,
-                prefix_tokens=prefix_tokens, preprocess=preprocess, autocast=autocast,
-                normalize=None if normalize else False, channels_last=channels_last or None,
-                device=moved,
-            )  # fmt: skip
-        loaded = _from_factory(made, network, weights, head, output)
-    if loaded.trunk is not None and layer in (None, PARTS_LAYER):
-        layer = PARTS_LAYER
-    elif layer is not None and layer != loaded.layer:
-        loaded.head = loaded.trunk = None
-    if layer is None and loaded.layer is None:
-        raise NetworkError(
-            f"no default layer is known for {network}; give one with --layer (layer=)"
-            f"{_last_layers(loaded, sides)}"
-        )
-    module = loaded.module.eval()
-    if device is not None:
-        module = module.to(device)
-    if channels_last:
-        module = module.to(memory_format=torch.channels_last)
-    own = from_transform(preprocess) if preprocess is not None else loaded.preprocess
-    made_network = EmbeddingNetwork(
-        module,
-        layer or loaded.layer or "",
-        head=loaded.head,
-        trunk=loaded.trunk,
-        normalize=normalize,
-        output=None if isinstance(module, _WithHead) else output,
-        layout=layout,
-        grid=grid,
-        prefix_tokens=loaded.prefix_tokens if prefix_tokens is None else prefix_tokens,
-        preprocess=_resized(own, sides, resize),
-        device=device,
-        autocast=autocast,
-        channels_last=channels_last,
-        name=network,
-    )
-    made_network.spec = {
-        "network": network,
-        "weights": None if weights is None else str(weights),
-        "head": None if head is None else str(head),
-        "layer": made_network.layer,
-        "normalize": normalize,
-        "size": None if sides is None else list(sides),
-        "resize": resize,
-        "output": output,
-        "layout": layout,
-        "grid": None if grid is None else list(grid),
-        "prefix_tokens": prefix_tokens,
-        "autocast": None if autocast is None else _AUTOCAST_NAMES[autocast],
-        "channels_last": channels_last,
-        "seed": seed,
-    }
-    return made_network
-
-
-def _sides(size: Any) -> tuple[int, int] | None:
-    """(H, W) of a size given as one number, a pair, or not at all."""
-    if size is None:
-        return None
-    sides = (size, size) if isinstance(size, int) else size
-    if not is_pair(sides):
-        raise InputError(f"size={size!r} is not a size; give one number of pixels, or (H, W)")
-    return sides[0], sides[1]
-
-
-def _resized(
-    preprocess: Preprocess | CustomPreprocess | None,
-    size: tuple[int, int] | None,
-    resize: Literal["crop", "squash"] | None,
-) -> Preprocess | CustomPreprocess | None:
-    """The network's preprocessing at another size, the share that a crop cuts off kept."""
-    if size is None and resize is None:
-        return preprocess
-    if not isinstance(preprocess, Preprocess):
-        raise InputError(
-            "size and resize change the network's own preprocessing, and it has none that is "
-            "known; leave them out and give preprocess=, or let the function that makes it return "
-            "(module, Preprocess.imagenet(224))"
-        )
-    old, size = preprocess, (size[0], size[1]) if size is not None else preprocess.size
-    mode = resize or old.resize
-    if mode == "squash":
-        return replace(old, size=size, resize=mode, resize_to=None)
-    share = old.resize_to / min(old.size) if old.resize_to is not None else 256 / 224
-    return replace(old, size=size, resize=mode, resize_to=round(min(size) * share))
-
-
-# -------------------------------------------------------------------- a function of the user's
-
-
 def _call_factory(source: str, name: str) -> Any:
-    with own_failures(f"importing {source}", advice="import it by itself to see the whole of it"):
+    with user_code(f"importing {source}", advice="import it by itself to see the whole of it"):
         try:
-            found: Any = importlib.import_module(source)
+            target: Any = importlib.import_module(source)
         except ModuleNotFoundError as error:
             if not f"{source}.".startswith(f"{error.name}."):
                 raise  # it is there, and something that it imports is not
@@ -234,52 +479,52 @@ def _call_factory(source: str, name: str) -> Any:
                 f"installed or on PYTHONPATH{near_misses(source, ['torchvision', 'timm'], 1)}"
             ) from error
     for part in name.split("."):
-        if not hasattr(found, part):
-            public = [known for known in dir(found) if not known.startswith("_")]
-            raise NetworkError(f"{source} has no {name!r}{near_misses(name, public)}")
-        found = getattr(found, part)
-    if not callable(found):
-        raise NetworkError(f"{source}:{name} is a {type(found).__name__}; expected a function")
-    with own_failures(f"{source}:{name}", advice="call it by itself to see the whole of it"):
-        return found()
+        public = [known for known in dir(target) if not known.startswith("_")]
+        try:
+            target = getattr(target, part)
+        except AttributeError:
+            raise NetworkError(f"{source} has no {name!r}{near_misses(name, public)}") from None
+    if not callable(target):
+        raise NetworkError(f"{source}:{name} is a {type(target).__name__}; expected a function")
+    with user_code(f"{source}:{name}", advice="call it by itself to see the whole of it"):
+        return target()
 
 
-def _as_made(made: EmbeddingNetwork, network: str, **given: Any) -> EmbeddingNetwork:
-    """A factory's own `EmbeddingNetwork`, which settles everything by itself."""
-    settled = sorted(key for key, value in given.items() if value is not None)
+def _as_made(product: EmbeddingNetwork, network: str, **settings: Any) -> EmbeddingNetwork:
+    """Return a factory's own `EmbeddingNetwork`, which settles everything by itself."""
+    settled = sorted(key for key, value in settings.items() if value is not None)
     if settled:
         raise InputError(
             f"{network} returns an EmbeddingNetwork, which settles {', '.join(settled)} itself; "
             "set it there, or return the module"
         )
-    made.spec = {"network": network}
-    return made
+    product.spec = {"network": network}
+    return product
 
 
 def _from_factory(
-    made: Any, network: str, weights: Weights, head: str | Path | None, output: str | int | None
+    product: Any, network: str, weights: PathLike, head: PathLike, output: str | int | None
 ) -> Loaded:
-    module, preprocess = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    pair = isinstance(product, tuple) and len(product) == 2
+    module, preprocess = product if pair else (product, None)
     if not isinstance(module, nn.Module):
         raise NetworkError(
-            f"{network} returned {type(made).__name__}; expected a torch.nn.Module, (module, "
+            f"{network} returned {type(product).__name__}; expected a torch.nn.Module, (module, "
             "preprocess) or an EmbeddingNetwork"
         )
-    if weights not in (None, "random"):
-        assert weights is not None
-        load_state(module, read_state(weights), [], f"weights {weights}")
-    own = None if preprocess is None else from_transform(preprocess)
+    _load_weights(module, weights, [])
+    transform = None if preprocess is None else from_transform(preprocess)
     if head is not None:
         module = _WithHead(module, read_affine(head, None), output)
-    return Loaded(module, None, own)
+    return Loaded(module, None, transform)
 
 
-def _last_layers(loaded: Loaded, size: tuple[int, int] | None) -> str:
-    """The last layers that return maps of several positions, or the last of all if none is met."""
+def _last_layers(loaded: Loaded, sides: Sides) -> str:
+    """Return the last layers with maps of several positions, or the last of all, in words."""
     module = loaded.module.eval()
-    channels = input_channels(module)
-    picture = torch.from_numpy(probe_inputs(1, loaded.preprocess, size or (224, 224), channels))
+    size = sides or DEFAULT_INPUT_SIZE
+    picture = probe_inputs(1, loaded.preprocess, size, input_channels(module))
     with no_gradients():
-        names = with_positions(module, picture.to(module_device(module)))
+        names = with_positions(module, torch.from_numpy(picture).to(module_device(module)))
     names = (names or [name for name, _ in module.named_modules() if name])[-4:]
     return f", for instance {names[-1]!r}, the last of {', '.join(names)}" if names else ""

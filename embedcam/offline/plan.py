@@ -19,7 +19,7 @@ from ..images import Batch, ImageSource, embed, load_batches
 from ..index import Index, check_factory
 from ..index.encoding import Encoding, LowRank, TopM
 from ..index.identity import Identity
-from ..methods import Subject, found_for
+from ..methods import Subject, run_method
 from ..methods.masks import fill_like
 from ..network import EmbeddingNetwork
 from ..recipe.recipe import Recipe, RecipeWarning
@@ -238,7 +238,7 @@ def check_method(recipe: Recipe, network: EmbeddingNetwork) -> None:
     width = network.forward(inputs).embedding.shape[1] if runs else 1
     kind = Subject if runs else _Rehearsal
     with kind(network, inputs, Direction(np.zeros(width))) as subject, suppress(_FirstPass):
-        found_for(subject, recipe.entry, **options)
+        run_method(subject, recipe.entry, **options)
 
 
 class _FirstPass(Exception):  # noqa: N818 - an event, caught above

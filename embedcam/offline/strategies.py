@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..index import quantize_coarse
 from ..index.encoding import Encoding, LowRank
-from ..methods import Subject, found_for, inputs_a_pass, weights_for
+from ..methods import Subject, run_method, inputs_a_pass, weights_for
 from ..methods.weights import PooledHead, weights_from_head, weights_from_pooled
 from ..network import EmbeddingNetwork
 from ..ops import area_average, cam
@@ -252,7 +252,7 @@ class SeveralLayers(ZooMethod):
         names = [name for name, _ in self.layers]
         with self._subject(images, cotangents) as subject:
             options = self.recipe.method_options
-            result = found_for(subject, self.recipe.entry, layers=names, **options)
+            result = run_method(subject, self.recipe.entry, layers=names, **options)
         if result.layers is None or result.maps is None:
             raise TypeError(f"{self.recipe.entry.title} has no weights of several layers")
         weights = {

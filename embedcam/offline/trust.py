@@ -23,7 +23,7 @@ from ..index.encoding import Encoding, LowRank
 from ..index.files import ArrayLike
 from ..index.neighbors import draw_negatives
 from ..index.search import nearest
-from ..methods.fallback import DirectWeights
+from ..methods import DirectWeights
 from ..network import EmbeddingNetwork
 from ..ops import coefficients, drawn_and_signed, signed_cams
 from ..recipe.recipe import Recipe

@@ -42,7 +42,7 @@ class Head:
     bias: np.ndarray | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return it ready for JSON."""
         bias = None
         if self.bias is not None:
             raw = np.ascontiguousarray(self.bias, "<f4").tobytes()
@@ -51,11 +51,7 @@ class Head:
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """What `to_dict` described.
-
-        Raises:
-            ValueError: anything else.
-        """
+        """Return what `to_dict` described; a ValueError for anything else."""
         if not isinstance(values, dict) or values.get("kind") not in HEAD_KINDS:
             raise ValueError(f"the head is none of {', '.join(HEAD_KINDS)}")
         kind, text = values["kind"], values.get("bias")
@@ -88,7 +84,7 @@ class Described:
     head: Head
 
     def to_props(self) -> dict[str, str]:
-        """Texts for `metadata_props`."""
+        """Return texts for `metadata_props`."""
         values = {
             "network": json.dumps(self.network, sort_keys=True, allow_nan=False),
             "layers": json.dumps(list(self.layers)),
@@ -98,21 +94,20 @@ class Described:
 
     @classmethod
     def from_props(cls, props: Mapping[str, str], path: object) -> Self | None:
-        """What `to_props` wrote; None where none of it is there: another program's file.
+        """Return what `to_props` wrote; None where none of it is there: another program's file.
 
-        Raises:
-            NetworkError: some of it is there and cannot be believed.
+        Raises `NetworkError` where some of it is there and cannot be believed.
         """
-        found = {key: props[PREFIX + key] for key in _KEYS if PREFIX + key in props}
-        if not found:
+        texts = {key: props[PREFIX + key] for key in _KEYS if PREFIX + key in props}
+        if not texts:
             return None
         try:
-            missing = [key for key in _KEYS if key not in found]
+            missing = [key for key in _KEYS if key not in texts]
             if missing:
                 raise ValueError(f"{PREFIX}{missing[0]} is missing")
-            if sum(map(len, found.values())) > _MAX_CHARACTERS:
+            if sum(map(len, texts.values())) > _MAX_CHARACTERS:
                 raise ValueError(f"it has more than {_MAX_CHARACTERS:,} characters")
-            network, layers = json.loads(found["network"]), json.loads(found["layers"])
+            network, layers = json.loads(texts["network"]), json.loads(texts["layers"])
             if not isinstance(network, dict):
                 raise ValueError("the network is no object")
             # One number stands for the probe, which is the file's to compute.
@@ -122,11 +117,11 @@ class Described:
                 raise ValueError("the layers are no list of names")
             if layers[0] != network["layer"] or not all(isinstance(name, str) for name in layers):
                 raise ValueError(f"the layers {layers} do not begin with {network['layer']!r}")
-            head = Head.from_dict(json.loads(found["head"]))
+            head = Head.from_dict(json.loads(texts["head"]))
         except (ValueError, RecursionError, IndexFormatError) as error:
             said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise NetworkError(
                 f"{path}: what it says of its network cannot be believed ({said}); write it again "
                 "with `embedcam export`"
             ) from error
-        return cls(found["version"], network, tuple(layers), head)
+        return cls(texts["version"], network, tuple(layers), head)

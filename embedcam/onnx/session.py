@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .._checks import whole
 from ..errors import InputError, NetworkError
-from .external import refuse_external
 
 PROVIDERS = ("CPUExecutionProvider",)
 MAX_BYTES = (1 << 31) - 1
@@ -26,16 +27,8 @@ class Session:
     """One file, its one input and its outputs. Concurrent runs are safe.
 
     A child made by fork has none of ONNX Runtime's threads: it opens the file again on its first
-    run, on one thread.
-
-    Args:
-        path: of the file.
-        threads: that one run computes on; None leaves it to ONNX Runtime, which takes every core.
-        providers: of ONNX Runtime, the preferred one first.
-
-    Raises:
-        InputError: threads or providers that there are not.
-        NetworkError: onnxruntime is not installed, or the file is no network it can run.
+    run, on one thread. `threads` are those that one run computes on; None leaves it to ONNX
+    Runtime, which takes every core.
     """
 
     def __init__(
@@ -45,12 +38,19 @@ class Session:
         providers: Sequence[str] = PROVIDERS,
     ) -> None:
         self.path = Path(path)
-        self.threads = _checked_threads(threads)
-        self.providers = _checked_providers(providers)
+        self.threads = None if threads is None else whole("threads", threads, 1, 1024)
+        known = _onnxruntime().get_available_providers()
+        if isinstance(providers, str) or not providers or not set(providers) <= set(known):
+            raise InputError(
+                f"providers = {providers!r}; give a list of those this onnxruntime has: "
+                f"{', '.join(known)}"
+            )
+        self.providers = tuple(providers)
         self._stamp = _stamp(self.path)
         refuse_external(self.path)
         self._session = self._open(self.threads)
-        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._pid = self._lock_pid = os.getpid()
+        self._lock = threading.Lock()
         self.props: Mapping[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
@@ -67,15 +67,9 @@ class Session:
     def run(
         self, names: Sequence[str], images: np.ndarray, seconds: float | None = None
     ) -> list[np.ndarray]:
-        """Those outputs of a batch float32 `[B C H W]`, as float32.
+        """Return those outputs of a batch float32 `[B C H W]`, as float32.
 
-        Args:
-            names: of the outputs.
-            images: the batch.
-            seconds: after which the run is stopped, between two operations; None: never.
-
-        Raises:
-            NetworkError: ONNX Runtime fails or is stopped, or an output is no array of numbers.
+        After so many seconds the run is stopped, between two operations; None: never.
         """
         session = self._session if os.getpid() == self._pid else self._opened_again()
         options, stopped = _onnxruntime().RunOptions(), threading.Event()
@@ -84,12 +78,12 @@ class Session:
             stopped.set()
             options.terminate = True
 
-        timer = None if seconds is None else threading.Timer(seconds, stop)
-        if timer is not None:
-            timer.daemon = True
+        timer = threading.Timer(seconds or 0, stop)
+        timer.daemon = True
+        if seconds is not None:
             timer.start()
         try:
-            found = session.run(list(names), {self.input: images}, options)
+            arrays = session.run(list(names), {self.input: images}, options)
         except MemoryError:
             raise
         except Exception as error:
@@ -101,20 +95,22 @@ class Session:
                 ) from error
             raise NetworkError(
                 f"{self.path}: ONNX Runtime cannot run it on images {list(images.shape)} "
-                f"({_said(error)}); {_AGAIN}"
+                f"({_message(error)}); {_AGAIN}"
             ) from error
         finally:
-            if timer is not None:
-                timer.cancel()
-        for name, values in zip(names, found, strict=True):
+            timer.cancel()
+        for name, values in zip(names, arrays, strict=True):
             if not isinstance(values, np.ndarray) or values.dtype.kind != "f":
                 kind = getattr(values, "dtype", type(values).__name__)
                 raise NetworkError(f"{self.path}: output {name!r} is {kind}; expected floats")
-        return [values.astype(np.float32, copy=False) for values in found]
+        return [values.astype(np.float32, copy=False) for values in arrays]
 
     def _opened_again(self) -> Any:
-        """In a forked child, where the parent's session would wait for ever."""
-        with self._lock_of_child():
+        """Return a session in a forked child, where the parent's would wait for ever."""
+        # Another of the parent's threads may have held its lock at the fork.
+        if self._lock_pid != os.getpid():
+            self._lock, self._lock_pid = threading.Lock(), os.getpid()
+        with self._lock:
             if os.getpid() != self._pid:
                 if _stamp(self.path) != self._stamp:
                     raise NetworkError(
@@ -123,12 +119,6 @@ class Session:
                     )
                 self._session, self._pid = self._open(1), os.getpid()
             return self._session
-
-    def _lock_of_child(self) -> threading.Lock:
-        # Another of the parent's threads may have held its lock at the fork.
-        if getattr(self, "_lock_pid", None) != os.getpid():
-            self._lock, self._lock_pid = threading.Lock(), os.getpid()
-        return self._lock
 
     def _open(self, threads: int | None) -> Any:
         onnxruntime = _onnxruntime()
@@ -143,7 +133,7 @@ class Session:
             )
         except Exception as error:
             raise NetworkError(
-                f"{self.path}: ONNX Runtime cannot read it ({_said(error)}); {_AGAIN}"
+                f"{self.path}: ONNX Runtime cannot read it ({_message(error)}); {_AGAIN}"
             ) from error
 
 
@@ -159,9 +149,9 @@ def _onnxruntime() -> Any:
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
-    """What changes when the file does; refuses what is no file of a size that can be."""
+    """Return what changes when the file does; refuse what is no file of a size that can be."""
     try:
-        found = os.stat(path)
+        state = os.stat(path)
     except OSError as error:
         raise NetworkError(
             f"{path}: there is no such ONNX file ({error.strerror}); write it with "
@@ -169,35 +159,99 @@ def _stamp(path: Path) -> tuple[int, int, int]:
         ) from error
     except ValueError as error:
         raise InputError(f"{str(path)!r} is not a path ({error})") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(state.st_mode):
         raise NetworkError(f"{path}: is not a regular file; give an ONNX file")
-    if not 0 < found.st_size <= MAX_BYTES:
+    if not 0 < state.st_size <= MAX_BYTES:
         raise NetworkError(
-            f"{path}: has {found.st_size:,} bytes; an ONNX file in one piece has 1 to {MAX_BYTES:,}"
+            f"{path}: has {state.st_size:,} bytes; an ONNX file in one piece has 1 to {MAX_BYTES:,}"
         )
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
-def _checked_threads(threads: Any) -> int | None:
-    whole = isinstance(threads, int) and not isinstance(threads, bool)
-    if threads is not None and not (whole and 1 <= threads <= 1024):
-        raise InputError(f"threads = {threads!r}; give a whole number from 1, or None")
-    return None if threads is None else int(threads)
-
-
-def _checked_providers(providers: Any) -> tuple[str, ...]:
-    known = _onnxruntime().get_available_providers()
-    given = None if isinstance(providers, str) else tuple(providers)
-    if not given or not set(given) <= set(known):
-        raise InputError(
-            f"providers = {providers!r}; give a list of those this onnxruntime has: "
-            f"{', '.join(known)}"
-        )
-    return given
-
-
-def _said(error: Exception) -> str:
-    """ONNX Runtime's message without its number, on one line, no longer than one reads."""
+def _message(error: Exception) -> str:
+    """Return ONNX Runtime's message without its number, on one line, no longer than one reads."""
     text = " ".join(str(error).split())
-    parts = text.split(" : ", 3)
-    return (parts[-1] if text.startswith("[ONNXRuntimeError]") else text)[:300]
+    return (text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text)[:300]
+
+
+# Numbers in other files: found before ONNX Runtime would open them. The file is read as protobuf is
+# written, by field numbers alone; only messages in which a tensor can stand are entered.
+
+# Of each message, the fields that hold a message in which a tensor can stand (onnx.proto).
+_FIELDS = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {},
+}
+_EXTERNAL_DATA, _DATA_LOCATION = 13, 14
+_DEEPEST = 200
+
+
+def refuse_external(path: Path) -> None:
+    """Refuse a file that names others, which may be any file of this machine."""
+    try:
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            external = _is_external(data, 0, len(data), "model", 0)
+    except OSError as error:
+        raise NetworkError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise NetworkError(f"{path}: ONNX Runtime cannot read it ({error}); {_AGAIN}") from error
+    if external:
+        raise NetworkError(
+            f"{path}: keeps numbers in other files, which are not opened; write it in one piece, "
+            "with `embedcam export` or onnx.save(model, path, save_as_external_data=False)"
+        )
+
+
+def _is_external(data: mmap.mmap, start: int, stop: int, kind: str, depth: int) -> bool:
+    if depth > _DEEPEST:
+        raise ValueError("it is nested too deeply")
+    inner = _FIELDS[kind]
+    for field, first, last in _fields(data, start, stop):
+        if kind == "tensor" and field in (_EXTERNAL_DATA, _DATA_LOCATION):
+            # A location of 0 is the file itself.
+            if field == _EXTERNAL_DATA or data[first:last].strip(b"\x80") != b"\x00":
+                return True
+        elif field in inner and _is_external(data, first, last, inner[field], depth + 1):
+            return True
+    return False
+
+
+def _fields(data: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (number, first byte, last byte + 1) of each field of a message."""
+    at = start
+    while at < stop:
+        key, at = _varint(data, at, stop)
+        wire = key & 7
+        if wire == 0:
+            first, (_, at) = at, _varint(data, at, stop)
+        elif wire == 2:
+            size, first = _varint(data, at, stop)
+            at = first + size
+        elif wire in (1, 5):
+            first, at = at, at + (8 if wire == 1 else 4)
+        else:
+            raise ValueError("it is no protobuf")
+        if at > stop:
+            raise ValueError("it is cut short")
+        yield key >> 3, first, at
+
+
+def _varint(data: mmap.mmap, at: int, stop: int) -> tuple[int, int]:
+    value = 0
+    for place in range(10):
+        if at + place >= stop:
+            break
+        byte = data[at + place]
+        value |= (byte & 0x7F) << (7 * place)
+        if byte < 0x80:
+            return value, at + place + 1
+    raise ValueError("it is no protobuf")

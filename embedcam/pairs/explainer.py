@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._checks import check_outputs, stacked
+from .._checks import as_array, check_outputs, stacked
 from ..errors import EmbeddingError, ImageError, InputError
-from ..explain.opened import query_name
-from .heads import matrix_of
+from ..explain.queries import query_name
 from .receipt import Comparison, Receipt, Shown, make_comparison, make_receipt
-from .sides import DifferentiatedSide, PooledSide, Side, as_array
+from .sides import DifferentiatedSide, PooledSide, Side, matrix_of
 
 if TYPE_CHECKING:
     from ..explain.explainer import Explainer
@@ -34,11 +33,15 @@ class PairExplainer:
     is exact and needs neither a gradient nor torch; behind another head each picture is one head
     pass.
 
-    Args:
-        explainer: with its network; its index says where the results' pictures lie.
+    Parameters
+    ----------
+    explainer
+        With its network; its index says where the results' pictures lie.
 
-    Raises:
-        InputError: the explainer has no network, or one in an ONNX file whose head is not known.
+    Raises
+    ------
+    InputError
+        The explainer has no network, or one in an ONNX file whose head is not known.
     """
 
     def __init__(self, explainer: Explainer) -> None:
@@ -54,51 +57,61 @@ class PairExplainer:
             self.head(explainer.index)
 
     def receipt(self, query: Any, result: Any, *, centred: bool = True) -> Receipt:
-        """Why the query and one result match.
+        """Return why the query and one result match.
 
         Of an index of prototypes the result is the picture in the prototype's middle, and the
         similarity is that picture's.
 
-        Args:
-            query: a picture or the network's input, as `Explainer.explain` takes it.
-            result: id of an image of the index (a `str`), or a picture as the query.
-            centred: put what the average image of the index shares apart.
+        Parameters
+        ----------
+        query
+            A picture or the network's input, as `Explainer.explain` takes it.
+        result
+            Id of an image of the index (a `str`), or a picture as the query.
+        centred
+            Put what the average image of the index shares apart.
 
-        Raises:
-            ImageError: a picture that cannot be read, or is not the one that was indexed.
-            InputError: an unknown or removed id.
+        Raises
+        ------
+        ImageError
+            A picture that cannot be read, or is not the one that was indexed.
+        InputError
+            An unknown or removed id.
         """
         return self.receipts(query, [result], centred=centred)[0]
 
     def receipts(
         self, query: Any, results: Sequence[Any], *, centred: bool = True
     ) -> list[Receipt]:
-        """The receipts of one query with several results; arguments as for `receipt`."""
+        """Return the receipts of one query with several results; arguments as for `receipt`."""
         if isinstance(results, str | bytes | Path):
             raise InputError("expected a list of results, got one; use receipt()")
-        given = [self._given(query), *(self._given(result, True) for result in results)]
+        opened = [self._open(query), *(self._open(result, by_id=True) for result in results)]
         index = self.explainer.index
         try:
-            sides = self.sides(index, [inputs for _, inputs in given])
+            ours, *theirs = self.sides(index, [inputs for _, inputs in opened])
         except EmbeddingError as error:
             names = [query_name(one, row) for row, one in enumerate([query, *results])]
             raise error.named(names) from None
+        (query_shown, _), *shown = opened
         mean = mean_of(index, centred)
-        found = []
-        for result, (shown, _), side in zip(results, given[1:], sides[1:], strict=True):
+        for result, side in zip(results, theirs, strict=True):
             if isinstance(result, str):
                 check_same(index, result, side)
-            made = make_receipt(
-                sides[0], side, mean, centred=centred, query_shown=given[0][0], result_shown=shown
+        return [
+            make_receipt(
+                ours, side, mean, centred=centred, query_shown=query_shown, result_shown=picture
             )
-            found.append(made)
-        return found
+            for side, (picture, _) in zip(theirs, shown, strict=True)
+        ]
 
     def above(self, query: Any, result: Any, rival: Any, *, centred: bool = True) -> Comparison:
-        """Why the result came above the rival; arguments as for `receipt`.
+        """Return why the result came above the rival; arguments as for `receipt`.
 
-        Raises:
-            as `receipt`; InputError: both are the same image.
+        Raises
+        ------
+        InputError
+            As `receipt`, or both are the same image.
         """
         if isinstance(result, str) and result == rival:
             raise InputError(f"the result and its rival are both {result!r}; name two images")
@@ -106,11 +119,7 @@ class PairExplainer:
         return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
 
     def head(self, index: Index) -> AffineHead | None:
-        """The head by an index of the explainer; None where it is not average pooling and affine.
-
-        Raises:
-            InputError: an ONNX network, and an index that does not tell its head's matrix.
-        """
+        """Return the head by an index of the explainer; None where it is not pooled and affine."""
         known = self._head
         if known is None or known[0]() is not index:
             # With its index, which is not held by it: another version may keep the matrix
@@ -120,16 +129,14 @@ class PairExplainer:
         return known[1]
 
     def sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
-        """What receipts are made of, by `make_receipt`: pictures, forwarded.
+        """Return what receipts are made of, by `make_receipt`, of the network's inputs `[3 H W]`.
 
-        Args:
-            index: of the explainer.
-            inputs: the network's, `[3 H W]` each; those of one size are forwarded together.
+        Those of one size are forwarded together.
         """
         head = self.head(index)
         if head is None:
             return [self._differentiated(one, row) for row, one in enumerate(inputs)]
-        found: dict[int, Side] = {}
+        sides: dict[int, Side] = {}
         for shape in {tuple(one.shape) for one in inputs}:
             places = [place for place, one in enumerate(inputs) if tuple(one.shape) == shape]
             with _placed(places):
@@ -140,11 +147,11 @@ class PairExplainer:
                 norm = 1.0
                 if self.network.normalize:
                     norm = head.norm(maps[row]) if norms is None else float(norms[row])
-                found[place] = PooledSide(maps[row], embeddings[row], norm, head.matrix)
-        return [found[place] for place in range(len(inputs))]
+                sides[place] = PooledSide(maps[row], embeddings[row], norm, head.matrix)
+        return [sides[place] for place in range(len(inputs))]
 
-    def _given(self, image: Any, by_id: bool = False) -> tuple[Shown, Any]:
-        """How a picture is drawn, and the network's input `[3 H W]`."""
+    def _open(self, image: Any, by_id: bool = False) -> tuple[Shown, Any]:
+        """Return how a picture is drawn, and the network's input `[3 H W]`."""
         name, label = "", None
         if by_id and isinstance(image, str):
             index = self.explainer.index
@@ -166,7 +173,7 @@ class PairExplainer:
 
 @contextmanager
 def _placed(places: Sequence[int]) -> Iterator[None]:
-    """Errors of a batch speak of the places its pictures have among all of them."""
+    """Have errors of a batch speak of the places its pictures have among all of them."""
     try:
         yield
     except EmbeddingError as error:
@@ -175,11 +182,7 @@ def _placed(places: Sequence[int]) -> Iterator[None]:
 
 
 def mean_of(index: Index, centred: bool) -> np.ndarray:
-    """The mean embedding that receipts put apart, `[D]`; zeros where they do not.
-
-    Raises:
-        InputError: an index without one, written by other hands.
-    """
+    """Return the mean embedding that receipts put apart, `[D]`; zeros where they do not."""
     if not centred:
         return np.zeros(index.width)
     if "embedding_mean" not in index.shared():
@@ -191,11 +194,7 @@ def mean_of(index: Index, centred: bool) -> np.ndarray:
 
 
 def check_medoid(index: Index, name: str, state: FileState | None) -> None:
-    """Refuse a prototype whose picture was replaced: no stored embedding is that picture's.
-
-    Raises:
-        ImageError: its file is another than was indexed.
-    """
+    """Refuse a prototype whose picture was replaced: no stored embedding is that picture's."""
     if index.manifest.is_compressed and state == "changed":
         raise ImageError(
             f"{name}: the picture in the middle of this prototype was replaced since it was "
@@ -204,18 +203,10 @@ def check_medoid(index: Index, name: str, state: FileState | None) -> None:
 
 
 def check_same(index: Index, name: str, side: Side) -> None:
-    """Refuse a picture that is another than was indexed: its receipt would be of another.
+    """Refuse the picture of an image that is another than was indexed, by its embedding.
 
     A prototype is the mean of several images, and is no picture's embedding: it is not compared.
     Its receipt is of the picture in its middle, whose similarity it divides.
-
-    Args:
-        index: that it is in.
-        name: id of the image.
-        side: of the picture that lies at its path now.
-
-    Raises:
-        ImageError: the embeddings differ.
     """
     if index.manifest.is_compressed:
         return

@@ -5,38 +5,47 @@ The similarity of a query f and a result f' is f . f'. With m the mean embedding
     f . f'  =  f . m  +  f . (f' - m)
 
 the first part is what the query has in common with the average image; the second is what matches
-*this* result, and it is divided among the query's cells and channels. The same with the roles
-changed divides it among the result's. (`centred=False` divides f . f' itself: the cells that are
-bright in any picture then take most of it.)
+*this* result, and it is divided among the query's positions and channels. The same with the roles
+changed divides it among the result's. (`centred=False` divides f . f' itself: the positions that
+are bright in any picture then take most of it.)
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
+from .._checks import whole
 from ..errors import InputError
-from ..explain.explanation import save_picture
-from .drawing import draw_comparison, draw_receipt
-from .lines import SMALL, Line, amounts_of, as_dicts, check_count, other_channels, top_lines
+from ..explain.drawing import save_picture
+from ..preprocess import Extent
+from ..render import Mark, Tile, in_notebook, receipt_picture
 from .sides import Evidence, Side, evidence_of
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from ..preprocess import Extent
-
 _PROBED = 16
-"""Cells of the query that links begin at, where each costs a pass through the head."""
+"""Positions of the query that links begin at, where each costs a pass through the head."""
+_SMALL = 5e-4
+"""Remainders that would be shown as 0.000."""
 
 Which = Literal["query", "result"]
 
 
 @dataclass(frozen=True)
+class Line:
+    """A channel and what it gives to the score; the mean of what it gives on both sides."""
+
+    channel: int
+    contribution: float
+
+
+@dataclass(frozen=True)
 class Link:
-    """Two cells, (row, column) each, and what their product gives to the similarity."""
+    """Two positions, (row, column) each, and what their product gives to the similarity."""
 
     query: tuple[int, int]
     result: tuple[int, int]
@@ -47,12 +56,12 @@ class Link:
 class Shown:
     """How to draw one picture of a receipt.
 
-    image: upright, or None where only the network's input is known; extent: the rectangle of it
-    that the network saw, (x0, y0, x1, y1) in pixels; name and label: of an indexed image.
+    `image` is upright, None where unknown; `extent` the rectangle of it that the network saw,
+    (x0, y0, x1, y1) in pixels; `name` and `label` are of an indexed image.
     """
 
-    image: "Image.Image | None" = None
-    extent: "Extent | None" = None
+    image: Image.Image | None = None
+    extent: Extent | None = None
     name: str = ""
     label: str | None = None
 
@@ -61,15 +70,12 @@ class Shown:
 class Receipt:
     """Why a query and one result are similar.
 
-    Attributes:
-        similarity: f . f', the inner product of the embeddings.
-        query, result: what each side's cells and channels give to it, `Evidence`: of either side
-            `cells.sum() + shared + remainder` is the similarity, and so is `channels.sum() + ...`.
-        exact: whether the contributions are exact (the head is average pooling and affine), or one
-            vector-Jacobian product of the head on each side; the remainder then holds what is not
-            of first order.
-        centred: whether what the average image shares was put apart.
-        query_shown, result_shown: their pictures.
+    `similarity` is f . f', the inner product of the embeddings. `query` and `result` are what each
+    side gives to it: of either `cells.sum() + shared + remainder` is the similarity, and so is
+    `channels.sum() + ...`. `exact` is whether the contributions are exact (the head is average
+    pooling and affine), or one vector-Jacobian product of the head on each side; the remainder then
+    holds what is not of first order. `centred` is whether what the average image shares, by its
+    embedding `mean` `[D]`, was put apart. `query_shown` and `result_shown` are the pictures.
     """
 
     similarity: float
@@ -88,8 +94,8 @@ class Receipt:
 
         `channels.sum() + shared + remainder` is the similarity.
         """
-        found: np.ndarray = (self.query.channels + self.result.channels) / 2
-        return found
+        mean: np.ndarray = (self.query.channels + self.result.channels) / 2
+        return mean
 
     @property
     def shared(self) -> float:
@@ -102,99 +108,85 @@ class Receipt:
         return (self.query.remainder + self.result.remainder) / 2
 
     def lines(self, n: int = 10) -> list[Line]:
-        """The n channels that give most, by magnitude, largest contribution first."""
-        return top_lines(self.channels, n)
+        """Return the n channels that give most, by magnitude, largest contribution first."""
+        return _top_lines(self.channels, n)
 
     def amounts(self, n: int = 10) -> list[tuple[str, float]]:
-        """What adds up to the similarity, in words: the average, n channels, all that is left."""
+        """Return what adds up to the similarity: the average, n channels, all that is left."""
         shared = [("shared with the average", self.shared)] if self.centred else []
-        return shared + amounts_of(self.channels, n, self.remainder, self.exact)
+        return shared + _amounts(self.channels, n, self.remainder, self.exact)
 
     def point(self, row: int, column: int, of: Which = "query") -> np.ndarray:
-        """What one cell matches: contributions of its pairs with every cell of the other picture.
+        """Return what one position matches, `[H' W']` on the other picture's grid, signed.
 
-        Of both cells' vectors v (what the cell alone gives to the embedding) an equal share of the
-        mean embedding is taken; the contribution is the product of what is left. Over all pairs
-        the contributions sum to (f - m) . (f' - m), but for the remainders.
-
-        Args:
-            row, column: the cell, from 0, on its own picture's grid.
-            of: whose cell it is.
-
-        Returns:
-            `[H' W']` on the other picture's grid, signed.
-
-        Raises:
-            InputError: no such cell.
+        Of both positions' vectors (what each alone gives to the embedding) an equal share of the
+        mean embedding is taken; the contribution is the product of what is left. Over all pairs the
+        contributions sum to (f - m) . (f' - m), but for the remainders. `row` and `column` count
+        from 0 on the position's own grid, that `of` the "query" or of the "result".
         """
-        own, other = self.sides if of == "query" else self.sides[::-1]
         if of not in ("query", "result"):
             raise InputError(f'of = {of!r}; a cell is of the "query" or of the "result"')
-        height, width = own.activations.shape[1:]
+        side, other = self.sides if of == "query" else self.sides[::-1]
+        height, width = side.activations.shape[1:]
         if not (0 <= row < height and 0 <= column < width):
             raise InputError(
                 f"cell ({row}, {column}) is not on the {of}'s grid of {height} x {width}"
             )
-        return self._matched(own, other, self._vectors(own, [row * width + column])[0])
+        return self._matched(other, self._vectors(side, [row * width + column])[0])
 
     def matrix(self) -> np.ndarray:
-        """`point` of every cell, `[H W H' W']`; where not `exact`, as many head passes as cells."""
-        query, result = self.sides
-        grids = query.activations.shape[1:], result.activations.shape[1:]
-        ours, theirs = (
-            self._vectors(side, range(grid[0] * grid[1]))
-            for side, grid in zip(self.sides, grids, strict=True)
-        )
-        return (ours @ theirs.T).reshape(*grids[0], *grids[1])
+        """Return `point` of every position, `[H W H' W']`.
+
+        Where not `exact`, of as many head passes as positions.
+        """
+        grids = [side.activations.shape[1:] for side in self.sides]
+        vectors = [
+            self._vectors(side, range(height * width))
+            for side, (height, width) in zip(self.sides, grids, strict=True)
+        ]
+        pairs: np.ndarray = (vectors[0] @ vectors[1].T).reshape(*grids[0], *grids[1])
+        return pairs
 
     def links(self, n: int = 5) -> list[Link]:
-        """The best matching cells, best first.
+        """Return the best matching positions, best first.
 
-        A cell is in one link at most, and a link that runs beside a better one (both ends next to
-        its ends) is left out: it says the same. Where the receipt is not `exact`, links begin only
-        at the query's 16 cells that give most.
-
-        Raises:
-            InputError: n is no such number.
+        A position is in one link at most, and a link that runs beside a better one (both ends next
+        to its ends) is left out: it says the same. Where the receipt is not `exact`, links begin
+        only at the query's 16 positions that give most.
         """
-        check_count(n, "links")
+        n = whole("links", n)
         query, result = self.sides
-        (_, width), (_, wide) = query.activations.shape[1:], result.activations.shape[1:]
         if self.exact:
             cells = np.arange(self.query.cells.size)
-            rows = self.matrix().reshape(len(cells), -1)
+            pairs = self.matrix().reshape(len(cells), -1)
         else:
             cells = np.argsort(-self.query.cells, axis=None, kind="stable")[:_PROBED]
             vectors = self._vectors(query, cells.tolist())
-            rows = np.array([self._matched(query, result, v).ravel() for v in vectors])
-        found: list[Link] = []
-        starts, ends = (np.stack(np.divmod(a, w), -1) for a, w in (
-            (cells, width), (np.arange(rows.shape[1]), wide)))  # fmt: skip
+            pairs = np.array([self._matched(result, v).ravel() for v in vectors])
+        links: list[Link] = []
+        starts = np.stack(np.divmod(cells, query.activations.shape[2]), -1)
+        ends = np.stack(np.divmod(np.arange(pairs.shape[1]), result.activations.shape[2]), -1)
         # The next best one each time: sorting all pairs would take longer, and their number again.
-        while len(found) < min(n, len(cells)):
-            row, column = divmod(int(rows.argmax()), rows.shape[1])
-            if rows[row, column] <= 0:
+        while len(links) < min(n, len(cells)):
+            row, column = divmod(int(pairs.argmax()), pairs.shape[1])
+            if pairs[row, column] <= 0:
                 break
-            start, end = starts[row], ends[column]
-            found.append(
-                Link((int(start[0]), int(start[1])), (int(end[0]), int(end[1])),
-                     float(rows[row, column]))
-            )  # fmt: skip
-            beside = (np.abs(starts - start).max(1) <= 1, np.abs(ends - end).max(1) <= 1)
-            rows[np.ix_(*beside)] = 0
-            rows[row], rows[:, column] = 0, 0
-        return found
+            (a, b), (c, d) = starts[row].tolist(), ends[column].tolist()
+            links.append(Link((a, b), (c, d), float(pairs[row, column])))
+            near = [np.abs(starts - (a, b)).max(1) <= 1, np.abs(ends - (c, d)).max(1) <= 1]
+            pairs[np.ix_(*near)] = 0
+            pairs[row], pairs[:, column] = 0, 0
+        return links
 
     def to_dict(self, lines: int = 10, links: int = 5) -> dict[str, Any]:
-        """Plain lists and numbers, ready for JSON; without pictures."""
+        """Return plain lists and numbers, ready for JSON; without pictures."""
         return {
             "similarity": self.similarity,
             "exact": self.exact,
             "centred": self.centred,
             "shared": self.shared,
             "remainder": self.remainder,
-            "channels": as_dicts(self.channels, lines),
-            "other_channels": other_channels(self.channels, lines),
+            **_channel_dicts(self.channels, lines),
             "query": _evidence_dict(self.query, self.query_shown),
             "result": _evidence_dict(self.result, self.result_shown),
             "links": [
@@ -203,21 +195,31 @@ class Receipt:
             ],
         }
 
-    def plot(self, *, lines: int = 10, links: int = 5, title: str | None = None) -> "Image.Image":
-        """Both pictures with their maps and links, and the sum, as one picture."""
-        return draw_receipt(self, lines, links, title)
+    def plot(self, *, lines: int = 10, links: int = 5, title: str | None = None) -> Image.Image:
+        """Draw both pictures with their maps, the best matching positions, and the sum."""
+        return receipt_picture(
+            [_tile(self.query, self.query_shown), _tile(self.result, self.result_shown)],
+            self.amounts(lines),
+            ("similarity", self.similarity),
+            apart=int(self.centred),
+            headings=["Query", "Result"],
+            links=[
+                Mark(
+                    _center(link.query, self.query, self.query_shown),
+                    _center(link.result, self.result, self.result_shown),
+                )
+                for link in self.links(links)
+            ],
+            title=title,
+            note="Red speaks for the match, blue against it; each map has its own scale. Links "
+            "join the cells that match best. " + _how(self.exact),
+        )
 
     def save(self, path: str | Path, **choices: Any) -> Path:
-        """Write the picture of `plot`, whose arguments are taken; the ending chooses the format.
-
-        Raises:
-            InputError: an ending that names no format, or a place that cannot be written.
-        """
+        """Write the picture of `plot`, whose arguments are taken; the ending chooses the format."""
         return save_picture(lambda: self.plot(**choices), path)
 
     def _repr_html_(self) -> str:
-        from ..render import in_notebook
-
         return in_notebook(self.plot(), "query and result, and what their similarity is made of")
 
     def __repr__(self) -> str:
@@ -229,10 +231,11 @@ class Receipt:
 
     def _vectors(self, side: Side, cells: Sequence[int]) -> np.ndarray:
         height, width = side.activations.shape[1:]
-        return side.cell_vectors(cells) - self.mean / (height * width)
+        vectors: np.ndarray = side.cell_vectors(cells) - self.mean / (height * width)
+        return vectors
 
-    def _matched(self, own: Side, other: Side, vector: np.ndarray) -> np.ndarray:
-        """`[H' W']` for a cell's vector `[D]`."""
+    def _matched(self, other: Side, vector: np.ndarray) -> np.ndarray:
+        """Return `[H' W']` for a position's vector `[D]`."""
         _, cells = other.products(vector)
         return cells - float(vector @ self.mean) / cells.size
 
@@ -241,19 +244,13 @@ class Receipt:
 class Comparison:
     """Why one result came above another.
 
-    The score is half of D(f, f'') - D(f, f'), D squared Euclidean, f' the result and f'' the rival;
-    for embeddings of length 1, and where the index ranks by inner products, it is the difference of
-    the similarities. Positive: the result is nearer.
-
-    Attributes:
-        score: as above.
-        query: what the query's cells and channels give to the score: positive where it speaks for
-            the result, negative for the rival. `cells.sum() + remainder` is the score, and
-            `lengths` is part of that remainder.
-        result, rival: the receipts of either with the query.
-        lengths: what the embeddings' own lengths give, (|f''|^2 - |f'|^2) / 2: of two equally
-            similar results the shorter is nearer. 0 for inner products.
-        query_shown: the query's picture.
+    `score` is half of D(f, f'') - D(f, f'), D squared Euclidean, f' the result and f'' the rival;
+    for embeddings of length 1, and where the index ranks by inner products, the difference of the
+    similarities. Positive: the result is nearer. `query` is what the query's positions and channels
+    give to it: positive where it speaks for the result, negative for the rival. `cells.sum() +
+    remainder` is the score, and `lengths` is part of that remainder: what the embeddings' own
+    lengths give, (|f''|^2 - |f'|^2) / 2: of two equally similar results the shorter is nearer. 0
+    for inner products. `result` and `rival` are the receipts of either with the query.
     """
 
     score: float
@@ -273,42 +270,49 @@ class Comparison:
         return self.result.exact
 
     def lines(self, n: int = 10) -> list[Line]:
-        """The n channels that give most to the score, by magnitude, largest first."""
-        return top_lines(self.query.channels, n)
+        """Return the n channels that give most to the score, by magnitude, largest first."""
+        return _top_lines(self.query.channels, n)
 
     def amounts(self, n: int = 10) -> list[tuple[str, float]]:
-        """What adds up to the score, in words: n channels, and all that is left."""
-        rest = self.query.remainder - self.lengths
-        found = amounts_of(self.query.channels, n, rest, self.exact)
-        if abs(self.lengths) >= SMALL:
-            found.append(("the embeddings' lengths", self.lengths))
-        return found
+        """Return what adds up to the score, in words: n channels, and all that is left."""
+        amounts = _amounts(self.query.channels, n, self.query.remainder - self.lengths, self.exact)
+        lengths = [("the embeddings' lengths", self.lengths)]
+        return amounts + (lengths if abs(self.lengths) >= _SMALL else [])
 
     def to_dict(self, lines: int = 10) -> dict[str, Any]:
-        """Plain lists and numbers, ready for JSON; without pictures."""
+        """Return plain lists and numbers, ready for JSON; without pictures."""
         return {
             "score": self.score,
             "exact": self.exact,
             "similarities": [self.result.similarity, self.rival.similarity],
             "remainder": self.query.remainder,
-            "channels": as_dicts(self.query.channels, lines),
-            "other_channels": other_channels(self.query.channels, lines),
+            **_channel_dicts(self.query.channels, lines),
             "query": _evidence_dict(self.query, self.query_shown),
             "result": _evidence_dict(self.result.result, self.result.result_shown),
             "rival": _evidence_dict(self.rival.result, self.rival.result_shown),
         }
 
-    def plot(self, *, lines: int = 10, title: str | None = None) -> "Image.Image":
-        """The query and both results with their maps, and the sum, as one picture."""
-        return draw_comparison(self, lines, title)
+    def plot(self, *, lines: int = 10, title: str | None = None) -> Image.Image:
+        """Draw the query and both results with their maps, and the sum, as one picture."""
+        receipts = (self.result, self.rival)
+        results = [_tile(one.result, one.result_shown, one is self.rival) for one in receipts]
+        for tile, receipt in zip(results, receipts, strict=True):
+            tile.subcaption += f"\nsimilarity {receipt.similarity:.3f}"
+        return receipt_picture(
+            [_tile(self.query, self.query_shown), *results],
+            self.amounts(lines),
+            ("more similar by", self.score),
+            headings=["Query", "Result", "Rival"],
+            title=title,
+            note="In all three red speaks for the result, blue for the rival: the maps of the two "
+            "show what in them matches the query. Each map has its own scale. " + _how(self.exact),
+        )
 
     def save(self, path: str | Path, **choices: Any) -> Path:
-        """As `Receipt.save`."""
+        """Write the picture of `plot`, as `Receipt.save`."""
         return save_picture(lambda: self.plot(**choices), path)
 
     def _repr_html_(self) -> str:
-        from ..render import in_notebook
-
         return in_notebook(self.plot(), "query, result and rival, and what tells them apart")
 
     def __repr__(self) -> str:
@@ -325,42 +329,64 @@ def make_receipt(
     query_shown: Shown | None = None,
     result_shown: Shown | None = None,
 ) -> Receipt:
-    """The receipt of a pair.
-
-    Args:
-        query, result: both behind one head.
-        mean: the index's mean embedding, `[D]`.
-        centred: put what the average image shares apart.
-        query_shown, result_shown: how to draw them.
-    """
-    used = np.asarray(mean, np.float64) if centred else np.zeros(len(mean))
+    """Return the receipt of a pair behind one head, with the index's mean embedding `[D]`."""
+    apart = np.asarray(mean, np.float64) if centred else np.zeros(len(mean))
     similarity = float(query.embedding @ result.embedding)
     return Receipt(
         similarity,
-        evidence_of(query, result.embedding, similarity, used),
-        evidence_of(result, query.embedding, similarity, used),
+        evidence_of(query, result.embedding, similarity, apart),
+        evidence_of(result, query.embedding, similarity, apart),
         query.exact and result.exact,
         centred,
         (query, result),
-        used,
+        apart,
         query_shown or Shown(),
         result_shown or Shown(),
     )
 
 
 def make_comparison(query: Side, result: Receipt, rival: Receipt, metric: str) -> Comparison:
-    """Why the result of one receipt came above that of another.
-
-    Args:
-        query: the side both receipts share.
-        result, rival: of the same query.
-        metric: the index's, "l2" or "ip".
-    """
+    """Return why the result of one receipt came above another's, by the metric "l2" or "ip"."""
     ours, theirs = result.sides[1].embedding, rival.sides[1].embedding
     lengths = float(theirs @ theirs - ours @ ours) / 2 if metric == "l2" else 0.0
     score = result.similarity - rival.similarity + lengths
     evidence = evidence_of(query, ours - theirs, score, None)
     return Comparison(score, evidence, result, rival, lengths)
+
+
+def _top_lines(channels: np.ndarray, n: int) -> list[Line]:
+    """Return the n channels of largest magnitude, sorted by contribution, largest first."""
+    chosen = np.argsort(-np.abs(channels), kind="stable")[: whole("lines", n)]
+    lines = [Line(int(channel), float(channels[channel])) for channel in chosen]
+    return sorted(lines, key=lambda line: -line.contribution)
+
+
+def _rest(channels: np.ndarray, lines: Sequence[Line]) -> float:
+    """Return what the channels without a line of their own give together."""
+    return float(channels.sum() - sum(line.contribution for line in lines))
+
+
+def _amounts(
+    channels: np.ndarray, n: int, remainder: float, exact: bool
+) -> list[tuple[str, float]]:
+    """Return n channels, all the others together, and the remainder where it is not rounding."""
+    lines = _top_lines(channels, n)
+    amounts = [(f"channel {line.channel}", line.contribution) for line in lines]
+    if len(channels) > len(lines):
+        amounts.append((f"{len(channels) - len(lines)} other channels", _rest(channels, lines)))
+    if not exact or abs(remainder) >= _SMALL:
+        amounts.append(("the head's bias" if exact else "not of first order", remainder))
+    return amounts
+
+
+def _channel_dicts(channels: np.ndarray, n: int) -> dict[str, Any]:
+    lines = _top_lines(channels, n)
+    return {
+        "channels": [
+            {"channel": line.channel, "contribution": line.contribution} for line in lines
+        ],
+        "other_channels": _rest(channels, lines),
+    }
 
 
 def _evidence_dict(evidence: Evidence, shown: Shown) -> dict[str, Any]:
@@ -372,3 +398,27 @@ def _evidence_dict(evidence: Evidence, shown: Shown) -> dict[str, Any]:
         "remainder": evidence.remainder,
         "extent": None if shown.extent is None else list(shown.extent),
     }
+
+
+def _how(exact: bool) -> str:
+    if exact:
+        return "Contributions are exact: behind average pooling and an affine head all add up."
+    return "Contributions are of first order; what is not is the last amount."
+
+
+def _tile(evidence: Evidence, shown: Shown, rival: bool = False) -> Tile:
+    """Return a picture with what in it speaks for (red) and against; a rival's the other way."""
+    cells = -evidence.cells if rival else evidence.cells
+    name, label = shown.name.rpartition("/")[2] or "query", shown.label or ""
+    return Tile(shown.image, cells, shown.extent, name, label, signed=True)
+
+
+def _center(cell: tuple[int, int], evidence: Evidence, shown: Shown) -> tuple[float, float]:
+    """Return the middle of a position as shares of the picture's width and height."""
+    height, width = evidence.cells.shape
+    x, y = (cell[1] + 0.5) / width, (cell[0] + 0.5) / height
+    if shown.image is None or shown.extent is None:
+        return x, y
+    x0, y0, x1, y1 = shown.extent
+    x, y = (x0 + x * (x1 - x0)) / shown.image.width, (y0 + y * (y1 - y0)) / shown.image.height
+    return min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)

@@ -15,7 +15,7 @@ PROBE_SIZE = (240, 320)
 
 
 def probe_picture(index: int = 0) -> np.ndarray:
-    """The synthetic picture of that number: uint8 `[240 320 3]`.
+    """Return the synthetic picture of that number: uint8 `[240 320 3]`.
 
     Slopes, blocks and fine texture, differing in every channel, so that filters of every size have
     something to answer to.
@@ -37,10 +37,10 @@ def probe_inputs(
     size: tuple[int, int],
     channels: int = 3,
 ) -> np.ndarray:
-    """The first pictures as a network's input: float32 `[count C H W]`.
+    """Return the first pictures as a network's input: float32 `[count C H W]`.
 
-    Through `preprocess`; without one, sampled to `size` = (H, W), scaled to [-2, 2], and red, green
-    and blue repeated to so many channels.
+    Without `preprocess` they are sampled to `size` = (H, W), scaled to [-2, 2], and red, green and
+    blue repeated to so many channels.
     """
     pictures = [probe_picture(index) for index in range(count)]
     if preprocess is not None:
@@ -54,7 +54,7 @@ def probe_inputs(
 
 
 def _scatter(x: np.ndarray, y: np.ndarray, salt: int) -> np.ndarray:
-    """Numbers 0..255 that look random, from whole-number mixing that never overflows int64."""
+    """Return numbers 0..255 that look random, by mixing that never overflows int64."""
     mixed = (x * 73_856_093) ^ (y * 19_349_663) ^ ((salt + 1) * 83_492_791)
     mixed = (mixed & 0xFFFFFFF) * 2_654_435 & 0xFFFFFFFFFF
     return mixed >> 16 & 0xFF

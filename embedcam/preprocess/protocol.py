@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self, run
 
 import numpy as np
 
-from .custom import AnyPreprocess
+from .transforms import AnyPreprocess
 
 if TYPE_CHECKING:
     from ..index.identity import Identity

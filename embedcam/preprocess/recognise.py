@@ -7,21 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
-from .custom import AnyPreprocess, CustomPreprocess, custom
-from .standard import RESAMPLING, Preprocess
+from .transforms import RESAMPLING, AnyPreprocess, CustomPreprocess, Preprocess, custom
 
 
 def from_transform(transform: Any, *, name: str | None = None) -> AnyPreprocess:
-    """The `Preprocess` that a transform amounts to, or the transform wrapped as a custom one.
+    """Return the `Preprocess` a transform amounts to, or the transform wrapped as a custom one.
 
-    Recognised without importing their libraries: torchvision's weights and their presets
+    Recognized without importing their libraries: torchvision's weights and their presets
     (`weights.transforms()`), a Compose of [Grayscale] [Resize] [CenterCrop] ToTensor [Normalize] as
     timm and most training scripts write it (in v2 ToImage and ToDtype), and Hugging Face's image
-    processors.
-
-    Raises:
-        InputError: nothing that can be called on a picture, or a processor that crops in a way of
-            its own.
+    processors. What crops in a way of its own is an `InputError`.
     """
     if isinstance(transform, Preprocess | CustomPreprocess):
         return transform
@@ -55,7 +50,7 @@ def _numbers(value: Any) -> list[int]:
 
 
 def _geometry(resize_size: list[int] | None, crop_size: list[int] | None) -> dict[str, Any] | None:
-    """`size`, `resize` and `resize_to` of a resize and a crop; None if they do something else."""
+    """Return `size`, `resize` and `resize_to` of a resize and a crop; None for anything else."""
     crop = crop_size * 2 if crop_size is not None and len(crop_size) == 1 else crop_size
     if resize_size is None:
         return None
@@ -69,7 +64,7 @@ def _geometry(resize_size: list[int] | None, crop_size: list[int] | None) -> dic
 
 
 def _interpolation(mode: Any) -> str | None:
-    """Pillow's name of a torchvision `InterpolationMode`, its value, or a Pillow constant."""
+    """Return Pillow's name of an `InterpolationMode`, its value, or a Pillow constant."""
     if isinstance(mode, int) and not isinstance(mode, bool):
         return next((name for name, value in RESAMPLING.items() if value == mode), None)
     name = str(getattr(mode, "value", mode))
@@ -87,26 +82,26 @@ def _from_preset(preset: Any) -> dict[str, Any] | None:
 
 
 def _from_chain(steps: Any) -> dict[str, Any] | None:
-    """Settings of a Compose whose steps are all known, each at most once and in the usual order."""
+    """Return settings of a Compose whose steps are all known, once each and in the usual order."""
     order = ("Grayscale", "Resize", "CenterCrop", "ToTensor", "Normalize")
     if not isinstance(steps, Sequence) or not steps:
         return None
     names, steps = _as_first_version(steps)
     if names != [name for name in order if name in names] or "ToTensor" not in names:
         return None
-    found = dict(zip(names, steps, strict=True))
-    resize, crop, normalize = (found.get(name) for name in ("Resize", "CenterCrop", "Normalize"))
+    by_name = dict(zip(names, steps, strict=True))
+    resize, crop, normalize = (by_name.get(name) for name in ("Resize", "CenterCrop", "Normalize"))
     if resize is None or getattr(resize, "max_size", None) is not None:
         return None
-    grey = found.get("Grayscale")
-    if grey is not None and grey.num_output_channels != 1:
+    gray = by_name.get("Grayscale")
+    if gray is not None and gray.num_output_channels != 1:
         return None
     size = _numbers(resize.size)
     geometry = _geometry(size, None if crop is None else _numbers(crop.size))
     interpolation = _interpolation(resize.interpolation)
     if geometry is None or interpolation is None:
         return None
-    count = 3 if grey is None else 1
+    count = 3 if gray is None else 1
     mean = [0.0] * count if normalize is None else _list(normalize.mean)
     std = [1.0] * count if normalize is None else _list(normalize.std)
     if len(mean) != count or len(std) != count:
@@ -115,7 +110,7 @@ def _from_chain(steps: Any) -> dict[str, Any] | None:
 
 
 def _as_first_version(steps: Sequence[Any]) -> tuple[list[str], list[Any]]:
-    """Names and steps, with what amounts to ToTensor under that name."""
+    """Return names and steps, with what amounts to ToTensor under that name."""
     synonyms = {"MaybeToTensor": "ToTensor"}
     names = [synonyms.get(type(step).__name__, type(step).__name__) for step in steps]
     kept = list(steps)
@@ -135,7 +130,7 @@ def _list(values: Any) -> list[float]:
 
 
 def _from_processor(processor: Any, name: str | None) -> AnyPreprocess:
-    """What a Hugging Face image processor amounts to; custom where it does more."""
+    """Return what a Hugging Face image processor amounts to; custom where it does more."""
 
     def said(key: str, default: Any = None) -> Any:
         return getattr(processor, key, default)
@@ -172,7 +167,7 @@ def _from_processor(processor: Any, name: str | None) -> AnyPreprocess:
 
 
 def _sides_of(size: Any) -> list[int] | None:
-    """[shorter side] or [H, W] of a processor's size; None for what it else may be."""
+    """Return [shorter side] or [H, W] of a processor's size; None for what it else may be."""
     if isinstance(size, int):
         return [size, size]
     get = size.get if isinstance(size, Mapping) else lambda key: getattr(size, key, None)

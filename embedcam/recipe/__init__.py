@@ -1,6 +1,6 @@
 """What an index is made with: the recipe, and the registry of methods."""
 
-from .recipe import Recipe
-from .registry import METHODS
+from .recipe import NORMS, TARGETS, WHITENED, Recipe
+from .registry import FILLS, METHODS
 
-__all__ = ["METHODS", "Recipe"]
+__all__ = ["FILLS", "METHODS", "NORMS", "TARGETS", "WHITENED", "Recipe"]

@@ -47,7 +47,7 @@ class Method:
     storable: ClassVar[bool] = False
 
     def load(self) -> Callable[..., Any]:
-        """The function: `function(subject, **options) -> Found`."""
+        """The function: `function(subject, **options) -> MethodOutput`."""
         module, _, function = self.where.partition(":")
         found: Callable[..., Any] = getattr(import_module(f"embedcam.methods.{module}"), function)
         return found
@@ -110,34 +110,34 @@ METHODS: dict[str, Method] = {
         WeightMethod("gradcam++", "Grad-CAM++", "Chattopadhay et al., WACV 2018",
                      "gradients:gradcam_plus_plus", per_triplet=True),
         WeightMethod("smoothgradcam++", "Smooth Grad-CAM++", "Omeiza et al., 2019",
-                     "sampled:smooth_gradcam_plus_plus", seeded=True, per_triplet=True),
+                     "gradients:smooth_gradcam_plus_plus", seeded=True, per_triplet=True),
         WeightMethod("xgradcam", "XGrad-CAM", "Fu et al., BMVC 2020", "gradients:xgradcam"),
         WeightMethod("integratedgradcam", "Integrated Grad-CAM", "Sattarzadeh et al., ICASSP 2021",
-                     "sampled:integrated_gradcam", own_map=True, filled=True),
+                     "gradients:integrated_gradcam", own_map=True, filled=True),
         PositionMethod("hirescam", "HiResCAM", "Draelos and Carin, 2020", "elementwise:hirescam"),
         MapMethod("layercam", "Layer-CAM", "Jiang et al., TIP 2021", "elementwise:layercam",
                   several=True, nearest="gradcam", why=_EACH),
         MapMethod("zoomcam", "Zoom-CAM", "Shi et al., ICPR 2020", "elementwise:zoomcam",
                   several=True, nearest="gradcam", why=_EACH),
         MapMethod("guidedbackprop", "Guided Backpropagation", "Springenberg et al., ICLR 2015",
-                  "guided:guided_backprop", nearest="gradcam", why=_PIXELS),
+                  "elementwise:guided_backprop", nearest="gradcam", why=_PIXELS),
         MapMethod("guidedgradcam", "Guided Grad-CAM", "Selvaraju et al., ICCV 2017",
-                  "guided:guided_gradcam", nearest="gradcam", why=_PIXELS),
+                  "elementwise:guided_gradcam", nearest="gradcam", why=_PIXELS),
         WeightMethod("eigencam", "Eigen-CAM", "Muhammad and Yeasin, IJCNN 2020",
-                     "decomposition:eigencam", targeted=False),
+                     "gradients:eigencam", targeted=False),
         WeightMethod("eigengradcam", "EigenGrad-CAM", "pytorch-grad-cam",
-                     "decomposition:eigengradcam", own_map=True),
+                     "gradients:eigengradcam", own_map=True),
         WeightMethod("scorecam", "Score-CAM", "Wang et al., CVPR Workshops 2020",
                      "masking:scorecam", scored=True, filled=True),
         WeightMethod("ablationcam", "Ablation-CAM", "Desai and Ramaswamy, WACV 2020",
-                     "ablation:ablationcam", scored=True),
+                     "masking:ablationcam", scored=True),
         WeightMethod("groupcam", "Group-CAM", "Zhang et al., 2021", "grouping:groupcam",
                      seeded=True, own_map=True),
         WeightMethod("clustercam", "Cluster-CAM", "Feng et al., 2023", "grouping:clustercam",
                      seeded=True, own_map=True, scored=True, filled=True),
         WeightMethod("cosinecam", "Cosine-CAM", "tetutaro/class_activation_mapping",
                      "grouping:cosinecam", seeded=True, own_map=True),
-        LayersMethod("polycam", "Poly-CAM", "Englebert et al., 2022", "polycam:polycam",
+        LayersMethod("polycam", "Poly-CAM", "Englebert et al., 2022", "masking:polycam",
                      several=True, scored=True, filled=True),
         MapMethod("rise", "RISE", "Petsiuk et al., BMVC 2018", "pixels:rise", seeded=True,
                   scored=True, filled=True, nearest="scorecam", why=_PIXELS),
@@ -145,9 +145,9 @@ METHODS: dict[str, Method] = {
                   scored=True, filled=True, nearest="scorecam", why=_PIXELS),
         MapMethod("sbsm", "SBSM", "Dong et al., CVPR Workshops 2019", "pixels:sbsm",
                   scored=True, filled=True, nearest="scorecam", why=_PIXELS),
-        WeightMethod("lficam", "LFI-CAM", "Lee et al., ICCV 2021", "attention:lficam",
+        WeightMethod("lficam", "LFI-CAM", "Lee et al., ICCV 2021", "learned:lficam",
                      targeted=False, trained=True),
-        MapMethod("abn", "ABN", "Fukui et al., CVPR 2019", "attention:abn", targeted=False,
+        MapMethod("abn", "ABN", "Fukui et al., CVPR 2019", "learned:abn", targeted=False,
                   trained=True, nearest="lficam", why=_BRANCH),
     )
 }  # fmt: skip

@@ -215,24 +215,12 @@ def _version(explainer: Explainer) -> dict[str, Any]:
     return {"generation": manifest.generation, "sha256": manifest.manifest_sha256}
 
 
-def _pictures_root(explainer: Explainer) -> str | None:
-    """Where the indexed pictures are read from: asked of the explainer, by a map of nothing."""
+def _pictures_root(explainer: Explainer) -> str:
+    """Where the indexed pictures are read from."""
     index = explainer.index
-    first = index.live_positions()[:1]
-    if len(first) == 0:
+    if len(index) == 0:
         raise InputError(f"{index.path}: holds no image, so nothing comes back; add some first")
-    nothing = [
-        np.zeros((layer.channels, *(index.encoding(number).grid or (1, 1))), "f4")
-        for number, layer in enumerate(index.manifest.layers)
-    ]
-    drawn = explainer.explain_features(
-        index.embeddings(first)[0],
-        nothing[0] if len(nothing) == 1 else nothing,
-        neighbors=index.select(first).ids,
-    )
-    if drawn.root is None:
-        return None
-    return os.path.abspath(drawn.root) + (" alone" if drawn.only_below else "")
+    return os.path.abspath(explainer.root) + (" alone" if explainer.only_below else "")
 
 
 def _described(source: ImageSource) -> dict[str, Any]:

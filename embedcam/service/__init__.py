@@ -1,23 +1,5 @@
 """Explanations over HTTP: `create_app(explainer)` is an ASGI application, `embedcam serve` runs it.
 
-app.py        the application: what is put together
-explain.py    POST /explain and POST /search
-compare.py    POST /compare: receipts of pairs
-items.py      GET /items/{id}/image and /items/{id}/cam: the indexed images and nothing else
-files.py      GET / and what else lies in page/, which people look at
-status.py     GET /healthz, /readyz and /metrics
-pipeline.py   from uploaded bytes to an explanation, through a pool of threads
-receipts.py   from uploaded bytes and ids to receipts
-batching.py   one thread that puts what waits through the network together
-upload.py     the body of a request, counted while it comes in
-pictures.py   bytes to pictures and back
-limits.py     what one request, and all of them together, may cost
-frame.py      around every request: its line in the log, headers, hosts
-errors.py     what is said where something is refused
-schemas.py    the JSON, as the OpenAPI description has it
-telemetry.py  counters for Prometheus
-server.py     uvicorn on a socket, until a signal
-
 A request changes nothing on disk, and nothing of it is kept once it is answered. Needs the extra
 `service`: FastAPI, uvicorn, python-multipart and prometheus-client.
 """
@@ -38,11 +20,7 @@ _NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 
 
 def check_installed() -> None:
-    """Refuse to go on without the packages that the service is made of.
-
-    Raises:
-        InputError: one of them is missing.
-    """
+    """Raise InputError unless the packages that the service is made of are installed."""
     for name in _NEEDED:
         try:
             import_module(name)

@@ -1,44 +1,60 @@
-"""The application: what is put together."""
+"""The application: its endpoints, the page that people look at, and what runs around requests."""
 
 import asyncio
-from collections.abc import AsyncIterator, Collection
+import hashlib
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from .. import __version__
 from ..errors import EmbedcamError
 from ..explain.explainer import Explainer
-from . import compare, explain, files, items, status
-from .errors import Refused, handle
-from .files import PAGE
+from . import compare, explain, items
+from .errors import HTTPProblem, handle
 from .frame import Frame
 from .limits import Limits
+from .pictures import JSON
 from .pipeline import Pipeline
+from .schemas import Health, Readiness, problems, written
 
 _ABOUT = (
     "Which images of an index are like a picture, and what in it and in them is the reason. "
     "Every refusal is a JSON object with a code for programs and one sentence for people."
 )
+PAGE: Final = Path(__file__).parent / "page"
+_TYPES: Final[Mapping[str, str]] = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
 
 
 def create_app(
     explainer: Explainer, *, limits: Limits | None = None, hosts: Collection[str] | None = None
 ) -> FastAPI:
-    """Explanations over HTTP, as an ASGI application for one process.
+    """Return explanations over HTTP, as an ASGI application for one process.
 
     Its lifespan begins with a probe of the network and ends when everything begun is finished; the
     explainer stays the caller's to close. `app.state.pipeline` is what does the work.
 
-    Args:
-        explainer: with a network, and an index that can be searched.
-        limits: of requests; None takes the defaults.
-        hosts: names that a request's `Host` header may have, such as "localhost"; None takes any.
+    Parameters
+    ----------
+    explainer : with a network, and an index that can be searched
+    limits : of requests; None takes the defaults
+    hosts : names that a request's `Host` header may have, such as "localhost"; None takes any
 
-    Raises:
-        InputError: an explainer that cannot explain pictures.
+    Raises
+    ------
+    InputError
+        An explainer that cannot explain pictures.
     """
     pipeline = Pipeline(explainer, limits or Limits())
 
@@ -64,10 +80,77 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.pipeline = pipeline
-    for kind in (Refused, EmbedcamError, RequestValidationError, HTTPException):
+    for kind in (EmbedcamError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, handle)
-    for room in (explain, compare, items, status):
-        app.include_router(room.router(pipeline))
-    app.include_router(files.router(PAGE))
+    for module in (explain, compare, items):
+        app.include_router(module.router(pipeline))
+    app.include_router(_status(pipeline))
+    app.include_router(_page())
     app.add_middleware(Frame, telemetry=pipeline.telemetry, hosts=hosts)
     return app
+
+
+def _status(pipeline: Pipeline) -> APIRouter:
+    """Return GET /healthz, /readyz and /metrics, which take no place among the requests counted."""
+    routes = APIRouter(tags=["status"])
+
+    @routes.get(
+        "/healthz",
+        operation_id="healthz",
+        summary="Whether the process answers",
+        response_class=Response,
+        responses={200: {"model": Health}},
+    )
+    async def healthz() -> Response:
+        return Response(written(Health(status="ok")), media_type=JSON)
+
+    @routes.get(
+        "/readyz",
+        operation_id="readyz",
+        summary="Whether pictures can be explained: the network has answered a probe",
+        response_class=Response,
+        responses={200: {"model": Readiness}, **problems(503)},
+    )
+    async def readyz() -> Response:
+        if not pipeline.ready:
+            said = "the network has not answered a probe yet; try again"
+            raise HTTPProblem(503, "not_ready", said, {"Retry-After": "1"})
+        index = pipeline.index
+        generation = index.manifest.generation
+        answer = Readiness(status="ready", images=len(index), generation=generation)
+        return Response(written(answer), media_type=JSON)
+
+    @routes.get(
+        "/metrics",
+        operation_id="metrics",
+        summary="Counters for Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        text = generate_latest(pipeline.telemetry.registry)
+        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    return routes
+
+
+def _page() -> APIRouter:
+    """Return a route for each file of the page as it was when the service began, and no others."""
+    routes = APIRouter()
+
+    def add(path: str, body: bytes, kind: str) -> None:
+        tag = f'"{hashlib.sha256(body).hexdigest()[:24]}"'
+        # Asked for again each time, lest a browser mix two versions.
+        headers = {"ETag": tag, "Cache-Control": "no-cache"}
+
+        @routes.get(path, include_in_schema=False, response_class=Response)
+        async def file(request: Request) -> Response:
+            if tag in request.headers.get("if-none-match", ""):
+                return Response(status_code=304, headers=headers)
+            return Response(body, headers={**headers, "Content-Type": kind})
+
+    for file in sorted(PAGE.iterdir()):
+        if file.suffix in _TYPES:
+            path = "/" if file.name == "index.html" else f"/{file.name}"
+            add(path, file.read_bytes(), _TYPES[file.suffix])
+    return routes

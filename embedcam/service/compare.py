@@ -1,43 +1,93 @@
 """POST /compare: why a picture and its results match, as receipts that add up."""
 
-import json
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic import Field
+from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
-from ..errors import InputError
-from ..pairs import Receipt
-from .accept import choose
-from .errors import Refused
-from .explain import BINARY, BODY, JSON, PNG, REFUSALS, WEBP
-from .parameters import only
-from .pictures import Query as Picture
-from .pictures import encoded
-from .pipeline import Pipeline, check_apart
-from .receipts import ReceiptMaker, Receipts
-from .schemas import CompareAnswer, refusals
-from .upload import read_upload
+from ..errors import EmbedcamError, ImageError, InputError
+from ..images import read_image
+from ..index import Index
+from ..pairs import (
+    Comparison,
+    PairExplainer,
+    Receipt,
+    Shown,
+    Side,
+    check_same,
+    make_comparison,
+    make_receipt,
+    mean_of,
+)
+from .errors import HTTPProblem, choose, only
+from .explain import BODY, PROBLEMS
+from .pictures import JSON, PNG, WEBP, Prepared, encoded, prepare, small_box
+from .pipeline import Pipeline, check_apart, find_live
+from .schemas import (
+    BINARY,
+    CompareAnswer,
+    Contrast,
+    Evidence,
+    PairReceipt,
+    built,
+    problems,
+    size_of,
+    written,
+)
 
-KNOWN = ("result", "rival", "cell", "of", "centred", "lines", "links")
+logger = logging.getLogger("embedcam.service")
+
 MAX_LINES = 50
 MAX_PAIRS = 250_000
 """Numbers of all `pairs` of an answer together, about 2 MB: a hundred receipts on maps of 7 x 7, or
 six of 14 x 14."""
 DRAWN_SIDE = 560
 
-CELL = Annotated[str, Field(pattern=r"^[0-9]{1,3},[0-9]{1,3}$", examples=["2,5"])]
-Point = tuple[int, int, Literal["query", "result"]]
 _ID = "Id of an image of the index"
 
 
 def router(pipeline: Pipeline) -> APIRouter:
-    """The one endpoint."""
+    """Return the one endpoint."""
     routes = APIRouter(tags=["queries"])
     maker, most = ReceiptMaker(pipeline), pipeline.limits.n_neighbors
+
+    class CompareParameters(BaseModel):
+        result: list[str] = Field(
+            min_length=1, max_length=most, description=f"{_ID}; once for each."
+        )
+        rival: str | SkipJsonSchema[None] = Field(
+            default=None, description=f"{_ID}: why did the one result come above it?"
+        )
+        cell: (
+            Annotated[str, Field(pattern=r"^[0-9]{1,3},[0-9]{1,3}$", examples=["2,5"])]
+            | SkipJsonSchema[None]
+        ) = Field(default=None, description="Row and column of a cell, from 0: what does it match?")
+        of: Literal["query", "result"] = Field(default="query", description="Whose cell it is.")
+        centred: bool = Field(
+            default=True, description="Put apart what the average image of the index shares."
+        )
+        lines: int = Field(
+            default=10, ge=0, le=MAX_LINES, description="Channels with a line of their own."
+        )
+        links: int = Field(
+            default=5, ge=0, le=MAX_LINES, description="Links between cells, at most."
+        )
+
+        def point_of(self, receipt: Receipt) -> list[list[float]] | None:
+            if self.cell is None:
+                return None
+            row, _, column = self.cell.partition(",")
+            try:
+                point = receipt.point(int(row), int(column), self.of)
+            except InputError as error:
+                raise HTTPProblem(404, "unknown_cell", str(error)) from None
+            return rounded(point)
 
     @routes.post(
         "/compare",
@@ -50,175 +100,229 @@ def router(pipeline: Pipeline) -> APIRouter:
                 "description": "Receipts as JSON; or one drawn, where `Accept` asks for a picture.",
                 "content": {PNG: BINARY, WEBP: BINARY},
             },
-            **refusals(404, 406, 409, 501, *REFUSALS),
+            **problems(404, 406, 409, 501, *PROBLEMS),
         },
         openapi_extra=BODY,
-        dependencies=[Depends(only(*KNOWN, repeated=("result",)))],
+        dependencies=[Depends(only(CompareParameters))],
     )
-    async def compare(
-        request: Request,
-        result: Annotated[
-            list[str], Query(min_length=1, max_length=most, description=f"{_ID}; once for each.")
-        ],
-        rival: Annotated[
-            str | SkipJsonSchema[None],
-            Query(description=f"{_ID}: why did the one result come above it?"),
-        ] = None,
-        cell: Annotated[
-            CELL | SkipJsonSchema[None],
-            Query(description="Row and column of a cell, from 0: what does it match?"),
-        ] = None,
-        of: Annotated[Literal["query", "result"], Query(description="Whose cell it is.")] = "query",
-        centred: Annotated[
-            bool, Query(description="Put apart what the average image of the index shares.")
-        ] = True,
-        lines: Annotated[
-            int, Query(ge=0, le=MAX_LINES, description="Channels with a line of their own.")
-        ] = 10,
-        links: Annotated[
-            int, Query(ge=0, le=MAX_LINES, description="Links between cells, at most.")
-        ] = 5,
-    ) -> Response:
+    async def compare(request: Request, asked: Annotated[CompareParameters, Query()]) -> Response:
         maker.check()
-        kind = choose(request.headers.get("accept"), (JSON, PNG, WEBP))
-        pipeline.find_live(*result, *([] if rival is None else [rival]))
-        ids = _checked_ids(result, rival)
-        point = _point_of(cell, of)
-        if kind != JSON:
-            _check_drawable(result, point)
-        with pipeline.gate.admitted():
-            upload = await read_upload(request, pipeline.limits)
-            async with pipeline.deadline():
-                side = None if kind == JSON else DRAWN_SIDE
-                chosen: dict[str, Any] = {
-                    "compared": rival is not None,
-                    "centred": centred,
-                    "side": side,
-                }
+        kind = choose(request, (JSON, PNG, WEBP))
+        ids = _checked_ids(pipeline.index, asked.result, asked.rival)
+        if kind != JSON and (len(asked.result) > 1 or asked.cell is not None):
+            said = (
+                "a picture shows the receipt of one result, or of it and a rival; ask for "
+                "application/json for more"
+            )
+            raise HTTPProblem(422, "not_drawable", said)
+        left = MAX_PAIRS
+
+        def told(picture: Prepared, receipt: Receipt) -> PairReceipt | None:
+            """Write a receipt, with its `pairs` while there is room; a drawn one is drawn later."""
+            nonlocal left
+            if kind != JSON:
+                return None
+            numbers = receipt.query.cells.size * receipt.result.cells.size
+            fits = receipt.exact and numbers <= left
+            left -= numbers * fits
+            shown = receipt.to_dict(asked.lines, asked.links)
+            pairs = receipt.matrix().reshape(receipt.query.cells.size, -1) if fits else None
+            return built(
+                PairReceipt,
+                shown,
+                **{name: shown["result"][name] for name in ("id", "label")},
+                **_picture(picture),
+                query=built(Evidence, shown["query"]),
+                result=built(Evidence, shown["result"]),
+                pairs=None if pairs is None else rounded(pairs),
+                point=asked.point_of(receipt),
+            )
+
+        async with pipeline.uploaded(request) as upload:
+            side = None if kind == JSON else DRAWN_SIDE
+            index, read = pipeline.index, pipeline.reading(upload, side)
+            query = await pipeline.ask(maker.sides, index, read)
+            receipts, kept = await maker.receipts(
+                index, query, ids, told, asked.centred, side, keep=kind != JSON or bool(asked.rival)
+            )
+
+            def body() -> bytes:
+                # A pass of the head where receipts are of first order.
+                compared = asked.rival is not None
+                why = (
+                    make_comparison(query[1], kept[0], kept[1], index.metric) if compared else None
+                )
                 if kind == JSON:
-                    writer = _Writer(point, lines, links)
-                    made = await maker.receipts(upload, ids, writer.receipt, **chosen)
-                    body = await pipeline.in_thread(_written, made, lines)
-                else:
-                    drawn = await maker.receipts(upload, ids, _itself, **chosen)
-                    body = await pipeline.in_thread(_drawn, drawn, kind, lines, links)
-        return Response(body, media_type=kind, headers={"Vary": "Accept"})
+                    return _written(query[0], receipts, why, asked.lines)
+                if why is not None:
+                    return encoded(why.plot(lines=asked.lines), kind)
+                return encoded(kept[0].plot(lines=asked.lines, links=asked.links), kind)
+
+            answer = await pipeline.in_thread(body)
+        return Response(answer, media_type=kind, headers={"Vary": "Accept"})
 
     return routes
 
 
-def _checked_ids(results: list[str], rival: str | None) -> list[str]:
+def _checked_ids(index: Index, results: list[str], rival: str | None) -> list[str]:
+    """Return the images to compare with; each is in the index, and named once."""
+    ids = [*results, *([] if rival is None else [rival])]
+    for name in ids:
+        find_live(index, name)
     if len(set(results)) < len(results):
-        raise Refused(422, "repeated_result", "result: names an image twice; name each once")
-    if rival is None:
-        return results
-    if len(results) > 1:
-        raise Refused(
-            422, "too_many_results", "rival: goes with one result; leave the other results out"
-        )
+        raise HTTPProblem(422, "repeated_result", "result: names an image twice; name each once")
+    if rival is not None and len(results) > 1:
+        said = "rival: goes with one result; leave the other results out"
+        raise HTTPProblem(422, "too_many_results", said)
     check_apart(results[0], rival)
-    return [*results, rival]
+    return ids
 
 
-def _point_of(cell: str | None, of: Literal["query", "result"]) -> Point | None:
-    if cell is None:
-        return None
-    row, _, column = cell.partition(",")
-    return int(row), int(column), of
+def _picture(picture: Prepared) -> dict[str, Any]:
+    return {"picture": size_of(picture.size), "extent": list(picture.extent)}
 
 
-def _check_drawable(results: list[str], point: Point | None) -> None:
-    if len(results) > 1 or point is not None:
-        raise Refused(
-            422,
-            "not_drawable",
-            "a picture shows the receipt of one result, or of it and a rival; ask for "
-            "application/json for more",
-        )
+def _written(
+    query: Prepared, receipts: Sequence[PairReceipt | None], why: Comparison | None, lines: int
+) -> bytes:
+    contrast = None
+    if why is not None:
+        shown = why.to_dict(lines)
+        contrast = built(Contrast, shown, query=shown["query"]["cells"])
+    told = [one for one in receipts if one is not None]
+    return written(CompareAnswer(**_picture(query), receipts=told, contrast=contrast))
 
 
-def _itself(_: Picture, receipt: Receipt) -> Receipt:
-    return receipt
-
-
-def _drawn(made: Receipts[Receipt], kind: str, lines: int, links: int) -> bytes:
-    if made.comparison is not None:
-        return encoded(made.comparison.plot(lines=lines), kind)
-    return encoded(made.told[0].plot(lines=lines, links=links), kind)
-
-
-class _Writer:
-    """Writes the receipts of one answer, one after the other; `pairs` while there is room."""
-
-    def __init__(self, point: Point | None, lines: int, links: int) -> None:
-        self._point, self._lines, self._links = point, lines, links
-        self._left = MAX_PAIRS
-
-    def receipt(self, picture: Picture, receipt: Receipt) -> dict[str, Any]:
-        """One receipt of the answer."""
-        numbers = receipt.query.cells.size * receipt.result.cells.size
-        fits = receipt.exact and numbers <= self._left
-        self._left -= numbers * fits
-        found = _receipt(receipt.to_dict(self._lines, self._links), picture)
-        found["pairs"] = _pairs(receipt) if fits else None
-        found["point"] = None if self._point is None else _point(receipt, self._point)
-        return found
-
-
-def _written(made: Receipts[dict[str, Any]], lines: int) -> bytes:
-    contrast = None if made.comparison is None else _contrast(made.comparison.to_dict(lines))
-    body = {**_picture(made.query), "receipts": made.told, "contrast": contrast}
-    # A NaN is no JSON: it would be a fault of ours, and is to be seen as one.
-    return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
-
-
-def _receipt(shown: dict[str, Any], picture: Picture) -> dict[str, Any]:
-    kept = (
-        "similarity", "exact", "centred", "shared", "remainder", "channels", "other_channels",
-        "links",
-    )  # fmt: skip
-    return {
-        "id": shown["result"]["id"],
-        "label": shown["result"]["label"],
-        **_picture(picture),
-        **{name: shown[name] for name in kept},
-        "query": _evidence(shown["query"]),
-        "result": _evidence(shown["result"]),
-    }
-
-
-def _contrast(shown: dict[str, Any]) -> dict[str, Any]:
-    kept = ("score", "exact", "remainder", "channels", "other_channels")
-    return {**{name: shown[name] for name in kept}, "query": shown["query"]["cells"]}
-
-
-def _evidence(shown: dict[str, Any]) -> dict[str, Any]:
-    return {name: shown[name] for name in ("cells", "shared", "remainder")}
-
-
-def _picture(picture: Picture) -> dict[str, Any]:
-    width, height = picture.size
-    return {"picture": {"width": width, "height": height}, "extent": list(picture.extent)}
-
-
-def _point(receipt: Receipt, point: Point) -> list[list[float]]:
-    row, column, of = point
-    try:
-        found = receipt.point(row, column, of)
-    except InputError as error:
-        raise Refused(404, "unknown_cell", str(error)) from None
-    return rounded(found)
-
-
-def _pairs(receipt: Receipt) -> list[list[float]]:
-    return rounded(receipt.matrix().reshape(receipt.query.cells.size, -1))
-
-
-def rounded(values: np.ndarray) -> Any:
-    """The numbers to four significant digits (whole ones from 1000 on), as lists."""
+def rounded(values: np.ndarray[Any, Any]) -> list[list[float]]:
+    """Return the numbers to four significant digits (whole ones from 1000 on), as lists."""
     values = np.asarray(values, np.float64)
     # Powers of ten are exact up to 22, so that the quotient is the number those digits name.
     digits = np.floor(np.log10(np.abs(values), where=values != 0, out=np.zeros(values.shape)))
     powers = 10.0 ** np.clip(3 - digits, 0, 22)
-    found: Any = (np.rint(values * powers) / powers + 0.0).tolist()
-    return found
+    numbers: list[list[float]] = (np.rint(values * powers) / powers + 0.0).tolist()
+    return numbers
+
+
+class ReceiptMaker:
+    """Makes receipts of pictures: read in the pool, forwards in the network's thread."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._pairs: PairExplainer | None
+        try:
+            self._pairs = PairExplainer(pipeline.explainer)
+        except InputError:
+            self._pairs = None
+
+    def check(self) -> PairExplainer:
+        """Return what explains pairs, or raise HTTPProblem 501 where there is no head to be had."""
+        if self._pairs is None:
+            raise _no_receipts()
+        return self._pairs
+
+    async def receipts(
+        self,
+        index: Index,
+        query: tuple[Prepared, Side],
+        ids: Sequence[str],
+        tell: Callable[[Prepared, Receipt], PairReceipt | None],
+        centred: bool,
+        side: int | None,
+        *,
+        keep: bool,
+    ) -> tuple[list[PairReceipt | None], list[Receipt]]:
+        """Return what is told of each image's receipt with the query, and the receipts to keep.
+
+        Others are let go of: where receipts are of first order, one holds the graph of its
+        picture's head. Each is a piece of work by itself, so that a request that has taken too
+        long ends with the one begun.
+        """
+        told: list[PairReceipt | None] = []
+        kept: list[Receipt] = []
+
+        def settle(name: str, picture: Prepared, its_side: Side) -> None:
+            receipt = _receipt(index, name, query, picture, its_side, centred)
+            told.append(tell(picture, receipt))
+            if keep:
+                kept.append(receipt)
+
+        # No more at once than go through the network together, so that others come between.
+        step = self._pipeline.limits.batch
+        for start in range(0, len(ids), step):
+            part = ids[start : start + step]
+            pictures = await asyncio.gather(*(self._indexed(index, name, side) for name in part))
+            for name, (picture, its_side) in zip(part, pictures, strict=True):
+                await self._pipeline.in_thread(settle, name, picture, its_side)
+        return told, kept
+
+    def sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
+        """Return what the network makes of pictures, for receipts."""
+        pairs = self.check()
+        try:
+            pairs.head(index)
+        except InputError as error:
+            # Another version of the index; what is wrong with it names files.
+            logger.warning("no receipts: %s", error)
+            raise _no_receipts() from None
+        return pairs.sides(index, inputs)
+
+    async def _indexed(self, index: Index, name: str, side: int | None) -> tuple[Prepared, Side]:
+        return await self._pipeline.ask(self.sides, index, lambda: self._read(name, side))
+
+    def _read(self, name: str, side: int | None) -> Prepared:
+        """Return an indexed image's picture, decoded and prepared; what fails names no file."""
+        explainer = self._pipeline.explainer
+        try:
+            file, merged = explainer.picture_file(name), explainer.index.manifest.is_compressed
+            if merged and explainer.file_state(name) == "changed":
+                raise _changed()  # no stored embedding is that picture's, so none would tell
+            if file is not None:
+                picture = read_image(file, max_pixels=explainer.max_pixels)
+                return prepare(picture, self._pipeline.preprocess, side)
+        except EmbedcamError as error:
+            logger.warning("an indexed image cannot be read: %s", error)
+        raise HTTPProblem(
+            404,
+            "no_picture",
+            "the picture of a result cannot be read any more, and a receipt needs it; leave it out",
+        )
+
+
+def _receipt(
+    index: Index,
+    name: str,
+    query: tuple[Prepared, Side],
+    picture: Prepared,
+    its_side: Side,
+    centred: bool,
+) -> Receipt:
+    (label,) = index.select([find_live(index, name)]).labels
+    try:
+        check_same(index, name, its_side)
+    except ImageError:
+        raise _changed() from None
+    return make_receipt(
+        query[1],
+        its_side,
+        mean_of(index, centred),
+        centred=centred,
+        query_shown=Shown(query[0].small, small_box(query[0]), "", None),
+        result_shown=Shown(picture.small, small_box(picture), name, label),
+    )
+
+
+def _no_receipts() -> HTTPProblem:
+    return HTTPProblem(
+        501,
+        "no_receipts",
+        "receipts need the network's head by itself, which its ONNX file and this index do not "
+        "tell; serve the network instead",
+    )
+
+
+def _changed() -> HTTPProblem:
+    return HTTPProblem(
+        409,
+        "changed_picture",
+        "the picture of a result has changed since it was indexed; index it again, or leave it out",
+    )

@@ -1,15 +1,14 @@
-"""What is said where something is refused or fails: one sentence, and nothing of the server's own.
-
-Messages of the first half of `KINDS` are about what the client sent, and are passed on. The others
-name files of the server: they go to the log, and the client is told a sentence of ours.
-"""
+"""HTTP errors, one sentence and nothing of the server's own; and what a request's head asks for."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -36,7 +35,11 @@ KINDS: dict[type[Exception], tuple[int, str, str | None]] = {
     IndexFormatError: (500, "damaged_index", "the index cannot be read; the server's log says why"),
     Exception: (500, "failed", "the service failed on this request; the server's log says why"),
 }
-"""The first class that fits an error gives the status, the code and, where set, the sentence."""
+"""The first class that fits an error gives the status, the code and, where set, the sentence.
+
+Messages without a sentence are about what the client sent, and are passed on. The others name files
+of the server: they go to the log.
+"""
 
 _HTTP: dict[int, tuple[str, str]] = {
     404: ("unknown_path", "there is nothing at this address; /openapi.json lists what there is"),
@@ -44,28 +47,26 @@ _HTTP: dict[int, tuple[str, str]] = {
 }
 
 
-class Refused(Exception):  # noqa: N818 - reads as the fact it states
+class HTTPProblem(HTTPException):
     """A request that is not answered, with its status, code and sentence."""
 
     def __init__(
         self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
-        self.headers = dict(headers or {})
+        super().__init__(status, message, headers)
+        self.code = code
 
 
 def response_of(error: Exception) -> Response:
-    """The answer to a request that met this error; what the client may not see is logged."""
-    if isinstance(error, Refused):
-        return _body(error.status, error.code, error.message, error.headers)
+    """Return the answer to a request that met this error; log what the client may not see."""
     if isinstance(error, RequestValidationError):
         return _body(422, "unusable_parameter", _what_is_wrong(error.errors()))
     if isinstance(error, HTTPException):
         code, sentence = _HTTP.get(error.status_code, ("refused", "the request was refused"))
+        if isinstance(error, HTTPProblem):
+            code, sentence = error.code, error.detail
         return _body(error.status_code, code, sentence, error.headers)
-    found = next(known for kind, known in KINDS.items() if isinstance(error, kind))
-    status, code, fixed = found
+    status, code, fixed = next(known for kind, known in KINDS.items() if isinstance(error, kind))
     if fixed is not None:
         unexpected = not isinstance(error, EmbedcamError)
         logger.error("%s: %s", code, error, exc_info=error if unexpected else None)
@@ -73,7 +74,7 @@ def response_of(error: Exception) -> Response:
 
 
 async def handle(_: Request, error: Exception) -> Response:
-    """`response_of` as FastAPI calls it."""
+    """Return `response_of`, as FastAPI calls it."""
     return response_of(error)
 
 
@@ -84,9 +85,66 @@ def _body(
 
 
 def _what_is_wrong(errors: Sequence[Any]) -> str:
-    """The first of pydantic's complaints as a sentence; what was given is not repeated."""
-    first = errors[0]
+    """Return pydantic's first complaint as a sentence; what was given is not repeated."""
     # Where it was given ("query"), its name, and what pydantic knows of its type.
-    name = str(first["loc"][:2][-1]) if first["loc"] else "the request"
-    said = str(first["msg"])
+    name = str(errors[0]["loc"][:2][-1]) if errors[0]["loc"] else "the request"
+    said = str(errors[0]["msg"])
     return f"{name}: {said[:1].lower()}{said[1:]}"
+
+
+def only(parameters: type[BaseModel]) -> Callable[[Request], None]:
+    """Return a dependency that refuses query parameters of other names, or given twice."""
+    known = list(parameters.model_fields)
+    single = {
+        name for name, field in parameters.model_fields.items() if field.annotation != list[str]
+    }
+
+    def check(request: Request) -> None:
+        seen = [name for name, _ in request.query_params.multi_items()]
+        for name in seen:
+            if name not in known:
+                near = get_close_matches(name[:64], known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+                raise HTTPProblem(
+                    422, "unknown_parameter", f"a query parameter means nothing here; {hint}"
+                )
+            if name in single and seen.count(name) > 1:
+                raise HTTPProblem(422, "repeated_parameter", f"{name}: given twice; give it once")
+
+    return check
+
+
+def choose(request: Request, offers: Sequence[str]) -> str:
+    """Return the offer that `Accept` likes best (RFC 9110, 12.5.1), among equals the first.
+
+    Raises HTTPProblem 406 where none will do.
+    """
+    ranges = []
+    for part in (request.headers.get("accept") or "*/*").split(","):
+        kind, *parameters = (word.strip().lower() for word in part.split(";"))
+        main, _, sub = kind.partition("/")
+        weights = [text.strip() for name, _, text in (p.partition("=") for p in parameters)
+                   if name.strip() == "q"]  # fmt: skip
+        ranges.append((main, sub, _quality(weights[-1]) if weights else 1.0))
+
+    def quality(offer: str) -> float:
+        """Return that of the most specific range that covers the offer."""
+        main, _, sub = offer.partition("/")
+        covering = [
+            (2 * (its_sub != "*") + (its_main != "*"), its_quality)
+            for its_main, its_sub, its_quality in ranges
+            if its_main in (main, "*") and its_sub in (sub, "*")
+        ]
+        return max(covering, default=(0, 0.0))[1]
+
+    best = max(offers, key=quality)  # among equals the first
+    if quality(best) <= 0:
+        said = f"this is answered as {' or '.join(offers)}; ask for one of them"
+        raise HTTPProblem(406, "no_such_type", said)
+    return best
+
+
+def _quality(text: str) -> float:
+    """Return 0 to 1; what is no such number counts as 0, for it asks for nothing."""
+    number = re.fullmatch(r"[0-9]{1,5}|[0-9]{1,3}\.[0-9]{0,3}|\.[0-9]{1,4}", text)
+    return min(float(text), 1.0) if number else 0.0

@@ -1,4 +1,4 @@
-"""Around every request: which hosts it may name, its line in the log, and headers for browsers."""
+"""Around every request: hosts it may name, its line in the log, headers for browsers."""
 
 import asyncio
 import logging
@@ -12,8 +12,8 @@ from urllib.parse import quote
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .errors import Refused, response_of
-from .telemetry import Telemetry
+from .errors import HTTPProblem, response_of
+from .pipeline import Telemetry
 
 logger = logging.getLogger("embedcam.service")
 
@@ -32,11 +32,8 @@ _DRAIN_SECONDS, _DRAIN_BYTES = 0.5, 64_000_000
 class Frame:
     """An ASGI application around the service's.
 
-    Args:
-        app: the service's.
-        telemetry: counts requests.
-        hosts: names that a `Host` header may have, without port; None takes any. A page of another
-            site that resolves to this machine (DNS rebinding) is refused by it.
+    `hosts` are names that a `Host` header may have, without port; None takes any. A page of another
+    site that resolves to this machine (DNS rebinding) is refused by it.
     """
 
     def __init__(self, app: ASGIApp, telemetry: Telemetry, hosts: Collection[str] | None) -> None:
@@ -55,11 +52,11 @@ class Frame:
         body = _Body(receive, Headers(scope=scope))
         reply = _Reply(send, body, asked == "HEAD")
         try:
-            refused = _two_ways(scope) or self._wrong_host(scope)
-            if refused is None:
+            problem = _two_ways(scope) or self._wrong_host(scope)
+            if problem is None:
                 await self.app(inner, body.receive, reply.send)
             else:
-                await response_of(refused)(inner, body.receive, reply.send)
+                await response_of(problem)(inner, body.receive, reply.send)
         except Exception as error:
             if reply.status:  # half an answer cannot be taken back
                 logger.exception("failed while answering")
@@ -69,28 +66,30 @@ class Frame:
             took = time.perf_counter() - start
             self._tell(inner, asked, reply.status, took)
 
-    def _wrong_host(self, scope: Scope) -> Refused | None:
-        if self.hosts is None:
+    def _wrong_host(self, scope: Scope) -> HTTPProblem | None:
+        host = re.sub(r":[0-9]*$", "", Headers(scope=scope).get("host", "").lower())
+        if self.hosts is None or host in self.hosts:
             return None
-        given = Headers(scope=scope).get("host", "").lower()
-        if re.sub(r":[0-9]*$", "", given) in self.hosts:
-            return None
-        return Refused(
-            403, "wrong_host", "this service does not go by the name in the Host header; start it "
-            "with --allow-host NAME if it should",
-        )  # fmt: skip
+        return HTTPProblem(
+            403,
+            "wrong_host",
+            "this service does not go by the name in the Host header; start it with --allow-host "
+            "NAME if it should",
+        )
 
     def _tell(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         known = method in ("GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH")
+        shown = method if known else "other"
+        # A pattern, never an address a client made up.
         route = getattr(scope.get("route"), "path", "") or "other"
-        self.telemetry.answered(method if known else "other", route, status, seconds)
+        self.telemetry.requests.labels(shown, route, str(status)).inc()
+        self.telemetry.seconds.labels(route).observe(seconds)
         # Quoted: a line break in an address would forge a line of the log.
         path = quote(scope["path"][:200], errors="replace")
-        shown = method if known else "other"
         logger.info("%s %s %d %.1f ms", shown, path, status, 1e3 * seconds)
 
 
-def _two_ways(scope: Scope) -> Refused | None:
+def _two_ways(scope: Scope) -> HTTPProblem | None:
     """Refuse a head that a proxy before the service might read otherwise than the service does.
 
     Where both disagree on where a request ends, what follows is taken for another one.
@@ -105,7 +104,7 @@ def _two_ways(scope: Scope) -> Refused | None:
         said = f"address and headers are longer than {MAX_HEAD} bytes, which is the limit"
     elif "transfer-encoding" in headers and ("content-length" in headers or version == "1.0"):
         said = "Transfer-Encoding beside Content-Length, or in HTTP/1.0, has no meaning; give one"
-    return Refused(status, code, said, {"Connection": "close"}) if said else None
+    return HTTPProblem(status, code, said, {"Connection": "close"}) if said else None
 
 
 class _Body:

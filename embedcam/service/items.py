@@ -5,65 +5,64 @@ leaves is a picture made again from the pixels, at a bounded size.
 """
 
 import hashlib
-import json
 import logging
 import os
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path as File
 from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Path, Query, Request
 from PIL import Image
+from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from ..errors import EmbedcamError
 from ..images import read_image
 from ..index import Index
 from ..preprocess import Extent
-from .accept import choose
-from .addresses import item_url
-from .errors import Refused
-from .parameters import only
-from .pictures import encoded, overlay, shrunk
+from ..render import Tile, scale_box
+from .errors import HTTPProblem, choose, only
+from .pictures import JPEG, JSON, PNG, WEBP, encoded, overlaid, shrunk
 from .pipeline import Pipeline, find_live
-from .schemas import ExamplesAnswer, ItemCam, refusals
+from .schemas import (
+    BINARY,
+    Example,
+    ExamplesAnswer,
+    ItemCam,
+    problems,
+    size_of,
+    urls_of,
+    written,
+)
 
 logger = logging.getLogger("embedcam.service")
 
-JPEG, WEBP, PNG, JSON = "image/jpeg", "image/webp", "image/png", "application/json"
 MAX_SIDE, MAX_EXAMPLES = 1024, 24
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 _UNCHANGED: dict[int | str, dict[str, Any]] = {
     304: {"description": "It is still what `If-None-Match` names."}
 }
-_REFUSALS = (403, 404, 406, 422, 500, 503)
+_PROBLEMS = (403, 404, 406, 422, 500, 503)
 
 
-@dataclass(frozen=True)
-class _Item:
-    """A live row of the index."""
+class ItemParameters(BaseModel):
+    """Query parameters of an item."""
 
-    index: Index
-    position: int
-    file: File | None
+    size: int = Field(
+        default=512, ge=16, le=MAX_SIDE, description="Longer side of the picture at most."
+    )
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """A body, None where the client has it already, and its tag."""
+class ExamplesParameters(BaseModel):
+    """Query parameters of the examples."""
 
-    body: bytes | None
-    tag: str
+    count: int = Field(default=6, ge=1, le=MAX_EXAMPLES)
 
 
 def router(pipeline: Pipeline) -> APIRouter:
-    """The three endpoints."""
+    """Return the three endpoints."""
     routes = APIRouter(tags=["items"])
     name_of = Annotated[str, Path(description="Id of an indexed image; it may hold slashes.")]
-    side_of = Annotated[
-        int, Query(ge=16, le=MAX_SIDE, description="Longer side of the picture at most.")
-    ]
 
     @routes.get(
         "/items/{id:path}/image",
@@ -71,15 +70,16 @@ def router(pipeline: Pipeline) -> APIRouter:
         summary="An indexed image, made small",
         response_class=Response,
         responses={
-            200: {"description": "Its pixels.", "content": {JPEG: _BINARY, WEBP: _BINARY}},
+            200: {"description": "Its pixels.", "content": {JPEG: BINARY, WEBP: BINARY}},
             **_UNCHANGED,
-            **refusals(*_REFUSALS),
+            **problems(*_PROBLEMS),
         },
-        dependencies=[Depends(only("size"))],
+        dependencies=[Depends(only(ItemParameters))],
     )
-    async def image(request: Request, id: name_of, size: side_of = 512) -> Response:
-        kind = choose(request.headers.get("accept"), (JPEG, WEBP))
-        return await answered(request, id, kind, size)
+    async def image(
+        request: Request, id: name_of, asked: Annotated[ItemParameters, Query()]
+    ) -> Response:
+        return await answered(request, id, choose(request, (JPEG, WEBP)), asked.size, False)
 
     @routes.get(
         "/items/{id:path}/cam",
@@ -87,66 +87,46 @@ def router(pipeline: Pipeline) -> APIRouter:
         summary="An indexed image's own map, as JSON or over the image",
         response_class=Response,
         responses={
-            200: {"model": ItemCam, "content": {PNG: _BINARY, WEBP: _BINARY}},
+            200: {"model": ItemCam, "content": {PNG: BINARY, WEBP: BINARY}},
             **_UNCHANGED,
-            **refusals(*_REFUSALS),
+            **problems(*_PROBLEMS),
         },
-        dependencies=[Depends(only("size"))],
+        dependencies=[Depends(only(ItemParameters))],
     )
-    async def cam(request: Request, id: name_of, size: side_of = 512) -> Response:
-        kind = choose(request.headers.get("accept"), (JSON, PNG, WEBP))
-        return await answered(request, id, f"cam {kind}", size)
+    async def cam(
+        request: Request, id: name_of, asked: Annotated[ItemParameters, Query()]
+    ) -> Response:
+        return await answered(request, id, choose(request, (JSON, PNG, WEBP)), asked.size, True)
+
+    async def answered(request: Request, id: str, kind: str, size: int, with_map: bool) -> Response:
+        known = request.headers.get("if-none-match", "").strip()
+        async with pipeline.admitted():
+            asked = (pipeline, id, kind, size, with_map, known)
+            body, tag = await pipeline.in_thread(_item, *asked)
+        headers = {"ETag": tag, "Cache-Control": "private, max-age=60", "Vary": "Accept"}
+        if body is None:
+            return Response(status_code=304, headers=headers)
+        return Response(body, media_type=kind, headers=headers)
 
     @routes.get(
         "/examples",
         operation_id="examples",
         summary="A few indexed images to search with, from all over the index",
         response_class=Response,
-        responses={200: {"model": ExamplesAnswer}, **refusals(403, 422, 500, 503)},
-        dependencies=[Depends(only("count"))],
+        responses={200: {"model": ExamplesAnswer}, **problems(403, 422, 500, 503)},
+        dependencies=[Depends(only(ExamplesParameters))],
     )
-    async def examples(
-        request: Request, count: Annotated[int, Query(ge=1, le=MAX_EXAMPLES)] = 6
-    ) -> Response:
+    async def examples(request: Request, asked: Annotated[ExamplesParameters, Query()]) -> Response:
         prefix = request.scope.get("root_path", "")
-        with pipeline.gate.admitted():
-            async with pipeline.deadline():
-                body = await pipeline.in_thread(_examples, pipeline, count, prefix)
+        async with pipeline.admitted():
+            body = await pipeline.in_thread(_examples, pipeline, asked.count, prefix)
         return Response(body, media_type=JSON, headers={"Cache-Control": "private, max-age=60"})
-
-    async def answered(request: Request, id: str, what: str, size: int) -> Response:
-        known = request.headers.get("if-none-match", "")
-        with pipeline.gate.admitted():
-            async with pipeline.deadline():
-                answer = await pipeline.in_thread(_answer, pipeline, id, what, size, known)
-        headers = {
-            "ETag": answer.tag,
-            "Cache-Control": "private, max-age=60",
-            "Vary": "Accept",
-        }
-        if answer.body is None:
-            return Response(status_code=304, headers=headers)
-        return Response(answer.body, media_type=what.rpartition(" ")[2], headers=headers)
 
     return routes
 
 
-def _answer(pipeline: Pipeline, id: str, what: str, size: int, known: str) -> _Answer:
-    item = _find(pipeline, id)
-    tag = _tag(item, id, what, size)
-    if tag in known or known.strip() == "*":
-        return _Answer(None, tag)
-    draws, _, kind = what.rpartition(" ")
-    if not draws:
-        picture = _picture(pipeline, item.file)
-        if picture is None:
-            raise Refused(404, "no_picture", "the picture of this image cannot be read any more")
-        return _Answer(encoded(shrunk(picture, size), kind), tag)
-    return _Answer(_cam(pipeline, item, id, kind, size), tag)
-
-
 def _examples(pipeline: Pipeline, count: int, prefix: str) -> bytes:
-    """Every so many images one, of those whose pictures are there."""
+    """Take every so many images one, of those whose pictures are there."""
     live = pipeline.index.live_positions()
     chosen = live[np.unique(np.linspace(0, len(live) - 1, min(count, len(live))).astype(int))]
     rows = pipeline.index.select(chosen)
@@ -154,72 +134,82 @@ def _examples(pipeline: Pipeline, count: int, prefix: str) -> bytes:
     for name, label in zip(rows.ids, rows.labels, strict=True):
         file = pipeline.explainer.picture_file(name)
         if file is not None and file.is_file():
-            urls = {f"{what}_url": item_url(prefix, name, what) for what in ("image", "cam")}
-            items.append({"id": name, "label": label, **urls})
-    return json.dumps({"items": items}, allow_nan=False, separators=(",", ":")).encode()
+            items.append(Example(id=name, label=label, **urls_of(prefix, name)))
+    return written(ExamplesAnswer(items=items))
 
 
-def _find(pipeline: Pipeline, id: str) -> _Item:
+def _item(
+    pipeline: Pipeline, id: str, kind: str, size: int, with_map: bool, known: str
+) -> tuple[bytes | None, str]:
+    """Return the body, None where the client has it already, and its tag."""
     index = pipeline.index
     position = find_live(index, id)
-    return _Item(index, position, pipeline.explainer.picture_file(id))
+    file = pipeline.explainer.picture_file(id)
+    tag = _tag(file, index.manifest.manifest_sha256, id, kind, size, with_map)
+    if tag in known or known == "*":
+        return None, tag
+    picture = _picture(file, pipeline.explainer.max_pixels)
+    if with_map:
+        return _cam(pipeline, index, position, id, picture, kind, size), tag
+    if picture is None:
+        said = "the picture of this image cannot be read any more"
+        raise HTTPProblem(404, "no_picture", said)
+    return encoded(shrunk(picture, size), kind), tag
 
 
-def _tag(item: _Item, *what: object) -> str:
-    """Changes when the index, the file or what is asked of them does; tells nothing of them."""
-    about: list[object] = [item.index.manifest.manifest_sha256, *what]
-    try:
-        status = os.stat(item.file) if item.file is not None else None
-    except (OSError, ValueError):
-        status = None
-    about += [] if status is None else [status.st_size, status.st_mtime_ns]
+def _tag(file: File | None, *what: object) -> str:
+    """Return what changes when index, file or the question does, and tells none of them."""
+    about = list(what)
+    with suppress(OSError, ValueError):
+        if file is not None:
+            status = os.stat(file)
+            about += [status.st_size, status.st_mtime_ns]
     return f'"{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}"'
 
 
-def _picture(pipeline: Pipeline, file: File | None) -> Image.Image | None:
-    if file is None:
-        return None
+def _picture(file: File | None, max_pixels: int) -> Image.Image | None:
     try:
-        return read_image(file, max_pixels=pipeline.explainer.max_pixels)
+        return None if file is None else read_image(file, max_pixels=max_pixels)
     except EmbedcamError as error:
         logger.warning("an indexed image cannot be read: %s", error)
         return None
 
 
-def _cam(pipeline: Pipeline, item: _Item, id: str, kind: str, size: int) -> bytes:
-    """The map as JSON, or drawn over the picture."""
-    row = item.index.select([item.position])
+def _cam(
+    pipeline: Pipeline,
+    index: Index,
+    position: int,
+    id: str,
+    picture: Image.Image | None,
+    kind: str,
+    size: int,
+) -> bytes:
+    """Return the stored map as JSON, or drawn over the picture."""
+    row = index.select([position])
     maps = row.coarse()
     if maps is None:
-        raise Refused(404, "no_map", "the index was built without the images' own maps")
-    picture, state = _picture(pipeline, item.file), pipeline.explainer.file_state(id)
-    extent = _extent(pipeline, picture)
-    if kind != JSON:
-        small = None if picture is None or extent is None else shrunk(picture, size)
-        shape = None if picture is None else picture.size
-        return encoded(overlay(small, maps[0], extent, shape, size, state == "changed"), kind)
-    encoding = item.index.encoding()
-    norm = encoding.norms(encoding.unpack(row.fields(0)))[0]
-    body = {
-        "id": id,
-        "label": row.labels[0],
-        "cam": np.round(maps[0].astype(float), 9).tolist(),
-        "norm": float(norm),
-        "file": state,
-        "picture": None
-        if picture is None
-        else {"width": picture.size[0], "height": picture.size[1]},
-        "extent": None if extent is None else list(extent),
-    }
-    return json.dumps(body, allow_nan=False, separators=(",", ":")).encode()
-
-
-def _extent(pipeline: Pipeline, picture: Image.Image | None) -> Extent | None:
-    preprocess = pipeline.explainer.preprocess
-    if picture is None or preprocess is None:
-        return None
-    try:
-        return preprocess.extent(*picture.size)
-    except EmbedcamError:
+        raise HTTPProblem(404, "no_map", "the index was built without the images' own maps")
+    state = pipeline.explainer.file_state(id)
+    extent: Extent | None = None
+    if picture is not None:
         # A map over the wrong part of a picture would be worse than one beside it.
-        return None
+        with suppress(EmbedcamError):
+            extent = pipeline.preprocess.extent(*picture.size)
+    if kind != JSON:
+        tile = Tile(None, maps[0])
+        if picture is not None and extent is not None:
+            small = shrunk(picture, size)
+            box = scale_box(extent, picture.size, small.size)
+            tile = Tile(small, maps[0], box, changed=state == "changed")
+        return encoded(overlaid(tile, size), kind)
+    encoding = index.encoding()
+    answer = ItemCam(
+        id=id,
+        label=row.labels[0],
+        cam=np.round(maps[0].astype(float), 9).tolist(),
+        norm=float(encoding.norms(encoding.unpack(row.fields(0)))[0]),
+        file=state,
+        picture=None if picture is None else size_of(picture.size),
+        extent=None if extent is None else list(extent),
+    )
+    return written(answer)

@@ -1,82 +1,52 @@
 """What one request, and all of them together, may cost."""
 
-import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-from ..errors import InputError
-from .errors import Refused
+from .._options import check, setting
 
 
 @dataclass(frozen=True)
 class Limits:
     """The limits of a service; each refusal names the one that was met.
 
-    Attributes:
-        body_bytes: of a request's body, counted while it comes in.
-        pixels: of an uploaded picture, told from its header before any is decoded.
-        n_neighbors: results that a request may ask for.
-        seconds: from the first byte of the body to the answer.
-        concurrency: requests that are worked on at the same time; one more is told to come back.
-        batch: pictures that go through the network together.
-        batch_seconds: how long a picture waits for others that are being read meanwhile.
+    Parameters
+    ----------
+    body_bytes : int
+        Of a request's body, counted while it comes in.
+    pixels : int
+        Of an uploaded picture, told from its header before any is decoded.
+    n_neighbors : int
+        Results that a request may ask for.
+    seconds : float
+        From the first byte of the body to the answer, at least 0.01.
+    concurrency : int
+        Requests that are worked on at the same time; one more is told to come back.
+    batch : int
+        Pictures that go through the network together.
+    batch_seconds : float
+        How long a picture waits for others that are being read meanwhile.
 
-    Raises:
-        InputError: a limit that nothing could pass.
+    Raises
+    ------
+    InputError
+        A limit that nothing could pass.
     """
 
-    body_bytes: int = 20_000_000
-    pixels: int = 25_000_000
-    n_neighbors: int = 100
-    seconds: float = 30.0
-    concurrency: int = 16
-    batch: int = 8
-    batch_seconds: float = 0.005
+    body_bytes: int = setting(
+        20_000_000, "BYTES", "of a request (default 20000000)", least=1, flag="max_body"
+    )
+    pixels: int = setting(
+        25_000_000, "N", "of a picture (default 25000000)", least=1, flag="max_pixels"
+    )
+    n_neighbors: int = setting(
+        100, "N", "of a request (default 100)", least=1, flag="max_neighbors"
+    )
+    seconds: float = setting(
+        30.0, "SECONDS", "for the body, and for the answer (30)", least=0.01, flag="timeout"
+    )
+    concurrency: int = setting(16, "N", "requests at a time (default 16)", least=1)
+    batch: int = setting(8, "N", "pictures a pass of the network (default 8)", least=1)
+    batch_seconds: float = setting(0.005, least=0.0)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, whole = getattr(self, field.name), field.type is int
-            kinds = int if whole else (int, float)
-            least = 0 if field.name == "batch_seconds" else 1 if whole else 0.01
-            fits = isinstance(value, kinds) and not isinstance(value, bool)
-            if not fits or not least <= value < math.inf:
-                kind = "a whole number" if whole else "a number"
-                raise InputError(f"limit {field.name} = {value!r}; give {kind} of at least {least}")
-
-
-class Gate:
-    """Lets so many in at a time; who comes then is refused at once, for queues hide overload."""
-
-    def __init__(self, places: int) -> None:
-        self._places, self._inside = places, 0
-        self._lock = threading.Lock()
-
-    @property
-    def inside(self) -> int:
-        """How many are being worked on."""
-        return self._inside
-
-    @contextmanager
-    def admitted(self) -> Iterator[None]:
-        """A place, given back in the end.
-
-        Raises:
-            Refused: 503, all places are taken.
-        """
-        with self._lock:
-            full = self._inside >= self._places
-            self._inside += not full
-        if full:
-            raise Refused(
-                503,
-                "busy",
-                f"{self._places} requests are being worked on, which is the limit; try again",
-                {"Retry-After": "1"},
-            )
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
+        check(self)

@@ -1,185 +1,289 @@
-"""Bytes to pictures and back: what clients send is guarded, what they get is pixels alone."""
+"""Uploads to pictures, and back: guarded, never on disk, and what leaves is pixels alone."""
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
 import zipfile
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
+import python_multipart
 from PIL import Image
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import parse_options_header
+from starlette.requests import Request
 
 from ..errors import ImageError, ImageTooLarge
-from ..explain.finer import larger_input
+from ..explain.queries import larger_input
 from ..images import read_image
 from ..preprocess import AnyPreprocess, Extent
-from ..render import Tile, top_value
-from ..render.overlay import scale_box
-from .errors import Refused
+from ..render import Tile, scale_box, top_value
+from ..render.tiles import resized
+from .errors import HTTPProblem
+from .limits import Limits
 
-NAME: Final = "the picture"
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+PART: Final = "image"
+"""Name of the form's field that holds the picture."""
+FORM_TYPE: Final = "multipart/form-data"
+RAW_TYPES: Final = (
+    "image/jpeg", "image/png", "image/webp", "image/gif", "image/bmp", "image/tiff", "image/avif",
+    "image/jp2", "application/octet-stream",
+)  # fmt: skip
+"""Types of a body that is the picture itself; the decoder looks at the bytes, not at the type."""
+MAX_HEAD: Final = 8192
+"""Bytes of a form field's headers: reading a long one takes time that grows with its square."""
 MAX_RATIO: Final = 100
 """Of the sides of a picture. Bringing the short side of a longer one to the network's would make
 gigabytes of it before the crop."""
 MAX_SCANS: Final = 100
 """Of a JPEG; progressive ones have about ten. Each scan costs a pass over all pixels and may be a
 few bytes long, so that a small file could keep a processor busy for hours."""
-
-_QUALITY: Final = {"JPEG": {"quality": 88}, "WEBP": {"quality": 84, "method": 2}, "PNG": {}}
-_FORMATS: Final = {"image/jpeg": "JPEG", "image/webp": "WEBP", "image/png": "PNG"}
-
+JSON, JPEG, PNG, WEBP = "application/json", "image/jpeg", "image/png", "image/webp"
+_ENCODING: Final[dict[str, dict[str, Any]]] = {
+    JPEG: {"format": "JPEG", "quality": 88},
+    WEBP: {"format": "WEBP", "quality": 84, "method": 2},
+    PNG: {"format": "PNG"},
+}
 # Long enough to be in no compressed data by chance.
 _OTHERS: Final = {
     b"<script": "a script", b"<html>": "HTML", b"<html ": "HTML", b"<!doctype html": "HTML",
     b"<?php ": "PHP",
 }  # fmt: skip
-
 # A marker of a JPEG that begins a scan's data ends it too; within the data 0xFF is followed by 0 or
 # by a restart.
 _IN_SCAN = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Query:
-    """An uploaded picture, ready for the network.
+class Upload(NamedTuple):
+    """A body as it came, and the boundary where it is a form."""
 
-    Attributes:
-        inputs: the network's input, float32 `[3 H W]`.
-        size: (width, height) of the upright picture.
-        extent: what the network sees of it, (x0, y0, x1, y1) in its pixels.
-        small: the picture for drawing on, made small; None where nothing is drawn.
-        larger: the input at twice the side, `[3 2H 2W]`, for a finer map; None without.
+    body: bytes
+    boundary: str | None = None
+
+
+async def read_upload(request: Request, limits: Limits) -> Upload:
+    """Return the whole body, counted while it comes in.
+
+    Raises HTTPProblem: 400 cut off, 408 too slow, 413 too long, 415 or 422 no picture in it.
+    """
+    too_long = HTTPProblem(
+        413,
+        "body_too_long",
+        f"the body is longer than {limits.body_bytes} bytes, which is the limit; send a smaller "
+        "picture",
+    )
+    declared = request.headers.get("content-length", "")
+    if declared and not re.fullmatch(r"[0-9]{1,18}", declared):
+        raise HTTPProblem(400, "unusable_header", "Content-Length: give a whole number of bytes")
+    if declared and int(declared) > limits.body_bytes:
+        raise too_long
+    boundary = _boundary(request.headers.get("content-type", ""))
+    body, more = bytearray(), True
+    try:
+        async with asyncio.timeout(limits.seconds):
+            while more:
+                message = await request.receive()
+                if message["type"] != "http.request":
+                    said = "the connection was closed before the body was complete"
+                    raise HTTPProblem(400, "cut_off", said)
+                body += message.get("body", b"")
+                if len(body) > limits.body_bytes:
+                    raise too_long
+                more = message.get("more_body", False)
+    except TimeoutError:
+        said = f"the body did not arrive within {limits.seconds:g} s; send it again"
+        raise HTTPProblem(408, "slow_upload", said) from None
+    if not body:
+        raise HTTPProblem(422, "empty_body", "the body is empty; send the bytes of a picture")
+    return Upload(bytes(body), boundary)
+
+
+def _boundary(content_type: str) -> str | None:
+    """Return the boundary of a form; None where the body is the picture itself."""
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == FORM_TYPE:
+        boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+        if not boundary:
+            raise _broken_form(
+                f'names no boundary; send multipart/form-data as curl -F "{PART}=@picture.jpg" does'
+            )
+        return boundary.decode("latin-1")
+    if kind and kind not in RAW_TYPES:
+        raise HTTPProblem(
+            415,
+            "unusable_type",
+            f"this content type holds no picture that can be read; send {FORM_TYPE} with the field "
+            f"{PART!r}, or the picture itself as image/jpeg, image/png, image/webp or another "
+            "pixel format",
+            {"Accept-Post": ", ".join((FORM_TYPE, *RAW_TYPES))},
+        )
+    return None
+
+
+def _broken_form(said: str, code: str = "broken_form") -> HTTPProblem:
+    return HTTPProblem(422, code, f"the form {said}")
+
+
+def picture_in(upload: Upload) -> bytes:
+    """Return the bytes of the picture: the body itself, or the one field of the form.
+
+    Raises HTTPProblem 422: a form that is broken, or whose fields are not the picture alone.
+    """
+    if upload.boundary is None:
+        return upload.body
+    form = _Form()
+    try:
+        callbacks = form.callbacks()
+        parser = python_multipart.MultipartParser(upload.boundary.encode("latin-1"), callbacks)
+        parser.write(upload.body)
+        parser.finalize()
+    except FormParserError:
+        raise _broken_form("cannot be read: its parts are broken") from None
+    if not form.complete:
+        raise _broken_form("breaks off before its last boundary")
+    if not form.picture:
+        raise _broken_form(f"holds no picture; send it in the field {PART!r}", "empty_body")
+    return bytes(form.picture)
+
+
+class _Form:
+    """Collects the one field there may be; names of files are not looked at."""
+
+    def __init__(self) -> None:
+        self.picture = bytearray()
+        self.complete = False
+        self._parts = self._head = 0
+        self._header, self._value, self._disposition = b"", b"", b""
+
+    def callbacks(self) -> MultipartCallbacks:
+        """Return what the parser calls."""
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": self._add_header,
+            "on_header_value": self._add_value,
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._check_name,
+            "on_part_data": self._add_data,
+            "on_end": self._end,
+        }
+
+    def _begin(self) -> None:
+        self._parts += 1
+        if self._parts > 1:
+            raise _broken_form(f"has several fields; send {PART!r} alone, once", "too_many_parts")
+
+    def _add_header(self, data: bytes, start: int, end: int) -> None:
+        self._count(end - start)
+        self._header += data[start:end]
+
+    def _add_value(self, data: bytes, start: int, end: int) -> None:
+        self._count(end - start)
+        self._value += data[start:end]
+
+    def _count(self, length: int) -> None:
+        self._head += length
+        if self._head > MAX_HEAD:
+            raise HTTPProblem(
+                422, "broken_form", f"the form's field has headers of more than {MAX_HEAD} bytes"
+            )
+
+    def _end_header(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._header, self._value = b"", b""
+
+    def _check_name(self) -> None:
+        if parse_options_header(self._disposition)[1].get(b"name") != PART.encode():
+            raise _broken_form(f"has a field of another name; send it as {PART!r}", "unknown_part")
+
+    def _add_data(self, data: bytes, start: int, end: int) -> None:
+        self.picture += data[start:end]
+
+    def _end(self) -> None:
+        self.complete = True
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A picture, ready for the network.
+
+    Attributes
+    ----------
+    inputs : the network's input, float32 `[3 H W]`
+    size : (width, height) of the upright picture
+    extent : crop box, what the network sees of it in its pixels
+    small : the picture for drawing on, made small; None where nothing is drawn
+    larger : the input at twice the side, `[3 2H 2W]`, for a finer map; None without
     """
 
-    inputs: np.ndarray
+    inputs: np.ndarray[Any, Any]
     size: tuple[int, int]
     extent: Extent
     small: Image.Image | None
-    larger: np.ndarray | None = None
+    larger: np.ndarray[Any, Any] | None = None
 
 
-def read_query(
-    data: bytes, preprocess: AnyPreprocess, pixels: int, side: int | None, detail: int = 1
-) -> Query:
-    """Decode and prepare an uploaded picture.
+def prepare(
+    picture: Image.Image, preprocess: AnyPreprocess, side: int | None, detail: int = 1
+) -> Prepared:
+    """Return a picture with the network's input, and made small to `side` where it is drawn on."""
+    inputs = preprocess(picture)
+    extent = preprocess.extent(*picture.size)
+    small = None if side is None else shrunk(picture, side)
+    larger = larger_input(picture, inputs, preprocess) if detail > 1 else None
+    return Prepared(inputs, picture.size, extent, small, larger)
 
-    Args:
-        data: the bytes of its file.
-        preprocess: the network's.
-        pixels: limit.
-        side: the longer side in pixels that the picture is made small to; None where nothing will
-            be drawn.
-        detail: 2 prepares it at twice the side, too.
 
-    Raises:
-        Refused: too many pixels or scans, or a file that is something else beside a picture.
-        ImageError: it cannot be decoded.
+def read_picture(data: bytes, pixels: int) -> Image.Image:
+    """Return an uploaded picture of at most so many pixels, upright.
+
+    Raises HTTPProblem (too many pixels or scans, or something else beside a picture) or ImageError.
     """
-    _check_scans(data)
+    if data[:2] == b"\xff\xd8" and _count_scans(data) > MAX_SCANS:
+        said = f"is a JPEG of more than {MAX_SCANS} scans; save it again, not progressive"
+        raise HTTPProblem(422, "unreadable_image", f"the picture: {said}")
     try:
-        picture = read_image(data, max_pixels=pixels, name=NAME)
+        picture = read_image(data, max_pixels=pixels, name="the picture")
     except ImageTooLarge:
-        raise Refused(
-            413,
-            "too_many_pixels",
-            f"{NAME} has more than {pixels} pixels, which is the limit; send another",
-        ) from None
-    _check_alone(data)
+        said = f"the picture has more than {pixels} pixels, which is the limit; send another"
+        raise HTTPProblem(413, "too_many_pixels", said) from None
+    kind = _kind_besides(data)
+    if kind is not None:
+        said = f"the picture: is {kind} as well; send a file that is a picture alone"
+        raise HTTPProblem(422, "several_kinds", said)
     width, height = picture.size
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ImageError(
-            f"{NAME}: is {width} x {height}; one side may be {MAX_RATIO} times the other at most"
+            f"the picture: is {width} x {height}; one side may be {MAX_RATIO} times the other at "
+            "most"
         )
-    inputs = preprocess(picture)
-    return Query(
-        inputs=inputs,
-        size=picture.size,
-        extent=preprocess.extent(width, height),
-        small=None if side is None else shrunk(picture, side),
-        larger=larger_input(picture, inputs, preprocess) if detail > 1 else None,
-    )
+    return picture
 
 
-def shrunk(picture: Image.Image, side: int) -> Image.Image:
-    """The picture with its longer side at most `side` pixels; never enlarged."""
-    if max(picture.size) <= side:
-        return picture
-    size = Tile(picture).fitted(side, side)
-    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-
-
-def overlay(
-    small: Image.Image | None,
-    cam: np.ndarray,
-    extent: Extent | None,
-    size: tuple[int, int] | None,
-    side: int,
-    changed: bool = False,
-) -> Image.Image:
-    """A map over a picture that was made small, on its own colour scale.
-
-    Args:
-        small: the picture, or None: the map is then drawn by itself.
-        cam: `[h w]`.
-        extent: what the map covers, in pixels of the picture as it was.
-        size: (width, height) of the picture as it was.
-        side: of the picture of a map by itself.
-        changed: the picture is another than the map was made of: the map is drawn by itself.
-    """
-    box = None
-    if small is not None and size is not None and extent is not None:
-        box = scale_box(extent, size, small.size)
-    tile = Tile(small, cam, box, changed=changed)
-    _, drawn = tile.drawn(
-        tile.fitted(side, side) if small is None else small.size, top_value([tile])
-    )
-    assert drawn is not None  # there is a map
-    return drawn
-
-
-def encoded(picture: Image.Image, media_type: str) -> bytes:
-    """The picture as a file of that type, without any of what its own file held beside pixels."""
-    bare = Image.fromarray(np.asarray(picture.convert("RGB")))
-    held = io.BytesIO()
-    kind = _FORMATS[media_type]
-    options: dict[str, Any] = _QUALITY[kind]
-    bare.save(held, kind, **options)
-    return held.getvalue()
-
-
-def _check_alone(data: bytes) -> None:
-    """Refuse a picture that another program would take for something else.
+def _kind_besides(data: bytes) -> str | None:
+    """Return what else another program would take a picture's file for.
 
     Nothing of an upload is ever sent back, so such a file does no harm here; nobody has an honest
     reason to send one. What cameras append to a JPEG, a film or a second picture, is no such thing.
     """
     words = data.lower()
-    kind = next((kind for word, kind in _OTHERS.items() if word in words), None)
     if b"%pdf-" in words[:1024]:
-        kind = "PDF"
-    elif words[:3] == b"gif" and words[6:8] == b"/*":
-        kind = "a script"
-    elif zipfile.is_zipfile(io.BytesIO(data)):
-        kind = "a ZIP archive"
-    if kind is not None:
-        raise Refused(
-            422, "several_kinds", f"{NAME}: is {kind} as well; send a file that is a picture alone"
-        )
-
-
-def _check_scans(data: bytes) -> None:
-    if data[:2] == b"\xff\xd8" and _count_scans(data) > MAX_SCANS:
-        raise Refused(
-            422,
-            "unreadable_image",
-            f"{NAME}: is a JPEG of more than {MAX_SCANS} scans; save it again, not progressive",
-        )
+        return "PDF"
+    if words[:3] == b"gif" and words[6:8] == b"/*":
+        return "a script"
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        return "a ZIP archive"
+    return next((kind for word, kind in _OTHERS.items() if word in words), None)
 
 
 def _count_scans(data: bytes) -> int:
-    """Scans of a JPEG up to its end, `MAX_SCANS` + 1 for more."""
+    """Return the scans of a JPEG up to its end, `MAX_SCANS` + 1 for more."""
     at, scans = 2, 0
     while scans <= MAX_SCANS:
         marker = _IN_SCAN.search(data, at)
@@ -189,6 +293,35 @@ def _count_scans(data: bytes) -> int:
         if marker[1] == b"\x01":  # stands alone
             continue
         scans += marker[1] == b"\xda"
-        length = int.from_bytes(data[at : at + 2], "big")
-        at += max(length, 2)
+        at += max(int.from_bytes(data[at : at + 2], "big"), 2)
     return scans
+
+
+def shrunk(picture: Image.Image, side: int) -> Image.Image:
+    """Return the picture with its longer side at most `side` pixels; never enlarged."""
+    if max(picture.size) <= side:
+        return picture
+    return resized(picture, Tile(picture).fitted(side, side))
+
+
+def small_box(picture: Prepared) -> Extent:
+    """Return what the network sees, in pixels of the picture that was made small, if it was."""
+    size = picture.size if picture.small is None else picture.small.size
+    return scale_box(picture.extent, picture.size, size)
+
+
+def overlaid(tile: Tile, side: int) -> Image.Image:
+    """Return a tile's picture with its map, on its own color scale; `side` of a map by itself."""
+    size = tile.fitted(side, side) if tile.image is None else tile.image.size
+    mapped = tile.drawn(size, top_value([tile]))[1]
+    if mapped is None:
+        raise ValueError("a tile without a map")
+    return mapped
+
+
+def encoded(picture: Image.Image, media_type: str) -> bytes:
+    """Return the picture as a file of that type: pixels, and nothing else its file held."""
+    stream = io.BytesIO()
+    bare = Image.fromarray(np.asarray(picture.convert("RGB")))
+    bare.save(stream, **_ENCODING[media_type])
+    return stream.getvalue()

@@ -1,95 +1,268 @@
-"""From uploaded bytes to an explanation, through a pool of threads and the batcher."""
+"""From uploaded pictures to answers, through a pool of threads and one thread with the network."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from starlette.requests import Request
 
-from ..errors import InputError
+from ..errors import EmbedcamError, InputError
 from ..explain.explainer import Explainer, Explanation
 from ..images.batches import default_workers
-from ..index import Index, Neighbors
-from .batching import Batcher
-from .errors import Refused
-from .limits import Gate, Limits
-from .pictures import Query, encoded, overlay, read_query
-from .telemetry import Telemetry
-from .upload import Upload, picture_in
+from ..index import Index
+from ..preprocess import AnyPreprocess
+from ..render import Tile
+from .errors import HTTPProblem
+from .limits import Limits
+from .pictures import (
+    PNG,
+    Prepared,
+    Upload,
+    encoded,
+    overlaid,
+    picture_in,
+    prepare,
+    read_picture,
+    read_upload,
+    small_box,
+)
 
 logger = logging.getLogger("embedcam.service")
 
 T = TypeVar("T")
-Answer = Callable[[Any, Sequence[np.ndarray]], Sequence[Any]]
-"""From what is wanted and inputs `[3 H W]` to an answer for each; in the network's thread."""
+Answer = Callable[[Any, Sequence[Any]], Sequence[Any]]
+"""From what is wanted and several inputs to an answer for each; called in the network's thread."""
 MAX_THREADS = 4
 """That decode and draw: each may hold a decoded picture, so more of them are more memory."""
 PROBE_SIDE = 64
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Asked(NamedTuple):
-    """What pictures of one batch have in common: what is asked, and who answers it."""
+class Batcher:
+    """One thread that puts pictures of equal wishes through the network together.
 
-    wanted: Hashable
-    answer: Answer
+    Pictures are decoded before, in other threads, so one that cannot be read meets no other. A
+    picture that waits while others are being read gives them a moment to come along; one that is
+    alone goes at once.
+
+    Parameters
+    ----------
+    most : pictures a batch
+    seconds : how long the first picture of a batch waits for those that were announced
+    batched : told how many pictures went together
+    """
+
+    def __init__(
+        self, most: int, seconds: float, batched: Callable[[int], object] = lambda pictures: None
+    ) -> None:
+        self._most, self._seconds, self._batched = most, seconds, batched
+        self._changed = threading.Condition()
+        self._waiting: list[_Job] = []
+        self._announced = 0
+        self._closed = False
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def announced(self) -> Iterator[Callable[[Answer, Hashable, Any], Future[Any]]]:
+        """Say that a picture will come, and yield what submits it: answer, wanted, input."""
+        with self._changed:
+            self._announced += 1
+        coming = True
+
+        def arrived() -> None:
+            nonlocal coming
+            self._announced -= coming
+            coming = False
+            self._changed.notify_all()
+
+        def submit(answer: Answer, wanted: Hashable, inputs: Any) -> Future[Any]:
+            job = _Job((answer, wanted), inputs, Future())
+            with self._changed:
+                if self._closed:
+                    raise RuntimeError("the batcher is closed")
+                self._waiting.append(job)
+                arrived()
+                # Begun by the first picture: an application that was only made, or forked before
+                # it served, has no thread.
+                if self._thread is None:
+                    self._thread = threading.Thread(
+                        target=self._run, name="embedcam-network", daemon=True
+                    )
+                    self._thread.start()
+            return job.future
+
+        try:
+            yield submit
+        finally:
+            with self._changed:
+                arrived()
+
+    def close(self) -> None:
+        """Answer what waits, then end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while batch := self._next():
+            live = [job for job in batch if job.future.set_running_or_notify_cancel()]
+            if live:
+                self._batched(len(live))
+                _settle(live)
+
+    def _next(self) -> list[_Job]:
+        """Return the first picture that waits and others of its wish; nothing once all is done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            until = time.monotonic() + self._seconds
+            while len(self._waiting) < self._most and self._announced and not self._closed:
+                left = until - time.monotonic()
+                if left <= 0 or not self._changed.wait(left):
+                    break
+            alike = [job for job in self._waiting if job.wish == self._waiting[0].wish]
+            alike = alike[: self._most]
+            chosen = set(map(id, alike))
+            self._waiting = [job for job in self._waiting if id(job) not in chosen]
+            return alike
 
 
-class Wanted(NamedTuple):
-    """Results, the id of the one that is explained alone, of its rival, or None; and the detail."""
-
-    n_neighbors: int
-    result: str | None = None
-    rival: str | None = None
-    detail: int = 1
+class _Job(NamedTuple):
+    wish: tuple[Answer, Hashable]
+    inputs: Any
+    future: Future[Any]
 
 
-@dataclass(frozen=True)
-class Found:
-    """The images a search found: ids, labels, distances and similarities, nearest first."""
+def _settle(jobs: Sequence[_Job]) -> None:
+    answer, wanted = jobs[0].wish
+    try:
+        answers = answer(wanted, [job.inputs for job in jobs])
+    except EmbedcamError as error:
+        if len(jobs) == 1:
+            jobs[0].future.set_exception(error)
+            return
+        # One of them is at fault, and the error does not say which.
+        for job in jobs:
+            _settle([job])
+    except BaseException as error:
+        for job in jobs:
+            job.future.set_exception(error)
+    else:
+        for job, one in zip(jobs, answers, strict=True):
+            job.future.set_result(one)
 
-    ids: list[str]
-    labels: list[str | None]
-    distances: np.ndarray
-    similarities: np.ndarray
+
+class ConcurrencyLimit:
+    """Lets so many in at a time; who comes then is refused at once, for queues hide overload."""
+
+    def __init__(self, places: int) -> None:
+        self._places, self.inside = places, 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Take a place, given back in the end; raises HTTPProblem 503 where all are taken."""
+        with self._lock:
+            full = self.inside >= self._places
+            self.inside += not full
+        if full:
+            said = f"{self._places} requests are being worked on, which is the limit; try again"
+            raise HTTPProblem(503, "busy", said, {"Retry-After": "1"})
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.inside -= 1
+
+
+class Telemetry:
+    """Counters for Prometheus, in a registry of the application's own."""
+
+    def __init__(self, in_progress: Callable[[], float]) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        registry = self.registry
+        self.requests = Counter(
+            "embedcam_requests",
+            "Requests answered.",
+            ("method", "route", "status"),
+            registry=registry,
+        )
+        self.seconds = Histogram(
+            "embedcam_request_seconds",
+            "From a request's first byte to its answer.",
+            ("route",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.batches = Histogram(
+            "embedcam_batch_pictures",
+            "Pictures that went through the network together.",
+            buckets=_BATCHES,
+            registry=registry,
+        )
+        self.ready = Gauge(
+            "embedcam_ready", "1 once the network has answered a probe.", registry=registry
+        )
+        working = Gauge("embedcam_in_progress", "Requests being worked on.", registry=registry)
+        working.set_function(in_progress)
 
 
 class Pipeline:
     """All the work of a service; its endpoints only read parameters and write answers.
 
-    Args:
-        explainer: with a network.
-        limits: of requests.
+    Parameters
+    ----------
+    explainer : with a network
+    limits : of requests
 
-    Raises:
-        InputError: an explainer that cannot explain pictures.
+    Raises
+    ------
+    InputError
+        An explainer that cannot explain pictures.
     """
 
     def __init__(self, explainer: Explainer, limits: Limits) -> None:
-        _check(explainer)
+        if not isinstance(explainer, Explainer):
+            raise InputError(f"a service needs an Explainer; given {type(explainer).__name__}")
         self.explainer, self.limits = explainer, limits
-        self.gate = Gate(limits.concurrency)
-        self.telemetry = Telemetry(lambda: self.gate.inside)
+        self._check()
+        self.concurrency = ConcurrencyLimit(limits.concurrency)
+        self.telemetry = Telemetry(lambda: self.concurrency.inside)
         self.ready = False
         self._closed = True
         self.open()
 
+    def _check(self) -> None:
+        _ = self.preprocess
+        if self.index.manifest.faiss is None:
+            raise InputError(
+                f"{self.index.path} was built without FAISS, so a service cannot search it; "
+                "`embedcam compact --rebuild-faiss Flat` gives it one"
+            )
+        if len(self.index) == 0:
+            raise InputError(f"{self.index.path}: every image was removed; add images first")
+
     def open(self) -> None:
         """Make ready for requests, the first time or after `close`; no thread begins yet."""
         if self._closed:
-            limits = self.limits
-            self._pool = ThreadPoolExecutor(
-                min(MAX_THREADS, default_workers()), thread_name_prefix="embedcam-pictures"
-            )
-            self._batcher = Batcher(
-                self._answer, limits.batch, limits.batch_seconds, self.telemetry.batched
-            )
+            workers = min(MAX_THREADS, default_workers())
+            self._pool = ThreadPoolExecutor(workers, thread_name_prefix="embedcam-pictures")
+            batched = self.telemetry.batches.observe
+            self._batcher = Batcher(self.limits.batch, self.limits.batch_seconds, batched)
             self._closed = False
 
     @property
@@ -98,173 +271,167 @@ class Pipeline:
         return self.explainer.index
 
     @property
+    def preprocess(self) -> AnyPreprocess:
+        """How pictures are prepared for the network."""
+        preprocess = self.explainer.preprocess
+        if self.explainer.network is None or preprocess is None:
+            raise InputError(
+                "a service embeds pictures: give the Explainer the network, with its preprocessing"
+            )
+        return preprocess
+
+    @property
     def n_neighbors(self) -> int:
         """Results of a request that does not say how many."""
         return min(self.explainer.n_neighbors, self.limits.n_neighbors)
 
     @asynccontextmanager
-    async def deadline(self) -> AsyncIterator[None]:
-        """As long as the limit allows; what has not begun by then never does.
+    async def admitted(self) -> AsyncIterator[None]:
+        """Take a place, and as long as the limit allows; what has not begun by then never does."""
+        with self.concurrency.place():
+            async with self._deadline():
+                yield
 
-        Raises:
-            Refused: 503, it took longer.
-        """
+    @asynccontextmanager
+    async def uploaded(self, request: Request) -> AsyncIterator[Upload]:
+        """Take a place and read the body, then work on it as long as the limit allows."""
+        with self.concurrency.place():
+            upload = await read_upload(request, self.limits)
+            async with self._deadline():
+                yield upload
+
+    @asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self.limits.seconds):
                 yield
         except TimeoutError:
-            raise Refused(
-                503,
-                "too_slow",
-                f"the answer took longer than {self.limits.seconds:g} s; try again later",
-                {"Retry-After": "5"},
-            ) from None
+            said = f"the answer took longer than {self.limits.seconds:g} s; try again later"
+            raise HTTPProblem(503, "too_slow", said, {"Retry-After": "5"}) from None
 
-    async def in_thread(self, work: Callable[..., T], *given: Any) -> T:
+    async def in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
         """Run something in the pool."""
-        return await asyncio.wrap_future(self._pool.submit(work, *given))
-
-    async def explain(
-        self, upload: Upload, wanted: Wanted, side: int | None
-    ) -> tuple[Query, Explanation]:
-        """An uploaded picture, explained.
-
-        Args:
-            upload: as it came.
-            wanted: results, the one whose weights alone are transferred, and its rival.
-            side: of the picture to be drawn on, or None.
-        """
-        result, rival = wanted.result, wanted.rival
-        self.find_live(*(name for name in (result, rival) if name is not None))
-        if rival is not None:
-            if result is None:
-                raise Refused(
-                    422, "no_result", "rival: goes with a result, and none is named; name it, too"
-                )
-            check_apart(result, rival)
-        answer = self._explained if wanted.detail == 1 else self._explained_finer
-        return await self.ask(upload, wanted, answer, side, wanted.detail)
-
-    async def search(self, upload: Upload, n_neighbors: int) -> tuple[Query, Found]:
-        """An uploaded picture, embedded and searched with; nothing is explained."""
-        return await self.ask(upload, Wanted(n_neighbors), self._searched)
+        return await asyncio.wrap_future(self._pool.submit(work, *arguments))
 
     async def ask(
+        self, answer: Answer, wanted: Hashable, read: Callable[[], Prepared]
+    ) -> tuple[Prepared, Any]:
+        """Return a picture, read in the pool, and an answer from the network's thread.
+
+        Pictures of which the same is wanted are answered together. An answer gets inputs, or pairs
+        of them where pictures were prepared at twice the side, too.
+        """
+        with self._batcher.announced() as submit:
+            picture = await self.in_thread(read)
+            alone = picture.larger is None
+            inputs = picture.inputs if alone else (picture.inputs, picture.larger)
+            future = submit(answer, wanted, inputs)
+        return picture, await asyncio.wrap_future(future)
+
+    def reading(
+        self, upload: Upload, side: int | None = None, detail: int = 1
+    ) -> Callable[[], Prepared]:
+        """Return what reads an upload; it is made small to `side` where it will be drawn on."""
+
+        def read() -> Prepared:
+            picture = read_picture(picture_in(upload), self.limits.pixels)
+            return prepare(picture, self.preprocess, side, detail)
+
+        return read
+
+    async def explain(
         self,
         upload: Upload,
-        wanted: Hashable,
-        answer: Answer,
-        side: int | None = None,
+        n_neighbors: int,
+        result: str | None = None,
+        rival: str | None = None,
         detail: int = 1,
-    ) -> tuple[Query, Any]:
-        """An uploaded picture, decoded in the pool, and an answer from the network's thread.
+        side: int | None = None,
+    ) -> tuple[Prepared, Explanation]:
+        """Return an uploaded picture, explained."""
+        for name in (result, rival):
+            if name is not None:
+                find_live(self.index, name)
+        if rival is not None and result is None:
+            said = "rival: goes with a result, and none is named; name it, too"
+            raise HTTPProblem(422, "no_result", said)
+        check_apart(result, rival)
+        wanted = (n_neighbors, result, rival, detail)
+        return await self.ask(self._explained, wanted, self.reading(upload, side, detail))
 
-        Args:
-            upload: as it came.
-            wanted: what is asked; pictures of which the same is asked are answered together.
-            answer: who answers.
-            side: of the picture to be drawn on, or None.
-            detail: 2 has the answer get pairs of inputs, the second at twice the side.
-        """
-        return await self.ask_prepared(wanted, answer, self._read, upload, side, detail)
-
-    async def ask_prepared(
-        self, wanted: Hashable, answer: Answer, prepared: Callable[..., Query], *given: Any
-    ) -> tuple[Query, Any]:
-        """As `ask`, of any picture: `prepared` is called in the pool with what is given."""
-        with self._batcher.announced() as submit:
-            query = await self.in_thread(prepared, *given)
-            alone = query.larger is None
-            future = submit(
-                Asked(wanted, answer), query.inputs if alone else (query.inputs, query.larger)
-            )
-        return query, await asyncio.wrap_future(future)
-
-    def _read(self, upload: Upload, side: int | None, detail: int = 1) -> Query:
-        preprocess = self.explainer.preprocess
-        assert preprocess is not None  # `_check` saw to it
-        return read_query(picture_in(upload), preprocess, self.limits.pixels, side, detail)
-
-    def find_live(self, *names: str) -> None:
-        """Refuse an id that no image has; see `find_live`."""
-        index = self.index
-        for name in names:
-            find_live(index, name)
-
-    def _answer(self, asked: Asked, inputs: Sequence[np.ndarray]) -> Sequence[Any]:
-        """A batch of which the same is asked, in the batcher's thread."""
-        return asked.answer(asked.wanted, inputs)
-
-    def _explained(self, wanted: Wanted, inputs: Sequence[np.ndarray]) -> Sequence[Any]:
-        return self.explainer.explain_batch(
-            inputs,
-            n_neighbors=wanted.n_neighbors,
-            result=wanted.result,
-            above=wanted.rival,
-            detail=1,
+    def _explained(
+        self, wanted: tuple[int, str | None, str | None, int], inputs: Sequence[Any]
+    ) -> list[Explanation]:
+        n_neighbors, result, rival, detail = wanted
+        explain = partial(
+            self.explainer.explain_batch,
+            n_neighbors=n_neighbors,
+            result=result,
+            above=rival,
+            detail=detail,
         )
-
-    def _explained_finer(self, wanted: Wanted, pairs: Sequence[Any]) -> Sequence[Any]:
+        if detail == 1:
+            return explain(inputs)
         # One after the other: at twice the side each takes four times the memory.
-        return [
-            self.explainer.explain_batch(
-                [inputs],
-                n_neighbors=wanted.n_neighbors,
-                result=wanted.result,
-                above=wanted.rival,
-                detail=wanted.detail,
-                larger=[larger],
-            )[0]
-            for inputs, larger in pairs
-        ]
+        return [explain([small], larger=[larger])[0] for small, larger in inputs]
 
-    def _asked_head(self, _: Any, inputs: Sequence[np.ndarray]) -> list[Any]:
-        """What the head is, which receipts need; found once, in many passes."""
-        return [getattr(self.explainer.network, "head_kind", None)] * len(inputs)
+    async def search(
+        self, upload: Upload, n_neighbors: int
+    ) -> tuple[Prepared, list[dict[str, Any]]]:
+        """Return an uploaded picture, and id, label, distance and similarity of what is near."""
+        return await self.ask(self._searched, n_neighbors, self.reading(upload))
 
-    def _searched(self, wanted: Wanted, inputs: Sequence[np.ndarray]) -> list[Found]:
+    def _searched(self, n_neighbors: int, inputs: Sequence[Any]) -> list[list[dict[str, Any]]]:
         network, index = self.explainer.network, self.index
-        assert network is not None  # `_check` saw to it
-        embeddings = network.embed(np.stack(inputs)).embedding
-        near = index.search(embeddings, wanted.n_neighbors)
-        return [
-            _found(index, Neighbors(*one))
-            for one in zip(near.positions, near.distances, near.similarities, strict=True)
-        ]
+        if network is None:
+            raise InputError("the explainer has no network")
+        near = index.search(network.embed(np.stack(inputs)).embedding, n_neighbors)
+        answers = []
+        for positions, *scores in zip(
+            near.positions, near.distances, near.similarities, strict=True
+        ):
+            rows = index.select(positions)
+            columns = (rows.ids, rows.labels, *(values.tolist() for values in scores))
+            names = ("id", "label", "distance", "similarity")
+            answers.append(
+                [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+            )
+        return answers
 
     async def probe(self) -> None:
         """Explain a picture of noise, and be ready once that has worked."""
         try:
-            body = await self.in_thread(_probe_picture)
-            query, made = await self.explain(Upload(body), Wanted(self.n_neighbors), PROBE_SIDE)
-            await self.ask(Upload(body), None, self._asked_head)
-            # The first overlay loads the colours.
-            await self.in_thread(
-                overlay, query.small, made.cam, query.extent, query.size, PROBE_SIDE
-            )
+            shape = (PROBE_SIDE, PROBE_SIDE, 3)
+            noise = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+            upload = Upload(await self.in_thread(encoded, Image.fromarray(noise), PNG))
+            picture, why = await self.explain(upload, self.n_neighbors, side=PROBE_SIDE)
+            # What the head is, which receipts need, is found once, in many passes.
+            await self.ask(self._head_kinds, None, self.reading(upload))
+            # The first overlay loads the colors.
+            tile = Tile(picture.small, why.cam, small_box(picture))
+            await self.in_thread(overlaid, tile, PROBE_SIDE)
         except Exception:
             logger.exception("the network did not answer a probe; the service is not ready")
             return
         self.set_ready(True)
 
+    def _head_kinds(self, _: None, inputs: Sequence[Any]) -> list[Any]:
+        return [getattr(self.explainer.network, "head_kind", None)] * len(inputs)
+
     def set_ready(self, is_ready: bool) -> None:
-        """Whether requests can be answered."""
+        """Say whether requests can be answered."""
         self.ready = is_ready
-        self.telemetry.ready(is_ready)
+        self.telemetry.ready.set(is_ready)
 
     def reload(self) -> bool:
         """Serve the index as it is now, see `Explainer.reload`; not ready while it cannot be.
 
-        Returns:
-            Whether another version is served now.
-
-        Raises:
-            InputError: the new version is empty, or cannot be searched.
-            and as `Explainer.reload`, which leaves the old one serving.
+        Returns whether another version is served now. Raises InputError where the new version is
+        empty or cannot be searched; and as `Explainer.reload`, which leaves the old one serving.
         """
         changed = self.explainer.reload()
         try:
-            _check(self.explainer)
+            self._check()
         except InputError:
             self.set_ready(False)
             raise
@@ -281,48 +448,14 @@ class Pipeline:
 
 
 def find_live(index: Index, name: str) -> int:
-    """Position of an image.
-
-    Raises:
-        Refused: 404; unlike the index's own message it names no other image.
-    """
-    found = index.find_live([name])
-    if name not in found:
-        raise Refused(404, "unknown_image", "the index holds no image of this id")
-    return found[name]
+    """Return the position of an image, or raise HTTPProblem 404, which names no other image."""
+    positions = index.find_live([name])
+    if name not in positions:
+        raise HTTPProblem(404, "unknown_image", "the index holds no image of this id")
+    return positions[name]
 
 
-def check_apart(result: str, rival: str) -> None:
-    """Refuse a rival that is the result itself.
-
-    Raises:
-        Refused: 422.
-    """
-    if rival == result:
-        raise Refused(422, "same_image", "result and rival are the same image; name two")
-
-
-def _found(index: Index, near: Neighbors) -> Found:
-    rows = index.select(near.positions)
-    return Found(rows.ids, rows.labels, near.distances, near.similarities)
-
-
-def _probe_picture() -> bytes:
-    noise = np.random.default_rng(0).integers(0, 256, (PROBE_SIDE, PROBE_SIDE, 3), np.uint8)
-    return encoded(Image.fromarray(noise), "image/png")
-
-
-def _check(explainer: Explainer) -> None:
-    if not isinstance(explainer, Explainer):
-        raise InputError(f"a service needs an Explainer; given {type(explainer).__name__}")
-    if explainer.network is None or explainer.preprocess is None:
-        raise InputError(
-            "a service embeds pictures: give the Explainer the network, with its preprocessing"
-        )
-    if explainer.index.manifest.faiss is None:
-        raise InputError(
-            f"{explainer.index.path} was built without FAISS, so a service cannot search it; "
-            "`embedcam compact --rebuild-faiss Flat` gives it one"
-        )
-    if len(explainer.index) == 0:
-        raise InputError(f"{explainer.index.path}: every image was removed; add images first")
+def check_apart(result: str | None, rival: str | None) -> None:
+    """Raise HTTPProblem 422 for a rival that is the result itself."""
+    if rival is not None and rival == result:
+        raise HTTPProblem(422, "same_image", "result and rival are the same image; name two")

@@ -1,14 +1,14 @@
-"""The JSON of the service, as its OpenAPI description has it.
+"""The JSON of the service: answers are built as these models, which OpenAPI describes."""
 
-Answers are written by `explain.py`, `compare.py` and `items.py` without going through these models:
-checking hundreds of numbers again for each request would cost more than drawing them. The contract
-tests hold every answer against them.
-"""
-
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
+
+M = TypeVar("M", bound="Strict")
+BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 Cam = Annotated[
     list[list[Annotated[float, Field(ge=0)]]],
@@ -25,18 +25,20 @@ Extent = Annotated[
 ]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class Strict(BaseModel):
+    """A part of an answer: no other fields, and no NaN, which is no JSON."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Size(_Strict):
+class Size(Strict):
     """A picture's size in pixels, upright."""
 
     width: int = Field(ge=1, examples=[640])
     height: int = Field(ge=1, examples=[480])
 
 
-class Match(_Strict):
+class Match(Strict):
     """An image of the index that came back."""
 
     id: str = Field(examples=["gulls/17.jpg"])
@@ -72,14 +74,14 @@ class Neighbor(Match):
     )
 
 
-class SearchAnswer(_Strict):
+class SearchAnswer(Strict):
     """The nearest images, nearest first."""
 
     picture: Size
     neighbors: list[Match]
 
 
-class ExplainAnswer(_Strict):
+class ExplainAnswer(Strict):
     """The nearest images, and where in the query the reason is."""
 
     picture: Size
@@ -137,7 +139,7 @@ Cells = Annotated[
 Cell = Annotated[list[int], Field(min_length=2, max_length=2, description="[row, column]")]
 
 
-class Evidence(_Strict):
+class Evidence(Strict):
     """What one picture gives to a score: `cells`, `shared` and `remainder` sum to it."""
 
     cells: Cells
@@ -145,14 +147,14 @@ class Evidence(_Strict):
     remainder: float = Field(description="What no cell or channel accounts for.")
 
 
-class Channel(_Strict):
+class Channel(Strict):
     """A channel of the network's layer, and what it gives."""
 
     channel: int = Field(ge=0, examples=[417])
     contribution: float = Field(examples=[0.031])
 
 
-class CellLink(_Strict):
+class CellLink(Strict):
     """Two cells that match."""
 
     query: Cell
@@ -160,7 +162,7 @@ class CellLink(_Strict):
     contribution: float
 
 
-class PairReceipt(_Strict):
+class PairReceipt(Strict):
     """Why the query and one result match: `shared`, the channels and `remainder` sum to it."""
 
     id: str = Field(examples=["gulls/17.jpg"])
@@ -195,7 +197,7 @@ class PairReceipt(_Strict):
     )
 
 
-class Contrast(_Strict):
+class Contrast(Strict):
     """Why the first result is nearer than the second: channels and remainder sum to `score`."""
 
     score: float = Field(
@@ -215,7 +217,7 @@ class Contrast(_Strict):
     )
 
 
-class CompareAnswer(_Strict):
+class CompareAnswer(Strict):
     """Receipts of one query, in the order asked; the rival's is the last."""
 
     picture: Size
@@ -224,7 +226,7 @@ class CompareAnswer(_Strict):
     contrast: Contrast | None = Field(description="null where no rival was named.")
 
 
-class ItemCam(_Strict):
+class ItemCam(Strict):
     """An indexed image's own map."""
 
     id: str = Field(examples=["gulls/17.jpg"])
@@ -236,7 +238,7 @@ class ItemCam(_Strict):
     extent: Extent | None = Field(description="null where the picture cannot be read any more.")
 
 
-class Example(_Strict):
+class Example(Strict):
     """An indexed image whose picture can be searched with."""
 
     id: str = Field(examples=["gulls/17.jpg"])
@@ -245,19 +247,19 @@ class Example(_Strict):
     cam_url: str = Field(examples=["/items/gulls/17.jpg/cam"])
 
 
-class ExamplesAnswer(_Strict):
+class ExamplesAnswer(Strict):
     """A few indexed images."""
 
     items: list[Example]
 
 
-class Health(_Strict):
+class Health(Strict):
     """Whether the process answers."""
 
     status: str = Field(examples=["ok"])
 
 
-class Readiness(_Strict):
+class Readiness(Strict):
     """Whether pictures can be explained, and what of."""
 
     status: str = Field(examples=["ready"])
@@ -265,7 +267,7 @@ class Readiness(_Strict):
     generation: int = Field(ge=0, description="Of the index; rises when it changes.", examples=[1])
 
 
-class Problem(_Strict):
+class Problem(Strict):
     """What went wrong."""
 
     code: str = Field(description="For programs.", examples=["too_many_pixels"])
@@ -275,7 +277,7 @@ class Problem(_Strict):
     )
 
 
-class ErrorAnswer(_Strict):
+class ErrorAnswer(Strict):
     """What every refusal looks like."""
 
     error: Problem
@@ -297,8 +299,32 @@ _WHEN = {
 }
 
 
-def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The description of these refusals, for a route."""
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the description of these HTTP errors, for a route."""
     return {
         status: {"model": ErrorAnswer, "description": _WHEN[status]} for status in sorted(statuses)
     }
+
+
+def built(model: type[M], values: Mapping[str, Any], **more: Any) -> M:
+    """Return a model of more, and of those values that it has a field for."""
+    kept = {name: values[name] for name in model.model_fields if name in values}
+    return model(**{**kept, **more})
+
+
+def written(answer: Strict) -> bytes:
+    """Return an answer as JSON, without fields that were not set."""
+    return answer.model_dump_json(exclude_unset=True).encode()
+
+
+def size_of(size: tuple[int, int]) -> Size:
+    """Return (width, height) as JSON has it."""
+    return Size(width=size[0], height=size[1])
+
+
+def urls_of(prefix: str, name: str) -> dict[str, str]:
+    """Return where an image's picture and map lie, below a path that a proxy serves us under."""
+    # Browsers resolve "." and "..", and proxies merge empty parts: such ids keep no slash.
+    odd = any(part in ("", ".", "..") for part in name.split("/"))
+    path = f"{prefix}/items/{quote(name, safe='' if odd else '/', errors='replace')}"
+    return {"image_url": f"{path}/image", "cam_url": f"{path}/cam"}

@@ -16,8 +16,9 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .._checks import whole
 from ..errors import EmbedcamError, InputError
-from .errors import Refused, response_of
+from .errors import HTTPProblem, response_of
 from .frame import HEADERS
 
 logger = logging.getLogger("embedcam.service")
@@ -39,13 +40,8 @@ _BLANK_LINE = re.compile(rb"\n\r?\n")
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket on which nothing listens yet; port 0 takes any that is free.
-
-    Raises:
-        InputError: the address cannot be used.
-    """
-    if not 0 <= port <= 65_535:
-        raise InputError(f"port {port}: give a whole number from 0 to 65535")
+    """Return a socket on which nothing listens yet; port 0 takes any that is free."""
+    whole("port", port, 0, 65_535)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -67,14 +63,14 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def address_of(bound: socket.socket) -> str:
-    """Where a browser on this machine finds it."""
+    """Return where a browser on this machine finds it."""
     host, port = bound.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
 
 
 def is_loopback(bound: socket.socket) -> bool:
-    """Whether only this machine reaches it."""
+    """Tell whether only this machine reaches it."""
     host = str(bound.getsockname()[0])
     return host.startswith("127.") or host == "::1"
 
@@ -88,11 +84,8 @@ def serve(
 ) -> None:
     """Answer requests until SIGINT or SIGTERM; returns once what was begun is finished.
 
-    Args:
-        app: from `create_app`.
-        bound: from `bind`; closed in the end.
-        seconds: that a request may take; a second more is what shutting down waits for.
-        reload: called in a thread of its own on SIGHUP, or None.
+    `bound` is closed in the end; shutting down waits twice the `seconds` that a request may take;
+    `reload` is called in a thread of its own on SIGHUP.
     """
     config = uvicorn.Config(
         app,
@@ -110,7 +103,7 @@ def serve(
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """NumPy's products on one thread: the products of a map are small.
+    """Keep NumPy's products on one thread: the products of a map are small.
 
     Beside the threads of torch, which wait by spinning, those of BLAS come to a stop now and then:
     on two cores a map of half a millisecond took sixteen.
@@ -126,7 +119,7 @@ def _one_blas_thread() -> Iterator[None]:
 
 @contextmanager
 def _signals(reload: Callable[[], Any] | None) -> Iterator[None]:
-    """SIGHUP reloads; SIGINT and SIGTERM, which uvicorn raises again once it is done, end quietly.
+    """Let SIGHUP reload, and SIGINT and SIGTERM, which uvicorn raises again, end quietly.
 
     Signals belong to the main thread; in another one they are left alone.
     """
@@ -138,10 +131,10 @@ def _signals(reload: Callable[[], Any] | None) -> Iterator[None]:
         if reload is not None:
             threading.Thread(target=_reloaded, args=(reload,), name="embedcam-reload").start()
 
-    def nothing(*_: object) -> None:
-        pass
-
-    taken: dict[int, Callable[..., None]] = {signal.SIGINT: nothing, signal.SIGTERM: nothing}
+    taken: dict[int, Callable[..., object]] = {
+        signal.SIGINT: lambda *_: None,
+        signal.SIGTERM: lambda *_: None,
+    }
     if hasattr(signal, "SIGHUP"):
         taken[signal.SIGHUP] = hang_up
     before = {number: signal.signal(number, handler) for number, handler in taken.items()}
@@ -162,10 +155,10 @@ def _reloaded(reload: Callable[[], Any]) -> None:
 
 
 async def _full(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers who comes when all connections are taken."""
+    """Answer who comes when all connections are taken."""
     said = f"{MAX_CONNECTIONS} connections are open, which is the limit; try again"
     headers = {**HEADERS, "Retry-After": "1", "Connection": "close"}
-    await response_of(Refused(503, "busy", said, headers))(scope, receive, send)
+    await response_of(HTTPProblem(503, "busy", said, headers))(scope, receive, send)
 
 
 class _Protocol(H11Protocol):
@@ -181,7 +174,7 @@ class _Protocol(H11Protocol):
     _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client is there, and has said nothing yet."""
+        """Begin to wait for what a client says."""
         super().connection_made(transport)
         # Told of every byte that waits: no second answer is written while the first one does.
         transport.set_write_buffer_limits(high=0)
@@ -191,12 +184,12 @@ class _Protocol(H11Protocol):
         self._wait()
 
     def data_received(self, data: bytes) -> None:
-        """Some bytes came, the end of a head perhaps."""
+        """Take bytes, the end of a head perhaps."""
         if self._refused:
             return
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._stop_waiting()
+            self._stop("_patience")
         elif self._patience is None:
             self._wait()
 
@@ -222,7 +215,7 @@ class _Protocol(H11Protocol):
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             answer = response_of(
-                Refused(400, "broken_request", _BROKEN, {**HEADERS, "Connection": "close"})
+                HTTPProblem(400, "broken_request", _BROKEN, {**HEADERS, "Connection": "close"})
             )
             for event in (
                 h11.Response(status_code=400, headers=answer.raw_headers, reason=b"Bad Request"),
@@ -235,28 +228,27 @@ class _Protocol(H11Protocol):
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client says no more; what it asked for whole is still answered."""
-        answers = self.cycle is not None and not (
-            self.cycle.more_body or self.cycle.response_complete
-        )
+        """Go on answering what was asked for whole."""
+        cycle = self.cycle
+        answers = cycle is not None and not (cycle.more_body or cycle.response_complete)
         if answers:
-            self.cycle.keep_alive = False
+            cycle.keep_alive = False
         return answers
 
     def pause_writing(self) -> None:
-        """The client does not keep up with its answer."""
+        """Begin to wait for a client that does not keep up with its answer."""
         super().pause_writing()
         self._expect_reading()
 
     def resume_writing(self) -> None:
-        """It has taken all of it."""
+        """End the wait: it has taken all of it."""
         super().resume_writing()
-        self._stop_expecting()
+        self._stop("_reading")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client has gone."""
-        self._stop_waiting()
-        self._stop_expecting()
+        """Let go of a client."""
+        self._stop("_patience")
+        self._stop("_reading")
         super().connection_lost(exc)
 
     def _should_upgrade(self) -> bool:
@@ -264,11 +256,6 @@ class _Protocol(H11Protocol):
 
     def _wait(self) -> None:
         self._patience = self.loop.call_later(HEADER_SECONDS, self.transport.close)
-
-    def _stop_waiting(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-        self._patience = None
 
     def _expect_reading(self) -> None:
         self._unread = self.transport.get_write_buffer_size()
@@ -281,7 +268,8 @@ class _Protocol(H11Protocol):
         logger.warning("a client did not read its answer for %g s: closed", READ_SECONDS)
         self.transport.abort()
 
-    def _stop_expecting(self) -> None:
-        if self._reading is not None:
-            self._reading.cancel()
-        self._reading = None
+    def _stop(self, timer: str) -> None:
+        handle = getattr(self, timer)
+        if handle is not None:
+            handle.cancel()
+        setattr(self, timer, None)

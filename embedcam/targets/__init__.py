@@ -1,16 +1,7 @@
-"""What is explained: targets, as scores of an embedding and as their cotangents there.
+"""What is explained: targets, as scores of an embedding (objects) and as cotangents there."""
 
-cotangents.py  the triplet margin's and the centred target's cotangents, the whitened
-               ones', and the norm's two ways
-scores.py      targets as objects: a score for every embedding, what a method explains
-
-Arrays only: everything works on NumPy arrays and on tensors alike.
-"""
-
+from ..recipe import NORMS, TARGETS, WHITENED
 from .cotangents import (
-    NORMS,
-    TARGETS,
-    WHITENED,
     Whitened,
     centred_cotangent,
     head_cotangent,

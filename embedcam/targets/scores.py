@@ -1,27 +1,27 @@
 """Targets as objects: a score y for every embedding, in place of the class score of a classifier.
 
-A target is asked two things: the score of embeddings `[B D]`, and dy/df at them. References that
-are given once, `[D]`, serve every image of a batch; given as `[B D]` each image has its own, and
-`at(row)` is the target of one image alone: a batch means what one at a time means. Scores and
-cotangents come in the library, precision and place of the embeddings.
+References that are given once, `[D]`, serve every image of a batch; given as `[B D]` each image has
+its own, and `at(row)` is the target of one image alone: a batch means what one at a time means.
+Scores and cotangents come in the library, precision and place of the embeddings.
 """
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from .._checks import one_of, whole
 from ..errors import InputError
-
-Array = Any
-"""A NumPy array or a torch tensor; what comes in is what goes out."""
+from .cotangents import Array
 
 
 class Target(ABC):
     """A score of an embedding, and its derivative.
 
     Subclasses name in `single` how many axes each of their references has for one image; one axis
-    more is one reference an image of the batch.
+    more is one reference an image of the batch. One with a single cotangent an image implements
+    `cotangent`, another `cotangents`.
     """
 
     single: ClassVar[dict[str, int]] = {}
@@ -35,36 +35,31 @@ class Target(ABC):
 
     @abstractmethod
     def score(self, embeddings: Array) -> Array:
-        """y `[B]` of embeddings f `[B D]`."""
+        """Return y `[B]` of embeddings f `[B D]`."""
 
-    @abstractmethod
-    def cotangents(self, embeddings: Array) -> tuple[Array, Array | None]:
-        """dy/df at embeddings `[B D]`: `[B S D]`, S = 1 but for triplets, whose mean is y's own.
+    def cotangent(self, embeddings: Array) -> Array:
+        """Return dy/df at embeddings `[B D]`, `[B D]`."""
+        raise NotImplementedError
 
-        Returns:
-            The cotangents, and which of them count, booleans `[B S]` (None: all).
+    def cotangents(self, embeddings: Array) -> tuple[Array, np.ndarray | None]:
+        """Return dy/df at embeddings `[B D]` of each triplet, and which of them count.
+
+        `[B S D]`, S = 1 but for triplets, whose mean is y's own; booleans `[B S]` (None: all).
         """
+        return self.cotangent(embeddings)[:, None], None
 
     def at(self, row: int | slice) -> Self:
-        """The target of one image of the batch, or of a run of them."""
-        own = object.__new__(type(self))
-        own.__dict__.update(self.__dict__)
+        """Return the target of one image of the batch, or of a run of them."""
+        one = object.__new__(type(self))
+        one.__dict__.update(self.__dict__)
         for name, axes in self.single.items():
             value = getattr(self, name)
             if value is not None and value.ndim > axes:
-                setattr(own, name, value[row])
-        return own
+                setattr(one, name, value[row])
+        return one
 
     def check(self, batch: int, width: int | None) -> None:
-        """Refuse references that do not fit a batch of embeddings `[batch width]`.
-
-        Args:
-            batch: B.
-            width: D, or None where it is not known yet.
-
-        Raises:
-            InputError: with both shapes.
-        """
+        """Refuse references that do not fit embeddings `[batch width]`; None: not known yet."""
         for name, axes in self.single.items():
             value = getattr(self, name)
             if value is None or name == "used":
@@ -80,34 +75,22 @@ class Target(ABC):
                 )
 
 
-class _Direct(Target):
-    """A target with one cotangent an image."""
-
-    @abstractmethod
-    def cotangent(self, embeddings: Array) -> Array:
-        """dy/df at embeddings `[B D]`, `[B D]`."""
-
-    def cotangents(self, embeddings: Array) -> tuple[Array, Array | None]:
-        return self.cotangent(embeddings)[:, None], None
-
-
 class TripletMargin(Target):
     """y = mean over S triplets of D(f, f_n) - D(f, f_p), D squared Euclidean.
 
     Chen et al., WACV 2020, eq. 1, with the sign turned: evidence *for* the match, no hinge.
 
-    Args:
-        positives: f_p, `[D]`, `[S D]`, or `[B S D]`, one set an image.
-        negatives: f_n, the same.
+    Parameters
+    ----------
+    positives, negatives
+        f_p and f_n, `[D]`, `[S D]`, or `[B S D]`, one set an image.
     """
 
     single: ClassVar[dict[str, int]] = {"positives": 2, "negatives": 2}
 
     def __init__(self, positives: Any, negatives: Any) -> None:
-        self.positives, self.negatives = (
-            _reference("positives", positives),
-            _reference("negatives", negatives),
-        )
+        self.positives = _reference("positives", positives)
+        self.negatives = _reference("negatives", negatives)
         if self.positives.shape != self.negatives.shape:
             raise InputError(
                 f"positives {list(self.positives.shape)} and negatives "
@@ -122,15 +105,16 @@ class TripletMargin(Target):
         return int(self.positives.shape[-2])
 
     def score(self, embeddings: Array) -> Array:
-        """y `[B]`."""
+        """Return y `[B]`."""
         to_positive = embeddings[:, None] - _like(self.positives, embeddings)
         to_negative = embeddings[:, None] - _like(self.negatives, embeddings)
-        return ((to_negative**2).sum(-1) - (to_positive**2).sum(-1)).mean(-1)
+        score: Array = ((to_negative**2).sum(-1) - (to_positive**2).sum(-1)).mean(-1)
+        return score
 
-    def cotangents(self, embeddings: Array) -> tuple[Array, Array | None]:
-        """2 (f_p - f_n) of each triplet, `[B S D]`."""
+    def cotangents(self, embeddings: Array) -> tuple[Array, None]:
+        """Return 2 (f_p - f_n) of each triplet, `[B S D]`."""
         each = 2 * (_like(self.positives, embeddings) - _like(self.negatives, embeddings))
-        return each + 0 * embeddings[:, None], None
+        return _one_each(each, embeddings), None
 
 
 class Direction(Target):
@@ -138,14 +122,17 @@ class Direction(Target):
 
     The margin of any set of triplets is one, up to a constant: c = 2 (mean f_p - mean f_n).
 
-    Args:
-        directions: c, `[D]`, `[S D]` or `[B S D]`.
-        used: which directions count, booleans `[S]` or `[B S]`; None: all.
+    Parameters
+    ----------
+    directions
+        c, `[D]`, `[S D]` or `[B S D]`.
+    used
+        Which directions count, booleans `[S]` or `[B S]`; None: all.
     """
 
     single: ClassVar[dict[str, int]] = {"directions": 2, "used": 1}
 
-    def __init__(self, directions: Any, used: Any = None) -> None:
+    def __init__(self, directions: Any, used: ArrayLike | None = None) -> None:
         self.directions = _reference("directions", directions)
         if self.directions.ndim == 1:
             self.directions = self.directions[None]
@@ -157,82 +144,97 @@ class Direction(Target):
         return int(self.directions.shape[-2])
 
     def score(self, embeddings: Array) -> Array:
-        """y `[B]`; 0 where no direction counts."""
-        each = (embeddings[:, None] * _like(self.directions, embeddings)).sum(-1)
+        """Return y `[B]`; 0 where no direction counts."""
+        each = _dot(embeddings[:, None], _like(self.directions, embeddings))
+        mean: Array
         if self.used is None:
-            return each.mean(-1)
-        counted = _like(self.used.astype(np.float64), embeddings)
-        total = counted.sum(-1)
-        return (each * counted).sum(-1) / (total + (total == 0))
+            mean = each.mean(-1)
+        else:
+            counted = _like(self.used.astype(np.float64), embeddings)
+            total = counted.sum(-1)
+            mean = _dot(each, counted) / (total + (total == 0))
+        return mean
 
-    def cotangents(self, embeddings: Array) -> tuple[Array, Array | None]:
-        """The directions, `[B S D]`."""
-        each = _like(self.directions, embeddings) + 0 * embeddings[:, None]
+    def cotangents(self, embeddings: Array) -> tuple[Array, np.ndarray | None]:
+        """Return the directions, `[B S D]`."""
+        each = _one_each(_like(self.directions, embeddings), embeddings)
         if self.used is None:
             return each, None
         return each, np.array(np.broadcast_to(self.used, tuple(each.shape[:2])))
 
 
-class Similarity(_Direct):
-    """y = f . f_r, or its cosine.
-
-    Args:
-        reference: f_r, `[D]` or `[B D]`.
-        kind: "cosine" or "dot".
-    """
+class _Referenced(Target):
+    """A target of one reference f_r, `[D]` or `[B D]`."""
 
     single: ClassVar[dict[str, int]] = {"reference": 1}
+    reference: np.ndarray
+
+
+class Similarity(_Referenced):
+    """y = f . f_r, or its cosine.
+
+    Parameters
+    ----------
+    reference
+        f_r, `[D]` or `[B D]`.
+    kind
+        "cosine" or "dot".
+    """
 
     def __init__(self, reference: Any, kind: str = "cosine") -> None:
-        if kind not in ("cosine", "dot"):
-            raise InputError(f"similarity {kind!r} is unknown; use 'cosine' or 'dot'")
-        self.reference, self.kind = _reference("reference", reference), kind
+        self.kind = one_of("similarity", kind, ("cosine", "dot"))
+        self.reference = _reference("reference", reference)
         if kind == "cosine":
             self.reference = _unit("reference", self.reference)
 
     def score(self, embeddings: Array) -> Array:
-        """y `[B]`."""
-        dot = (embeddings * _like(self.reference, embeddings)).sum(-1)
+        """Return y `[B]`."""
+        dot = _dot(embeddings, _like(self.reference, embeddings))
         return dot if self.kind == "dot" else dot / _lengths(embeddings)
 
     def cotangent(self, embeddings: Array) -> Array:
-        """f_r; of the cosine (f_r - f^ (f^ . f_r)) / |f|, f^ = f / |f| and |f_r| = 1."""
+        """Return f_r; of the cosine (f_r - f^ (f^ . f_r)) / |f|, f^ = f / |f| and |f_r| = 1."""
         reference = _like(self.reference, embeddings) + 0 * embeddings
         if self.kind == "dot":
             return reference
         lengths = _lengths(embeddings)[:, None]
-        unit = embeddings / lengths
-        return (reference - unit * (unit * reference).sum(-1)[:, None]) / lengths
+        unit: Array = embeddings / lengths
+        across: Array = reference - unit * _dot(unit, reference)[:, None]
+        return across / lengths
 
 
-class NegativeDistance(_Direct):
+class NegativeDistance(_Referenced):
     """y = -D(f, f_r), D squared Euclidean.
 
-    Args:
-        reference: f_r, `[D]` or `[B D]`.
+    Parameters
+    ----------
+    reference
+        f_r, `[D]` or `[B D]`.
     """
-
-    single: ClassVar[dict[str, int]] = {"reference": 1}
 
     def __init__(self, reference: Any) -> None:
         self.reference = _reference("reference", reference)
 
     def score(self, embeddings: Array) -> Array:
-        """y `[B]`, at most 0."""
-        return -((embeddings - _like(self.reference, embeddings)) ** 2).sum(-1)
+        """Return y `[B]`, at most 0."""
+        apart = embeddings - _like(self.reference, embeddings)
+        distance: Array = (apart**2).sum(-1)
+        return -distance
 
     def cotangent(self, embeddings: Array) -> Array:
-        """2 (f_r - f)."""
+        """Return 2 (f_r - f)."""
         return 2 * (_like(self.reference, embeddings) - embeddings)
 
 
-class ClassProxy(_Direct):
-    """y = f . p_c, p_c the normalised mean of the class's normalised embeddings.
+class ClassProxy(Target):
+    """y = f . p_c, p_c the normalized mean of the class's normalized embeddings.
 
     EmbeddingCAM (arXiv 2402.00909); a single point is its own proxy.
 
-    Args:
-        points: embeddings of the class, `[n D]` or `[D]`.
+    Parameters
+    ----------
+    points
+        Embeddings of the class, `[n D]` or `[D]`.
     """
 
     single: ClassVar[dict[str, int]] = {"proxy": 1}
@@ -245,15 +247,15 @@ class ClassProxy(_Direct):
         self.proxy = _unit("the mean of points", several.mean(0))
 
     def score(self, embeddings: Array) -> Array:
-        """y `[B]`."""
-        return (embeddings * _like(self.proxy, embeddings)).sum(-1)
+        """Return y `[B]`."""
+        return _dot(embeddings, _like(self.proxy, embeddings))
 
     def cotangent(self, embeddings: Array) -> Array:
-        """p_c."""
+        """Return p_c."""
         return _like(self.proxy, embeddings) + 0 * embeddings
 
 
-class PairContribution(_Direct):
+class PairContribution(_Referenced):
     """y = z . z' / (|z| |z'|) with both norms held constant: contributions that add up to y.
 
     The idea of SFAM (arXiv 2506.01636), not its printed formula. Where the embedding is the pooled
@@ -261,36 +263,37 @@ class PairContribution(_Direct):
     (the sum of Grad-CAM's) before its ReLU. Through the norm the contributions of a cosine would
     sum to zero instead.
 
-    Args:
-        reference: z' (or f', which is z' / |z'|), `[D]` or `[B D]`.
+    Parameters
+    ----------
+    reference
+        z' (or f', which is z' / |z'|), `[D]` or `[B D]`.
     """
 
-    single: ClassVar[dict[str, int]] = {"reference": 1}
     holds_norm: ClassVar[bool] = True
 
     def __init__(self, reference: Any) -> None:
         self.reference = _unit("reference", _reference("reference", reference))
 
     def score(self, embeddings: Array) -> Array:
-        """y `[B]`: the cosine."""
-        return (embeddings * _like(self.reference, embeddings)).sum(-1) / _lengths(embeddings)
+        """Return y `[B]`: the cosine."""
+        return _dot(embeddings, _like(self.reference, embeddings)) / _lengths(embeddings)
 
     def cotangent(self, embeddings: Array) -> Array:
-        """z' / (|z'| |f|)."""
+        """Return z' / (|z'| |f|)."""
         return _like(self.reference, embeddings) / _lengths(embeddings)[:, None]
 
 
-class Coordinate(_Direct):
+class Coordinate(Target):
     """y = f_i, one number of the embedding.
 
-    Args:
-        index: i, from 0; negative counts from the end.
+    Parameters
+    ----------
+    index
+        i, from 0; negative counts from the end.
     """
 
     def __init__(self, index: int) -> None:
-        if isinstance(index, bool) or not isinstance(index, int | np.integer):
-            raise InputError(f"a coordinate is a whole number; given {index!r}")
-        self.index = int(index)
+        self.index = whole("index", index, -(10**9), 10**9)
 
     def check(self, batch: int, width: int | None) -> None:
         """Refuse a coordinate beyond the embedding."""
@@ -300,30 +303,30 @@ class Coordinate(_Direct):
             )
 
     def score(self, embeddings: Array) -> Array:
-        """y `[B]`."""
+        """Return y `[B]`."""
         return embeddings[:, self.index]
 
     def cotangent(self, embeddings: Array) -> Array:
-        """The unit vector e_i."""
+        """Return the unit vector e_i."""
         unit = np.zeros(embeddings.shape[-1])
         unit[self.index] = 1
         return _like(unit, embeddings) + 0 * embeddings
 
 
 def _reference(name: str, values: Any) -> np.ndarray:
-    """References as a float array: finite, at least one."""
+    """Return references as a float array: finite, at least one."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
         values = values.double().numpy() if values.is_floating_point() else values.numpy()
     try:
-        found = np.asarray(values, np.float64)
+        array = np.asarray(values, np.float64)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name} cannot be read as an array of numbers ({error})") from error
-    if found.ndim not in (1, 2, 3) or 0 in found.shape:
-        raise InputError(f"{name} has shape {list(found.shape)}; expected embeddings such as [D]")
-    if not np.isfinite(found).all():
+    if array.ndim not in (1, 2, 3) or 0 in array.shape:
+        raise InputError(f"{name} has shape {list(array.shape)}; expected embeddings such as [D]")
+    if not np.isfinite(array).all():
         raise InputError(f"{name} holds a NaN or an infinity")
-    return found
+    return array
 
 
 def _unit(name: str, vectors: np.ndarray) -> np.ndarray:
@@ -335,13 +338,25 @@ def _unit(name: str, vectors: np.ndarray) -> np.ndarray:
 
 
 def _like(reference: np.ndarray, embeddings: Array) -> Array:
-    """The reference in the embeddings' library, precision and place."""
+    """Return the reference in the embeddings' library, precision and place."""
     if isinstance(embeddings, np.ndarray):
-        return reference.astype(embeddings.dtype, copy=False)
+        return np.asarray(reference, embeddings.dtype)
     return embeddings.new_tensor(reference)
 
 
+def _one_each(triplets: Array, embeddings: Array) -> Array:
+    """Return the same triplets for every embedding, `[S D]` or `[B S D]` -> `[B S D]`."""
+    each: Array = triplets + 0 * embeddings[:, None]
+    return each
+
+
+def _dot(a: Array, b: Array) -> Array:
+    product: Array = (a * b).sum(-1)
+    return product
+
+
 def _lengths(embeddings: Array) -> Array:
-    """|f| `[B]`, and 1 for a vector of zeros, which is like nothing: its cosine is 0."""
-    lengths = (embeddings * embeddings).sum(-1) ** 0.5
-    return lengths + (lengths == 0)
+    """Return |f| `[B]`, and 1 for a vector of zeros, which is like nothing: its cosine is 0."""
+    lengths: Array = _dot(embeddings, embeddings) ** 0.5
+    lengths = lengths + (lengths == 0)
+    return lengths

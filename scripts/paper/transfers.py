@@ -151,7 +151,7 @@ def _of_fold(
 def whitened_cotangents(
     recipe: Recipe, margins: np.ndarray, queries: np.ndarray, index: np.ndarray
 ) -> np.ndarray:
-    """Of queries outside the index, as `embedcam.methods.fallback.DirectWeights` computes them: the
+    """Of queries outside the index, as `embedcam.methods.DirectWeights` computes them: the
     query's own margin, whitened by the index's embeddings, and its own part."""
     amounts = Whitened.of(recipe.resolved_target, recipe.norm, labelled=True)
     known = index.astype(np.float64)

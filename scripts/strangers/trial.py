@@ -15,8 +15,8 @@ from typing import Any
 import faiss  # before children are forked, so that none of them loads it
 import numpy as np
 
-import embedcam.cli.parser  # loaded beforehand as well
-import embedcam.cli.report  # noqa: F401
+import embedcam.cli.output  # loaded beforehand as well
+import embedcam.cli.parser  # noqa: F401
 from embedcam import EmbedcamError, Explainer
 from embedcam.cli import main
 from embedcam.cli.networks import network_of_index

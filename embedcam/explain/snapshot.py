@@ -1,0 +1,205 @@
+"""One version of an index as requests see it: read once by each request, never changed."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from .._files import compute_on_one_thread
+from ..errors import EmbedcamError, InputError
+from ..index import Index, Manifest, Selection
+from ..preprocess import Network
+
+SHARED = {"discriminant": "one answer", "distinctive": "most of their answer"}
+"""What the images of a label share, by targets that hold labels against each other."""
+_LOG = logging.getLogger("embedcam")
+
+
+class Snapshot:
+    """An open index with the network it was built with.
+
+    Attributes: `layers`, `channels` and `encodings` of each layer, deepest first; `calibrations`
+    of trust and `matches` of match, by "one" and "several"; `preprocess`, None where unknown;
+    `root`, the folder of the indexed images; `only_below`, whether the caller named that folder;
+    `place`, where the next version is looked for; `refused_sizes`, inputs the network did not take.
+
+    Raises IndexFormatError, NetworkMismatch or InputError where it cannot serve.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        network: Network | None,
+        images: Path | None,
+        place: Path,
+        before: Snapshot | None = None,
+        *,
+        owned: bool = True,
+    ) -> None:
+        manifest = index.manifest
+        self.index, self.place, self.owned, self.process = index, place, owned, os.getpid()
+        self._given = network, images
+        self.network: Network | None
+        if before is not None and _same_network(index, before.index):
+            self.network = before.network
+        else:
+            self.network = None if network is None else admitted(index, network)
+        stored_root = manifest.images_root
+        self.root = images or (None if stored_root is None else Path(stored_root))
+        self.only_below = images is not None
+        self.layers = tuple(manifest.layer_names)
+        self.channels = tuple(layer.channels for layer in manifest.layers)
+        self.encodings = tuple(index.encoding(number) for number in range(len(self.layers)))
+        self.calibrations = manifest.trust_calibration or {}
+        self.matches = manifest.match_calibration or {}
+        self.marked, self.prototypes = index.marked, manifest.is_compressed
+        self.shared = shared_of(manifest)
+        self.refused_sizes: set[tuple[int, ...]] = set()
+        self.preprocess = None if manifest.network is None else manifest.network.preprocess
+        if self.network is not None and self.network.preprocess is not None:
+            self.preprocess = self.network.preprocess
+        if before is None or before.marked:
+            self._say_unmarked()
+        if before is None and manifest.has_earlier_trust:
+            _LOG.warning(
+                "%s holds a calibration of trust by an earlier definition, which is not read; "
+                "`embedcam calibrate %s` makes it again, without building the index",
+                index.path,
+                index.path,
+            )
+
+    @classmethod
+    def open(
+        cls,
+        index: Index | str | Path,
+        network: Network | None,
+        images: Path | None,
+        place: Path | None = None,
+        before: Snapshot | None = None,
+        with_faiss: bool = True,
+        n_threads: int | None = None,
+    ) -> Self:
+        """Open an index; one that is open already stays the caller's to close."""
+        if isinstance(index, Index):
+            place = Path(os.path.abspath(index.path))
+            return cls(index, network, images, place, owned=False)
+        opened = Index.open(index, with_faiss=with_faiss, n_threads=n_threads)
+        try:
+            return cls(opened, network, images, place or Path(os.path.abspath(index)), before)
+        except BaseException:
+            opened.close()
+            raise
+
+    def next(self, *, verify: bool = False) -> Self | None:
+        """Open the version that lies at the same place now; None where it is this one.
+
+        Its FAISS file is loaded, so that a broken one is refused and no request waits for it.
+        """
+        after = self._again(self.index.n_threads)
+        try:
+            if after.version == self.version:
+                after.index.close()
+                return None
+            after.index.load()
+            if verify:
+                after.index.verify()
+        except BaseException:
+            after.index.close()
+            raise
+        return after
+
+    def in_child(self) -> Self:
+        """Open the files again in a forked child, with one thread for torch and FAISS.
+
+        What cannot be opened again is served as it was: its files are still mapped.
+        """
+        compute_on_one_thread()
+        try:
+            return self._again(1)
+        except EmbedcamError as error:
+            _LOG.warning("in a forked child the version of the parent is served on: %s", error)
+            kept = copy.copy(self)
+            kept.process = os.getpid()
+            return kept
+
+    @property
+    def version(self) -> str:
+        """Return the SHA-256 of the manifest, which holds those of all files."""
+        return str(self.index.manifest.manifest_sha256)
+
+    def describe(self) -> str:
+        """Return words for a log."""
+        return f"generation {self.index.manifest.generation} with {len(self.index)} images"
+
+    def close(self) -> None:
+        """Close the index, unless it is the caller's."""
+        if self.owned:
+            self.index.close()
+
+    def paths(self, rows: Selection) -> list[str]:
+        """Return where the rows' pictures lie, `[n]`; "" for those that name no file."""
+        if self.root is None or self.root == Path():
+            return rows.paths
+        root = str(self.root)
+        return [os.path.join(root, path) if path else path for path in rows.paths]
+
+    def refuse_by_position(self) -> None:
+        """Refuse a finer map where weights belong to positions of the network's own input size."""
+        if any(encoding.grid is not None for encoding in self.encodings):
+            raise InputError(
+                "this index keeps weights by position, which a query shown larger does not have; "
+                "leave out detail (--detail), or use an index of weights by channel, such as of "
+                "'gradcam'"
+            )
+
+    def _again(self, n_threads: int | None) -> Self:
+        with_faiss, place = self.index.with_faiss, self.place
+        return self.open(place, *self._given, place, self, with_faiss, n_threads)
+
+    def _say_unmarked(self) -> None:
+        if not self.marked and any(self.index.select(self.index.live_positions()[:1]).paths):
+            _LOG.warning(
+                "%s keeps no marks of its images' files, so whether a picture was replaced since "
+                "the build cannot be told; `embedcam build --refit` adds them",
+                self.index.path,
+            )
+
+
+def shared_of(manifest: Manifest) -> str | None:
+    """Return what of their weights the images of a label share; None where it is little.
+
+    Of labels that are numbers no two images need share one.
+    """
+    return SHARED.get(manifest.target) if manifest.near_share is None else None
+
+
+def admitted(index: Index, network: Network) -> Network:
+    """Return the network held against the index's, or raise NetworkMismatch or InputError."""
+    if not isinstance(network, Network):
+        raise InputError(
+            f"network is a {type(network).__name__}; expected an EmbeddingNetwork: wrap it as "
+            "EmbeddingNetwork(module, layer, preprocess=...)"
+        )
+    stored = index.identity
+    if stored is None:
+        raise InputError(
+            "this index was built from features alone and does not know its network, so a "
+            "network cannot be checked against it; use explain_features, or build it again "
+            "naming the network"
+        )
+    return network.for_index(stored, index.manifest.layer_names)
+
+
+def _same_network(index: Index, before: Index) -> bool:
+    """Return whether two versions name one network, which was checked against the one before."""
+    now, then = index.probe(), before.probe()
+    return (
+        index.manifest.network == before.manifest.network
+        and now.keys() == then.keys()
+        and all(np.array_equal(now[name], then[name]) for name in now)
+    )

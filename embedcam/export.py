@@ -1,0 +1,361 @@
+"""The ONNX file of an index's network: traced, written, held against torch, put in place."""
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from ._files import fresh
+from ._files import replace as replace_durably
+from .errors import InputError, NetworkError
+from .images.progress import progress_of
+from .index import Index
+from .index.identity import Identity, compare
+from .network import EmbeddingNetwork
+from .network.module import full_float32
+from .onnx import Described, Head, OnnxNetwork
+from .onnx.network import EMBEDDING, output_name
+from .ops import resize
+
+TOLERANCE = 1e-4
+"""Largest relative difference between ONNX Runtime's outputs and torch's; usual is 1e-6."""
+_LARGEST = (1 << 31) - (1 << 24)
+"""Bytes of parameters; the rest of a protobuf's two gigabytes is left to the graph."""
+_RANDOM_PICTURES = 3
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written.
+
+    path; bytes: of the file; layers: whose activations it gives, the network's own first; head:
+    "identity", "affine" or "other"; difference: the largest relative one from torch's outputs, on
+    the probe and on random pictures; seconds: it took; free: whether it takes pictures of any
+    height and width.
+    """
+
+    path: Path
+    bytes: int
+    layers: tuple[str, ...]
+    head: str
+    difference: float
+    seconds: float
+    free: bool
+
+
+def export_onnx(
+    index: Index | str | Path,
+    network: EmbeddingNetwork,
+    path: str | Path,
+    *,
+    progress: bool | None = None,
+) -> ExportReport:
+    """Write an index's network as one ONNX file, to be run without torch.
+
+    Its input is `images` float32 `[B 3 H W]`, B of any size, H and W too where the network takes
+    any, which `detail=2` makes use of; its outputs are `activations` `[B K H W]`, whatever the
+    layer's own layout, `activations_1` and so on for an index of several layers, and `embedding`
+    `[B D]`, of length 1 where the index is normalized. It is written in float32, run by ONNX
+    Runtime on the CPU and held against torch before it is put in place.
+
+    Parameters
+    ----------
+    index
+        An open index or its folder.
+    network
+        The network it was built with.
+    path
+        Of the file; one that is there is replaced at the end.
+    progress
+        False says nothing; else the logger `embedcam.progress` has a line every half minute.
+
+    Raises
+    ------
+    NetworkMismatch
+        The network is not the index's.
+    NetworkError
+        It cannot be exported, or the file computes something else.
+    InputError
+        The index does not know its network, or the path cannot be written.
+    IndexFormatError
+        No index, or a broken one.
+    """
+    began = time.perf_counter()
+    target = check_target(path)
+    stored, names = _identity_and_layers(index)
+    identity = network.identity()
+    compare(stored, identity)
+    _refuse_unexportable(network)
+    layers = (network.layer, *(name for name in names if name != network.layer))
+    # Half-precision autocast is not exported, and the file does not claim it.
+    plain = network.without_autocast()
+    settings = replace(identity, precision="float32").to_dict()
+    described = Described(__version__, settings, layers, head_of(plain))
+    with _beside(target) as unfinished:
+        for free in (True, False):
+            try:
+                with progress_of("tracing", shown=progress):
+                    data = _model_bytes(plain, described, free)
+                with progress_of("checking", shown=progress):
+                    _write(unfinished, data)
+                    difference = _compared(plain, unfinished, layers)
+                break
+            except NetworkError:
+                # A network of one input size; what else fails, fails again.
+                if not free:
+                    raise
+        size = unfinished.stat().st_size
+        try:
+            replace_durably(unfinished, target)
+        except OSError as error:
+            raise InputError(f"{target}: cannot be written ({error.strerror})") from error
+    seconds = time.perf_counter() - began
+    return ExportReport(target, size, layers, described.head.kind, difference, seconds, free)
+
+
+# What is asked for, refused before any work
+
+
+def check_packages() -> None:
+    """Refuse to begin without the packages that exporting takes."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+        raise NetworkError(
+            f"exporting takes torch 2.6 or newer, and this is {torch.__version__}; run "
+            'pip install "embedcam[onnx]"'
+        )
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise NetworkError(
+            f"exporting takes {error.name}, which is not installed; run pip install "
+            '"embedcam[onnx]"'
+        ) from error
+
+
+def check_target(path: str | Path) -> Path:
+    """Return the path of a file that can be written."""
+    target = Path(path)
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; give a file, such as {target / 'network.onnx'}")
+    if not target.parent.is_dir():
+        raise InputError(f"{target}: there is no folder {target.parent}; make it first")
+    if target.exists() and not target.is_file():
+        raise InputError(f"{target}: is not a regular file; give another name")
+    return target
+
+
+def _refuse_unexportable(network: EmbeddingNetwork) -> None:
+    """Refuse what no ONNX file of one piece can hold."""
+    check_packages()
+    if network.layout == "bkl":
+        raise NetworkError("a network over positions takes no pictures and cannot be exported")
+    if network.dtype != torch.float32:
+        kind = str(network.dtype).removeprefix("torch.")
+        raise NetworkError(
+            f"the network computes in {kind}, and ONNX files are written in float32; give it "
+            "before the conversion: an index built in half precision admits it"
+        )
+    tensors = [one for one in network.module.state_dict().values() if isinstance(one, Tensor)]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if size > _LARGEST:
+        raise NetworkError(
+            f"the network holds {size / 1e9:.1f} GB of parameters; one ONNX file holds at most 2 "
+            "GB, and the files beside it that more would need are not written"
+        )
+
+
+def _identity_and_layers(index: Index | str | Path) -> tuple[Identity, list[str]]:
+    opened = index if isinstance(index, Index) else Index.open(index, with_faiss=False)
+    try:
+        stored = opened.identity
+        if stored is None:
+            raise InputError(
+                "this index was built from features alone and does not know its network, so none "
+                "can be exported for it; build it again naming the network"
+            )
+        return stored, opened.manifest.layer_names
+    finally:
+        if opened is not index:
+            opened.close()
+
+
+def head_of(network: EmbeddingNetwork) -> Head:
+    """Return what the head is, with its constant term: z at activations of zero."""
+    kind = network.head_kind
+    if not kind.affine:
+        return Head("other")
+    image = network.probe_images()
+    zeros = torch.zeros_like(network.forward(image).activations)
+    bias = network.head_outputs(image, zeros)[0].float().cpu().numpy()
+    return Head("identity" if kind.identity else "affine", bias)
+
+
+# Tracing
+
+
+class Traced(nn.Module):
+    """The network as a module of tensor operations: images -> activations and embedding."""
+
+    def __init__(self, network: EmbeddingNetwork, layers: Sequence[str]) -> None:
+        super().__init__()
+        self.training = False
+        self.module, self._normalize = network.module, network.normalize
+        self._run = network.runner.traceable(network.probe_images(), layers)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return of `[B 3 H W]` each layer's `[B K H W]`, then the embedding `[B D]`."""
+        z, maps = self._run(images)
+        if self._normalize:
+            z = z / torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        return (*maps, z)
+
+
+def onnx_model(network: EmbeddingNetwork, layers: Sequence[str], free: bool) -> Any:
+    """Return an `onnx.ModelProto` with the outputs of `Traced`; `free`: H and W of any size."""
+    names = [output_name(place) for place in range(len(layers))]
+    # A batch of one would be taken for a constant.
+    example = torch.from_numpy(network.probe_images(2)).to(network.device)
+    sides = ("batch", None, "height", "width") if free else ("batch",)
+    shapes = {place: torch.export.Dim(name) for place, name in enumerate(sides) if name}
+    # In float32, in which it is run.
+    precision = torch.autocast(network.device.type, enabled=False)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), _silence(), precision:
+            program = torch.onnx.export(
+                Traced(network, layers),
+                (example,),
+                dynamo=True,
+                verbose=False,
+                external_data=False,
+                input_names=["images"],
+                output_names=[*names, EMBEDDING],
+                dynamic_shapes=(shapes,),
+            )
+        assert program is not None
+        return program.model_proto
+    except NetworkError:
+        raise
+    except Exception as error:
+        raise NetworkError(
+            f"torch cannot follow the network into ONNX ({_reason(error)}); give a module of "
+            "tensor operations that takes batches of any size (x.shape[0] where it says len(x))"
+        ) from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Run without what the exporter tells its developers."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line at the bottom of a chain of errors, without decorations."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+# Writing
+
+
+def _model_bytes(network: EmbeddingNetwork, described: Described, free: bool) -> bytes:
+    model = onnx_model(network, described.layers, free)
+    for key, value in described.to_props().items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    try:
+        data: bytes = model.SerializeToString()
+    except Exception as error:
+        raise NetworkError(
+            f"the network does not fit into one ONNX file, which holds at most 2 GB ({error})"
+        ) from error
+    return data
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """Give a name for the unfinished file in the target's folder, and remove what is left of it."""
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield unfinished
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        with fresh(path) as file:
+            file.write(data)
+    except OSError as error:
+        raise InputError(f"{path.parent}: cannot be written to ({error.strerror})") from error
+
+
+def _compared(network: EmbeddingNetwork, path: Path, layers: Sequence[str]) -> float:
+    """Return the largest relative difference of the file's outputs from torch's, or refuse it."""
+    written = OnnxNetwork(path, preprocess=network.preprocess, threads=torch.get_num_threads())
+    if written.batch is not None:
+        raise NetworkError(
+            "the network's code fixes the number of pictures in a batch, so it cannot be exported "
+            "for batches of any size; say x.shape[0] where it says len(x), and -1 where it names "
+            "the batch"
+        )
+    probe = network.probe_images(2)
+    noise = np.random.default_rng(0).standard_normal((_RANDOM_PICTURES, *probe.shape[1:]))
+    pictures = np.concatenate([probe, noise.astype(np.float32)])
+    names = [*(output_name(place) for place in range(len(layers))), EMBEDDING]
+    worst = 0.0
+    # Of one picture, of a batch of another size than the one that was traced, and larger.
+    larger = resize(pictures[:1], (2 * pictures.shape[2], 2 * pictures.shape[3]))
+    for batch in (pictures[:1], pictures, *([larger] if written.sides is None else [])):
+        with full_float32(network.device):
+            expected = network.embed(batch, layers)
+        outputs = written.embed(batch, layers)
+        for name, ours, torchs in zip(
+            names,
+            [*outputs.activations, outputs.embedding],
+            [*expected.activations, expected.embedding],
+            strict=True,
+        ):
+            off = _relative(ours, torchs)
+            if not off <= TOLERANCE:
+                raise NetworkError(
+                    f"the file that was written computes something else: ONNX Runtime's {name} is "
+                    f"off from torch's by {off:.2g} (allowed: {TOLERANCE:g}), so it was removed; "
+                    "part of the network depends on the batch or is not deterministic, or torch "
+                    "exports it wrongly"
+                )
+            worst = max(worst, off)
+    return worst
+
+
+def _relative(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Return |actual - expected| / |expected|, infinite for arrays of different shapes."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    exact = expected.astype(np.float64)
+    size, off = float(np.linalg.norm(exact)), float(np.linalg.norm(actual - exact))
+    return off / size if size > 0 else (0.0 if off == 0 else float("inf"))

@@ -1,0 +1,296 @@
+"""LFI-CAM and the Attention Branch Network: networks with a trained branch, and their maps.
+
+Each wraps a trunk (images -> A `[B K H W]`) and a head (A -> embedding), and is trained like any
+embedding network: `scripts/train_attention.py` shows it. `EmbeddingNetwork(module, "trunk")` makes
+it one that embedcam explains, by 'lficam' or 'abn', which ignore the target, and by every other
+method.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._checks import whole
+from ..errors import NetworkError
+from ..network import EmbeddingNetwork
+from ..network.layers import find_layer
+from ..ops import cam, normalize
+from .subject import MethodOutput, Subject
+
+_STRIDED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+
+
+class LFINetwork(nn.Module):
+    """A trunk and a head with a feature importance network (FIN) between them.
+
+        A  = trunk(X)                                       [B K H W]
+        S  = softmax_k mean_ij FIN(U(grey(X)) * N(A))       [B K]
+        M  = N(ReLU(sum_k S_k A_k))                         [B H W]
+        f  = head(A (1 + M))                                [B D]
+
+    Lee et al., ICCV 2021. grey is the mean over the input's channels, U bilinear to H x W, N
+    min-max to [0, 1] of each map by itself, a flat one to zeros: a flat A_k shows FIN nothing, and
+    where M is flat A stays as it is. FIN (`fin`) is four 3 x 3 convolutions, batch norm and ReLU
+    between them, trained with the rest by whatever trains the embedding; S and M do not depend on
+    what an image is compared with.
+
+    Departures of the authors' code: it takes the minimum and maximum of M over the whole batch, so
+    that an image's map depends on its company, leaves N(A) out, and cuts M from the graph, so that
+    FIN is never trained. Here each image is by itself and FIN learns through M.
+
+    Parameters
+    ----------
+    trunk
+        Images `[B C h w]` -> A `[B K H W]`, the layer to explain; called once a forward.
+    head
+        `[B K H W]` -> embedding `[B D]`.
+    n_channels
+        K, at least 1.
+    width
+        Channels inside FIN, at least 1; default K.
+
+    Raises
+    ------
+    InputError
+        n_channels or width below 1.
+    """
+
+    def __init__(
+        self, trunk: nn.Module, head: nn.Module, n_channels: int, width: int | None = None
+    ) -> None:
+        super().__init__()
+        self.n_channels = whole("n_channels", n_channels, 1)
+        width = n_channels if width is None else whole("width", width, 1)
+        self.trunk, self.head = trunk, head
+        layers: list[nn.Module] = []
+        for inputs in (n_channels, width, width):
+            # The batch norm that follows has an offset of its own.
+            layers.append(nn.Conv2d(inputs, width, 3, padding=1, bias=False))
+            layers += [nn.BatchNorm2d(width), nn.ReLU()]
+        self.fin = nn.Sequential(*layers, nn.Conv2d(width, n_channels, 3, padding=1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the embedding `[B D]` of images `[B C h w]`."""
+        return self.embed(images, self.trunk(images))
+
+    def attend(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A `[B K H W]`, S `[B K]` and M `[B H W]` of images `[B C h w]`."""
+        activations = self.trunk(images)
+        importance = self.importance(images, activations)
+        return activations, importance, self.attention(activations, importance)
+
+    def embed(self, images: Tensor, activations: Tensor) -> Tensor:
+        """Return the embedding `[B D]` of images, or of one `[1 C h w]`, whose A is known."""
+        attention = self.attention(activations, self.importance(images, activations))
+        embedding: Tensor = self.head(activations * (1 + attention[:, None]))
+        return embedding
+
+    def stacked(self, images: Tensor, activations: Tensor) -> Tensor:
+        """Return what FIN sees: U(grey(X)) * N(A_k), stacked K deep, `[B K H W]`."""
+        if activations.ndim != 4 or activations.shape[1] != self.n_channels:
+            raise NetworkError(
+                f"the trunk's output is {list(activations.shape)}; expected [B {self.n_channels} "
+                "H W], as n_channels says: give LFINetwork the trunk's own number of channels"
+            )
+        size = (activations.shape[2], activations.shape[3])
+        grey = images.mean(1, keepdim=True)
+        small = F.interpolate(grey, size=size, mode="bilinear", align_corners=False)
+        return small * normalize(activations)
+
+    def importance(self, images: Tensor, activations: Tensor) -> Tensor:
+        """Return S `[B K]`, > 0 and of sum 1, of images `[B C h w]` and their A `[B K H W]`."""
+        scores: Tensor = self.fin(self.stacked(images, activations))
+        return scores.mean((-2, -1)).softmax(1)
+
+    def attention(self, activations: Tensor, importance: Tensor) -> Tensor:
+        """Return M `[B H W]` in [0, 1]; zeros where sum_k S_k A_k is flat."""
+        return normalize(cam(importance, activations))
+
+
+class ABNetwork(nn.Module):
+    """A network cut before its last stage, with an attention branch at the cut.
+
+        A  = trunk(X)                                       [B K H W], before the last stage
+        E  = conv1x1(stage'(A))                             [B D H W], stage' = stage at stride 1
+        g  = mean_ij E                                      [B D], the branch's own embedding
+        M  = sigmoid(batch norm(conv3x3(E)))                [B H W]
+        f  = head(stage(A (1 + M)))                         [B D']
+
+    Fukui et al., CVPR 2019. Both f and g are trained, each by the loss of the embedding: g teaches
+    the branch to see what tells images apart, f to look there. M does not depend on what an image
+    is compared with. It is a sigmoid: never 0, and about 1/2 where the branch is undecided.
+
+    Departures: with classes g are their scores, here it is an embedding. The authors' code has a
+    batch norm and a ReLU around the 1 x 1 convolution and another one before the mean; left out.
+
+    Parameters
+    ----------
+    trunk
+        Images `[B C h w]` -> A `[B K H W]`, the layer to explain; called once a forward.
+    stage
+        The last stage, A -> `[B n_channels H' W']`.
+    head
+        What the stage returns -> embedding `[B D']`.
+    n_channels
+        Of what the stage returns, at least 1.
+    embedding_size
+        D of the branch's own embedding, at least 1.
+    branch
+        A -> `[B n_channels H W]`, in place of `at_stride_one(stage)`.
+
+    Raises
+    ------
+    InputError
+        n_channels or embedding_size below 1.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        stage: nn.Module,
+        head: nn.Module,
+        n_channels: int,
+        embedding_size: int,
+        branch: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        n_channels = whole("n_channels", n_channels, 1)
+        embedding_size = whole("embedding_size", embedding_size, 1)
+        self.trunk, self.stage, self.head = trunk, stage, head
+        self.branch = at_stride_one(stage) if branch is None else branch
+        self.evidence = nn.Conv2d(n_channels, embedding_size, 1)
+        self.look = nn.Sequential(
+            nn.Conv2d(embedding_size, 1, 3, padding=1, bias=False),
+            nn.BatchNorm2d(1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the embedding f `[B D']` of images `[B C h w]`."""
+        return self.both(images)[0]
+
+    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return f `[B D']` and the branch's own embedding g `[B D]`, for training."""
+        activations, attention, branch_embedding = self.attend(images)
+        return self.head(self.stage(activations * (1 + attention[:, None]))), branch_embedding
+
+    def attend(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A `[B K H W]`, M `[B H W]` and g `[B D]` of images `[B C h w]`."""
+        activations = self.trunk(images)
+        return activations, *self.attention(activations)
+
+    def attention(self, activations: Tensor) -> tuple[Tensor, Tensor]:
+        """Return M `[B H W]` in (0, 1) and g `[B D]` of A `[B K H W]`."""
+        evidence = self.evidence(self.branch(activations))
+        attention = self.look(evidence)[:, 0]
+        if attention.shape[-2:] != activations.shape[-2:]:
+            raise NetworkError(
+                f"the branch makes {list(attention.shape[-2:])} of the trunk's "
+                f"{list(activations.shape[-2:])} positions, and its map must cover each of them: "
+                "the stage shrinks its input by more than strides; give branch=, a module that "
+                "keeps H x W"
+            )
+        return attention, evidence.mean((-2, -1))
+
+
+def at_stride_one(stage: nn.Module) -> nn.Module:
+    """Return a copy of a stage whose convolutions and pools have stride 1, with its own weights.
+
+    A ResNet's `layer4` keeps H x W then. Pools without padding still shrink their input a little,
+    which `ABNetwork` refuses.
+    """
+    copied = deepcopy(stage)
+    for part in copied.modules():
+        if isinstance(part, _STRIDED):
+            part.stride = 1 if isinstance(part.stride, int) else (1, 1)
+    return copied
+
+
+Learned = TypeVar("Learned", LFINetwork, ABNetwork)
+
+
+def lficam(subject: Subject) -> MethodOutput:
+    """LFI-CAM: w = S, the importance the branch gives each channel (Lee et al. 2021).
+
+    One forward; the branch alone is asked again. The map ReLU(sum_k S_k A_k) is the paper's M
+    before its min-max normalization N. S is > 0, of sum 1; where every A_k is flat, so that FIN
+    sees nothing, it is what FIN says of nothing.
+    """
+    network = subject.network
+    learned = _learned(network, LFINetwork, "LFI-CAM")
+    if not _is_output_of(network, learned.trunk):
+        raise NetworkError(
+            f"LFI-CAM weighs the channels of the trunk's output, and this network explains layer "
+            f"{network.layer!r}; use EmbeddingNetwork(module, 'trunk')"
+        )
+    activations = subject.activations
+    with _computing_as(network):
+        importance = learned.importance(
+            _as_input(network, subject.images), _as_input(network, activations)
+        )
+    return MethodOutput(importance.to(activations.dtype))
+
+
+def abn(subject: Subject) -> MethodOutput:
+    """ABN: the branch's own map M, `[B H W]` in (0, 1) (Fukui et al. 2019, section 3.2).
+
+    Not normalized: a sigmoid is about 1/2 where the branch is undecided. One forward; the branch
+    alone is asked again, behind the trunk where the layer explained is not the trunk's output.
+    """
+    network = subject.network
+    learned = _learned(network, ABNetwork, "ABN")
+    activations = subject.activations  # first: it refuses training mode and unfit inputs
+    with _computing_as(network):
+        if _is_output_of(network, learned.trunk):
+            attention, _ = learned.attention(_as_input(network, activations))
+        else:
+            subject.passes.forwards += len(subject)
+            _, attention, _ = learned.attend(_as_input(network, subject.images))
+    return MethodOutput(maps=attention.to(activations.dtype))
+
+
+def _learned(network: EmbeddingNetwork, kind: type[Learned], title: str) -> Learned:
+    """Return the network's module, out of wrappers that hand images on as they are."""
+    module: nn.Module = network.module
+    while not isinstance(module, kind):
+        inner = getattr(module, "module", None)
+        if not isinstance(inner, nn.Module):
+            break
+        module = inner
+    if isinstance(module, kind) and network.hooked:
+        return module
+    what = type(module).__name__ if network.hooked else "network given as trunk and head"
+    raise NetworkError(
+        f"{title} draws what a trained branch says, and this {what} has none; wrap trunk and head "
+        f"in embedcam.methods.learned.{kind.__name__}, train it as scripts/train_attention.py "
+        "does, and explain EmbeddingNetwork(module, 'trunk')"
+    )
+
+
+def _is_output_of(network: EmbeddingNetwork, trunk: nn.Module) -> bool:
+    """Return whether the layer explained is the trunk, or the last part of one in sequence."""
+    layer = find_layer(network.module, network.layer)[1]
+    while layer is not trunk and isinstance(trunk, nn.Sequential) and len(trunk):
+        trunk = trunk[-1]
+    return layer is trunk
+
+
+def _as_input(network: EmbeddingNetwork, tensor: Tensor) -> Tensor:
+    return tensor.to(network.device, network.dtype)
+
+
+@contextmanager
+def _computing_as(network: EmbeddingNetwork) -> Iterator[None]:
+    """Compute without gradients, in the network's own precision, whatever surrounds the call."""
+    kind, chosen = network.device.type, network.autocast
+    with torch.inference_mode(False), torch.no_grad():
+        if chosen is None and not torch.is_autocast_enabled(kind):
+            yield
+            return
+        with torch.autocast(kind, dtype=chosen, enabled=chosen is not None, cache_enabled=False):
+            yield

@@ -1,0 +1,165 @@
+"""What comes in, checked and brought near 1; pixels in order; two maps compared."""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ..errors import InputError
+
+
+def finite(values: ArrayLike, what: str, axes: str) -> np.ndarray:
+    """Return numbers as finite float64 with the axes written in `axes` ("B H W"), none empty."""
+    try:
+        array = np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} must be an array of numbers [{axes}]; {error}") from error
+    if array.ndim != len(axes.split()) or not array.size:
+        raise InputError(
+            f"{what} {list(array.shape)} must be [{axes}] with no empty axis; "
+            "put one image in a batch of one"
+        )
+    if not np.isfinite(array).all():
+        raise InputError(
+            f"{what} must be finite; got a NaN or an infinity: look at what computed them"
+        )
+    return array
+
+
+def alike(first: ArrayLike, second: ArrayLike, what: str, axes: str) -> list[np.ndarray]:
+    """Return two arrays as `finite` does, refusing different shapes: no pairing by broadcasting."""
+    pair = [finite(values, what, axes) for values in (first, second)]
+    if pair[0].shape != pair[1].shape:
+        raise InputError(
+            f"{what} have shapes {list(pair[0].shape)} and {list(pair[1].shape)}; "
+            "give both the same, image by image"
+        )
+    return pair
+
+
+def drawn_maps(maps: ArrayLike) -> np.ndarray:
+    """Return maps `[B H W]` as float64, finite and >= 0."""
+    try:
+        array = np.asarray(maps, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"maps must be an array of numbers [B H W]; {error}") from error
+    # Said before `finite` could, as of a map the sign is the likelier mistake.
+    if not (array >= 0).all():
+        raise InputError(
+            "a map must be >= 0 everywhere; got a NaN or a negative value: "
+            "give it as ReLU leaves it, not a signed map"
+        )
+    return finite(array, "maps", "B H W")
+
+
+def maps_and_regions(
+    maps: ArrayLike, inside: ArrayLike, *, signed: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return maps and the regions they are judged by, both `[B H W]` float64, regions in [0, 1]."""
+    sizes = list(np.shape(maps)), list(np.shape(inside))
+    if sizes[0] != sizes[1] or len(sizes[0]) != 3:
+        raise InputError(
+            f"maps {sizes[0]} and regions {sizes[1]} must both be [B H W] of one size; "
+            "resize the maps to the regions"
+        )
+    checked = finite(maps, "maps", "B H W") if signed else drawn_maps(maps)
+    regions = finite(inside, "regions", "B H W")
+    if regions.min() < 0 or regions.max() > 1:
+        raise InputError(
+            f"regions must lie in [0, 1], the covered part of each pixel; got "
+            f"{regions.min():g} to {regions.max():g}: a mask of 255 must be divided by 255"
+        )
+    return checked, regions
+
+
+def evened(values: np.ndarray) -> np.ndarray:
+    """Return each row `[B ...]` times a power of two, its largest magnitude in [0.5, 1) or 0.
+
+    A power of two changes no digit, so what does not depend on scale keeps every bit, while squares
+    and sums of extreme values neither overflow nor vanish.
+    """
+    axes = tuple(range(1, values.ndim))
+    _, exponent = np.frexp(np.abs(values).max(axes, keepdims=True))
+    scaled: np.ndarray = np.ldexp(values, -exponent)
+    return scaled
+
+
+def pixel_ranks(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return flat positions `[B H*W]`, the largest value first, and each pixel's place `[B H W]`.
+
+    Ties go by position, row by row; the same map always goes the same way.
+    """
+    order = np.argsort(-maps.reshape(len(maps), -1), axis=1, kind="stable")
+    ranks = np.empty_like(order)
+    np.put_along_axis(ranks, order, np.arange(order.shape[1])[None], axis=1)
+    return order, ranks.reshape(maps.shape)
+
+
+def pixel_count(fraction: float, pixels: int) -> int:
+    """Return how many of `pixels` a share is: the nearest whole number, halves up, at least 1."""
+    return max(1, math.floor(fraction * pixels + 0.5))
+
+
+def share_of(name: str, value: float) -> float:
+    """Return a share in (0, 1]."""
+    if not 0 < value <= 1:
+        raise InputError(f"{name} = {value}; it must lie in (0, 1]: 0.2 means a fifth")
+    return float(value)
+
+
+def cosines(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """Return the cosine between two weight vectors `[B K]` each, `[B]`; 0 where either is zero."""
+    return _cosines(*alike(a, b, "weights", "B K"))
+
+
+def correlations(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """Return Pearson's correlation of two maps `[B H W]` of any sign over their pixels, `[B]`.
+
+    0 where either is constant.
+    """
+    return _cosines(*(_centered(one.reshape(len(one), -1)) for one in alike(a, b, "maps", "B H W")))
+
+
+def rank_correlations(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """Return Spearman's rank correlation of two maps `[B H W]` of any sign, `[B]`.
+
+    Equal pixels share their mean rank. The correlation that any increasing change of a map's values
+    leaves alone; 0 where either is constant.
+    """
+    from scipy.stats import rankdata
+
+    ranks = (rankdata(m.reshape(len(m), -1), axis=1) for m in alike(a, b, "maps", "B H W"))
+    return _cosines(*map(_centered, ranks))
+
+
+def map_iou(a: ArrayLike, b: ArrayLike, fraction: float) -> np.ndarray:
+    """Return the intersection over union of the top pixels of two maps `[B H W]`, `[B]`.
+
+    A map's top pixels are the first `fraction` of them (the nearest whole number, at least one) in
+    order of decreasing value, ties broken by position, less those at the map's own smallest value:
+    the zeros of two sparse maps are no evidence that both mean the same place. So a constant map
+    has none, and scores 0.
+    """
+    pair = alike(a, b, "maps", "B H W")
+    count = pixel_count(share_of("fraction", fraction), pair[0][0].size)
+    first, second = (
+        (pixel_ranks(maps)[1] < count) & (maps > maps.min((1, 2), keepdims=True)) for maps in pair
+    )
+    either = (first | second).sum((1, 2))
+    overlap: np.ndarray = (first & second).sum((1, 2)) / np.maximum(either, 1)
+    return overlap
+
+
+def _centered(rows: np.ndarray) -> np.ndarray:
+    """Return rows less their mean; a constant row exactly zero, whatever its mean rounds to."""
+    rows = evened(rows)
+    constant = rows.max(1, keepdims=True) == rows.min(1, keepdims=True)
+    return np.where(constant, 0, rows - rows.mean(1, keepdims=True))
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = evened(a), evened(b)
+    # Apart under the root: their product could vanish where neither does.
+    norms = np.sqrt((a * a).sum(1)) * np.sqrt((b * b).sum(1))
+    cosine: np.ndarray = np.clip((a * b).sum(1) / np.where(norms > 0, norms, 1), -1, 1)
+    return cosine

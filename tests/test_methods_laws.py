@@ -1,0 +1,238 @@
+"""Every method of the zoo against its oracle, and the laws that all of them keep."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo_cases
+import zoo_clustering
+import zoo_gradients
+import zoo_perturbation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from zoo_cases import SIZE, WIDTH, distance, parts, run, run_on
+
+from embedcam import METHODS, Coordinate, EmbeddingNetwork, Similarity
+from embedcam.errors import NetworkError
+from embedcam.targets import Direction
+
+ORACLES = {**zoo_gradients.ORACLES, **zoo_clustering.ORACLES, **zoo_perturbation.ORACLES}
+MASKING = ["scorecam", "groupcam", "clustercam", "cosinecam", "polycam", "rise", "lime", "sbsm"]
+LAYERS = ["features.1", "features.2", "features"]
+CASES: list[dict[str, Any]] = [
+    {"target": "similarity", "seed": 1},
+    {"target": "dot", "signed": True, "normalize": False, "seed": 1},
+    {"target": "triplets", "seed": 2},
+    {"target": "triplets", "signed": True, "normalize": False},
+    {"head": "curved", "target": "similarity", "signed": True},
+    {"head": "curved", "target": "dot", "normalize": False},
+    {"head": "curved", "target": "triplets"},
+    {"head": "curved", "target": "triplets", "signed": True, "normalize": False, "seed": 1},
+]
+# Fewer passes than by default.
+FEW: dict[str, dict[str, Any]] = {
+    "rise": {"masks": 60, "cells": 3},
+    "lime": {"samples": 60, "segments": 9},
+}
+
+
+def rich(name: str) -> zoo_cases.Case:
+    return zoo_cases.make("pooled" if name == "cam" else "curved", "triplets", seed=3)
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_each_method_is_its_formula(name: str) -> None:
+    options, speaking = FEW.get(name, {}), 0
+    kinds = [kind for kind in CASES if name != "cam" or "head" not in kind]
+    for kind in kinds:
+        case = zoo_cases.make(**kind)
+        expected = ORACLES[name](case, **options)
+        assert distance(expected, run(case, name, **options)[0]) < 1e-9, kind
+        speaking += all(np.abs(part).max() > 0 for part in expected.parts)
+    assert speaking >= len(kinds) - 3
+
+
+VIEWS = ("base", "scissors", "difference")
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    ("rise", {}),
+    ("lime", {}),
+    ("smoothgradcam++", {"samples": 3, "sigma": 0.4}),
+    ("smoothgradcam++", {"samples": 2, "sigma": 0.0}),
+    ("smoothgradcam++", {"seed": 5}),
+    ("scorecam", {"weights": "softmax"}),
+    ("scorecam", {"weights": "softmax", "temperature": 0.05}),
+    ("scorecam", {"fill": 0.7}),
+    ("rise", {"masks": 30, "cells": 2, "probability": 0.2, "fill": -1.5}),
+    ("rise", {"masks": 20, "cells": 1}),
+    ("rise", {"masks": 20, "cells": 15}),
+    ("lime", {"samples": 50, "superpixels": "grid", "segments": 6, "fill": 2.0}),
+    ("lime", {"samples": 50, "superpixels": "grid", "kernel": 3.0, "ridge": 0.1}),
+    ("sbsm", {"window": (5, 4), "stride": (3, 5), "fill": 0.4}),
+    ("sbsm", {"window": (2, 3), "stride": (5, 6)}),
+    ("sbsm", {"window": SIZE, "stride": (1, 1)}),
+    *(
+        ("groupcam", {"groups": groups, "clustering": clustering})
+        for groups in (1, 3, 4)
+        for clustering in ("contiguous", "kmeans", "agglomerative")
+    ),
+    *(("groupcam", {"groups": n, "percentile": cut}) for n, cut in ((4, None), (2, 0), (3, 33.3))),
+    *(
+        ("clustercam", {"n_clusters": n, "clustering": clustering, "view": view})
+        for n in (2, 3, 5)
+        for clustering in ("kmeans", "spectral")
+        for view in VIEWS
+    ),
+    *(("clustercam", {"n_clusters": 3, "weighing": "scored", "view": view}) for view in VIEWS),
+    ("clustercam", {"fill": 0.7}),
+    *(("cosinecam", {"n_clusters": n}) for n in (1, 2, 3, 5)),
+    *(("polycam", {"variant": variant}) for variant in ("plus", "minus", "both")),
+    ("polycam", {"layers": ("features.1", "features.2", "features")}),
+    ("polycam", {"layers": ("features",)}),
+    ("polycam", {"baseline": False}),
+    ("polycam", {"fill": 0.7}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS)
+def test_every_option_is_the_formulas(name: str, options: dict[str, Any]) -> None:
+    speaking = False
+    for kind in (CASES[6], CASES[1]) if options else (CASES[6],):
+        case = zoo_cases.make(**kind)
+        expected = ORACLES[name](case, **options)
+        assert distance(expected, run(case, name, **options)[0]) < 1e-9, kind
+        speaking |= all(np.abs(part).max() > 0 for part in expected.parts)
+    assert speaking
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_a_batch_is_one_at_a_time_and_its_size_changes_nothing(name: str) -> None:
+    case, options = rich(name), FEW.get(name, {})
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(3, 3, *SIZE, generator=generator, dtype=torch.float64)
+    references = torch.randn(3, WIDTH, generator=generator, dtype=torch.float64)
+    if name in zoo_clustering.ORACLES and name != "polycam":
+        options = {"groups": 3, "clustering": "kmeans"} if name == "groupcam" else {"n_clusters": 3}
+    alone = [
+        run_on(case.network, images[i : i + 1], Similarity(references[i]), name, **options)[0]
+        for i in range(3)
+    ]
+    for size in (1, 7, 100):
+        target = Similarity(references)
+        together, _ = run_on(case.network, images, target, name, batch_size=size, **options)
+        for row in range(3):
+            for a, b in zip(parts(together, row), parts(alone[row]), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("name", ["rise", "lime", "smoothgradcam++"])
+def test_the_seed_decides_and_nothing_global(name: str) -> None:
+    case, state = rich(name), torch.random.get_rng_state()
+    first, again, other = (
+        parts(run(case, name, seed=seed, **FEW.get(name, {}))[0])[0] for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert np.array_equal(first, again)
+    assert not np.allclose(first, other, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("gradcam", "xgradcam", "integratedgradcam", "hirescam", "layercam", "eigengradcam"),
+        *("scorecam", "ablationcam", "rise", "lime", "sbsm"),
+    ],
+)
+@settings(max_examples=8)
+@given(seed=st.integers(0, 10_000), scale=st.floats(1e-3, 1e3))
+def test_scaling_the_target_scales_what_it_draws(name: str, seed: int, scale: float) -> None:
+    case = zoo_cases.make("curved", "dot", seed=seed)
+    options = {"integratedgradcam": {"steps": 4}, "lime": {"samples": 20}}.get(name, {})
+    options = {"masks": 20, "cells": 3} if name == "rise" else options
+    direction = case.target.directions  # type: ignore[attr-defined]
+    one, more = (
+        parts(run_on(case.network, case.image[None], Direction(c), name, **options)[0])
+        for c in (direction, scale * direction)
+    )
+    for a, b in zip(one, more, strict=True):
+        np.testing.assert_allclose(scale * a, b, rtol=1e-7, atol=1e-9 * scale * np.abs(a).max())
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_a_target_that_says_nothing_gives_zeros(name: str) -> None:
+    if not METHODS[name].targeted:
+        pytest.skip("it ignores the target")
+    case = zoo_cases.make("pooled")
+    for options in ({}, {"layers": LAYERS}) if METHODS[name].several else (FEW.get(name, {}),):
+        output, _ = run_on(case.network, case.image[None], Direction(np.zeros(3)), name, **options)
+        assert not any(part.any() for part in parts(output))
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_a_picture_of_one_color_gives_numbers(name: str) -> None:
+    for kind in CASES if name != "cam" else CASES[:3]:
+        case = zoo_cases.make(**kind)
+        for color in (0.0, 0.4, 2.0):
+            image = torch.full_like(case.image, color)[None]
+            output, _ = run(case, name, image, **FEW.get(name, {}))
+            assert all(np.isfinite(part).all() for part in parts(output))
+
+
+class Dead(nn.Module):
+    """Activations that are all 0, whatever the picture; an embedding that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Threshold(1e9, 0.0))
+        self.head = nn.Linear(4, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).mean((-2, -1)))
+
+
+@pytest.mark.parametrize("name", [*zoo_perturbation.ORACLES, "groupcam", "clustercam", "cosinecam"])
+def test_nothing_to_see_is_zero(name: str) -> None:
+    network = EmbeddingNetwork(Dead().double().eval(), "features")
+    image = torch.rand(1, 3, *SIZE, dtype=torch.float64)
+    output, _ = run_on(network, image, Coordinate(0), name, **FEW.get(name, {}))
+    for part in parts(output):
+        assert (part == 0).all()
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_other_precisions_give_nearly_the_same(name: str) -> None:
+    options = FEW.get(name, {})
+    exact = parts(run(rich(name), name, **options)[0])
+    for dtype in (torch.float32, torch.bfloat16):
+        case = rich(name)
+        network = EmbeddingNetwork(case.module.to(dtype), "features")
+        rough, _ = run_on(network, case.image[None].to(dtype), case.target, name, **options)
+        for a, b in zip(parts(rough), exact, strict=True):
+            assert a.dtype == np.float32
+            assert np.isfinite(a).all()
+            # Of differences of scores little is left in half precision.
+            if dtype == torch.float32:
+                assert np.abs(a - b).max() < 1e-2 * np.abs(b).max()
+
+
+@pytest.mark.parametrize("name", MASKING)
+def test_positions_have_no_regions_to_mask(name: str) -> None:
+    network = EmbeddingNetwork(nn.Sequential(nn.Conv1d(2, 5, 3)).eval(), "0", layout="bkl")
+    message = f"{METHODS[name].title} masks regions of a picture .* use 'ablationcam'"
+    with pytest.raises(NetworkError, match=message):
+        run_on(network, torch.randn(1, 2, 9), Coordinate(0), name)
+
+
+@pytest.mark.parametrize("name", ["rise", "lime", "sbsm", "groupcam"])
+def test_options_may_be_numpys_numbers(name: str) -> None:
+    case = zoo_cases.make()
+    options = {
+        "rise": {"masks": 20, "cells": 3},
+        "lime": {"samples": 20, "segments": 9},
+        "sbsm": {"window": 4, "stride": 3},
+        "groupcam": {"groups": 3},
+    }[name]
+    with_numpy = {key: np.int64(value) for key, value in options.items()}
+    plain, other = (parts(run(case, name, **chosen)[0])[-1] for chosen in (options, with_numpy))
+    assert np.array_equal(plain, other)

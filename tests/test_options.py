@@ -1,0 +1,175 @@
+"""A setting is declared once: checks, command line, TOML and errors follow from it."""
+
+import argparse
+from dataclasses import dataclass
+
+import pytest
+
+from embedcam._options import (
+    add_options,
+    check,
+    checked_values,
+    chosen,
+    from_tables,
+    setting,
+    settings_of,
+)
+from embedcam.cli import options
+from embedcam.cli.parser import parser
+from embedcam.errors import EmbedcamError, InputError, RecipeError
+from embedcam.evaluate.settings import Settings
+from embedcam.index.encoding import DTYPES
+from embedcam.recipe import recipe as recipes
+from embedcam.service import limits
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """A setting of each kind."""
+
+    whole: int = setting(3, "N", "a number", least=1, most=9)
+    share: float = setting(0.5, "X", "a share", above=0, below=1)
+    on: bool = setting(True, help="turn it off", flag="not_on")
+    off: bool = setting(False, help="turn it on")
+    word: str = setting("a", help="a choice", choices=("a", "b"))
+    names: tuple[str, ...] = setting((), "NAMES", "names", choices=lambda: ("x", "y"))
+    maybe: int | None = setting(None, "N", "none or a number", kind=int, table="more", entry="may")
+    several: str | None = setting(None, "T", "s", kind=str, repeated=True, check=lambda _, v: v)
+    hidden: str = setting("h", table="more")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def parsed(record: type, *words: str) -> dict:
+    one = argparse.ArgumentParser(exit_on_error=False)
+    add_options(one, record)
+    return chosen(one.parse_args(words), record)
+
+
+def test_options_are_read_by_kind_and_what_is_not_given_is_not_chosen() -> None:
+    assert parsed(Kinds) == {}
+    words = ["--whole", "4", "--share=.25", "--not-on", "--off", "--word", "b", "--names", "x,,y"]
+    words += ["--maybe", "7", "--several", "p", "--several", "q"]
+    values = parsed(Kinds, *words)
+    assert values == {
+        "whole": 4, "share": 0.25, "on": False, "off": True, "word": "b", "names": ("x", "y"),
+        "maybe": 7, "several": ["p", "q"],
+    }  # fmt: skip
+    assert Kinds(**values).names == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value", "wanted"),
+    [
+        ("whole", "0", 0, "a whole number from 1 to 9"),
+        ("whole", "1.5", 1.5, "a whole number from 1 to 9"),
+        ("whole", "x", True, "a whole number from 1 to 9"),
+        ("share", "1", 1, "a number between 0 and 1"),
+        ("share", "nan", float("nan"), "a number between 0 and 1"),
+        ("maybe", "²", "3", "a whole number"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_both(name, text, value, wanted) -> None:
+    with pytest.raises(argparse.ArgumentError, match=f"'{text}' is not {wanted}"):
+        parsed(Kinds, f"--{name}", text)
+    with pytest.raises(InputError, match=rf"^{name} = .*; give {wanted}"):
+        Kinds(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"on": 1}, "on = 1; give true or false"),
+        ({"word": "c"}, "word = 'c' is unknown; known: a, b"),
+        ({"word": 3}, "word = 3; give a text"),
+        ({"hidden": "a\0b"}, r"hidden = 'a\\x00b' holds a NUL"),
+        ({"names": "x"}, "names = 'x'; give a list of names"),
+        ({"names": ("x", "z")}, "names = 'z' is unknown; known: x, y"),
+        ({"names": (1,)}, "names = (1,); give a list of names"),
+        ({"whole": None}, "whole = None; give a whole number"),
+    ],
+)
+def test_values_of_another_kind_are_refused(values, message) -> None:
+    with pytest.raises(InputError) as caught:
+        Kinds(**values)
+    assert str(caught.value).startswith(message.replace("\\\\", "\\"))
+    with pytest.raises(InputError, match=r"^here "):
+        checked_values(Kinds, values if None not in values.values() else {"whole": 0}, "here")
+
+
+def test_tables_hold_settings_by_their_entries() -> None:
+    tables = {"": {"whole": 2}, "more": {"may": 5}, "others": {"any": 1}}
+    assert from_tables(Kinds, tables, "f", RecipeError, ["others"]) == {"whole": 2, "maybe": 5}
+    assert checked_values(Kinds, {"whole": 2, "maybe": None}, "t") == {"whole": 2}
+    for wrong, message in (
+        ({"mroe": {}}, r"f: unknown table \[mroe\]; did you mean 'more'\?"),
+        ({"more": 3}, r"f: more = 3 should be a table, \[more\]"),
+        ({"more": {"maybe": 3}}, r"f: \[more\] has no entry 'maybe'; did you mean 'may'\?"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            from_tables(Kinds, wrong, "f", RecipeError)
+    with pytest.raises(InputError, match="t has no entry 'wohle'; did you mean 'whole'"):
+        checked_values(Kinds, {"wohle": 1}, "t")
+
+
+@dataclass(frozen=True)
+class MoreRecipe(recipes.Recipe):
+    """The recipe with one declaration more."""
+
+    glow: float = setting(0.5, "X", "how much it glows", above=0, table="weights")
+
+
+@dataclass(frozen=True)
+class MoreSettings(Settings):
+    """Evaluation settings with one declaration more."""
+
+    glow: float = setting(0.5, "X", "how much it glows", above=0)
+
+
+@dataclass(frozen=True)
+class MoreLimits(limits.Limits):
+    """Limits with one declaration more."""
+
+    glow: float = setting(0.5, "X", "how much it glows", above=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "command", "place", "words"),
+    [
+        (MoreRecipe, "build", "embedcam.recipe.Recipe", ["build", "i"]),
+        (MoreSettings, "evaluate", "embedcam.evaluate.settings.Settings",
+         ["evaluate", "i", "--images", "p"]),
+        (MoreLimits, "serve", "embedcam.service.limits.Limits", ["serve", "i"]),
+    ],
+)  # fmt: skip
+def test_one_declaration_more_is_an_option_a_value_and_an_error(
+    kind, command, place, words, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(place, kind)
+    said = parser().parse_args([*words, "--glow", "0.75"])
+    assert kind(**chosen(said, kind)).glow == 0.75
+    with pytest.raises(SystemExit):
+        parser().parse_args([*words, "--glow", "0"])
+    assert "argument --glow: '0' is not a number above 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parser().parse_args([command, "--help"])
+    assert "--glow X" in capsys.readouterr().out
+    with pytest.raises(EmbedcamError, match="glow = 0; give a number above 0"):
+        kind(glow=0)
+
+
+def test_a_recipe_s_new_entry_is_read_from_toml(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(recipes, "Recipe", MoreRecipe)
+    (tmp_path / "r.toml").write_text("[weights]\nglow = 0.25\n")
+    assert recipes.read_toml(tmp_path / "r.toml")[0].glow == 0.25
+    (tmp_path / "r.toml").write_text("[weights]\nglwo = 0.25\n")
+    with pytest.raises(RecipeError, match="did you mean 'glow'"):
+        recipes.read_toml(tmp_path / "r.toml")
+
+
+def test_every_command_has_its_options_and_names_have_one_spelling() -> None:
+    assert recipes.DTYPES == DTYPES
+    for name in ("measures", "fill", "transfer"):
+        assert settings_of(Settings)[name].known
+    assert callable(options.build)

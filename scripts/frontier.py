@@ -38,8 +38,8 @@ from PIL import Image
 from embedcam import EmbedcamError, Recipe
 from embedcam.images import read_image
 from embedcam.metrics import bootstrap_interval, box_mask, equal_area_share, pixel_auc
-from embedcam.offline.triplets import label_codes
 from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.offline.triplets import label_codes
 from embedcam.ops import joined, resize
 from embedcam.targets import through_norm
 

@@ -7,8 +7,8 @@ from photographs import SIZE, STEP, Features, Scenes
 from embedcam.index.encoding import Encoding, LowRank
 from embedcam.methods.weights import weights_from_pooled
 from embedcam.metrics import bootstrap_interval, pixel_auc
-from embedcam.offline.merge import make_encoding, sample_places
 from embedcam.offline.features import AffineHead
+from embedcam.offline.merge import make_encoding, sample_places
 from embedcam.offline.strategies import is_exact
 from embedcam.ops import resize, signed_cam
 from embedcam.recipe.recipe import Recipe
@@ -50,6 +50,7 @@ def stored(
         mean,
         True,
         lambda: dense[sample_places(len(dense), recipe.seed)],
+        dense.shape[1],
     )
     if exact and isinstance(encoding, LowRank):
         rows = {**encoding.encode_codes(at_head), "embedding": embeddings}

@@ -36,8 +36,8 @@ from safetensors.numpy import save_file
 from embedcam import METHODS, EmbedcamError, EmbeddingNetwork, Similarity, cam_for, load_network
 from embedcam.methods import MethodMap, MethodWarning
 from embedcam.metrics import energy_share, pixel_auc, recall_at_k
-from embedcam.offline.triplets import label_codes
 from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.offline.triplets import label_codes
 from embedcam.ops import cam, resize, sharpen, signed_cam
 from embedcam.recipe.recipe import Recipe
 from embedcam.recipe.registry import LayersMethod, Method, WeightMethod

@@ -21,9 +21,7 @@ import embedcam.offline.build as jobs
 from embedcam.images import ImageSource, find_images
 from embedcam.index import Index
 from embedcam.network import EmbeddingNetwork
-from embedcam.offline.triplets import label_codes
-from embedcam.offline.triplets import NearestOthers
-from embedcam.offline.triplets import TripletSampler
+from embedcam.offline.triplets import NearestOthers, TripletSampler, label_codes
 from embedcam.preprocess import Preprocess, probe
 from embedcam.recipe.recipe import Recipe
 

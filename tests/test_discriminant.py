@@ -11,8 +11,8 @@ from build_samples import Toy, inputs, opened, pictures, quicken, toy
 from embedcam import Recipe, add_images, build_index
 from embedcam.errors import RecipeError
 from embedcam.images import ImageSource
-from embedcam.offline.triplets import label_codes
 from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.offline.triplets import label_codes
 
 RECIPE = Recipe(target="discriminant", encoding="dense", dtype="float32", faiss="none")
 

@@ -8,8 +8,8 @@ from build_samples import pictures, quicken, toy
 
 from embedcam import DirectWeights, Index, Recipe, build_index
 from embedcam.errors import RecipeError
-from embedcam.offline.triplets import label_codes
 from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.offline.triplets import label_codes
 from embedcam.targets import Whitened
 
 RECIPE = Recipe(encoding="dense", dtype="float32", faiss="none")

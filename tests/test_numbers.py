@@ -29,11 +29,9 @@ from embedcam.evaluate import Settings, evaluate_index
 from embedcam.images.number_labels import Values, number_of
 from embedcam.index.matching import MatchCalibration, alike, kinship, match_evidence
 from embedcam.offline import indexed_images
-from embedcam.offline.triplets import label_codes
 from embedcam.offline.cotangents import AnchorCotangents
 from embedcam.offline.match import calibrate_match
-from embedcam.offline.triplets import NearestOthers
-from embedcam.offline.triplets import NumberSampler
+from embedcam.offline.triplets import NearestOthers, NumberSampler, label_codes
 from embedcam.offline.trust import leave_out
 
 N, D = 26, 4

@@ -19,8 +19,7 @@ from embedcam import EmbeddingNetwork, Recipe
 from embedcam.errors import InputError
 from embedcam.methods import DirectWeights
 from embedcam.offline.cotangents import Cotangents
-from embedcam.offline.triplets import NearestOthers
-from embedcam.offline.triplets import TripletSampler
+from embedcam.offline.triplets import NearestOthers, TripletSampler
 from embedcam.ops import resize
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"

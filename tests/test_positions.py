@@ -30,8 +30,8 @@ from embedcam.errors import IndexFormatError, InputError, RecipeError
 from embedcam.evaluate import evaluate_index
 from embedcam.index import verify
 from embedcam.index.encoding import ByPosition, fit_by_position, from_spec
-from embedcam.offline.triplets import label_codes
 from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.offline.triplets import label_codes
 from embedcam.ops import signed_cam, signed_cams
 from embedcam.prototypes import compress
 from embedcam.report import write_report

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..index import quantize_coarse
 from ..index.encoding import Encoding, LowRank
-from ..methods import Subject, run_method, inputs_a_pass, weights_for
+from ..methods import Subject, inputs_a_pass, run_method, weights_for
 from ..methods.weights import PooledHead, weights_from_head, weights_from_pooled
 from ..network import EmbeddingNetwork
 from ..ops import area_average, cam

@@ -34,9 +34,9 @@ from photographs import (
 from embedcam import EmbeddingNetwork, load_network
 from embedcam.errors import InputError
 from embedcam.metrics import recall_at_k
-from embedcam.offline.triplets import label_codes
 from embedcam.offline.cotangents import AnchorCotangents, Cotangents
 from embedcam.offline.features import AffineHead
+from embedcam.offline.triplets import label_codes
 from embedcam.recipe.recipe import Recipe
 from embedcam.targets import head_cotangent
 

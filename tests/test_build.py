@@ -20,14 +20,11 @@ from build_samples import (
     literal_weights,
     off,
     opened,
-    pictures,
-    quicken,
     toy,
 )
 
-import embedcam.offline.plan as plan
 import embedcam.offline.strategies as strategies
-from embedcam.images import ImageSource, find_images
+from embedcam.images import find_images
 from embedcam.index import verify
 from embedcam.offline import build_index
 from embedcam.recipe.recipe import Recipe
@@ -35,20 +32,7 @@ from embedcam.recipe.recipe import Recipe
 HALF = 2.0**-10
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    quicken(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> ImageSource:
-    return pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks of at least four images, so that a dozen make several."""
-    monkeypatch.setattr(plan, "CHUNK", 4)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # ------------------------------------------------------------------ values

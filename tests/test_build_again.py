@@ -14,7 +14,6 @@ from build_samples import (
     opened,
     paint,
     pictures,
-    quicken,
     toy,
 )
 from PIL import Image
@@ -25,10 +24,7 @@ from embedcam.index import compact, remove
 from embedcam.offline import add_images, build_index, indexed_images
 from embedcam.recipe.recipe import Recipe
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    quicken(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

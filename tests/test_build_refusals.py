@@ -17,13 +17,11 @@ from build_samples import (
     opened,
     paint,
     pictures,
-    quicken,
     toy,
 )
 from PIL import Image
 
 import embedcam.offline.build as jobs
-import embedcam.offline.plan as plan
 from embedcam.errors import (
     EmbedcamError,
     ImageError,
@@ -42,25 +40,12 @@ from embedcam.recipe.recipe import Recipe, RecipeWarning
 HALF = 2.0**-10
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    quicken(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
 def broken(tmp_path) -> ImageSource:
     return broken_pictures(tmp_path / "pictures")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> ImageSource:
-    return pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks of at least four images, so that a dozen make several."""
-    monkeypatch.setattr(plan, "CHUNK", 4)
 
 
 # ------------------------------------------------------------------ unreadable images

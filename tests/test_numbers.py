@@ -158,9 +158,6 @@ def test_draws_are_of_the_near_and_the_far(kind, sampling) -> None:
         assert drawn == far if sampling != "semihard" else drawn <= far
 
 
-# --- match ---------------------------------------------------------------------------------------
-
-
 def test_numbers_are_read_from_text() -> None:
     assert [number_of(text) for text in ("1.5", " -2e3 ", "0")] == [1.5, -2000, 0]
     for text in ("", None, "nan", "inf", "-inf", "cheap", "1e301", "1,5"):
@@ -254,9 +251,6 @@ def test_one_number_in_two_spellings_is_one_kind() -> None:
         one = MatchCalibration.from_dict(found["one"])
         made[name] = one.match(np.array([0.01]), ["7.0"])
     assert made["same"] == made["mixed"] > 0.5
-
-
-# --- a CSV from end to end -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

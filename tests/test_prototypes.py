@@ -77,9 +77,6 @@ def unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
 
 
-# --- what is merged ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("normalized", [True, False])
 def test_embeddings_and_weights_are_means_of_their_members(
@@ -228,9 +225,6 @@ def test_several_layers(tmp_path: Path) -> None:
         maps = [np.random.default_rng(2).random((CHANNELS, *GRID), np.float32)] * 2
         why = Explainer(small).explain_features(small.embeddings([2])[0], maps)
         assert why.ids[0] == "prototype-0003"
-
-
-# --- what is lost --------------------------------------------------------------------------------
 
 
 def literal_fidelity(
@@ -394,9 +388,6 @@ def test_members_that_cancel_are_stood_for_by_the_first(tmp_path: Path) -> None:
         assert small.paths[0] == made.paths[0]
 
 
-# --- how it is done ------------------------------------------------------------------------------
-
-
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     source = clustered(tmp_path / "a", n=60)
     for name, seed in (("b", 5), ("c", 5), ("d", 6)):
@@ -556,15 +547,12 @@ def test_bars_are_shown_where_asked_for(tmp_path: Path, capsys: pytest.CaptureFi
         assert f"{stage}: 100%" in told
 
 
-# --- what is refused -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("wanted", "options", "message"),
     [
-        (0, {}, "prototypes = 0; give a whole number from 1 to 30, the number of images"),
+        (0, {}, "prototypes = 0; give a whole number from 1 to 30"),
         (-3, {}, "prototypes = -3; give a whole number from 1"),
-        (31, {}, "prototypes = 31; give a whole number from 1 to 30, the number of images"),
+        (31, {}, "prototypes = 31; give a whole number from 1 to 30"),
         (31, {"per_class": True}, "prototypes = 31; give"),
         (2.5, {}, "prototypes = 2.5; give a whole number"),
         (True, {}, "prototypes = True; give a whole number"),
@@ -654,9 +642,6 @@ def test_what_was_cut_short_is_done_again(tmp_path: Path, monkeypatch: pytest.Mo
     compress(source, path, 5)
     compress(source, tmp_path / "c", 5)
     assert everything(path) == everything(tmp_path / "c")
-
-
-# --- the manifest --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,6 @@ def collections(draw) -> tuple[np.ndarray, list[int]]:
     return points(n, draw(st.integers(0, 2**32 - 1))), labels
 
 
-# --- laws of every sampling ---
-
-
 @pytest.mark.parametrize("sampling", DRAWN)
 @settings(max_examples=40, deadline=None)
 @given(collections(), st.integers(0, 99))
@@ -172,9 +169,6 @@ def test_positives_and_negatives_are_drawn_independently(sampling) -> None:
     assert max(pairs.values()) - min(pairs.values()) < 6 * np.sqrt(4000 / 6)
 
 
-# --- determinism ---
-
-
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("sampling", DRAWN)
 def test_an_anchors_triplets_do_not_depend_on_its_company(sampling, labelled) -> None:
@@ -208,9 +202,6 @@ def test_blocks_of_anchors_have_draws_of_their_own() -> None:
     np.testing.assert_array_equal(part.negatives, whole.negatives[edges])
     # The same place in another block is not the same draw.
     assert (whole.negatives[0] != whole.negatives[BLOCK]).any()
-
-
-# --- without labels, and alone in a class ---
 
 
 def test_without_labels_the_near_are_positives_and_the_far_are_negatives() -> None:
@@ -274,9 +265,6 @@ def test_three_images_are_enough(sampling, labels) -> None:
         assert {a, *drawn.positives[a], *drawn.negatives[a]} == {0, 1, 2}
 
 
-# --- every triplet at once ---
-
-
 @settings(max_examples=40, deadline=None)
 @given(collections())
 def test_the_exact_mean_is_the_loop_over_every_triplet(given_) -> None:
@@ -334,9 +322,6 @@ def test_the_exact_mean_does_not_depend_on_its_company_or_a_large_offset() -> No
         np.testing.assert_allclose(2 * whole[a], wanted, atol=1e-6)
 
 
-# --- the hinge ---
-
-
 @settings(max_examples=40, deadline=None)
 @given(collections(), st.sampled_from([0.125, 0.5, 8.0]))
 def test_a_satisfied_hinge_is_not_counted(given_, margin) -> None:
@@ -356,9 +341,6 @@ def test_a_hinge_exactly_at_its_border_is_satisfied() -> None:
     triplets = Triplets(*(np.array(rows) for rows in ([0], [[1]], [[2]])))
     assert active(triplets, embeddings, 3.0).tolist() == [[False]]
     assert active(triplets, embeddings, 3.25).tolist() == [[True]]
-
-
-# --- labels, given triplets, errors ---
 
 
 def test_labels_become_codes_and_missing_ones_classes_of_their_own() -> None:

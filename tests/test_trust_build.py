@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build_samples import Toy, built, inputs, interrupt, opened, pictures, quicken, toy
+from build_samples import Toy, built, inputs, interrupt, opened, pictures, toy
 from test_index_corrupt import edit
 from test_trust import literal_correlation, literal_evidence, literal_trust
 
@@ -26,11 +26,6 @@ from embedcam.ops import cam, resize, sharpen, signed_cam
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
     return pictures(tmp_path_factory.mktemp("photos"), n=48, classes=4)
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
 
 
 RECIPES = {

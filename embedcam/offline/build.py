@@ -534,7 +534,7 @@ def _without_skipped(triplets: np.ndarray, embedded: Embedded, source: ImageSour
         return triplets
     new_place = np.full(len(source), -1)
     new_place[embedded.positions] = np.arange(len(embedded.positions))
-    kept = new_place[np.asarray(triplets)[embedded.positions]]
+    kept: np.ndarray = new_place[np.asarray(triplets)[embedded.positions]]
     if (lost := (kept < 0).any((1, 2))).any():
         name = source.items[embedded.positions[lost.argmax()]].id
         raise InputError(

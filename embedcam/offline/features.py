@@ -49,7 +49,8 @@ class AffineHead:
     def output(self, pooled: np.ndarray) -> np.ndarray:
         """Return z `[n D]` of pooled activations `[n K]`."""
         z = pooled @ self.matrix.T
-        return z if self.bias is None else z + self.bias
+        output: np.ndarray = z if self.bias is None else z + self.bias
+        return output
 
     def pooled_vjp(self, pooled: Tensor, cotangents: Tensor) -> Tensor:
         """Return dy/dp, which is W^T dy/dz wherever it is asked for."""
@@ -203,7 +204,8 @@ def build_from_features(
 def read_array(path: str | Path) -> np.ndarray:
     """Read an array from a `.npy` file, memory-mapped; never unpickled."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no such file; give a .npy array") from error
     except (OSError, ValueError, EOFError) as error:

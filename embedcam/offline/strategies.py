@@ -311,7 +311,8 @@ def maps_of(weights: np.ndarray, cached: Arrays) -> np.ndarray:
     activations = torch.from_numpy(np.array(cached["activations"])).float().numpy()
     # Times the peaks afterwards: a map scales with its activations.
     maps = cam(np.asarray(weights, np.float32), activations)
-    return maps * np.asarray(cached["peaks"])[:, None, None]
+    scaled: np.ndarray = maps * np.asarray(cached["peaks"])[:, None, None]
+    return scaled
 
 
 def coarse_grid(grid: tuple[int, ...]) -> tuple[int, int]:

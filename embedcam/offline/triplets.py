@@ -88,7 +88,8 @@ def label_codes(labels: list[str | None]) -> np.ndarray | None:
 def alone(labels: np.ndarray) -> np.ndarray:
     """Return which images are alone with their code, or have no number, `[N]` booleans."""
     if labels.dtype.kind == "f":
-        return np.isnan(labels)
+        without: np.ndarray = np.isnan(labels)
+        return without
     classes = Classes(labels)
     single: np.ndarray = classes.sizes[classes.codes] == 1
     return single
@@ -286,15 +287,18 @@ class TripletSampler:
         return max(1, min(N_POSITIVES, (len(self.embeddings) - 1) // 3))
 
     def _gathered_mean(self, positions: np.ndarray) -> np.ndarray:
-        return np.asarray(self.embeddings[positions], np.float64).mean(axis=1)
+        means: np.ndarray = np.asarray(self.embeddings[positions], np.float64).mean(axis=1)
+        return means
 
     @cached_property
     def _squares(self) -> np.ndarray:
-        return np.einsum("nd,nd->n", self.embeddings, self.embeddings)
+        squares: np.ndarray = np.einsum("nd,nd->n", self.embeddings, self.embeddings)
+        return squares
 
     @cached_property
     def _total(self) -> np.ndarray:
-        return self.embeddings.sum(axis=0, dtype=np.float64)
+        total: np.ndarray = self.embeddings.sum(axis=0, dtype=np.float64)
+        return total
 
     @cached_property
     def _class_sums(self) -> np.ndarray:
@@ -484,12 +488,14 @@ def active(triplets: Triplets, embeddings: np.ndarray, margin: float) -> np.ndar
     anchors = np.asarray(embeddings[triplets.anchors])[:, None]
     to_positives = _squared(anchors, np.asarray(embeddings[triplets.positives]))
     to_negatives = _squared(anchors, np.asarray(embeddings[triplets.negatives]))
-    return to_positives - to_negatives + margin > 0
+    unsatisfied: np.ndarray = to_positives - to_negatives + margin > 0
+    return unsatisfied
 
 
 def pick(uniform: np.ndarray, count: np.ndarray | int) -> np.ndarray:
     """Turn uniform numbers in [0, 1) into whole numbers in 0 .. count - 1."""
-    return np.minimum((uniform * count).astype(np.int64), np.asarray(count) - 1)
+    whole: np.ndarray = np.minimum((uniform * count).astype(np.int64), np.asarray(count) - 1)
+    return whole
 
 
 def outside(uniform: np.ndarray, excluded: np.ndarray, n: int) -> np.ndarray:
@@ -499,7 +505,10 @@ def outside(uniform: np.ndarray, excluded: np.ndarray, n: int) -> np.ndarray:
     # The k-th free position is k plus the number of excluded ones at or before it.
     free_before = excluded - np.arange(excluded.shape[1])
     rows = zip(free_before, picks, strict=True)
-    return picks + np.stack([np.searchsorted(row, pick, side="right") for row, pick in rows])
+    free: np.ndarray = picks + np.stack(
+        [np.searchsorted(row, pick, side="right") for row, pick in rows]
+    )
+    return free
 
 
 def _nearest_of(distances: np.ndarray, count: int) -> np.ndarray:
@@ -520,4 +529,5 @@ def _at_rank(distances: np.ndarray, ranked: np.ndarray, ranks: np.ndarray) -> np
 
 def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     difference = np.asarray(a, np.float32) - np.asarray(b, np.float32)
-    return np.einsum("...d,...d->...", difference, difference)
+    squares: np.ndarray = np.einsum("...d,...d->...", difference, difference)
+    return squares

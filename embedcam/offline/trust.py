@@ -295,6 +295,8 @@ def fit_calibration(
     evidence, y = np.asarray(evidence, np.float64), np.asarray(correlations, np.float64)
     if len(evidence) < LEAST:
         raise InputError(f"{len(evidence)} images calibrate no trust; give at least {LEAST}")
+    if not len(evidence) == len(y) == len(nearest):
+        raise InputError("evidence, correlations and distances must be of the same images")
     for values in (evidence, y, nearest):
         if not np.isfinite(values).all():
             raise InputError("evidence or correlations hold NaN or infinity; give finite numbers")

@@ -276,7 +276,10 @@ class _Prototypes:
     def _without(self, rows: np.ndarray, sums: np.ndarray, share: np.ndarray) -> np.ndarray:
         own = self.groups.of[rows]
         rest = np.maximum(self.groups.sizes[own] - 1, 1)[:, None]
-        return (sums[np.searchsorted(self._kept, own)] - share.astype(np.float64)) / rest
+        means: np.ndarray = (
+            sums[np.searchsorted(self._kept, own)] - share.astype(np.float64)
+        ) / rest
+        return means
 
     def _merged_embeddings(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean embeddings, and the kept sums.
@@ -501,7 +504,8 @@ def _without_itself(neighbors: np.ndarray, itself: np.ndarray) -> np.ndarray:
     kept = neighbors != itself[:, None]
     # Among many that are alike it may not be there: then the farthest goes.
     kept[kept.all(axis=1), -1] = False
-    return neighbors[kept].reshape(len(neighbors), neighbors.shape[1] - 1)
+    others: np.ndarray = neighbors[kept].reshape(len(neighbors), neighbors.shape[1] - 1)
+    return others
 
 
 def _cosines(

@@ -43,7 +43,8 @@ class Groups:
     @cached_property
     def firsts(self) -> np.ndarray:
         """Lowest row of each group, int64 `[G]`."""
-        return self.order[self.ends - self.sizes]
+        first_rows: np.ndarray = self.order[self.ends - self.sizes]
+        return first_rows
 
 
 def group(

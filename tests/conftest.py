@@ -113,3 +113,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> "ImageSource":
     from build_samples import pictures
 
     return pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def same_draws() -> Iterator[None]:
+    """Draw the same random numbers in every test, whatever ran before."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from photo_samples import SIDE, Flat, Pooled, build, network_of, picture, write_photos
+from photo_samples import SIDE, Flat, Pooled, build, network_of, picture
 from torch import Tensor, nn
 from torchvision import models
 from toys import seeded
@@ -93,11 +93,6 @@ CASES: dict[str, tuple[Callable[[], EmbeddingNetwork], Recipe, str]] = {
 
 ONE_SIZE = ("tokens", "not normalised")
 """Their networks take pictures of one height and width."""
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_photos(tmp_path_factory.mktemp("photos") / "photos")
 
 
 @pytest.fixture(autouse=True)
@@ -268,9 +263,6 @@ def test_a_half_precision_network_is_left_as_it_was_and_its_file_admitted_with_a
     assert all(one.grad is None and one.requires_grad for one in network.module.parameters())
     with pytest.warns(NetworkWarning, match=r"\(bfloat16\) in the index, .* \(float32\) given"):
         Explainer(index, onnx=tmp_path / "network.onnx").index.close()
-
-
-# --- refused -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

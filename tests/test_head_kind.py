@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import models
 
 from embedcam.errors import InputError, NetworkError
 from embedcam.network import EmbeddingNetwork
@@ -120,14 +119,6 @@ def test_the_derivative_from_pooled_vectors_is_that_of_a_head_pass(name: str) ->
     np.testing.assert_allclose(one, expected[:, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_derivatives_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = parts(HEADS["layer norm"][0])
-    p, c = torch.randn(3, K), torch.randn(3, 5, K)
-    expected = network.pooled_vjp(p, c)
-    monkeypatch.setattr("embedcam.network.gradients._CHUNK_NUMBERS", 4 * K)
-    torch.testing.assert_close(network.pooled_vjp(p, c), expected)
-
-
 class Hooked(nn.Module):
     """A head that no one gave as a function, in a module that looks at its batch."""
 
@@ -217,30 +208,6 @@ def test_half_precision_modules_are_told_apart_too(dtype: torch.dtype) -> None:
         assert network.head_kind.pooled is expected
 
 
-EXPECTED = {
-    "resnet18": ("layer4", True, True),
-    "densenet121": ("features", False, False),  # a ReLU before the pooling
-    "mobilenet_v2": ("features", True, True),
-    "mobilenet_v3_small": ("features", True, False),
-    "efficientnet_b0": ("features", True, True),
-    "convnext_tiny": ("features", True, False),
-    "squeezenet1_1": ("features", False, False),
-    "swin_t": ("permute", True, True),
-}
-
-
-@pytest.mark.parametrize("name", EXPECTED)
-def test_heads_of_torchvision(name: str) -> None:
-    layer, pooled, affine = EXPECTED[name]
-    torch.manual_seed(0)
-    module = models.get_model(name, weights=None, num_classes=7).eval()
-    kind = EmbeddingNetwork(module, layer, input_size=(64, 64)).head_kind
-    assert (kind.pooled, kind.affine) == (pooled, affine)
-    if affine:
-        last = [part for part in module.modules() if isinstance(part, nn.Linear)][-1]
-        np.testing.assert_allclose(kind.matrix, last.weight.detach(), rtol=1e-4, atol=1e-5)
-
-
 def test_a_network_that_the_probe_does_not_fit_asks_for_its_size() -> None:
     module = nn.Sequential(nn.Conv2d(3, K, 4, 4), nn.Flatten(), nn.Linear(K * 20, D)).eval()
     with pytest.raises(NetworkError, match=r"probe picture \[1, 3, 224, 224\].*input_size"):
@@ -255,3 +222,11 @@ def test_shapes_that_do_not_belong_together() -> None:
     network = parts(HEADS["linear"][0])
     with pytest.raises(InputError, match=r"pooled \[2, 6\] and cotangents \[3, 4\]"):
         network.pooled_vjp(torch.ones(2, K), torch.ones(3, D))
+
+
+def test_derivatives_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = parts(HEADS["layer norm"][0])
+    p, c = torch.randn(3, K), torch.randn(3, 5, K)
+    expected = network.pooled_vjp(p, c)
+    monkeypatch.setattr("embedcam.network.gradients._CHUNK_NUMBERS", 4 * K)
+    torch.testing.assert_close(network.pooled_vjp(p, c), expected)

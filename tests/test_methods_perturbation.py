@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 from toys import VIT_LAYER, seeded, small_vit
-from zoo_cases import CHANNELS, SIZE, WIDTH, Case, Expected, distance, make, run, run_on
+from zoo_cases import CHANNELS, SIZE, WIDTH, Case, Expected, distance, make, parts, run, run_on
 
 from embedcam import EmbeddingNetwork
 from embedcam.errors import InputError, NetworkError

@@ -150,9 +150,6 @@ def test_offline_without_weights_is_one_sentence(monkeypatch: pytest.MonkeyPatch
     )
 
 
-# ------------------------------------------------------------------ files of weights
-
-
 @pytest.fixture(scope="module")
 def squeezenet() -> dict[str, torch.Tensor]:
     with torch.random.fork_rng(devices=[]):
@@ -215,17 +212,6 @@ def test_weights_that_do_not_fit_say_how(
     )
 
 
-def test_weights_of_another_network_are_called_that(tmp_path: Path) -> None:
-    other = load_network("torchvision:resnet18", **SMALL).module.state_dict()
-    save_file(other, tmp_path / "other.safetensors")
-    with pytest.raises(NetworkError) as caught:
-        load(tmp_path / "other.safetensors")
-    assert "did you mean" not in str(caught.value)
-    assert str(caught.value).endswith(
-        "; these are another network's weights: give this one's, or name the other"
-    )
-
-
 class Evil:
     def __reduce__(self) -> Any:
         return (print, ("run by the unpickler",))
@@ -250,9 +236,6 @@ def test_files_that_cannot_be_read(
         torch.save(content, tmp_path / "other.pt")
         with pytest.raises(NetworkError, match=said):
             load(tmp_path / "other.pt")
-
-
-# ------------------------------------------------------------------ heads
 
 
 @pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small", "resnet18"])
@@ -304,9 +287,6 @@ def test_heads_that_cannot_be_read(tmp_path: Path) -> None:
         load_network("torchvision:squeezenet1_1", head=path, **SMALL)
 
 
-# ------------------------------------------------------------------ names
-
-
 @pytest.mark.parametrize(
     ("network", "message"),
     [
@@ -317,22 +297,13 @@ def test_heads_that_cannot_be_read(tmp_path: Path) -> None:
         ("torchvision:maxvit_t", r"does not know where the embedding of torchvision:maxvit_t is"),
         ("json:dumpz", r"json has no 'dumpz'; did you mean dump, dumps"),
         ("json:__name__", r"json:__name__ is a str; expected a function"),
+        ("toys.toy", r"write toys:toy, with a colon before the function"),
+        ("resnet50.a1_in1k", "did you mean"),
     ],
 )
 def test_names_that_are_nearly_right(network: str, message: str) -> None:
     with pytest.raises(NetworkError, match=message):
         load_network(network, weights="random")
-
-
-def test_a_layer_that_is_nearly_right() -> None:
-    with pytest.raises(NetworkError, match=r"no layer 'layr4'; did you mean layer4"):
-        load_network("torchvision:resnet18", layer="layr4", **SMALL)
-    other = load_network("torchvision:resnet18", layer="layer3", **SMALL)
-    assert other.forward(pictures(other)).activations.shape == (2, 256, 4, 4)
-    assert not other.head_kind.pooled
-
-
-# ------------------------------------------------------------------ timm and factories
 
 
 @pytest.mark.parametrize(
@@ -442,3 +413,14 @@ def test_the_spec_loads_the_network_again() -> None:
     assert again.preprocess == network.preprocess
     x = pictures(network)
     assert torch.equal(again.forward(x).embedding, network.forward(x).embedding)
+
+
+def test_weights_of_another_network_are_called_that(tmp_path: Path) -> None:
+    other = load_network("torchvision:resnet18", **SMALL).module.state_dict()
+    save_file(other, tmp_path / "other.safetensors")
+    with pytest.raises(NetworkError) as caught:
+        load(tmp_path / "other.safetensors")
+    assert "did you mean" not in str(caught.value)
+    assert str(caught.value).endswith(
+        "; these are another network's weights: give this one's, or name the other"
+    )

@@ -1,12 +1,12 @@
 """The gradient at the input: plain against autograd, guided against a rule written out by hand."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_network import assert_same_state, relative, state_of
+from test_network import relative
 from torch import Tensor, nn
 from torchvision import models
 from toys import images, seeded, small_vit, toy
@@ -17,11 +17,7 @@ from embedcam.network import EmbeddingNetwork, Features, input_gradient
 Rectify = Callable[[Tensor], Tensor]
 
 
-@pytest.fixture(autouse=True)
-def _the_same_draws() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("same_draws")
 
 
 class Two(nn.Module):
@@ -31,14 +27,12 @@ class Two(nn.Module):
         super().__init__()
         self.conv, self.mix = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1)
         self.linear = nn.Linear(5, 3)
-        self.rectify, self.top, self.fails = rectify, top, False
+        self.rectify, self.top = rectify, top
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.conv(6 * x)
         b = self.mix(self.rectify(a) + 0.0)
         c = self.rectify(b)
-        if self.fails:
-            raise KeyError("in the middle of a forward")
         return self.linear(c.mean((2, 3)))
 
     def by_hand(self, x: Tensor, cotangent: Tensor) -> Tensor:
@@ -131,48 +125,15 @@ def test_the_cotangents_are_asked_for_what_the_forward_gave() -> None:
         assert not getattr(seen[0], name).requires_grad
 
 
-@pytest.mark.parametrize("guided", [True, False])
-def test_the_module_comes_back_as_it_was_also_after_an_exception(guided: bool) -> None:
-    module = seeded(lambda: Two(nn.ReLU(inplace=True)))
-    module.linear.weight.requires_grad_(False)
-    module.conv.weight.grad = torch.full_like(module.conv.weight, 7)
-    module.mix.register_forward_hook(lambda *_: None)  # the caller's own
-    network, before = EmbeddingNetwork(module, "conv"), state_of(module)
-    units = [type(part) for part in module.modules()]
-    x = images()
-    kept = x.clone()
-    input_gradient(network, x, lambda f: f.embedding, guided=guided)
-    assert_same_state(before, state_of(module))
-
+def test_an_exception_of_the_caller_s_own_passes_and_rectifiers_outside_are_plain() -> None:
     def wrong(features: Features) -> Tensor:
         raise KeyError("the caller's own")
 
     with pytest.raises(KeyError, match="the caller's own"):
-        input_gradient(network, x, wrong, guided=guided)
-    module.fails = True
-    with pytest.raises(NetworkError, match="in the middle"):
-        input_gradient(network, x, lambda f: f.embedding, guided=guided)
-    module.fails = False
-    assert_same_state(before, state_of(module))
-    assert units == [type(part) for part in module.modules()]
-    assert torch.equal(x, kept)
-    assert not x.requires_grad
-    # Rectifiers outside are plain again.
+        input_gradient(EmbeddingNetwork(toy(), "relu"), images(), wrong)
     leaf = torch.tensor([2.0, -1.0], requires_grad=True)
-    (-F.relu(leaf)).sum().backward()
-    assert leaf.grad is not None
-    assert leaf.grad.tolist() == [-1, 0]
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_it_works_where_gradients_are_off(mode: Callable[[], torch.no_grad]) -> None:
-    network = EmbeddingNetwork(toy(), "relu")
-    c = torch.randn(2, 5)
-    _, expected = input_gradient(network, images(), lambda _: c)
-    with mode():
-        _, found = input_gradient(network, images().clone(), lambda _: c.clone())
-    torch.testing.assert_close(found, expected)
-    assert not found.requires_grad
+    (gradient,) = torch.autograd.grad(-F.relu(leaf).sum(), leaf)
+    assert gradient.tolist() == [-1, 0]
 
 
 def test_residual_networks_with_one_unit_called_twice_in_a_block() -> None:
@@ -225,16 +186,6 @@ def test_networks_cut_from_their_input_are_refused() -> None:
         module = toy()
     with pytest.raises(NetworkError, match=r"made inside torch\.inference_mode"):
         input_gradient(EmbeddingNetwork(module, "relu"), images(), lambda f: f.embedding)
-
-
-def test_half_precision_keeps_the_digits_of_small_cotangents() -> None:
-    module, c = seeded(lambda: Two(F.relu)), torch.randn(2, 3)
-    _, exact = input_gradient(EmbeddingNetwork(module, "conv"), images(), lambda _: c)
-    for kind in (torch.float16, torch.bfloat16):
-        network = EmbeddingNetwork(module, "conv", autocast=kind)
-        _, found = input_gradient(network, images(), lambda _: 1e-9 * c)
-        assert found.dtype == torch.float32
-        assert relative(1e9 * found, exact) < 0.3
 
 
 def test_inputs_that_are_no_images() -> None:

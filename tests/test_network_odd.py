@@ -45,7 +45,37 @@ def wrapped(module: nn.Module, layer: str = "relu", **settings: Any) -> Embeddin
     return EmbeddingNetwork(module, layer, **{"input_size": SIZE, **settings})
 
 
-# -------------------------------------------------------------------- chance and batches
+def counting() -> Callable[[Tensor], Tensor]:
+    calls: list[int] = []
+    return lambda z: z + (calls.append(1), len(calls))[1]  # type: ignore[func-returns-value]
+
+
+def sometimes() -> Callable[[Tensor], Tensor]:
+    turns = iter([0, 0, 1, 0, 1] * 3)  # alone, again, beside, and again
+    return lambda z: z.flip(1) if next(turns) else z
+
+
+UNSTEADY: list[tuple[Callable[[], Callable[[Tensor], Any]], str]] = [
+    (lambda: lambda z: F.dropout(z, 0.5), r"picture run twice.*random numbers \(.*dropout"),
+    (counting, r"run twice.*what ran before"),
+    (lambda: lambda z: z - 0.5 * z.mean(0), r"alone and beside another.*mixes the pictures"),
+    (lambda: lambda z: z.flip(1) if torch.rand(()) < 0.4 else z,
+     r"run twice.*random numbers \(rand\)"),
+    (sometimes, r"run twice.*depends on chance"),
+    (lambda: nn.BatchNorm1d(6, track_running_stats=False).eval(),
+     r"statistics of the batch, also in eval mode"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("after", "message"), UNSTEADY, ids=lambda one: str(one)[:20])
+@pytest.mark.parametrize("seed", range(2))
+def test_chance_and_the_rest_of_the_batch_are_refused(
+    after: Callable[[], Callable[[Tensor], Any]], message: str, seed: int
+) -> None:
+    module = seeded(lambda: Net(after=after()))
+    torch.manual_seed(seed)
+    with pytest.raises(NetworkError, match=message):
+        wrapped(module).check()
 
 
 def test_a_norm_by_the_batch_is_named() -> None:
@@ -55,36 +85,10 @@ def test_a_norm_by_the_batch_is_named() -> None:
         wrapped(module).identity()
 
 
-def test_a_dropout_that_is_always_on_is_named() -> None:
-    module = seeded(lambda: Net(after=lambda z: F.dropout(z, 0.5)))
-    with pytest.raises(NetworkError, match=r"picture run twice.*random numbers \(.*dropout"):
-        wrapped(module).check()
-
-
-def test_a_network_that_counts_its_calls_is_refused() -> None:
-    calls: list[int] = []
-
-    def counting(z: Tensor) -> Tensor:
-        calls.append(1)
-        return z + len(calls)
-
-    with pytest.raises(NetworkError, match=r"run twice.*what ran before"):
-        wrapped(seeded(lambda: Net(after=counting))).check()
-
-
-def test_a_mean_over_the_batch_is_refused() -> None:
-    module = seeded(lambda: Net(after=lambda z: z - 0.5 * z.mean(0)))
-    with pytest.raises(NetworkError, match=r"alone and beside another.*mixes the pictures"):
-        wrapped(module).check()
-
-
 def test_ordinary_networks_are_steady_also_in_half_precision() -> None:
     wrapped(toy()).check()
     wrapped(toy(), autocast=torch.bfloat16).check()
     wrapped(toy().to(torch.bfloat16)).check()
-
-
-# -------------------------------------------------------------------- failures of the user's own
 
 
 def failing(error: Exception) -> Callable[[Tensor], Tensor]:
@@ -201,9 +205,6 @@ def test_a_tensor_kept_from_the_first_forward_can_be_differentiated() -> None:
     assert network.head_pass(images()).vjp(torch.ones(2, 5)).any()
 
 
-# -------------------------------------------------------------------- arguments
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -285,9 +286,6 @@ def test_hugging_face_processors_as_preprocess() -> None:
         from_transform(Processor({"shortest_edge": 10}, crop_pct=0.9))
 
 
-# -------------------------------------------------------------------- layouts
-
-
 class Tokens(nn.Module):
     """8 x 8 patches as tokens in any order of axes; the mean of their squares embeds."""
 
@@ -351,9 +349,6 @@ def test_a_fixed_size_that_does_not_tell_asks_for_the_layout() -> None:
     wrapped(seeded(Fixed), "layer", layout="bkhw").forward(images(1, 32, 32))
 
 
-# -------------------------------------------------------------------- channels, positions, slopes
-
-
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_networks_of_other_channels(channels: int) -> None:
     module = seeded(lambda: Net(channels))
@@ -363,15 +358,6 @@ def test_networks_of_other_channels(channels: int) -> None:
     stacked = custom(lambda picture: np.ones((channels, 32, 32)), name="stacked")
     EmbeddingNetwork(module, "relu", preprocess=stacked).check()
     assert network.head_kind.affine
-
-
-def test_preprocess_of_grey_pictures() -> None:
-    grey = Preprocess(size=(4, 6), mean=(0.5,), std=(0.25,))
-    picture = Image.new("RGB", (9, 9), (255, 255, 255))
-    np.testing.assert_allclose(grey(picture), np.full((1, 4, 6), 2.0))
-    assert Preprocess.from_dict(grey.to_dict()) == grey
-    with pytest.raises(InputError, match="mean is of 1 channels and std of 3"):
-        Preprocess(mean=(0.5,))
 
 
 def test_a_layer_of_one_position_names_a_better_one() -> None:
@@ -387,9 +373,6 @@ def test_a_derivative_of_zero_is_said_before_any_work(after: Callable[[Tensor], 
     network.check(gradients=False)
 
 
-# -------------------------------------------------------------------- copies, weights, outputs
-
-
 def test_a_copy_is_equal_and_independent() -> None:
     network, x = wrapped(seeded(Net)), images()
     before = network.forward(x).embedding
@@ -400,13 +383,6 @@ def test_a_copy_is_equal_and_independent() -> None:
     torch.testing.assert_close(network.forward(x).embedding, before)
     assert not torch.allclose(other.forward(x).embedding, before)
     assert other.head_pass(x).vjp(torch.ones(2, 5)).any()
-
-
-def test_a_copy_of_a_named_network_calls_its_own_head() -> None:
-    network = load_network("torchvision:mobilenet_v3_small", weights="random", size=64)
-    other = copy.deepcopy(network)
-    assert other.runner.head.args[0] is other.module  # type: ignore[union-attr]
-    assert other.module is not network.module
 
 
 @pytest.mark.parametrize("prefix", ["model.", "net.", "model.backbone.", "module.", "a._orig_mod."])
@@ -435,60 +411,12 @@ def test_the_pooled_output_of_transformers_is_preferred() -> None:
         )
 
 
-def test_the_last_layer_with_positions_is_suggested(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "odd_factory.py").write_text(
-        "from torch import nn\n"
-        "def make():\n"
-        "    trunk = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU())\n"
-        "    whole = nn.Sequential()\n"
-        "    whole.add_module('trunk', trunk)\n"
-        "    whole.add_module('pool', nn.AdaptiveAvgPool2d(1))\n"
-        "    whole.add_module('flat', nn.Flatten())\n"
-        "    return whole\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(NetworkError, match=r"for instance 'trunk', the last of trunk\.0, trunk\.1"):
-        load_network("odd_factory:make")
-
-
 @pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "cait_xxs24_224", "convit_tiny"])
 def test_timm_networks_with_ways_of_their_own(name: str) -> None:
     pytest.importorskip("timm")
     network = load_network(f"timm:{name}", weights="random")
     network.check()
     assert network.forward(network.probe_images()).activations.shape[2:] == (14, 14)
-
-
-# -------------------------------------------------------------------- a second visit of strangers
-
-
-def test_chance_that_strikes_now_and_then_is_not_blamed_on_the_batch() -> None:
-    def some(z: Tensor) -> Tensor:
-        return z.flip(1) if torch.rand(()) < 0.4 else z
-
-    for seed in range(5):
-        torch.manual_seed(seed)
-        with pytest.raises(NetworkError, match=r"run twice.*random numbers \(rand\)"):
-            wrapped(seeded(lambda: Net(after=some))).check()
-
-
-def test_chance_outside_of_torch_is_not_blamed_on_the_batch() -> None:
-    turns = iter([0, 0, 1, 0, 1] * 3)  # alone, again, beside, and again
-
-    def some(z: Tensor) -> Tensor:
-        return z.flip(1) if next(turns) else z
-
-    with pytest.raises(NetworkError, match=r"run twice.*depends on chance"):
-        wrapped(seeded(lambda: Net(after=some))).check()
-
-
-def test_a_norm_that_fails_for_one_picture_is_told_in_its_cause() -> None:
-    norm = nn.BatchNorm1d(6, track_running_stats=False).eval()
-    module = seeded(lambda: Net(after=norm))
-    with pytest.raises(NetworkError, match=r"statistics of the batch, also in eval mode"):
-        wrapped(module).check()
 
 
 class _InPlace(nn.Module):
@@ -577,13 +505,6 @@ def test_a_layer_in_torchscript_is_refused_and_not_suggested() -> None:
         wrapped(module, "2").check()
 
 
-def test_a_factory_with_a_dot_for_its_colon() -> None:
-    with pytest.raises(NetworkError, match=r"write toys:toy, with a colon before the function"):
-        load_network("toys.toy")
-    with pytest.raises(NetworkError, match=r"did you mean torchvision:resnet50\?|did you mean"):
-        load_network("resnet50.a1_in1k")
-
-
 class _MuteError(Exception):
     """Fails when asked what it says."""
 
@@ -622,3 +543,10 @@ def test_a_factory_whose_own_imports_fail(tmp_path: Path, monkeypatch: pytest.Mo
         "importing lacking_it failed with ModuleNotFoundError: No module named "
         "'no_such_package_at_all'; import it by itself to see the whole of it"
     )
+
+
+def test_a_copy_of_a_named_network_calls_its_own_head() -> None:
+    network = load_network("torchvision:mobilenet_v3_small", weights="random", size=64)
+    other = copy.deepcopy(network)
+    assert other.runner.head.args[0] is other.module  # type: ignore[union-attr]
+    assert other.module is not network.module

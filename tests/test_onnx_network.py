@@ -24,7 +24,6 @@ from photo_samples import (
     network_of,
     picture,
     tensor_of,
-    write_photos,
 )
 
 from embedcam import EmbeddingNetwork, Explainer, Index, Preprocess
@@ -37,14 +36,10 @@ IMAGES = np.random.default_rng(0).standard_normal((3, 3, SIDE, SIDE)).astype(np.
 
 
 @pytest.fixture(scope="module")
-def network() -> EmbeddingNetwork:
-    return network_of()
-
-
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory, network: EmbeddingNetwork) -> Path:
-    folder = tmp_path_factory.mktemp("built")
-    return build(write_photos(folder / "photos"), folder / "index", network)
+def index(
+    photos: Path, network: EmbeddingNetwork, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    return build(photos, tmp_path_factory.mktemp("built") / "index", network)
 
 
 def described(network: EmbeddingNetwork, **changed: Any) -> dict[str, str]:
@@ -56,9 +51,6 @@ def described(network: EmbeddingNetwork, **changed: Any) -> dict[str, str]:
 @pytest.fixture
 def file(network: EmbeddingNetwork, tmp_path: Path) -> Path:
     return save(pooled_model(network, props=described(network)), tmp_path / "network.onnx")
-
-
-# --- values --------------------------------------------------------------------------------------
 
 
 def test_a_run_gives_what_torch_gives(network: EmbeddingNetwork, file: Path) -> None:
@@ -134,9 +126,6 @@ def test_a_forked_child_opens_the_file_again(file: Path, replaced: str, code: in
     assert done.returncode == code, done.stderr
 
 
-# --- whose file is admitted ----------------------------------------------------------------------
-
-
 def test_the_index_s_own_is_admitted_silently(index: Path, file: Path, tmp_path: Path) -> None:
     explainer = Explainer(index, onnx=file)
     with pytest.raises(InputError, match="give the network, or onnx, the same as a file; not both"):
@@ -206,11 +195,11 @@ def test_a_file_that_lacks_a_layer_of_the_index_is_refused(
 
 
 def test_a_transform_of_the_callers_own_is_asked_for(
-    network: EmbeddingNetwork, tmp_path: Path
+    photos: Path, network: EmbeddingNetwork, tmp_path: Path
 ) -> None:
     own = custom(SQUASH, name="mine")
     ours = network_of(preprocess=own)
-    path = build(write_photos(tmp_path / "photos"), tmp_path / "index", ours)
+    path = build(photos, tmp_path / "index", ours)
     file = save(pooled_model(network, props=described(ours)), tmp_path / "network.onnx")
     with pytest.raises(InputError, match=r"'mine' is a transform of the caller's own.*pass the"):
         Explainer(path, onnx=file)
@@ -227,13 +216,6 @@ def test_an_index_that_does_not_know_its_network_takes_none(file: Path, tmp_path
     build_from_features(pooled, pooled, tmp_path / "index", grid=(8, 8), progress=False)
     with pytest.raises(InputError, match="was built from features alone"):
         Explainer(tmp_path / "index", onnx=file)
-
-
-# --- what is no network --------------------------------------------------------------------------
-
-
-def props_without(key: str) -> Callable[[dict[str, str]], dict[str, str]]:
-    return lambda props: {name: text for name, text in props.items() if name != key}
 
 
 @pytest.mark.parametrize(

@@ -36,24 +36,28 @@ def preset(**settings):
     return ImageClassification(**settings)
 
 
+def agrees(theirs, sizes=SIZES):
+    ours = from_transform(theirs)
+    assert isinstance(ours, Preprocess)
+    for width, height in sizes:
+        image = picture(width, height)
+        np.testing.assert_allclose(
+            ours(image), theirs(image).numpy(), rtol=0, atol=ROUNDING, err_msg=f"{width} x {height}"
+        )
+    return ours
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("resize_to", "crop"), [(256, 224), (232, 224), (73, 64), (40, 65)])
 def test_crop_equals_torchvision(interpolation, resize_to, crop):
     from torchvision.transforms import InterpolationMode
 
-    theirs = preset(
-        crop_size=crop, resize_size=resize_to, interpolation=InterpolationMode(interpolation)
-    )
-    ours = Preprocess((crop, crop), "crop", resize_to, interpolation)
-    assert from_transform(theirs) == ours
-    for width, height in SIZES:
-        image = picture(width, height)
-        np.testing.assert_allclose(
-            ours(image), theirs(image).numpy(), rtol=0, atol=ROUNDING, err_msg=f"{width} x {height}"
-        )
+    mode = InterpolationMode(interpolation)
+    theirs = preset(crop_size=crop, resize_size=resize_to, interpolation=mode)
+    assert agrees(theirs) == Preprocess((crop, crop), "crop", resize_to, interpolation)
 
 
-def test_a_crop_that_is_not_square_equals_torchvision():
+def test_chains_equal_torchvision():
     from torchvision import transforms
 
     theirs = transforms.Compose(
@@ -64,33 +68,31 @@ def test_a_crop_that_is_not_square_equals_torchvision():
             transforms.Normalize((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
         ]
     )
-    ours = from_transform(theirs)
-    assert ours == Preprocess((96, 31), "crop", 48, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    for width, height in SIZES:
-        image = picture(width, height)
-        np.testing.assert_allclose(ours(image), theirs(image).numpy(), rtol=0, atol=ROUNDING)
+    ours = Preprocess((96, 31), "crop", 48, "bilinear", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert agrees(theirs) == ours
+    squash = agrees(transforms.Compose([transforms.Resize((20, 33)), transforms.ToTensor()]))
+    assert squash.resize == "squash"
+    assert squash.extent(7, 9) == (0, 0, 7, 9)
 
 
-def test_squash_equals_torchvision():
-    from torchvision import transforms
-
-    theirs = transforms.Compose([transforms.Resize((20, 33)), transforms.ToTensor()])
-    ours = from_transform(theirs)
-    assert isinstance(ours, Preprocess)
-    assert ours.resize == "squash"
-    for width, height in SIZES:
-        image = picture(width, height)
-        np.testing.assert_allclose(ours(image), theirs(image).numpy(), rtol=0, atol=ROUNDING)
-        assert ours.extent(width, height) == (0, 0, width, height)
+def test_timm_transforms_are_recognised():
+    timm_data = pytest.importorskip("timm.data")
+    theirs = timm_data.create_transform(
+        (3, 96, 96), is_training=False, interpolation="bicubic", crop_pct=0.875
+    )
+    assert agrees(theirs, [(150, 201)]).resize_to == 109
 
 
 def test_values_are_normalised_per_channel():
     image = Image.new("RGB", (5, 7), (255, 0, 51))
     output = Preprocess((2, 3), mean=(0.5, 0.25, 0.0), std=(0.5, 0.5, 2.0))(image)
-    assert output.dtype == np.float32
+    assert (output.dtype, output.shape) == (np.float32, (3, 2, 3))
     assert output.flags.c_contiguous
     np.testing.assert_allclose(output[:, 0, 0], [1.0, -0.5, 0.1], rtol=1e-6)
-    assert output.shape == (3, 2, 3)
+    gray = Preprocess(size=(4, 6), mean=(0.5,), std=(0.25,))
+    white = Image.new("RGB", (9, 9), (255, 255, 255))
+    np.testing.assert_allclose(gray(white), np.full((1, 4, 6), 2.0))
+    assert Preprocess.from_dict(gray.to_dict()) == gray
 
 
 @pytest.mark.parametrize("shape", [(400, 300), (301, 517), (100, 1000)])
@@ -147,6 +149,7 @@ def test_a_thread_of_a_picture_is_refused_before_it_fills_the_memory():
         ({"interpolation": "cubic"}, "'cubic' is unknown; .*known: nearest, box, bilinear"),
         ({"mean": (0.5, 0.5)}, "mean is .* three finite numbers"),
         ({"mean": 0.5}, "three finite numbers"),
+        ({"mean": (0.5,)}, "mean is of 1 channels and std of 3"),
         ({"mean": "abc"}, "three finite numbers"),
         ({"std": (0.5, float("nan"), 0.5)}, "std is .* three finite numbers"),
         ({"std": (0.5, 0.0, 0.5)}, "each must be above 0"),
@@ -186,9 +189,6 @@ def test_dict_round_trip_through_json():
 def test_dicts_that_cannot_be_used(change, message):
     with pytest.raises(InputError, match=message):
         Preprocess.from_dict({**Preprocess().to_dict(), **change})
-
-
-def test_a_dict_with_missing_settings():
     with pytest.raises(InputError, match="missing settings size, resize"):
         Preprocess.from_dict({"interpolation": "bilinear"})
     with pytest.raises(InputError, match="expected a table"):
@@ -269,15 +269,3 @@ def test_chains_that_do_more_stay_custom(name):
     assert ours == CustomPreprocess(chain, "training")
     no_crop = transforms.Compose([transforms.Resize(8), transforms.ToTensor()])
     assert isinstance(from_transform(no_crop), CustomPreprocess)
-
-
-def test_timm_transforms_are_recognised():
-    timm_data = pytest.importorskip("timm.data")
-    theirs = timm_data.create_transform(
-        (3, 96, 96), is_training=False, interpolation="bicubic", crop_pct=0.875
-    )
-    ours = from_transform(theirs)
-    assert isinstance(ours, Preprocess)
-    assert ours.resize_to == 109
-    image = picture(150, 201)
-    np.testing.assert_allclose(ours(image), theirs(image).numpy(), rtol=0, atol=ROUNDING)

@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._checks import check_sides
 from ..errors import InputError, NetworkError
 from ..index.identity import Identity, compare
-from ..preprocess import AffineHead, Embedded, from_transform, refuse_random
+from ..preprocess import Embedded, HeadMatrix, from_transform, refuse_random
 from ..preprocess.probe import probe_inputs
-from .gradients import Features, HeadPass, at_least_single, make_features
+from .gradients import Features, HeadPass, SeveralRun, at_least_single, make_features
 from .head import HeadAlone, HeadKind, NetworkHead, tolerance_of
 from .hooks import with_positions
 from .layers import Images, LayoutName, OutputChoice, check_options, describe_choice, find_layer
@@ -42,7 +42,7 @@ from .module import (
     refuse_parts,
     uncompiled,
 )
-from .runner import LayoutOptions, Runner, SeveralRun, copied
+from .runner import LayoutOptions, Runner, copied
 
 DEFAULT_INPUT_SIZE = (224, 224)
 # Runs of one picture that show chance which leaves most embeddings as they are.
@@ -63,35 +63,26 @@ class EmbeddingNetwork:
         it returns.
     layer
         Dotted name, or the submodule itself.
-    head
-        Activations in the layer's own layout -> the module's output, as a function. Only needed for
-        heads that are pooled but not affine, whose derivative can then be had from pooled vectors
-        alone; checked numerically before it is believed.
-    trunk
-        Images -> activations, where the network is given as two functions: `from_parts`.
+    head, trunk
+        Activations in the layer's own layout -> the module's output, as a function: for heads that
+        are pooled but not affine, whose derivative can then be had from pooled vectors alone;
+        checked before it is believed. Together with images -> activations: see `from_parts`.
     normalize
         L2-normalize the embedding. Part of an index's identity.
     output
         Which part of the module's output is the embedding: None for a tensor, the first of a tuple
         or the only entry of a dict; a name, a position, or a function.
-    layout
+    layout, grid, prefix_tokens
         "auto", "bkhw", "bhwk", "btk", or "bkl" for 1-D convolutions, whose inputs are signals
-        `[B C L]`, tables `[B L]` or the numbers of words `[B L]`.
-    grid
-        (H, W) of the tokens, when it cannot be found from the input's shape.
-    prefix_tokens
-        How many tokens come before the grid's (class and register tokens).
-    preprocess
-        Picture -> input `[C H W]`: a `Preprocess`, or what `from_transform` takes: torchvision's
-        and timm's transforms, a Hugging Face image processor, a function.
-    input_size
-        (H, W) of the input, for a network without preprocess whose input size is fixed.
-    device
-        Where the module is; default: where its parameters are.
+        `[B C L]`, tables `[B L]` or the numbers of words `[B L]`; (H, W) of tokens, when the
+        input's shape does not tell, and how many class and register tokens come before them.
+    preprocess, input_size
+        Picture -> input `[C H W]`: a `Preprocess`, or what `from_transform` takes; without one,
+        (H, W) of the input where it is fixed.
+    device, channels_last
+        Where the module is, by default where its parameters are; the memory format of its images.
     autocast
         torch.bfloat16 or torch.float16 to compute in it; results are float32.
-    channels_last
-        Hand images on in that memory format, which convolutions on CPUs prefer.
     name
         What to call it in an index.
 
@@ -141,7 +132,7 @@ class EmbeddingNetwork:
         check_options(layout, grid, prefix_tokens, output)
         self.preprocess: Any = None if preprocess is None else from_transform(preprocess)
         refuse_random(self.preprocess)
-        hooked: nn.Module | None = None
+        hooked = module
         if trunk is None:
             dotted, hooked = find_layer(module, layer)
             layer = bare_name(dotted)
@@ -219,7 +210,7 @@ class EmbeddingNetwork:
     @property
     def hooked(self) -> bool:
         """Whether layers are found by hooks: False where trunk and head were given."""
-        return self.runner.hooked is not None
+        return self.runner.parts is None
 
     def __repr__(self) -> str:
         norm = "normalised" if self.normalize else "not normalised"
@@ -499,10 +490,10 @@ class EmbeddingNetwork:
         """Return z `[n D]` of the head alone, on activations `[n K H W]`; see `head_alone`."""
         return self.head_alone(image)(activations)
 
-    def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> AffineHead | None:
+    def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix | None:
         """Return the head where it is pooled and affine; nothing is asked of an index."""
         kind = self.head_kind
-        return AffineHead(None if kind.identity else kind.matrix) if kind.affine else None
+        return HeadMatrix(None if kind.identity else kind.matrix) if kind.affine else None
 
     def _ask(self) -> tuple[Tensor, Tensor]:
         """Return two prepared probes, and the layer's output for the first."""

@@ -38,6 +38,22 @@ class Features:
     activations: Tensor
 
 
+@dataclass
+class SeveralRun:
+    """One run hooked at several layers.
+
+    names: of the layers, as asked for; z: the head's output `[B D]`; kept: each layer's output;
+    batch: the prepared input; layouts: of the layers; depth: their places in the order they ran.
+    """
+
+    names: list[str]
+    z: Tensor
+    kept: list[Tensor]
+    batch: Tensor
+    layouts: list[Layout]
+    depth: list[int]
+
+
 def make_features(
     images: Tensor, z: Tensor, maps: Tensor, normalize: bool, allow_zero: bool = False
 ) -> Features:
@@ -283,23 +299,16 @@ class SeveralPass(_Graph):
     activations: of each, `[B K H W]`; depth: the layers' places in the order they ran.
     """
 
-    def __init__(
-        self,
-        layers: list[str],
-        features: Features,
-        z: Tensor,
-        kept: list[Tensor],
-        layouts: list[Layout],
-        depth: list[int],
-        module: nn.Module,
-    ) -> None:
-        super().__init__(z, kept, layouts, layers)
-        self.layers, self.features, self.depth = layers, features, depth
-        self.activations = [
-            at_least_single(layout.to_maps(raw.detach())).contiguous()
-            for raw, layout in zip(kept, layouts, strict=True)
-        ]
-        self._module = module
+    def __init__(self, run: SeveralRun, normalize: bool, module: nn.Module) -> None:
+        super().__init__(run.z, run.kept, run.layouts, run.names)
+        self.layers, self.depth, self._module = run.names, run.depth, module
+        with no_gradients():
+            self.activations = [
+                at_least_single(layout.to_maps(raw.detach())).contiguous()
+                for raw, layout in zip(run.kept, run.layouts, strict=True)
+            ]
+            last = self.activations[-1]
+            self.features = make_features(run.batch, run.z.detach(), last, normalize)
 
     def vjp(self, cotangents: Tensor) -> list[Tensor]:
         """Return dy/dA of each layer, `[B K H W]`, for the cotangents dy/dz `[B D]` at z."""
@@ -323,10 +332,7 @@ def several_pass(network: "EmbeddingNetwork", images: Images, layers: Sequence[s
     """Run a network, given as a module, once and keep several layers' outputs, differentiable."""
     refuse_inference(network.module)
     run = network.run_several(images, layers)
-    with no_gradients():
-        last = run.layouts[-1].to_maps(run.kept[-1].detach())
-        features = make_features(run.batch, run.z.detach(), last, network.normalize)
-    return SeveralPass(run.names, features, run.z, run.kept, run.layouts, run.depth, network.module)
+    return SeveralPass(run, network.normalize, network.module)
 
 
 def replay_vjp(replay: Callable[[Tensor], Tensor], pooled: Tensor, cotangents: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ dropout or second linear layer behind the pooling needs no special case: all are
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,13 +27,6 @@ _CHUNK_NUMBERS = 1 << 22
 _SHIFTED = 0.4
 """Change of z by a shift, of what the activations make of z: convolutions before pooling change up
 to 0.31 (ResNet-18, MobileNetV2), depthwise and flattening heads 0.57 to 2.6 (VGG-11, digits)."""
-
-
-class Run(Protocol):
-    """The head of one picture, with its activations replaced."""
-
-    def __call__(self, maps: Tensor, picture: int = 0, shake: bool = False) -> Tensor:
-        """Return z `[n D]` for `[n K H W]`; `shake` also changes the prefix tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +88,7 @@ class HeadAlone:
                 except EmbedcamError:
                     self._repeat = True
             rest = [1] * (one.ndim - 1)
-            pieces = maps.split(self._most or len(maps))
+            pieces = torch.split(maps, self._most or len(maps))
             return torch.cat([self._run(one.repeat(len(p), *rest), p, shake) for p in pieces])
 
     def _run(self, images: Tensor, maps: Tensor, shake: bool) -> Tensor:
@@ -213,7 +205,9 @@ class NetworkHead:
         )
 
 
-def _agrees(run: Run, replay: Callable[[Tensor], Tensor], maps: Tensor, tolerance: float) -> bool:
+def _agrees(
+    run: HeadAlone, replay: Callable[[Tensor], Tensor], maps: Tensor, tolerance: float
+) -> bool:
     """Return whether the head, a function of pooled vectors, gives the network's own z."""
     maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
     several = torch.cat([maps, -3 * maps])
@@ -242,7 +236,7 @@ def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def find_head_kind(
-    run: Run,
+    run: HeadAlone,
     shape: tuple[int, int, int],
     *,
     dtype: torch.dtype,
@@ -278,10 +272,10 @@ def find_head_kind(
 
 
 def _random_activations(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, seed: int = 0
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return `[n K H W]`, one for each of `_DRAWS`, from a generator of their own."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     rows = []
     for scale, sign in _DRAWS:
         # Channels differ in their mean, or the mean over many positions would vanish.
@@ -291,14 +285,14 @@ def _random_activations(
     return torch.stack(rows).to(device, dtype)
 
 
-def _is_pooled(run: Run, draws: Tensor, tolerance: float) -> tuple[bool, Tensor]:
+def _is_pooled(run: HeadAlone, draws: Tensor, tolerance: float) -> tuple[bool, Tensor]:
     """Return whether z stays when each channel is replaced by its mean; and z `[n D]`."""
     flat = draws.mean((2, 3), keepdim=True).expand_as(draws)
     same, moved, z = _alike(run, draws, flat, tolerance)
     return bool((same & (moved > 0)).all()), z
 
 
-def _uses_positions(run: Run, draws: Tensor) -> bool:
+def _uses_positions(run: HeadAlone, draws: Tensor) -> bool:
     """Return whether a shift by half the grid, which pooling hardly minds, changes z largely."""
     height, width = draws.shape[2:]
     shifted = draws.roll((height // 2, width // 2), (2, 3))
@@ -306,13 +300,12 @@ def _uses_positions(run: Run, draws: Tensor) -> bool:
 
 
 def _alike(
-    run: Run, draws: Tensor, others: Tensor, tolerance: float
+    run: HeadAlone, draws: Tensor, others: Tensor, tolerance: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return for each draw whether the other has its z, how far z is from that of zeros, and z."""
     with torch.no_grad():
-        z, z_other, z_zero = run(torch.cat([draws, others, torch.zeros_like(draws[:1])])).split(
-            [len(draws), len(draws), 1]
-        )
+        both = run(torch.cat([draws, others, torch.zeros_like(draws[:1])]))
+        z, z_other, z_zero = torch.split(both, [len(draws), len(draws), 1])
     # Relative to how far the activations move z at all, not to a constant in it. At zero a head
     # that normalizes may return NaN.
     moved = _distance(z, z_zero.nan_to_num(0.0, 0.0, 0.0))
@@ -321,7 +314,7 @@ def _alike(
 
 
 def _affine_products(
-    run: Run, draws: Tensor, tolerance: float
+    run: HeadAlone, draws: Tensor, tolerance: float
 ) -> list[tuple[Tensor, Tensor]] | None:
     """Return random cotangents c `[D]` and W^T c `[K]`; None if the head has no one Jacobian W.
 
@@ -351,7 +344,7 @@ def _affine_products(
 
 
 def _matrix(
-    run: Run, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+    run: HeadAlone, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> np.ndarray:
     """Return W `[D K]`, many rows a backward pass: sample i of the batch gets row i's cotangent."""
     count = max(1, min(64, _CHUNK_NUMBERS // int(np.prod(shape))))
@@ -375,7 +368,8 @@ def _gradient(z: Tensor, maps: Tensor, cotangents: Tensor) -> Tensor | None:
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a - b, dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(a - b, dim=1)
+    return lengths
 
 
 def _near(values: Tensor, target: float, tolerance: float) -> bool:

@@ -247,13 +247,14 @@ def _load_weights(module: nn.Module, weights: PathLike, dropped: list[str]) -> N
 
 def _last_relu(module: nn.Module) -> str:
     """Return the last convolution's ReLU, before the max pooling halves its grid (VGG, AlexNet)."""
-    named = [name for name, part in module.named_modules() if isinstance(part, nn.ReLU)]
-    return [name for name in named if name.startswith("features.")][-1]
+    named = module.named_modules()
+    units = [str(name) for name, part in named if isinstance(part, nn.ReLU)]
+    return [name for name in units if name.startswith("features.")][-1]
 
 
 def _last_norm_before_attention(module: nn.Module) -> str:
     """Return a ViT's: after its last attention only the class token reaches the embedding."""
-    return [name for name, _ in module.named_modules() if name.endswith(".ln_1")][-1]
+    return [str(name) for name, _ in module.named_modules() if name.endswith(".ln_1")][-1]
 
 
 @dataclass(frozen=True)
@@ -364,7 +365,7 @@ def _replace(module: nn.Module, name: str, part: nn.Module) -> None:
     setattr(module.get_submodule(parent), child, part)
 
 
-def _classified(module: Any, activations: Tensor) -> Tensor:
+def _classified(module: Any, activations: Tensor) -> Any:
     pooled = module.avgpool(activations)
     # ConvNeXt's classifier begins with a normalization over channels of `[B K 1 1]`.
     if not isinstance(module.classifier[0], nn.Linear):
@@ -383,13 +384,13 @@ class _TimmNetwork(nn.Module):
         self.module: Any = module
         self.embedding_head = nn.Identity() if head is None else head
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         return self.head(self.trunk(images))
 
-    def trunk(self, images: Tensor) -> Tensor:
+    def trunk(self, images: Tensor) -> Any:
         return self.module.forward_features(images)
 
-    def head(self, activations: Tensor) -> Tensor:
+    def head(self, activations: Tensor) -> Any:
         return self.embedding_head(self.module.forward_head(activations))
 
 
@@ -397,7 +398,8 @@ def _from_timm(name: str, weights: PathLike, head: PathLike, sides: Sides, seed:
     """Load any timm model, explained at the end of its trunk, or before its last attention."""
     try:
         import timm
-        from timm.data import resolve_model_data_config
+
+        data: Any = importlib.import_module("timm.data")
     except ImportError as error:
         raise NetworkError(
             f"timm:{name} needs timm, which is not installed; run pip install 'embedcam[timm]'"
@@ -420,10 +422,8 @@ def _from_timm(name: str, weights: PathLike, head: PathLike, sides: Sides, seed:
     names = [classifier] if isinstance(classifier, str) else list(classifier)
     _load_weights(module, weights, [f"{name}." for name in names])
     affine = None if head is None else read_affine(head, module.head_hidden_size)
-    whole, preprocess = (
-        _TimmNetwork(module, affine),
-        _timm_preprocess(resolve_model_data_config(module)),
-    )
+    whole = _TimmNetwork(module, affine)
+    preprocess = _timm_preprocess(data.resolve_model_data_config(module))
     prefix = getattr(module, "num_prefix_tokens", None)
     blocks = getattr(module, "blocks", None)
     late = [getattr(module, part, None) for part in ("cls_attn_blocks", "blocks_token_only")]
@@ -462,7 +462,7 @@ class _WithHead(nn.Module):
         self.training = module.training
         self.module, self.embedding_head, self.output = module, head, output
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         # Batches are told apart by the embedding: a layer's replaced output may hold more images.
         return self.embedding_head(choose_embedding(self.module(images), self.output, None))
 

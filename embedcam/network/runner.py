@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from .._files import ProcessLock
 from ..errors import EmbedcamError, NetworkError
-from .gradients import at_least_single
+from .gradients import SeveralRun, at_least_single
 from .hooks import Change, run_hooked, run_layers, run_parts, watch
 from .layers import (
     Images,
@@ -30,22 +29,6 @@ LayoutOptions = tuple[LayoutName, tuple[int, int] | None, int | None]
 """Layout, grid and prefix tokens, as they were given."""
 
 
-@dataclass
-class SeveralRun:
-    """One run hooked at several layers.
-
-    names: of the layers, as asked for; z: the head's output `[B D]`; kept: each layer's output;
-    batch: the prepared input; layouts: of the layers; depth: their places in the order they ran.
-    """
-
-    names: list[str]
-    z: Tensor
-    kept: list[Tensor]
-    batch: Tensor
-    layouts: list[Layout]
-    depth: list[int]
-
-
 class Runner:
     """Runs a module hooked at its layer, or a trunk and a head, and reads what they return.
 
@@ -57,7 +40,7 @@ class Runner:
         self,
         module: nn.Module,
         layer: str,
-        hooked: nn.Module | None,
+        hooked: nn.Module,
         *,
         trunk: Callable[[Tensor], Any] | None,
         head: Callable[[Any], Any] | None,
@@ -140,7 +123,6 @@ class Runner:
 
             output, kept = run_parts(run_trunk, head, self.layer, images, change)
         else:
-            assert self.hooked is not None
             layer = [(self.layer, self.hooked)]
             with self.lock:
                 output, (kept,) = run_hooked(self.module, layer, images, lambda _, raw: change(raw))
@@ -151,7 +133,7 @@ class Runner:
     ) -> SeveralRun:
         """Run once, hooked at several layers of a module."""
         named = find_layers(self.module, layers)
-        if self.hooked is None:
+        if self.parts is not None:
             raise NetworkError(
                 "this network was given as trunk and head, so no other layer can be found in it; "
                 "give it as a module and a layer"
@@ -172,7 +154,7 @@ class Runner:
         For exporters; nothing of input or output is checked. One run on the probe finds out how
         the layers are laid out. Of trunk and head the only layer is the network's own.
         """
-        if self.hooked is None and list(layers) == [self.layer]:
+        if self.parts is not None and list(layers) == [self.layer]:
             with no_gradients(), self.precision(False):
                 batch = self.prepare(probe)
                 _, raw = self.call(batch, unchanged, 1)

@@ -15,9 +15,9 @@ import numpy as np
 from ..errors import EmbeddingError, InputError, NetworkError, NetworkMismatch
 from ..index.identity import Identity, compare
 from ..preprocess import (
-    AffineHead,
     AnyPreprocess,
     Embedded,
+    HeadMatrix,
     from_transform,
     preprocess_from_dict,
 )
@@ -129,7 +129,7 @@ class OnnxNetwork:
             )
         return self._run(images, [self._maps[self.layers.index(name)] for name in layers])
 
-    def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> AffineHead:
+    def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix:
         """Return the head, its matrix from an index where it is not the identity.
 
         Raises `InputError` where it is not average pooling and affine.
@@ -140,7 +140,7 @@ class OnnxNetwork:
                 "pooling and affine; give the network instead of its ONNX file"
             )
         matrix = None if self.head.kind == "identity" else stored_matrix()
-        return AffineHead(matrix, self.head.bias)
+        return HeadMatrix(matrix, self.head.bias)
 
     # The index
 

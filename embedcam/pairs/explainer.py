@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..explain.explainer import Explainer
     from ..images import FileState
     from ..index import Index
-    from ..preprocess import AffineHead
+    from ..preprocess import HeadMatrix
 
 _SAME = 0.99
 """Cosine with the stored embedding from which a picture counts as the one that was indexed."""
@@ -52,7 +52,7 @@ class PairExplainer:
             )
         self.explainer = explainer
         self.network: Any = explainer.network
-        self._head: tuple[weakref.ref[Index], AffineHead | None] | None = None
+        self._head: tuple[weakref.ref[Index], HeadMatrix | None] | None = None
         if not self.network.differentiable:
             self.head(explainer.index)
 
@@ -118,7 +118,7 @@ class PairExplainer:
         first, second = self.receipts(query, [result, rival], centred=centred)
         return make_comparison(first.sides[0], first, second, self.explainer.index.metric)
 
-    def head(self, index: Index) -> AffineHead | None:
+    def head(self, index: Index) -> HeadMatrix | None:
         """Return the head by an index of the explainer; None where it is not pooled and affine."""
         known = self._head
         if known is None or known[0]() is not index:

@@ -1,6 +1,6 @@
 """From an oriented RGB picture to the network's input; what all networks do is `Network`."""
 
-from .protocol import AffineHead, Embedded, Network
+from .protocol import Embedded, HeadMatrix, Network
 from .recognise import from_transform
 from .transforms import (
     IMAGENET_MEAN,
@@ -17,7 +17,7 @@ from .transforms import (
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
-    "AffineHead",
+    "HeadMatrix",
     "AnyPreprocess",
     "CustomPreprocess",
     "Embedded",

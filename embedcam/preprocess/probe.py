@@ -57,4 +57,5 @@ def _scatter(x: np.ndarray, y: np.ndarray, salt: int) -> np.ndarray:
     """Return numbers 0..255 that look random, by mixing that never overflows int64."""
     mixed = (x * 73_856_093) ^ (y * 19_349_663) ^ ((salt + 1) * 83_492_791)
     mixed = (mixed & 0xFFFFFFF) * 2_654_435 & 0xFFFFFFFFFF
-    return mixed >> 16 & 0xFF
+    bytes_: np.ndarray = mixed >> 16 & 0xFF
+    return bytes_

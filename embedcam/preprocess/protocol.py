@@ -26,7 +26,7 @@ class Embedded(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class AffineHead:
+class HeadMatrix:
     """A pooled and affine head: z = W p + b of the mean p of the activations over positions.
 
     matrix: W `[D K]`, None for the identity; bias: b `[D]`, None where it is not known.
@@ -66,5 +66,5 @@ class Network(Protocol):
     def for_index(self, stored: Identity, layers: Sequence[str]) -> Self:
         """Return the network as the one of an index, or raise `NetworkMismatch`."""
 
-    def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> AffineHead | None:
+    def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix | None:
         """Return the head, None where it is another; a matrix not held is asked of an index."""

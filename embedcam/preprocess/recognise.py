@@ -32,11 +32,13 @@ def from_transform(transform: Any, *, name: str | None = None) -> AnyPreprocess:
         return _from_processor(processor, name)
     preset = ("crop_size", "resize_size", "mean", "std", "interpolation")
     if all(hasattr(transform, attribute) for attribute in preset):
-        settings = _from_preset(transform)
+        values = [getattr(transform, attribute) for attribute in preset]
+        crop, resize, mean, std, interpolation = values
+        recognized = _recognized(resize, crop, interpolation, mean, std)
     else:
-        settings = _from_chain(getattr(transform, "transforms", None))
-    if settings is not None:
-        return Preprocess(**settings)
+        recognized = _from_chain(getattr(transform, "transforms", None))
+    if recognized is not None:
+        return recognized
     if not callable(transform):
         raise InputError(
             f"preprocess: expected a transform, given {transform!r:.100}; give Preprocess(...), a "
@@ -45,22 +47,19 @@ def from_transform(transform: Any, *, name: str | None = None) -> AnyPreprocess:
     return custom(transform, name=name)
 
 
-def _numbers(value: Any) -> list[int]:
-    return [value] if isinstance(value, int) else list(value)
-
-
-def _geometry(resize_size: list[int] | None, crop_size: list[int] | None) -> dict[str, Any] | None:
-    """Return `size`, `resize` and `resize_to` of a resize and a crop; None for anything else."""
-    crop = crop_size * 2 if crop_size is not None and len(crop_size) == 1 else crop_size
-    if resize_size is None:
+def _recognized(
+    resize: Any, crop: Any, interpolation: Any, mean: Any, std: Any
+) -> Preprocess | None:
+    """Return the preprocessing of a resize and a crop in pixels; None for what does more."""
+    shorter, sides = ([n] if isinstance(n, int) else list(n or ()) for n in (resize, crop))
+    sides = sides * 2 if len(sides) == 1 else sides
+    method = _interpolation(interpolation)
+    squash = len(shorter) == 2
+    if method is None or not shorter or (sides not in ([], shorter) if squash else not sides):
         return None
-    if len(resize_size) == 2:
-        if crop is not None and crop != resize_size:
-            return None
-        return {"size": tuple(resize_size), "resize": "squash"}
-    if crop is None:
-        return None
-    return {"size": tuple(crop), "resize": "crop", "resize_to": resize_size[0]}
+    size, resize_to = (shorter, None) if squash else (sides, shorter[0])
+    mean, std = (tuple(float(number) for number in each) for each in (mean, std))
+    return Preprocess(tuple(size), "squash" if squash else "crop", resize_to, method, mean, std)
 
 
 def _interpolation(mode: Any) -> str | None:
@@ -72,17 +71,8 @@ def _interpolation(mode: Any) -> str | None:
     return name if name in RESAMPLING else None
 
 
-def _from_preset(preset: Any) -> dict[str, Any] | None:
-    resize = None if preset.resize_size is None else _numbers(preset.resize_size)
-    crop = None if preset.crop_size is None else _numbers(preset.crop_size)
-    geometry, interpolation = _geometry(resize, crop), _interpolation(preset.interpolation)
-    if geometry is None or interpolation is None:
-        return None
-    return {**geometry, "interpolation": interpolation, "mean": preset.mean, "std": preset.std}
-
-
-def _from_chain(steps: Any) -> dict[str, Any] | None:
-    """Return settings of a Compose whose steps are all known, once each and in the usual order."""
+def _from_chain(steps: Any) -> Preprocess | None:
+    """Return what a Compose is whose steps are all known, once each and in the usual order."""
     order = ("Grayscale", "Resize", "CenterCrop", "ToTensor", "Normalize")
     if not isinstance(steps, Sequence) or not steps:
         return None
@@ -90,23 +80,21 @@ def _from_chain(steps: Any) -> dict[str, Any] | None:
     if names != [name for name in order if name in names] or "ToTensor" not in names:
         return None
     by_name = dict(zip(names, steps, strict=True))
-    resize, crop, normalize = (by_name.get(name) for name in ("Resize", "CenterCrop", "Normalize"))
+    gray, resize, crop, normalize = (
+        by_name.get(name) for name in ("Grayscale", "Resize", "CenterCrop", "Normalize")
+    )
     if resize is None or getattr(resize, "max_size", None) is not None:
         return None
-    gray = by_name.get("Grayscale")
     if gray is not None and gray.num_output_channels != 1:
         return None
-    size = _numbers(resize.size)
-    geometry = _geometry(size, None if crop is None else _numbers(crop.size))
-    interpolation = _interpolation(resize.interpolation)
-    if geometry is None or interpolation is None:
-        return None
     count = 3 if gray is None else 1
-    mean = [0.0] * count if normalize is None else _list(normalize.mean)
-    std = [1.0] * count if normalize is None else _list(normalize.std)
+    mean, std = [0.0] * count, [1.0] * count
+    if normalize is not None:
+        mean, std = list(normalize.mean), list(normalize.std)
     if len(mean) != count or len(std) != count:
         return None
-    return {**geometry, "interpolation": interpolation, "mean": mean, "std": std}
+    size = None if crop is None else crop.size
+    return _recognized(resize.size, size, resize.interpolation, mean, std)
 
 
 def _as_first_version(steps: Sequence[Any]) -> tuple[list[str], list[Any]]:
@@ -125,33 +113,27 @@ def _as_first_version(steps: Sequence[Any]) -> tuple[list[str], list[Any]]:
     return names, kept
 
 
-def _list(values: Any) -> list[float]:
-    return [float(value) for value in values]
-
-
 def _from_processor(processor: Any, name: str | None) -> AnyPreprocess:
     """Return what a Hugging Face image processor amounts to; custom where it does more."""
 
-    def said(key: str, default: Any = None) -> Any:
+    def setting(key: str, default: Any = None) -> Any:
         return getattr(processor, key, default)
 
-    size, crop = (_sides_of(said(key)) for key in ("size", "crop_size"))
-    cropped = bool(said("do_center_crop"))
-    scaled = said("do_rescale", True) and abs(said("rescale_factor", 1 / 255) - 1 / 255) < 1e-9
-    more = [key for key in ("do_pad", "do_flip_channel_order", "rescale_offset") if said(key)]
-    # ConvNeXt's own: the share that a crop keeps.
-    share = said("crop_pct")
-    geometry = None
-    if said("do_resize") and size is not None and not more and share is None:
-        geometry = _geometry(size, crop if cropped else None)
-    interpolation = _interpolation(said("resample"))
-    if scaled and geometry is not None and interpolation is not None:
-        normalized = said("do_normalize", True)
-        mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-        std: tuple[float, ...] = (1.0, 1.0, 1.0)
-        if normalized:
-            mean, std = tuple(_list(processor.image_mean)), tuple(_list(processor.image_std))
-        return Preprocess(**geometry, interpolation=interpolation, mean=mean, std=std)
+    size, crop = (_sides_of(setting(key)) for key in ("size", "crop_size"))
+    cropped = bool(setting("do_center_crop"))
+    share = setting("crop_pct")  # ConvNeXt's own: the share that a crop keeps
+    more = ("do_pad", "do_flip_channel_order", "rescale_offset")
+    scaled = (
+        setting("do_rescale", True) and abs(setting("rescale_factor", 1 / 255) - 1 / 255) < 1e-9
+    )
+    if scaled and setting("do_resize") and share is None and not any(map(setting, more)):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+        if setting("do_normalize", True):
+            mean, std = processor.image_mean, processor.image_std
+        crop = crop if cropped else None
+        recognized = _recognized(size, crop, setting("resample"), mean, std)
+        if recognized is not None:
+            return recognized
     kind = type(processor).__name__
     if cropped or share is not None:
         raise InputError(
@@ -170,8 +152,9 @@ def _sides_of(size: Any) -> list[int] | None:
     """Return [shorter side] or [H, W] of a processor's size; None for what it else may be."""
     if isinstance(size, int):
         return [size, size]
-    get = size.get if isinstance(size, Mapping) else lambda key: getattr(size, key, None)
-    height, width, shortest = get("height"), get("width"), get("shortest_edge")
+    names = ("height", "width", "shortest_edge", "longest_edge")
+    sides = size if isinstance(size, Mapping) else {key: getattr(size, key, None) for key in names}
+    height, width, shortest, longest = map(sides.get, names)
     if height and width:
         return [int(height), int(width)]
-    return [int(shortest)] if shortest and not get("longest_edge") else None
+    return [int(shortest)] if shortest and not longest else None

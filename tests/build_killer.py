@@ -20,15 +20,14 @@ import numpy as np
 import torch
 from build_samples import DENSE, Toy, dense, everything, paint, pictures, toy
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from killing import KILLER, Job, in_child
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import embedcam.offline.plan as plan
 from embedcam.images import ImageSource, find_images
 from embedcam.index import Index, verify
 from embedcam.offline import add_images, build_index
 from embedcam.preprocess import custom
 from embedcam.recipe.recipe import Recipe
+from scripts.campaigns.killing import KILLER, Job, in_child
 
 
 def killed_everywhere(

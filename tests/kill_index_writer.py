@@ -18,12 +18,11 @@ from typing import Any
 import pytest
 from index_samples import encoding_of, make, part
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from killing import in_child
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from embedcam.errors import IndexFormatError
 from embedcam.index import Index, append, compact, rebuild_faiss, remove, verify
 from embedcam.prototypes import compress
+from scripts.campaigns.killing import in_child
 
 
 def prepare_life(path: Path) -> None:

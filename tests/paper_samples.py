@@ -1,4 +1,4 @@
-"""A tiny data set laid out as scripts/prepare_data.py makes it, and a network for it."""
+"""A tiny data set laid out as examples/prepare_data.py makes it, and a network for it."""
 
 import csv
 from pathlib import Path

@@ -1,10 +1,6 @@
-"""scripts/benchmark.py: its parts on toy networks and tiny indexes. Values, never seconds."""
+"""scripts/benchmarks: its parts on toy networks and tiny indexes. Values, never seconds."""
 
-import importlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,28 +11,20 @@ from toys import seeded
 from embedcam import EmbeddingNetwork, find_images
 from embedcam.index import Index
 from embedcam.preprocess import Preprocess
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-PARTS = ("timing", "cases", "exactness", "building", "explaining", "indexes", "zoo", "evaluating",
-         "trusting", "features", "onnx")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> Iterator[SimpleNamespace]:
-    """The modules of scripts/benchmark/ and, as `script`, scripts/benchmark.py."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        loaded = {name: importlib.import_module(f"benchmark.{name}") for name in PARTS}
-        spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPTS / "benchmark.py")
-        assert spec is not None
-        assert spec.loader is not None
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
-        yield SimpleNamespace(script=script, **loaded)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        for name in [name for name in sys.modules if name.partition(".")[0] == "benchmark"]:
-            del sys.modules[name]
+from scripts.benchmarks import __main__ as script
+from scripts.benchmarks import (
+    building,
+    cases,
+    evaluating,
+    exactness,
+    explaining,
+    features,
+    indexes,
+    onnx,
+    timing,
+    trusting,
+    zoo,
+)
 
 
 def toy_module(width: int) -> nn.Module:
@@ -72,10 +60,7 @@ class Clock:
         return self.now
 
 
-def test_cases_take_turns_and_only_their_run_is_timed(
-    benchmark: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    timing: ModuleType = benchmark.timing
+def test_cases_take_turns_and_only_their_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, order = Clock(), []
     monkeypatch.setattr(timing, "time", clock)
 
@@ -100,8 +85,7 @@ def test_cases_take_turns_and_only_their_run_is_timed(
     assert took["b"].tolist() == [3, 3]
 
 
-def test_a_ratio_is_taken_round_by_round(benchmark: SimpleNamespace) -> None:
-    timing: ModuleType = benchmark.timing
+def test_a_ratio_is_taken_round_by_round() -> None:
     # A machine twice as slow in the second round changes no ratio.
     found = timing.ratio(np.array([1.1, 2.4, 1.0]), np.array([1.0, 2.0, 1.0]))
     assert (found.median, found.low, found.high) == pytest.approx((1.1, 1.0, 1.2))
@@ -119,20 +103,17 @@ def test_a_ratio_is_taken_round_by_round(benchmark: SimpleNamespace) -> None:
     ],
 )
 def test_a_verdict_says_the_bar(
-    benchmark: SimpleNamespace, value: float, bar: float | None, at_least: bool, expected: str
+    value: float, bar: float | None, at_least: bool, expected: str
 ) -> None:
-    assert benchmark.timing.verdict(value, bar, at_least=at_least) == expected
+    assert timing.verdict(value, bar, at_least=at_least) == expected
 
 
-def test_a_table_is_markdown(benchmark: SimpleNamespace) -> None:
-    text = benchmark.timing.table(["case", "ms"], [["one", 1.5]])
+def test_a_table_is_markdown() -> None:
+    text = timing.table(["case", "ms"], [["one", 1.5]])
     assert text == "| case | ms |\n| --- | ---: |\n| one | 1.5 |\n"
 
 
-def test_exactness_of_a_toy_is_met_and_a_wrong_mean_is_not(
-    benchmark: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    exactness: ModuleType = benchmark.exactness
+def test_exactness_of_a_toy_is_met_and_a_wrong_mean_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = exactness.Subject("toy", toy_module(6), "1", 24)
     rows = rows_of(exactness.report(anchors=2, triplets=5, chosen=[subject]))[1:]
     assert len(rows) == 2 * 2 * 2
@@ -145,11 +126,8 @@ def test_exactness_of_a_toy_is_met_and_a_wrong_mean_is_not(
     assert all(row[-1].endswith("**not met**") for row in rows)
 
 
-def test_a_build_forwards_each_image_once_and_its_stages_are_kept(
-    benchmark: SimpleNamespace, tmp_path: Path
-) -> None:
-    building: ModuleType = benchmark.building
-    source = find_images(benchmark.cases.write_pictures(tmp_path / "pictures", 12, classes=2))
+def test_a_build_forwards_each_image_once_and_its_stages_are_kept(tmp_path: Path) -> None:
+    source = find_images(cases.write_pictures(tmp_path / "pictures", 12, classes=2))
     subject = building.Subject("toy", toy_network(), ("gradcam", "gradcam++"), 1.05)
     runs = building.Runs(subject, source, 4, tmp_path)
     took = runs.seconds(rounds=1)
@@ -160,9 +138,8 @@ def test_a_build_forwards_each_image_once_and_its_stages_are_kept(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_embedding_is_what_an_index_holds(benchmark: SimpleNamespace, tmp_path: Path) -> None:
-    building: ModuleType = benchmark.building
-    source = find_images(benchmark.cases.write_pictures(tmp_path / "pictures", 6, classes=2))
+def test_the_embedding_is_what_an_index_holds(tmp_path: Path) -> None:
+    source = find_images(cases.write_pictures(tmp_path / "pictures", 6, classes=2))
     subject = building.Subject("toy", toy_network(), ("gradcam",), 1.05)
     runs = building.Runs(subject, source, 4, tmp_path)
     out = runs.ready()
@@ -174,9 +151,8 @@ def test_the_embedding_is_what_an_index_holds(benchmark: SimpleNamespace, tmp_pa
 
 
 def test_every_way_to_explain_draws_the_same_map(
-    benchmark: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    explaining: ModuleType = benchmark.explaining
     monkeypatch.setattr(explaining, "SIZE", 24)
     network = toy_network()
     path = explaining.make_index(network, tmp_path / "index", rows=40)
@@ -191,8 +167,7 @@ def test_every_way_to_explain_draws_the_same_map(
     query.close()
 
 
-def test_bytes_of_an_index_are_all_counted(benchmark: SimpleNamespace, tmp_path: Path) -> None:
-    indexes: ModuleType = benchmark.indexes
+def test_bytes_of_an_index_are_all_counted(tmp_path: Path) -> None:
     encoding = indexes.encodings(channels=64, rank=16, m=5)["top-5"]
     path = indexes.make_index(tmp_path / "index", 30, encoding, "none", tmp_path / "source", 4)
     kept, named, once = indexes.bytes_of(path)
@@ -202,10 +177,8 @@ def test_bytes_of_an_index_are_all_counted(benchmark: SimpleNamespace, tmp_path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_another_process_opens_the_index_without_torch(
-    benchmark: SimpleNamespace, tmp_path: Path
-) -> None:
-    text = benchmark.indexes.open_report(200, 1, tmp_path)
+def test_another_process_opens_the_index_without_torch(tmp_path: Path) -> None:
+    text = indexes.open_report(200, 1, tmp_path)
     assert [row[0] for row in rows_of(text)[1:]] == [
         "opening, s",
         "growth of the resident set, MB",
@@ -215,17 +188,16 @@ def test_another_process_opens_the_index_without_torch(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_search_has_a_row_for_each_factory(benchmark: SimpleNamespace, tmp_path: Path) -> None:
-    text = benchmark.indexes.search_report(300, 5, tmp_path, ("Flat", "HNSW8"))
+def test_search_has_a_row_for_each_factory(tmp_path: Path) -> None:
+    text = indexes.search_report(300, 5, tmp_path, ("Flat", "HNSW8"))
     rows = rows_of(text)[1:]
     assert [row[0] for row in rows] == ["Flat", "HNSW8"]
     assert rows[0][3] == "1.000"
 
 
 def test_features_are_explained_alike_however_neighbours_are_found(
-    benchmark: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    features: ModuleType = benchmark.features
     monkeypatch.setattr(features, "CHANNELS", 64)
     monkeypatch.setattr(features, "KEPT", 5)
     asked = features.Asked(features.make_indexes(60, tmp_path / "once"), 3)
@@ -248,38 +220,35 @@ def test_features_are_explained_alike_however_neighbours_are_found(
     assert list((tmp_path / "again").iterdir()) == []
 
 
-def test_the_script_refuses_an_unknown_section(
-    benchmark: SimpleNamespace, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_script_refuses_an_unknown_section(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        benchmark.script.arguments(["explian"])
+        script.arguments(["explian"])
     assert "unknown section 'explian'" in capsys.readouterr().err
-    chosen = benchmark.script.arguments(["peers", "--quick"])
+    chosen = script.arguments(["peers", "--quick"])
     assert (chosen.sections, chosen.rounds) == (["peers"], 2)
 
 
 def test_methods_are_timed_beside_the_same_methods_of_others(
-    benchmark: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("pytorch_grad_cam")
     pytest.importorskip("torchcam")
-    monkeypatch.setattr(benchmark.zoo, "frozen_network", lambda name: toy_network())
-    monkeypatch.setattr(benchmark.zoo, "query_input", lambda: torch.rand(3, 24, 24))
-    rows = rows_of(benchmark.zoo.peers_report("toy", "toy", 1))[1:]
+    monkeypatch.setattr(zoo, "frozen_network", lambda name: toy_network())
+    monkeypatch.setattr(zoo, "query_input", lambda: torch.rand(3, 24, 24))
+    rows = rows_of(zoo.peers_report("toy", "toy", 1))[1:]
     pairs = {(row[0], row[3]) for row in rows}
     assert {("Grad-CAM", "pytorch-grad-cam"), ("Score-CAM", "torch-cam")} <= pairs
     assert all(float(row[5].split()[0]) > 0 for row in rows)
 
 
-def test_eigen_cam_is_timed_beside_a_full_decomposition(benchmark: SimpleNamespace) -> None:
-    rows = rows_of(benchmark.zoo.decomposition_report(1))[1:]
+def test_eigen_cam_is_timed_beside_a_full_decomposition() -> None:
+    rows = rows_of(zoo.decomposition_report(1))[1:]
     assert [row[:2] for row in rows][:2] == [["2048 x 7 x 7", "full"], ["2048 x 7 x 7", "thin"]]
     assert all(float(row[4].split()[0]) > 0 for row in rows)
 
 
-def test_metrics_beside_torch_cams_are_the_same_metrics(benchmark: SimpleNamespace) -> None:
+def test_metrics_beside_torch_cams_are_the_same_metrics() -> None:
     pytest.importorskip("torchcam")
-    evaluating: ModuleType = benchmark.evaluating
     module = seeded(
         lambda: nn.Sequential(
             nn.Conv2d(3, 8, 3, 4, 1, bias=False),
@@ -308,9 +277,8 @@ def test_metrics_beside_torch_cams_are_the_same_metrics(benchmark: SimpleNamespa
 
 
 def test_an_evaluation_is_timed_by_what_it_says_itself(
-    benchmark: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evaluating: ModuleType = benchmark.evaluating
     monkeypatch.setattr(evaluating, "frozen_network", lambda name: toy_network())
     spent = {"forward": 4.0, "metrics": 1.0, "explaining": 0.5, "reading": 0.25, "total": 6.0}
     found = []
@@ -331,11 +299,9 @@ def test_an_evaluation_is_timed_by_what_it_says_itself(
     assert own["metrics"] > 0
 
 
-def test_queries_of_a_few_files_have_ids_of_their_own(
-    benchmark: SimpleNamespace, tmp_path: Path
-) -> None:
-    source = find_images(benchmark.cases.write_pictures(tmp_path / "pictures", 3, classes=2))
-    written = benchmark.evaluating.write_queries(tmp_path / "queries.csv", source, 7)
+def test_queries_of_a_few_files_have_ids_of_their_own(tmp_path: Path) -> None:
+    source = find_images(cases.write_pictures(tmp_path / "pictures", 3, classes=2))
+    written = evaluating.write_queries(tmp_path / "queries.csv", source, 7)
     read = find_images(written)
     assert len(set(read.ids)) == 7
     assert {label for label in read.labels} == {"class-0", "class-1"}
@@ -343,9 +309,8 @@ def test_queries_of_a_few_files_have_ids_of_their_own(
 
 
 def test_trust_is_what_two_queries_and_two_builds_differ_by(
-    benchmark: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trusting: ModuleType = benchmark.trusting
     monkeypatch.setattr(trusting, "linear_network", lambda name, folder: toy_network())
     rows = rows_of(trusting.report("toy", 48, 1, tmp_path))
     cases = ["without trust", "without trust again (A/A)", "with trust"]
@@ -357,11 +322,10 @@ def test_trust_is_what_two_queries_and_two_builds_differ_by(
 
 
 def test_onnx_is_timed_beside_torch_and_its_maps_are_the_same(
-    benchmark: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module: ModuleType = benchmark.onnx
-    monkeypatch.setattr(module, "BATCHES", (1, 2))
-    text = module.onnx_report("toy", 1, tmp_path, lambda name: toy_network())
+    monkeypatch.setattr(onnx, "BATCHES", (1, 2))
+    text = onnx.onnx_report("toy", 1, tmp_path, lambda name: toy_network())
     rows = rows_of(text)[1:]
     assert [row[0] for row in rows[:3]] == [
         "batch 1, forward: torch",
@@ -375,8 +339,8 @@ def test_onnx_is_timed_beside_torch_and_its_maps_are_the_same(
     network = toy_network()
     path = tmp_path / "toy-onnx"
     with Index.open(path) as index:
-        right = module.Explainer(index, network)
-        other = module.Explainer(index, network, n_neighbors=2)
-        pictures = module.inputs(network, 3)
-        assert module.maps_off(right, right, pictures) == 0
-        assert module.maps_off(right, other, pictures) > 1e-3
+        right = onnx.Explainer(index, network)
+        other = onnx.Explainer(index, network, n_neighbors=2)
+        pictures = onnx.inputs(network, 3)
+        assert onnx.maps_off(right, right, pictures) == 0
+        assert onnx.maps_off(right, other, pictures) > 1e-3

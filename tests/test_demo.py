@@ -10,29 +10,24 @@ import pytest
 import torch
 from PIL import Image
 
-from embedcam.demo import run_demo
+from embedcam.demo import run_demo, scenes
 from embedcam.demo.digits_network import (
     LAYER,
-    DigitsNetwork,
+    Batches,
     digits_preprocess,
     initialise,
     load_weights,
     save_weights,
+    train,
+    triplet_loss,
 )
-from embedcam.demo.doodles import draw_doodle
-from embedcam.demo.measure import Measured, OwnWeights, Scores, features, questions
-from embedcam.demo.scene_files import read_scenes, write_scenes
-from embedcam.demo.scenes import SceneMaker, _split_digits
+from embedcam.demo.run import _Demo
+from embedcam.demo.scenes import SceneMaker, draw_doodle, read_scenes, write_scenes
 from embedcam.demo.settings import DemoSettings
-from embedcam.demo.stages import Stages
-from embedcam.demo.training import Batches, train, triplet_loss
 from embedcam.errors import InputError, NetworkError
+from embedcam.evaluate import evaluate_index
 from embedcam.images import find_images
-from embedcam.index import Index
-from embedcam.index.encoding import TopM
 from embedcam.network import EmbeddingNetwork
-from embedcam.ops import resize
-from embedcam.recipe.recipe import Recipe
 
 TINY = DemoSettings(
     scene_size=64,
@@ -68,7 +63,7 @@ def test_importing_the_demo_is_cheap() -> None:
 def test_no_handwriting_is_in_two_splits() -> None:
     splits = {
         name: {image.tobytes() for images in classes for image in images}
-        for name, classes in _split_digits(0).items()
+        for name, classes in scenes._split_digits(0).items()
     }
     sizes = {name: len(images) for name, images in splits.items()}
     assert sizes == {"train": 1078, "gallery": 359, "query": 360}
@@ -90,8 +85,6 @@ def test_scenes_depend_on_their_number_alone() -> None:
 
 def test_the_box_holds_the_digit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without clutter all ink lies in the box, and touches each of its sides."""
-    from embedcam.demo import scenes
-
     inks = []
     monkeypatch.setattr(scenes._Canvas, "clutter", lambda self, shape: None)
     monkeypatch.setattr(
@@ -205,51 +198,43 @@ def test_settings_are_checked() -> None:
     assert DemoSettings().digest("steps") == DemoSettings(seed=1).digest("steps")
 
 
+def stages(folder: Path, digests: dict[str, str], fails: str = "") -> list[str]:
+    """Run stages whose products are files of their names; which of them were made."""
+    made: list[str] = []
+    demo = _Demo(folder, TINY, False)
+    for name, digest in digests.items():
+
+        def make(name: str = name) -> None:
+            if name == fails:
+                raise ZeroDivisionError
+            (folder / name).touch()
+            made.append(name)
+
+        demo.stage(name, digest, folder / name, make)
+    return made
+
+
 def test_stages_run_once_and_make_later_ones_run_again(tmp_path: Path) -> None:
-    ran: list[str] = []
-
-    def go(first: str) -> list[str]:
-        ran.clear()
-        stages = Stages(tmp_path / "out")
-        for name, digest in (("one", first), ("two", "same")):
-            product = tmp_path / "out" / name
-            stages.run(name, digest, product, lambda p=product, n=name: (p.touch(), ran.append(n)))
-        return list(ran)
-
-    assert go("a") == ["one", "two"]
-    assert go("a") == []
-    assert go("b") == ["one", "two"]
-    (tmp_path / "out" / "two").unlink()
-    assert go("b") == ["two"]
-
-
-def test_a_stage_that_fails_is_not_taken_for_finished(tmp_path: Path) -> None:
-    product = tmp_path / "out" / "one"
-    Stages(tmp_path / "out").run("one", "a", product, product.touch)
-    with pytest.raises(ZeroDivisionError):
-        Stages(tmp_path / "out").run("one", "b", product, lambda: 1 / 0)
-    ran: list[str] = []
-    Stages(tmp_path / "out").run("one", "a", product, lambda: ran.append("one"))
-    assert ran == ["one"]
-
-
-def test_a_killed_run_leaves_no_later_stage_believed(tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    stages = Stages(folder)
-    for name in ("one", "two"):
-        stages.run(name, "a", folder / name, (folder / name).touch)
-    Stages(folder).run("one", "b", folder / "one", (folder / "one").touch)  # and then killed
-    ran: list[str] = []
-    stages = Stages(folder)
-    stages.run("one", "b", folder / "one", lambda: ran.append("one"))
-    stages.run("two", "a", folder / "two", lambda: ran.append("two"))
-    assert ran == ["two"]
+    both = ["one", "two"]
+    assert stages(folder, {"one": "a", "two": "same"}) == both
+    assert stages(folder, {"one": "a", "two": "same"}) == []
+    assert stages(folder, {"one": "b", "two": "same"}) == both
+    (folder / "two").unlink()
+    assert stages(folder, {"one": "b", "two": "same"}) == ["two"]
+    # One that fails is not taken for finished.
+    with pytest.raises(ZeroDivisionError):
+        stages(folder, {"one": "c", "two": "same"}, fails="one")
+    assert stages(folder, {"one": "b", "two": "same"}) == both
+    # A run that is killed after its first stage leaves no later one believed.
+    assert stages(folder, {"one": "c"}) == ["one"]
+    assert stages(folder, {"one": "c", "two": "same"}) == ["two"]
 
 
 def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     (tmp_path / "stages.json").write_text("[1")
     with pytest.raises(InputError, match=r"stages\.json is damaged; delete the folder"):
-        Stages(tmp_path)
+        run_demo(tmp_path, progress=False, settings=TINY)
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
@@ -264,57 +249,13 @@ def test_scene_files(tmp_path: Path) -> None:
     source = find_images(tmp_path / "gallery")
     assert len(source) == TINY.n_gallery
     assert source.labels == [item.path.split("/")[0] for item in source.items]
-    files = read_scenes(tmp_path, "pair")
-    assert len(files) == TINY.n_pairs
+    pairs = read_scenes(tmp_path, "pair")
+    assert len(pairs) == TINY.n_pairs
     scene = SceneMaker(TINY.seed, TINY.scene_size).scene("pair", 3)
-    assert files[3].digits == scene.digits
-    with Image.open(files[3].path) as image:
+    path, digits = list(pairs.items())[3]
+    assert tuple(digits) == scene.digits
+    with Image.open(tmp_path / path) as image:
         np.testing.assert_array_equal(np.asarray(image), scene.pixels)
-
-
-@pytest.fixture
-def wrapped() -> EmbeddingNetwork:
-    network: DigitsNetwork = initialise(24, 8, seed=0).eval()
-    return EmbeddingNetwork(network, LAYER, preprocess=digits_preprocess(64), name="digits")
-
-
-def test_scores(tmp_path: Path, wrapped: EmbeddingNetwork) -> None:
-    write_scenes(TINY, tmp_path, progress=False)
-    gallery, queries, pairs = (
-        features(wrapped, read_scenes(tmp_path, split)) for split in ("gallery", "query", "pair")
-    )
-    asked = questions(gallery, pairs)
-    assert [(q.scene, q.side) for q in asked[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    for question in asked:
-        label = pairs.files[question.scene].digits[question.side].label
-        assert {gallery.labels[i] for i in question.results} == {label}
-    scores = Scores(queries, pairs, asked)
-    zero = scores.row(np.zeros((10, 24), np.float32), np.zeros((20, 24), np.float32))
-    assert zero == pytest.approx(scores.chance())
-    # A map that does not depend on the question is right half of the time, on average.
-    same = scores.row(np.ones((10, 24), np.float32), np.ones((20, 24), np.float32))
-    assert (same["share"], same["right"], same["side_auc"]) == pytest.approx((0.5, 0.5, 0.5))
-    literal = []
-    for file, activations in zip(queries.files, queries.activations, strict=True):
-        full = resize(activations.sum(0), (scores._size))
-        (x0, y0, x1, y1), values = file.digits[0].box, {True: [], False: []}
-        for y in range(0, full.shape[0], 4):
-            for x in range(0, full.shape[1], 4):
-                values[x0 <= x < x1 and y0 <= y < y1].append(full[y, x])
-        pairs_of = [(a > b) + 0.5 * (a == b) for a in values[True] for b in values[False]]
-        literal.append(np.mean(pairs_of))
-    assert same["box_auc"] == pytest.approx(np.mean(literal), abs=1e-6)
-
-    # One channel that is on in the left half, one in the right: the perfect answer scores 1.
-    halves = np.zeros((10, 24, 8, 8), np.float32)
-    halves[:, 0, :, :4] = halves[:, 1, :, 4:] = 1
-    ideal = Measured(pairs.files, pairs.embedding, pairs.length, halves)
-    weights = np.zeros((20, 24), np.float32)
-    weights[np.arange(20), [question.side for question in asked]] = 1
-    perfect = Scores(queries, ideal, asked).row(np.zeros((10, 24), np.float32), weights)
-    assert perfect["right"] == 1
-    assert perfect["share"] > 0.9
-    assert perfect["side_auc"] > 0.99
 
 
 def test_the_whole_demo(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,38 +287,37 @@ def test_the_whole_demo(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "transferred from 5 neighbours" in printed
 
 
-def test_own_weights_are_those_a_build_stores(demo: Path) -> None:
+def test_the_table_is_what_evaluating_the_index_says(demo: Path) -> None:
+    rows = {
+        row.pop("weights"): row for row in json.loads((demo / "summary.json").read_text())["rows"]
+    }
     network = EmbeddingNetwork(
         load_weights(demo / "network.safetensors"), LAYER, preprocess=digits_preprocess(64)
     )
-    gallery = features(network, read_scenes(demo / "scenes", "gallery"))
-    nobody = Measured(
-        [], *(part[:0] for part in (gallery.embedding, gallery.length, gallery.activations))
-    )
-    own = OwnWeights(network, gallery, nobody)
-    # The index keeps its images in the order of their paths, the set in the order of its table.
-    order = np.argsort([file.path.as_posix() for file in gallery.files])
-    ordered = Measured(
-        [gallery.files[i] for i in order],
-        gallery.embedding[order],
-        gallery.length[order],
-        gallery.activations[order],
-    )
-    own = OwnWeights(network, ordered, nobody)
-    recipe = Recipe(seed=TINY.seed)
-    with Index.open(demo / "index") as index:
-        stored = index.weights(np.arange(len(index)))
-    expected = own.of(recipe, np.arange(len(order)))
-    np.testing.assert_allclose(stored, expected, atol=2e-3 * np.abs(expected).max())
-    paper = own.of(Recipe.paper(triplets=TINY.n_triplets, m=6), np.arange(len(order)))
-    assert ((paper != 0).sum(1) <= 6).all()
-    full = own.of(Recipe(norm="through", triplets=TINY.n_triplets), np.arange(len(order)))
-    top = TopM(24, 6, "signed", "float16")
-    np.testing.assert_allclose(paper, top.decode(top.encode(full)), rtol=1e-6)
+    table = demo / "scenes/annotations.csv"
+    for part, columns in (
+        ("query", {"box_auc": "auc", "energy": "energy"}),
+        ("pairs", {"side_auc": "objects_auc", "share": "share", "right": "right"}),
+    ):
+        told = evaluate_index(
+            demo / "index", find_images(demo / "scenes" / part), network, boxes=table, scenes=0,
+            n_neighbors=1, progress=False, controls=False, examples=0,
+            measures=("localisation", "objects"),
+        ).summary  # fmt: skip
+        means = told["localisation"]
+        if part == "pairs":
+            means = told["objects"]["boxes of several labels"]["measures"]
+        for score, column in columns.items():
+            mean = means[column]
+            assert rows["transferred from 1 neighbour"][score] == pytest.approx(mean["mean"])
+            salient = mean["mean_activation"]["mean"]
+            assert rows["mean activation"][score] == pytest.approx(salient)
+    paper = rows["5 triplets, top 6 of 24 (the paper)"]
+    assert paper != rows["5 triplets"]
 
 
 def test_the_figure_of_all_methods_is_drawn_from_a_demo(demo: Path, tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "scripts" / "zoo_figure.py"
+    script = Path(__file__).parents[1] / "examples" / "zoo_figure.py"
     picture = tmp_path / "zoo.png"
     done = subprocess.run(
         [sys.executable, str(script), str(demo), "--output", str(picture), "--methods", "gradcam",

@@ -1,6 +1,7 @@
 """The distinctive target, the default: what an image's kind shares, and a part of its own."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_it_is_what_auto_stands_for_and_what_an_index_keeps(
 
 
 def test_an_older_index_keeps_the_target_that_auto_stood_for() -> None:
-    older = {"recipe": Recipe().to_dict(), "target": "discriminant"}
+    older = SimpleNamespace(recipe=Recipe().to_dict(), target="discriminant")
     assert Recipe.of_index(older).resolved_target == "discriminant"
 
 

@@ -1,11 +1,5 @@
 """Evaluating an index: what is orchestrated, against literal one-at-a-time re-computations."""
 
-import errno
-import gc
-import os
-import shutil
-import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,56 +7,36 @@ import numpy as np
 import pytest
 import torch
 import toys
-from photo_samples import CROP, SQUASH, Flat, Pooled, build, network_of, picture, write_photos
+from evaluate_samples import make_folder, measure, run
+from photo_samples import SQUASH, build, network_of, picture, write_photos
 from PIL import Image
 
 from embedcam import (
     EmbeddingNetwork,
     Explainer,
     Index,
-    Preprocess,
     Recipe,
     evaluate_index,
     find_images,
 )
-from embedcam.errors import ImageError, InputError, NetworkMismatch
-from embedcam.evaluate import Evaluation, Settings
-from embedcam.evaluate.controls import ShuffledNetwork, permuted_rows, random_weights, wrong_rows
+from embedcam.errors import InputError
+from embedcam.evaluate import Evaluation
+from embedcam.evaluate.baselines import ShuffledNetwork, permuted_rows, random_weights, wrong_rows
 from embedcam.evaluate.examples import TRUE_BOX
-from embedcam.evaluate.fidelity import RESULTS
-from embedcam.evaluate.gallery import Gallery
+from embedcam.evaluate.gallery import Gallery, sample
+from embedcam.evaluate.groups import RESULTS
 from embedcam.evaluate.maps import Mapper
-from embedcam.evaluate.queries import chosen
 from embedcam.evaluate.report import tables
-from embedcam.evaluate.summary import beside_controls
+from embedcam.evaluate.summary import beside_others
 from embedcam.explain.answer import negatives_for
-from embedcam.images import ImageSource
 from embedcam.index import remove
 from embedcam.metrics import map_at_r, noisy_linear_imputation, recall_at_k
 from embedcam.ops import cam, resize
 
-QUICK: dict[str, Any] = {
-    "faithfulness": 3, "scenes": 4, "fidelity": 5, "steps": 4, "examples": 1, "n_neighbors": 2,
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures to index, others to query with, boxes of these, and an index."""
-    root = tmp_path_factory.mktemp("evaluate")
-    write_photos(root / "photos")
-    lines = ["path,x0,y0,x1,y1,label"]
-    for label in range(3):
-        (root / "queries" / str(label)).mkdir(parents=True)
-        for number in range(3):
-            one = picture(label, 50 + number)
-            one.save(root / "queries" / str(label) / f"q{number}.png")
-            at = np.argwhere(np.asarray(one).max(2) > 200)
-            (y0, x0), (y1, x1) = at.min(0), at.max(0) + 1
-            lines.append(f"queries/{label}/q{number}.png,{x0},{y0},{x1},{y1},{label}")
-    (root / "boxes.csv").write_text("\n".join(lines) + "\n")
-    build(root / "photos", root / "index", network_of())
-    return root
+    return make_folder(tmp_path_factory.mktemp("evaluate"))
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +48,6 @@ def network() -> EmbeddingNetwork:
 def found(folder: Path, network: EmbeddingNetwork) -> Evaluation:
     """One evaluation that several tests look at."""
     return run(folder, network, boxes=folder / "boxes.csv")
-
-
-def run(folder: Path, network: EmbeddingNetwork, images: str = "queries", **more: Any) -> Any:
-    source = find_images(folder / images)
-    settings = {**QUICK, **more}
-    return evaluate_index(folder / "index", source, network, progress=False, workers=0, **settings)
 
 
 class Literal:
@@ -215,14 +183,13 @@ def test_fidelity_literally(folder: Path, network: EmbeddingNetwork, tmp_path: P
     """The own map by autograd on the query, the other by the index, and numpy's correlation."""
     build(folder / "photos", tmp_path / "index", network, Recipe(target="margin"))
     source = find_images(folder / "queries")
-    told = evaluate_index(
-        tmp_path / "index", source, network, progress=False, workers=0,
-        **{**QUICK, "measures": ("fidelity",), "fidelity": 4, "batch_size": 3},
-    ).summary["fidelity"]  # fmt: skip
+    told = measure(
+        tmp_path / "index", source, network, measures=("fidelity",), fidelity=4, batch_size=3
+    ).summary["fidelity"]
     explainer, module = Explainer(tmp_path / "index", network), network.module
     index = explainer.index
     kinds: dict[str, dict[int, list[float]]] = {kind: {} for kind in RESULTS}
-    for position in chosen(9, 4, 0).tolist():
+    for position in sample(9, 4, 0).tolist():
         inputs, label = SQUASH(Image.open(source.name(position))), source.labels[position]
         ids = explainer.explain(inputs, n_neighbors=12).ids
         near = [index.position(name) for name in ids]
@@ -255,10 +222,13 @@ def test_fidelity_is_never_one_where_a_label_shares_its_weights(
     folder: Path, network: EmbeddingNetwork, tmp_path: Path
 ) -> None:
     build(folder / "photos", tmp_path / "index", network, Recipe(target="discriminant"))
-    told = evaluate_index(
-        tmp_path / "index", find_images(folder / "photos"), network, progress=False, workers=0,
-        **{**QUICK, "measures": ("fidelity",), "fidelity": 12},
-    )  # fmt: skip
+    told = measure(
+        tmp_path / "index",
+        find_images(folder / "photos"),
+        network,
+        measures=("fidelity",),
+        fidelity=12,
+    )
     own = told.summary["fidelity"][RESULTS[1]]
     assert [one["n_neighbors"] for one in own] == [1, 2]  # of four images a label, one is asked
     assert all(one["mean"] < 0.999 for one in own)
@@ -353,10 +323,9 @@ def test_boxes_of_several_labels_literally(
         both.save(tmp_path / "both" / f"{number}.png")
     (tmp_path / "both/boxes.csv").write_text("\n".join([*lines, "0.png,0,0,9,9,stranger"]))
     source = find_images(tmp_path / "both")
-    told = evaluate_index(
-        folder / "index", source, network, boxes=tmp_path / "both/boxes.csv",
-        progress=False, workers=0, **{**QUICK, "measures": ("objects",)},
-    )  # fmt: skip
+    told = measure(
+        folder / "index", source, network, boxes=tmp_path / "both/boxes.csv", measures=("objects",)
+    )
     asked = [(row["first"], row["label"]) for row in told.scenes]
     assert asked == [(0, "0"), (0, "1"), (1, "1"), (1, "2"), (2, "2"), (2, "0")]
     explainer = Explainer(folder / "index", network)
@@ -499,396 +468,9 @@ def test_a_control_is_beaten_where_the_whole_interval_is_above_it() -> None:
     surely, hardly = [0.1] * 10, [2.0] + [-0.1] * 9
     for differences, beats in ((surely, True), (hardly, False)):
         rows = [{"energy": 0.5 + d, "random weights: energy": 0.5} for d in differences]
-        told = beside_controls(rows, ("localisation",))["energy"]["differences"]["random weights"]
+        told = beside_others(rows, ("localisation",))["energy"]["differences"]["random weights"]
         assert told["mean"] > 0
         assert (told["beats"], told["worse"]) == (beats, False)
         turned = [{"deletion": 0.5 - d, "random weights: deletion": 0.5} for d in differences]
-        less = beside_controls(turned, ("faithfulness",))["deletion"]["differences"]
+        less = beside_others(turned, ("faithfulness",))["deletion"]["differences"]
         assert less["random weights"]["beats"] == beats
-
-
-# --- what must always hold -----------------------------------------------------------------------
-
-
-def test_batches_and_seeds(folder: Path, network: EmbeddingNetwork, found: Evaluation) -> None:
-    again = run(folder, network, boxes=folder / "boxes.csv", batch_size=2)
-    assert len(again.rows) == len(found.rows) == 9
-    for here, there in zip(again.rows, found.rows, strict=True):
-        assert here.keys() == there.keys()
-        for name, value in here.items():
-            if isinstance(value, float):
-                assert value == pytest.approx(there[name], abs=2e-4), name
-            else:
-                assert value == there[name], name
-    assert [row["result"] for row in again.scenes] == [row["result"] for row in found.scenes]
-    other = run(folder, network, seed=1, limit=4, measures=("faithfulness",))
-    assert len(other.rows) == 4
-    assert other.summary["images"]["asked"] == 4
-
-
-class Counting(ImageSource):
-    """Counts the pictures that are alive at once."""
-
-    def __init__(self, inner: ImageSource) -> None:
-        super().__init__(inner.items, inner.root)
-        self.alive: list[weakref.ref[Image.Image]] = []
-        self.most = self.opened = 0
-
-    def open(self, position: int) -> Image.Image:
-        made = super().open(position)
-        self.opened += 1
-        self.alive = [one for one in self.alive if one() is not None] + [weakref.ref(made)]
-        self.most = max(self.most, len(self.alive))
-        return made
-
-
-def test_pictures_are_let_go(network: EmbeddingNetwork, folder: Path, tmp_path: Path) -> None:
-    write_photos(tmp_path / "many", labels=3, each=20)
-    source = Counting(find_images(tmp_path / "many"))
-    gc.collect()
-    told = evaluate_index(folder / "index", source, network, progress=False, workers=0, **QUICK)
-    assert len(told.rows) == 60
-    assert source.most <= 4
-
-
-def test_the_network_and_the_index_are_left_as_they_were(
-    folder: Path, network: EmbeddingNetwork, found: Evaluation
-) -> None:
-    assert all(p.grad is None and p.requires_grad for p in network.module.parameters())
-    with Index.open(folder / "index") as index:
-        index.verify()
-
-
-# --- what cannot be measured is said -------------------------------------------------------------
-
-
-def test_without_labels_and_boxes(folder: Path, network: EmbeddingNetwork) -> None:
-    source = find_images(folder / "queries", "none")
-    told = evaluate_index(
-        folder / "index", source, network, progress=False, workers=0, **QUICK
-    ).summary
-    assert told["retrieval"] == {}
-    assert told["localisation"] == {}
-    assert told["objects"] == {}
-    notes = "\n".join(told["notes"])
-    assert "no retrieval quality: no image has a label" in notes
-    assert "no localisation: neither boxes nor masks were given" in notes
-    assert "no scenes of two pictures: pairs of pictures need labels, and the images" in notes
-    assert "a seeded sample of 3 of 9 images" in notes
-
-
-@pytest.mark.parametrize("width", [32, 33])
-def test_a_network_of_one_size_is_shown_both_pictures_at_half_their_width(
-    tmp_path: Path, width: int
-) -> None:
-    class Wide(Flat):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = torch.nn.Linear(8 * 8 * ((width + 3) // 4), 5)
-
-    shape = Preprocess(size=(32, width))
-    network = network_of(Wide, preprocess=shape)
-    photos = write_photos(tmp_path / "photos")
-    build(photos, tmp_path / "index", network)
-    found = run(tmp_path, network, images="photos", measures=("objects",))
-    (said,) = found.summary["notes"]
-    assert "both pictures at half their width: the network takes no picture of 32 x " in said
-    assert len(found.scenes) == 8
-    assert found.examples
-    explainer, source = Explainer(tmp_path / "index", network), find_images(photos)
-    edge, shares = width // 2, []
-    for row in found.scenes:
-        scene = np.zeros((3, 32, width), np.float32)
-        for place, start, stop in ((row["first"], 0, edge), (row["second"], edge, width)):
-            one = shape(Image.open(source.name(place))).astype(float)
-            for column in range(start, stop):
-                left, right = (np.array([0, 1]) + column - start) * width / (stop - start)
-                covered = [max(0, min(right, x + 1) - max(left, x)) for x in range(width)]
-                scene[:, :, column] = one @ covered / sum(covered)
-        drawn = explainer.explain(scene, neighbors=[row["result"]]).cam
-        halves = drawn[:, :edge].sum(), drawn[:, edge:].sum()
-        own = edge if row["side"] == 0 else width - edge
-        share = halves[row["side"]] / sum(halves) if sum(halves) else own / width
-        shares.append(share)
-        assert row["share"] == pytest.approx(share, abs=1e-4)
-        assert row["share_chance"] == pytest.approx(own / width)
-    assert len({round(share, 3) for share in shares}) > 2
-    explainer.index.close()
-
-
-class Deep(Pooled):
-    """Two convolutions, for maps of two layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = torch.nn.Conv2d(3, 6, 3, 2, 1)
-        self.conv = torch.nn.Conv2d(6, 8, 3, 2, 1)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.head(self.relu(self.conv(self.first(images))))
-
-
-def test_maps_of_several_layers_tokens_and_networks_in_two_parts(tmp_path: Path) -> None:
-    photos = write_photos(tmp_path / "photos")
-    module = toys.seeded(Deep)
-    deep = EmbeddingNetwork(module, "relu", preprocess=SQUASH)
-    parts = EmbeddingNetwork.from_parts(
-        lambda images: module.relu(module.conv(module.first(images))),
-        module.head,
-        module=module,
-        preprocess=SQUASH,
-    )
-    vit = EmbeddingNetwork(
-        toys.seeded(toys.small_vit), toys.VIT_LAYER, preprocess=Preprocess(size=(64, 64))
-    )
-    layers = Recipe(method="polycam", layers=("first", "relu"))
-    for name, network, recipe, said in (
-        ("layers", deep, layers, ""),
-        ("parts", parts, None, "given as a trunk and a head, which are not copied"),
-        ("tokens", vit, None, "half their width: the network takes no picture of 64 x 128"),
-    ):
-        build(photos, tmp_path / name, network, recipe)
-        told = evaluate_index(
-            tmp_path / name, find_images(photos), network, progress=False, workers=0, **QUICK
-        )
-        assert said in "\n".join(told.summary["notes"])
-        assert bool(told.summary["sanity"]) == (name != "parts")
-        assert told.summary["objects"]["pasted pairs"]["questions"] == 8
-        assert told.summary["faithfulness"]["insertion"]["n"] == 3
-        assert told.summary["fidelity"][RESULTS[0]][0]["n"] == 5
-
-
-def test_controls_are_drawn_on_images_with_a_region(
-    folder: Path, network: EmbeddingNetwork, tmp_path: Path
-) -> None:
-    source = find_images(folder / "queries")
-    choices = {**QUICK, "measures": ("localisation",), "progress": False, "workers": 0}
-    for number in range(9):
-        (tmp_path / "boxes.csv").write_text(f"path,x0,y0,x1,y1\n{source.ids[number]},0,0,20,20\n")
-        told = evaluate_index(
-            folder / "index", source, network, boxes=tmp_path / "boxes.csv",
-            **{**choices, "faithfulness": 1},
-        )  # fmt: skip
-        assert told.summary["controls"]["energy"]["differences"]["random weights"]["n"] == 1
-    (tmp_path / "masks/0").mkdir(parents=True)
-    Image.new("L", (48, 40)).save(tmp_path / "masks/0/q0.png")
-    for measures, stages in ((("localisation",), 0), (("localisation", "sanity"), 2)):
-        told = evaluate_index(
-            folder / "index", source, network, masks=tmp_path / "masks",
-            **{**choices, "measures": measures},
-        )  # fmt: skip
-        assert "localisation leaves out 9 of 9 images" in told.summary["notes"][0]
-        assert told.summary["controls"] == {}
-        assert len(told.summary["sanity"]) == stages
-        assert told.html()
-
-
-def test_images_that_go_while_it_runs(folder: Path, network: EmbeddingNetwork) -> None:
-    class Going(Counting):
-        def open(self, position: int) -> Image.Image:
-            if self.opened == 9:
-                raise ImageError("gone")
-            return super().open(position)
-
-    source = Going(find_images(folder / "queries"))
-    told = evaluate_index(
-        folder / "index", source, network, on_unreadable="skip", progress=False, workers=0, **QUICK
-    )
-    assert len(told.rows) == 9
-    assert (
-        "no controls: the images could be read before, and no longer can" in told.summary["notes"]
-    )
-    assert told.html()
-
-
-def test_broken_images(folder: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    picture(0, 3).save(tmp_path / "images/a.png")
-    (tmp_path / "images/b.png").write_bytes(b"not a picture")
-    source = find_images(tmp_path / "images")
-    with pytest.raises(ImageError, match=r"b\.png: is not an image"):
-        evaluate_index(folder / "index", source, network, progress=False, workers=0)
-    told = evaluate_index(
-        folder / "index", source, network, on_unreadable="skip", progress=False, workers=0, **QUICK
-    )
-    assert [row["id"] for row in told.rows] == ["a.png"]
-    assert "b.png" in told.summary["images"]["skipped"][0]
-    only = ImageSource([source.items[1]], source.root)
-    with pytest.raises(InputError, match="none of the 1 images could be used"):
-        evaluate_index(folder / "index", only, network, on_unreadable="skip", progress=False)
-
-
-@pytest.mark.parametrize(
-    ("choices", "message"),
-    [
-        ({"steps": 0}, "steps = 0; give a whole number of at least 1"),
-        ({"limit": True}, "limit = True"),
-        ({"removed": 1.0}, "removed = 1.0; give a share between 0 and 1"),
-        ({"fill": "red"}, "fill = 'red' is unknown"),
-        ({"measures": ("energy",)}, "measures names 'energy'; choose among retrieval"),
-        ({"measures": ()}, "measures names nothing"),
-        ({"measures": "retrieval"}, "measures = 'retrieval'; give a tuple of names among"),
-        ({"measures": None}, "measures = None; give a tuple of names among"),
-        ({"removed": "a fifth"}, "removed = 'a fifth'; give a share between 0 and 1"),
-        ({"indexed": "nowhere"}, "nowhere: there is no such folder"),
-        ({"steps": 1025, "measures": ("faithfulness",)}, "whole number, 1 to 1024, the pixels"),
-        ({"removed": 0.9999}, "removed = 0.9999 is every one of the 1024 pixels"),
-        ({"nothing": 1}, "unexpected keyword argument 'nothing'"),
-        ({"settings": Settings(), "steps": 3}, "not both"),
-        ({"boxes": "a", "masks": "b"}, "give boxes or masks, not both"),
-        ({"on_unreadable": "maybe"}, 'expected "fail" or "skip"'),
-    ],
-)
-def test_choices_that_mean_nothing(
-    folder: Path, network: EmbeddingNetwork, choices: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(InputError, match=message):
-        evaluate_index(folder / "index", find_images(folder / "queries"), network, **choices)
-
-
-def test_what_no_image_is_needed_to_refuse_is_refused_at_the_first(
-    folder: Path, network: EmbeddingNetwork
-) -> None:
-    source = Counting(find_images(folder / "queries"))
-    for choices in ({"steps": 1025}, {"removed": 0.9999}):
-        source.opened = 0
-        with pytest.raises(InputError):
-            evaluate_index(
-                folder / "index",
-                source,
-                network,
-                batch_size=2,
-                workers=0,
-                progress=False,
-                **choices,
-            )
-        assert source.opened == 2
-
-
-def test_a_source_and_a_network_that_are_none(folder: Path, network: EmbeddingNetwork) -> None:
-    source = find_images(folder / "queries")
-    for given, message in (
-        ((str(folder / "queries"), network), r"source is a str; .*find_images\(folder\)"),
-        ((source, None), "network is a NoneType; give the EmbeddingNetwork"),
-        ((source, network.module), "network is a Pooled; give the EmbeddingNetwork"),
-    ):
-        with pytest.raises(InputError, match=message):
-            evaluate_index(folder / "index", *given)  # type: ignore[arg-type]
-
-
-def test_any_seed_is_taken(folder: Path, network: EmbeddingNetwork) -> None:
-    assert run(folder, network, seed=2**70, measures=("sanity",), limit=3).summary["sanity"]
-
-
-def test_pictures_that_have_moved(folder: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
-    """The index knows where they were, and is told where they are."""
-    photos = write_photos(tmp_path / "photos")
-    build(photos, tmp_path / "index", network)
-    photos.rename(tmp_path / "moved")
-    some = {**QUICK, "measures": ("retrieval",), "progress": False, "workers": 0}
-    own = find_images(tmp_path / "moved", "none")
-    renamed = ImageSource([replace(item, id=f"x/{item.id}") for item in own.items], own.root)
-    for more, indexed in (({}, 0), ({"indexed": tmp_path / "moved"}, 12)):
-        rows = evaluate_index(tmp_path / "index", renamed, network, **some, **more).rows
-        assert sum(row["indexed"] for row in rows) == indexed
-
-
-def test_prototypes_are_no_images_of_the_index(
-    folder: Path, network: EmbeddingNetwork, tmp_path: Path
-) -> None:
-    from embedcam.prototypes import compress
-
-    compress(folder / "index", tmp_path / "two", 2)
-    compress(folder / "index", tmp_path / "all", 12)
-    source = find_images(folder / "photos")
-    for name, indexed in (("two", 0), ("all", 12)):
-        told = evaluate_index(
-            tmp_path / name, source, network, progress=False, workers=0,
-            **{**QUICK, "measures": ("retrieval", "fidelity")},
-        )  # fmt: skip
-        assert told.summary["images"]["indexed"] == indexed
-        notes = "\n".join(told.summary["notes"])
-        assert "holds prototypes and does not know what was merged into them" in notes
-        assert bool(told.summary["fidelity"]) == (name == "all")
-        few = "the index holds too few images to tell a query from"
-        assert (few in notes) == (name == "two")
-
-
-def test_another_network_is_refused(folder: Path) -> None:
-    other = network_of(preprocess=CROP)
-    with pytest.raises(NetworkMismatch):
-        run(folder, other)
-
-
-def test_an_index_without_faiss(network: EmbeddingNetwork, folder: Path, tmp_path: Path) -> None:
-    build(folder / "photos", tmp_path / "index", network, replace(Recipe(), faiss="none"))
-    source = find_images(folder / "queries")
-    some = {**QUICK, "measures": ("retrieval",), "progress": False, "workers": 0}
-    gone = ["0/0.png", "1/2.png"]  # positions and places among the live are no longer the same
-    shutil.copytree(folder / "index", tmp_path / "with")
-    for name in ("index", "with"):
-        remove(tmp_path / name, gone)
-    here = evaluate_index(tmp_path / "index", source, network, **some)
-    there = evaluate_index(tmp_path / "with", source, network, **some)
-    assert [row["result"] for row in here.rows] == [row["result"] for row in there.rows]
-    assert not {row["result"] for row in here.rows} & set(gone)
-
-
-# --- what comes out ------------------------------------------------------------------------------
-
-
-def test_the_cascade_ends_with_every_module(found: Evaluation) -> None:
-    stages = found.summary["sanity"]
-    assert [(one["modules"], one["of"], one["n"]) for one in stages] == [(1, 2, 3), (2, 2, 3)]
-    assert all(-1 <= one["mean"] <= 1 and 0 <= one["empty"] <= 1 for one in stages)
-
-
-def test_files(found: Evaluation, tmp_path: Path) -> None:
-    text = found.save_html(tmp_path / "report.html").read_text()
-    for word in ("<script", "http://", "https://", "@import", "url("):
-        assert word not in text
-    for word in ("How good are the maps?", "Recall@1", "ROAD drop", "shuffled network", "<svg",
-                 "Deletion", "data:image/jpeg", "best", "prefers-color-scheme: dark"):  # fmt: skip
-        assert word in text
-    lines = found.save_csv(tmp_path / "numbers.csv").read_text().splitlines()
-    assert len(lines) == 10
-    assert lines[0].startswith("id,label,indexed,result,")
-    assert found.to_dict()["images"]["measured"] == 9
-    with pytest.raises(InputError, match="cannot be written"):
-        found.save_csv(tmp_path / "nowhere/numbers.csv")
-
-
-@pytest.mark.parametrize("fault", ["fsync", "replace"])
-def test_a_file_is_whole_or_the_one_before(
-    found: Evaluation, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place, link = tmp_path / "numbers.csv", tmp_path / "link.csv"
-    place.write_text("before")
-    place.chmod(0o640)
-    link.symlink_to(place)
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, fault, full)
-        with pytest.raises(InputError, match=r"numbers\.csv: cannot be written \(No space left"):
-            found.save_csv(place)
-    assert place.read_text() == "before"
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["link.csv", "numbers.csv"]
-    found.save_csv(link)
-    assert link.is_symlink()
-    assert len(place.read_text().splitlines()) == 10
-    assert place.stat().st_mode & 0o777 == 0o640
-    os.mkfifo(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    found.save_csv(tmp_path / "pipe")
-    assert os.read(reader, 1 << 20).decode() == place.read_text()
-    os.close(reader)
-
-
-def test_time_is_accounted_for(found: Evaluation) -> None:
-    seconds = found.summary["seconds"]
-    assert 0 < seconds["forward"] < seconds["total"]
-    parts = sum(value for name, value in seconds.items() if name != "total")
-    assert parts <= seconds["total"]

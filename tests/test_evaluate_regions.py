@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,18 +13,22 @@ from photo_samples import CROP, picture
 from PIL import Image
 
 from embedcam.errors import InputError
-from embedcam.evaluate import scenes
+from embedcam.evaluate import groups
 from embedcam.evaluate import summary as told
-from embedcam.evaluate.controls import permuted_rows
-from embedcam.evaluate.faithfulness import Curves
-from embedcam.evaluate.fidelity import RESULTS
-from embedcam.evaluate.gallery import Gallery
+from embedcam.evaluate.baselines import permuted_rows
+from embedcam.evaluate.gallery import Gallery, generator, sample
+from embedcam.evaluate.groups import RESULTS
 from embedcam.evaluate.maps import Maps
-from embedcam.evaluate.measures import localised, retrieved, shares, told_apart
-from embedcam.evaluate.queries import chosen, generator
+from embedcam.evaluate.measures import (
+    MEASURES,
+    TRANSFERRED,
+    localized,
+    retrieved,
+    shares,
+    told_apart,
+)
 from embedcam.evaluate.regions import Region, of_boxes, of_masks
 from embedcam.evaluate.report import notices, tables
-from embedcam.evaluate.settings import MEASURES, METHOD
 from embedcam.images import ImageSource, Item
 from embedcam.metrics import rank_of
 from embedcam.render import Chart, Notice, Table, page
@@ -215,7 +219,7 @@ def test_two_images_have_no_interval_and_beat_nothing() -> None:
         (table,) = tables({**NOTHING, "localisation": measured})
         assert table.rows[0][2] == shown
         assert table.caption == f"Localisation, {count} images with a box or mask"
-        compared = told.beside_controls(rows[:count], ("localisation",))
+        compared = told.beside_others(rows[:count], ("localisation",))
         assert compared["energy"]["differences"]["mean activation"]["beats"] is beats
     (table,) = tables({**NOTHING, "localisation": told.measured(rows[:1], "localisation")})
     assert table.caption == "Localisation, 1 image with a box or mask"
@@ -271,7 +275,7 @@ def test_no_change_of_contrast_moves_what_is_free_of_it(
     changed = slope * np.sign(signed) * np.abs(signed) ** 3 + offset
     before, after = (
         {
-            **localised(Maps(np.maximum(one, 0), one), [region], 0.2)[0],
+            **localized(Maps(np.maximum(one, 0), one), [region], 0.2)[0],
             **told_apart(Maps(np.maximum(one, 0), one), inside, np.roll(inside, 2, 1)),
         }
         for one in (signed, changed)
@@ -316,23 +320,23 @@ def rows_of(mine: list[Any], theirs: list[Any], name: str) -> list[dict[str, Any
 
 
 def test_a_method_that_does_not_beat_its_control_is_flagged() -> None:
-    better = told.beside_controls(rows_of([0.9] * 8, [0.2] * 8, "energy"), ("localisation",))
+    better = told.beside_others(rows_of([0.9] * 8, [0.2] * 8, "energy"), ("localisation",))
     assert better["energy"]["differences"]["random weights"]["mean"] == pytest.approx(0.7)
     assert told.flags(better, "8 images") == []
     assert told.beaten(better, "8 images") == [
         "transferred (8 images): better than every control in energy inside"
     ]
-    worse = told.beside_controls(rows_of([0.2] * 8, [0.9] * 8, "energy"), ("localisation",))
+    worse = told.beside_others(rows_of([0.2] * 8, [0.9] * 8, "energy"), ("localisation",))
     assert told.flags(worse, "8 images") == [
         "transferred beside random weights (8 images): worse in energy inside"
     ]
     assert told.beaten(worse, "8 images") == []
-    equal = told.beside_controls(rows_of([0.1, 0.9], [0.9, 0.1], "energy"), ("localisation",))
+    equal = told.beside_others(rows_of([0.1, 0.9], [0.9, 0.1], "energy"), ("localisation",))
     assert told.flags(equal, "2 images") == [
         "transferred beside random weights (2 images): not told apart by energy inside"
     ]
     # Of a deletion area less is better.
-    deletion = told.beside_controls(rows_of([0.2] * 8, [0.9] * 8, "deletion"), ("faithfulness",))
+    deletion = told.beside_others(rows_of([0.2] * 8, [0.9] * 8, "deletion"), ("faithfulness",))
     assert deletion["deletion"]["differences"]["random weights"]["beats"]
     assert deletion["deletion"]["differences"]["random weights"]["mean"] == pytest.approx(0.7)
 
@@ -392,7 +396,7 @@ def test_a_shuffled_index_moves_every_image_and_never_shows_the_query() -> None:
 
 def test_what_does_not_apply_is_left_out_of_means() -> None:
     rows = rows_of([0.4, None, 0.6], [0.1, 0.2, None], "drop")
-    told_of = told.beside_controls(rows, ("faithfulness",))["drop"]
+    told_of = told.beside_others(rows, ("faithfulness",))["drop"]
     assert told_of["differences"]["random weights"]["n"] == 1
     assert told.measured(rows, "faithfulness")["drop"]["mean"] == pytest.approx(0.5)
     chance = told.measured([{"energy": 0.6, "area": 0.2}, {"energy": None, "area": 1}],
@@ -401,7 +405,7 @@ def test_what_does_not_apply_is_left_out_of_means() -> None:
 
 
 def test_mean_curves_and_fidelity() -> None:
-    curves = {"transferred": Curves(np.array([2.0, 1.0]), np.array([0.0, 2.0]), 2)}
+    curves = {"transferred": [np.array([[2.0, 0], [0, 1]]), np.array([[0.0, 1], [0, 1]])]}
     assert told.mean_curves(curves) == {
         "transferred": {"deletion": [1.0, 0.5], "insertion": [0.0, 1.0]}
     }
@@ -411,19 +415,19 @@ def test_mean_curves_and_fidelity() -> None:
         for count in (5, 1)
         for value in (0.1, 0.3)
     ]
-    found = told.fidelity(transfers)
+    found = told.fidelity_of(transfers)
     assert list(found) == list(RESULTS[:2])
     by_count = [(one["n_neighbors"], one["n"], one["mean"]) for one in found[RESULTS[1]]]
     assert by_count == [(1, 2, pytest.approx(0.2)), (5, 2, pytest.approx(1.0))]
-    assert told.fidelity([]) == {}
+    assert told.fidelity_of([]) == {}
 
 
 def test_samples_hang_on_the_seed_alone() -> None:
-    assert chosen(10, None, 0).tolist() == chosen(10, 20, 0).tolist() == list(range(10))
-    some = chosen(100, 7, 3)
+    assert sample(10, None, 0).tolist() == sample(10, 20, 0).tolist() == list(range(10))
+    some = sample(100, 7, 3)
     assert len(set(some.tolist())) == 7
     assert (np.diff(some) > 0).all()
-    np.testing.assert_array_equal(some, chosen(100, 7, 3))
+    np.testing.assert_array_equal(some, sample(100, 7, 3))
     one, same, other = (generator(0, "a", b).random() for b in ("b", "b", "c"))
     assert one == same != other
 
@@ -432,7 +436,7 @@ class Memory:
     """As much of an index as a gallery asks for."""
 
     path, metric = "memory", "l2"
-    manifest: ClassVar[dict[str, Any]] = {"recipe": {}}
+    manifest = SimpleNamespace(near_share=None, faiss=None)
 
     def __init__(self, embeddings: np.ndarray, labels: list[str | None]) -> None:
         self._embeddings, self.n_rows = embeddings.astype(np.float32), len(embeddings)
@@ -508,8 +512,7 @@ def test_notices_charts_and_tables_in_their_order() -> None:
 def test_every_ordered_pair_of_known_labels_is_asked_by_pixels_of_one_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    generator = np.random.default_rng(0)
-    signed = generator.normal(size=(1, 10, 10))
+    signed = np.random.default_rng(0).normal(size=(1, 10, 10))
     by_label = {name: np.zeros((10, 10)) for name in ("owl", "gull", "crow", "twig")}
     by_label["owl"][:, :5] = 1
     by_label["gull"][:, 4:9] = 1
@@ -519,15 +522,15 @@ def test_every_ordered_pair_of_known_labels_is_asked_by_pixels_of_one_alone(
     work: Any = SimpleNamespace(
         gallery=SimpleNamespace(of_label=lambda name: [] if name == "twig" else [0]),
         mapper=SimpleNamespace(clock=lambda what: nullcontext()),
-        own=SimpleNamespace(held=lambda positions: np.array([-1])),
-        reader=SimpleNamespace(source=source),
+        own_rows=SimpleNamespace(known=lambda positions: np.array([-1])),
+        source=source,
     )
     drawn = np.maximum(signed, 0)
     monkeypatch.setattr(
-        scenes, "ask", lambda *given: ({"label": given[2]}, {METHOD: Maps(drawn, signed)})
+        groups, "_ask", lambda *given: ({"label": given[2]}, {TRANSFERRED: Maps(drawn, signed)})
     )
     region = Region(np.ones((10, 10)), np.zeros((0, 4)), by_label)
-    found = list(scenes.of_boxes(work, None, region, 0))  # type: ignore[arg-type]
+    found = list(groups.of_boxes(work, None, region, 0))  # type: ignore[arg-type]
     assert [row["label"] for row in found] == ["owl", "gull"]
     wins = [
         (signed[0, y, a] > signed[0, v, b]) + 0.5 * (signed[0, y, a] == signed[0, v, b])

@@ -15,7 +15,6 @@ import torch
 from photo_samples import (
     CHANNELS,
     CROP,
-    DENSE,
     GRID,
     SIDE,
     WIDTH,
@@ -155,24 +154,6 @@ def test_transferred_weights_equal_the_oracle(
         if kind == "top-m" and k > 1:
             # Never cut to M again.
             assert np.count_nonzero(why.weights) > 2
-
-
-def test_an_exact_match_takes_all_by_distance_and_its_share_by_mean(tmp_path: Path) -> None:
-    with Index.open(index_samples.make(tmp_path / "index", kind="dense32")) as index:
-        vector, maps = index.embeddings([3])[0], query()[1]
-        own = index.weights([3])[0]
-        by_distance = Explainer(index, transfer="distance").explain_features(vector, maps)
-        assert by_distance.ids[0] == "image-0003"
-        assert by_distance.distances[0] == 0
-        np.testing.assert_allclose(by_distance.weights, own / np.linalg.norm(own), rtol=1e-6)
-        named = ["image-0008", "image-0003"]
-        again = Explainer(index, transfer="distance").explain_features(
-            vector, maps, neighbors=named
-        )
-        assert again.distances[1] == 0
-        np.testing.assert_allclose(again.weights, by_distance.weights, rtol=1e-6)
-        by_mean = Explainer(index).explain_features(vector, maps)
-        assert not np.allclose(by_mean.weights, by_distance.weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -588,26 +569,6 @@ def test_what_a_network_makes_is_checked_too(
         explainer.explain_batch([picture(0, 0), picture(1, 0)])
 
 
-def test_the_second_of_a_batch_is_named(explainer: Explainer) -> None:
-    vectors = explainer.index.embeddings([0, 1, 2])
-    maps = np.ones((3, CHANNELS, *GRID), np.float32)
-    vectors[1] *= 1.5
-    with pytest.raises(InputError, match=r"query 1 has length 1\.5"):
-        explainer.explain_features(vectors, maps)
-    maps[2, 0, 0, 0] = np.inf
-    with pytest.raises(InputError, match="activations of query 2"):
-        explainer.explain_features(vectors, maps)
-
-
-def test_any_length_goes_where_the_index_is_not_normalised(photos: Path, tmp_path: Path) -> None:
-    network = network_of(normalize=False)
-    path = build(photos, tmp_path / "index", network, DENSE)
-    with Index.open(path) as index:
-        vector = 3 * index.embeddings([4])[0]
-        why = Explainer(index).explain_features(vector, np.ones((CHANNELS, *GRID)))
-        assert why.ids == [index.ids[p] for p in brute_force(index, vector, 5)]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -642,6 +603,8 @@ def test_batches_with_lists_that_do_not_fit(explainer: Explainer) -> None:
         explainer.explain_features(vectors, maps, neighbors=["0/0.png", "1/0.png"])
     with pytest.raises(InputError, match=r"use explain\(\)"):
         explainer.explain_batch("0/0.png")
+    with pytest.raises(InputError, match=r"query 1 has length 1\.5"):
+        explainer.explain_features(vectors * [[1], [1.5]], maps)
 
 
 @pytest.mark.parametrize("size", [5, (0, 3), (3,), (3, 4, 5), "ab", (2.5, 3)])

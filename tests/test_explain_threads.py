@@ -167,15 +167,6 @@ def test_threads_whose_transfer_is_not_trusted(built: Path, network: EmbeddingNe
         hammer(explainer, asked, [right], rounds=1)
 
 
-def test_a_wrong_answer_would_be_seen(built: Path, network: EmbeddingNetwork) -> None:
-    asked = questions(network)[:3]
-    with Explainer(built, network) as explainer:
-        right = [one(explainer) for one in asked]
-        right[2][0].cam[0, 0] += 1e-4 * right[2][0].cam.max()
-        with pytest.raises(AssertionError, match="question 2 has an answer of no version"):
-            hammer(explainer, asked, [right], rounds=1)
-
-
 # --- another version under it --------------------------------------------------------------------
 
 

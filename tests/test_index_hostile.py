@@ -22,7 +22,6 @@ from embedcam.index.records import Manifest
 from embedcam.preprocess import Preprocess
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ROOT / "scripts"
 MEAN = "fitted/000001/embedding_mean.f32"
 
 
@@ -328,7 +327,7 @@ def test_more_lists_than_there_are(tmp_path: Path) -> None:
 
 
 def test_hostile_values_in_a_sample_of_keys_of_every_kind_of_index() -> None:
-    printed = script(SCRIPTS / "hostile_manifests.py", "--sample", 240, "--seed", 1)
+    printed = script("-m", "scripts.campaigns", "manifests", "--sample", 240, "--seed", 1)
     lines = printed.splitlines()
     assert len(lines) == 12
     for line in lines:
@@ -337,7 +336,7 @@ def test_hostile_values_in_a_sample_of_keys_of_every_kind_of_index() -> None:
 
 
 def test_a_sample_of_random_damage() -> None:
-    table = script(SCRIPTS / "mutants.py", "--count", 125, "--seed", 2).splitlines()
+    table = script("-m", "scripts.campaigns", "mutants", "--count", 125, "--seed", 2).splitlines()
     assert table[0] == "| damage | mutants | refused | same answers | named by verify | failed |"
     total = [int(cell) for cell in table[-3].split("|")[2:-1]]
     assert total[0] == sum(total[1:]) == 125
@@ -352,10 +351,10 @@ import os, signal, sys, time
 from pathlib import Path
 from unittest import mock
 import numpy as np
-import strangers.trial as trial
+import scripts.campaigns.trial as trial
 from embedcam.errors import InputError
 from embedcam.index import Index
-from strangers.kinds import build_kind
+from scripts.campaigns.kinds import build_kind
 trial.SECONDS = 1
 path = build_kind("dense", Path(sys.argv[1]))
 expected = trial.Expected(path)
@@ -384,7 +383,7 @@ for instead in (
     print(judged(instead))
 """
     (tmp_path / "program.py").write_text(
-        f"import sys\nsys.path.append({str(SCRIPTS)!r})\n{program}"
+        f"import sys\nsys.path.append({str(ROOT)!r})\n{program}"
     )
     said = script(tmp_path / "program.py", tmp_path).splitlines()
     expected = ("same answers", "other answers", "ZeroDivisionError", "hangs over 1 s", "SIGSEGV",

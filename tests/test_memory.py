@@ -256,7 +256,8 @@ def test_what_is_finished_proves_where_it_belongs(
     def stopped(folder: Path, **asked: Any) -> Path:
         with monkeypatch.context() as patch:
             patch.setattr(
-                "embedcam.report.job._assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+                "embedcam.report.report._assemble",
+                lambda *_: (_ for _ in ()).throw(KeyboardInterrupt),
             )
             with pytest.raises(KeyboardInterrupt):
                 write_report(explainer, other, folder, batch_size=1, **asked)

@@ -180,7 +180,7 @@ def test_an_index_of_several_layers_grows_and_says_what_it_needs(
         ({}, "Poly-CAM draws with several layers and layers = \\[\\]; name at least two"),
         ({"layers": ("a",)}, "name at least two, each once"),
         ({"layers": ("a", "a")}, "name at least two, each once"),
-        ({"layers": ("a", 3)}, "should be names of layers"),
+        ({"layers": ("a", 3)}, "give a list of names"),
         ({"method": "gradcam", "layers": ("a", "b")}, "Grad-CAM works on the network's own layer"),
     ],
 )

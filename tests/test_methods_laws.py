@@ -8,6 +8,7 @@ import torch
 import zoo_cases
 import zoo_clustering
 import zoo_gradients
+import zoo_learned
 import zoo_perturbation
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -124,6 +125,18 @@ def test_a_batch_is_one_at_a_time_and_its_size_changes_nothing(name: str) -> Non
         for row in range(3):
             for a, b in zip(parts(together, row), parts(alone[row]), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("name", ["lficam", "abn"])
+def test_a_batch_of_a_learned_method_is_one_at_a_time(name: str) -> None:
+    case = zoo_learned.CASES[name]()
+    images = torch.stack([case.image, case.image.flip(-1), 3 * case.image])
+    for size in (1, 7):
+        together, _ = run(case, name, images, batch_size=size)
+        for row in range(3):
+            alone, _ = run(case, name, images[row : row + 1])
+            for a, b in zip(parts(together, row), parts(alone), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["rise", "lime", "smoothgradcam++"])

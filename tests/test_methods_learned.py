@@ -15,18 +15,16 @@ import zoo_learned as oracle
 from PIL import Image
 from torch import nn
 from torchvision.models.resnet import BasicBlock
-from zoo_cases import Case, Pooled, make, trunk
+from zoo_cases import Pooled, make, trunk
 
 from embedcam import EmbeddingNetwork
-from embedcam.demo.digits_network import save_weights
 from embedcam.demo.settings import DemoSettings
 from embedcam.errors import InputError, NetworkError
-from embedcam.methods import MethodMap, MethodOutput, MethodWarning, Subject, cam_for
+from embedcam.methods import MethodMap, MethodWarning, Subject, cam_for
 from embedcam.methods.learned import ABNetwork, LFINetwork, at_stride_one
-from embedcam.network.checkpoints import load_state, read_state
 from embedcam.targets import Coordinate
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_attention.py"
+SCRIPT = Path(__file__).parents[1] / "examples" / "train_attention.py"
 TOLERANCE = 1e-9
 CHOICES = [
     {"target": "similarity"},
@@ -34,12 +32,6 @@ CHOICES = [
     {"target": "triplets", "signed": True},
     {"target": "similarity", "signed": True, "normalize": False, "seed": 1},
 ]
-
-
-def found_by(
-    name: str, case: Case, images: Any = None, **settings: Any
-) -> tuple[MethodOutput, Subject]:
-    return zoo_cases.run(case, name, images, **settings)
 
 
 def drawn(name: str, network: EmbeddingNetwork, images: Any, **settings: Any) -> MethodMap:
@@ -61,7 +53,7 @@ def off(found: Any, expected: Any) -> float:
 def test_lficam_weighs_by_the_importance_of_the_formula(choice: dict[str, Any]) -> None:
     case = oracle.lfi_case(**choice)
     expected = oracle.lficam(case)
-    found, subject = found_by("lficam", case)
+    found, subject = zoo_cases.run(case, "lficam")
     assert found.weights is not None
     assert found.maps is None
     assert off(found.weights[0], expected.weights) < TOLERANCE
@@ -75,7 +67,7 @@ def test_lficam_weighs_by_the_importance_of_the_formula(choice: dict[str, Any]) 
 def test_abn_draws_the_map_of_the_formula(choice: dict[str, Any]) -> None:
     case = oracle.abn_case(**choice)
     expected = oracle.abn(case)
-    found, subject = found_by("abn", case)
+    found, subject = zoo_cases.run(case, "abn")
     assert found.maps is not None
     assert found.weights is None
     assert off(found.maps[0], expected.map) < TOLERANCE
@@ -120,54 +112,7 @@ def test_every_step_of_abn_is_the_formulas() -> None:
         assert off(unseen, z) > 1e-3, "attention must change the embedding"
 
 
-def test_the_oracle_of_lfi_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = oracle.lfi_case()
-    found = found_by("lficam", case)[0].weights[0]
-    image, activations = oracle.numbers(case)
-    fin, right = case.module.fin, oracle.stacked(*oracle.numbers(case))
-    small = oracle.bilinear(oracle.grey(image), *activations.shape[1:])
-    one_scale = small * oracle.unit(activations.reshape(6, -1)).reshape(activations.shape)
-    breaks = {
-        "A not normalised": oracle.importance(small * activations, fin),
-        "A normalised over all channels at once": oracle.importance(one_scale, fin),
-        "no picture": oracle.importance(np.stack([oracle.unit(a) for a in activations]), fin),
-        "one colour for grey": oracle.importance(oracle.stacked(image[:1], activations), fin),
-        "largest for mean": oracle.importance(right, fin, pool=np.max),
-    }
-    monkeypatch.setattr(oracle, "softmax", lambda v: v)
-    breaks["no softmax"] = oracle.importance(right, fin)
-    monkeypatch.undo()
-    monkeypatch.setattr(oracle, "batch_norm", lambda x, layer: x)
-    breaks["no batch norm"] = oracle.importance(right, fin)
-    for name, broken in breaks.items():
-        assert off(found, broken) > 1e-3, name
-
-
-def test_the_oracle_of_abn_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = oracle.abn_case()
-    found = found_by("abn", case)[0].maps[0]
-    _, activations = oracle.numbers(case)
-    flipped = oracle.abn_branch(activations[:, ::-1], case.module)[0]
-    assert off(found, flipped) > 1e-3
-    monkeypatch.setattr(oracle, "batch_norm", lambda x, layer: x)
-    assert off(found, oracle.abn_branch(activations, case.module)[0]) > 1e-3
-
-
 # --- batches, modes, precisions ---------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["lficam", "abn"])
-@pytest.mark.parametrize("batch_size", [1, 7, 100])
-def test_a_batch_means_what_one_at_a_time_means(name: str, batch_size: int) -> None:
-    case = oracle.CASES[name]()
-    images = torch.cat([case.image[None], oracle.CASES[name](seed=5).image[None], case.image[None]])
-    images[2] *= 3
-    together, _ = found_by(name, case, images, batch_size=batch_size)
-    for row in range(3):
-        alone, _ = found_by(name, case, images[row : row + 1])
-        for field in ("weights", "maps"):
-            if getattr(alone, field) is not None:
-                assert off(getattr(together, field)[row], getattr(alone, field)[0]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["lficam", "abn"])
@@ -217,30 +162,7 @@ def test_a_network_in_training_mode_is_refused_and_otherwise_comes_back_as_it_wa
         cam_for(case.network, case.image, Coordinate(0), name, progress=False)
 
 
-def test_training_mode_mixes_a_batch_and_eval_mode_does_not() -> None:
-    case = oracle.lfi_case()
-    images = torch.randn(
-        4, 3, 12, 18, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
-    )
-    with torch.no_grad():
-        alone = case.module.attend(images[:1])[1]
-        assert off(case.module.attend(images)[1][:1], alone) < TOLERANCE
-        case.module.train()
-        assert off(case.module.attend(images)[1][:1], alone) > 1e-3
-
-
 # --- degenerate inputs ----------------------------------------------------------------
-
-
-def test_a_flat_channel_shows_the_branch_nothing() -> None:
-    case = oracle.lfi_case()
-    images, a = case.image[None], case.trunk(case.image)[None].detach()
-    other = a.clone()
-    a[:, 2], other[:, 2] = 7.0, 0.0
-    with torch.no_grad():
-        stacked = case.module.stacked(images, a)
-        assert torch.equal(stacked[:, 2], torch.zeros_like(stacked[:, 2]))
-        assert torch.equal(case.module.importance(images, a), case.module.importance(images, other))
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
@@ -269,17 +191,6 @@ def test_a_picture_of_one_colour_has_a_finite_map(name: str, value: float) -> No
     assert off(found.grid_cam, expected.map) < 1e-6
 
 
-def test_grey_is_the_mean_of_the_inputs_channels() -> None:
-    case = oracle.lfi_case()
-    a = case.trunk(case.image)[None].detach()
-    images = case.image[None]
-    with torch.no_grad():
-        expected = case.module.importance(images, a)
-        assert off(case.module.importance(images.flip(1), a), expected) < TOLERANCE
-        assert off(case.module.importance(images.mean(1, keepdim=True), a), expected) < TOLERANCE
-        assert off(case.module.importance(images[:, :1], a), expected) > 1e-3
-
-
 # --- as networks ------------------------------------------------------------------------
 
 
@@ -289,7 +200,7 @@ def test_other_methods_work_at_the_same_layer(name: str, target: str) -> None:
     case = oracle.CASES[name](target)
     case.network.check()
     activations, gradient = case.gradient(case.image)
-    found, _ = found_by("gradcam", case)
+    found, _ = zoo_cases.run(case, "gradcam")
     assert off(found.weights[0], gradient.mean((1, 2))) < TOLERANCE
     # Ablation-CAM puts many activations through the head beside one picture.
     drops = []
@@ -328,22 +239,6 @@ def test_abn_learns_through_its_map_alone_too() -> None:
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
 
 
-@pytest.mark.parametrize("build", [oracle.lfi_module, oracle.abn_module])
-def test_weights_come_back_from_a_file_and_others_are_refused(build: Any, tmp_path: Path) -> None:
-    module = oracle.lively(build)
-    images = torch.randn(2, 3, 12, 18, generator=torch.Generator().manual_seed(4))
-    path = tmp_path / "branch.safetensors"
-    save_weights(module, path)
-    fresh = oracle.lively(build, seed=9)
-    with torch.no_grad():
-        assert off(fresh(images), module(images)) > 1e-3
-        load_state(fresh, read_state(path), (), str(path))
-        assert torch.equal(fresh(images), module(images))
-    wider = LFINetwork(trunk(), Pooled(), 6, width=5)
-    with pytest.raises(NetworkError, match=r"branch\.safetensors do not fit the network"):
-        load_state(wider, read_state(path), (), str(path))
-
-
 def test_a_stage_at_stride_one_keeps_its_numbers_and_the_positions() -> None:
     down = nn.Sequential(nn.Conv2d(4, 8, 1, 2, bias=False), nn.BatchNorm2d(8))
     stage = oracle.lively(lambda: nn.Sequential(BasicBlock(4, 8, 2, down), BasicBlock(8, 8)))
@@ -372,7 +267,7 @@ def test_networks_without_the_branch_are_told_what_to_do() -> None:
         ("lficam", wrapped, "this Sequential has none"),
         ("lficam", parts, "this network given as trunk and head has none"),
         ("abn", lfi.network, "this LFINetwork has none; wrap trunk and head in embedcam.methods."),
-        ("abn", plain.network, r"learned\.ABNetwork, train it as scripts/train_attention\.py does"),
+        ("abn", plain.network, r"learned\.ABNetwork, train it as examples/train_attention\.py does"),
     ]:
         with pytest.warns(MethodWarning), pytest.raises(NetworkError, match=said):
             cam_for(network, lfi.image, Coordinate(0), name, progress=False)

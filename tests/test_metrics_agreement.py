@@ -48,17 +48,6 @@ def test_what_each_does_not_see(pair, scale) -> None:
         np.testing.assert_array_equal(agreement(np.exp(a), b), agreement(a, b))
 
 
-def test_numpy_and_scipy_agree() -> None:
-    from scipy import stats
-
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 5, (2, 4, 6, 7)) / 4
-    wanted = [np.corrcoef(x.ravel(), y.ravel())[0, 1] for x, y in zip(a, b, strict=True)]
-    np.testing.assert_allclose(correlations(a, b), wanted, atol=1e-12)
-    wanted = [stats.spearmanr(x.ravel(), y.ravel())[0] for x, y in zip(a, b, strict=True)]
-    np.testing.assert_allclose(rank_correlations(a, b), wanted, atol=1e-12)
-
-
 @pytest.mark.parametrize("level", [0.0, 0.1, -3.3, 5e-324, 1e308])
 def test_what_does_not_vary_agrees_with_nothing(level) -> None:
     constant = np.full((2, 3, 7), level)
@@ -90,17 +79,11 @@ ONES = np.ones((1, 3, 3))
     ("call", "message"),
     [
         (lambda: cosines(ONES, ONES), r"weights \[1, 3, 3\] must be \[B K\] with no empty axis"),
-        (
-            lambda: cosines(ONES[0], ONES[0, :1]),
-            r"weights have shapes \[3, 3\] and \[1, 3\]; give both",
-        ),
+        (lambda: cosines(ONES[0], ONES[0, :1]), r"weights have shapes \[3, 3\] and \[1, 3\]; give"),
         (lambda: correlations(ONES, ONES[:, :1]), r"maps have shapes \[1, 3, 3\] and \[1, 1, 3\]"),
         (lambda: correlations(ONES[:0], ONES[:0]), r"maps \[0, 3, 3\] must be \[B H W\]"),
         (lambda: rank_correlations(ONES, ONES * np.nan), "maps must be finite; got a NaN"),
-        (
-            lambda: map_iou(ONES, ONES, 0.0),
-            r"fraction = 0.0; it must lie in \(0, 1\]: 0.2 means a fi",
-        ),
+        (lambda: map_iou(ONES, ONES, 0.0), r"fraction = 0.0; it must lie in \(0, 1"),
         (lambda: map_iou(ONES, ONES[0], 0.5), r"maps \[3, 3\] must be \[B H W\]"),
     ],
 )

@@ -166,33 +166,18 @@ ONES = np.ones((1, 3, 3))
         (lambda: removal_masks(ONES * np.nan, 0.5), "got a NaN or a negative value"),
         (lambda: curve_area([[1.0]]), r"scores \[B 1\] are no curve; give the score before and"),
         (lambda: curve_area([1.0, 2.0]), r"scores \[2\] must be \[B S\+1\]"),
-        (
-            lambda: curve_area([[1.0, np.nan]]),
-            "scores must be finite; got a NaN or an infinity: look",
-        ),
-        (
-            lambda: rank_of([[1.0, 2.0]], [2]),
-            "items 2 to 2 of a gallery of 2; give places from 0 to 1",
-        ),
+        (lambda: curve_area([[1.0, np.nan]]), "scores must be finite; got a NaN or an infinity: l"),
+        (lambda: rank_of([[1.0, 2.0]], [2]), "items 2 to 2 of a gallery of 2; give places from 0 "),
         (lambda: rank_of([[1.0, 2.0]], [-1]), "items -1 to -1 of a gallery of 2"),
         (lambda: rank_of([[1.0, 2.0]], [0.0]), "of type float64 .* give one whole number a query"),
         (lambda: rank_of([[1.0, 2.0]], [0, 1]), r"items \[2\] of type int64 with scores \[1, 2\]"),
-        (
-            lambda: rank_drop([1.0], [1.0, 2.0]),
-            r"ranks before and after have shapes \[1\] and \[2\]",
-        ),
+        (lambda: rank_drop([1.0], [1.0, 2.0]), r"ranks before and after have shapes \[1\] and "),
         (lambda: rank_drop([0.0], [1.0]), "a rank of 0; ranks begin at 1, as `rank_of` counts"),
         (lambda: leaves_top([1.0], [2.0], 0), "k = 0; give a whole number of at least 1"),
-        (
-            lambda: score_drops([1.0], [1.0, 2.0], [0.0]),
-            r"full and masked scores have shapes \[1\]",
-        ),
+        (lambda: score_drops([1.0], [1.0, 2.0], [0.0]), r"full and masked scores have shapes "),
         (lambda: score_drops([1.0], [1.0], [0.0, 0.0]), "full and base scores have shapes"),
         (lambda: average_drop([], [], []), r"scores \[0\] must be \[B\] with no empty axis"),
-        (
-            lambda: average_drop([1.0], [0.0], [2.0]),
-            "none of 1 images .* give other images or another",
-        ),
+        (lambda: average_drop([1.0], [0.0], [2.0]), "none of 1 images .* give other images or ano"),
         (lambda: average_increase([1.0], [np.inf]), "scores must be finite"),
     ],
 )

@@ -72,6 +72,7 @@ def test_the_noise_is_gaussian_and_as_large_as_said() -> None:
     assert (np.abs(noise) < 0.25).mean() == pytest.approx(0.683, abs=0.03)
 
 
+@pytest.mark.peers
 def test_it_is_what_the_peer_computes() -> None:
     road = pytest.importorskip("pytorch_grad_cam.metrics.road")
     filled = noisy_linear_imputation(IMAGES, MASKS, noise=0)
@@ -86,33 +87,15 @@ def test_it_is_what_the_peer_computes() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: noisy_linear_imputation(IMAGES[0], MASKS),
-            r"images \[2, 9, 7\] must be \[B C H W\]",
-        ),
-        (
-            lambda: noisy_linear_imputation(IMAGES.astype(np.uint8), MASKS),
-            "of type uint8 must be flo",
-        ),
+        (lambda: noisy_linear_imputation(IMAGES[0], MASKS), r"images \[2, 9, 7\] must be "),
+        (lambda: noisy_linear_imputation(IMAGES.astype(np.uint8), MASKS), "of type uint8 must be "),
         (lambda: noisy_linear_imputation(IMAGES * np.nan, MASKS), "images must be finite"),
-        (
-            lambda: noisy_linear_imputation(IMAGES, MASKS[:1]),
-            r"masks \[1, 9, 7\] of type bool with im",
-        ),
+        (lambda: noisy_linear_imputation(IMAGES, MASKS[:1]), r"masks \[1, 9, 7\] of type bool wit"),
         (lambda: noisy_linear_imputation(IMAGES, MASKS * 1.0), "of type float64 .* give booleans"),
-        (
-            lambda: noisy_linear_imputation(IMAGES, MASKS | True),
-            "removes the whole picture, .* leave at least one pixel, or fill with a color",
-        ),
-        (
-            lambda: noisy_linear_imputation(IMAGES, MASKS, noise=-1),
-            "noise = -1; it must be a standard",
-        ),
+        (lambda: noisy_linear_imputation(IMAGES, MASKS | True), "removes the whole picture, .* le"),
+        (lambda: noisy_linear_imputation(IMAGES, MASKS, noise=-1), "noise = -1; it must be a stan"),
         (lambda: noisy_linear_imputation(IMAGES, MASKS, noise=np.nan), "noise = nan; it must be"),
-        (
-            lambda: noisy_linear_imputation(IMAGES, MASKS, seed=-1),
-            "seed = -1; give a whole num",
-        ),
+        (lambda: noisy_linear_imputation(IMAGES, MASKS, seed=-1), "seed = -1; give a whole num"),
         (lambda: noisy_linear_imputation(IMAGES[:0], MASKS[:0]), r"images \[0, 2, 9, 7\] must be"),
     ],
 )

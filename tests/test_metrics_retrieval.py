@@ -2,7 +2,6 @@
 
 import metrics_cases
 import numpy as np
-import oracles
 import oracles_metrics
 import pytest
 from hypothesis import given, settings
@@ -10,20 +9,6 @@ from hypothesis import strategies as st
 
 from embedcam.errors import InputError
 from embedcam.metrics import map_at_r, recall_at_k, recalls_at, retrieval
-
-
-@settings(max_examples=30)
-@given(st.integers(0, 2**32 - 1), st.integers(3, 12), st.data())
-def test_recall_is_the_loop(seed, n, data) -> None:
-    rng = np.random.default_rng(seed)
-    embeddings, labels = rng.normal(size=(n, 3)), rng.integers(0, 3, n)
-    k = data.draw(st.integers(1, n - 1))
-    assert recall_at_k(embeddings, labels, k) == pytest.approx(
-        oracles.recall_at(embeddings, labels.tolist(), k)
-    )
-    every = recalls_at(embeddings, labels, range(1, n))
-    assert list(every) == list(range(1, n))
-    assert sorted(every.values()) == list(every.values())
 
 
 @settings(max_examples=30)
@@ -78,11 +63,6 @@ def test_an_image_never_finds_itself() -> None:
     assert map_at_r(np.eye(3), np.arange(3), np.eye(3), np.arange(3)) == 1.0
 
 
-def test_string_labels_are_labels() -> None:
-    embeddings = np.array([[0.0], [1.0], [5.0], [6.5]])
-    assert recall_at_k(embeddings, np.array(["a", "a", "b", "b"])) == 1.0
-
-
 def test_map_at_r_in_closed_form() -> None:
     # The query at 0 has R = 3; of its three nearest the first and the third are its own.
     query, gallery = [[0.0]], [[1.0], [2.0], [3.0], [4.0]]
@@ -105,31 +85,19 @@ TWO = np.eye(2)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: recall_at_k(np.zeros((3, 2)), np.zeros(3), 3),
-            "k = 3 with 3 images; k must be 1 to N",
-        ),
+        (lambda: recall_at_k(np.zeros((3, 2)), np.zeros(3), 3), "k = 3 with 3 images; k must be 1"),
         (lambda: recall_at_k(np.zeros((3, 2)), np.zeros(3), 0), "k = 0 with 3 images"),
         (lambda: recall_at_k(TWO, [0, 1], 3, TWO, [0, 1]), "k = 3 with 2 images; k must be 1 to G"),
         (lambda: recalls_at(TWO, [0, 1], []), r"no k; give one or more, as \[1, 5, 10\]"),
         (lambda: recalls_at(TWO, [0, 1], [0.5]), "k = 0.5 with 2 images; k must be"),  # type: ignore[list-item]
-        (
-            lambda: recall_at_k(TWO, [0]),
-            r"labels \[1\] with embeddings \[2, 2\]; give one label an im",
-        ),
+        (lambda: recall_at_k(TWO, [0]), r"labels \[1\] with embeddings \[2, 2\]; give one label a"),
         (lambda: recall_at_k(TWO * np.nan, [0, 1]), "embeddings must be finite"),
         (lambda: recall_at_k(TWO[0], [0, 1]), r"embeddings \[2\] must be \[N D\]"),
         (lambda: map_at_r(TWO, [0, np.nan]), "a label is NaN, which equals nothing"),
         (lambda: map_at_r(TWO, [0, 1]), "none of 2 images has another of its label, .* not ids"),
         (lambda: map_at_r(TWO, [0, 1], TWO), "a gallery needs its labels, .* give both"),
-        (
-            lambda: map_at_r(TWO, [0, 1], np.eye(3), [0, 1, 2]),
-            "differ in width; take both from one",
-        ),
-        (
-            lambda: map_at_r(TWO, [0, 1], TWO, ["0", "1"]),
-            "never match; give both as strings or as n",
-        ),
+        (lambda: map_at_r(TWO, [0, 1], np.eye(3), [0, 1, 2]), "differ in width; take both from on"),
+        (lambda: map_at_r(TWO, [0, 1], TWO, ["0", "1"]), "never match; give both as strings or as"),
         (lambda: map_at_r(TWO, [0, 1], TWO, [0]), r"labels \[1\] with gallery \[2, 2\]"),
     ],
 )

@@ -72,7 +72,7 @@ def test_two_explanations_fit_into_a_notebook_of_a_megabyte(place: Path) -> None
 
 def test_the_words_of_a_picture_are_short_and_escaped() -> None:
     html = in_notebook(picture(0, 0), '<"\x1b&' + "x" * 10_000)
-    assert html.startswith('<img alt="&lt;&quot;\N{REPLACEMENT CHARACTER}&amp;xxx')
+    assert html.startswith('<img alt="&lt;&#34;\N{REPLACEMENT CHARACTER}&amp;xxx')
     assert len(html.partition("style=")[0]) < 450
     transparent = Image.new("LA", (4, 4))
     assert shown(in_notebook(transparent, "")).size == (4, 4)

@@ -17,10 +17,10 @@ from oracles import bilinear, cam
 from torch import Tensor
 from zoo_cases import Case
 
-from embedcam import METHODS
-from embedcam.methods import MethodOutput, Subject
-from embedcam.methods.grouping import clustered
+from embedcam.methods import MethodOutput
 from embedcam.ops import sharpen
+
+pytestmark = pytest.mark.peers
 
 KINDS: list[dict[str, Any]] = [
     {"head": "curved", "target": "triplets", "seed": 2},
@@ -30,9 +30,7 @@ KINDS: list[dict[str, Any]] = [
 
 
 def of(name: str, case: Case, **options: Any) -> MethodOutput:
-    with Subject(case.network, case.image[None], case.target) as subject, torch.no_grad():
-        found: MethodOutput = METHODS[name].load()(subject, **options)
-    return found
+    return zoo_cases.run(case, name, **options)[0]
 
 
 def upsampled(maps: Tensor | None) -> Tensor:
@@ -93,23 +91,6 @@ def test_a_flat_group_is_nan_in_the_later_program_and_nothing_here() -> None:
     assert not found.weights[0, :2].any()
 
 
-def test_the_first_program_cuts_like_ours_and_weights_the_masks_in_place_of_the_maps() -> None:
-    """The paper's map sums w_g M_g' before N: a group's strength counts there, and here."""
-    case = zoo_cases.make("curved", "triplets")
-    one = of("groupcam", case, groups=1)  # of a single group both are the same up to scale
-    theirs = group_program(case, 1, first=True)
-    ours = upsampled(one.maps)
-    lowest = ours.min() / ours.max()  # N takes away the least
-    torch.testing.assert_close(
-        (ours / ours.max() - lowest) / (1 - lowest), theirs / theirs.max(), rtol=1e-9, atol=1e-12
-    )
-    ours, theirs = (
-        upsampled(of("groupcam", case, groups=3).maps),
-        group_program(case, 3, first=True),
-    )
-    assert (ours / ours.max() - theirs / theirs.max()).abs().max() > 0.05
-
-
 def test_cluster_cam_scored_is_the_other_implementation_for_channels_of_their_own() -> None:
     """Its value for the base is one entry of a vector of length 1; the scissors get v - 1."""
     case = zoo_cases.make("curved", "triplets", signed=True)
@@ -134,22 +115,6 @@ def test_cluster_cam_scored_is_the_other_implementation_for_channels_of_their_ow
     np.testing.assert_allclose(found.maps[0], cam(share * alphas, activations), atol=1e-12)
 
 
-def test_left_singular_vectors_say_nothing_where_channels_are_fewer_than_positions() -> None:
-    """Why Cosine-CAM clusters the maps: the other code's features are then all equally apart."""
-    draw = torch.Generator().manual_seed(0)
-    one, two = torch.rand(2, 4, 6, generator=draw, dtype=torch.float64)
-    noise = 1e-3 * torch.rand(6, 4, 6, generator=draw, dtype=torch.float64)
-    maps = torch.stack([one, one, -one, two, two, two]) + noise
-    rows = maps.flatten(1)
-    theirs = F.normalize(
-        torch.linalg.svd((rows - rows.mean()) / rows.std(), full_matrices=False)[0]
-    )
-    apart = torch.cdist(theirs, theirs)[~torch.eye(6, dtype=torch.bool)]
-    torch.testing.assert_close(apart, torch.full_like(apart, 2**0.5))
-    ours = clustered(maps, 3, "kmeans", 0, unit=True).argmax(0)
-    assert ours.tolist() == [0, 0, 1, 2, 2, 2]
-
-
 def poly_program(drawn: Tensor, coarse: Tensor) -> Tensor:
     """The authors' step from one layer to the next finer one."""
 
@@ -167,24 +132,3 @@ def test_poly_cams_sharpening_is_the_authors_where_the_resized_map_is_not_zero()
     torch.testing.assert_close(
         sharpen(drawn, coarse), poly_program(drawn[:, None], coarse[:, None])[:, 0]
     )
-
-
-def test_where_the_resized_map_is_zero_the_authors_division_explodes_and_ours_is_zero() -> None:
-    """D looks at few of the positions: a spot that it misses has a local mean of 0."""
-    drawn = torch.zeros(1, 12, 18, dtype=torch.float64)
-    drawn[0, 0, 0], drawn[0, 4, 4] = 1, 1  # the first is between the places D looks at
-    coarse = torch.ones(1, 4, 6, dtype=torch.float64)
-    theirs = poly_program(drawn[:, None], coarse[:, None])[0, 0]
-    ours = sharpen(drawn, coarse)[0]
-    assert theirs[0, 0] == pytest.approx(1e12)
-    assert ours[0, 0] == 0
-    torch.testing.assert_close(ours[4, 4], theirs[4, 4])
-
-
-def test_poly_cams_published_masks_divide_by_the_maximum_and_ours_by_the_span() -> None:
-    """Where activations have both signs, theirs is 1 far from the maximum, too."""
-    own = np.linspace(-1, 1, 24).reshape(4, 6)
-    low, high = np.percentile(own, [0.1, 99.9])
-    theirs = bilinear(np.clip((own - low) / high, 0, 1), *zoo_cases.SIZE)
-    ours = zoo.min_max(bilinear(own, *zoo_cases.SIZE))
-    assert (ours == 1).sum() < 10 < (theirs == 1).sum()

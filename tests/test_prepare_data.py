@@ -1,4 +1,4 @@
-"""scripts/prepare_data.py on tiny downloads made here, in the official layouts."""
+"""examples/prepare_data.py on tiny downloads made here, in the official layouts."""
 
 import csv
 import importlib.util
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_data.py"
+SCRIPT = Path(__file__).parents[1] / "examples" / "prepare_data.py"
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,7 @@ def birds(tmp_path: Path) -> Path:
     picture(root / "images" / classes[2] / "c_1.jpg", (100, 80))
     tables = {
         "classes": [f"{i} {name}" for i, name in enumerate(classes, 1)],
-        "images": [
-            f"1 {classes[0]}/a_1.jpg",
-            f"2 {classes[1]}/b_1.jpg",
-            f"3 {classes[2]}/c_1.jpg",
-        ],
+        "images": [f"1 {classes[0]}/a_1.jpg", f"2 {classes[1]}/b_1.jpg", f"3 {classes[2]}/c_1.jpg"],
         "image_class_labels": ["1 1", "2 2", "3 3"],
         "train_test_split": ["1 0", "2 1", "3 1"],
         "bounding_boxes": [

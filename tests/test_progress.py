@@ -25,13 +25,14 @@ def test_without_a_terminal_lines_are_logged_now_and_then(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.INFO)
+    expected = "embed: 1,032 of 4,000 images, 0 s"
     with progress_of("embed", 4_000, shown=None, done=1_000) as advance:
         advance(32)
         for _ in range(200):  # one long step
-            if len(lines_of(caplog)) > 1:
+            if lines_of(caplog).count(expected) > 1:
                 break
             time.sleep(0.01)
-    assert lines_of(caplog)[:2] == ["embed: 1,032 of 4,000 images, 0 s"] * 2
+    assert lines_of(caplog).count(expected) > 1
     assert capsys.readouterr() == ("", "")
     assert not [one for one in threading.enumerate() if one.name == "embedcam-progress"]
 
@@ -46,10 +47,10 @@ def test_what_is_not_counted_has_its_time(
     with progress_of("tracing", total, "passes", shown=None) as advance:
         advance(7)
         for _ in range(200):
-            if lines_of(caplog):
+            if expected in lines_of(caplog):
                 break
             time.sleep(0.01)
-    assert lines_of(caplog)[0] == expected
+    assert expected in lines_of(caplog)
 
 
 def test_nothing_is_said_where_nothing_is_wanted(

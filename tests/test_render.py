@@ -13,8 +13,8 @@ from rounding import assert_same_picture
 from embedcam.errors import InputError
 from embedcam.ops import resize
 from embedcam.render import (
-    Link,
     Look,
+    PageLink,
     Row,
     Table,
     Tile,
@@ -48,11 +48,6 @@ def changed(picture, original):
     return (np.asarray(picture) != np.asarray(original)).any(axis=-1)
 
 
-# ---------------------------------------------------------------------------------------------
-# colours
-# ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["inferno", "viridis", "magma", "cividis"])
 def test_colours_are_matplotlibs(name):
     from matplotlib import colormaps
@@ -79,11 +74,6 @@ def test_colours_of_values_beyond_the_ends():
         colormap(np.zeros(1), "jets")
     with pytest.raises(InputError, match="1 of 2 values are NaN"):
         colormap(np.array([0.0, np.nan]))
-
-
-# ---------------------------------------------------------------------------------------------
-# stretch: the geometry
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(8, 12), (7, 7), (31, 17), (3, 2), (1, 1)])
@@ -142,11 +132,6 @@ def test_a_map_lands_where_the_network_looked():
     rows, columns = np.nonzero(drawn > 0.5)
     assert abs(rows.mean() - 67) < 0.6
     assert abs(columns.mean() - 187) < 0.6
-
-
-# ---------------------------------------------------------------------------------------------
-# overlay
-# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cmap", ["inferno", "viridis"])
@@ -234,11 +219,6 @@ def test_overlays_that_cannot_be_drawn(options, message):
     given = {"image": grey(), "cam": np.ones((2, 2)), **options}
     with pytest.raises(InputError, match=message):
         overlay(**given)
-
-
-# ---------------------------------------------------------------------------------------------
-# panel
-# ---------------------------------------------------------------------------------------------
 
 
 def tile(value=1.0, name="a.png", image=None, **options):
@@ -350,10 +330,6 @@ def test_shortening():
     assert " ".join(wrap("one two three four", (13, False), 60)) == "one two three four"
     assert len(wrap("one two three four", (13, False), 60)) > 1
 
-
-# ---------------------------------------------------------------------------------------------
-# page
-# ---------------------------------------------------------------------------------------------
 
 VOID = {"meta", "img", "wbr", "br"}
 
@@ -486,7 +462,7 @@ def test_a_long_page_leaves_what_is_out_of_sight_for_later():
 
 
 def test_links_and_folded_tables():
-    rows = [[Link(NASTY, "q3"), 0.5]]
+    rows = [[PageLink(NASTY, "q3"), 0.5]]
     read = Reader(page([], tables=[Table(["a", "b"], rows, "All", folded=True)]))
     assert read.all("a") == [{"href": "#q3"}]
     assert "".join(read.text).count(NASTY) == 1

@@ -17,7 +17,6 @@ import torch
 from build_samples import everything, quicken
 from photo_samples import CROP, SIDE, build, network_of, picture, write_photos
 
-import embedcam.report.job as job_room
 from embedcam import EmbeddingNetwork, Explainer, Explanation, Index, find_images, write_report
 from embedcam.errors import ImageError, InputError
 from embedcam.images import ImageSource, Item, from_dataset
@@ -25,7 +24,8 @@ from embedcam.index import remove
 from embedcam.preprocess import custom
 from embedcam.render import Look, Row, page_row
 from embedcam.report import LINES, PAGE
-from embedcam.report.queries import finished, open_query
+from embedcam.report import report as job_room
+from embedcam.report.report import finished, open_query
 from embedcam.report.words import Fact, blocks, facts, intro
 
 BROKEN = "1/broken.png"

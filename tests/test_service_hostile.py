@@ -1,6 +1,5 @@
 """What nobody honest sends: each is refused with its status and one sentence, and costs little."""
 
-import importlib.util
 import io
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -15,13 +14,7 @@ from service_client import BOUNDARY, FORM, ask, built, data_of, explainer, form,
 from embedcam.errors import IndexFormatError
 from embedcam.service import Limits, create_app
 from embedcam.service.pictures import MAX_SCANS
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
-_found = importlib.util.spec_from_file_location("hostile", SCRIPTS / "serving" / "hostile.py")
-assert _found is not None
-assert _found.loader is not None
-hostile = importlib.util.module_from_spec(_found)  # the soak test sends them too
-_found.loader.exec_module(hostile)
+from scripts.benchmarks import load as hostile
 
 LIMITS = Limits(body_bytes=3_000_000, seconds=10)
 QUERY = data_of(picture(3))

@@ -1,49 +1,23 @@
-"""scripts/benchmark_service.py and soak_service.py: their figures. Values, never seconds."""
+"""The benchmarks `service` and `soak`: their figures. Values, never seconds."""
 
-import importlib.util
-import sys
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+from scripts.benchmarks import load, service, soak
 
 
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[SimpleNamespace]:
-    """Both scripts, and the client they share."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        loaded = {}
-        for name in ("benchmark_service", "soak_service"):
-            spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-            assert spec is not None
-            assert spec.loader is not None
-            loaded[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(loaded[name])
-        client = importlib.import_module("serving.client")
-        yield SimpleNamespace(**loaded, client=client)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-        for name in list(sys.modules):
-            if name.partition(".")[0] in ("benchmark", "serving"):
-                del sys.modules[name]
-
-
-def test_ratios_with_and_without_the_client(scripts: SimpleNamespace) -> None:
+def test_ratios_with_and_without_the_client() -> None:
     took = {
         "search": np.full(100, 100.0),
         "search again (A/A)": np.full(100, 100.0),
         "explain": np.r_[np.full(90, 109.0), np.full(10, 130.0)],
         "null": np.full(100, 20.0),
     }
-    lines = scripts.benchmark_service.report(8, took).splitlines()
+    lines = service.report(8, took).splitlines()
     cells = {
         line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
         for line in lines
@@ -59,21 +33,21 @@ def test_ratios_with_and_without_the_client(scripts: SimpleNamespace) -> None:
     assert cells["null"][1:3] == ["20.0", "0.200"]
 
 
-def test_growth_of_memory(scripts: SimpleNamespace) -> None:
+def test_growth_of_memory() -> None:
     held = [10e6] * 25 + [100e6] * 24 + [900e6] + [200e6] * 25 + [104e6] * 25
     memory = [(float(gone), int(one)) for gone, one in enumerate(held)]
-    first, last, ratio = scripts.soak_service.growth(memory)
+    first, last, ratio = soak.growth(memory)
     assert (first, last, ratio) == (100, 104, pytest.approx(1.04))
 
 
-def test_every_hostile_request_is_to_be_refused(scripts: SimpleNamespace) -> None:
-    good, bad = scripts.soak_service.good_calls(), scripts.soak_service.hostile_calls()
+def test_every_hostile_request_is_to_be_refused() -> None:
+    good, bad = soak.good_calls(), soak.hostile_calls()
     assert all(call.expected == (200,) for call in good)
     assert all(400 <= status < 500 for call in bad for status in call.expected)
     assert not {call.name for call in good} & {call.name for call in bad}
 
 
-def test_a_closed_loop_sends_each_request_once(scripts: SimpleNamespace) -> None:
+def test_a_closed_loop_sends_each_request_once() -> None:
     seen: list[str] = []
     at_once, most, lock = 0, 0, threading.Lock()
 
@@ -101,16 +75,16 @@ def test_a_closed_loop_sends_each_request_once(scripts: SimpleNamespace) -> None
     server.daemon_threads = True
     running = threading.Thread(target=server.serve_forever)
     running.start()
-    call = scripts.client.Call
+    call = load.Call
     try:
-        took = scripts.client.closed_loop(
+        took = load.closed_loop(
             server.server_port, 3, 20, lambda place: call("POST", f"/{place}", b"x" * place)
         )
         assert len(took) == 20
         assert sorted(seen) == sorted(f"/{place} {'x' * place}" for place in range(20))
         assert most <= 3
         with pytest.raises(RuntimeError, match="POST /bad: 404 b'ok'"):
-            scripts.client.closed_loop(server.server_port, 1, 1, lambda _: call("POST", "/bad"))
+            load.closed_loop(server.server_port, 1, 1, lambda _: call("POST", "/bad"))
     finally:
         server.shutdown()
         server.server_close()

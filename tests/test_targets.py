@@ -113,12 +113,6 @@ def test_through_the_norm_nothing_is_left_along_the_embedding(vectors, length) -
     np.testing.assert_allclose(through_norm(c, f, 2 * length), got / 2, atol=1e-12)
 
 
-def test_through_the_norm_by_hand() -> None:
-    # z = (6, 8), f = (.6, .8): ((1, 0) - .6 f) / 10
-    got = through_norm(np.array([1.0, 0.0]), np.array([0.6, 0.8]), np.asarray(10.0))
-    np.testing.assert_allclose(got, [0.064, -0.048], atol=1e-15)
-
-
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("normalized", [True, False])
 def test_the_heads_cotangent_goes_the_way_that_was_named(norm, normalized) -> None:

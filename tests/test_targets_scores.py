@@ -278,10 +278,7 @@ def test_functions_that_cannot_be_targets_are_refused(function: Any, message: st
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: Similarity(ONE, "euclid"),
-            "similarity = 'euclid' is unknown; known: cosine, dot",
-        ),
+        (lambda: Similarity(ONE, "euclid"), "similarity = 'euclid' is unknown; known: cosine, dot"),
         (lambda: Similarity(np.zeros(D)), "reference holds a vector of length 0, which points now"),
         (lambda: PairContribution(np.zeros(D)), "reference holds a vector of length 0"),
         (lambda: ClassProxy([[1.0, 0], [0, 0]]), "points holds a vector of length 0"),

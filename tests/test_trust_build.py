@@ -14,7 +14,6 @@ from test_trust import literal_correlation, literal_evidence, literal_trust
 
 from embedcam import DirectWeights, Explainer, Index, Recipe, add_images, build_index
 from embedcam.errors import ImageError, IndexFormatError, InputError, NetworkMismatch
-from embedcam.explain.drawing import _map_note as map_note
 from embedcam.images import ImageSource
 from embedcam.index import remove
 from embedcam.index.neighbors import draw_negatives
@@ -224,7 +223,7 @@ def test_too_few_images_calibrate_nothing_and_so_can_the_user(
             assert index.manifest.trust_calibration is None
             found = Explainer(index, made_of.network).explain(inputs(made_of, images)[0])
             assert (found.trust, found.trusted, found.direct) == (None, None, False)
-            assert "trust" not in map_note(found)
+            assert "trust" not in found.tiles()[0].subcaption
 
 
 def test_an_index_without_the_calibration_asked_for_is_not_called_complete(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
+from oracles import bilinear, min_max
 from torch import Tensor, nn
 from zoo_cases import Case, Expected
 
@@ -29,28 +30,6 @@ def weighted_map(weights: Array, A: Array) -> Array:
         for j in range(W):
             out[i, j] = max(sum(float(weights[k]) * float(A[k, i, j]) for k in range(K)), 0.0)
     return out
-
-
-def bilinear(grid: Array, size: tuple[int, int]) -> Array:
-    """U(.): pixel centres aligned, edges repeated."""
-    h, w = grid.shape
-    out = np.zeros(size)
-    for i in range(size[0]):
-        for j in range(size[1]):
-            y = min(max((i + 0.5) * h / size[0] - 0.5, 0.0), h - 1.0)
-            x = min(max((j + 0.5) * w / size[1] - 0.5, 0.0), w - 1.0)
-            y0, x0 = math.floor(y), math.floor(x)
-            y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
-            top = grid[y0, x0] * (1 - (x - x0)) + grid[y0, x1] * (x - x0)
-            bottom = grid[y1, x0] * (1 - (x - x0)) + grid[y1, x1] * (x - x0)
-            out[i, j] = top * (1 - (y - y0)) + bottom * (y - y0)
-    return out
-
-
-def min_max(grid: Array) -> Array:
-    """N(.): zeros where the map is constant."""
-    low, high = min(cells(grid)), max(cells(grid))
-    return np.zeros_like(grid) if high == low else (grid - low) / (high - low)
 
 
 # --- methods of one gradient ---
@@ -190,7 +169,7 @@ def layercam(
         largest = max(cells(M))
         if largest > 0:
             M = np.tanh(2 * M / largest) if name in shallow else M / largest
-        drawn.append(bilinear(M, size))
+        drawn.append(bilinear(M, *size))
     return Expected(map=np.max(drawn, axis=0))
 
 
@@ -200,7 +179,7 @@ def zoomcam(case: Case, *, layers: Sequence[str] | None = None) -> Expected:
         return Expected(map=min_max(product_map(*case.gradient(case.image))))
     size = (case.image.shape[1], case.image.shape[2])
     maps = [min_max(product_map(A, G)) for A, G in gradients_at(case, layers)]
-    return Expected(map=np.max([bilinear(M, size) for M in maps], axis=0))
+    return Expected(map=np.max([bilinear(M, *size) for M in maps], axis=0))
 
 
 # --- methods that go back to the pixels ---
@@ -243,7 +222,7 @@ def guided_gradcam(case: Case) -> Expected:
     weights = gradcam(case).weights
     assert pixels is not None
     assert weights is not None
-    return Expected(map=pixels * bilinear(weighted_map(weights, A), pixels.shape))
+    return Expected(map=pixels * bilinear(weighted_map(weights, A), *pixels.shape))
 
 
 ORACLES: dict[str, Callable[[Case], Expected]] = {

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from oracles import bilinear
+from oracles import min_max as unit
 from torch import Tensor, nn
 from zoo_cases import Case, Expected, Pooled, make, trunk
 
@@ -97,16 +99,6 @@ def lively(build: Callable[[], nn.Module], seed: int = 0) -> Any:
 # --- the formulas ------------------------------------------------------------
 
 
-def unit(maps: Array) -> Array:
-    """N of one map: (a - min) / (max - min), zeros where it is flat."""
-    low, high = min(maps.ravel()), max(maps.ravel())
-    out = np.zeros_like(maps)
-    for i in range(maps.shape[0]):
-        for j in range(maps.shape[1]):
-            out[i, j] = (maps[i, j] - low) / (high - low) if high > low else 0.0
-    return out
-
-
 def grey(image: Array) -> Array:
     """Mean over channels of an input `[C H W]`."""
     channels, height, width = image.shape
@@ -114,23 +106,6 @@ def grey(image: Array) -> Array:
     for i in range(height):
         for j in range(width):
             out[i, j] = sum(image[c, i, j] for c in range(channels)) / channels
-    return out
-
-
-def bilinear(maps: Array, height: int, width: int) -> Array:
-    """A map `[h w]` at another size, centres of pixels aligned, edges repeated."""
-    h, w = maps.shape
-    out = np.zeros((height, width))
-    for i in range(height):
-        y = min(max((i + 0.5) * h / height - 0.5, 0.0), h - 1.0)
-        for j in range(width):
-            x = min(max((j + 0.5) * w / width - 0.5, 0.0), w - 1.0)
-            top, left = int(y), int(x)
-            bottom, right = min(top + 1, h - 1), min(left + 1, w - 1)
-            dy, dx = y - top, x - left
-            upper = maps[top, left] * (1 - dx) + maps[top, right] * dx
-            lower = maps[bottom, left] * (1 - dx) + maps[bottom, right] * dx
-            out[i, j] = upper * (1 - dy) + lower * dy
     return out
 
 

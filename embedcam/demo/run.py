@@ -4,37 +4,47 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from ..errors import show
+from .. import evaluate_index  # a user of the public names, as its readers are
+from .._files import make_folder, write_whole
+from ..errors import InputError, show
 from ..explain.explainer import Explainer
-from ..images import find_images
+from ..images import ImageSource, Item, find_images
 from ..index import Index
 from ..network import EmbeddingNetwork
 from ..offline import build_index
 from ..recipe.recipe import Recipe
-from .digits_network import LAYER, digits_preprocess, load_weights, save_weights
-from .measure import Measured, features, measure, questions
-from .pictures import explain_doubles, explain_singles, html_page, panel_picture
-from .scene_files import TABLE, read_scenes, write_scenes
+from ..render import Row, Table, Tile, page, panel
+from .digits_network import LAYER, digits_preprocess, load_weights, save_weights, train
+from .scenes import SPLITS, TABLE, read_scenes, write_scenes
 from .settings import DemoSettings
-from .stages import Stages
-from .training import train
 
+_RECORD = "stages.json"
 _SCENES = ("seed", "scene_size", "n_gallery", "n_query", "n_pairs")
 _TRAINING = (
     "seed", "input_size", "n_train", "steps", "batch_size", "learning_rate", "margin", "channels",
     "embedding_size",
 )  # fmt: skip
-#: Shown: the first two-digit scenes, and the first query of each of these digits.
+# Shown: the first two-digit scenes, and the first query of each of these digits.
 N_DOUBLES, SINGLES = 3, (3, 8)
+NOTES = (
+    "Box AUC: how well the signed map tells pixels of the digit's true box from the rest, on "
+    "held-out one-digit scenes; chance is 0.5, and no change of contrast moves it. Energy: share "
+    "of the drawn map inside, which a sharper map raises. Two digits: the same of the digit that "
+    "the given result shows, against the other, and how often it has the larger share. Weights are "
+    "the nearest result's, unless transferred from more; of two digits those of one result."
+)
+_HEADER = ("weights", "box AUC", "energy", "two digits AUC", "share", "right half")
+_IMAGE_SCORES = {"box_auc": "auc", "energy": "energy"}
+_SCENE_SCORES = {"side_auc": "objects_auc", "share": "share", "right": "right"}
 
 
 def run_demo(
@@ -43,220 +53,263 @@ def run_demo(
     progress: bool = True,
     settings: DemoSettings | None = None,
 ) -> dict[str, Any]:
-    """Run the demonstration; stages that an earlier run finished are kept.
-
-    Args:
-        directory: a new or empty folder, or that of an earlier run. Written there: scenes/,
-            network.safetensors, index/, why.png, why.html, summary.json.
-        seed: of the scenes, the training and the triplets.
-        progress: bars on a terminal, and the table on standard output.
-        settings: other sizes; their seed is replaced by `seed`.
-
-    Returns:
-        What summary.json holds (recall_at_1, rows of the table, files, settings, recipe), with the
-        folder and the seconds of the stages that ran in this call.
-
-    Raises:
-        InputError: the folder holds something else.
-    """
+    """Run the demonstration as `embedcam.demo.run_demo` says."""
     settings = replace(settings or DemoSettings(), seed=seed)
-    folder = Path(directory)
-    stages, begun = Stages(folder), time.perf_counter()
-    demo = _Demo(folder, settings, progress)
-    recipe = demo.recipe
-    stages.run(
-        "scenes", settings.digest(*_SCENES), demo.scenes / TABLE,
-        demo.draw_scenes,
-    )  # fmt: skip
-    stages.run(
+    begun = time.perf_counter()
+    demo = _Demo(Path(directory), settings, progress)
+    demo.stage("scenes", settings.digest(*_SCENES), demo.scenes / TABLE, demo.draw_scenes)
+    demo.stage(
         "training", settings.digest(*_TRAINING), demo.weights,
         lambda: save_weights(train(settings, progress), demo.weights),
     )  # fmt: skip
-    stages.run("index", recipe.digest(), demo.index / "manifest.json", demo.build)
-    stages.run("explanations", settings.digest(), demo.summary, demo.explain)
+    demo.stage("index", Recipe(seed=seed).digest(), demo.index / "manifest.json", demo.build)
+    demo.stage("explanations", settings.digest(), demo.summary, demo.explain)
     summary: dict[str, Any] = json.loads(demo.summary.read_text(encoding="utf-8"))
-    summary["folder"] = str(folder)
-    summary["seconds"] = {**stages.seconds, "total": round(time.perf_counter() - begun, 1)}
+    summary["folder"] = str(demo.folder)
+    summary["seconds"] = {**demo.seconds, "total": round(time.perf_counter() - begun, 1)}
     if progress:
-        show(*describe(summary).split("\n"))
+        show(*describe(summary))
     return summary
 
 
 class _Demo:
-    """The stages that need a network, and where everything lies."""
+    """The stages, where everything lies, and which stages an earlier run finished."""
 
     def __init__(self, folder: Path, settings: DemoSettings, progress: bool) -> None:
         self.folder, self.settings, self.progress = folder, settings, progress
-        self.scenes = folder / "scenes"
+        self.scenes, self.index = folder / "scenes", folder / "index"
         self.weights = folder / "network.safetensors"
-        self.index = folder / "index"
         self.picture, self.page = folder / "why.png", folder / "why.html"
         self.summary = folder / "summary.json"
-        self.recipe = Recipe(seed=settings.seed)
+        self.seconds: dict[str, float] = {}
+        self._done: dict[str, str] = {}
+        self._recorded = self._read()
+        make_folder(folder)
+
+    def stage(self, name: str, digest: str, product: Path, make: Callable[[], object]) -> None:
+        """Call `make` unless an earlier run made `product` under the same digest.
+
+        A stage that runs makes all later ones run again; they are forgotten before the work begins,
+        so that a killed run leaves no later stage believed.
+        """
+        if self._recorded.get(name) != digest or not product.exists():
+            self._recorded = {}
+            self._write()
+            begun = time.perf_counter()
+            make()
+            self.seconds[name] = round(time.perf_counter() - begun, 1)
+        self._done[name] = digest
+        self._write()
+
+    def _read(self) -> dict[str, str]:
+        path = self.folder / _RECORD
+        try:
+            recorded = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise InputError(
+                    f"{self.folder} holds files that are not this demonstration's; give an empty "
+                    "or new folder"
+                ) from None
+            return {}
+        except (OSError, ValueError):
+            recorded = None
+        if not isinstance(recorded, dict):
+            raise InputError(f"{path} is damaged; delete the folder and run the demo again")
+        return {str(name): str(digest) for name, digest in recorded.items()}
+
+    def _write(self) -> None:
+        write_whole(self.folder / _RECORD, json.dumps({**self._recorded, **self._done}, indent=1))
 
     def draw_scenes(self) -> None:
-        """The scenes as files; those of other settings are deleted."""
+        """Write the scenes as files; those of other settings are deleted."""
         shutil.rmtree(self.scenes, ignore_errors=True)
         write_scenes(self.settings, self.scenes, self.progress)
 
     def network(self) -> EmbeddingNetwork:
-        """The trained network, wrapped."""
-        return EmbeddingNetwork(
-            load_weights(self.weights),
-            LAYER,
-            preprocess=digits_preprocess(self.settings.input_size),
-            name="digits",
-        )
+        """Return the trained network, wrapped."""
+        preprocess = digits_preprocess(self.settings.input_size)
+        module = load_weights(self.weights)
+        return EmbeddingNetwork(module, LAYER, preprocess=preprocess, name="digits")
 
     def build(self) -> None:
-        """The main job, offline: an index of the gallery's folder."""
+        """Build an index of the gallery's folder."""
         build_index(
-            find_images(self.scenes / "gallery"),
-            self.network(),
-            self.index,
-            self.recipe,
-            replace=True,
-            progress=None if self.progress else False,
-        )
+            find_images(self.scenes / "gallery"), self.network(), self.index,
+            Recipe(seed=self.settings.seed), replace=True, progress=self._bars,
+        )  # fmt: skip
 
     def explain(self) -> None:
-        """The main job, online, and the table."""
+        """Measure the maps, explain some queries, and write both."""
         network = self.network()
-        gallery, queries, pairs = (
-            features(network, read_scenes(self.scenes, split))
-            for split in ("gallery", "query", "pair")
-        )
         with Index.open(self.index) as index:
-            explainer = Explainer(index, network)
-            ids = [
-                file.path.relative_to(self.scenes / "gallery").as_posix() for file in gallery.files
-            ]
-            rows = measure(
-                network,
-                explainer,
-                (gallery, queries, pairs),
-                ids,
-                self.settings.n_triplets,
-                self.settings.top_m,
+            rows, recall, scenes = self._measure(index, network)
+            summary = {
+                "recall_at_1": recall,
+                "n_gallery": len(index),
+                "n_queries": self.settings.n_query,
+                "n_pairs": self.settings.n_pairs,
+                "rows": rows,
+                "settings": asdict(self.settings),
+                "recipe": Recipe(seed=self.settings.seed).to_dict(),
+                "files": {
+                    "panel": self.picture.name,
+                    "page": self.page.name,
+                    "index": self.index.name,
+                    "network": self.weights.name,
+                    "scenes": self.scenes.name,
+                },
+            }
+            self._draw(Explainer(index, network), scenes, summary)
+        write_whole(self.summary, json.dumps(summary, indent=1))
+
+    @property
+    def _bars(self) -> bool | None:
+        return None if self.progress else False
+
+    def _measure(
+        self, index: Index, network: EmbeddingNetwork
+    ) -> tuple[list[dict[str, Any]], float, list[dict[str, Any]]]:
+        """Return the table's rows, Recall@1, and the questions about two-digit scenes."""
+        source = self._queries()
+        recipes = _recipes(self.settings)
+        nearest, several = (
+            evaluate_index(
+                index, source, network, boxes=self.scenes / TABLE, recipes=some,
+                progress=self._bars, n_neighbors=count, controls=False, examples=0, scenes=0,
+                measures=("retrieval", "localisation", "objects"), faithfulness=len(source),
             )
-            recall = _recall_at_1(index, queries)
-            summary = self._summary(rows, recall, len(gallery.files))
-            self._draw(explainer, (gallery, queries, pairs), ids, summary)
-        _write(self.summary, json.dumps(summary, indent=1))
+            for count, some in ((1, recipes), (5, {}))
+        )  # fmt: skip
+        one, five = ((each.rows, each.scenes) for each in (nearest, several))
+        area = float(np.mean([row["area"] for row in _singles(one[0])]))
+        rows = [
+            {"weights": "chance (area)", "box_auc": 0.5, "energy": area, "side_auc": 0.5,
+             "share": 0.5, "right": 0.5},
+            *(_row(one, name, f"{name}: ") for name in ("mean activation", *recipes)),
+            _row(one, "transferred from 1 neighbour"),
+            _row(five, "transferred from 5 neighbours"),
+        ]  # fmt: skip
+        recall = float(np.mean([row["recall_1"] for row in _singles(one[0])]))
+        return rows, recall, one[1]
+
+    def _queries(self) -> ImageSource:
+        """Return the queries of one digit with their labels, then those of two, without."""
+        queries, pairs = (read_scenes(self.scenes, split) for split in SPLITS[2:])
+        items = [Item(path, path, digits[0].label) for path, digits in queries.items()]
+        return ImageSource([*items, *(Item(path, path) for path in pairs)], self.scenes)
 
     def _draw(
-        self,
-        explainer: Explainer,
-        sets: tuple[Measured, Measured, Measured],
-        ids: Sequence[str],
-        summary: dict[str, Any],
+        self, explainer: Explainer, scenes: Sequence[dict[str, Any]], summary: dict[str, Any]
     ) -> None:
-        gallery, queries, pairs = sets
-        asked = questions(gallery, pairs, n_results=1)[: 2 * N_DOUBLES]
-        results = [
-            [ids[asked[2 * scene + side].results[0]] for side in (0, 1)]
-            for scene in range(N_DOUBLES)
-        ]
-        singles = explain_singles(explainer, [queries.files[digit] for digit in SINGLES])
-        doubles = explain_doubles(explainer, pairs.files[:N_DOUBLES], results)
-        unfinished = self.picture.with_name("why.part.png")
-        panel_picture(singles, doubles).save(unfinished)
-        unfinished.replace(self.picture)
-        text = html_page(singles, doubles, table(summary["rows"]), _intro(summary), NOTES)
-        _write(self.page, text)
-
-    def _summary(self, rows: list[dict[str, Any]], recall: float, n_gallery: int) -> dict[str, Any]:
-        return {
-            "recall_at_1": recall,
-            "n_gallery": n_gallery,
-            "n_queries": self.settings.n_query,
-            "n_pairs": self.settings.n_pairs,
-            "rows": rows,
-            "settings": self.settings.__dict__,
-            "recipe": self.recipe.to_dict(),
-            "files": {
-                "panel": self.picture.name,
-                "page": self.page.name,
-                "index": self.index.name,
-                "network": self.weights.name,
-                "scenes": self.scenes.name,
-            },
-        }
-
-
-def _recall_at_1(index: Index, queries: Measured) -> float:
-    """How often the index's nearest image of a held-out query shows the same digit."""
-    found = index.search(queries.embedding, 1).positions[:, 0]
-    return float(
-        np.mean([a == b for a, b in zip(index.labels[found], queries.labels, strict=True)])
-    )
-
-
-NOTES = (
-    "Box AUC: how well the signed map tells pixels of the digit's true box from the rest, on "
-    "held-out one-digit scenes; chance is 0.5, and no change of contrast moves it. Energy: share "
-    "of the drawn map inside, which a sharper map raises. Two digits: the same of the half with "
-    "the digit that the given result shows, and how often it has the larger share. Weights are the "
-    "query's own (box) or the given result's (two digits), unless transferred."
-)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The table as words, its header first."""
-    header = ["weights", "box AUC", "energy", "two digits AUC", "share", "right half"]
-    shown = ("box_auc", "energy", "side_auc", "share")
-    return [
-        header,
-        *(
-            [row["weights"], *(f"{row[name]:.3f}" for name in shown), f"{row['right']:.1%}"]
-            for row in rows
-        ),
-    ]
-
-
-def _intro(summary: dict[str, Any]) -> str:
-    return (
-        f"An index of {summary['n_gallery']} scenes of handwritten digits among doodles, and "
-        f"queries of unseen handwriting. Recall@1 of the network on the held-out queries: "
-        f"{summary['recall_at_1']:.3f}. The maps were drawn without back-propagation, from weights "
-        "stored with the results."
-    )
-
-
-def describe(summary: dict[str, Any]) -> str:
-    """What is printed at the end."""
-    lines = table(summary["rows"])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    text = [
-        line[0].ljust(widths[0])
-        + "".join(
-            "  " + cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)
+        """Draw two-digit scenes with a result for each digit, and queries with their results."""
+        rows: list[Row] = []
+        for path, digits in list(read_scenes(self.scenes, "pair").items())[:N_DOUBLES]:
+            place = self.settings.n_query + len(rows)
+            results = {row["label"]: row["result"] for row in scenes if row["first"] == place}
+            query = Tile(Image.open(self.scenes / path).convert("RGB"), caption=Path(path).stem)
+            tiles = []
+            for digit in digits:
+                neighbors = [results[digit.label]] if digit.label in results else None
+                why = explainer.explain(self.scenes / path, neighbors=neighbors)
+                tiles.append(why.tiles()[1][0])
+                tiles.append(Tile(query.image, why.cam, why.extent, f"matched this {digit.label}"))
+            names = " and ".join(digit.label for digit in digits)
+            rows.append(Row(query, tiles, title=f"One query, two results: {names}"))
+        paths = list(read_scenes(self.scenes, "query"))
+        for number in SINGLES:
+            why = explainer.explain(self.scenes / paths[number], n_neighbors=4)
+            query, nearest = why.tiles()
+            rows.append(Row(query, nearest, title=f"A held-out {number} and its nearest images"))
+        _stacked(
+            [panel(row.query, row.results, scale="each", title=row.title) for row in rows],
+            self.picture,
         )
-        for line in lines
-    ]
-    text.insert(1, "-" * len(text[0]))
-    return "\n".join(
-        [
-            f"Recall@1 on {summary['n_queries']} held-out scenes: {summary['recall_at_1']:.3f}",
-            "",
-            *text,
-            "",
-            NOTES,
-            "",
-            *(
-                f"{name:<8}{Path(summary['folder']) / file}"
-                for name, file in summary["files"].items()
+        table = _table(summary["rows"])
+        text = page(
+            rows,
+            title="embedcam: why did this image come back?",
+            intro=(
+                f"An index of {summary['n_gallery']} scenes of handwritten digits among doodles, "
+                "and queries of unseen handwriting. Recall@1 of the network on the held-out "
+                f"queries: {summary['recall_at_1']:.3f}. The maps were drawn without "
+                "back-propagation, from weights stored with the results."
             ),
-            f"{summary['seconds']['total']:.0f} seconds",
-        ]
-    )
+            tables=[Table(table[0], table[1:], "Where the maps lie", NOTES)],
+            scale="each",
+        )
+        write_whole(self.page, text)
 
 
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
+def _recipes(settings: DemoSettings) -> dict[str, Recipe]:
+    """Return other recipes for the same gallery, by the names of their lines in the table."""
+    count, top = settings.n_triplets, settings.top_m
+    triplets = Recipe(target="margin", sampling="random", triplets=count)
+    return {
+        "one triplet": replace(triplets, triplets=1),
+        f"{count} triplets": triplets,
+        f"{count} triplets, top {top} of {settings.channels} (the paper)": Recipe.paper(
+            triplets=count, m=top
+        ),
+        f"{count} triplets, Grad-CAM++": replace(triplets, method="gradcam++"),
+    }
+
+
+Rows = Sequence[dict[str, Any]]
+
+
+def _singles(rows: Rows) -> Rows:
+    return [row for row in rows if row["label"] is not None]
+
+
+def _row(measured: tuple[Rows, Rows], name: str, before: str = "") -> dict[str, Any]:
+    """Return the means of one method over images and scenes; before: of its columns' names."""
+    images, scenes = measured
+    columns = [(_singles(images), _IMAGE_SCORES), (scenes, _SCENE_SCORES)]
+    means = {
+        score: float(np.mean([row[before + column] for row in rows]))
+        for rows, scores in columns
+        for score, column in scores.items()
+    }
+    return {"weights": name, **means}
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return the table as words, its header first."""
+    shown = ("box_auc", "energy", "side_auc", "share")
+    lines = [
+        [row["weights"], *(f"{row[name]:.3f}" for name in shown), f"{row['right']:.1%}"]
+        for row in rows
+    ]
+    return [list(_HEADER), *lines]
+
+
+def _stacked(pictures: Sequence[Image.Image], path: Path) -> None:
+    """Write pictures below each other as one."""
+    size = max(one.width for one in pictures), sum(one.height for one in pictures)
+    sheet = Image.new("RGB", size, "white")
+    top = 0
+    for one in pictures:
+        sheet.paste(one, (0, top))
+        top += one.height
+    unfinished = path.with_name("why.part.png")
+    sheet.save(unfinished)
     unfinished.replace(path)
 
 
-if __name__ == "__main__":
-    run_demo(sys.argv[1])
+def describe(summary: dict[str, Any]) -> list[str]:
+    """Return the lines that are printed at the end."""
+    lines = _table(summary["rows"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    ]
+    files = (
+        f"{name:<8}{Path(summary['folder']) / file}" for name, file in summary["files"].items()
+    )
+    return [
+        f"Recall@1 on {summary['n_queries']} held-out scenes: {summary['recall_at_1']:.3f}",
+        "", text[0], "-" * len(text[0]), *text[1:], "", NOTES, "", *files,
+        f"{summary['seconds']['total']:.0f} seconds",
+    ]  # fmt: skip

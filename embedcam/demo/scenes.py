@@ -1,4 +1,4 @@
-"""Scenes of handwritten digits among clutter, with the true box of every digit.
+"""Scenes of handwritten digits among clutter, with the true box of every digit, and their files.
 
 The digits are scikit-learn's 1797 real ones, shared out so that no handwritten sample of one split
 appears in another: what is measured on the queries is measured on unseen handwriting. Every scene
@@ -7,23 +7,31 @@ is a function of (seed, split, number) alone, so the number of scenes changes no
 
 from __future__ import annotations
 
+import csv
+import io
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from .doodles import draw_doodle
+from .._files import make_folder, write_whole
+from ..images.progress import progress_of
+from .settings import DemoSettings
 
 Split = Literal["train", "gallery", "query", "pair"]
+SPLITS: tuple[Split, ...] = ("train", "gallery", "query", "pair")
 Box = tuple[int, int, int, int]
+TABLE = "annotations.csv"
+COLUMNS = ("path", "label", "x0", "y0", "x1", "y1", "width", "height", "split")
 
-#: Splits by handwriting; two-digit scenes show the queries' digits.
+# Splits by handwriting; two-digit scenes show the queries' digits.
 _SHARES = {"train": 0.6, "gallery": 0.2, "query": 0.2}
-_STREAMS: dict[str, int] = {"train": 1, "gallery": 2, "query": 3, "pair": 4}
+_STREAMS = {split: stream for stream, split in enumerate(SPLITS, 1)}
 _N_DOODLES = 200
 _PAD = 3
-CLASSES = tuple(str(digit) for digit in range(10))
 
 
 @dataclass(frozen=True)
@@ -46,14 +54,13 @@ class SceneMaker:
     """Draws the scenes of one seed, at any size: coordinates are fractions of the side."""
 
     def __init__(self, seed: int = 0, size: int = 192) -> None:
-        self.seed = seed
-        self.size = size
+        self.seed, self.size = seed, size
         self._digits = _split_digits(seed)
         rng = np.random.default_rng([seed, 0])
         self._doodles = [draw_doodle(rng) for _ in range(_N_DOODLES)]
 
     def scene(self, split: Split, number: int) -> Scene:
-        """Scene `number` of `split`; its class is `number % 10`, a pair's is drawn."""
+        """Draw scene `number` of `split`; its class is `number % 10`, a pair's is drawn."""
         rng = np.random.default_rng([self.seed, _STREAMS[split], number])
         canvas = _Canvas(rng, self.size)
         regions: tuple[tuple[int, int, int], ...]
@@ -82,11 +89,10 @@ class SceneMaker:
 
 
 class _Canvas:
-    """A picture in the making: ink `[H W]` in [0, 1] over a two-coloured backdrop."""
+    """A picture in the making: ink `[H W]` in [0, 1] over a two-colored backdrop."""
 
     def __init__(self, rng: np.random.Generator, size: int) -> None:
-        self._rng = rng
-        self._size = size
+        self._rng, self._size = rng, size
         self._ink = np.zeros((size, size), np.float32)
         self._taken = np.zeros((size, size), bool)
 
@@ -117,20 +123,21 @@ class _Canvas:
         np.maximum(spot, shape, out=spot)
 
     def pixels(self) -> np.ndarray:
-        """The finished picture, uint8 `[H W 3]`."""
+        """Return the finished picture, uint8 `[H W 3]`."""
         rng = self._rng
         hue, tilt = rng.uniform(0, 1, size=2)
-        low, high = _colour(hue, 0.30, 0.13), _colour(hue + 0.08, 0.24, 0.36)
+        low, high = _color(hue, 0.30, 0.13), _color(hue + 0.08, 0.24, 0.36)
         paper = _smooth_noise(rng, self._size)[..., None]
         paper = low + (high - low) * paper
-        ink = _colour(hue + 0.45 + 0.1 * tilt, 0.06, 0.92)
+        ink = _color(hue + 0.45 + 0.1 * tilt, 0.06, 0.92)
         alpha = self._ink[..., None]
         picture = paper * (1 - alpha) + ink * alpha
-        return np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8)
+        pixels: np.ndarray = np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8)
+        return pixels
 
 
 def _split_digits(seed: int) -> dict[str, list[list[np.ndarray]]]:
-    """Digits `[8 8]` in [0, 1] by split, then by class."""
+    """Return digits `[8 8]` in [0, 1] by split, then by class."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -173,7 +180,7 @@ def _placed(label: str, shape: np.ndarray, corner: tuple[int, int]) -> PlacedDig
 
 
 def _smooth_noise(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Cloudy texture `[size size]` in [0, 1]: noise of three scales."""
+    """Return a cloudy texture `[size size]` in [0, 1]: noise of three scales."""
     total = np.zeros((size, size), np.float32)
     for cells, weight in ((3, 0.5), (8, 0.3), (24, 0.2)):
         noise = Image.fromarray(rng.random((cells, cells), np.float32))
@@ -181,7 +188,126 @@ def _smooth_noise(rng: np.random.Generator, size: int) -> np.ndarray:
     return np.clip(total, 0, 1)
 
 
-def _colour(hue: float, saturation: float, value: float) -> np.ndarray:
-    """HSV to RGB `[3]` in [0, 1]."""
+def _color(hue: float, saturation: float, value: float) -> np.ndarray:
+    """Convert HSV to RGB `[3]` in [0, 1]."""
     wheel = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
-    return (value * (1 - saturation + saturation * wheel)).astype(np.float32)
+    color: np.ndarray = (value * (1 - saturation + saturation * wheel)).astype(np.float32)
+    return color
+
+
+def write_scenes(settings: DemoSettings, folder: Path, progress: bool = True) -> None:
+    """Write gallery/, query/ (a folder per class), pairs/ and the table, the table last."""
+    maker = SceneMaker(settings.seed, settings.scene_size)
+    counts: dict[Split, int]
+    counts = {"gallery": settings.n_gallery, "query": settings.n_query, "pair": settings.n_pairs}
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    total, shown = sum(counts.values()), None if progress else False
+    with progress_of("scenes", total, "scenes", shown=shown) as advance:
+        for split, count in counts.items():
+            for number in range(count):
+                scene = maker.scene(split, number)
+                place = "pairs" if split == "pair" else f"{split}/{scene.digits[0].label}"
+                name = f"{place}/{split}-{number:04d}.png"
+                make_folder((folder / name).parent)
+                Image.fromarray(scene.pixels).save(folder / name, compress_level=1)
+                for digit in scene.digits:
+                    size = (settings.scene_size, settings.scene_size)
+                    writer.writerow((name, digit.label, *digit.box, *size, split))
+                advance(1)
+    write_whole(folder / TABLE, table.getvalue())
+
+
+def read_scenes(folder: Path, split: Split) -> dict[str, list[PlacedDigit]]:
+    """Return the digits of a split's written scenes by path below `folder`, left one first."""
+    scenes: dict[str, list[PlacedDigit]] = {}
+    with (folder / TABLE).open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["split"] == split:
+                box: Box = (int(row["x0"]), int(row["y0"]), int(row["x1"]), int(row["y1"]))
+                scenes.setdefault(row["path"], []).append(PlacedDigit(row["label"], box))
+    return scenes
+
+
+# Clutter: small drawings made like the digits, of which none is a digit. The digits of scikit-learn
+# are 32 x 32 bitmaps counted in 4 x 4 blocks. Doodles are drawn and counted the same way, so that
+# neither sharpness nor stroke width tells a digit from its surroundings: only its shape does.
+_BITMAP, _BLOCK = 32, 4
+
+
+def draw_doodle(rng: np.random.Generator) -> np.ndarray:
+    """Draw one random doodle `[8 8]` float32 in [0, 1]."""
+    bitmap = Image.new("L", (_BITMAP, _BITMAP))
+    kind = DOODLES[int(rng.integers(len(DOODLES)))]
+    kind(ImageDraw.Draw(bitmap), rng)
+    if kind in _TURNED:
+        bitmap = bitmap.rotate(float(rng.uniform(0, 180)))
+    blocks = np.asarray(bitmap, np.float32).reshape(8, _BLOCK, 8, _BLOCK)
+    doodle: np.ndarray = blocks.mean(axis=(1, 3)) / 255
+    return doodle
+
+
+def _hatching(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    count = int(rng.integers(3, 5))
+    for x in np.linspace(5, 26, count):
+        draw.line([(x, rng.uniform(1, 7)), (x, rng.uniform(25, 31))], fill=255, width=3)
+
+
+def _cross(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    draw.line([(3, 16), (29, 16)], fill=255, width=4)
+    draw.line([(16, 3), (16, 29)], fill=255, width=4)
+
+
+def _star(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    for angle in np.arange(3) * np.pi / 3:
+        dx, dy = 14 * np.cos(angle), 14 * np.sin(angle)
+        draw.line([(16 - dx, 16 - dy), (16 + dx, 16 + dy)], fill=255, width=3)
+
+
+def _zigzag(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    turns = int(rng.integers(5, 7))
+    top, bottom = rng.uniform(5, 10), rng.uniform(22, 27)
+    ys = [top if i % 2 else bottom for i in range(turns)]
+    draw.line(list(zip(np.linspace(1, 30, turns), ys, strict=True)), fill=255, width=4)
+
+
+def _waves(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    xs = np.linspace(1, 30, 16)
+    for y in np.linspace(8, 24, int(rng.integers(2, 4))):
+        ys = y + 3 * np.sin(xs / 30 * 4 * np.pi + rng.uniform(0, 1))
+        draw.line(list(zip(xs, ys, strict=True)), fill=255, width=3)
+
+
+def _dots(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    for _ in range(int(rng.integers(4, 8))):
+        x, y = rng.uniform(4, 28, size=2)
+        radius = rng.uniform(2, 3.5)
+        draw.ellipse([x - radius, y - radius, x + radius, y + radius], fill=255)
+
+
+def _grid(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    for at in (10, 22):
+        draw.line([(at, 2), (at, 30)], fill=255, width=3)
+        draw.line([(2, at), (30, at)], fill=255, width=3)
+
+
+def _patch(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    corners = int(rng.integers(3, 7))
+    angles = (np.arange(corners) + rng.uniform(-0.25, 0.25, corners)) * 2 * np.pi / corners
+    radii = rng.uniform(9, 14, corners)
+    points = zip(16 + radii * np.cos(angles), 16 + radii * np.sin(angles), strict=True)
+    draw.polygon(list(points), fill=255)
+
+
+def _bolt(draw: ImageDraw.ImageDraw, rng: np.random.Generator) -> None:
+    for y in (4, 13, 22):
+        draw.line([(5, y), (16, y + 7), (27, y)], fill=255, width=3)
+
+
+Doodle = Callable[[ImageDraw.ImageDraw, np.random.Generator], None]
+DOODLES: tuple[Doodle, ...] = (
+    _hatching, _cross, _star, _zigzag, _waves, _dots, _grid, _patch, _bolt,
+)  # fmt: skip
+# A zigzag stood on its end can be read as a 3.
+_TURNED = frozenset(DOODLES) - {_zigzag, _waves}

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 
 from ..errors import InputError
 
-#: Raised when the code of a stage changes what it makes; finished stages of another are redone.
-STAGES_VERSION = 1
+STAGES_VERSION = 2
+"""Raised when the code of a stage changes what it makes; finished stages of another are redone."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class DemoSettings:
             )
 
     def digest(self, *names: str) -> str:
-        """Digest of the named settings (all, if none is named) and of the stages' version."""
+        """Return the digest of some settings, of all without names, and of the stages' version."""
         chosen = asdict(self)
         chosen = {name: chosen[name] for name in names or chosen}
         text = json.dumps([STAGES_VERSION, chosen], sort_keys=True)

@@ -1,178 +1,28 @@
-"""The best and the worst, as small pictures: read again at the end, so that none is kept before."""
+"""Measured images as small pictures: read again at the end, so that none is kept before."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from ..errors import EmbedcamError
-from ..preprocess import AnyPreprocess, Extent
-from ..render import Row, Tile
-from .controls import MEAN
+from ..preprocess import Extent
+from ..render import Row as PageRow
+from ..render import Tile, shrunk
+from ..render.overlay import scale_box
+from .gallery import sample
 from .maps import Questions
-from .queries import chosen
-from .settings import METHOD
-from .work import Work
+from .measures import MEAN, TRANSFERRED
+from .work import Row, Rows, Work
 
 SIDE = 320
 RESULTS = 3
 TRUE_BOX = (0, 220, 255)
 DASH = 6
 _DARK = (20, 22, 28)
-
-
-class Examples:
-    """Draws some of the measured images again."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-        self.mapper, self.gallery, self.regions = work.mapper, work.gallery, work.regions
-        self.source, self.own, self.settings = work.reader.source, work.own, work.settings
-        self.preprocess: AnyPreprocess = work.reader.preprocess
-
-    def choose(
-        self,
-        rows: Mapping[int, dict[str, Any]],
-        asked: Sequence[dict[str, Any]],
-    ) -> list[Row]:
-        """The best and the worst by what tells most of what was measured."""
-        count = self.settings.examples
-        if not count:
-            return []
-        shown = []
-        for what, pasted in (("Two pictures", True), ("Two objects", False)):
-            pairs = [row for row in asked if (row["second"] >= 0) == pasted and not row["empty"]]
-            for end, row in _ends(pairs, lambda row: row["objects_auc"], count):
-                title = f"{end} by the AUC of the object against the other"
-                made = self._attempt(self._example, row)
-                if made is not None:
-                    shown.append(replace(made, title=f"{what}, {title}", compact=True))
-        by, score = _score(rows)
-        ranked = [
-            {**row, "position": place} for place, row in rows.items() if score(row) is not None
-        ]
-        for end, row in _ends(ranked, score, count):
-            made = self._attempt(self._example, row)
-            if made is not None:
-                shown.append(replace(made, title=f"One picture, {end} by {by}", compact=True))
-        return shown
-
-    def _attempt(self, draw: Any, *given: Any) -> Row | None:
-        try:
-            made: Row = draw(*given)
-        except EmbedcamError:  # a file that has gone meanwhile is no reason to lose the numbers
-            return None
-        return made
-
-    def grid(
-        self, rows: Mapping[int, dict[str, Any]], asked: Sequence[dict[str, Any]]
-    ) -> list[Row]:
-        """A row for each of a few questions, drawn by lot, and a tile for each way of drawing.
-
-        Of what was asked about two objects, in real pictures where there are any; else of images.
-        """
-        if not self.work.rivals or not self.settings.examples:
-            return []
-        columns = (METHOD, *self.work.rivals, MEAN)
-        each = {(row["first"], row["second"], row["label"]): row for row in asked}
-        boxed = [row for row in each.values() if row["second"] < 0]
-        sampled = [
-            {**row, "position": place}
-            for place, row in rows.items()
-            if any(f"{way}: empty" in row for way in self.work.rivals)
-        ]
-        pool = boxed or list(each.values()) or sampled
-        places = chosen(len(pool), 2 * self.settings.examples, self.settings.seed)
-        made = [self._attempt(self._compared, pool[place], columns) for place in places]
-        return [row for row in made if row is not None]
-
-    def _compared(self, row: dict[str, Any], columns: Sequence[str]) -> Row:
-        shown = self._shown(row)
-        maps = self.work.drawn(shown.asked)
-        name = "objects_auc" if "first" in row else "auc"
-        tiles = []
-        for way in columns:
-            score = row.get(name if way == METHOD else f"{way}: {name}")
-            words = "" if score is None else f"pixel AUC {score:.2f}"
-            tiles.append(Tile(shown.picture, maps[way].drawn[0], shown.extent, way, words))
-        asked = f", asked for {row['label']}" if "first" in row else ""
-        notes = "; ".join(shown.notes)
-        return Row(tiles[0], tiles[1:], notes, f"{shown.name}{asked}", scale="each")
-
-    def _example(self, row: dict[str, Any]) -> Row:
-        """One picture with its map and what it was explained by."""
-        shown = self._shown(row)
-        explained = self.mapper.transferred(shown.asked.seen, shown.asked.near)[0]
-        words, count = [], 1
-        if "first" not in row:
-            count = RESULTS
-            words += [row["label"]] if row["label"] else []
-            if row.get("energy") is not None:
-                words.append(f"pixel AUC {row['auc']:.2f}, energy {row['energy']:.2f}")
-            if row.get("insertion") is not None:
-                words.append(f"insertion {row['insertion']:.2f}, deletion {row['deletion']:.2f}")
-            if explained.empty:
-                words.append("no positive evidence")
-        else:
-            words.append(f"AUC {row['objects_auc']:.2f}, share {row['share']:.2f}{shown.where}")
-        tile = Tile(
-            shown.picture,
-            explained.cam,
-            shown.extent,
-            shown.name if "first" not in row else f"asked for {row['label']}",
-            "\n".join([*words, *shown.notes]),
-        )
-        _, results = explained.tiles()
-        return Row(tile, [_shrunk(one) for one in results[:count]])
-
-    def _shown(self, row: dict[str, Any]) -> "_Shown":
-        """What a row was measured on, read again."""
-        result = [] if "first" not in row else [self.gallery.index.position(row["result"])]
-        if row.get("second", -1) >= 0:
-            return self._pair(row, result)
-        position = row["first"] if result else row["position"]
-        picture, item = self.source.open(position), self.source.items[position]
-        seen, own = self.mapper.see(self.preprocess(picture)[None]), self.own.held([position])
-        near = [np.array(result)]
-        if not result:
-            near = self.gallery.nearest(seen.embeddings, own, self.settings.n_neighbors)
-        small = _small(picture)
-        across, down = small.width / picture.width, small.height / picture.height
-        boxes = self.regions.pixels(position, picture.size, row["label"] if result else None)
-        for box in boxes:
-            _outline(small, box, across, down)
-        name = f"{item.id} {row['label']}" if result else item.id
-        what = f"the true box{'es' * (len(boxes) > 1)}"
-        return _Shown(
-            small,
-            _scaled(self.preprocess.extent(*picture.size), across, down),
-            Questions(seen, near, [own.tolist()], [row["label"]], [name]),
-            item.id.rpartition("/")[2],
-            notes=[f"dashed: {row['label'] if result else what}"] if len(boxes) else [],
-        )
-
-    def _pair(self, row: dict[str, Any], result: list[int]) -> "_Shown":
-        places = (row["first"], row["second"])
-        pictures = [self.source.open(place) for place in places]
-        seen = self.mapper.see_pair(np.stack([self.preprocess(one) for one in pictures]))
-        height, width = seen.size
-        scene = Image.new("RGB", (width, height))
-        for number, one in enumerate(pictures):
-            extent = self.preprocess.extent(*one.size)
-            across = width // 2 if number == 0 else width - width // 2
-            half = one.transform(
-                (across, height), Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR
-            )
-            scene.paste(half, (number * (width // 2), 0))
-        name = " | ".join(self.source.items[place].id for place in places)
-        left_out = self.own.held(places).tolist()
-        label, other = row["label"], self.source.items[places[1 - row["side"]]].label or ""
-        asked = Questions(seen, [np.array(result)], [left_out], [label], [f"{name} {label}"])
-        where = f", on the {('left', 'right')[row['side']]};\nbeside it {other}"
-        return _Shown(scene, None, asked, name, where)
+Score = Callable[[Row], float | None]
 
 
 @dataclass
@@ -187,52 +37,167 @@ class _Shown:
     notes: Sequence[str] = ()
 
 
-def _score(rows: Mapping[int, dict[str, Any]]) -> tuple[str, Any]:
-    """What one-object pictures are ordered by: the signed map's AUC, else insertion - deletion."""
-    if any(row.get("auc") is not None for row in rows.values()):
-        return "pixel AUC", lambda row: row.get("auc")
-    return (
-        "insertion area less deletion area",
-        lambda row: None if row.get("insertion") is None else row["insertion"] - row["deletion"],
-    )
+class Examples:
+    """Draws some of the measured images again."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+
+    def choose(self, rows: Rows, asked: Sequence[Row]) -> list[PageRow]:
+        """Draw the best and the worst by what tells most of what was measured."""
+        pairs = [row for row in asked if not row["empty"]]
+        kinds = [("Two pictures", [row for row in pairs if row["second"] >= 0])]
+        kinds += [("Two objects", [row for row in pairs if row["second"] < 0])]
+        by, score = "the AUC of the object against the other", _column("objects_auc")
+        shown = self._ends(kinds, by, score)
+        by, score = "pixel AUC", _column("auc")
+        if not any(score(row) is not None for row in rows.values()):
+            by, score = "insertion area less deletion area", _insertion_gain
+        ranked = [{**row, "position": place} for place, row in rows.items()]
+        return shown + self._ends([("One picture", ranked)], by, score)
+
+    def grid(self, rows: Rows, asked: Sequence[Row]) -> list[PageRow]:
+        """Draw a row for each of a few questions, by lot, with a tile for each method.
+
+        Of what was asked about two objects, in real pictures where there are any; else of images.
+        """
+        rivals, settings = self.work.rivals, self.work.settings
+        if not rivals or not settings.examples:
+            return []
+        each = {(row["first"], row["second"], row["label"]): row for row in asked}
+        boxed = [row for row in each.values() if row["second"] < 0]
+        sampled = [
+            {**row, "position": place}
+            for place, row in rows.items()
+            if any(f"{method}: empty" in row for method in rivals)
+        ]
+        pool = boxed or list(each.values()) or sampled
+        places = sample(len(pool), 2 * settings.examples, settings.seed)
+        drawn = [self._attempt(self._compared, pool[place]) for place in places]
+        return [row for row in drawn if row is not None]
+
+    def _ends(self, kinds: Sequence[tuple[str, list[Row]]], by: str, score: Score) -> list[PageRow]:
+        """Draw the best beside the worst of each kind, each once; of few the best come first."""
+        count, shown = self.work.settings.examples, []
+        for kind, rows in kinds:
+            scores = {place: score(row) for place, row in enumerate(rows)}
+            known = {place: value for place, value in scores.items() if value is not None}
+            order = sorted(known, key=lambda place: -known[place])
+            best = order[:count]
+            worst = [place for place in order[::-1][:count] if place not in best]
+            for number, pair in enumerate(zip_longest(best, worst), 1):
+                for end, place in zip(("best", "worst"), pair, strict=True):
+                    row = None if place is None else self._attempt(self._example, rows[place])
+                    if row is not None:
+                        title = f"{kind}, {end if count == 1 else f'{end} {number}'} by {by}"
+                        shown.append(replace(row, title=title, compact=True))
+        return shown
+
+    def _attempt(self, draw: Callable[[Row], PageRow], row: Row) -> PageRow | None:
+        try:
+            return draw(row)
+        except EmbedcamError:  # a file that has gone meanwhile is no reason to lose the numbers
+            return None
+
+    def _compared(self, row: Row) -> PageRow:
+        shown, about = self._shown(row), "first" in row
+        maps = self.work.draw(shown.asked)
+        name = "objects_auc" if about else "auc"
+        tiles = []
+        for method in (TRANSFERRED, *self.work.rivals, MEAN):
+            score = row.get(name if method == TRANSFERRED else f"{method}: {name}")
+            words = "" if score is None else f"pixel AUC {score:.2f}"
+            drawn = maps[method].drawn[0]
+            tiles.append(Tile(shown.picture, drawn, shown.extent, method, words))
+        title = shown.name + (f", asked for {row['label']}" if about else "")
+        return PageRow(tiles[0], tiles[1:], "; ".join(shown.notes), title, scale="each")
+
+    def _example(self, row: Row) -> PageRow:
+        """Draw one picture with its map and what it was explained by."""
+        shown, about = self._shown(row), "first" in row
+        explained = self.work.mapper.transferred(shown.asked.seen, shown.asked.near)[0]
+        words = []
+        if about:
+            words.append(f"AUC {row['objects_auc']:.2f}, share {row['share']:.2f}{shown.where}")
+        else:
+            words += [row["label"]] if row["label"] else []
+            if row.get("energy") is not None:
+                words.append(f"pixel AUC {row['auc']:.2f}, energy {row['energy']:.2f}")
+            if row.get("insertion") is not None:
+                words.append(f"insertion {row['insertion']:.2f}, deletion {row['deletion']:.2f}")
+            if explained.empty:
+                words.append("no positive evidence")
+        caption = f"asked for {row['label']}" if about else shown.name
+        subcaption = "\n".join([*words, *shown.notes])
+        tile = Tile(shown.picture, explained.cam, shown.extent, caption, subcaption)
+        _, results = explained.tiles()
+        return PageRow(tile, [_shrunk(one) for one in results[: 1 if about else RESULTS]])
+
+    def _shown(self, row: Row) -> _Shown:
+        """Read again what a row was measured on."""
+        work, about = self.work, "first" in row
+        near = [np.array([work.mapper.index.position(row["result"])] if about else [])]
+        if row.get("second", -1) >= 0:
+            return self._pair(row, near)
+        position = row["first"] if about else row["position"]
+        picture, item = work.source.open(position), work.source.items[position]
+        seen = work.mapper.see(work.preprocess(picture)[None])
+        own = work.own_rows.known([position])
+        if not about:
+            near = work.gallery.nearest(seen.embeddings, own, work.settings.n_neighbors)
+        boxes = work.regions.pixels(position, picture.size, row["label"] if about else None)
+        extent = work.preprocess.extent(*picture.size)
+        tile = _shrunk(Tile(picture, extent=extent))
+        small = (tile.image or picture).copy()
+        for box in boxes:
+            _outline(small, scale_box(box, picture.size, small.size))
+        what = row["label"] if about else f"the true box{'es' * (len(boxes) > 1)}"
+        name = f"{item.id} {row['label']}" if about else item.id
+        return _Shown(
+            small,
+            tile.extent,
+            Questions(seen, near, [own.tolist()], [row["label"]], [name]),
+            item.id.rpartition("/")[2],
+            notes=[f"dashed: {what}"] if boxes else [],
+        )
+
+    def _pair(self, row: Row, near: list[np.ndarray]) -> _Shown:
+        work, places = self.work, (row["first"], row["second"])
+        pictures = [work.source.open(place) for place in places]
+        seen = work.mapper.see_pair(np.stack([work.preprocess(one) for one in pictures]))
+        height, width = seen.size
+        scene = Image.new("RGB", (width, height))
+        for number, one in enumerate(pictures):
+            extent = work.preprocess.extent(*one.size)
+            size = (width // 2 if number == 0 else width - width // 2, height)
+            half = one.transform(size, Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR)
+            scene.paste(half, (number * (width // 2), 0))
+        name = " | ".join(work.source.items[place].id for place in places)
+        left_out = work.own_rows.known(places).tolist()
+        label, other = row["label"], work.source.items[places[1 - row["side"]]].label or ""
+        asked = Questions(seen, near, [left_out], [label], [f"{name} {label}"])
+        where = f", on the {('left', 'right')[row['side']]};\nbeside it {other}"
+        return _Shown(scene, None, asked, name, where)
 
 
-def _ends(rows: Sequence[dict[str, Any]], score: Any, count: int) -> list[tuple[str, Any]]:
-    """The best beside the worst, each once; of few rows the best are taken first."""
-    order = sorted(range(len(rows)), key=lambda place: -score(rows[place]))
-    best = order[:count]
-    worst = [place for place in order[::-1][:count] if place not in best]
-    return [
-        (what if count == 1 else f"{what} {number}", rows[place])
-        for number, pair in enumerate(zip_longest(best, worst), 1)
-        for what, place in zip(("best", "worst"), pair, strict=True)
-        if place is not None
-    ]
+def _column(name: str) -> Score:
+    return lambda row: row.get(name)
 
 
-def _small(picture: Image.Image) -> Image.Image:
-    small = picture.copy()
-    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return small
+def _insertion_gain(row: Row) -> float | None:
+    if row.get("insertion") is None:
+        return None
+    return float(row["insertion"] - row["deletion"])
 
 
 def _shrunk(tile: Tile) -> Tile:
-    """A tile whose picture is small, its extent with it."""
-    if tile.image is None:
-        return tile
-    small = _small(tile.image)
-    across, down = small.width / tile.image.width, small.height / tile.image.height
-    extent = None if tile.extent is None else _scaled(tile.extent, across, down)
-    return replace(tile, image=small, extent=extent)
+    """Return a tile whose picture is small, and never enlarged."""
+    return tile if tile.image is None else shrunk(tile, min(SIDE, max(tile.image.size)))
 
 
-def _scaled(extent: Sequence[float], across: float, down: float) -> Any:
-    return (extent[0] * across, extent[1] * down, extent[2] * across, extent[3] * down)
-
-
-def _outline(picture: Image.Image, box: Sequence[float], across: float, down: float) -> None:
-    """A box, dashed in a colour no map has, so that it is not taken for the crop's frame."""
-    x0, y0, x1, y1 = (round(edge) for edge in _scaled(box, across, down))
+def _outline(picture: Image.Image, box: Extent) -> None:
+    """Draw a dashed box in a color no map has, so that it is not taken for the crop's frame."""
+    x0, y0, x1, y1 = (round(edge) for edge in box)
     if x1 - x0 < 4 or y1 - y0 < 4:
         return
     draw = ImageDraw.Draw(picture)

@@ -5,7 +5,7 @@ result, and that result's place in the ranking of the whole index.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -26,35 +26,16 @@ from ..metrics import (
 from ..network import EmbeddingNetwork
 from ..ops import normalize
 from .gallery import Gallery
-from .measures import Number
-from .settings import Clock, Settings
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One query, and the result whose similarity is followed.
-
-    inputs: `[3 H W]`; embedding: of the whole picture, `[D]`; result: its row in the index; own:
-    the query's own row, -1 where the index does not hold it.
-    """
-
-    inputs: np.ndarray
-    embedding: np.ndarray
-    result: int
-    own: int
-
-
-@dataclass
-class Curves:
-    """Mean similarity after each step, summed over queries, `[S+1]`."""
-
-    deletion: np.ndarray
-    insertion: np.ndarray
-    count: int = 0
+from .maps import as_float32
+from .measures import Clock, Number
+from .settings import Settings
 
 
 class Faithfulness:
-    """Runs masked queries through the network, a few at a time, whatever mask they come from."""
+    """Runs masked queries through the network, a few at a time, whatever mask they come from.
+
+    curves: of each method, for each query deletion and insertion `[2 S+1]`.
+    """
 
     def __init__(
         self, network: EmbeddingNetwork, gallery: Gallery, settings: Settings, clock: Clock
@@ -62,40 +43,47 @@ class Faithfulness:
         self.network, self.gallery, self.settings, self.clock = network, gallery, settings, clock
         self.batch = settings.batch_size or inputs_a_pass(network.device)
         self.passes = 0
-        self.curves: dict[str, Curves] = {}
-        self._channels_last = True
+        self.curves: dict[str, list[np.ndarray]] = {}
+        self._channels_last = network.device.type == "cpu"
 
     def __call__(
-        self, asked: Asked, maps: Mapping[str, np.ndarray]
+        self,
+        inputs: np.ndarray,
+        embedding: np.ndarray,
+        result: int,
+        own_row: int,
+        maps: Mapping[str, np.ndarray],
     ) -> dict[str, dict[str, Number]]:
-        """The measures of each way's map `[H W]` of one query.
+        """Return the measures of each method's map `[H W]` of one query.
 
-        All masked pictures of a query go through the network together, way after way.
+        All masked pictures of a query go through the network together, method after method.
+        inputs: `[3 H W]`; embedding: of the whole picture, `[D]`; result: the followed row of the
+        index; own_row: the query's own, -1 where the index does not hold it.
         """
-        image = torch.from_numpy(np.ascontiguousarray(asked.inputs))
+        image = torch.from_numpy(np.ascontiguousarray(inputs))
         fill = fill_like(image, self.settings.fill, self.network.preprocess)
-        embeddings = self._embed(self._inputs(image, fill, maps))
+        embeddings = self._embed(self._masked(image, fill, maps))
         with self.clock("metrics"):
-            to = self.gallery.index.embeddings([asked.result])[0]
-            scores = _cosines(embeddings, to)
-            whole = float(_cosines(asked.embedding[None], to)[0])
+            target = self.gallery.index.embeddings([result])[0]
+            scores = _cosines(embeddings, target)
+            whole = float(_cosines(embedding[None], target)[0])
             base, rest = float(scores[0]), scores[1:].reshape(len(maps), -1)
-            # The rank drop's picture is the last but two of each way's.
+            # The rank drop's picture is the last but two of each method's.
             removed = embeddings[1:].reshape(len(maps), rest.shape[1], -1)[:, -3]
-            ranks = self.gallery.ranks(
-                np.concatenate([asked.embedding[None], removed]), asked.result, asked.own
-            )
+            queries = np.concatenate([embedding[None], removed])
+            ranks = self.gallery.ranks(queries, result, own_row)
             return {
-                way: self._measured(way, whole, base, rest[place], ranks[[0, place + 1]])
-                for place, way in enumerate(maps)
+                method: self._measured(method, whole, base, rest[place], ranks[[0, place + 1]])
+                for place, method in enumerate(maps)
             }
 
-    def _inputs(
+    def _masked(
         self, image: Tensor, fill: Tensor, maps: Mapping[str, np.ndarray]
     ) -> Iterator[Tensor]:
-        """The wholly masked picture; then each way's: deletion and insertion between their ends,
+        """Yield the wholly masked picture; then each method's.
 
-        the top pixels removed, the same by imputation, and the map as a mask.
+        Those are deletion and insertion between their ends, the top pixels removed, the same by
+        imputation, and the map as a mask.
         """
         yield fill
         for drawn in maps.values():
@@ -109,49 +97,37 @@ class Faithfulness:
                 yield torch.where(mask, image, fill)
             yield torch.where(torch.from_numpy(top[0]), fill, image)
             with self.clock("metrics"):
-                imputed = noisy_linear_imputation(
-                    image.numpy()[None], top, seed=self.settings.seed
-                )[0]
+                seed = self.settings.seed
+                imputed = noisy_linear_imputation(image.numpy()[None], top, seed=seed)[0]
             yield torch.from_numpy(imputed)
             soft = torch.from_numpy(np.asarray(normalize(drawn), np.float32))
             yield fill + (image - fill) * soft
 
-    def _embed(self, inputs: Iterator[Tensor]) -> np.ndarray:
-        found: list[np.ndarray] = []
-        held: list[Tensor] = []
-        for one in inputs:
-            held.append(one)
-            if len(held) == self.batch:
-                found.append(self._forward(held))
-                held = []
-        if held:
-            found.append(self._forward(held))
-        return np.concatenate(found)
+    def _embed(self, pictures: Iterator[Tensor]) -> np.ndarray:
+        chunks = iter(lambda: list(islice(pictures, self.batch)), [])
+        return np.concatenate([self._forward(chunk) for chunk in chunks])
 
-    def _forward(self, held: list[Tensor]) -> np.ndarray:
-        self.passes += len(held)
+    def _forward(self, pictures: list[Tensor]) -> np.ndarray:
+        self.passes += len(pictures)
         with self.clock("forward"):
-            batch = torch.stack(held)
-            if self._channels_last and self.network.device.type == "cpu":
+            batch = torch.stack(pictures)
+            if self._channels_last:
                 # Convolutions on CPUs run up to 1.6 times as fast on it.
                 turned = batch.contiguous(memory_format=torch.channels_last)
                 try:
-                    return _numpy(self.network.forward(turned, allow_zero=True).embedding)
+                    return as_float32(self.network.forward(turned, allow_zero=True).embedding)
                 except NetworkError:
                     self._channels_last = False  # takes views of contiguous memory only
-            return _numpy(self.network.forward(batch, allow_zero=True).embedding)
+            return as_float32(self.network.forward(batch, allow_zero=True).embedding)
 
     def _measured(
-        self, way: str, whole: float, base: float, scores: np.ndarray, ranks: np.ndarray
+        self, method: str, whole: float, base: float, scores: np.ndarray, ranks: np.ndarray
     ) -> dict[str, Number]:
         between = self.settings.steps - 1
         deletion = np.array([whole, *scores[:between], base])
         insertion = np.array([base, *scores[between : 2 * between], whole])
         _, imputed, masked = scores[2 * between :]
-        curves = self.curves.setdefault(way, Curves(np.zeros(between + 2), np.zeros(between + 2)))
-        curves.deletion += deletion
-        curves.insertion += insertion
-        curves.count += 1
+        self.curves.setdefault(method, []).append(np.stack([deletion, insertion]))
         drops, counted = score_drops([whole], [masked], [base])
         before, after = ranks[:1], ranks[1:]
         k = self.settings.n_neighbors
@@ -167,14 +143,9 @@ class Faithfulness:
         }
 
 
-def _cosines(embeddings: np.ndarray, to: np.ndarray) -> np.ndarray:
-    """Cosine of each `[n D]` to one vector; 0 for a vector of zeros."""
-    wide, other = embeddings.astype(np.float64), to.astype(np.float64)
+def _cosines(embeddings: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Return the cosine of each `[n D]` to one vector; 0 for a vector of zeros."""
+    wide, other = embeddings.astype(np.float64), target.astype(np.float64)
     length = np.linalg.norm(wide, axis=1) * np.linalg.norm(other)
     cosines: np.ndarray = (wide @ other) / np.where(length > 0, length, 1)
     return cosines
-
-
-def _numpy(tensor: Tensor) -> np.ndarray:
-    found: np.ndarray = tensor.cpu().numpy()
-    return found.astype(np.float32, copy=False)

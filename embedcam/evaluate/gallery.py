@@ -1,27 +1,44 @@
-"""The index as what is ranked: its labels, its nearest, and exact places in the ranking."""
+"""The index as what is ranked: labels, nearest images, exact ranks, and the queries it holds."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 
 from ..errors import InputError
-from ..index import Index, nearest
-from ..metrics import precision_at_r
-from .queries import generator
+from ..images import ImageSource, Item
+from ..index import Index
+from ..metrics import precision_at_r, rank_of
 
+SAME = 1e-4
+"""Squared distance, in units of the embedding's own squared length, up to which an indexed image of
+the same id is the same picture: half precision and another batch stay below it."""
 HELD = 1 << 28
 """Bytes of embeddings that are kept in memory; a larger index is read anew for every ranking."""
 BLOCK = 1 << 22
-"""Similarities held at once."""
+"""Similarities, and numbers of embeddings, held at once."""
+
+
+def sample(total: int, limit: int | None, seed: int) -> np.ndarray:
+    """Return a seeded sample of 0 .. total in rising order; all of it without a limit."""
+    if limit is None or limit >= total:
+        return np.arange(total)
+    return np.sort(np.random.default_rng(seed).choice(total, limit, replace=False))
+
+
+def generator(seed: int, *words: object) -> np.random.Generator:
+    """Return random numbers of the seed and the words alone, not of what was drawn before."""
+    digest = blake2b("\0".join(map(str, words)).encode("utf-8", "surrogatepass"), digest_size=16)
+    return np.random.default_rng([seed, int.from_bytes(digest.digest(), "little")])
 
 
 class Gallery:
-    """The live images of an index.
+    """The live images of an index: `positions [N]`, `labels [N]`, `codes [N]` (-1 for no label).
 
-    seed: of the cycle through them.
-    positions: `[N]`; labels: `[N]`, None where there is none; codes: `[N]`, equal for equal labels,
-    -1 for none. Labels that are numbers are left out: they are no classes.
+    Labels that are numbers are left out: they are no classes.
     """
 
     def __init__(self, index: Index, seed: int = 0) -> None:
@@ -32,11 +49,9 @@ class Gallery:
         self.labels: list[str | None] = (
             [None] * len(self.positions) if self.numbers else index.labels[self.positions]
         )
-        self._code: dict[str, int] = {}
-        for label in self.labels:
-            if label is not None:
-                self._code.setdefault(label, len(self._code))
-        self.codes = np.array([-1 if t is None else self._code[t] for t in self.labels], np.int64)
+        names = dict.fromkeys(label for label in self.labels if label is not None)
+        self._code = {label: code for code, label in enumerate(names)}
+        self.codes = np.array([self.code(label) for label in self.labels], np.int64)
         self._places = np.full(index.n_rows, -1)
         self._places[self.positions] = np.arange(len(self.positions))
         small = len(self.positions) * index.width * 4 <= HELD
@@ -46,44 +61,38 @@ class Gallery:
         return len(self.positions)
 
     @property
-    def labelled(self) -> bool:
-        """Whether any image has a label."""
+    def labeled(self) -> bool:
+        """Return whether any image has a label."""
         return bool(self._code)
 
     def code(self, label: str | None) -> int:
-        """The code of a label, -1 for one that the index does not know."""
+        """Return the code of a label, -1 for one that the index does not know."""
         return -1 if label is None else self._code.get(label, -1)
 
     def of_label(self, label: str) -> np.ndarray:
-        """Rows of the index with a label."""
-        return self.positions[self.codes == self.code(label)]
+        """Return the rows of the index with a label."""
+        rows: np.ndarray = self.positions[self.codes == self.code(label)]
+        return rows
 
     def label_of(self, row: int) -> str | None:
-        """The label of one row of the index."""
+        """Return the label of one row of the index."""
         return self.labels[int(self._places[row])]
 
     @cached_property
     def cycle(self) -> np.ndarray:
-        """The row that follows each row in a seeded cycle through all live images, `[n_rows]`."""
+        """Return the row after each row in a seeded cycle through all live images, `[n_rows]`."""
         order = self.positions[generator(self.seed, "cycle").permutation(len(self))]
         following = np.full(self.index.n_rows, -1)
         following[order] = np.roll(order, -1)
         return following
 
-    def nearest(self, embeddings: np.ndarray, own: np.ndarray, count: int) -> list[np.ndarray]:
-        """Rows of the nearest images of each query, itself left out.
-
-        Args:
-            embeddings: `[b D]`.
-            own: the queries' own rows `[b]`, -1 where the index does not hold them.
-            count: rows wanted; fewer where the index has no more.
-        """
+    def nearest(self, embeddings: np.ndarray, own_rows: np.ndarray, count: int) -> list[np.ndarray]:
+        """Return up to `count` nearest rows of each query `[b D]`, its own row `[b]` left out."""
         if self.index.manifest.faiss is not None:
-            found = self.index.search(embeddings, count + 1).positions
-        else:  # neighbours come from elsewhere; here brute force finds them
-            rows = nearest(_Rows(self), embeddings, count + 1, self.index.metric).positions
-            found = self.positions[rows]
-        kept = [row[row != mine][:count] for row, mine in zip(found, own, strict=True)]
+            rows = self.index.search(embeddings, count + 1).positions
+        else:  # neighbors come from elsewhere; here brute force finds them
+            rows = np.stack([self.nearest_of(one, None, count + 1) for one in embeddings])
+        kept = [row[row != own][:count] for row, own in zip(rows, own_rows, strict=True)]
         if any(len(row) == 0 for row in kept):
             raise InputError(
                 "the index holds nothing but the query itself, so nothing can explain it; "
@@ -91,101 +100,125 @@ class Gallery:
             )
         return kept
 
-    def nearest_of(self, embedding: np.ndarray, rows: np.ndarray, count: int) -> np.ndarray:
-        """Those of some rows of the index that are nearest to a query `[D]`, nearest first."""
-        nearness, wide = np.empty(len(rows)), embedding.astype(np.float64)
-        step = max(1, BLOCK // self.index.width)
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            block = self.index.embeddings(rows[part]).astype(np.float64)
-            nearness[part] = block @ wide
-            if self.index.metric == "l2":
-                nearness[part] = 2 * nearness[part] - (block**2).sum(1)
-        nearest: np.ndarray = rows[np.argsort(-nearness, kind="stable")[:count]]
+    def nearest_of(self, embedding: np.ndarray, rows: np.ndarray | None, count: int) -> np.ndarray:
+        """Return the `count` of some rows nearest to a query `[D]`, nearest first; None: of all."""
+        nearness = self.similarities(embedding[None], rows)[0]
+        some = self.positions if rows is None else rows
+        nearest: np.ndarray = some[np.argsort(-nearness, kind="stable")[:count]]
         return nearest
 
-    def similarities(self, embeddings: np.ndarray) -> np.ndarray:
-        """How near every image is by the index's metric, `[b N]` float64: larger is nearer."""
+    def similarities(self, embeddings: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """Return how near rows are to `[b D]`, `[b N]` float64, larger is nearer; None: all."""
         wide = np.asarray(embeddings, np.float64)
-        out = np.empty((len(wide), len(self)))
-        for start, block in self._blocks():
-            part = wide @ block.T
+        some = self.positions if rows is None else rows
+        nearness = np.empty((len(wide), len(some)))
+        step = max(1, BLOCK // self.index.width)
+        for start in range(0, len(some), step):
+            part = slice(start, start + step)
+            whole = rows is None and self._held is not None
+            stored = self._held[part] if whole else self.index.embeddings(some[part])  # type: ignore[index]
+            block = stored.astype(np.float64)
+            nearness[:, part] = wide @ block.T
             if self.index.metric == "l2":
-                part = 2 * part - (block**2).sum(1) - (wide**2).sum(1)[:, None]
-            out[:, start : start + len(block)] = part
-        return out
+                squares = (block**2).sum(1) + (wide**2).sum(1)[:, None]
+                nearness[:, part] = 2 * nearness[:, part] - squares
+        return nearness
 
-    def chunks(self, total: int) -> Iterator[slice]:
-        """0 .. total in pieces whose similarities fit in memory."""
-        step = max(1, BLOCK // len(self))
-        for start in range(0, total, step):
-            yield slice(start, min(start + step, total))
+    def ranks(self, embeddings: np.ndarray, row: int, own_row: int) -> np.ndarray:
+        """Return one row's place in the ranking of each query `[b D]`, from 1.
 
-    def ranks(self, embeddings: np.ndarray, row: int, own: int) -> np.ndarray:
-        """The place of one image in the ranking of each query, from 1; equals share their mean.
-
-        Args:
-            embeddings: of queries, `[b D]`.
-            row: the image's row in the index.
-            own: a row that takes no part, -1 for none.
+        Equals share their mean; `own_row` takes no part, -1 for none.
         """
-        from ..metrics import rank_of
-
-        found = []
-        for some in self.chunks(len(embeddings)):
+        ranks = []
+        for some in self._chunks(len(embeddings)):
             scores = self.similarities(embeddings[some])
-            if own >= 0:
-                scores[:, self._places[own]] = scores.min() - 1
-            item = np.full(len(scores), self._places[row])
-            found.append(rank_of(scores, item))
-        return np.concatenate(found)
+            if own_row >= 0:
+                scores[:, self._places[own_row]] = scores.min() - 1
+            ranks.append(rank_of(scores, np.full(len(scores), self._places[row])))
+        return np.concatenate(ranks)
 
     def precision_at_r(
-        self, embeddings: np.ndarray, labels: list[str | None], own: np.ndarray
+        self, embeddings: np.ndarray, labels: Sequence[str | None], own_rows: np.ndarray
     ) -> list[float | None]:
-        """Average precision at R of each query; None for one without another of its label.
-
-        Args:
-            embeddings: `[b D]`.
-            labels: of the queries.
-            own: their rows in the index, -1 for none.
-        """
+        """Return average precision at R of queries `[b D]`; None without another of the label."""
         codes = np.array([self.code(label) for label in labels])
-        found: list[float | None] = []
-        for some in self.chunks(len(embeddings)):
+        precisions: list[float | None] = []
+        for some in self._chunks(len(embeddings)):
             distances = -self.similarities(embeddings[some])
             alike = (codes[some, None] == self.codes) & (codes[some, None] >= 0)
-            for place, mine in enumerate(own[some]):
-                if mine >= 0:
-                    distances[place, self._places[mine]] = np.inf
-                    alike[place, self._places[mine]] = False
-            scores = precision_at_r(distances, alike)
-            found += [
-                float(score) if any_alike else None
-                for score, any_alike in zip(scores, alike.any(1), strict=True)
-            ]
-        return found
+            held = np.flatnonzero(own_rows[some] >= 0)
+            own = self._places[own_rows[some][held]]
+            distances[held, own] = np.inf
+            alike[held, own] = False
+            scores = precision_at_r(distances, alike).tolist()
+            known = alike.any(1).tolist()
+            precisions += [one if any_ else None for one, any_ in zip(scores, known, strict=True)]
+        return precisions
 
-    def embeddings(self, places: slice) -> np.ndarray:
-        """Stored embeddings of some of the live images, `[n D]`."""
-        if self._held is not None:
-            return self._held[places]
-        return self.index.embeddings(self.positions[places])
-
-    def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        step = max(1, (1 << 22) // self.index.width)
-        for start in range(0, len(self), step):
-            yield start, self.embeddings(slice(start, start + step)).astype(np.float64)
+    def _chunks(self, total: int) -> Iterator[slice]:
+        step = max(1, BLOCK // len(self))
+        return (slice(start, min(start + step, total)) for start in range(0, total, step))
 
 
-class _Rows:
-    """The live embeddings as one array-like `[N D]`."""
+class OwnRows:
+    """Where the index holds the queried images themselves.
 
-    def __init__(self, gallery: Gallery) -> None:
-        self._gallery = gallery
-        self.shape, self.dtype = (len(gallery), gallery.index.width), np.dtype(np.float32)
+    The same file is the same image. The same id is it where the embedding, too, is the stored one:
+    `a/1.jpg` of one folder may be another picture than `a/1.jpg` of the next, and an index is moved
+    together with its pictures. A prototype has the path of one of the images that were merged into
+    it: it is that image where the embedding is the image's own, and else nobody's.
+    """
 
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        if isinstance(rows, slice):
-            return self._gallery.embeddings(rows)
-        return self._gallery.index.embeddings(self._gallery.positions[rows])
+    def __init__(
+        self, index: Index, source: ImageSource, positions: np.ndarray, root: Path | None
+    ) -> None:
+        self._index, self._source, self.asked = index, source, len(positions)
+        self._merged = index.manifest.is_compressed
+        items = [source.items[position] for position in positions.tolist()]
+        self._by_id = index.find_live([item.id for item in items])
+        wanted = {_absolute(source.root, item.path) for item in items if item.path}
+        self._by_path: dict[str, int] = {}
+        live = index.live_positions() if root is not None and wanted else positions[:0]
+        for start in range(0, len(live), 65536):
+            some = live[start : start + 65536]
+            for place, path in zip(some.tolist(), index.paths[some], strict=True):
+                if path and (full := _absolute(root, path)) in wanted:
+                    self._by_path[full] = place
+        self._known: dict[int, int] = {}
+
+    def known(self, positions: Sequence[int]) -> np.ndarray:
+        """Return the rows that `find` found before, `[b]`."""
+        return np.array([self._known[position] for position in positions])
+
+    def unsure(self, positions: Sequence[int]) -> bool:
+        """Return whether only the embeddings of these images can tell."""
+        places = [self._candidate(self._source.items[position]) for position in positions]
+        return any(place >= 0 and not sure for place, sure in places)
+
+    def find(self, positions: Sequence[int], embeddings: np.ndarray | None) -> np.ndarray:
+        """Return rows of the images at `positions [b]`, -1 for none.
+
+        embeddings: of these images, `[b D]`; None where none is `unsure`.
+        """
+        rows = np.full(len(positions), -1)
+        for number, position in enumerate(positions):
+            place, sure = self._candidate(self._source.items[position])
+            if sure:
+                rows[number] = place
+            elif embeddings is not None and place >= 0:
+                stored = self._index.embeddings([place])[0].astype(np.float64)
+                if ((stored - embeddings[number]) ** 2).sum() <= SAME * (stored**2).sum():
+                    rows[number] = place
+        self._known.update(zip(positions, rows.tolist(), strict=True))
+        return rows
+
+    def _candidate(self, item: Item) -> tuple[int, bool]:
+        """Return the row that may be the image, -1 for none, and whether that is certain."""
+        full = _absolute(self._source.root, item.path) if item.path else ""
+        if full in self._by_path:
+            return self._by_path[full], not self._merged
+        return self._by_id.get(item.id, -1), False
+
+
+def _absolute(root: object, path: str) -> str:
+    return os.path.abspath(os.path.join(str(root), path) if root is not None else path)

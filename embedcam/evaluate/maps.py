@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from ..errors import EmbedcamError, ran_out, reason
 from ..explain.explainer import Explainer, Explanation
@@ -13,14 +14,15 @@ from ..images import MAX_PIXELS
 from ..index import Index
 from ..network import EmbeddingNetwork
 from ..ops import area_average, drawn_and_signed, resize
-from .settings import Clock, Settings
+from .measures import Clock
+from .settings import Settings
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one forward pass of b inputs `[b 3 H W]` gave: embeddings `[b D]`, maps `[b K h w]`.
+    """One forward pass of b inputs `[b 3 H W]`: embeddings `[b D]`, activations of each layer.
 
-    activations: of each layer; size: (H, W) of the maps that are drawn.
+    size: (H, W) of the maps that are drawn.
     """
 
     inputs: np.ndarray
@@ -29,44 +31,30 @@ class Seen:
     size: tuple[int, int]
 
     def row(self, place: int) -> "Seen":
-        """One of them, still as a batch."""
+        """Return one of them, still as a batch."""
         one = slice(place, place + 1)
         activations = [maps[one] for maps in self.activations]
         return Seen(self.inputs[one], self.embeddings[one], activations, self.size)
 
     def small(self) -> "Seen":
-        """The same, for maps on the layer's own grid; of several layers the finest one's."""
+        """Return the same for maps on the layer's own grid; of several layers the finest one's."""
         height, width = self.activations[-1].shape[-2:]
         return replace(self, size=(int(height), int(width)))
 
 
 class Maps(NamedTuple):
-    """Maps of b images: what is scored by contrast, and what is scored without."""
+    """Maps of b images `[b H W]`: as a picture shows them, >= 0, and before the ReLU."""
 
     drawn: np.ndarray
-    """As a picture shows them, `[b H W]`, >= 0."""
     signed: np.ndarray
-    """Before the ReLU, `[b H W]`."""
-
-    @classmethod
-    def of(cls, explained: Sequence[Explanation]) -> "Maps":
-        """The maps of some explanations of one size."""
-        return cls(
-            np.stack([one.cam for one in explained]),
-            np.stack([one.signed_cam for one in explained]),
-        )
 
 
 @dataclass(frozen=True)
 class Questions:
     """What b maps are to show: for each query the images it is explained by.
 
-    Attributes:
-        seen: the queries.
-        near: rows of the index, nearest first, `[b]` arrays.
-        left_out: rows that show the query itself.
-        labels: that are asked about, None where there is none.
-        names: what is random hangs on.
+    near: rows of the index, nearest first; left_out: rows that show the query itself; labels: asked
+    about, None for none; names: what is random hangs on them.
     """
 
     seen: Seen
@@ -76,8 +64,7 @@ class Questions:
     names: Sequence[str]
 
 
-Way = Callable[[Questions], Maps]
-"""A way of drawing."""
+Draw = Callable[[Questions], Maps]
 
 
 class Mapper:
@@ -95,22 +82,18 @@ class Mapper:
     ) -> None:
         self.index, self.network, self.clock = index, network, clock
         self.explainer = Explainer(
-            index,
-            network,
-            n_neighbors=settings.n_neighbors,
-            transfer=settings.transfer,
-            images=images,
-            max_pixels=max_pixels,
-        )
+            index, network, n_neighbors=settings.n_neighbors, transfer=settings.transfer,
+            images=images, max_pixels=max_pixels,
+        )  # fmt: skip
         self.layers = index.manifest.layer_names
         self.channels = [layer.channels for layer in index.manifest.layers]
         by_position = index.encoding().grid is not None
-        kept = "the index keeps weights by position, for inputs of one size"
-        self.squeezed = kept if by_position else ""
+        one_size = "the index keeps weights by position, for inputs of one size"
+        self.squeezed = one_size if by_position else ""
         """Why pairs are squeezed into the size of one picture; empty where they are not."""
 
-    def see(self, inputs: Any, network: EmbeddingNetwork | None = None) -> Seen:
-        """One forward pass of `[b 3 H W]`, by the index's network or another of its shape."""
+    def see(self, inputs: np.ndarray, network: EmbeddingNetwork | None = None) -> Seen:
+        """Run `[b 3 H W]` through the index's network or another of its shape."""
         network = network or self.network
         with self.clock("forward"):
             if len(self.layers) == 1:
@@ -119,14 +102,11 @@ class Mapper:
             else:
                 features, activations = network.forward_layers(inputs, self.layers)
         size = (int(inputs.shape[-2]), int(inputs.shape[-1]))
-        embeddings = _numpy(features.embedding)
-        return Seen(np.asarray(inputs), embeddings, [_numpy(maps) for maps in activations], size)
+        maps = [as_float32(one) for one in activations]
+        return Seen(np.asarray(inputs), as_float32(features.embedding), maps, size)
 
     def see_pair(self, images: np.ndarray) -> Seen:
-        """One forward pass of two inputs `[2 3 H W]` side by side.
-
-        A network that takes one size only is shown both at half their width.
-        """
+        """Run two inputs `[2 3 H W]` side by side; both at half their width where it must be."""
         if not self.squeezed:
             wide = side_by_side(images)
             try:
@@ -134,39 +114,44 @@ class Mapper:
             except EmbedcamError as error:
                 if ran_out(error):
                     raise
-                self.squeezed = (
-                    f"the network takes no picture of {wide.shape[2]} x {wide.shape[3]} "
-                    f"({reason(error)})"
-                )
+                size = f"{wide.shape[2]} x {wide.shape[3]}"
+                self.squeezed = f"the network takes no picture of {size} ({reason(error)})"
         return self.see(side_by_side(images, squeezed=True))
 
     def transferred(self, seen: Seen, rows: Sequence[np.ndarray]) -> list[Explanation]:
-        """Each query explained by the images at some rows of the index, `[b]` arrays of rows."""
+        """Explain each query by the images at some rows of the index, b arrays of rows."""
         return self.explained(seen, [self.index.ids[list(map(int, places))] for places in rows])
 
     def explained(self, seen: Seen, ids: Sequence[Sequence[str]]) -> list[Explanation]:
-        """Each query explained by images of some ids."""
+        """Explain each query by images of some ids."""
         with self.clock("explaining"):
-            given: Any = seen.activations[0] if len(self.layers) == 1 else seen.activations
-            found: list[Explanation] = self.explainer.explain_features(
-                seen.embeddings, given, neighbors=ids, size=seen.size
+            several: Any = seen.activations[0] if len(self.layers) == 1 else seen.activations
+            return self.explainer.explain_features(
+                seen.embeddings, several, neighbors=ids, size=seen.size
             )
-        return found
 
-    def drawn(self, seen: Seen, weights: Sequence[np.ndarray]) -> Maps:
-        """Maps of given weights, `[b K]` of each layer."""
+    def maps(self, seen: Seen, rows: Sequence[np.ndarray]) -> Maps:
+        """Return the maps of each query by the images at some rows."""
+        return maps_of(self.transferred(seen, rows))
+
+    def draw(self, seen: Seen, weights: Sequence[np.ndarray]) -> Maps:
+        """Draw the maps of weights `[b K]` of each layer."""
         with self.clock("explaining"):
             maps, signed = drawn_and_signed(weights, seen.activations)
             return Maps(resize(maps, seen.size), resize(signed, seen.size))
 
 
-def side_by_side(images: np.ndarray, squeezed: bool = False) -> np.ndarray:
-    """Two inputs `[2 3 H W]` as one, `[1 3 H 2W]`.
+def maps_of(explained: Sequence[Explanation]) -> Maps:
+    """Return the maps of explanations of one size."""
+    drawn, signed = ([one.cam for one in explained], [one.signed_cam for one in explained])
+    return Maps(np.stack(drawn), np.stack(signed))
 
-    Args:
-        images: the left one first.
-        squeezed: into the size of one, `[1 3 H W]`: columns are averaged, to W // 2 on the left and
-            the rest on the right, so that no column holds something of both.
+
+def side_by_side(images: np.ndarray, squeezed: bool = False) -> np.ndarray:
+    """Return two inputs `[2 3 H W]`, the left one first, as one `[1 3 H 2W]`.
+
+    squeezed: as `[1 3 H W]`; columns are averaged, to W // 2 on the left and the rest on the right,
+    so that no column holds something of both.
     """
     halves = list(images)
     if squeezed:
@@ -176,6 +161,7 @@ def side_by_side(images: np.ndarray, squeezed: bool = False) -> np.ndarray:
     return np.concatenate(halves, axis=2)[None]
 
 
-def _numpy(tensor: Any) -> np.ndarray:
-    found: np.ndarray = tensor.cpu().numpy()
-    return found.astype(np.float32, copy=False)
+def as_float32(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as a float32 array on the CPU."""
+    values: np.ndarray = tensor.cpu().numpy()
+    return values.astype(np.float32, copy=False)

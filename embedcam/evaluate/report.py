@@ -1,47 +1,115 @@
-"""The findings as tables, for the terminal and the page; and the page itself."""
+"""What an evaluation gives: numbers, their summary, tables for the terminal, and a page."""
 
+import csv
+import io
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from pathlib import Path
 
-from ..render import Block, Chart, Notice, Table, page
-from .controls import CONTROLS, MEAN
-from .evaluation import Evaluation
-from .settings import MEASURES, METHOD
-from .summary import LEAST
+from .._files import write_whole
+from ..render import Block, Chart, Notice, Table, drawn_blocks, page
+from ..render import Row as PageRow
+from .baselines import BASELINES
+from .measures import MEAN, MEASURES, TRANSFERRED
+from .summary import LEAST, Summary
+from .work import Row
 
 ON_ONE_OBJECT = (
     "On pictures of one object mean activation, which shows what is salient, is hard to beat: what "
     "is salient is mostly what matched. Two objects tell them apart."
 )
-
 _INTERVAL = " [95%]"
+_TRANSFERRED = TRANSFERRED + _INTERVAL
+Cell = Callable[[str], str]
+"""From a measure's name to what stands in its line of a table."""
 
 
-def tables(summary: Mapping[str, Any]) -> list[Table]:
-    """Every table of an evaluation, each with its caption and what its figures mean."""
-    made = [
-        _retrieval(summary["retrieval"], summary["indexed_images"]),
-        _localisation(summary["localisation"]),
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """How good the maps of an index are.
+
+    Attributes
+    ----------
+    summary : means with 95% intervals, comparisons with baselines, curves, notes, flags and the
+        settings; plain numbers and lists
+    rows : a dict for each image that was read, in the source's order; baselines' numbers are in
+        columns "BASELINE: MEASURE", and None stands where a measure does not apply
+    scenes : a dict for each question about a picture of two objects
+    examples : the best and the worst, as small pictures
+    grid : a row for each of a few questions, a picture for each method or recipe that was named
+    """
+
+    summary: Summary
+    rows: list[Row]
+    scenes: list[Row] = field(default_factory=list)
+    examples: Sequence[PageRow] = ()
+    grid: Sequence[PageRow] = ()
+
+    def __repr__(self) -> str:
+        done, flags = len(self.rows), len(self.summary["flags"])
+        return f"<Evaluation of {self.summary['index']}: {done} images, {flags} flags>"
+
+    def _repr_html_(self) -> str:
+        return "\n".join(drawn_blocks([*notices(self.summary), *tables(self.summary)]))
+
+    def to_dict(self) -> Summary:
+        """Return the summary, ready for JSON."""
+        copied: Summary = json.loads(json.dumps(self.summary))
+        return copied
+
+    def save_csv(self, path: str | Path) -> Path:
+        """Write a line for each image; InputError where it cannot be written."""
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(names), lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return write_whole(path, text.getvalue())
+
+    def html(self) -> str:
+        """Return the whole report as one self-contained page."""
+        summary = self.summary
+        blocks, curves = notices(summary), charts(summary)
+        for table in tables(summary):
+            blocks.append(table)
+            if table.caption.startswith(("Beside", "Faithfulness")):
+                blocks += curves
+                curves = []
+        return page(
+            [*self.grid, *self.examples],
+            title="How good are the maps?",
+            intro=intro(summary),
+            tables=blocks + curves,
+        )
+
+    def save_html(self, path: str | Path) -> Path:
+        """Write the report; InputError where it cannot be written."""
+        return write_whole(path, self.html())
+
+
+def tables(summary: Summary) -> list[Table]:
+    """Return every table of an evaluation, each with its caption and what its figures mean."""
+    shown = [
+        _retrieval(summary),
+        _localization(summary["localisation"]),
         *(_objects(*entry) for entry in summary["objects"].items()),
         _beside(summary),
         _faithfulness(summary),
         _sanity(summary["sanity"]),
         _fidelity(summary["fidelity"]),
     ]
-    return [table for table in made if table is not None]
+    return [table for table in shown if table is not None]
 
 
-def notices(summary: Mapping[str, Any]) -> list[Block]:
-    """What stands above the figures: the verdict, and what was left out."""
+def notices(summary: Summary) -> list[Block]:
+    """Return what stands above the figures: the verdict, and what was left out."""
     raised: dict[str, list[str]] = {}
     for one in summary["checks"]:
         if one["raised"]:
             raised.setdefault(one["flag"], []).append(one["says"].removeprefix(f"{one['flag']}: "))
-    blocks: list[Block] = [
-        Notice(f"{flag[0].upper()}{flag[1:]}", said) for flag, said in raised.items()
-    ]
+    blocks: list[Block] = [Notice(_capital(flag), lines) for flag, lines in raised.items()]
     if summary["flags"] and summary["beats"]:
         blocks.append(Notice("Beats every control", summary["beats"], good=True))
     blocks.append(_verdict(summary))
@@ -50,34 +118,23 @@ def notices(summary: Mapping[str, Any]) -> list[Block]:
     return blocks
 
 
-def report(evaluation: Evaluation) -> str:
-    """A self-contained page: verdict, tables, curves, and the best and the worst."""
-    summary = evaluation.summary
-    blocks: list[Block] = notices(summary)
-    shown = tables(summary)
-    curves = charts(summary)
-    for table in shown:
-        blocks.append(table)
-        if table.caption.startswith(("Beside", "Faithfulness")):
-            blocks += curves
-            curves = []
-    blocks += curves
-    return page(
-        [*evaluation.grid, *evaluation.examples],
-        title="How good are the maps?",
-        intro=intro(summary),
-        tables=blocks,
-    )
+def _verdict(summary: Summary) -> Notice:
+    named = [one["says"] for one in summary["checks"]]
+    flags = [text for text in summary["flags"] if text not in named]
+    if flags:
+        return Notice("Does not beat every control", flags)
+    if summary["controls"] or any(entry["controls"] for entry in summary["objects"].values()):
+        return Notice("Beats every control on every measure", good=True)
+    return Notice("Nothing was held against a control, so these figures prove little")
 
 
-def intro(summary: Mapping[str, Any]) -> str:
-    """What was measured, in two sentences."""
-    images, settings = summary["images"], summary["settings"]
+def intro(summary: Summary) -> str:
+    """Say what was measured, in two sentences."""
+    images = summary["images"]
     text = (
         f"{images['measured']:,} of {_images(images['given'])} against an index of "
-        f"{summary['indexed_images']:,} "
-        f"({summary['index']}); each map is drawn with weights transferred from "
-        f"{settings['n_neighbors']} neighbours."
+        f"{summary['indexed_images']:,} ({summary['index']}); each map is drawn with weights "
+        f"transferred from {summary['settings']['n_neighbors']} neighbours."
     )
     if images["indexed"]:
         text += f" The index holds {images['indexed']:,} of them, which never explain themselves."
@@ -86,70 +143,51 @@ def intro(summary: Mapping[str, Any]) -> str:
     return text
 
 
-def _images(count: int) -> str:
-    """ "1 image", "2,000 images"."""
-    return f"{count:,} image" + ("" if count == 1 else "s")
-
-
-def charts(summary: Mapping[str, Any]) -> list[Chart]:
-    """The deletion and insertion curves."""
-    curves = summary["curves"]
-    if not curves:
-        return []
-    made = []
-    for kind, taken, better in (
-        ("deletion", "the map's top pixels removed", "The lower, the better"),
-        ("insertion", "only the map's top pixels shown", "The higher, the better"),
-    ):
-        lines = {
-            way: [(step / (len(one[kind]) - 1), y) for step, y in enumerate(one[kind])]
-            for way, one in curves.items()
-        }
-        made.append(
-            Chart(
-                f"{kind.capitalize()}: {taken}",
-                lines,
-                x_label="share of the pixels",
-                y_label="mean similarity to the nearest result",
-                notes=f"{better}.",
-            )
-        )
-    return made
-
-
-def _verdict(summary: Mapping[str, Any]) -> Notice:
-    said = [one["says"] for one in summary["checks"]]
-    flags = [text for text in summary["flags"] if text not in said]
-    compared = bool(summary["controls"]) or any(
-        entry["controls"] for entry in summary["objects"].values()
+def charts(summary: Summary) -> list[Block]:
+    """Return the deletion and insertion curves."""
+    kinds = (
+        ("deletion", "the map's top pixels removed", "The lower, the better."),
+        ("insertion", "only the map's top pixels shown", "The higher, the better."),
     )
-    if flags:
-        return Notice("Does not beat every control", flags)
-    if compared:
-        return Notice("Beats every control on every measure", good=True)
-    return Notice("Nothing was held against a control, so these figures prove little")
+    return [
+        Chart(
+            f"{kind.capitalize()}: {what}",
+            {
+                method: [(step / (len(one[kind]) - 1), y) for step, y in enumerate(one[kind])]
+                for method, one in summary["curves"].items()
+            },
+            x_label="share of the pixels",
+            y_label="mean similarity to the nearest result",
+            notes=notes,
+        )
+        for kind, what, notes in kinds
+        if summary["curves"]
+    ]
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image" + "s" * (count != 1)
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _number(value: float) -> str:
-    """Three decimals for shares and similarities, one for places in a ranking."""
+    """Format three decimals for shares and similarities, one for places in a ranking."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
-def _interval(one: Mapping[str, Any]) -> str:
-    """The mean and its interval; of too few images the mean alone."""
-    if one["n"] < LEAST:
-        return _number(one["mean"])
-    return f"{_number(one['mean'])} [{_number(one['low'])}, {_number(one['high'])}]"
+def _interval(mean: Mapping[str, float]) -> str:
+    """Format the mean and its interval; of too few images the mean alone."""
+    if mean["n"] < LEAST:
+        return _number(mean["mean"])
+    return f"{_number(mean['mean'])} [{_number(mean['low'])}, {_number(mean['high'])}]"
 
 
-def _table(
-    found: Mapping[str, Any],
-    columns: Mapping[str, Callable[[str], str]],
-    caption: str,
-    notes: str,
-) -> Table:
-    """A line for each measure that was found, by the functions from its name to a cell."""
-    rows = [[MEASURES[name].title, *(cell(name) for cell in columns.values())] for name in found]
+def _table(names: Iterable[str], columns: Mapping[str, Cell], caption: str, notes: str) -> Table:
+    """Return a line for each measure, by the functions from its name to a cell."""
+    rows = [[MEASURES[name].title, *(cell(name) for cell in columns.values())] for name in names]
     return Table(["measure", *columns], rows, caption, notes)
 
 
@@ -157,71 +195,83 @@ def _better(name: str) -> str:
     return "more" if MEASURES[name].better > 0 else "less"
 
 
-def _retrieval(found: Mapping[str, Any], indexed: int) -> Table | None:
-    if not found:
-        return None
-    header = ["", *(MEASURES[name].title for name in found)]
-    row = [f"{next(iter(found.values()))['n']:,} queries", *map(_interval, found.values())]
-    return Table(
-        header, [row], "Does the network retrieve at all?",
-        "Queries against the index, never their own image. Maps of a network that does not bring "
-        "back the right images explain nothing worth knowing.",
-    )  # fmt: skip
+def _chance(found: Summary, name: str) -> str:
+    return f"{found[name]['chance']:.3f}" if "chance" in found[name] else "–"
 
 
-def _localisation(found: Mapping[str, Any]) -> Table | None:
-    if not found:
-        return None
-    columns: dict[str, Callable[[str], str]] = {
-        "chance": lambda name: f"{found[name]['chance']:.3f}" if "chance" in found[name] else "–",
-        "transferred [95%]": lambda name: _interval(found[name]),
-        f"{MEAN} [95%]": lambda name: _salient(found[name]),
-        "": lambda name: MEASURES[name].says,
-    }
-    return _table(
-        found, columns,
-        f"Localisation, {_images(next(iter(found.values()))['n'])} with a box or mask",
-        "Chance is what a map that is the same everywhere scores: the region's share of the area. "
-        f"A pointing game says little where objects stand in the middle. {_free(found)}",
-    )  # fmt: skip
-
-
-def _objects(name: str, entry: Mapping[str, Any]) -> Table | None:
-    found, compared = entry["measures"], entry["controls"]
-    columns: dict[str, Callable[[str], str]] = {
-        "chance": lambda name: f"{found[name]['chance']:.3f}",
-        "transferred [95%]": lambda name: _interval(found[name]),
-    }
-    others = _others(compared)
-    columns |= others or {f"{MEAN} [95%]": lambda name: _salient(found[name])}
-    return _table(
-        found, columns,
-        f"Telling two objects apart: {name}, {entry['questions']:,} questions",
-        "Each object of a picture is asked about in turn with the stored weights of one result of "
-        "its kind; a map that ignores the question scores one half. "
-        f"{_free(found)}",
-    )  # fmt: skip
-
-
-def _salient(one: Mapping[str, Any]) -> str:
-    """What the mean activation scores in the same measure."""
+def _salient(found: Summary, name: str) -> str:
+    """Format what the mean activation scores in the same measure."""
+    one = found[name]
     return _interval(one["mean_activation"]) if "mean_activation" in one else "–"
 
 
 def _free(names: Iterable[str]) -> str:
-    """Which measures of a table no change of contrast moves."""
+    """Say which measures of a table no change of contrast moves."""
     titles = [MEASURES[name].title for name in names if MEASURES[name].free]
     return f"No change of contrast moves: {', '.join(titles)}." if titles else ""
 
 
-def _beside(summary: Mapping[str, Any]) -> Table | None:
+def _meanings(names: Iterable[str]) -> str:
+    """Say what the measures of pixels that are taken out or put in mean, in a sentence each."""
+    measures = [MEASURES[name] for name in names if MEASURES[name].group == "faithfulness"]
+    return " ".join(f"{_capital(one.title)}: {one.says}." for one in measures if one.says)
+
+
+def _retrieval(summary: Summary) -> Table | None:
+    means = summary["retrieval"]
+    if not means:
+        return None
+    count = next(iter(means.values()))["n"]
+    return Table(
+        ["", *(MEASURES[name].title for name in means)],
+        [[f"{count:,} queries", *map(_interval, means.values())]],
+        "Does the network retrieve at all?",
+        "Queries against the index, never their own image. Maps of a network that does not bring "
+        "back the right images explain nothing worth knowing.",
+    )
+
+
+def _localization(means: Summary) -> Table | None:
+    if not means:
+        return None
+    columns: dict[str, Cell] = {
+        "chance": partial(_chance, means),
+        _TRANSFERRED: lambda name: _interval(means[name]),
+        MEAN + _INTERVAL: partial(_salient, means),
+        "": lambda name: MEASURES[name].says,
+    }
+    return _table(
+        means, columns,
+        f"Localisation, {_images(next(iter(means.values()))['n'])} with a box or mask",
+        "Chance is what a map that is the same everywhere scores: the region's share of the area. "
+        f"A pointing game says little where objects stand in the middle. {_free(means)}",
+    )  # fmt: skip
+
+
+def _objects(name: str, entry: Summary) -> Table:
+    means = entry["measures"]
+    others = _others(entry["controls"]) or {MEAN + _INTERVAL: partial(_salient, means)}
+    columns: dict[str, Cell] = {
+        "chance": partial(_chance, means),
+        _TRANSFERRED: lambda name: _interval(means[name]),
+        **others,
+    }
+    return _table(
+        means, columns,
+        f"Telling two objects apart: {name}, {entry['questions']:,} questions",
+        "Each object of a picture is asked about in turn with the stored weights of one result of "
+        f"its kind; a map that ignores the question scores one half. {_free(means)}",
+    )  # fmt: skip
+
+
+def _beside(summary: Summary) -> Table | None:
     compared = summary["controls"]
     if not compared:
         return None
     others = _others(compared)
-    columns = {
+    columns: dict[str, Cell] = {
         "better": _better,
-        "transferred [95%]": lambda name: _interval(compared[name]["ways"][METHOD]),
+        _TRANSFERRED: lambda name: _interval(compared[name]["ways"][TRANSFERRED]),
         **others,
     }
     table = _table(
@@ -234,69 +284,62 @@ def _beside(summary: Mapping[str, Any]) -> Table | None:
         f"reaches 0 or lies on the wrong side. {_meanings(compared)}",
     )  # fmt: skip
     empty = summary["empty_in_controls"]
-    ways = (METHOD, *(name.removesuffix(_INTERVAL) for name in others))
-    shares = (f"{empty[way]:.3f}" if way in empty else "–" for way in ways)
+    methods = (TRANSFERRED, *(name.removesuffix(_INTERVAL) for name in others))
+    shares = (f"{empty[method]:.3f}" if method in empty else "–" for method in methods)
     return replace(table, rows=[*table.rows, ["empty maps", "–", *shares]])
 
 
-def _others(compared: Mapping[str, Any]) -> dict[str, Callable[[str], str]]:
-    """A column for each other way of drawing."""
-    ways = dict.fromkeys(way for one in compared.values() for way in one["differences"])
+def _others(compared: Summary) -> dict[str, Cell]:
+    """Return a column for each other method."""
+    methods = dict.fromkeys(method for one in compared.values() for method in one["differences"])
     return {
-        f"{way}{'' if way in CONTROLS else _INTERVAL}": partial(_against, compared, way)
-        for way in ways
+        method + _INTERVAL * (method not in BASELINES): partial(_against, compared, method)
+        for method in methods
     }
 
 
-def _meanings(names: Iterable[str]) -> str:
-    """What the measures of pixels that are taken out or put in say, in a sentence each."""
-    of_pixels = [MEASURES[name] for name in names if MEASURES[name].group == "faithfulness"]
-    return " ".join(
-        f"{one.title[0].upper()}{one.title[1:]}: {one.says}." for one in of_pixels if one.says
-    )
-
-
-def _against(compared: Mapping[str, Any], way: str, name: str) -> str:
+def _against(compared: Summary, method: str, name: str) -> str:
     entry = compared[name]
-    if way not in entry["ways"]:
+    if method not in entry["ways"]:
         return "–"
-    star = "" if entry["differences"][way]["beats"] else "*"
-    one = entry["ways"][way]
-    return f"{_number(one['mean']) if way in CONTROLS else _interval(one)}{star}"
+    star = "" if entry["differences"][method]["beats"] else "*"
+    mean = entry["ways"][method]
+    return (_number(mean["mean"]) if method in BASELINES else _interval(mean)) + star
 
 
-def _faithfulness(summary: Mapping[str, Any]) -> Table | None:
-    found = summary["faithfulness"]
-    if not found or summary["controls"]:
+def _faithfulness(summary: Summary) -> Table | None:
+    means = summary["faithfulness"]
+    if not means or summary["controls"]:
         return None
     return _table(
-        found,
-        {"better": _better, "transferred [95%]": lambda name: _interval(found[name])},
+        means,
+        {"better": _better, _TRANSFERRED: lambda name: _interval(means[name])},
         f"Faithfulness, {_images(summary['sample'])}",
-        f"Without controls: a figure by itself says little. {_meanings(found)}",
+        f"Without controls: a figure by itself says little. {_meanings(means)}",
     )
 
 
-def _sanity(found: Sequence[Mapping[str, Any]]) -> Table | None:
-    if not found:
+def _sanity(stages: Sequence[Summary]) -> Table | None:
+    if not stages:
         return None
-    rows = [
-        [f"{one['modules']} of {one['of']}", _interval(one), f"{one['empty']:.0%}"] for one in found
-    ]
     return Table(
-        ["shuffled from the output down", "rank correlation of the maps [95%]", "empty maps"], rows,
+        ["shuffled from the output down", "rank correlation of the maps [95%]", "empty maps"],
+        [
+            [f"{one['modules']} of {one['of']}", _interval(one), f"{one['empty']:.0%}"]
+            for one in stages
+        ],
         "Sanity: the network's parameters shuffled, module after module",
         "A map that hardly changes where the network no longer works does not show what the "
         "network does. An empty map says that nothing speaks for the results.",
-    )  # fmt: skip
+    )
 
 
-def _fidelity(found: Mapping[str, Any]) -> Table | None:
-    if not found:
+def _fidelity(means: Summary) -> Table | None:
+    if not means:
         return None
-    counts = sorted({one["n_neighbors"] for line in found.values() for one in line})
+    counts = sorted({one["n_neighbors"] for line in means.values() for one in line})
     rows = []
-    for kind, line in found.items():
+    for kind, line in means.items():
         cells = {one["n_neighbors"]: _interval(one) for one in line}
         rows.append([kind, f"{line[0]['n']:,}", *(cells.get(count, "–") for count in counts)])
     return Table(

@@ -1,28 +1,27 @@
-"""The whole evaluation: groups of measures, one after another, from rows to rows."""
+"""Evaluate an index: groups of measures, one after another, from rows to rows."""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from ..errors import InputError
 from ..images import ImageSource
 from ..index import Index
 from ..network import EmbeddingNetwork
-from .compared import compared
-from .evaluation import Evaluation
 from .examples import Examples
-from .explained import explained
-from .fidelity import fidelity
-from .gallery import Gallery
-from .maps import Mapper, Way
-from .queries import OwnPositions, chosen
+from .gallery import Gallery, OwnRows, sample
+from .groups import compared, explained, fidelity, pasted
+from .maps import Mapper
+from .measures import Clock
 from .regions import Regions, of_boxes, of_masks
+from .report import Evaluation
 from .rivals import Recipes, named_methods, named_recipes, notes_of, rivals_of
-from .scenes import pasted
-from .settings import Clock, Settings
-from .summary import summarised
-from .work import Reader, Work
+from .settings import Settings
+from .summary import summarized
+from .work import Work
 
 
 def evaluate_index(
@@ -45,28 +44,31 @@ def evaluate_index(
 
     An image that the index holds is explained by others only.
 
-    Args:
-        index: an open index or its folder.
-        source: the query images, as `find_images` gives them.
-        network: the network the index was built with; another one is refused.
-        boxes: CSV with path,x0,y0,x1,y1[,label][,width,height], a line a box.
-        masks: folder of masks named as the images are, white on the object.
-        indexed: folder the indexed images lie in now; None takes the one they were built from.
-        methods: names of methods that draw on the query itself, of how similar it is to what it is
-            explained by; a column each, beside the controls.
-        recipes: TOML files, names of recipes that came along, or `Recipe`s by name: the weights of
-            the index's own pictures are computed by each, for a column each.
-        settings: what is measured; see `Settings`.
-        on_unreadable: "fail" at the first image that cannot be read or embedded, or "skip" it and
-            say so.
-        workers: threads that decode images.
-        progress: bars; None shows them on a terminal or in a notebook, else logs how far it is.
-        **choices: single settings by name, such as `n_neighbors=1`, in place of `settings`.
+    Parameters
+    ----------
+    index : an open index, or its folder
+    source : the query images, as `find_images` gives them
+    network : the network the index was built with; another one is refused
+    boxes : CSV with path,x0,y0,x1,y1[,label][,width,height], a line a box
+    masks : folder of masks named as the images are, white on the object
+    indexed : folder the indexed images lie in now; default the one they were built from
+    methods : names of methods that draw on the query itself, of how similar it is to what it is
+        explained by; a column each, beside the baselines
+    recipes : TOML files, names of recipes that came along, or Recipes by name: the weights of the
+        index's own pictures are computed by each, for a column each
+    settings : what is measured; `choices` are single settings by name in its place
+    on_unreadable : "fail" at the first image that cannot be read or embedded, or "skip" and say so
+    workers : threads that decode images
+    progress : show bars; default on a terminal or in a notebook, elsewhere a log line now and then
 
-    Raises:
-        InputError: images, boxes, masks or settings that cannot be used.
-        NetworkMismatch: the network is not the index's.
-        IndexFormatError: no index, or a broken one.
+    Raises
+    ------
+    InputError
+        Images, boxes, masks or settings that cannot be used.
+    NetworkMismatch
+        The network is not the index's.
+    IndexFormatError
+        No index, or a broken one.
     """
     if settings is not None and choices:
         raise InputError("give settings, or single ones by name, not both")
@@ -95,47 +97,45 @@ def evaluate_index(
     wanted, by_name = named_methods(methods), named_recipes(recipes)
     opened = index if isinstance(index, Index) else Index.open(index)
     try:
-        regions: Regions = Regions()
+        regions = Regions(source)
         if boxes is not None:
             regions = of_boxes(boxes, source)
         elif masks is not None:
             regions = of_masks(masks, source)
         root = None if indexed is None else Path(indexed)
         mapper = Mapper(opened, network, settings, Clock(), root, max_pixels=source.max_pixels)
-        reader = Reader(source, mapper, settings, on_unreadable, workers, progress)
-        with rivals_of(reader, wanted, by_name) as rivals:
-            found = _evaluated(reader, regions, rivals, root)
-        found.summary["methods"] = list(wanted)
-        found.summary["recipes"] = {name: one.to_dict() for name, one in by_name.items()}
-        found.summary["notes"] += notes_of(wanted)
-        return found
+        stored = opened.manifest.images_root
+        if root is None and stored is not None:
+            root = Path(stored)
+        positions = sample(len(source), settings.limit, settings.seed)
+        work = Work(
+            settings, source, mapper, Gallery(opened, settings.seed),
+            OwnRows(opened, source, positions, root), regions, on_unreadable, workers, progress,
+        )  # fmt: skip
+        with rivals_of(work, wanted, by_name) as work.rivals:
+            evaluation = _evaluated(work, positions)
+        summary = evaluation.summary
+        summary["methods"] = list(wanted)
+        summary["recipes"] = {name: one.to_dict() for name, one in by_name.items()}
+        summary["notes"] += notes_of(wanted)
+        return evaluation
     finally:
         if opened is not index:
             opened.close()
 
 
-def _evaluated(
-    reader: Reader, regions: Regions, rivals: dict[str, Way], indexed: Path | None
-) -> Evaluation:
-    """Everything, one group of measures after another: each takes rows and gives rows."""
+def _evaluated(work: Work, positions: np.ndarray) -> Evaluation:
+    """Run one group of measures after another: each takes rows and gives rows."""
     begun = time.perf_counter()
-    source, mapper, settings = reader.source, reader.mapper, reader.settings
-    stored = mapper.index.manifest.images_root
-    root = Path(stored) if indexed is None and stored is not None else indexed
-    positions = chosen(len(source), settings.limit, settings.seed)
-    own = OwnPositions(mapper.index, source, positions, root)
-    work = Work(
-        settings, reader, mapper, Gallery(mapper.index, settings.seed), own, regions, rivals
-    )
     rows, boxed = explained(work, positions)
     if not rows:
-        raise InputError(f"none of the {len(positions)} images could be used: {reader.skipped[0]}")
+        raise InputError(f"none of the {len(positions)} images could be used: {work.skipped[0]}")
     rows, beside = compared(work, rows)
     questions = boxed + pasted(work, rows)
     transfers = fidelity(work, rows)
     rows = {position: rows[position] for position in sorted(rows)}
-    summary = summarised(work, list(rows.values()), questions, beside, transfers)
+    summary = summarized(work, list(rows.values()), questions, beside, transfers)
     examples = Examples(work)
     shown, grid = examples.choose(rows, questions), examples.grid(rows, questions)
-    summary["seconds"] = {**mapper.clock.seconds, "total": time.perf_counter() - begun}
+    summary["seconds"] = {**work.mapper.clock.seconds, "total": time.perf_counter() - begun}
     return Evaluation(summary, list(rows.values()), questions, shown, grid)

@@ -1,4 +1,4 @@
-"""From numbers an image to means with intervals, and flags for what does not beat its controls."""
+"""From numbers an image to means with intervals, and flags for what does not beat its baselines."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,64 +6,64 @@ from typing import Any
 import numpy as np
 
 from ..metrics import bootstrap_interval
-from .compared import Compared
-from .controls import CONTROLS, MEAN, SHUFFLED_INDEX
-from .faithfulness import Curves
-from .fidelity import RESULTS
-from .settings import MEASURES, METHOD
-from .work import Work
-
-Rows = Sequence[Mapping[str, Any]]
+from .baselines import BASELINES, SHUFFLED_INDEX
+from .groups import RESULTS, Compared
+from .measures import MEAN, MEASURES, TRANSFERRED
+from .work import Row, Work
 
 LEAST = 3
-"""Images from which an interval is shown, and a control can be beaten."""
+"""Images from which an interval is shown, and a baseline can be beaten."""
 WORSE = "localises worse than the mean activation"
 NO_BETTER = "tells apart no better than a shuffled index"
+Summary = dict[str, Any]
+Some = Sequence[Row]
 
 
-def summarised(
-    work: Work, rows: Rows, questions: Rows, beside: Compared, transfers: Rows
-) -> dict[str, Any]:
-    """The whole summary: plain numbers and lists, and the notes with it."""
-    others = [*work.rivals, *CONTROLS]
-    sample = sampled(rows, others)
-    controls = beside_controls(sample, ("localisation", "faithfulness"), others)
-    asked: dict[str, Rows] = {
+def summarized(
+    work: Work, rows: Some, questions: Some, beside: Compared, transfers: Some
+) -> Summary:
+    """Return the whole summary: plain numbers and lists, and the notes with it."""
+    others = [*work.rivals, *BASELINES]
+    sampled = [row for row in rows if any(f"{method}: empty" in row for method in others)]
+    controls = beside_others(sampled, ("localisation", "faithfulness"), others)
+    by_kind = {
         "pasted pairs": [row for row in questions if row["second"] >= 0],
         "boxes of several labels": [row for row in questions if row["second"] < 0],
     }
-    asked = {name: some for name, some in asked.items() if some}
+    asked = {name: some for name, some in by_kind.items() if some}
     beside_each = others if work.settings.controls or work.rivals else ()
-    objects: dict[str, dict[str, Any]] = {
+    objects: dict[str, Summary] = {
         name: {
             "questions": len(some),
             "measures": measured(some, "objects"),
-            "controls": beside_controls(some, ("objects",), beside_each),
+            "controls": beside_others(some, ("objects",), beside_each),
         }
         for name, some in asked.items()
     }
     checked = checks(rows, asked)
-    held = [(controls, f"{beside.images} images")]
-    held += [(entry["controls"], name) for name, entry in objects.items()]
+    tables = [(controls, f"{beside.images} images")]
+    tables += [(entry["controls"], name) for name, entry in objects.items()]
     for text in _left_out(work, rows, beside.images):
         work.note(text)
+    empties = {TRANSFERRED: column(sampled, "empty")}
+    empties |= {method: column(sampled, f"{method}: empty") for method in others}
     return {
         "index": str(work.mapper.index.path),
         "images": {
-            "given": len(work.reader.source),
-            "asked": work.own.asked,
+            "given": len(work.source),
+            "asked": work.own_rows.asked,
             "measured": len(rows),
             "indexed": sum(row["indexed"] for row in rows),
             "empty_maps": sum(row["empty"] for row in rows),
             "with_regions": sum("area" in row for row in rows),
-            "skipped": work.reader.skipped,
+            "skipped": work.skipped,
         },
         "indexed_images": len(work.gallery),
         "settings": work.settings.to_dict(),
         "checks": checked,
         "flags": [one["says"] for one in checked if one["raised"]]
-        + [text for one, what in held for text in flags(one, what)],
-        "beats": [text for one, what in held for text in beaten(one, what)],
+        + [text for table, what in tables for text in flags(table, what)],
+        "beats": [text for table, what in tables for text in beaten(table, what)],
         "notes": work.notes,
         "retrieval": measured(rows, "retrieval"),
         "localisation": measured(rows, "localisation"),
@@ -71,15 +71,17 @@ def summarised(
         "sample": beside.images,
         "masked_passes": beside.passes,
         "controls": controls,
-        "empty_in_controls": empties(sample, others),
+        "empty_in_controls": {
+            method: float(some.mean()) for method, some in empties.items() if len(some)
+        },
         "curves": mean_curves(beside.curves),
         "objects": objects,
-        "fidelity": fidelity(transfers),
+        "fidelity": fidelity_of(transfers),
         "sanity": [
             {
                 "modules": stage,
                 "of": beside.modules,
-                **mean_of(np.array([alike for alike, _ in values])),
+                **_mean(np.array([alike for alike, _ in values])),
                 "empty": sum(empty for _, empty in values) / len(values),
             }
             for stage, values in sorted(beside.stages.items())
@@ -87,14 +89,14 @@ def summarised(
     }
 
 
-def _left_out(work: Work, rows: Rows, sample: int) -> Iterator[str]:
-    """What the rows lack, a sentence each."""
-    given, asked = len(work.reader.source), work.own.asked
+def _left_out(work: Work, rows: Some, sampled: int) -> Iterator[str]:
+    """Yield what the rows lack, a sentence each."""
+    total, asked = len(work.source), work.own_rows.asked
     if work.wants("retrieval") and not measured(rows, "retrieval"):
         what = "no image has a label"
         if work.gallery.numbers:
             what = "the index's labels are numbers, not classes"
-        elif not work.gallery.labelled:
+        elif not work.gallery.labeled:
             what = "the index has no labels"
         yield f"no retrieval quality: {what}"
     if work.wants("localisation"):
@@ -111,220 +113,181 @@ def _left_out(work: Work, rows: Rows, sample: int) -> Iterator[str]:
             "the index holds prototypes and does not know what was merged into them: a query "
             "that was is explained with its own part in them"
         )
-    if sample and sample < len(rows):
-        yield f"faithfulness and controls: a seeded sample of {sample} of {len(rows)} images"
-    if asked < given:
-        yield f"a seeded sample of {asked} of {given} images was queried"
+    if sampled and sampled < len(rows):
+        yield f"faithfulness and controls: a seeded sample of {sampled} of {len(rows)} images"
+    if asked < total:
+        yield f"a seeded sample of {asked} of {total} images was queried"
     if empty := sum(row["empty"] for row in rows):
         yield f"{empty} of {len(rows)} maps are empty, and score what chance does"
 
 
-def column(rows: Rows, name: str) -> np.ndarray:
-    """The values of a column that are there, `[n]`."""
+def column(rows: Some, name: str) -> np.ndarray:
+    """Return the values of a column that are there, `[n]`."""
     return np.array([row[name] for row in rows if row.get(name) is not None], np.float64)
 
 
-def pictures(rows: Rows) -> list[Any]:
-    """Which picture, or pair of pictures, each row asks about; a row that is an image, itself."""
+def _pictures(rows: Some) -> list[Any]:
+    """Return which picture, or pair of them, each row asks about; an image's row, itself."""
     return [
         (row["first"], row["second"]) if "first" in row else place for place, row in enumerate(rows)
     ]
 
 
-def interval(values: np.ndarray, of: Sequence[Any]) -> tuple[float, float]:
-    """95% bootstrap interval of the mean of `[n]` values: pictures are drawn, not questions.
-
-    of: the picture of each; all values of one are drawn together.
-    """
-    codes = {one: code for code, one in enumerate(dict.fromkeys(of))}
-    places = [codes[one] for one in of]
+def _interval(values: np.ndarray, of: Sequence[Any]) -> tuple[float, float]:
+    """Return the 95% interval of the mean of `[n]`: pictures are drawn with all their values."""
+    codes = {picture: code for code, picture in enumerate(dict.fromkeys(of))}
+    places = [codes[picture] for picture in of]
     sums, counts = np.bincount(places, values), np.bincount(places)
 
-    def mean(drawn: np.ndarray, axis: int) -> np.ndarray:
-        some = drawn.astype(int)
+    def mean(draws: np.ndarray, axis: int) -> np.ndarray:
+        some = draws.astype(int)
         means: np.ndarray = sums[some].sum(axis) / counts[some].sum(axis)
         return means
 
     return bootstrap_interval(np.arange(len(codes)), mean)
 
 
-def mean_of(values: np.ndarray, of: Sequence[Any] | None = None) -> dict[str, float]:
-    """Mean, its 95% interval as `interval` draws it, and of how many."""
-    low, high = interval(values, range(len(values)) if of is None else of)
+def _mean(values: np.ndarray, of: Sequence[Any] | None = None) -> Summary:
+    low, high = _interval(values, range(len(values)) if of is None else of)
     return {"mean": float(values.mean()), "low": low, "high": high, "n": len(values)}
 
 
-def measured(rows: Rows, group: str) -> dict[str, Any]:
-    """Each measure of a group over the rows that have it, beside chance and mean activation."""
-    found: dict[str, Any] = {}
+def _column_mean(rows: Some, name: str) -> Summary:
+    there = [row for row in rows if row.get(name) is not None]
+    return _mean(column(there, name), _pictures(there))
+
+
+def measured(rows: Some, group: str) -> Summary:
+    """Return each measure of a group over the rows that have it, by chance and mean activation."""
+    table: Summary = {}
     for name, measure in MEASURES.items():
-        values = column(rows, name) if measure.group == group else np.empty(0)
-        if not len(values):
-            continue
         there = [row for row in rows if row.get(name) is not None]
-        found[name] = mean_of(values, pictures(there))
+        if measure.group != group or not there:
+            continue
+        table[name] = _column_mean(there, name)
         if measure.chance:
-            found[name]["chance"] = float(column(there, measure.chance).mean())
-        there = [row for row in rows if row.get(f"{MEAN}: {name}") is not None]
-        if there:
-            salient = column(there, f"{MEAN}: {name}")
-            found[name]["mean_activation"] = mean_of(salient, pictures(there))
-    return found
+            table[name]["chance"] = float(column(there, measure.chance).mean())
+        if len(column(rows, f"{MEAN}: {name}")):
+            table[name]["mean_activation"] = _column_mean(rows, f"{MEAN}: {name}")
+    return table
 
 
-def beside_controls(
-    rows: Rows, groups: Sequence[str], others: Sequence[str] = CONTROLS
-) -> dict[str, Any]:
-    """The method and other ways of drawing on the same rows, with paired differences.
+def beside_others(rows: Some, groups: Sequence[str], others: Sequence[str] = BASELINES) -> Summary:
+    """Return means of all methods on the same rows, and the paired differences of `transferred`.
 
-    A difference is turned so that above 0 the method is better. It beats another where the whole
+    A difference is turned so that above 0 `transferred` is better. It beats another where the whole
     95% interval lies above 0.
     """
-    found: dict[str, Any] = {}
+    table: Summary = {}
     for name, measure in MEASURES.items():
-        differences = {
-            other: _difference(some, name, other)
-            for other in others
-            if measure.group in groups and (some := _with(rows, name, other))
-        }
-        if differences:
-            held = [row for row in rows if any(_with([row], name, other) for other in others)]
-            ways = {METHOD: mean_of(column(held, name), pictures(held))}
-            for other in differences:
-                some = _with(rows, name, other)
-                ways[other] = mean_of(column(some, f"{other}: {name}"), pictures(some))
-            found[name] = {"ways": ways, "differences": differences}
-    return found
+        pairs = {other: _with(rows, name, other) for other in others if measure.group in groups}
+        pairs = {other: some for other, some in pairs.items() if some}
+        if pairs:
+            both = [row for row in rows if any(_with([row], name, other) for other in others)]
+            means = {other: _column_mean(some, f"{other}: {name}") for other, some in pairs.items()}
+            table[name] = {
+                "ways": {TRANSFERRED: _column_mean(both, name), **means},
+                "differences": {
+                    other: _difference(some, name, other) for other, some in pairs.items()
+                },
+            }
+    return table
 
 
-def _with(rows: Rows, name: str, other: str) -> Rows:
-    """The rows that have a measure by the method and by another way."""
-    return [
-        row for row in rows if row.get(name) is not None and row.get(f"{other}: {name}") is not None
-    ]
+def _with(rows: Some, name: str, other: str) -> Some:
+    """Return the rows that have a measure by the method and by another one."""
+    pair = (name, f"{other}: {name}")
+    return [row for row in rows if all(row.get(one) is not None for one in pair)]
 
 
-def _difference(rows: Rows, name: str, other: str) -> dict[str, Any]:
-    """The paired difference of the method and another way, drawn over pictures."""
-    better, of = MEASURES[name].better, pictures(rows)
-    apart = better * (column(rows, name) - column(rows, f"{other}: {name}"))
-    low, high = interval(apart, of)
+def _difference(rows: Some, name: str, other: str) -> Summary:
+    of = _pictures(rows)
+    apart = MEASURES[name].better * (column(rows, name) - column(rows, f"{other}: {name}"))
+    mean = _mean(apart, of)
     # Of one or two pictures an interval says nothing.
     enough = len(set(of)) >= LEAST
     return {
-        "mean": float(apart.mean()),
-        "low": low,
-        "high": high,
+        **{key: mean[key] for key in ("mean", "low", "high")},
         "win_rate": float((apart > 0).mean() + (apart == 0).mean() / 2),
-        "n": len(of),
-        "beats": low > 0 and enough,
-        "worse": high < 0 and enough,
+        "n": mean["n"],
+        "beats": mean["low"] > 0 and enough,
+        "worse": mean["high"] < 0 and enough,
     }
 
 
-def checks(rows: Rows, questions: Mapping[str, Rows]) -> list[dict[str, Any]]:
-    """What is checked of every index by measures that no change of contrast moves.
+def checks(rows: Some, questions: Mapping[str, Some]) -> list[Summary]:
+    """Check every index by measures that no change of contrast moves.
 
-    Args:
-        rows: of the images.
-        questions: about two objects, by where they were asked.
-
-    Returns:
-        For each check that three pictures or more allow: `flag`, whether it is `raised`, and the
-        paired difference that says so, in which above 0 the method is better.
+    Returns for each check that three pictures or more allow: `flag`, whether it is `raised`, and
+    the paired difference that says so.
     """
-    one = [(WORSE, "auc", MEAN, "images with a box or mask", rows)]
+    one = (WORSE, "auc", MEAN, "images with a box or mask", rows)
     two = [(NO_BETTER, "objects_auc", SHUFFLED_INDEX, *entry) for entry in questions.items()]
-    made = []
-    for flag, name, other, where, asked in (*one, *two):
+    checked = []
+    for flag, name, other, where, asked in (one, *two):
         some = _with(asked, name, other)
-        if len(set(pictures(some))) < LEAST:
+        if len(set(_pictures(some))) < LEAST:
             continue
         apart = _difference(some, name, other)
-        raised = apart["worse"] if flag == WORSE else not apart["beats"]
         mine, theirs = (column(some, each).mean() for each in (name, f"{other}: {name}"))
         says = (
             f"{flag}: {MEASURES[name].title} {mine:.3f} against {theirs:.3f}, difference "
             f"{apart['mean']:.3f} [{apart['low']:.3f}, {apart['high']:.3f}] ({where})"
         )
-        made.append({"flag": flag, "raised": raised, "says": says, **apart})
-    return made
+        raised = apart["worse"] if flag == WORSE else not apart["beats"]
+        checked.append({"flag": flag, "raised": raised, "says": says, **apart})
+    return checked
 
 
-def sampled(rows: Rows, others: Sequence[str]) -> Rows:
-    """The rows of images that were drawn by other ways, too."""
-    return [row for row in rows if any(f"{way}: empty" in row for way in others)]
-
-
-def empties(rows: Rows, others: Sequence[str]) -> dict[str, float]:
-    """The share of each way's maps that are empty, on the rows of `sampled`."""
-    columns = {METHOD: "empty", **{way: f"{way}: empty" for way in others}}
-    return {
-        way: float(some.mean()) for way, name in columns.items() if len(some := column(rows, name))
-    }
-
-
-def flags(compared: Mapping[str, Any], what: str) -> list[str]:
-    """A sentence for each control that the method does not beat in every measure."""
-    said = []
-    for control in CONTROLS:
-        told = {
-            name: entry["differences"][control]
-            for name, entry in compared.items()
-            if control in entry["differences"]
-        }
-        worse = [MEASURES[name].title for name, one in told.items() if one["worse"]]
-        equal = [
-            MEASURES[name].title
-            for name, one in told.items()
-            if not one["beats"] and not one["worse"]
-        ]
-        words = [
-            f"{verdict} {_and(titles)}"
-            for verdict, titles in (("worse in", worse), ("not told apart by", equal))
-            if titles
-        ]
+def flags(table: Summary, what: str) -> list[str]:
+    """Return a sentence for each baseline that the method does not beat in every measure."""
+    sentences = []
+    for baseline in BASELINES:
+        titles: dict[str, list[str]] = {"worse in": [], "not told apart by": []}
+        for name, entry in table.items():
+            difference = entry["differences"].get(baseline)
+            if difference is not None and not difference["beats"]:
+                verdict = "worse in" if difference["worse"] else "not told apart by"
+                titles[verdict].append(MEASURES[name].title)
+        words = [f"{verdict} {_and(names)}" for verdict, names in titles.items() if names]
         if words:
-            said.append(f"{METHOD} beside {control} ({what}): {'; '.join(words)}")
-    return said
+            sentences.append(f"{TRANSFERRED} beside {baseline} ({what}): {'; '.join(words)}")
+    return sentences
 
 
-def beaten(compared: Mapping[str, Any], what: str) -> list[str]:
-    """A sentence that names the measures in which the method beats every control; or none."""
-    names = [
-        MEASURES[name].title
-        for name, entry in compared.items()
-        if (told := [entry["differences"][way] for way in CONTROLS if way in entry["differences"]])
-        and all(one["beats"] for one in told)
-    ]
-    return [f"{METHOD} ({what}): better than every control in {_and(names)}"] if names else []
+def beaten(table: Summary, what: str) -> list[str]:
+    """Return a sentence naming the measures in which the method beats every baseline; or none."""
+    beats = {
+        name: [one["beats"] for other, one in entry["differences"].items() if other in BASELINES]
+        for name, entry in table.items()
+    }
+    names = [MEASURES[name].title for name, each in beats.items() if each and all(each)]
+    return [f"{TRANSFERRED} ({what}): better than every control in {_and(names)}"] if names else []
 
 
 def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
-def mean_curves(curves: Mapping[str, Curves]) -> dict[str, Any]:
-    """The mean deletion and insertion curves of each way."""
+def mean_curves(curves: Mapping[str, Sequence[np.ndarray]]) -> Summary:
+    """Return the mean deletion and insertion curves of each method, from `[2 S+1]` a query."""
+    means = {method: np.mean(each, axis=0).tolist() for method, each in curves.items()}
     return {
-        way: {
-            "deletion": (one.deletion / one.count).tolist(),
-            "insertion": (one.insertion / one.count).tolist(),
-        }
-        for way, one in curves.items()
+        method: {"deletion": deletion, "insertion": insertion}
+        for method, (deletion, insertion) in means.items()
     }
 
 
-def fidelity(transfers: Rows) -> dict[str, Any]:
-    """Correlation of own and transferred maps by kind of results and number of neighbours."""
-    found: dict[str, Any] = {}
+def fidelity_of(transfers: Some) -> Summary:
+    """Return the correlation of own and transferred maps by results and number of neighbors."""
+    table: Summary = {}
     for kind in RESULTS:
         some = [row for row in transfers if row["results"] == kind]
         counts = sorted({row["n_neighbors"] for row in some})
-        by_count = [[row for row in some if row["n_neighbors"] == count] for count in counts]
+        by_count = {n: [row for row in some if row["n_neighbors"] == n] for n in counts}
         if some:
-            found[kind] = [
-                {"n_neighbors": count, **mean_of(column(rows, "correlation"))}
-                for count, rows in zip(counts, by_count, strict=True)
+            table[kind] = [
+                {"n_neighbors": count, **_mean(column(rows, "correlation"))}
+                for count, rows in by_count.items()
             ]
-    return found
+    return table

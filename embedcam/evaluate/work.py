@@ -1,6 +1,6 @@
 """What every group of measures reads: the queries a batch at a time, the index and its maps."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,12 +11,12 @@ from ..errors import InputError
 from ..images import Batch, ImageSource, embed, load_batches
 from ..images.progress import Advance, progress_of
 from ..methods.subject import inputs_a_pass
-from .controls import MEAN, control_maps, mean_activation
-from .gallery import Gallery
-from .maps import Mapper, Maps, Questions, Seen, Way
-from .queries import OwnPositions
+from .baselines import baseline_maps, mean_activation
+from .gallery import Gallery, OwnRows
+from .maps import Draw, Mapper, Maps, Questions, Seen
+from .measures import MEAN, TRANSFERRED, Number, columns, localized
 from .regions import Region, Regions
-from .settings import METHOD, Settings
+from .settings import Settings
 
 Row = dict[str, Any]
 """The columns of one image, or of one question about a picture of two objects."""
@@ -25,19 +25,25 @@ Rows = dict[int, Row]
 
 
 @dataclass
-class Reader:
-    """Reads images in batches, and keeps what is said of those that cannot be used.
+class Work:
+    """What the groups of measures are functions of, beside the rows that were there before.
 
-    skipped: a sentence for each of them.
+    rivals: other methods that the maps are held against, by name; skipped: a sentence for each
+    image that cannot be used; notes: what was left out and is worth knowing, a sentence each.
     """
 
+    settings: Settings
     source: ImageSource
     mapper: Mapper
-    settings: Settings
+    gallery: Gallery
+    own_rows: OwnRows
+    regions: Regions
     on_unreadable: Literal["fail", "skip"]
     workers: int | None
     progress: bool | None
+    rivals: dict[str, Draw] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         network = self.mapper.network
@@ -48,18 +54,27 @@ class Reader:
         self.preprocess = network.preprocess
         self.batch_size = self.settings.batch_size or inputs_a_pass(network.device)
 
+    def wants(self, group: str) -> bool:
+        """Return whether a group of measures was asked for."""
+        return group in self.settings.measures
+
+    def note(self, text: str) -> None:
+        """Add what is worth knowing, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def bar(self, total: int, what: str) -> AbstractContextManager[Advance]:
+        """Show how far a group of measures is."""
+        return progress_of(what, total, shown=self.progress)
+
     def batches(
         self, positions: np.ndarray, advance: Advance | None = None, batch_size: int | None = None
     ) -> Iterator[Batch]:
         """Yield the images at some positions that can be read, a batch at a time."""
         loaded = load_batches(
-            self.source,
-            positions,
-            self.preprocess,
-            batch_size or self.batch_size,
-            workers=self.workers,
-            on_error=self.on_unreadable,
-        )
+            self.source, positions, self.preprocess, batch_size or self.batch_size,
+            workers=self.workers, on_error=self.on_unreadable,
+        )  # fmt: skip
         while True:
             with self.mapper.clock("reading"):
                 batch = next(loaded, None)
@@ -73,67 +88,56 @@ class Reader:
 
     def seen(self, positions: np.ndarray, advance: Advance) -> Iterator[tuple[Batch, Seen]]:
         """Yield the batches that can be embedded, too, each with its forward pass."""
-        for read in self.batches(positions, advance):
-            batch, seen = embed(read, self.source, self.mapper.see, self.on_unreadable)
-            self.skipped += [one[1] for one in batch.errors if one not in read.errors]
+        for loaded in self.batches(positions, advance):
+            batch, seen = embed(loaded, self.source, self.mapper.see, self.on_unreadable)
+            self.skipped += [one[1] for one in batch.errors if one not in loaded.errors]
             if seen is not None:
                 yield batch, seen
 
-    def bar(self, total: int, what: str) -> AbstractContextManager[Advance]:
-        """Show how far a group of measures is."""
-        return progress_of(what, total, shown=self.progress)
+    def questions(self, batch: Batch, seen: Seen) -> Questions:
+        """Ask about images: for each its nearest images, itself left out."""
+        own = self.own_rows.known(batch.positions.tolist())
+        with self.mapper.clock("explaining"):
+            near = self.gallery.nearest(seen.embeddings, own, self.settings.n_neighbors)
+        items = [self.source.items[position] for position in batch.positions]
+        labels, ids = [item.label for item in items], [item.id for item in items]
+        return Questions(seen, near, own[:, None].tolist(), labels, ids)
 
+    def draw(self, asked: Questions) -> dict[str, Maps]:
+        """Draw each question by every method: transferred, rivals, baselines.
 
-@dataclass(frozen=True)
-class Work:
-    """What the groups of measures are functions of, beside the rows that were there before.
-
-    own: where the index holds the queried images themselves.
-    rivals: other ways of drawing that the maps are held against, by name.
-    notes: what was left out and is worth knowing, a sentence each.
-    """
-
-    settings: Settings
-    reader: Reader
-    mapper: Mapper
-    gallery: Gallery
-    own: OwnPositions
-    regions: Regions
-    rivals: Mapping[str, Way] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def wants(self, group: str) -> bool:
-        """Whether a group of measures was asked for."""
-        return group in self.settings.measures
-
-    def note(self, text: str) -> None:
-        """Add what is worth knowing, once."""
-        if text not in self.notes:
-            self.notes.append(text)
-
-    def drawn(self, asked: Questions) -> dict[str, Maps]:
-        """The map of each question by every way: transferred, rivals, controls.
-
-        Without controls the mean activation alone is among them.
+        Without baselines the mean activation alone is among them.
         """
-        maps = {METHOD: Maps.of(self.mapper.transferred(asked.seen, asked.near))}
-        maps |= {name: way(asked) for name, way in self.rivals.items()}
+        maps = {TRANSFERRED: self.mapper.maps(asked.seen, asked.near)}
+        maps |= {name: draw(asked) for name, draw in self.rivals.items()}
         if not self.settings.controls:
             return maps | {MEAN: mean_activation(self.mapper, asked.seen)}
-        return maps | control_maps(self.mapper, self.gallery, self.settings.seed, asked)
-
-    def maps(self, seen: Seen, near: list[np.ndarray]) -> Maps:
-        """The maps of some queries by their neighbours, as many as the settings name."""
-        rows = [places[: self.settings.n_neighbors] for places in near]
-        return Maps.of(self.mapper.transferred(seen, rows))
+        return maps | baseline_maps(self.mapper, self.gallery, self.settings.seed, asked)
 
     def placed(self, batch: Batch, grid: tuple[int, int]) -> list[Region | None]:
-        """The regions of a batch's images on a grid of (H, W)."""
+        """Return the regions of a batch's images on a grid of (H, W)."""
+        sizes = ((int(width), int(height)) for width, height in batch.sizes.tolist())
         return [
-            self.regions.of(position, size, self.reader.preprocess.extent(*size), grid)
+            self.regions.of(position, size, self.preprocess.extent(*size), grid)
             if self.regions.has(position)
             else None
-            for position, size in zip(
-                batch.positions.tolist(), map(tuple, batch.sizes.tolist()), strict=True
-            )
+            for position, size in zip(batch.positions.tolist(), sizes, strict=True)
         ]
+
+    def located(
+        self, placed: Sequence[Region | None], maps: Mapping[str, Maps]
+    ) -> list[dict[str, Number]]:
+        """Return the localization columns of a batch, by each method's maps."""
+        rows: list[dict[str, Number]] = [{} for _ in placed]
+        regions = {place: region for place, region in enumerate(placed) if region is not None}
+        if not regions or not self.wants("localisation"):
+            return rows
+        there = list(regions)
+        for method, some in maps.items():
+            here = Maps(some.drawn[there], some.signed[there])
+            numbers = localized(here, list(regions.values()), self.settings.threshold)
+            for place, values in zip(there, numbers, strict=True):
+                if method != TRANSFERRED:
+                    del values["area"]
+                rows[place] |= columns(method, values)
+        return rows

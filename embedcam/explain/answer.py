@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -16,12 +16,14 @@ from ..index import Index, Neighbors, Selection
 from ..index.calibration import evidence
 from ..index.neighbors import draw_negatives, named_neighbors
 from ..ops import coefficients, picture_maps, rival_coefficients, signed_cams
-from .explanation import Explanation, Result, may_follow
+from .drawing import may_follow
+from .explanation import Explanation, Result
 from .queries import Query
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
     from .explainer import Explainer
+    from .queries import Inputs
 
 SAME_WEIGHTS = 1e-3
 """Length of the difference of two weights of length 1 that stored digits can account for."""
@@ -35,7 +37,7 @@ class Fallback(Protocol):
     """Computes weights on a query itself, where transferred ones are not trusted."""
 
     def weights(
-        self, inputs: Any, positives: np.ndarray, negatives: np.ndarray
+        self, inputs: Inputs, positives: np.ndarray, negatives: np.ndarray
     ) -> Sequence[np.ndarray]:
         """Return weights `[K]` of each layer, deepest first.
 
@@ -66,7 +68,8 @@ def answer(
     if matching is not None:
         match = matching.match(near.distances, labels)
     if n_shown < len(near.positions):
-        near, labels = near.first(n_shown), labels[:n_shown]
+        near = near.first(n_shown)
+        labels = labels[:n_shown]
         rows = index.select(near.positions)
     named: list[Result | None] = [None, None]
     if result is None:
@@ -85,13 +88,14 @@ def answer(
             snapshot, used, chosen.distances, explainer.transfer, asked
         )
         named[: len(ids)] = _results(snapshot, used, chosen, lengths)
+    direct, fallback = False, explainer.fallback
     doubted = low is not None and low < explainer.trusted_from
-    direct = doubted and query.inputs is not None and explainer.fallback is not None
-    if direct and explainer.fallback is not None:
+    if doubted and fallback is not None and query.inputs is not None:
+        direct = True
         _LOG.debug("trust %.2f, one in ten below %.2f: weights computed", trust, low)
         left_out = [*rows.positions, *used.positions]
         negatives = negatives_for(index, left_out, [*labels, *used.labels])
-        weights = list(explainer.fallback.weights(query.inputs, used.embeddings, negatives))
+        weights = list(fallback.weights(query.inputs, used.embeddings, negatives))
     cam, signed, features = _maps(weights, query)
     extent, ids = None, rows.ids
     if query.picture is not None and snapshot.preprocess is not None:
@@ -103,7 +107,7 @@ def answer(
         features=features,
         ids=ids,
         labels=labels,
-        paths=snapshot.paths(rows),
+        paths=picture_paths(snapshot, rows),
         distances=near.distances,
         similarities=near.similarities,
         neighbor_cams=rows.coarse(),
@@ -130,11 +134,22 @@ def answer(
     )
 
 
+def picture_paths(snapshot: Snapshot, rows: Selection) -> list[str]:
+    """Return where the rows' pictures lie, `[n]`; "" for those that name no file."""
+    if snapshot.root is None or snapshot.root == Path():
+        return rows.paths
+    root = str(snapshot.root)
+    return [os.path.join(root, path) if path else path for path in rows.paths]
+
+
 def without_file(
     snapshot: Snapshot, near: Neighbors, file: str | Path | None, most: int
 ) -> Neighbors:
     """Return the first `most` of a query's neighbors that are not the query's own file."""
-    root, paths = snapshot.root or Path(), snapshot.paths(snapshot.index.select(near.positions))
+    root, paths = (
+        snapshot.root or Path(),
+        picture_paths(snapshot, snapshot.index.select(near.positions)),
+    )
     kept = [
         place
         for place, path in enumerate(paths)
@@ -178,7 +193,7 @@ def _same_file(one: str, other: str | Path) -> bool:
 def _results(
     snapshot: Snapshot, rows: Selection, near: Neighbors, norms: np.ndarray
 ) -> list[Result]:
-    paths, cams, marks = snapshot.paths(rows), rows.coarse(), rows.marks
+    paths, cams, marks = picture_paths(snapshot, rows), rows.coarse(), rows.marks
     return [
         Result(
             name,

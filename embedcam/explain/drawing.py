@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +44,7 @@ def tiles(explanation: Explanation, side: int | None = None) -> tuple[Tile, list
 
 def _tile(explanation: Explanation, result: Result) -> Tile:
     picture, extent, changed = None, None, False
-    if explanation.follows(result.path):
+    if may_follow(result.path, explanation.root, explanation.only_below):
         changed = result.mark is not None and file_state(result.path, result.mark) == "changed"
         try:
             picture = read_image(result.path, max_pixels=explanation.max_pixels)
@@ -52,10 +53,12 @@ def _tile(explanation: Explanation, result: Result) -> Tile:
         except EmbedcamError:
             # A map over the wrong part of a picture would be worse than one beside it.
             picture = None
-    name = _short_name(explanation, result.id)
+    name = result.id.rpartition("/")[2]
     words = [] if result.label is None else [result.label]
-    if explanation.prototypes and result.label is not None:
-        name, words = result.label, [name]
+    if explanation.prototypes:
+        name = _short_name(explanation, name)
+        if result.label is not None:
+            name, words = result.label, [name]
     words.append(f"distance {result.distance:.3f}")
     if result is explanation.asked:
         words.append("asked for")
@@ -96,6 +99,24 @@ def _map_note(explanation: Explanation) -> str:
         return f"what here matched\n{_short_name(explanation, explanation.explained[0])}"
     words = f"weights of {len(explanation.explained)} neighbours, {explanation.transfer}"
     return "\n".join(filter(None, (words, explanation.trust_in_words)))
+
+
+def may_follow(path: str, root: Path | None, only_below: bool) -> bool:
+    """Return whether a picture is read whose path is what an index says, whoever wrote it.
+
+    `root` and `only_below` as `Explanation` has them. The test is one of names: links that lie
+    below the root are the reader's own, and followed.
+    """
+    if not path or root is None:
+        return bool(path)
+    file = Path(path)
+    below = file.is_relative_to(root)
+    # Any "..", for behind a link it leads elsewhere than the names say; the root's own are fine.
+    if ".." in (file.relative_to(root) if below else file).parts:
+        return False
+    if below:
+        return True
+    return file.is_absolute() and (not only_below or file.is_relative_to(os.path.abspath(root)))
 
 
 def save_picture(draw: Callable[[], Image.Image], path: str | Path) -> Path:

@@ -20,8 +20,9 @@ from ..index.matching import TEN
 from ..index.neighbors import check_rival, check_wanted, find_neighbors
 from ..ops import coefficients
 from ..preprocess import AnyPreprocess, Network
-from .answer import Fallback, answer, without_file
-from .explanation import Explanation, may_follow
+from .answer import Fallback, answer, picture_paths, without_file
+from .drawing import may_follow
+from .explanation import Explanation
 from .queries import Query, embed, of_features, prepare
 from .snapshot import Snapshot
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..onnx import OnnxNetwork
+    from .queries import Features, Inputs, QueryLike
 
     Vector = np.ndarray[tuple[int], np.dtype[Any]]
     Vectors = np.ndarray[tuple[int, int], np.dtype[Any]]
@@ -186,7 +188,7 @@ class Explainer:
 
     def explain(
         self,
-        image: Any,
+        image: QueryLike,
         *,
         n_neighbors: int | None = None,
         result: str | None = None,
@@ -243,7 +245,7 @@ class Explainer:
 
     def explain_batch(
         self,
-        images: Sequence[Any],
+        images: Sequence[QueryLike],
         *,
         n_neighbors: int | None = None,
         result: str | None = None,
@@ -252,7 +254,7 @@ class Explainer:
         exclude_query: bool = False,
         files: Sequence[str | Path | None] | None = None,
         detail: int | None = None,
-        larger: Sequence[Any] | None = None,
+        larger: Sequence[Inputs] | None = None,
     ) -> list[Explanation]:
         """Explain several queries with one forward pass.
 
@@ -274,7 +276,8 @@ class Explainer:
         if isinstance(images, str | bytes):
             raise InputError("expected a list of queries, got one; use explain()")
         wanted = check_wanted(n_neighbors, neighbors, len(images), self.n_neighbors)
-        check_rival(result, above)
+        if above is not None:
+            check_rival(result, above)
         if len(images) == 0:
             return []
         detail = self.detail if detail is None else whole("detail", detail, 1, 2)
@@ -289,7 +292,7 @@ class Explainer:
     def explain_features(
         self,
         embedding: Vector | Sequence[float],
-        activations: np.ndarray | Sequence[np.ndarray],
+        activations: Features,
         *,
         size: tuple[int, int] | None = None,
         neighbors: Sequence[str] | None = None,
@@ -297,14 +300,14 @@ class Explainer:
         n_neighbors: int | None = None,
         result: str | None = None,
         above: str | None = None,
-        detail_activations: np.ndarray | Sequence[np.ndarray] | None = None,
+        detail_activations: Features | None = None,
     ) -> Explanation: ...
 
     @overload
     def explain_features(
         self,
         embedding: Vectors | Sequence[Vector] | Sequence[Sequence[float]],
-        activations: np.ndarray | Sequence[np.ndarray],
+        activations: Features,
         *,
         size: tuple[int, int] | None = None,
         neighbors: Sequence[Sequence[str]] | None = None,
@@ -312,13 +315,13 @@ class Explainer:
         n_neighbors: int | None = None,
         result: str | None = None,
         above: str | None = None,
-        detail_activations: np.ndarray | Sequence[np.ndarray] | None = None,
+        detail_activations: Features | None = None,
     ) -> list[Explanation]: ...
 
     def explain_features(
         self,
         embedding: Any,
-        activations: np.ndarray | Sequence[np.ndarray],
+        activations: Features,
         *,
         size: tuple[int, int] | None = None,
         neighbors: Any = None,
@@ -326,7 +329,7 @@ class Explainer:
         n_neighbors: int | None = None,
         result: str | None = None,
         above: str | None = None,
-        detail_activations: np.ndarray | Sequence[np.ndarray] | None = None,
+        detail_activations: Features | None = None,
     ) -> Explanation | list[Explanation]:
         """Explain queries whose features a service already has: NumPy in, NumPy out, no torch.
 
@@ -371,18 +374,19 @@ class Explainer:
             )
         named = [neighbors] if single and neighbors is not None else neighbors
         wanted = check_wanted(n_neighbors, named, len(queries), self.n_neighbors)
-        check_rival(result, above)
+        if above is not None:
+            check_rival(result, above)
         answers = self._answers(snapshot, queries, wanted, named, result, above)
         return answers[0] if single else answers
 
-    def prepared(self, image: Any) -> tuple[Image.Image | None, Any]:
+    def prepared(self, image: QueryLike) -> tuple[Image.Image | None, Inputs]:
         """Return a query's picture, None of the network's own input, and the input `[3 H W]`."""
         return prepare(image, self._now().preprocess, self.max_pixels)
 
     def picture_file(self, id: str) -> Path | None:
         """Return where an indexed image's picture lies; None where its path is not followed."""
         snapshot = self._now()
-        (path,) = snapshot.paths(snapshot.index.select([snapshot.index.position(id)]))
+        (path,) = picture_paths(snapshot, snapshot.index.select([snapshot.index.position(id)]))
         followed = may_follow(path, snapshot.root or Path(), snapshot.only_below)
         return Path(path) if followed else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..preprocess import AnyPreprocess, Extent
 from ..render import Tile, in_notebook
 from ..render.tiles import Scale
 from . import drawing
+from .drawing import may_follow
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,24 +368,6 @@ class Explanation:
             "similarity": result.similarity,
             "cam": None if result.cam is None else _rounded(result.cam),
         }
-
-
-def may_follow(path: str, root: Path | None, only_below: bool) -> bool:
-    """Return whether a picture is read whose path is what an index says, whoever wrote it.
-
-    `root` and `only_below` as `Explanation` has them. The test is one of names: links that lie
-    below the root are the reader's own, and followed.
-    """
-    if not path or root is None:
-        return bool(path)
-    file = Path(path)
-    below = file.is_relative_to(root)
-    # Any "..", for behind a link it leads elsewhere than the names say; the root's own are fine.
-    if ".." in (file.relative_to(root) if below else file).parts:
-        return False
-    if below:
-        return True
-    return file.is_absolute() and (not only_below or file.is_relative_to(os.path.abspath(root)))
 
 
 def small_size(shape: Sequence[int]) -> tuple[int, int]:

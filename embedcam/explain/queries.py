@@ -11,17 +11,26 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .._checks import as_array, check_features, check_outputs, check_sides, stacked
 from ..errors import EmbedcamError, EmbeddingError, InputError, ran_out
-from ..images import read_image
+from ..images import ImageLike, read_image
 from ..ops import resize
 from ..preprocess import AnyPreprocess, Preprocess
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from .snapshot import Snapshot
+
+    Inputs = np.ndarray | Tensor
+    """The network's input, `[3 H W]`."""
+    QueryLike = ImageLike | Tensor
+    """A picture as `read_image` takes it, or the network's input."""
+    Features = np.ndarray | Sequence[np.ndarray]
+    """Activations of one layer, or of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +46,16 @@ class Query:
     activations: Sequence[np.ndarray]
     size: tuple[int, int] | None = None
     picture: Image.Image | None = None
-    inputs: Any = None
+    inputs: Inputs | None = None
     finer: Sequence[np.ndarray] | None = None
 
 
 def embed(
     snapshot: Snapshot,
-    images: Sequence[Any],
+    images: Sequence[QueryLike],
     max_pixels: int,
     detail: int = 1,
-    larger: Sequence[Any] | None = None,
+    larger: Sequence[Inputs] | None = None,
 ) -> list[Query]:
     """Return the queries of pictures or the network's inputs, by one forward pass.
 
@@ -84,9 +93,9 @@ def embed(
 
 def of_features(
     snapshot: Snapshot,
-    embedding: Any,
-    activations: Any,
-    detail_activations: Any = None,
+    embedding: ArrayLike,
+    activations: Features,
+    detail_activations: Features | None = None,
     grid: tuple[int, int] | None = None,
     size: tuple[int, int] | None = None,
 ) -> tuple[list[Query], bool]:
@@ -118,7 +127,7 @@ def of_features(
 
 def prepare(
     image: Any, preprocess: AnyPreprocess | None, max_pixels: int
-) -> tuple[Image.Image | None, Any]:
+) -> tuple[Image.Image | None, Inputs]:
     """Return the picture (None of the network's own input) and the network's input `[3 H W]`."""
     shape, kind = tuple(getattr(image, "shape", ())), str(getattr(image, "dtype", ""))
     if "float" in kind and len(shape) == 3 and shape[2] != 3:
@@ -137,14 +146,14 @@ def prepare(
     return picture, preprocess(picture)
 
 
-def query_name(image: Any, row: int) -> str:
+def query_name(image: QueryLike, row: int) -> str:
     """Return what messages call a query: its path, else its place among the queries."""
     path = image if isinstance(image, str | os.PathLike) else getattr(image, "filename", "")
     return os.fspath(path) if path else f"query {row}"
 
 
 def larger_input(
-    picture: Image.Image | None, inputs: Any, preprocess: AnyPreprocess | None
+    picture: Image.Image | None, inputs: Inputs, preprocess: AnyPreprocess | None
 ) -> np.ndarray:
     """Return a query's input at twice the side, float32 `[3 2H 2W]`.
 
@@ -184,7 +193,7 @@ def finer_activations(snapshot: Snapshot, batch: np.ndarray) -> list[np.ndarray]
     ]
 
 
-def _forward(snapshot: Snapshot, batch: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+def _forward(snapshot: Snapshot, batch: Inputs) -> tuple[np.ndarray, list[np.ndarray]]:
     """Return the embeddings `[B D]` and the activations `[B K H W]` of each layer, float32."""
     if snapshot.network is None:
         raise InputError(
@@ -196,7 +205,7 @@ def _forward(snapshot: Snapshot, batch: Any) -> tuple[np.ndarray, list[np.ndarra
     return single[0], single[1:]
 
 
-def _check_larger(larger: Sequence[Any], inputs: tuple[int, ...], detail: int) -> None:
+def _check_larger(larger: Sequence[Inputs], inputs: tuple[int, ...], detail: int) -> None:
     count, channels, height, width = inputs
     expected = (channels, 2 * height, 2 * width)
     shapes = [tuple(getattr(one, "shape", ())) for one in larger]
@@ -210,7 +219,7 @@ def _check_larger(larger: Sequence[Any], inputs: tuple[int, ...], detail: int) -
 
 
 def _checked(
-    snapshot: Snapshot, embedding: Any, activations: Any, grid: tuple[int, int] | None
+    snapshot: Snapshot, embedding: ArrayLike, activations: Features, grid: tuple[int, int] | None
 ) -> tuple[np.ndarray, list[np.ndarray], bool]:
     """Return embeddings `[B D]`, activations `[B K H W]` by layer, and whether it was one query."""
     index, layers = snapshot.index, snapshot.layers

@@ -12,7 +12,7 @@ import numpy as np
 
 from .._files import compute_on_one_thread
 from ..errors import EmbedcamError, InputError
-from ..index import Index, Manifest, Selection
+from ..index import Index, Manifest
 from ..preprocess import Network
 
 SHARED = {"discriminant": "one answer", "distinctive": "most of their answer"}
@@ -140,13 +140,6 @@ class Snapshot:
         """Close the index, unless it is the caller's."""
         if self.owned:
             self.index.close()
-
-    def paths(self, rows: Selection) -> list[str]:
-        """Return where the rows' pictures lie, `[n]`; "" for those that name no file."""
-        if self.root is None or self.root == Path():
-            return rows.paths
-        root = str(self.root)
-        return [os.path.join(root, path) if path else path for path in rows.paths]
 
     def refuse_by_position(self) -> None:
         """Refuse a finer map where weights belong to positions of the network's own input size."""

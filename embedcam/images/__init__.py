@@ -2,7 +2,7 @@
 
 from .batches import Batch, embed, load_batches
 from .datasets import DatasetSource, from_dataset
-from .reading import EXTENSIONS, MAX_PIXELS, FileState, file_state, read_image
+from .reading import EXTENSIONS, MAX_PIXELS, FileState, ImageLike, file_state, read_image
 from .sources import ImageSource, Item, LeftOut, find_images
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Batch",
     "DatasetSource",
     "FileState",
+    "ImageLike",
     "ImageSource",
     "Item",
     "LeftOut",

@@ -121,14 +121,13 @@ def read_image(
             f"array, given {type(source).__name__}"
         )
     path = os.fspath(source)
-    name = name or path
     try:
-        return _read_file(path, name, max_pixels)
+        return _read_file(path, name or path, max_pixels)
     except ImageTooLarge:
         raise
     except ImageError:
         # Another thread may have had all the memory for that moment.
-        return _read_file(path, name, max_pixels)
+        return _read_file(path, name or path, max_pixels)
 
 
 def why_missing(path: str) -> str:
@@ -167,7 +166,9 @@ def file_mark(path: str | os.PathLike[str]) -> np.ndarray:
                 content = hashlib.file_digest(stream, _digest).digest()
     except (OSError, ValueError):
         return np.array(NO_MARK, np.uint32)
-    return np.array([*_outside(status), *np.frombuffer(content, "<u4")], np.uint32)
+    time = zlib.crc32(status.st_mtime_ns.to_bytes(8, "little", signed=True))
+    size = status.st_size % (1 << 32)
+    return np.array([size, time, *np.frombuffer(content, "<u4")], np.uint32)
 
 
 def file_state(path: str | os.PathLike[str], mark: np.ndarray) -> FileState | None:
@@ -185,12 +186,14 @@ def file_state(path: str | os.PathLike[str], mark: np.ndarray) -> FileState | No
     if not stat.S_ISREG(status.st_mode):
         return "missing"
     size, time, *content = mark.tolist()
-    outside = _outside(status)
-    if outside == (size, time):
-        return "same"
-    if outside[0] != size or not any(content):
+    if status.st_size % (1 << 32) != size:
         return "changed"
-    now = _content(os.fspath(path), *status[1:3], *outside, status.st_mtime_ns, status.st_ctime_ns)
+    if zlib.crc32(status.st_mtime_ns.to_bytes(8, "little", signed=True)) == time:
+        return "same"
+    if not any(content):
+        return "changed"
+    times = status.st_mtime_ns, status.st_ctime_ns
+    now = _content(os.fspath(path), *status[1:3], status.st_size, *times)
     return "same" if now == content else "changed"
 
 
@@ -199,11 +202,6 @@ def _content(path: str, *_: int) -> list[int]:
     """Return the second half of a file's mark, read once while the folder says the same of it."""
     content: list[int] = file_mark(path)[2:].tolist()
     return content
-
-
-def _outside(status: os.stat_result) -> tuple[int, int]:
-    time = zlib.crc32(status.st_mtime_ns.to_bytes(8, "little", signed=True))
-    return status.st_size % (1 << 32), time
 
 
 def _digest() -> hashlib.blake2b:

@@ -38,24 +38,17 @@ class MethodMap:
 
     Attributes
     ----------
-    cam
-        The map at the input's size, float32 `[H W]`, or `[B H W]` for a batch; over positions
-        `[B L]`. >= 0 for every method but the two guided ones, not normalized.
-    grid_cam
-        The map before it was resized.
-    weights
+    cam, grid_cam
+        The map at the input's size, float32 `[H W]`, or `[B H W]` for a batch, over positions
+        `[B L]`, and before it was resized. >= 0 but for the two guided methods, not normalized.
+    weights, layer_weights
         Channel weights float32 `[K]` or `[B K]`, of HiResCAM by position, `[K h w]` or `[B K h w]`;
-        None for methods that have none.
-    layer_weights
-        For methods of several layers, each layer's weights by its name.
-    method
-        Its entry in `METHODS`.
-    passes
-        Forward and backward passes spent.
-    image
-        The upright picture it was made of, where that was one picture; else None.
-    extent
-        The rectangle of that picture that the map covers, as `plot` takes it.
+        those of each layer by its name, for methods of several. None for methods that have none.
+    method, passes
+        Its entry in `METHODS`, and the forward and backward passes spent.
+    image, extent
+        The upright picture it was made of, where that was one picture, and the rectangle of it that
+        the map covers, as `plot` takes it; else None.
     """
 
     cam: np.ndarray
@@ -408,15 +401,8 @@ class DirectWeights:
 
     Parameters
     ----------
-    network
-        The network the index was built with.
-    recipe
-        The index's, `Recipe.of_index(index.manifest)`.
-
-    Raises
-    ------
-    InputError
-        They are something else.
+    network, recipe
+        The network the index was built with, and its `Recipe.of_index(index.manifest)`.
     """
 
     def __init__(self, network: EmbeddingNetwork, recipe: Recipe) -> None:
@@ -432,12 +418,8 @@ class DirectWeights:
     ) -> Sequence[np.ndarray]:
         """Return weights `[K]` of each layer, in the manifest's order.
 
-        Parameters
-        ----------
-        inputs
-            The network's input, `[3 H W]`.
-        positives, negatives
-            Embeddings of the neighbors `[P D]` and of other images `[Q D]`.
+        `inputs` is the network's, `[3 H W]`; `positives` `[P D]` are embeddings of the neighbors,
+        `negatives` `[Q D]` of other images.
         """
         recipe, entry, options = self.recipe, self.recipe.entry, self.recipe.method_options
         if isinstance(entry, LayersMethod):

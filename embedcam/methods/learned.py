@@ -1,7 +1,7 @@
 """LFI-CAM and the Attention Branch Network: networks with a trained branch, and their maps.
 
 Each wraps a trunk (images -> A `[B K H W]`) and a head (A -> embedding), and is trained like any
-embedding network: `scripts/train_attention.py` shows it. `EmbeddingNetwork(module, "trunk")` makes
+embedding network: `examples/train_attention.py` shows it. `EmbeddingNetwork(module, "trunk")` makes
 it one that embedcam explains, by 'lficam' or 'abn', which ignore the target, and by every other
 method.
 """
@@ -45,19 +45,10 @@ class LFINetwork(nn.Module):
 
     Parameters
     ----------
-    trunk
-        Images `[B C h w]` -> A `[B K H W]`, the layer to explain; called once a forward.
-    head
-        `[B K H W]` -> embedding `[B D]`.
-    n_channels
-        K, at least 1.
-    width
-        Channels inside FIN, at least 1; default K.
-
-    Raises
-    ------
-    InputError
-        n_channels or width below 1.
+    trunk, head
+        X `[B C h w]` -> A, the layer to explain, called once a forward; `[B K H W]` -> f.
+    n_channels, width
+        K, and channels inside FIN (default K), at least 1.
     """
 
     def __init__(
@@ -130,23 +121,13 @@ class ABNetwork(nn.Module):
 
     Parameters
     ----------
-    trunk
-        Images `[B C h w]` -> A `[B K H W]`, the layer to explain; called once a forward.
-    stage
-        The last stage, A -> `[B n_channels H' W']`.
-    head
-        What the stage returns -> embedding `[B D']`.
-    n_channels
-        Of what the stage returns, at least 1.
-    embedding_size
-        D of the branch's own embedding, at least 1.
+    trunk, stage, head
+        X `[B C h w]` -> A, the layer to explain, called once a forward; A -> what the last stage
+        makes, `[B n_channels H' W']`; that -> f.
+    n_channels, embedding_size
+        Of what the stage returns, and D, at least 1.
     branch
         A -> `[B n_channels H W]`, in place of `at_stride_one(stage)`.
-
-    Raises
-    ------
-    InputError
-        n_channels or embedding_size below 1.
     """
 
     def __init__(
@@ -267,7 +248,7 @@ def _learned(network: EmbeddingNetwork, kind: type[Learned], title: str) -> Lear
     what = type(module).__name__ if network.hooked else "network given as trunk and head"
     raise NetworkError(
         f"{title} draws what a trained branch says, and this {what} has none; wrap trunk and head "
-        f"in embedcam.methods.learned.{kind.__name__}, train it as scripts/train_attention.py "
+        f"in embedcam.methods.learned.{kind.__name__}, train it as examples/train_attention.py "
         "does, and explain EmbeddingNetwork(module, 'trunk')"
     )
 

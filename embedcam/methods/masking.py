@@ -205,6 +205,6 @@ def polycam(
     for place in sorted(range(len(names)), key=lambda place: -depth[place]):
         of_layer = activations[place]
         weights[names[place]] = torch.stack([weights_of(row, of_layer[row]) for row in rows])
-        drawn = (weights[names[place]][:, :, None, None] * of_layer).sum(1).clamp(min=0)
-        maps = drawn if maps is None else sharpen(drawn, maps)
+        layer_map = (weights[names[place]][:, :, None, None] * of_layer).sum(1).clamp(min=0)
+        maps = layer_map if maps is None else sharpen(layer_map, maps)
     return MethodOutput(maps=maps, layers={name: weights[name] for name in names})

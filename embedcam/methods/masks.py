@@ -16,24 +16,12 @@ BLUR_SIZE, BLUR_SIGMA = 51, 50.0
 
 
 def fill_like(image: Tensor, fill: Any, preprocess: Any = None) -> Tensor:
-    """Return what masked pixels of one input become, shaped like it.
+    """Return what masked pixels of one input `[C H W]`, or a signal or table, become; its shape.
 
-    Parameters
-    ----------
-    image
-        `[C H W]`, or a signal's or table's input for "mean", a number or an array.
-    fill
-        "mean" is 0 in the normalized input, the mean color: what masking by a product fades to, as
-        the authors of the masking methods do. "black" is a black pixel, -mean/std; "blur" the image
-        itself blurred (51 px, sigma 50); a number fills with that value; a tensor or an array is
-        taken as it is, broadcast.
-    preprocess
-        The network's, which knows mean and std, for "black".
-
-    Raises
-    ------
-    InputError
-        An unknown fill, or one that does not fit or is not finite.
+    "mean" is 0 in the normalized input, the mean color: what masking by a product fades to, as the
+    authors of the masking methods do. "black" is a black pixel, -mean/std of the `preprocess`;
+    "blur" the image itself blurred (51 px, sigma 50); a number fills with that value; a tensor or
+    an array is taken as it is, broadcast.
     """
     if isinstance(fill, Tensor | np.ndarray | np.generic | int | float) and not isinstance(
         fill, bool | np.bool_

@@ -49,10 +49,10 @@ def rise(
     like, (height, width) = subject.features.embedding, subject.images.shape[-2:]
     cell = (math.ceil(height / cells), math.ceil(width / cells))
     generator = subject.generator()
-    drawn = torch.rand(masks, cells, cells, generator=generator) < probability
+    is_shown = torch.rand(masks, cells, cells, generator=generator) < probability
     rows = torch.randint(cell[0], (masks,), generator=generator)
     columns = torch.randint(cell[1], (masks,), generator=generator)
-    shown, offsets = drawn.to(like), torch.stack([rows, columns], 1).tolist()
+    shown, offsets = is_shown.to(like), torch.stack([rows, columns], 1).tolist()
     large = ((cells + 1) * cell[0], (cells + 1) * cell[1])
 
     def masks_of(part: slice) -> Tensor:

@@ -33,16 +33,10 @@ Fill = str | float | Tensor
 
 @dataclass
 class MethodOutput:
-    """What a method returns: `weights`, `maps` or both.
+    """What a method returns: weights `[B K]` or by position `[B K h w]`, maps `[B h w]`, or both.
 
-    Attributes
-    ----------
-    weights
-        `[B K]`, or by position `[B K h w]`; the map is ReLU(sum_k w_k A_k) without `maps`.
-    maps
-        The method's own maps `[B h w]`, >= 0 unless the method says otherwise.
-    layers
-        Each layer's weights `[B K_l]` by its name, of methods of several layers.
+    Without maps they are ReLU(sum_k w_k A_k). A method of several layers has weights `[B K_l]` of
+    each by its name.
     """
 
     weights: Tensor | None = None
@@ -52,18 +46,9 @@ class MethodOutput:
 
 @dataclass
 class Passes:
-    """What was spent.
+    """What was spent: inputs through the whole network, activations through the head alone.
 
-    Attributes
-    ----------
-    forwards
-        Inputs put through the whole network.
-    heads
-        Activations put through the head alone.
-    head_backwards
-        Images differentiated from the embedding back to the layer.
-    full_backwards
-        Images differentiated back to the input.
+    And images differentiated from the embedding back to the layer, or to the input.
     """
 
     forwards: int = 0
@@ -73,11 +58,9 @@ class Passes:
 
 
 def inputs_a_pass(device: torch.device, most: int = 32) -> int:
-    """Return how many masked or noisy inputs go through a network at once, at most `most`.
-
-    On a CPU 8, whose results still fit its caches (MobileNetV2 takes less than half the time an
-    input that it takes in batches of 32); other devices want large batches.
-    """
+    """Return how many masked or noisy inputs go through a network at once, at most `most`."""
+    # MobileNetV2 takes less than half the time an input on a CPU that it takes in batches of 32:
+    # its results still fit the caches. Other devices want large batches.
     return min(most, 8) if device.type == "cpu" else most
 
 

@@ -60,20 +60,9 @@ def weights_from_pooled(
 ) -> Tensor:
     """Return averaged weights of a batch from its pooled vectors alone, without a forward pass.
 
-    Parameters
-    ----------
-    network
-        The head behind a global average pool.
-    pooled, positive_pooled
-        Means of A and of max(A, 0) over positions, `[B K]`.
-    head_cotangents
-        dy/dz, `[B D]`, or `[B S D]` for Grad-CAM++ of triplets.
-    used
-        Which triplets count, `[B S]`; None: all.
-    positions
-        Z = H W.
-    method
-        "cam", "gradcam" or "gradcam++".
+    Those are the means of A and of max(A, 0) over `positions`, `[B K]`. `head_cotangents` are dy/dz
+    `[B D]`, or `[B S D]` for Grad-CAM++ of triplets, of which `used` `[B S]` count (None: all).
+    `method` is "cam", "gradcam" or "gradcam++".
     """
     if method == "cam":
         return network.pooled_vjp(pooled, head_cotangents)

@@ -136,11 +136,8 @@ def score_drops(
     would reward the method or punish it for what no map could change. Which images count does not
     depend on the map, so all methods are judged on the same ones.
 
-    Parameters
-    ----------
-    full, masked, base
-        `[B]`, the scores y of the whole image, y_masked with only what the map marks, y_base with
-        everything masked by the same fill.
+    The scores `[B]` are y of the whole image, y_masked with only what the map marks, y_base with
+    everything masked by the same fill.
     """
     y, y_masked = alike(full, masked, "full and masked scores", "B")
     _, y_base = alike(y, base, "full and base scores", "B")
@@ -185,16 +182,9 @@ def noisy_linear_imputation(
     weights of those that are there are made to sum to 1. Gaussian noise is added to what was
     solved, to hide its smoothness. What was not removed stays as it was, bit for bit.
 
-    Parameters
-    ----------
-    images
-        `[B C H W]`, floating point, as the network takes them.
-    masks
-        Booleans `[B H W]`, true where a pixel is removed; not all of a picture.
-    noise
-        Standard deviation of the noise, in the images' units; 0 for none.
-    seed
-        Of the noise. Every image gets the same draw, so batches of any size give the same.
+    `images` are `[B C H W]`, floating point, as the network takes them; `masks` booleans `[B H W]`,
+    true where a pixel is removed, not all of a picture; `noise` the standard deviation, in the
+    images' units. Every image gets the same draw, so batches of any size give the same.
     """
     images = np.asarray(images)
     if images.dtype.kind != "f":

@@ -18,6 +18,7 @@ from .sides import DifferentiatedSide, PooledSide, Side, matrix_of
 
 if TYPE_CHECKING:
     from ..explain.explainer import Explainer
+    from ..explain.queries import Inputs, QueryLike
     from ..images import FileState
     from ..index import Index
     from ..preprocess import HeadMatrix
@@ -56,7 +57,7 @@ class PairExplainer:
         if not self.network.differentiable:
             self.head(explainer.index)
 
-    def receipt(self, query: Any, result: Any, *, centred: bool = True) -> Receipt:
+    def receipt(self, query: QueryLike, result: QueryLike, *, centred: bool = True) -> Receipt:
         """Return why the query and one result match.
 
         Of an index of prototypes the result is the picture in the prototype's middle, and the
@@ -81,7 +82,7 @@ class PairExplainer:
         return self.receipts(query, [result], centred=centred)[0]
 
     def receipts(
-        self, query: Any, results: Sequence[Any], *, centred: bool = True
+        self, query: QueryLike, results: Sequence[QueryLike], *, centred: bool = True
     ) -> list[Receipt]:
         """Return the receipts of one query with several results; arguments as for `receipt`."""
         if isinstance(results, str | bytes | Path):
@@ -105,7 +106,9 @@ class PairExplainer:
             for side, (picture, _) in zip(theirs, shown, strict=True)
         ]
 
-    def above(self, query: Any, result: Any, rival: Any, *, centred: bool = True) -> Comparison:
+    def above(
+        self, query: QueryLike, result: QueryLike, rival: QueryLike, *, centred: bool = True
+    ) -> Comparison:
         """Return why the result came above the rival; arguments as for `receipt`.
 
         Raises
@@ -128,7 +131,7 @@ class PairExplainer:
             known = self._head = (weakref.ref(index), head)
         return known[1]
 
-    def sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
+    def sides(self, index: Index, inputs: Sequence[Inputs]) -> list[Side]:
         """Return what receipts are made of, by `make_receipt`, of the network's inputs `[3 H W]`.
 
         Those of one size are forwarded together.
@@ -150,7 +153,7 @@ class PairExplainer:
                 sides[place] = PooledSide(maps[row], embeddings[row], norm, head.matrix)
         return [sides[place] for place in range(len(inputs))]
 
-    def _open(self, image: Any, by_id: bool = False) -> tuple[Shown, Any]:
+    def _open(self, image: QueryLike, by_id: bool = False) -> tuple[Shown, Inputs]:
         """Return how a picture is drawn, and the network's input `[3 H W]`."""
         name, label = "", None
         if by_id and isinstance(image, str):
@@ -164,7 +167,7 @@ class PairExplainer:
             extent = self.explainer.preprocess.extent(*picture.size)
         return Shown(picture, extent, name, label), inputs
 
-    def _differentiated(self, inputs: Any, place: int) -> Side:
+    def _differentiated(self, inputs: Inputs, place: int) -> Side:
         with _placed([place]):
             passed = self.network.head_pass(stacked([inputs]), twice=True)
         check_outputs(as_array(passed.features.embedding), as_array(passed.features.activations))

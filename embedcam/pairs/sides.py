@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .._checks import as_array
 from ..errors import InputError, NetworkError
@@ -55,7 +56,7 @@ class PooledSide(Side):
     exact = True
 
     def __init__(
-        self, activations: Any, embedding: Any, norm: float, matrix: np.ndarray | None
+        self, activations: ArrayLike, embedding: ArrayLike, norm: float, matrix: np.ndarray | None
     ) -> None:
         self.activations = np.asarray(activations, np.float32)
         self.embedding = np.asarray(embedding, np.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -29,11 +28,8 @@ _STRIP: Final = 256
 def colormap(values: ArrayLike, name: str = COLORMAP) -> Array:
     """Return the colors of values in [0, 1] (clipped): `[...]` to float32 RGB `[... 3]` in [0, 1].
 
-    Parameters
-    ----------
-    values : numbers of any shape, finite
-    name : any of matplotlib's color maps; inferno, viridis, magma, plasma and cividis show equal
-        steps as equal
+    name: any of matplotlib's color maps; inferno, viridis, magma, plasma and cividis show equal
+    steps as equal.
     """
     table = _table(name)
     # Against rounding to the nearest entry: at 1.0 the last one, no index beyond it.
@@ -69,23 +65,17 @@ def _table(name: str) -> Array:
 
 
 def stretch(cam: ArrayLike, size: tuple[int, int], extent: Extent | None = None) -> Array:
-    """Return a map at the resolution of a picture: `[h w]` to float32 `[H W]`, 0 outside the box.
+    """Return a map at a picture's resolution: `[h w]` to float32 `[H W]`, 0 outside the crop box.
 
-    Bilinear, pixel centers aligned (as `embedcam.cam.resize`, which it equals without a box), but
-    onto any rectangle, whose edges may fall between pixels or outside the picture. A pixel belongs
-    to the box if its center does.
-
-    Parameters
-    ----------
-    cam : `[h w]`, finite; negative values count as none
-    size : (H, W) of the picture
-    extent : crop box (x0, y0, x1, y1) in pixels of the picture; default all of it
+    Bilinear, pixel centers aligned (as `embedcam.ops.resize`, which it equals without a box), but
+    onto any rectangle (x0, y0, x1, y1) in pixels, whose edges may fall between them or outside. A
+    pixel belongs to the box if its center does.
     """
     height, width = size
     whole = np.zeros((height, width), dtype=np.float32)
     box = checked_box(extent, width, height)
-    for place, values in _strips(checked_cam(cam), (width, height), box):
-        whole[place] = values
+    place, spread, below, above, share = _spread(checked_cam(cam), (width, height), box)
+    whole[place] = spread[below] + share * (spread[above] - spread[below])
     return whole
 
 
@@ -144,20 +134,28 @@ def paint(
     if top <= 0 or not cam.any():
         return plain
     pixels = np.array(plain)
-    for place, values in _strips(cam, plain.size, box):
+    place, spread, below, above, shares = _spread(cam, plain.size, box)
+    for start in range(0, len(below), _STRIP):
+        part = slice(start, start + _STRIP)
+        lower = spread[below[part]]
+        values = lower + shares[part] * (spread[above[part]] - lower)
         share = np.clip(values / np.float32(top), -1, 1)
         steps = np.clip((1 + share) / 2 if signed else share, 0, 1) * (len(table) - 1)
         colors = table[np.rint(steps).astype(np.intp)] * np.float32(255)
         opacity = np.float32(alpha) * np.abs(share)[..., None]
+        region = pixels[place][part]
         # In float, then rounded: 8-bit arithmetic would wrap around.
-        pixels[place] = np.rint(pixels[place] + opacity * (colors - pixels[place]))
+        region[...] = np.rint(region + opacity * (colors - region))
     return Image.fromarray(pixels)
 
 
-def _strips(
+def _spread(
     cam: Array, size: tuple[int, int], box: Extent
-) -> Iterator[tuple[tuple[slice, slice], Array]]:
-    """Yield pixels (rows, columns) that a box covers, a strip at a time, and the map's values."""
+) -> tuple[tuple[slice, slice], Array, Array, Array, Array]:
+    """Return the pixels (rows, columns) of a box, and the map spread over its columns.
+
+    Each row of pixels lies between two rows of that, below and above, at a share of the way.
+    """
     axes = []
     for cells, pixels, low, high in (
         (cam.shape[1], size[0], box[0], box[2]),
@@ -169,15 +167,10 @@ def _strips(
         at = np.clip(at, 0, cells - 1)
         below = np.floor(at).astype(np.intp)
         share = (at - below).astype(np.float32)[:, None]
-        axes.append((first, last, below, np.minimum(below + 1, cells - 1), share))
-    (left, right, below, above, share), (top, bottom, lower, upper, shares) = axes
-    columns = cam.T
-    across = (columns[below] + share * (columns[above] - columns[below])).T
-    for start in range(0, bottom - top, _STRIP):
-        part = slice(start, start + _STRIP)
-        one, other = across[lower[part]], across[upper[part]]
-        rows = slice(top + start, min(top + start + _STRIP, bottom))
-        yield (rows, slice(left, right)), one + shares[part] * (other - one)
+        axes.append((slice(first, last), below, np.minimum(below + 1, cells - 1), share))
+    (columns, below, above, share), (rows, lower, upper, shares) = axes
+    spread = (cam.T[below] + share * (cam.T[above] - cam.T[below])).T
+    return (rows, columns), spread, lower, upper, shares
 
 
 def checked_box(extent: Extent | None, width: int, height: int) -> Extent:
@@ -200,7 +193,9 @@ def scale_box(box: Extent, size: tuple[int, int], new_size: tuple[int, int]) -> 
 
 def checked_cam(cam: ArrayLike, signed: bool = False) -> Array:
     """Return a map as float32 `[h w]`, negative values as 0 unless signed."""
-    values = _finite("cam", cam)
+    values = np.asarray(cam)
+    if values.dtype != np.float32 or not np.isfinite(values).all():
+        values = _finite("cam", values)
     if values.ndim != 2 or values.size == 0:
         raise InputError(f"cam: expected a map [h w], given {list(values.shape)}")
     return values if signed else np.maximum(values, 0)

@@ -35,7 +35,7 @@ _DASHES: Final = ("", "7 4", "2 4", "9 3 2 3", "4 3", "12 4")
 
 
 @dataclass(frozen=True)
-class Link:
+class PageLink:
     """A word of a table that leads to a row of the same page, by the row's anchor."""
 
     words: str
@@ -83,13 +83,8 @@ Block = Table | Chart | Notice
 class Row:
     """A query, its results, and what there is to say about them.
 
-    Parameters
-    ----------
-    query, results : tiles
-    notes, title : words above the pictures
-    compact : small, and side by side with the compact rows before and after it
-    anchor : what links to it name: letters and digits; empty for none
-    scale : of its results, as in `panel`; None takes the page's
+    compact: small, and side by side with the compact rows before and after it. anchor: what links
+    to it name, letters and digits. scale: of its results, as in `panel`; None takes the page's.
     """
 
     query: Tile
@@ -103,15 +98,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Look:
-    """What all rows of a page share.
+    """What all rows of a page share, as of `panel` and `overlay`; `quality` of its JPEGs.
 
-    Parameters
-    ----------
-    scale : as in `panel`, for the results of each row by itself
-    side : the longest side of the pictures stored in the page, in pixels
-    alpha, cmap : as of `overlay`
-    quality : of the JPEG pictures, 1 to 95
-    long : of hundreds of rows: pictures are decoded, and rows laid out, as they come into sight
+    long: of hundreds of rows; pictures are decoded, and rows laid out, as they come into sight.
     """
 
     scale: Scale = "joint"
@@ -138,13 +127,7 @@ def page(
 ) -> str:
     """Return a whole HTML document, self-contained: pictures and styles are inside.
 
-    Parameters
-    ----------
-    rows : queries with their results
-    title : heading
-    intro : plain text; an empty line begins a new paragraph
-    tables : blocks in the order given; charts that follow one another stand side by side
-    scale, side, alpha, cmap : as of `Look`
+    intro is plain text, where an empty line begins a paragraph; the others are as of `Look`.
     """
     look = Look(scale, side, alpha, cmap)
     tiles = [tile for row in rows for tile in (row.query, *row.results)]
@@ -168,14 +151,9 @@ def page_head(
     maps: bool = True,
     cropped: bool = False,
 ) -> str:
-    """Return a document up to its first row.
+    """Return a document up to its first row; rows of `look` follow, by default the plain one.
 
-    Parameters
-    ----------
-    title, intro, tables : as of `page`
-    look : of the rows that follow; None takes the default
-    maps : whether any of them has a map, so that colors need a legend
-    cropped : whether any map leaves a visible part of its picture out (`Tile.cropped`)
+    maps: any of them has a map, so that colors need a legend; cropped: of any map, `Tile.cropped`.
     """
     look = look or Look()
     at = np.linspace(0, 1, 9)
@@ -370,7 +348,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     environment.filters |= {"breakable": _breakable, "paragraphs": _paragraphs}
-    environment.tests["link"] = lambda value: isinstance(value, Link)
+    environment.tests["link"] = lambda value: isinstance(value, PageLink)
     return environment
 
 

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Final, Literal
 
@@ -43,6 +43,9 @@ _LINK: Final = ((250, 204, 21), (74, 222, 128), (56, 189, 248), (244, 114, 182),
 FRAME_NOTE: Final = "A frame marks what the network saw; there is no evidence outside it."
 
 
+resized = partial(Image.Image.resize, resample=Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
 @dataclass
 class Tile:
     """A picture, its map and what to write below.
@@ -56,17 +59,7 @@ class Tile:
     subcaption : label, distance, ...; a line break begins another line
     warning : what casts doubt on all of it, shown first and apart
     signed : negative values of the map are evidence against, drawn in another color
-    changed : the picture is another than the map was made of: each is shown by itself, and the
-        picture says so
-
-    Attributes
-    ----------
-    cropped : the map leaves a visible part of the picture out
-
-    Raises
-    ------
-    InputError
-        A map or a crop box that cannot be drawn.
+    changed : the picture is another than the map was made of: each is shown by itself, and says so
     """
 
     image: Image.Image | None
@@ -78,6 +71,7 @@ class Tile:
     signed: bool = False
     changed: bool = False
     cropped: bool = field(default=False, init=False)
+    """The map leaves a visible part of the picture out."""
 
     def __post_init__(self) -> None:
         if self.cam is None:
@@ -105,7 +99,7 @@ class Tile:
 
         The picture is made small first: the same, without the cost of coloring megapixels.
         """
-        plain = None if self.image is None else resized(self.image, size)
+        plain = None if self.image is None else resized(self.image.convert("RGB"), size)
         box: Extent = (0, 0, *size)
         mapped = None
         if self.cam is not None and (plain is None or self.changed):
@@ -121,11 +115,6 @@ class Tile:
         if plain is not None and self.changed:
             _draw_note(plain, CHANGED)
         return plain, mapped
-
-
-def resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Return the picture in RGB at (width, height) `size`."""
-    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def _draw_note(picture: Image.Image, words: str) -> None:
@@ -157,7 +146,7 @@ def shrunk(tile: Tile, side: int) -> Tile:
         return tile
     size, box = tile.fitted(side, side), checked_box(tile.extent, *tile.image.size)
     extent = scale_box(box, tile.image.size, size)
-    return replace(tile, image=resized(tile.image, size), extent=extent)
+    return replace(tile, image=resized(tile.image.convert("RGB"), size), extent=extent)
 
 
 def top_value(tiles: Iterable[Tile]) -> float:
@@ -319,7 +308,9 @@ class Canvas:
                 length = font_of(*font).getlength
                 if not text.isprintable() or length(text) > side:
                     text = shorten(text, side, length, middle=is_name)
-                self.text(x, text, font, color, _LEADING)
+                write = partial(ImageDraw.ImageDraw.text, xy=(x, self.y), text=text, fill=color)
+                self._strokes.append(partial(write, font=font_of(*font)))
+                self.y += _LEADING
             end = max(end, self.y)
         self.y = end
         return frames
@@ -359,20 +350,8 @@ def panel(
 ) -> Image.Image:
     """Draw the query in the first column, results beside it; pictures above, their maps below.
 
-    Parameters
-    ----------
-    query, results : tiles
-    scale : "joint" gives the results one color scale, so that weak evidence looks weak beside
-        strong; "each" gives every map its own. The query's map always has its own
-    title, subtitle : words above
-    side : of a tile, in pixels, 48 to 2048
-    columns : results on one line, at least 1; more go on the next
-    alpha, cmap : as of `overlay`
-
-    Raises
-    ------
-    InputError
-        An argument out of range, or a map that cannot be drawn.
+    scale "joint" gives the results one color scale, so that weak evidence looks weak beside
+    strong; "each" gives every map its own. A tile has `side` pixels, a line `columns` of results.
     """
     whole("panel: columns", columns, 1)
     whole("panel: side", side, 48, 2048)
@@ -383,8 +362,10 @@ def panel(
     left = _MARGIN + side + _BETWEEN
 
     canvas = Canvas(2 * _MARGIN + max(right, 2 * side))
-    canvas.paragraph(title or "", _TITLE, _INK, 36)
-    canvas.paragraph(subtitle or "", _TEXT, _QUIET, 25)
+    if title:
+        canvas.paragraph(title, _TITLE, _INK, 36)
+    if subtitle:
+        canvas.paragraph(subtitle, _TEXT, _QUIET, 25)
     if query.warning:
         canvas.text(_MARGIN, clean(query.warning), _HEADING, _WARNING, 26)
     if title or subtitle:
@@ -409,7 +390,7 @@ def panel(
     if maps:
         canvas.y += 8
         note = scale_note(query_top, tops, scale)
-        if any(tile.cropped for tile in (query, *results)):
+        if any(map(attrgetter("cropped"), (query, *results))):
             note += f" {FRAME_NOTE}"
         _draw_legend(canvas, note, alpha, cmap)
     return canvas.image()
@@ -447,17 +428,10 @@ def receipt_picture(
     note: str = "",
     side: int = 280,
 ) -> Image.Image:
-    """Draw pictures above their maps, links between the first two, and a sum beside them.
+    """Draw two or three pictures above their maps, links between the first two, and a sum.
 
-    Parameters
-    ----------
-    tiles : two or three; signed ones show evidence against in another color
-    amounts, total : what is added up, (words, number) each, and what it sums to
-    apart : so many first amounts are large beside the others, and have no bar
-    headings : one above each tile
-    links : between the first two tiles
-    title, note : words above and below
-    side : of a tile, in pixels, 48 to 2048
+    `amounts` are (words, number) each, and sum to `total`; the first ones, so many as are `apart`,
+    are large beside the others, and have no bar.
     """
     if not 2 <= len(tiles) <= 3:
         raise InputError(f"receipt: {len(tiles)} pictures; give 2 or 3")

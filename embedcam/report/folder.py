@@ -59,13 +59,7 @@ _GO_ELSEWHERE: Final = "give a new folder, or delete this one"
 
 @dataclass(frozen=True)
 class Finished:
-    """What is kept of a query.
-
-    Attributes:
-        line: its JSON, without a line's end.
-        row: its HTML; empty where it could not be explained.
-        cropped: whether a map on it leaves a visible part of its picture out.
-    """
+    """What is kept of a query: its line of JSON, its row of HTML, and whether a map is cropped."""
 
     line: str
     row: str = ""
@@ -73,11 +67,7 @@ class Finished:
 
 
 def check_folder(path: str | Path) -> None:
-    """Refuse a place where no report can be, or where something else is.
-
-    Raises:
-        InputError: a file, or a folder that holds something that is no report.
-    """
+    """Raise InputError for a file, or a folder that holds something that is no report."""
     path = Path(path)
     if not path.exists():
         return
@@ -85,25 +75,20 @@ def check_folder(path: str | Path) -> None:
         raise InputError(f"{path}: is a file; a report is a folder, so give another name")
     with _disk(path):
         names = sorted(entry.name for entry in os.scandir(path))
-    strangers = [name for name in names if name != _MARK + UNFINISHED]
-    if strangers and _MARK not in names:
+    others = [name for name in names if name != _MARK + UNFINISHED]
+    if others and _MARK not in names:
         raise InputError(
-            f"{path}: holds something else ({strangers[0]}); a report takes a folder of its own, "
+            f"{path}: holds something else ({others[0]}); a report takes a folder of its own, "
             "so give a new or an empty one"
         )
 
 
 @contextmanager
 def open_folder(path: Path, about: Mapping[str, Any]) -> Iterator[Folder]:
-    """A report's folder, made where missing, held against other writers until it is let go.
+    """Yield a report's folder, made where missing, held against other writers meanwhile.
 
-    Args:
-        path: the folder.
-        about: what everything in it depends on: `index`, `queries`, `options` and `embedcam`.
-
-    Raises:
-        InputError: another report, or something else, lies there; another process writes it; or the
-            disk cannot be written.
+    Everything in it depends on `about`: `index`, `queries`, `options` and `embedcam`. Raises
+    InputError where another report, or something else, lies there, or another process writes it.
     """
     check_folder(path)
     with _disk(path):
@@ -114,9 +99,12 @@ def open_folder(path: Path, about: Mapping[str, Any]) -> Iterator[Folder]:
         check_folder(path)
         known = _read_mark(path)
         wanted = json.loads(json.dumps({"format": _FORMAT, **about}))
-        found = None if known is None else {k: v for k, v in known.items() if k != _FILES}
-        if found not in (None, wanted):
-            raise InputError(f"{path}: holds {_difference(found, wanted)}; {_GO_ELSEWHERE}")
+        if known is not None:
+            held_about = {name: value for name, value in known.items() if name != _FILES}
+            if held_about != wanted:
+                raise InputError(
+                    f"{path}: holds {_difference(held_about, wanted)}; {_GO_ELSEWHERE}"
+                )
         folder = Folder(path, wanted)
         with _disk(path):
             if known is None:
@@ -132,15 +120,7 @@ def open_folder(path: Path, about: Mapping[str, Any]) -> Iterator[Folder]:
 
 
 class Folder:
-    """A folder whose lock is held, and whose report is the one that was asked for.
-
-    Args:
-        path: the folder.
-        about: what everything in it depends on.
-
-    Attributes:
-        files: names of what makes the report complete.
-    """
+    """A folder whose lock is held, with the report that was asked for; `files` complete it."""
 
     def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
         self.path, self._about = path, about
@@ -149,14 +129,14 @@ class Folder:
 
     @property
     def complete(self) -> bool:
-        """Whether the page, the lines and what else was asked for are there, as written."""
+        """Whether the files are there, as written."""
         sums = (_read_mark(self.path) or {}).get(_FILES)
         if not isinstance(sums, dict) or sums.keys() != set(self.files):
             return False
         return all(_digest_of(self.path, name) == sums[name] for name in self.files)
 
     def finished(self) -> set[int]:
-        """Places of the queries that are finished; what does not fit its digest is dropped."""
+        """Return the places of finished queries; what does not fit its digest is dropped."""
         names = filter(None, map(_ROW.fullmatch, os.listdir(self.path / _FINISHED)))
         places = {int(name[1]) for name in names}
         return {place for place in places if self._read(place) is not None}
@@ -174,30 +154,26 @@ class Folder:
             sync_folder(self.path / _FINISHED)
 
     def read(self, position: int) -> Finished:
-        """What was kept of a query.
-
-        Raises:
-            InputError: its file was altered; it is dropped, and the query is explained anew.
-        """
-        found = self._read(position)
-        if found is None:
+        """Return what was kept of a query; an altered file is dropped and InputError raised."""
+        kept = self._read(position)
+        if kept is None:
             file = self.path / _FINISHED / _row_name(position)
             raise InputError(f"{file}: was altered; run the same command again")
-        return found
+        return kept
 
     def lines(self) -> Iterator[str]:
-        """The lines of the report."""
+        """Yield the lines of the report."""
         with open(open_regular(self.path, LINES), encoding="utf-8") as file:
             yield from file
 
     @contextmanager
     def filled(self, name: str) -> Iterator[IO[bytes]]:
-        """One of the report's files, which appears whole or not at all."""
+        """Yield one of the report's files, which appears whole or not at all."""
         with _disk(self.path), written(self.path / name) as file:
             yield file
 
-    def seal(self, sums: Mapping[str, str]) -> None:
-        """Say that the report is complete, and the digests of its files."""
+    def complete_with(self, sums: Mapping[str, str]) -> None:
+        """Say that the report is complete, with the digests of its files."""
         with _disk(self.path):
             self.mark({_FILES: dict(sums)})
 
@@ -236,7 +212,7 @@ def _row_name(position: int) -> str:
 
 
 def _digest_of(path: Path, name: str) -> str | None:
-    """SHA-256 of one of a report's files; None where it is missing or no file."""
+    """Return the SHA-256 of one of a report's files; None where it is missing or no file."""
     try:
         with open(open_regular(path, name), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -246,7 +222,7 @@ def _digest_of(path: Path, name: str) -> str | None:
 
 @contextmanager
 def _disk(path: Path) -> Iterator[None]:
-    """A full or unwritable disk as one sentence."""
+    """Tell of a full or unwritable disk in one sentence."""
     try:
         yield
     except OSError as error:
@@ -269,27 +245,26 @@ def _read_mark(path: Path) -> dict[str, Any] | None:
 
 
 def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """What a folder holds in place of what is asked for."""
+    """Return what a folder holds in place of what is asked for."""
 
-    def of(values: Mapping[str, Any], entry: str) -> dict[str, Any]:
-        found = values.get(entry)
-        return found if isinstance(found, dict) else {}
+    def both(entry: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        held_entry = known.get(entry)
+        return held_entry if isinstance(held_entry, dict) else {}, wanted[entry]
 
-    mine, other = of(known, "index"), of(wanted, "index")
-    if mine != other:
-        was, now = mine.get("generation"), other.get("generation")
-        if was != now:
-            return f"a report of generation {was} of the index, which is at generation {now}"
+    was, now = both("index")
+    if was != now:
+        old, new = was.get("generation"), now["generation"]
+        if old != new:
+            return f"a report of generation {old} of the index, which is at generation {new}"
         return "a report of another index"
-    mine, other = of(known, "queries"), of(wanted, "queries")
-    if mine != other:
-        was, now = mine.get("count"), other.get("count")
-        if was != now:
-            return f"a report of {was} queries, and {now} are given now"
+    was, now = both("queries")
+    if was != now:
+        if was.get("count") != now["count"]:
+            return f"a report of {was.get('count')} queries, and {now['count']} are given now"
         return "a report of other queries, or of the same before their files changed"
-    mine, other = of(known, "options"), of(wanted, "options")
-    for name in {**mine, **other}:
-        was, now = mine.get(name, False), other.get(name, False)
-        if was != now:
-            return f"a report with {name} = {was!r}, and {now!r} is asked for"
+    was, now = both("options")
+    for name in {**was, **now}:
+        old, new = was.get(name, False), now.get(name, False)
+        if old != new:
+            return f"a report with {name} = {old!r}, and {new!r} is asked for"
     return f"a report of embedcam {known.get('embedcam')}, and this is {wanted.get('embedcam')}"

@@ -1,4 +1,4 @@
-"""What a report says above its rows: what was asked of which index, and how it went."""
+"""What a report says: what was asked of which index, how it went, and of each query's map."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from operator import eq
 from typing import TYPE_CHECKING, Any, Final
 
 from ..recipe.registry import METHODS
-from ..render import Block, Link, Notice, Table
-from .queries import anchor
+from ..render import Block, Notice, PageLink, Table
 
 if TYPE_CHECKING:
+    from ..explain.explanation import Explanation
     from ..index import Manifest
 
 _WRONG = 50
@@ -43,12 +43,7 @@ class Fact:
 
 
 def facts(lines: Iterable[str], kin: Callable[[str, str], bool] = eq) -> list[Fact]:
-    """Of each query, from its line of JSON.
-
-    Args:
-        lines: of JSON.
-        kin: whether a result with the second label is of the kind of a query with the first.
-    """
+    """Return what is known of each query, from its line of JSON; `kin` compares two labels."""
     return [_fact(position, json.loads(line), kin) for position, line in enumerate(lines)]
 
 
@@ -72,7 +67,7 @@ def _fact(position: int, record: Mapping[str, Any], kin: Callable[[str, str], bo
 
 
 def intro(place: str, manifest: Manifest, options: Mapping[str, Any], known: Sequence[Fact]) -> str:
-    """What was asked of which index, and how to read the maps."""
+    """Say what was asked of which index, and how to read the maps."""
     network, layers = manifest.network, manifest.layers
     name = network.name if network is not None else None
     entry = METHODS.get(manifest.method)
@@ -113,66 +108,50 @@ def _source_of_weights(options: Mapping[str, Any]) -> str:
 
 
 def blocks(known: Sequence[Fact]) -> list[Block]:
-    """What to look out for, what could not be read, and every query with a link to its row."""
+    """Return what to look out for, what could not be read, and every query with its link."""
     explained = [one for one in known if one.error is None]
-    failed = [one for one in known if one.error is not None]
-    made: list[Block] = []
-    if warned := _warnings(explained, failed):
-        made.append(Notice(f"Of {_counted(len(known), 'query', 'queries')}", warned))
-    if failed:
-        made.append(
-            Table(
-                ["query", "why not"],
-                [[one.name, one.error] for one in failed],
-                "Could not be explained",
-                folded=len(failed) > _UNFOLDED,
-            )
-        )
-    if len(explained) > 1:
-        made += _overviews(explained)
-    return made
-
-
-def _warnings(explained: Sequence[Fact], failed: Sequence[Fact]) -> list[str]:
-    counts = [
-        (len(failed), "could not be explained"),
-        (sum(one.trusted is False for one in explained), "with a map that is not to be trusted"),
-        (sum(one.empty for one in explained), "with an empty map"),
-        (sum(one.direct for one in explained), "whose weights were computed on the query itself"),
-        (
-            sum(one.changed for one in explained),
-            "with a result whose picture has changed since the build: its map is of the old one",
+    failed = [[one.name, one.error] for one in known if one.error is not None]
+    counts = {
+        "could not be explained": len(failed),
+        "with a map that is not to be trusted": sum(one.trusted is False for one in explained),
+        "with an empty map": sum(one.empty for one in explained),
+        "whose weights were computed on the query itself": sum(one.direct for one in explained),
+        "with a result whose picture has changed since the build: its map is of the old one": sum(
+            one.changed for one in explained
         ),
-    ]
-    return [f"{count:,} {what}" for count, what in counts if count]
-
-
-def _overviews(explained: Sequence[Fact]) -> list[Table]:
-    """Every query that was explained; before that those whose result is of another label.
-
-    By match, then by trust, where these are known: what is most in doubt first.
-    """
-    ordered = sorted(explained, key=_doubt)
+    }
+    warned = [f"{count:,} {what}" for what, count in counts.items() if count]
+    shown: list[Block] = []
+    if warned:
+        shown.append(Notice(f"Of {_counted(len(known), 'query', 'queries')}", warned))
+    if failed:
+        folded = len(failed) > _UNFOLDED
+        shown.append(Table(["query", "why not"], failed, "Could not be explained", folded=folded))
+    if len(explained) < 2:
+        return shown
+    # What is most in doubt first: another label, then match and trust, unknown ones before all.
+    ordered = sorted(
+        explained, key=lambda one: (not one.other, _known(one.match), _known(one.trust))
+    )
     wrong = [one for one in ordered if one.other]
-    made = []
+    title = "All queries"
     if wrong:
-        title = f"First result of another label: {len(wrong):,} of {len(explained):,} queries"
+        first = f"First result of another label: {len(wrong):,} of {len(explained):,} queries"
         if len(wrong) > _WRONG:
-            title += f", the {_WRONG} least likely matches"
-        made.append(_overview(wrong[:_WRONG], title))
-    matched = any(one.match is not None for one in explained)
-    calibrated = any(one.trust is not None for one in explained)
-    title = "All queries" + (", the least trusted first" if calibrated else "")
-    if matched or wrong:
-        title = f"All queries, {'those first' if wrong else 'the least likely matches first'}"
-    made.append(_overview(ordered, title, folded=bool(wrong) or len(explained) > _UNFOLDED))
-    return made
+            first += f", the {_WRONG} least likely matches"
+        shown.append(_overview(wrong[:_WRONG], first))
+        title += ", those first"
+    elif any(one.match is not None for one in explained):
+        title += ", the least likely matches first"
+    elif any(one.trust is not None for one in explained):
+        title += ", the least trusted first"
+    shown.append(_overview(ordered, title, folded=bool(wrong) or len(explained) > _UNFOLDED))
+    return shown
 
 
 def _overview(shown: Sequence[Fact], title: str, *, folded: bool = False) -> Table:
-    """A row a query."""
-    columns = [
-        ("query", True, lambda one: Link(one.name, anchor(one.position))),
+    columns: list[tuple[str, bool, Callable[[Fact], object]]] = [
+        ("query", True, lambda one: PageLink(one.name, anchor(one.position))),
         ("its label", any(one.asked is not None for one in shown), lambda one: one.asked or ""),
         ("nearest image", True, lambda one: one.nearest),
         ("label", any(one.label is not None for one in shown), lambda one: one.label or ""),
@@ -186,14 +165,12 @@ def _overview(shown: Sequence[Fact], title: str, *, folded: bool = False) -> Tab
     return Table([name for name, _ in kept], rows, title, folded=folded)
 
 
+def _known(value: float | None) -> float:
+    return -1.0 if value is None else value
+
+
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _doubt(one: Fact) -> tuple[bool, float, float]:
-    """Orders queries, what is most in doubt first."""
-    match, trust = (-1.0 if value is None else value for value in (one.match, one.trust))
-    return not one.other, match, trust
 
 
 def _remark(one: Fact) -> str:
@@ -206,3 +183,23 @@ def _remark(one: Fact) -> str:
 
 def _counted(number: int, one: str, several: str) -> str:
     return f"{number:,} {one if number == 1 else several}"
+
+
+def anchor(position: int) -> str:
+    """Return what a link to a query's row names."""
+    return f"q{position + 1}"
+
+
+def note_of(explanation: Explanation) -> str:
+    """Say what must be known before the map of a query is looked at."""
+    notes = []
+    if explanation.doubtful:
+        notes.append(f"Its first result is doubtful: match {explanation.match:.2f}.")
+    if explanation.empty:
+        notes.append(f"Its map is empty: {explanation.why_empty}.")
+    elif explanation.trusted is False:
+        notes.append(
+            "Its map is not to be trusted: one in ten such maps correlates below "
+            f"{explanation.trust_low:.2f} with a map computed on the query itself."
+        )
+    return " ".join(notes)

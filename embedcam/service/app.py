@@ -22,7 +22,7 @@ from .frame import Frame
 from .limits import Limits
 from .pictures import JSON
 from .pipeline import Pipeline
-from .schemas import Health, Readiness, problems, written
+from .schemas import Health, Readiness, route, written
 
 _ABOUT = (
     "Which images of an index are like a picture, and what in it and in them is the reason. "
@@ -94,23 +94,13 @@ def _status(pipeline: Pipeline) -> APIRouter:
     """Return GET /healthz, /readyz and /metrics, which take no place among the requests counted."""
     routes = APIRouter(tags=["status"])
 
-    @routes.get(
-        "/healthz",
-        operation_id="healthz",
-        summary="Whether the process answers",
-        response_class=Response,
-        responses={200: {"model": Health}},
-    )
+    @routes.get("/healthz", operation_id="healthz", **route("Whether the process answers", Health))
     async def healthz() -> Response:
         return Response(written(Health(status="ok")), media_type=JSON)
 
-    @routes.get(
-        "/readyz",
-        operation_id="readyz",
-        summary="Whether pictures can be explained: the network has answered a probe",
-        response_class=Response,
-        responses={200: {"model": Readiness}, **problems(503)},
-    )
+    ready = "Whether pictures can be explained: the network has answered a probe"
+
+    @routes.get("/readyz", operation_id="readyz", **route(ready, Readiness, 503))
     async def readyz() -> Response:
         if not pipeline.ready:
             said = "the network has not answered a probe yet; try again"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
@@ -25,18 +25,17 @@ from ..pairs import (
     make_receipt,
     mean_of,
 )
-from .errors import HTTPProblem, choose, only
+from .errors import HTTPProblem, choose
 from .explain import BODY, PROBLEMS
 from .pictures import JSON, PNG, WEBP, Prepared, encoded, prepare, small_box
 from .pipeline import Pipeline, check_apart, find_live
 from .schemas import (
-    BINARY,
     CompareAnswer,
     Contrast,
     Evidence,
     PairReceipt,
     built,
-    problems,
+    route,
     size_of,
     written,
 )
@@ -92,18 +91,15 @@ def router(pipeline: Pipeline) -> APIRouter:
     @routes.post(
         "/compare",
         operation_id="compare",
-        summary="Why this picture and an image match, or why one image came above another",
-        response_class=Response,
-        responses={
-            200: {
-                "model": CompareAnswer,
-                "description": "Receipts as JSON; or one drawn, where `Accept` asks for a picture.",
-                "content": {PNG: BINARY, WEBP: BINARY},
-            },
-            **problems(404, 406, 409, 501, *PROBLEMS),
-        },
-        openapi_extra=BODY,
-        dependencies=[Depends(only(CompareParameters))],
+        **route(
+            "Why this picture and an image match, or why one image came above another",
+            CompareAnswer,
+            *(404, 406, 409, 501, *PROBLEMS),
+            parameters=CompareParameters,
+            drawn=(PNG, WEBP),
+            said="Receipts as JSON; or one drawn, where `Accept` asks for a picture.",
+            openapi_extra=BODY,
+        ),
     )
     async def compare(request: Request, asked: Annotated[CompareParameters, Query()]) -> Response:
         maker.check()
@@ -241,7 +237,19 @@ class ReceiptMaker:
         kept: list[Receipt] = []
 
         def settle(name: str, picture: Prepared, its_side: Side) -> None:
-            receipt = _receipt(index, name, query, picture, its_side, centred)
+            (label,) = index.select([find_live(index, name)]).labels
+            try:
+                check_same(index, name, its_side)
+            except ImageError:
+                raise _changed() from None
+            receipt = make_receipt(
+                query[1],
+                its_side,
+                mean_of(index, centred),
+                centred=centred,
+                query_shown=Shown(query[0].small, small_box(query[0]), "", None),
+                result_shown=Shown(picture.small, small_box(picture), name, label),
+            )
             told.append(tell(picture, receipt))
             if keep:
                 kept.append(receipt)
@@ -286,29 +294,6 @@ class ReceiptMaker:
             "no_picture",
             "the picture of a result cannot be read any more, and a receipt needs it; leave it out",
         )
-
-
-def _receipt(
-    index: Index,
-    name: str,
-    query: tuple[Prepared, Side],
-    picture: Prepared,
-    its_side: Side,
-    centred: bool,
-) -> Receipt:
-    (label,) = index.select([find_live(index, name)]).labels
-    try:
-        check_same(index, name, its_side)
-    except ImageError:
-        raise _changed() from None
-    return make_receipt(
-        query[1],
-        its_side,
-        mean_of(index, centred),
-        centred=centred,
-        query_shown=Shown(query[0].small, small_box(query[0]), "", None),
-        result_shown=Shown(picture.small, small_box(picture), name, label),
-    )
 
 
 def _no_receipts() -> HTTPProblem:

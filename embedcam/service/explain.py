@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
 from ..explain.explainer import Explanation
 from ..render import Tile
-from .errors import choose, only
+from .errors import choose
 from .pictures import (
     FORM_TYPE,
     JSON,
@@ -31,7 +31,7 @@ from .schemas import (
     Neighbor,
     SearchAnswer,
     built,
-    problems,
+    route,
     size_of,
     urls_of,
     written,
@@ -101,19 +101,16 @@ def router(pipeline: Pipeline) -> APIRouter:
     @routes.post(
         "/explain",
         operation_id="explain",
-        summary="Which images are like this picture, and why",
-        response_class=Response,
-        responses={
-            200: {
-                "model": ExplainAnswer,
-                "description": "The results and the maps as JSON; or the picture with its map "
-                "over it, where `Accept` asks for a picture.",
-                "content": {PNG: BINARY, WEBP: BINARY},
-            },
-            **problems(404, 406, *PROBLEMS),
-        },
-        openapi_extra=BODY,
-        dependencies=[Depends(only(ExplainParameters))],
+        **route(
+            "Which images are like this picture, and why",
+            ExplainAnswer,
+            *(404, 406, *PROBLEMS),
+            parameters=ExplainParameters,
+            drawn=(PNG, WEBP),
+            said="The results and the maps as JSON; or the picture with its map over it, where "
+            "`Accept` asks for a picture.",
+            openapi_extra=BODY,
+        ),
     )
     async def explain(request: Request, asked: Annotated[ExplainParameters, Query()]) -> Response:
         kind = choose(request, (JSON, PNG, WEBP))
@@ -140,11 +137,13 @@ def router(pipeline: Pipeline) -> APIRouter:
     @routes.post(
         "/search",
         operation_id="search",
-        summary="Which images are like this picture, without the why",
-        response_class=Response,
-        responses={200: {"model": SearchAnswer}, **problems(*PROBLEMS)},
-        openapi_extra=BODY,
-        dependencies=[Depends(only(SearchParameters))],
+        **route(
+            "Which images are like this picture, without the why",
+            SearchAnswer,
+            *PROBLEMS,
+            parameters=SearchParameters,
+            openapi_extra=BODY,
+        ),
     )
     async def search(request: Request, asked: Annotated[SearchParameters, Query()]) -> Response:
         async with pipeline.uploaded(request) as upload:

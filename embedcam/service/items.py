@@ -8,11 +8,12 @@ import hashlib
 import logging
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path as File
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
-from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi import APIRouter, Path, Query, Request
 from PIL import Image
 from pydantic import BaseModel, Field
 from starlette.responses import Response
@@ -22,15 +23,14 @@ from ..images import read_image
 from ..index import Index
 from ..preprocess import Extent
 from ..render import Tile, scale_box
-from .errors import HTTPProblem, choose, only
+from .errors import HTTPProblem, choose
 from .pictures import JPEG, JSON, PNG, WEBP, encoded, overlaid, shrunk
 from .pipeline import Pipeline, find_live
 from .schemas import (
-    BINARY,
     Example,
     ExamplesAnswer,
     ItemCam,
-    problems,
+    route,
     size_of,
     urls_of,
     written,
@@ -39,9 +39,6 @@ from .schemas import (
 logger = logging.getLogger("embedcam.service")
 
 MAX_SIDE, MAX_EXAMPLES = 1024, 24
-_UNCHANGED: dict[int | str, dict[str, Any]] = {
-    304: {"description": "It is still what `If-None-Match` names."}
-}
 _PROBLEMS = (403, 404, 406, 422, 500, 503)
 
 
@@ -62,37 +59,23 @@ class ExamplesParameters(BaseModel):
 def router(pipeline: Pipeline) -> APIRouter:
     """Return the three endpoints."""
     routes = APIRouter(tags=["items"])
+    about = partial(route, parameters=ItemParameters)
+    describe_image = about(
+        "An indexed image, made small", None, *_PROBLEMS, drawn=(JPEG, WEBP), said="Its pixels."
+    )
+    words = "An indexed image's own map, as JSON or over the image"
+    describe_cam = about(words, ItemCam, *_PROBLEMS, drawn=(PNG, WEBP))
+    for described in (describe_image, describe_cam):
+        described["responses"][304] = {"description": "It is still what `If-None-Match` names."}
     name_of = Annotated[str, Path(description="Id of an indexed image; it may hold slashes.")]
 
-    @routes.get(
-        "/items/{id:path}/image",
-        operation_id="item_image",
-        summary="An indexed image, made small",
-        response_class=Response,
-        responses={
-            200: {"description": "Its pixels.", "content": {JPEG: BINARY, WEBP: BINARY}},
-            **_UNCHANGED,
-            **problems(*_PROBLEMS),
-        },
-        dependencies=[Depends(only(ItemParameters))],
-    )
+    @routes.get("/items/{id:path}/image", operation_id="item_image", **describe_image)
     async def image(
         request: Request, id: name_of, asked: Annotated[ItemParameters, Query()]
     ) -> Response:
         return await answered(request, id, choose(request, (JPEG, WEBP)), asked.size, False)
 
-    @routes.get(
-        "/items/{id:path}/cam",
-        operation_id="item_cam",
-        summary="An indexed image's own map, as JSON or over the image",
-        response_class=Response,
-        responses={
-            200: {"model": ItemCam, "content": {PNG: BINARY, WEBP: BINARY}},
-            **_UNCHANGED,
-            **problems(*_PROBLEMS),
-        },
-        dependencies=[Depends(only(ItemParameters))],
-    )
+    @routes.get("/items/{id:path}/cam", operation_id="item_cam", **describe_cam)
     async def cam(
         request: Request, id: name_of, asked: Annotated[ItemParameters, Query()]
     ) -> Response:
@@ -111,10 +94,12 @@ def router(pipeline: Pipeline) -> APIRouter:
     @routes.get(
         "/examples",
         operation_id="examples",
-        summary="A few indexed images to search with, from all over the index",
-        response_class=Response,
-        responses={200: {"model": ExamplesAnswer}, **problems(403, 422, 500, 503)},
-        dependencies=[Depends(only(ExamplesParameters))],
+        **route(
+            "A few indexed images to search with, from all over the index",
+            ExamplesAnswer,
+            *(403, 422, 500, 503),
+            parameters=ExamplesParameters,
+        ),
     )
     async def examples(request: Request, asked: Annotated[ExamplesParameters, Query()]) -> Response:
         prefix = request.scope.get("root_path", "")

@@ -51,17 +51,11 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Batcher:
-    """One thread that puts pictures of equal wishes through the network together.
+    """One thread that puts up to `most` pictures of equal wishes through the network together.
 
-    Pictures are decoded before, in other threads, so one that cannot be read meets no other. A
-    picture that waits while others are being read gives them a moment to come along; one that is
-    alone goes at once.
-
-    Parameters
-    ----------
-    most : pictures a batch
-    seconds : how long the first picture of a batch waits for those that were announced
-    batched : told how many pictures went together
+    Pictures are decoded before, in other threads, so one that cannot be read meets no other. The
+    first of a batch waits `seconds` for those that were announced; one that is alone goes at once.
+    `batched` is told how many pictures went together.
     """
 
     def __init__(
@@ -192,31 +186,20 @@ class Telemetry:
     """Counters for Prometheus, in a registry of the application's own."""
 
     def __init__(self, in_progress: Callable[[], float]) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        registry = self.registry
-        self.requests = Counter(
-            "embedcam_requests",
-            "Requests answered.",
-            ("method", "route", "status"),
-            registry=registry,
-        )
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        by = ("method", "route", "status")
+        said = "From a request's first byte to its answer."
+        together = "Pictures that went through the network together."
+        probed = "1 once the network has answered a probe."
+        self.requests = Counter("embedcam_requests", "Requests answered.", by, registry=registry)
         self.seconds = Histogram(
-            "embedcam_request_seconds",
-            "From a request's first byte to its answer.",
-            ("route",),
-            buckets=_SECONDS,
-            registry=registry,
+            "embedcam_request_seconds", said, ("route",), buckets=_SECONDS, registry=registry
         )
         self.batches = Histogram(
-            "embedcam_batch_pictures",
-            "Pictures that went through the network together.",
-            buckets=_BATCHES,
-            registry=registry,
+            "embedcam_batch_pictures", together, buckets=_BATCHES, registry=registry
         )
-        self.ready = Gauge(
-            "embedcam_ready", "1 once the network has answered a probe.", registry=registry
-        )
+        self.ready = Gauge("embedcam_ready", probed, registry=registry)
         working = Gauge("embedcam_in_progress", "Requests being worked on.", registry=registry)
         working.set_function(in_progress)
 
@@ -224,15 +207,7 @@ class Telemetry:
 class Pipeline:
     """All the work of a service; its endpoints only read parameters and write answers.
 
-    Parameters
-    ----------
-    explainer : with a network
-    limits : of requests
-
-    Raises
-    ------
-    InputError
-        An explainer that cannot explain pictures.
+    Raises InputError for an explainer that cannot explain pictures.
     """
 
     def __init__(self, explainer: Explainer, limits: Limits) -> None:

@@ -1,11 +1,15 @@
 """The JSON of the service: answers are built as these models, which OpenAPI describes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import quote
 
+from fastapi import Depends
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import SkipJsonSchema
+from starlette.responses import Response
+
+from .errors import only
 
 M = TypeVar("M", bound="Strict")
 BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -299,10 +303,31 @@ _WHEN = {
 }
 
 
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the description of these HTTP errors, for a route."""
+def route(
+    summary: str,
+    answer: type[Strict] | None,
+    *statuses: int,
+    parameters: type[BaseModel] | None = None,
+    drawn: Sequence[str] = (),
+    said: str = "Successful Response",
+    **more: Any,
+) -> dict[str, Any]:
+    """Return how FastAPI describes a route that writes its answer, or a picture, itself.
+
+    `statuses` are its HTTP errors; query parameters are those of `parameters` and no others.
+    """
+    described: dict[str, Any] = {"description": said}
+    if answer is not None:
+        described["model"] = answer
+    if drawn:
+        described["content"] = {kind: BINARY for kind in drawn}
+    errors = {one: {"model": ErrorAnswer, "description": _WHEN[one]} for one in sorted(statuses)}
     return {
-        status: {"model": ErrorAnswer, "description": _WHEN[status]} for status in sorted(statuses)
+        "summary": summary,
+        "response_class": Response,
+        "responses": {200: described, **errors},
+        "dependencies": [] if parameters is None else [Depends(only(parameters))],
+        **more,
     }
 
 

@@ -68,24 +68,16 @@ def head_cotangent(
 
 @dataclass(frozen=True)
 class Whitened:
-    """How much of what a whitened target takes.
-
-    Attributes
-    ----------
-    ridge
-        r of A = (C + r tr(C) / D I)^-1; the larger, the less is whitened.
-    jacobian
-        Share of the norm's Jacobian: 1 is through the norm, 0 around it.
-    own
-        Length of the image's own centered part beside its kind's, which has length 1.
-    borrowed
-        Labels of so many images and fewer take part of their positives from each image's nearest.
-    """
+    """How much of what a whitened target takes."""
 
     ridge: float
+    """r of A = (C + r tr(C) / D I)^-1; the larger, the less is whitened."""
     jacobian: float
+    """Share of the norm's Jacobian: 1 is through the norm, 0 around it."""
     own: float = 0.0
+    """Length of the image's own centered part beside its kind's, which has length 1."""
     borrowed: int = 0
+    """Labels of so many images and fewer borrow positives from each image's nearest ones."""
 
     @classmethod
     def of(cls, target: str, norm: str, labelled: bool) -> "Whitened":

@@ -1,0 +1,405 @@
+"""The groups of measures: functions from rows to rows, one after another."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import EmbedcamError, EmbeddingError, InputError
+from ..explain.answer import negatives_for
+from ..images import Batch, load_batches
+from ..methods import DirectWeights
+from ..metrics import correlations, rank_correlations
+from ..metrics.maps import pixel_count
+from ..recipe.recipe import Recipe
+from .baselines import SHUFFLED, WRONG, ShuffledNetwork, mean_activation
+from .faithfulness import Faithfulness
+from .gallery import generator, sample
+from .maps import Maps, Questions, Seen, maps_of
+from .measures import KS, MEAN, TRANSFERRED, columns, retrieved, shares, told_apart
+from .regions import Region
+from .work import Row, Rows, Work
+
+LEAST_AREA = 0.02
+"""Share of a picture that an object needs alone to be asked about."""
+MEASURED = 16
+"""Images that a shuffled network's batch norms are measured on."""
+COUNTS = (1, 2, 5, 10, 20)
+BACK, OWN, OTHER = "as they came back", "of the query's own label", "of another label"
+RESULTS = (BACK, OWN, OTHER)
+"""Which results a map is transferred from."""
+
+# Every queried image, explained: what came back, where its map lies, which objects it tells
+
+
+def explained(work: Work, positions: np.ndarray) -> tuple[Rows, list[Row]]:
+    """Explain the images at some positions, one forward pass each.
+
+    Returns a row for each image that could be used, and one for each question about the objects of
+    several labels that its boxes name.
+    """
+    rows: Rows = {}
+    questions: list[Row] = []
+    with work.bar(len(positions), "images") as advance:
+        for batch, seen in work.seen(positions, advance):
+            _check_pixels(work, seen.size)
+            placed = work.placed(batch, seen.size)
+            rows |= _explained(work, batch, seen, placed)
+            if work.wants("objects"):
+                for place, position in enumerate(batch.positions.tolist()):
+                    questions += of_boxes(work, seen.row(place), placed[place], position)
+    return rows, questions
+
+
+def _explained(work: Work, batch: Batch, seen: Seen, placed: list[Region | None]) -> Rows:
+    gallery, wanted = work.gallery, work.settings.n_neighbors
+    items = [work.source.items[position] for position in batch.positions]
+    own = work.own_rows.find(batch.positions.tolist(), seen.embeddings)
+    with work.mapper.clock("explaining"):
+        near = gallery.nearest(seen.embeddings, own, max(*KS, wanted))
+    explanations = work.mapper.transferred(seen, [places[:wanted] for places in near])
+    maps = {TRANSFERRED: maps_of(explanations)}
+    if any(region is not None for region in placed):
+        maps[MEAN] = mean_activation(work.mapper, seen)
+    with work.mapper.clock("metrics"):
+        precise: list[float | None] = [None] * len(items)
+        if work.wants("retrieval") and gallery.labeled:
+            labels = [item.label for item in items]
+            precise = gallery.precision_at_r(seen.embeddings, labels, own)
+        where = work.located(placed, maps)
+        rows: Rows = {}
+        for place, (item, one) in enumerate(zip(items, explanations, strict=True)):
+            row: Row = {
+                "id": item.id,
+                "label": item.label,
+                "indexed": bool(own[place] >= 0),
+                "result": one.ids[0],
+                "result_label": one.labels[0],
+                "distance": float(one.distances[0]),
+                "trust": one.trust,
+                "empty": one.empty,
+            }
+            if work.wants("retrieval"):
+                others = [gallery.label_of(int(other)) for other in near[place]]
+                known = item.label if gallery.labeled else None
+                row |= retrieved(known, others) | {"map_at_r": precise[place]}
+            rows[int(batch.positions[place])] = row | where[place]
+    return rows
+
+
+def _check_pixels(work: Work, size: tuple[int, int]) -> None:
+    """Refuse what `metrics` could only refuse after a look at every image."""
+    settings, pixels = work.settings, size[0] * size[1]
+    if not work.wants("faithfulness") or not settings.faithfulness:
+        return
+    if settings.steps > pixels:
+        raise InputError(
+            f"steps = {settings.steps}; it must be a whole number, 1 to {pixels}, the pixels of "
+            "the network's input"
+        )
+    if pixel_count(settings.removed, pixels) == pixels:
+        raise InputError(
+            f"removed = {settings.removed} is every one of the {pixels} pixels of the network's "
+            "input; give a smaller share"
+        )
+
+
+# Telling objects apart: a picture of one object hardly tells an explanation from a saliency map. In
+# one of two a map that ignores the question scores exactly one half, as both are asked about.
+
+
+def of_boxes(work: Work, seen: Seen, region: Region | None, position: int) -> Iterator[Row]:
+    """Ask about every ordered pair of labels that the boxes of one picture name.
+
+    Labels are those that the index knows. Pixels that belong to one of the two alone are compared,
+    where each has at least `LEAST_AREA` of the picture.
+    """
+    by_label = {} if region is None else region.by_label
+    known = [label for label in by_label if len(work.gallery.of_label(label))]
+    left_out = work.own_rows.known([position]).tolist()
+    for label in known:
+        mine = by_label[label]
+        others = [
+            theirs
+            for theirs in (by_label[other] for other in known if other != label)
+            if min((mine * (1 - theirs)).mean(), (theirs * (1 - mine)).mean()) >= LEAST_AREA
+        ]
+        name = work.source.items[position].id
+        asked = _ask(work, seen, label, left_out, name) if others else None
+        if asked is None:
+            continue
+        for theirs in others:
+            yield _told(work, {"first": position, "second": -1, "side": -1}, asked, mine, theirs)
+
+
+def pasted(work: Work, rows: Rows) -> list[Row]:
+    """Ask about pairs of the images, of different labels and side by side, a question a side."""
+    questions: list[Row] = []
+    if not work.wants("objects") or not work.settings.scenes:
+        return questions
+    pairs = _pairs(work, np.array(sorted(rows)))
+    with work.bar(work.settings.scenes, "scenes") as advance:
+        for pair in pairs:
+            questions += _of_pair(work, pair)
+            advance(1)
+    if work.mapper.squeezed:
+        work.note(
+            f"scenes show both pictures at half their width: {work.mapper.squeezed}, so two stand "
+            "side by side in the size of one"
+        )
+    return questions
+
+
+Answer = tuple[Row, dict[str, Maps]]
+"""The label and the result's id, and the map `[1 H W]` by each method."""
+
+
+def _ask(work: Work, seen: Seen, label: str, left_out: list[int], name: str) -> Answer | None:
+    """Explain one picture by its nearest image of a label; None where no image has it.
+
+    left_out: rows of the index that the picture itself shows; name: of the picture, for what is
+    random.
+    """
+    rows = work.gallery.of_label(label)
+    rows = rows[~np.isin(rows, left_out)]
+    if not len(rows):
+        return None
+    result = work.gallery.nearest_of(seen.embeddings[0], rows, 1)
+    asked = Questions(seen, [result], [left_out], [label], [f"{name} {label}"])
+    id = work.gallery.index.ids[int(result[0])]
+    return {"label": label, "result": id}, work.draw(asked)
+
+
+def _told(work: Work, where: Row, answer: Answer, own: np.ndarray, other: np.ndarray) -> Row:
+    """Return one question's numbers, those of baselines under their names."""
+    asked, maps = answer
+    with work.mapper.clock("metrics"):
+        row = where | asked
+        for method, some in maps.items():
+            row |= columns(method, told_apart(some, own, other))
+        row["share_chance"] = shares(np.zeros_like(own), own, other)[2]
+        row["right_chance"] = 0.5
+        row["empty"] = not maps[TRANSFERRED].drawn.any()
+    return row
+
+
+def _of_pair(work: Work, pair: tuple[int, int]) -> Iterator[Row]:
+    """Yield the questions about two pictures; none where they cannot be used."""
+    (batch,) = load_batches(
+        work.source, pair, work.preprocess, 2, workers=0, on_error=work.on_unreadable
+    )
+    if len(batch) < 2:
+        return
+    name = " | ".join(work.source.items[place].id for place in pair)
+    try:
+        seen = work.mapper.see_pair(batch.images)
+    except EmbeddingError as error:
+        if work.on_unreadable == "fail":
+            raise error.of_one(name) from None
+        return
+    unsure = work.own_rows.unsure(pair)
+    singles = work.mapper.see(batch.images).embeddings if unsure else None
+    left_out = work.own_rows.find(pair, singles).tolist()
+    left = np.zeros(seen.size)
+    left[:, : seen.size[1] // 2] = 1
+    for side, half in enumerate((left, 1 - left)):
+        answer = _ask(work, seen, work.source.items[pair[side]].label or "", left_out, name)
+        if answer is not None:
+            where = {"first": pair[0], "second": pair[1], "side": side}
+            yield _told(work, where, answer, half, 1 - half)
+
+
+def _pairs(work: Work, positions: np.ndarray) -> list[tuple[int, int]]:
+    """Draw seeded pairs of different labels that the index knows; none is noted."""
+    labels = [work.source.items[place].label for place in positions.tolist()]
+    codes = np.array([work.gallery.code(label) for label in labels])
+    usable, codes = positions[codes >= 0], codes[codes >= 0]
+    if len(np.unique(codes)) < 2:
+        why = "need two labels that the index knows, too"
+        if not any(label is not None for label in labels):
+            why = "need labels, and the images have none"
+        work.note(f"no scenes of two pictures: pairs of pictures {why}")
+        return []
+    numbers = generator(work.settings.seed, "scenes")
+    pairs = []
+    for _ in range(work.settings.scenes):
+        a = int(numbers.integers(len(usable)))
+        b = int(numbers.choice(np.flatnonzero(codes != codes[a])))
+        pairs.append((int(usable[a]), int(usable[b])))
+    return pairs
+
+
+# A sample of the images: each map beside its baselines, and its pixels removed
+
+
+@dataclass
+class Compared:
+    """What the sample showed beside its columns: `images` of it, masked `passes`, `curves`.
+
+    stages: rank correlation of the maps and whether the second is empty, of each image, by how many
+    of the network's `modules` with parameters were shuffled.
+    """
+
+    images: int = 0
+    passes: int = 0
+    curves: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    stages: dict[int, list[tuple[float, bool]]] = field(default_factory=dict)
+    modules: int = 0
+
+
+def compared(work: Work, rows: Rows) -> tuple[Rows, Compared]:
+    """Hold a sample of the images against baselines and remove their pixels: more columns."""
+    places, beside = _sample(work, rows), Compared()
+    if not len(places):
+        return rows, beside
+    controls, faithful = work.settings.controls, work.wants("faithfulness")
+    shuffled = _shuffled(work, places) if controls else None
+    remove = Faithfulness(work.mapper.network, work.gallery, work.settings, work.mapper.clock)
+    rows = dict(rows)
+    with work.bar(len(places), "controls" if controls else "faithfulness") as advance:
+        for batch in work.batches(places):
+            asked = work.questions(batch, work.mapper.see(batch.images))
+            maps = work.draw(asked)
+            if not controls:
+                del maps[MEAN]
+            elif WRONG not in maps:
+                work.note("the index holds too few images for a control with wrong images' weights")
+            if shuffled is not None:
+                last = _cascade(work, shuffled, batch, asked, beside)
+                if last is not None:
+                    maps[SHUFFLED] = last
+            others = {method: some for method, some in maps.items() if method != TRANSFERRED}
+            with work.mapper.clock("metrics"):
+                where = work.located(work.placed(batch, asked.seen.size), others)
+            for place, position in enumerate(batch.positions.tolist()):
+                row = rows[position] | where[place]
+                for method, some in others.items():
+                    row[f"{method}: empty"] = not some.drawn[place].any()
+                if faithful:
+                    one = {method: some.drawn[place] for method, some in maps.items()}
+                    numbers = remove(
+                        batch.images[place], asked.seen.embeddings[place],
+                        int(asked.near[place][0]), asked.left_out[place][0], one,
+                    )  # fmt: skip
+                    for method, values in numbers.items():
+                        row |= columns(method, values)
+                rows[position] = row
+                advance(1)
+    beside.images, beside.passes, beside.curves = len(places), remove.passes, remove.curves
+    if shuffled is not None:
+        shuffled.shuffle(0)
+        beside.modules = shuffled.count
+    return rows, beside
+
+
+def _sample(work: Work, rows: Rows) -> np.ndarray:
+    """Return the positions of the images that are compared."""
+    settings = work.settings
+    faithful = work.wants("faithfulness")
+    compare = settings.controls or bool(work.rivals)
+    localize = compare and work.wants("localisation") and len(work.regions)
+    sane = settings.controls and work.wants("sanity")
+    places = np.array(sorted(rows))
+    if not settings.faithfulness or not (faithful or localize or sane):
+        return places[:0]
+    if localize and not faithful:
+        # Drawn among those that say something: of many images few may have a box.
+        where = [position for position in places.tolist() if "area" in rows[position]]
+        places = np.array(where, np.int64) if where or not sane else places
+    chosen: np.ndarray = places[sample(len(places), settings.faithfulness, settings.seed)]
+    return chosen
+
+
+def _shuffled(work: Work, places: np.ndarray) -> ShuffledNetwork | None:
+    some = next(work.batches(places[:MEASURED], None, MEASURED), None)
+    if some is None:
+        work.note("no controls: the images could be read before, and no longer can")
+        return None
+    try:
+        return ShuffledNetwork(work.mapper.network, work.settings.seed, some.images)
+    except EmbedcamError as error:
+        work.note(f"no network of shuffled parameters as a control: {error}")
+        return None
+
+
+def _cascade(
+    work: Work, shuffled: ShuffledNetwork, batch: Batch, asked: Questions, beside: Compared
+) -> Maps | None:
+    """Draw by the wholly shuffled network; note how alike each stage's maps are."""
+    here = work.mapper.maps(asked.seen.small(), asked.near).drawn
+    own = np.array(asked.left_out)[:, 0]
+    last = None
+    for stage in shuffled.stages if work.wants("sanity") else shuffled.stages[-1:]:
+        shuffled.shuffle(stage)
+        other = shuffled.see(work.mapper, batch.images)
+        if other is None:
+            work.note("the network computes nothing finite once its parameters are shuffled")
+            return None
+        with work.mapper.clock("explaining"):
+            rows = work.gallery.nearest(other.embeddings, own, work.settings.n_neighbors)
+        there = work.mapper.maps(other.small(), rows).drawn
+        with work.mapper.clock("metrics"):
+            alike = rank_correlations(here, there).tolist()
+        empty = [not drawn.any() for drawn in there]
+        beside.stages.setdefault(stage, []).extend(zip(alike, empty, strict=True))
+        if stage == shuffled.stages[-1]:
+            last = work.mapper.maps(other, rows)
+    return last
+
+
+# How far a transferred map is from the query's own, which is computed on the query itself as a
+# fallback does: weights by the index's recipe with the query as anchor, its neighbors as positives
+# and others as negatives. Stored weights are never held against each other: images of one label may
+# share them, and would agree by construction.
+
+
+def fidelity(work: Work, rows: Rows) -> list[Row]:
+    """Correlate a sample's own maps with transferred ones, both before the ReLU.
+
+    Returns a row for each image, kind of `results` and number `n_neighbors` of them, with the
+    `correlation` over positions of the layer; the first kind alone without a label the index knows.
+    """
+    settings = work.settings
+    if not work.wants("fidelity") or not settings.fidelity:
+        return []
+    if len(work.gallery) < settings.n_neighbors + 2:
+        work.note("no transfer fidelity: the index holds too few images to tell a query from")
+        return []
+    recipe = Recipe.of_index(work.mapper.index.manifest)
+    direct = DirectWeights(work.mapper.network, recipe)
+    places = np.array(sorted(rows))
+    places = places[sample(len(places), settings.fidelity, settings.seed)]
+    transfers: list[Row] = []
+    with work.bar(len(places), "fidelity") as advance:
+        for batch, seen in work.seen(places, advance):
+            transfers += _correlated(work, direct, batch, seen.small())
+    return transfers
+
+
+def _correlated(work: Work, direct: DirectWeights, batch: Batch, seen: Seen) -> Iterator[Row]:
+    gallery, mapper, index = work.gallery, work.mapper, work.mapper.index
+    wanted = work.settings.n_neighbors
+    counts = sorted(n for n in {*COUNTS, wanted} if n < len(gallery))
+    own = work.own_rows.known(batch.positions.tolist())
+    back = gallery.nearest(seen.embeddings, own, max(counts))
+    for place, position in enumerate(batch.positions.tolist()):
+        near = back[place][:wanted]
+        negatives = negatives_for(index, [*near, own[place]], index.select(near).labels)
+        with mapper.clock("forward"):
+            weights = direct.weights(batch.images[place], index.embeddings(near), negatives)
+        one = seen.row(place)
+        computed = mapper.draw(one, [layer[None] for layer in weights]).signed
+        results = {BACK: back[place]}
+        code = gallery.code(work.source.items[position].label)
+        if code >= 0:
+            others = gallery.positions != own[place]
+            for kind, alike in ((OWN, gallery.codes == code), (OTHER, gallery.codes != code)):
+                rows = gallery.positions[others & alike]
+                results[kind] = gallery.nearest_of(seen.embeddings[place], rows, max(counts))
+        for kind, rows in results.items():
+            for count in (n for n in counts if n <= len(rows)):
+                signed = mapper.maps(one, [rows[:count]]).signed
+                with mapper.clock("metrics"):
+                    agree = float(correlations(computed, signed)[0])
+                yield {"position": position, "results": kind, "n_neighbors": count,
+                       "correlation": agree}  # fmt: skip

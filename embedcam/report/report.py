@@ -1,0 +1,396 @@
+"""Many queries explained into one folder: a page for people, JSON lines for machines."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from .. import __version__
+from .._checks import whole
+from ..errors import EmbeddingError, ImageError, InputError, NetworkError, printable, ran_out
+from ..explain.explanation import Explanation, small_size
+from ..images import MAX_PIXELS, ImageSource
+from ..images.batches import default_workers
+from ..images.progress import progress_of
+from ..index.matching import kinship
+from ..index.neighbors import check_rival
+from ..render import Look, Row, Tile, page_foot, page_head, page_row, shrunk
+from .folder import FEATURES, LINES, PAGE, Finished, Folder, check_folder, open_folder
+from .words import Fact, anchor, blocks, facts, intro, note_of
+
+if TYPE_CHECKING:
+    from ..explain.explainer import Explainer
+    from ..preprocess import AnyPreprocess, Extent
+    from ..render.tiles import Scale
+
+SIDE: Final = 200
+"""Pixels on the longest side of a picture: a page of thousands still opens."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a report holds.
+
+    Attributes
+    ----------
+    path : the page
+    n_queries : all queries
+    n_new : queries explained by this call; the others were finished before
+    unreadable : (query, reason) of those that could not be read or embedded
+    n_untrusted : queries whose map is not to be trusted
+    n_empty : queries with an empty map
+    n_changed : queries with a result whose picture is another file than was indexed
+    """
+
+    path: Path
+    n_queries: int
+    n_new: int
+    unreadable: list[tuple[str, str]]
+    n_untrusted: int
+    n_empty: int
+    n_changed: int = 0
+
+
+def write_report(
+    explainer: Explainer,
+    source: ImageSource,
+    folder: str | Path,
+    *,
+    n_neighbors: int | None = None,
+    result: str | None = None,
+    above: str | None = None,
+    neighbors: Sequence[str] | None = None,
+    exclude_query: bool = False,
+    features: bool = False,
+    scale: Scale = "joint",
+    side: int = SIDE,
+    title: str = "Why did these come back?",
+    batch_size: int = 16,
+    progress: bool | None = None,
+) -> Report:
+    """Explain many queries on one page; run again after an interruption, it goes on.
+
+    Writes `index.html`, self-contained, and `explanations.jsonl`, a line a query: `query` (its id),
+    `path`, and `Explanation.to_dict` with a map of at most 14 x 14, or `error`. A query that cannot
+    be read or embedded is listed with the reason and stops nothing. Pictures are held for a batch
+    or two at a time, however many queries there are. A kill leaves a whole page or none.
+
+    Parameters
+    ----------
+    explainer : with a network, so that pictures can be embedded
+    source : the queries, from `find_images` or `from_dataset`
+    folder : of the report alone; created where missing
+    n_neighbors, result, above, neighbors, exclude_query : as for `Explainer.explain`, for every
+        query
+    features : with "features" in each line, and all of them as `features.npy`, float32 `[n K]`: a
+        row for each line, NaN where the query could not be explained
+    scale : "joint" gives the results of a query one color scale, "each" each its own
+    side : the longest side of the pictures in the page, in pixels
+    title : of the page
+    batch_size : queries a forward pass; changes nothing beyond float rounding
+    progress : a bar; None shows it on a terminal or in a notebook, else logs how far it is
+
+    Raises
+    ------
+    InputError
+        A folder that holds something else, or a report of another index, of other queries or with
+        other options; a disk that cannot be written; or an argument.
+    """
+    check_folder(folder)
+    if explainer.network is None or explainer.preprocess is None:
+        raise InputError(
+            "a report embeds pictures, so its Explainer needs the index's network, with its "
+            "preprocessing; give it one"
+        )
+    if len(source) == 0:
+        raise InputError("there is no query; give at least one picture")
+    if neighbors is not None and n_neighbors is not None:
+        raise InputError("give n_neighbors to search, or neighbors to name them, not both")
+    index = explainer.index
+    check_rival(result, above)
+    for name in (*(neighbors or ()), *filter(None, (result, above))):
+        index.position(name)
+    if len(index) == 0:
+        raise InputError(f"{index.path}: holds no image, so nothing comes back; add some first")
+    count = explainer.n_neighbors if n_neighbors is None else n_neighbors
+    options: dict[str, Any] = {
+        "n_neighbors": whole("n_neighbors", count, 1),
+        "result": result,
+        "neighbors": None if neighbors is None else list(neighbors),
+        "transfer": explainer.transfer,
+        "trusted_from": explainer.trusted_from,
+        "fallback": None if explainer.fallback is None else type(explainer.fallback).__name__,
+        "images": os.path.abspath(explainer.root) + (" alone" if explainer.only_below else ""),
+        "network": type(explainer.network).__name__,
+        "autocast": str(getattr(explainer.network, "autocast", None)),
+        "scale": scale,
+        "side": whole("side", side, 1),
+        "title": title,
+        # Left out where they say nothing, so that an older report is gone on with.
+        **({"exclude_query": True} if exclude_query else {}),
+        **({} if above is None else {"above": above}),
+        **({"features": True} if features else {}),
+    }
+    if explainer.max_pixels != MAX_PIXELS:
+        options["max_pixels"] = explainer.max_pixels
+    whole("batch_size", batch_size, 1)
+    look = Look(scale, side, quality=80, long=True)
+    asked = {
+        "n_neighbors": n_neighbors,
+        "result": result,
+        "above": above,
+        "exclude_query": exclude_query,
+    }
+    about = {
+        "embedcam": __version__,
+        "index": _version(explainer),
+        "queries": _described(source),
+        "options": options,
+    }
+
+    def row(position: int, one: Opened | str, why: Explanation | str) -> Finished:
+        return finished(source, position, one, why, look, features)
+
+    with open_folder(Path(folder), about) as place:
+        n_new = 0
+        if not place.complete:
+            batches = [
+                range(start, min(start + batch_size, len(source)))
+                for start in range(0, len(source), batch_size)
+            ]
+            done = place.finished()
+            # A batch is explained whole or not at all: another composition could round otherwise.
+            ahead = [batch for batch in batches if not done.issuperset(batch)]
+            n_new = sum(map(len, ahead))
+            bar = progress_of(
+                "explain", len(source), "queries", shown=progress, done=len(source) - n_new
+            )
+            with _threads() as pool, bar as advance:
+                for batch, opened in _opened(explainer, source, pool, ahead, side):
+                    found = explain_opened(explainer, opened, asked, neighbors)
+                    if _version(explainer) != about["index"]:
+                        raise InputError(
+                            "the explainer was given another version of its index while the report "
+                            "was written; give a new folder for a report of that one"
+                        )
+                    rows = pool.map(row, batch, opened, found)
+                    place.keep(dict(zip(batch, rows, strict=True)))
+                    advance(len(batch))
+            known = _assemble(explainer, place, len(source), options, look)
+        else:
+            known = facts(place.lines(), kinship(index.manifest))
+        place.tidy()
+    explained = [one for one in known if one.error is None]
+    return Report(
+        place.path / PAGE,
+        len(known),
+        n_new,
+        [(one.name, one.error) for one in known if one.error is not None],
+        sum(one.trusted is False for one in explained),
+        sum(one.empty for one in explained),
+        sum(one.changed for one in explained),
+    )
+
+
+def _version(explainer: Explainer) -> dict[str, Any]:
+    manifest = explainer.index.manifest
+    return {"generation": manifest.generation, "sha256": manifest.manifest_sha256}
+
+
+def _described(source: ImageSource) -> dict[str, Any]:
+    """Return how many queries, and a digest of their ids, paths, sizes and times of change."""
+    digest = hashlib.sha256(os.path.abspath(source.root or "").encode("utf-8", "surrogateescape"))
+    for position, item in enumerate(source.items):
+        entry = json.dumps([item.id, item.path, source.fingerprint(position)])
+        digest.update(entry.encode())
+    return {"count": len(source), "sha256": digest.hexdigest()}
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Yield threads that decode and draw; what waits is dropped when the job is stopped."""
+    pool = ThreadPoolExecutor(default_workers(), thread_name_prefix="embedcam-report")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# One query
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A query that could be read; of its picture only a small one is kept, as many must fit.
+
+    Attributes
+    ----------
+    name : what messages call it
+    inputs : for the network, `[3 H W]`
+    small : its picture at the size of the page
+    extent : crop box, what the network sees of it in pixels of the full picture
+    file : where it lies, or None
+    """
+
+    name: str
+    inputs: np.ndarray[Any, Any]
+    small: Tile
+    extent: Extent
+    file: str | None = None
+
+
+def _opened(
+    explainer: Explainer,
+    source: ImageSource,
+    pool: ThreadPoolExecutor,
+    batches: Sequence[range],
+    side: int,
+) -> Iterator[tuple[range, list[Opened | str]]]:
+    """Yield each batch with its queries opened; the next one is being read meanwhile."""
+
+    def begin(batch: range) -> Iterator[Opened | str]:
+        return pool.map(lambda place: open_query(source, place, explainer.preprocess, side), batch)
+
+    waiting = [begin(batch) for batch in batches[:1]]
+    for number, batch in enumerate(batches):
+        opened = list(waiting.pop())
+        waiting += [begin(following) for following in batches[number + 1 : number + 2]]
+        yield batch, opened
+
+
+def open_query(
+    source: ImageSource, position: int, preprocess: AnyPreprocess | None, side: int
+) -> Opened | str:
+    """Return a query's input and small picture, or why there is none; raise what all would meet."""
+    name = source.name(position)
+    try:
+        picture = source.open(position)
+        if preprocess is None:
+            raise InputError("there is no preprocessing")
+        inputs = preprocess(picture)
+        extent = preprocess.extent(*picture.size)
+    except ImageError as error:
+        return _named(name, str(error))
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    file = name if source.items[position].path else None
+    return Opened(name, inputs, shrunk(Tile(picture, extent=extent), side), extent, file)
+
+
+def explain_opened(
+    explainer: Explainer,
+    opened: Sequence[Opened | str],
+    asked: dict[str, Any],
+    neighbors: Sequence[str] | None = None,
+) -> list[Explanation | str]:
+    """Return an explanation for each query, by one forward pass, or why there is none."""
+
+    def explained(queries: list[Opened]) -> list[Explanation]:
+        named = None if neighbors is None else [neighbors] * len(queries)
+        files = [one.file for one in queries]
+        inputs = [one.inputs for one in queries]
+        return explainer.explain_batch(inputs, neighbors=named, files=files, **asked)
+
+    def alone(query: Opened) -> Explanation | str:
+        try:
+            return explained([query])[0]
+        except EmbeddingError as error:
+            return str(error.named([query.name]))
+        except NetworkError as error:
+            if ran_out(error):
+                raise
+            return _named(query.name, str(error))
+
+    readable = [one for one in opened if isinstance(one, Opened)]
+    try:
+        answers: Iterator[Explanation | str] = iter(explained(readable))
+    except NetworkError as error:
+        if ran_out(error):
+            raise
+        # Of one picture, usually: an embedding of zeros. The others are explained without it.
+        answers = map(alone, readable)
+    return [one if isinstance(one, str) else next(answers) for one in opened]
+
+
+def _named(name: str, message: str) -> str:
+    return message if message.startswith(printable(name)) else f"{name}: {message}"
+
+
+def finished(
+    source: ImageSource,
+    position: int,
+    opened: Opened | str,
+    found: Explanation | str,
+    look: Look,
+    features: bool = False,
+) -> Finished:
+    """Return what is kept of a query: its row of the page and its line of JSON."""
+    item = source.items[position]
+    path = os.path.abspath(os.path.join(source.root or "", item.path)) if item.path else None
+    line = {"query": item.id, "label": item.label, "path": path}
+    if isinstance(found, str) or isinstance(opened, str):
+        return Finished(json.dumps({**line, "error": found}))
+    found = replace(found, extent=opened.extent)
+    line |= found.to_dict(small_size(found.cam.shape), features=features)
+    shown = replace(found, image=opened.small.image, extent=opened.small.extent)
+    query, results = shown.tiles(look.side)
+    row = Row(query, results, note_of(found), item.id, anchor=anchor(position))
+    cropped = any(tile.cropped for tile in (query, *results))
+    return Finished(json.dumps(line, allow_nan=False), page_row(row, look), cropped)
+
+
+# The files
+
+
+def _assemble(
+    explainer: Explainer, place: Folder, count: int, options: dict[str, Any], look: Look
+) -> list[Fact]:
+    """Put the files in place, and their digests; a row is held no longer than it takes."""
+    index, cropped = explainer.index, False
+    sums = {name: hashlib.sha256() for name in place.files}
+
+    def put(file: IO[bytes], name: str, content: str | bytes) -> None:
+        data = content.encode("utf-8") if isinstance(content, str) else content
+        sums[name].update(data)
+        file.write(data)
+
+    with place.filled(LINES) as file:
+        for position in range(count):
+            one = place.read(position)
+            put(file, LINES, f"{one.line}\n")
+            cropped |= one.cropped
+    known = facts(place.lines(), kinship(index.manifest))
+    if FEATURES in place.files:
+        width, head = index.manifest.layers[0].channels, io.BytesIO()
+        about = {"descr": "<f4", "fortran_order": False, "shape": (count, width)}
+        np.lib.format.write_array_header_1_0(head, about)
+        with place.filled(FEATURES) as file:
+            put(file, FEATURES, head.getvalue())
+            for line in place.lines():
+                row = json.loads(line).get("features", np.full(width, np.nan))
+                put(file, FEATURES, np.asarray(row, "<f4").tobytes())
+    head_of_page = page_head(
+        options["title"],
+        intro(Path(os.path.abspath(index.path)).name, index.manifest, options, known),
+        blocks(known),
+        look,
+        maps=any(one.error is None for one in known),
+        cropped=cropped,
+    )
+    with place.filled(PAGE) as file:
+        put(file, PAGE, head_of_page)
+        for position in range(count):
+            put(file, PAGE, place.read(position).row)
+        put(file, PAGE, page_foot())
+    place.complete_with({name: digest.hexdigest() for name, digest in sums.items()})
+    return known

@@ -1,0 +1,243 @@
+"""Train LFI-CAM and ABN on the demonstration's scenes, and see whether they look at the digit.
+
+    python examples/train_attention.py OUTPUT
+
+Each network is the demo's own, cut in two, with its attention branch at the cut, trained from
+random weights by the demo's semi-hard triplet loss (ABN: by the sum of those of its two
+embeddings). Measured on held-out scenes, before and after:
+
+- loss, of the first and the last tenth of the steps; Recall@1, leave one out;
+- where the energy of the attention map lies: its share inside the digit's box, maps resized to the
+  scene, nothing else; and how often the map's highest place lies there. Chance for both is the
+  box's share of the area.
+- the control, another share of energy: beside LFI-CAM's map the same sum with every channel alike,
+  which shows what the branch adds to the trunk; beside ABN's M, a sigmoid with a floor everywhere,
+  each map with its minimum taken off.
+
+Writes lfi.safetensors and abn.safetensors (read back, with names and shapes checked, before they
+are measured) and attention.png.
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from embedcam import EmbeddingNetwork
+from embedcam.demo import digits_network as training
+from embedcam.demo.digits_network import digits_preprocess, initialise, save_weights
+from embedcam.demo.scenes import Scene, SceneMaker
+from embedcam.demo.settings import DemoSettings
+from embedcam.methods import MethodWarning, cam_for
+from embedcam.methods.learned import ABNetwork, LFINetwork
+from embedcam.metrics import box_mask, energy_share, recall_at_k
+from embedcam.network.checkpoints import load_state, read_state
+from embedcam.ops import normalize, resize
+from embedcam.render import overlay
+from embedcam.targets import Coordinate
+
+METHOD = {LFINetwork: "lficam", ABNetwork: "abn"}
+
+
+def make_lfi(settings: DemoSettings, width: int = 32) -> LFINetwork:
+    """The demo's network with LFI-CAM between its trunk and its pooling."""
+    network = initialise(settings.channels, settings.embedding_size, settings.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return LFINetwork(network.trunk, pooled(network.head), settings.channels, width)
+
+
+def make_abn(settings: DemoSettings) -> ABNetwork:
+    """The demo's network with ABN before its last two blocks."""
+    network = initialise(settings.channels, settings.embedding_size, settings.seed)
+    trunk, stage = network.trunk[:4], network.trunk[4:]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return ABNetwork(
+            trunk, stage, pooled(network.head), settings.channels, settings.embedding_size
+        )
+
+
+def pooled(head: nn.Linear) -> nn.Sequential:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+
+
+def train(module: LFINetwork | ABNetwork, settings: DemoSettings, progress: bool = True) -> Tensor:
+    """Train in place, as the demo trains its network; the loss of each step, `[steps]`."""
+    batches = training.Batches(settings, progress)
+    labels = torch.arange(10).repeat_interleave(settings.batch_size // 10)
+    optimizer = torch.optim.AdamW(module.parameters(), settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.2
+    )
+    module.train().to(memory_format=torch.channels_last)
+    losses = []
+    for step in range(settings.steps):
+        images = batches.draw(training.view(step / settings.steps))
+        embeddings = module.both(images) if isinstance(module, ABNetwork) else (module(images),)
+        parts = [
+            training.triplet_loss(F.normalize(one, dim=1), labels, settings.margin)
+            for one in embeddings
+        ]
+        loss = torch.stack(parts).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.detach())
+    module.eval().to(memory_format=torch.contiguous_format)
+    return torch.stack(losses)
+
+
+def explained(module: nn.Module, settings: DemoSettings) -> EmbeddingNetwork:
+    """What `cam_for` and an index are given."""
+    return EmbeddingNetwork(
+        module, "trunk", preprocess=digits_preprocess(settings.input_size), name="digits"
+    )
+
+
+def held_out(settings: DemoSettings) -> list[Scene]:
+    maker = SceneMaker(settings.seed, settings.scene_size)
+    return [maker.scene("query", number) for number in range(settings.n_query)]
+
+
+def attention(module: nn.Module, settings: DemoSettings, scenes: Sequence[Scene]) -> np.ndarray:
+    """Maps `[n h w]` on the layer's own grid."""
+    network = explained(module, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MethodWarning)  # it ignores the target, as it should here
+        return np.concatenate(
+            [
+                cam_for(
+                    network,
+                    [scene.pixels for scene in scenes[start : start + 50]],
+                    Coordinate(0),
+                    METHOD[type(module)],
+                    progress=False,
+                ).grid_cam
+                for start in range(0, len(scenes), 50)
+            ]
+        )
+
+
+def measure(
+    module: nn.Module, settings: DemoSettings, scenes: Sequence[Scene], maps: np.ndarray
+) -> dict[str, float]:
+    """Recall@1, and shares of energy in the digit's box: of the maps, and of their control."""
+    network = explained(module, settings)
+    assert network.preprocess is not None
+    images = np.stack([network.preprocess(Image.fromarray(scene.pixels)) for scene in scenes])
+    found = [network.forward(images[start : start + 50]) for start in range(0, len(images), 50)]
+    embedding = torch.cat([part.embedding for part in found]).numpy()
+    labels = np.array([scene.digits[0].label for scene in scenes])
+    size = scenes[0].pixels.shape[:2]
+    boxes = np.stack([box_mask(scene.digits[0].box, size) for scene in scenes])
+    drawn = resize(maps, size)
+    if isinstance(module, LFINetwork):
+        activations = torch.cat([part.activations for part in found]).numpy()
+        control = activations.mean(1).clip(min=0)
+    else:
+        control = normalize(maps)
+    return {
+        "recall": recall_at_k(embedding, labels),
+        "share": float(energy_share(drawn, boxes).mean()),
+        "peak": float(np.take_along_axis(flat(boxes), flat(drawn).argmax(1)[:, None], 1).mean()),
+        "control": float(energy_share(resize(control, size), boxes).mean()),
+        "chance": float(boxes.mean()),
+    }
+
+
+def flat(maps: np.ndarray) -> np.ndarray:
+    return maps.reshape(len(maps), -1)
+
+
+def reloaded(module: LFINetwork | ABNetwork, fresh: nn.Module, path: Path) -> nn.Module:
+    """Save a module and read it back into another; names and shapes that differ are refused."""
+    save_weights(module, path)
+    load_state(fresh, read_state(path), (), str(path))
+    return fresh.eval()
+
+
+def picture(
+    scenes: Sequence[Scene], columns: Sequence[tuple[str, np.ndarray]], side: int = 150
+) -> Image.Image:
+    """A row for each scene: itself, and each column's map over it, every map on its own scale."""
+    gap, top = 8, 26
+    sheet = Image.new(
+        "RGB", ((side + gap) * (len(columns) + 1) + gap, top + (side + gap) * len(scenes)), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for place, name in enumerate(["scene", *(name for name, _ in columns)]):
+        draw.text((gap + place * (side + gap), 7), name, (24, 28, 36))
+    for row, scene in enumerate(scenes):
+        plain = Image.fromarray(scene.pixels).resize((side, side), Image.Resampling.LANCZOS)
+        drawn = [plain, *(overlay(plain, maps[row]) for _, maps in columns)]
+        for place, one in enumerate(drawn):
+            sheet.paste(one, (gap + place * (side + gap), top + row * (side + gap)))
+    return sheet
+
+
+def run(folder: Path, settings: DemoSettings, n_shown: int = 6, progress: bool = True) -> None:
+    """Train both, print what was measured, write weights and picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes = held_out(settings)
+    shown, columns = scenes[:n_shown], []
+    titles = ("loss", "Recall@1", "energy in box", "peak in box", "control")
+    print(f"{'':8}" + "".join(f"{title:>18}" for title in titles) + f"{'chance':>9}")
+    for name, make in (("lfi", make_lfi), ("abn", make_abn)):
+        module = make(settings).eval()
+        first = attention(module, settings, scenes)
+        before = measure(module, settings, scenes, first)
+        started = time.perf_counter()
+        losses = train(module, settings, progress)
+        seconds = time.perf_counter() - started
+        module = reloaded(module, make(settings), folder / f"{name}.safetensors")
+        last = attention(module, settings, scenes)
+        after = measure(module, settings, scenes, last)
+        tenth = max(1, len(losses) // 10)
+        start, end = float(losses[:tenth].mean()), float(losses[-tenth:].mean())
+        figures = [(start, end)]
+        figures += [(before[key], after[key]) for key in ("recall", "share", "peak", "control")]
+        print(
+            f"{METHOD[type(module)]:8}"
+            + "".join(f"{f'{one:.3f} > {two:.3f}':>18}" for one, two in figures)
+            + f"{after['chance']:>9.3f}   ({seconds:.0f} s)"
+        )
+        columns += [
+            (f"{name} {when}", normalize(maps[:n_shown]))
+            for when, maps in (("before", first), ("after", last))
+        ]
+    picture(shown, columns).save(folder / "attention.png")
+    print(f"wrote {folder / 'attention.png'}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("output", type=Path, help="folder of the weights and the picture")
+    parser.add_argument("--seed", type=int, default=0, help="of scenes, weights and batches")
+    parser.add_argument("--steps", type=int, default=200, help="of each training")
+    parser.add_argument("--scenes", type=int, default=1000, help="for training")
+    parser.add_argument("--batch-size", type=int, default=40, help="scenes a step, of 10 classes")
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    settings = DemoSettings(
+        seed=given.seed,
+        steps=given.steps,
+        n_train=given.scenes,
+        batch_size=given.batch_size,
+        n_query=200,
+        scene_size=96,
+    )
+    run(given.output, settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What embedcam costs: one tool with a section for each bar."""

@@ -1,0 +1,150 @@
+"""What does it cost? Every bar of the package as a ratio within one run, with its noise beside it.
+
+    python -m scripts.benchmarks --network resnet50 mobilenet_v2 --output docs/results/benchmark.md
+    python -m scripts.benchmarks explain peers --quick
+    python -m scripts.benchmarks service --output docs/results/service.md
+    python -m scripts.benchmarks soak --minutes 10 --output docs/results/soak.md
+
+Needs no data: random weights and synthetic pictures in a temporary folder. Cases of one table run
+in one process and strictly alternate, A B A B; each ratio is the median over rounds of (this case /
+the first case of the same round), with the smallest and largest beside it; garbage collection is
+off while a case is timed. The A/A row is the first case run a second time in each round: how
+far it lies from 1 is how far any other ratio can be believed. `service` and `soak` have options of
+their own.
+"""
+
+import argparse
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from . import (
+    building,
+    evaluating,
+    exactness,
+    explaining,
+    features,
+    indexes,
+    onnx,
+    receipts,
+    service,
+    soak,
+    trusting,
+    zoo,
+)
+from .timing import written
+
+Section = Callable[[argparse.Namespace, Path], Iterator[str]]
+
+
+def _each(report: Callable[..., str], rounds: int) -> Section:
+    """Report each network, so many times the rounds."""
+    return lambda o, folder: (report(name, rounds * o.rounds, folder) for name in o.network)
+
+
+def _build(o: argparse.Namespace, folder: Path) -> Iterator[str]:
+    for name in o.network:
+        yield building.report(name, o.images, o.rounds, o.batch_size, folder, o.heads)
+
+
+def _open(o: argparse.Namespace, folder: Path) -> Iterator[str]:
+    yield indexes.open_report((5 if o.quick else 10) * o.rows, o.rounds, folder)
+
+
+def _evaluate(o: argparse.Namespace, folder: Path) -> Iterator[str]:
+    yield evaluating.share_report(o.network, o.images, o.rounds, folder)
+    counts = (64, 256) if o.quick else (500, 10_000)
+    yield evaluating.memory_report("mobilenet_v2", *counts, folder)
+    yield evaluating.peers_report("mobilenet_v2", o.rounds)
+
+
+def _trust(o: argparse.Namespace, folder: Path) -> Iterator[str]:
+    return (trusting.report(name, o.images, o.rounds, folder) for name in o.network)
+
+
+SECTIONS: dict[str, Section] = {
+    "exactness": lambda o, _: iter([exactness.report(1 if o.quick else 4, triplets=50)]),
+    "build": _build,
+    "explain": _each(explaining.explain_report, 20),
+    "peers": _each(explaining.peers_report, 20),
+    "storage": lambda o, folder: iter([indexes.storage_report(4096, folder)]),
+    "open": _open,
+    "search": lambda o, folder: iter([indexes.search_report(o.rows, 100 * o.rounds, folder)]),
+    "zoo": lambda o, _: iter([zoo.peers_report(o.network[0], "resnet18", 4 * o.rounds)]),
+    "memory": lambda o, _: map(zoo.memory_report, ("resnet18", "mobilenet_v2")),
+    "eigencam": lambda o, _: iter([zoo.decomposition_report(20 * o.rounds)]),
+    "online": lambda o, folder: iter([zoo.online_report(o.network[0], 4 * o.rounds, folder)]),
+    "evaluate": _evaluate,
+    "trust": _trust,
+    "receipts": _each(receipts.report, 20),
+    "features": lambda o, folder: iter([features.report(o.rows, 100 * o.rounds, folder)]),
+    "onnx": _each(onnx.onnx_report, 4),
+}
+OTHERS = {"service": service.main, "soak": soak.main}
+
+
+def main() -> None:
+    options = arguments()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report = [preface(options)]
+    print(report[0], flush=True)
+    with tempfile.TemporaryDirectory(prefix="embedcam-benchmark-", dir=options.folder) as folder:
+        for name, section in SECTIONS.items():
+            for text in section(options, Path(folder)) if name in options.sections else ():
+                print(text, flush=True)
+                report.append(text)
+    written("\n".join(report), options.output)
+
+
+def preface(options: argparse.Namespace) -> str:
+    """Say what the figures were measured with."""
+    return (
+        "# What it costs\n\n"
+        f"`python -m scripts.benchmarks {' '.join(options.sections)}`: random weights, synthetic "
+        f"pictures, 224 px, {options.rounds} rounds; torch {torch.__version__} on "
+        f"{torch.get_num_threads()} threads, {platform.machine()}, Python "
+        f"{platform.python_version()}.\n\n"
+        "Cases of a table alternate within one process. A ratio is the median over rounds of "
+        "(case / first case in the same round), in brackets the smallest and the largest; the "
+        "A/A row is the first case run twice a round and shows the noise.\n"
+    )
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument("--network", nargs="+", default=["resnet50", "mobilenet_v2"],
+                        metavar="NAME", help="torchvision models")  # fmt: skip
+    parser.add_argument("--images", type=int, metavar="N", help="images of a build (512)")
+    parser.add_argument("--rounds", type=int, help="rounds of each table (5)")
+    parser.add_argument("--heads", nargs="+", choices=building.HEADS, default=building.HEADS,
+                        help="of the networks built with (all)")  # fmt: skip
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument("--quick", action="store_true", help="64 images, 2 rounds, smaller indexes")
+    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--output", type=Path, help="Markdown file to write as well")
+    options = parser.parse_args(given)
+    unknown = sorted(set(options.sections) - set(SECTIONS))
+    if unknown:
+        parser.error(f"unknown section {unknown[0]!r}; known: {', '.join(SECTIONS)}")
+    if options.images is not None and options.images < 32:
+        parser.error(f"--images {options.images} is too few to time a build; give at least 32")
+    options.sections = options.sections or list(SECTIONS)
+    options.images = options.images or (64 if options.quick else 512)
+    options.rounds = options.rounds or (2 if options.quick else 5)
+    options.rows = 20_000 if options.quick else 100_000
+    return options
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in OTHERS:
+        sys.exit(OTHERS[sys.argv.pop(1)]())
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Timing by turns, and the tables that come of it."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Something to be timed."""
+
+    run: Callable[..., Any]
+    before: Run | None = None
+    after: Callable[[Any], Any] | None = None
+
+    def seconds(self) -> float:
+        """One timed run."""
+        ready = () if self.before is None else (self.before(),)
+        try:
+            with _no_garbage_collection():
+                start = time.perf_counter()
+                self.run(*ready)
+                return time.perf_counter() - start
+        finally:
+            if self.after is not None:
+                self.after(*ready)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Collect what there is, then nothing until the end."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def alternate(cases: Mapping[str, Case], rounds: int, warmup: int = 1) -> dict[str, np.ndarray]:
+    """Seconds of each case in each round `[rounds]`; the cases take turns: A B C A B C."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    # What lives already is left out of the collections between runs: they would cost more than the
+    # runs, and empty the processor's cache.
+    gc.collect()
+    gc.freeze()
+    try:
+        for number in range(warmup + rounds):
+            for name, case in cases.items():
+                took = case.seconds()
+                if number >= warmup:
+                    seconds[name].append(took)
+    finally:
+        gc.unfreeze()
+    return {name: np.array(took) for name, took in seconds.items()}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median, smallest and largest over the rounds of one case's time over another's."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f}-{self.high:.3f})"
+
+
+def ratio(seconds: np.ndarray, base: np.ndarray) -> Ratio:
+    """Round by round, so that a machine that slows down slows both."""
+    each = seconds / base
+    return Ratio(float(np.median(each)), float(each.min()), float(each.max()))
+
+
+def verdict(value: float, bar: float | None, *, at_least: bool = False) -> str:
+    """ "met", "not met" or "", with the bar."""
+    if bar is None:
+        return ""
+    met = value >= bar if at_least else value <= bar
+    sign = ">=" if at_least else "<="
+    return f"{sign} {bar:g}: {'met' if met else '**not met**'}"
+
+
+def milliseconds(seconds: np.ndarray) -> str:
+    """Median, and smallest to largest."""
+    low, middle, high = (1e3 * float(f(seconds)) for f in (np.min, np.median, np.max))
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def compared(
+    took: Mapping[str, np.ndarray],
+    before: str = "",
+    bars: Mapping[str, float | None] | None = None,
+    *,
+    at_least: bool = False,
+) -> list[list[Any]]:
+    """Rows of case, milliseconds, ratio to the first case, and the bar."""
+    base, rows = next(iter(took.values())), list[list[Any]]()
+    for case, seconds in took.items():
+        over, bar = ratio(seconds, base), (bars or {}).get(case)
+        told = verdict(over.median, bar, at_least=at_least)
+        rows.append([before + case, milliseconds(seconds), over, told])
+    return rows
+
+
+def written(text: str, output: Path | None) -> None:
+    """Write Markdown where it was asked for."""
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
+        print(f"written to {output}")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; the first column to the left, the others to the right."""
+    lines = [list(head), ["---", *["---:"] * (len(head) - 1)], *[list(map(str, r)) for r in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

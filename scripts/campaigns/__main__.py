@@ -1,0 +1,19 @@
+"""Campaigns: jobs that are killed, and indexes that a stranger may hand over.
+
+    python -m scripts.campaigns kills      SIGKILL at random moments; run again, the same bytes
+    python -m scripts.campaigns mutants    random damage to the files of an index
+    python -m scripts.campaigns manifests  hostile values in the place of every key
+
+Each names its options with --help, and exits with 1 where anything did not hold.
+"""
+
+import sys
+
+from . import kills, manifests, mutants
+
+CAMPAIGNS = {"kills": kills.main, "mutants": mutants.main, "manifests": manifests.main}
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in CAMPAIGNS:
+        sys.exit(__doc__)
+    sys.exit(CAMPAIGNS[sys.argv.pop(1)]())

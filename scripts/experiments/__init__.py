@@ -1,0 +1,1 @@
+"""What docs/results/ was measured by."""

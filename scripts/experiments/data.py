@@ -1,0 +1,286 @@
+"""Labelled photographs with boxes: read, put through a frozen network, kept between runs.
+
+A data folder holds `annotations.csv` (path,label,x0,y0,x1,y1,width,height and perhaps mask), as
+examples/prepare_data.py makes it. Of birds and objects the first half of the classes, in the
+alphabet, trains the reference head and the second half is measured.
+"""
+
+import argparse
+import csv
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.numpy import save_file
+from torch import nn
+
+from embedcam import EmbeddingNetwork, load_network
+from embedcam.errors import InputError
+from embedcam.images import ImageSource, Item, read_image
+from embedcam.metrics import bootstrap_interval
+
+SIZE, BATCH, PART = 224, 8, 128
+"""Side of the network's input; pictures a forward pass, and a file of kept features."""
+
+
+@dataclass
+class Pictures:
+    """Where the pictures of a data set lie, and what they show."""
+
+    paths: list[Path]
+    labels: np.ndarray
+
+    def some(self, chosen: np.ndarray) -> "Pictures":
+        """Return those for which a mask `[N]` is true."""
+        paths = [path for path, kept in zip(self.paths, chosen, strict=True) if kept]
+        return Pictures(paths, self.labels[chosen])
+
+    def seen(self) -> np.ndarray:
+        """Return whether a picture is of the classes that train the head, `[N]`."""
+        classes = sorted(set(self.labels))
+        return np.isin(self.labels, classes[: len(classes) // 2])
+
+    def source(self, root: Path, labeled: bool = True) -> ImageSource:
+        """Return the pictures as an index or an evaluation takes them."""
+        names = [str(path.relative_to(root)) for path in self.paths]
+        labels = self.labels.tolist() if labeled else [None] * len(names)
+        return ImageSource(
+            [Item(n, n, label) for n, label in zip(names, labels, strict=True)], root
+        )
+
+
+@dataclass
+class Features:
+    """Frozen activations `[N K 7 7]` and pooled vectors `[N K]` of pictures."""
+
+    activations: np.ndarray
+    pooled: np.ndarray
+
+
+def read_pictures(folder: Path) -> Pictures:
+    """Read the pictures of a folder, each once; refuse a download that was not converted."""
+    if not (folder / "annotations.csv").is_file():
+        official = (folder / "bounding_boxes.txt").is_file()
+        what = "is CUB-200-2011 as it is downloaded" if official else "has no annotations.csv"
+        raise InputError(
+            f"{folder} {what}; convert the download first: python examples/prepare_data.py "
+            f"{'birds' if official else 'birds|objects'} {folder} DATA/NAME"
+        )
+    with (folder / "annotations.csv").open(newline="", encoding="utf-8") as file:
+        labels = {row["path"]: row["label"] for row in csv.DictReader(file)}
+    return Pictures([folder / path for path in labels], np.array(list(labels.values())))
+
+
+def squashed(path: Path, side: int = SIZE) -> Image.Image:
+    """Read a picture at side x side, nothing cut off."""
+    return read_image(path).resize((side, side), Image.Resampling.BILINEAR)
+
+
+def frozen_network(weights: str | Path, head: Path | None = None) -> EmbeddingNetwork:
+    """Load MobileNetV2 as it is everywhere here: squashed pictures, its last activations."""
+    return load_network(
+        "torchvision:mobilenet_v2", weights=weights, head=head, size=SIZE, resize="squash",
+        channels_last=True,
+    )  # fmt: skip
+
+
+def forward(
+    network: EmbeddingNetwork,
+    pictures: Iterable[Image.Image],
+    total: int,
+    size: tuple[int, int],
+    what: str,
+) -> Features:
+    """Return frozen activations, in small batches, half precision in memory."""
+    prepare = replace(network.preprocess, size=size)
+    kept, pooled, batch = [], [], []
+    for number, picture in enumerate(pictures, 1):
+        batch.append(prepare(picture))
+        if len(batch) == BATCH or number == total:
+            activations = network.forward(np.stack(batch)).activations
+            kept.append(activations.half().numpy())
+            pooled.append(activations.mean((-2, -1)).numpy())
+            batch = []
+            print(f"\r{what}: {number}/{total}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return Features(np.concatenate(kept), np.concatenate(pooled))
+
+
+class Cache:
+    """A folder of .npy files, named by what they were made of; without a folder nothing is kept."""
+
+    def __init__(
+        self, folder: Path | None, network: EmbeddingNetwork, files: Iterable[Path]
+    ) -> None:
+        self.folder, self.network = folder, network
+        made_of = hashlib.sha256(network.identity().parameters_sha256.encode())
+        for file in files:
+            made_of.update(hashlib.sha256(file.read_bytes()).digest())
+        self.key = made_of.hexdigest()[:16]
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def features(
+        self, name: str, picture: Callable[[int], Image.Image], total: int, size: tuple[int, int]
+    ) -> Features:
+        """Return features of pictures 0 .. total - 1, part by part, computed where none is kept."""
+        parts = []
+        for start in range(0, total, PART):
+            numbers = range(start, min(start + PART, total))
+            label = f"{name}-{total}x{size[0]}x{size[1]}-{start:05d}"
+            kept = self._read(f"{label}-activations"), self._read(f"{label}-pooled")
+            if kept[0] is None or kept[1] is None or len(kept[0]) != len(numbers):
+                new = forward(self.network, map(picture, numbers), len(numbers), size, label)
+                self._write(f"{label}-pooled", new.pooled)
+                self._write(f"{label}-activations", new.activations)
+                kept = new.activations, new.pooled
+            parts.append(kept)
+        activations, pooled = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return Features(activations, pooled)
+
+    def array(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """Return an array kept under a name, or make and keep it."""
+        array = self._read(name)
+        if array is None:
+            array = make()
+            self._write(name, array)
+        return array
+
+    def _read(self, name: str) -> np.ndarray | None:
+        """Return the array of that name; None where it is missing or was cut short."""
+        if self.folder is None:
+            return None
+        try:
+            array: np.ndarray = np.load(self._path(name), allow_pickle=False)
+        except (FileNotFoundError, ValueError, EOFError):
+            return None
+        return array
+
+    def _write(self, name: str, array: np.ndarray) -> None:
+        if self.folder is None:
+            return
+        unfinished = self._path(name).with_suffix(f".{os.getpid()}.partial")
+        with unfinished.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+        unfinished.replace(self._path(name))
+
+    def _path(self, name: str) -> Path:
+        return Path(self.folder or "") / f"{name}-{self.key}.npy"
+
+
+def frozen_features(
+    folder: Path, network: EmbeddingNetwork, cache: Path | None, side: int = SIZE
+) -> tuple[Pictures, Features, Cache]:
+    """Put all pictures of a data folder through the frozen network."""
+    pictures = read_pictures(folder)
+    kept = Cache(cache, network, [folder / "annotations.csv", *pictures.paths])
+    features = kept.features(
+        f"{folder.name}-pictures", lambda number: squashed(pictures.paths[number], side),
+        len(pictures.paths), (side, side),
+    )  # fmt: skip
+    return pictures, features, kept
+
+
+def reference_head(folder: Path, weights: str | Path, cache: Path | None) -> np.ndarray:
+    """Return the reference embedding's matrix `[128 K]`, trained on the first half of classes."""
+    pictures, features, kept = frozen_features(folder, frozen_network(weights), cache)
+    seen = pictures.seen()
+    return kept.array(
+        f"{folder.name}-head", lambda: train_head(features.pooled[seen], pictures.labels[seen])
+    )
+
+
+def reference_network(weights: str | Path, matrix: np.ndarray, scratch: Path) -> EmbeddingNetwork:
+    """Load the frozen network with the head of a matrix, written to a folder."""
+    head = scratch / "head.safetensors"
+    save_file({"weight": matrix}, head)
+    return frozen_network(weights, head)
+
+
+def train_head(pooled: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Train Linear(K, 128): from principal directions, 100 Adam steps of 128 triplets."""
+    torch.manual_seed(0)
+    directions = np.linalg.svd(pooled - pooled.mean(0), full_matrices=False)[2][:128]
+    head = nn.Linear(pooled.shape[1], len(directions), bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(directions))
+    loss = nn.TripletMarginWithDistanceLoss(
+        distance_function=lambda a, b: ((a - b) ** 2).sum(-1), margin=0.2
+    )
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-4)
+    generator, inputs = np.random.default_rng(0), torch.from_numpy(pooled)
+    for _ in range(100):
+        anchors = generator.integers(len(labels), size=128)
+        same = [generator.choice(_others(labels, a, same=True)) for a in anchors]
+        other = [generator.choice(_others(labels, a, same=False)) for a in anchors]
+        a, p, n = (nn.functional.normalize(head(inputs[rows])) for rows in (anchors, same, other))
+        optimizer.zero_grad()
+        loss(a, p, n).backward()
+        optimizer.step()
+    return head.weight.detach().numpy()
+
+
+def _others(labels: np.ndarray, anchor: int, same: bool) -> np.ndarray:
+    chosen = (labels == labels[anchor]) == same
+    chosen[anchor] = False
+    return np.flatnonzero(chosen)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Return rows `[n D]` at length 1, float32."""
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def halves(labels: np.ndarray, seed: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return places of half of each label's pictures, `most` at most, and of the other half."""
+    generator = np.random.default_rng(seed)
+    indexed, asked = [], []
+    for label in np.unique(labels):
+        order = generator.permutation(np.flatnonzero(labels == label))
+        middle = (len(order) + 1) // 2
+        indexed.append(order[:middle][:most])
+        asked.append(order[middle:])
+    return np.sort(np.concatenate(indexed)), np.sort(np.concatenate(asked))
+
+
+def binned_error(values: np.ndarray, truth: np.ndarray) -> float:
+    """Return mean |value - truth| over ten bins of equal count."""
+    bins = np.array_split(np.argsort(values, kind="stable"), 10)
+    return float(np.mean([abs(values[one].mean() - truth[one].mean()) for one in bins]))
+
+
+def figure(values: np.ndarray) -> str:
+    """Format a mean and its 95% bootstrap interval over images or scenes."""
+    low, high = bootstrap_interval(values)
+    return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+    lines = [list(head), ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def name_of(folder: Path) -> str:
+    """Return what a data folder is called: of `natural/single` natural."""
+    return folder.parent.name if folder.name == "single" else folder.name
+
+
+def data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of an experiment on data folders."""
+    parser.add_argument("data", nargs="+", type=Path, help="folders with annotations.csv")
+    parser.add_argument("--weights", required=True, help="ImageNet weights of MobileNetV2")
+    parser.add_argument("--cache", type=Path, help="folder where frozen features are kept")
+
+
+def pictures_of(makes: Iterator[np.ndarray]) -> Iterator[Image.Image]:
+    """Yield pixels as pictures of the network's size."""
+    for pixels in makes:
+        picture = Image.fromarray(pixels.astype(np.uint8))
+        yield picture.resize((SIZE, SIZE), Image.Resampling.NEAREST)

@@ -267,7 +267,7 @@ def test_networks_without_the_branch_are_told_what_to_do() -> None:
         ("lficam", wrapped, "this Sequential has none"),
         ("lficam", parts, "this network given as trunk and head has none"),
         ("abn", lfi.network, "this LFINetwork has none; wrap trunk and head in embedcam.methods."),
-        ("abn", plain.network, r"learned\.ABNetwork, train it as examples/train_attention\.py does"),
+        ("abn", plain.network, r"ABNetwork, train it as examples/train_attention\.py does"),
     ]:
         with pytest.warns(MethodWarning), pytest.raises(NetworkError, match=said):
             cam_for(network, lfi.image, Coordinate(0), name, progress=False)

@@ -86,7 +86,8 @@ def test_its_commands_parse(line: str) -> None:
 
 
 def test_every_command_is_documented() -> None:
-    known = re.findall(r"^\| `embedcam (\w+)", README, re.MULTILINE)
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    known = re.findall(r"^\| `embedcam (\w+)", page, re.MULTILINE)
     actions = [a for a in parser()._actions if a.choices]
     assert sorted(set(known)) == sorted(actions[0].choices)
 

@@ -367,9 +367,7 @@ for instead in (
 ):
     print(judged(instead))
 """
-    (tmp_path / "program.py").write_text(
-        f"import sys\nsys.path.append({str(ROOT)!r})\n{program}"
-    )
+    (tmp_path / "program.py").write_text(f"import sys\nsys.path.append({str(ROOT)!r})\n{program}")
     said = script(tmp_path / "program.py", tmp_path).splitlines()
     expected = ("same answers", "other answers", "ZeroDivisionError", "hangs over 1 s", "SIGSEGV",
                 "MemoryError", "3000 characters")  # fmt: skip

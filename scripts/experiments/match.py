@@ -25,7 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 from embedcam.index.calibration import TEN, MatchCalibration
 from embedcam.index.search import nearest
-from embedcam.offline.match_fit import calibrate_match
+from embedcam.offline.match import calibrate_match
 
 from .data import (
     SIZE,

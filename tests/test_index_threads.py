@@ -192,7 +192,7 @@ def test_so_many_threads_as_were_asked_for(tmp_path: Path, monkeypatch: pytest.M
         faiss.omp_set_num_threads(before)
     assert seen == [1, 2, 1, 1, 1, 3, 1]
     for wrong in (0, 2.0, True):
-        with pytest.raises(InputError, match=r"n_threads = .*; give a whole number from 1"):
+        with pytest.raises(InputError, match=r"n_threads = .*; give a whole number of at least 1"):
             Index.open(path, n_threads=wrong)  # type: ignore[arg-type]
 
 

@@ -1,11 +1,7 @@
-"""Which network an index was built with: recorded once, checked whenever the two meet.
+"""Identity of the network that an index was built with, checked whenever the two meet.
 
-An `Identity` is a SHA-256 of the parameters, the settings that change what they compute, and a
-*probe*: what the network makes of one fixed synthetic picture. The digest says whether the
-parameters are the same bytes; the probe says whether they do the same, and so admits compiled,
-exported and half-precision networks, whose parameters have other names or bytes.
-
-Arrays only, so that a service without torch can ask.
+The digest says whether the parameters are the same bytes; the *probe*, what the network makes of
+one synthetic picture, whether they do the same, as in a compiled, exported or half-precision form.
 """
 
 import json
@@ -24,6 +20,18 @@ ALIKE = 2e-2
 """Largest relative difference of the probe for other parameters or another precision."""
 
 _MAX_WIDTH = 1 << 20
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "parameters_sha256": (str,),
+    "layer": (str,),
+    "preprocess": (dict, type(None)),
+    "normalize": (bool,),
+    "output": (str, int, type(None)),
+    "layout": (str,),
+    "precision": (str,),
+    "name": (str, type(None)),
+}
 
 
 class NetworkWarning(EmbedcamWarning):
@@ -83,18 +91,6 @@ class Identity:
         )
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "parameters_sha256": (str,),
-    "layer": (str,),
-    "preprocess": (dict, type(None)),
-    "normalize": (bool,),
-    "output": (str, int, type(None)),
-    "layout": (str,),
-    "precision": (str,),
-    "name": (str, type(None)),
-}
-
-
 def _probe_array(arrays: Mapping[str, np.ndarray], key: str) -> np.ndarray:
     array = arrays.get(key, np.empty(0))
     if array.ndim != 1 or array.dtype.kind != "f" or not 0 < array.size <= _MAX_WIDTH:
@@ -119,11 +115,8 @@ def compare(stored: Identity, given: Identity) -> None:
     same = stored.parameters_sha256 == given.parameters_sha256
     precise = same and stored.precision == given.precision
     # Of the same structure and precision, and yet other bytes: trained differently.
-    retrained = (
-        not same
-        and stored.precision == given.precision
-        and stored.structure_sha256 == given.structure_sha256
-    )
+    alike = stored.structure_sha256 == given.structure_sha256
+    retrained = not same and stored.precision == given.precision and alike
     allowed = SAME if precise or retrained else ALIKE
     difference, what = max(
         (_difference(a, b), key)
@@ -172,35 +165,31 @@ def _refuse_settings(stored: Identity, given: Identity) -> None:
     }
     for key, step in advice.items():
         old, new = getattr(stored, key), getattr(given, key)
-        if old != new:
-            _refuse_another(stored, given)
-            old, new = _differing(old, new)
-            changed = [name for name in ("size", "resize") if isinstance(old, dict) and name in old]
-            if changed and set(old) <= {"size", "resize", "resize_to"}:
-                old, new = ({name: of[name] for name in changed} for of in (old, new))
-                options = " and ".join(f"--{name}" for name in changed)
-                names = ", ".join(f"{name}=" for name in changed)
-                raise NetworkMismatch(
-                    f"this is not the input of the index, which was built with {_shown(old)}, and "
-                    f"given is {_shown(new)}; leave out {options} ({names}), give the network that "
-                    "preprocess, or build the index again with this one"
-                )
+        if old == new:
+            continue
+        _refuse_another(stored, given)
+        changed: list[str] = []
+        if isinstance(old, dict) and isinstance(new, dict):
+            # Only the entries that differ, so that a message shows what matters.
+            differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            if set(differ) <= {"size", "resize", "resize_to"}:
+                changed = [name for name in ("size", "resize") if name in differ]
+            old, new = ({name: of.get(name) for name in changed or differ} for of in (old, new))
+        before, now = (
+            json.dumps(one) if isinstance(one, dict) else repr(one) for one in (old, new)
+        )
+        if changed:
+            options = " and ".join(f"--{name}" for name in changed)
+            names = ", ".join(f"{name}=" for name in changed)
             raise NetworkMismatch(
-                f"this is not the network of the index: its {key} is {_shown(old)}, given is one "
-                f"with {_shown(new)}; {step}, or build the index again"
+                f"this is not the input of the index, which was built with {before}, and given is "
+                f"{now}; leave out {options} ({names}), give the network that preprocess, or build "
+                "the index again with this one"
             )
-
-
-def _differing(old: Any, new: Any) -> tuple[Any, Any]:
-    # Of two dicts only the entries that differ, so that a message shows what matters.
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return old, new
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return {key: old.get(key) for key in keys}, {key: new.get(key) for key in keys}
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict) else repr(value)
+        raise NetworkMismatch(
+            f"this is not the network of the index: its {key} is {before}, given is one with "
+            f"{now}; {step}, or build the index again"
+        )
 
 
 def _values(identity: Identity, what: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .._files import UNFINISHED, replace, sync_folder
 from ..errors import InputError
-from .arrays import SUFFIXES, ArrayLike, Column, encode_strings, file_name, write_array
+from .arrays import SUFFIXES, ArrayLike, Column, file_name, write_array
 from .reader import Index
 from .rows import MARKS, Layer, order_dtype
 
@@ -107,9 +107,9 @@ class _Chained:
     def __init__(
         self, sources: Sequence[tuple[int, Callable[[slice], np.ndarray]]], like: Column
     ) -> None:
-        self._sources, self._none = sources, like.empty
+        self._sources, self._none = sources, np.empty((0, *like.shape), like.dtype)
         self.shape = (sum(n for n, _ in sources), *like.shape)
-        self.dtype = like.empty.dtype
+        self.dtype = self._none.dtype
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop, _ = rows.indices(self.shape[0])
@@ -237,6 +237,23 @@ def _write_part(
     put("labels.codes.i32", np.array([codes[label] for label in labels], np.int32))
     _in_view(root, folder, directory)
     return {"directory": directory, "count": len(raw), "files": files}
+
+
+def encode_strings(strings: Sequence[str], what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a blob uint8 `[bytes]` and offsets uint64 `[n+1]`."""
+    raw = []
+    for row, text in enumerate(strings):
+        if not isinstance(text, str):
+            raise InputError(f"{what} {row} is {text!r}; expected a string")
+        try:
+            raw.append(text.encode("utf-8"))
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{what} {row}, {text!r}, has no UTF-8 form; rename the file, or give other names"
+            ) from error
+    offsets = np.zeros(len(raw) + 1, np.uint64)
+    np.cumsum([len(one) for one in raw], out=offsets[1:], dtype=np.uint64)
+    return np.frombuffer(b"".join(raw), np.uint8), offsets
 
 
 def write_fitted(

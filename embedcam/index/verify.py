@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import IndexFormatError, short
-from .arrays import Column, StringTable, blocks, broken, sha256_of, wrong_values
+from .arrays import Column, blocks, broken, sha256_of, wrong_values
 from .faiss_files import REBUILD
 from .reader import Index
-from .rows import STRINGS, Part
+from .rows import STRINGS, Part, StringTable
 
 Progress = Callable[[int, int], None]
 _SAMPLE = 32
@@ -20,7 +20,7 @@ _EXACT = ("IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexIVFFlat", "IndexHNSWF
 
 
 @dataclass
-class Report:
+class Verification:
     """What `verify` did.
 
     Attributes
@@ -38,7 +38,9 @@ class Report:
         return not self.problems
 
 
-def verify(path: str | Path, *, collect: bool = False, progress: Progress | None = None) -> Report:
+def verify(
+    path: str | Path, *, collect: bool = False, progress: Progress | None = None
+) -> Verification:
     """Check every promise of the format.
 
     Parameters
@@ -57,14 +59,16 @@ def verify(path: str | Path, *, collect: bool = False, progress: Progress | None
     except IndexFormatError as error:
         if not collect:
             raise
-        return Report(problems=[str(error)])
+        return Verification(problems=[str(error)])
     with index:
         return verify_open(index, collect=collect, progress=progress)
 
 
-def verify_open(index: Index, *, collect: bool = False, progress: Progress | None = None) -> Report:
+def verify_open(
+    index: Index, *, collect: bool = False, progress: Progress | None = None
+) -> Verification:
     """Check every promise of an index that is open."""
-    report = Report(["the manifest and the size of every file"])
+    report = Verification(["the manifest and the size of every file"])
     steps: list[tuple[str, Iterator[IndexFormatError]]] = [
         ("the checksum of every file", _checksums(index, progress)),
         ("embeddings: finite, and of unit length where promised", _embeddings(index)),

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .._checks import one_of, whole
 from ..errors import InputError
 
 Rows = Mapping[str, np.ndarray]
@@ -86,7 +87,8 @@ class Dense(Encoding):
     name = "dense"
 
     def __init__(self, n_channels: int, dtype: str = "float16") -> None:
-        self.n_channels, self.dtype, self.fitted = _channels(n_channels), _dtype(dtype), {}
+        self.n_channels, self.fitted = whole("n_channels", n_channels, 1), {}
+        self.dtype = one_of("dtype", dtype, DTYPES)
         self.fields = {"values": Field(dtype, (n_channels,)), **_scale_field(dtype)}
 
     def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -110,12 +112,11 @@ class TopM(Encoding):
     def __init__(
         self, n_channels: int, m: int = 50, by: str = "signed", dtype: str = "float16"
     ) -> None:
-        self.n_channels, self.dtype, self.fitted = _channels(n_channels), _dtype(dtype), {}
-        if by not in ("signed", "magnitude"):
-            raise InputError(f"top-m by {by!r} is unknown; use 'signed' or 'magnitude'")
+        self.n_channels, self.fitted = whole("n_channels", n_channels, 1), {}
+        self.dtype = one_of("dtype", dtype, DTYPES)
         if not 1 <= m <= n_channels:
             raise InputError(f"m = {m} channels of {n_channels}: m must be 1 to {n_channels}")
-        self.m, self.by = int(m), by
+        self.m, self.by = int(m), one_of("by", by, ("signed", "magnitude"))
         index_type = "uint16" if n_channels <= 1 << 16 else "uint32"
         self.fields = {
             "channels": Field(index_type, (m,)),
@@ -173,10 +174,10 @@ class LowRank(Encoding):
                 f"basis {list(basis.shape)} and offset {list(offset.shape)} do not belong "
                 "together; expected [R K] and [K]"
             )
-        if origin not in ("head", "pca") or codes not in ("stored", "embedding"):
-            raise InputError(f"low-rank with origin {origin!r} and codes {codes!r} is unknown")
-        self.n_channels, self.dtype = basis.shape[1], _dtype(dtype)
-        self.rank, self.origin, self.codes = basis.shape[0], origin, codes
+        self.dtype = one_of("dtype", dtype, DTYPES)
+        self.origin = one_of("origin", origin, ("head", "pca"))
+        self.codes = one_of("codes", codes, ("stored", "embedding"))
+        self.rank, self.n_channels = basis.shape
         self.fitted = {"basis": basis, "offset": offset}
         self._scale = _multiple_of_identity(basis)
         self._products: _Products | None = None
@@ -328,8 +329,7 @@ def fit_pca(sample: np.ndarray, rank: int, dtype: str = "float16") -> LowRank:
     if len(sample) == 0:
         raise InputError("a low-rank basis needs at least one weight vector to be fitted on")
     sample = _checked(sample, sample.shape[-1]).astype(np.float64)
-    if rank < 1:
-        raise InputError(f"rank = {rank} is too small; give at least 1")
+    rank = whole("rank", rank, 1)
     offset = sample.mean(axis=0)
     centered = sample - offset
     n, channels = centered.shape
@@ -390,15 +390,3 @@ def _checked(values: np.ndarray, width: int) -> np.ndarray:
         bad = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
         raise InputError(f"row {bad} holds a NaN or an infinity; weights must be finite")
     return values
-
-
-def _channels(n_channels: int) -> int:
-    if n_channels < 1:
-        raise InputError(f"{n_channels} channels: an encoding needs at least 1")
-    return int(n_channels)
-
-
-def _dtype(dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} cannot be stored; use one of {', '.join(DTYPES)}")
-    return dtype

@@ -42,14 +42,11 @@ class NetworkWarning(EmbedcamWarning):
 class Identity:
     """What tells one network from another.
 
-    parameters_sha256: of the sorted state dict: names without wrappers' prefixes, dtypes, shapes,
-        bytes; counters of batch norms left out.
-    layer, preprocess, normalize: must be equal.
-    structure_sha256: of names, dtypes and shapes alone; the same structure with other bytes is
-        another training, not another form of the same network.
-    output, layout, precision, name: recorded for people; the probe decides.
-    probe_embedding: float32 `[D]`, the embedding of the synthetic picture.
-    probe_pooled: float32 `[K]`, the mean over positions of its activations.
+    Layer, preprocess and normalize must be equal; the parameters' digest is of the sorted state
+    dict (names without wrappers' prefixes, dtypes, shapes, bytes; no counters of batch norms), the
+    structure's of the same without the bytes: with other bytes it is another training. The probe
+    is the synthetic picture's embedding `[D]` and the mean of its activations `[K]`, float32; it
+    decides about the rest, which is recorded for people.
     """
 
     parameters_sha256: str
@@ -104,12 +101,11 @@ def _probe_array(arrays: Mapping[str, np.ndarray], key: str) -> np.ndarray:
 
 
 def compare(stored: Identity, given: Identity) -> None:
-    """Refuse a network that is not the one an index was built with.
+    """Refuse a network that is not the one an index was built with, by a `NetworkMismatch`.
 
-    The same parameters in the same precision may differ in the probe by 1e-3, relative, and so may
-    other parameters of the same structure; other forms of the network (compiled, exported, half
-    precision, autocast) by 2e-2, both with a `NetworkWarning`. Anything else is a
-    `NetworkMismatch` that names the index's value and the network's.
+    The same parameters in the same precision may differ in the probe by `SAME`, and so may other
+    parameters of the same structure; other forms of the network (compiled, exported, half
+    precision, autocast) by `ALIKE`, both with a `NetworkWarning`.
     """
     _refuse_settings(stored, given)
     same = stored.parameters_sha256 == given.parameters_sha256

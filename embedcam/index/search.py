@@ -59,14 +59,14 @@ class EmbeddingRows:
     """Embeddings of an index, or of some of its rows, as one array-like `[n D]`."""
 
     def __init__(self, index: "Index", positions: np.ndarray | None = None) -> None:
-        self._index, self._positions = index, positions
+        self.index, self._positions = index, positions
         self.shape = (index.n_rows if positions is None else len(positions), index.width)
         self.dtype = np.dtype(np.float32)
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(self.shape[0]))
-        return self._index.embeddings(rows if self._positions is None else self._positions[rows])
+        return self.index.embeddings(rows if self._positions is None else self._positions[rows])
 
 
 def check_queries(queries: np.ndarray, width: int, normalized: bool = False) -> np.ndarray:
@@ -201,13 +201,7 @@ def rank(
 ) -> Neighbors:
     """Return the k best of each query's candidates by exact values; ties to the lower position.
 
-    Parameters
-    ----------
-    queries : `[B D]`.
-    candidates : positions `[B C]`; -1 marks none.
-    vectors : `[B C D]`, the candidates' embeddings (anything where there is none).
-    k : results wanted; each query must have that many candidates.
-    metric : "l2" or "ip".
+    Of queries `[B D]`, candidates `[B C]`, at least k each (-1 marks none), and their `[B C D]`.
     """
     wide = queries.astype(np.float64)[:, None]
     vectors = vectors.astype(np.float64)
@@ -217,10 +211,8 @@ def rank(
     scores = np.where(candidates < 0, np.inf, distances if metric == "l2" else -similarities)
     best = np.lexsort((candidates, scores), axis=1)[:, :k]
 
-    def take(values: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(values, best, axis=1)
-
-    return Neighbors.of(take(candidates).astype(np.int64), take(distances), take(similarities))
+    values = (candidates.astype(np.int64), distances, similarities)
+    return Neighbors.of(*(np.take_along_axis(one, best, axis=1) for one in values))
 
 
 def in_batches(
@@ -305,17 +297,10 @@ def draw_negatives(
     near: Iterable[str | None],
     labels_of: Callable[[np.ndarray], Sequence[str | None]],
 ) -> np.ndarray:
-    """Draw seeded random images that are no neighbors, nor labelled as they are.
+    """Draw at most `N_NEGATIVES` seeded random images that are not labelled as the neighbors are.
 
-    Parameters
-    ----------
-    candidates : positions of all but the neighbors, `[n]`, n >= 1.
-    near : labels of the neighbors.
-    labels_of : returns the labels of the images at some positions.
-
-    Returns
-    -------
-    At most `N_NEGATIVES` positions; with a neighbor's label where all that are drawn have one.
+    From `candidates` `[n]`, n >= 1, all but the neighbors, whose labels are `near`; where all that
+    are drawn have one of these, it does not matter.
     """
     count = min(8 * N_NEGATIVES, len(candidates))
     sample = np.random.default_rng(0).choice(candidates, count, False)

@@ -16,6 +16,23 @@ hypothesis.settings.load_profile("embedcam")
 # Pictures are drawn without a screen.
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+CORE = {
+    "cam", "cotangents", "encoding", "identity", "index_golden", "layers", "matching",
+    "metrics_agreement", "metrics_contrast_free", "metrics_faithfulness", "metrics_imputation",
+    "metrics_intervals", "metrics_localisation", "metrics_retrieval", "options",
+    "oracles_metrics", "preprocess", "printing", "public", "recipe", "rounding", "snapshots",
+    "targets", "targets_scores", "transfer", "triplets", "weights",
+}  # fmt: skip
+"""Modules of pure and core tests, which `make test-fast` runs."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the core."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in CORE:
+            item.add_marker(pytest.mark.core)
+
+
 if TYPE_CHECKING:
     from embedcam import EmbeddingNetwork, Explainer
     from embedcam.images import ImageSource

@@ -39,6 +39,14 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="module")
+def quick_disk() -> Iterator[None]:
+    """What a power failure would leave is not asked here, and a sync takes milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(scope="module")
 def cli_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A working folder with photos and, importable from nowhere else, a module with a network."""
     from cli_samples import working_folder

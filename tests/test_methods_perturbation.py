@@ -17,8 +17,9 @@ from zoo_cases import CHANNELS, SIZE, WIDTH, Case, distance, make, parts, run, r
 
 from embedcam import EmbeddingNetwork
 from embedcam.errors import InputError, NetworkError
-from embedcam.methods import MethodOutput, Subject, gradients, pixels
-from embedcam.methods.masks import fill_like, unit_masks
+from embedcam.methods import MethodOutput, Subject, gradients
+from embedcam.methods import masking as pixels
+from embedcam.methods.masking import fill_like, unit_masks
 from embedcam.recipe.registry import METHODS
 from embedcam.targets import Coordinate, Direction, NegativeDistance, Similarity
 

@@ -63,18 +63,6 @@ def test_no_more_passes_than_needed(
 # ------------------------------------------------------------------ options
 
 
-def test_smooth_takes_samples_sigma_and_seed() -> None:
-    case = zoo_cases.make("curved", "triplets")
-    for options in ({"samples": 3, "sigma": 0.4}, {"samples": 2, "sigma": 0.0}, {"seed": 5}):
-        expected = zoo_gradients.smooth_gradcam_plus_plus(case, **options)  # type: ignore[arg-type]
-        assert distance(expected, run(case, "smoothgradcam++", **options)[0]) < 1e-9
-    default = ORACLES["smoothgradcam++"](case)
-    assert distance(default, run(case, "smoothgradcam++", seed=5)[0]) > 1e-3
-    # Without noise it is Grad-CAM++.
-    silent, _ = run(case, "smoothgradcam++", samples=2, sigma=0)
-    assert distance(ORACLES["gradcam++"](case), silent) < 1e-9
-
-
 def test_smooth_noise_follows_the_images_range() -> None:
     """Scaled picture, trunk scaled back: the same weights, as the noise scales along."""
     case = zoo_cases.make("curved")
@@ -139,16 +127,6 @@ def test_zoomcam_fuses_layers() -> None:
     found, _ = run(case, "zoomcam", layers=LAYERS)
     assert distance(zoo_gradients.zoomcam(case, layers=LAYERS), found) < 1e-9
     assert distance(zoo_gradients.zoomcam(case, layers=LAYERS[:2]), found) > 0.02
-
-
-@pytest.mark.parametrize("name", ["layercam", "zoomcam"])
-def test_a_list_of_the_networks_own_layer_draws_the_same_map(name: str) -> None:
-    case = zoo_cases.make("curved")
-    own = cam_for(case.network, case.image, case.target, name)
-    listed = cam_for(case.network, case.image, case.target, name, layers=["features"])
-    np.testing.assert_allclose(listed.cam, own.cam, rtol=1e-5, atol=1e-7 * own.cam.max())
-    assert own.grid_cam.shape == (4, 6)
-    assert listed.grid_cam.shape == listed.cam.shape == (12, 18)
 
 
 def test_the_norm_goes_around_where_asked() -> None:

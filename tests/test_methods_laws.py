@@ -235,17 +235,3 @@ def test_positions_have_no_regions_to_mask(name: str) -> None:
     message = f"{METHODS[name].title} masks regions of a picture .* use 'ablationcam'"
     with pytest.raises(NetworkError, match=message):
         run_on(network, torch.randn(1, 2, 9), Coordinate(0), name)
-
-
-@pytest.mark.parametrize("name", ["rise", "lime", "sbsm", "groupcam"])
-def test_options_may_be_numpys_numbers(name: str) -> None:
-    case = zoo_cases.make()
-    options = {
-        "rise": {"masks": 20, "cells": 3},
-        "lime": {"samples": 20, "segments": 9},
-        "sbsm": {"window": 4, "stride": 3},
-        "groupcam": {"groups": 3},
-    }[name]
-    with_numpy = {key: np.int64(value) for key, value in options.items()}
-    plain, other = (parts(run(case, name, **chosen)[0])[-1] for chosen in (options, with_numpy))
-    assert np.array_equal(plain, other)

@@ -49,33 +49,6 @@ def off(found: Any, expected: Any) -> float:
 # --- beside the formulas --------------------------------------------------------
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_lficam_weighs_by_the_importance_of_the_formula(choice: dict[str, Any]) -> None:
-    case = oracle.lfi_case(**choice)
-    expected = oracle.lficam(case)
-    found, subject = zoo_cases.run(case, "lficam")
-    assert found.weights is not None
-    assert found.maps is None
-    assert off(found.weights[0], expected.weights) < TOLERANCE
-    assert found.weights.sum().item() == pytest.approx(1, abs=1e-12)
-    assert found.weights.max() > 1.5 / 6, "the branch must have an opinion, or this shows nothing"
-    assert vars(subject.passes) == dict(forwards=1, heads=0, head_backwards=0, full_backwards=0)
-    assert off(drawn("lficam", case.network, case.image).grid_cam, expected.map) < 1e-6
-
-
-@pytest.mark.parametrize("choice", CHOICES)
-def test_abn_draws_the_map_of_the_formula(choice: dict[str, Any]) -> None:
-    case = oracle.abn_case(**choice)
-    expected = oracle.abn(case)
-    found, subject = zoo_cases.run(case, "abn")
-    assert found.maps is not None
-    assert found.weights is None
-    assert off(found.maps[0], expected.map) < TOLERANCE
-    assert np.ptp(expected.map) > 0.1, "the branch must have an opinion, or this shows nothing"
-    assert subject.passes.forwards == 1
-    assert off(drawn("abn", case.network, case.image).grid_cam, expected.map) < 1e-6
-
-
 @pytest.mark.parametrize("signed", [False, True])
 def test_every_step_of_lfi_is_the_formulas(signed: bool) -> None:
     case = oracle.lfi_case(signed=signed)
@@ -229,14 +202,6 @@ def test_gradients_reach_every_parameter_of_the_branches() -> None:
             assert parameter.grad is not None, name
             assert torch.isfinite(parameter.grad).all(), name
             assert parameter.grad.abs().max() > 0, name
-
-
-def test_abn_learns_through_its_map_alone_too() -> None:
-    abn = oracle.lively(oracle.abn_module).train()
-    images = torch.randn(4, 3, 12, 18, generator=torch.Generator().manual_seed(3))
-    abn(images).pow(2).sum().backward()
-    for part in (abn.branch, abn.evidence, abn.look):
-        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
 
 
 def test_a_stage_at_stride_one_keeps_its_numbers_and_the_positions() -> None:

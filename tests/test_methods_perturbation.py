@@ -86,24 +86,6 @@ def test_the_sign_that_comes_back_does_not_matter(maps: np.ndarray, vectors: np.
     assert bool(((matrices @ first[..., None]).sum((1, 2)) >= 0).all())
 
 
-@pytest.mark.parametrize("name", ["eigencam", "eigengradcam"])
-@pytest.mark.parametrize("signed", [False, True])
-def test_a_decomposition_of_the_other_sign_draws_the_same(
-    name: str, signed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = make("curved", "triplets", signed=signed)
-    before = run(case, name)[0]
-    real = torch.linalg.eigh
-
-    def turned(matrix: Tensor) -> tuple[Tensor, Tensor]:
-        vals, vectors = real(matrix)
-        return vals, -vectors
-
-    monkeypatch.setattr(torch.linalg, "eigh", turned)
-    for first, second in zip(parts(before), parts(run(case, name)[0]), strict=True):
-        assert np.array_equal(first, second)
-
-
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_eigencam_knows_no_scale_in_single_precision(scale: float) -> None:
     maps = torch.rand(1, 5, 3, 4, generator=torch.Generator().manual_seed(0))
@@ -111,12 +93,6 @@ def test_eigencam_knows_no_scale_in_single_precision(scale: float) -> None:
     torch.testing.assert_close(
         gradients._first_direction(matrix * scale), gradients._first_direction(matrix)
     )
-
-
-def test_eigencam_ignores_the_target() -> None:
-    case = make("curved")
-    other = run_on(case.network, case.image[None], Coordinate(1), "eigencam")[0].weights
-    assert torch.equal(run(case, "eigencam")[0].weights, other)  # type: ignore[arg-type]
 
 
 def test_behind_average_pooling_the_weights_of_eigengradcam_draw_its_map() -> None:
@@ -468,23 +444,6 @@ def test_over_positions(name: str) -> None:
         np.testing.assert_allclose(found[row].numpy(), expected, atol=1e-12)
 
 
-def test_memory_and_passes_of_masks() -> None:
-    case = make("curved", signed=True)
-    sizes: list[int] = []
-    forward = case.network.forward
-
-    def watched(images: Tensor, **options: Any) -> Any:
-        sizes.append(len(images))
-        return forward(images, **options)
-
-    case.network.forward = watched  # type: ignore[method-assign,assignment]
-    run(case, "scorecam", batch_size=4)[0]
-    assert sizes == [1, 4, 2, 1]
-    sizes.clear()
-    run(case, "rise", masks=10, batch_size=4)[0]
-    assert sizes == [1, 4, 4, 2]
-
-
 # --- degenerate ---
 
 
@@ -606,11 +565,3 @@ def test_fills_of_what_is_no_picture(shape: tuple[int, ...]) -> None:
         fill_like(image, torch.zeros(4, 4, 4, 4))
     advised = str(caught.value).rpartition("such as ")[2]
     assert fill_like(image, torch.ones(eval(advised))).shape == shape
-
-
-def test_what_the_refusal_of_black_advises_works() -> None:
-    image = torch.rand(3, 5, 6)
-    with pytest.raises(InputError, match="use 'mean', 'blur' or a number"):
-        fill_like(image, "black")
-    for fill in ("mean", "blur", 0.3):
-        assert fill_like(image, fill).shape == image.shape

@@ -91,30 +91,6 @@ def test_a_flat_group_is_nan_in_the_later_program_and_nothing_here() -> None:
     assert not found.weights[0, :2].any()
 
 
-def test_cluster_cam_scored_is_the_other_implementation_for_channels_of_their_own() -> None:
-    """Its value for the base is one entry of a vector of length 1; the scissors get v - 1."""
-    case = zoo_cases.make("curved", "triplets", signed=True)
-    found = of("clustercam", case, weighing="scored")  # 8 clusters: six channels, one each
-    assert found.weights is not None
-    activations, gradients = case.gradient(case.image)
-    alphas = gradients.mean((1, 2))
-    dim = zoo.blur(case.image.numpy())
-    gain = []
-    for alpha, own in zip(alphas, activations, strict=True):
-        drawn = bilinear(alpha * own, *zoo_cases.SIZE)
-        mask = (drawn - drawn.min()) / (drawn.max() - drawn.min())
-        picture = case.image.numpy() * mask + dim * (1 - mask)
-        gain.append(case.score_of_image(torch.from_numpy(picture)))
-    values = np.array(gain) - case.score_of_image(torch.from_numpy(dim))
-    values /= np.linalg.norm(values)
-    best, worst = values.argmax(), values.argmin()
-    share = np.zeros(6)
-    share[best], share[worst] = values[best], -(1 - values[best])
-    np.testing.assert_allclose(found.weights[0], share * alphas, rtol=1e-9)
-    assert found.maps is not None
-    np.testing.assert_allclose(found.maps[0], cam(share * alphas, activations), atol=1e-12)
-
-
 def poly_program(drawn: Tensor, coarse: Tensor) -> Tensor:
     """The authors' step from one layer to the next finer one."""
 

@@ -64,11 +64,6 @@ def weights_of_grad_cam(case: Case, name: str) -> np.ndarray:
     return found[0]
 
 
-def softmax(values: np.ndarray) -> np.ndarray:
-    powers = np.exp(values - values.max())
-    return powers / powers.sum()
-
-
 # --- Score-CAM ---
 
 
@@ -76,29 +71,6 @@ def test_scorecam_by_softmax_is_grad_cams_where_nothing_is_resized() -> None:
     case = at_full_size()
     mine = find(case, "scorecam", weights="softmax").weights[0].numpy()
     np.testing.assert_allclose(mine, weights_of_grad_cam(case, "ScoreCAM"), atol=1e-6)
-
-
-def map_of_torchcam(case: Case) -> np.ndarray:
-    peers = pytest.importorskip("torchcam.methods")
-    with peers.ScoreCAM(case.module, "features", input_shape=(3, *SIZE)) as extractor:
-        case.module(case.image[None])
-        found: np.ndarray = extractor(1, normalized=False)[0][0].numpy()
-    return found
-
-
-def test_scorecam_by_softmax_is_torchcams_where_nothing_is_resized() -> None:
-    case = at_full_size()
-    weights = find(case, "scorecam", weights="softmax").weights[0]
-    drawn = (weights[:, None, None] * case.trunk(case.image)).sum(0).clamp(min=0)
-    np.testing.assert_allclose(drawn.detach().numpy(), map_of_torchcam(case), atol=1e-6)
-
-
-def test_a_softmax_over_channels_flattens_cosines() -> None:
-    # Why "raw" is the default: the target hardly changes what a softmax gives.
-    case = make("curved", signed=True)
-    flat = find(case, "scorecam", weights="softmax").weights[0].numpy()
-    raw = find(case, "scorecam").weights[0].numpy()
-    assert flat.std() / flat.mean() < 0.5 * raw.std() / np.abs(raw.mean())
 
 
 # --- Ablation-CAM ---
@@ -174,28 +146,3 @@ def test_lime_is_captums_with_the_same_samples_and_a_ridge() -> None:
     )
     assert mine.max() > 0
     np.testing.assert_allclose(mine, np.maximum(theirs, 0), atol=1e-5 * mine.max())
-
-
-def test_captums_own_lime_is_a_lasso() -> None:
-    captum = pytest.importorskip("captum.attr")
-    from captum._utils.models.linear_model import SkLearnLasso
-
-    # It sets small coefficients to 0, and scores of embeddings are small: with its own penalty of
-    # 0.01 nothing is left of a map that ridge draws.
-    torch.manual_seed(0)
-    case = make("pooled")
-    peer = captum.Lime(lambda images: torch.stack([case.score(z) for z in case.module(images)]))
-    assert isinstance(peer.interpretable_model, SkLearnLasso)
-    labels = torch.from_numpy(zoo.grid_labels(SIZE, 25))
-    theirs = peer.attribute(case.image[None], feature_mask=labels[None, None], n_samples=100)[0, 0]
-    mine = find(case, "lime", samples=100, superpixels=labels).maps[0]
-    assert int((theirs > 0).sum()) < int((mine > 0).sum())
-
-
-def test_pooled_is_what_the_pooled_case_has() -> None:
-    # The peers run the module itself: it is the network embedcam explains.
-    case = make()
-    assert isinstance(case.module.head, Pooled)
-    z = case.module(case.image[None])[0]
-    found = case.network.forward(case.image[None]).embedding[0]
-    torch.testing.assert_close((z / z.norm()).detach(), found)

@@ -137,11 +137,3 @@ def test_tensors_and_batches_give_what_arrays_and_rows_give() -> None:
     np.testing.assert_array_equal(
         margin_cotangent(torch.from_numpy(z), torch.from_numpy(c)).numpy(), margin_cotangent(z, c)
     )
-
-
-def test_the_centred_target_through_the_norm_loses_its_own_part() -> None:
-    """At the image itself f . f_r = 1 drops out: why it is never a default."""
-    f = unit(RNG.normal(size=4))
-    assert through_norm(centred_cotangent(f, np.zeros(4)), f, np.asarray(1.0)) == pytest.approx(
-        np.zeros(4), abs=1e-15
-    )

@@ -146,15 +146,6 @@ def test_the_target_of_one_image_is_its_row_of_the_batch(name: str) -> None:
     np.testing.assert_array_equal(target.score(F_), whole)
 
 
-@pytest.mark.parametrize("name", TARGETS)
-def test_precision_is_that_of_the_embeddings(name: str) -> None:
-    target, _ = TARGETS[name]
-    for embeddings in (F_.astype(np.float32), torch.from_numpy(F_).float()):
-        assert target.score(embeddings).dtype == embeddings.dtype
-        assert target.cotangents(embeddings)[0].dtype == embeddings.dtype
-        np.testing.assert_allclose(target.score(embeddings), target.score(F_), atol=1e-5)
-
-
 def test_references_come_as_tensors_lists_and_arrays() -> None:
     expected = Similarity(ONE).score(F_)
     for given in (ONE.tolist(), torch.from_numpy(ONE).requires_grad_(), ONE[::-1][::-1]):
@@ -318,9 +309,3 @@ def test_references_that_do_not_fit_the_embeddings_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         target.check(2, 7)
-
-
-def test_as_many_references_as_images_are_needed() -> None:
-    Similarity(MANY).check(B, D)
-    with pytest.raises(InputError, match=r"or \[4 5\], one for each of the 4 images"):
-        Similarity(MANY).check(4, D)

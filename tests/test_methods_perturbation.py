@@ -13,27 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor, nn
 from toys import VIT_LAYER, seeded, small_vit
-from zoo_cases import CHANNELS, SIZE, WIDTH, Case, distance, make, parts, run, run_on
+from zoo_cases import CHANNELS, SIZE, WIDTH, Case, distance, make, run, run_on
 
 from embedcam import EmbeddingNetwork
 from embedcam.errors import InputError, NetworkError
-from embedcam.methods import MethodOutput, Subject, gradients
+from embedcam.methods import MethodOutput, Subject, gradients, run_method
 from embedcam.methods import masking as pixels
 from embedcam.methods.masking import fill_like, unit_masks
 from embedcam.recipe.registry import METHODS
 from embedcam.targets import Coordinate, Direction, NegativeDistance, Similarity
-
-# Fewer passes than by default, which one test and the registry's own take.
-
-
-FEW: dict[str, dict[str, Any]] = {
-    "rise": {"masks": 60, "cells": 3},
-    "lime": {"samples": 60, "superpixels": "grid", "segments": 9},
-}
-
-
-# --- batches and seeds ---
-
 
 # --- decomposition ---
 
@@ -150,8 +138,8 @@ def flat_case(head: str = "curved", dtype: torch.dtype = torch.float64) -> Case:
 def test_a_flat_channel_gets_no_weight_and_costs_no_pass(dtype: torch.dtype) -> None:
     case = flat_case(dtype=dtype)
     for options in ({}, {"weights": "softmax"}):
-        with Subject(case.network, case.image[None], case.target) as subject, torch.no_grad():
-            weights = METHODS["scorecam"].load()(subject, **options).weights
+        output, subject = run(case, "scorecam", **options)
+        weights = output.weights
         assert weights[0, :2].tolist() == [0, 0]
         assert bool((weights[0, 2:] != 0).all())
         assert subject.passes.forwards == CHANNELS - 2 + 2
@@ -175,8 +163,8 @@ def test_a_flat_map_is_a_mask_of_zeros(value: float, size: tuple[int, int]) -> N
 @pytest.mark.parametrize("head", ["pooled", "curved"])
 def test_a_dead_channel_is_not_ablated(head: str) -> None:
     case = flat_case(head)
-    with Subject(case.network, case.image[None], case.target) as subject, torch.no_grad():
-        weights = METHODS["ablationcam"].load()(subject).weights
+    output, subject = run(case, "ablationcam")
+    weights = output.weights
     assert weights[0, 0] == 0
     assert bool((weights[0, 1:] != 0).all())
     assert subject.passes.heads == (0 if head == "pooled" else CHANNELS - 1)
@@ -189,21 +177,18 @@ def test_the_rank_one_update_is_the_head_alone(monkeypatch: pytest.MonkeyPatch) 
     case = make("pooled", "triplets", signed=True)
     quick = run(case, "ablationcam")[0].weights
     monkeypatch.setattr("embedcam.methods.masking._affine_head", lambda subject: None)
-    with Subject(case.network, case.image[None], case.target) as subject, torch.no_grad():
-        slow = METHODS["ablationcam"].load()(subject).weights
+    slow, subject = run(case, "ablationcam")
     assert subject.passes.heads == CHANNELS
-    torch.testing.assert_close(quick, slow)
+    torch.testing.assert_close(quick, slow.weights)
 
 
 def test_ablation_does_not_flip_where_the_score_is_not_positive() -> None:
     # -|f - r|^2 = 2 f . r - 2 is never positive: the paper's division would turn its map around.
     case = make("curved")
     reference = torch.as_tensor(case.target.reference)  # type: ignore[attr-defined]
-    distances = run_on(case.network, case.image[None], NegativeDistance(reference), "ablationcam")[
-        0
-    ]
-    cosines = run(case, "ablationcam")[0].weights
-    torch.testing.assert_close(distances.weights, 2 * cosines)  # type: ignore[operator]
+    target, cosines = NegativeDistance(reference), run(case, "ablationcam")[0].weights
+    distances = run_on(case.network, case.image[None], target, "ablationcam")[0].weights
+    torch.testing.assert_close(distances, 2 * cosines)  # type: ignore[operator]
 
 
 def test_an_embedding_that_vanishes_with_its_channel_scores_nothing() -> None:
@@ -287,10 +272,10 @@ def test_a_head_given_as_a_function_needs_no_trunk(
     wrap: Callable[[Tensor], Any] = (lambda t: t) if plain else (lambda t: (t, "more"))
     network, seen = counted_parts(case.module.head, case.module.features, wrap)
     assert not network.head_kind.affine
-    with Subject(network, case.image[None], case.target) as subject, torch.no_grad():
+    with Subject(network, case.image[None], case.target) as subject:
         assert subject.activations.shape == (1, CHANNELS, 4, 6)
         seen["trunk"].clear()
-        found = METHODS["ablationcam"].load()(subject)
+        found = run_method(subject, METHODS["ablationcam"])
     assert distance(zoo.ablationcam(case), found) < 1e-9
     # What comes beside the activations is had from the trunk.
     assert seen["trunk"] == ([] if plain else [1])
@@ -333,11 +318,7 @@ def test_ablated_activations_are_cut_by_their_size(
     handle = case.module.features.register_forward_hook(lambda *a: seen.append(len(a[2])))
     for batch_size in (1, 100):
         seen.clear()
-        with (
-            Subject(case.network, case.image[None], case.target, batch_size=batch_size) as subject,
-            torch.no_grad(),
-        ):
-            found = METHODS["ablationcam"].load()(subject)
+        found, subject = run(case, "ablationcam", batch_size=batch_size)
         # Every run of the trunk is counted, and the size of a batch adds none.
         assert seen == [1] * (1 + pieces)
         assert subject.passes.forwards == 1 + pieces
@@ -365,8 +346,8 @@ def test_where_pictures_are_repeated_they_are_at_most_a_batch() -> None:
         maps, whole = module.features(image), network.forward(image).embedding[0, 0]
     network.head_kind  # noqa: B018
     module.features.register_forward_hook(lambda *a: seen.append(len(a[2])))
-    with Subject(network, image, Coordinate(0), batch_size=2) as subject, torch.no_grad():
-        weights = METHODS["ablationcam"].load()(subject).weights
+    output, subject = run_on(network, image, Coordinate(0), "ablationcam", batch_size=2)
+    weights = output.weights
     assert seen == [1, 1, 2, 2, 1]
     assert subject.passes.forwards == sum(seen)
     for k in range(5):
@@ -380,16 +361,14 @@ def test_where_pictures_are_repeated_they_are_at_most_a_batch() -> None:
 def test_ablation_refuses_patch_tokens_that_reach_nothing(layer: str) -> None:
     network = EmbeddingNetwork(seeded(small_vit), layer)
     pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    message = rf"patch tokens of layer '{layer}' never.*{VIT_LAYER}"
     for _ in range(2):
-        with pytest.raises(
-            NetworkError, match=rf"patch tokens of layer '{layer}' never.*{VIT_LAYER}"
-        ):
-            run_on(network, pictures, Coordinate(0), "ablationcam")[0]
+        with pytest.raises(NetworkError, match=message):
+            run_on(network, pictures, Coordinate(0), "ablationcam")
     fine = EmbeddingNetwork(seeded(small_vit), VIT_LAYER, input_size=(64, 64))
     for spent in (5, 4):  # the check runs one input, once a network
-        with Subject(fine, pictures, Coordinate(0)) as subject, torch.no_grad():
-            weights = METHODS["ablationcam"].load()(subject).weights
-        assert bool((weights != 0).all())
+        output, subject = run_on(fine, pictures, Coordinate(0), "ablationcam")
+        assert bool((output.weights != 0).all())
         assert subject.passes.forwards == spent
 
 
@@ -407,8 +386,8 @@ def test_a_network_that_the_probe_does_not_fit_is_ablated_through_its_head() -> 
     module = Grey().double().eval()
     network = EmbeddingNetwork(module, "features")
     image = torch.rand(1, 1, 8, 9, dtype=torch.float64)
-    with Subject(network, image, Coordinate(0)) as subject, torch.no_grad():
-        weights = METHODS["ablationcam"].load()(subject).weights
+    output, subject = run_on(network, image, Coordinate(0), "ablationcam")
+    weights = output.weights
     assert subject.passes.heads == 4
     maps, y = module.features(image), network.forward(image).embedding[0, 0]
     for k in range(4):
@@ -444,7 +423,14 @@ def test_over_positions(name: str) -> None:
         np.testing.assert_allclose(found[row].numpy(), expected, atol=1e-12)
 
 
-# --- degenerate ---
+def test_masked_pictures_go_at_most_a_batch_at_a_time() -> None:
+    case = make("curved", signed=True)
+    sizes: list[int] = []
+    case.network.forward(case.image[None])  # looks once at how the module runs
+    case.module.features.register_forward_hook(lambda *a: sizes.append(len(a[2])))
+    run(case, "scorecam", batch_size=4)
+    run(case, "rise", masks=10, batch_size=4)
+    assert sizes == [1, 4, 2, 1, 1, 4, 4, 2]
 
 
 def test_only_windows_cover_what_they_cover() -> None:
@@ -522,25 +508,17 @@ def test_fills() -> None:
     assert colour.dtype == image.dtype
 
 
-@pytest.mark.parametrize(
-    "fill",
-    [
-        float("nan"),
-        float("inf"),
-        np.float32("nan"),
-        1e39,
-        np.array([[[1.0]], [[np.inf]], [[0.0]]]),
-        torch.full((3, 5, 6), torch.nan),
-    ],
-)
-def test_fills_that_are_not_finite_are_refused(fill: Any) -> None:
-    with pytest.raises(InputError, match=r"fill holds NaN or infinity in torch\.float32, .*; g"):
-        fill_like(torch.rand(3, 5, 6), fill)
+NOT_FINITE = r"fill holds NaN or infinity in torch\.float32, .*; g"
 
 
 @pytest.mark.parametrize(
     ("fill", "said"),
     [
+        (float("nan"), NOT_FINITE),
+        (np.float32("inf"), NOT_FINITE),
+        (1e39, NOT_FINITE),
+        (np.array([[[1.0]], [[np.inf]], [[0.0]]]), NOT_FINITE),
+        (torch.full((3, 5, 6), torch.nan), NOT_FINITE),
         (True, "fill = True is unknown; use mean, black, blur, a number, a tensor or an array"),
         (None, "fill = None is unknown"),
         ([0.0], r"fill = \[0.0\] is unknown"),
@@ -548,7 +526,7 @@ def test_fills_that_are_not_finite_are_refused(fill: Any) -> None:
         (1j * np.ones(3), "fill is of torch.complex128; give real numbers"),
     ],
 )
-def test_fills_that_are_no_numbers_are_refused(fill: Any, said: str) -> None:
+def test_fills_that_are_no_finite_numbers_are_refused(fill: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         fill_like(torch.rand(3, 5, 6), fill)
 

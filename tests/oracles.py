@@ -22,9 +22,6 @@ Head = Score = Callable[[Tensor], Tensor]
 Triplets = Sequence[tuple[int, int]]  # (positive, negative) of one anchor
 
 
-# --- distances, the triplet loss and its margin (Chen et al., WACV 2020, equations 1 and 2) -------
-
-
 def squared_distance(a: Array, b: Array) -> float:
     """D(a, b), squared Euclidean."""
     return sum((x - y) * (x - y) for x, y in zip(a.tolist(), b.tolist(), strict=True))
@@ -61,9 +58,6 @@ def centred_target(embeddings: Array, i: int) -> Array:
     return np.array([float(embeddings[i, j]) - total / n for j, total in enumerate(totals)])
 
 
-# --- the norm's two ways and the gradient of one triplet ---
-
-
 def _distance(f: Tensor, g: Tensor) -> Tensor:
     return ((f - g) ** 2).sum()
 
@@ -98,9 +92,6 @@ def dot_score(c: Tensor) -> Score:
     return lambda f: (f * c.double()).sum()
 
 
-# --- channel weights of one gradient ---
-
-
 def gradcam_weights(G: Tensor) -> Array:
     """alpha_k = (1/Z) sum_ij G_ij^k (Selvaraju et al. 2017, equation 1)."""
     K, H, W = G.shape
@@ -132,9 +123,6 @@ def gradcampp_weights_as_printed(G: Tensor, activations: Tensor) -> Array:
             if g != 0.0:
                 out[k] += max(g, 0.0) * g**2 / (2.0 * g**2 + S * g**3)
     return out
-
-
-# --- weights averaged over the triplets of one anchor: one backward a triplet ---
 
 
 def averaged_weights(
@@ -204,9 +192,6 @@ def mean_cotangent(embeddings: Array, triplets: Triplets) -> Array:
     return total / len(triplets)
 
 
-# --- encodings ---
-
-
 def top_m(weights: Array, m: int, by: str) -> Array:
     """The m largest of one vector [K] kept, zero elsewhere: `signed` value or `magnitude`."""
     out = np.zeros(len(weights))
@@ -258,9 +243,6 @@ def half_bound(vector: Array) -> Array:
     return np.array(
         [max(2.0**-11 * abs(float(v)), 2.0**-25 * scale) + 2.0**-21 * abs(float(v)) for v in vector]
     )
-
-
-# --- transfer ---
 
 
 def l2_norm(vector: Array) -> float:
@@ -315,9 +297,6 @@ def transfer_distance(rows: Array, squared: Sequence[float]) -> Array:
         for k in range(len(total)):
             total[k] += share * float(row[k]) / length
     return total
-
-
-# --- maps ---
 
 
 def cam(weights: Array, activations: Array) -> Array:
@@ -375,9 +354,6 @@ def min_max(image: Array) -> Array:
     return np.array([(v - low) / (high - low) for v in values]).reshape(image.shape)
 
 
-# --- metrics ---
-
-
 def energy_in_mask(image: Array, mask: Array) -> float:
     """Share of a map's energy inside a mask [H W]; a map of zero energy scores the area's share."""
     inside = total = area = 0.0
@@ -416,9 +392,6 @@ def pearson(a: Array, b: Array) -> float:
     vx = sum((u - mx) ** 2 for u in x)
     vy = sum((v - my) ** 2 for v in y)
     return cov / math.sqrt(vx * vy)
-
-
-# --- rules of sampling (judged, not drawn) ---
 
 
 def semihard_allows(

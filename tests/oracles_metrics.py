@@ -18,9 +18,6 @@ Box = tuple[float, float, float, float]
 Pixels = set[tuple[int, int]]
 
 
-# --- localisation ---
-
-
 def pointing(image: Array, mask: Array) -> float:
     """The region's mean over the pixels of the largest value."""
     best = max(float(v) for v in image.ravel())
@@ -91,9 +88,6 @@ def found_share(boxes: Sequence[Box], truth: Sequence[Box], least: float) -> flo
     return sum(boxes_iou(a, b) >= least for a, b in zip(boxes, truth, strict=True)) / len(boxes)
 
 
-# --- contrast-free ---
-
-
 def auc(image: Array, mask: Array, other: Array) -> float:
     """Every pair of a pixel inside and one outside: how often the first is larger, ties a half."""
     won = pairs = 0.0
@@ -145,9 +139,6 @@ def equal_areas(image: Array, mask: Array, other: Array) -> float:
     if None in means or sum(means) == 0:
         return 0.5
     return means[0] / sum(means)
-
-
-# --- faithfulness ---
 
 
 def order(image: Array) -> list[int]:
@@ -222,9 +213,6 @@ def impute(image: Array, mask: Array) -> Array:
     return out
 
 
-# --- retrieval ---
-
-
 def found_by(query: Array, gallery: Array, without: int | None) -> list[int]:
     """The gallery in order of squared distance, then of position, one of it left out."""
     ranked = []
@@ -281,9 +269,6 @@ def map_r(
     return sum(scores) / len(scores)
 
 
-# --- agreement ---
-
-
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
     """a . b / |a| |b|; 0 for a zero vector."""
     dot = sum(x * y for x, y in zip(a, b, strict=True))
@@ -317,9 +302,6 @@ def top_iou(a: Array, b: Array, fraction: float) -> float:
         tops.append({p for p in order(image)[:count] if values[p] > min(values)})
     either = tops[0] | tops[1]
     return len(tops[0] & tops[1]) / len(either) if either else 0.0
-
-
-# --- intervals ---
 
 
 def interval_of_mean(

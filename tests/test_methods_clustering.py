@@ -24,9 +24,6 @@ KINDS: list[dict[str, Any]] = [
 RICH: dict[str, Any] = {"head": "curved", "target": "triplets"}
 
 
-# --- the formulas ---
-
-
 @pytest.mark.parametrize("percentile", [0, 12.5, 33.3, 50, 70, 90, 99.9])
 def test_the_cut_is_that_of_numpys_percentile(percentile: float) -> None:
     draw = np.random.default_rng(3)
@@ -66,9 +63,6 @@ def test_the_weight_form_of_cluster_cam_lacks_the_offset_only() -> None:
         assert drawn.max() == pytest.approx(1)
 
 
-# --- several images, any batch size, any precision ---
-
-
 def test_passes_are_counted_and_flat_groups_cost_nothing() -> None:
     case = zoo_cases.make(**RICH)
     activations = case.trunk(case.image)
@@ -92,9 +86,6 @@ def test_passes_are_counted_and_flat_groups_cost_nothing() -> None:
         # Poly-CAM asks for its baseline before it sees that every channel is flat.
         assert subject.passes.forwards == 1 + (name == "polycam")
         assert not any(one.any() for one in parts(found))
-
-
-# --- where numbers degenerate ---
 
 
 SCORED: list[tuple[str, dict[str, Any]]] = [
@@ -226,9 +217,6 @@ def test_poly_cam_takes_layers_in_any_order_and_says_which_weights_are_whose() -
     assert alone is not None
     coarse = bilinear(alone[0].numpy(), 12, 18)
     assert (one.maps[0].numpy()[coarse == 0] == 0).all()
-
-
-# --- clusters ---
 
 
 @pytest.mark.parametrize("clustering", ["kmeans", "spectral", "agglomerative"])

@@ -27,9 +27,6 @@ def said_something(expected: Expected) -> bool:
     return all(np.abs(p).max() > 0 for p in (expected.weights, expected.map) if p is not None)
 
 
-# ------------------------------------------------------------------ batches and passes
-
-
 @pytest.mark.parametrize(
     ("name", "options", "forwards", "backwards", "to_the_input"),
     [
@@ -51,16 +48,10 @@ def test_no_more_passes_than_needed(
     name: str, options: dict[str, Any], forwards: int, backwards: int, to_the_input: int
 ) -> None:
     case = zoo_cases.make("pooled", "similarity")
-    passes = run(case, name, **options)[1].passes
-    assert (passes.forwards, passes.head_backwards, passes.full_backwards, passes.heads) == (
-        forwards,
-        backwards,
-        to_the_input,
-        0,
+    passes = vars(run(case, name, **options)[1].passes)
+    assert passes == dict(
+        forwards=forwards, head_backwards=backwards, full_backwards=to_the_input, heads=0
     )
-
-
-# ------------------------------------------------------------------ options
 
 
 def test_smooth_noise_follows_the_images_range() -> None:
@@ -155,9 +146,6 @@ def test_guided_methods_need_a_rectifier() -> None:
             run(case, name)
 
 
-# ------------------------------------------------------------------ degenerate numbers
-
-
 def test_triplets_that_do_not_count_are_left_out() -> None:
     case = zoo_cases.make("curved")
     directions = np.random.default_rng(0).standard_normal((1, 3, 3))
@@ -195,9 +183,6 @@ def test_xgradcam_without_a_sum_is_zero_and_not_noise() -> None:
     found, _ = run(case, "xgradcam")
     # G = 2 A in the first column: 0.1 * 0.2 / -0.1.
     np.testing.assert_allclose(found.weights[0], [0, 0, -0.2], atol=1e-12)
-
-
-# ------------------------------------------------------------------ laws
 
 
 def law_case(head: str, seed: int, signed: bool = False) -> Case:
@@ -254,9 +239,6 @@ def test_maps_have_the_signs_and_ranges_they_promise(seed: int, signed: bool) ->
     for name in ("gradcam++", "smoothgradcam++"):
         options = {"samples": 3} if name == "smoothgradcam++" else {}
         assert parts(run(case, name, **options)[0])[0].min() >= 0
-
-
-# ------------------------------------------------------------------ precision and layouts
 
 
 @pytest.mark.parametrize("name", ORACLES)

@@ -45,9 +45,6 @@ def off(found: Any, expected: Any) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-# --- beside the formulas --------------------------------------------------------
-
-
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("name", ["lficam", "abn"])
 def test_each_method_is_its_formula(name: str, choice: dict[str, Any]) -> None:
@@ -102,9 +99,6 @@ def test_every_step_of_abn_is_the_formulas() -> None:
         assert off(unseen, z) > 1e-3, "attention must change the embedding"
 
 
-# --- batches, modes, precisions ---------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["lficam", "abn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_other_precisions_give_the_same_to_their_rounding(name: str, dtype: torch.dtype) -> None:
@@ -139,9 +133,6 @@ def test_a_network_in_training_mode_is_refused(name: str) -> None:
         cam_for(case.network, case.image, Coordinate(0), name, progress=False)
 
 
-# --- degenerate inputs ----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
 def test_where_all_is_flat_attention_is_zero_and_gradients_are_finite(value: float) -> None:
     case = oracle.lfi_case()
@@ -166,9 +157,6 @@ def test_a_picture_of_one_colour_has_a_finite_map(name: str, value: float) -> No
     expected = oracle.ORACLES[name](case.with_image(image))
     assert np.isfinite(found.cam).all()
     assert off(found.grid_cam, expected.map) < 1e-6
-
-
-# --- as networks ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["lficam", "abn"])
@@ -216,9 +204,6 @@ def test_a_stage_at_stride_one_keeps_its_numbers_and_the_positions() -> None:
         for parameter in made.parameters():
             parameter.zero_()
     assert all(torch.equal(before[k], v) for k, v in stage.state_dict().items())
-
-
-# --- what is refused --------------------------------------------------------------------
 
 
 def test_networks_without_the_branch_are_told_what_to_do() -> None:
@@ -285,9 +270,6 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         shrinks(images)
     own = ABNetwork(trunk(), nn.MaxPool2d(2), Pooled(), 6, 4, branch=nn.Identity())
     assert own(images).shape == (1, 3)
-
-
-# --- the training -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,6 @@ from embedcam.methods.masking import fill_like, unit_masks
 from embedcam.recipe.registry import METHODS
 from embedcam.targets import Coordinate, Direction, NegativeDistance, Similarity
 
-# --- decomposition ---
-
 
 @pytest.mark.parametrize(("channels", "side"), [(300, 7), (64, 14), (20, 20), (150, 14), (400, 11)])
 @pytest.mark.parametrize("signed", [False, True])
@@ -104,9 +102,6 @@ def test_evidence_against_is_drawn_like_evidence_for_by_eigengradcam() -> None:
         for target in (towards, against)
     )
     torch.testing.assert_close(first, second)
-
-
-# --- masks and ablation ---
 
 
 class FlatChannels(nn.Module):
@@ -443,9 +438,6 @@ def test_only_windows_cover_what_they_cover() -> None:
             covered[y, x] = True
     assert not maps[0][~covered].any()
     assert maps[0][covered].any()
-
-
-# --- superpixels and fills ---
 
 
 def test_superpixels_of_a_grid() -> None:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 import zoo_cases
 import zoo_clustering as zoo
-from oracles import bilinear, cam
 from torch import Tensor
 from zoo_cases import Case
 

@@ -62,9 +62,6 @@ def close(a: np.ndarray, b: np.ndarray, tolerance: float) -> bool:
     return bool(np.abs(a - b).max() <= tolerance * np.abs(b).max())
 
 
-# ------------------------------------------------------------------ grad-cam
-
-
 def grad_cam_map(kind: str, case: Case) -> np.ndarray:
     """Their map before it is resized and scaled, ReLU'd as their `forward` does."""
     library = pytest.importorskip("pytorch_grad_cam")
@@ -98,9 +95,6 @@ def test_grad_cam_draws_the_same(
     theirs = grad_cam_map(kind, case)
     assert theirs.max() > 0
     assert close(own_map(name, case), theirs, tolerance)
-
-
-# ------------------------------------------------------------------ torchcam
 
 
 def torchcam_maps(
@@ -138,9 +132,6 @@ def test_torchcams_layercam_fusion_lifts_every_layer() -> None:
     expected = zoo_gradients.layercam(case, layers=LAYERS, shallow=["features.1"]).map
     assert expected is not None
     assert close(paper, expected, 1e-9)
-
-
-# ------------------------------------------------------------------ captum
 
 
 class Scored(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import zoo_perturbation as zoo
 from torch import Tensor, nn
-from zoo_cases import CHANNELS, SIZE, Case, Pooled, make, run
+from zoo_cases import CHANNELS, SIZE, Case, make, run
 
 from embedcam import EmbeddingNetwork
 from embedcam.targets import Coordinate, NegativeDistance
@@ -64,16 +64,10 @@ def weights_of_grad_cam(case: Case, name: str) -> np.ndarray:
     return found[0]
 
 
-# --- Score-CAM ---
-
-
 def test_scorecam_by_softmax_is_grad_cams_where_nothing_is_resized() -> None:
     case = at_full_size()
     mine = find(case, "scorecam", weights="softmax").weights[0].numpy()
     np.testing.assert_allclose(mine, weights_of_grad_cam(case, "ScoreCAM"), atol=1e-6)
-
-
-# --- Ablation-CAM ---
 
 
 @pytest.mark.parametrize("head", ["pooled", "curved"])
@@ -96,9 +90,6 @@ def test_grad_cam_turns_ablationcam_around_where_the_score_is_negative() -> None
     assert np.corrcoef(mine, theirs)[0, 1] == pytest.approx(-1, abs=1e-6)
 
 
-# --- Eigen-CAM and EigenGrad-CAM ---
-
-
 def test_eigencam_is_grad_cams_where_channels_have_no_mean() -> None:
     torch.manual_seed(5)
     case = with_trunk(Centred())
@@ -107,9 +98,6 @@ def test_eigencam_is_grad_cams_where_channels_have_no_mean() -> None:
     mine = (find(case, "eigencam").weights[0].numpy()[:, None, None] * A[0]).sum(0)
     sign = np.sign((mine * theirs).sum())
     np.testing.assert_allclose(mine, sign * theirs, atol=1e-5)
-
-
-# --- LIME ---
 
 
 def test_lime_is_captums_with_the_same_samples_and_a_ridge() -> None:

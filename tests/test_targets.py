@@ -8,13 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from embedcam.targets import (
-    NORMS,
-    centred_cotangent,
-    head_cotangent,
-    margin_cotangent,
-    through_norm,
-)
+from embedcam.recipe import NORMS
+from embedcam.targets import centred_cotangent, head_cotangent, margin_cotangent, through_norm
 
 RNG = np.random.default_rng(0)
 WIDTH = st.shared(st.integers(2, 6), key="D")

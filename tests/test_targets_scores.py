@@ -163,9 +163,6 @@ def test_a_direction_where_nothing_counts_is_zero() -> None:
     assert not nothing.cotangents(F_)[1].any()  # type: ignore[union-attr]
 
 
-# --- the pair contribution ---
-
-
 class Plain(nn.Module):
     """Average pooling and nothing behind it: the embedding is the pooled vector."""
 
@@ -202,9 +199,6 @@ def test_behind_plain_pooling_contributions_add_up_to_the_cosine(normalize: bool
     through = cam_for(network, one, Similarity(reference), "gradcam", progress=False)
     assert through.weights is not None
     assert (through.weights * pooled).sum() == pytest.approx(0, abs=1e-7)
-
-
-# --- functions as targets ---
 
 
 @pytest.mark.parametrize("head", ["pooled", "curved"])
@@ -263,9 +257,6 @@ def test_functions_that_cannot_be_targets_are_refused(function: Any, message: st
         as_target(function).cotangents(torch.from_numpy(F_))
 
 
-# --- refusals ---
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -299,7 +290,7 @@ def test_what_cannot_be_a_reference_is_refused(make: Callable[[], Any], message:
         (NegativeDistance(MANY), r"\[3, 5\]; .* or \[2 7\], one for each of the 2 images"),
         (TripletMargin(P, N), r"TripletMargin: positives has shape \[4, 5\]; .* give \[S 7\]"),
         (TripletMargin(EACH_P, EACH_N), r"\[3, 4, 5\]; .* or \[2 S 7\], one for each"),
-        (ClassProxy(POINTS), r"ClassProxy: proxy has shape \[5\]"),
+        (ClassProxy(POINTS), r"ClassProxy: reference has shape \[5\]"),
         (Coordinate(7), "coordinate 7 of an embedding of 7 numbers; give 0 to 6"),
         (Coordinate(-8), "coordinate -8 of an embedding of 7 numbers"),
     ],

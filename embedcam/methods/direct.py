@@ -72,10 +72,9 @@ class MethodMap:
 
         `extent` is the crop box (x0, y0, x1, y1) of the map, in the picture's pixels; None: all.
         """
-        if not self._one_picture:
+        if self.cam.ndim != 2 or self.grid_cam.ndim != 2:
             raise InputError(
-                f"the map is {list(self.cam.shape)}, and one [H W] is drawn; draw those of a batch "
-                "one by one with embedcam.render.overlay"
+                f"the map is {list(self.cam.shape)}, and one [H W] is drawn; use render.overlay"
             )
         if picture is None:
             canvas = Image.new("RGB", self.cam.shape[::-1], (128, 128, 128))
@@ -84,13 +83,9 @@ class MethodMap:
         return overlay(canvas, self.cam, extent, signed=bool((self.cam < 0).any()))
 
     def _repr_html_(self) -> str | None:
-        if not self._one_picture:
+        if self.cam.ndim != 2 or self.grid_cam.ndim != 2:
             return None
         return in_notebook(self.plot(self.image, self.extent), self.method.title)
-
-    @property
-    def _one_picture(self) -> bool:
-        return self.cam.ndim == 2 and self.grid_cam.ndim == 2
 
     def save(
         self,
@@ -178,9 +173,8 @@ def cam_for(
             f"norm 'around' changes the gradient, and {entry.title} never asks for one; leave it "
             "out"
         )
-    if batch_size is None:
-        batch_size = inputs_a_pass(network.device)
-    batch_size = whole("batch_size", batch_size, 1)
+    usual = inputs_a_pass(network.device)
+    batch_size = whole("batch_size", usual if batch_size is None else batch_size, 1)
     over_positions = network.layout_options[0] == "bkl"
     if size is not None:
         one_number = over_positions and isinstance(size, int | np.integer)
@@ -323,10 +317,7 @@ class FunctionTarget(Target):
                 f"one score an image, a tensor [{len(embeddings)}]"
             )
         if not bool(torch.isfinite(scores).all()):
-            raise InputError(
-                "the target returned a NaN or an infinity; a score must be a number for every "
-                "embedding"
-            )
+            raise InputError("the target returned a NaN or an infinity; give finite scores")
         return scores
 
     def cotangents(self, embeddings: Any) -> tuple[Any, None]:
@@ -336,8 +327,8 @@ class FunctionTarget(Target):
             score = self.score(leaf)
             if not score.requires_grad:
                 raise InputError(
-                    "the target's score does not depend on the embedding, or was cut from it "
-                    "(detach, numpy); compute it with torch from the embeddings it is given"
+                    "the target's score does not depend on the embedding, or was cut from it; "
+                    "compute it with torch from the embeddings it is given, without detach"
                 )
             gradient = torch.autograd.grad(score.sum(), leaf, allow_unused=True)[0]
         return (torch.zeros_like(embeddings) if gradient is None else gradient)[:, None], None
@@ -370,8 +361,8 @@ class DirectWeights:
     def __init__(self, network: EmbeddingNetwork, recipe: Recipe) -> None:
         if not isinstance(network, EmbeddingNetwork) or not isinstance(recipe, Recipe):
             raise InputError(
-                "DirectWeights takes the index's network and recipe, an EmbeddingNetwork and a "
-                f"Recipe; given {type(network).__name__} and {type(recipe).__name__}"
+                "DirectWeights takes the index's network and recipe; given "
+                f"{type(network).__name__} and {type(recipe).__name__}"
             )
         self.network, self.recipe = network, recipe
 

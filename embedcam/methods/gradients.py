@@ -243,10 +243,8 @@ def layercam(subject: Subject, *, layers: Layers = None, shallow: Layers = None)
     else:
         lifted = set(shallow)
         if unknown := [name for name in shallow if name not in maps]:
-            raise InputError(
-                f"shallow names {', '.join(map(repr, unknown))}; give a list of some of the layers "
-                f"{', '.join(map(repr, maps))}"
-            )
+            names, known = (", ".join(map(repr, one)) for one in (unknown, maps))
+            raise InputError(f"shallow names {names}; give a list of some of the layers {known}")
 
     def scaled(name: str) -> Tensor:
         largest = maps[name].amax((-2, -1), keepdim=True)

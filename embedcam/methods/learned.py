@@ -219,8 +219,7 @@ def _learned(network: EmbeddingNetwork, kind: type[Learned], title: str) -> Lear
     what = type(module).__name__ if network.hooked else "network given as trunk and head"
     raise NetworkError(
         f"{title} draws what a trained branch says, and this {what} has none; wrap trunk and head "
-        f"in embedcam.methods.learned.{kind.__name__}, train it as examples/train_attention.py "
-        "does, and explain EmbeddingNetwork(module, 'trunk')"
+        f"in embedcam.methods.learned.{kind.__name__}, train it as examples/train_attention.py does"
     )
 
 

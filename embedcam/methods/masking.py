@@ -66,8 +66,7 @@ def _numbers(fill: Any, image: Tensor) -> Tensor:
         numbers = fill if isinstance(fill, Tensor) else torch.as_tensor(np.asarray(fill).copy())
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"fill is an array of {np.asarray(fill).dtype}, which torch does not read; give "
-            "float32 or float64"
+            f"fill is an array of {np.asarray(fill).dtype}, which torch does not read; give float32"
         ) from error
     if numbers.is_complex():
         raise InputError(f"fill is of {numbers.dtype}; give real numbers")
@@ -119,8 +118,7 @@ def pictures_only(subject: Subject, title: str) -> None:
     if subject.network.layout_options[0] == "bkl" or subject.images.ndim != 4:
         raise NetworkError(
             f"{title} masks regions of a picture [C H W], and this network's inputs are "
-            f"{list(subject.images.shape[1:])}, positions of a signal, table or text; use "
-            "'ablationcam'"
+            f"{list(subject.images.shape[1:])}; use 'ablationcam'"
         )
 
 

@@ -22,7 +22,8 @@ from ..network import (
     input_gradient,
     several_pass,
 )
-from ..targets import NORMS, Target, head_cotangent
+from ..recipe import NORMS
+from ..targets import Target, head_cotangent
 
 Progress = Callable[[int], object]
 """Called with how many inputs or activations went through the network or its head."""

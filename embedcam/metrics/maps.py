@@ -42,17 +42,14 @@ def alike(first: ArrayLike, second: ArrayLike, what: str, axes: str) -> list[np.
 
 def drawn_maps(maps: ArrayLike) -> np.ndarray:
     """Return maps `[B H W]` as float64, finite and >= 0."""
-    try:
-        array = np.asarray(maps, np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"maps must be an array of numbers [B H W]; {error}") from error
     # Said before `finite` could, as of a map the sign is the likelier mistake.
-    if not (array >= 0).all():
+    array = np.asarray(maps)
+    if array.dtype.kind in "biuf" and not (array >= 0).all():
         raise InputError(
             "a map must be >= 0 everywhere; got a NaN or a negative value: "
             "give it as ReLU leaves it, not a signed map"
         )
-    return finite(array, "maps", "B H W")
+    return finite(maps, "maps", "B H W")
 
 
 def maps_and_regions(

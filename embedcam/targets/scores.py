@@ -62,8 +62,7 @@ class Target(ABC):
                 embeds = "" if width is None else f"this network embeds in {width} numbers, so "
                 raise InputError(
                     f"{type(self).__name__}: {name} has shape {list(value.shape)}; {embeds}give "
-                    f"[{expected}] for every image, or [{batch} {expected}], one for each of the "
-                    f"{batch} images"
+                    f"[{expected}], or [{batch} {expected}], one for each of the {batch} images"
                 )
 
 
@@ -145,10 +144,18 @@ class Direction(Target):
 
 
 class _Referenced(Target):
-    """A target of one reference f_r, `[D]` or `[B D]`."""
+    """y = f . f_r of one reference f_r, `[D]` or `[B D]`."""
 
     single: ClassVar[dict[str, int]] = {"reference": 1}
     reference: np.ndarray
+
+    def score(self, embeddings: Array) -> Array:
+        """Return y `[B]`."""
+        return _dot(embeddings, _like(self.reference, embeddings))
+
+    def cotangent(self, embeddings: Array) -> Array:
+        """Return f_r for each embedding."""
+        return _like(self.reference, embeddings) + 0 * embeddings
 
 
 class Similarity(_Referenced):
@@ -170,12 +177,12 @@ class Similarity(_Referenced):
 
     def score(self, embeddings: Array) -> Array:
         """Return y `[B]`."""
-        dot = _dot(embeddings, _like(self.reference, embeddings))
+        dot = super().score(embeddings)
         return dot if self.kind == "dot" else dot / _lengths(embeddings)
 
     def cotangent(self, embeddings: Array) -> Array:
         """Return f_r; of the cosine (f_r - f^ (f^ . f_r)) / |f|, f^ = f / |f| and |f_r| = 1."""
-        reference = _like(self.reference, embeddings) + 0 * embeddings
+        reference = super().cotangent(embeddings)
         if self.kind == "dot":
             return reference
         lengths = _lengths(embeddings)[:, None]
@@ -207,7 +214,7 @@ class NegativeDistance(_Referenced):
         return 2 * (_like(self.reference, embeddings) - embeddings)
 
 
-class ClassProxy(Target):
+class ClassProxy(_Referenced):
     """y = f . p_c, p_c the normalized mean of the class's normalized embeddings.
 
     EmbeddingCAM (arXiv 2402.00909); a single point is its own proxy.
@@ -218,22 +225,12 @@ class ClassProxy(Target):
         Embeddings of the class, `[n D]` or `[D]`.
     """
 
-    single: ClassVar[dict[str, int]] = {"proxy": 1}
-
     def __init__(self, points: Any) -> None:
         points = _reference("points", points)
         if points.ndim > 2:
             raise InputError(f"points have shape {list(points.shape)}; expected [n D] or [D]")
         several = _unit("points", points if points.ndim == 2 else points[None])
-        self.proxy = _unit("the mean of points", several.mean(0))
-
-    def score(self, embeddings: Array) -> Array:
-        """Return y `[B]`."""
-        return _dot(embeddings, _like(self.proxy, embeddings))
-
-    def cotangent(self, embeddings: Array) -> Array:
-        """Return p_c."""
-        return _like(self.proxy, embeddings) + 0 * embeddings
+        self.reference = self.proxy = _unit("the mean of points", several.mean(0))
 
 
 class PairContribution(Similarity):

@@ -247,8 +247,7 @@ def weights_for(subject: Subject, method: WeightMethod | PositionMethod, **optio
 def checked_options(method: Method, options: dict[str, Any]) -> dict[str, Any]:
     """Return a method's own options, checked as its function's annotations declare them."""
     parameters = list(inspect.signature(method.load()).parameters.values())[1:]
-    known = {parameter.name: parameter.annotation for parameter in parameters}
-    checked = {}
+    known, checked = {one.name: one.annotation for one in parameters}, {}
     for name, value in options.items():
         if name not in known:
             listed = f"its options are {', '.join(known)}" if known else "it has no options"
@@ -265,8 +264,7 @@ def _inputs(
 ) -> tuple[Tensor, bool, Image.Image | None]:
     """Return the batch of inputs, whether it was one alone, and that one where it was a picture."""
     over_positions = network.layout_options[0] == "bkl"
-    kind = str(getattr(images, "dtype", ""))
-    if isinstance(images, Tensor | np.ndarray) and ("float" in kind or over_positions):
+    if isinstance(images, Tensor | np.ndarray) and ("float" in str(images.dtype) or over_positions):
         batch = torch.as_tensor(images)
         # Signals have one axis less than pictures, tables and words one less than signals: a single
         # one of those cannot be told from a batch of the next, so positions always come in batches.

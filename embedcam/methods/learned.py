@@ -51,8 +51,7 @@ class LFINetwork(nn.Module):
         self.trunk, self.head = trunk, head
         layers: list[nn.Module] = []
         for inputs in (n_channels, width, width):
-            # The batch norm that follows has an offset of its own.
-            layers.append(nn.Conv2d(inputs, width, 3, padding=1, bias=False))
+            layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(width), nn.ReLU()]
         self.fin = nn.Sequential(*layers, nn.Conv2d(width, n_channels, 3, padding=1))
 

@@ -159,8 +159,7 @@ def scorecam(
     """
     if weights == "raw" and temperature != 1:
         raise InputError(
-            f"temperature = {temperature!r} divides the scores before a softmax; give "
-            "weights='softmax' with it"
+            f"temperature = {temperature!r} is for a softmax; give weights='softmax' with it"
         )
     pictures_only(subject, "Score-CAM")
     activations = subject.activations
@@ -265,14 +264,13 @@ def polycam(
     if not layers:
         raise InputError(
             f"Poly-CAM draws from several layers and layers = {layers!r}; give their names, such "
-            "as layers=['layer1', 'layer2', 'layer3', 'layer4']: nothing sharpens the map of one"
+            "as layers=['layer1', 'layer2', 'layer3', 'layer4']"
         )
     pictures_only(subject, "Poly-CAM")
     with subject.several(layers) as run:
         names, depth, activations = run.layers, run.depth, run.activations
         embedding = run.features.embedding
-    rows = range(len(subject))
-    nothing = [0.0 for _ in rows]
+    rows, nothing = range(len(subject)), [0.0] * len(subject)
     if variant != "minus" and baseline:
         nothing = [float(subject.scores(row, [fill_of(subject, row)[None]])) for row in rows]
     weights: dict[str, Tensor] = {}
@@ -471,8 +469,7 @@ def _slic(image: Tensor, wanted: int) -> np.ndarray:
             "pip install embedcam[lime], or use superpixels='grid'"
         ) from error
     pixels = image.double().cpu().numpy().transpose(1, 2, 0)
-    span = pixels.max() - pixels.min()
-    pixels = (pixels - pixels.min()) / (span if span > 0 else 1)
+    pixels = (pixels - pixels.min()) / (np.ptp(pixels) or 1)
     # Unsmoothed (sigma 0), pixel noise breaks the regions into specks that are merged, down to one.
     lab = len(image) == 3
     return np.asarray(

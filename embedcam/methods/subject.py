@@ -89,7 +89,7 @@ class Subject:
         self.norm = one_of("norm", norm, NORMS)
         self.batch_size = whole("batch_size", batch_size, 1)
         self.seed = whole("seed", seed, 0, (1 << 63) - 1)
-        self.passes = Passes() if passes is None else passes
+        self.passes = passes or Passes()
         self.progress: Progress = progress or (lambda n: None)
         self._head: HeadPass | None = None
         self._channels_last = True
@@ -108,8 +108,6 @@ class Subject:
     def _ran(self, inputs: int) -> None:
         self.passes.forwards += inputs
         self.progress(inputs)
-
-    # The images themselves
 
     @cached_property
     def features(self) -> Features:
@@ -139,8 +137,6 @@ class Subject:
         """G = dy/dA of the target (of its mean, for triplets), `[B K H W]`."""
         head = self.head
         return self.vjp(head, self.mean_cotangents(self.features))
-
-    # Scores and derivatives
 
     def cotangents(self, features: Features, row: int | None = None) -> tuple[Tensor, Tensor]:
         """Return dy/dz of each triplet `[n S D]` (S = 1 but for triplets) and which count `[n S]`.
@@ -234,8 +230,6 @@ class Subject:
             except NetworkError:
                 self._channels_last = False  # a module that takes views of contiguous memory only
         return self.network.forward(piece, allow_zero=True).embedding
-
-    # Cutting and random numbers
 
     def batches(self, total: int) -> Iterator[slice]:
         """Yield 0 .. total in slices of at most a batch."""

@@ -72,8 +72,8 @@ def map_at_r(
         scores += precision_at_r(distances, alike)[alike.any(1)].tolist()
     if not scores:
         raise InputError(
-            f"none of {search.queries} images has another of its label, and mAP@R has nothing to "
-            "average; check that the labels are classes, not ids"
+            f"none of {search.queries} images has another of its label, so there is no mAP@R; give "
+            "labels that are classes, not ids"
         )
     return float(np.mean(scores))
 
@@ -122,15 +122,11 @@ class _Search:
         if gallery is not None and gallery_labels is not None:
             searched, self._gallery_labels = _labelled(gallery, gallery_labels, "gallery", "G")
         if searched.shape[1] != vectors.shape[1]:
-            raise InputError(
-                f"embeddings {list(vectors.shape)} and a gallery {list(searched.shape)} differ in "
-                "width; take both from one network"
-            )
+            shapes = f"embeddings {list(vectors.shape)} and a gallery {list(searched.shape)}"
+            raise InputError(f"{shapes} differ in width; take both from one network")
         if (self._labels.dtype.kind in "US") != (self._gallery_labels.dtype.kind in "US"):
-            raise InputError(
-                f"labels of type {self._labels.dtype} and gallery labels of type "
-                f"{self._gallery_labels.dtype} never match; give both as strings or as numbers"
-            )
+            kinds = f"labels of type {self._labels.dtype} and {self._gallery_labels.dtype}"
+            raise InputError(f"{kinds} never match; give both as strings or as numbers")
         # A power of two: which is nearer stays, and squares of extreme values stay numbers.
         _, exponent = np.frexp(max(np.abs(vectors).max(), np.abs(searched).max()))
         self._embeddings = np.ldexp(vectors, -exponent)

@@ -54,11 +54,11 @@ class Target(ABC):
         """Refuse references that do not fit embeddings `[batch width]`; None: not known yet."""
         for name, axes in self.single.items():
             value = getattr(self, name)
-            if value is None or name == "used":
+            if name == "used":
                 continue
             fits = value.ndim == axes or (value.ndim == axes + 1 and len(value) == batch)
             if not fits or width not in (None, value.shape[-1]):
-                expected = " ".join(["S"] * (axes - 1) + [str(width or "D")])
+                expected = ("S " if axes == 2 else "") + str(width or "D")
                 embeds = "" if width is None else f"this network embeds in {width} numbers, so "
                 raise InputError(
                     f"{type(self).__name__}: {name} has shape {list(value.shape)}; {embeds}give "

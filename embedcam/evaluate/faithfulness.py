@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NetworkError
-from ..methods.masks import fill_like
+from ..methods.masking import fill_like
 from ..methods.subject import inputs_a_pass
 from ..metrics import (
     curve_area,

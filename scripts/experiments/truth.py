@@ -24,7 +24,7 @@ from typing import Any
 from embedcam import METHODS, EmbeddingNetwork, Recipe, build_index, evaluate_index
 from embedcam.evaluate.report import intro, tables
 from embedcam.images import ImageSource
-from embedcam.targets import WHITENED
+from embedcam.recipe import WHITENED
 
 from .data import (
     data_arguments,

@@ -15,7 +15,6 @@ from torchvision.models import mobilenet_v2
 from embedcam.cli.parser import parser
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -318,7 +318,7 @@ def test_places_without_images(tmp_path):
         find_images(tmp_path)
     with pytest.raises(InputError, match=r"does not exist; give a folder of images or a .csv"):
         find_images(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"expected a folder of images or a .csv file"):
+    with pytest.raises(InputError, match=r"give a folder of images or a .csv file"):
         find_images(write(tmp_path / "one.png"))
     with pytest.raises(InputError, match="labels = 'yes' is unknown; known: auto, folders"):
         find_images(tmp_path, "yes")

@@ -82,7 +82,7 @@ def test_a_terminal_has_a_bar(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(progress, "_terminal", lambda: True)
+    monkeypatch.setattr(progress, "_notebook", lambda: True)
     with progress_of("embed", 3, shown=None) as advance:
         advance(3)
         time.sleep(0.05)

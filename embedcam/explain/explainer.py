@@ -6,8 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
 
 import numpy as np
 
@@ -35,7 +34,14 @@ if TYPE_CHECKING:
     Vector = np.ndarray[tuple[int], np.dtype[Any]]
     Vectors = np.ndarray[tuple[int, int], np.dtype[Any]]
 
-__all__ = ["Explainer", "Explanation", "Fallback"]
+    class _Options(TypedDict, total=False):
+        size: tuple[int, int] | None
+        grid: tuple[int, int] | None
+        n_neighbors: int | None
+        result: str | None
+        above: str | None
+        detail_activations: Features | None
+
 
 TRUSTED_FROM = 0.5
 """Correlation with the directly computed map that nine in ten such transfers must reach."""
@@ -107,9 +113,9 @@ class Explainer:
         self.max_pixels, self.fallback = max_pixels, fallback
         coefficients(np.ones(1), np.ones(1), transfer)
         self.transfer, self.trusted_from = transfer, number("trusted_from", trusted_from, 0, 1)
+        if onnx is not None and network is not None:
+            raise InputError("give the network, or onnx, the same as a file; not both")
         if onnx is not None:
-            if network is not None:
-                raise InputError("give the network, or onnx, the same as a file; not both")
             from ..onnx import OnnxNetwork
 
             network = onnx if isinstance(onnx, OnnxNetwork) else OnnxNetwork(onnx)
@@ -119,12 +125,7 @@ class Explainer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __reduce__(self) -> Any:
@@ -294,13 +295,8 @@ class Explainer:
         embedding: Vector | Sequence[float],
         activations: Features,
         *,
-        size: tuple[int, int] | None = None,
         neighbors: Sequence[str] | None = None,
-        grid: tuple[int, int] | None = None,
-        n_neighbors: int | None = None,
-        result: str | None = None,
-        above: str | None = None,
-        detail_activations: Features | None = None,
+        **options: Unpack[_Options],
     ) -> Explanation: ...
 
     @overload
@@ -309,13 +305,8 @@ class Explainer:
         embedding: Vectors | Sequence[Vector] | Sequence[Sequence[float]],
         activations: Features,
         *,
-        size: tuple[int, int] | None = None,
         neighbors: Sequence[Sequence[str]] | None = None,
-        grid: tuple[int, int] | None = None,
-        n_neighbors: int | None = None,
-        result: str | None = None,
-        above: str | None = None,
-        detail_activations: Features | None = None,
+        **options: Unpack[_Options],
     ) -> list[Explanation]: ...
 
     def explain_features(
@@ -391,28 +382,20 @@ class Explainer:
         return Path(path) if followed else None
 
     def file_state(self, id: str) -> FileState | None:
-        """Return what became of an indexed image's file since the build.
-
-        "same", "changed" or "missing"; None where the index keeps no mark of it, or its path is not
-        to be followed (`picture_file`).
-        """
+        """Return "same", "changed" or "missing" of an indexed image's file; None where unknown."""
         path, index = self.picture_file(id), self._now().index
-        if path is None:
-            return None
-        return file_state(path, index.select([index.position(id)]).marks[0])
+        return (
+            None if path is None else file_state(path, index.select([index.position(id)]).marks[0])
+        )
 
     def picture(self, id: str) -> Image.Image:
         """Return the picture of an indexed image, upright, or raise ImageError."""
         path = self.picture_file(id)
-        if path is None:
+        if path is None or not path.exists():
+            missing = "the index names no picture of it below the folder of its images"
             raise ImageError(
-                f"{id}: the index names no picture of it below the folder of its images; give "
-                "images=, the folder they lie in now"
-            )
-        if not path.exists():
-            raise ImageError(
-                f"{path}: does not exist; give images= (--images), the folder the indexed images "
-                "lie in now"
+                (f"{path}: does not exist" if path else f"{id}: {missing}")
+                + "; give images= (--images), the folder the indexed images lie in now"
             )
         return read_image(path, max_pixels=self.max_pixels)
 
@@ -436,10 +419,7 @@ class Explainer:
         above: str | None,
         files: Sequence[str | Path | None] | None = None,
     ) -> list[Explanation]:
-        """Search for all queries at once, or take the neighbors named, and answer each.
-
-        With `files` each query's own file is left out of its neighbors.
-        """
+        """Search for all queries at once, or take the neighbors named, and answer each."""
         if not queries:
             return []
         # Match is calibrated on ten neighbors, however many are shown.
@@ -447,14 +427,11 @@ class Explainer:
         if neighbors is not None:
             wanted = n_searched = len(snapshot.index)
         embeddings = np.stack([query.embedding for query in queries])
-        near = find_neighbors(
-            snapshot.index, embeddings, n_searched + (files is not None), neighbors
-        )
+        more = n_searched + (files is not None)
+        near = find_neighbors(snapshot.index, embeddings, more, neighbors)
         if files is not None:
-            near = [
-                without_file(snapshot, one, file, n_searched)
-                for one, file in zip(near, files, strict=True)
-            ]
+            pairs = zip(near, files, strict=True)
+            near = [without_file(snapshot, one, file, n_searched) for one, file in pairs]
         return [
             answer(self, snapshot, query, one, wanted, result, above)
             for query, one in zip(queries, near, strict=True)

@@ -32,6 +32,16 @@ class Result:
     norm: float | None
     mark: np.ndarray | None = None
 
+    @classmethod
+    def of(cls, ids: Sequence[str], *columns: Sequence[Any] | np.ndarray | None) -> list[Result]:
+        """Return a record each of the fields' columns `[n]`; None of columns that are unknown."""
+        unknown = [None] * len(ids)
+        filled = (
+            column.tolist() if isinstance(column, np.ndarray) and column.ndim == 1 else column
+            for column in (unknown if column is None else column for column in columns)
+        )
+        return [cls(*fields) for fields in zip(ids, *filled, strict=True)]
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
@@ -141,14 +151,9 @@ class Explanation:
 
     @property
     def doubtful(self) -> bool:
-        """Whether the first result is rather not of the query's kind: match is below 0.5.
-
-        Without labels half of all usual queries lie below that; there from 0.2. What a named image
-        has to say is not in doubt for what came first: False with `result`.
-        """
-        if self.asked is not None or self.match is None:
-            return False
-        return self.match < (0.5 if self.labels and self.labels[0] is not None else 0.2)
+        """Whether match is below 0.5, without labels below 0.2; False with `result`."""
+        least = 0.5 if self.labels and self.labels[0] is not None else 0.2
+        return self.asked is None and self.match is not None and self.match < least
 
     @property
     def match_in_words(self) -> str:
@@ -159,10 +164,7 @@ class Explanation:
 
     @property
     def trusted(self) -> bool | None:
-        """Whether the map can be relied on; None where the index holds no calibration.
-
-        True also where the weights were computed on the query (`direct`), however low `trust` is.
-        """
+        """Whether the map can be relied on, as always where `direct`; None without calibration."""
         if self.trust_low is None:
             return None
         return self.direct or self.trust_low >= self.trusted_from
@@ -212,15 +214,11 @@ class Explanation:
 
     @property
     def told_apart(self) -> tuple[str, str] | None:
-        """What the map speaks for and what it is told from, where a rival was named; else None.
-
-        The labels where one image's weights are its whole label's, else the ids.
-        """
+        """The ids of the image named and its rival, or their labels where these are `shared`."""
         if self.asked is None or self.rival is None:
             return None
         one, other = self.asked.label, self.rival.label
-        by_label = self.shared and not self.method and one != other
-        if by_label and one is not None and other is not None:
+        if self.shared and not self.method and one and other and one != other:
             return one, other
         return self.asked.id, self.rival.id
 
@@ -282,14 +280,10 @@ class Explanation:
 
     def neighbors(self) -> list[Result]:
         """Return the neighbors, a record each, in the order of `ids`."""
-        unknown = [None] * len(self.ids)
-        norms = unknown if self.neighbor_norms is None else self.neighbor_norms.tolist()
-        columns = (
-            self.ids, self.labels, self.paths, self.distances.tolist(), self.similarities.tolist(),
-            unknown if self.neighbor_cams is None else self.neighbor_cams, norms,
-            unknown if self.marks is None else self.marks,
+        return Result.of(
+            self.ids, self.labels, self.paths, self.distances, self.similarities,
+            self.neighbor_cams, self.neighbor_norms, self.marks,
         )  # fmt: skip
-        return [Result(*fields) for fields in zip(*columns, strict=True)]
 
     def results(self) -> list[Result]:
         """Return all that pictures show, the images that were named first."""
@@ -332,23 +326,20 @@ class Explanation:
         features
             With "features", K numbers.
         """
-        maps = {"cam": self.cam, **({"signed_cam": self.signed_cam} if signed else {})}
+        names = ["cam", "signed_cam"] if signed else ["cam"]
+        maps = {name: getattr(self, name) for name in names}
+        if size is not None:
+            maps = {name: area_average(one, size) for name, one in maps.items()}
+        if features:
+            maps["features"] = self.features
         return {
-            **{
-                name: _rounded(one if size is None else area_average(one, size))
-                for name, one in maps.items()
-            },
-            **({"features": _rounded(self.features)} if features else {}),
+            **{name: _rounded(one) for name, one in maps.items()},
             "empty": self.empty,
             "why_empty": self.why_empty,
             "extent": None if self.extent is None else list(self.extent),
             "transfer": self.transfer,
-            # Of the query's map; the neighbors' are the index's own.
             "method": self.method or None,
-            "match": self.match,
-            "trust": self.trust,
-            "trust_low": self.trust_low,
-            "trusted": self.trusted,
+            **{name: getattr(self, name) for name in ("match", "trust", "trust_low", "trusted")},
             "direct": self.direct,
             "explained": list(self.explained),
             "result": self._record(self.asked),
@@ -377,7 +368,7 @@ def small_size(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _rounded(cam: np.ndarray) -> list[Any]:
-    """Return a map as lists of numbers with the digits a float32 holds, not a double's."""
+    """Return lists of numbers with the digits a float32 holds, not a double's."""
     shortest: list[Any] = np.asarray(cam, np.float32).astype("U").astype(float).tolist()
     return shortest
 

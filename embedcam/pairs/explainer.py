@@ -94,16 +94,16 @@ class PairExplainer:
         except EmbeddingError as error:
             names = [query_name(one, row) for row, one in enumerate([query, *results])]
             raise error.named(names) from None
-        (query_shown, _), *shown = opened
         mean = mean_of(index, centred)
         for result, side in zip(results, theirs, strict=True):
             if isinstance(result, str):
                 check_same(index, result, side)
+        shown = [picture for picture, _ in opened]
         return [
             make_receipt(
-                ours, side, mean, centred=centred, query_shown=query_shown, result_shown=picture
+                ours, side, mean, centred=centred, query_shown=shown[0], result_shown=picture
             )
-            for side, (picture, _) in zip(theirs, shown, strict=True)
+            for side, picture in zip(theirs, shown[1:], strict=True)
         ]
 
     def above(
@@ -124,9 +124,7 @@ class PairExplainer:
     def head(self, index: Index) -> HeadMatrix | None:
         """Return the head by an index of the explainer; None where it is not pooled and affine."""
         known = self._head
-        if known is None or known[0]() is not index:
-            # With its index, which is not held by it: another version may keep the matrix
-            # otherwise, or not at all.
+        if known is None or known[0]() is not index:  # Another version may keep it otherwise.
             head = self.network.affine_head(lambda: matrix_of(index))
             known = self._head = (weakref.ref(index), head)
         return known[1]
@@ -143,8 +141,8 @@ class PairExplainer:
         for shape in {tuple(one.shape) for one in inputs}:
             places = [place for place, one in enumerate(inputs) if tuple(one.shape) == shape]
             with _placed(places):
-                embedded = self.network.embed(stacked([inputs[place] for place in places]))
-            embeddings, norms, (maps,) = embedded
+                batch = stacked([inputs[place] for place in places])
+                embeddings, norms, (maps,) = self.network.embed(batch)
             check_outputs(embeddings, maps)
             for row, place in enumerate(places):
                 norm = 1.0
@@ -206,12 +204,8 @@ def check_medoid(index: Index, name: str, state: FileState | None) -> None:
 
 
 def check_same(index: Index, name: str, side: Side) -> None:
-    """Refuse the picture of an image that is another than was indexed, by its embedding.
-
-    A prototype is the mean of several images, and is no picture's embedding: it is not compared.
-    Its receipt is of the picture in its middle, whose similarity it divides.
-    """
-    if index.manifest.is_compressed:
+    """Refuse the picture of an image that is another than was indexed, by its embedding."""
+    if index.manifest.is_compressed:  # A prototype's embedding is a mean, no picture's.
         return
     stored = index.embeddings([index.position(name)])[0].astype(np.float64)
     lengths = np.linalg.norm(stored) * np.linalg.norm(side.embedding)

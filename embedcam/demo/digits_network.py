@@ -131,7 +131,7 @@ def _descend(
             images = batches.draw(view(step / settings.steps))
             loss = triplet_loss(F.normalize(network(images), dim=1), labels, settings.margin)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             advance(1)

@@ -1,7 +1,6 @@
 """Pure functions from weights and activations to a map: `cam`, resizing, sharpening, transfer.
 
-NumPy arrays or torch tensors, whichever is given: only operators and methods that both share are
-used, so nothing heavy is imported and services can stay without torch.
+Of NumPy arrays or torch tensors, by what both share: services can stay without torch.
 """
 
 import math
@@ -25,8 +24,8 @@ def cam(weights: Array, activations: Array) -> Array:
     Parameters
     ----------
     weights
-        Channel weights, `[B K]`, or `[K]` for one image; or weights by position, of the
-        activations' own shape (Draelos and Carin 2020, eq. 2).
+        Of channels, `[B K]` or `[K]`; or by position, of the activations' own shape (Draelos and
+        Carin 2020, eq. 2).
     activations
         `[B K H W]`, or `[K H W]` for one image.
 
@@ -34,11 +33,6 @@ def cam(weights: Array, activations: Array) -> Array:
     -------
     array
         The map, `[B H W]` or `[H W]`, >= 0, not normalised.
-
-    Raises
-    ------
-    InputError
-        The shapes do not belong together.
     """
     maps: Any = signed_cam(weights, activations)
     positive: Any = np.maximum(maps, 0) if isinstance(maps, np.ndarray) else maps.clip(min=0)
@@ -74,28 +68,27 @@ def signed_cams(weights: np.ndarray, activations: np.ndarray) -> np.ndarray:
     return np.asarray(np.einsum("nkhw,khw->nhw", weights, activations))
 
 
-def attended(activations: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+def attended(activations: np.ndarray, cam_map: np.ndarray) -> np.ndarray:
     """Return activations averaged where a map lies, sum_ij M_ij A_k,ij / sum_ij M_ij, `[K]`.
 
     As Chen et al. (WACV 2020) do it for house prices; under an empty map the plain mean. A map on
     another grid than the activations' `[K h w]` is averaged down, or interpolated where coarser.
     """
     size = activations.shape[1:]
-    if drawn.shape != size:
-        fits = size[0] <= drawn.shape[0] and size[1] <= drawn.shape[1]
-        drawn = area_average(drawn, size) if fits else resize(drawn, size)
+    if cam_map.shape != size:
+        fits = size[0] <= cam_map.shape[0] and size[1] <= cam_map.shape[1]
+        cam_map = area_average(cam_map, size) if fits else resize(cam_map, size)
     # Shares of 1, so that neither a large nor a tiny map leaves float32's range.
-    shares = np.asarray(drawn, np.float64).ravel()
+    shares = np.asarray(cam_map, np.float64).ravel()
     total = shares.sum()
     shares = shares / total if total > 0 else np.full(shares.size, 1 / shares.size)
     return np.asarray(activations.reshape(len(activations), -1) @ shares.astype(np.float32))
 
 
 def joined(coarse: Array, fine: Array) -> Array:
-    """Return signed maps of one picture from two views as one, on the finer grid, with mean 0.
+    """Return signed maps C `[... h w]` and F `[... H W]` of one picture as one, with mean 0.
 
-    s_c ((U(C) - mean U(C)) / s_c + (F - mean F) / s_f), s the standard deviations: equal parts of
-    both, in the units of the coarse map C `[... h w]`; F is `[... H W]`. A constant adds nothing.
+    s_c ((U(C) - mean U(C)) / s_c + (F - mean F) / s_f), s the standard deviations.
     """
     larger: Any = fine
     upper, lower = (_centered(one) for one in (resize(coarse, _sides(fine)), fine))
@@ -157,10 +150,7 @@ def resize(maps: Array, size: tuple[int, int]) -> Array:
 
 
 def area_average(maps: Array, size: tuple[int, int]) -> Array:
-    """Return maps `[... h w]` averaged over equal rectangles at (H, W), at most (h, w).
-
-    Exactly, positions cut by a border counted by area: the mean of every map is kept.
-    """
+    """Return maps `[... h w]` averaged over equal rectangles at (H, W), exactly, by area."""
     height, width = _checked_size(size)
     h, w = _sides(maps)
     if height > h or width > w:
@@ -188,8 +178,7 @@ def sharpen(fine: Array, coarse: Array) -> Array:
 def normalize(maps: Array) -> Array:
     """Return each map `[... H W]` min-max normalised to [0, 1]; a constant one becomes zeros.
 
-    For showing one map by itself. It hides how strong the evidence is: never use it before
-    comparing maps.
+    It hides how strong the evidence is: never use it before comparing maps.
     """
     floats: Any = _floating(maps)
     flat = _flat(floats)

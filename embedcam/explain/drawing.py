@@ -37,8 +37,11 @@ def tiles(explanation: Explanation, side: int | None = None) -> tuple[Tile, list
     )
     if side is not None:
         query = shrunk(query, side)
-    results = (_tile(explanation, one) for one in explanation.results())
-    return query, [one if side is None else shrunk(one, side) for one in results]
+    results = []
+    for one in explanation.results():
+        tile = _tile(explanation, one)
+        results.append(tile if side is None else shrunk(tile, side))
+    return query, results
 
 
 def _tile(explanation: Explanation, result: Result) -> Tile:

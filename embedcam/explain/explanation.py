@@ -35,11 +35,12 @@ class Result:
     @classmethod
     def of(cls, ids: Sequence[str], *columns: Sequence[Any] | np.ndarray | None) -> list[Result]:
         """Return a record each of the fields' columns `[n]`; None of columns that are unknown."""
-        unknown = [None] * len(ids)
-        filled = (
-            column.tolist() if isinstance(column, np.ndarray) and column.ndim == 1 else column
-            for column in (unknown if column is None else column for column in columns)
-        )
+        filled: list[Sequence[Any] | np.ndarray] = []
+        for column in columns:
+            values = [None] * len(ids) if column is None else column
+            if isinstance(values, np.ndarray) and values.ndim == 1:
+                values = values.tolist()
+            filled.append(values)
         return [cls(*fields) for fields in zip(ids, *filled, strict=True)]
 
 
@@ -52,16 +53,14 @@ class Explanation:
     cam
         The query's map, `[H W]` float32 >= 0, at the size asked for: what is drawn.
     signed_cam
-        The same before its ReLU, `[H W]` float32: what speaks against is negative. Ranks and
-        thresholds of it do not depend on how maps are drawn. Of several layers the negative part is
-        the deepest one's; of a `method` it is the method's own map.
+        The same before its ReLU: what speaks against is negative, of several layers by the deepest
+        one. Ranks and thresholds of it do not depend on how maps are drawn.
     weights
-        The transferred channel weights, `[K]` float32, or `[K h w]` of an index that keeps them by
-        position; with `method` that method's own, and zeros where it has none.
+        The transferred channel weights, `[K]` float32, or `[K h w]` by position; with `method`
+        that method's own, and zeros where it has none.
     features
-        The activations averaged under the map on the layer's grid, `[K]` float32, see
-        `ops.attended`: what the query shows where it matched, to predict from. With detail 2 those
-        of the query shown larger, of several layers the deepest one's; under an empty map the mean.
+        The activations averaged under the map, `[K]` float32, see `ops.attended`: what the query
+        shows where it matched, to predict from; under an empty map their mean.
     ids, labels, paths
         Of the neighbors, nearest first; in the order given where they were named.
     distances, similarities
@@ -74,30 +73,28 @@ class Explanation:
         "mean" or "distance".
     extent
         The rectangle of the query picture that the map covers, (x0, y0, x1, y1) in pixels of the
-        upright picture; outside it there is no evidence. None where the picture is unknown.
+        upright picture; None where the picture is unknown.
     image, preprocess
         The query picture, upright, and what was shown to the network of the neighbors', or None.
     root, only_below
         Folder that `paths` were joined to, None where they are the caller's own. A path that climbs
-        out of it ("..") is not followed, and with `only_below` no absolute one that lies elsewhere:
-        its picture counts as not found.
+        out of it is not followed, and with `only_below` no absolute one that lies elsewhere.
     neighbor_norms
         L2 norm of each neighbor's stored weights, `[n]`, or None. Pictures divide by it, so that
-        results that share a color scale are compared by weights of one length.
+        results on one color scale are compared by weights of one length.
     method
         Title of the method that made the query's map itself; empty where weights were transferred.
     layer_weights
         The weights of every layer by its name, or None.
     trust, trust_low
         The correlation to be expected, in [0, 1], of the signed map with the one computed on the
-        query itself by the index's own target (which `fallback` draws), and what nine in ten such
-        maps reach; calibrated with transfer "mean" from one neighbor and from five. Also where
-        `direct` they are the transfer's. None where the index holds no calibration.
+        query itself, and what nine in ten such maps reach; also where `direct` those of the
+        transfer. None where the index holds no calibration.
     trusted_from
         `trust_low` from which the explanation counts as `trusted`.
     direct
-        The transfer was not trusted, and the weights were computed on the query itself. `trusted`
-        is then True whatever `trust` is. It answers for the results that came back, right or wrong.
+        The transfer was not trusted, and the weights were computed on the query itself, for the
+        results that came back, right or wrong.
     asked, rival
         The images that `result` and `above` named; pictures show them first. With a rival the
         weights are the result's less the rival's, each of length 1 before, and `trust` is None.
@@ -108,13 +105,11 @@ class Explanation:
     max_pixels
         Pictures of more pixels are not read, and count as not found.
     marks
-        Of the files of the neighbors' pictures when the index was built, uint32 `[n 4]`, or None
-        where unknown. A map is not drawn over a picture that is another now.
+        Of the files of the neighbors' pictures when the index was built, uint32 `[n 4]`, or None.
     match
         The probability, in [0, 1], that the first result is of the query's kind, from the distances
-        and labels of the ten nearest, however many are shown: whether the result is right, where
-        trust says whether the map is. Without labels: how usual the distance of the first is among
-        the indexed images. None where the index holds no calibration.
+        and labels of the ten nearest; without labels, how usual its distance is among the indexed
+        images. None where the index holds no calibration.
     """
 
     cam: np.ndarray
@@ -311,10 +306,8 @@ class Explanation:
         """Return plain lists and numbers, ready for JSON; all but the weights and the pictures.
 
         "file" of a neighbor is what became of its picture's file since the build: "same",
-        "changed", "missing", or null where the index keeps no mark of it. "trusted" is true, too,
-        where the weights were computed on the query ("direct"): "trust" is then the low one of the
-        transfer that was not taken. "result" and "rival" are the images that were named, as one of
-        "neighbors" is described, else null. "why_empty" is a sentence where the map is "empty".
+        "changed", "missing", or null where unknown. "trusted" is true, too, where "direct".
+        "result" and "rival" are the images that were named, else null.
 
         Parameters
         ----------

@@ -83,10 +83,9 @@ def from_dataset(
     Parameters
     ----------
     dataset
-        Of pictures, (picture, label) pairs, or rows as Hugging Face's data sets have them:
-        dictionaries with the picture under "image" (or img, picture, photo), the label under
-        "label" (or labels, class). A picture is anything `read_image` takes, or a tensor
-        `[1|3 H W]` (uint8, or floats in [0, 1]).
+        Of pictures, (picture, label) pairs, or dictionaries with the picture under "image" (or img,
+        picture, photo), the label under "label" (or labels, class). A picture is anything
+        `read_image` takes, or a tensor `[1|3 H W]` (uint8, or floats in [0, 1]).
     ids
         Default the paths below `dataset.root` where the data set lists its files (`samples`, as
         torchvision's ImageFolder does), else "0", "1", ...

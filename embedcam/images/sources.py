@@ -173,18 +173,16 @@ def find_images(
 
     Images are told by the extension (see `EXTENSIONS`); hidden files and folders are left out. The
     source's `left_out` counts what was not taken, its `notes` say what looks like a mistake. Links
-    are followed; a folder that is reached twice is read once, under its own name if it has one. A
-    file that turns out to be no image is reported when it is read.
+    are followed; a folder that is reached twice is read once.
 
     Parameters
     ----------
     path
         The folder, or the CSV file.
     labels
-        "folders" takes the first folder below `path` as the label, "subfolders" the one below that,
-        as of train/owls/1.jpg; "none" gives no labels; "auto" takes folders where the images lie in
-        some, and none where they lie flat. For a CSV "auto" takes its label column, and "numbers"
-        too, as numbers in place of classes: near ones are alike.
+        "folders" takes the first folder below `path` as the label, "subfolders" the one below that;
+        "none" gives no labels; "auto" takes folders where the images lie in some. For a CSV "auto"
+        takes its label column, and "numbers" too, as numbers: near ones are alike.
     max_pixels
         More than this many pixels are refused before they are decoded.
     exclude
@@ -198,10 +196,10 @@ def find_images(
     root = Path(path)
     if root.is_dir():
         if labels == "numbers":
-            raise InputError(
-                f'{root}: labels="numbers" takes the label column of a CSV, and this is a folder; '
-                "give a CSV with the columns path,label"
+            takes = (
+                f'{root}: labels="numbers" takes the label column of a CSV, and this is a folder'
             )
+            raise InputError(f"{takes}; give a CSV with the columns path,label")
         walk = _Walk(root, patterns)
         items = _folder_items(root, sorted(walk), labels, str(walk.left_out()))
         notes, left_out = [*_of_lists(root), *_of_parts(root, items)], walk.left_out()
@@ -383,8 +381,7 @@ def csv_rows(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line number, row) of a CSV that has the columns `wanted`, else raise InputError.
 
-    It is UTF-8, its fields divided by commas, semicolons or tabs; blanks around the fields, and a
-    name's case, mean nothing. `expected` is its header, for messages.
+    It is UTF-8 with commas, semicolons or tabs; `expected` is its header, for messages.
     """
     refuse_device(path)
     try:

@@ -19,7 +19,6 @@ from .sides import DifferentiatedSide, PooledSide, Side, matrix_of
 if TYPE_CHECKING:
     from ..explain.explainer import Explainer
     from ..explain.queries import Inputs, QueryLike
-    from ..images import FileState
     from ..index import Index
     from ..preprocess import HeadMatrix
 
@@ -30,9 +29,8 @@ _SAME = 0.99
 class PairExplainer:
     """Explains pairs: a query and one of its results, or two results of one query.
 
-    The pictures of both are forwarded together. Behind average pooling and an affine head a receipt
-    is exact and needs neither a gradient nor torch; behind another head each picture is one head
-    pass.
+    Behind average pooling and an affine head a receipt is exact and needs neither a gradient nor
+    torch; behind another head each picture is one head pass.
 
     Parameters
     ----------
@@ -74,10 +72,8 @@ class PairExplainer:
 
         Raises
         ------
-        ImageError
-            A picture that cannot be read, or is not the one that was indexed.
-        InputError
-            An unknown or removed id.
+        ImageError, InputError
+            A picture that cannot be read or is not the one indexed; an unknown or removed id.
         """
         return self.receipts(query, [result], centred=centred)[0]
 
@@ -109,13 +105,7 @@ class PairExplainer:
     def above(
         self, query: QueryLike, result: QueryLike, rival: QueryLike, *, centred: bool = True
     ) -> Comparison:
-        """Return why the result came above the rival; arguments as for `receipt`.
-
-        Raises
-        ------
-        InputError
-            As `receipt`, or both are the same image.
-        """
+        """Return why the result came above the rival; arguments and errors as for `receipt`."""
         if isinstance(result, str) and result == rival:
             raise InputError(f"the result and its rival are both {result!r}; name two images")
         first, second = self.receipts(query, [result, rival], centred=centred)
@@ -130,10 +120,7 @@ class PairExplainer:
         return known[1]
 
     def sides(self, index: Index, inputs: Sequence[Inputs]) -> list[Side]:
-        """Return what receipts are made of, by `make_receipt`, of the network's inputs `[3 H W]`.
-
-        Those of one size are forwarded together.
-        """
+        """Return what receipts are made of, of inputs `[3 H W]`; those of one size go together."""
         head = self.head(index)
         if head is None:
             return [self._differentiated(one, row) for row, one in enumerate(inputs)]
@@ -153,11 +140,14 @@ class PairExplainer:
 
     def _open(self, image: QueryLike, by_id: bool = False) -> tuple[Shown, Inputs]:
         """Return how a picture is drawn, and the network's input `[3 H W]`."""
-        name, label = "", None
+        name, label, index = "", None, self.explainer.index
         if by_id and isinstance(image, str):
-            index = self.explainer.index
             name, label = image, index.labels[index.position(image)]
-            check_medoid(index, image, self.explainer.file_state(image))
+            if index.manifest.is_compressed and self.explainer.file_state(image) == "changed":
+                raise ImageError(
+                    f"{name}: the picture in the middle of this prototype was replaced since it "
+                    "was indexed; index it again, and compress that"
+                )
             image = self.explainer.picture(image)
         picture, inputs = self.explainer.prepared(image)
         extent = None
@@ -174,7 +164,7 @@ class PairExplainer:
 
 @contextmanager
 def _placed(places: Sequence[int]) -> Iterator[None]:
-    """Have errors of a batch speak of the places its pictures have among all of them."""
+    """Name rows of errors by the places that a batch's pictures have among all of them."""
     try:
         yield
     except EmbeddingError as error:
@@ -192,15 +182,6 @@ def mean_of(index: Index, centred: bool) -> np.ndarray:
             "apart; ask for receipts that are not centred"
         )
     return np.asarray(index.fitted("embedding_mean"), np.float64)
-
-
-def check_medoid(index: Index, name: str, state: FileState | None) -> None:
-    """Refuse a prototype whose picture was replaced: no stored embedding is that picture's."""
-    if index.manifest.is_compressed and state == "changed":
-        raise ImageError(
-            f"{name}: the picture in the middle of this prototype was replaced since it was "
-            "indexed; index it again, and compress that"
-        )
 
 
 def check_same(index: Index, name: str, side: Side) -> None:

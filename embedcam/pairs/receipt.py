@@ -4,10 +4,8 @@ The similarity of a query f and a result f' is f . f'. With m the mean embedding
 
     f . f'  =  f . m  +  f . (f' - m)
 
-the first part is what the query has in common with the average image; the second is what matches
-*this* result, and it is divided among the query's positions and channels. The same with the roles
-changed divides it among the result's. (`centred=False` divides f . f' itself: the positions that
-are bright in any picture then take most of it.)
+the first part is what the query has in common with the average image; the second, what matches
+*this* result, is divided among the query's positions and channels, and likewise among the result's.
 """
 
 from __future__ import annotations
@@ -69,12 +67,10 @@ _UNKNOWN = Shown()
 class Receipt:
     """Why a query and one result are similar.
 
-    `similarity` is f . f', the inner product of the embeddings. `query` and `result` are what each
-    side gives to it: of either `cells.sum() + shared + remainder` is the similarity, and so is
-    `channels.sum() + ...`. `exact` is whether the contributions are exact (the head is average
-    pooling and affine), or one vector-Jacobian product of the head on each side; the remainder then
-    holds what is not of first order. `centred` is whether what the average image shares, by its
-    embedding `mean` `[D]`, was put apart. `query_shown` and `result_shown` are the pictures.
+    `similarity` is f . f', and `query` and `result` are what each side gives to it: of either
+    `cells.sum() + shared + remainder`, and `channels.sum() + ...`, is the similarity. Where not
+    `exact` (the head is more than average pooling and affine), the remainder holds what is not of
+    first order. `centred` is whether what the average image shares, `mean` `[D]`, was put apart.
     """
 
     similarity: float
@@ -114,10 +110,9 @@ class Receipt:
     def point(self, row: int, column: int, of: Which = "query") -> np.ndarray:
         """Return what one position matches, `[H' W']` on the other picture's grid, signed.
 
-        Of both positions' vectors (what each alone gives to the embedding) an equal share of the
-        mean embedding is taken; the contribution is the product of what is left. Over all pairs the
-        contributions sum to (f - m) . (f' - m), but for the remainders. `row` and `column` count
-        from 0 on the position's own grid, that `of` the "query" or of the "result".
+        The product of both positions' vectors (what each alone gives to the embedding), each less
+        its share of the mean embedding: over all pairs (f - m) . (f' - m), but for the remainders.
+        `row` and `column` count from 0 on the grid `of` the "query" or of the "result".
         """
         if of not in ("query", "result"):
             raise InputError(f'of = {of!r}; a cell is of the "query" or of the "result"')
@@ -130,10 +125,7 @@ class Receipt:
         return self._matched(other, self._vectors(side, [row * width + column])[0])
 
     def matrix(self) -> np.ndarray:
-        """Return `point` of every position, `[H W H' W']`.
-
-        Where not `exact`, of as many head passes as positions.
-        """
+        """Return `point` of every position, `[H W H' W']`; a head pass each where not `exact`."""
         grids = [side.activations.shape[1:] for side in self.sides]
         vectors = [
             self._vectors(side, range(height * width))
@@ -142,11 +134,10 @@ class Receipt:
         return np.asarray((vectors[0] @ vectors[1].T).reshape(*grids[0], *grids[1]))
 
     def links(self, n: int = 5) -> list[Link]:
-        """Return the best matching positions, best first.
+        """Return the best matching positions, best first, each position in one link at most.
 
-        A position is in one link at most, and a link that runs beside a better one (both ends next
-        to its ends) is left out: it says the same. Where the receipt is not `exact`, links begin
-        only at the query's 16 positions that give most.
+        A link beside a better one (both ends next to its ends) is left out. Where not `exact`,
+        links begin only at the query's 16 positions that give most.
         """
         n = whole("links", n)
         query, result = self.sides
@@ -175,8 +166,7 @@ class Receipt:
     def to_dict(self, lines: int = 10, links: int = 5) -> dict[str, Any]:
         """Return plain lists and numbers, ready for JSON; without pictures."""
         names = ("similarity", "exact", "centred", "shared", "remainder")
-        return {
-            **{name: getattr(self, name) for name in names},
+        return {name: getattr(self, name) for name in names} | {
             **_channel_dicts(self.channels, lines),
             "query": _evidence_dict(self.query, self.query_shown),
             "result": _evidence_dict(self.result, self.result_shown),
@@ -233,12 +223,10 @@ class Comparison:
     """Why one result came above another.
 
     `score` is half of D(f, f'') - D(f, f'), D squared Euclidean, f' the result and f'' the rival;
-    for embeddings of length 1, and where the index ranks by inner products, the difference of the
-    similarities. Positive: the result is nearer. `query` is what the query's positions and channels
-    give to it: positive where it speaks for the result, negative for the rival. `cells.sum() +
-    remainder` is the score, and `lengths` is part of that remainder: what the embeddings' own
-    lengths give, (|f''|^2 - |f'|^2) / 2: of two equally similar results the shorter is nearer. 0
-    for inner products. `result` and `rival` are the receipts of either with the query.
+    for embeddings of length 1 and inner products the difference of the similarities. `query` is
+    what the query gives to it, negative where it speaks for the rival: `cells.sum() + remainder` is
+    the score. `lengths` is the part of the remainder that the embeddings' own lengths give,
+    (|f''|^2 - |f'|^2) / 2, 0 for inner products. `result` and `rival` are their receipts.
     """
 
     score: float
@@ -351,7 +339,6 @@ def _rest(channels: np.ndarray, lines: Sequence[Line]) -> float:
 def _amounts(
     channels: np.ndarray, n: int, remainder: float, exact: bool
 ) -> list[tuple[str, float]]:
-    """Return n channels, all the others together, and the remainder where it is not rounding."""
     lines = _top_lines(channels, n)
     amounts = [(f"channel {line.channel}", line.contribution) for line in lines]
     if len(channels) > len(lines):
@@ -384,7 +371,6 @@ _HOW = {
 
 
 def _tile(evidence: Contributions, shown: Shown, rival: bool = False) -> Tile:
-    """Return a picture with what in it speaks for (red) and against; a rival's the other way."""
     cells = -evidence.cells if rival else evidence.cells
     name, label = shown.name.rpartition("/")[2] or "query", shown.label or ""
     return Tile(shown.image, cells, shown.extent, name, label, signed=True)

@@ -1,10 +1,9 @@
 """One picture of a pair, and what each of its positions and channels gives to its embedding.
 
 A head turns activations A `[K H W]` into z `[D]`, and the embedding is f = z / |z| (or z itself).
-Behind average pooling and an affine head z = W p + b all is exact and follows from the activations;
-elsewhere it is of first order in A, by products with the head's Jacobian. |z| is held constant on
-purpose: differentiating through it makes the contributions of all channels sum to zero where the
-head has no bias, for the cosine does not change when all of them grow alike.
+Behind average pooling and an affine head z = W p + b all is exact; elsewhere it is of first order
+in A, by products with the head's Jacobian. |z| is held constant on purpose: differentiated through,
+all contributions sum to zero where the head has no bias.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ class Receipt:
         )
 
     def _vectors(self, side: Side, cells: Sequence[int]) -> np.ndarray:
-        return side.cell_vectors(cells) - self.mean / side.activations[0].size
+        return np.asarray(side.cell_vectors(cells) - self.mean / side.activations[0].size)
 
     def _matched(self, other: Side, vector: np.ndarray) -> np.ndarray:
         _, cells = other.products(vector)

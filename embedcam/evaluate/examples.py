@@ -57,10 +57,7 @@ class Examples:
         return shown + self._ends([("One picture", ranked)], by, score)
 
     def grid(self, rows: Rows, asked: Sequence[Row]) -> list[PageRow]:
-        """Draw a row for each of a few questions, by lot, with a tile for each method.
-
-        Of what was asked about two objects, in real pictures where there are any; else of images.
-        """
+        """Draw a tile for each method of a few questions by lot, rather of two objects."""
         rivals, settings = self.work.rivals, self.work.settings
         if not rivals or not settings.examples:
             return []
@@ -77,7 +74,6 @@ class Examples:
         return [row for row in drawn if row is not None]
 
     def _ends(self, kinds: Sequence[tuple[str, list[Row]]], by: str, score: Score) -> list[PageRow]:
-        """Draw the best beside the worst of each kind, each once; of few the best come first."""
         count, shown = self.work.settings.examples, []
         for kind, rows in kinds:
             scores = {place: score(row) for place, row in enumerate(rows)}
@@ -113,7 +109,6 @@ class Examples:
         return PageRow(tiles[0], tiles[1:], "; ".join(shown.notes), title, scale="each")
 
     def _example(self, row: Row) -> PageRow:
-        """Draw one picture with its map and what it was explained by."""
         shown, about = self._shown(row), "first" in row
         explained = self.work.mapper.transferred(shown.asked.seen, shown.asked.near)[0]
         words = []
@@ -134,7 +129,6 @@ class Examples:
         return PageRow(tile, [_shrunk(one) for one in results[: 1 if about else RESULTS]])
 
     def _shown(self, row: Row) -> _Shown:
-        """Read again what a row was measured on."""
         work, about = self.work, "first" in row
         near = [np.array([work.mapper.index.position(row["result"])] if about else [])]
         if row.get("second", -1) >= 0:
@@ -191,12 +185,10 @@ def _insertion_gain(row: Row) -> float | None:
 
 
 def _shrunk(tile: Tile) -> Tile:
-    """Return a tile whose picture is small, and never enlarged."""
     return tile if tile.image is None else shrunk(tile, min(SIDE, max(tile.image.size)))
 
 
 def _outline(picture: Image.Image, box: Extent) -> None:
-    """Draw a dashed box in a color no map has, so that it is not taken for the crop's frame."""
     x0, y0, x1, y1 = (round(edge) for edge in box)
     if x1 - x0 < 4 or y1 - y0 < 4:
         return

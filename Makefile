@@ -3,18 +3,28 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PARALLEL := -n 2 --dist loadfile
 
-.PHONY: test check demo clean
+.PHONY: test test-fast test-all coverage check docs notebooks demo clean
 
 $(READY): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet torch torchvision
-	$(BIN)/python -m pip install --quiet --editable ".[test,oracles,lime]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,oracles,lime,docs]"
 	touch $(READY)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m "not campaign and not peers"
+
+test-fast: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m core
+
+test-all: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)
+
+coverage: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) --cov=embedcam --cov-branch --cov-report=term:skip-covered
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -22,8 +32,14 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
+docs: $(READY)
+	$(BIN)/python scripts/docs.py
+
+notebooks: $(READY)
+	$(BIN)/python scripts/notebooks.py
+
 demo: $(READY)
 	$(BIN)/embedcam demo demo-output
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output site .site-source

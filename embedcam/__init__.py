@@ -19,32 +19,24 @@ TYPE_CHECKING = False  # type checkers take it for true; `typing` costs 15 ms
 __version__ = "0.1.0"
 
 _WHERE = {
-    "METHODS": "recipe",
-    "BuildReport": "offline",
-    "ClassProxy": "targets",
-    "Coordinate": "targets",
-    "DirectWeights": "methods",
-    "EmbedcamError": "errors",
-    "EmbeddingNetwork": "network",
-    "Explainer": "explain",
-    "Explanation": "explain",
-    "Index": "index",
-    "NegativeDistance": "targets",
-    "PairContribution": "targets",
-    "PairExplainer": "pairs",
-    "Preprocess": "preprocess",
-    "Recipe": "recipe",
-    "Similarity": "targets",
-    "TripletMargin": "targets",
-    "add_images": "offline",
-    "build_from_features": "offline",
-    "build_index": "offline",
-    "cam_for": "methods",
-    "evaluate_index": "evaluate",
-    "find_images": "images",
-    "from_dataset": "images",
-    "load_network": "network",
-    "write_report": "report",
+    name: module
+    for module, names in {
+        "errors": "EmbedcamError",
+        "evaluate": "evaluate_index",
+        "explain": "Explainer Explanation",
+        "images": "find_images from_dataset",
+        "index": "Index",
+        "methods": "DirectWeights cam_for",
+        "network": "EmbeddingNetwork load_network",
+        "offline": "BuildReport add_images build_from_features build_index",
+        "pairs": "PairExplainer",
+        "preprocess": "Preprocess",
+        "recipe": "METHODS Recipe",
+        "report": "write_report",
+        "targets": "ClassProxy Coordinate NegativeDistance PairContribution Similarity "
+        "TripletMargin",
+    }.items()
+    for name in names.split()
 }
 
 __all__ = [

@@ -156,7 +156,11 @@ def check(record: Any, error: type[EmbedcamError] = InputError) -> None:
 
 
 def add_options(
-    group: Any, record: type, *names: str, tables: Container[str] | None = None, help: str = "{}"
+    group: argparse._ActionsContainer,
+    record: type,
+    *names: str,
+    tables: Container[str] | None = None,
+    help: str = "{}",
 ) -> None:
     """Add the options of a dataclass's settings to a parser or a group of one.
 
@@ -220,12 +224,12 @@ def from_tables(
     for name, declaration in settings_of(record).items():
         entries.setdefault(declaration.table, {})[declaration.entry or name] = name
     values: dict[str, Any] = {}
-    for table, given in tables.items():
+    for table, content in tables.items():
         if table not in entries:
             raise error(f"{where}: unknown table [{table}]; {nearest_of(table, entries)}")
-        if not isinstance(given, Mapping):
-            raise error(f"{where}: {table} = {short(given)} should be a table, [{table}]")
-        for entry, value in given.items() if table not in others else ():
+        if not isinstance(content, Mapping):
+            raise error(f"{where}: {table} = {short(content)} should be a table, [{table}]")
+        for entry, value in content.items() if table not in others else ():
             if entry not in entries[table]:
                 known = nearest_of(entry, entries[table])
                 raise error(f"{where}: [{table}] has no entry {entry!r}; {known}")

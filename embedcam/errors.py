@@ -33,10 +33,7 @@ _UNSEEN_LETTERS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0]")
 
 
 def printable(text: str) -> str:
-    """Return a text with all that is not seen escaped as Python writes it (`\\x1b`, `\\u202e`).
-
-    Blanks of every width stay.
-    """
+    """Return a text with all that is not seen escaped as Python writes it; blanks stay."""
     if text.isprintable() and not _UNSEEN_LETTERS.search(text):
         return text
     return "".join(

@@ -19,6 +19,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 if TYPE_CHECKING:
     from embedcam import EmbeddingNetwork, Explainer
     from embedcam.evaluate import Evaluation
+    from embedcam.images import ImageSource
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,26 @@ def explainer(dense: Path, network: "EmbeddingNetwork") -> "Iterator[Explainer]"
 
     with Index.open(dense) as index:
         yield Explainer(index, network, n_neighbors=3)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    from build_samples import quicken
+
+    quicken(monkeypatch)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of at least four images, so that a dozen make several."""
+    monkeypatch.setattr("embedcam.offline.plan.CHUNK", 4)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> "ImageSource":
+    from build_samples import pictures
+
+    return pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture

@@ -142,7 +142,7 @@ def test_brute_force_is_exact_and_does_not_depend_on_blocks(
     expected = truth(vectors, vectors[:20], np.arange(90), 12, metric)
     whole = nearest(vectors, vectors[:20], 12, metric)
     np.testing.assert_array_equal(whole.positions, expected)
-    monkeypatch.setattr("embedcam.index.files.BLOCK_BYTES", 7 * WIDTH * 4)
+    monkeypatch.setattr("embedcam.index.arrays.BLOCK_BYTES", 7 * WIDTH * 4)
     pieces = nearest(vectors, vectors[:20], 12, metric)
     np.testing.assert_array_equal(pieces.positions, whole.positions)
     assert nearest(vectors, vectors[:2], 500, metric).positions.shape == (2, 90)

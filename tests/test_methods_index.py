@@ -27,8 +27,8 @@ from embedcam import (
 from embedcam.errors import InputError, NetworkError, RecipeError
 from embedcam.images import ImageSource
 from embedcam.methods import Subject, weights_for
-from embedcam.offline.classes import label_codes
 from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.offline.triplets import label_codes
 from embedcam.ops import area_average, resize
 from embedcam.recipe.registry import WeightMethod
 from embedcam.targets import Direction

@@ -11,7 +11,7 @@ from PIL import Image
 from embedcam._files import fresh, write_whole
 from embedcam.errors import InputError
 from embedcam.explain.drawing import save_picture
-from embedcam.offline.scratch import Scratch
+from embedcam.offline.checkpoint import Checkpoint
 
 
 def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
 
 def test_an_array_of_unfinished_work_is_not_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
-    scratch = Scratch(tmp_path / "s", "k")
+    scratch = Checkpoint(tmp_path / "s", "k")
     (tmp_path / "s" / "sums.array").symlink_to(tmp_path / "mine")
     np.testing.assert_array_equal(scratch.array("sums", "f4", (2, 3)), 0)
     assert (tmp_path / "mine").read_text() == "kept"

@@ -15,7 +15,6 @@ from torchvision.models import mobilenet_v2
 from embedcam.cli.parser import parser
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -86,7 +85,8 @@ def test_its_commands_parse(line: str) -> None:
 
 
 def test_every_command_is_documented() -> None:
-    known = re.findall(r"^\| `embedcam (\w+)", README, re.MULTILINE)
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
+    known = re.findall(r"^\| `embedcam (\w+)", page, re.MULTILINE)
     actions = [a for a in parser()._actions if a.choices]
     assert sorted(set(known)) == sorted(actions[0].choices)
 

@@ -465,7 +465,7 @@ def test_a_port_that_is_taken(say: Any) -> None:
         (["my.index", "--port", "-1"], 2, "'-1' is not a whole number of at least 0"),
         (["my.index", "--host", "no.such.host.invalid"], 6, "no.such.host.invalid port 8000"),
         (["my.index", "--port", "0"], 2, "if you trust it, say so with --network"),
-        (["my.index", "--port", "0", "--timeout", "0"], 2, "seconds = 0.0; give a number"),
+        (["my.index", "--port", "0", "--timeout", "0"], 2, "'0' is not a number of at least 0.01"),
         (["my.index", "--port", "0", "--max-body", "0"], 2, "'0' is not a whole number"),
         (["my.index", "--port", "0", "--fallback", *NAMED], 2, "holds no calibration of trust"),
     ],

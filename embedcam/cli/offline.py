@@ -262,11 +262,7 @@ def _choices(options: Namespace, again: bool) -> tuple[Recipe, dict[str, Any], d
 
 
 def _build_images(
-    options: Namespace,
-    recipe: Recipe,
-    images: dict[str, Any],
-    network: dict[str, Any],
-    again: bool,
+    options: Namespace, recipe: Recipe, images: dict[str, Any], network: dict[str, Any], again: bool
 ) -> "BuildReport":
     from ..images import MAX_PIXELS
     from ..index import Index

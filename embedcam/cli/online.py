@@ -61,8 +61,8 @@ def explain(options: Namespace) -> None:
             return _write_report(options, explainer, queries, asked)
         explanations = (explainer.explain(query, **asked) for query in options.queries)
         if method is not None:
-            drawn = zip(explanations, options.queries, strict=True)
-            explanations = (_by_method(options, index, network, method, *one) for one in drawn)
+            pairs = zip(explanations, options.queries, strict=True)
+            explanations = (_by_method(options, index, network, method, *pair) for pair in pairs)
         _tell(options, explanations, pictures)
 
 
@@ -101,10 +101,10 @@ def _tell(
         note(options, f"page: {options.html}")
     if options.json:
         show_json(records)
-    drawn = options.output is not None or options.html is not None
-    if not drawn and not options.json:
+    draws = options.output is not None or options.html is not None
+    if not draws and not options.json:
         note(options, "note: no picture was written; -o why.png draws one")
-    if drawn and lost:
+    if draws and lost:
         note(
             options,
             f"note: {len(lost):,} of {counted(len(results), 'indexed picture')} were not found "

@@ -1,6 +1,6 @@
 """The options of each command: a function of its name for each."""
 
-import argparse
+from argparse import ArgumentParser, ArgumentTypeError, _ActionsContainer
 from collections.abc import Callable
 from typing import Any
 
@@ -17,11 +17,11 @@ NAMES = Setting(kind=tuple).from_text
 def path(text: str) -> str:
     """Return a path, not empty."""
     if not text:
-        raise argparse.ArgumentTypeError("an empty name was given")
+        raise ArgumentTypeError("an empty name was given")
     return text
 
 
-def adder(group: Any) -> Callable[..., None]:
+def adder(group: _ActionsContainer) -> Callable[..., None]:
     """Return what adds options "-o --output PNG", and arguments "images IMAGES", to a parser.
 
     Without a word for its value an option is true where it is given.
@@ -39,21 +39,21 @@ def adder(group: Any) -> Callable[..., None]:
     return add
 
 
-def _group(command: Any, *title: str) -> Any:
+def _group(command: ArgumentParser, *title: str) -> Callable[..., None]:
     return adder(command.add_argument_group(*title))
 
 
-def _index(command: Any) -> Callable[..., None]:
+def _index(command: ArgumentParser) -> Callable[..., None]:
     add = adder(command)
     add("index INDEX", "folder of the index", path)
     return add
 
 
-def _network(command: Any) -> None:
+def _network(command: ArgumentParser) -> None:
     add_options(command.add_argument_group("network"), NetworkSettings)
 
 
-def _work(command: Any) -> None:
+def _work(command: ArgumentParser) -> None:
     group = command.add_argument_group("work")
     add = adder(group)
     add("--batch-size N", "images a pass (default 32)", POSITIVE, default=32)
@@ -62,7 +62,7 @@ def _work(command: Any) -> None:
     add("--scratch-gb GB", "disk for activations kept meanwhile (default 50)", AMOUNT, default=50.0)
 
 
-def _online(command: Any) -> None:
+def _online(command: ArgumentParser) -> None:
     add = adder(command)
     add("--images FOLDER", "where the indexed images lie now")
     add("--onnx FILE", "the network as `embedcam export` wrote it, run without torch", path)
@@ -87,7 +87,7 @@ def _transfer(add: Callable[..., None]) -> None:
     add("--fallback", "where the transfer is not trusted, compute the weights on the query itself")
 
 
-def build(command: Any) -> None:
+def build(command: ArgumentParser) -> None:
     """Declare the options of `embedcam build`."""
     from ..recipe import Recipe
 
@@ -115,7 +115,7 @@ def build(command: Any) -> None:
     add("--ids FILE", "CSV with id[,label], a row an embedding")
 
 
-def add(command: Any) -> None:
+def add(command: ArgumentParser) -> None:
     """Declare the options of `embedcam add`."""
     add = _index(command)
     add("images IMAGES", "folder or CSV", path)
@@ -129,14 +129,14 @@ def add(command: Any) -> None:
     _work(command)
 
 
-def remove(command: Any) -> None:
+def remove(command: ArgumentParser) -> None:
     """Declare the options of `embedcam remove`."""
     add = _index(command)
     add("ids ID", "ids of images", nargs="*")
     add("--from FILE", "ids, one a line; - for stdin", dest="file")
 
 
-def calibrate(command: Any) -> None:
+def calibrate(command: ArgumentParser) -> None:
     """Declare the options of `embedcam calibrate`."""
     add = _index(command)
     add("--no-trust", "match alone: no pictures, no network")
@@ -145,7 +145,7 @@ def calibrate(command: Any) -> None:
     _work(command)
 
 
-def compact(command: Any) -> None:
+def compact(command: ArgumentParser) -> None:
     """Declare the options of `embedcam compact`."""
     _index(command)(
         "--rebuild-faiss FACTORY",
@@ -155,7 +155,7 @@ def compact(command: Any) -> None:
     )
 
 
-def compress(command: Any) -> None:
+def compress(command: ArgumentParser) -> None:
     """Declare the options of `embedcam compress`."""
     add = _index(command)
     add("output OUTPUT", "folder of the new index", path)
@@ -170,7 +170,7 @@ def compress(command: Any) -> None:
     )
 
 
-def compare(command: Any) -> None:
+def compare(command: ArgumentParser) -> None:
     """Declare the options of `embedcam compare`."""
     add = _index(command)
     add("query IMAGE", "query picture", path)
@@ -184,7 +184,7 @@ def compare(command: Any) -> None:
     _network(command)
 
 
-def explain(command: Any) -> None:
+def explain(command: ArgumentParser) -> None:
     """Declare the options of `embedcam explain`."""
     from ..recipe import Recipe
 
@@ -247,7 +247,7 @@ def explain(command: Any) -> None:
     _network(command)
 
 
-def serve(command: Any) -> None:
+def serve(command: ArgumentParser) -> None:
     """Declare the options of `embedcam serve`."""
     from ..service.limits import Limits
 
@@ -272,7 +272,7 @@ def serve(command: Any) -> None:
     _network(command)
 
 
-def evaluate(command: Any) -> None:
+def evaluate(command: ArgumentParser) -> None:
     """Declare the options of `embedcam evaluate`."""
     from ..evaluate.settings import Settings
 
@@ -306,23 +306,23 @@ def evaluate(command: Any) -> None:
     add_options(group, ImageSettings, "on_unreadable")
 
 
-def export(command: Any) -> None:
+def export(command: ArgumentParser) -> None:
     """Declare the options of `embedcam export`."""
     _index(command)("-o --output FILE", "ONNX file to write", path, required=True)
     _network(command)
 
 
-def info(command: Any) -> None:
+def info(command: ArgumentParser) -> None:
     """Declare the options of `embedcam info`."""
     _index(command)("--ids", "list the ids of its images, one a line")
 
 
-def verify(command: Any) -> None:
+def verify(command: ArgumentParser) -> None:
     """Declare the options of `embedcam verify`."""
     _index(command)
 
 
-def demo(command: Any) -> None:
+def demo(command: ArgumentParser) -> None:
     """Declare the options of `embedcam demo`."""
     add = adder(command)
     add(

@@ -14,6 +14,7 @@ from ..errors import (
     InputError,
     NetworkError,
     as_json,
+    printable,
     sentence,
     show,
     show_json,
@@ -26,9 +27,8 @@ if TYPE_CHECKING:
     from ..images import ImageSource
     from ..images.sources import Labels
     from ..index import Index, Manifest
-    from ..preprocess import AnyPreprocess
 
-_LABEL, _CELL = 12, 400
+_CELL = 400
 _PIECE = 1 << 16
 
 
@@ -143,7 +143,7 @@ def info(options: Namespace) -> None:
     summary = {key: raw.get(key) for key in _TOLD}
     size = {"bytes": bytes_all, "bytes_an_image": bytes_image, "bytes_a_mark": bytes_mark}
     summary |= {**evidence, **size}
-    emit(options, summary, options.index, *_lines(manifest, evidence, size))
+    emit(options, summary, options.index, *_lines(manifest, {**evidence, **size}))
 
 
 def _list_ids(options: Namespace, index: "Index") -> None:
@@ -197,109 +197,25 @@ def _bytes(manifest: "Manifest") -> tuple[int, float, float]:
     return manifest.named_bytes, round(kept / rows, 1), round(marks / rows, 1)
 
 
-def _lines(
-    manifest: "Manifest", evidence: Mapping[str, int], size: Mapping[str, float]
-) -> list[str]:
-    layer, network = manifest.layers[0], manifest.network
-    normalized = "L2-normalised" if manifest.embedding.normalized else "not normalised"
-    coarse = layer.coarse_grid
-    libraries = ", ".join(f"{name} {version}" for name, version in manifest.libraries.items())
-    merged = []
-    if manifest.compressed is not None:
-        compressed = asdict(manifest.compressed)
-        merged = [_merged_line(compressed), *fidelity_lines(compressed)]
-    shown = [
-        ("images", _images_line(manifest, evidence)),
-        ("", _evidence_line(manifest, evidence)),
-        *(("" if number else "prototypes", line) for number, line in enumerate(merged)),
-        ("network", _network_line(network)),
-        *(
-            ("" if number else "layer",
-             f"{one.name}: {one.channels:,} channels{_on(one.grid)}"
-             f"{'; what follows does not pool' if one.uses_positions else ''}")
-            for number, one in enumerate(manifest.layers)
-        ),
-        ("input", _input_line(network.preprocess if network else None)),
-        ("embedding", f"{manifest.embedding.width:,} numbers, {normalized}"),
-        ("weights", _weights_line(manifest)),
-        ("stored as", _encoding_line(layer.encoding)),
-        ("own maps", "none" if coarse is None else f"{coarse[0]} x {coarse[1]}"),
-        ("trust", _trust_line(manifest)),
-        ("match", _match_line(manifest.match_calibration)),
-        ("search", _search_line(manifest)),
-        ("size", f"{size_text(size['bytes'])}; {size['bytes_an_image']:g} bytes an image beyond "
-                 "id, label, path and embedding"),
-        ("files", _files_line(manifest.images, size["bytes_a_mark"])),
-        ("recipe", manifest.recipe_sha256[:16]),
-        ("made with", f"{libraries}; generation {manifest.generation}"),
-    ]  # fmt: skip
-    lines = [f"  {name:<{_LABEL}}{sentence(value)}" for name, value in shown if value]
-    if manifest.counts.added_after_fit:
-        lines += ["", "  `embedcam build --refit` fits again on all images."]
-    return lines
+def _lines(manifest: "Manifest", numbers: Mapping[str, float]) -> list[str]:
+    """Return what templates/info.txt says of an index; what it holds cannot break a line."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-
-def _match_line(match: Mapping[str, Any] | None) -> str:
-    if not match:
-        return "not calibrated; `embedcam calibrate INDEX --no-trust` does, without pictures"
-    one = next(iter(match.values()))
-    return f"calibrated on {counted(one.images, 'image')}"
-
-
-def _trust_line(manifest: "Manifest") -> str:
-    trust, added = manifest.trust_calibration, manifest.counts.added_after_fit
-    if not trust:
-        return "not calibrated; `embedcam calibrate INDEX` does"
-    one = next(iter(trust.values()))
-    when = f"; {counted(added, 'image')} more came after the build" if added else ""
-    worth = ", ".join(
-        f"{values.correlations[0]:.2f} to {values.correlations[-1]:.2f} from "
-        f"{counted(values.neighbors, 'neighbour')}"
-        for values in sorted(trust.values(), key=lambda values: values.neighbors)
+    env = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        trim_blocks=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: printable("" if value is None else str(value)),
     )
-    return f"{worth}; calibrated on {counted(one.images, 'image')} that queried it{when}"
-
-
-def _images_line(manifest: "Manifest", evidence: Mapping[str, int]) -> str:
-    counts, labels = manifest.counts, evidence["labels"]
-    what = "label" if manifest.near_share is None else "number"
-    line = f"{counts.live:,}, " + (counted(labels, what) if labels else "no labels")
-    removed = counts.rows - counts.live
-    if removed:
-        line += f"; {removed:,} removed, not yet compacted"
-    if counts.added_after_fit:
-        line += f"; {counts.added_after_fit:,} added after the fit"
-    return line
-
-
-def _evidence_line(manifest: "Manifest", evidence: Mapping[str, int]) -> str:
-    sentences = []
-    # An image without a label among labelled ones is a class of its own.
-    alone = evidence["labels_of_one_image"] + evidence["unlabelled_images"]
-    # Where labels draw the positives: not for the centred target, nor for given triplets.
-    drawn = manifest.target != "centred" and manifest.triplets.sampling != "given"
-    drawn &= not manifest.is_compressed  # a prototype alone is no image alone
-    if drawn and evidence["labels"] and alone:
-        unlabelled = evidence["unlabelled_images"]
-        without = f" ({unlabelled:,} of them without a label)" if unlabelled else ""
-        sentences.append(
-            f"{counted(alone, 'image')} alone in {'its' if alone == 1 else 'their'} class{without},"
-            " with nearest neighbours as positives"
-        )
-    if evidence["images_without_evidence"]:
-        sentences.append(
-            f"{counted(evidence['images_without_evidence'], 'image')} without evidence: every "
-            "triplet was satisfied"
-        )
-    return "; ".join(sentences)
-
-
-def _merged_line(compressed: Mapping[str, Any]) -> str:
-    each = " for each label" if compressed["per_class"] else ""
-    return (
-        f"{compressed['prototypes']:,}{each} asked for, {compressed['rows']:,} made of "
-        f"{counted(compressed['from_rows'], 'image')}, seed {compressed['seed']}"
+    env.filters |= {"counted": counted, "size_text": size_text}
+    merged = manifest.compressed
+    text = env.get_template("info.txt").render(
+        index=manifest,
+        method=METHODS.get(manifest.method),
+        fidelity=[] if merged is None else fidelity_lines(asdict(merged)),
+        **numbers,
     )
+    return [sentence(line) for line in text.rstrip("\n").split("\n")]
 
 
 def fidelity_lines(compressed: Mapping[str, Any]) -> list[str]:
@@ -320,77 +236,3 @@ def fidelity_lines(compressed: Mapping[str, Any]) -> list[str]:
     if known and known[0] > known[-1]:
         lines.append("The nearest prototype alone tells more than several: explain with -n 1.")
     return lines
-
-
-def _network_line(network: Any) -> str:
-    if network is None:
-        return "not known: built from features"
-    loading = network.loading or {}
-    known = [network.name or "not named"]
-    weights = loading.get("weights")
-    if weights is not None:
-        known.append("random weights" if weights == "random" else f"weights {weights}")
-    if loading.get("head") is not None:
-        known.append(f"head {loading['head']}")
-    return ", ".join(known)
-
-
-def _input_line(preprocess: "AnyPreprocess | None") -> str:
-    if preprocess is None:
-        return ""
-    from ..preprocess import Preprocess
-
-    if not isinstance(preprocess, Preprocess):
-        return f"the caller's own {preprocess.name}"
-    (height, width), crop = preprocess.size, preprocess.resize == "crop"
-    return f"{height} x {width}, " + ("centre crop" if crop else "whole picture squashed")
-
-
-def _weights_line(manifest: "Manifest") -> str:
-    entry, triplets = METHODS.get(manifest.method), manifest.triplets
-    method = manifest.method if entry is None else entry.title
-    if entry is not None and not entry.targeted:
-        return f"{method}, which ignores targets: what stands out, not what matches"
-    named = {name: f"{name} target" for name in ("centred", "discriminant", "distinctive")}
-    target = named.get(manifest.target, "triplet margin")
-    norm = "" if entry is not None and entry.scored else f", {manifest.norm} the norm"
-    line = f"{method} of the {target}{norm}"
-    if manifest.target == "centred":
-        return line
-    count, sampling = triplets.count, triplets.sampling
-    drawn = {
-        "all": "the exact mean of all triplets",
-        "given": "triplets of the user's own",
-    }.get(sampling, f"{count} {sampling} triplets an image, seed {triplets.seed}")
-    hinge = f", hinge at {triplets.margin:g}" if triplets.hinge else ""
-    return f"{line}; {drawn}{hinge}"
-
-
-def _encoding_line(encoding: Any) -> str:
-    if encoding.name == "dense":
-        return f"dense, all channels, {encoding.dtype}"
-    if encoding.name == "top-m":
-        by = "value" if encoding.by == "signed" else "magnitude"
-        return f"top {encoding.m} channels by {by}, {encoding.dtype}"
-    if encoding.name == "by-position":
-        return f"by position, {encoding.rank} principal components, {encoding.dtype}"
-    origin = "the head's own basis" if encoding.origin == "head" else "basis by PCA"
-    stored = "" if encoding.codes == "stored" else ", codes derived from the embedding"
-    return f"low-rank {encoding.rank}, {origin}{stored}, {encoding.dtype}"
-
-
-def _search_line(manifest: "Manifest") -> str:
-    if manifest.faiss is None:
-        return "none; neighbours are named by the caller"
-    metric = {"l2": "squared L2", "ip": "inner product"}[manifest.metric]
-    return f"FAISS {manifest.faiss.factory}, {metric}"
-
-
-def _files_line(images: Any, bytes_mark: float) -> str:
-    if bytes_mark:
-        return f"marked, {bytes_mark:g} bytes an image more: a picture that was replaced is told"
-    return "" if images is None else "not marked: whether a picture was replaced cannot be told"
-
-
-def _on(grid: Any) -> str:
-    return "" if grid is None else f" on a grid of {grid[0]} x {grid[1]}"

@@ -131,7 +131,7 @@ def descend(
             each = (F.normalize(one, dim=1) for one in embed(batches.draw(view)))
             loss = torch.stack([triplet_loss(one, labels, settings.margin) for one in each]).sum()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             losses.append(loss.detach())

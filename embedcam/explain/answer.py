@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import IndexFormatError, InputError
 from ..index import Index, Neighbors, Selection
 from ..index.calibration import evidence
-from ..index.neighbors import draw_negatives, named_neighbors
+from ..index.search import draw_negatives, named_neighbors
 from ..ops import coefficients, picture_maps, rival_coefficients, signed_cams
 from .drawing import may_follow
 from .explanation import Explanation, Result

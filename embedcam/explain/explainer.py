@@ -16,8 +16,8 @@ from .._files import ProcessLock
 from ..errors import ImageError, InputError
 from ..images import MAX_PIXELS, FileState, file_state, read_image
 from ..index import Index
-from ..index.matching import TEN
-from ..index.neighbors import check_rival, check_wanted, find_neighbors
+from ..index.calibration import TEN
+from ..index.search import check_rival, check_wanted, find_neighbors
 from ..ops import coefficients
 from ..preprocess import AnyPreprocess, Network
 from .answer import Fallback, answer, picture_paths, without_file

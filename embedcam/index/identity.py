@@ -5,8 +5,7 @@ An `Identity` is a SHA-256 of the parameters, the settings that change what they
 parameters are the same bytes; the probe says whether they do the same, and so admits compiled,
 exported and half-precision networks, whose parameters have other names or bytes.
 
-Arrays only, so that a service without torch can ask; `embedcam.fingerprint` takes the identity of a
-torch network.
+Arrays only, so that a service without torch can ask.
 """
 
 import json
@@ -58,30 +57,16 @@ class Identity:
     structure_sha256: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the probe's arrays, ready for JSON."""
-        return {
-            "parameters_sha256": self.parameters_sha256,
-            "layer": self.layer,
-            "preprocess": self.preprocess,
-            "normalize": self.normalize,
-            "output": self.output,
-            "layout": self.layout,
-            "precision": self.precision,
-            "name": self.name,
-            "structure_sha256": self.structure_sha256,
-        }
+        """Return everything but the probe's arrays, ready for JSON."""
+        return {key: getattr(self, key) for key in (*_KINDS, "structure_sha256")}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The probe: `probe_embedding` float32 `[D]` and `probe_pooled` float32 `[K]`."""
+        """Return `probe_embedding` float32 `[D]` and `probe_pooled` float32 `[K]`."""
         return {"probe_embedding": self.probe_embedding, "probe_pooled": self.probe_pooled}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Self:
-        """The identity that `to_dict` and `arrays` described.
-
-        Raises:
-            IndexFormatError: a value is missing or of a wrong kind.
-        """
+        """Return the identity that `to_dict` and `arrays` described, refused where it lacks one."""
         for key, kinds in _KINDS.items():
             if key not in values:
                 raise IndexFormatError(f"the network's identity has no {key!r}; verify the index")
@@ -111,16 +96,15 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def _probe_array(arrays: Mapping[str, np.ndarray], key: str) -> np.ndarray:
-    found = arrays.get(key)
-    good = isinstance(found, np.ndarray) and found.ndim == 1 and found.dtype.kind == "f"
-    if not good or found is None or not 0 < found.size <= _MAX_WIDTH:
+    array = arrays.get(key, np.empty(0))
+    if array.ndim != 1 or array.dtype.kind != "f" or not 0 < array.size <= _MAX_WIDTH:
         raise IndexFormatError(
             f"the network's identity has no usable {key}: expected a row of floats; verify the "
             "index"
         )
-    if not np.isfinite(found).all():
+    if not np.isfinite(array).all():
         raise IndexFormatError(f"the network's {key} holds NaN or infinity; verify the index")
-    return np.asarray(found, dtype=np.float32)
+    return np.asarray(array, dtype=np.float32)
 
 
 def compare(stored: Identity, given: Identity) -> None:
@@ -128,10 +112,8 @@ def compare(stored: Identity, given: Identity) -> None:
 
     The same parameters in the same precision may differ in the probe by 1e-3, relative, and so may
     other parameters of the same structure; other forms of the network (compiled, exported, half
-    precision, autocast) by 2e-2, both with a `NetworkWarning`.
-
-    Raises:
-        NetworkMismatch: naming the index's value and the network's.
+    precision, autocast) by 2e-2, both with a `NetworkWarning`. Anything else is a
+    `NetworkMismatch` that names the index's value and the network's.
     """
     _refuse_settings(stored, given)
     same = stored.parameters_sha256 == given.parameters_sha256
@@ -172,7 +154,7 @@ def compare(stored: Identity, given: Identity) -> None:
 
 
 def _refuse_another(stored: Identity, given: Identity) -> None:
-    """Name both networks where they are others by name and by structure."""
+    # Both are named where they are others by name and by structure.
     known = stored.name and given.name and stored.structure_sha256 and given.structure_sha256
     if known and stored.name != given.name and stored.structure_sha256 != given.structure_sha256:
         raise NetworkMismatch(
@@ -210,7 +192,7 @@ def _refuse_settings(stored: Identity, given: Identity) -> None:
 
 
 def _differing(old: Any, new: Any) -> tuple[Any, Any]:
-    """Of two dicts only the entries that differ, so that a message shows what matters."""
+    # Of two dicts only the entries that differ, so that a message shows what matters.
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return old, new
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
@@ -222,14 +204,14 @@ def _shown(value: Any) -> str:
 
 
 def _values(identity: Identity, what: str) -> str:
-    """The first numbers of a probe array, to be compared by eye."""
+    # The first numbers of a probe array, to be compared by eye.
     array = identity.probe_embedding if what == "embedding" else identity.probe_pooled
     first = ", ".join(f"{value:.4g}" for value in array[:3])
     return f"{array.size} numbers: {first}, ..."
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
-    """|a - b| / |a|, infinite for arrays of different sizes."""
+    # |a - b| / |a|, infinite for arrays of different sizes.
     if a.shape != b.shape:
         return float("inf")
     size = float(np.linalg.norm(a.astype(np.float64)))

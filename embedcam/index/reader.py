@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,29 +12,33 @@ import numpy as np
 from .._checks import whole
 from ..errors import IndexFormatError, InputError
 from . import manifest as manifest_file
+from .arrays import broken, check_positions
 from .encoding import Encoding
-from .faiss_files import REBUILD
-from .faiss_loading import FaissFile
-from .files import broken
+from .faiss_files import REBUILD, FaissFile, threads
 from .identity import Identity
-from .layout import MARKS, Layer, make_layers, map_fitted, map_tombstones, of_layer
-from .parts import Part
-from .query import search_batch
-from .records import Manifest
-from .rows import Rows
-from .search import SLACK, Neighbors, check_queries, join, threads
-from .selection import Selection
-from .strings import Strings, check_positions
+from .manifest import Manifest
+from .rows import (
+    MARKS,
+    Layer,
+    Part,
+    Rows,
+    Selection,
+    Strings,
+    columns_of,
+    fitted_of,
+    make_layers,
+    map_fitted,
+    map_tombstones,
+)
+from .search import SLACK, Neighbors, check_queries, in_batches, search_batch
 
 if TYPE_CHECKING:
     from .verify import Progress
 
 REMOVED = "is not in the index any more: it was removed"
 """How the message of a removed id goes on."""
-_NEAR = 8
-_FEW = 100_000
-_COMPARED = 1000
-_DEEP = 32
+_NEAR, _FEW, _COMPARED, _DEEP = 8, 100_000, 1000, 32
+_RUN = 1 << 16
 
 
 class Index:
@@ -45,41 +48,38 @@ class Index:
     threads may use one. In a child forked from the process that opened it, FAISS uses one thread,
     because those of the parent are not there; it is not pickled, open its path in each process.
 
-    Attributes:
-        path: the directory.
-        manifest: what the index is, typed; `to_dict()` returns it as JSON has it.
-        n_rows: rows, removed ones included; `len(index)` counts live ones.
-        width: D of the embeddings.
-        normalized: whether embeddings have unit length.
-        metric: "l2" or "ip".
-        ids, labels, paths: sequences over positions, decoded on demand.
-        with_faiss, n_threads: as given to `open`.
+    Attributes
+    ----------
+    path : the directory.
+    manifest : what the index is, typed; `to_dict()` returns it as JSON has it.
+    n_rows : rows, removed ones included; `len(index)` counts live ones.
+    width : D of the embeddings.
+    normalized : whether embeddings have unit length.
+    metric : "l2" or "ip".
+    ids, labels, paths : sequences over positions, decoded on demand.
+    with_faiss, n_threads : as given to `open`.
     """
 
     def __init__(
-        self,
-        path: Path,
-        manifest: Manifest,
-        with_faiss: bool,
-        n_threads: int | None = None,
+        self, path: Path, manifest: Manifest, with_faiss: bool, n_threads: int | None = None
     ) -> None:
         self.path, self.manifest = path, manifest
         self.n_rows, self.metric = manifest.counts.rows, manifest.metric
         self.width, self.normalized = manifest.embedding.width, manifest.embedding.normalized
         self.with_faiss, self.n_threads = with_faiss, n_threads
         self._process = os.getpid()
-        self.fitted_files = map_fitted(path, manifest.raw)
-        self._shared = of_layer(self.fitted_files, None)
-        fitted = [of_layer(self.fitted_files, n) for n in range(len(manifest.layers))]
-        self.layers: list[Layer] = make_layers(path, manifest.raw, fitted)
-        parts = [Part(path, p, self.width, self.layers) for p in manifest.raw["parts"]]
-        self._rows = Rows(path, parts, self.layers, self.width)
-        self._removed = map_tombstones(path, manifest.raw)
-        self.ids: Strings[str] = Strings(self.n_rows, self._rows.ids)
-        self.paths: Strings[str] = Strings(self.n_rows, self._rows.paths)
-        self.labels: Strings[str | None] = Strings(self.n_rows, self._rows.labels)
+        self.fitted_files = map_fitted(path, manifest)
+        self._shared = fitted_of(self.fitted_files, None)
+        fitted = [fitted_of(self.fitted_files, n) for n in range(len(manifest.layers))]
+        self.layers = make_layers(path, manifest.layers, fitted, self.width)
+        self.columns = columns_of(self.width, self.normalized, self.layers)
+        self._rows = Rows(path, manifest, self.layers, self.columns)
+        self._tombstones = map_tombstones(path, manifest)
+        self.ids: Strings[str] = Strings(self._rows, "ids")
+        self.paths: Strings[str] = Strings(self._rows, "paths")
+        self.labels: Strings[str | None] = Strings(self._rows, "labels")
         used = with_faiss and manifest.faiss is not None
-        self._faiss = FaissFile(path, manifest.raw) if used else None
+        self._faiss = FaissFile(path, manifest) if used else None
 
     @classmethod
     def open(
@@ -87,16 +87,20 @@ class Index:
     ) -> "Index":
         """Open an index for reading.
 
-        Args:
-            path: its directory.
-            with_faiss: False leaves the FAISS file alone; `search` then compares with every row.
-            n_threads: OpenMP threads of a search for several queries, which may take as many again
-                in each thread that searches; None leaves it to OpenMP. A single query takes one.
+        Parameters
+        ----------
+        path : its directory.
+        with_faiss : False leaves the FAISS file alone; `search` then compares with every row.
+        n_threads : OpenMP threads of a search for several queries, which may take as many again in
+            each thread that searches; None leaves it to OpenMP. A single query takes one.
 
-        Raises:
-            IndexFormatError: no index, an unfinished one, or a broken file, which is named. Sizes,
-                the manifest and the removed positions are checked here; checksums are `verify`'s.
-            InputError: an impossible number of threads.
+        Raises
+        ------
+        IndexFormatError
+            No index, an unfinished one, or a broken file, which is named. Sizes, the manifest and
+            the removed positions are checked here; checksums are `verify`'s.
+        InputError
+            An impossible number of threads.
         """
         root = Path(path)
         if n_threads is not None and (type(n_threads) is not int or n_threads < 1):
@@ -107,18 +111,20 @@ class Index:
                 opened = cls(root, manifest, with_faiss, n_threads)
             except (FileNotFoundError, IndexFormatError) as error:
                 # A writer may have swept this generation between our two steps.
-                if _still(root, place, manifest):
-                    if isinstance(error, FileNotFoundError):
-                        raise _missing(root, manifest, error) from None
+                if not _still(root, place, manifest):
+                    continue
+                if not isinstance(error, FileNotFoundError):
                     raise
-                continue
+                name = os.path.relpath(error.filename or root, root)
+                derived = manifest.faiss is not None and name == manifest.faiss.file
+                raise broken(root, name, "is missing", *([REBUILD] if derived else [])) from None
             # The link may have been led elsewhere meanwhile, and other files been opened there.
             if os.path.realpath(root) == place:
                 return opened
             opened.close()
 
     def __len__(self) -> int:
-        return self.n_rows - len(self._removed)
+        return self.n_rows - len(self.tombstones)
 
     def __repr__(self) -> str:
         return f"<Index {str(self.path)!r}: {len(self)} images, D = {self.width}>"
@@ -126,12 +132,7 @@ class Index:
     def __enter__(self) -> "Index":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __reduce__(self) -> Any:
@@ -142,48 +143,40 @@ class Index:
 
     def close(self) -> None:
         """Let go of files; arrays handed out before stay valid."""
-        if self._faiss is not None:
-            self._faiss.close()
+        if self.faiss_file is not None:
+            self.faiss_file.close()
         self._rows.close()
 
     def load(self) -> None:
-        """Load the FAISS file now instead of with the first search; nothing without one.
-
-        Raises:
-            IndexFormatError: it is broken.
-        """
-        if self._faiss is not None:
-            self._faiss.loaded()
+        """Load the FAISS file now instead of with the first search; nothing without one."""
+        if self.faiss_file is not None:
+            self.faiss_file.loaded()
 
     # Rows
 
     def select(self, positions: np.ndarray | Sequence[int]) -> Selection:
-        """Some rows, to be fetched field by field; the cheapest way to several of their fields.
-
-        Raises:
-            InputError: positions that are not whole numbers `[n]` of this index.
-        """
-        return self._rows.select(check_positions(positions, self.n_rows))
+        """Return some rows, to be fetched field by field; the cheapest way to several fields."""
+        return Selection(self._rows, check_positions(positions, self.n_rows))
 
     def embeddings(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Stored embeddings of rows, float32 `[n D]`."""
+        """Return stored embeddings of rows, float32 `[n D]`."""
         return self.select(positions).embeddings
 
     def triplets_used(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Triplets that gave evidence for each row's weights, uint32 `[n]`."""
+        """Return how many triplets gave evidence for each row's weights, uint32 `[n]`."""
         return self.select(positions).triplets_used
 
     @property
     def marked(self) -> bool:
         """Whether it holds marks of the images' files, so that a replaced one is told."""
-        return any(MARKS in part.arrays for part in self.parts)
+        return any(self.columns[MARKS].file in part.arrays for part in self.parts)
 
     def encoding(self, layer: int = 0) -> Encoding:
-        """How a layer's weights are kept."""
+        """Return how a layer's weights are kept."""
         return self._layer(layer).encoding
 
     def fitted(self, name: str) -> np.ndarray:
-        """An array kept once for the whole index, such as "embedding_mean".
+        """Return an array kept once for the whole index, such as "embedding_mean".
 
         What belongs to a layer's encoding is `encoding(layer).fitted`.
         """
@@ -193,45 +186,57 @@ class Index:
         return self._shared[name]
 
     def shared(self) -> dict[str, np.ndarray]:
-        """The arrays kept once for the whole index, by name."""
+        """Return the arrays kept once for the whole index, by name."""
         return dict(self._shared)
 
     def probe(self) -> dict[str, np.ndarray]:
-        """The arrays of the network's probe, by name ("probe_...")."""
+        """Return the arrays of the network's probe, by name ("probe_...")."""
         return {n: a for n, a in self._shared.items() if n.startswith("probe_")}
 
+    @property
+    def identity(self) -> Identity | None:
+        """The network that it was built with; None of an index made of features alone."""
+        described = self.manifest.raw["network"]
+        return None if described is None else Identity.from_dict(described, self.probe())
+
     def rows(self, positions: np.ndarray | Sequence[int], layer: int = 0) -> dict[str, np.ndarray]:
-        """What the layer's encoding decodes: its fields, and "embedding" where it uses that."""
+        """Return what the layer's encoding decodes, with "embedding" where it uses that."""
         self._layer(layer)
         return self.select(positions).fields(layer)
 
     def weights(self, positions: np.ndarray | Sequence[int], layer: int = 0) -> np.ndarray:
-        """Decoded channel weights of rows, float32 `[n K]`, or by position `[n K H W]`."""
+        """Return decoded channel weights of rows, float32 `[n K]`, or by position `[n K H W]`."""
         return self.encoding(layer).decode(self.rows(positions, layer))
 
     def coarse(self, positions: np.ndarray | Sequence[int], layer: int = 0) -> np.ndarray | None:
-        """Coarse CAMs of rows, float32 `[n h w]`, or None where none are stored."""
+        """Return coarse maps of rows, float32 `[n h w]`, or None where none are stored."""
         self._layer(layer)
         return self.select(positions).coarse(layer)
 
     def live(self, positions: np.ndarray | Sequence[int]) -> np.ndarray:
-        """Which rows have not been removed, bool `[n]`."""
+        """Return which rows have not been removed, bool `[n]`."""
         return ~self._is_removed(check_positions(positions, self.n_rows))
 
     def live_positions(self) -> np.ndarray:
-        """Positions of all live rows, int64 `[len(index)]`."""
+        """Return positions of all live rows, int64 `[len(index)]`."""
         kept = np.ones(self.n_rows, bool)
-        kept[np.asarray(self._removed, np.int64)] = False
+        kept[np.asarray(self.tombstones, np.int64)] = False
         return np.flatnonzero(kept)
+
+    def refuse_prototypes(self, instead: str) -> None:
+        """Refuse what needs the images themselves where rows are merged from several.
+
+        `instead` says what to do, as the end of a sentence.
+        """
+        if self.manifest.is_compressed:
+            raise InputError(
+                f"{self.path}: holds prototypes, each merged from several images; {instead}"
+            )
 
     # Ids
 
     def position(self, id: str) -> int:
-        """Position of an image.
-
-        Raises:
-            InputError: unknown (with the nearest known ids) or removed.
-        """
+        """Return the position of an image; unknown ids are told the nearest known ones."""
         rows = self._find(id)
         if not rows:
             near = self._near(id)
@@ -243,7 +248,7 @@ class Index:
         return alive[0]
 
     def positions(self, ids: Sequence[str]) -> np.ndarray:
-        """Positions of many images, int64 `[n]`; errors as `position`."""
+        """Return positions of many images, int64 `[n]`; errors as `position`."""
         if isinstance(ids, str):
             raise InputError(f"expected a list of ids, got the string {ids!r}; use position()")
         if len(ids) * 16 < self.n_rows:
@@ -253,44 +258,46 @@ class Index:
         return np.array([known[i] if i in known else self.position(i) for i in ids], np.int64)
 
     def find_live(self, ids: Sequence[str]) -> dict[str, int]:
-        """Positions of those of the ids that the index holds live; the others are left out."""
-        wanted, found = set(ids), {}
+        """Return positions of those of the ids that the index holds live; others are left out."""
+        wanted, live = set(ids), {}
         if len(wanted) * 16 < self.n_rows:
             for text in wanted:
                 for row in self._find(text):
                     if not self._is_removed(np.array([row]))[0]:
-                        found[text] = row
-            return found
-        for part, start in zip(self.parts, self.starts, strict=False):
-            for first in range(0, part.count, 65536):
-                stop = min(first + 65536, part.count)
+                        live[text] = row
+            return live
+        for part, start in zip(self.parts, self.starts.tolist(), strict=False):
+            for first in range(0, part.count, _RUN):
+                stop = min(first + _RUN, part.count)
                 alive = self.live(np.arange(start + first, start + stop))
                 for row, text in enumerate(part.ids.tolist(first, stop)):
                     if text in wanted and alive[row]:
-                        found[text] = int(start) + first + row
-        return found
+                        live[text] = start + first + row
+        return live
 
     # Search
 
     def search(
         self, queries: np.ndarray, n_neighbors: int, *, nprobe: int | None = None
     ) -> Neighbors:
-        """Nearest live images of each query.
+        """Find the nearest live images of each query.
 
         FAISS (or, opened without it, brute force) finds candidates; the distances and similarities
         returned are exact, computed from the stored embeddings, and decide the order.
 
-        Args:
-            queries: `[B D]`, of unit length where the index is normalised.
-            n_neighbors: k; where fewer images are live, all of them come back.
-            nprobe: IVF lists to visit, all of them where there are fewer; None takes the
-                manifest's.
+        Parameters
+        ----------
+        queries : `[B D]`, of unit length where the index is normalized.
+        n_neighbors : k; where fewer images are live, all of them come back.
+        nprobe : IVF lists to visit, all where there are fewer; None takes the manifest's.
 
-        Raises:
-            InputError: wrong shape, NaN, a number beyond `queries.LARGEST`, a vector that is not of
-                unit length where the index is normalised, no FAISS in this index, no image left, or
-                an `nprobe` that is no whole number from 1.
-            IndexFormatError: the FAISS file is broken.
+        Raises
+        ------
+        InputError
+            Wrong shape, NaN, too large numbers, a vector that is not of unit length where the index
+            is normalized, no FAISS in this index, no image left, or an impossible `nprobe`.
+        IndexFormatError
+            The FAISS file is broken.
         """
         queries = check_queries(queries, self.width, self.normalized)
         k = min(whole("n_neighbors", n_neighbors, 1), len(self))
@@ -303,52 +310,22 @@ class Index:
             nprobe = whole("nprobe", nprobe, 1)
         if k == 0:
             raise InputError("every image of this index has been removed; add images first")
-        loaded = None if self._faiss is None else self._faiss.loaded()
+        loaded = None if self.faiss_file is None else self.faiss_file.loaded()
         alone = len(queries) == 1 or self._process != os.getpid()
         with threads(1 if alone else self.n_threads):
             step = max(1, (8 << 20) // ((k + SLACK) * self.width))
-            found = [
-                search_batch(self, loaded, queries[i : i + step], k, nprobe)
-                for i in range(0, len(queries), step)
-            ]
-        return join(found, k)
+            return in_batches(
+                lambda batch: search_batch(self, loaded, batch, k, nprobe), queries, step, k
+            )
 
     def verify(self, *, progress: "Progress | None" = None) -> list[str]:
-        """Check every promise of the format; see `embedcam.index.verify`.
+        """Check every promise of the format, and return those that were checked.
 
-        Returns:
-            The promises that were checked.
-
-        Raises:
-            IndexFormatError: the first one that does not hold.
+        The first one that does not hold is an `IndexFormatError`; see `embedcam.index.verify`.
         """
         from .verify import verify_open
 
         return verify_open(self, progress=progress).checks
-
-    @property
-    def identity(self) -> Identity | None:
-        """The network that it was built with; None of an index made of features alone.
-
-        Raises:
-            IndexFormatError: it is not described as any network is.
-        """
-        described = self.manifest.raw["network"]
-        return None if described is None else Identity.from_dict(described, self.probe())
-
-    def refuse_prototypes(self, instead: str) -> None:
-        """Refuse what needs the images themselves where rows are merged from several.
-
-        Args:
-            instead: what to do, as the end of a sentence.
-
-        Raises:
-            InputError: the index holds prototypes.
-        """
-        if self.manifest.is_compressed:
-            raise InputError(
-                f"{self.path}: holds prototypes, each merged from several images; {instead}"
-            )
 
     # Inside
 
@@ -358,25 +335,25 @@ class Index:
         return self._rows.parts
 
     @property
-    def starts(self) -> np.ndarray:
-        """Position of each part's first row, and behind the last the number of rows."""
-        return self._rows.starts
-
-    @property
-    def faiss_file(self) -> int | None:
-        """Descriptor of the FAISS file; None without one, and when closed."""
-        return None if self._faiss is None else self._faiss.descriptor
+    def faiss_file(self) -> FaissFile | None:
+        """The FAISS file; None where there is none or it was left alone."""
+        return self._faiss
 
     @property
     def tombstones(self) -> np.ndarray:
         """Positions of removed rows, uint64, rising."""
-        return self._removed
+        return self._tombstones
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Position of each part's first row, and behind the last the number of rows."""
+        return self._rows.starts
 
     def _is_removed(self, positions: np.ndarray) -> np.ndarray:
-        if not len(self._removed):
+        if not len(self.tombstones):
             return np.zeros(positions.shape, bool)
         # One type on both sides: uint64 against int64 would compare as float64.
-        removed = self._removed.view("<i8")
+        removed = self.tombstones.view("<i8")
         at = np.minimum(np.searchsorted(removed, positions), len(removed) - 1)
         return np.asarray(removed[at] == positions)
 
@@ -396,11 +373,11 @@ class Index:
         ]
 
     def _near(self, id: str) -> list[str]:
-        """Known ids close to a misspelt one: looked for around it and around its beginning only."""
+        """Return known ids close to a misspelt one, among those around it and its beginning."""
         pool: set[str] = set()
         for key in (id, id[: max(1, len(id) // 2)]):
             for part in self.parts:
-                pool.update(part.neighbours(key.encode("utf-8", "replace"), _NEAR))
+                pool.update(part.ids_around(key.encode("utf-8", "replace"), _NEAR))
         ends = self._ending(id)
         if ends and id.endswith(f"/{ends[0]}"):
             return ends[:1]
@@ -408,10 +385,7 @@ class Index:
         return [text for text in dict.fromkeys(near) if text in self.find_live(near)][:3]
 
     def _ending(self, id: str) -> list[str]:
-        """Ids that end as this one: without its first folders, else, in small sets, in others.
-
-        Of those in other folders the ones that have most of the path's end in common.
-        """
+        """Return ids that end as this one, in its own last folders or, in small sets, in others."""
         names = id.split("/")
         shorter = ["/".join(names[start:]) for start in range(1, min(len(names), _DEEP))]
         live = self.find_live(shorter)
@@ -420,27 +394,18 @@ class Index:
         if self.n_rows > _FEW:
             return []
         every = (text for part in self.parts for text in part.ids.tolist(0, part.count))
-        alike = [(_common_end(text.split("/"), names), text) for text in every]
-        most = max((common for common, _ in alike), default=0)
-        ends = [text for common, text in alike if common == most > 0]
+        common = [(_common_end(text.split("/"), names), text) for text in every]
+        most = max((count for count, _ in common), default=0)
+        ends = [text for count, text in common if count == most > 0]
         return get_close_matches(id, ends[:_COMPARED], 3, 0)
 
 
 def _common_end(one: Sequence[str], other: Sequence[str]) -> int:
-    """How many of the last names of two paths are the same."""
     pairs = zip(reversed(one), reversed(other), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _still(root: Path, place: str, manifest: Manifest) -> bool:
-    """Whether the same version lies at the same place."""
+    """Return whether the same version lies at the same place."""
     now = manifest_file.read(root).manifest_sha256
     return os.path.realpath(root) == place and now == manifest.manifest_sha256
-
-
-def _missing(root: Path, manifest: Manifest, error: FileNotFoundError) -> IndexFormatError:
-    faiss = manifest.faiss
-    name = os.path.relpath(error.filename or root, root)
-    if faiss is not None and name == faiss.file:
-        return broken(root, name, "is missing", REBUILD)
-    return broken(root, name, "is missing")

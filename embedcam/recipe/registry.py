@@ -18,53 +18,42 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Method:
-    """A class activation method.
-
-    Attributes:
-        name: as in the papers, lower case, without hyphens.
-        title: as printed.
-        source: paper, or where it was published.
-        where: "module:function" below `embedcam.methods`.
-        seeded: whether it draws random numbers.
-        targeted: False where the map ignores the target: it cannot say what matched.
-        scored: it asks for scores of the embedding and never for a gradient, so that the norm's two
-            ways, which differ in the gradient, are one.
-        several: whether it can work on several layers at once.
-        filled: whether what it masks, or begins its steps from, takes the fill that is asked for.
-        trained: whether it needs a branch of its own that was trained (`methods.learned`).
-    """
+    """A class activation method, by its name in the papers (lower case, without hyphens)."""
 
     name: str
     title: str
     source: str
     where: str
+    """"module:function" below `embedcam.methods`."""
     seeded: bool = False
+    """It draws random numbers."""
     targeted: bool = True
+    """False where the map ignores the target: it cannot say what matched."""
     scored: bool = False
+    """It asks for scores of the embedding and never for a gradient, so the norm changes nothing."""
     several: bool = False
+    """It can work on several layers at once."""
     filled: bool = False
+    """What it masks, or begins its steps from, takes the fill that is asked for."""
     trained: bool = False
+    """It needs a branch of its own that was trained (`methods.learned`)."""
     storable: ClassVar[bool] = False
 
     def load(self) -> Callable[..., Any]:
-        """The function: `function(subject, **options) -> MethodOutput`."""
+        """Return the function: `function(subject, **options) -> MethodOutput`."""
         module, _, function = self.where.partition(":")
-        found: Callable[..., Any] = getattr(import_module(f"embedcam.methods.{module}"), function)
-        return found
+        method: Callable[..., Any] = getattr(import_module(f"embedcam.methods.{module}"), function)
+        return method
 
 
 @dataclass(frozen=True)
 class WeightMethod(Method):
-    """Yields channel weights `[B K]`: an index can hold them.
-
-    Attributes:
-        per_triplet: not linear in the target, so weights are averaged over triplets.
-        own_map: the paper's map is more than its weights draw; `cam_for` shows the paper's, an
-            index the weight form.
-    """
+    """Yields channel weights `[B K]`: an index can hold them."""
 
     per_triplet: bool = False
+    """Not linear in the target, so weights are averaged over triplets."""
     own_map: bool = False
+    """The paper's map is more than its weights draw: `cam_for` shows it, an index the weights'."""
     storable: ClassVar[bool] = True
 
 
@@ -84,12 +73,7 @@ class PositionMethod(Method):
 
 @dataclass(frozen=True)
 class MapMethod(Method):
-    """Yields a map and no weights.
-
-    Attributes:
-        nearest: the storable method that comes nearest.
-        why: why there is no number a channel to store.
-    """
+    """Yields a map and no weights: `why` not, and which storable method comes `nearest`."""
 
     nearest: str = ""
     why: str = ""
@@ -155,11 +139,7 @@ METHODS: dict[str, Method] = {
 
 
 def find_method(name: str) -> Method:
-    """The method of that name; hyphens, spaces and case do not matter.
-
-    Raises:
-        InputError: no such method, with the nearest names.
-    """
+    """Return the method of that name; hyphens, spaces and case do not matter."""
     if not isinstance(name, str):
         raise InputError(f"a method is named by a string such as 'gradcam'; given {name!r}")
     bare = bare_name(name)
@@ -172,19 +152,19 @@ def find_method(name: str) -> Method:
 
 
 def bare_name(name: str) -> str:
-    """What a printed name is in `METHODS`, if it is there: "Grad-CAM" -> "gradcam"."""
+    """Return a printed name as `METHODS` has it: "Grad-CAM" -> "gradcam"."""
     return name.lower().replace("-", "").replace("_", "").replace(" ", "")
 
 
 def storable_methods() -> tuple[str, ...]:
-    """Names of the methods an index can hold."""
+    """Return names of the methods an index can hold."""
     return tuple(name for name, method in METHODS.items() if method.storable)
 
 
 def why_not_storable(method: Method) -> str:
-    """One sentence on why an index cannot hold a method, naming the nearest that it can."""
-    assert isinstance(method, MapMethod)
+    """Return one sentence on why an index cannot hold a method, naming the nearest it can."""
+    why, nearest = (method.why, method.nearest) if isinstance(method, MapMethod) else ("", "")
     return (
-        f"{method.title} cannot be put in an index: {method.why}; the nearest method that can is "
-        f"{method.nearest!r}"
+        f"{method.title} cannot be put in an index: {why}; the nearest method that can is "
+        f"{nearest!r}"
     )

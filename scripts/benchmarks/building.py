@@ -18,8 +18,8 @@ from embedcam.images import ImageSource, load_batches
 from embedcam.index import rebuild_faiss
 from embedcam.index.encoding import fit_pca
 from embedcam.methods.weights import gradcam
-from embedcam.offline.assembly import SAMPLE
-from embedcam.offline.passes import is_exact
+from embedcam.offline.merge import SAMPLE
+from embedcam.offline.strategies import is_exact
 from embedcam.recipe.recipe import Recipe
 
 from .cases import fresh, frozen_network, gem_network, linear_network, write_pictures

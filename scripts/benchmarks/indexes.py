@@ -13,7 +13,7 @@ import numpy as np
 
 from embedcam.index import Index, PartData, create, quantize_coarse, rebuild_faiss
 from embedcam.index.encoding import Encoding, LowRank, TopM, fit_pca
-from embedcam.offline.assembly import header
+from embedcam.offline.merge import header, layer_entry
 from embedcam.recipe.recipe import Recipe
 
 from .timing import Case, alternate, milliseconds, ratio, table, verdict
@@ -87,7 +87,12 @@ def make_index(
         coarse=[(arrays["maps"], arrays["scales"])],
     )
     described = header(
-        Recipe(faiss=factory), None, None, WIDTH, True, "features", GRID, encoding, GRID
+        Recipe(faiss=factory),
+        None,
+        None,
+        WIDTH,
+        True,
+        [layer_entry("features", GRID, encoding, GRID)],
     )
     if trust is not None:
         described["trust_calibration"] = trust

@@ -23,9 +23,9 @@ import numpy as np
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from embedcam.index.matching import TEN, MatchCalibration
+from embedcam.index.calibration import TEN, MatchCalibration
 from embedcam.index.search import nearest
-from embedcam.offline.match_fit import calibrate_match
+from embedcam.offline.match import calibrate_match
 
 from .data import (
     SIZE,

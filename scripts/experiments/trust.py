@@ -28,7 +28,7 @@ from embedcam.explain.answer import negatives_for
 from embedcam.index import put_calibrations
 from embedcam.index.calibration import correlation
 from embedcam.network import EmbeddingNetwork
-from embedcam.offline.calibrating import View, calibrate_trust, trust_rows
+from embedcam.offline.trust import View, calibrate_trust, trust_rows
 from embedcam.ops import drawn_and_signed
 from embedcam.targets import head_cotangent, query_cotangent
 

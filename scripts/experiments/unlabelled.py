@@ -18,7 +18,7 @@ import torch
 
 from embedcam import Recipe, build_from_features
 from embedcam.offline.cotangents import AnchorCotangents
-from embedcam.offline.neighborhoods import NearestOthers
+from embedcam.offline.triplets import NearestOthers
 
 from .data import table
 

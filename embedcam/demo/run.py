@@ -53,7 +53,33 @@ def run_demo(
     progress: bool = True,
     settings: DemoSettings | None = None,
 ) -> dict[str, Any]:
-    """Run the demonstration as `embedcam.demo.run_demo` says."""
+    """Draw scenes, train a small network, build an index, explain queries, measure the maps.
+
+    Stages that an earlier run finished are kept.
+
+    Parameters
+    ----------
+    directory : path
+        A new or empty folder, or that of an earlier run. Written there: scenes/,
+        network.safetensors, index/, why.png, why.html, summary.json.
+    seed : int
+        Of the scenes, the training and the triplets.
+    progress : bool
+        Show bars on a terminal, and print the table.
+    settings : DemoSettings, optional
+        Other sizes; their seed is replaced by `seed`.
+
+    Returns
+    -------
+    dict
+        What summary.json holds (recall_at_1, rows of the table, files, settings, recipe), with the
+        folder and the seconds of the stages that ran in this call.
+
+    Raises
+    ------
+    InputError
+        The folder holds something else.
+    """
     settings = replace(settings or DemoSettings(), seed=seed)
     begun = time.perf_counter()
     demo = _Demo(Path(directory), settings, progress)

@@ -30,8 +30,8 @@ from PIL import Image
 
 from embedcam import Recipe
 from embedcam.metrics import bootstrap_interval, box_mask, equal_area_share, pixel_auc
-from embedcam.offline.classes import label_codes
 from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.offline.triplets import label_codes
 from embedcam.ops import joined, resize, signed_cam
 from embedcam.targets import through_norm
 

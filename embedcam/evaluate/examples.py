@@ -17,11 +17,8 @@ from .maps import Questions
 from .measures import MEAN, TRANSFERRED
 from .work import Row, Rows, Work
 
-SIDE = 320
-RESULTS = 3
-TRUE_BOX = (0, 220, 255)
-DASH = 6
-_DARK = (20, 22, 28)
+SIDE, RESULTS, DASH = 320, 3, 6
+TRUE_BOX, _DARK = (0, 220, 255), (20, 22, 28)
 Score = Callable[[Row], float | None]
 
 
@@ -48,9 +45,9 @@ class Examples:
         pairs = [row for row in asked if not row["empty"]]
         kinds = [("Two pictures", [row for row in pairs if row["second"] >= 0])]
         kinds += [("Two objects", [row for row in pairs if row["second"] < 0])]
-        by, score = "the AUC of the object against the other", _column("objects_auc")
+        by, score = "the AUC of the object against the other", lambda row: row.get("objects_auc")
         shown = self._ends(kinds, by, score)
-        by, score = "pixel AUC", _column("auc")
+        by, score = "pixel AUC", lambda row: row.get("auc")
         if not any(score(row) is not None for row in rows.values()):
             by, score = "insertion area less deletion area", _insertion_gain
         ranked = [{**row, "position": place} for place, row in rows.items()]
@@ -172,10 +169,6 @@ class Examples:
         asked = Questions(seen, near, [left_out], [label], [f"{name} {label}"])
         where = f", on the {('left', 'right')[row['side']]};\nbeside it {other}"
         return _Shown(scene, None, asked, name, where)
-
-
-def _column(name: str) -> Score:
-    return lambda row: row.get(name)
 
 
 def _insertion_gain(row: Row) -> float | None:

@@ -162,7 +162,7 @@ def of_boxes(path: str | os.PathLike[str], source: ImageSource) -> Regions:
             unknown = unknown or row["path"]
         else:
             boxes.setdefault(place, []).append(box)
-    known = list(itertools.chain(*boxes.values()))
+    known = [box for each in boxes.values() for box in each]
     if known and all(max(box.edges) <= 1 and box.of is None for box in known):
         raise InputError(
             f"{file}: no edge is beyond 1, so these look like shares of the picture; give pixels, "

@@ -36,8 +36,8 @@ def named_methods(names: Iterable[str]) -> dict[str, Method]:
     for one in methods:
         if one.trained:
             raise InputError(
-                f"{one.title} draws with a branch that is trained with the network, which only "
-                "embedcam.cam_for is given; leave it out of methods"
+                f"{one.title} draws with a branch that is trained with the network; leave it out "
+                "of methods"
             )
     return {one.title: one for one in methods}
 

@@ -35,6 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 if TYPE_CHECKING:
     from embedcam import EmbeddingNetwork, Explainer
+    from embedcam.evaluate import Evaluation
     from embedcam.images import ImageSource
 
 
@@ -148,3 +149,19 @@ def same_draws() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is evaluated: photos/, queries/, boxes.csv of the queries, and index/."""
+    from evaluate_samples import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("evaluate"))
+
+
+@pytest.fixture(scope="session")
+def evaluation(site: Path, network: "EmbeddingNetwork") -> "Evaluation":
+    """One evaluation that several tests look at."""
+    from evaluate_samples import run
+
+    return run(site, network, boxes=site / "boxes.csv")

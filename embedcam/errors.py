@@ -16,8 +16,6 @@ A message says what was given, what was expected, and what to do next. It is one
 """
 
 import errno
-import json
-import logging
 import mmap
 import re
 import sys
@@ -96,6 +94,8 @@ def say(text: str) -> None:
 
 def as_json(values: Any, indent: int | None = None) -> str:
     """Return JSON of ASCII letters that can be seen."""
+    import json  # here, since `--help` needs none
+
     # One control character that JSON lets through: DEL.
     return json.dumps(values, indent=indent, allow_nan=False).replace("\x7f", "\\u007f")
 
@@ -103,18 +103,6 @@ def as_json(values: Any, indent: int | None = None) -> str:
 def show_json(values: Any, *, indent: int | None = None, flush: bool = False) -> None:
     """Print JSON for machines."""
     show(*as_json(values, indent).split("\n"), flush=flush)
-
-
-class PrintableLines(logging.Formatter):
-    """Format log records for a person: only tracebacks have several lines."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record, printable."""
-        return "\n".join(map(printable, super().format(record).split("\n")))
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
-        """Return the message, on one line."""
-        return sentence(super().formatMessage(record))
 
 
 _BRIEF = Repr()

@@ -19,6 +19,7 @@ from embedcam.cli.parser import parser
 from embedcam.errors import EmbedcamError, InputError, RecipeError
 from embedcam.evaluate.settings import Settings
 from embedcam.index.encoding import DTYPES
+from embedcam.recipe import choices
 from embedcam.recipe import recipe as recipes
 from embedcam.service import limits
 
@@ -137,7 +138,7 @@ class MoreLimits(limits.Limits):
 @pytest.mark.parametrize(
     ("kind", "command", "place", "words"),
     [
-        (MoreRecipe, "build", "embedcam.recipe.Recipe", ["build", "i"]),
+        (MoreRecipe, "build", "embedcam.recipe.choices.Choices", ["build", "i"]),
         (MoreSettings, "evaluate", "embedcam.evaluate.settings.Settings",
          ["evaluate", "i", "--images", "p"]),
         (MoreLimits, "serve", "embedcam.service.limits.Limits", ["serve", "i"]),
@@ -169,7 +170,7 @@ def test_a_recipe_s_new_entry_is_read_from_toml(tmp_path, monkeypatch) -> None:
 
 
 def test_every_command_has_its_options_and_names_have_one_spelling() -> None:
-    assert recipes.DTYPES == DTYPES
+    assert choices.DTYPES == DTYPES
     for name in ("measures", "fill", "transfer"):
         assert settings_of(Settings)[name].known
     assert callable(options.build)

@@ -12,7 +12,6 @@ from ..errors import InputError, RecipeError, printable, reason, show_json
 from ..images.progress import progress_of
 from ..recipe import WHITENED, Recipe
 from ..recipe.recipe import read_toml, shipped_recipe
-from .command_line import note
 from .networks import ImageSettings, NetworkSettings, load_named, network_of_index, torch_network
 from .output import (
     counted,
@@ -21,6 +20,7 @@ from .output import (
     images_of,
     listing_ids,
     naming_skip,
+    note,
     size_text,
     some_of,
 )

@@ -19,9 +19,8 @@ from ..images.reading import why_missing
 from ..ops import attended
 from ..recipe import Recipe
 from ..recipe.registry import LayersMethod, Method, find_method
-from .command_line import note
 from .networks import check_onnx, query_network
-from .output import columns, counted, images_of, listing_ids, some_of
+from .output import columns, counted, images_of, listing_ids, note, some_of
 
 if TYPE_CHECKING:
     from ..explain import Explainer, Explanation

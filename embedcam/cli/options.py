@@ -89,7 +89,7 @@ def _transfer(add: Callable[..., None]) -> None:
 
 def build(command: ArgumentParser) -> None:
     """Declare the options of `embedcam build`."""
-    from ..recipe import Recipe
+    from ..recipe.choices import Choices
 
     adder(command)("images IMAGES", "folder or CSV", path, nargs="?")
     add = _index(command)
@@ -101,10 +101,10 @@ def build(command: ArgumentParser) -> None:
     add("--refit", "redo a finished index")
     _network(command)
     group = command.add_argument_group("weights")
-    add_options(group, Recipe, "method", "layers", "fill", "options")
-    add_options(group, Recipe, tables=("weights",))
+    add_options(group, Choices, "method", "layers", "fill", "options")
+    add_options(group, Choices, tables=("weights",))
     group = command.add_argument_group("storage")
-    add_options(group, Recipe)
+    add_options(group, Choices)
     adder(group)("--no-own-maps", "keep no maps of the images")
     adder(group)("--no-trust", "calibrate neither trust nor match")
     _work(command)
@@ -186,7 +186,7 @@ def compare(command: ArgumentParser) -> None:
 
 def explain(command: ArgumentParser) -> None:
     """Declare the options of `embedcam explain`."""
-    from ..recipe import Recipe
+    from ..recipe.choices import Choices
 
     add = _index(command)
     add("queries IMAGE", "query pictures", path, nargs="+")
@@ -226,7 +226,7 @@ def explain(command: ArgumentParser) -> None:
         "compute the query's map itself, by any method (scorecam, rise, ...), in "
         "place of transferred weights",
     )
-    add_options(command, Recipe, "fill", "options")
+    add_options(command, Choices, "fill", "options")
     add(
         "--neighbors IDS",
         "ids found elsewhere, comma-separated or repeated, instead of a search",

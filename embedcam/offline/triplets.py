@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from ..errors import InputError, RecipeError
-from ..recipe.recipe import SAMPLINGS
+from ..recipe.choices import SAMPLINGS
 from .classes import Classes
 
 BLOCK = 1024

@@ -1,7 +1,7 @@
 """Files: opened without following links, written whole or not at all, locked, and removed.
 
-What a stranger's index or report names is his choice. Below the folder that the user gave, which
-may be a link itself, no link is followed: each folder on the way is opened from the one above it.
+Below the folder that the user gave, which may be a link itself, no link is followed: names in an
+index or a report are a stranger's, so each folder on the way is opened from the one above it.
 What is written is synced before it gets its name, and its name before anything counts on it.
 """
 
@@ -15,7 +15,6 @@ import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from .errors import EmbedcamError, InputError
@@ -31,15 +30,10 @@ class NotPlain(Exception):  # noqa: N818 - reads as the fact it states
     """What lies at a place cannot be what should; says why, as the end of a sentence."""
 
 
-# Opening
-
-
 def open_regular(root: Path, name: str) -> int:
-    """A descriptor for reading a regular file below `root`, reached without following a link.
+    """Return a descriptor for reading a regular file below `root`; raise NotPlain of all else.
 
-    Raises:
-        NotPlain: a link, a folder, a pipe or the like, there or on the way.
-        OSError: it is missing or cannot be read; names the whole path.
+    An OSError, where it is missing or cannot be read, names the whole path.
     """
     above, _, last = name.rpartition("/")
     try:
@@ -60,11 +54,7 @@ def open_regular(root: Path, name: str) -> int:
 
 
 def read_regular(root: Path, name: str, most: int) -> bytes:
-    """The bytes of a regular file below `root`; raises as `open_regular`.
-
-    Raises:
-        NotPlain: it has more than `most` bytes.
-    """
+    """Return the bytes of a regular file below `root`; raise NotPlain of more than `most`."""
     with open(open_regular(root, name), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -73,11 +63,7 @@ def read_regular(root: Path, name: str, most: int) -> bytes:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder lies at a place; False where nothing does.
-
-    Raises:
-        NotPlain: a link, or something else.
-    """
+    """Return whether a folder lies at a place; raise NotPlain of a link or something else."""
     try:
         kind = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -88,11 +74,7 @@ def is_folder(path: Path) -> bool:
 
 
 def refuse_device(path: str | Path) -> None:
-    """Refuse to read what may never end, such as /dev/zero.
-
-    Raises:
-        InputError: a device.
-    """
+    """Refuse to read what may never end, such as /dev/zero."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -103,7 +85,7 @@ def refuse_device(path: str | Path) -> None:
 
 @contextmanager
 def _folder_below(root: Path, name: str, flags: int) -> Iterator[int]:
-    """A descriptor of `root`, or of a folder below it that is reached without following a link."""
+    """Open `root`, or a folder below it that is reached without following a link."""
     descriptor = os.open(root, flags & ~os.O_NOFOLLOW)
     try:
         for step in name.split("/") if name else ():
@@ -111,10 +93,8 @@ def _folder_below(root: Path, name: str, flags: int) -> Iterator[int]:
                 raise NotPlain("is no plain name below its folder")
             kind = os.stat(step, dir_fd=descriptor, follow_symlinks=False).st_mode
             if not stat.S_ISDIR(kind):
-                link = stat.S_ISLNK(kind)
-                raise NotPlain(
-                    "lies behind a symbolic link" if link else "lies below what is no folder"
-                )
+                what = "behind a symbolic link" if stat.S_ISLNK(kind) else "below what is no folder"
+                raise NotPlain(f"lies {what}")
             below = os.open(step, flags, dir_fd=descriptor)
             os.close(descriptor)
             descriptor = below
@@ -123,16 +103,9 @@ def _folder_below(root: Path, name: str, flags: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-# Writing
-
-
 @contextmanager
 def fresh(path: Path) -> Iterator[IO[bytes]]:
-    """A new file, synced when the block ends and gone where it fails; a leftover makes way.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Open a new file, synced when the block ends and gone where it fails; a leftover makes way."""
     path.unlink(missing_ok=True)
     try:
         with open(path, "xb") as file:  # never through a link
@@ -155,7 +128,7 @@ def replace(source: Path, target: Path) -> None:
 
 @contextmanager
 def written(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears whole and durably by one rename; until then what was there stays."""
+    """Open a file that appears whole and durably by one rename; until then the old one stays."""
     unfinished = path.with_name(path.name + UNFINISHED)
     with fresh(unfinished) as file:
         yield file
@@ -163,13 +136,10 @@ def written(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> Path:
-    """Write a file in place of another, whole or not at all.
+    """Write a file in place of another, whole or not at all, or raise InputError.
 
     A link stays one: what it leads to is replaced. What is no plain file (a pipe, `/dev/stdout`) is
     written to as it is.
-
-    Raises:
-        InputError: it cannot be written.
     """
     path = Path(path)
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content
@@ -218,15 +188,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def held(descriptor: int, path: Path, busy: EmbedcamError) -> Iterator[None]:
-    """Hold the lock of an open file, which the kernel releases when its holder dies.
+    """Hold the lock of an open file, closed at the end; the kernel lets go when its holder dies.
 
-    Args:
-        descriptor: of the file; closed at the end.
-        path: what is locked, for messages.
-        busy: raised where another process or thread holds the lock.
-
-    Raises:
-        InputError: the file system has no locks.
+    `busy` is raised where another process or thread holds it; `path` is what messages name.
     """
     import fcntl  # here, so that what only reads works where there is no flock
 
@@ -237,25 +201,16 @@ def held(descriptor: int, path: Path, busy: EmbedcamError) -> Iterator[None]:
             raise busy from error
         except OSError as error:
             raise InputError(
-                f"{path}: its file system cannot lock files ({error.strerror or error}), and "
-                "without a lock two writers could spoil it; write to a folder on a local disk, "
-                "and copy that here when it is finished"
+                f"{path}: its file system cannot lock files ({error.strerror or error}), so two "
+                "writers could spoil it; write to a folder on a local disk, and copy that here"
             ) from error
         yield
     finally:
         os.close(descriptor)
 
 
-# Removing
-
-
 def remove_tree(path: Path, last: str = "") -> None:
-    """Delete a folder with everything in it; of a link in it, the link. Gone already is fine.
-
-    Args:
-        path: the folder; where it is a link itself, an error.
-        last: an entry that is deleted after all others.
-    """
+    """Delete a folder, no link itself, and all in it, the entry `last` at last; gone is fine."""
     try:
         descriptor = os.open(path, _READ)
     except FileNotFoundError:
@@ -263,20 +218,15 @@ def remove_tree(path: Path, last: str = "") -> None:
     try:
         for name in sorted(os.listdir(descriptor), key=last.__eq__):
             kind = os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode
-            if stat.S_ISDIR(kind):
-                shutil.rmtree(name, dir_fd=descriptor)
-            else:
-                os.unlink(name, dir_fd=descriptor)
+            remove = shutil.rmtree if stat.S_ISDIR(kind) else os.unlink  # of a link, the link
+            remove(name, dir_fd=descriptor)
     finally:
         os.close(descriptor)
     os.rmdir(path)
 
 
 def remove_files(root: Path, ours: re.Pattern[str], named: Collection[str] = ()) -> None:
-    """Delete the plain files right in a folder whose names are ours and are not `named`.
-
-    What cannot be deleted stays for the next time.
-    """
+    """Delete the plain files right in a folder with names that are ours and not `named`."""
     with suppress(OSError), _folder_below(root, "", _READ) as descriptor:
         _remove_at(descriptor, ours, named)
 
@@ -284,10 +234,9 @@ def remove_files(root: Path, ours: re.Pattern[str], named: Collection[str] = ())
 def remove_folders(
     root: Path, name: str, ours: re.Pattern[str], files: re.Pattern[str], named: Collection[str]
 ) -> None:
-    """Delete the folders in `root/name` whose names are ours and are not `named`.
+    """Delete the folders in `root/name` with names that are ours and not `named`.
 
     Of each, the plain files with names that fit `files`; a folder that holds anything else stays.
-    Nothing happens where `root/name` is missing or a link.
     """
     with suppress(OSError, NotPlain), _folder_below(root, name, _READ) as descriptor:
         for entry in os.listdir(descriptor):
@@ -328,21 +277,14 @@ class ProcessLock:
         # One atomic step: of two threads that come first, both take the lock that was put in.
         self._locks.setdefault(os.getpid(), threading.RLock()).acquire()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._locks[os.getpid()].release()
 
 
 def compute_on_one_thread() -> None:
-    """torch on one thread, where this process has it: for a forked child.
+    """Keep torch, where this process has it, to one thread: for a forked child.
 
-    The parent's OpenMP threads are not there any more, and a child that hands them work waits for
-    ever. FAISS is told at every search, see `embedcam.index.Index`.
+    A child that hands work to the parent's OpenMP threads, which it has not, waits for ever.
     """
-    torch = sys.modules.get("torch")
-    if torch is not None:
+    if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)

@@ -34,9 +34,6 @@ def mixed(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# --- folders ---
-
-
 def test_what_a_folder_holds_besides_is_counted(mixed: Path) -> None:
     source = find_images(mixed)
     assert source.ids == ["a/1.png", "a/2.PNG", "b/3.png", "b/small/4.png"]
@@ -115,9 +112,6 @@ def test_the_level_below_gives_labels(tmp_path: Path) -> None:
         find_images(tmp_path, "subfolders")
 
 
-# --- lists ---
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -154,9 +148,6 @@ def test_a_huge_value_is_not_repeated_whole(tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
             find_images(csv_of(tmp_path, text))
         assert len(str(caught.value)) < 400
-
-
-# --- builds ---
 
 
 def test_a_build_ends_with_what_it_took(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ EXIT_CODES: dict[type[Exception], int] = {
 """The first class that fits an error gives the exit code; 0 is success, 130 an interruption."""
 UNEXPECTED = 70
 _FOR_COMMAND_LINE = (
-    # What messages say to callers from Python, in brackets behind the option.
+    # In brackets behind the option.
     (
         r" \((?:(?:(?:replace|update|exclude_query)=True|per_class=False|layer=|size=|resize=)"
         r"(?:, )?)+\)",

@@ -26,7 +26,7 @@ from embedcam.index import (
     sweep,
     verify,
 )
-from embedcam.offline.scratch import Scratch, finished_job
+from embedcam.offline.checkpoint import Checkpoint, finished_job
 
 
 def everything(folder: Path) -> dict[str, bytes | None]:
@@ -277,9 +277,9 @@ def test_every_folder_that_is_made_is_synced_into_the_one_above(
 
 def test_a_job_is_noted_durably(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    scratch = Scratch(tmp_path / "x" / ".building", "k")
+    scratch = Checkpoint(tmp_path / "x" / ".building", "k")
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
-    scratch.promise("job", 1)
+    scratch.mark_commit("job", 1)
     note = tmp_path / "x" / ".building" / "promise.json"
     assert synced == [p.stat().st_ino for p in (note, note.parent, note.parent.parent)]
 
@@ -295,20 +295,20 @@ def test_scratch_that_is_no_folder(tmp_path: Path, precious: Path, kind: str) ->
         os.mkfifo(place)
     assert finished_job(place, 1) is None
     with pytest.raises(InputError, match=r"\.building: is .*; delete it and run the same command"):
-        Scratch(place, "k")
+        Checkpoint(place, "k")
     assert everything(precious) == before
 
 
 def test_links_within_scratch_are_not_followed(tmp_path: Path, precious: Path) -> None:
     before = everything(precious)
-    Scratch(tmp_path / "s", "k")
+    Checkpoint(tmp_path / "s", "k")
     (tmp_path / "s" / "embed-0000001.tmp").symlink_to(precious)
     (tmp_path / "s" / "more").symlink_to(precious)
-    Scratch(tmp_path / "s", "k")
+    Checkpoint(tmp_path / "s", "k")
     assert sorted(os.listdir(tmp_path / "s")) == ["key.json", "more"]
     (tmp_path / "s" / "promise.json").symlink_to(precious / "123456")
     assert finished_job(tmp_path / "s", 1) is None
-    Scratch(tmp_path / "s", "other")
+    Checkpoint(tmp_path / "s", "other")
     assert os.listdir(tmp_path / "s") == ["key.json"]
     assert everything(precious) == before
 
@@ -374,7 +374,7 @@ def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
 
 def test_an_array_of_unfinished_work_is_not_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
-    scratch = Scratch(tmp_path / "s", "k")
+    scratch = Checkpoint(tmp_path / "s", "k")
     (tmp_path / "s" / "sums.array").symlink_to(tmp_path / "mine")
     np.testing.assert_array_equal(scratch.array("sums", "f4", (2, 3)), 0)
     assert (tmp_path / "mine").read_text() == "kept"
@@ -397,3 +397,15 @@ def test_a_full_disk_leaves_the_picture_that_was_there(
         _files.fresh(tmp_path / "other"),
     ):
         pass
+
+
+def test_rights_stay_and_a_pipe_is_written_into(tmp_path: Path) -> None:
+    (tmp_path / "numbers.csv").touch(0o640)
+    (tmp_path / "numbers.csv").chmod(0o640)
+    _files.write_whole(tmp_path / "numbers.csv", "1")
+    assert (tmp_path / "numbers.csv").stat().st_mode & 0o777 == 0o640
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    _files.write_whole(tmp_path / "pipe", "1,2")
+    assert os.read(reader, 9) == b"1,2"
+    os.close(reader)

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from build_samples import DENSE, pictures, quicken, toy
+from build_samples import DENSE, pictures, toy
 from PIL import Image
 from test_images import csv_of, write
 
@@ -17,10 +17,7 @@ from embedcam.offline import add_images, build_index
 from embedcam.offline.report import BuildReport
 from embedcam.preprocess import Preprocess
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..images.sources import Labels
     from ..index import Index, Manifest
 
-_JOBS = ("embedcam.offline.passes", "embedcam.progress")
+_JOBS = ("embedcam.offline.shard", "embedcam.progress")
 """Loggers that say how far a job is."""
 _CELL = 400
 _PIECE = 1 << 16

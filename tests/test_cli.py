@@ -437,7 +437,7 @@ def test_compress_explain_and_what_prototypes_do_not_take(
     before = sorted(tmp_path.rglob("*"))
     there = ["compress", built, tmp_path / "x", "--prototypes"]
     for message, *words in (
-        ("prototypes = 13; give a whole number from 1 to 12, the number of images", *there, 13),
+        ("prototypes = 13; give a whole number from 1 to 12", *there, 13),
         ("--replace swaps it for the new one, or choose another folder",
          "compress", built, small, "--prototypes", 3),
         ("add images to the index it was compressed from", "add", small, "photos"),

@@ -56,8 +56,6 @@ class Index:
     metric : "l2" or "ip".
     ids, labels, paths : sequences over positions, decoded on demand.
     with_faiss, n_threads : as given to `open`.
-    starts : position of each part's first row, and behind the last `n_rows`.
-    tombstones : positions of removed rows, uint64, rising.
     """
 
     def __init__(
@@ -73,13 +71,12 @@ class Index:
         self.layers = make_layers(path, manifest.layers, fitted, self.width)
         self.columns = columns_of(self.width, self.normalized, self.layers)
         self._rows = _Rows(path, manifest, self.layers, self.columns)
-        self.starts = self._rows.starts
-        self.tombstones = map_tombstones(path, manifest)
+        self._tombstones = map_tombstones(path, manifest)
         self.ids: Strings[str] = Strings(self._rows, "ids")
         self.paths: Strings[str] = Strings(self._rows, "paths")
         self.labels: Strings[str | None] = Strings(self._rows, "labels")
         used = with_faiss and manifest.faiss is not None
-        self.faiss_file = FaissFile(path, manifest) if used else None
+        self._faiss = FaissFile(path, manifest) if used else None
 
     @classmethod
     def open(
@@ -178,6 +175,21 @@ class Index:
     def parts(self) -> list[Part]:
         """The mapped parts, in the order of their rows."""
         return self._rows.parts
+
+    @property
+    def faiss_file(self) -> FaissFile | None:
+        """The FAISS file; None where there is none or it was left alone."""
+        return self._faiss
+
+    @property
+    def tombstones(self) -> np.ndarray:
+        """Positions of removed rows, uint64, rising."""
+        return self._tombstones
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Position of each part's first row, and behind the last the number of rows."""
+        return self._rows.starts
 
     @property
     def marked(self) -> bool:

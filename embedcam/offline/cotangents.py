@@ -9,9 +9,9 @@ import numpy as np
 
 from ..errors import InputError
 from ..images.number_labels import label_values
+from ..recipe import WHITENED
 from ..recipe.recipe import Recipe
 from ..targets import (
-    WHITENED,
     Whitened,
     centred_cotangent,
     margin_cotangent,

@@ -20,7 +20,7 @@ from ..index import Index, check_factory
 from ..index.encoding import Encoding, LowRank, TopM
 from ..index.identity import Identity
 from ..methods import Subject, run_method
-from ..methods.masks import fill_like
+from ..methods.masking import fill_like
 from ..network import EmbeddingNetwork
 from ..recipe.recipe import Recipe, RecipeWarning
 from ..recipe.registry import PositionMethod

@@ -47,7 +47,7 @@ class MethodOutput:
 
 @dataclass
 class Passes:
-    """Count of what was spent: inputs through the whole network, activations through the head alone.
+    """Count of inputs through the whole network, activations through the head alone.
 
     And images differentiated from the embedding back to the layer, or to the input.
     """

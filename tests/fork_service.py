@@ -1,4 +1,4 @@
-"""Run by test_explain_forks.py: a parent that computes on two threads, and the children it forks.
+"""Run by test_forking.py: a parent that computes on two threads, and the children it forks.
 
     python fork_service.py FOLDER SCENE...
 

@@ -168,12 +168,6 @@ def test_no_more_files_than_can_be_mapped(path: Path) -> None:
         Index.open(path)
 
 
-def test_two_layers_have_two_names(path: Path) -> None:
-    edit(lambda m: m["layers"].append(m["layers"][0]))(path)
-    with pytest.raises(IndexFormatError, match="names one layer twice"):
-        Index.open(path)
-
-
 def test_the_record_says_what_the_manifest_says(path: Path) -> None:
     with Index.open(path) as index:
         record, plain = index.manifest, index.manifest.to_dict()
@@ -289,15 +283,6 @@ def test_arrays_of_no_rows_are_finite(tmp_path: Path) -> None:
     shared = {"empty": np.zeros((0, 3), np.float32)}
     header = header_of(encoding)
     verify(create(tmp_path / "x", header, [{}], shared, part(0, 4, encoding)))
-
-
-@pytest.mark.parametrize("probes", ["x", 1.5, True, 0, -1, [3]])
-def test_lists_to_visit_are_a_whole_number(path: Path, probes: Any) -> None:
-    with (
-        Index.open(path) as index,
-        pytest.raises(InputError, match=r"nprobe = .*(whole|least 1)"),
-    ):
-        index.search(index.embeddings([0]), 1, nprobe=probes)
 
 
 def test_more_lists_than_there_are(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,7 @@ from embedcam.index.faiss_files import FaissFile, threads
 AT_ONCE = 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def together(run: Callable[[int], Any], count: int = AT_ONCE) -> list[Any]:
@@ -192,7 +188,7 @@ def test_so_many_threads_as_were_asked_for(tmp_path: Path, monkeypatch: pytest.M
         faiss.omp_set_num_threads(before)
     assert seen == [1, 2, 1, 1, 1, 3, 1]
     for wrong in (0, 2.0, True):
-        with pytest.raises(InputError, match=r"n_threads = .*; give a whole number from 1"):
+        with pytest.raises(InputError, match=r"n_threads = .*; give a whole number of at least 1"):
             Index.open(path, n_threads=wrong)  # type: ignore[arg-type]
 
 

@@ -54,3 +54,15 @@ def test_a_full_disk_leaves_the_picture_that_was_there(
         fresh(tmp_path / "other"),
     ):
         pass
+
+
+def test_rights_stay_and_a_pipe_is_written_into(tmp_path: Path) -> None:
+    (tmp_path / "numbers.csv").touch(0o640)
+    (tmp_path / "numbers.csv").chmod(0o640)
+    write_whole(tmp_path / "numbers.csv", "1")
+    assert (tmp_path / "numbers.csv").stat().st_mode & 0o777 == 0o640
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "pipe", "1,2")
+    assert os.read(reader, 9) == b"1,2"
+    os.close(reader)

@@ -8,10 +8,9 @@ checks.
 from .faiss_files import check_factory
 from .manifest import FORMAT_VERSION, Manifest
 from .parts import PartData, check_ids, quantize_coarse
-from .reader import REMOVED, Index
-from .rows import Selection
+from .reader import REMOVED, Index, Selection, Stored
 from .search import EmbeddingRows, Neighbors, nearest
-from .verify import Report, check_fitted, check_parts, check_tombstones, verify
+from .verify import Verification, check_fitted, check_parts, check_tombstones, verify
 from .writer import (
     ADD_INSTEAD,
     append,
@@ -34,8 +33,9 @@ __all__ = [
     "Neighbors",
     "PartData",
     "REMOVED",
-    "Report",
     "Selection",
+    "Stored",
+    "Verification",
     "append",
     "check_factory",
     "check_fitted",

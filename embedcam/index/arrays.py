@@ -1,11 +1,10 @@
-"""Raw arrays and strings as files: written durably with a checksum, mapped once sizes fit."""
+"""Raw arrays as files: written durably with a checksum, mapped once sizes fit."""
 
 import hashlib
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -30,8 +29,9 @@ SUFFIXES = {
     "int64": "i64",
 }
 BLOCK_BYTES = 16 << 20
+Check = Callable[[np.ndarray], str | None]
+"""Says what is wrong with stored rows, or None."""
 _RESTORE = "restore it from a copy, or build the index again"
-_FEW = 100
 
 
 class ArrayLike(Protocol):
@@ -74,7 +74,7 @@ def write_array(
     name: str,
     array: ArrayLike,
     dtype: str,
-    wrong: Callable[[np.ndarray], str | None] | None = None,
+    wrong: Check | None = None,
 ) -> dict[str, Any]:
     """Stream an array to a new file, sync it, and return its entry for the manifest.
 
@@ -166,27 +166,19 @@ def _pieces(content: np.ndarray | int) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Column:
-    """An array kept for each image: its file, the type and shape of a row, what is wrong with it.
+    """An array kept for each image: what its file is called, and the type and shape of a row.
 
-    `empty` is the column of no images; `wrong` takes stored rows and returns a sentence or None.
+    `wrong` takes stored rows and returns what is wrong with them, or None.
     """
 
-    file: str
+    stem: str
     dtype: str
-    shape: tuple[int, ...]
-    empty: np.ndarray
-    wrong: Callable[[np.ndarray], str | None] | None = None
+    shape: tuple[int, ...] = ()
+    wrong: Check | None = None
+    file: str = field(init=False)
 
-    @classmethod
-    def of(
-        cls,
-        stem: str,
-        dtype: str,
-        shape: tuple[int, ...] = (),
-        wrong: Callable[[np.ndarray], str | None] | None = None,
-    ) -> "Column":
-        """Return the column whose file has this stem."""
-        return cls(file_name(stem, dtype), dtype, shape, np.empty((0, *shape), dtype), wrong)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "file", file_name(self.stem, self.dtype))
 
 
 def wrong_embeddings(block: np.ndarray, normalized: bool) -> str | None:
@@ -230,116 +222,3 @@ def wrong_scales(block: np.ndarray) -> str | None:
 def _first(mask: np.ndarray) -> int | None:
     where = np.flatnonzero(mask)
     return int(where[0]) if len(where) else None
-
-
-# Strings
-
-
-class StringTable:
-    """UTF-8 strings in a blob `[bytes]` with offsets `[n+1]`, decoded on demand.
-
-    Offsets are believed after they were found to be inside; `where` names the files in messages.
-    """
-
-    def __init__(self, blob: np.ndarray, offsets: np.ndarray, where: Path) -> None:
-        self.blob, self.offsets, self.where = blob, offsets, where
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def raw(self, row: int) -> bytes:
-        """Return the string's bytes."""
-        start, stop = int(self.offsets[row]), int(self.offsets[row + 1])
-        if not start <= stop <= len(self.blob):
-            raise self._outside()
-        return self.blob[start:stop].tobytes()
-
-    def __getitem__(self, row: int) -> str:
-        # A damaged byte must not stop a search half way; `verify` reports it.
-        return self.raw(row).decode("utf-8", "replace")
-
-    def take(self, rows: np.ndarray) -> list[str]:
-        """Return some rows `[n]`."""
-        first, last = int(rows[0]), int(rows[-1])
-        if len(rows) > 1 and last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
-            return self.tolist(first, last + 1)  # a run is decoded from one piece of the blob
-        starts, stops = self.offsets[rows].tolist(), self.offsets[rows + 1].tolist()
-        blob, size = self.blob.data, len(self.blob)
-        if not all(a <= b <= size for a, b in zip(starts, stops, strict=True)):
-            raise self._outside()
-        return [str(blob[a:b], "utf-8", "replace") for a, b in zip(starts, stops, strict=True)]
-
-    def tolist(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """Return rows start .. stop at once, faster than one by one."""
-        offsets = np.asarray(self.offsets[start : (len(self) if stop is None else stop) + 1])
-        if offsets[-1] > len(self.blob) or (offsets[1:] < offsets[:-1]).any():
-            raise self._outside()
-        first = int(offsets[0])
-        blob = self.blob[first : int(offsets[-1])].tobytes()
-        bounds = (offsets.astype(np.int64) - first).tolist()
-        return [blob[a:b].decode("utf-8", "replace") for a, b in pairwise(bounds)]
-
-    def _outside(self) -> IndexFormatError:
-        return IndexFormatError(
-            f"{self.where}.offsets.u64: offsets fall or lead outside the text; run `embedcam "
-            "verify`, and restore the file that it names"
-        )
-
-    def bisect(self, order: np.ndarray, key: bytes) -> int:
-        """Return where `key` stands, or would stand, in the sorted order."""
-        low, high = 0, len(self)
-        while low < high:
-            middle = (low + high) // 2
-            if self.raw(check_row(int(order[middle]), high=len(self))) < key:
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
-
-def encode_strings(strings: Sequence[str], what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a blob uint8 `[bytes]` and offsets uint64 `[n+1]`."""
-    raw = []
-    for row, text in enumerate(strings):
-        if not isinstance(text, str):
-            raise InputError(f"{what} {row} is {text!r}; expected a string")
-        try:
-            raw.append(text.encode("utf-8"))
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"{what} {row}, {text!r}, has no UTF-8 form; rename the file, or give other names"
-            ) from error
-    offsets = np.zeros(len(raw) + 1, np.uint64)
-    np.cumsum([len(one) for one in raw], out=offsets[1:], dtype=np.uint64)
-    return np.frombuffer(b"".join(raw), np.uint8), offsets
-
-
-def check_row(row: int, high: int) -> int:
-    """Return a row number read from a file, refused where it leads outside."""
-    if not 0 <= row < high:
-        raise IndexFormatError(
-            f"the index refers to row {row} of {high} in its strings; run `embedcam verify`, and "
-            "restore the file that it names"
-        )
-    return row
-
-
-def check_positions(positions: object, total: int) -> np.ndarray:
-    """Return positions as int64 `[n]`, refused unless whole numbers of an index of `total` rows."""
-    rows = np.asarray(positions)
-    if rows.size == 0:
-        return np.empty(0, np.int64)
-    if rows.ndim == 1 and rows.dtype == np.int64 and len(rows) <= _FEW:
-        # A query's handful: Python compares it sooner than NumPy's reductions are set up.
-        few = rows.tolist()
-        if min(few) >= 0 and max(few) < total:
-            return rows
-    if rows.ndim != 1 or rows.dtype.kind not in "iu":
-        raise InputError(
-            f"positions of shape {list(rows.shape)} and type {rows.dtype}; expected whole "
-            "numbers [n]"
-        )
-    if rows.min() < 0 or rows.max() >= total:
-        bad = rows[(rows < 0) | (rows >= total)][0]
-        raise InputError(f"position {bad} is outside the index, which has rows 0 to {total - 1}")
-    return rows.astype(np.int64)

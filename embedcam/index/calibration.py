@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from .manifest import Manifest
 
 EVIDENCE = (
-    "map agreement",
-    "weight agreement",
-    "mean nearness",
-    "nearness",
-    "peak",
-    "positive share",
+    "map agreement",  # mean correlation of each neighbor's signed map with the transferred one
+    "weight agreement",  # L2 norm of the mean of the neighbors' unit weight vectors
+    "mean nearness",  # minus the mean of the Euclidean distances
+    "nearness",  # minus the smallest
+    "peak",  # log of the signed map's largest magnitude over its standard deviation
+    "positive share",  # of the signed map's magnitude
 )
 """Evidence of trust; with a single neighbor only what follows the agreements."""
 ALONE = 3
@@ -39,24 +39,10 @@ _MATCH_EVIDENCE = 4
 
 
 def evidence(raw: np.ndarray, shares: np.ndarray, norm: float, distances: np.ndarray) -> np.ndarray:
-    """Return what predicts how well transferred weights draw a query.
+    """Return `EVIDENCE` of how well transferred weights draw a query, `[6]`; of one neighbor `[3]`.
 
-    - *map agreement*: mean correlation of each neighbor's signed map with the transferred one;
-    - *weight agreement*: L2 norm of the mean of the neighbors' unit weight vectors;
-    - *mean nearness*, *nearness*: minus the Euclidean distances' mean and minimum;
-    - *peak*: log of the signed map's largest magnitude over its standard deviation;
-    - *positive share*: of the signed map's magnitude.
-
-    Parameters
-    ----------
-    raw : each neighbor's signed map sum_k w_k A_k of the query, `[n h w]`.
-    shares : what each is multiplied by, `[n]`.
-    norm : L2 norm of the combined weights.
-    distances : squared Euclidean distances to the query, `[n]`.
-
-    Returns
-    -------
-    float64 `[6]`, or `[3]` for one neighbor; finite.
+    `raw` are the neighbors' signed maps sum_k w_k A_k of the query `[n h w]`, `shares` what each is
+    multiplied by `[n]`, `norm` that of the combined weights, `distances` squared `[n]`.
     """
     raw = np.asarray(raw, np.float64)
     signed = np.tensordot(np.asarray(shares, np.float64), raw, 1)
@@ -92,14 +78,8 @@ def match_evidence(distances: np.ndarray, same: np.ndarray) -> np.ndarray:
     left out; *gap*, how much nearer the first is than the nearest of another label,
     1 - d_1 / d_other, at least 0 (the farthest stands in where all have its label).
 
-    Parameters
-    ----------
-    distances : squared Euclidean distances of the results, the first one first, `[n]`.
-    same : which results are of the first one's kind, see `alike`, `[n]`.
-
-    Returns
-    -------
-    float64 `[4]`, or `[1]` for one result.
+    `distances` are squared `[n]`, `same` says which are of the first one's kind `[n]`; returned are
+    `[4]`, or `[1]` for one result.
     """
     # Of ten numbers, in Python: done before NumPy has begun.
     apart = [math.sqrt(value) for value in np.asarray(distances, np.float64).tolist()]
@@ -164,16 +144,13 @@ class _Numbers:
             value: Any = values.get(field.name) if isinstance(values, Mapping) else None
             if value is None and field.default is not MISSING:
                 value = []
-            several = field.type not in (int, float)
-            numbers = value if several else [value]
+            one = field.type if field.type in (int, float) else None
+            numbers = [value] if one else value
             if not isinstance(numbers, list) or not all(map(_is_finite, numbers)):
                 raise InputError(f"the calibration's {field.name} should hold finite numbers")
-            if field.type is int and (value != int(value) or not 1 <= value < 1 << 48):
+            if one is int and (value != int(value) or not 1 <= value < 1 << 48):
                 raise InputError(f"the calibration's {field.name} should be a whole number from 1")
-            whole = field.type is int
-            taken[field.name] = (
-                tuple(map(float, numbers)) if several else (int if whole else float)(value)
-            )
+            taken[field.name] = one(value) if one else tuple(map(float, numbers))
         record = cls(**taken)
         if not record._fits():
             raise InputError("the calibration's numbers do not fit together")
@@ -227,10 +204,7 @@ class Calibration(_Numbers):
     def trust(self, evidence: np.ndarray, nearest: float) -> tuple[float, float]:
         """Return the expected correlation and its 10th percentile, both in [0, 1].
 
-        Parameters
-        ----------
-        evidence : of one query, `[F]`.
-        nearest : squared distance to the nearest neighbor.
+        Of a query's evidence `[F]` and the squared distance to its nearest neighbor.
         """
         # Of a forged calibration: what overflows is not to be trusted, and is no number to show.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -295,10 +269,7 @@ class MatchCalibration(_Numbers):
     def match(self, distances: np.ndarray, labels: Sequence[str | None]) -> float:
         """Return the probability in [0, 1] that the first result is of the query's kind.
 
-        Parameters
-        ----------
-        distances : squared Euclidean, of the results, the first one first, `[n]`.
-        labels : of the results.
+        Of squared `distances` of the results `[n]`, the first one first, and their labels.
         """
         first = float(distances[0])
         if not self.mean or labels[0] is None:

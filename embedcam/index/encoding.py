@@ -1,9 +1,7 @@
-"""How weights are kept in an index: top-m, low-rank or dense, or by position. NumPy only.
+"""Encodings: how weights are kept in an index. Top-m, low-rank, dense, or by position.
 
-Every encoding says which fields it keeps for each image (`fields`), which arrays it keeps once
-(`fitted`), and turns weights `[n K]` into rows of those fields and back. Half-precision values lie
-beside one float32 scale an image (its largest magnitude), so that weights of 1e-4, the usual size
-for embeddings, keep their eleven bits.
+Half-precision values lie beside one float32 scale an image (its largest magnitude), so that weights
+of 1e-4, the usual size for embeddings, keep their eleven bits.
 """
 
 from abc import ABC, abstractmethod
@@ -13,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .._checks import one_of, whole
 from ..errors import InputError
 
 Rows = Mapping[str, np.ndarray]
@@ -31,21 +30,26 @@ class Field:
 
 
 class Encoding(ABC):
-    """Weights `[n K]` <-> rows of fields. Subclasses: `TopM`, `LowRank`, `Dense`, `ByPosition`."""
+    """Turns weights `[n K]` into rows of the `fields` kept for each image, and back.
+
+    `fitted` are arrays kept once. Subclasses: `TopM`, `LowRank`, `Dense`, `ByPosition`.
+    """
 
     name: ClassVar[str]
     n_channels: int
     dtype: str
     fields: dict[str, Field]
     fitted: dict[str, np.ndarray]
+    parameters: ClassVar[tuple[str, ...]] = ("dtype",)
+    """Of the constructor, what a description names beside K and the fitted arrays."""
     grid: tuple[int, int] | None = None
     """(H, W) where weights belong to positions, too: they are then `[n K H W]`."""
     uses_embedding = False
     """True where the code is derived from the stored embedding and nothing is kept beside it."""
 
-    @abstractmethod
     def spec(self) -> dict[str, Any]:
         """Return what `from_spec` needs beside K and the fitted arrays; JSON-able."""
+        return {"name": self.name} | {key: getattr(self, key) for key in self.parameters}
 
     @abstractmethod
     def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -83,13 +87,9 @@ class Dense(Encoding):
     name = "dense"
 
     def __init__(self, n_channels: int, dtype: str = "float16") -> None:
-        self.n_channels, self.dtype = _channels(n_channels), _dtype(dtype)
-        self.fitted = {}
+        self.n_channels, self.fitted = whole("n_channels", n_channels, 1), {}
+        self.dtype = one_of("dtype", dtype, DTYPES)
         self.fields = {"values": Field(dtype, (n_channels,)), **_scale_field(dtype)}
-
-    def spec(self) -> dict[str, Any]:
-        """Return what `from_spec` needs."""
-        return {"name": self.name, "dtype": self.dtype}
 
     def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Return rows of `fields` for weights `[n K]`."""
@@ -107,27 +107,22 @@ class TopM(Encoding):
     """
 
     name = "top-m"
+    parameters = ("m", "by", "dtype")
 
     def __init__(
         self, n_channels: int, m: int = 50, by: str = "signed", dtype: str = "float16"
     ) -> None:
-        self.n_channels, self.dtype = _channels(n_channels), _dtype(dtype)
-        if by not in ("signed", "magnitude"):
-            raise InputError(f"top-m by {by!r} is unknown; use 'signed' or 'magnitude'")
+        self.n_channels, self.fitted = whole("n_channels", n_channels, 1), {}
+        self.dtype = one_of("dtype", dtype, DTYPES)
         if not 1 <= m <= n_channels:
             raise InputError(f"m = {m} channels of {n_channels}: m must be 1 to {n_channels}")
-        self.m, self.by = int(m), by
-        self.fitted = {}
+        self.m, self.by = int(m), one_of("by", by, ("signed", "magnitude"))
         index_type = "uint16" if n_channels <= 1 << 16 else "uint32"
         self.fields = {
             "channels": Field(index_type, (m,)),
             "values": Field(dtype, (m,)),
             **_scale_field(dtype),
         }
-
-    def spec(self) -> dict[str, Any]:
-        """Return what `from_spec` needs."""
-        return {"name": self.name, "m": self.m, "by": self.by, "dtype": self.dtype}
 
     def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Return rows of `fields` for weights `[n K]`."""
@@ -163,6 +158,7 @@ class LowRank(Encoding):
     """
 
     name = "low-rank"
+    parameters: ClassVar[tuple[str, ...]] = ("rank", "origin", "codes", "dtype")
 
     def __init__(
         self,
@@ -178,26 +174,16 @@ class LowRank(Encoding):
                 f"basis {list(basis.shape)} and offset {list(offset.shape)} do not belong "
                 "together; expected [R K] and [K]"
             )
-        if origin not in ("head", "pca") or codes not in ("stored", "embedding"):
-            raise InputError(f"low-rank with origin {origin!r} and codes {codes!r} is unknown")
-        self.n_channels, self.dtype = basis.shape[1], _dtype(dtype)
-        self.rank, self.origin, self.codes = basis.shape[0], origin, codes
+        self.dtype = one_of("dtype", dtype, DTYPES)
+        self.origin = one_of("origin", origin, ("head", "pca"))
+        self.codes = one_of("codes", codes, ("stored", "embedding"))
+        self.rank, self.n_channels = basis.shape
         self.fitted = {"basis": basis, "offset": offset}
         self._scale = _multiple_of_identity(basis)
-        self._known_products: _Products | None = None
+        self._products: _Products | None = None
         self.uses_embedding = codes == "embedding"
         stored = {"codes": Field(dtype, (self.rank,)), **_scale_field(dtype)}
         self.fields = {} if self.uses_embedding else stored
-
-    def spec(self) -> dict[str, Any]:
-        """Return what `from_spec` needs."""
-        return {
-            "name": self.name,
-            "rank": self.rank,
-            "origin": self.origin,
-            "codes": self.codes,
-            "dtype": self.dtype,
-        }
 
     def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         """Return codes of weights `[n K]` by projection; only for an orthonormal (PCA) basis."""
@@ -237,20 +223,14 @@ class LowRank(Encoding):
             # Products `[R R]` would take more memory than the basis, and more time than decoding.
             return super().norms(unpacked @ self.fitted["basis"] + self.fitted["offset"])
         codes = unpacked.astype(np.float64)
+        # No cached_property: until Python 3.12 a child forked meanwhile would wait for its lock.
+        self._products = self._products or self._multiplied()
         gram, along, squared = self._products
         mixed = codes if gram is None else codes @ gram
         if along is not None:
             mixed = mixed + along
         squares = (mixed * codes).sum(axis=1) + squared
-        return np.sqrt(np.maximum(squares, 0))
-
-    @property
-    def _products(self) -> _Products:
-        # No cached_property: until Python 3.12 a child forked meanwhile would wait for its lock.
-        known = self._known_products
-        if known is None:
-            known = self._known_products = self._multiplied()
-        return known
+        return np.asarray(np.sqrt(np.maximum(squares, 0)))
 
     def _multiplied(self) -> _Products:
         """Return what |c B + o|^2 needs: B B^T `[R R]`, 2 B o `[R]` and |o|^2, in float64.
@@ -278,6 +258,7 @@ class ByPosition(LowRank):
     """
 
     name = "by-position"
+    parameters = ("rank", "dtype")
 
     def __init__(
         self, basis: np.ndarray, offset: np.ndarray, grid: tuple[int, int], dtype: str = "float16"
@@ -291,20 +272,16 @@ class ByPosition(LowRank):
                 f"{grid[0]} x {grid[1]}"
             )
 
-    def spec(self) -> dict[str, Any]:
-        """Return what `from_spec` needs."""
-        return {"name": self.name, "rank": self.rank, "dtype": self.dtype}
-
     def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Return codes of weights `[n K H W]` by projection."""
+        """Return rows of `fields` for weights `[n K]`."""
         return super().encode(np.reshape(weights, (len(weights), -1)))
 
     def decode(self, rows: Rows) -> np.ndarray:
-        """Return weights `[n K H W]` float32."""
+        """Return weights `[n K]` float32."""
         return self._placed(super().decode(rows))
 
     def combine(self, unpacked: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-        """Return the weights of the averaged codes, `[K H W]`."""
+        """Return sum_i coefficients_i * weights_i, `[K H W]`."""
         return self._placed(super().combine(unpacked, coefficients))
 
     def _placed(self, weights: np.ndarray) -> np.ndarray:
@@ -352,8 +329,7 @@ def fit_pca(sample: np.ndarray, rank: int, dtype: str = "float16") -> LowRank:
     if len(sample) == 0:
         raise InputError("a low-rank basis needs at least one weight vector to be fitted on")
     sample = _checked(sample, sample.shape[-1]).astype(np.float64)
-    if rank < 1:
-        raise InputError(f"rank = {rank} is too small; give at least 1")
+    rank = whole("rank", rank, 1)
     offset = sample.mean(axis=0)
     centered = sample - offset
     n, channels = centered.shape
@@ -399,7 +375,7 @@ def _unpack(rows: Rows, field: str) -> np.ndarray:
     values = np.asarray(rows[field])
     if values.dtype == np.float32:
         return values
-    return values.astype(np.float32) * np.asarray(rows["scales"])[:, None]
+    return np.asarray(values.astype(np.float32) * rows["scales"][:, None])
 
 
 def _scale_field(dtype: str) -> dict[str, Field]:
@@ -414,15 +390,3 @@ def _checked(values: np.ndarray, width: int) -> np.ndarray:
         bad = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
         raise InputError(f"row {bad} holds a NaN or an infinity; weights must be finite")
     return values
-
-
-def _channels(n_channels: int) -> int:
-    if n_channels < 1:
-        raise InputError(f"{n_channels} channels: an encoding needs at least 1")
-    return int(n_channels)
-
-
-def _dtype(dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} cannot be stored; use one of {', '.join(DTYPES)}")
-    return dtype

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from .._checks import one_of
 from .._files import ProcessLock, fresh, replace
 from ..errors import IndexFormatError, InputError, cut, short
 from .arrays import ArrayLike, block_rows, broken, open_checked, sha256_of
@@ -50,7 +51,7 @@ def build(
     trained_on = 0
     with threads(1), _as_input_error(factory):
         if not index.is_trained:
-            check_factory(factory, width, len(rows), metric)
+            _refuse_few(factory, _training_need(index), len(rows))
             sample = _sample(rows, max(1 << 16, 256 * _training_need(index)))
             index.train(np.asarray(embeddings[sample], np.float32))
             trained_on = len(sample)
@@ -61,28 +62,19 @@ def build(
 
 
 def grow(index: Any, embeddings: ArrayLike, start: int, factory: str) -> None:
-    """Add the rows from `start` on to an index that holds those before; training stays."""
-    if "NSG" in type(index).__name__:
-        refill(index, embeddings, factory)
-    else:
-        with threads(1), _as_input_error(factory):
-            _add(index, embeddings, start)
-
-
-def refill(index: Any, embeddings: ArrayLike, factory: str) -> None:
-    """Replace every row, keeping what was trained."""
+    """Add the rows from `start` on to an index, which keeps those before; training stays."""
     with threads(1), _as_input_error(factory):
-        index.reset()
-        _add(index, embeddings)
+        if start == 0 or "NSG" in type(index).__name__:  # a graph that cannot grow
+            index.reset()
+            start = 0
+        _add(index, embeddings, start)
 
 
 def _add(index: Any, embeddings: ArrayLike, start: int = 0) -> None:
     # In blocks; graphs that cannot grow (NSG) need all of them at once.
-    total = embeddings.shape[0]
-    if "NSG" in type(index).__name__ or "NNDescent" in type(index).__name__:
-        step = max(total - start, 1)
-    else:
-        step = block_rows(embeddings)
+    total, name = embeddings.shape[0], type(index).__name__
+    at_once = "NSG" in name or "NNDescent" in name
+    step = max(total - start, 1) if at_once else block_rows(embeddings)
     for first in range(start, total, step):
         rows = embeddings[first : min(first + step, total)]
         index.add(np.ascontiguousarray(rows, np.float32))
@@ -145,7 +137,8 @@ def write_faiss(root: Path, index: Any, name: str) -> dict[str, Any]:
             reason = f"holds {size} of {written} bytes after writing"
             raise OSError(errno.EIO, reason, str(unfinished))
     replace(unfinished, root / name)
-    return {"file": name, "bytes": written, "sha256": digest.hexdigest()}
+    entry = {"file": name, "bytes": written, "sha256": digest.hexdigest()}
+    return {**entry, "version": faiss.__version__}
 
 
 class FaissFile:
@@ -178,13 +171,11 @@ class FaissFile:
 
     def loaded(self) -> Any:
         """Return the FAISS index; Flat and IVF are mapped, so that a million rows load at once."""
-        return self._load() if self._loaded is None else self._loaded
-
-    def _load(self) -> Any:
-        with self._lock:
-            if self._loaded is None:
-                self._loaded = self.read()
-            return self._loaded
+        loaded = self._loaded
+        if loaded is None:
+            with self._lock:
+                loaded = self._loaded = self.read() if self._loaded is None else self._loaded
+        return loaded
 
     def close(self) -> None:
         """Let go of the file; a search that has begun ends with what it took."""
@@ -252,9 +243,7 @@ class FaissFile:
 
 def metric_code(metric: str) -> int:
     """Return FAISS's number for a metric."""
-    if metric not in ("l2", "ip"):
-        raise InputError(f"metric {metric!r} is unknown; use 'l2' or 'ip'")
-    return 1 if metric == "l2" else 0
+    return ("ip", "l2").index(one_of("metric", metric, ("l2", "ip")))
 
 
 @contextlib.contextmanager
@@ -277,7 +266,6 @@ def threads(count: int | None) -> Iterator[None]:
 def _make(factory: str, width: int, metric: str, n_images: int) -> Any:
     import faiss
 
-    _refuse_huge(factory)
     _refuse_many(factory, n_images)
     with _as_input_error(factory):
         index = faiss.index_factory(width, factory, metric_code(metric))
@@ -297,7 +285,7 @@ def _refused(factory: str, why: str) -> InputError:
     )
 
 
-def _refuse_huge(factory: str) -> None:
+def _refuse_many(factory: str, n_images: int) -> None:
     # What FAISS takes memory for before it looks at it, or the stack.
     if len(factory) > _MOST_LETTERS:
         raise _refused(factory, f"{len(factory):,} letters are more than {_MOST_LETTERS}")
@@ -306,8 +294,6 @@ def _refuse_huge(factory: str) -> None:
         if len(digits) > 9 or int(digits) > most:
             raise _refused(factory, f"{kind}{cut(digits, 20)} is more than {kind}{most}")
 
-
-def _refuse_many(factory: str, n_images: int) -> None:
     # Lists and codes that so few images cannot fill, before FAISS takes gigabytes.
     lists = [int(digits) for digits in re.findall(r"IVF([0-9]+)", factory)]
     codes = [1 << int(bits) for bits in re.findall(r"(?<![A-Z])PQ[0-9]+x([0-9]{1,2})", factory)]

@@ -1,11 +1,7 @@
-"""Which network an index was built with: recorded once, checked whenever the two meet.
+"""Identity of the network that an index was built with, checked whenever the two meet.
 
-An `Identity` is a SHA-256 of the parameters, the settings that change what they compute, and a
-*probe*: what the network makes of one fixed synthetic picture. The digest says whether the
-parameters are the same bytes; the probe says whether they do the same, and so admits compiled,
-exported and half-precision networks, whose parameters have other names or bytes.
-
-Arrays only, so that a service without torch can ask.
+The digest says whether the parameters are the same bytes; the *probe*, what the network makes of
+one synthetic picture, whether they do the same, as in a compiled, exported or half-precision form.
 """
 
 import json
@@ -26,6 +22,18 @@ ALIKE = 2e-2
 _MAX_WIDTH = 1 << 20
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "parameters_sha256": (str,),
+    "layer": (str,),
+    "preprocess": (dict, type(None)),
+    "normalize": (bool,),
+    "output": (str, int, type(None)),
+    "layout": (str,),
+    "precision": (str,),
+    "name": (str, type(None)),
+}
+
+
 class NetworkWarning(EmbedcamWarning):
     """A network was admitted that is not, byte for byte, the one of the index."""
 
@@ -34,14 +42,11 @@ class NetworkWarning(EmbedcamWarning):
 class Identity:
     """What tells one network from another.
 
-    parameters_sha256: of the sorted state dict: names without wrappers' prefixes, dtypes, shapes,
-        bytes; counters of batch norms left out.
-    layer, preprocess, normalize: must be equal.
-    structure_sha256: of names, dtypes and shapes alone; the same structure with other bytes is
-        another training, not another form of the same network.
-    output, layout, precision, name: recorded for people; the probe decides.
-    probe_embedding: float32 `[D]`, the embedding of the synthetic picture.
-    probe_pooled: float32 `[K]`, the mean over positions of its activations.
+    Layer, preprocess and normalize must be equal; the parameters' digest is of the sorted state
+    dict (names without wrappers' prefixes, dtypes, shapes, bytes; no counters of batch norms), the
+    structure's of the same without the bytes: with other bytes it is another training. The probe
+    is the synthetic picture's embedding `[D]` and the mean of its activations `[K]`, float32; it
+    decides about the rest, which is recorded for people.
     """
 
     parameters_sha256: str
@@ -83,18 +88,6 @@ class Identity:
         )
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "parameters_sha256": (str,),
-    "layer": (str,),
-    "preprocess": (dict, type(None)),
-    "normalize": (bool,),
-    "output": (str, int, type(None)),
-    "layout": (str,),
-    "precision": (str,),
-    "name": (str, type(None)),
-}
-
-
 def _probe_array(arrays: Mapping[str, np.ndarray], key: str) -> np.ndarray:
     array = arrays.get(key, np.empty(0))
     if array.ndim != 1 or array.dtype.kind != "f" or not 0 < array.size <= _MAX_WIDTH:
@@ -108,22 +101,18 @@ def _probe_array(arrays: Mapping[str, np.ndarray], key: str) -> np.ndarray:
 
 
 def compare(stored: Identity, given: Identity) -> None:
-    """Refuse a network that is not the one an index was built with.
+    """Refuse a network that is not the one an index was built with, by a `NetworkMismatch`.
 
-    The same parameters in the same precision may differ in the probe by 1e-3, relative, and so may
-    other parameters of the same structure; other forms of the network (compiled, exported, half
-    precision, autocast) by 2e-2, both with a `NetworkWarning`. Anything else is a
-    `NetworkMismatch` that names the index's value and the network's.
+    The same parameters in the same precision may differ in the probe by `SAME`, and so may other
+    parameters of the same structure; other forms of the network (compiled, exported, half
+    precision, autocast) by `ALIKE`, both with a `NetworkWarning`.
     """
     _refuse_settings(stored, given)
     same = stored.parameters_sha256 == given.parameters_sha256
     precise = same and stored.precision == given.precision
     # Of the same structure and precision, and yet other bytes: trained differently.
-    retrained = (
-        not same
-        and stored.precision == given.precision
-        and stored.structure_sha256 == given.structure_sha256
-    )
+    alike = stored.structure_sha256 == given.structure_sha256
+    retrained = not same and stored.precision == given.precision and alike
     allowed = SAME if precise or retrained else ALIKE
     difference, what = max(
         (_difference(a, b), key)
@@ -172,35 +161,31 @@ def _refuse_settings(stored: Identity, given: Identity) -> None:
     }
     for key, step in advice.items():
         old, new = getattr(stored, key), getattr(given, key)
-        if old != new:
-            _refuse_another(stored, given)
-            old, new = _differing(old, new)
-            changed = [name for name in ("size", "resize") if isinstance(old, dict) and name in old]
-            if changed and set(old) <= {"size", "resize", "resize_to"}:
-                old, new = ({name: of[name] for name in changed} for of in (old, new))
-                options = " and ".join(f"--{name}" for name in changed)
-                names = ", ".join(f"{name}=" for name in changed)
-                raise NetworkMismatch(
-                    f"this is not the input of the index, which was built with {_shown(old)}, and "
-                    f"given is {_shown(new)}; leave out {options} ({names}), give the network that "
-                    "preprocess, or build the index again with this one"
-                )
+        if old == new:
+            continue
+        _refuse_another(stored, given)
+        changed: list[str] = []
+        if isinstance(old, dict) and isinstance(new, dict):
+            # Only the entries that differ, so that a message shows what matters.
+            differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            if set(differ) <= {"size", "resize", "resize_to"}:
+                changed = [name for name in ("size", "resize") if name in differ]
+            old, new = ({name: of.get(name) for name in changed or differ} for of in (old, new))
+        before, now = (
+            json.dumps(one) if isinstance(one, dict) else repr(one) for one in (old, new)
+        )
+        if changed:
+            options = " and ".join(f"--{name}" for name in changed)
+            names = ", ".join(f"{name}=" for name in changed)
             raise NetworkMismatch(
-                f"this is not the network of the index: its {key} is {_shown(old)}, given is one "
-                f"with {_shown(new)}; {step}, or build the index again"
+                f"this is not the input of the index, which was built with {before}, and given is "
+                f"{now}; leave out {options} ({names}), give the network that preprocess, or build "
+                "the index again with this one"
             )
-
-
-def _differing(old: Any, new: Any) -> tuple[Any, Any]:
-    # Of two dicts only the entries that differ, so that a message shows what matters.
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return old, new
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return {key: old.get(key) for key in keys}, {key: new.get(key) for key in keys}
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict) else repr(value)
+        raise NetworkMismatch(
+            f"this is not the network of the index: its {key} is {before}, given is one with "
+            f"{now}; {step}, or build the index again"
+        )
 
 
 def _values(identity: Identity, what: str) -> str:

@@ -655,16 +655,14 @@ def _absent(root: Path) -> IndexFormatError:
 
 def _parse(root: Path, data: bytes) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
+        if len(dict(pairs)) != len(pairs):
             raise ValueError("a key appears twice")
-        return values
+        return dict(pairs)
 
     def finite(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value):
+        if not math.isfinite(float(text)):
             raise ValueError(f"{text[:20]} is not JSON")
-        return value
+        return float(text)
 
     try:
         manifest = json.loads(

@@ -1,6 +1,6 @@
 """Rows and fitted arrays to be written: checked, streamed into a new folder, renamed into view."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 
 from .._files import UNFINISHED, replace, sync_folder
 from ..errors import InputError
-from .arrays import SUFFIXES, ArrayLike, Column, encode_strings, file_name, write_array
+from .arrays import SUFFIXES, ArrayLike, Column, file_name, write_array
 from .reader import Index
 from .rows import MARKS, Layer, order_dtype
 
@@ -102,32 +102,30 @@ def quantize_coarse(cams: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Chained:
-    """Rows of several sources one after the other, fetched when they are sliced."""
+    """Rows of an index and new ones behind them, fetched when they are sliced."""
 
     def __init__(
-        self, sources: Sequence[tuple[int, Callable[[slice], np.ndarray]]], like: Column
+        self, index: Index, positions: np.ndarray, column: Column, new: ArrayLike | None
     ) -> None:
-        self._sources, self._none = sources, like.empty
-        self.shape = (sum(n for n, _ in sources), *like.shape)
-        self.dtype = like.empty.dtype
+        self._index, self._positions, self._column, self._new = index, positions, column, new
+        n_new = 0 if new is None else new.shape[0]
+        self.shape = (len(positions) + n_new, *column.shape)
+        self.dtype = np.dtype(column.dtype)
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         start, stop, _ = rows.indices(self.shape[0])
-        pieces, first = [self._none], 0
-        for count, fetch in self._sources:
-            low, high = max(start - first, 0), min(stop - first, count)
-            if low < high:
-                pieces.append(fetch(slice(low, high)))
-            first += count
-        return np.concatenate(pieces)
+        n_old = len(self._positions)
+        old = self._index.select(self._positions[start:stop]).array(self._column)
+        if self._new is None or stop <= n_old:
+            return old
+        new = np.asarray(self._new[max(start - n_old, 0) : stop - n_old])
+        return np.concatenate([old, new]) if len(old) else new
 
 
 def parts_to_keep(index: Index, new_rows: int) -> int:
-    """Return how many leading parts stay; the others are rewritten together with the new rows.
-
-    Sizes then fall by more than JOIN_FACTOR from part to part, so that their number, and the files
-    and maps a reader holds, grow with the logarithm of the images.
-    """
+    """Return how many leading parts stay; the others are rewritten together with the new rows."""
+    # Sizes then fall by more than JOIN_FACTOR from part to part: their number, and the maps that a
+    # reader holds, grow with the logarithm of the images.
     kept, size = len(index.parts), new_rows
     while kept > 1 and index.parts[kept - 1].count <= JOIN_FACTOR * size:
         kept -= 1
@@ -142,19 +140,8 @@ def write_rows(
     extra = {} if new is None else _checked(new, index.columns, index.layers)
     if new is not None and index.marked:
         extra.setdefault(MARKS, np.zeros((len(new), 4), np.uint32))
-
-    def chained(column: Column, name: str) -> ArrayLike:
-        def old(rows: slice) -> np.ndarray:
-            return index.select(positions[rows]).array(column)
-
-        sources: list[tuple[int, Callable[[slice], np.ndarray]]] = [(len(positions), old)]
-        if name in extra:
-            array = extra[name]
-            sources.append((array.shape[0], lambda rows: np.asarray(array[rows])))
-        return _Chained(sources, column)
-
     columns = {
-        name: chained(column, name)
+        name: _Chained(index, positions, column, extra.get(name))
         for name, column in index.columns.items()
         if name != MARKS or MARKS in extra or index.marked
     }
@@ -182,18 +169,14 @@ def _checked(
 ) -> dict[str, ArrayLike]:
     """Return the arrays of a part by column, refused where their shapes do not fit."""
     n, arrays = len(part), part.columns(layers)
-    shapes: dict[str, tuple[int, ...]] = {
-        "labels": (len(part.labels),),
-        "paths": (len(part.paths),),
+    shapes: dict[str, tuple[list[int], list[int]]] = {
+        "labels": ([len(part.labels)], [n]),
+        "paths": ([len(part.paths)], [n]),
     }
-    expected: dict[str, tuple[int, ...]] = {"labels": (n,), "paths": (n,)}
-    shapes |= {name: tuple(array.shape) for name, array in arrays.items()}
-    expected |= {name: (n, *columns[name].shape) for name in arrays}
-    for name, shape in shapes.items():
-        if shape != expected[name]:
-            raise InputError(
-                f"{name} has the shape {list(shape)}; expected {list(expected[name])} for {n} ids"
-            )
+    shapes |= {name: ([*one.shape], [n, *columns[name].shape]) for name, one in arrays.items()}
+    for name, (shape, expected) in shapes.items():
+        if shape != expected:
+            raise InputError(f"{name} has the shape {shape}; expected {expected} for {n} ids")
     return arrays
 
 
@@ -219,11 +202,9 @@ def _write_part(
 
     raw = [one.encode("utf-8", "replace") if isinstance(one, str) else b"?" for one in ids]
     # `sorted` is stable, so equal ids (one of them removed) stay in the order of their rows.
-    order = order_dtype(len(raw))
-    put(
-        file_name("ids.order", order),
-        np.array(sorted(range(len(raw)), key=raw.__getitem__), dtype=order),
-    )
+    dtype = order_dtype(len(raw))
+    order = sorted(range(len(raw)), key=raw.__getitem__)
+    put(file_name("ids.order", dtype), np.array(order, dtype))
     try:  # code points sort as their UTF-8 bytes do
         vocabulary = sorted({label for label in labels if label is not None})
     except TypeError as error:
@@ -237,6 +218,23 @@ def _write_part(
     put("labels.codes.i32", np.array([codes[label] for label in labels], np.int32))
     _in_view(root, folder, directory)
     return {"directory": directory, "count": len(raw), "files": files}
+
+
+def encode_strings(strings: Sequence[str], what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a blob uint8 `[bytes]` and offsets uint64 `[n+1]`."""
+    raw = []
+    for row, text in enumerate(strings):
+        if not isinstance(text, str):
+            raise InputError(f"{what} {row} is {text!r}; expected a string")
+        try:
+            raw.append(text.encode("utf-8"))
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{what} {row}, {text!r}, has no UTF-8 form; rename the file, or give other names"
+            ) from error
+    offsets = np.zeros(len(raw) + 1, np.uint64)
+    np.cumsum([len(one) for one in raw], out=offsets[1:], dtype=np.uint64)
+    return np.frombuffer(b"".join(raw), np.uint8), offsets
 
 
 def write_fitted(

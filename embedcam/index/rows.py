@@ -1,23 +1,22 @@
-"""The rows of an index: its layers and columns, the mapped parts, and selections of them."""
+"""Rows of an index: its layers and columns, the mapped parts, and selections of them."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import Any
 
 import numpy as np
 
-from ..errors import EmbedcamError, InputError
+from ..errors import EmbedcamError, IndexFormatError
 from . import manifest as manifest_file
 from .arrays import (
     SUFFIXES,
+    Check,
     Column,
-    StringTable,
     broken,
-    check_positions,
-    check_row,
     file_name,
     map_array,
     wrong_channels,
@@ -32,8 +31,6 @@ STRINGS = ("ids", "paths", "labels")
 MARKS = "marks"
 """The one column that a part may lack: the marks of the images' files."""
 _FITTED = re.compile(r"(?:layer([0-9]{1,4})\.)?([a-z][a-z0-9_]*)\.([a-z0-9]+)")
-_RUN = 1 << 16
-T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -47,26 +44,6 @@ class Layer:
     coarse_grid: tuple[int, int] | None
     fields: dict[str, Column]
     coarse: tuple[Column, Column] | None
-
-    @classmethod
-    def of(cls, number: int, entry: LayerEntry, encoding: Encoding) -> "Layer":
-        """Return the layer that an entry describes."""
-
-        def wrong(name: str) -> Any:
-            if isinstance(encoding, TopM) and name == "channels":
-                return partial(wrong_channels, n_channels=entry.channels)
-            return wrong_scales if name == "scales" else wrong_values
-
-        fields = {
-            name: Column.of(f"layer{number}.{name}", one.dtype, one.shape, wrong(name))
-            for name, one in encoding.fields.items()
-        }
-        coarse = None
-        if entry.coarse_grid is not None:
-            maps = Column.of(f"layer{number}.coarse", "uint8", entry.coarse_grid)
-            coarse = maps, Column.of(f"layer{number}.coarse_scales", "float32", (), wrong_scales)
-        name, channels, grid = entry.name, entry.channels, entry.coarse_grid
-        return cls(number, name, channels, encoding, grid, fields, coarse)
 
 
 def make_layers(
@@ -86,27 +63,106 @@ def make_layers(
             what = f"the encoding of layers[{number}] {what}"
             raise broken(root, manifest_file.NAME, what) from error
         if isinstance(encoding, LowRank) and encoding.uses_embedding and encoding.rank != width:
-            what = (
-                f"layers[{number}] derives its codes from embeddings of width {width}, and its "
-                f"rank is {encoding.rank}"
-            )
-            raise broken(root, manifest_file.NAME, what)
-        layers.append(Layer.of(number, entry, encoding))
+            what = f"layers[{number}] derives its codes from embeddings of width {width}, and its "
+            raise broken(root, manifest_file.NAME, f"{what}rank is {encoding.rank}")
+        stem, coarse = f"layer{number}", None
+        checks: dict[str, Check] = {"scales": wrong_scales}
+        if isinstance(encoding, TopM):
+            checks["channels"] = partial(wrong_channels, n_channels=entry.channels)
+        fields = {
+            name: Column(f"{stem}.{name}", one.dtype, one.shape, checks.get(name, wrong_values))
+            for name, one in encoding.fields.items()
+        }
+        if entry.coarse_grid is not None:
+            maps = Column(f"{stem}.coarse", "uint8", entry.coarse_grid)
+            coarse = maps, Column(f"{stem}.coarse_scales", "float32", (), wrong_scales)
+        name, channels, grid = entry.name, entry.channels, entry.coarse_grid
+        layers.append(Layer(number, name, channels, encoding, grid, fields, coarse))
     return layers
 
 
 def columns_of(width: int, normalized: bool, layers: Sequence[Layer]) -> dict[str, Column]:
     """Return every array that an index keeps for each image, by name; marks may be missing."""
-    wrong = partial(wrong_embeddings, normalized=normalized)
-    columns = {
-        "embeddings": Column.of("embeddings", "float32", (width,), wrong),
-        "triplets_used": Column.of("triplets_used", "uint32"),
-        MARKS: Column.of(MARKS, "uint32", (4,)),
-    }
+    columns = [
+        Column("embeddings", "float32", (width,), partial(wrong_embeddings, normalized=normalized)),
+        Column("triplets_used", "uint32"),
+        Column(MARKS, "uint32", (4,)),
+    ]
     for layer in layers:
-        of_layer = (*layer.fields.values(), *(layer.coarse or ()))
-        columns |= {column.file.rpartition(".")[0]: column for column in of_layer}
-    return columns
+        columns += (*layer.fields.values(), *(layer.coarse or ()))
+    return {column.stem: column for column in columns}
+
+
+class StringTable:
+    """UTF-8 strings in a blob `[bytes]` with offsets `[n+1]`, decoded on demand.
+
+    Offsets are believed after they were found to be inside; `where` names the files in messages.
+    """
+
+    def __init__(self, blob: np.ndarray, offsets: np.ndarray, where: Path) -> None:
+        self.blob, self.offsets, self.where = blob, offsets, where
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def raw(self, row: int) -> bytes:
+        """Return the string's bytes."""
+        start, stop = int(self.offsets[row]), int(self.offsets[row + 1])
+        if not start <= stop <= len(self.blob):
+            raise self._outside()
+        return self.blob[start:stop].tobytes()
+
+    def __getitem__(self, row: int) -> str:
+        # A damaged byte must not stop a search half way; `verify` reports it.
+        return self.raw(row).decode("utf-8", "replace")
+
+    def take(self, rows: np.ndarray) -> list[str]:
+        """Return some rows `[n]`."""
+        first, last = int(rows[0]), int(rows[-1])
+        if len(rows) > 1 and last - first == len(rows) - 1 and bool((np.diff(rows) == 1).all()):
+            return self.tolist(first, last + 1)  # a run is decoded from one piece of the blob
+        starts, stops = self.offsets[rows].tolist(), self.offsets[rows + 1].tolist()
+        blob, size = self.blob.data, len(self.blob)
+        if not all(a <= b <= size for a, b in zip(starts, stops, strict=True)):
+            raise self._outside()
+        return [str(blob[a:b], "utf-8", "replace") for a, b in zip(starts, stops, strict=True)]
+
+    def tolist(self, start: int = 0, stop: int | None = None) -> list[str]:
+        """Return rows start .. stop at once, faster than one by one."""
+        offsets = np.asarray(self.offsets[start : (len(self) if stop is None else stop) + 1])
+        if offsets[-1] > len(self.blob) or (offsets[1:] < offsets[:-1]).any():
+            raise self._outside()
+        first = int(offsets[0])
+        blob = self.blob[first : int(offsets[-1])].tobytes()
+        bounds = (offsets.astype(np.int64) - first).tolist()
+        return [blob[a:b].decode("utf-8", "replace") for a, b in pairwise(bounds)]
+
+    def _outside(self) -> IndexFormatError:
+        return IndexFormatError(
+            f"{self.where}.offsets.u64: offsets fall or lead outside the text; run `embedcam "
+            "verify`, and restore the file that it names"
+        )
+
+    def bisect(self, order: np.ndarray, key: bytes) -> int:
+        """Return where `key` stands, or would stand, in the sorted order."""
+        low, high = 0, len(self)
+        while low < high:
+            middle = (low + high) // 2
+            if self.raw(check_row(int(order[middle]), high=len(self))) < key:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+
+def check_row(row: int, high: int) -> int:
+    """Return a row number read from a file, refused where it leads outside."""
+    if not 0 <= row < high:
+        raise IndexFormatError(
+            f"the index refers to row {row} of {high} in its strings; run `embedcam verify`, and "
+            "restore the file that it names"
+        )
+    return row
 
 
 class Part:
@@ -125,6 +181,20 @@ class Part:
         )
         self.order = self.arrays[file_name("ids.order", order_dtype(self.count))]
         self.codes = self.arrays["labels.codes.i32"]
+
+    def texts(self, rows: np.ndarray, *kinds: str) -> list[list[Any]]:
+        """Return of each kind of `STRINGS` the texts of rows `[n]`, n >= 1; a label may be None."""
+        return [
+            self._labels_of(rows) if kind == "labels" else getattr(self, kind).take(rows)
+            for kind in kinds
+        ]
+
+    def _labels_of(self, rows: np.ndarray) -> list[str | None]:
+        codes = self.codes[rows].tolist()
+        names: dict[int, str | None] = {
+            code: self.labels[check_row(code, len(self.labels))] for code in {*codes} - {-1}
+        }
+        return [names.get(code) for code in codes]
 
     def find(self, key: bytes) -> list[int]:
         """Return the rows with this id, removed ones included, in rising order."""
@@ -239,181 +309,3 @@ def map_tombstones(root: Path, manifest: Manifest) -> np.ndarray:
         what = f"counts.added_after_fit is not {later}, the live rows behind the fit"
         raise broken(root, manifest_file.NAME, what)
     return removed
-
-
-class Rows:
-    """The mapped parts of an open index, in the order of their rows, until they are closed.
-
-    Apart from `Index`, so that `index.ids` and the others refer to this and not to the index: an
-    index that nobody holds any more is then let go at once, not when garbage is collected.
-    """
-
-    def __init__(
-        self, root: Path, manifest: Manifest, layers: list[Layer], columns: dict[str, Column]
-    ) -> None:
-        self.root, self.layers, self.columns = root, layers, columns
-        self._parts: list[Part] | None = [Part(root, part, columns) for part in manifest.parts]
-        self.starts = np.cumsum([0, *(part.count for part in self._parts)])
-
-    @property
-    def parts(self) -> list[Part]:
-        """The mapped parts; an `InputError` where they were closed."""
-        parts = self._parts
-        if parts is None:
-            raise InputError(f"{self.root}: the index is closed; open it again")
-        return parts
-
-    def close(self) -> None:
-        """Let go of the files; selections made before stay valid."""
-        self._parts = None
-
-    def pieces(self, positions: np.ndarray) -> "list[tuple[Part, np.ndarray | slice, np.ndarray]]":
-        """Return parts, the places among `positions` that lie in each, and their rows there."""
-        parts = self.parts
-        if len(positions) == 0:
-            return []
-        if len(parts) == 1:
-            return [(parts[0], slice(None), positions)]
-        home = np.searchsorted(self.starts, positions, side="right") - 1
-        return [
-            (parts[number], where, positions[where] - self.starts[number])
-            for number in np.unique(home).tolist()
-            for where in [np.flatnonzero(home == number)]
-        ]
-
-
-class Selection:
-    """Rows of an index in the order they were asked for; made by `Index.select`.
-
-    They are found in their parts once, then fetched field by field, also of a closed index.
-    """
-
-    def __init__(self, rows: Rows, positions: np.ndarray) -> None:
-        self.positions, self._rows = positions, rows
-        self._pieces = rows.pieces(positions)
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    @property
-    def ids(self) -> list[str]:
-        """Stable ids, `[n]`."""
-        return self._strings("ids")
-
-    @property
-    def paths(self) -> list[str]:
-        """Where the images were read, `[n]`."""
-        return self._strings("paths")
-
-    @property
-    def labels(self) -> list[str | None]:
-        """Labels, None for images without one, `[n]`."""
-        labels: list[str | None] = [None] * len(self)
-        for part, where, rows in self._pieces:
-            names: dict[int, str | None] = {-1: None}
-            for slot, code in zip(_slots(where, rows), part.codes[rows].tolist(), strict=True):
-                if code not in names:
-                    names[code] = part.labels[check_row(code, len(part.labels))]
-                labels[slot] = names[code]
-        return labels
-
-    @property
-    def embeddings(self) -> np.ndarray:
-        """Stored embeddings, float32 `[n D]`."""
-        return self.array(self._rows.columns["embeddings"])
-
-    @property
-    def triplets_used(self) -> np.ndarray:
-        """Triplets that gave evidence for each row's weights, uint32 `[n]`."""
-        return self.array(self._rows.columns["triplets_used"])
-
-    @property
-    def marks(self) -> np.ndarray:
-        """Marks of the images' files, uint32 `[n 4]`; zeros where none was taken."""
-        return self.array(self._rows.columns[MARKS])
-
-    def fields(self, layer: int = 0) -> dict[str, np.ndarray]:
-        """Return what the layer's encoding decodes, with "embedding" where it uses that."""
-        of = self._rows.layers[layer]
-        fields = {name: self.array(column) for name, column in of.fields.items()}
-        if "channels" in fields and fields["channels"].max(initial=0) >= of.channels:
-            what = f"names a channel beyond {of.channels}"
-            raise broken(self._rows.root, of.fields["channels"].file, what)
-        if of.encoding.uses_embedding:
-            fields["embedding"] = self.embeddings
-        return fields
-
-    def coarse(self, layer: int = 0) -> np.ndarray | None:
-        """Return coarse maps, float32 `[n h w]`, or None where none are stored."""
-        columns = self._rows.layers[layer].coarse
-        if columns is None:
-            return None
-        maps, scales = (self.array(column) for column in columns)
-        if not np.isfinite(scales).all():
-            raise broken(self._rows.root, columns[1].file, "holds a NaN or an infinity")
-        return maps * (scales[:, None, None] / np.float32(255))
-
-    def array(self, column: Column) -> np.ndarray:
-        """Return rows of a column, `[n ...]`; zeros where a part lacks it."""
-        file = column.file
-        if len(self._pieces) == 1:
-            part, _, rows = self._pieces[0]
-            if file in part.arrays:
-                only: np.ndarray = part.arrays[file][rows]
-                return only
-        values = np.zeros((len(self), *column.shape), column.dtype)
-        for part, where, rows in self._pieces:
-            if file in part.arrays:
-                values[where] = part.arrays[file][rows]
-        return values
-
-    def _strings(self, kind: str) -> list[str]:
-        strings = [""] * len(self)
-        for part, where, rows in self._pieces:
-            table: StringTable = getattr(part, kind)
-            for slot, text in zip(_slots(where, rows), table.take(rows), strict=True):
-                strings[slot] = text
-        return strings
-
-
-def _slots(where: np.ndarray | slice, rows: np.ndarray) -> Sequence[int]:
-    slots: Sequence[int] = range(len(rows)) if isinstance(where, slice) else where.tolist()
-    return slots
-
-
-class Strings(Sequence[T_co], Generic[T_co]):
-    """One string (or None) for every position: `s[7]`, `s[2:5]`, `s[array([3, 1])]`."""
-
-    def __init__(self, rows: Rows, kind: str) -> None:
-        self._rows, self._kind = rows, kind
-
-    def __len__(self) -> int:
-        return int(self._rows.starts[-1])
-
-    def _lookup(self, positions: np.ndarray) -> list[T_co]:
-        strings: list[T_co] = getattr(Selection(self._rows, positions), self._kind)
-        return strings
-
-    @overload
-    def __getitem__(self, where: int) -> T_co: ...
-
-    @overload
-    def __getitem__(self, where: slice | np.ndarray | list[int]) -> list[T_co]: ...
-
-    def __getitem__(self, where: int | slice | np.ndarray | list[int]) -> T_co | list[T_co]:
-        total = len(self)
-        if isinstance(where, slice):
-            return self._lookup(np.arange(*where.indices(total)))
-        if isinstance(where, (int, np.integer)):
-            row = int(where) + total if where < 0 else int(where)
-            if not 0 <= row < total:
-                raise IndexError(f"position {where} of an index of {total} rows")
-            return self._lookup(np.array([row]))[0]
-        return self._lookup(check_positions(where, total))
-
-    def __iter__(self) -> Iterator[T_co]:
-        for start in range(0, len(self), _RUN):
-            yield from self._lookup(np.arange(start, min(start + _RUN, len(self))))
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} strings>"

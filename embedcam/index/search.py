@@ -1,8 +1,8 @@
 """Nearest neighbors by exact values: FAISS proposes candidates, the embeddings decide."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +22,7 @@ _GATHERED = 8 << 20
 """Numbers of candidates' embeddings ranked at once: about 64 MiB as float64."""
 
 
-@dataclass(frozen=True)
-class Neighbors:
+class Neighbors(NamedTuple):
     """The k nearest rows of each query, nearest first.
 
     Attributes
@@ -39,7 +38,7 @@ class Neighbors:
 
     def first(self, count: int | None) -> "Neighbors":
         """Return the first `count` of one query's results `[n]`; all of them for None."""
-        return Neighbors(self.positions[:count], self.distances[:count], self.similarities[:count])
+        return Neighbors(*(values[:count] for values in self))
 
     @classmethod
     def of(
@@ -60,14 +59,14 @@ class EmbeddingRows:
     """Embeddings of an index, or of some of its rows, as one array-like `[n D]`."""
 
     def __init__(self, index: "Index", positions: np.ndarray | None = None) -> None:
-        self._index, self._positions = index, positions
+        self.index, self._positions = index, positions
         self.shape = (index.n_rows if positions is None else len(positions), index.width)
         self.dtype = np.dtype(np.float32)
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(self.shape[0]))
-        return self._index.embeddings(rows if self._positions is None else self._positions[rows])
+        return self.index.embeddings(rows if self._positions is None else self._positions[rows])
 
 
 def check_queries(queries: np.ndarray, width: int, normalized: bool = False) -> np.ndarray:
@@ -125,7 +124,7 @@ def nearest(
             progress(len(batch))
         return neighbors
 
-    return in_batches(ranked, queries, step, k)
+    return in_batches(ranked, queries, step)
 
 
 def without_itself(neighbors: Neighbors, rows: np.ndarray) -> Neighbors:
@@ -135,22 +134,38 @@ def without_itself(neighbors: Neighbors, rows: np.ndarray) -> Neighbors:
     """
     kept = neighbors.positions != rows[:, None]
     kept[kept.all(axis=1), -1] = False
-    shape = (len(rows), -1)
-    return Neighbors(
-        neighbors.positions[kept].reshape(shape),
-        neighbors.distances[kept].reshape(shape),
-        neighbors.similarities[kept].reshape(shape),
-    )
+    shape = len(rows), neighbors.positions.shape[1] - 1
+    return Neighbors(*(values[kept].reshape(shape) for values in neighbors))
 
 
-def search_batch(
+def search(
+    index: "Index", queries: np.ndarray, n_neighbors: int, nprobe: int | None = None
+) -> Neighbors:
+    """Return the nearest live rows of queries `[B D]`; see `Index.search`."""
+    queries = check_queries(queries, index.width, index.normalized)
+    k = min(whole("n_neighbors", n_neighbors, 1), index.n_rows - len(index.tombstones))
+    if index.manifest.faiss is None:
+        raise InputError(
+            "this index was built without FAISS; give neighbors= ids that your own search "
+            "found, or give it one with `embedcam compact --rebuild-faiss Flat`"
+        )
+    if nprobe is not None:
+        nprobe = whole("nprobe", nprobe, 1)
+    if k == 0:
+        raise InputError("every image of this index has been removed; add images first")
+    loaded = None if index.faiss_file is None else index.faiss_file.loaded()
+    # OpenMP's threads are not there in a forked child.
+    alone = len(queries) == 1 or index.process != os.getpid()
+    step = max(1, _GATHERED // ((k + SLACK) * index.width))
+    with threads(1 if alone else index.n_threads):
+        return in_batches(lambda some: _search_batch(index, loaded, some, k, nprobe), queries, step)
+
+
+def _search_batch(
     index: "Index", loaded: Any, queries: np.ndarray, k: int, nprobe: int | None
 ) -> Neighbors:
-    """Find the k nearest live rows of checked queries `[B D]`; `loaded` is FAISS's index or None.
-
-    Removed rows are not known to FAISS, whatever its type, so candidates are asked for until enough
-    live ones are among them; what an approximate index cannot reach, brute force finds.
-    """
+    # Removed rows are not known to FAISS, whatever its type, so candidates are asked for until
+    # enough live ones are among them; what an approximate index cannot reach, brute force finds.
     settings = index.manifest.faiss.search if index.manifest.faiss else SearchSettings()
     probes, effort = nprobe or settings.nprobe or 1, settings.ef_search or 1
     candidates = np.full((len(queries), k), -1, np.int64)
@@ -176,7 +191,9 @@ def search_batch(
     candidates = -np.sort(-candidates, axis=1)
     candidates = candidates[:, : int((candidates >= 0).sum(axis=1).max(initial=k))]
     vectors = index.embeddings(np.maximum(candidates, 0).reshape(-1))
-    return rank(queries, candidates, vectors.reshape(*candidates.shape, -1), k, index.metric)
+    return rank(
+        queries, candidates, vectors.reshape(*candidates.shape, index.width), k, index.metric
+    )
 
 
 def rank(
@@ -184,13 +201,7 @@ def rank(
 ) -> Neighbors:
     """Return the k best of each query's candidates by exact values; ties to the lower position.
 
-    Parameters
-    ----------
-    queries : `[B D]`.
-    candidates : positions `[B C]`; -1 marks none.
-    vectors : `[B C D]`, the candidates' embeddings (anything where there is none).
-    k : results wanted; each query must have that many candidates.
-    metric : "l2" or "ip".
+    Of queries `[B D]`, candidates `[B C]`, at least k each (-1 marks none), and their `[B C D]`.
     """
     wide = queries.astype(np.float64)[:, None]
     vectors = vectors.astype(np.float64)
@@ -200,24 +211,18 @@ def rank(
     scores = np.where(candidates < 0, np.inf, distances if metric == "l2" else -similarities)
     best = np.lexsort((candidates, scores), axis=1)[:, :k]
 
-    def take(values: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(values, best, axis=1)
-
-    return Neighbors.of(take(candidates).astype(np.int64), take(distances), take(similarities))
+    values = (candidates.astype(np.int64), distances, similarities)
+    return Neighbors.of(*(np.take_along_axis(one, best, axis=1) for one in values))
 
 
 def in_batches(
-    search: Callable[[np.ndarray], Neighbors], queries: np.ndarray, step: int, k: int
+    search: Callable[[np.ndarray], Neighbors], queries: np.ndarray, step: int
 ) -> Neighbors:
     """Search for queries `[B D]`, `step` at a time, and join the results."""
+    if len(queries) <= step:
+        return search(queries)
     batches = [search(queries[i : i + step]) for i in range(0, len(queries), step)]
-    none = np.empty((0, k), np.float32)
-    batches.append(Neighbors(none.astype(np.int64), none, none))
-    return Neighbors(
-        np.concatenate([one.positions for one in batches]),
-        np.concatenate([one.distances for one in batches]),
-        np.concatenate([one.similarities for one in batches]),
-    )
+    return Neighbors(*map(np.concatenate, zip(*batches, strict=True)))
 
 
 def _knn(embeddings: ArrayLike, queries: np.ndarray, fetch: int, kind: int) -> np.ndarray:
@@ -242,7 +247,7 @@ def _only_live(index: "Index", rows: np.ndarray) -> np.ndarray:
     if rows.size and rows.max() >= index.n_rows and index.manifest.faiss:
         file = index.manifest.faiss.file
         raise broken(index.path, file, "returns rows out of range", REBUILD)
-    if len(index) == index.n_rows:
+    if not len(index.tombstones):
         return rows
     alive = index.live(np.maximum(rows, 0).reshape(-1)).reshape(rows.shape)
     return np.where(alive & (rows >= 0), rows, -1)
@@ -259,9 +264,9 @@ def find_neighbors(
 ) -> list[Neighbors]:
     """Return for each query `[B D]` its neighbors: searched, or those that were named."""
     if named is None:
-        batch = index.search(embeddings, n_neighbors)
-        rows = zip(batch.positions, batch.distances, batch.similarities, strict=True)
-        return [Neighbors(*one) for one in rows]
+        return [
+            Neighbors(*one) for one in zip(*search(index, embeddings, n_neighbors), strict=True)
+        ]
     return [
         named_neighbors(index, embedding, ids)
         for embedding, ids in zip(embeddings, named, strict=True)
@@ -292,17 +297,10 @@ def draw_negatives(
     near: Iterable[str | None],
     labels_of: Callable[[np.ndarray], Sequence[str | None]],
 ) -> np.ndarray:
-    """Draw seeded random images that are no neighbors, nor labelled as they are.
+    """Draw at most `N_NEGATIVES` seeded random images that are not labelled as the neighbors are.
 
-    Parameters
-    ----------
-    candidates : positions of all but the neighbors, `[n]`, n >= 1.
-    near : labels of the neighbors.
-    labels_of : returns the labels of the images at some positions.
-
-    Returns
-    -------
-    At most `N_NEGATIVES` positions; with a neighbor's label where all that are drawn have one.
+    From `candidates` `[n]`, n >= 1, all but the neighbors, whose labels are `near`; where all that
+    are drawn have one of these, it does not matter.
     """
     count = min(8 * N_NEGATIVES, len(candidates))
     sample = np.random.default_rng(0).choice(candidates, count, False)

@@ -1,18 +1,17 @@
 """Every promise of the format, checked: checksums, structure, values, and the FAISS file."""
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import IndexFormatError, short
-from .arrays import Column, StringTable, blocks, broken, sha256_of, wrong_values
+from .arrays import Column, blocks, broken, sha256_of, wrong_values
 from .faiss_files import REBUILD
 from .reader import Index
-from .rows import STRINGS, Part
+from .rows import STRINGS, Part, StringTable
 
 Progress = Callable[[int, int], None]
 _SAMPLE = 32
@@ -20,7 +19,7 @@ _EXACT = ("IndexFlat", "IndexFlatL2", "IndexFlatIP", "IndexIVFFlat", "IndexHNSWF
 
 
 @dataclass
-class Report:
+class Verification:
     """What `verify` did.
 
     Attributes
@@ -38,7 +37,9 @@ class Report:
         return not self.problems
 
 
-def verify(path: str | Path, *, collect: bool = False, progress: Progress | None = None) -> Report:
+def verify(
+    path: str | Path, *, collect: bool = False, progress: Progress | None = None
+) -> Verification:
     """Check every promise of the format.
 
     Parameters
@@ -57,17 +58,22 @@ def verify(path: str | Path, *, collect: bool = False, progress: Progress | None
     except IndexFormatError as error:
         if not collect:
             raise
-        return Report(problems=[str(error)])
+        return Verification(problems=[str(error)])
     with index:
         return verify_open(index, collect=collect, progress=progress)
 
 
-def verify_open(index: Index, *, collect: bool = False, progress: Progress | None = None) -> Report:
+def verify_open(
+    index: Index, *, collect: bool = False, progress: Progress | None = None
+) -> Verification:
     """Check every promise of an index that is open."""
-    report = Report(["the manifest and the size of every file"])
+    report = Verification(["the manifest and the size of every file"])
     steps: list[tuple[str, Iterator[IndexFormatError]]] = [
         ("the checksum of every file", _checksums(index, progress)),
-        ("embeddings: finite, and of unit length where promised", _embeddings(index)),
+        (
+            "embeddings: finite, and of unit length where promised",
+            _values(index, index.columns["embeddings"]),
+        ),
         ("weights: finite, channels distinct and in range", _weights(index)),
         ("ids, paths and labels: offsets, UTF-8, order", _strings(index)),
         ("tombstones: rising and in range", iter(())),  # seen when the index was opened
@@ -81,7 +87,7 @@ def verify_open(index: Index, *, collect: bool = False, progress: Progress | Non
                 if not collect:
                     raise problem
                 report.problems.append(str(problem))
-        except IndexFormatError as error:
+        except IndexFormatError as error:  # that a step raised itself
             if not collect:
                 raise
             report.problems.append(str(error))
@@ -98,10 +104,9 @@ def check_fitted(index: Index) -> None:
 
 
 def check_parts(index: Index, first: int = 0) -> None:
-    """Compare the files of the parts from `first` on with their checksums.
+    """Compare the parts from `first` on with their checksums, before their rows are rewritten.
 
-    What rewrites rows asks for this: the new files get checksums of their own, which would vouch
-    for flipped bits that were copied along.
+    The new files get checksums of their own, which would vouch for flipped bits copied along.
     """
     for part in index.parts[first:]:
         check_files(index, part.arrays, part.directory)
@@ -136,11 +141,8 @@ def _checksums(index: Index, progress: Progress | None) -> Iterator[IndexFormatE
     faiss = index.faiss_file
     if index.manifest.faiss is not None and faiss is not None and faiss.descriptor is not None:
         contents[index.manifest.faiss.file] = faiss.descriptor
-    sizes = (
-        one.nbytes if isinstance(one, np.ndarray) else os.fstat(one).st_size
-        for one in contents.values()
-    )
-    total, done = sum(sizes), 0
+    files = index.manifest.files
+    total, done = sum(files[name].bytes for name in contents), 0
 
     def tell(count: int) -> None:
         nonlocal done
@@ -148,34 +150,27 @@ def _checksums(index: Index, progress: Progress | None) -> Iterator[IndexFormatE
         if progress is not None:
             progress(done, total)
 
-    files = index.manifest.files
     for name, content in contents.items():
         if sha256_of(content, tell) != files[name].sha256:
             remedy = (REBUILD,) if name.startswith("faiss-") else ()
             yield broken(index.path, name, "does not match its checksum", *remedy)
 
 
-def _embeddings(index: Index) -> Iterator[IndexFormatError]:
-    for part in index.parts:
-        yield from _column(index, part, index.columns["embeddings"])
-
-
 def _weights(index: Index) -> Iterator[IndexFormatError]:
     for layer in index.layers:
-        for part in index.parts:
-            for column in (*layer.fields.values(), *(layer.coarse or ())):
-                yield from _column(index, part, column)
+        yield from _values(index, *layer.fields.values(), *(layer.coarse or ()))
     for name, array in index.fitted_files.items():
         if (what := wrong_values(array)) is not None:
             yield broken(index.path, f"{index.manifest.fitted.directory}/{name}", what)
 
 
-def _column(index: Index, part: Part, column: Column) -> Iterator[IndexFormatError]:
-    for start, block in blocks(part.arrays[column.file]) if column.wrong else ():
-        if column.wrong and (what := column.wrong(block)) is not None:
-            where = f"in rows from {start} on, " if start else ""
-            yield broken(index.path, f"{part.directory}/{column.file}", where + what)
-            return
+def _values(index: Index, *columns: Column) -> Iterator[IndexFormatError]:
+    for part, column in product(index.parts, columns):
+        for start, block in blocks(part.arrays[column.file]) if column.wrong else ():
+            if column.wrong and (what := column.wrong(block)) is not None:
+                where = f"in rows from {start} on, " if start else ""
+                yield broken(index.path, f"{part.directory}/{column.file}", where + what)
+                break
 
 
 def _strings(index: Index) -> Iterator[IndexFormatError]:

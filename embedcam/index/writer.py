@@ -104,8 +104,8 @@ def create(
         entries = manifest_file.layers_of(manifest)
         layers = make_layers(root, entries, [dict(one) for one in fitted], width)
         check_ids(part.ids)
-        chosen = _factory(factory or str(manifest["recipe"].get("faiss", "Flat")))
-        if chosen is not None:
+        chosen = factory or str(manifest["recipe"].get("faiss", "Flat"))
+        if chosen.lower() != "none":
             faiss_files.check_factory(chosen, width, len(part), manifest["metric"])
         manifest["fitted"] = write_fitted(root, generation, fitted, shared)
         columns = columns_of(width, manifest["embedding"]["normalized"], layers)
@@ -154,8 +154,7 @@ def append(path: str | Path, part: PartData, *, removing: Sequence[str] = ()) ->
             _bury(root, index, manifest, gone)
         if index.manifest.faiss is not None:
             loaded, factory = _load_faiss(root, index.manifest), index.manifest.faiss.factory
-            rows = EmbeddingRows(_reopened(root, manifest))
-            faiss_files.grow(loaded, rows, index.n_rows, factory)
+            faiss_files.grow(loaded, _rows_to_be(root, manifest), index.n_rows, factory)
             manifest["faiss"] |= _save_faiss(root, manifest, loaded)
         _commit(root, manifest)
         return index.n_rows
@@ -187,7 +186,7 @@ def compact(path: str | Path, *, rebuild_faiss: bool | str = False) -> int:
         is_whole = not dropped and len(index.parts) == 1
         if is_whole and not rebuild_faiss:
             return 0
-        factory = _asked_for(index, rebuild_faiss) if rebuild_faiss else None
+        factory = _asked_for(index, rebuild_faiss) if rebuild_faiss else ""
         kept = index.live_positions()
         if not is_whole:
             check_tombstones(index)
@@ -201,7 +200,7 @@ def compact(path: str | Path, *, rebuild_faiss: bool | str = False) -> int:
             _make_faiss(root, manifest, factory)
         elif index.manifest.faiss is not None:
             loaded = _load_faiss(root, index.manifest)
-            faiss_files.refill(loaded, EmbeddingRows(index, kept), index.manifest.faiss.factory)
+            faiss_files.grow(loaded, EmbeddingRows(index, kept), 0, index.manifest.faiss.factory)
             manifest["faiss"] |= _save_faiss(root, manifest, loaded)
         _commit(root, manifest)
         return dropped
@@ -212,8 +211,7 @@ def put_calibrations(
 ) -> None:
     """Write calibrations by their keys in the manifest, and nothing else; None takes one out.
 
-    `of` is the `manifest_sha256` of the version they were fitted to, which must be in place still;
-    None does not ask.
+    `of` is the `manifest_sha256` of the version they were fitted to, which must still be in place.
     """
     root = Path(path)
     with _changing(root) as (index, manifest):
@@ -239,10 +237,9 @@ def rebuild_faiss(path: str | Path, factory: str | None = None) -> None:
 
 def sweep(path: str | Path) -> None:
     """Delete what a killed writer left behind; every other change does so as well."""
-    root = Path(path)
-    manifest_file.read(root)
-    _in_place(root)
-    with _writing(root):
+    manifest_file.read(Path(path))
+    _in_place(Path(path))
+    with _writing(Path(path)):
         pass
 
 
@@ -374,13 +371,9 @@ def _sweep(root: Path, manifest: Manifest | None) -> None:
     """Delete what no manifest names: leftovers of a killed writer, files of older generations."""
     named = [] if manifest is None else list(manifest.files)
     folders: list[FolderEntry] = [] if manifest is None else [manifest.fitted, *manifest.parts]
+    kept = [folder.directory.split("/") for folder in folders]
     for kind in _PLACES:
-        kept = {
-            folder.directory.rpartition("/")[2]
-            for folder in folders
-            if folder.directory.startswith(f"{kind}/")
-        }
-        remove_folders(root, kind, _FOLDER, _ARRAY, kept)
+        remove_folders(root, kind, _FOLDER, _ARRAY, {name for place, name in kept if place == kind})
     remove_files(root, _TRASH, named)
 
 
@@ -455,40 +448,29 @@ def _bury(root: Path, index: Index, manifest: dict[str, Any], gone: np.ndarray) 
     manifest["counts"]["added_after_fit"] -= int((gone >= manifest["fit"]["rows"]).sum())
 
 
-def _factory(factory: str) -> str | None:
-    return None if factory.lower() == "none" else factory
-
-
-def _asked_for(index: Index, factory: bool | str) -> str | None:
+def _asked_for(index: Index, factory: bool | str) -> str:
     """Return the factory of a FAISS file that is made again; True is the one that it has."""
     if factory is not True:
-        return _factory(str(factory))
+        return str(factory)
     if index.manifest.faiss is None:
         raise InputError(f"{index.path}: built without FAISS; name a factory, such as 'Flat'")
     return index.manifest.faiss.factory
 
 
-def _make_faiss(root: Path, manifest: dict[str, Any], factory: str | None) -> None:
-    if factory is None:
+def _make_faiss(root: Path, manifest: dict[str, Any], factory: str) -> None:
+    if factory.lower() == "none":
         manifest["faiss"] = None
         return
-    rows = _reopened(root, manifest)
-    index, trained_on = faiss_files.build(
-        factory, EmbeddingRows(rows), manifest["metric"], rows.live_positions()
-    )
-    manifest["faiss"] = {
-        "factory": factory,
-        "trained_on": trained_on,
-        "search": faiss_files.search_settings(index),
-        **_save_faiss(root, manifest, index),
-    }
+    rows = _rows_to_be(root, manifest)
+    live = rows.index.live_positions()
+    index, trained_on = faiss_files.build(factory, rows, manifest["metric"], live)
+    search = faiss_files.search_settings(index)
+    entry = {"factory": factory, "trained_on": trained_on, "search": search}
+    manifest["faiss"] = entry | _save_faiss(root, manifest, index)
 
 
 def _save_faiss(root: Path, manifest: dict[str, Any], index: Any) -> dict[str, Any]:
-    import faiss
-
-    name = f"faiss-{manifest['generation']:06d}.index"
-    return {**faiss_files.write_faiss(root, index, name), "version": faiss.__version__}
+    return faiss_files.write_faiss(root, index, f"faiss-{manifest['generation']:06d}.index")
 
 
 def _load_faiss(root: Path, manifest: Manifest) -> Any:
@@ -500,17 +482,14 @@ def _load_faiss(root: Path, manifest: Manifest) -> Any:
         raise IndexFormatError(f"{root / name}: is missing; {faiss_files.REBUILD}") from error
 
 
-def _reopened(root: Path, manifest: dict[str, Any]) -> Index:
-    """Return rows as they will be once the manifest is in place."""
-    return Index(root, manifest_file.check(root, manifest), with_faiss=False)
+def _rows_to_be(root: Path, manifest: dict[str, Any]) -> EmbeddingRows:
+    """Return the embeddings as they will be once the manifest is in place."""
+    return EmbeddingRows(Index(root, manifest_file.check(root, manifest), with_faiss=False))
 
 
 def _commit(root: Path, manifest: dict[str, Any], always: bool = False) -> None:
-    """Put a manifest in place, unless it says what the one in place says of the same bytes.
-
-    So a job that was killed when it was done, and runs again, changes nothing. With `always` a new
-    generation is made of the same bytes, too.
-    """
+    # Where it says what the one in place says of the same bytes, nothing changes but with `always`:
+    # a job that was killed when it was done runs again.
     before = None if always else _in_place(root)
     if (
         before is not None
@@ -536,10 +515,7 @@ def _unnumbered(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _is_whole(root: Path, name: str, entry: Any) -> bool:
     try:
-        descriptor = open_checked(root, name, entry.bytes)
+        with open(open_checked(root, name, entry.bytes), "rb") as file:
+            return sha256_of(file.fileno()) == str(entry.sha256)
     except (OSError, IndexFormatError):
         return False
-    try:
-        return sha256_of(descriptor) == str(entry.sha256)
-    finally:
-        os.close(descriptor)

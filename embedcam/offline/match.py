@@ -11,7 +11,7 @@ import numpy as np
 from ..images.number_labels import Reach, Values, number_of
 from ..index.arrays import ArrayLike
 from ..index.calibration import TEN, MatchCalibration, alike, match_evidence
-from ..index.search import nearest
+from ..index.search import nearest, without_itself
 
 LEAST_MATCH = 20
 """Images from which match is fitted; fewer say nothing that holds elsewhere."""
@@ -37,12 +37,8 @@ def calibrate_match(
     if total < LEAST_MATCH:
         return None
     rows = np.sort(np.random.default_rng(seed).permutation(total)[:SAMPLE])
-    neighbors = nearest(embeddings, embeddings[rows], TEN + 1, metric)
-    others = []
-    for row, places, apart in zip(rows, neighbors.positions, neighbors.distances, strict=True):
-        kept = places != row
-        kept[-1] &= not kept.all()  # where copies pushed the image out of its own results
-        others.append((places[kept], apart[kept]))
+    neighbors = without_itself(nearest(embeddings, embeddings[rows], TEN + 1, metric), rows)
+    others = list(zip(neighbors.positions, neighbors.distances, strict=True))
     reach = _reach(labels, near)
     nearest_apart = np.array([apart[0] for _, apart in others])
     # Knots: squared distances, and the share of the images whose nearest is as far or farther.

@@ -25,7 +25,7 @@ from ..index import (
 )
 from ..index.arrays import wrong_embeddings
 from ..index.encoding import Encoding, LowRank, Rows
-from ..index.search import rank
+from ..index.search import rank, without_itself
 from ..ops import transfer
 from .groups import Groups, group, sums_of_groups
 
@@ -455,8 +455,8 @@ def _fidelity(merged: _Prototypes, sample: np.ndarray, tick: Advance) -> dict[st
     if len(merged.vectors) == 1:
         sample = sample[:0]  # a single image has no other to be explained by
     vectors, metric = merged.vectors, merged.index.metric
-    neighbors = nearest(vectors, vectors[sample], max(COUNTS) + 1, metric).positions
-    from_all = _without_itself(neighbors, sample)
+    neighbors = nearest(vectors, vectors[sample], max(COUNTS) + 1, metric)
+    from_all = without_itself(neighbors, sample).positions
     for start in range(0, len(sample), _STEP):
         rows, of_index = sample[start : start + _STEP], from_all[start : start + _STEP]
         of_prototypes = _nearest_prototypes(merged, rows)
@@ -487,22 +487,13 @@ def _nearest_prototypes(merged: _Prototypes, rows: np.ndarray) -> list[np.ndarra
     """Return the nearest prototypes of each row; its own stands without it, or not at all."""
     own, queries = merged.groups.of[rows], merged.vectors[rows]
     vectors, metric = merged.embeddings, merged.index.metric
-    neighbors = nearest(vectors, queries, max(COUNTS) + 1, metric).positions
-    others = _without_itself(neighbors, own)
+    neighbors = nearest(vectors, queries, max(COUNTS) + 1, metric)
+    others = without_itself(neighbors, own).positions
     shared = merged.groups.sizes[own] > 1
     candidates = np.concatenate([others, np.where(shared, own, -1)[:, None]], axis=1)
     places = np.concatenate([vectors[others], merged.embeddings_without(rows)[:, None]], axis=1)
     ranked = rank(queries, candidates, places, candidates.shape[1], metric)
     return [one[one >= 0][: max(COUNTS)] for one in ranked.positions]
-
-
-def _without_itself(neighbors: np.ndarray, itself: np.ndarray) -> np.ndarray:
-    """Return neighbors `[b k]` without the one to leave out, `[b k-1]`."""
-    kept = neighbors != itself[:, None]
-    # Among many that are alike it may not be there: then the farthest goes.
-    kept[kept.all(axis=1), -1] = False
-    others: np.ndarray = neighbors[kept].reshape(len(neighbors), neighbors.shape[1] - 1)
-    return others
 
 
 def _cosines(

@@ -132,7 +132,7 @@ def write_report(
         "fallback": None if explainer.fallback is None else type(explainer.fallback).__name__,
         "images": os.path.abspath(explainer.root) + (" alone" if explainer.only_below else ""),
         "network": type(explainer.network).__name__,
-        "autocast": str(getattr(explainer.network, "autocast", None)),
+        "autocast": str(explainer.network.autocast),
         "scale": scale,
         "side": whole("side", side, 1),
         "title": title,

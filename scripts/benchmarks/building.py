@@ -44,7 +44,6 @@ class Subject:
 
 
 def subjects(name: str, folder: Path, heads: Sequence[str]) -> list[Subject]:
-    """The embeddings a build is measured for."""
     both = ("gradcam", "gradcam++")
     made = {
         "frozen": lambda: Subject("frozen pooled vector", frozen_network(name), both, POOLED_BAR),
@@ -208,7 +207,6 @@ def _ratio_rows(
 
 
 def _exact(subject: Subject, method: str) -> bool:
-    """Whether the code is dy/dz in the head's own matrix, so that nothing is fitted."""
     return is_exact(Recipe(method=method), subject.network.head_kind.matrix)
 
 
@@ -240,7 +238,6 @@ def once_for_an_index(
 
 
 def _loop_row(runs: Runs, build: float, rounds: int) -> list[str]:
-    """Milliseconds an image of a build and of both loops; `build` in seconds an image."""
     network, batch = runs.subject.network, runs.batch
     places = np.arange(min(batch, len(runs.source)))
     images = next(load_batches(runs.source, places, network.preprocess, batch)).images

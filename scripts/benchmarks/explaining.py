@@ -129,7 +129,6 @@ class Query:
 
 
 def explain_report(name: str, rounds: int, folder: Path) -> str:
-    """Ratio to embedding at batch 1."""
     rows = []
     for title, network in (
         ("frozen pooled vector", frozen_network(name)),
@@ -199,7 +198,6 @@ def peers_report(name: str, rounds: int, folder: Path) -> str:
 def _pytorch_grad_cam(
     network: EmbeddingNetwork, image: Tensor, embedding: np.ndarray
 ) -> Callable[[], Any] | None:
-    """Its Grad-CAM with a similarity target, as its own documentation has it; None if missing."""
     try:
         from pytorch_grad_cam import GradCAM
     except ImportError:

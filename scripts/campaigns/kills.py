@@ -233,7 +233,6 @@ class Campaign:
         return was_killed(pid)
 
     def _check(self, name: str, kind: Kind, folder: Path) -> bool:
-        """Look at what a kill left; whether the job was done."""
         mark = "report.json" if name == "report" else "manifest.json"
         start, whole = self._place(name, "start"), self._place(name, "whole")
         new = (whole / mark).read_bytes()

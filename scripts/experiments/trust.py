@@ -122,7 +122,6 @@ def direct_weights(index: Index, embedding: np.ndarray, ids: list[str]) -> np.nd
 
 
 def figures(found: np.ndarray, strange: np.ndarray) -> list[float]:
-    """What the columns say of one index."""
     trust, low, true, joined = found.T
     trusted = low >= 0.5
     return [
@@ -140,7 +139,6 @@ HEAD = (
 
 
 def measured(name: str, one: Set, other: Set, network: EmbeddingNetwork) -> str:
-    """The table of one set."""
     lines: list[list[str]] = []
     for case in CASES:
         runs: dict[int, list[list[float]]] = {1: [], 5: []}

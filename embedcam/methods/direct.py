@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -23,9 +23,12 @@ from ..ops import cam, resize
 from ..preprocess import Extent
 from ..recipe.recipe import Recipe
 from ..recipe.registry import LayersMethod, Method, PositionMethod, WeightMethod, find_method
-from ..render import in_notebook, overlay
+from ..render import Tile, draw_on_axes, in_notebook, overlay
 from ..targets import Direction, Target, TripletMargin, query_cotangent
 from .subject import MethodOutput, Passes, Subject, inputs_a_pass
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class MethodWarning(EmbedcamWarning):
@@ -67,13 +70,29 @@ class MethodMap:
         channels = f"{shape[-3 if len(shape) > 2 else -1]:,}" if shape else "no"
         return f"<MethodMap: {self.method.title}, {size} from {grid}, {channels} channel weights>"
 
+    @overload
+    def plot(
+        self, picture: Any = ..., extent: Extent | None = ..., *, max_pixels: int = ...
+    ) -> Image.Image: ...
+    @overload
+    def plot(
+        self,
+        picture: Any = ...,
+        extent: Extent | None = ...,
+        *,
+        max_pixels: int = ...,
+        ax: "Axes",
+        title: str | None = ...,
+    ) -> "Axes": ...
     def plot(
         self,
         picture: Any = None,
         extent: Extent | None = None,
         *,
         max_pixels: int = MAX_PIXELS,
-    ) -> Image.Image:
+        ax: "Axes | None" = None,
+        title: str | None = None,
+    ) -> "Image.Image | Axes":
         """Draw the map over its picture, at the picture's size.
 
         Parameters
@@ -85,11 +104,13 @@ class MethodMap:
             `network.preprocess.extent(width, height)` says; None for all of it.
         max_pixels
             A picture of more pixels is refused.
+        ax, title
+            Matplotlib axes to draw into, which are returned, and a caption above them.
 
         Raises
         ------
         InputError
-            A batch, or a map over positions.
+            A batch, or a map over positions; a title without axes.
         """
         if not self._one_picture:
             raise InputError(
@@ -100,7 +121,12 @@ class MethodMap:
             canvas = Image.new("RGB", self.cam.shape[::-1], (128, 128, 128))
         else:
             canvas = read_image(picture, max_pixels=max_pixels)
-        return overlay(canvas, self.cam, extent, signed=bool((self.cam < 0).any()))
+        signed = bool((self.cam < 0).any())
+        if ax is not None:
+            return draw_on_axes(ax, Tile(canvas, self.cam, extent, signed=signed), title)
+        if title is not None:
+            raise InputError(f"title = {title!r} is drawn into matplotlib axes; give ax, too")
+        return overlay(canvas, self.cam, extent, signed=signed)
 
     def _repr_html_(self) -> str | None:
         """Return the map over its picture for notebooks; of a batch or over positions nothing."""

@@ -19,7 +19,16 @@ from .page import (
     page_head,
     page_row,
 )
-from .tiles import CHANGED, Mark, Tile, panel, receipt_picture, shrunk, top_value
+from .tiles import (
+    CHANGED,
+    Mark,
+    Tile,
+    draw_on_axes,
+    panel,
+    receipt_picture,
+    shrunk,
+    top_value,
+)
 
 __all__ = [
     "CHANGED",
@@ -33,6 +42,7 @@ __all__ = [
     "Table",
     "Tile",
     "colormap",
+    "draw_on_axes",
     "drawn_blocks",
     "in_notebook",
     "overlay",

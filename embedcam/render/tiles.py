@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from .._checks import whole
-from ..errors import InputError, ran_out
+from ..errors import InputError, ran_out, short
 from .overlay import (
     ALPHA,
     COLORMAP,
@@ -25,6 +25,9 @@ from .overlay import (
     paint,
     scale_box,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Scale = Literal["joint", "each"]
 Font = tuple[int, bool]
@@ -178,6 +181,19 @@ def scale_note(query_top: float, result_tops: Sequence[float], scale: Scale) -> 
     if scale == "each":
         return f"Each map on its own scale: strengths cannot be compared between pictures.{nothing}"
     return f"Results share one colour scale. The query's map has its own.{nothing}"
+
+
+def draw_on_axes(ax: Axes, tile: Tile, title: str | None = None) -> Axes:
+    """Draw a tile's picture with its map into matplotlib axes, `title` above; return the axes."""
+    if not hasattr(ax, "imshow"):
+        raise InputError(f"ax = {short(ax)}; give the Axes that matplotlib's subplots returns")
+    size = tile.fitted(512, 512) if tile.image is None else tile.image.size
+    plain, mapped = tile.drawn(size, top_value([tile]))
+    ax.imshow(np.asarray(plain if mapped is None else mapped))
+    ax.set_axis_off()
+    if title:
+        ax.set_title(clean(title))
+    return ax
 
 
 # Words

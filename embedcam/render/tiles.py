@@ -144,8 +144,8 @@ def _draw_frame(picture: Image.Image, box: Extent) -> None:
 
 
 def shrunk(tile: Tile, side: int) -> Tile:
-    """Return the tile with its picture at `side` pixels on the longest side; it draws the same."""
-    if tile.image is None:
+    """Return the tile with a picture of at most `side` pixels a side; it draws the same."""
+    if tile.image is None or max(tile.image.size) <= side:
         return tile
     size, box = tile.fitted(side, side), checked_box(tile.extent, *tile.image.size)
     extent = scale_box(box, tile.image.size, size)

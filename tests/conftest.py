@@ -17,6 +17,8 @@ hypothesis.settings.load_profile("embedcam")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from embedcam import EmbeddingNetwork, Explainer
 
 
@@ -102,3 +104,39 @@ def same_draws() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="session")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of twelve small pictures, for services."""
+    from service_client import built
+
+    return built(tmp_path_factory.mktemp("service"))
+
+
+@pytest.fixture
+def service() -> "Iterator[Callable[..., FastAPI]]":
+    """Make applications, which are closed in the end."""
+    from embedcam.service import create_app
+
+    apps: list[FastAPI] = []
+
+    def make(explainer: "Explainer", **settings: object) -> "FastAPI":
+        apps.append(create_app(explainer, **settings))
+        return apps[-1]
+
+    yield make
+    for app in apps:
+        app.state.pipeline.close()
+
+
+@pytest.fixture(scope="module")
+def app(index: Path) -> "Iterator[FastAPI]":
+    """The service over `index`."""
+    from service_client import explainer
+
+    from embedcam.service import create_app
+
+    app = create_app(explainer(index))
+    yield app
+    app.state.pipeline.close()

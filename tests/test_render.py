@@ -13,23 +13,19 @@ from rounding import assert_same_picture
 from embedcam.errors import InputError
 from embedcam.ops import resize
 from embedcam.render import (
-    Look,
     PageLink,
     Row,
     Table,
     Tile,
-    colormap,
     draw_on_axes,
     overlay,
     page,
-    page_foot,
-    page_head,
-    page_row,
     panel,
     shrunk,
-    stretch,
     top_value,
 )
+from embedcam.render.overlay import colormap, stretch
+from embedcam.render.page import Look, page_foot, page_head, page_row
 from embedcam.render.tiles import shorten, wrap
 
 GREY = 100
@@ -519,13 +515,14 @@ def test_without_matplotlib_the_default_colours_are_the_same_and_others_are_refu
     code = (
         "import sys; sys.modules['matplotlib'] = None;"
         "import embedcam.render as r, numpy as np; from PIL import Image;"
+        "from embedcam.render.overlay import colormap;"
         "from embedcam.errors import InputError;"
         "p = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8);"
         "cam = np.arange(12.0).reshape(3, 4); image = Image.fromarray(p);"
         "out = r.panel(r.Tile(image, cam, caption='owls/1.jpg'), []);"
         "assert out.size[0] > 500 and len(out.getcolors(1 << 20)) > 1000;"
         "sys.stdout.buffer.write(r.overlay(image, cam).tobytes());\n"
-        "try: r.colormap(cam, 'viridis')\n"
+        "try: colormap(cam, 'viridis')\n"
         "except InputError as error: sys.stderr.write(str(error))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from .errors import EmbedcamError, InputError
@@ -35,11 +34,9 @@ class NotPlain(Exception):  # noqa: N818 - reads as the fact it states
 
 
 def open_regular(root: Path, name: str) -> int:
-    """A descriptor for reading a regular file below `root`, reached without following a link.
+    """Open a regular file below `root` for reading, reached without following a link.
 
-    Raises:
-        NotPlain: a link, a folder, a pipe or the like, there or on the way.
-        OSError: it is missing or cannot be read; names the whole path.
+    What is no plain file, there or on the way, is `NotPlain`; an `OSError` names the whole path.
     """
     above, _, last = name.rpartition("/")
     try:
@@ -60,11 +57,7 @@ def open_regular(root: Path, name: str) -> int:
 
 
 def read_regular(root: Path, name: str, most: int) -> bytes:
-    """The bytes of a regular file below `root`; raises as `open_regular`.
-
-    Raises:
-        NotPlain: it has more than `most` bytes.
-    """
+    """Return the bytes of a regular file below `root`, which has at most `most`."""
     with open(open_regular(root, name), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -73,11 +66,7 @@ def read_regular(root: Path, name: str, most: int) -> bytes:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder lies at a place; False where nothing does.
-
-    Raises:
-        NotPlain: a link, or something else.
-    """
+    """Return whether a folder lies at a place; what is neither a folder nor nothing is refused."""
     try:
         kind = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -88,11 +77,7 @@ def is_folder(path: Path) -> bool:
 
 
 def refuse_device(path: str | Path) -> None:
-    """Refuse to read what may never end, such as /dev/zero.
-
-    Raises:
-        InputError: a device.
-    """
+    """Refuse to read what may never end, such as /dev/zero."""
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
@@ -103,7 +88,7 @@ def refuse_device(path: str | Path) -> None:
 
 @contextmanager
 def _folder_below(root: Path, name: str, flags: int) -> Iterator[int]:
-    """A descriptor of `root`, or of a folder below it that is reached without following a link."""
+    """Open `root`, or a folder below it that is reached without following a link."""
     descriptor = os.open(root, flags & ~os.O_NOFOLLOW)
     try:
         for step in name.split("/") if name else ():
@@ -128,11 +113,7 @@ def _folder_below(root: Path, name: str, flags: int) -> Iterator[int]:
 
 @contextmanager
 def fresh(path: Path) -> Iterator[IO[bytes]]:
-    """A new file, synced when the block ends and gone where it fails; a leftover makes way.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Open a new file, synced when the block ends and gone where it fails; a leftover makes way."""
     path.unlink(missing_ok=True)
     try:
         with open(path, "xb") as file:  # never through a link
@@ -155,7 +136,7 @@ def replace(source: Path, target: Path) -> None:
 
 @contextmanager
 def written(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears whole and durably by one rename; until then what was there stays."""
+    """Open a file that appears whole and durably by one rename; until then the old one stays."""
     unfinished = path.with_name(path.name + UNFINISHED)
     with fresh(unfinished) as file:
         yield file
@@ -166,10 +147,7 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
     """Write a file in place of another, whole or not at all.
 
     A link stays one: what it leads to is replaced. What is no plain file (a pipe, `/dev/stdout`) is
-    written to as it is.
-
-    Raises:
-        InputError: it cannot be written.
+    written to as it is. What cannot be written is an `InputError`.
     """
     path = Path(path)
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content
@@ -218,15 +196,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def held(descriptor: int, path: Path, busy: EmbedcamError) -> Iterator[None]:
-    """Hold the lock of an open file, which the kernel releases when its holder dies.
+    """Hold the lock of an open file, which is closed at the end; the kernel frees it at death.
 
-    Args:
-        descriptor: of the file; closed at the end.
-        path: what is locked, for messages.
-        busy: raised where another process or thread holds the lock.
-
-    Raises:
-        InputError: the file system has no locks.
+    `busy` is raised where another process or thread holds it; `path` names it in messages.
     """
     import fcntl  # here, so that what only reads works where there is no flock
 
@@ -250,12 +222,7 @@ def held(descriptor: int, path: Path, busy: EmbedcamError) -> Iterator[None]:
 
 
 def remove_tree(path: Path, last: str = "") -> None:
-    """Delete a folder with everything in it; of a link in it, the link. Gone already is fine.
-
-    Args:
-        path: the folder; where it is a link itself, an error.
-        last: an entry that is deleted after all others.
-    """
+    """Delete a folder, no link itself, with everything in it, the entry `last` after all others."""
     try:
         descriptor = os.open(path, _READ)
     except FileNotFoundError:
@@ -328,17 +295,12 @@ class ProcessLock:
         # One atomic step: of two threads that come first, both take the lock that was put in.
         self._locks.setdefault(os.getpid(), threading.RLock()).acquire()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._locks[os.getpid()].release()
 
 
 def compute_on_one_thread() -> None:
-    """torch on one thread, where this process has it: for a forked child.
+    """Set torch to one thread, where this process has it: for a forked child.
 
     The parent's OpenMP threads are not there any more, and a child that hands them work waits for
     ever. FAISS is told at every search, see `embedcam.index.Index`.

@@ -29,8 +29,8 @@ from .ops import resize
 
 TOLERANCE = 1e-4
 """Largest relative difference between ONNX Runtime's outputs and torch's; usual is 1e-6."""
-_LARGEST = (1 << 31) - (1 << 24)
-"""Bytes of parameters; the rest of a protobuf's two gigabytes is left to the graph."""
+_LARGEST = (1 << 31) - (1 << 24)  # bytes of parameters; the rest of a protobuf is for the graph
+_ONE_FILE = "one ONNX file holds at most 2 GB; export a smaller network"
 _RANDOM_PICTURES = 3
 
 
@@ -38,10 +38,9 @@ _RANDOM_PICTURES = 3
 class ExportReport:
     """What was written.
 
-    path; bytes: of the file; layers: whose activations it gives, the network's own first; head:
-    "identity", "affine" or "other"; difference: the largest relative one from torch's outputs, on
-    the probe and on random pictures; seconds: it took; free: whether it takes pictures of any
-    height and width.
+    layers: whose activations it gives, the network's own first; head: "identity", "affine" or
+    "other"; difference: the largest relative one from torch's outputs, on the probe and on random
+    pictures; free: whether it takes pictures of any height and width.
     """
 
     path: Path
@@ -63,10 +62,9 @@ def export_onnx(
     """Write an index's network as one ONNX file, to be run without torch.
 
     Its input is `images` float32 `[B 3 H W]`, B of any size, H and W too where the network takes
-    any, which `detail=2` makes use of; its outputs are `activations` `[B K H W]`, whatever the
-    layer's own layout, `activations_1` and so on for an index of several layers, and `embedding`
-    `[B D]`, of length 1 where the index is normalized. It is written in float32, run by ONNX
-    Runtime on the CPU and held against torch before it is put in place.
+    any, which `detail=2` makes use of; its outputs are `activations` `[B K H W]`, `activations_1`
+    and so on for an index of several layers, and `embedding` `[B D]`, of length 1 where the index
+    is normalized. It is held against torch before it is put in place.
 
     Parameters
     ----------
@@ -100,27 +98,30 @@ def export_onnx(
     # Half-precision autocast is not exported, and the file does not claim it.
     plain = network.without_autocast()
     settings = replace(identity, precision="float32").to_dict()
-    described = Described(__version__, settings, layers, head_of(plain))
-    with _beside(target) as unfinished:
+    described = Described(__version__, settings, layers, _head_of(plain))
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
         for free in (True, False):
             try:
                 with progress_of("tracing", shown=progress):
                     data = _model_bytes(plain, described, free)
                 with progress_of("checking", shown=progress):
-                    _write(unfinished, data)
+                    with fresh(unfinished) as file:
+                        file.write(data)
                     difference = _compared(plain, unfinished, layers)
                 break
             except NetworkError:
                 # A network of one input size; what else fails, fails again.
                 if not free:
                     raise
-        size = unfinished.stat().st_size
-        try:
-            replace_durably(unfinished, target)
-        except OSError as error:
-            raise InputError(f"{target}: cannot be written ({error.strerror})") from error
+        replace_durably(unfinished, target)
+    except OSError as error:
+        raise InputError(f"{target.parent}: cannot be written to ({error.strerror})") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     seconds = time.perf_counter() - began
-    return ExportReport(target, size, layers, described.head.kind, difference, seconds, free)
+    return ExportReport(target, len(data), layers, described.head.kind, difference, seconds, free)
 
 
 # What is asked for, refused before any work
@@ -170,28 +171,22 @@ def _refuse_unexportable(network: EmbeddingNetwork) -> None:
     tensors = [one for one in network.module.state_dict().values() if isinstance(one, Tensor)]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if size > _LARGEST:
-        raise NetworkError(
-            f"the network holds {size / 1e9:.1f} GB of parameters; one ONNX file holds at most 2 "
-            "GB, and the files beside it that more would need are not written"
-        )
+        raise NetworkError(f"the network holds {size / 1e9:.1f} GB of parameters; {_ONE_FILE}")
 
 
 def _identity_and_layers(index: Index | str | Path) -> tuple[Identity, list[str]]:
-    opened = index if isinstance(index, Index) else Index.open(index, with_faiss=False)
-    try:
-        stored = opened.identity
-        if stored is None:
-            raise InputError(
-                "this index was built from features alone and does not know its network, so none "
-                "can be exported for it; build it again naming the network"
-            )
-        return stored, opened.manifest.layer_names
-    finally:
-        if opened is not index:
-            opened.close()
+    if not isinstance(index, Index):
+        with Index.open(index, with_faiss=False) as opened:
+            return _identity_and_layers(opened)
+    if index.identity is None:
+        raise InputError(
+            "this index was built from features alone and does not know its network, so none can "
+            "be exported for it; build it again naming the network"
+        )
+    return index.identity, index.manifest.layer_names
 
 
-def head_of(network: EmbeddingNetwork) -> Head:
+def _head_of(network: EmbeddingNetwork) -> Head:
     """Return what the head is, with its constant term: z at activations of zero."""
     kind = network.head_kind
     if not kind.affine:
@@ -212,7 +207,7 @@ class Traced(nn.Module):
         super().__init__()
         self.training = False
         self.module, self._normalize = network.module, network.normalize
-        self._run = network.runner.traceable(network.probe_images(), layers)
+        self._run = network.traceable(layers)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return of `[B 3 H W]` each layer's `[B K H W]`, then the embedding `[B D]`."""
@@ -287,31 +282,9 @@ def _model_bytes(network: EmbeddingNetwork, described: Described, free: bool) ->
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
     try:
-        data: bytes = model.SerializeToString()
+        return bytes(model.SerializeToString())
     except Exception as error:
-        raise NetworkError(
-            f"the network does not fit into one ONNX file, which holds at most 2 GB ({error})"
-        ) from error
-    return data
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """Give a name for the unfinished file in the target's folder, and remove what is left of it."""
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        yield unfinished
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        with fresh(path) as file:
-            file.write(data)
-    except OSError as error:
-        raise InputError(f"{path.parent}: cannot be written to ({error.strerror})") from error
+        raise NetworkError(f"the network is too large ({error}); {_ONE_FILE}") from error
 
 
 def _compared(network: EmbeddingNetwork, path: Path, layers: Sequence[str]) -> float:
@@ -319,9 +292,8 @@ def _compared(network: EmbeddingNetwork, path: Path, layers: Sequence[str]) -> f
     written = OnnxNetwork(path, preprocess=network.preprocess, threads=torch.get_num_threads())
     if written.batch is not None:
         raise NetworkError(
-            "the network's code fixes the number of pictures in a batch, so it cannot be exported "
-            "for batches of any size; say x.shape[0] where it says len(x), and -1 where it names "
-            "the batch"
+            "the network's code fixes the number of pictures in a batch; say x.shape[0] where it "
+            "says len(x), and -1 where it names the batch"
         )
     probe = network.probe_images(2)
     noise = np.random.default_rng(0).standard_normal((_RANDOM_PICTURES, *probe.shape[1:]))
@@ -334,19 +306,15 @@ def _compared(network: EmbeddingNetwork, path: Path, layers: Sequence[str]) -> f
         with full_float32(network.device):
             expected = network.embed(batch, layers)
         outputs = written.embed(batch, layers)
-        for name, ours, torchs in zip(
-            names,
-            [*outputs.activations, outputs.embedding],
-            [*expected.activations, expected.embedding],
-            strict=True,
-        ):
-            off = _relative(ours, torchs)
+        ours = [*outputs.activations, outputs.embedding]
+        torchs = [*expected.activations, expected.embedding]
+        for name, one, other in zip(names, ours, torchs, strict=True):
+            off = _relative(one, other)
             if not off <= TOLERANCE:
                 raise NetworkError(
                     f"the file that was written computes something else: ONNX Runtime's {name} is "
                     f"off from torch's by {off:.2g} (allowed: {TOLERANCE:g}), so it was removed; "
-                    "part of the network depends on the batch or is not deterministic, or torch "
-                    "exports it wrongly"
+                    "the network depends on the batch or on chance, or torch exports it wrongly"
                 )
             worst = max(worst, off)
     return worst

@@ -1,7 +1,6 @@
 """Pure functions from weights and activations to a map: `cam`, resizing, sharpening, transfer.
 
-NumPy arrays or torch tensors, whichever is given: only operators and methods that both share are
-used, so nothing heavy is imported and services can stay without torch.
+Of NumPy arrays or torch tensors, by what both share: services can stay without torch.
 """
 
 import math
@@ -25,8 +24,8 @@ def cam(weights: Array, activations: Array) -> Array:
     Parameters
     ----------
     weights
-        Channel weights, `[B K]`, or `[K]` for one image; or weights by position, of the
-        activations' own shape (Draelos and Carin 2020, eq. 2).
+        Of channels, `[B K]` or `[K]`; or by position, of the activations' own shape (Draelos and
+        Carin 2020, eq. 2).
     activations
         `[B K H W]`, or `[K H W]` for one image.
 
@@ -34,11 +33,6 @@ def cam(weights: Array, activations: Array) -> Array:
     -------
     array
         The map, `[B H W]` or `[H W]`, >= 0, not normalised.
-
-    Raises
-    ------
-    InputError
-        The shapes do not belong together.
     """
     maps: Any = signed_cam(weights, activations)
     positive: Any = np.maximum(maps, 0) if isinstance(maps, np.ndarray) else maps.clip(min=0)
@@ -69,37 +63,32 @@ def signed_cam(weights: Array, activations: Array) -> Array:
 
 def signed_cams(weights: np.ndarray, activations: np.ndarray) -> np.ndarray:
     """Return signed maps `[n H W]` of one image `[K H W]` by weights `[n K]` or `[n K H W]`."""
-    maps: np.ndarray
     if weights.ndim == 2:
-        maps = np.tensordot(weights, activations, 1)
-    else:
-        maps = np.einsum("nkhw,khw->nhw", weights, activations)
-    return maps
+        return np.asarray(np.tensordot(weights, activations, 1))
+    return np.asarray(np.einsum("nkhw,khw->nhw", weights, activations))
 
 
-def attended(activations: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+def attended(activations: np.ndarray, cam_map: np.ndarray) -> np.ndarray:
     """Return activations averaged where a map lies, sum_ij M_ij A_k,ij / sum_ij M_ij, `[K]`.
 
     As Chen et al. (WACV 2020) do it for house prices; under an empty map the plain mean. A map on
-    a finer grid than the activations' `[K h w]` is averaged down, on a coarser one interpolated.
+    another grid than the activations' `[K h w]` is averaged down, or interpolated where coarser.
     """
     size = activations.shape[1:]
-    if drawn.shape != size:
-        fits = size[0] <= drawn.shape[0] and size[1] <= drawn.shape[1]
-        drawn = area_average(drawn, size) if fits else resize(drawn, size)
+    if cam_map.shape != size:
+        fits = size[0] <= cam_map.shape[0] and size[1] <= cam_map.shape[1]
+        cam_map = area_average(cam_map, size) if fits else resize(cam_map, size)
     # Shares of 1, so that neither a large nor a tiny map leaves float32's range.
-    shares = np.asarray(drawn, np.float64).ravel()
+    shares = np.asarray(cam_map, np.float64).ravel()
     total = shares.sum()
     shares = shares / total if total > 0 else np.full(shares.size, 1 / shares.size)
-    mean: np.ndarray = activations.reshape(len(activations), -1) @ shares.astype(np.float32)
-    return mean
+    return np.asarray(activations.reshape(len(activations), -1) @ shares.astype(np.float32))
 
 
 def joined(coarse: Array, fine: Array) -> Array:
-    """Return signed maps of one picture from two views as one, on the finer grid, with mean 0.
+    """Return signed maps C `[... h w]` and F `[... H W]` of one picture as one, with mean 0.
 
-    s_c ((U(C) - mean U(C)) / s_c + (F - mean F) / s_f), s the standard deviations: equal parts of
-    both, in the units of the coarse map C `[... h w]`; F is `[... H W]`. A constant adds nothing.
+    s_c ((U(C) - mean U(C)) / s_c + (F - mean F) / s_f), s the standard deviations.
     """
     larger: Any = fine
     upper, lower = (_centered(one) for one in (resize(coarse, _sides(fine)), fine))
@@ -117,9 +106,8 @@ def drawn_and_signed(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the map >= 0 of a picture, or of several, by all layers, and before its ReLU.
 
-    Weights `[K]` and activations `[K h w]` are of each layer, deepest first, or with a leading B.
-    What several layers draw is positive (`sharpen`); only the deepest says what speaks against it.
-    With `finer`, activations of the picture shown larger, both maps are `joined`.
+    Weights `[K]` and activations `[K h w]` are of each layer, deepest first, or with a leading B;
+    only the deepest says what speaks against. With `finer` activations both maps are `joined`.
     """
     signed = signed_cam(weights[0], activations[0])
     if finer is not None:
@@ -162,10 +150,7 @@ def resize(maps: Array, size: tuple[int, int]) -> Array:
 
 
 def area_average(maps: Array, size: tuple[int, int]) -> Array:
-    """Return maps `[... h w]` averaged over equal rectangles at (H, W), at most (h, w).
-
-    Exactly, positions cut by a border counted by area: the mean of every map is kept.
-    """
+    """Return maps `[... h w]` averaged over equal rectangles at (H, W), exactly, by area."""
     height, width = _checked_size(size)
     h, w = _sides(maps)
     if height > h or width > w:
@@ -193,12 +178,10 @@ def sharpen(fine: Array, coarse: Array) -> Array:
 def normalize(maps: Array) -> Array:
     """Return each map `[... H W]` min-max normalised to [0, 1]; a constant one becomes zeros.
 
-    For showing one map by itself. It hides how strong the evidence is: never use it before
-    comparing maps.
+    It hides how strong the evidence is: never use it before comparing maps.
     """
     floats: Any = _floating(maps)
     flat = _flat(floats)
-    # Two sorted ends instead of amin/min(axis), whose return types differ between the libraries.
     low = -_largest(-flat)
     span = _largest(flat) - low
     scaled: Array = ((flat - low) / (span + (span == 0))).reshape(*floats.shape)
@@ -210,8 +193,7 @@ def coefficients(norms: np.ndarray, distances: np.ndarray, mode: str = "mean") -
 
     `mean`: each neighbor's weights divided by their L2 norm `[... n]`, then averaged. `distance`:
     the same with shares 1 / Euclidean distance (of *squared* distances `[... n]`), where exact
-    matches take all. One neighbor: its weights, unscaled. A neighbor whose weights are all zero (no
-    triplet taught it anything) carries no evidence and takes no share.
+    matches take all. One neighbor: its weights, unscaled. Weights that are all zero take no share.
     """
     norms, distances = np.asarray(norms, np.float64), np.asarray(distances, np.float64)
     if mode not in MODES:
@@ -246,8 +228,7 @@ def transfer(weights: np.ndarray, distances: np.ndarray, mode: str = "mean") -> 
 
 
 def _of_one_query(norms: list[float], distances: list[float], mode: str) -> list[float]:
-    """In Python: ten neighbors are done before NumPy has set up its first operation."""
-    # Not "< 0", which a NaN passes.
+    # In Python: ten neighbors are done before NumPy has set up its first operation.
     if not all(value >= 0 for values in (norms, distances) for value in values):
         raise InputError("norms and distances must be numbers >= 0; got a NaN or a negative value")
     if len(norms) == 1:
@@ -276,14 +257,12 @@ def _flat(maps: Any) -> Any:
 
 
 def _floating(maps: Any) -> Any:
-    """Return bytes and other whole numbers as float32, which neither wraps nor truncates."""
     if isinstance(maps, np.ndarray):
         return maps if maps.dtype.kind == "f" else maps.astype(np.float32)
     return maps if maps.is_floating_point() else maps.float()
 
 
 def _largest(flat: Any) -> Any:
-    """Return the largest value along the last axis, `[... 1]`."""
     best = flat.max(-1)
     return getattr(best, "values", best)[..., None]
 
@@ -296,7 +275,6 @@ def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _sandwich(maps: Any, rows: np.ndarray, columns: np.ndarray) -> Any:
-    """Return rows @ maps @ columns^T in the maps' own library, type and device."""
     if isinstance(maps, np.ndarray):
         kind = maps.dtype if maps.dtype == np.float64 else np.dtype(np.float32)
         return rows.astype(kind, copy=False) @ maps @ columns.astype(kind, copy=False).T

@@ -176,7 +176,6 @@ def prepare(
 def _prepare_one(
     source: Source, out: Path, max_side: int, keep: bool
 ) -> tuple[dict[str, object], bool]:
-    """The table's row of a picture, and whether anything was written for it."""
     picture = out / "images" / f"{source.name}.jpg"
     mask = out / "masks" / f"{source.name}.png"
     try:
@@ -228,7 +227,6 @@ def _jpeg(image: Image.Image, size: tuple[int, int]) -> bytes:
 
 
 def _mask(contour: np.ndarray, original: tuple[int, int], size: tuple[int, int]) -> bytes:
-    """The outline filled, at the resized picture's size, as PNG: white = object."""
     scale = np.array([size[0] / original[0], size[1] / original[1]])
     # Scaled from the picture's edge, which lies half a pixel before the first pixel's middle.
     corners = (contour + 0.5) * scale - 0.5
@@ -255,7 +253,6 @@ def _same_settings(path: Path, settings: Mapping[str, object]) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file under its final name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_bytes(content)
@@ -263,7 +260,6 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _inside(root: Path, content: str, usual: str) -> Path:
-    """The folder that has `content`: `root`, or the folder of the usual name in it."""
     for folder in (root, root / usual):
         if (folder / content).exists():
             return folder
@@ -271,7 +267,6 @@ def _inside(root: Path, content: str, usual: str) -> Path:
 
 
 def _table(path: Path) -> dict[str, list[str]]:
-    """A text table of CUB-200-2011: the first word of a line to the others."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
@@ -72,32 +71,14 @@ def pooled(head: nn.Linear) -> nn.Sequential:
 def train(module: LFINetwork | ABNetwork, settings: DemoSettings, progress: bool = True) -> Tensor:
     """Train in place, as the demo trains its network; the loss of each step, `[steps]`."""
     batches = training.Batches(settings, progress)
-    labels = torch.arange(10).repeat_interleave(settings.batch_size // 10)
-    optimizer = torch.optim.AdamW(module.parameters(), settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.2
-    )
     module.train().to(memory_format=torch.channels_last)
-    losses = []
-    for step in range(settings.steps):
-        images = batches.draw(training.view(step / settings.steps))
-        embeddings = module.both(images) if isinstance(module, ABNetwork) else (module(images),)
-        parts = [
-            training.triplet_loss(F.normalize(one, dim=1), labels, settings.margin)
-            for one in embeddings
-        ]
-        loss = torch.stack(parts).sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.detach())
+    both = module.both if isinstance(module, ABNetwork) else lambda images: [module(images)]
+    losses = training.descend(module, batches, settings, both, progress)
     module.eval().to(memory_format=torch.contiguous_format)
-    return torch.stack(losses)
+    return losses
 
 
 def explained(module: nn.Module, settings: DemoSettings) -> EmbeddingNetwork:
-    """What `cam_for` and an index are given."""
     return EmbeddingNetwork(
         module, "trunk", preprocess=digits_preprocess(settings.input_size), name="digits"
     )

@@ -22,7 +22,6 @@ _OF_THIS_WORKER: list[Explainer] = []
 
 
 def open_explainer(path: str) -> None:
-    """Run once in each worker."""
     _OF_THIS_WORKER.append(Explainer(path))
 
 

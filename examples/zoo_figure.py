@@ -167,7 +167,6 @@ def photographs(
 
 
 def draw(shown: list[tuple[str, Image.Image, str]], output: Path, transposed: bool) -> None:
-    """A grid of pictures with their titles."""
     import matplotlib
 
     matplotlib.use("Agg")

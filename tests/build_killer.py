@@ -21,7 +21,7 @@ import torch
 from build_samples import DENSE, Toy, dense, everything, paint, pictures, toy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import embedcam.offline.passes as passes
+import embedcam.offline.plan as plan
 from embedcam.images import ImageSource, find_images
 from embedcam.index import Index, verify
 from embedcam.offline import add_images, build_index
@@ -187,7 +187,7 @@ def main() -> None:
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     warnings.simplefilter("ignore", DeprecationWarning)  # of forks, from Python 3.12 on
-    passes.CHUNK = 4
+    plan.CHUNK = 4
     os.fsync = lambda descriptor: None  # nothing here needs to survive a power failure
     for line in sys.stdin:
         name, folder = line.split(maxsplit=1)

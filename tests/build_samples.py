@@ -17,13 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 from toys import seeded
 
-import embedcam.offline.jobs as jobs
+import embedcam.offline.build as jobs
 from embedcam.images import ImageSource, find_images
 from embedcam.index import Index
 from embedcam.network import EmbeddingNetwork
-from embedcam.offline.classes import label_codes
-from embedcam.offline.neighborhoods import NearestOthers
-from embedcam.offline.triplets import TripletSampler
+from embedcam.offline.triplets import NearestOthers, TripletSampler, label_codes
 from embedcam.preprocess import Preprocess, probe
 from embedcam.recipe.recipe import Recipe
 

@@ -16,10 +16,37 @@ hypothesis.settings.load_profile("embedcam")
 # Pictures are drawn without a screen.
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+CORE = {
+    "cam", "cotangents", "encoding", "identity", "index_golden", "layers", "matching",
+    "metrics_agreement", "metrics_contrast_free", "metrics_faithfulness", "metrics_imputation",
+    "metrics_intervals", "metrics_localisation", "metrics_retrieval", "options",
+    "oracles_metrics", "preprocess", "printing", "public", "recipe", "rounding", "snapshots",
+    "targets", "targets_scores", "transfer", "triplets", "weights",
+}  # fmt: skip
+"""Modules of pure and core tests, which `make test-fast` runs."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the core."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in CORE:
+            item.add_marker(pytest.mark.core)
+
+
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from embedcam import EmbeddingNetwork, Explainer
+    from embedcam.evaluate import Evaluation
+    from embedcam.images import ImageSource
+
+
+@pytest.fixture(scope="module")
+def quick_disk() -> Iterator[None]:
+    """What a power failure would leave is not asked here, and a sync takes milliseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +124,26 @@ def explainer(dense: Path, network: "EmbeddingNetwork") -> "Iterator[Explainer]"
 
 
 @pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    from build_samples import quicken
+
+    quicken(monkeypatch)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of at least four images, so that a dozen make several."""
+    monkeypatch.setattr("embedcam.offline.plan.CHUNK", 4)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> "ImageSource":
+    from build_samples import pictures
+
+    return pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
 def same_draws() -> Iterator[None]:
     """Draw the same random numbers in every test, whatever ran before."""
     import torch
@@ -104,6 +151,22 @@ def same_draws() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         yield
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is evaluated: photos/, queries/, boxes.csv of the queries, and index/."""
+    from evaluate_samples import make_folder
+
+    return make_folder(tmp_path_factory.mktemp("evaluate"))
+
+
+@pytest.fixture(scope="session")
+def evaluation(site: Path, network: "EmbeddingNetwork") -> "Evaluation":
+    """One evaluation that several tests look at."""
+    from evaluate_samples import run
+
+    return run(site, network, boxes=site / "boxes.csv")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Run by test_explain_forks.py: a parent that computes on two threads, and the children it forks.
+"""Run by test_forking.py: a parent that computes on two threads, and the children it forks.
 
     python fork_service.py FOLDER SCENE...
 
@@ -124,7 +124,7 @@ def locks_held(folder, explainer):
     expected, held, go_on = answers(explainer), threading.Event(), threading.Event()
 
     def hold():
-        faiss_file = explainer.index._faiss
+        faiss_file = explainer.index.faiss_file
         assert faiss_file is not None
         with explainer._lock, explainer.network.runner.lock, faiss_file._lock:
             held.set()

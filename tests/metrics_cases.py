@@ -3,6 +3,7 @@
 A comparison takes the oracles as an argument, so that a broken copy can be handed to it.
 """
 
+from collections.abc import Callable
 from fractions import Fraction
 from types import ModuleType
 
@@ -44,19 +45,18 @@ def all_maps() -> list[tuple[Array, Array]]:
     return [(maps_like(s, n), regions_like(s, n)) for s in SHAPES for n in range(5)]
 
 
+def by_row(loop: Callable[..., object], *arrays: Array) -> list[object]:
+    """A loop of the oracles on each row."""
+    return [loop(*row) for row in zip(*arrays, strict=True)]
+
+
 def near(got: Array | float, wanted: object) -> None:
     np.testing.assert_allclose(got, np.array(wanted, np.float64), rtol=0, atol=1e-12)
 
 
-# --- localisation ---
-
-
 def compare_pointing(o: ModuleType) -> None:
     for maps, inside in all_maps():
-        near(
-            metrics.pointing_hit(maps, inside),
-            [o.pointing(*p) for p in zip(maps, inside, strict=True)],
-        )
+        near(metrics.pointing_hit(maps, inside), by_row(o.pointing, maps, inside))
 
 
 def compare_iou(o: ModuleType) -> None:
@@ -99,9 +99,6 @@ def compare_found(o: ModuleType) -> None:
         near(metrics.localisation_accuracy(a, b, least), wanted)
 
 
-# --- contrast-free ---
-
-
 def signed_cases() -> list[tuple[Array, Array, Array]]:
     """Signed maps with two regions, empty and full ones among them."""
     cases = []
@@ -117,16 +114,13 @@ def signed_cases() -> list[tuple[Array, Array, Array]]:
 
 def compare_auc(o: ModuleType) -> None:
     for maps, inside, other in signed_cases():
-        wanted = [o.auc(*row) for row in zip(maps, inside, other, strict=True)]
-        near(metrics.pixel_auc(maps, inside, other), wanted)
-        wanted = [o.auc(*row) for row in zip(maps, inside, 1 - inside, strict=True)]
-        near(metrics.pixel_auc(maps, inside), wanted)
+        near(metrics.pixel_auc(maps, inside, other), by_row(o.auc, maps, inside, other))
+        near(metrics.pixel_auc(maps, inside), by_row(o.auc, maps, inside, 1 - inside))
 
 
 def compare_ap(o: ModuleType) -> None:
     for maps, inside, _ in signed_cases():
-        wanted = [o.ap(*row) for row in zip(maps, inside, strict=True)]
-        near(metrics.average_precision(maps, inside), wanted)
+        near(metrics.average_precision(maps, inside), by_row(o.ap, maps, inside))
 
 
 def compare_hottest(o: ModuleType) -> None:
@@ -140,11 +134,8 @@ def compare_hottest(o: ModuleType) -> None:
 
 def compare_equal_areas(o: ModuleType) -> None:
     for maps, inside, other in signed_cases()[::2]:
-        wanted = [o.equal_areas(*row) for row in zip(maps, inside, other, strict=True)]
+        wanted = by_row(o.equal_areas, maps, inside, other)
         near(metrics.equal_area_share(maps, inside, other), wanted)
-
-
-# --- faithfulness ---
 
 
 def compare_deletion(o: ModuleType) -> None:
@@ -203,9 +194,6 @@ def compare_increase(o: ModuleType) -> None:
     near(metrics.average_increase(y, masked), o.increase(y.tolist(), masked.tolist()))
 
 
-# --- imputation ---
-
-
 def compare_imputation(o: ModuleType) -> None:
     for seed, (batch, channels, h, w) in enumerate([(1, 1, 1, 5), (3, 2, 5, 4), (2, 3, 6, 7)]):
         rng = np.random.default_rng(seed)
@@ -216,9 +204,6 @@ def compare_imputation(o: ModuleType) -> None:
         np.testing.assert_allclose(
             metrics.noisy_linear_imputation(images, masks, noise=0), wanted, atol=1e-10
         )
-
-
-# --- retrieval ---
 
 
 def some_items(seed: int, count: int, kinds: int = 4) -> tuple[Array, list[str]]:
@@ -247,9 +232,6 @@ def compare_map_at_r(o: ModuleType) -> None:
         near(metrics.map_at_r(queries, asked, rows, labels), o.map_r(queries, asked, rows, labels))
 
 
-# --- agreement ---
-
-
 def pairs_of_maps() -> list[tuple[Array, Array]]:
     return [
         (maps_like(s, n, signed=n % 2 == 0), maps_like(s, n + m, signed=n % 2 == 0))
@@ -260,22 +242,21 @@ def pairs_of_maps() -> list[tuple[Array, Array]]:
 
 
 def compare_cosines(o: ModuleType) -> None:
-    for a, b in pairs_of_maps():
-        flat = [m.reshape(len(m), -1) for m in (a, b)]
-        wanted = [o.cosine(*row) for row in zip(*(f.tolist() for f in flat), strict=True)]
-        near(metrics.cosines(*flat), wanted)
+    for pair in pairs_of_maps():
+        flat = [m.reshape(len(m), -1) for m in pair]
+        near(metrics.cosines(*flat), by_row(o.cosine, *(f.tolist() for f in flat)))
 
 
 def compare_correlations(o: ModuleType) -> None:
     for a, b in pairs_of_maps():
-        rows = zip(a.reshape(len(a), -1).tolist(), b.reshape(len(b), -1).tolist(), strict=True)
-        near(metrics.correlations(a, b), [o.correlation(*row) for row in rows])
+        flat = [m.reshape(len(m), -1).tolist() for m in (a, b)]
+        near(metrics.correlations(a, b), by_row(o.correlation, *flat))
 
 
 def compare_rank_correlations(o: ModuleType) -> None:
     for a, b in pairs_of_maps():
-        rows = zip(a.reshape(len(a), -1).tolist(), b.reshape(len(b), -1).tolist(), strict=True)
-        near(metrics.rank_correlations(a, b), [o.rank_correlation(*row) for row in rows])
+        flat = [m.reshape(len(m), -1).tolist() for m in (a, b)]
+        near(metrics.rank_correlations(a, b), by_row(o.rank_correlation, *flat))
 
 
 def compare_map_iou(o: ModuleType) -> None:
@@ -283,9 +264,6 @@ def compare_map_iou(o: ModuleType) -> None:
         for fraction in (0.01, 0.2, 0.5, 1.0):
             wanted = [o.top_iou(*pair, fraction) for pair in zip(a, b, strict=True)]
             near(metrics.map_iou(a, b, fraction), wanted)
-
-
-# --- intervals ---
 
 
 def compare_interval(o: ModuleType) -> None:

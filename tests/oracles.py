@@ -11,25 +11,20 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Array = np.ndarray
-Head = Callable[[Tensor], Tensor]
+Head = Score = Callable[[Tensor], Tensor]
 Triplets = Sequence[tuple[int, int]]  # (positive, negative) of one anchor
-
-
-# --- distances, the triplet loss and its margin (Chen et al., WACV 2020, equations 1 and 2) -------
 
 
 def squared_distance(a: Array, b: Array) -> float:
     """D(a, b), squared Euclidean."""
-    total = 0.0
-    for x, y in zip(a.tolist(), b.tolist(), strict=True):
-        total += (x - y) * (x - y)
-    return total
+    return sum((x - y) * (x - y) for x, y in zip(a.tolist(), b.tolist(), strict=True))
 
 
 def triplet_loss(a: Array, p: Array, n: Array, delta: float) -> float:
@@ -44,14 +39,10 @@ def margin(a: Array, p: Array, n: Array) -> float:
 
 def margin_gradient(a: Array, p: Array, n: Array) -> Array:
     """dy/da by central differences, one coordinate at a time: knows no closed form."""
-    a = a.astype(np.float64)
-    out = np.zeros_like(a)
-    step = 1e-4
+    step, out = 1e-4, np.zeros(a.size)
     for i in range(a.size):
-        up, down = a.copy(), a.copy()
-        up[i] += step
-        down[i] -= step
-        out[i] = (margin(up, p, n) - margin(down, p, n)) / (2 * step)
+        move = step * (np.arange(a.size) == i)
+        out[i] = (margin(a + move, p, n) - margin(a - move, p, n)) / (2 * step)
     return out
 
 
@@ -63,16 +54,8 @@ def hinge_is_satisfied(a: Array, p: Array, n: Array, delta: float) -> bool:
 def centred_target(embeddings: Array, i: int) -> Array:
     """f_i - mean(f), the mean over every image, the i-th included."""
     n, d = embeddings.shape
-    out = np.zeros(d)
-    for j in range(d):
-        total = 0.0
-        for row in range(n):
-            total += float(embeddings[row, j])
-        out[j] = float(embeddings[i, j]) - total / n
-    return out
-
-
-# --- the norm's two ways and the gradient of one triplet ---
+    totals = [sum(float(embeddings[row, j]) for row in range(n)) for j in range(d)]
+    return np.array([float(embeddings[i, j]) - total / n for j, total in enumerate(totals)])
 
 
 def _distance(f: Tensor, g: Tensor) -> Tensor:
@@ -80,12 +63,7 @@ def _distance(f: Tensor, g: Tensor) -> Tensor:
 
 
 def gradient(
-    head: Head,
-    activations: Tensor,
-    score: Callable[[Tensor], Tensor],
-    *,
-    normalize: bool,
-    norm: str,
+    head: Head, activations: Tensor, score: Score, *, normalize: bool, norm: str
 ) -> Tensor:
     """G = d score / dA for one image [K H W]: the whole chain differentiated by autograd.
 
@@ -95,42 +73,30 @@ def gradient(
     A = activations.detach().double().clone().requires_grad_(True)
     z = head(A.unsqueeze(0))[0]
     if not normalize:
-        (G,) = torch.autograd.grad(score(z), A)
-        return G
+        return torch.autograd.grad(score(z), A)[0]
     if norm == "through":
-        (G,) = torch.autograd.grad(score(z / z.norm()), A)
-        return G
+        return torch.autograd.grad(score(z / z.norm()), A)[0]
     assert norm == "around"
     f = (z / z.norm()).detach().requires_grad_(True)
     (at_f,) = torch.autograd.grad(score(f), f)
-    (G,) = torch.autograd.grad((z * at_f).sum(), A)
-    return G
+    return torch.autograd.grad((z * at_f).sum(), A)[0]
 
 
-def margin_score(p: Tensor, n: Tensor) -> Callable[[Tensor], Tensor]:
+def margin_score(p: Tensor, n: Tensor) -> Score:
     """y(f) = D(f, n) - D(f, p), p and n held constant."""
     return lambda f: _distance(f, n.double()) - _distance(f, p.double())
 
 
-def dot_score(c: Tensor) -> Callable[[Tensor], Tensor]:
+def dot_score(c: Tensor) -> Score:
     """y(f) = f . c, c held constant: the centred target with c = f_r - mean f."""
     return lambda f: (f * c.double()).sum()
-
-
-# --- channel weights of one gradient ---
 
 
 def gradcam_weights(G: Tensor) -> Array:
     """alpha_k = (1/Z) sum_ij G_ij^k (Selvaraju et al. 2017, equation 1)."""
     K, H, W = G.shape
-    out = np.zeros(K)
-    for k in range(K):
-        total = 0.0
-        for i in range(H):
-            for j in range(W):
-                total += float(G[k, i, j])
-        out[k] = total / (H * W)
-    return out
+    totals = [sum(float(G[k, i, j]) for i, j in np.ndindex(H, W)) for k in range(K)]
+    return np.array([total / (H * W) for total in totals])
 
 
 def gradcampp_weights(G: Tensor, activations: Tensor) -> Array:
@@ -138,12 +104,11 @@ def gradcampp_weights(G: Tensor, activations: Tensor) -> Array:
     K, H, W = G.shape
     out = np.zeros(K)
     for k in range(K):
-        S = sum(max(float(activations[k, i, j]), 0.0) for i in range(H) for j in range(W))
-        for i in range(H):
-            for j in range(W):
-                g = float(G[k, i, j])
-                if g > 0.0:
-                    out[k] += g / (2.0 + S * g)
+        S = sum(max(float(activations[k, i, j]), 0.0) for i, j in np.ndindex(H, W))
+        for i, j in np.ndindex(H, W):
+            g = float(G[k, i, j])
+            if g > 0.0:
+                out[k] += g / (2.0 + S * g)
     return out
 
 
@@ -152,17 +117,12 @@ def gradcampp_weights_as_printed(G: Tensor, activations: Tensor) -> Array:
     K, H, W = G.shape
     out = np.zeros(K)
     for k in range(K):
-        S = sum(float(activations[k, i, j]) for i in range(H) for j in range(W))
-        for i in range(H):
-            for j in range(W):
-                g = float(G[k, i, j])
-                if g != 0.0:
-                    a = g**2 / (2.0 * g**2 + S * g**3)
-                    out[k] += a * max(g, 0.0)
+        S = sum(float(activations[k, i, j]) for i, j in np.ndindex(H, W))
+        for i, j in np.ndindex(H, W):
+            g = float(G[k, i, j])
+            if g != 0.0:
+                out[k] += max(g, 0.0) * g**2 / (2.0 * g**2 + S * g**3)
     return out
-
-
-# --- weights averaged over the triplets of one anchor: one backward a triplet ---
 
 
 def averaged_weights(
@@ -198,7 +158,7 @@ def averaged_weights(
 def target_weights(
     head: Head,
     activations: Tensor,
-    score: Callable[[Tensor], Tensor],
+    score: Score,
     *,
     method: str = "gradcam",
     normalize: bool = True,
@@ -216,26 +176,20 @@ def target_weights(
 
 def every_triplet(labels: Sequence[object], anchor: int) -> list[tuple[int, int]]:
     """All (positive, negative) of an anchor: its class without itself x every other class."""
-    out = []
-    for p, label_p in enumerate(labels):
-        if p == anchor or label_p != labels[anchor]:
-            continue
-        for n, label_n in enumerate(labels):
-            if label_n != labels[anchor]:
-                out.append((p, n))
-    return out
+    return [
+        (p, n)
+        for p, label_p in enumerate(labels)
+        for n, label_n in enumerate(labels)
+        if not (p == anchor or label_p != labels[anchor]) and label_n != labels[anchor]
+    ]
 
 
 def mean_cotangent(embeddings: Array, triplets: Triplets) -> Array:
     """Mean over the triplets of dy/df_a = 2 (f_p - f_n), one triplet at a time."""
     total = np.zeros(embeddings.shape[1])
-    for p, n in triplets:
-        for d in range(total.size):
-            total[d] += 2.0 * (float(embeddings[p, d]) - float(embeddings[n, d]))
+    for (p, n), d in product(triplets, range(total.size)):
+        total[d] += 2.0 * (float(embeddings[p, d]) - float(embeddings[n, d]))
     return total / len(triplets)
-
-
-# --- encodings ---
 
 
 def top_m(weights: Array, m: int, by: str) -> Array:
@@ -258,12 +212,8 @@ def top_m(weights: Array, m: int, by: str) -> Array:
 def low_rank_decode(codes: Array, basis: Array, offset: Array) -> Array:
     """offset + sum_r code_r basis_r for one code [R]."""
     R, K = basis.shape
-    out = np.zeros(K)
-    for k in range(K):
-        out[k] = float(offset[k])
-        for r in range(R):
-            out[k] += float(codes[r]) * float(basis[r, k])
-    return out
+    parts = [sum(float(codes[r]) * float(basis[r, k]) for r in range(R)) for k in range(K)]
+    return np.array([float(offset[k]) + part for k, part in enumerate(parts)])
 
 
 def best_rank_error(rows: Array, offset: Array, rank: int) -> float:
@@ -295,9 +245,6 @@ def half_bound(vector: Array) -> Array:
     )
 
 
-# --- transfer ---
-
-
 def l2_norm(vector: Array) -> float:
     return math.sqrt(sum(float(v) ** 2 for v in vector))
 
@@ -311,10 +258,9 @@ def transfer_mean(rows: Array) -> Array:
         return rows[0].astype(np.float64)
     counted = [row for row in rows if l2_norm(row) > 0]
     total = np.zeros(rows.shape[1])
-    for row in counted:
+    for row, k in product(counted, range(len(total))):
         length = l2_norm(row)
-        for k in range(len(total)):
-            total[k] += float(row[k]) / length
+        total[k] += float(row[k]) / length
     return total / max(len(counted), 1)
 
 
@@ -353,19 +299,13 @@ def transfer_distance(rows: Array, squared: Sequence[float]) -> Array:
     return total
 
 
-# --- maps ---
-
-
 def cam(weights: Array, activations: Array) -> Array:
     """ReLU(sum_k w_k A_k) of one image, [H W]."""
     K, H, W = activations.shape
     out = np.zeros((H, W))
-    for i in range(H):
-        for j in range(W):
-            total = 0.0
-            for k in range(K):
-                total += float(weights[k]) * float(activations[k, i, j])
-            out[i, j] = max(total, 0.0)
+    for i, j in np.ndindex(H, W):
+        total = sum(float(weights[k]) * float(activations[k, i, j]) for k in range(K))
+        out[i, j] = max(total, 0.0)
     return out
 
 
@@ -373,19 +313,16 @@ def bilinear(image: Array, height: int, width: int) -> Array:
     """Bilinear resizing with half-pixel centres (align_corners=False), edges repeated."""
     h, w = image.shape
     out = np.zeros((height, width))
-    for i in range(height):
+    for i, j in np.ndindex(height, width):
         y = max((i + 0.5) * h / height - 0.5, 0.0)
-        y0 = min(math.floor(y), h - 1)
-        y1 = min(y0 + 1, h - 1)
+        x = max((j + 0.5) * w / width - 0.5, 0.0)
+        y0, x0 = min(math.floor(y), h - 1), min(math.floor(x), w - 1)
+        y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
         fy = y - y0
-        for j in range(width):
-            x = max((j + 0.5) * w / width - 0.5, 0.0)
-            x0 = min(math.floor(x), w - 1)
-            x1 = min(x0 + 1, w - 1)
-            fx = x - x0
-            top = (1 - fx) * float(image[y0, x0]) + fx * float(image[y0, x1])
-            bottom = (1 - fx) * float(image[y1, x0]) + fx * float(image[y1, x1])
-            out[i, j] = (1 - fy) * top + fy * bottom
+        fx = x - x0
+        top = (1 - fx) * float(image[y0, x0]) + fx * float(image[y0, x1])
+        bottom = (1 - fx) * float(image[y1, x0]) + fx * float(image[y1, x1])
+        out[i, j] = (1 - fy) * top + fy * bottom
     return out
 
 
@@ -397,16 +334,14 @@ def area_average(image: Array, height: int, width: int) -> Array:
     """Each output cell: the mean of the input over the cell's rectangle, by exact areas."""
     h, w = image.shape
     out = np.zeros((height, width))
-    for i in range(height):
-        for j in range(width):
-            y0, y1 = i * h / height, (i + 1) * h / height
-            x0, x1 = j * w / width, (j + 1) * w / width
-            total = 0.0
-            for r in range(h):
-                for c in range(w):
-                    area = _overlap(y0, y1, r, r + 1) * _overlap(x0, x1, c, c + 1)
-                    total += area * float(image[r, c])
-            out[i, j] = total / ((y1 - y0) * (x1 - x0))
+    for i, j in np.ndindex(height, width):
+        y0, y1 = i * h / height, (i + 1) * h / height
+        x0, x1 = j * w / width, (j + 1) * w / width
+        total = 0.0
+        for r, c in np.ndindex(h, w):
+            area = _overlap(y0, y1, r, r + 1) * _overlap(x0, x1, c, c + 1)
+            total += area * float(image[r, c])
+        out[i, j] = total / ((y1 - y0) * (x1 - x0))
     return out
 
 
@@ -419,18 +354,14 @@ def min_max(image: Array) -> Array:
     return np.array([(v - low) / (high - low) for v in values]).reshape(image.shape)
 
 
-# --- metrics ---
-
-
 def energy_in_mask(image: Array, mask: Array) -> float:
     """Share of a map's energy inside a mask [H W]; a map of zero energy scores the area's share."""
     inside = total = area = 0.0
     H, W = image.shape
-    for i in range(H):
-        for j in range(W):
-            total += float(image[i, j])
-            area += float(mask[i, j])
-            inside += float(image[i, j]) * float(mask[i, j])
+    for i, j in np.ndindex(H, W):
+        total += float(image[i, j])
+        area += float(mask[i, j])
+        inside += float(image[i, j]) * float(mask[i, j])
     return inside / total if total > 0 else area / (H * W)
 
 
@@ -438,9 +369,8 @@ def box_mask(box: tuple[float, float, float, float], height: int, width: int) ->
     """The part of each pixel [H W] that a box (x0, y0, x1, y1) covers, pixel (i, j) = [j, j+1)."""
     x0, y0, x1, y1 = box
     out = np.zeros((height, width))
-    for i in range(height):
-        for j in range(width):
-            out[i, j] = _overlap(y0, y1, i, i + 1) * _overlap(x0, x1, j, j + 1)
+    for i, j in np.ndindex(height, width):
+        out[i, j] = _overlap(y0, y1, i, i + 1) * _overlap(x0, x1, j, j + 1)
     return out
 
 
@@ -462,9 +392,6 @@ def pearson(a: Array, b: Array) -> float:
     vx = sum((u - mx) ** 2 for u in x)
     vy = sum((v - my) ** 2 for v in y)
     return cov / math.sqrt(vx * vy)
-
-
-# --- rules of sampling (judged, not drawn) ---
 
 
 def semihard_allows(

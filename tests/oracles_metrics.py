@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 
@@ -18,37 +18,31 @@ Box = tuple[float, float, float, float]
 Pixels = set[tuple[int, int]]
 
 
-# --- localisation ---
-
-
 def pointing(image: Array, mask: Array) -> float:
     """The region's mean over the pixels of the largest value."""
     best = max(float(v) for v in image.ravel())
     hits = count = 0.0
-    for i in range(image.shape[0]):
-        for j in range(image.shape[1]):
-            if float(image[i, j]) == best:
-                hits += float(mask[i, j])
-                count += 1
+    for place in np.ndindex(image.shape):
+        if float(image[place]) == best:
+            hits += float(mask[place])
+            count += 1
     return hits / count
 
 
 def marked(image: Array, threshold: float) -> Pixels:
     """Pixels >= threshold times the largest."""
     limit = threshold * max(float(v) for v in image.ravel())
-    H, W = image.shape
-    return {(i, j) for i in range(H) for j in range(W) if float(image[i, j]) >= limit}
+    return {place for place in np.ndindex(image.shape) if float(image[place]) >= limit}
 
 
 def iou(image: Array, mask: Array, threshold: float) -> float:
     """Area of both over area of either, a pixel partly covered counting by its part."""
     pixels = marked(image, threshold)
     both = either = 0.0
-    for i in range(image.shape[0]):
-        for j in range(image.shape[1]):
-            m, r = float((i, j) in pixels), float(mask[i, j])
-            both += m * r
-            either += m + r - m * r
+    for place in np.ndindex(image.shape):
+        m, r = float(place in pixels), float(mask[place])
+        both += m * r
+        either += m + r - m * r
     return both / either
 
 
@@ -66,20 +60,16 @@ def largest_box(image: Array, threshold: float) -> Box:
     """Flood fill from each pixel in reading order; the first of the largest parts, boxed."""
     left = marked(image, threshold)
     largest: Pixels = set()
-    for i in range(image.shape[0]):
-        for j in range(image.shape[1]):
-            if (i, j) not in left:
-                continue
-            part, ahead = set[tuple[int, int]](), [(i, j)]
-            while ahead:
-                r, c = ahead.pop()
-                if (r, c) not in left:
-                    continue
+    for place in np.ndindex(image.shape):
+        part, ahead = set[tuple[int, int]](), [place]
+        while ahead:
+            r, c = ahead.pop()
+            if (r, c) in left:
                 left.remove((r, c))
                 part.add((r, c))
                 ahead += [(r + dr, c + dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1)]
-            if len(part) > len(largest):
-                largest = part
+        if len(part) > len(largest):
+            largest = part
     rows, columns = [r for r, _ in largest], [c for _, c in largest]
     return (min(columns), min(rows), max(columns) + 1, max(rows) + 1)
 
@@ -95,27 +85,19 @@ def boxes_iou(a: Box, b: Box) -> float:
 
 def found_share(boxes: Sequence[Box], truth: Sequence[Box], least: float) -> float:
     """Share of pairs with that IoU or more."""
-    found = 0
-    for a, b in zip(boxes, truth, strict=True):
-        if boxes_iou(a, b) >= least:
-            found += 1
-    return found / len(boxes)
-
-
-# --- contrast-free ---
+    return sum(boxes_iou(a, b) >= least for a, b in zip(boxes, truth, strict=True)) / len(boxes)
 
 
 def auc(image: Array, mask: Array, other: Array) -> float:
     """Every pair of a pixel inside and one outside: how often the first is larger, ties a half."""
     won = pairs = 0.0
-    for i in range(image.size):
-        for j in range(image.size):
-            weight = float(mask.flat[i]) * float(other.flat[j])
-            pairs += weight
-            if float(image.flat[i]) > float(image.flat[j]):
-                won += weight
-            elif float(image.flat[i]) == float(image.flat[j]):
-                won += weight / 2
+    for i, j in np.ndindex(image.size, image.size):
+        weight = float(mask.flat[i]) * float(other.flat[j])
+        pairs += weight
+        if float(image.flat[i]) > float(image.flat[j]):
+            won += weight
+        elif float(image.flat[i]) == float(image.flat[j]):
+            won += weight / 2
     return won / pairs if pairs else 0.5
 
 
@@ -159,9 +141,6 @@ def equal_areas(image: Array, mask: Array, other: Array) -> float:
     return means[0] / sum(means)
 
 
-# --- faithfulness ---
-
-
 def order(image: Array) -> list[int]:
     """Flat positions, the largest value first, then the one that is read first."""
     values = [float(v) for v in image.ravel()]
@@ -173,17 +152,14 @@ def first_pixels(image: Array, share: Fraction) -> Array:
     count = math.floor(share * image.size + Fraction(1, 2))
     out = np.zeros(image.shape, bool)
     for position in order(image)[:count]:
-        out[position // image.shape[1], position % image.shape[1]] = True
+        out.flat[position] = True
     return out
 
 
 def area_under(scores: Sequence[float]) -> float:
     """Trapezoids of width 1 / S."""
     steps = len(scores) - 1
-    total = 0.0
-    for left, right in pairwise(scores):
-        total += (left + right) / 2 / steps
-    return total
+    return sum((left + right) / 2 / steps for left, right in pairwise(scores))
 
 
 def place(scores: Sequence[float], item: int) -> float:
@@ -221,10 +197,9 @@ def impute(image: Array, mask: Array) -> Array:
         matrix, right = np.zeros((len(removed), len(removed))), np.zeros(len(removed))
         for n, (i, j) in enumerate(removed):
             around = {}
-            for di in (-1, 0, 1):
-                for dj in (-1, 0, 1):
-                    if (di, dj) != (0, 0) and 0 <= i + di < H and 0 <= j + dj < W:
-                        around[i + di, j + dj] = 1 / 6 if di == 0 or dj == 0 else 1 / 12
+            for di, dj in product((-1, 0, 1), repeat=2):
+                if (di, dj) != (0, 0) and 0 <= i + di < H and 0 <= j + dj < W:
+                    around[i + di, j + dj] = 1 / 6 if di == 0 or dj == 0 else 1 / 12
             total = sum(around.values())
             matrix[n, n] = 1.0
             for where, weight in around.items():
@@ -238,19 +213,26 @@ def impute(image: Array, mask: Array) -> Array:
     return out
 
 
-# --- retrieval ---
-
-
 def found_by(query: Array, gallery: Array, without: int | None) -> list[int]:
     """The gallery in order of squared distance, then of position, one of it left out."""
     ranked = []
     for i, row in enumerate(gallery):
-        if i != without:
-            total = 0.0
-            for x, y in zip(query.tolist(), row.tolist(), strict=True):
-                total += (x - y) * (x - y)
-            ranked.append((total, i))
-    return [i for _, i in sorted(ranked)]
+        pairs = zip(query.tolist(), row.tolist(), strict=True)
+        total = sum((x - y) * (x - y) for x, y in pairs)
+        ranked.append((total, i))
+    return [i for _, i in sorted(ranked) if i != without]
+
+
+def labels_found(
+    queries: Array,
+    labels: Sequence[object],
+    gallery: Array | None,
+    gallery_labels: Sequence[object] | None,
+) -> list[list[object]]:
+    """The labels of what each query finds, the nearest first."""
+    if gallery is None or gallery_labels is None:
+        return [[labels[i] for i in found_by(v, queries, q)] for q, v in enumerate(queries)]
+    return [[gallery_labels[i] for i in found_by(v, gallery, None)] for v in queries]
 
 
 def recall(
@@ -262,11 +244,7 @@ def recall(
 ) -> float:
     """Share of queries with one of their label among the k nearest."""
     hits = 0
-    for q in range(len(queries)):
-        if gallery is None or gallery_labels is None:
-            near = [labels[i] for i in found_by(queries[q], queries, q)]
-        else:
-            near = [gallery_labels[i] for i in found_by(queries[q], gallery, None)]
+    for q, near in enumerate(labels_found(queries, labels, gallery, gallery_labels)):
         hits += labels[q] in near[:k]
     return hits / len(queries)
 
@@ -274,10 +252,7 @@ def recall(
 def precision_at_r(hits: Sequence[bool]) -> float | None:
     """1/R sum_{i=1..R} P(i) [the i-th is right]; None for R = 0."""
     r = sum(hits)
-    total = 0.0
-    for i in range(1, r + 1):
-        if hits[i - 1]:
-            total += sum(hits[:i]) / i
+    total = sum(sum(hits[:i]) / i for i in range(1, r + 1) if hits[i - 1])
     return total / r if r else None
 
 
@@ -288,28 +263,16 @@ def map_r(
     gallery_labels: Sequence[object] | None = None,
 ) -> float:
     """Mean over the queries that have others of their label."""
-    scores = []
-    for q in range(len(queries)):
-        if gallery is None or gallery_labels is None:
-            hits = [labels[i] == labels[q] for i in found_by(queries[q], queries, q)]
-        else:
-            hits = [gallery_labels[i] == labels[q] for i in found_by(queries[q], gallery, None)]
-        score = precision_at_r(hits)
-        if score is not None:
-            scores.append(score)
+    found = enumerate(labels_found(queries, labels, gallery, gallery_labels))
+    each = [precision_at_r([label == labels[q] for label in near]) for q, near in found]
+    scores = [score for score in each if score is not None]
     return sum(scores) / len(scores)
-
-
-# --- agreement ---
 
 
 def cosine(a: Sequence[float], b: Sequence[float]) -> float:
     """a . b / |a| |b|; 0 for a zero vector."""
-    dot = norm_a = norm_b = 0.0
-    for x, y in zip(a, b, strict=True):
-        dot += x * y
-        norm_a += x * x
-        norm_b += y * y
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    norm_a, norm_b = (sum(x * x for x in one) for one in (a, b))
     return dot / math.sqrt(norm_a * norm_b) if norm_a > 0 and norm_b > 0 else 0.0
 
 
@@ -341,9 +304,6 @@ def top_iou(a: Array, b: Array, fraction: float) -> float:
     return len(tops[0] & tops[1]) / len(either) if either else 0.0
 
 
-# --- intervals ---
-
-
 def interval_of_mean(
     values: Sequence[float], level: float, draws: int, seed: int
 ) -> tuple[float, float]:
@@ -362,7 +322,5 @@ def interval_of_mean(
 
 def win_rate(a: Sequence[float], b: Sequence[float]) -> float:
     """Share of pairs won, one half for an equal pair."""
-    wins = 0.0
-    for x, y in zip(a, b, strict=True):
-        wins += 1.0 if x > y else 0.5 if x == y else 0.0
-    return wins / len(a)
+    pairs = zip(a, b, strict=True)
+    return sum(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in pairs) / len(a)

@@ -20,25 +20,18 @@ def jacobian(head: Callable[[Tensor], Tensor], activations: Array) -> Array:
 def cell_vector(J: Array, A: Array, norm: float, row: int, column: int) -> list[float]:
     """sum_k dz_d/dA_kij A_kij / |z| for every d."""
     width, channels = J.shape[:2]
-    found = []
-    for d in range(width):
-        total = 0.0
-        for k in range(channels):
-            total += J[d, k, row, column] * A[k, row, column]
-        found.append(total / norm)
-    return found
+    return [
+        sum(J[d, k, row, column] * A[k, row, column] for k in range(channels)) / norm
+        for d in range(width)
+    ]
 
 
 def contributions(J: Array, A: Array, norm: float, direction: Array) -> Array:
     """sum_d dz_d/dA_kij A_kij c_d / |z|, `[K H W]`."""
-    width, channels, height, across = J.shape
-    found = np.zeros((channels, height, across))
-    for k in range(channels):
-        for i in range(height):
-            for j in range(across):
-                for d in range(width):
-                    found[k, i, j] += J[d, k, i, j] * A[k, i, j] * direction[d] / norm
-    return found
+    total = np.zeros(A.shape)
+    for d, k, i, j in np.ndindex(J.shape):
+        total[k, i, j] += J[d, k, i, j] * A[k, i, j] * direction[d] / norm
+    return total
 
 
 def pair_product(one: list[float], other: list[float], mean: Array, n: int, m: int) -> float:

@@ -102,15 +102,11 @@ def tensor_of(image: Image.Image, preprocess: Preprocess = SQUASH) -> Tensor:
 
 
 def same(a: Explanation, b: Explanation, rtol: float = 0.0) -> None:
-    assert a.ids == b.ids
-    assert a.labels == b.labels
-    assert a.paths == b.paths
-    assert a.explained == b.explained
-    pairs = [(a.cam, b.cam), (a.weights, b.weights), (a.distances, b.distances)]
-    pairs += [(a.similarities, b.similarities)]
-    if a.neighbor_cams is not None:
-        assert b.neighbor_cams is not None
-        pairs.append((a.neighbor_cams, b.neighbor_cams))
-    for mine, other in pairs:
-        assert mine.shape == other.shape
-        np.testing.assert_allclose(mine, other, rtol=rtol, atol=rtol * np.abs(other).max())
+    for name in ("ids", "labels", "paths", "explained"):
+        assert getattr(a, name) == getattr(b, name)
+    assert (a.neighbor_cams is None) == (b.neighbor_cams is None)
+    for name in ("cam", "weights", "distances", "similarities", "neighbor_cams"):
+        mine, other = getattr(a, name), getattr(b, name)
+        if mine is not None:
+            assert mine.shape == other.shape
+            np.testing.assert_allclose(mine, other, rtol=rtol, atol=rtol * np.abs(other).max())

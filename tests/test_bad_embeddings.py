@@ -86,9 +86,7 @@ def index(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 ZERO = r"c1/blank\.png: the embedding is zero and cannot be normalised; leave the picture out"

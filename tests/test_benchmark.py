@@ -27,14 +27,14 @@ from scripts.benchmarks import (
 )
 
 
-def toy_module(width: int) -> nn.Module:
+def toy_module(width: int, bias: bool = True) -> nn.Module:
     return seeded(
         lambda: nn.Sequential(
-            nn.Conv2d(3, 8, 3, 4, 1),
+            nn.Conv2d(3, 8, 3, 4, 1, bias=bias),
             nn.ReLU(),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(8, width),
+            nn.Linear(8, width, bias=bias),
         )
     )
 
@@ -106,11 +106,6 @@ def test_a_verdict_says_the_bar(
     value: float, bar: float | None, at_least: bool, expected: str
 ) -> None:
     assert timing.verdict(value, bar, at_least=at_least) == expected
-
-
-def test_a_table_is_markdown() -> None:
-    text = timing.table(["case", "ms"], [["one", 1.5]])
-    assert text == "| case | ms |\n| --- | ---: |\n| one | 1.5 |\n"
 
 
 def test_exactness_of_a_toy_is_met_and_a_wrong_mean_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,17 +244,8 @@ def test_eigen_cam_is_timed_beside_a_full_decomposition() -> None:
 
 def test_metrics_beside_torch_cams_are_the_same_metrics() -> None:
     pytest.importorskip("torchcam")
-    module = seeded(
-        lambda: nn.Sequential(
-            nn.Conv2d(3, 8, 3, 4, 1, bias=False),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(8, 6, bias=False),
-        )
-    )
     # Without biases what is wholly masked scores 0, which torch-cam takes every score to start at.
-    network = EmbeddingNetwork(module, "1")
+    network = EmbeddingNetwork(toy_module(6, bias=False), "1")
     generator = torch.Generator().manual_seed(1)
     shades = torch.randn(10, 3, 1, 1, generator=generator)
     images = torch.randn(10, 3, 24, 24, generator=generator) * shades + 1

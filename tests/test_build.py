@@ -20,13 +20,11 @@ from build_samples import (
     literal_weights,
     off,
     opened,
-    pictures,
-    quicken,
     toy,
 )
 
-import embedcam.offline.passes as passes
-from embedcam.images import ImageSource, find_images
+import embedcam.offline.strategies as strategies
+from embedcam.images import find_images
 from embedcam.index import verify
 from embedcam.offline import build_index
 from embedcam.recipe.recipe import Recipe
@@ -34,20 +32,7 @@ from embedcam.recipe.recipe import Recipe
 HALF = 2.0**-10
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    quicken(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> ImageSource:
-    return pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks of at least four images, so that a dozen make several."""
-    monkeypatch.setattr(passes, "CHUNK", 4)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # ------------------------------------------------------------------ values
@@ -268,7 +253,7 @@ def test_activations_beyond_half_precision_make_no_infinite_map(tmp_path, source
 
 
 def test_without_own_maps_nothing_is_kept(tmp_path, source, monkeypatch) -> None:
-    monkeypatch.setattr(passes, "_spilled", None)
+    monkeypatch.setattr(strategies.Strategy, "cached", None)
     build_index(source, toy().network, tmp_path / "i", DENSE, own_maps=False)
     with opened(tmp_path / "i") as (index, live):
         assert index.coarse(live) is None
@@ -280,7 +265,7 @@ def test_without_own_maps_nothing_is_kept(tmp_path, source, monkeypatch) -> None
      ((100, 1), (64, 1)), ((9, 8), (8, 8)), ((28, 7), (16, 4))],
 )  # fmt: skip
 def test_the_coarse_grid_keeps_the_shape_in_64_cells(grid, coarse) -> None:
-    found = passes.coarse_grid(grid)
+    found = strategies.coarse_grid(grid)
     assert found == coarse
     assert found[0] * found[1] <= 64
     assert found[0] <= grid[0]

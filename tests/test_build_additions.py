@@ -21,11 +21,9 @@ from build_samples import (
     opened,
     paint,
     pictures,
-    quicken,
     toy,
 )
 
-import embedcam.offline.passes as passes
 from embedcam.errors import IndexFormatError, InputError, NetworkMismatch
 from embedcam.images import ImageSource, find_images, from_dataset
 from embedcam.index import remove, verify
@@ -36,25 +34,12 @@ from embedcam.recipe.recipe import Recipe
 HALF = 2.0**-10
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    quicken(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
 def broken(tmp_path) -> ImageSource:
     return broken_pictures(tmp_path / "pictures")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> ImageSource:
-    return pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks of at least four images, so that a dozen make several."""
-    monkeypatch.setattr(passes, "CHUNK", 4)
 
 
 # ------------------------------------------------------------------ additions

@@ -14,7 +14,6 @@ from build_samples import (
     opened,
     paint,
     pictures,
-    quicken,
     toy,
 )
 from PIL import Image
@@ -25,10 +24,7 @@ from embedcam.index import compact, remove
 from embedcam.offline import add_images, build_index, indexed_images
 from embedcam.recipe.recipe import Recipe
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    quicken(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
@@ -156,7 +152,7 @@ def test_the_manifest_says_which_triplets_were_drawn(
 @pytest.mark.parametrize("encoding", ["dense", "top-m"])
 def test_where_nothing_is_fitted_no_sample_is_read(tmp_path, source, monkeypatch, encoding) -> None:
     monkeypatch.setattr(
-        "embedcam.offline.assembly._sample", lambda work: pytest.fail("read for nothing")
+        "embedcam.offline.merge._sample", lambda work: pytest.fail("read for nothing")
     )
     build_index(source, toy().network, tmp_path / "i", dense(encoding=encoding, m=4))
     with opened(tmp_path / "i") as (index, live):

@@ -17,13 +17,11 @@ from build_samples import (
     opened,
     paint,
     pictures,
-    quicken,
     toy,
 )
 from PIL import Image
 
-import embedcam.offline.jobs as jobs
-import embedcam.offline.passes as passes
+import embedcam.offline.build as jobs
 from embedcam.errors import (
     EmbedcamError,
     ImageError,
@@ -35,31 +33,19 @@ from embedcam.errors import (
 from embedcam.images import ImageSource, find_images
 from embedcam.index import Index, lock
 from embedcam.offline import build_index
+from embedcam.offline.checkpoint import Checkpoint
 from embedcam.preprocess import custom
 from embedcam.recipe.recipe import Recipe, RecipeWarning
 
 HALF = 2.0**-10
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    quicken(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
 def broken(tmp_path) -> ImageSource:
     return broken_pictures(tmp_path / "pictures")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> ImageSource:
-    return pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks of at least four images, so that a dozen make several."""
-    monkeypatch.setattr(passes, "CHUNK", 4)
 
 
 # ------------------------------------------------------------------ unreadable images
@@ -360,7 +346,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
     tmp_path, source, monkeypatch, small_chunks
 ) -> None:
     it = toy()
-    write = passes.Scratch.write
+    write = Checkpoint.write
 
     def full(self, stage, chunk, arrays):
         if (stage, chunk) == ("embed", 2):
@@ -368,7 +354,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(
         write(self, stage, chunk, arrays)
 
     with monkeypatch.context() as patch:
-        patch.setattr(passes.Scratch, "write", full)
+        patch.setattr(Checkpoint, "write", full)
         with pytest.raises(EmbedcamError, match=r"No space left on device\); see to the disk"):
             build_index(source, it.network, tmp_path / "i", DENSE, batch_size=4)
     before = sum(it.batches)
@@ -382,7 +368,7 @@ def test_an_interruption_by_the_user_leaves_what_was_finished(
     tmp_path, source, monkeypatch, small_chunks
 ) -> None:
     it = toy()
-    interrupt(monkeypatch, "weights_pass", build_index, source, it.network, tmp_path / "i", DENSE)
+    interrupt(monkeypatch, "weigh_chunks", build_index, source, it.network, tmp_path / "i", DENSE)
     before = sum(it.batches)
     build_index(source, it.network, tmp_path / "i", DENSE)
     assert sum(it.batches) - before < 4

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build_samples import dense, everything, opened, paint, pictures, quicken, toy
+from build_samples import dense, everything, opened, paint, pictures, toy
 from PIL import Image
 
 from embedcam import Explainer
@@ -20,10 +20,7 @@ from embedcam.index import Index, remove, verify
 from embedcam.offline import add_images, build_index
 from embedcam.prototypes import compress
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

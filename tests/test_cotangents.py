@@ -6,8 +6,7 @@ import pytest
 
 from embedcam.errors import InputError
 from embedcam.offline.cotangents import AnchorCotangents
-from embedcam.offline.neighborhoods import NearestOthers
-from embedcam.offline.triplets import TripletSampler
+from embedcam.offline.triplets import NearestOthers, TripletSampler
 from embedcam.recipe.recipe import Recipe
 
 N, D = 24, 4

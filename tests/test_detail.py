@@ -29,14 +29,11 @@ def test_both_maps_are_joined_and_the_search_stays(index: Path, network: Embeddi
         plain, fine = explainer.explain(query), explainer.explain(query, detail=2)
         assert (fine.ids, fine.trust) == (plain.ids, plain.trust)
         np.testing.assert_array_equal(fine.weights, plain.weights)
-        preprocess = explainer.preprocess
-        assert isinstance(preprocess, Preprocess)
-        inputs = [preprocess(query), larger_input(query, preprocess(query), preprocess)]
-        maps = [
-            signed_cam(plain.weights, network.forward(one[None]).activations[0].numpy())
-            for one in inputs
-        ]
-        features = [network.forward(one[None]) for one in inputs]
+    prepared = network.preprocess(query)
+    inputs = [prepared, larger_input(query, prepared, network.preprocess)]
+    features = [network.forward(one[None]) for one in inputs]
+    first, second = (one.activations[0].numpy() for one in features)
+    maps = [signed_cam(plain.weights, one) for one in (first, second)]
     assert inputs[1].shape == (3, 2 * SIDE, 2 * SIDE)
     expected = joined(*maps)
     assert expected.shape == tuple(2 * side for side in maps[0].shape)
@@ -50,15 +47,12 @@ def test_both_maps_are_joined_and_the_search_stays(index: Path, network: Embeddi
         plain.signed_cam, resize(maps[0], (SIDE, SIDE)), atol=1e-4 * np.abs(maps[0]).max()
     )
     with Explainer(index, None) as explainer:
-        first, second = (one.activations[0].numpy() for one in features)
-        again = explainer.explain_features(
-            features[0].embedding[0].numpy(), first, size=(SIDE, SIDE), detail_activations=second
-        )
+        vector = features[0].embedding[0].numpy()
+        size = (SIDE, SIDE)
+        again = explainer.explain_features(vector, first, size=size, detail_activations=second)
         np.testing.assert_allclose(again.cam, fine.cam, atol=tolerance)
         with pytest.raises(InputError, match="coarser than the activations'"):
-            explainer.explain_features(
-                features[0].embedding[0].numpy(), second, detail_activations=first
-            )
+            explainer.explain_features(vector, second, detail_activations=first)
 
 
 def test_the_signed_map_is_in_json_on_request(index: Path, network: EmbeddingNetwork) -> None:

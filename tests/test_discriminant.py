@@ -11,8 +11,8 @@ from build_samples import Toy, inputs, opened, pictures, quicken, toy
 from embedcam import Recipe, add_images, build_index
 from embedcam.errors import RecipeError
 from embedcam.images import ImageSource
-from embedcam.offline.classes import label_codes
 from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.offline.triplets import label_codes
 
 RECIPE = Recipe(target="discriminant", encoding="dense", dtype="float32", faiss="none")
 
@@ -62,7 +62,7 @@ def test_the_cotangent_is_the_literal_one(
     unit: bool, norm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embedcam.offline.cotangents._BLOCK", 5)
-    monkeypatch.setattr("embedcam.offline.classes._SUMMED", 5)
+    monkeypatch.setattr("embedcam.offline.triplets._SUMMED", 5)
     vectors, labels = some(unit)
     recipe = replace(RECIPE, norm=norm)
     anchors = AnchorCotangents(recipe, vectors, label_codes(list(labels)), vectors.mean(0))

@@ -1,6 +1,7 @@
 """The distinctive target, the default: what an image's kind shares, and a part of its own."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ from build_samples import pictures, quicken, toy
 
 from embedcam import DirectWeights, Index, Recipe, build_index
 from embedcam.errors import RecipeError
-from embedcam.offline.classes import label_codes
 from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.offline.triplets import label_codes
 from embedcam.targets import Whitened
 
 RECIPE = Recipe(encoding="dense", dtype="float32", faiss="none")
@@ -72,7 +73,7 @@ def test_the_cotangent_is_the_literal_one(
     of_unit_length: bool, norm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embedcam.offline.cotangents._BLOCK", 5)
-    monkeypatch.setattr("embedcam.offline.classes._SUMMED", 5)
+    monkeypatch.setattr("embedcam.offline.triplets._SUMMED", 5)
     vectors, labels = some(of_unit_length)
     recipe = Recipe(norm=norm)
     anchors = AnchorCotangents(recipe, vectors, label_codes(labels), vectors.mean(0))
@@ -130,7 +131,7 @@ def test_it_is_what_auto_stands_for_and_what_an_index_keeps(
 
 
 def test_an_older_index_keeps_the_target_that_auto_stood_for() -> None:
-    older = {"recipe": Recipe().to_dict(), "target": "discriminant"}
+    older = SimpleNamespace(recipe=Recipe().to_dict(), target="discriminant")
     assert Recipe.of_index(older).resolved_target == "discriminant"
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import toys
-from evaluate_samples import make_folder, measure, run
-from photo_samples import SQUASH, build, network_of, picture, write_photos
+from evaluate_samples import measure, run
+from photo_samples import SQUASH, build, picture, write_photos
 from PIL import Image
 
 from embedcam import (
@@ -34,28 +34,12 @@ from embedcam.metrics import map_at_r, noisy_linear_imputation, recall_at_k
 from embedcam.ops import cam, resize
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("evaluate"))
-
-
-@pytest.fixture(scope="module")
-def network() -> EmbeddingNetwork:
-    return network_of()
-
-
-@pytest.fixture(scope="module")
-def found(folder: Path, network: EmbeddingNetwork) -> Evaluation:
-    """One evaluation that several tests look at."""
-    return run(folder, network, boxes=folder / "boxes.csv")
-
-
 class Literal:
     """One query of an index, asked about one picture at a time."""
 
-    def __init__(self, folder: Path, network: EmbeddingNetwork, position: int) -> None:
-        self.index, self.network = Index.open(folder / "index"), network
-        self.path = find_images(folder / "queries").name(position)
+    def __init__(self, site: Path, network: EmbeddingNetwork, position: int) -> None:
+        self.index, self.network = Index.open(site / "index"), network
+        self.path = find_images(site / "queries").name(position)
         self.inputs = SQUASH(Image.open(self.path))
         explained = Explainer(self.index, network, n_neighbors=2).explain(self.path)
         self.map, self.result = explained.cam, explained.ids[0]
@@ -81,49 +65,49 @@ class Literal:
         return inputs
 
 
-def sampled(found: Evaluation) -> list[int]:
-    places = [i for i, row in enumerate(found.rows) if "rank_drop" in row]
+def sampled(evaluation: Evaluation) -> list[int]:
+    places = [i for i, row in enumerate(evaluation.rows) if "rank_drop" in row]
     assert len(places) == 3
     return places
 
 
 def test_rank_drop_by_masking_and_searching(
-    folder: Path, network: EmbeddingNetwork, found: Evaluation
+    site: Path, network: EmbeddingNetwork, evaluation: Evaluation
 ) -> None:
     drops = []
-    for place in sampled(found):
-        one = Literal(folder, network, place)
+    for place in sampled(evaluation):
+        one = Literal(site, network, place)
         fallen = one.without(205)  # a fifth of 1024, to the nearest
         drops.append(one.rank(fallen) - one.rank(one.inputs))
-        assert found.rows[place]["rank_drop"] == drops[-1]
-        assert found.rows[place]["left_top"] == (one.rank(fallen) > 2)
-        assert found.rows[place]["result"] == one.result
+        assert evaluation.rows[place]["rank_drop"] == drops[-1]
+        assert evaluation.rows[place]["left_top"] == (one.rank(fallen) > 2)
+        assert evaluation.rows[place]["result"] == one.result
     assert any(drops)
 
 
 def test_deletion_and_insertion_one_picture_at_a_time(
-    folder: Path, network: EmbeddingNetwork, found: Evaluation
+    site: Path, network: EmbeddingNetwork, evaluation: Evaluation
 ) -> None:
     curves = []
-    for place in sampled(found):
-        one = Literal(folder, network, place)
+    for place in sampled(evaluation):
+        one = Literal(site, network, place)
         taken = [one.without(count) for count in (0, 256, 512, 768, 1024)]
         deletion = [one.similarity(inputs) for inputs in taken]
         insertion = [one.similarity(one.inputs - inputs) for inputs in taken]
         curves.append((deletion, insertion))
         for name, curve in (("deletion", deletion), ("insertion", insertion)):
             area = (curve[0] / 2 + sum(curve[1:4]) + curve[4] / 2) / 4
-            assert found.rows[place][name] == pytest.approx(area, abs=1e-5)
-    means = found.summary["curves"]["transferred"]
+            assert evaluation.rows[place][name] == pytest.approx(area, abs=1e-5)
+    means = evaluation.summary["curves"]["transferred"]
     np.testing.assert_allclose(means["deletion"], np.mean([c[0] for c in curves], 0), atol=1e-5)
     np.testing.assert_allclose(means["insertion"], np.mean([c[1] for c in curves], 0), atol=1e-5)
 
 
 def test_road_and_average_drop_one_picture_at_a_time(
-    folder: Path, network: EmbeddingNetwork, found: Evaluation
+    site: Path, network: EmbeddingNetwork, evaluation: Evaluation
 ) -> None:
-    for place in sampled(found):
-        one, row = Literal(folder, network, place), found.rows[place]
+    for place in sampled(evaluation):
+        one, row = Literal(site, network, place), evaluation.rows[place]
         gone = (one.without(205) != one.inputs).any(0)
         filled = noisy_linear_imputation(one.inputs[None], gone[None])[0]
         whole = one.similarity(one.inputs)
@@ -137,13 +121,13 @@ def test_road_and_average_drop_one_picture_at_a_time(
 
 
 def test_localisation_and_its_controls_literally(
-    folder: Path, network: EmbeddingNetwork, found: Evaluation
+    site: Path, network: EmbeddingNetwork, evaluation: Evaluation
 ) -> None:
-    with Index.open(folder / "index") as index:
+    with Index.open(site / "index") as index:
         gallery = Gallery(index)
-        for place in sampled(found):
-            one, row = Literal(folder, network, place), found.rows[place]
-            line = (folder / "boxes.csv").read_text().splitlines()[1 + place].split(",")
+        for place in sampled(evaluation):
+            one, row = Literal(site, network, place), evaluation.rows[place]
+            line = (site / "boxes.csv").read_text().splitlines()[1 + place].split(",")
             x0, y0, x1, y1 = np.array(line[1:5], float) * [32 / 48, 32 / 40, 32 / 48, 32 / 40]
 
             def energy(
@@ -179,10 +163,10 @@ def test_localisation_and_its_controls_literally(
             assert row["mean activation: energy"] == pytest.approx(energy(drawn), rel=1e-3)
 
 
-def test_fidelity_literally(folder: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
+def test_fidelity_literally(site: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
     """The own map by autograd on the query, the other by the index, and numpy's correlation."""
-    build(folder / "photos", tmp_path / "index", network, Recipe(target="margin"))
-    source = find_images(folder / "queries")
+    build(site / "photos", tmp_path / "index", network, Recipe(target="margin"))
+    source = find_images(site / "queries")
     told = measure(
         tmp_path / "index", source, network, measures=("fidelity",), fidelity=4, batch_size=3
     ).summary["fidelity"]
@@ -219,12 +203,12 @@ def test_fidelity_literally(folder: Path, network: EmbeddingNetwork, tmp_path: P
 
 
 def test_fidelity_is_never_one_where_a_label_shares_its_weights(
-    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+    site: Path, network: EmbeddingNetwork, tmp_path: Path
 ) -> None:
-    build(folder / "photos", tmp_path / "index", network, Recipe(target="discriminant"))
+    build(site / "photos", tmp_path / "index", network, Recipe(target="discriminant"))
     told = measure(
         tmp_path / "index",
-        find_images(folder / "photos"),
+        find_images(site / "photos"),
         network,
         measures=("fidelity",),
         fidelity=12,
@@ -236,13 +220,18 @@ def test_fidelity_is_never_one_where_a_label_shares_its_weights(
     assert [row[0] for row in table.rows] == list(RESULTS)
 
 
-def test_scenes_literally(folder: Path, network: EmbeddingNetwork, found: Evaluation) -> None:
-    assert len(found.scenes) == 8
-    explainer = Explainer(folder / "index", network)
-    source = find_images(folder / "queries")
+def _share(drawn: np.ndarray, side: int) -> float:
+    halves = drawn[:, :32].sum(), drawn[:, 32:].sum()
+    return float(halves[side] / sum(halves)) if sum(halves) else 0.5
+
+
+def test_scenes_literally(site: Path, network: EmbeddingNetwork, evaluation: Evaluation) -> None:
+    assert len(evaluation.scenes) == 8
+    explainer = Explainer(site / "index", network)
+    source = find_images(site / "queries")
     index = explainer.index
     gallery = Gallery(index)
-    for row in found.scenes:
+    for row in evaluation.scenes:
         inputs = [SQUASH(Image.open(source.name(row[name]))) for name in ("first", "second")]
         scene = np.concatenate(inputs, 2)
         assert scene.shape == (3, 32, 64)
@@ -254,26 +243,25 @@ def test_scenes_literally(folder: Path, network: EmbeddingNetwork, found: Evalua
         }
         nearest = min(apart, key=apart.__getitem__)
         assert row["result"] == nearest
-        drawn = explainer.explain(scene, neighbors=[nearest]).cam
-        halves = drawn[:, :32].sum(), drawn[:, 32:].sum()
-        share = halves[row["side"]] / sum(halves) if sum(halves) else 0.5
+        share = _share(explainer.explain(scene, neighbors=[nearest]).cam, row["side"])
         assert row["share"] == pytest.approx(share, abs=1e-5)
         assert row["right"] == (share > 0.5) + 0.5 * (share == 0.5)
-        assert row["mean activation: share"] + _other(found, row) == pytest.approx(1)
+        assert row["mean activation: share"] + _other(evaluation, row) == pytest.approx(1)
         moved = permuted_rows(gallery, np.array([index.position(nearest)]), [-1])
         drawn = explainer.explain(scene, neighbors=[index.ids[int(moved[0])]]).cam
-        halves = drawn[:, :32].sum(), drawn[:, 32:].sum()
-        share = halves[row["side"]] / sum(halves) if sum(halves) else 0.5
+        share = _share(drawn, row["side"])
         assert row["shuffled index: share"] == pytest.approx(share, abs=1e-5)
-    apart = [row["objects_auc"] - row["shuffled index: objects_auc"] for row in found.scenes]
-    (check,) = [one for one in found.summary["checks"] if one["flag"].startswith("tells apart")]
+    apart = [row["objects_auc"] - row["shuffled index: objects_auc"] for row in evaluation.scenes]
+    (check,) = [
+        one for one in evaluation.summary["checks"] if one["flag"].startswith("tells apart")
+    ]
     assert check["mean"] == pytest.approx(np.mean(apart))
     assert check["raised"] == (check["low"] <= 0)
-    assert (check["says"] in found.summary["flags"]) == check["raised"]
+    assert (check["says"] in evaluation.summary["flags"]) == check["raised"]
 
 
 def test_scenes_of_indexed_images_leave_both_out(
-    folder: Path, network: EmbeddingNetwork, monkeypatch: pytest.MonkeyPatch
+    site: Path, network: EmbeddingNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
     transferred = Mapper.transferred
@@ -285,9 +273,9 @@ def test_scenes_of_indexed_images_leave_both_out(
 
     monkeypatch.setattr(Mapper, "transferred", noted)
     some = {"measures": ("objects",), "scenes": 30, "examples": 0}
-    told = run(folder, network, images="photos", **some)
-    ids = find_images(folder / "photos").ids
-    with Index.open(folder / "index") as index:
+    told = run(site, network, images="photos", **some)
+    ids = find_images(site / "photos").ids
+    with Index.open(site / "index") as index:
         names = [(index.ids[place], index.labels[place]) for place in asked]
     assert len(names) == 3 * len(told.scenes) == 180
     for row, (result, label), (wrong, other), (moved, _) in zip(
@@ -298,19 +286,19 @@ def test_scenes_of_indexed_images_leave_both_out(
         assert not {ids[row["first"]], ids[row["second"]]} & {result, wrong, moved}
 
 
-def _other(found: Evaluation, row: dict[str, Any]) -> float:
+def _other(evaluation: Evaluation, row: dict[str, Any]) -> float:
     """The same scene's share on the other side, of a map that ignores the question."""
     pair = ("first", "second")
     (share,) = {
         one["mean activation: share"]
-        for one in found.scenes
+        for one in evaluation.scenes
         if all(one[name] == row[name] for name in pair) and one["side"] != row["side"]
     }
     return float(share)
 
 
 def test_boxes_of_several_labels_literally(
-    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+    site: Path, network: EmbeddingNetwork, tmp_path: Path
 ) -> None:
     (tmp_path / "both").mkdir()
     lines = ["path,x0,y0,x1,y1,label"]
@@ -321,14 +309,16 @@ def test_boxes_of_several_labels_literally(
             edges = f"{48 * side},0,{48 * side + 48},40"
             lines.append(f"{number}.png,{edges},{(number + side) % 3}")
         both.save(tmp_path / "both" / f"{number}.png")
-    (tmp_path / "both/boxes.csv").write_text("\n".join([*lines, "0.png,0,0,9,9,stranger"]))
+    (tmp_path / "both/boxes.csv").write_text(
+        "\n".join([*lines, "0.png,0,0,9,9,stranger", "2.png,0,0,3,3,1"])
+    )
     source = find_images(tmp_path / "both")
     told = measure(
-        folder / "index", source, network, boxes=tmp_path / "both/boxes.csv", measures=("objects",)
+        site / "index", source, network, boxes=tmp_path / "both/boxes.csv", measures=("objects",)
     )
     asked = [(row["first"], row["label"]) for row in told.scenes]
     assert asked == [(0, "0"), (0, "1"), (1, "1"), (1, "2"), (2, "2"), (2, "0")]
-    explainer = Explainer(folder / "index", network)
+    explainer = Explainer(site / "index", network)
     for place, row in enumerate(told.scenes):
         drawn = explainer.explain(source.name(row["first"]), neighbors=[row["result"]]).cam
         left, right = drawn[:, :16].sum(), drawn[:, 16:].sum()
@@ -352,18 +342,20 @@ def test_boxes_of_several_labels_literally(
         assert ((pixels == TRUE_BOX).all(2)).sum() > 40
 
 
-def test_examples_say_what_they_are_ordered_by(found: Evaluation) -> None:
+def test_examples_say_what_they_are_ordered_by(evaluation: Evaluation) -> None:
     auc, share = "pixel AUC", "the AUC of the object against the other"
-    assert [row.title for row in found.examples] == [
+    assert [row.title for row in evaluation.examples] == [
         f"Two pictures, best by {share}", f"Two pictures, worst by {share}",
         f"One picture, best by {auc}", f"One picture, worst by {auc}",
     ]  # fmt: skip
-    dashed = [row.query.subcaption.endswith("dashed: the true box") for row in found.examples]
+    dashed = [row.query.subcaption.endswith("dashed: the true box") for row in evaluation.examples]
     assert dashed == [False, False, True, True]
 
 
-def test_what_is_done_to_pixels_is_said_below_the_figures(found: Evaluation) -> None:
-    beside = next(table for table in tables(found.summary) if table.caption.startswith("Beside"))
+def test_what_is_done_to_pixels_is_said_below_the_figures(evaluation: Evaluation) -> None:
+    beside = next(
+        table for table in tables(evaluation.summary) if table.caption.startswith("Beside")
+    )
     for words in ("Rank drop: how many places the nearest result falls",
                   "Leaves the results: share of the images whose nearest result is no longer",
                   "ROAD drop: similarity to the result that is lost where the top pixels are",
@@ -372,14 +364,11 @@ def test_what_is_done_to_pixels_is_said_below_the_figures(found: Evaluation) -> 
         assert words in beside.notes
 
 
-# --- the images of the index itself --------------------------------------------------------------
-
-
-def test_an_indexed_image_never_explains_itself(folder: Path, network: EmbeddingNetwork) -> None:
-    told = run(folder, network, images="photos")
+def test_an_indexed_image_never_explains_itself(site: Path, network: EmbeddingNetwork) -> None:
+    told = run(site, network, images="photos")
     assert all(row["indexed"] and row["result"] != row["id"] for row in told.rows)
     assert told.summary["images"]["indexed"] == 12
-    with Index.open(folder / "index") as index:
+    with Index.open(site / "index") as index:
         embeddings, labels = index.embeddings(np.arange(12)), index.labels[np.arange(12)]
     retrieval = told.summary["retrieval"]
     for k in (1, 5, 10):
@@ -388,13 +377,13 @@ def test_an_indexed_image_never_explains_itself(folder: Path, network: Embedding
 
 
 def test_the_same_id_elsewhere_is_the_same_image_only_if_it_looks_the_same(
-    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+    site: Path, network: EmbeddingNetwork, tmp_path: Path
 ) -> None:
     (tmp_path / "moved/0").mkdir(parents=True)
     picture(0, 0).save(tmp_path / "moved/0/0.png")  # what was indexed, moved
     picture(1, 77).save(tmp_path / "moved/0/1.png")  # another picture of an indexed name
     told = evaluate_index(
-        folder / "index", find_images(tmp_path / "moved"), network, measures=("retrieval",),
+        site / "index", find_images(tmp_path / "moved"), network, measures=("retrieval",),
         progress=False, workers=0,
     )  # fmt: skip
     assert [row["indexed"] for row in told.rows] == [True, False]
@@ -406,9 +395,6 @@ def test_an_index_of_the_query_alone_is_refused(network: EmbeddingNetwork, tmp_p
     remove(tmp_path / "index", ["0/1.png", "1/0.png", "1/1.png"])
     with pytest.raises(InputError, match="holds nothing but the query itself"):
         run(tmp_path, network, images="photos", measures=("retrieval",))
-
-
-# --- controls ------------------------------------------------------------------------------------
 
 
 def test_the_shuffled_network_keeps_numbers_and_leaves_the_original_alone(
@@ -452,8 +438,8 @@ def test_batch_norms_of_the_shuffled_network_are_measured_anew() -> None:
     assert not network.module.norm.training
 
 
-def test_without_controls_nothing_is_compared(folder: Path, network: EmbeddingNetwork) -> None:
-    told = run(folder, network, controls=False, boxes=folder / "boxes.csv").summary
+def test_without_controls_nothing_is_compared(site: Path, network: EmbeddingNetwork) -> None:
+    told = run(site, network, controls=False, boxes=site / "boxes.csv").summary
     assert told["controls"] == {}
     assert told["flags"] == []
     assert list(told["curves"]) == ["transferred"]

@@ -1,8 +1,6 @@
 """Evaluating an index: what must always hold, what cannot be measured, what comes out."""
 
-import errno
 import gc
-import os
 import shutil
 import weakref
 from dataclasses import replace
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import toys
-from evaluate_samples import QUICK, make_folder, measure, run
+from evaluate_samples import QUICK, measure, run
 from photo_samples import CROP, SQUASH, Flat, Pooled, build, network_of, picture, write_photos
 from PIL import Image
 
@@ -33,37 +31,18 @@ from embedcam.images import ImageSource
 from embedcam.index import remove
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("evaluate"))
-
-
-@pytest.fixture(scope="module")
-def network() -> EmbeddingNetwork:
-    return network_of()
-
-
-@pytest.fixture(scope="module")
-def found(folder: Path, network: EmbeddingNetwork) -> Evaluation:
-    """One evaluation that several tests look at."""
-    return run(folder, network, boxes=folder / "boxes.csv")
-
-
-# --- what must always hold -----------------------------------------------------------------------
-
-
-def test_batches_and_seeds(folder: Path, network: EmbeddingNetwork, found: Evaluation) -> None:
-    again = run(folder, network, boxes=folder / "boxes.csv", batch_size=2)
-    assert len(again.rows) == len(found.rows) == 9
-    for here, there in zip(again.rows, found.rows, strict=True):
+def test_batches_and_seeds(site: Path, network: EmbeddingNetwork, evaluation: Evaluation) -> None:
+    again = run(site, network, boxes=site / "boxes.csv", batch_size=2)
+    assert len(again.rows) == len(evaluation.rows) == 9
+    for here, there in zip(again.rows, evaluation.rows, strict=True):
         assert here.keys() == there.keys()
         for name, value in here.items():
             if isinstance(value, float):
                 assert value == pytest.approx(there[name], abs=2e-4), name
             else:
                 assert value == there[name], name
-    assert [row["result"] for row in again.scenes] == [row["result"] for row in found.scenes]
-    other = run(folder, network, seed=1, limit=4, measures=("faithfulness",))
+    assert [row["result"] for row in again.scenes] == [row["result"] for row in evaluation.scenes]
+    other = run(site, network, seed=1, limit=4, measures=("faithfulness",))
     assert len(other.rows) == 4
     assert other.summary["images"]["asked"] == 4
 
@@ -84,29 +63,26 @@ class Counting(ImageSource):
         return made
 
 
-def test_pictures_are_let_go(network: EmbeddingNetwork, folder: Path, tmp_path: Path) -> None:
+def test_pictures_are_let_go(network: EmbeddingNetwork, site: Path, tmp_path: Path) -> None:
     write_photos(tmp_path / "many", labels=3, each=20)
     source = Counting(find_images(tmp_path / "many"))
     gc.collect()
-    told = measure(folder / "index", source, network)
+    told = measure(site / "index", source, network)
     assert len(told.rows) == 60
     assert source.most <= 4
 
 
 def test_the_network_and_the_index_are_left_as_they_were(
-    folder: Path, network: EmbeddingNetwork, found: Evaluation
+    site: Path, network: EmbeddingNetwork, evaluation: Evaluation
 ) -> None:
     assert all(p.grad is None and p.requires_grad for p in network.module.parameters())
-    with Index.open(folder / "index") as index:
+    with Index.open(site / "index") as index:
         index.verify()
 
 
-# --- what cannot be measured is said -------------------------------------------------------------
-
-
-def test_without_labels_and_boxes(folder: Path, network: EmbeddingNetwork) -> None:
-    source = find_images(folder / "queries", "none")
-    told = measure(folder / "index", source, network).summary
+def test_without_labels_and_boxes(site: Path, network: EmbeddingNetwork) -> None:
+    source = find_images(site / "queries", "none")
+    told = measure(site / "index", source, network).summary
     assert told["retrieval"] == {}
     assert told["localisation"] == {}
     assert told["objects"] == {}
@@ -130,14 +106,14 @@ def test_a_network_of_one_size_is_shown_both_pictures_at_half_their_width(
     network = network_of(Wide, preprocess=shape)
     photos = write_photos(tmp_path / "photos")
     build(photos, tmp_path / "index", network)
-    found = run(tmp_path, network, images="photos", measures=("objects",))
-    (said,) = found.summary["notes"]
+    told = run(tmp_path, network, images="photos", measures=("objects",))
+    (said,) = told.summary["notes"]
     assert "both pictures at half their width: the network takes no picture of 32 x " in said
-    assert len(found.scenes) == 8
-    assert found.examples
+    assert len(told.scenes) == 8
+    assert told.examples
     explainer, source = Explainer(tmp_path / "index", network), find_images(photos)
     edge, shares = width // 2, []
-    for row in found.scenes:
+    for row in told.scenes:
         scene = np.zeros((3, 32, width), np.float32)
         for place, start, stop in ((row["first"], 0, edge), (row["second"], edge, width)):
             one = shape(Image.open(source.name(place))).astype(float)
@@ -197,14 +173,14 @@ def test_maps_of_several_layers_tokens_and_networks_in_two_parts(tmp_path: Path)
 
 
 def test_controls_are_drawn_on_images_with_a_region(
-    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+    site: Path, network: EmbeddingNetwork, tmp_path: Path
 ) -> None:
-    source = find_images(folder / "queries")
+    source = find_images(site / "queries")
     choices = {**QUICK, "measures": ("localisation",), "progress": False, "workers": 0}
     for number in range(9):
         (tmp_path / "boxes.csv").write_text(f"path,x0,y0,x1,y1\n{source.ids[number]},0,0,20,20\n")
         told = evaluate_index(
-            folder / "index", source, network, boxes=tmp_path / "boxes.csv",
+            site / "index", source, network, boxes=tmp_path / "boxes.csv",
             **{**choices, "faithfulness": 1},
         )  # fmt: skip
         assert told.summary["controls"]["energy"]["differences"]["random weights"]["n"] == 1
@@ -212,7 +188,7 @@ def test_controls_are_drawn_on_images_with_a_region(
     Image.new("L", (48, 40)).save(tmp_path / "masks/0/q0.png")
     for measures, stages in ((("localisation",), 0), (("localisation", "sanity"), 2)):
         told = evaluate_index(
-            folder / "index", source, network, masks=tmp_path / "masks",
+            site / "index", source, network, masks=tmp_path / "masks",
             **{**choices, "measures": measures},
         )  # fmt: skip
         assert "localisation leaves out 9 of 9 images" in told.summary["notes"][0]
@@ -221,15 +197,15 @@ def test_controls_are_drawn_on_images_with_a_region(
         assert told.html()
 
 
-def test_images_that_go_while_it_runs(folder: Path, network: EmbeddingNetwork) -> None:
+def test_images_that_go_while_it_runs(site: Path, network: EmbeddingNetwork) -> None:
     class Going(Counting):
         def open(self, position: int) -> Image.Image:
             if self.opened == 9:
                 raise ImageError("gone")
             return super().open(position)
 
-    source = Going(find_images(folder / "queries"))
-    told = measure(folder / "index", source, network, on_unreadable="skip")
+    source = Going(find_images(site / "queries"))
+    told = measure(site / "index", source, network, on_unreadable="skip")
     assert len(told.rows) == 9
     assert (
         "no controls: the images could be read before, and no longer can" in told.summary["notes"]
@@ -237,19 +213,19 @@ def test_images_that_go_while_it_runs(folder: Path, network: EmbeddingNetwork) -
     assert told.html()
 
 
-def test_broken_images(folder: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
+def test_broken_images(site: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     picture(0, 3).save(tmp_path / "images/a.png")
     (tmp_path / "images/b.png").write_bytes(b"not a picture")
     source = find_images(tmp_path / "images")
     with pytest.raises(ImageError, match=r"b\.png: is not an image"):
-        evaluate_index(folder / "index", source, network, progress=False, workers=0)
-    told = measure(folder / "index", source, network, on_unreadable="skip")
+        evaluate_index(site / "index", source, network, progress=False, workers=0)
+    told = measure(site / "index", source, network, on_unreadable="skip")
     assert [row["id"] for row in told.rows] == ["a.png"]
     assert "b.png" in told.summary["images"]["skipped"][0]
     only = ImageSource([source.items[1]], source.root)
     with pytest.raises(InputError, match="none of the 1 images could be used"):
-        evaluate_index(folder / "index", only, network, on_unreadable="skip", progress=False)
+        evaluate_index(site / "index", only, network, on_unreadable="skip", progress=False)
 
 
 @pytest.mark.parametrize(
@@ -274,47 +250,39 @@ def test_broken_images(folder: Path, network: EmbeddingNetwork, tmp_path: Path) 
     ],
 )
 def test_choices_that_mean_nothing(
-    folder: Path, network: EmbeddingNetwork, choices: dict[str, Any], message: str
+    site: Path, network: EmbeddingNetwork, choices: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        evaluate_index(folder / "index", find_images(folder / "queries"), network, **choices)
+        evaluate_index(site / "index", find_images(site / "queries"), network, **choices)
 
 
 def test_what_no_image_is_needed_to_refuse_is_refused_at_the_first(
-    folder: Path, network: EmbeddingNetwork
+    site: Path, network: EmbeddingNetwork
 ) -> None:
-    source = Counting(find_images(folder / "queries"))
+    source = Counting(find_images(site / "queries"))
     for choices in ({"steps": 1025}, {"removed": 0.9999}):
         source.opened = 0
         with pytest.raises(InputError):
-            evaluate_index(
-                folder / "index",
-                source,
-                network,
-                batch_size=2,
-                workers=0,
-                progress=False,
-                **choices,
-            )
+            measure(site / "index", source, network, batch_size=2, **choices)
         assert source.opened == 2
 
 
-def test_a_source_and_a_network_that_are_none(folder: Path, network: EmbeddingNetwork) -> None:
-    source = find_images(folder / "queries")
+def test_a_source_and_a_network_that_are_none(site: Path, network: EmbeddingNetwork) -> None:
+    source = find_images(site / "queries")
     for given, message in (
-        ((str(folder / "queries"), network), r"source is a str; .*find_images\(folder\)"),
+        ((str(site / "queries"), network), r"source is a str; .*find_images\(folder\)"),
         ((source, None), "network is a NoneType; give the EmbeddingNetwork"),
         ((source, network.module), "network is a Pooled; give the EmbeddingNetwork"),
     ):
         with pytest.raises(InputError, match=message):
-            evaluate_index(folder / "index", *given)  # type: ignore[arg-type]
+            evaluate_index(site / "index", *given)  # type: ignore[arg-type]
 
 
-def test_any_seed_is_taken(folder: Path, network: EmbeddingNetwork) -> None:
-    assert run(folder, network, seed=2**70, measures=("sanity",), limit=3).summary["sanity"]
+def test_any_seed_is_taken(site: Path, network: EmbeddingNetwork) -> None:
+    assert run(site, network, seed=2**70, measures=("sanity",), limit=3).summary["sanity"]
 
 
-def test_pictures_that_have_moved(folder: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
+def test_pictures_that_have_moved(site: Path, network: EmbeddingNetwork, tmp_path: Path) -> None:
     """The index knows where they were, and is told where they are."""
     photos = write_photos(tmp_path / "photos")
     build(photos, tmp_path / "index", network)
@@ -328,13 +296,13 @@ def test_pictures_that_have_moved(folder: Path, network: EmbeddingNetwork, tmp_p
 
 
 def test_prototypes_are_no_images_of_the_index(
-    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+    site: Path, network: EmbeddingNetwork, tmp_path: Path
 ) -> None:
     from embedcam.prototypes import compress
 
-    compress(folder / "index", tmp_path / "two", 2)
-    compress(folder / "index", tmp_path / "all", 12)
-    source = find_images(folder / "photos")
+    compress(site / "index", tmp_path / "two", 2)
+    compress(site / "index", tmp_path / "all", 12)
+    source = find_images(site / "photos")
     for name, indexed in (("two", 0), ("all", 12)):
         told = measure(tmp_path / name, source, network, measures=("retrieval", "fidelity"))
         assert told.summary["images"]["indexed"] == indexed
@@ -345,18 +313,18 @@ def test_prototypes_are_no_images_of_the_index(
         assert (few in notes) == (name == "two")
 
 
-def test_another_network_is_refused(folder: Path) -> None:
+def test_another_network_is_refused(site: Path) -> None:
     other = network_of(preprocess=CROP)
     with pytest.raises(NetworkMismatch):
-        run(folder, other)
+        run(site, other)
 
 
-def test_an_index_without_faiss(network: EmbeddingNetwork, folder: Path, tmp_path: Path) -> None:
-    build(folder / "photos", tmp_path / "index", network, replace(Recipe(), faiss="none"))
-    source = find_images(folder / "queries")
+def test_an_index_without_faiss(network: EmbeddingNetwork, site: Path, tmp_path: Path) -> None:
+    build(site / "photos", tmp_path / "index", network, replace(Recipe(), faiss="none"))
+    source = find_images(site / "queries")
     some = {**QUICK, "measures": ("retrieval",), "progress": False, "workers": 0}
     gone = ["0/0.png", "1/2.png"]  # positions and places among the live are no longer the same
-    shutil.copytree(folder / "index", tmp_path / "with")
+    shutil.copytree(site / "index", tmp_path / "with")
     for name in ("index", "with"):
         remove(tmp_path / name, gone)
     here = evaluate_index(tmp_path / "index", source, network, **some)
@@ -365,61 +333,29 @@ def test_an_index_without_faiss(network: EmbeddingNetwork, folder: Path, tmp_pat
     assert not {row["result"] for row in here.rows} & set(gone)
 
 
-# --- what comes out ------------------------------------------------------------------------------
-
-
-def test_the_cascade_ends_with_every_module(found: Evaluation) -> None:
-    stages = found.summary["sanity"]
+def test_the_cascade_ends_with_every_module(evaluation: Evaluation) -> None:
+    stages = evaluation.summary["sanity"]
     assert [(one["modules"], one["of"], one["n"]) for one in stages] == [(1, 2, 3), (2, 2, 3)]
     assert all(-1 <= one["mean"] <= 1 and 0 <= one["empty"] <= 1 for one in stages)
 
 
-def test_files(found: Evaluation, tmp_path: Path) -> None:
-    text = found.save_html(tmp_path / "report.html").read_text()
+def test_files(evaluation: Evaluation, tmp_path: Path) -> None:
+    text = evaluation.save_html(tmp_path / "report.html").read_text()
     for word in ("<script", "http://", "https://", "@import", "url("):
         assert word not in text
     for word in ("How good are the maps?", "Recall@1", "ROAD drop", "shuffled network", "<svg",
                  "Deletion", "data:image/jpeg", "best", "prefers-color-scheme: dark"):  # fmt: skip
         assert word in text
-    lines = found.save_csv(tmp_path / "numbers.csv").read_text().splitlines()
+    lines = evaluation.save_csv(tmp_path / "numbers.csv").read_text().splitlines()
     assert len(lines) == 10
     assert lines[0].startswith("id,label,indexed,result,")
-    assert found.to_dict()["images"]["measured"] == 9
+    assert evaluation.to_dict()["images"]["measured"] == 9
     with pytest.raises(InputError, match="cannot be written"):
-        found.save_csv(tmp_path / "nowhere/numbers.csv")
+        evaluation.save_csv(tmp_path / "nowhere/numbers.csv")
 
 
-@pytest.mark.parametrize("fault", ["fsync", "replace"])
-def test_a_file_is_whole_or_the_one_before(
-    found: Evaluation, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place, link = tmp_path / "numbers.csv", tmp_path / "link.csv"
-    place.write_text("before")
-    place.chmod(0o640)
-    link.symlink_to(place)
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, fault, full)
-        with pytest.raises(InputError, match=r"numbers\.csv: cannot be written \(No space left"):
-            found.save_csv(place)
-    assert place.read_text() == "before"
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["link.csv", "numbers.csv"]
-    found.save_csv(link)
-    assert link.is_symlink()
-    assert len(place.read_text().splitlines()) == 10
-    assert place.stat().st_mode & 0o777 == 0o640
-    os.mkfifo(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    found.save_csv(tmp_path / "pipe")
-    assert os.read(reader, 1 << 20).decode() == place.read_text()
-    os.close(reader)
-
-
-def test_time_is_accounted_for(found: Evaluation) -> None:
-    seconds = found.summary["seconds"]
+def test_time_is_accounted_for(evaluation: Evaluation) -> None:
+    seconds = evaluation.summary["seconds"]
     assert 0 < seconds["forward"] < seconds["total"]
     parts = sum(value for name, value in seconds.items() if name != "total")
     assert parts <= seconds["total"]

@@ -1,6 +1,5 @@
 """Boxes and masks onto the map's grid; the pure parts of an evaluation in closed form."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +12,6 @@ from photo_samples import CROP, picture
 from PIL import Image
 
 from embedcam.errors import InputError
-from embedcam.evaluate import groups
 from embedcam.evaluate import summary as told
 from embedcam.evaluate.baselines import permuted_rows
 from embedcam.evaluate.gallery import Gallery, generator, sample
@@ -21,7 +19,6 @@ from embedcam.evaluate.groups import RESULTS
 from embedcam.evaluate.maps import Maps
 from embedcam.evaluate.measures import (
     MEASURES,
-    TRANSFERRED,
     localized,
     retrieved,
     shares,
@@ -55,14 +52,12 @@ def test_a_box_on_the_grid_of_a_squashed_and_of_a_cropped_picture(tmp_path: Path
     assert len(regions) == 1
     assert (regions.has(0), regions.has(1)) == (True, False)
     found = regions.of(0, (40, 20), WHOLE, (4, 4))
-    assert found is not None
     expected = np.zeros((4, 4))
     expected[1:3, 1:3] = 1
     np.testing.assert_allclose(found.inside, expected)
     np.testing.assert_allclose(found.boxes, [[1, 1, 3, 3]])
     # Only the right half was seen: the box reaches from its left edge to half of it.
     right = regions.of(0, (40, 20), (20, 0, 40, 20), (4, 4))
-    assert right is not None
     np.testing.assert_allclose(right.boxes, [[0, 1, 2, 3]])
     assert right.inside.sum() == 4
     # What was not seen is not measured.
@@ -70,7 +65,6 @@ def test_a_box_on_the_grid_of_a_squashed_and_of_a_cropped_picture(tmp_path: Path
     assert regions.of(1, (40, 20), WHOLE, (4, 4)) is None
     # A crop that was padded reaches beyond the picture.
     padded = regions.of(0, (40, 20), (0, -10, 40, 30), (4, 4))
-    assert padded is not None
     np.testing.assert_allclose(padded.boxes, [[1, 1.5, 3, 2.5]])
 
 
@@ -82,29 +76,31 @@ def test_a_box_agrees_with_the_preprocessing(tmp_path: Path) -> None:
     bright = (seen[0] > seen[0].mean()).astype(float)
     regions = of_boxes(boxes(tmp_path, "a.png,30,20,70,40"), source_of(tmp_path, "a.png"))
     found = regions.of(0, (90, 60), CROP.extent(90, 60), (32, 32))
-    assert found is not None
     assert np.abs(found.inside - bright).mean() < 0.04
 
 
-def test_boxes_of_another_size_of_the_picture(tmp_path: Path) -> None:
-    file = boxes(tmp_path, "a.png,100,50,300,150,400,200", header="path,x0,y0,x1,y1,width,height")
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("100,50,300,150,400,200", [1, 1, 3, 3]), ("0.25,0,0.75,1,1,1", [1, 0, 3, 4])],
+)
+def test_boxes_of_another_size_of_the_picture(
+    tmp_path: Path, line: str, expected: list[float]
+) -> None:
+    file = boxes(tmp_path, f"a.png,{line}", header="path,x0,y0,x1,y1,width,height")
     found = of_boxes(file, source_of(tmp_path, "a.png")).of(0, (40, 20), WHOLE, (4, 4))
-    assert found is not None
-    np.testing.assert_allclose(found.boxes, [[1, 1, 3, 3]])
+    np.testing.assert_allclose(found.boxes, [expected])
 
 
 def test_several_boxes_and_labels(tmp_path: Path) -> None:
     lines = ("a.png,0,0,10,20,owl", "a.png,30,0,40,20,gull", "a.png,20,0,30,20,owl")
     file = boxes(tmp_path, *lines, header="path,x0,y0,x1,y1,label")
     found = of_boxes(file, source_of(tmp_path, "a.png")).of(0, (40, 20), WHOLE, (1, 4))
-    assert found is not None
     np.testing.assert_allclose(found.inside, [[1, 0, 1, 1]])
     np.testing.assert_allclose(found.by_label["owl"], [[1, 0, 1, 0]])
     np.testing.assert_allclose(found.by_label["gull"], [[0, 0, 0, 1]])
     # The image's own label says which boxes its map should mark.
     owl = of_boxes(file, source_of(tmp_path, "a.png", label="owl"))
     own = owl.of(0, (40, 20), WHOLE, (1, 4))
-    assert own is not None
     np.testing.assert_allclose(own.inside, [[1, 0, 1, 0]])
     assert owl.pixels(0, (40, 20)) == [(0, 0, 10, 20), (20, 0, 30, 20)]
     assert owl.labels(0) == ["owl", "gull"]
@@ -158,13 +154,11 @@ def test_masks(tmp_path: Path) -> None:
     regions = of_masks(tmp_path / "masks", source)
     assert [regions.has(place) for place in (0, 1)] == [False, True]
     found = regions.of(1, (40, 20), WHOLE, (4, 4))
-    assert found is not None
     expected = np.zeros((4, 4))
     expected[1:3, 1:3] = 1
     np.testing.assert_allclose(found.inside, expected)
     np.testing.assert_allclose(found.boxes, [[1, 1, 3, 3]])
     padded = regions.of(1, (40, 20), (0, -10, 40, 30), (4, 4))
-    assert padded is not None
     np.testing.assert_allclose(padded.inside[1:3, 1:3], 0.5, atol=0.01)
     assert padded.inside[[0, 3]].sum() == 0
     with pytest.raises(InputError, match="the mask is 40 x 20 pixels and its picture 80 x 40"):
@@ -173,13 +167,6 @@ def test_masks(tmp_path: Path) -> None:
         of_masks(tmp_path / "masks", source_of(tmp_path, "c.png"))
     with pytest.raises(InputError, match="there is no such folder"):
         of_masks(tmp_path / "nowhere", source)
-
-
-def test_shares_of_a_picture_of_one_by_one(tmp_path: Path) -> None:
-    written = boxes(tmp_path, "a.png,0.25,0,0.75,1,1,1", header="path,x0,y0,x1,y1,width,height")
-    found = of_boxes(written, source_of(tmp_path, "a.png")).of(0, (40, 20), WHOLE, (4, 4))
-    assert found is not None
-    np.testing.assert_allclose(found.boxes, [[1, 0, 3, 4]])
 
 
 def test_photographs_are_no_masks(tmp_path: Path) -> None:
@@ -223,9 +210,6 @@ def test_two_images_have_no_interval_and_beat_nothing() -> None:
         assert compared["energy"]["differences"]["mean activation"]["beats"] is beats
     (table,) = tables({**NOTHING, "localisation": told.measured(rows[:1], "localisation")})
     assert table.caption == "Localisation, 1 image with a box or mask"
-
-
-# --- pure parts ----------------------------------------------------------------------------------
 
 
 def test_shares_of_two_regions() -> None:
@@ -474,9 +458,6 @@ def test_ranks_and_precision_block_by_block(held: int, monkeypatch: pytest.Monke
     assert found[0] == pytest.approx(precision)
 
 
-# --- charts and pages ----------------------------------------------------------------------------
-
-
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6))
 def test_ticks_take_in_both_ends(low: float, span: float) -> None:
     found = ticks(low, low + span)
@@ -507,35 +488,3 @@ def test_notices_charts_and_tables_in_their_order() -> None:
     assert text.count('class="charts"') == 1
     assert "&lt;i&gt;" in text
     assert '<td class="number">0.4*' in text
-
-
-def test_every_ordered_pair_of_known_labels_is_asked_by_pixels_of_one_alone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    signed = np.random.default_rng(0).normal(size=(1, 10, 10))
-    by_label = {name: np.zeros((10, 10)) for name in ("owl", "gull", "crow", "twig")}
-    by_label["owl"][:, :5] = 1
-    by_label["gull"][:, 4:9] = 1
-    by_label["crow"][0, 9] = 1  # less than two hundredths of the picture
-    by_label["twig"][5:] = 1  # of a label that the index does not know
-    source = ImageSource([Item("a.png", "a.png")])
-    work: Any = SimpleNamespace(
-        gallery=SimpleNamespace(of_label=lambda name: [] if name == "twig" else [0]),
-        mapper=SimpleNamespace(clock=lambda what: nullcontext()),
-        own_rows=SimpleNamespace(known=lambda positions: np.array([-1])),
-        source=source,
-    )
-    drawn = np.maximum(signed, 0)
-    monkeypatch.setattr(
-        groups, "_ask", lambda *given: ({"label": given[2]}, {TRANSFERRED: Maps(drawn, signed)})
-    )
-    region = Region(np.ones((10, 10)), np.zeros((0, 4)), by_label)
-    found = list(groups.of_boxes(work, None, region, 0))  # type: ignore[arg-type]
-    assert [row["label"] for row in found] == ["owl", "gull"]
-    wins = [
-        (signed[0, y, a] > signed[0, v, b]) + 0.5 * (signed[0, y, a] == signed[0, v, b])
-        for y in range(10) for a in range(4) for v in range(10) for b in range(5, 9)
-    ]  # fmt: skip
-    assert found[0]["objects_auc"] == pytest.approx(np.mean(wins))
-    assert found[1]["objects_auc"] == pytest.approx(1 - np.mean(wins))
-    assert {row["first"] for row in found} == {0}

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from photo_samples import SQUASH, build, network_of, picture, write_photos
+from photo_samples import SQUASH, build, picture, write_photos
 from PIL import Image
 
 from embedcam import EmbeddingNetwork, Explainer, Recipe, evaluate_index, find_images
@@ -25,38 +25,16 @@ QUICK: dict[str, Any] = {
 FIVE = Recipe.paper(m=5, triplets=4)
 
 
-@pytest.fixture(scope="module")
-def network() -> EmbeddingNetwork:
-    return network_of()
+def run(site: Path, network: EmbeddingNetwork, **more: Any) -> Evaluation:
+    given = {"boxes": site / "boxes.csv", **QUICK, **more}
+    return evaluate_index(site / "index", find_images(site / "queries"), network, **given)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, network: EmbeddingNetwork) -> Path:
-    """Pictures to index, others to query with, boxes of these, and an index."""
-    root = tmp_path_factory.mktemp("rivals")
-    write_photos(root / "photos")
-    lines = ["path,x0,y0,x1,y1"]
-    for label in range(3):
-        (root / "queries" / str(label)).mkdir(parents=True)
-        for number in range(2):
-            one = picture(label, 50 + number)
-            one.save(root / "queries" / str(label) / f"q{number}.png")
-            lines.append(f"queries/{label}/q{number}.png,{9 + number},8,30,27")
-    (root / "boxes.csv").write_text("\n".join(lines) + "\n")
-    build(root / "photos", root / "index", network)
-    return root
-
-
-def run(folder: Path, network: EmbeddingNetwork, **more: Any) -> Evaluation:
-    given = {"boxes": folder / "boxes.csv", **QUICK, **more}
-    return evaluate_index(folder / "index", find_images(folder / "queries"), network, **given)
-
-
-@pytest.fixture(scope="module")
-def found(folder: Path, network: EmbeddingNetwork) -> Evaluation:
+def found(site: Path, network: EmbeddingNetwork) -> Evaluation:
     """One evaluation that several tests look at."""
     recipes = {"same": Recipe(), "five": FIVE}
-    return run(folder, network, methods=["Grad-CAM", "hirescam"], recipes=recipes)
+    return run(site, network, methods=["Grad-CAM", "hirescam"], recipes=recipes)
 
 
 def signed_map(network: EmbeddingNetwork, inputs: np.ndarray, near: np.ndarray) -> np.ndarray:
@@ -74,10 +52,10 @@ def signed_map(network: EmbeddingNetwork, inputs: np.ndarray, near: np.ndarray) 
 
 
 def test_a_method_draws_on_the_query_what_it_is_explained_by(
-    folder: Path, network: EmbeddingNetwork, found: Evaluation
+    site: Path, network: EmbeddingNetwork, found: Evaluation
 ) -> None:
-    explainer, source = Explainer(folder / "index", network), find_images(folder / "queries")
-    index, lines = explainer.index, (folder / "boxes.csv").read_text().splitlines()[1:]
+    explainer, source = Explainer(site / "index", network), find_images(site / "queries")
+    index, lines = explainer.index, (site / "boxes.csv").read_text().splitlines()[1:]
     measured = 0
     for place, row in enumerate(found.rows):
         if "Grad-CAM: auc" not in row:
@@ -86,7 +64,7 @@ def test_a_method_draws_on_the_query_what_it_is_explained_by(
         inputs = SQUASH(Image.open(source.name(place)))
         ids = explainer.explain(inputs, n_neighbors=2).ids
         drawn = signed_map(network, inputs, index.embeddings(index.positions(ids)))
-        x0, y0, x1, y1 = np.array(lines[place].split(",")[1:], float) * [2 / 3, 0.8, 2 / 3, 0.8]
+        x0, y0, x1, y1 = np.array(lines[place].split(",")[1:5], float) * [2 / 3, 0.8, 2 / 3, 0.8]
         inside = np.zeros((1, 32, 32))
         for y in range(32):
             for x in range(32):
@@ -106,10 +84,10 @@ def test_a_method_draws_on_the_query_what_it_is_explained_by(
 
 
 def test_a_recipe_draws_with_the_weights_that_an_index_of_it_holds(
-    folder: Path, network: EmbeddingNetwork, found: Evaluation, tmp_path: Path
+    site: Path, network: EmbeddingNetwork, found: Evaluation, tmp_path: Path
 ) -> None:
-    build(folder / "photos", tmp_path / "five", network, FIVE)
-    other, source = Explainer(tmp_path / "five", network), find_images(folder / "queries")
+    build(site / "photos", tmp_path / "five", network, FIVE)
+    other, source = Explainer(tmp_path / "five", network), find_images(site / "queries")
     apart = []
     for row in found.scenes:
         assert row["same: objects_auc"] == pytest.approx(row["objects_auc"], abs=1e-5)
@@ -156,9 +134,9 @@ def test_a_column_each_in_tables_and_in_the_grid(found: Evaluation) -> None:
 
 
 def test_what_is_compared_does_not_hang_on_the_batch_or_on_controls(
-    folder: Path, network: EmbeddingNetwork, found: Evaluation
+    site: Path, network: EmbeddingNetwork, found: Evaluation
 ) -> None:
-    again = run(folder, network, methods=["gradcam", "hirescam"], batch_size=2, controls=False)
+    again = run(site, network, methods=["gradcam", "hirescam"], batch_size=2, controls=False)
     for here, there in zip(again.rows + again.scenes, found.rows + found.scenes, strict=True):
         for name in ("Grad-CAM: auc", "HiResCAM: auc", "HiResCAM: objects_auc"):
             if name in here:
@@ -170,9 +148,9 @@ def test_what_is_compared_does_not_hang_on_the_batch_or_on_controls(
 
 
 def test_a_method_that_ignores_the_question_is_said_to(
-    folder: Path, network: EmbeddingNetwork
+    site: Path, network: EmbeddingNetwork
 ) -> None:
-    told = run(folder, network, methods=["eigencam"], scenes=2, measures=("objects",))
+    told = run(site, network, methods=["eigencam"], scenes=2, measures=("objects",))
     assert "Eigen-CAM ignores what is asked: it shows what stands out" in told.summary["notes"][-1]
     assert told.grid
 
@@ -194,18 +172,18 @@ def test_a_method_that_ignores_the_question_is_said_to(
     ],
 )
 def test_what_cannot_be_compared(
-    folder: Path, network: EmbeddingNetwork, choices: dict[str, Any], message: str
+    site: Path, network: EmbeddingNetwork, choices: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        run(folder, network, **choices)
+        run(site, network, **choices)
 
 
 def test_recipes_need_the_indexed_pictures_as_they_were(
-    folder: Path, network: EmbeddingNetwork, tmp_path: Path
+    site: Path, network: EmbeddingNetwork, tmp_path: Path
 ) -> None:
     photos = write_photos(tmp_path / "photos")
     build(photos, tmp_path / "index", network)
-    shutil.copytree(folder / "queries", tmp_path / "queries")
+    shutil.copytree(site / "queries", tmp_path / "queries")
     some = {"recipes": {"five": FIVE}, "boxes": None, "measures": ("objects",), "scenes": 2}
     picture(2, 99).save(photos / "1/2.png")
     with pytest.raises(InputError, match=r"1 of 12 are not to be found as they were, such as 1/2"):

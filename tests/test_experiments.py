@@ -12,14 +12,14 @@ from paper_samples import CHANNELS, CLASSES, EACH, made_data, tiny_network
 from embedcam import Recipe, build_index, evaluate_index
 from embedcam.errors import InputError
 from scripts.experiments import __main__ as script
-from scripts.experiments import data, match, pairs, truth
+from scripts.experiments import data, frontier, match, pairs, truth
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A tiny data set, a tiny network in place of the real one, and few scenes."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (data, match, pairs, truth):
+        for module in (data, frontier, match, pairs, truth):
             if hasattr(module, "frozen_network"):
                 patch.setattr(module, "frozen_network", lambda *_: tiny_network())
         patch.setattr(truth, "reference_network", lambda *_: tiny_network())
@@ -34,7 +34,7 @@ def run(folder: Path, name: str, *more: str) -> str:
 
 
 def rows_of(text: str) -> list[list[str]]:
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    lines = [line for line in text.splitlines() if line[:2] == "| " and line[:5] != "| ---"]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -92,6 +92,39 @@ def test_receipts_tell_the_halves_of_a_scene(folder: Path, monkeypatch: pytest.M
     apart = left[:, None] - right
     assert area == pytest.approx(((apart > 0) + 0.5 * (apart == 0)).mean())
     assert share == 1
+
+
+def test_the_frontier_has_every_row_of_posed_and_of_real_pictures(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frontier, "reference_head", lambda *_: np.eye(CHANNELS, dtype=np.float32))
+    posed = rows_of(run(folder, "frontier", "--cache", str(tmp_path / "cache")))
+    assert [row[0] for row in posed[1:12]] == list(frontier.ROWS)
+    assert [row[1] == row[2] for row in posed] == [False, *[True] * 11, False, *[True] * 11]
+    natural = tmp_path / "natural"
+    natural.mkdir()
+    (natural / "single").symlink_to(folder)
+    made_data(natural / "several")
+    lines = (natural / "several/annotations.csv").read_text().splitlines()
+    path, _, _, y0, *_ = lines[1].split(",")
+    lines.append(f"{path},class1,0,0,80,{y0},80,60")  # above the picture's own object
+    (natural / "several/annotations.csv").write_text("\n".join(lines) + "\n")
+    rows = rows_of(run(natural, "frontier"))
+    assert [row[0] for row in rows].count(frontier.DEFAULT) == 3
+    rival = [row for row in rows if row[0].startswith("the default, a rival named")]
+    assert len(rival) == 2
+    plain = next(row for row in rows if row[0] == "mean activation")
+    assert plain[1][:5] == "0.500"
+
+
+def test_ordered_pairs_of_classes_are_cases_by_pixels_of_one_alone() -> None:
+    left, right = np.zeros((2, 10, 10), bool)
+    left[:, :6], right[:, 5:] = True, True
+    found = list(frontier.cases(3, [("a", left), ("b", right), ("c", right)], {"a", "b"}))
+    assert [(one.picture, one.label, one.rival) for one in found] == [(3, "a", "b"), (3, "b", "a")]
+    assert (found[0].alone == left & ~right).all()
+    assert (found[0].boxes == left).all()
+    assert not list(frontier.cases(0, [("a", left), ("b", left)], {"a", "b"}))
 
 
 def test_features_are_kept_and_a_cut_file_is_made_again(

@@ -64,18 +64,14 @@ def test_one_or_several_by_the_number_of_axes(tmp_path: Path) -> None:
     arguments += ["--python-executable", sys.executable]
     told, refused, _ = mypy.run(arguments)
     assert refused == ""
-    by_line: dict[int, str] = {}
-    for number, kind, words in re.findall(r"uses\.py:(\d+): (\w+): (.*)", told):
-        if kind == "error" or "Revealed type" in words:
-            by_line[int(number)] = "error" if kind == "error" else words
-    expected = {
-        number: line.rpartition("# ")[2]
+    by_line = {
+        int(number): kind if kind == "error" else words
+        for number, kind, words in re.findall(r"uses\.py:(\d+): (\w+): (.*)", told)
+        if kind == "error" or "Revealed type" in words
+    }
+    shown = {kind: f'Revealed type is "{name}"' for kind, name in SHOWN.items()}
+    assert by_line == {
+        number: shown.get(word := line.rpartition("# ")[2], word)
         for number, line in enumerate(USES.splitlines(), 1)
         if "  # " in line
-    }
-    assert by_line.keys() == expected.keys(), told
-    for number, word in expected.items():
-        if word == "error":
-            assert by_line[number] == "error"
-        else:
-            assert by_line[number] == f'Revealed type is "{SHOWN[word]}"'
+    }, told

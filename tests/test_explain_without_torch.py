@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from photo_samples import build, network_of, picture, tensor_of, write_photos
@@ -23,6 +24,18 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 """
 
+ASK = """
+def ask(explainer, vector, maps):
+    named = {"size": (20, 30), "neighbors": ["0/1.png", "2/2.png"]}
+    rival = {"result": "1/3.png", "above": "0/1.png"}
+    return {
+        "searched": explainer.explain_features(vector, maps),
+        "named": explainer.explain_features(vector, maps, **named),
+        "result": explainer.explain_features(vector, maps, result="1/3.png"),
+        "rival": explainer.explain_features(vector, maps, **rival),
+    }
+"""
+
 SERVICE = """
 import os
 import numpy as np
@@ -33,15 +46,8 @@ folder = sys.argv[1]
 data = np.load(f"{folder}/features.npz")
 vector, maps = data["embedding"], data["activations"]
 explainer = Explainer(f"{folder}/index")
-found = {
-    "searched": explainer.explain_features(vector, maps),
-    "named": explainer.explain_features(
-        vector, maps, size=(20, 30), neighbors=["0/1.png", "2/2.png"]
-    ),
-    "result": explainer.explain_features(vector, maps, result="1/3.png"),
-    "rival": explainer.explain_features(vector, maps, result="1/3.png", above="0/1.png"),
-    "batched": explainer.explain_features(vector[None], maps[None])[0],
-}
+found = ask(explainer, vector, maps)
+found["batched"] = explainer.explain_features(vector[None], maps[None])[0]
 assert found["searched"].trust is not None
 remove(f"{folder}/index", found["searched"].ids[:1])
 assert explainer.reload() and not explainer.reload()
@@ -70,16 +76,11 @@ def test_everything_a_service_asks_for(tmp_path: Path) -> None:
     vector, maps = features.embedding[0].numpy(), features.activations[0].numpy()
     np.savez(tmp_path / "features.npz", embedding=vector, activations=maps)
     explainer = Explainer(tmp_path / "index", network)
-    expected = {
-        "searched": explainer.explain_features(vector, maps),
-        "named": explainer.explain_features(
-            vector, maps, size=(20, 30), neighbors=["0/1.png", "2/2.png"]
-        ),
-        "result": explainer.explain_features(vector, maps, result="1/3.png"),
-        "rival": explainer.explain_features(vector, maps, result="1/3.png", above="0/1.png"),
-    }
+    scope: dict[str, Any] = {}
+    exec(ASK, scope)
+    expected = scope["ask"](explainer, vector, maps)
     expected["batched"] = expected["searched"]
-    script = f"{REFUSING}\nKEPT = {KEPT!r}\n{SERVICE}"
+    script = f"{REFUSING}\nKEPT = {KEPT!r}\n{ASK}{SERVICE}"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script, str(tmp_path)],
         capture_output=True,

@@ -166,12 +166,12 @@ def test_a_finer_map_is_the_one_that_torch_draws(
     name, network, index, path = case
     query = picture(2, 41, (30, 60))
     with Explainer(index, network) as torchs, Explainer(index, onnx=path) as ours:
-        expected, found = (each.explain(query, detail=2).signed_cam for each in (torchs, ours))
+        expected, fine = (each.explain(query, detail=2).signed_cam for each in (torchs, ours))
         plain = ours.explain(query).signed_cam
     assert (OnnxNetwork(path).sides is None) == (name not in ONE_SIZE)
-    off = np.abs(found - expected).max() / np.abs(expected).max()
-    assert off < 1e-4
-    assert np.abs(found - plain).max() > 1e-2 * np.abs(expected).max()
+    scale = np.abs(expected).max()
+    assert np.abs(fine - expected).max() < 1e-4 * scale
+    assert np.abs(fine - plain).max() > 1e-2 * scale
 
 
 def test_it_says_what_the_manifest_says(case: tuple[str, EmbeddingNetwork, Path, Path]) -> None:
@@ -270,29 +270,20 @@ def built(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(photos, tmp_path_factory.mktemp("built") / "index", network_of())
 
 
-def nothing_left(folder: Path) -> bool:
-    return list(folder.iterdir()) == []
-
-
-def test_another_network_is_refused(built: Path, tmp_path: Path) -> None:
-    with pytest.raises(NetworkMismatch, match="not the network of the index"):
-        export_onnx(built, network_of(Flat), tmp_path / "network.onnx")
-    with pytest.raises(NetworkMismatch, match="its normalize is True"):
-        export_onnx(built, network_of(normalize=False), tmp_path / "network.onnx")
-    assert nothing_left(tmp_path)
-
-
-def test_no_index_and_no_place(built: Path, tmp_path: Path) -> None:
-    network = network_of()
-    with pytest.raises(IndexFormatError, match="there is no index here"):
-        export_onnx(tmp_path / "none", network, tmp_path / "network.onnx")
-    with pytest.raises(InputError, match=r"is a folder; give a file, such as .*network\.onnx"):
-        export_onnx(built, network, tmp_path)
-    with pytest.raises(InputError, match=r"there is no folder .*; make it first"):
-        export_onnx(built, network, tmp_path / "no" / "network.onnx")
-    with pytest.raises(InputError, match="is not a regular file"):
-        export_onnx(built, network, os.devnull)
-    assert nothing_left(tmp_path)
+def test_what_cannot_be_exported_is_refused_and_leaves_nothing(built: Path, tmp_path: Path) -> None:
+    network, file = network_of(), tmp_path / "network.onnx"
+    nowhere = tmp_path / "no" / "network.onnx"
+    for index, given, path, error, message in (
+        (built, network_of(Flat), file, NetworkMismatch, "not the network of the index"),
+        (built, network_of(normalize=False), file, NetworkMismatch, "its normalize is True"),
+        (tmp_path / "none", network, file, IndexFormatError, "there is no index here"),
+        (built, network, tmp_path, InputError, r"is a folder; give a file, .*network\.onnx"),
+        (built, network, nowhere, InputError, r"there is no folder .*; make it first"),
+        (built, network, os.devnull, InputError, "is not a regular file"),
+    ):
+        with pytest.raises(error, match=message):
+            export_onnx(index, given, path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_computes_something_else_is_removed(
@@ -345,7 +336,7 @@ def test_networks_that_cannot_be_followed(
     with pytest.raises(NetworkError, match=message) as caught:
         export_onnx(built, network_of(kind), tmp_path / "network.onnx")
     assert "\n" not in str(caught.value)
-    assert nothing_left(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_networks_that_no_file_of_one_piece_holds() -> None:
@@ -385,4 +376,4 @@ def test_a_full_disk_leaves_nothing(
     monkeypatch.setattr(exporting, "_model_bytes", lambda *_: b"written")
     with pytest.raises(InputError, match=r"cannot be written to \(No space left on device\)"):
         export_onnx(built, network_of(), tmp_path / "network.onnx")
-    assert nothing_left(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -22,6 +22,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
     return pictures(tmp_path_factory.mktemp("photos"), n=48, classes=4)
 
 
+class Noted:
+    """Weights of ones, and a note of what they were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def weights(self, inputs: Any, positives: Any, negatives: Any) -> Any:
+        self.asked.append((positives, negatives))
+        return [np.ones(8, np.float32)]
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     quicken(monkeypatch)
@@ -46,12 +57,12 @@ def test_an_explanation_that_is_not_trusted_is_computed_on_the_query(
         assert (plain.direct, plain.trusted) == (False, False)
         asked: list[tuple[np.ndarray, np.ndarray]] = []
 
-        class Noted(DirectWeights):
+        class NotedWeights(DirectWeights):
             def weights(self, inputs: Any, positives: Any, negatives: Any) -> Any:
                 asked.append((positives, negatives))
                 return super().weights(inputs, positives, negatives)
 
-        fallback = Noted(made_of.network, Recipe.from_dict(index.manifest.recipe))
+        fallback = NotedWeights(made_of.network, Recipe.from_dict(index.manifest.recipe))
         explainer = Explainer(index, made_of.network, trusted_from=1.0, fallback=fallback)
         found = explainer.explain(query)
         again = explainer.explain(query)
@@ -105,15 +116,10 @@ def test_what_is_explained_by_one_result_is_not_told_from_that_result(
 ) -> None:
     made_of = toy("affine")
     path = built(source, made_of, tmp_path / "index")
-    asked: list[tuple[np.ndarray, np.ndarray]] = []
-
-    class Noted:
-        def weights(self, inputs: Any, positives: Any, negatives: Any) -> Any:
-            asked.append((positives, negatives))
-            return [np.ones(8, np.float32)]
-
+    fallback = Noted()
+    asked = fallback.asked
     with Index.open(path) as index:
-        explainer = Explainer(index, made_of.network, trusted_from=1.0, fallback=Noted())
+        explainer = Explainer(index, made_of.network, trusted_from=1.0, fallback=fallback)
         query = inputs(made_of, source)[5] * 1.1
         near = explainer.explain(query, n_neighbors=2)
         labels = {name: label for name, label in zip(index.ids, index.labels, strict=True)}
@@ -136,20 +142,14 @@ def test_without_labels_neighbours_and_the_result_are_still_no_negatives(
     photos = pictures(tmp_path / "photos", n=42)
     bare = ImageSource([replace(item, label=None) for item in photos.items], photos.root)
     path = built(bare, made_of, tmp_path / "index")
-    asked: list[np.ndarray] = []
-
-    class Noted:
-        def weights(self, inputs: Any, positives: Any, negatives: Any) -> Any:
-            asked.append(negatives)
-            return [np.ones(8, np.float32)]
-
+    fallback = Noted()
     with Index.open(path) as index:
-        explainer = Explainer(index, made_of.network, trusted_from=1.0, fallback=Noted())
+        explainer = Explainer(index, made_of.network, trusted_from=1.0, fallback=fallback)
         query = inputs(made_of, bare)[5] * 1.1
         far = Explainer(index, made_of.network).explain(query, n_neighbors=42).ids[-1]
         found = explainer.explain(query, n_neighbors=3, result=far)
         left_out = index.embeddings(index.positions([*found.ids, far]))
-        (negatives,) = asked
+        ((_, negatives),) = fallback.asked
         assert len(negatives) == 42 - 4
         assert not {tuple(v) for v in negatives} & {tuple(v) for v in left_out}
 

@@ -15,7 +15,6 @@ from build_samples import (
     off,
     opened,
     pictures,
-    quicken,
     toy,
 )
 from safetensors.torch import save_file
@@ -31,14 +30,7 @@ from embedcam.recipe.recipe import Recipe, RecipeWarning
 GRID = (4, 4)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    quicken(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> ImageSource:
-    return pictures(tmp_path_factory.mktemp("pictures"))
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def features(it: Toy, source: ImageSource) -> dict[str, np.ndarray]:
@@ -261,7 +253,7 @@ def test_features_that_do_not_belong_together_are_refused(tmp_path, source) -> N
         ("do not fit together", {"head": AffineHead(matrix, bias[:2])}),
         ("do not fit together", {"pooled": good["pooled"][:7]}),
         (r"embeddings is int64 of shape \[3\]", {"embeddings": np.arange(3)}),
-        ("pooled is empty", {"pooled": np.empty((0, 8), np.float32)}),
+        ("pooled is float32 of shape", {"pooled": np.empty((0, 8), np.float32)}),
         ("12 embeddings came with 3 ids", {"ids": ["a", "b", "c"]}),
         ("12 embeddings came with 12 ids and 2 labels", {"labels": ["a", "b"]}),
         (r"grid = \(0, 4\)", {"grid": (0, 4)}),

@@ -23,7 +23,7 @@ from embedcam.index import (
     sweep,
     verify,
 )
-from embedcam.offline.scratch import Scratch, finished_job
+from embedcam.offline.checkpoint import Checkpoint, finished_job
 
 
 def everything(folder: Path) -> dict[str, bytes | None]:
@@ -274,9 +274,9 @@ def test_every_folder_that_is_made_is_synced_into_the_one_above(
 
 def test_a_job_is_noted_durably(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[int] = []
-    scratch = Scratch(tmp_path / "x" / ".building", "k")
+    scratch = Checkpoint(tmp_path / "x" / ".building", "k")
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
-    scratch.promise("job", 1)
+    scratch.mark_commit("job", 1)
     note = tmp_path / "x" / ".building" / "promise.json"
     assert synced == [p.stat().st_ino for p in (note, note.parent, note.parent.parent)]
 
@@ -292,20 +292,20 @@ def test_scratch_that_is_no_folder(tmp_path: Path, precious: Path, kind: str) ->
         os.mkfifo(place)
     assert finished_job(place, 1) is None
     with pytest.raises(InputError, match=r"\.building: is .*; delete it and run the same command"):
-        Scratch(place, "k")
+        Checkpoint(place, "k")
     assert everything(precious) == before
 
 
 def test_links_within_scratch_are_not_followed(tmp_path: Path, precious: Path) -> None:
     before = everything(precious)
-    Scratch(tmp_path / "s", "k")
+    Checkpoint(tmp_path / "s", "k")
     (tmp_path / "s" / "embed-0000001.tmp").symlink_to(precious)
     (tmp_path / "s" / "more").symlink_to(precious)
-    Scratch(tmp_path / "s", "k")
+    Checkpoint(tmp_path / "s", "k")
     assert sorted(os.listdir(tmp_path / "s")) == ["key.json", "more"]
     (tmp_path / "s" / "promise.json").symlink_to(precious / "123456")
     assert finished_job(tmp_path / "s", 1) is None
-    Scratch(tmp_path / "s", "other")
+    Checkpoint(tmp_path / "s", "other")
     assert os.listdir(tmp_path / "s") == ["key.json"]
     assert everything(precious) == before
 

@@ -1,14 +1,66 @@
-"""The lock that a forked child finds open."""
+"""Forked children: the lock they find open, and answers after two OpenMP threads, never a hang."""
 
 import os
+import signal
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from photo_samples import build, network_of, write_photos
 
 from embedcam._files import ProcessLock, compute_on_one_thread
+from embedcam.index import remove
+
+HERE = Path(__file__).parent
+LIMIT = 120
+SCENES = ["explains", "in_threads", "locks_held", "index_alone", "reloads"]
+
+
+def run(*command: str) -> str:
+    """What a process prints that is killed, with its children, after `LIMIT` seconds."""
+    places = os.pathsep.join([str(HERE), *sys.path])
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": places}
+    started = subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        told, _ = started.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, signal.SIGKILL)
+        told, _ = started.communicate()
+        return f"{told}\nstill running after {LIMIT} s"
+    return told
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("forks")
+    photos = write_photos(made / "photos", each=14)
+    for name in ("index", "again"):
+        build(photos, made / name, network_of(), trust=False)
+    remove(made / "again", ["0/0.png"])
+    return made
+
+
+@pytest.fixture(scope="module")
+def told(folder: Path) -> str:
+    """Of all scenes in one process, for starting one costs more than they do."""
+    return run(str(HERE / "fork_service.py"), str(folder), *SCENES)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, and looks into /proc")
+@pytest.mark.parametrize("scene", SCENES)
+def test_children(told: str, scene: str) -> None:
+    assert f"{scene}: done\n" in told
 
 
 def test_one_thread_at_a_time_and_the_same_again() -> None:

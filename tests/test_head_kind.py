@@ -91,15 +91,12 @@ def test_the_kind_of_a_head(name: str) -> None:
 def test_heads_that_a_shift_makes_another() -> None:
     mix = torch.randn(K, K, 3, 3, generator=torch.Generator().manual_seed(4))
     deep = torch.randn(K, 1, 4, 5, generator=torch.Generator().manual_seed(5))
-    found = {name: parts(head).head_kind.uses_positions for name, (head, *_) in HEADS.items()
-             if name != "constant"}  # fmt: skip
-    assert {name for name, placed in found.items() if placed} == {"flatten", "centre"}
-    heads = {
-        "depthwise": (lambda a: F.conv2d(a, deep, groups=K).flatten(1), True),
-        "convolution, mean": (lambda a: mean(F.conv2d(a, mix, padding=1).relu()), False),
+    heads = {name: head for name, (head, *_) in HEADS.items() if name != "constant"} | {
+        "depthwise": lambda a: F.conv2d(a, deep, groups=K).flatten(1),
+        "convolution, mean": lambda a: mean(F.conv2d(a, mix, padding=1).relu()),
     }
-    for head, placed in heads.values():
-        assert parts(head).head_kind.uses_positions == placed
+    placed = {name for name, head in heads.items() if parts(head).head_kind.uses_positions}
+    assert placed == {"flatten", "centre", "depthwise"}
 
 
 @pytest.mark.parametrize("name", [name for name, row in HEADS.items() if row[1]])
@@ -145,36 +142,37 @@ def test_a_module_that_insists_on_its_batch_is_asked_with_one() -> None:
     np.testing.assert_allclose(kind.matrix, expected, rtol=1e-4, atol=1e-5)
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, K, 4, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images).mean((2, 3)) * images.mean((1, 2, 3))[:, None].exp()
+
+
 def test_a_matrix_that_depends_on_the_picture_is_no_matrix() -> None:
-    class Gated(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, K, 4, 4)
-
-        def forward(self, images: Tensor) -> Tensor:
-            return self.conv(images).mean((2, 3)) * images.mean((1, 2, 3))[:, None].exp()
-
     kind = EmbeddingNetwork(Gated().eval(), "conv", input_size=(16, 20)).head_kind
-    assert kind.pooled
-    assert not kind.affine
+    assert (kind.pooled, kind.affine) == (True, False)
 
 
 def test_pooled_heads_that_cannot_be_replayed_say_so() -> None:
     module = nn.Sequential(
         nn.Conv2d(3, K, 4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(K)
     ).eval()
-    hooked = EmbeddingNetwork(module, "0", input_size=(16, 20))
-    assert hooked.head_kind.pooled
-    assert not hooked.pooled_replay
-    with pytest.raises(NetworkError, match=r"layer '0' is not a function of the pooled.*head_pass"):
-        hooked.pooled_vjp(torch.ones(1, K), torch.ones(1, K))
-    # With the head as a function it can; with a wrong one it is not believed.
-    given = EmbeddingNetwork(module, "0", head=module[1:], input_size=(16, 20))
-    assert given.pooled_replay
-    wrong = EmbeddingNetwork(module, "0", head=lambda a: mean(a), input_size=(16, 20))
-    assert not wrong.pooled_replay
-    fails = EmbeddingNetwork(module, "0", head=lambda a: a[:, :, 2], input_size=(16, 20))
-    assert not fails.pooled_replay
+    # The right head as a function is replayed, a wrong one not believed.
+    for head, replayed in (
+        (None, False),
+        (module[1:], True),
+        (lambda a: mean(a), False),
+        (lambda a: a[:, :, 2], False),
+    ):
+        network = EmbeddingNetwork(module, "0", head=head, input_size=(16, 20))
+        assert network.head_kind.pooled
+        assert network.pooled_replay == replayed
+        if not replayed:
+            with pytest.raises(NetworkError, match=r"'0' is not a function of the pooled.*head_pa"):
+                network.pooled_vjp(torch.ones(1, K), torch.ones(1, K))
 
 
 def test_tokens_that_are_averaged_are_pooled_unless_the_class_token_counts() -> None:
@@ -218,15 +216,11 @@ def test_a_network_that_the_probe_does_not_fit_asks_for_its_size() -> None:
     assert not seen.head_kind.pooled
 
 
-def test_shapes_that_do_not_belong_together() -> None:
-    network = parts(HEADS["linear"][0])
-    with pytest.raises(InputError, match=r"pooled \[2, 6\] and cotangents \[3, 4\]"):
-        network.pooled_vjp(torch.ones(2, K), torch.ones(3, D))
-
-
 def test_derivatives_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     network = parts(HEADS["layer norm"][0])
     p, c = torch.randn(3, K), torch.randn(3, 5, K)
     expected = network.pooled_vjp(p, c)
     monkeypatch.setattr("embedcam.network.gradients._CHUNK_NUMBERS", 4 * K)
     torch.testing.assert_close(network.pooled_vjp(p, c), expected)
+    with pytest.raises(InputError, match=r"pooled \[2, 6\] and cotangents \[3, 5, 6\]"):
+        network.pooled_vjp(torch.ones(2, K), c)

@@ -42,22 +42,14 @@ def write(path, data=None, value=128):
     return path
 
 
-@pytest.mark.parametrize("as_what", ["path", "str", "bytes", "file", "pil", "numpy"])
-def test_every_kind_of_source_gives_the_same_picture(tmp_path, as_what):
+def test_every_kind_of_source_gives_the_same_picture(tmp_path):
     image = noise()
     path = write(tmp_path / "a.png", file_of(image))
     with open(path, "rb") as stream:
-        source = {
-            "path": path,
-            "str": str(path),
-            "bytes": path.read_bytes(),
-            "file": stream,
-            "pil": image,
-            "numpy": np.asarray(image),
-        }[as_what]
-        read = read_image(source)
-    assert read.mode == "RGB"
-    np.testing.assert_array_equal(np.asarray(read), np.asarray(image))
+        for source in (path, str(path), path.read_bytes(), stream, image, np.asarray(image)):
+            read = read_image(source)
+            assert read.mode == "RGB"
+            np.testing.assert_array_equal(np.asarray(read), np.asarray(image))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
@@ -234,7 +226,6 @@ def test_no_permission(tmp_path, monkeypatch):
 
 
 def bomb(width, height):
-    """A small PNG that claims to be huge."""
     data = bytearray(file_of(noise()))
     data[16:20], data[20:24] = width.to_bytes(4, "big"), height.to_bytes(4, "big")
     data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
@@ -243,7 +234,6 @@ def bomb(width, height):
 
 @pytest.mark.parametrize("side", [9_500, 20_000, 2_000_000_000])
 def test_decompression_bombs_are_refused_by_their_header(side):
-    """Above Pillow's warning, above its error and far beyond: one error with the numbers."""
     with pytest.raises(ImageError) as caught:
         read_image(bomb(side, side), name="b.png")
     assert str(caught.value) == (
@@ -318,7 +308,7 @@ def test_places_without_images(tmp_path):
         find_images(tmp_path)
     with pytest.raises(InputError, match=r"does not exist; give a folder of images or a .csv"):
         find_images(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"expected a folder of images or a .csv file"):
+    with pytest.raises(InputError, match=r"give a folder of images or a .csv file"):
         find_images(write(tmp_path / "one.png"))
     with pytest.raises(InputError, match="labels = 'yes' is unknown; known: auto, folders"):
         find_images(tmp_path, "yes")

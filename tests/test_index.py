@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,12 +30,7 @@ KINDS = ["top-m", "low-rank", "embedding", "dense", "dense32"]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    """What a power failure would leave is not asked here, and a sync takes milliseconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def check_rows(index: Index, written: PartData, positions: np.ndarray, kind: str) -> None:
@@ -63,6 +57,12 @@ def test_what_is_written_comes_back(tmp_path: Path, kind: str) -> None:
     path = make(tmp_path / "x", 9, kind)
     encoding = encoding_of(kind)
     with Index.open(path) as index:
+        few = index.fetch([4, 8, 2], 2)
+        assert (few.ids, few.labels) == (index.ids[[4, 8]], index.labels[[4, 8, 2]])
+        assert few.paths == index.paths[[4, 8]]
+        np.testing.assert_array_equal(few.maps, index.coarse([4, 8]))
+        np.testing.assert_array_equal(few.marks, np.zeros((2, 4)))
+        np.testing.assert_array_equal(encoding.decode(few.fields[0]), index.weights([4, 8]))
         assert (len(index), index.n_rows, index.width) == (9, 9, WIDTH)
         check_rows(index, part(0, 9, encoding), np.arange(9), kind)
         shuffled = np.array([7, 0, 7, 3])
@@ -267,9 +267,13 @@ def test_wrong_rows_are_refused_and_change_nothing(
 def test_removing_an_unknown_id_changes_nothing(tmp_path: Path) -> None:
     path = make(tmp_path / "x", 6)
     before = (path / "manifest.json").read_bytes()
-    with pytest.raises(InputError, match="no image 'owl'"):
-        remove(path, ["image-0001", "owl"])
-    assert (path / "manifest.json").read_bytes() == before
+    for change in (
+        lambda: remove(path, ["image-0001", "owl"]),
+        lambda: append(path, part(30, 31, encoding_of("top-m")), removing=["owl"]),
+    ):
+        with pytest.raises(InputError, match="no image 'owl'"):
+            change()
+        assert (path / "manifest.json").read_bytes() == before
     remove(path, ["image-0001"])
     with pytest.raises(InputError, match="it was removed"):
         remove(path, ["image-0001"])
@@ -301,16 +305,6 @@ def test_replacing_keeps_old_readers_working(tmp_path: Path) -> None:
             assert new.ids[0] == "image-0100"
     assert (path / ".building").exists()
     verify(path)
-
-
-def test_memory_maps_stream_in(tmp_path: Path) -> None:
-    encoding = encoding_of("dense32")
-    rows = part(0, 50, encoding)
-    np.save(tmp_path / "embeddings.npy", rows.embeddings)
-    rows.embeddings = np.load(tmp_path / "embeddings.npy", mmap_mode="r")
-    path = create(tmp_path / "x", header_of(encoding), [encoding.fitted], {}, rows)
-    with Index.open(path) as index:
-        np.testing.assert_array_equal(index.embeddings(np.arange(50)), rows.embeddings)
 
 
 def test_the_header_is_checked(tmp_path: Path) -> None:
@@ -358,22 +352,6 @@ def test_importing_and_opening_need_neither_torch_nor_faiss(tmp_path: Path) -> N
         "index.search(index.embeddings([1]), 2)\nassert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program, str(path)], check=True)
-
-
-def test_bytes_beyond_the_embedding_fit_the_budget(tmp_path: Path) -> None:
-    from embedcam.index.encoding import LowRank, TopM
-
-    free = ("embeddings", "ids", "paths", "labels")
-    for encoding in (
-        TopM(1280, 50),
-        LowRank(np.eye(128, 1280), np.zeros(1280), "pca"),
-    ):
-        rows = part(0, 8, encoding, grid=(7, 7))
-        path = tmp_path / encoding.name
-        create(path, header_of(encoding, grid=(7, 7)), [encoding.fitted], {}, rows)
-        files = Index.open(path).manifest.parts[0].files
-        spent = sum(f.bytes for name, f in files.items() if not name.startswith(free))
-        assert spent / 8 <= 320
 
 
 def test_faiss_factories_are_checked_before_any_work() -> None:

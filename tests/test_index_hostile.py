@@ -3,10 +3,8 @@
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from test_index_corrupt import PART, Damage, edit, forge, u64
 from embedcam.errors import EmbedcamError, IndexFormatError, InputError
 from embedcam.index import Index, create, verify
 from embedcam.index import manifest as manifest_file
-from embedcam.index.records import Manifest
 from embedcam.preprocess import Preprocess
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +98,7 @@ BELIEVED = [
     (("network", "preprocess"), None, "x", "network.preprocess is 'x', not of type dict"),
     (("network", "preprocess", "size"), [8, 9], 1, "network.preprocess: preprocess: size is 1"),
     (("network", "preprocess", "mean"), [0, 0, 0], [10**400, 0, 0], "preprocess: mean is .1000"),
-    (("network", "preprocess", "interpolation"), "box", [[1]], r"interpolation is \[\[1"),
+    (("network", "preprocess", "interpolation"), "box", [[1]], r"interpolation = \[\[1"),
     (("network", "loading", "weights"), "a b", "a\nb", "expected text without control characters"),
     (("network", "name"), None, 1e308, r"network\.name is 1e\+308, not of type str"),
     (("libraries",), {"a": "1"}, {"a": 1}, r"libraries\.a is 1, not of type str"),
@@ -169,24 +166,6 @@ def test_no_more_files_than_can_be_mapped(path: Path) -> None:
     edit(change)(path)
     with pytest.raises(IndexFormatError, match="names 16398 files of parts; at most 16384 are map"):
         Index.open(path)
-
-
-def test_two_layers_have_two_names(path: Path) -> None:
-    edit(lambda m: m["layers"].append(m["layers"][0]))(path)
-    with pytest.raises(IndexFormatError, match="names one layer twice"):
-        Index.open(path)
-
-
-def test_every_key_that_is_read_is_declared() -> None:
-    declared = {field.name for field in fields(Manifest)}
-    reads = re.compile(r"manifest(?:\.get\(|\[)\"(\w+)\"")
-    read = {
-        name
-        for file in (ROOT / "embedcam").rglob("*.py")
-        for name in reads.findall(file.read_text())
-    }
-    assert len(read) > 15
-    assert read <= declared
 
 
 def test_the_record_says_what_the_manifest_says(path: Path) -> None:
@@ -306,15 +285,6 @@ def test_arrays_of_no_rows_are_finite(tmp_path: Path) -> None:
     verify(create(tmp_path / "x", header, [{}], shared, part(0, 4, encoding)))
 
 
-@pytest.mark.parametrize("probes", ["x", 1.5, True, 0, -1, [3]])
-def test_lists_to_visit_are_a_whole_number(path: Path, probes: Any) -> None:
-    with (
-        Index.open(path) as index,
-        pytest.raises(InputError, match=r"nprobe = .*(whole|least 1)"),
-    ):
-        index.search(index.embeddings([0]), 1, nprobe=probes)
-
-
 def test_more_lists_than_there_are(tmp_path: Path) -> None:
     path = make(tmp_path / "x", 12, factory="IVF3,Flat")
     with Index.open(path) as index:
@@ -382,9 +352,7 @@ for instead in (
 ):
     print(judged(instead))
 """
-    (tmp_path / "program.py").write_text(
-        f"import sys\nsys.path.append({str(ROOT)!r})\n{program}"
-    )
+    (tmp_path / "program.py").write_text(f"import sys\nsys.path.append({str(ROOT)!r})\n{program}")
     said = script(tmp_path / "program.py", tmp_path).splitlines()
     expected = ("same answers", "other answers", "ZeroDivisionError", "hangs over 1 s", "SIGSEGV",
                 "MemoryError", "3000 characters")  # fmt: skip

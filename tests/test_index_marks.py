@@ -54,16 +54,6 @@ def test_another_time_alone_is_no_change(file: Path) -> None:
     assert file_state(copy, mark) == "same"
 
 
-@pytest.mark.parametrize("content", [b"elk", b"owls", b""])
-def test_another_content_is_a_change_whatever_the_time(file: Path, content: bytes) -> None:
-    mark = file_mark(file)
-    file.write_bytes(content)
-    assert file_state(file, mark) == "changed"
-    if len(content) != 3:
-        os.utime(file, ns=(TIME, TIME))
-        assert file_state(file, mark) == "changed"
-
-
 def test_what_is_no_file_has_no_mark_and_a_gone_one_is_missing(file: Path) -> None:
     mark = file_mark(file)
     os.mkfifo(file.with_name("pipe"))
@@ -236,23 +226,6 @@ def test_rows_are_added_and_removed_in_one_step(tmp_path: Path) -> None:
     with Index.open(path) as index:
         assert index.manifest.to_dict()["counts"] == {"rows": 23, "live": 19, "added_after_fit": 2}
     assert verify(path).ok
-
-
-@pytest.mark.parametrize(
-    ("rows", "removing", "message"),
-    [
-        ((7, 9), ["image-0008"], "1 of 2 ids are already"),
-        ((30, 31), ["nobody"], "no image 'nobody'"),
-    ],
-)
-def test_a_refused_change_leaves_the_index_as_it_was(
-    tmp_path: Path, rows: tuple[int, int], removing: list[str], message: str
-) -> None:
-    path = make(tmp_path / "x", 20)
-    before = (path / "manifest.json").read_bytes()
-    with pytest.raises(InputError, match=message):
-        append(path, part(*rows, encoding_of("top-m")), removing=removing)
-    assert (path / "manifest.json").read_bytes() == before
 
 
 def test_marks_of_another_shape_are_refused(tmp_path: Path) -> None:

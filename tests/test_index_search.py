@@ -1,6 +1,6 @@
 """Search: exact values, live rows only, whatever FAISS index proposes the candidates."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,7 @@ FACTORIES = [
 EXACT = ["Flat"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    """What a power failure would leave is not asked here, and a sync takes milliseconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def truth(
@@ -142,11 +137,11 @@ def test_brute_force_is_exact_and_does_not_depend_on_blocks(
     expected = truth(vectors, vectors[:20], np.arange(90), 12, metric)
     whole = nearest(vectors, vectors[:20], 12, metric)
     np.testing.assert_array_equal(whole.positions, expected)
-    monkeypatch.setattr("embedcam.index.files.BLOCK_BYTES", 7 * WIDTH * 4)
+    monkeypatch.setattr("embedcam.index.arrays.BLOCK_BYTES", 7 * WIDTH * 4)
     pieces = nearest(vectors, vectors[:20], 12, metric)
     np.testing.assert_array_equal(pieces.positions, whole.positions)
     assert nearest(vectors, vectors[:2], 500, metric).positions.shape == (2, 90)
-    with pytest.raises(InputError, match="metric 'cosine'"):
+    with pytest.raises(InputError, match="metric = 'cosine' is unknown"):
         nearest(vectors, vectors, 1, "cosine")
     with pytest.raises(InputError, match="no embeddings"):
         nearest(vectors[:0], vectors, 1)
@@ -184,8 +179,9 @@ def test_nprobe(tmp_path: Path) -> None:
             everything, nearest(index.embeddings(np.arange(300)), queries, 5).positions
         )
         assert (index.search(queries, 5, nprobe=1).positions != everything).any()
-        with pytest.raises(InputError, match="nprobe = 0"):
-            index.search(queries, 5, nprobe=0)
+        for probes in ("x", 1.5, True, 0, -1, [3]):
+            with pytest.raises(InputError, match=r"nprobe = .*(whole|least 1)"):
+                index.search(queries, 5, nprobe=probes)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,12 @@ from index_samples import WIDTH, make
 
 from embedcam.errors import IndexFormatError, InputError
 from embedcam.index import Index, compact, remove
-from embedcam.index.search import threads
+from embedcam.index.faiss_files import FaissFile, threads
 
 AT_ONCE = 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_waiting_for_the_disk() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_disk")
 
 
 def together(run: Callable[[int], Any], count: int = AT_ONCE) -> list[Any]:
@@ -48,18 +44,18 @@ def repeat(run: Callable[[], None]) -> None:
 @pytest.fixture
 def slow_load(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Loading takes a while, and each one's descriptor is noted after it was seen to be open."""
-    from embedcam.index import faiss_loading
-
     loads: list[int] = []
-    load = faiss_loading.load_faiss
+    load = FaissFile.read
 
-    def slowly(root: Path, manifest: dict[str, Any], descriptor: int) -> Any:
-        time.sleep(0.1)
-        os.fstat(descriptor)
-        loads.append(descriptor)
-        return load(root, manifest, descriptor)
+    def slowly(file: FaissFile) -> Any:
+        descriptor = file.descriptor
+        if descriptor is not None:
+            time.sleep(0.1)
+            os.fstat(descriptor)
+            loads.append(descriptor)
+        return load(file)
 
-    monkeypatch.setattr(faiss_loading, "load_faiss", slowly)
+    monkeypatch.setattr(FaissFile, "read", slowly)
     return loads
 
 
@@ -104,7 +100,7 @@ def test_closing_waits_for_a_load_and_happens_once(
     tmp_path: Path, slow_load: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = Index.open(make(tmp_path / "x", 40, "dense"))
-    descriptor, closed, close = index.faiss_file, [], os.close
+    descriptor, closed, close = index.faiss_file.descriptor, [], os.close
 
     def note(number: int) -> None:
         closed.append(number)
@@ -119,7 +115,7 @@ def test_closing_waits_for_a_load_and_happens_once(
     # The load saw its descriptor open although the index was being closed.
     assert slow_load == [descriptor]
     assert closed.count(descriptor) == 1
-    assert index.faiss_file is None
+    assert index.faiss_file.descriptor is None
     for ask in (index.load, lambda: index.search(np.eye(1, WIDTH), 3), lambda: index.ids[0]):
         with pytest.raises(InputError, match="the index is closed; open it again"):
             ask()
@@ -192,7 +188,7 @@ def test_so_many_threads_as_were_asked_for(tmp_path: Path, monkeypatch: pytest.M
         faiss.omp_set_num_threads(before)
     assert seen == [1, 2, 1, 1, 1, 3, 1]
     for wrong in (0, 2.0, True):
-        with pytest.raises(InputError, match=r"n_threads = .*; give a whole number from 1"):
+        with pytest.raises(InputError, match=r"n_threads = .*; give a whole number of at least 1"):
             Index.open(path, n_threads=wrong)  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from embedcam.errors import InputError, NetworkError
+from embedcam.errors import NetworkError
 from embedcam.network import EmbeddingNetwork
 from embedcam.network.layers import Layout, choose_embedding, replace_first, resolve
 
@@ -105,6 +105,7 @@ def test_the_embedding_in_what_a_network_returns() -> None:
         (Output(other, z), "pooled"),
         (Output(torch.stack([z, z + 1], 1), other), lambda out: out.hidden[:, 0]),
         (z[:, :, None, None], None),
+        ({"last_hidden_state": z[:, None], "pooler_output": z}, None),  # of transformers
     ):
         assert torch.equal(choose_embedding(output, choice, 2), z)
 
@@ -114,6 +115,7 @@ def test_the_embedding_in_what_a_network_returns() -> None:
     [
         (Output(torch.ones(2, 4, 5), torch.ones(2, 5)), None, r"Output with hidden, pooled; say"),
         ({"a": torch.ones(2, 5), "b": torch.ones(2, 5)}, None, r"output='a'"),
+        ({"last_hidden_state": torch.ones(2, 7, 5), "z": torch.ones(2, 5)}, None, r"output='z'"),
         ({"a": torch.ones(2, 5)}, "b", r"output='b' is not in .* with a\)"),
         ((torch.ones(2, 5),), 4, r"output=4 is beyond the 1 values"),
         (torch.ones(2, 7, 5), None, r"\[2, 7, 5\] for a batch of 2.*last_hidden_state"),
@@ -163,14 +165,3 @@ def test_tokens_of_a_picture_that_is_not_square() -> None:
     torch.testing.assert_close(made.features.activations, expected)
     # z_k = mean over 9 tokens of t_k^2, so dz_k/dt = 2 t / 9.
     torch.testing.assert_close(made.vjp(torch.ones(2, 4)), 2 * expected / 9)
-
-
-def test_options_that_fit_no_output() -> None:
-    for given, message in (
-        ({"layout": "khw"}, r"layout = 'khw' is unknown; .*known: auto, bkhw, bhwk, btk"),
-        ({"grid": (0, 3)}, r"grid = \(0, 3\); give"),
-        ({"prefix_tokens": -1}, r"prefix_tokens = -1; give a whole"),
-        ({"output": 1.5}, r"output=1.5 cannot choose"),
-    ):
-        with pytest.raises(InputError, match=message):
-            EmbeddingNetwork(Tokens().eval(), "block", **given)

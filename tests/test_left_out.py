@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from build_samples import DENSE, pictures, quicken, toy
+from build_samples import DENSE, pictures, toy
 from PIL import Image
 from test_images import csv_of, write
 
@@ -17,10 +17,7 @@ from embedcam.offline import add_images, build_index
 from embedcam.offline.report import BuildReport
 from embedcam.preprocess import Preprocess
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
@@ -32,9 +29,6 @@ def mixed(tmp_path: Path) -> Path:
         write(tmp_path / name, b"x")
     os.mkdir(tmp_path / "c")
     return tmp_path
-
-
-# --- folders ---
 
 
 def test_what_a_folder_holds_besides_is_counted(mixed: Path) -> None:
@@ -115,9 +109,6 @@ def test_the_level_below_gives_labels(tmp_path: Path) -> None:
         find_images(tmp_path, "subfolders")
 
 
-# --- lists ---
-
-
 @pytest.mark.parametrize(
     "text",
     [
@@ -154,9 +145,6 @@ def test_a_huge_value_is_not_repeated_whole(tmp_path: Path) -> None:
         with pytest.raises(InputError) as caught:
             find_images(csv_of(tmp_path, text))
         assert len(str(caught.value)) < 400
-
-
-# --- builds ---
 
 
 def test_a_build_ends_with_what_it_took(tmp_path: Path) -> None:

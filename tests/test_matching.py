@@ -11,8 +11,8 @@ from embedcam import Explainer, Index, build_from_features
 from embedcam.cli import main
 from embedcam.errors import InputError
 from embedcam.index import put_calibrations
-from embedcam.index.matching import MatchCalibration, match_evidence
-from embedcam.offline.match_fit import calibrate_match, fit_logistic
+from embedcam.index.calibration import MatchCalibration, match_evidence
+from embedcam.offline.match import calibrate_match, fit_logistic
 
 
 def oracle_evidence(distances: list[float], same: list[bool]) -> list[float]:

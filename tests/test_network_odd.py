@@ -14,11 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 from toys import images, seeded, toy
 
-from embedcam.errors import EmbedcamError, InputError, NetworkError
+from embedcam.errors import InputError, NetworkError
 from embedcam.index.identity import NetworkWarning
 from embedcam.network import EmbeddingNetwork, load_network
 from embedcam.network.checkpoints import load_state, read_state
-from embedcam.network.layers import choose_embedding
 from embedcam.preprocess import CustomPreprocess, Preprocess, custom, from_transform
 
 SIZE = (32, 32)
@@ -78,13 +77,6 @@ def test_chance_and_the_rest_of_the_batch_are_refused(
         wrapped(module).check()
 
 
-def test_a_norm_by_the_batch_is_named() -> None:
-    module = seeded(Net)
-    module.between = nn.BatchNorm2d(8, track_running_stats=False).eval()
-    with pytest.raises(NetworkError, match=r"'between' \(BatchNorm2d\) keeps no running statis"):
-        wrapped(module).identity()
-
-
 def test_ordinary_networks_are_steady_also_in_half_precision() -> None:
     wrapped(toy()).check()
     wrapped(toy(), autocast=torch.bfloat16).check()
@@ -117,12 +109,16 @@ def test_an_exception_of_the_network_is_told_as_its_own(run: str) -> None:
     assert said.value.__cause__ is cause
 
 
-def test_the_layer_that_fails_is_named() -> None:
-    class Broken(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            raise ValueError("a bad gate")
+class Broken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("a bad gate")
 
+
+def test_the_layer_at_fault_is_named() -> None:
     module = seeded(Net)
+    module.between = nn.BatchNorm2d(8, track_running_stats=False).eval()
+    with pytest.raises(NetworkError, match=r"'between' \(BatchNorm2d\) keeps no running statis"):
+        wrapped(module).identity()
     module.between = Broken().eval()
     expected = r"\(Net\) failed on an input \[2, 3, 16, 16\], in its layer 'between' \(Broken\), wi"
     with pytest.raises(NetworkError, match=expected):
@@ -134,12 +130,6 @@ def test_memory_that_runs_out_is_no_fault_of_the_network(error: Exception) -> No
     with pytest.raises(type(error)) as said:
         wrapped(seeded(lambda: Net(after=failing(error)))).forward(images())
     assert said.value is error
-
-
-def test_an_output_function_that_fails() -> None:
-    network = wrapped(seeded(Net), output=lambda out: out.last_hidden_state)
-    with pytest.raises(NetworkError, match=r"output=.*failed.*last_hidden_state.*embedding \[B D"):
-        network.forward(images())
 
 
 def test_a_backward_that_fails() -> None:
@@ -155,19 +145,6 @@ def test_a_backward_that_fails() -> None:
     network = wrapped(seeded(lambda: Net(after=NoWay.apply)))
     with pytest.raises(NetworkError, match=r"derivative of what follows layer 'relu' failed.*no"):
         network.check()
-
-
-def test_arguments_beside_the_images_are_refused_at_construction() -> None:
-    class Two(Net):
-        def forward(self, x: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
-            return super().forward(x)
-
-    class Words(Net):
-        main_input_name = "input_ids"
-
-    for kind, message in ((Two, "also asks for labels"), (Words, "takes 'input_ids' first")):
-        with pytest.raises(NetworkError, match=message):
-            wrapped(seeded(kind))
 
 
 def test_torchscript_is_refused_whole_and_works_in_two_parts() -> None:
@@ -208,35 +185,15 @@ def test_a_tensor_kept_from_the_first_forward_can_be_differentiated() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"trunk": nn.Identity()}, "trunk= was given without head="),
-        ({"head": "linear"}, "head is str"),
-        ({"normalize": "yes"}, "normalize='yes'; give True or False"),
-        ({"channels_last": 1}, "channels_last=1"),
-        ({"name": 3}, "name=3"),
-        ({"input_size": 32}, "input_size = 32; give"),
-        ({"device": "gpu"}, "device='gpu' is no torch device"),
-        ({"grid": "7x7"}, "grid = '7x7'; give"),
-        ({"grid": 7}, "grid = 7; give"),
-        ({"prefix_tokens": 1.5}, r"prefix_tokens = 1\.5"),
-        ({"preprocess": 3}, "expected a transform, given 3"),
-        ({"preprocess": Preprocess}, "given the class Preprocess; give an instance"),
-        ({"preprocess": lambda picture: picture.nothing}, "failed with AttributeError.*nothing"),
-        ({"preprocess": lambda picture: torch.rand(3, 8, 8)}, "another input each time"),
-    ],
-)
-def test_arguments_of_a_wrong_type(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        EmbeddingNetwork(seeded(Net), "relu", **given)
-
-
-def test_networks_by_name_of_a_wrong_type() -> None:
-    for given, message in (
         ({"network": nn.Identity()}, "network is a Identity"),
         ({"network": "torchvision:resnet18", "weights": 3}, "weights is a int"),
         ({"network": "torchvision:resnet18", "size": 3.5}, r"size = 3\.5; give"),
-    ):
-        with pytest.raises(InputError, match=message):
-            load_network(**given)  # type: ignore[arg-type]
+        ({"network": "torchvision:resnet18", "autocast": "int8"}, "known: off, bf16, fp16"),
+    ],
+)
+def test_networks_by_name_of_a_wrong_type(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_network(**given)
 
 
 def test_torchvision_transforms_as_preprocess() -> None:
@@ -314,39 +271,35 @@ def test_tokens_in_any_order(order: tuple[int, int, int], kind: str, batch: int)
     assert not network.head_kind.pooled
 
 
+class Laid(nn.Module):
+    """Activations with the channels last or not, of one size of input or any."""
+
+    def __init__(self, conv: nn.Conv2d, last: bool = False, side: int | None = None) -> None:
+        super().__init__()
+        self.conv, self.layer, self.last, self.side = conv, nn.Identity(), last, side
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.side in (None, x.shape[2])
+        maps = self.conv(x)
+        if not self.last:
+            return self.layer(maps).mean((2, 3))
+        return self.layer(maps.permute(0, 2, 3, 1)).mean((1, 2))
+
+
 @pytest.mark.parametrize("stride", [(4, 2), (2, 4)])
 @pytest.mark.parametrize("last", [False, True])
 def test_strides_that_differ_by_axis(stride: tuple[int, int], last: bool) -> None:
-    class Uneven(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.layer = nn.Conv2d(3, 8, 3, stride, 1), nn.Identity()
-
-        def forward(self, x: Tensor) -> Tensor:
-            maps = self.conv(x)
-            if not last:
-                return self.layer(maps).mean((2, 3))
-            return self.layer(maps.permute(0, 2, 3, 1)).mean((1, 2))
-
-    module = seeded(Uneven)
+    module = seeded(lambda: Laid(nn.Conv2d(3, 8, 3, stride, 1), last))
     network, x = wrapped(module, "layer"), images(2, 32, 32)
     torch.testing.assert_close(network.forward(x).activations, module.conv(x).detach())
     assert network.layout == ("bhwk" if last else "bkhw")
 
 
 def test_a_fixed_size_that_does_not_tell_asks_for_the_layout() -> None:
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.layer = nn.Conv2d(3, 4, 8, 8), nn.Identity()
-
-        def forward(self, x: Tensor) -> Tensor:
-            assert x.shape[2] == 32
-            return self.layer(self.conv(x)).mean((2, 3))
-
+    module = seeded(lambda: Laid(nn.Conv2d(3, 4, 8, 8), side=32))
     with pytest.raises(NetworkError, match=r"takes no other size.*say layout='bkhw' or 'bhwk'"):
-        wrapped(seeded(Fixed), "layer").forward(images(1, 32, 32))
-    wrapped(seeded(Fixed), "layer", layout="bkhw").forward(images(1, 32, 32))
+        wrapped(module, "layer").forward(images(1, 32, 32))
+    wrapped(module, "layer", layout="bkhw").forward(images(1, 32, 32))
 
 
 @pytest.mark.parametrize("channels", [1, 2, 5])
@@ -360,29 +313,26 @@ def test_networks_of_other_channels(channels: int) -> None:
     assert network.head_kind.affine
 
 
-def test_a_layer_of_one_position_names_a_better_one() -> None:
-    with pytest.raises(NetworkError, match=r"'pool' has one position .* such as 'relu'"):
-        wrapped(seeded(Net), "pool").check()
-
-
-@pytest.mark.parametrize("after", [torch.sign, torch.round, lambda z: (z > 0).float() + 1])
-def test_a_derivative_of_zero_is_said_before_any_work(after: Callable[[Tensor], Tensor]) -> None:
-    network = wrapped(seeded(lambda: Net(after=after)), normalize=False)
-    with pytest.raises(NetworkError, match=r"zero everywhere|never reaches the embedding"):
-        network.check()
-    network.check(gradients=False)
-
-
-def test_a_copy_is_equal_and_independent() -> None:
+@pytest.mark.parametrize("named", [False, True])
+def test_a_copy_is_equal_and_independent(named: bool) -> None:
     network, x = wrapped(seeded(Net)), images()
+    if named:  # its head is a function of the module's own
+        network = load_network("torchvision:mobilenet_v3_small", weights="random", size=64)
+        x = torch.from_numpy(network.probe_images(2))
     before = network.forward(x).embedding
     other = copy.deepcopy(network)
+    c = torch.ones_like(before)
     torch.testing.assert_close(other.forward(x).embedding, before)
+    pooled = network.forward(x).activations.mean((2, 3))
+    slope = network.pooled_vjp(pooled, c)
     with torch.no_grad():
-        other.module.linear.weight.mul_(-1)
+        for parameter in other.module.parameters():
+            parameter.mul_(-1.5)
     torch.testing.assert_close(network.forward(x).embedding, before)
+    torch.testing.assert_close(network.pooled_vjp(pooled, c), slope)
     assert not torch.allclose(other.forward(x).embedding, before)
-    assert other.head_pass(x).vjp(torch.ones(2, 5)).any()
+    assert not torch.allclose(other.pooled_vjp(pooled, c), slope)
+    assert other.head_pass(x).vjp(c).any()
 
 
 @pytest.mark.parametrize("prefix", ["model.", "net.", "model.backbone.", "module.", "a._orig_mod."])
@@ -401,16 +351,6 @@ def test_what_lies_beside_a_prefix_is_left_out_aloud() -> None:
         load_state(seeded(Net), {**state, "loss.w": torch.ones(1)}, [], "weights")
 
 
-def test_the_pooled_output_of_transformers_is_preferred() -> None:
-    hidden, pooled = torch.zeros(2, 7, 5), torch.ones(2, 5)
-    both = {"last_hidden_state": hidden, "pooler_output": pooled}
-    assert choose_embedding(both, None, 2) is pooled
-    with pytest.raises(EmbedcamError, match=r"e\.g\. output='image_embeds'"):
-        choose_embedding(
-            {"last_hidden_state": hidden, "image_embeds": pooled, "n": pooled}, None, 2
-        )
-
-
 @pytest.mark.parametrize("name", ["xcit_nano_12_p16_224", "cait_xxs24_224", "convit_tiny"])
 def test_timm_networks_with_ways_of_their_own(name: str) -> None:
     pytest.importorskip("timm")
@@ -419,36 +359,34 @@ def test_timm_networks_with_ways_of_their_own(name: str) -> None:
     assert network.forward(network.probe_images()).activations.shape[2:] == (14, 14)
 
 
-class _InPlace(nn.Module):
-    """Norms its input where it lies."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net, self.training = net, False
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x.sub_(0.5).mul_(2))
-
-
 @pytest.mark.parametrize("parts", [False, True])
 def test_a_network_that_changes_its_input_in_place_leaves_the_caller_s(parts: bool) -> None:
-    module = seeded(Net)
-    changing = _InPlace(module)
-    given = images()
-    expected = wrapped(module).forward((given - 0.5) * 2).embedding
-    network = wrapped(changing, "net.relu")
+    class InPlace(Net):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x.sub_(0.5).mul_(2))
+
+    plain, module = seeded(Net), seeded(InPlace)
+    x = images()
+    before, expected = x.clone(), wrapped(plain).forward((x - 0.5) * 2).embedding
+    network = wrapped(module)
     if parts:
         network = EmbeddingNetwork.from_parts(
-            lambda x: module.relu(module.conv(x.sub_(0.5).mul_(2))),
-            lambda maps: module.linear(module.pool(maps).flatten(1)),
-            module=module,
+            lambda x: plain.relu(plain.conv(x.sub_(0.5).mul_(2))),
+            lambda maps: plain.linear(plain.pool(maps).flatten(1)),
+            module=plain,
             input_size=SIZE,
         )
-    before = given.clone()
     for _ in range(2):
-        torch.testing.assert_close(network.forward(given).embedding, expected)
-    assert torch.equal(given, before)
+        torch.testing.assert_close(network.forward(x).embedding, expected)
+    assert torch.equal(x, before)
     network.check()
+
+
+class _MuteError(Exception):
+    """Fails when asked what it says."""
+
+    def __str__(self) -> str:
+        raise ZeroDivisionError
 
 
 @pytest.mark.parametrize(
@@ -458,6 +396,7 @@ def test_a_network_that_changes_its_input_in_place_leaves_the_caller_s(parts: bo
         (lambda z: z.to_sparse(), r"output is a tensor of sparse_coo float32.*to_dense"),
         (lambda z: z.detach().numpy(), r"the network returned ndarray; expected the embedding"),
         (lambda z: None, r"the network returned NoneType; expected the embedding"),
+        (failing(_MuteError()), r"failed on an input .* with _MuteError: no message"),
     ],
 )
 def test_outputs_that_are_no_real_vectors(after: Callable[[Tensor], Any], message: str) -> None:
@@ -465,24 +404,41 @@ def test_outputs_that_are_no_real_vectors(after: Callable[[Tensor], Any], messag
         wrapped(seeded(lambda: Net(after=after))).forward(images())
 
 
-@pytest.mark.parametrize(
-    ("made", "kind"), [(torch.fft.fft2, "complex64"), (lambda a: (a * 9).long(), "int64")]
-)
-def test_layers_that_are_no_real_numbers(made: Callable[[Tensor], Tensor], kind: str) -> None:
-    class Made(nn.Module):
-        def forward(self, maps: Tensor) -> Tensor:
-            return made(maps)
+def test_an_output_function_that_fails() -> None:
+    network = wrapped(seeded(Net), output=lambda out: out.last_hidden_state)
+    with pytest.raises(NetworkError, match=r"output=.*failed.*last_hidden_state.*embedding \[B D"):
+        network.forward(images())
 
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), Made()).eval()
+
+@pytest.mark.parametrize(
+    ("change", "kind"), [(torch.fft.fft2, "complex64"), (lambda a: (a * 9).long(), "int64")]
+)
+def test_layers_that_are_no_real_numbers(change: Callable[[Tensor], Tensor], kind: str) -> None:
+    class Changing(nn.Module):
+        def forward(self, maps: Tensor) -> Tensor:
+            return change(maps)
+
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), Changing()).eval()
     with pytest.raises(NetworkError, match=rf"layer '1' returned a tensor of {kind}; expected"):
         wrapped(module, "1").forward(images())
 
 
-def test_one_number_and_its_norm_is_no_embedding() -> None:
-    module = seeded(lambda: Net(after=lambda z: z[:, :1]))
-    with pytest.raises(NetworkError, match=r"the embedding is one number.*normalize=False"):
-        wrapped(module).check()
-    wrapped(module, normalize=False).check()
+CANNOT_BE_EXPLAINED: list[tuple[Callable[[Tensor], Tensor], str, dict[str, bool]]] = [
+    (lambda z: z[:, :1], r"the embedding is one number.*normalize=False", {}),
+    (torch.sign, "zero everywhere", {"normalize": False}),
+    (torch.round, "zero everywhere", {"normalize": False}),
+    (lambda z: (z > 0).float() + 1, "never reaches the embedding", {"normalize": False}),
+]
+
+
+@pytest.mark.parametrize(("after", "message", "settings"), CANNOT_BE_EXPLAINED)
+def test_what_cannot_be_explained_is_said_before_any_work(
+    after: Callable[[Tensor], Tensor], message: str, settings: dict[str, bool]
+) -> None:
+    network = wrapped(seeded(lambda: Net(after=after)), **settings)
+    with pytest.raises(NetworkError, match=message):
+        network.check()
+    wrapped(network.module, normalize=False).check(gradients=not settings)
 
 
 def test_a_layer_of_two_names_goes_by_either() -> None:
@@ -494,6 +450,8 @@ def test_a_layer_of_two_names_goes_by_either() -> None:
 
 
 def test_a_layer_in_torchscript_is_refused_and_not_suggested() -> None:
+    with pytest.raises(NetworkError, match=r"'pool' has one position .* such as 'relu'"):
+        wrapped(seeded(Net), "pool").check()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch would rather have it exported
         inner = torch.jit.script(nn.Sequential(nn.ReLU()))
@@ -503,26 +461,6 @@ def test_a_layer_in_torchscript_is_refused_and_not_suggested() -> None:
             wrapped(module, layer)
     with pytest.raises(NetworkError, match=r"one position.*such as '0'"):
         wrapped(module, "2").check()
-
-
-class _MuteError(Exception):
-    """Fails when asked what it says."""
-
-    def __str__(self) -> str:
-        raise ZeroDivisionError
-
-
-def test_an_exception_that_cannot_be_printed() -> None:
-    def fail(z: Tensor) -> Tensor:
-        raise _MuteError
-
-    with pytest.raises(NetworkError, match=r"failed on an input .* with _MuteError: no message"):
-        wrapped(seeded(lambda: Net(after=fail))).forward(images())
-
-
-def test_parameters_without_values_are_refused() -> None:
-    with pytest.raises(NetworkError, match=r"on the 'meta' device.*load its weights"):
-        wrapped(seeded(Net).to("meta"))
 
 
 def test_a_layer_inside_vmap_is_refused() -> None:
@@ -543,10 +481,3 @@ def test_a_factory_whose_own_imports_fail(tmp_path: Path, monkeypatch: pytest.Mo
         "importing lacking_it failed with ModuleNotFoundError: No module named "
         "'no_such_package_at_all'; import it by itself to see the whole of it"
     )
-
-
-def test_a_copy_of_a_named_network_calls_its_own_head() -> None:
-    network = load_network("torchvision:mobilenet_v3_small", weights="random", size=64)
-    other = copy.deepcopy(network)
-    assert other.runner.head.args[0] is other.module  # type: ignore[union-attr]
-    assert other.module is not network.module

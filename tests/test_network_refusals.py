@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision import models
-from toys import VIT_LAYER, images, seeded, small_vit, toy
+from toys import VIT_LAYER, Toy, images, seeded, small_vit, toy
 
 from embedcam.errors import EmbeddingError, InputError, NetworkError
 from embedcam.network import EmbeddingNetwork
+from embedcam.preprocess import Preprocess
 
 
 def test_a_network_in_training_mode_is_refused() -> None:
@@ -56,15 +57,6 @@ def test_a_layer_called_twice_is_refused() -> None:
     network = EmbeddingNetwork(seeded(lambda: models.resnet18(num_classes=4)), "layer4.0.relu")
     with pytest.raises(NetworkError, match=r"called 2 times in one forward.*the block around it"):
         network.forward(images(1, 64, 64))
-
-
-def test_a_layer_can_be_given_as_an_object() -> None:
-    module = toy()
-    assert EmbeddingNetwork(module, module.norm).layer == "norm"
-    with pytest.raises(NetworkError, match=r"a ReLU, is not part of the Toy"):
-        EmbeddingNetwork(module, nn.ReLU())
-    with pytest.raises(InputError, match="neither a name nor a module"):
-        EmbeddingNetwork(module, 3)
 
 
 @pytest.mark.parametrize("layer", ["encoder.layers.encoder_layer_2", "encoder.ln"])
@@ -140,15 +132,48 @@ def test_embeddings_that_are_not_vectors_name_their_positions() -> None:
     assert unnormalised.norm[1] == 0
 
 
-def test_options_that_mean_nothing() -> None:
-    with pytest.raises(InputError, match=r"given function; for two functions use .*from_parts"):
-        EmbeddingNetwork(lambda x: x, "relu")
-    with pytest.raises(InputError, match=r"autocast=torch\.int8; give torch\.bfloat16"):
-        EmbeddingNetwork(toy(), "relu", autocast=torch.int8)
-    with pytest.raises(NetworkError, match=r"device='meta' was given, but the network is on 'cpu'"):
-        EmbeddingNetwork(toy(), "relu", device="meta")
-    with pytest.raises(InputError, match="head is str; expected something to call"):
-        EmbeddingNetwork.from_parts(nn.Identity(), "head")
+class WithLabels(Toy):
+    def forward(self, images: Tensor, labels: Tensor) -> Any:  # type: ignore[override]
+        return super().forward(images)
+
+
+class Words(Toy):
+    main_input_name = "input_ids"
+
+
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"module": lambda x: x}, r"given function; for two functions use .*from_parts"),
+    ({"module": seeded(WithLabels)}, "also asks for labels"),
+    ({"module": seeded(Words)}, "takes 'input_ids' first"),
+    ({"module": toy().to("meta")}, r"on the 'meta' device.*load its weights"),
+    ({"layer": nn.ReLU()}, r"a ReLU, is not part of the Toy"),
+    ({"layer": 3}, "neither a name nor a module"),
+    ({"trunk": nn.Identity()}, "trunk= was given without head="),
+    ({"head": "linear"}, "head is str; expected something to call"),
+    ({"normalize": "yes"}, "normalize='yes'; give True or False"),
+    ({"channels_last": 1}, "channels_last=1"),
+    ({"name": 3}, "name=3"),
+    ({"autocast": torch.int8}, r"autocast=torch\.int8; give torch\.bfloat16"),
+    ({"device": "gpu"}, "device='gpu' is no torch device"),
+    ({"device": "meta"}, "device='meta' was given, but the network is on 'cpu'"),
+    ({"input_size": 32}, "input_size = 32; give"),
+    ({"layout": "khw"}, r"layout = 'khw' is unknown; .*known: auto, bkhw, bhwk, btk"),
+    ({"grid": "7x7"}, "grid = '7x7'; give"),
+    ({"grid": (0, 3)}, r"grid = \(0, 3\); give"),
+    ({"prefix_tokens": 1.5}, r"prefix_tokens = 1\.5"),
+    ({"prefix_tokens": -1}, "prefix_tokens = -1; give a whole"),
+    ({"output": 1.5}, r"output=1.5 cannot choose"),
+    ({"preprocess": 3}, "expected a transform, given 3"),
+    ({"preprocess": Preprocess}, "given the class Preprocess; give an instance"),
+    ({"preprocess": lambda picture: picture.nothing}, "failed with AttributeError.*nothing"),
+    ({"preprocess": lambda picture: torch.rand(3, 8, 8)}, "another input each time"),
+]
+
+
+@pytest.mark.parametrize(("changed", "message"), OPTIONS)
+def test_options_that_cannot_be_used(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises((InputError, NetworkError), match=message):
+        EmbeddingNetwork(**{"module": toy(), "layer": "relu", **changed})
 
 
 def test_parameters_made_in_inference_mode_are_refused_for_gradients() -> None:

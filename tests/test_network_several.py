@@ -1,4 +1,4 @@
-"""One run tapped at several layers: its derivatives, what it refuses, what it leaves behind."""
+"""One run hooked at several layers: its derivatives, what it refuses, what it leaves behind."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from test_network import assert_same_state, relative, state_of
 from torch import Tensor, nn
 from torchvision import models
-from toys import VIT_LAYER, images, seeded, small_vit, toy
+from toys import VIT_LAYER, by_full_autograd, images, seeded, small_vit, toy
 
 from embedcam.errors import InputError, NetworkError
 from embedcam.network import EmbeddingNetwork, several_pass
@@ -38,30 +38,6 @@ class Stages(nn.Module):
         return self.linear(self.act(self.three(b)).mean((2, 3)))
 
 
-def network(module: nn.Module, layer: str = "three", **settings: Any) -> EmbeddingNetwork:
-    return EmbeddingNetwork(module, layer, **settings)
-
-
-def by_full_autograd(
-    module: nn.Module, layers: list[str], x: Tensor, c: Tensor
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and dy/dA of each layer: every parameter differentiable, retained from the input on."""
-    kept: dict[str, Tensor] = {}
-    handles = [
-        module.get_submodule(name).register_forward_hook(
-            lambda _, __, output, name=name: kept.setdefault(name, output).clone()
-        )
-        for name in layers
-    ]
-    z = module(x.clone().requires_grad_())
-    for handle in handles:
-        handle.remove()
-    found = torch.autograd.grad(z, [kept[name] for name in layers], c)
-    return {
-        name: (kept[name].detach(), gradient) for name, gradient in zip(layers, found, strict=True)
-    }
-
-
 ORDERS = [["one", "two", "three"], ["three", "one"], ["two"], ["side", "one", "three"]]
 
 
@@ -72,7 +48,7 @@ def test_each_layer_has_the_gradient_of_full_autograd(layers: list[str], frozen:
     expected = by_full_autograd(module, layers, x, c)
     module.requires_grad_(not frozen)
     z = module(x).detach()
-    with several_pass(network(module), x, layers) as made:
+    with several_pass(EmbeddingNetwork(module, "three"), x, layers) as made:
         assert made.layers == layers
         gradients = made.vjp(c)
         for name, A, G in zip(layers, made.activations, gradients, strict=True):
@@ -95,7 +71,7 @@ def test_a_block_and_a_layer_inside_it() -> None:
     x, c = images(1, 64, 64).double(), torch.randn(1, 4).double()
     layers = ["layer2", "layer2.1", "layer2.0.conv1", "layer4"]
     expected = by_full_autograd(module, layers, x, c)
-    with several_pass(network(module, "layer4"), x, layers) as made:
+    with several_pass(EmbeddingNetwork(module, "layer4"), x, layers) as made:
         for name, G in zip(layers, made.vjp(c), strict=True):
             assert relative(G, expected[name][1]) < 1e-10
         assert made.depth == [2, 1, 0, 3]
@@ -117,45 +93,44 @@ def test_what_is_refused_leaves_no_hook(layers: Any, error: type[Exception], mes
     module = seeded(Stages)
     before = state_of(module)
     with pytest.raises(error, match=message):
-        several_pass(network(module), images(), layers)
+        several_pass(EmbeddingNetwork(module, "three"), images(), layers)
     assert_same_state(before, state_of(module))
 
 
 @pytest.mark.parametrize("layers", [["off"], ["off", "one"]])
 def test_a_layer_that_reaches_nothing_is_named(layers: list[str]) -> None:
     with (
-        several_pass(network(seeded(Stages)), images(), layers) as made,
+        several_pass(EmbeddingNetwork(seeded(Stages), "three"), images(), layers) as made,
         pytest.raises(NetworkError, match="'off' never reaches the embedding"),
     ):
         made.vjp(torch.ones(2, 4))
 
 
-def test_networks_that_cannot_be_tapped_or_differentiated() -> None:
+def test_networks_without_other_layers_or_gradients() -> None:
     parts = EmbeddingNetwork.from_parts(nn.Conv2d(3, 4, 1), lambda a: a.mean((2, 3)))
-    with pytest.raises(NetworkError, match="no layer 'one'"):
-        several_pass(parts, images(), ["one"])
-    with pytest.raises(NetworkError, match="given as trunk and head, so no other layer"):
-        several_pass(parts, images(), ["trunk"])
     with torch.inference_mode():
-        module = toy()
-    with pytest.raises(NetworkError, match=r"made inside torch\.inference_mode"):
-        several_pass(EmbeddingNetwork(module, "relu"), images(), ["relu"])
+        constant = EmbeddingNetwork(toy(), "relu")
+    for network, layer, message in (
+        (parts, "one", "no layer 'one'"),
+        (parts, "trunk", "given as trunk and head, so no other layer"),
+        (constant, "relu", r"made inside torch\.inference_mode"),
+    ):
+        with pytest.raises(NetworkError, match=message):
+            several_pass(network, images(), [layer])
 
 
-def test_patch_tokens_that_reach_nothing_are_refused() -> None:
-    module = seeded(small_vit)
+@pytest.mark.parametrize("kind", [None, torch.float16])
+def test_patch_tokens_that_reach_nothing_are_refused(kind: torch.dtype | None) -> None:
     last, x = "encoder.layers.encoder_layer_2", images(1, 64, 64)
-    built = EmbeddingNetwork(module, VIT_LAYER)
+    network = EmbeddingNetwork(seeded(small_vit), VIT_LAYER, autocast=kind)
     said = rf"patch tokens of layer '{last}' never reach.*before its attention, '{VIT_LAYER}'"
-    for kind in (None, torch.float16):
-        built = EmbeddingNetwork(module, VIT_LAYER, autocast=kind)
-        for layers in ([last], ["conv_proj", last], [last, VIT_LAYER]):
-            with several_pass(built, x, layers) as made, pytest.raises(NetworkError, match=said):
-                made.vjp(torch.randn(1, 10))
-        # Where the cotangent says nothing, zeros are the answer.
-        with several_pass(built, x, ["conv_proj", VIT_LAYER]) as made:
-            assert not any(gradient.any() for gradient in made.vjp(torch.zeros(1, 10)))
-            assert all(bool(gradient.any()) for gradient in made.vjp(torch.randn(1, 10)))
+    for layers in ([last], ["conv_proj", last], [last, VIT_LAYER]):
+        with several_pass(network, x, layers) as made, pytest.raises(NetworkError, match=said):
+            made.vjp(torch.randn(1, 10))
+    # Where the cotangent says nothing, zeros are the answer.
+    with several_pass(network, x, ["conv_proj", VIT_LAYER]) as made:
+        assert not any(gradient.any() for gradient in made.vjp(torch.zeros(1, 10)))
+        assert all(bool(gradient.any()) for gradient in made.vjp(torch.randn(1, 10)))
 
 
 def test_tokens_are_read_as_grids() -> None:

@@ -97,6 +97,11 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def places(served: Path) -> dict[str, str]:
+    names = {"index": "my.index", "network": "network.onnx", "query": "query.png"}
+    return {what: str(served / name) for what, name in names.items()}
+
+
 def test_the_requirements_are_few_and_those_of_the_package() -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     project = tomllib.loads(text)["project"]
@@ -149,13 +154,7 @@ assert not {"torch", "scipy", "matplotlib"} & set(sys.modules)
 
 
 def test_a_query_is_explained_and_drawn_without_anything_else(served: Path, tmp_path: Path) -> None:
-    done = alone(
-        EXPLAIN,
-        index=str(served / "my.index"),
-        network=str(served / "network.onnx"),
-        query=str(served / "query.png"),
-        out=str(tmp_path / "why.png"),
-    )
+    done = alone(EXPLAIN, **places(served), out=str(tmp_path / "why.png"))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     told = json.loads(done.stdout)
@@ -239,13 +238,7 @@ assert not {"torch", "scipy", "matplotlib"} & set(sys.modules)
 
 
 def test_the_example_is_a_service_without_torch(served: Path) -> None:
-    done = alone(
-        SERVE,
-        example=str(ROOT / "examples" / "onnx_service.py"),
-        index=str(served / "my.index"),
-        network=str(served / "network.onnx"),
-        query=str(served / "query.png"),
-    )
+    done = alone(SERVE, **places(served), example=str(ROOT / "examples" / "onnx_service.py"))
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     few, none, odd, empty, lost, usual = json.loads(done.stdout)
     with Index.open(served / "my.index") as index:

@@ -257,11 +257,12 @@ def identity_node(source: str, target: str) -> Any:
 
 
 SHAPE = ["n", 3, 8, 8]
+IN, OUT = [("images", SHAPE)], [("activations", SHAPE)]
 
 
 def external() -> onnx.ModelProto:
-    model = model_of([identity_node("w", "activations")], [("images", SHAPE)],
-                     [("activations", None), ("embedding", None)])  # fmt: skip
+    outputs = [("activations", None), ("embedding", None)]
+    model = model_of([identity_node("w", "activations")], IN, outputs)
     tensor = model.graph.initializer.add()
     tensor.name, tensor.data_type, tensor.data_location = "w", 1, TensorProto.EXTERNAL
     tensor.dims.extend([2])
@@ -271,42 +272,35 @@ def external() -> onnx.ModelProto:
     return model
 
 
-def bomb() -> onnx.ModelProto:
-    size = helper.make_tensor("size", TensorProto.INT64, [1], [1 << 44])
-    model = model_of([helper.make_node("ConstantOfShape", ["size"], ["activations"])],
-                     [("images", SHAPE)], [("activations", ["m"])])  # fmt: skip
-    model.graph.initializer.append(size)
-    return model
+def two_inputs() -> onnx.ModelProto:
+    nodes = [identity_node("a", "activations"), identity_node("b", "embedding")]
+    inputs = [("a", SHAPE), ("b", ["n", 5])]
+    return model_of(nodes, inputs, [("activations", SHAPE), ("embedding", ["n", 5])])
 
 
-HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
+def one_node(*node: Any, kind: int = TensorProto.FLOAT, **attributes: Any) -> onnx.ModelProto:
+    return model_of([helper.make_node(*node, **attributes)], IN, OUT, kind=kind)
+
+
+HOSTILE: dict[str, tuple[Callable[[], bytes | onnx.ModelProto], str]] = {
     "empty": (lambda: b"", "has 0 bytes"),
     "text": (lambda: b"hello" * 100, "cannot read it ("),
     "cut": (lambda: pooled_model(network_of()).SerializeToString()[:700], "cannot read it"),
-    "unknown operator": (
-        lambda: model_of([helper.make_node("Evil", ["images"], ["activations"])],
-                         [("images", SHAPE)], [("activations", SHAPE)]).SerializeToString(),
-        "cannot read it",
-    ),
-    "data elsewhere": (lambda: external().SerializeToString(), "keeps numbers in other files"),
+    "unknown operator": (lambda: one_node("Evil", ["images"], ["activations"]), "cannot read it"),
+    "data elsewhere": (external, "keeps numbers in other files"),
     "two inputs": (
-        lambda: model_of([identity_node("a", "activations"), identity_node("b", "embedding")],
-                         [("a", SHAPE), ("b", ["n", 5])],
-                         [("activations", SHAPE), ("embedding", ["n", 5])]).SerializeToString(),
+        two_inputs,
         "its inputs are a tensor(float) ['n', 3, 8, 8], b tensor(float) ['n', 5]; expected one",
     ),
     "half precision": (
-        lambda: model_of([helper.make_node("Cast", ["images"], ["activations"], to=1)],
-                         [("images", SHAPE)], [("activations", SHAPE)],
-                         kind=TensorProto.FLOAT16).SerializeToString(),
+        lambda: one_node("Cast", ["images"], ["activations"], to=1, kind=TensorProto.FLOAT16),
         "its inputs are images tensor(float16)",
     ),
     "one output": (
-        lambda: model_of([identity_node("images", "activations")], [("images", SHAPE)],
-                         [("activations", SHAPE)]).SerializeToString(),
+        lambda: one_node("Identity", ["images"], ["activations"]),
         "its outputs are activations (4 dimensions); expected activations [B K H W] and embedding",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -315,7 +309,8 @@ def test_files_that_are_no_network(
 ) -> None:
     make, message = HOSTILE[name]
     path = tmp_path / "network.onnx"
-    path.write_bytes(make())
+    model = make()
+    path.write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
     with pytest.raises(NetworkError) as caught:
         OnnxNetwork(path)
     said = str(caught.value)
@@ -327,24 +322,42 @@ def test_files_that_are_no_network(
 
 
 def test_places_that_hold_no_file(tmp_path: Path) -> None:
-    with pytest.raises(NetworkError, match=r"there is no such ONNX file .*; write it with `embed"):
-        OnnxNetwork(tmp_path / "none.onnx")
-    with pytest.raises(NetworkError, match="is not a regular file"):
-        OnnxNetwork(tmp_path)
     os.mkfifo(tmp_path / "pipe.onnx")
-    with pytest.raises(NetworkError, match="is not a regular file"):
-        OnnxNetwork(tmp_path / "pipe.onnx")
-    with pytest.raises(InputError, match="is not a path"):
-        OnnxNetwork("a\0b")
-    with pytest.raises(InputError, match="expected the path of an ONNX file, given int"):
-        OnnxNetwork(5)  # type: ignore[arg-type]
+    for path, error, message in (
+        (
+            tmp_path / "none.onnx",
+            NetworkError,
+            r"there is no such ONNX file .*; write it with `emb",
+        ),
+        (tmp_path, NetworkError, "is not a regular file"),
+        (tmp_path / "pipe.onnx", NetworkError, "is not a regular file"),
+        ("a\0b", InputError, "is not a path"),
+        (5, InputError, "expected the path of an ONNX file, given int"),
+    ):
+        with pytest.raises(error, match=message):
+            OnnxNetwork(path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        *(({"threads": n}, "from 1 to 1,024") for n in (0, -1, 1.5, True, "two", 5000)),
+        *(({"providers": p}, "has: .*CPUExec") for p in ("CPUExecutionProvider", [], ["Quantum"])),
+    ],
+)
+def test_settings_that_cannot_be_used(file: Path, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        OnnxNetwork(file, **given)
 
 
 def test_a_network_that_asks_for_all_memory_fails_in_words(tmp_path: Path) -> None:
-    model = bomb()
-    model.graph.node.append(helper.make_node("Flatten", ["images"], ["embedding"]))
-    value = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["n", 192])
-    model.graph.output.append(value)
+    nodes = [
+        helper.make_node("ConstantOfShape", ["size"], ["activations"]),
+        helper.make_node("Flatten", ["images"], ["embedding"]),
+    ]
+    model = model_of(nodes, IN, [("activations", ["m"]), ("embedding", ["n", 192])])
+    size = helper.make_tensor("size", TensorProto.INT64, [1], [1 << 44])
+    model.graph.initializer.append(size)
     path = save(model, tmp_path / "bomb.onnx")
     with pytest.raises(NetworkError, match=r"ONNX Runtime cannot (run|read) it.*memory"):
         OnnxNetwork(path).embed(IMAGES[:, :, :8, :8])
@@ -393,18 +406,6 @@ def test_images_that_are_none(file: Path, images: Any, message: str) -> None:
         OnnxNetwork(file).embed(images)
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "two", 5000])
-def test_threads_that_are_none(file: Path, threads: Any) -> None:
-    with pytest.raises(InputError, match=r"threads = .*; give a whole number from 1 to 1,024"):
-        OnnxNetwork(file, threads=threads)
-
-
-@pytest.mark.parametrize("providers", ["CPUExecutionProvider", [], ["Quantum"]])
-def test_providers_that_are_none(file: Path, providers: Any) -> None:
-    with pytest.raises(InputError, match=r"give a list of those this onnxruntime has: .*CPUExec"):
-        OnnxNetwork(file, providers=providers)
-
-
 def test_without_onnxruntime_it_says_what_to_install(
     file: Path, index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,36 +425,22 @@ def test_a_description_comes_back(network: EmbeddingNetwork) -> None:
 
 
 def test_a_graph_that_does_not_end_is_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    network: EmbeddingNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embedcam.onnx.network.PROBE_SECONDS", 0.2)
-    path = tmp_path / "endless.onnx"
-    helped = helper.make_node
-    body = helper.make_graph(
-        [helped("Identity", ["go"], ["on"]), helped("Identity", ["x"], ["y"])],
-        "body",
-        [
-            helper.make_tensor_value_info("n", TensorProto.INT64, []),
-            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, None),
-        ],
-        [
-            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("y", TensorProto.FLOAT, None),
-        ],
-    )
-    path.write_bytes(
-        model_of(
-            [
-                helped("Constant", [], ["always"], value=helper.make_tensor("a", 9, [], [True])),
-                helped("Loop", ["", "always", "images"], ["activations"], body=body),
-                helped("GlobalAveragePool", ["activations"], ["p"]),
-                helped("Flatten", ["p"], ["embedding"]),
-            ],
-            [("images", SHAPE)],
-            [("activations", SHAPE), ("embedding", ["n", 3])],
-        ).SerializeToString()
-    )
-    network = OnnxNetwork(path)
+    node, value = helper.make_node, helper.make_tensor_value_info
+    go, on = (value(name, TensorProto.BOOL, []) for name in ("go", "on"))
+    x, y = (value(name, TensorProto.FLOAT, None) for name in ("x", "y"))
+    again = [identity_node("go", "on"), identity_node("x", "y")]
+    body = helper.make_graph(again, "body", [value("n", TensorProto.INT64, []), go, x], [on, y])
+    nodes = [
+        node("Constant", [], ["always"], value=helper.make_tensor("a", 9, [], [True])),
+        node("Loop", ["", "always", "images"], ["activations"], body=body),
+        node("GlobalAveragePool", ["activations"], ["p"]),
+        node("Flatten", ["p"], ["embedding"]),
+    ]
+    outputs = [("activations", SHAPE), ("embedding", ["n", 3])]
+    model = model_of(nodes, [("images", SHAPE)], outputs, props=described(network))
+    endless = OnnxNetwork(save(model, tmp_path / "endless.onnx"), preprocess=Preprocess((8, 8)))
     with pytest.raises(NetworkError, match=r"was not at its end after 0\.2 s on the probe picture"):
-        network._identity({})
+        endless.identity()

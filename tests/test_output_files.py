@@ -11,7 +11,7 @@ from PIL import Image
 from embedcam._files import fresh, write_whole
 from embedcam.errors import InputError
 from embedcam.explain.drawing import save_picture
-from embedcam.offline.scratch import Scratch
+from embedcam.offline.checkpoint import Checkpoint
 
 
 def test_what_a_link_leads_to_is_replaced(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
 
 def test_an_array_of_unfinished_work_is_not_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
-    scratch = Scratch(tmp_path / "s", "k")
+    scratch = Checkpoint(tmp_path / "s", "k")
     (tmp_path / "s" / "sums.array").symlink_to(tmp_path / "mine")
     np.testing.assert_array_equal(scratch.array("sums", "f4", (2, 3)), 0)
     assert (tmp_path / "mine").read_text() == "kept"
@@ -54,3 +54,15 @@ def test_a_full_disk_leaves_the_picture_that_was_there(
         fresh(tmp_path / "other"),
     ):
         pass
+
+
+def test_rights_stay_and_a_pipe_is_written_into(tmp_path: Path) -> None:
+    (tmp_path / "numbers.csv").touch(0o640)
+    (tmp_path / "numbers.csv").chmod(0o640)
+    write_whole(tmp_path / "numbers.csv", "1")
+    assert (tmp_path / "numbers.csv").stat().st_mode & 0o777 == 0o640
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "pipe", "1,2")
+    assert os.read(reader, 9) == b"1,2"
+    os.close(reader)

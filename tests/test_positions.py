@@ -30,8 +30,8 @@ from embedcam.errors import IndexFormatError, InputError, RecipeError
 from embedcam.evaluate import evaluate_index
 from embedcam.index import verify
 from embedcam.index.encoding import ByPosition, fit_by_position, from_spec
-from embedcam.offline.classes import label_codes
 from embedcam.offline.cotangents import AnchorCotangents
+from embedcam.offline.triplets import label_codes
 from embedcam.ops import signed_cam, signed_cams
 from embedcam.prototypes import compress
 from embedcam.report import write_report
@@ -43,9 +43,7 @@ KINDS = ["flattening", "depthwise"]
 N = 48
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +55,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source = pictures(folder / "photos", n=N)
         build_index(source, toy("depthwise").network, folder / "index", POSITIONS, progress=False)
     return folder
-
-
-# --- the weights themselves ---
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,9 +147,6 @@ def test_a_map_by_position_is_the_sum_over_channels_at_each() -> None:
     np.testing.assert_allclose(torched, expected, rtol=1e-5)
     with pytest.raises(InputError, match="weights by position of the activations' own shape"):
         signed_cam(weights[:, :, :1], both)
-
-
-# --- an index of them ---
 
 
 def test_neighbors_weights_of_length_one_are_averaged_and_draw_the_query(built: Path) -> None:
@@ -291,9 +283,6 @@ def test_an_evaluation_keeps_to_inputs_of_one_size(built: Path) -> None:
     assert any(
         "weights by position, for inputs of one size" in one for one in found.summary["notes"]
     )
-
-
-# --- the format ---
 
 
 def test_an_index_that_says_something_impossible_of_positions_is_refused(tmp_path: Path) -> None:

@@ -115,22 +115,22 @@ def test_birds(script: ModuleType, birds: Path, tmp_path: Path) -> None:
         (["002"], ["002.Auklet"]),
         (["001-002"], ["001.Albatross", "002.Auklet"]),
         (["003.Bobolink", "001"], ["001.Albatross", "003.Bobolink"]),
+        (["@classes.txt"], ["002.Auklet", "003.Bobolink"]),
     ],
 )
 def test_classes(
-    script: ModuleType, birds: Path, tmp_path: Path, wanted: list[str], labels: list[str]
+    script: ModuleType,
+    birds: Path,
+    tmp_path: Path,
+    wanted: list[str],
+    labels: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    Path("classes.txt").write_text("002\n\n003.Bobolink\n")
     assert script.main(["birds", str(birds.parent), str(out), "--quiet", "--classes", *wanted]) == 0
     assert [row["label"] for row in table(out)] == labels
-
-
-def test_classes_from_a_file(script: ModuleType, birds: Path, tmp_path: Path) -> None:
-    names, out = tmp_path / "classes.txt", tmp_path / "out"
-    names.write_text("002\n\n003.Bobolink\n")
-    arguments = ["birds", str(birds), str(out), "--quiet", "--classes", f"@{names}"]
-    assert script.main(arguments) == 0
-    assert [row["label"] for row in table(out)] == ["002.Auklet", "003.Bobolink"]
 
 
 def test_objects(script: ModuleType, objects: Path, tmp_path: Path) -> None:
@@ -208,10 +208,3 @@ def test_an_unreadable_picture_is_named(
     message = fails(script, capsys, "birds", birds, tmp_path / "out")
     assert "b_1.jpg: cannot be read as an image" in message
     assert not (tmp_path / "out" / "annotations.csv").exists()
-
-
-def test_help_has_examples(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        script.main(["--help"])
-    assert exit_.value.code == 0
-    assert "examples:" in capsys.readouterr().out

@@ -160,15 +160,6 @@ def test_settings_that_cannot_be_used(settings, message):
         Preprocess(**settings)
 
 
-def test_only_rgb_pictures():
-    with pytest.raises(InputError, match=r"given L; read it with embedcam.images.read_image"):
-        Preprocess()(Image.new("L", (4, 4)))
-    with pytest.raises(InputError, match="given ndarray"):
-        Preprocess()(np.zeros((4, 4, 3), dtype=np.uint8))
-    with pytest.raises(InputError, match="0 x 4 pixels has no extent"):
-        Preprocess().extent(0, 4)
-
-
 def test_dict_round_trip_through_json():
     ours = Preprocess((224, 160), "crop", 240, "bicubic", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     restored = Preprocess.from_dict(json.loads(json.dumps(ours.to_dict())))
@@ -189,10 +180,6 @@ def test_dict_round_trip_through_json():
 def test_dicts_that_cannot_be_used(change, message):
     with pytest.raises(InputError, match=message):
         Preprocess.from_dict({**Preprocess().to_dict(), **change})
-    with pytest.raises(InputError, match="missing settings size, resize"):
-        Preprocess.from_dict({"interpolation": "bilinear"})
-    with pytest.raises(InputError, match="expected a table"):
-        Preprocess.from_dict([1])
 
 
 def test_custom_transforms():
@@ -248,15 +235,20 @@ def test_of_a_custom_transform_an_index_knows_the_name():
 
 
 def test_custom_wrappers_that_cannot_be_used():
-    with pytest.raises(InputError, match="expected a transform"):
-        from_transform(3)
-    with pytest.raises(InputError, match="name is ''"):
-        custom(lambda image: image, name="")
-    with pytest.raises(InputError, match="expected a function"):
-        CustomPreprocess(3, "three")
     upside_down = custom(lambda image: image, extent=lambda width, height: (0, height, width, 0))
-    with pytest.raises(InputError, match="expected x0 < x1 and y0 < y1"):
-        upside_down.extent(4, 4)
+    for call, message in (
+        (lambda: from_transform(3), "expected a transform"),
+        (lambda: custom(lambda image: image, name=""), "name is ''"),
+        (lambda: CustomPreprocess(3, "three"), "expected a function"),
+        (lambda: upside_down.extent(4, 4), "expected x0 < x1 and y0 < y1"),
+        (lambda: Preprocess()(Image.new("L", (4, 4))), "given L; read it with embedcam.images"),
+        (lambda: Preprocess()(np.zeros((4, 4, 3), dtype=np.uint8)), "given ndarray"),
+        (lambda: Preprocess().extent(0, 4), "0 x 4 pixels has no extent"),
+        (lambda: Preprocess.from_dict({"interpolation": "box"}), "missing settings size, resize"),
+        (lambda: Preprocess.from_dict([1]), "expected a table"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
 
 
 @pytest.mark.parametrize("name", ["ColorJitter", "Pad"])

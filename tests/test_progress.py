@@ -21,18 +21,21 @@ def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "embedcam.progress"]
 
 
+def wait_for(caplog: pytest.LogCaptureFixture, line: str, times: int = 1) -> None:
+    for _ in range(200):
+        if lines_of(caplog).count(line) >= times:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{line!r} is not among {lines_of(caplog)}")
+
+
 def test_without_a_terminal_lines_are_logged_now_and_then(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.INFO)
-    expected = "embed: 1,032 of 4,000 images, 0 s"
     with progress_of("embed", 4_000, shown=None, done=1_000) as advance:
         advance(32)
-        for _ in range(200):  # one long step
-            if lines_of(caplog).count(expected) > 1:
-                break
-            time.sleep(0.01)
-    assert lines_of(caplog).count(expected) > 1
+        wait_for(caplog, "embed: 1,032 of 4,000 images, 0 s", times=2)  # in one long step
     assert capsys.readouterr() == ("", "")
     assert not [one for one in threading.enumerate() if one.name == "embedcam-progress"]
 
@@ -46,11 +49,7 @@ def test_what_is_not_counted_has_its_time(
     caplog.set_level(logging.INFO)
     with progress_of("tracing", total, "passes", shown=None) as advance:
         advance(7)
-        for _ in range(200):
-            if expected in lines_of(caplog):
-                break
-            time.sleep(0.01)
-    assert expected in lines_of(caplog)
+        wait_for(caplog, expected)
 
 
 def test_nothing_is_said_where_nothing_is_wanted(
@@ -82,7 +81,7 @@ def test_a_terminal_has_a_bar(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(progress, "_terminal", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with progress_of("embed", 3, shown=None) as advance:
         advance(3)
         time.sleep(0.05)
@@ -109,8 +108,4 @@ def test_without_tqdm_there_are_lines(
     caplog.set_level(logging.INFO)
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with progress_of("explain", 3, "queries", shown=True):
-        for _ in range(200):
-            if lines_of(caplog):
-                break
-            time.sleep(0.01)
-    assert lines_of(caplog)[0] == "explain: 0 of 3 queries, 0 s"
+        wait_for(caplog, "explain: 0 of 3 queries, 0 s")

@@ -18,8 +18,9 @@ from embedcam.errors import IndexFormatError, InputError
 from embedcam.index import PartData, append, compact, create, remove
 from embedcam.index import manifest as manifest_file
 from embedcam.index.encoding import LowRank, TopM
-from embedcam.prototypes import compress, fidelity, grouping, job, merging
-from embedcam.prototypes.grouping import Groups, group, sums_of_groups
+from embedcam.prototypes import compress, compression
+from embedcam.prototypes import groups as groups_module
+from embedcam.prototypes.groups import Groups, group, sums_of_groups
 
 KINDS = ["top-m", "low-rank", "embedding", "dense", "dense32"]
 
@@ -74,9 +75,6 @@ def merged_row(index: Index, members: np.ndarray) -> np.ndarray:
 
 def unit(vector: np.ndarray) -> np.ndarray:
     return vector / np.linalg.norm(vector)
-
-
-# --- what is merged ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,9 +227,6 @@ def test_several_layers(tmp_path: Path) -> None:
         assert why.ids[0] == "prototype-0003"
 
 
-# --- what is lost --------------------------------------------------------------------------------
-
-
 def literal_fidelity(
     index: Index, wanted: int, *, per_class: bool = False, seed: int = 0
 ) -> dict[str, Any]:
@@ -358,12 +353,12 @@ def test_one_image_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
 def test_the_sample_is_seeded_and_at_most_a_thousand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert fidelity.SAMPLE == 1000
-    assert fidelity.sample_rows(1000, 3).tolist() == list(range(1000))
-    assert len(set(fidelity.sample_rows(5000, 3).tolist())) == 1000
-    assert (np.diff(fidelity.sample_rows(5000, 3)) > 0).all()
-    assert fidelity.sample_rows(5000, 3).tolist() != fidelity.sample_rows(5000, 4).tolist()
-    monkeypatch.setattr(fidelity, "SAMPLE", 10)
+    assert compression.SAMPLE == 1000
+    assert compression.sample_rows(1000, 3).tolist() == list(range(1000))
+    assert len(set(compression.sample_rows(5000, 3).tolist())) == 1000
+    assert (np.diff(compression.sample_rows(5000, 3)) > 0).all()
+    assert compression.sample_rows(5000, 3).tolist() != compression.sample_rows(5000, 4).tolist()
+    monkeypatch.setattr(compression, "SAMPLE", 10)
     found = compress(clustered(tmp_path / "a"), tmp_path / "b", 5).compressed
     assert found["fidelity"]["images"] == 10
 
@@ -393,9 +388,6 @@ def test_members_that_cancel_are_stood_for_by_the_first(tmp_path: Path) -> None:
         assert small.paths[0] == made.paths[0]
 
 
-# --- how it is done ------------------------------------------------------------------------------
-
-
 def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     source = clustered(tmp_path / "a", n=60)
     for name, seed in (("b", 5), ("c", 5), ("d", 6)):
@@ -407,7 +399,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("full", [4e9, 0])
 def test_groups_are_those_of_k_means(full: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each vector is nearest to its own group's mean, and apart centres are told apart."""
-    monkeypatch.setattr(grouping, "_FULL", full)
+    monkeypatch.setattr(groups_module, "_FULL", full)
     rng = np.random.default_rng(0)
     which = rng.permutation(np.arange(90) % 3)
     vectors = (10 * np.eye(3)[which] + 0.1 * rng.standard_normal((90, 3))).astype(np.float32)
@@ -425,7 +417,7 @@ def test_groups_are_those_of_k_means(full: float, monkeypatch: pytest.MonkeyPatc
 def test_large_indexes_are_divided_batch_by_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grouping, "_FULL", 0)
+    monkeypatch.setattr(groups_module, "_FULL", 0)
     source = clustered(tmp_path / "a", n=60)
     for name in ("b", "c"):
         compress(source, tmp_path / name, 6)
@@ -439,9 +431,9 @@ def test_large_indexes_are_divided_batch_by_batch(
 def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = clustered(tmp_path / "a", n=60)
     compress(source, tmp_path / "b", 4)
-    monkeypatch.setattr(grouping, "_BLOCK_ROWS", 7)
-    monkeypatch.setattr(merging, "_ROWS", 3)
-    monkeypatch.setattr(fidelity, "_STEP", 4)
+    monkeypatch.setattr(groups_module, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(compression, "_ROWS", 3)
+    monkeypatch.setattr(compression, "_STEP", 4)
     compress(source, tmp_path / "c", 4)
     with Index.open(tmp_path / "b") as one, Index.open(tmp_path / "c") as other:
         np.testing.assert_allclose(one.weights(range(4)), other.weights(range(4)), rtol=1e-6)
@@ -453,7 +445,7 @@ def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 100])
 def test_sums_of_groups_are_a_loop_s(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouping, "_BLOCK_ROWS", rows)
+    monkeypatch.setattr(groups_module, "_BLOCK_ROWS", rows)
     rng = np.random.default_rng(4)
     groups = Groups(np.concatenate([[0, 1, 2, 3], rng.integers(0, 4, 19)]))
     values = rng.standard_normal((23, 3))
@@ -555,15 +547,12 @@ def test_bars_are_shown_where_asked_for(tmp_path: Path, capsys: pytest.CaptureFi
         assert f"{stage}: 100%" in told
 
 
-# --- what is refused -----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("wanted", "options", "message"),
     [
-        (0, {}, "prototypes = 0; give a whole number from 1 to 30, the number of images"),
+        (0, {}, "prototypes = 0; give a whole number from 1 to 30"),
         (-3, {}, "prototypes = -3; give a whole number from 1"),
-        (31, {}, "prototypes = 31; give a whole number from 1 to 30, the number of images"),
+        (31, {}, "prototypes = 31; give a whole number from 1 to 30"),
         (31, {"per_class": True}, "prototypes = 31; give"),
         (2.5, {}, "prototypes = 2.5; give a whole number"),
         (True, {}, "prototypes = True; give a whole number"),
@@ -655,9 +644,6 @@ def test_what_was_cut_short_is_done_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert everything(path) == everything(tmp_path / "c")
 
 
-# --- the manifest --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
@@ -704,10 +690,10 @@ def test_other_indexes_say_nothing_of_prototypes(tmp_path: Path) -> None:
 
 def test_ids_are_all_different() -> None:
     names = ["a", "a", "a/0001", None, "prototype-", "", None]
-    ids = job.ids_of(names, True)
+    ids = compression.ids_of(names, True)
     assert len(set(ids)) == len(ids)
     assert ids[3:] == ["prototype-0001", "prototype-/0001", "/0001", "prototype-0002"]
-    assert job.ids_of(names, False)[-1] == "prototype-0007"
+    assert compression.ids_of(names, False)[-1] == "prototype-0007"
 
 
 def test_torch_is_not_needed() -> None:

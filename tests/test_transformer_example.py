@@ -3,12 +3,12 @@
 import importlib.util
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toys import by_full_autograd
 
 pytest.importorskip("transformers")
 
@@ -26,41 +26,26 @@ def example() -> ModuleType:
     return module
 
 
-def inputs(network: Any) -> np.ndarray:
-    return network.probe_images(2)
-
-
-def full_autograd(network: Any, images: np.ndarray, cotangents: torch.Tensor) -> torch.Tensor:
-    kept = []
-
-    def keep(module: Any, arguments: Any, output: torch.Tensor) -> None:
-        output.retain_grad()
-        kept.append(output)
-
-    handle = network.module.get_submodule(network.layer).register_forward_hook(keep)
-    output = network.module(torch.from_numpy(images))
-    (output[network.output] * cotangents).sum().backward()
-    handle.remove()
-    network.module.zero_grad(set_to_none=True)
-    # The class token first, then 4 x 4 patches of 14 pixels.
-    return kept[0].grad[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_full_autograd(example: ModuleType, kind: str) -> None:
     network = example.random_network(kind)
-    images = inputs(network)
-    with network.head_pass(images) as made:
-        cotangents = torch.randn_like(made.features.embedding)
-        expected = full_autograd(network, images, cotangents)
+    x = network.probe_images(2)
+    with network.head_pass(x) as made:
+        c = torch.randn_like(made.features.embedding)
+        gradients = by_full_autograd(
+            network.module, [network.layer], torch.from_numpy(x), c, lambda o: o[network.output]
+        )
+        # The class token first, then 4 x 4 patches of 14 pixels.
+        raw = gradients[network.layer][1]
+        expected = raw[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
         assert float(expected.abs().max()) > 0
-        torch.testing.assert_close(made.vjp(cotangents), expected, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(made.vjp(c), expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_map_is_grad_cam_of_the_cosine_similarity(example: ModuleType, kind: str) -> None:
     network = example.random_network(kind)
-    query, other = inputs(network)
+    query, other = network.probe_images(2)
     found = example.explain(network, query, other)
 
     made = network.head_pass(query[None])
@@ -85,14 +70,14 @@ def test_patches_behind_the_last_attention_are_refused(example: ModuleType, kind
     last = network.layer.rpartition(".")[0]
     behind = EmbeddingNetwork(network.module, f"{last}.mlp", output=network.output)
     with pytest.raises(NetworkError, match=rf"before its attention, '{network.layer}'"):
-        behind.head_pass(inputs(network))
+        behind.head_pass(network.probe_images(2))
     unsaid = EmbeddingNetwork(network.module, network.layer)
     if network.output == "pooler_output":  # what is taken of its kind where nothing is said
-        expected = network.forward(inputs(network)).embedding
-        torch.testing.assert_close(unsaid.forward(inputs(network)).embedding, expected)
+        expected = network.forward(network.probe_images(2)).embedding
+        torch.testing.assert_close(unsaid.forward(network.probe_images(2)).embedding, expected)
         return
     with pytest.raises(NetworkError, match=rf"{network.output}.*; say which is the embedding"):
-        unsaid.forward(inputs(network))
+        unsaid.forward(network.probe_images(2))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -114,5 +99,5 @@ def test_the_program_writes_a_picture(
     assert not np.array_equal(np.asarray(Image.open(out)), first)  # other weights, another map
     assert "looks like" in capsys.readouterr().out
     loaded = example.load(tmp_path / "checkpoint")
-    images = inputs(network)
+    images = network.probe_images(2)
     assert torch.equal(loaded.forward(images).embedding, network.forward(images).embedding)

@@ -8,17 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedcam.errors import InputError, RecipeError
-from embedcam.offline.classes import alone, label_codes
+from embedcam.errors import InputError
 from embedcam.offline.triplets import (
     BLOCK,
     N_EXCLUDED,
     N_HARD,
     N_POSITIVES,
-    SAMPLINGS,
+    Triplets,
     TripletSampler,
     active,
-    given_triplets,
+    alone,
+    check_given,
+    label_codes,
     pairs_digest,
 )
 
@@ -53,9 +54,6 @@ def collections(draw) -> tuple[np.ndarray, list[int]]:
     if len(set(labels)) == 1:
         labels[draw(st.integers(0, n - 1))] += 1
     return points(n, draw(st.integers(0, 2**32 - 1))), labels
-
-
-# --- laws of every sampling ---
 
 
 @pytest.mark.parametrize("sampling", DRAWN)
@@ -171,9 +169,6 @@ def test_positives_and_negatives_are_drawn_independently(sampling) -> None:
     assert max(pairs.values()) - min(pairs.values()) < 6 * np.sqrt(4000 / 6)
 
 
-# --- determinism ---
-
-
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("sampling", DRAWN)
 def test_an_anchors_triplets_do_not_depend_on_its_company(sampling, labelled) -> None:
@@ -207,9 +202,6 @@ def test_blocks_of_anchors_have_draws_of_their_own() -> None:
     np.testing.assert_array_equal(part.negatives, whole.negatives[edges])
     # The same place in another block is not the same draw.
     assert (whole.negatives[0] != whole.negatives[BLOCK]).any()
-
-
-# --- without labels, and alone in a class ---
 
 
 def test_without_labels_the_near_are_positives_and_the_far_are_negatives() -> None:
@@ -273,9 +265,6 @@ def test_three_images_are_enough(sampling, labels) -> None:
         assert {a, *drawn.positives[a], *drawn.negatives[a]} == {0, 1, 2}
 
 
-# --- every triplet at once ---
-
-
 @settings(max_examples=40, deadline=None)
 @given(collections())
 def test_the_exact_mean_is_the_loop_over_every_triplet(given_) -> None:
@@ -333,9 +322,6 @@ def test_the_exact_mean_does_not_depend_on_its_company_or_a_large_offset() -> No
         np.testing.assert_allclose(2 * whole[a], wanted, atol=1e-6)
 
 
-# --- the hinge ---
-
-
 @settings(max_examples=40, deadline=None)
 @given(collections(), st.sampled_from([0.125, 0.5, 8.0]))
 def test_a_satisfied_hinge_is_not_counted(given_, margin) -> None:
@@ -352,12 +338,9 @@ def test_a_satisfied_hinge_is_not_counted(given_, margin) -> None:
 
 def test_a_hinge_exactly_at_its_border_is_satisfied() -> None:
     embeddings = np.array([[0.0], [1.0], [2.0]], np.float32)  # D = 1 and 4
-    triplets = given_triplets(np.array([0]), np.array([[[1, 2]], [[0, 2]], [[0, 1]]]), 3)
+    triplets = Triplets(*(np.array(rows) for rows in ([0], [[1]], [[2]])))
     assert active(triplets, embeddings, 3.0).tolist() == [[False]]
     assert active(triplets, embeddings, 3.25).tolist() == [[True]]
-
-
-# --- labels, given triplets, errors ---
 
 
 def test_labels_become_codes_and_missing_ones_classes_of_their_own() -> None:
@@ -388,14 +371,6 @@ def test_a_digest_tells_given_triplets_apart_and_not_their_type() -> None:
     assert pairs_digest(pairs) != pairs_digest(other)
 
 
-def test_given_triplets_are_taken_as_they_are() -> None:
-    pairs = np.array([[[1, 2], [2, 3]], [[0, 2], [0, 3]], [[3, 0], [3, 1]], [[2, 0], [2, 1]]])
-    got = given_triplets(np.array([2, 0]), pairs.astype(np.uint32), 4)
-    assert got.anchors.tolist() == [2, 0]
-    assert got.positives.tolist() == [[3, 3], [1, 2]]
-    assert got.negatives.tolist() == [[0, 1], [2, 3]]
-
-
 @pytest.mark.parametrize(
     ("pairs", "says"),
     [
@@ -411,10 +386,10 @@ def test_given_triplets_are_taken_as_they_are() -> None:
 )
 def test_given_triplets_that_cannot_be_used(pairs, says) -> None:
     with pytest.raises(InputError, match=says):
-        given_triplets(np.arange(4), pairs, 4)
+        check_given(pairs, 4)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", [*DRAWN, "all"])
 def test_a_single_class_gets_a_sentence(sampling) -> None:
     with pytest.raises(InputError) as caught:
         sampler(points(5), [3] * 5, sampling=sampling)
@@ -430,11 +405,3 @@ def test_a_single_class_gets_a_sentence(sampling) -> None:
 def test_too_few_images_get_a_sentence(n, labelled) -> None:
     with pytest.raises(InputError, match=rf"^{n} images are too few for triplets.*at least 3"):
         sampler(points(n), list(range(n)) if labelled else None)
-
-
-def test_other_errors_name_what_is_known() -> None:
-    known = "sampling 'easy' is unknown; use one of random, semihard, hard, all"
-    with pytest.raises(RecipeError, match=known):
-        sampler(points(5), [0, 0, 1, 1, 1], sampling="easy")
-    with pytest.raises(InputError, match="0 triplets an image: give at least 1"):
-        sampler(points(5), [0, 0, 1, 1, 1], n_triplets=0)

@@ -178,9 +178,6 @@ def test_what_a_forged_calibration_makes_overflow_is_still_a_share(changes: dict
     assert 0 <= low <= expected <= 1
 
 
-# --- fitting ---
-
-
 def known(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Evidence, a correlation that is a function of it with noise, and that function."""
     generator = np.random.default_rng(seed)
@@ -303,9 +300,6 @@ def test_a_fit_of_nothing_is_refused(n: int, change: str | None, message: str) -
     nearest = np.ones(n - (change == "fewer"))
     with pytest.raises(InputError, match=message):
         fit_calibration(seen, y, nearest, neighbors=5)
-
-
-# --- who explains whom ---
 
 
 @pytest.mark.parametrize("metric", ["l2", "ip"])

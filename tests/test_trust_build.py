@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build_samples import Toy, built, inputs, interrupt, opened, pictures, quicken, toy
+from build_samples import Toy, built, inputs, interrupt, opened, pictures, toy
 from test_index_corrupt import edit
 from test_trust import literal_correlation, literal_evidence, literal_trust
 
@@ -16,8 +16,9 @@ from embedcam import DirectWeights, Explainer, Index, Recipe, add_images, build_
 from embedcam.errors import ImageError, IndexFormatError, InputError, NetworkMismatch
 from embedcam.images import ImageSource
 from embedcam.index import remove
-from embedcam.index.neighbors import draw_negatives
-from embedcam.offline import calibrate_index, jobs
+from embedcam.index.search import draw_negatives
+from embedcam.offline import build as jobs
+from embedcam.offline import calibrate_index
 from embedcam.offline.trust import LEAST, fit_calibration, leave_out, sample_rows
 from embedcam.ops import cam, resize, sharpen, signed_cam
 
@@ -25,11 +26,6 @@ from embedcam.ops import cam, resize, sharpen, signed_cam
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> ImageSource:
     return pictures(tmp_path_factory.mktemp("photos"), n=48, classes=4)
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    quicken(monkeypatch)
 
 
 RECIPES = {
@@ -122,7 +118,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[np.ndarray, np.nda
         kept[neighbors] = (seen, agreed)
         return fit_calibration(seen, agreed, nearest, neighbors=neighbors, **more)
 
-    monkeypatch.setattr("embedcam.offline.calibrating.fit_calibration", fit)
+    monkeypatch.setattr("embedcam.offline.trust.fit_calibration", fit)
     return kept
 
 

@@ -55,3 +55,25 @@ def toy(wrap: Callable[[Tensor], Any] = lambda z: z) -> nn.Module:
 
 def images(batch: int = 2, height: int = 16, width: int = 16, seed: int = 3) -> Tensor:
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def by_full_autograd(
+    module: nn.Module,
+    layers: list[str],
+    x: Tensor,
+    c: Tensor,
+    embedding: Callable[[Any], Tensor] = lambda output: output,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and dy/dA of each layer: every parameter differentiable, retained from the input on."""
+    kept: dict[str, Tensor] = {}
+    handles = [
+        module.get_submodule(name).register_forward_hook(
+            lambda _, __, output, name=name: kept.setdefault(name, output).clone()
+        )
+        for name in layers
+    ]
+    z = embedding(module(x.clone().requires_grad_()))
+    for handle in handles:
+        handle.remove()
+    gradients = torch.autograd.grad(z, [kept[name] for name in layers], c)
+    return {name: (kept[name].detach(), g) for name, g in zip(layers, gradients, strict=True)}

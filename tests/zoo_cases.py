@@ -76,15 +76,7 @@ def trunk(signed: bool = False) -> nn.Sequential:
 
 @dataclass
 class Case:
-    """One network, one picture, one target.
-
-    Attributes:
-        network: what embedcam gets.
-        module: the whole, `features` then `head`, in float64.
-        image: `[3 12 18]` float64.
-        target: what embedcam gets.
-        scores: the target's triplets as plain functions of one embedding `[D]`; their mean is y.
-    """
+    """One network, one picture, one target; `scores` are the target's triplets, y their mean."""
 
     network: EmbeddingNetwork
     module: Any
@@ -135,15 +127,7 @@ def make(
     signed: bool = False,
     seed: int = 0,
 ) -> Case:
-    """A case.
-
-    Args:
-        head: "pooled" (average pooling + linear with bias) or "curved".
-        target: "similarity" (cosine), "dot", or "triplets" (three of them).
-        normalize: whether f = z / |z|.
-        signed: activations of both signs.
-        seed: of parameters and picture.
-    """
+    """A case with a "pooled" or "curved" head and a "similarity", "dot" or "triplets" target."""
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     module = nn.Sequential()

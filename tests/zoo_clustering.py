@@ -16,9 +16,6 @@ Array = np.ndarray
 Groups = list[list[int]]
 
 
-# --- clusters ---
-
-
 def partitions(n: int, k: int) -> Iterator[Groups]:
     """Every way to part 0 .. n - 1 into k groups, none of them empty."""
 
@@ -88,9 +85,6 @@ def parted(maps: Array, k: int, how: str, *, unit: bool = False) -> Groups:
     return [[seen[i] for i in group] for group in find(np.array(points), k)]
 
 
-# --- masks ---
-
-
 def blur(image: Array, size: int = 51, sigma: float = 50.0) -> Array:
     """Gaussian blur `[C H W]`, borders reflected; at most as far as the picture reaches."""
     out = image.astype(np.float64)
@@ -129,7 +123,11 @@ def percentile_cut(drawn: Array, percentile: float | None) -> Array:
     return np.where(drawn > limit, drawn, 0.0)
 
 
-# --- the methods ---
+def weighed(case: Case) -> tuple[Array, Array, Array]:
+    """A, Grad-CAM's alpha, and alpha_k A_k."""
+    A, G = case.gradient(case.image)
+    alpha = gradcam_weights(torch.from_numpy(G))
+    return A, alpha, np.array([alpha[k] * A[k] for k in range(len(A))])
 
 
 def groupcam(
@@ -138,11 +136,8 @@ def groupcam(
     groups: int = 32,
     clustering: str = "contiguous",
     percentile: float | None = 70.0,
-    bend: Callable[[float], float] = lambda gain: max(gain, 0.0),
 ) -> Expected:
-    A, G = case.gradient(case.image)
-    alpha = gradcam_weights(torch.from_numpy(G))
-    parts = np.array([alpha[k] * A[k] for k in range(len(A))])
+    A, alpha, parts = weighed(case)
     if clustering == "contiguous":
         size = math.ceil(len(A) / groups)
         members = [list(range(len(A)))[i : i + size] for i in range(0, len(A), size)]
@@ -155,7 +150,7 @@ def groupcam(
         H = percentile_cut(np.maximum(sum(parts[k] for k in group), 0.0), percentile)
         if is_flat(H):
             continue
-        gain = bend(seen_through(case, H, background) - base)
+        gain = max(seen_through(case, H, background) - base, 0.0)
         drawn += gain * H
         for k in group:
             weights[k] = gain * alpha[k]
@@ -170,11 +165,10 @@ def clustercam(
     view: str = "difference",
     weighing: str = "equal",
     fill: float = 0.0,
-    scale: Callable[[Array], Array] = min_max,
 ) -> Expected:
-    A, G = case.gradient(case.image)
+    A, _, _ = weighed(case)
     if weighing == "scored":
-        return scored_clustercam(case, A, G, n_clusters, clustering, view)
+        return scored_clustercam(case, n_clusters, clustering, view)
     groups = parted(A, n_clusters, clustering)
     if not groups:
         return Expected(np.zeros(len(A)), np.zeros(A.shape[1:]))
@@ -187,19 +181,16 @@ def clustercam(
         if view not in (role, "difference"):
             continue
         sign = 1.0 if view == role else sign
-        drawn += sign * scale(means[place])
+        drawn += sign * min_max(means[place])
         span = means[place].max() - means[place].min()
         for k in groups[place]:
             weights[k] += sign / (len(groups[place]) * span)
     return Expected(weights, np.maximum(drawn, 0.0))
 
 
-def scored_clustercam(
-    case: Case, A: Array, G: Array, n_clusters: int, clustering: str, view: str
-) -> Expected:
+def scored_clustercam(case: Case, n_clusters: int, clustering: str, view: str) -> Expected:
     """+v on the best group's mean, -(1 - v) on the worst's."""
-    alpha = gradcam_weights(torch.from_numpy(G))
-    parts = np.array([alpha[k] * A[k] for k in range(len(A))])
+    A, alpha, parts = weighed(case)
     groups = parted(parts, n_clusters, clustering)
     means = [sum(parts[k] for k in group) / len(group) for group in groups]
     scores = unit_gains(case, means)
@@ -226,9 +217,7 @@ def unit_gains(case: Case, means: list[Array]) -> list[float]:
 
 
 def cosinecam(case: Case, *, n_clusters: int = 8) -> Expected:
-    A, G = case.gradient(case.image)
-    alpha = gradcam_weights(torch.from_numpy(G))
-    parts = np.array([alpha[k] * A[k] for k in range(len(A))])
+    A, alpha, parts = weighed(case)
     groups = parted(parts, n_clusters, "kmeans", unit=True)
     means = [sum(parts[k] for k in group) / len(group) for group in groups]
     scores = unit_gains(case, means)
@@ -258,7 +247,6 @@ def polycam(
     layers: tuple[str, ...] = ("features.1", "features"),
     variant: str = "both",
     fill: float = 0.0,
-    local: bool = True,
     baseline: bool = True,
 ) -> Expected:
     """`layers` from the shallowest to the deepest."""
@@ -283,21 +271,18 @@ def polycam(
             }[variant]
         found[layer] = weights
         R = cam(weights, A)
-        P = R if P is None else sharpened(R, P, local)
+        P = R if P is None else sharpened(R, P)
     return Expected(map=P, layers=found)
 
 
-def sharpened(R: Array, P: Array, local: bool = True) -> Array:
+def sharpened(R: Array, P: Array) -> Array:
     """L(R) U(P), L(R) = R / U(D(R))."""
     finer = bilinear(P, *R.shape)
-    if not local:
-        return R * finer
     around = bilinear(bilinear(R, *P.shape), *R.shape)
     out = np.zeros(R.shape)
-    for i in range(R.shape[0]):
-        for j in range(R.shape[1]):
-            if around[i, j] > 0:
-                out[i, j] = R[i, j] / around[i, j] * finer[i, j]
+    for place in np.ndindex(R.shape):
+        if around[place] > 0:
+            out[place] = R[place] / around[place] * finer[place]
     return out
 
 

@@ -1,20 +1,20 @@
 """Oracles of the gradient methods: the papers' formulas as loops, in double precision."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from oracles import bilinear, min_max
+from oracles import cam as cam_map
 from torch import Tensor, nn
 from zoo_cases import Case, Expected
 
 Array = np.ndarray
 
 
-def mean_of(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
+def mean_of(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def cells(grid: Array) -> list[float]:
@@ -22,17 +22,7 @@ def cells(grid: Array) -> list[float]:
     return [float(value) for row in grid for value in row]
 
 
-def weighted_map(weights: Array, A: Array) -> Array:
-    """ReLU(sum_k w_k A_k), position by position."""
-    K, H, W = A.shape
-    out = np.zeros((H, W))
-    for i in range(H):
-        for j in range(W):
-            out[i, j] = max(sum(float(weights[k]) * float(A[k, i, j]) for k in range(K)), 0.0)
-    return out
-
-
-# --- methods of one gradient ---
+weighted_map = cam_map
 
 
 def cam(case: Case) -> Expected:
@@ -41,11 +31,8 @@ def cam(case: Case) -> Expected:
     z = case.head(A).detach().requires_grad_()
     (at_z,) = torch.autograd.grad(case.score(z), z)
     W = case.module.head.linear.weight.detach()
-    out = np.zeros(A.shape[0])
-    for k in range(A.shape[0]):
-        for d in range(len(at_z)):
-            out[k] += float(W[d, k]) * float(at_z[d])
-    return Expected(out)
+    pairs = [list(zip(column.tolist(), at_z.tolist(), strict=True)) for column in W.T]
+    return Expected(np.array([sum(w * c for w, c in column) for column in pairs]))
 
 
 def gradcam(case: Case) -> Expected:
@@ -118,17 +105,9 @@ def integrated_gradcam(case: Case, *, steps: int = 20, baseline: Tensor | None =
     return Expected(np.mean(alphas, axis=0), np.mean(maps, axis=0))
 
 
-# --- methods that weigh every position ---
-
-
 def product_map(A: Array, G: Array) -> Array:
     """ReLU(sum_k G A)."""
-    K, H, W = A.shape
-    out = np.zeros((H, W))
-    for i in range(H):
-        for j in range(W):
-            out[i, j] = max(sum(float(G[k, i, j] * A[k, i, j]) for k in range(K)), 0.0)
-    return out
+    return cam_map(np.ones(len(A)), A * G)
 
 
 def hirescam(case: Case) -> Expected:
@@ -182,9 +161,6 @@ def zoomcam(case: Case, *, layers: Sequence[str] | None = None) -> Expected:
     return Expected(map=np.max([bilinear(M, *size) for M in maps], axis=0))
 
 
-# --- methods that go back to the pixels ---
-
-
 def _back_through(module: nn.Module, x: Tensor, gradient: Tensor) -> Tensor:
     """Vector times Jacobian of one layer at x, guided where it is a ReLU (eq. in section 3.4)."""
     if isinstance(module, nn.ReLU):
@@ -207,12 +183,7 @@ def guided_backprop(case: Case) -> Expected:
     gradient = torch.from_numpy(G)[None]
     for stage, before in zip(reversed(stages), reversed(inputs), strict=True):
         gradient = _back_through(stage, before, gradient)
-    C, H, W = gradient.shape[1:]
-    out = np.zeros((H, W))
-    for i in range(H):
-        for j in range(W):
-            out[i, j] = sum(float(gradient[0, c, i, j]) for c in range(C))
-    return Expected(map=out)
+    return Expected(map=np.sum([one.numpy() for one in gradient[0]], axis=0))
 
 
 def guided_gradcam(case: Case) -> Expected:

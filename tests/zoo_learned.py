@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,6 @@ from embedcam import EmbeddingNetwork
 from embedcam.methods.learned import ABNetwork, LFINetwork
 
 Array = np.ndarray
-
-
-# --- networks to ask ---------------------------------------------------------
 
 
 class LFICase(Case):
@@ -57,20 +55,10 @@ def abn_module(signed: bool = False) -> ABNetwork:
     return ABNetwork(trunk(signed), stage, Pooled(), 6, 4)
 
 
-def lfi_case(target: str = "similarity", **choices: Any) -> Case:
-    """As `zoo_cases.make`, with the network of LFI-CAM."""
-    return _case(LFICase, lfi_module, target, **choices)
-
-
-def abn_case(target: str = "similarity", **choices: Any) -> Case:
-    """As `zoo_cases.make`, with the network of ABN."""
-    return _case(ABNCase, abn_module, target, **choices)
-
-
-CASES: dict[str, Callable[..., Case]] = {"lficam": lfi_case, "abn": abn_case}
-
-
-def _case(kind: type[Case], build: Callable[[bool], Any], target: str, **choices: Any) -> Case:
+def case_of(
+    kind: type[Case], build: Callable[[bool], Any], target: str = "similarity", **choices: Any
+) -> Case:
+    """As `zoo_cases.make`, with a network of the method."""
     case = make("pooled", target, **choices)
     seed, signed = choices.get("seed", 0), choices.get("signed", False)
     module = lively(lambda: build(signed), seed).double()
@@ -78,6 +66,10 @@ def _case(kind: type[Case], build: Callable[[bool], Any], target: str, **choices
         module, "trunk", normalize=case.network.normalize, input_size=(12, 18)
     )
     return kind(network, module, case.image, case.target, case.scores)
+
+
+lfi_case, abn_case = partial(case_of, LFICase, lfi_module), partial(case_of, ABNCase, abn_module)
+CASES: dict[str, Callable[..., Case]] = {"lficam": lfi_case, "abn": abn_case}
 
 
 def lively(build: Callable[[], nn.Module], seed: int = 0) -> Any:
@@ -96,17 +88,9 @@ def lively(build: Callable[[], nn.Module], seed: int = 0) -> Any:
     return module
 
 
-# --- the formulas ------------------------------------------------------------
-
-
 def grey(image: Array) -> Array:
     """Mean over channels of an input `[C H W]`."""
-    channels, height, width = image.shape
-    out = np.zeros((height, width))
-    for i in range(height):
-        for j in range(width):
-            out[i, j] = sum(image[c, i, j] for c in range(channels)) / channels
-    return out
+    return sum(list(image)) / len(image)
 
 
 def convolution(x: Array, layer: nn.Conv2d, stride: int = 1) -> Array:
@@ -115,22 +99,14 @@ def convolution(x: Array, layer: nn.Conv2d, stride: int = 1) -> Array:
     outputs, inputs, reach, _ = weight.shape
     pad = layer.padding[0]
     _, height, width = x.shape
-    rows, columns = (
-        (height + 2 * pad - reach) // stride + 1,
-        (width + 2 * pad - reach) // stride + 1,
-    )
+    rows, columns = ((side + 2 * pad - reach) // stride + 1 for side in (height, width))
     out = np.zeros((outputs, rows, columns))
-    for o in range(outputs):
-        for i in range(rows):
-            for j in range(columns):
-                total = 0.0 if layer.bias is None else float(layer.bias[o].detach())
-                for c in range(inputs):
-                    for u in range(reach):
-                        for v in range(reach):
-                            y, z = i * stride + u - pad, j * stride + v - pad
-                            if 0 <= y < height and 0 <= z < width:
-                                total += x[c, y, z] * weight[o, c, u, v]
-                out[o, i, j] = total
+    for o, i, j in np.ndindex(outputs, rows, columns):
+        out[o, i, j] = 0.0 if layer.bias is None else float(layer.bias[o].detach())
+        for c, u, v in np.ndindex(inputs, reach, reach):
+            y, z = i * stride + u - pad, j * stride + v - pad
+            if 0 <= y < height and 0 <= z < width:
+                out[o, i, j] += x[c, y, z] * weight[o, c, u, v]
     return out
 
 
@@ -169,34 +145,19 @@ def importance(x: Array, fin: nn.Sequential, pool: Callable[[Array], float] = np
 
 def weighted(weights: Array, activations: Array) -> Array:
     """ReLU(sum_k w_k A_k)."""
-    total = np.zeros(activations.shape[1:])
-    for w, one in zip(weights, activations, strict=True):
-        total += w * one
-    return relu(total)
+    return relu(sum(w * one for w, one in zip(weights, activations, strict=True)))
 
 
 def attended(activations: Array, attention: Array) -> Array:
-    """A' = A (1 + M), number by number."""
-    out = np.zeros_like(activations)
-    for k in range(activations.shape[0]):
-        for i in range(activations.shape[1]):
-            for j in range(activations.shape[2]):
-                out[k, i, j] = activations[k, i, j] * (1 + attention[i, j])
-    return out
+    """A' = A (1 + M), channel by channel."""
+    return np.stack([one * (1 + attention) for one in activations])
 
 
 def abn_branch(activations: Array, module: ABNetwork) -> tuple[Array, Array]:
     """M `[H W]` and g `[D]` of A; the stage's convolution with its own numbers, at stride 1."""
     e = convolution(relu(convolution(activations, module.branch[0], stride=1)), module.evidence)
     seen = batch_norm(convolution(e, module.look[0]), module.look[1])[0]
-    out = np.zeros_like(seen)
-    for i in range(out.shape[0]):
-        for j in range(out.shape[1]):
-            out[i, j] = 1 / (1 + math.exp(-seen[i, j]))
-    return out, np.array([one.sum() / one.size for one in e])
-
-
-# --- one an entry of the registry ----------------------------------------------
+    return 1 / (1 + np.exp(-seen)), np.array([one.sum() / one.size for one in e])
 
 
 def numbers(case: Case) -> tuple[Array, Array]:

@@ -12,31 +12,10 @@ from zoo_cases import Case, Expected
 Array = np.ndarray
 
 
-def bilinear(side: int, wanted: int) -> Array:
-    """`[wanted side]`: which pixels, pixel centres aligned, a pixel of the larger side mixes."""
-    found = np.zeros((wanted, side))
-    for i in range(wanted):
-        place = (i + 0.5) * side / wanted - 0.5
-        place = min(max(place, 0.0), side - 1.0)
-        low = min(math.floor(place), side - 1)
-        high = min(low + 1, side - 1)
-        found[i, low] += 1 - (place - low)
-        found[i, high] += place - low
-    return found
-
-
-def resized(grid: Array, size: tuple[int, int]) -> Array:
-    """U(.), bilinear."""
-    return oracles.bilinear(grid, *size)
-
-
 def under_mask(image: Tensor, mask: Array, fill: float) -> Tensor:
     """X m + fill (1 - m), pixel by pixel."""
     m = torch.from_numpy(mask)
     return torch.stack([channel * m + fill * (1 - m) for channel in image])
-
-
-# --- decomposition: a full SVD, matrix by matrix ---
 
 
 def first_vector(matrix: Array) -> Array:
@@ -49,13 +28,7 @@ def first_vector(matrix: Array) -> Array:
 
 def as_matrix(maps: Array) -> Array:
     """`[K h w]` -> `[h w, K]`, one row a position."""
-    K, h, w = maps.shape
-    out = np.zeros((h * w, K))
-    for k in range(K):
-        for i in range(h):
-            for j in range(w):
-                out[i * w + j, k] = maps[k, i, j]
-    return out
+    return np.array([maps[:, i, j] for i, j in np.ndindex(maps.shape[1:])])
 
 
 def eigencam(case: Case) -> Expected:
@@ -74,9 +47,6 @@ def eigengradcam(case: Case) -> Expected:
     return Expected(weights=means * v, map=np.maximum(projected, 0))
 
 
-# --- channels as masks, channels taken away ---
-
-
 def scorecam(
     case: Case, weights: str = "raw", temperature: float = 1.0, fill: float = 0.0
 ) -> Expected:
@@ -88,8 +58,7 @@ def scorecam(
     for k, channel in enumerate(A):
         if channel.max() == channel.min():
             continue
-        mask = resized(channel, size)
-        mask = (mask - mask.min()) / (mask.max() - mask.min())
+        mask = oracles.min_max(oracles.bilinear(channel, *size))
         raw[k] = case.score_of_image(under_mask(case.image, mask, fill)) - baseline
     if weights == "softmax":
         total = sum(math.exp(s / temperature) for s in raw.values())
@@ -110,9 +79,6 @@ def ablationcam(case: Case) -> Expected:
     return Expected(weights=np.array(found))
 
 
-# --- pixels ---
-
-
 def rise_masks(
     size: tuple[int, int], masks: int, cells: int, probability: float, seed: int = 0
 ) -> Iterator[Array]:
@@ -122,9 +88,9 @@ def rise_masks(
     ch, cw = math.ceil(size[0] / cells), math.ceil(size[1] / cells)
     rows = torch.randint(ch, (masks,), generator=generator).tolist()
     columns = torch.randint(cw, (masks,), generator=generator).tolist()
-    up, across = bilinear(cells, (cells + 1) * ch), bilinear(cells, (cells + 1) * cw)
     for grid, y, x in zip(drawn, rows, columns, strict=True):
-        yield (up @ grid @ across.T)[y : y + size[0], x : x + size[1]]
+        large = oracles.bilinear(grid, (cells + 1) * ch, (cells + 1) * cw)
+        yield large[y : y + size[0], x : x + size[1]]
 
 
 def rise(
@@ -146,9 +112,8 @@ def grid_labels(size: tuple[int, int], segments: int) -> Array:
     rows = min(size[0], max(1, round(size[0] / side)))
     columns = min(size[1], max(1, round(size[1] / side)))
     labels = np.zeros(size, int)
-    for i in range(size[0]):
-        for j in range(size[1]):
-            labels[i, j] = (i * rows // size[0]) * columns + j * columns // size[1]
+    for i, j in np.ndindex(size):
+        labels[i, j] = (i * rows // size[0]) * columns + j * columns // size[1]
     return labels
 
 
@@ -211,14 +176,8 @@ def lime(
 
 def starts(side: int, window: int, stride: int) -> list[int]:
     """Where windows begin; the last is flush with the border."""
-    found = []
-    place = 0
-    while place + window <= side:
-        found.append(place)
-        place += stride
-    if found[-1] != side - window:
-        found.append(side - window)
-    return found
+    inside = [place for place in range(side) if place % stride == 0 and place + window <= side]
+    return inside if inside[-1] == side - window else [*inside, side - window]
 
 
 def sbsm(
@@ -240,12 +199,7 @@ def sbsm(
             farther = -case.score_of_image(under_mask(case.image, mask, fill)) - distance
             total += max(farther, 0.0) * (1 - mask)
             count += 1 - mask
-    out = np.zeros((H, W))
-    for i in range(H):
-        for j in range(W):
-            if count[i, j] > 0:
-                out[i, j] = total[i, j] / count[i, j]
-    return Expected(map=out)
+    return Expected(map=total / np.where(count > 0, count, 1))
 
 
 ORACLES: dict[str, Callable[..., Expected]] = {

@@ -46,7 +46,7 @@ _FOR_COMMAND_LINE = (
     (r"\bexclude=", "--exclude"),
 )
 """Arguments that messages name to callers from Python, and what the command line has for them."""
-_JOBS = ("embedcam.offline.passes", "embedcam.progress")
+_JOBS = ("embedcam.offline.shard", "embedcam.progress")
 """Loggers that say how far a job is."""
 
 

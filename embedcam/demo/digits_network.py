@@ -1,15 +1,12 @@
 """A small embedding network for scenes of digits, and its training with a triplet loss.
 
-Six convolutions, a mean, a matrix: the head is what most retrieval networks have, so that the
-weights of all channels follow from D numbers an image. Triplets of whole scenes teach nothing at
-first: the digit is a tenth of the picture, and the mean over all positions drowns it. So the view
-widens: training begins on windows just larger than the digit and ends on whole scenes, which also
-makes most steps cheap.
+Triplets of whole scenes teach nothing at first: the digit is a tenth of the picture. So the view
+widens: training begins on windows just larger than the digit and ends on whole scenes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -103,38 +100,43 @@ def initialise(channels: int, embedding_size: int, seed: int) -> DigitsNetwork:
 
 
 def train(settings: DemoSettings, progress: bool = True) -> DigitsNetwork:
-    """Train on the scenes of the training split and return the network in eval mode.
-
-    One thread: the result then depends on no number of cores, and a core that is busy elsewhere
-    cannot stall every step.
-    """
+    """Train on the training split, on one thread, so that the result is one; in eval mode."""
     batches = Batches(settings, progress)
     network = initialise(settings.channels, settings.embedding_size, settings.seed)
     # The layout of the batches too: an eighth faster.
     network.to(memory_format=torch.channels_last)
     with _one_thread():
-        _descend(network.train(), batches, settings, progress)
+        descend(network.train(), batches, settings, lambda images: [network(images)], progress)
     return network.eval()
 
 
-def _descend(
-    network: DigitsNetwork, batches: Batches, settings: DemoSettings, progress: bool
-) -> None:
+def descend(
+    network: nn.Module,
+    batches: Batches,
+    settings: DemoSettings,
+    embed: Callable[[Tensor], Sequence[Tensor]],
+    progress: bool,
+) -> Tensor:
+    """Train in place by the triplet losses of every embedding; return the loss of each step."""
     optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=0.2
     )
     labels = torch.arange(10).repeat_interleave(settings.batch_size // 10)
     shown = None if progress else False
+    losses = []
     with progress_of("training", settings.steps, "steps", shown=shown) as advance:
         for step in range(settings.steps):
-            images = batches.draw(view(step / settings.steps))
-            loss = triplet_loss(F.normalize(network(images), dim=1), labels, settings.margin)
+            view = next(shown for end, shown in VIEWS if step / settings.steps < end)
+            each = (F.normalize(one, dim=1) for one in embed(batches.draw(view)))
+            loss = torch.stack([triplet_loss(one, labels, settings.margin) for one in each]).sum()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
+            losses.append(loss.detach())
             advance(1)
+    return torch.stack(losses)
 
 
 @contextmanager
@@ -148,12 +150,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def triplet_loss(embeddings: Tensor, labels: Tensor, margin: float) -> Tensor:
-    """Compute the semi-hard triplet loss within the batch (Schroff et al. 2015, section 3.2).
-
-    Returns the mean hinge over all pairs of one class of L2-normalized embeddings `[B D]` with
-    squared Euclidean distances. The negative of a pair is the nearest one farther than the
-    positive, or the farthest where none is.
-    """
+    """Compute the semi-hard triplet loss of unit embeddings `[B D]` (Schroff et al. 2015, 3.2)."""
     distances = (2 - 2 * embeddings @ embeddings.T).clamp(min=0)
     same = labels[:, None] == labels[None, :]
     fixed = distances.detach()
@@ -208,8 +205,3 @@ class Batches:
         first, last = max(high - side, 0), min(low, self._size - side)
         # A digit larger than the window is cut.
         return int(self._rng.integers(min(first, last), max(first, last) + 1))
-
-
-def view(done: float) -> float:
-    """Return how much of a scene is shown once this share of the training, in [0, 1), is done."""
-    return next(shown for end, shown in VIEWS if done < end)

@@ -53,7 +53,33 @@ def run_demo(
     progress: bool = True,
     settings: DemoSettings | None = None,
 ) -> dict[str, Any]:
-    """Run the demonstration as `embedcam.demo.run_demo` says."""
+    """Draw scenes, train a small network, build an index, explain queries, measure the maps.
+
+    Stages that an earlier run finished are kept.
+
+    Parameters
+    ----------
+    directory : path
+        A new or empty folder, or that of an earlier run. Written there: scenes/,
+        network.safetensors, index/, why.png, why.html, summary.json.
+    seed : int
+        Of the scenes, the training and the triplets.
+    progress : bool
+        Show bars on a terminal, and print the table.
+    settings : DemoSettings, optional
+        Other sizes; their seed is replaced by `seed`.
+
+    Returns
+    -------
+    dict
+        What summary.json holds (recall_at_1, rows of the table, files, settings, recipe), with the
+        folder and the seconds of the stages that ran in this call.
+
+    Raises
+    ------
+    InputError
+        The folder holds something else.
+    """
     settings = replace(settings or DemoSettings(), seed=seed)
     begun = time.perf_counter()
     demo = _Demo(Path(directory), settings, progress)
@@ -89,8 +115,7 @@ class _Demo:
     def stage(self, name: str, digest: str, product: Path, make: Callable[[], object]) -> None:
         """Call `make` unless an earlier run made `product` under the same digest.
 
-        A stage that runs makes all later ones run again; they are forgotten before the work begins,
-        so that a killed run leaves no later stage believed.
+        Later stages are forgotten before the work begins: a killed run leaves none believed.
         """
         if self._recorded.get(name) != digest or not product.exists():
             self._recorded = {}
@@ -170,7 +195,6 @@ class _Demo:
     def _measure(
         self, index: Index, network: EmbeddingNetwork
     ) -> tuple[list[dict[str, Any]], float, list[dict[str, Any]]]:
-        """Return the table's rows, Recall@1, and the questions about two-digit scenes."""
         source = self._queries()
         recipes = _recipes(self.settings)
         nearest, several = (
@@ -194,7 +218,6 @@ class _Demo:
         return rows, recall, one[1]
 
     def _queries(self) -> ImageSource:
-        """Return the queries of one digit with their labels, then those of two, without."""
         queries, pairs = (read_scenes(self.scenes, split) for split in SPLITS[2:])
         items = [Item(path, path, digits[0].label) for path, digits in queries.items()]
         return ImageSource([*items, *(Item(path, path) for path in pairs)], self.scenes)
@@ -202,7 +225,6 @@ class _Demo:
     def _draw(
         self, explainer: Explainer, scenes: Sequence[dict[str, Any]], summary: dict[str, Any]
     ) -> None:
-        """Draw two-digit scenes with a result for each digit, and queries with their results."""
         rows: list[Row] = []
         for path, digits in list(read_scenes(self.scenes, "pair").items())[:N_DOUBLES]:
             place = self.settings.n_query + len(rows)
@@ -242,7 +264,6 @@ class _Demo:
 
 
 def _recipes(settings: DemoSettings) -> dict[str, Recipe]:
-    """Return other recipes for the same gallery, by the names of their lines in the table."""
     count, top = settings.n_triplets, settings.top_m
     triplets = Recipe(target="margin", sampling="random", triplets=count)
     return {
@@ -263,7 +284,6 @@ def _singles(rows: Rows) -> Rows:
 
 
 def _row(measured: tuple[Rows, Rows], name: str, before: str = "") -> dict[str, Any]:
-    """Return the means of one method over images and scenes; before: of its columns' names."""
     images, scenes = measured
     columns = [(_singles(images), _IMAGE_SCORES), (scenes, _SCENE_SCORES)]
     means = {
@@ -275,7 +295,6 @@ def _row(measured: tuple[Rows, Rows], name: str, before: str = "") -> dict[str, 
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return the table as words, its header first."""
     shown = ("box_auc", "energy", "side_auc", "share")
     lines = [
         [row["weights"], *(f"{row[name]:.3f}" for name in shown), f"{row['right']:.1%}"]
@@ -285,7 +304,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def _stacked(pictures: Sequence[Image.Image], path: Path) -> None:
-    """Write pictures below each other as one."""
     size = max(one.width for one in pictures), sum(one.height for one in pictures)
     sheet = Image.new("RGB", size, "white")
     top = 0

@@ -16,14 +16,7 @@ STAGES_VERSION = 2
 class DemoSettings:
     """Sizes of the demonstration; the defaults take under three minutes on two cores.
 
-    seed: of the scenes, the training and the triplets.
-    scene_size: side of the written scenes, pixels; input_size: side the network sees.
-    n_train: scenes held in memory for training; n_gallery: scenes to be indexed; n_query: single
-        digits to be explained; n_pairs: two-digit scenes.
-    steps, batch_size, learning_rate, margin: of the training.
-    channels: K, kept well above the paper's M so that the top M leave something out.
-    embedding_size: D.
-    n_triplets: S; top_m: M.
+    channels: K, well above M, so that the top M leave something out; n_triplets: S; top_m: M.
     """
 
     seed: int = 0
@@ -45,8 +38,7 @@ class DemoSettings:
     def __post_init__(self) -> None:
         if self.batch_size % 10 or self.batch_size < 20:
             raise InputError(
-                f"batch_size is {self.batch_size}; the ten classes share a batch evenly, so give "
-                "20, 30, 40 ..."
+                f"batch_size is {self.batch_size}; ten classes share a batch: give 20, 30, 40 ..."
             )
         if min(self.n_train, self.n_gallery, self.n_query, self.n_pairs) < 10:
             raise InputError("every set of scenes needs at least 10 of them, one of each class")
@@ -57,7 +49,6 @@ class DemoSettings:
 
     def digest(self, *names: str) -> str:
         """Return the digest of some settings, of all without names, and of the stages' version."""
-        chosen = asdict(self)
-        chosen = {name: chosen[name] for name in names or chosen}
+        chosen = {name: getattr(self, name) for name in names} or asdict(self)
         text = json.dumps([STAGES_VERSION, chosen], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -31,10 +31,7 @@ STAGES = 5
 
 
 def baseline_maps(mapper: Mapper, gallery: Gallery, seed: int, asked: Questions) -> dict[str, Maps]:
-    """Draw each question by every baseline but those that need another network.
-
-    The weights of wrong images are left out where the index holds no others.
-    """
+    """Draw each question by every baseline of this network; wrong images only where others are."""
     weights = [random_weights(mapper.channels, seed, name) for name in asked.names]
     noise = [np.concatenate(layer) for layer in zip(*weights, strict=True)]
     maps = {MEAN: mean_activation(mapper, asked.seen), RANDOM: mapper.draw(asked.seen, noise)}
@@ -69,11 +66,7 @@ def wrong_rows(
     seed: int,
     name: str,
 ) -> np.ndarray | None:
-    """Return random rows of other labels than the query's, as many as it has neighbors.
-
-    Without labels, or where there is only one, rows that are no neighbors; None where there are no
-    other rows.
-    """
+    """Return random rows of other labels than the query's, else no neighbors; None without any."""
     free = ~np.isin(gallery.positions, [*near.tolist(), *left_out])
     other = free & (gallery.codes != gallery.code(label)) if label is not None else free
     rows = gallery.positions[other if other.any() else free]
@@ -83,11 +76,7 @@ def wrong_rows(
 
 
 def permuted_rows(gallery: Gallery, near: np.ndarray, left_out: Sequence[int]) -> np.ndarray:
-    """Return the rows whose weights stand in the neighbors' place once the index's are permuted.
-
-    The permutation is one cycle through all images, so that none keeps its own; a row that shows
-    the query itself is passed over.
-    """
+    """Return the rows after the neighbors in one cycle through all images; never the query's."""
     moved: np.ndarray = gallery.cycle[near]
     for _ in left_out:
         moved = np.where(np.isin(moved, left_out), gallery.cycle[moved], moved)
@@ -95,13 +84,10 @@ def permuted_rows(gallery: Gallery, near: np.ndarray, left_out: Sequence[int]) -
 
 
 class ShuffledNetwork:
-    """A copy of a network whose parameters are shuffled from the head down, step by step.
+    """A copy of a network, each parameter's numbers put in another order, from the head down.
 
-    Each parameter's own numbers are put in another order, so that their scale stays. What batch
-    norms know of their inputs is measured anew on `images [n C H W]`, of two or more: with the old
-    statistics a deep network computes nearly the same for every image, and a baseline that draws
-    nothing is easily beaten. `stages` are numbers of modules with parameters, counted from the
-    output, that are shuffled together; the last is all of them.
+    Batch norms are measured anew on `images [n C H W]`: with the old statistics a deep network
+    computes nearly the same for every image. `stages`: how many modules are shuffled together.
     """
 
     def __init__(self, network: EmbeddingNetwork, seed: int, images: np.ndarray) -> None:
@@ -160,7 +146,6 @@ class ShuffledNetwork:
             return None
 
     def _measure_statistics(self) -> list[Tensor]:
-        """Measure the statistics of the images through the parameters as they are now."""
         if not self._norms or len(self._images) < 2:
             return self._statistics[0]
         momenta = [norm.momentum for norm in self._norms]

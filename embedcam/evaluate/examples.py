@@ -17,11 +17,8 @@ from .maps import Questions
 from .measures import MEAN, TRANSFERRED
 from .work import Row, Rows, Work
 
-SIDE = 320
-RESULTS = 3
-TRUE_BOX = (0, 220, 255)
-DASH = 6
-_DARK = (20, 22, 28)
+SIDE, RESULTS, DASH = 320, 3, 6
+TRUE_BOX, _DARK = (0, 220, 255), (20, 22, 28)
 Score = Callable[[Row], float | None]
 
 
@@ -48,19 +45,16 @@ class Examples:
         pairs = [row for row in asked if not row["empty"]]
         kinds = [("Two pictures", [row for row in pairs if row["second"] >= 0])]
         kinds += [("Two objects", [row for row in pairs if row["second"] < 0])]
-        by, score = "the AUC of the object against the other", _column("objects_auc")
+        by, score = "the AUC of the object against the other", lambda row: row.get("objects_auc")
         shown = self._ends(kinds, by, score)
-        by, score = "pixel AUC", _column("auc")
+        by, score = "pixel AUC", lambda row: row.get("auc")
         if not any(score(row) is not None for row in rows.values()):
             by, score = "insertion area less deletion area", _insertion_gain
         ranked = [{**row, "position": place} for place, row in rows.items()]
         return shown + self._ends([("One picture", ranked)], by, score)
 
     def grid(self, rows: Rows, asked: Sequence[Row]) -> list[PageRow]:
-        """Draw a row for each of a few questions, by lot, with a tile for each method.
-
-        Of what was asked about two objects, in real pictures where there are any; else of images.
-        """
+        """Draw a tile for each method of a few questions by lot, rather of two objects."""
         rivals, settings = self.work.rivals, self.work.settings
         if not rivals or not settings.examples:
             return []
@@ -77,7 +71,6 @@ class Examples:
         return [row for row in drawn if row is not None]
 
     def _ends(self, kinds: Sequence[tuple[str, list[Row]]], by: str, score: Score) -> list[PageRow]:
-        """Draw the best beside the worst of each kind, each once; of few the best come first."""
         count, shown = self.work.settings.examples, []
         for kind, rows in kinds:
             scores = {place: score(row) for place, row in enumerate(rows)}
@@ -113,7 +106,6 @@ class Examples:
         return PageRow(tiles[0], tiles[1:], "; ".join(shown.notes), title, scale="each")
 
     def _example(self, row: Row) -> PageRow:
-        """Draw one picture with its map and what it was explained by."""
         shown, about = self._shown(row), "first" in row
         explained = self.work.mapper.transferred(shown.asked.seen, shown.asked.near)[0]
         words = []
@@ -134,7 +126,6 @@ class Examples:
         return PageRow(tile, [_shrunk(one) for one in results[: 1 if about else RESULTS]])
 
     def _shown(self, row: Row) -> _Shown:
-        """Read again what a row was measured on."""
         work, about = self.work, "first" in row
         near = [np.array([work.mapper.index.position(row["result"])] if about else [])]
         if row.get("second", -1) >= 0:
@@ -180,10 +171,6 @@ class Examples:
         return _Shown(scene, None, asked, name, where)
 
 
-def _column(name: str) -> Score:
-    return lambda row: row.get(name)
-
-
 def _insertion_gain(row: Row) -> float | None:
     if row.get("insertion") is None:
         return None
@@ -191,12 +178,10 @@ def _insertion_gain(row: Row) -> float | None:
 
 
 def _shrunk(tile: Tile) -> Tile:
-    """Return a tile whose picture is small, and never enlarged."""
     return tile if tile.image is None else shrunk(tile, min(SIDE, max(tile.image.size)))
 
 
 def _outline(picture: Image.Image, box: Extent) -> None:
-    """Draw a dashed box in a color no map has, so that it is not taken for the crop's frame."""
     x0, y0, x1, y1 = (round(edge) for edge in box)
     if x1 - x0 < 4 or y1 - y0 < 4:
         return

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import NetworkError
-from ..methods.masks import fill_like
+from ..methods.masking import fill_like
 from ..methods.subject import inputs_a_pass
 from ..metrics import (
     curve_area,
@@ -32,10 +32,7 @@ from .settings import Settings
 
 
 class Faithfulness:
-    """Runs masked queries through the network, a few at a time, whatever mask they come from.
-
-    curves: of each method, for each query deletion and insertion `[2 S+1]`.
-    """
+    """Runs masked queries through the network; keeps each method's curves `[2 S+1]` a query."""
 
     def __init__(
         self, network: EmbeddingNetwork, gallery: Gallery, settings: Settings, clock: Clock
@@ -54,12 +51,7 @@ class Faithfulness:
         own_row: int,
         maps: Mapping[str, np.ndarray],
     ) -> dict[str, dict[str, Number]]:
-        """Return the measures of each method's map `[H W]` of one query.
-
-        All masked pictures of a query go through the network together, method after method.
-        inputs: `[3 H W]`; embedding: of the whole picture, `[D]`; result: the followed row of the
-        index; own_row: the query's own, -1 where the index does not hold it.
-        """
+        """Return the measures of each method's map `[H W]` of one query `[3 H W]`."""
         image = torch.from_numpy(np.ascontiguousarray(inputs))
         fill = fill_like(image, self.settings.fill, self.network.preprocess)
         embeddings = self._embed(self._masked(image, fill, maps))
@@ -80,11 +72,7 @@ class Faithfulness:
     def _masked(
         self, image: Tensor, fill: Tensor, maps: Mapping[str, np.ndarray]
     ) -> Iterator[Tensor]:
-        """Yield the wholly masked picture; then each method's.
-
-        Those are deletion and insertion between their ends, the top pixels removed, the same by
-        imputation, and the map as a mask.
-        """
+        """Yield the fill; of each method deletion, insertion, removed, imputed, soft-masked."""
         yield fill
         for drawn in maps.values():
             with self.clock("metrics"):

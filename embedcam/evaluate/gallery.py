@@ -14,12 +14,9 @@ from ..index import Index
 from ..metrics import precision_at_r, rank_of
 
 SAME = 1e-4
-"""Squared distance, in units of the embedding's own squared length, up to which an indexed image of
-the same id is the same picture: half precision and another batch stay below it."""
-HELD = 1 << 28
-"""Bytes of embeddings that are kept in memory; a larger index is read anew for every ranking."""
-BLOCK = 1 << 22
-"""Similarities, and numbers of embeddings, held at once."""
+"""Relative squared distance up to which the same id is the same picture, in half precision too."""
+HELD, BLOCK = 1 << 28, 1 << 22
+"""Bytes of embeddings that are kept in memory; numbers of them, and similarities, held at once."""
 
 
 def sample(total: int, limit: int | None, seed: int) -> np.ndarray:
@@ -95,8 +92,7 @@ class Gallery:
         kept = [row[row != own][:count] for row, own in zip(rows, own_rows, strict=True)]
         if any(len(row) == 0 for row in kept):
             raise InputError(
-                "the index holds nothing but the query itself, so nothing can explain it; "
-                "evaluate with an index of more images"
+                "the index holds nothing but the query itself; evaluate an index of more images"
             )
         return kept
 
@@ -125,10 +121,7 @@ class Gallery:
         return nearness
 
     def ranks(self, embeddings: np.ndarray, row: int, own_row: int) -> np.ndarray:
-        """Return one row's place in the ranking of each query `[b D]`, from 1.
-
-        Equals share their mean; `own_row` takes no part, -1 for none.
-        """
+        """Return a row's mean rank for each query `[b D]`, from 1, without `own_row` (-1: none)."""
         ranks = []
         for some in self._chunks(len(embeddings)):
             scores = self.similarities(embeddings[some])
@@ -161,12 +154,10 @@ class Gallery:
 
 
 class OwnRows:
-    """Where the index holds the queried images themselves.
+    """Where the index holds the queried images: the same file, or the same id and embedding.
 
-    The same file is the same image. The same id is it where the embedding, too, is the stored one:
-    `a/1.jpg` of one folder may be another picture than `a/1.jpg` of the next, and an index is moved
-    together with its pictures. A prototype has the path of one of the images that were merged into
-    it: it is that image where the embedding is the image's own, and else nobody's.
+    An index is moved together with its pictures, and `a/1.jpg` may be another picture elsewhere. A
+    prototype has the path of one merged image: it is that one where the embedding is its own.
     """
 
     def __init__(
@@ -196,10 +187,7 @@ class OwnRows:
         return any(place >= 0 and not sure for place, sure in places)
 
     def find(self, positions: Sequence[int], embeddings: np.ndarray | None) -> np.ndarray:
-        """Return rows of the images at `positions [b]`, -1 for none.
-
-        embeddings: of these images, `[b D]`; None where none is `unsure`.
-        """
+        """Return rows of images, -1 for none; their embeddings `[b D]` settle what is unsure."""
         rows = np.full(len(positions), -1)
         for number, position in enumerate(positions):
             place, sure = self._candidate(self._source.items[position])
@@ -213,7 +201,6 @@ class OwnRows:
         return rows
 
     def _candidate(self, item: Item) -> tuple[int, bool]:
-        """Return the row that may be the image, -1 for none, and whether that is certain."""
         full = _absolute(self._source.root, item.path) if item.path else ""
         if full in self._by_path:
             return self._by_path[full], not self._merged

@@ -29,15 +29,9 @@ BACK, OWN, OTHER = "as they came back", "of the query's own label", "of another 
 RESULTS = (BACK, OWN, OTHER)
 """Which results a map is transferred from."""
 
-# Every queried image, explained: what came back, where its map lies, which objects it tells
-
 
 def explained(work: Work, positions: np.ndarray) -> tuple[Rows, list[Row]]:
-    """Explain the images at some positions, one forward pass each.
-
-    Returns a row for each image that could be used, and one for each question about the objects of
-    several labels that its boxes name.
-    """
+    """Explain images, one forward pass each: a row an image, and a row a question about boxes."""
     rows: Rows = {}
     questions: list[Row] = []
     with work.bar(len(positions), "images") as advance:
@@ -88,32 +82,22 @@ def _explained(work: Work, batch: Batch, seen: Seen, placed: list[Region | None]
 
 
 def _check_pixels(work: Work, size: tuple[int, int]) -> None:
-    """Refuse what `metrics` could only refuse after a look at every image."""
     settings, pixels = work.settings, size[0] * size[1]
     if not work.wants("faithfulness") or not settings.faithfulness:
         return
     if settings.steps > pixels:
         raise InputError(
-            f"steps = {settings.steps}; it must be a whole number, 1 to {pixels}, the pixels of "
-            "the network's input"
+            f"steps = {settings.steps}; give a whole number, 1 to {pixels}, the pixels of the input"
         )
     if pixel_count(settings.removed, pixels) == pixels:
         raise InputError(
-            f"removed = {settings.removed} is every one of the {pixels} pixels of the network's "
-            "input; give a smaller share"
+            f"removed = {settings.removed} is every one of the {pixels} pixels of the input; "
+            "give a smaller share"
         )
 
 
-# Telling objects apart: a picture of one object hardly tells an explanation from a saliency map. In
-# one of two a map that ignores the question scores exactly one half, as both are asked about.
-
-
 def of_boxes(work: Work, seen: Seen, region: Region | None, position: int) -> Iterator[Row]:
-    """Ask about every ordered pair of labels that the boxes of one picture name.
-
-    Labels are those that the index knows. Pixels that belong to one of the two alone are compared,
-    where each has at least `LEAST_AREA` of the picture.
-    """
+    """Ask about ordered pairs of a picture's known labels, by pixels of one of the two alone."""
     by_label = {} if region is None else region.by_label
     known = [label for label in by_label if len(work.gallery.of_label(label))]
     left_out = work.own_rows.known([position]).tolist()
@@ -155,11 +139,7 @@ Answer = tuple[Row, dict[str, Maps]]
 
 
 def _ask(work: Work, seen: Seen, label: str, left_out: list[int], name: str) -> Answer | None:
-    """Explain one picture by its nearest image of a label; None where no image has it.
-
-    left_out: rows of the index that the picture itself shows; name: of the picture, for what is
-    random.
-    """
+    """Explain one picture by its nearest image of a label; None where no other image has it."""
     rows = work.gallery.of_label(label)
     rows = rows[~np.isin(rows, left_out)]
     if not len(rows):
@@ -171,7 +151,6 @@ def _ask(work: Work, seen: Seen, label: str, left_out: list[int], name: str) -> 
 
 
 def _told(work: Work, where: Row, answer: Answer, own: np.ndarray, other: np.ndarray) -> Row:
-    """Return one question's numbers, those of baselines under their names."""
     asked, maps = answer
     with work.mapper.clock("metrics"):
         row = where | asked
@@ -184,7 +163,6 @@ def _told(work: Work, where: Row, answer: Answer, own: np.ndarray, other: np.nda
 
 
 def _of_pair(work: Work, pair: tuple[int, int]) -> Iterator[Row]:
-    """Yield the questions about two pictures; none where they cannot be used."""
     (batch,) = load_batches(
         work.source, pair, work.preprocess, 2, workers=0, on_error=work.on_unreadable
     )
@@ -210,7 +188,6 @@ def _of_pair(work: Work, pair: tuple[int, int]) -> Iterator[Row]:
 
 
 def _pairs(work: Work, positions: np.ndarray) -> list[tuple[int, int]]:
-    """Draw seeded pairs of different labels that the index knows; none is noted."""
     labels = [work.source.items[place].label for place in positions.tolist()]
     codes = np.array([work.gallery.code(label) for label in labels])
     usable, codes = positions[codes >= 0], codes[codes >= 0]
@@ -229,15 +206,11 @@ def _pairs(work: Work, positions: np.ndarray) -> list[tuple[int, int]]:
     return pairs
 
 
-# A sample of the images: each map beside its baselines, and its pixels removed
-
-
 @dataclass
 class Compared:
-    """What the sample showed beside its columns: `images` of it, masked `passes`, `curves`.
+    """What the sample showed beside its columns.
 
-    stages: rank correlation of the maps and whether the second is empty, of each image, by how many
-    of the network's `modules` with parameters were shuffled.
+    stages: each image's rank correlation and whether the second map is empty, by modules shuffled.
     """
 
     images: int = 0
@@ -293,7 +266,6 @@ def compared(work: Work, rows: Rows) -> tuple[Rows, Compared]:
 
 
 def _sample(work: Work, rows: Rows) -> np.ndarray:
-    """Return the positions of the images that are compared."""
     settings = work.settings
     faithful = work.wants("faithfulness")
     compare = settings.controls or bool(work.rivals)
@@ -325,7 +297,6 @@ def _shuffled(work: Work, places: np.ndarray) -> ShuffledNetwork | None:
 def _cascade(
     work: Work, shuffled: ShuffledNetwork, batch: Batch, asked: Questions, beside: Compared
 ) -> Maps | None:
-    """Draw by the wholly shuffled network; note how alike each stage's maps are."""
     here = work.mapper.maps(asked.seen.small(), asked.near).drawn
     own = np.array(asked.left_out)[:, 0]
     last = None
@@ -347,26 +318,16 @@ def _cascade(
     return last
 
 
-# How far a transferred map is from the query's own, which is computed on the query itself as a
-# fallback does: weights by the index's recipe with the query as anchor, its neighbors as positives
-# and others as negatives. Stored weights are never held against each other: images of one label may
-# share them, and would agree by construction.
-
-
 def fidelity(work: Work, rows: Rows) -> list[Row]:
-    """Correlate a sample's own maps with transferred ones, both before the ReLU.
-
-    Returns a row for each image, kind of `results` and number `n_neighbors` of them, with the
-    `correlation` over positions of the layer; the first kind alone without a label the index knows.
-    """
+    """Correlate a sample's own signed maps with transferred ones: a row an image, kind, count."""
     settings = work.settings
     if not work.wants("fidelity") or not settings.fidelity:
         return []
     if len(work.gallery) < settings.n_neighbors + 2:
         work.note("no transfer fidelity: the index holds too few images to tell a query from")
         return []
-    recipe = Recipe.of_index(work.mapper.index.manifest)
-    direct = DirectWeights(work.mapper.network, recipe)
+    # Stored weights are never held against each other: images of one label may share them.
+    direct = DirectWeights(work.mapper.network, Recipe.of_index(work.mapper.index.manifest))
     places = np.array(sorted(rows))
     places = places[sample(len(places), settings.fidelity, settings.seed)]
     transfers: list[Row] = []

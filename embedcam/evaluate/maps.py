@@ -20,10 +20,7 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class Seen:
-    """One forward pass of b inputs `[b 3 H W]`: embeddings `[b D]`, activations of each layer.
-
-    size: (H, W) of the maps that are drawn.
-    """
+    """One forward pass of b inputs `[b 3 H W]`, and the size (H, W) of maps drawn from it."""
 
     inputs: np.ndarray
     embeddings: np.ndarray
@@ -51,10 +48,9 @@ class Maps(NamedTuple):
 
 @dataclass(frozen=True)
 class Questions:
-    """What b maps are to show: for each query the images it is explained by.
+    """What b maps are to show: for each query the rows of the index it is explained by.
 
-    near: rows of the index, nearest first; left_out: rows that show the query itself; labels: asked
-    about, None for none; names: what is random hangs on them.
+    left_out: rows that show the query itself; names: what is random hangs on them.
     """
 
     seen: Seen
@@ -89,8 +85,8 @@ class Mapper:
         self.channels = [layer.channels for layer in index.manifest.layers]
         by_position = index.encoding().grid is not None
         one_size = "the index keeps weights by position, for inputs of one size"
+        # Why pairs are squeezed into the size of one picture; empty where they are not.
         self.squeezed = one_size if by_position else ""
-        """Why pairs are squeezed into the size of one picture; empty where they are not."""
 
     def see(self, inputs: np.ndarray, network: EmbeddingNetwork | None = None) -> Seen:
         """Run `[b 3 H W]` through the index's network or another of its shape."""
@@ -148,11 +144,7 @@ def maps_of(explained: Sequence[Explanation]) -> Maps:
 
 
 def side_by_side(images: np.ndarray, squeezed: bool = False) -> np.ndarray:
-    """Return two inputs `[2 3 H W]`, the left one first, as one `[1 3 H 2W]`.
-
-    squeezed: as `[1 3 H W]`; columns are averaged, to W // 2 on the left and the rest on the right,
-    so that no column holds something of both.
-    """
+    """Join two inputs `[2 3 H W]` as `[1 3 H 2W]`, or squeezed to W // 2 and the rest of W."""
     halves = list(images)
     if squeezed:
         height, width = images.shape[-2:]

@@ -34,10 +34,9 @@ KS: Final = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Measure:
-    """A number an image: `better` is 1 where larger is better, -1 where smaller.
+    """A number an image: larger is better where `better` is 1, smaller where it is -1.
 
-    chance: the column of what a map that knows nothing scores, empty for none; free: whether no
-    increasing change of the map's values moves it.
+    chance: the column of what a map that knows nothing scores; free: contrast does not move it.
     """
 
     title: str
@@ -157,10 +156,7 @@ def columns(method: str, numbers: Mapping[str, Number]) -> dict[str, Number]:
 
 
 def localized(maps: "Maps", regions: Sequence[Region], threshold: float) -> list[dict[str, Number]]:
-    """Return the localization measures of b maps, each beside its region.
-
-    A map without energy scores what chance does, as everywhere in `metrics`.
-    """
+    """Return the localization measures of b maps, each beside its region."""
     drawn, signed = maps
     inside = np.stack([region.inside for region in regions])
     boxes = zip(box_from_map(drawn, threshold), (region.boxes for region in regions), strict=True)
@@ -182,11 +178,7 @@ def localized(maps: "Maps", regions: Sequence[Region], threshold: float) -> list
 
 
 def shares(drawn: np.ndarray, own: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
-    """Divide a map `[H W]` between two regions, each without the other.
-
-    Returns the share of the energy on either that is on `own`, chance where there is none; whether
-    it is the larger half, a tie counting one half; and chance, `own`'s share of both areas.
-    """
+    """Return `own`'s share of a map's energy on either region alone, if it is the half, chance."""
     alone, others = own * (1 - other), other * (1 - own)
     chance = float(alone.sum() / max((alone + others).sum(), 1e-12))
     mine, theirs = float((drawn * alone).sum()), float((drawn * others).sum())
@@ -195,10 +187,7 @@ def shares(drawn: np.ndarray, own: np.ndarray, other: np.ndarray) -> tuple[float
 
 
 def told_apart(maps: "Maps", own: np.ndarray, other: np.ndarray) -> dict[str, Number]:
-    """Return the measures of one map `[1 H W]` between two regions, each without the other.
-
-    Where the two leave a part of the picture free, also the region's AUC against all the rest.
-    """
+    """Return the measures of one map `[1 H W]` between two regions, each without the other."""
     alone, others = (own * (1 - other))[None], (other * (1 - own))[None]
     share, right, _ = shares(maps.drawn[0], own, other)
     even = float(equal_area_share(maps.drawn, alone, others)[0])

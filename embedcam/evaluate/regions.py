@@ -51,12 +51,8 @@ class Regions:
         masks: Mapping[int, Path] | None = None,
         where: str = "",
     ) -> None:
-        self._source, self._boxes, self._masks, self._where = (
-            source,
-            boxes or {},
-            masks or {},
-            where,
-        )
+        self._source, self._where = source, where
+        self._boxes, self._masks = boxes or {}, masks or {}
 
     def __len__(self) -> int:
         return len(self._boxes) + len(self._masks)
@@ -77,10 +73,9 @@ class Regions:
     def of(
         self, position: int, size: tuple[int, int], extent: Extent, grid: tuple[int, int]
     ) -> Region | None:
-        """Return the region of an image as the network saw it.
+        """Return the region of an image as the network saw it; None where nothing was seen.
 
-        size: (width, height) of the picture; extent: its crop box; grid: (H, W) of the map. None
-        where nothing is known, or nothing of it was seen.
+        size: (width, height) of the picture; extent: its crop box; grid: (H, W) of the map.
         """
         if position in self._masks:
             return self._masked(self._masks[position], size, extent, grid)
@@ -105,19 +100,17 @@ class Regions:
         return Region(_union(edges, grid), np.array(edges, np.float64), by_label)
 
     def _of_label(self, position: int, label: str | None = None) -> Sequence[Box]:
-        """Return the boxes of a label, else of the image's own where boxes name it; else all."""
         boxes = self._boxes.get(position, [])
         label = label or self._source.items[position].label
         return [box for box in boxes if label is not None and box.label == label] or boxes
 
     def _scaled(self, box: Box, size: tuple[int, int]) -> Edges:
-        """Return the edges in pixels of a picture of (width, height) `size`, cut to it."""
         (width, height), (x0, y0, x1, y1) = box.of or size, box.edges
         if min(x0, y0) < -1 or x1 > width + 1 or y1 > height + 1:
             raise InputError(
                 f"{self._where}, line {box.line}: the box {x0:g}, {y0:g}, {x1:g}, {y1:g} reaches "
-                f"beyond its picture of {width:g} x {height:g} pixels; give edges in pixels of the "
-                "upright file, or say in columns width and height of which size"
+                f"beyond its picture of {width:g} x {height:g} pixels; give edges in pixels of it, "
+                "or its size in columns width and height"
             )
         across, down = size[0] / width, size[1] / height
         least = max(x0 * across, 0), max(y0 * down, 0)
@@ -143,9 +136,8 @@ class Regions:
 def of_boxes(path: str | os.PathLike[str], source: ImageSource) -> Regions:
     """Read boxes from a CSV with the columns path,x0,y0,x1,y1[,label][,width,height].
 
-    A path is relative to the CSV, or an id of the images. Several lines of one image are several
-    boxes. Edges are in pixels of the upright file, pixel i reaching from i to i + 1; or of a
-    picture of width x height, where the line says so.
+    A path is relative to the CSV, or an id. Edges are in pixels of the upright file, or of a
+    picture of width x height where the line says so.
     """
     file = Path(path)
     if not file.exists():
@@ -170,7 +162,7 @@ def of_boxes(path: str | os.PathLike[str], source: ImageSource) -> Regions:
             unknown = unknown or row["path"]
         else:
             boxes.setdefault(place, []).append(box)
-    known = list(itertools.chain(*boxes.values()))
+    known = [box for each in boxes.values() for box in each]
     if known and all(max(box.edges) <= 1 and box.of is None for box in known):
         raise InputError(
             f"{file}: no edge is beyond 1, so these look like shares of the picture; give pixels, "
@@ -217,7 +209,6 @@ def of_masks(folder: str | os.PathLike[str], source: ImageSource) -> Regions:
 
 
 def _mask(file: Path, max_pixels: int) -> Image.Image:
-    """Return a mask in grey; refuse a photograph."""
     picture = read_image(file, max_pixels=max_pixels).convert("RGB")
     small = np.asarray(picture.resize((64, 64), Image.Resampling.NEAREST), int)
     colored = (small.max(2) - small.min(2) > _GREY).mean()
@@ -257,7 +248,6 @@ def _box(where: str, line: int, row: Mapping[str, str]) -> Box:
 
 
 def _on_grid(box: Edges, extent: Extent, grid: tuple[int, int]) -> Edges:
-    """Return a box in pixels of the picture in pixels of the map, cut to it."""
     start, sides = extent[:2] * 2, (extent[2] - extent[0], extent[3] - extent[1]) * 2
     ends = (grid[1], grid[0]) * 2
     x0, y0, x1, y1 = (
@@ -268,7 +258,6 @@ def _on_grid(box: Edges, extent: Extent, grid: tuple[int, int]) -> Edges:
 
 
 def _union(boxes: Sequence[Edges], grid: tuple[int, int]) -> np.ndarray:
-    """Return the covered part of each pixel; of boxes that cut the same pixel the larger part."""
     inside: np.ndarray = np.max([box_mask(box, grid) for box in boxes], axis=0, initial=0.0)
     return inside
 

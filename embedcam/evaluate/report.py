@@ -32,13 +32,10 @@ class Evaluation:
 
     Attributes
     ----------
-    summary : means with 95% intervals, comparisons with baselines, curves, notes, flags and the
-        settings; plain numbers and lists
-    rows : a dict for each image that was read, in the source's order; baselines' numbers are in
-        columns "BASELINE: MEASURE", and None stands where a measure does not apply
+    summary : means with 95% intervals, comparisons, curves, notes, flags and the settings
+    rows : a dict for each image that was read; baselines' columns are "BASELINE: MEASURE"
     scenes : a dict for each question about a picture of two objects
-    examples : the best and the worst, as small pictures
-    grid : a row for each of a few questions, a picture for each method or recipe that was named
+    examples, grid : the best and the worst; a few questions by each method or recipe that was named
     """
 
     summary: Summary
@@ -174,19 +171,16 @@ def _capital(text: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Format three decimals for shares and similarities, one for places in a ranking."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 def _interval(mean: Mapping[str, float]) -> str:
-    """Format the mean and its interval; of too few images the mean alone."""
     if mean["n"] < LEAST:
         return _number(mean["mean"])
     return f"{_number(mean['mean'])} [{_number(mean['low'])}, {_number(mean['high'])}]"
 
 
 def _table(names: Iterable[str], columns: Mapping[str, Cell], caption: str, notes: str) -> Table:
-    """Return a line for each measure, by the functions from its name to a cell."""
     rows = [[MEASURES[name].title, *(cell(name) for cell in columns.values())] for name in names]
     return Table(["measure", *columns], rows, caption, notes)
 
@@ -200,19 +194,16 @@ def _chance(found: Summary, name: str) -> str:
 
 
 def _salient(found: Summary, name: str) -> str:
-    """Format what the mean activation scores in the same measure."""
     one = found[name]
     return _interval(one["mean_activation"]) if "mean_activation" in one else "–"
 
 
 def _free(names: Iterable[str]) -> str:
-    """Say which measures of a table no change of contrast moves."""
     titles = [MEASURES[name].title for name in names if MEASURES[name].free]
     return f"No change of contrast moves: {', '.join(titles)}." if titles else ""
 
 
 def _meanings(names: Iterable[str]) -> str:
-    """Say what the measures of pixels that are taken out or put in mean, in a sentence each."""
     measures = [MEASURES[name] for name in names if MEASURES[name].group == "faithfulness"]
     return " ".join(f"{_capital(one.title)}: {one.says}." for one in measures if one.says)
 
@@ -290,7 +281,6 @@ def _beside(summary: Summary) -> Table | None:
 
 
 def _others(compared: Summary) -> dict[str, Cell]:
-    """Return a column for each other method."""
     methods = dict.fromkeys(method for one in compared.values() for method in one["differences"])
     return {
         method + _INTERVAL * (method not in BASELINES): partial(_against, compared, method)

@@ -36,8 +36,8 @@ def named_methods(names: Iterable[str]) -> dict[str, Method]:
     for one in methods:
         if one.trained:
             raise InputError(
-                f"{one.title} draws with a branch that is trained with the network, which only "
-                "embedcam.cam_for is given; leave it out of methods"
+                f"{one.title} draws with a branch that is trained with the network; leave it out "
+                "of methods"
             )
     return {one.title: one for one in methods}
 
@@ -98,7 +98,6 @@ def rivals_of(
 
 
 def _by_method(work: Work, method: Method) -> Draw:
-    """Draw on the queries themselves: of how similar they are to what they are explained by."""
     mapper = work.mapper
     options: dict[str, Any] = {}
     if isinstance(method, LayersMethod):
@@ -122,7 +121,6 @@ def _by_method(work: Work, method: Method) -> Draw:
 
 
 def _by_weights(method: Method) -> bool:
-    """Return whether the method's map is what its weights draw, so that it has a sign."""
     if isinstance(method, PositionMethod):
         return True
     return isinstance(method, WeightMethod) and not method.own_map
@@ -138,7 +136,6 @@ def notes_of(methods: Mapping[str, Method]) -> Iterator[str]:
 
 
 def _by_recipe(mapper: Mapper, other: Mapper) -> Draw:
-    """Draw with the weights that another index holds for the same images."""
 
     def draw(asked: Questions) -> Maps:
         seen = asked.seen
@@ -151,7 +148,6 @@ def _by_recipe(mapper: Mapper, other: Mapper) -> Draw:
 
 
 def _indexed_pictures(work: Work) -> ImageSource:
-    """Return the pictures of the index; refuse one that is not to be found, or was replaced."""
     index, explainer = work.mapper.index, work.mapper.explainer
     if index.manifest.is_compressed:
         raise InputError(

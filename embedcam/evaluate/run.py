@@ -81,15 +81,11 @@ def evaluate_index(
     if on_unreadable not in ("fail", "skip"):
         raise InputError(f'on_unreadable: expected "fail" or "skip", given {on_unreadable!r}')
     if not isinstance(source, ImageSource):
-        raise InputError(
-            f"source is a {type(source).__name__}; give the query images as find_images returns "
-            "them: find_images(folder)"
-        )
+        kind = type(source).__name__
+        raise InputError(f"source is a {kind}; give the query images: find_images(folder)")
     if not isinstance(network, EmbeddingNetwork):
-        raise InputError(
-            f"network is a {type(network).__name__}; give the EmbeddingNetwork that the index was "
-            "built with"
-        )
+        kind = type(network).__name__
+        raise InputError(f"network is a {kind}; give the EmbeddingNetwork of the index")
     if indexed is not None and not Path(indexed).is_dir():
         raise InputError(f"{indexed}: there is no such folder; name the indexed images' own")
     if not len(source):
@@ -97,16 +93,12 @@ def evaluate_index(
     wanted, by_name = named_methods(methods), named_recipes(recipes)
     opened = index if isinstance(index, Index) else Index.open(index)
     try:
-        regions = Regions(source)
-        if boxes is not None:
-            regions = of_boxes(boxes, source)
-        elif masks is not None:
-            regions = of_masks(masks, source)
+        regions = Regions(source) if boxes is None else of_boxes(boxes, source)
+        regions = regions if masks is None else of_masks(masks, source)
         root = None if indexed is None else Path(indexed)
         mapper = Mapper(opened, network, settings, Clock(), root, max_pixels=source.max_pixels)
-        stored = opened.manifest.images_root
-        if root is None and stored is not None:
-            root = Path(stored)
+        if root is None and opened.manifest.images_root is not None:
+            root = Path(opened.manifest.images_root)
         positions = sample(len(source), settings.limit, settings.seed)
         work = Work(
             settings, source, mapper, Gallery(opened, settings.seed),
@@ -125,7 +117,6 @@ def evaluate_index(
 
 
 def _evaluated(work: Work, positions: np.ndarray) -> Evaluation:
-    """Run one group of measures after another: each takes rows and gives rows."""
     begun = time.perf_counter()
     rows, boxed = explained(work, positions)
     if not rows:

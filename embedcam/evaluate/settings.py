@@ -13,36 +13,22 @@ GROUPS: Final = ("retrieval", "localisation", "faithfulness", "objects", "fideli
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how. The defaults end in minutes on a CPU.
+    """What is measured, and how; the defaults end in minutes on a CPU.
 
     Parameters
     ----------
-    n_neighbors : int
-        Images a query is explained by; the map is the one `explain` shows.
-    transfer : str
-        "mean" or "distance".
-    limit : int, optional
-        Images queried, a seeded sample; None for all.
-    faithfulness, scenes, fidelity : int
-        Images of them whose pixels are removed and whose baselines are drawn; pairs of pictures
-        of different labels; images whose own map is held against transferred ones.
-    steps : int
-        Of the deletion and insertion curves.
-    removed, threshold : float
-        Shares between 0 and 1: of the pixels taken out for the rank drop and ROAD; of a map's
-        largest value from which a pixel is marked, for IoU and boxes.
-    fill : str
-        What takes a removed pixel's place: "mean", "black" or "blur".
-    measures : tuple of str
-        Groups among `GROUPS`.
-    controls : bool
-        Draw baselines.
-    examples : int
-        Best and worst ones shown, each.
-    seed : int
-        Of every sample and every random weight.
-    batch_size : int, optional
-        Images a forward pass; None takes what is fast: 8 on a CPU, 32 elsewhere.
+    n_neighbors, transfer : images a query is explained by; "mean" or "distance"
+    limit : images queried, a seeded sample; None for all
+    faithfulness, scenes, fidelity : images whose pixels are removed and whose baselines are drawn;
+        pairs of different labels; images whose own map is held against transferred ones
+    steps : of the deletion and insertion curves
+    removed, threshold : shares in (0, 1): of the pixels taken out for the rank drop and ROAD; of a
+        map's largest value from which a pixel is marked
+    fill : in place of a removed pixel: "mean", "black" or "blur"
+    measures : groups among `GROUPS`
+    controls, examples : draw baselines; best and worst ones shown, each
+    seed : of every sample and every random weight
+    batch_size : images a forward pass; None for 8 on a CPU, 32 elsewhere
     """
 
     n_neighbors: int = setting(5, "N", "neighbours a map (default 5)", letter="-n", least=1)

@@ -90,7 +90,6 @@ def summarized(
 
 
 def _left_out(work: Work, rows: Some, sampled: int) -> Iterator[str]:
-    """Yield what the rows lack, a sentence each."""
     total, asked = len(work.source), work.own_rows.asked
     if work.wants("retrieval") and not measured(rows, "retrieval"):
         what = "no image has a label"
@@ -127,7 +126,6 @@ def column(rows: Some, name: str) -> np.ndarray:
 
 
 def _pictures(rows: Some) -> list[Any]:
-    """Return which picture, or pair of them, each row asks about; an image's row, itself."""
     return [
         (row["first"], row["second"]) if "first" in row else place for place, row in enumerate(rows)
     ]
@@ -173,11 +171,7 @@ def measured(rows: Some, group: str) -> Summary:
 
 
 def beside_others(rows: Some, groups: Sequence[str], others: Sequence[str] = BASELINES) -> Summary:
-    """Return means of all methods on the same rows, and the paired differences of `transferred`.
-
-    A difference is turned so that above 0 `transferred` is better. It beats another where the whole
-    95% interval lies above 0.
-    """
+    """Return means of all methods on the same rows, and differences: above 0 `transferred` wins."""
     table: Summary = {}
     for name, measure in MEASURES.items():
         pairs = {other: _with(rows, name, other) for other in others if measure.group in groups}
@@ -195,7 +189,6 @@ def beside_others(rows: Some, groups: Sequence[str], others: Sequence[str] = BAS
 
 
 def _with(rows: Some, name: str, other: str) -> Some:
-    """Return the rows that have a measure by the method and by another one."""
     pair = (name, f"{other}: {name}")
     return [row for row in rows if all(row.get(one) is not None for one in pair)]
 
@@ -216,11 +209,7 @@ def _difference(rows: Some, name: str, other: str) -> Summary:
 
 
 def checks(rows: Some, questions: Mapping[str, Some]) -> list[Summary]:
-    """Check every index by measures that no change of contrast moves.
-
-    Returns for each check that three pictures or more allow: `flag`, whether it is `raised`, and
-    the paired difference that says so.
-    """
+    """Check every index by measures that no change of contrast moves, where pictures suffice."""
     one = (WORSE, "auc", MEAN, "images with a box or mask", rows)
     two = [(NO_BETTER, "objects_auc", SHUFFLED_INDEX, *entry) for entry in questions.items()]
     checked = []

@@ -26,11 +26,7 @@ Rows = dict[int, Row]
 
 @dataclass
 class Work:
-    """What the groups of measures are functions of, beside the rows that were there before.
-
-    rivals: other methods that the maps are held against, by name; skipped: a sentence for each
-    image that cannot be used; notes: what was left out and is worth knowing, a sentence each.
-    """
+    """What the groups of measures read; `skipped` and `notes` are sentences for the reader."""
 
     settings: Settings
     source: ImageSource
@@ -104,10 +100,7 @@ class Work:
         return Questions(seen, near, own[:, None].tolist(), labels, ids)
 
     def draw(self, asked: Questions) -> dict[str, Maps]:
-        """Draw each question by every method: transferred, rivals, baselines.
-
-        Without baselines the mean activation alone is among them.
-        """
+        """Draw each question by every method; the mean activation is always among them."""
         maps = {TRANSFERRED: self.mapper.maps(asked.seen, asked.near)}
         maps |= {name: draw(asked) for name, draw in self.rivals.items()}
         if not self.settings.controls:

@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import IndexFormatError, InputError
 from ..index import Index, Neighbors, Selection
 from ..index.calibration import evidence
-from ..index.neighbors import draw_negatives, named_neighbors
+from ..index.search import draw_negatives, named_neighbors
 from ..ops import coefficients, picture_maps, rival_coefficients, signed_cams
 from .drawing import may_follow
 from .explanation import Explanation, Result
@@ -29,9 +29,6 @@ SAME_WEIGHTS = 1e-3
 """Length of the difference of two weights of length 1 that stored digits can account for."""
 _LOG = logging.getLogger("embedcam")
 
-Transfer = tuple[list[np.ndarray], np.ndarray, tuple[float, float] | tuple[None, None]]
-"""Weights `[K]` by layer, norms of the first layer's stored weights `[n]`, trust and its low."""
-
 
 class Fallback(Protocol):
     """Computes weights on a query itself, where transferred ones are not trusted."""
@@ -39,10 +36,9 @@ class Fallback(Protocol):
     def weights(
         self, inputs: Inputs, positives: np.ndarray, negatives: np.ndarray
     ) -> Sequence[np.ndarray]:
-        """Return weights `[K]` of each layer, deepest first.
+        """Return weights `[K]` of each layer, deepest first, of an input `[3 H W]`.
 
-        Of the network's input `[3 H W]`, with embeddings of its neighbors `[P D]` and of other
-        images `[Q D]`.
+        `positives` `[P D]` are embeddings of its neighbors, `negatives` `[Q D]` of other images.
         """
 
 
@@ -55,39 +51,35 @@ def answer(
     result: str | None = None,
     above: str | None = None,
 ) -> Explanation:
-    """Return the explanation of one query by its neighbors.
+    """Return the explanation of a query: the first `n_shown` neighbors are shown, all tell match.
 
-    The first `n_shown` neighbors are results; match looks at the others too. With `result` that
-    image's weights alone are transferred, less those of its rival `above`.
+    With `result` that image's weights alone are transferred, less those of its rival `above`.
     """
     _check_grids(snapshot, query)
     index, match = snapshot.index, None
-    matching = snapshot.matches.get("one" if len(near.positions) == 1 else "several")
     rows = index.select(near.positions)
     labels = rows.labels
+    matching = snapshot.matches.get("one" if len(labels) == 1 else "several")
     if matching is not None:
         match = matching.match(near.distances, labels)
-    if n_shown < len(near.positions):
-        near = near.first(n_shown)
-        labels = labels[:n_shown]
+    if n_shown < len(labels):
+        near, labels = near.first(n_shown), labels[:n_shown]
         rows = index.select(near.positions)
-    named: list[Result | None] = [None, None]
-    if result is None:
-        weights, norms, (trust, low) = _transferred(
-            snapshot, rows, near.distances, explainer.transfer, query
-        )
-        used = rows
-    else:
-        norms = _norms(snapshot, rows)
-        ids = [result] if above is None else [result, above]
-        chosen = named_neighbors(index, query.embedding, ids)
-        used = index.select(chosen.positions)
-        # Trust is calibrated for maps that weights add up to, not for their differences.
-        asked = None if above is not None else query
-        weights, lengths, (trust, low) = _transferred(
-            snapshot, used, chosen.distances, explainer.transfer, asked
-        )
-        named[: len(ids)] = _results(snapshot, used, chosen, lengths)
+    used, distances = rows, near.distances
+    if result is not None:
+        pair = [result] if above is None else [result, above]
+        chosen = named_neighbors(index, query.embedding, pair)
+        used, distances = index.select(chosen.positions), chosen.distances
+    # Trust is calibrated for maps that weights add up to, not for their differences.
+    weights, used_norms, (trust, low) = _transferred(
+        snapshot, used, distances, explainer.transfer, query if above is None else None
+    )
+    norms, named = used_norms, list[Result]()
+    if result is not None:
+        norms = _stored(snapshot, rows, 0)[2]
+        columns = used.labels, picture_paths(snapshot, used), distances, chosen.similarities
+        marks = used.marks if snapshot.marked else None
+        named = Result.of(used.ids, *columns, used.coarse(), used_norms, marks)
     direct, fallback = False, explainer.fallback
     doubted = low is not None and low < explainer.trusted_from
     if doubted and fallback is not None and query.inputs is not None:
@@ -124,8 +116,8 @@ def answer(
         trust_low=low,
         trusted_from=explainer.trusted_from,
         direct=direct,
-        asked=named[0],
-        rival=named[1],
+        asked=named[0] if named else None,
+        rival=named[1] if len(named) > 1 else None,
         shared=snapshot.shared is not None,
         prototypes=snapshot.prototypes,
         max_pixels=explainer.max_pixels,
@@ -136,9 +128,7 @@ def answer(
 
 def picture_paths(snapshot: Snapshot, rows: Selection) -> list[str]:
     """Return where the rows' pictures lie, `[n]`; "" for those that name no file."""
-    if snapshot.root is None or snapshot.root == Path():
-        return rows.paths
-    root = str(snapshot.root)
+    root = str(snapshot.root or "")
     return [os.path.join(root, path) if path else path for path in rows.paths]
 
 
@@ -146,17 +136,8 @@ def without_file(
     snapshot: Snapshot, near: Neighbors, file: str | Path | None, most: int
 ) -> Neighbors:
     """Return the first `most` of a query's neighbors that are not the query's own file."""
-    root, paths = (
-        snapshot.root or Path(),
-        picture_paths(snapshot, snapshot.index.select(near.positions)),
-    )
-    kept = [
-        place
-        for place, path in enumerate(paths)
-        if file is None
-        or not may_follow(path, root, snapshot.only_below)
-        or not _same_file(path, file)
-    ][:most]
+    paths = picture_paths(snapshot, snapshot.index.select(near.positions))
+    kept = [row for row, path in enumerate(paths) if not _is_file(snapshot, path, file)][:most]
     if not kept:
         raise InputError(
             f"nothing but the query itself comes back ({file}); leave out --exclude-query "
@@ -168,9 +149,9 @@ def without_file(
 def negatives_for(
     index: Index, left_out: Sequence[int], labels: Sequence[str | None]
 ) -> np.ndarray:
-    """Return embeddings of seeded random images that a query is told from, `[Q D]`.
+    """Return embeddings `[Q D]` of seeded random images to tell a query from.
 
-    None is among the rows `left_out`; one of the neighbors' `labels` only where no others are left.
+    None is of the rows `left_out`; one of the neighbors' `labels` only where no others are left.
     """
     live = index.live_positions()
     live = live[~np.isin(live, left_out)]
@@ -179,34 +160,16 @@ def negatives_for(
             "the index holds no image but the neighbours, so nothing is left to tell the query "
             "from; ask for fewer neighbours, or leave out fallback"
         )
-    places = draw_negatives(live, labels, lambda rows: index.select(rows).labels)
-    return index.embeddings(places)
+    return index.embeddings(draw_negatives(live, labels, lambda rows: index.select(rows).labels))
 
 
-def _same_file(one: str, other: str | Path) -> bool:
+def _is_file(snapshot: Snapshot, path: str, file: str | Path | None) -> bool:
+    if file is None or not may_follow(path, snapshot.root or Path(), snapshot.only_below):
+        return False
     try:
-        return os.path.samefile(one, other)
+        return os.path.samefile(path, file)
     except (OSError, ValueError):
         return False
-
-
-def _results(
-    snapshot: Snapshot, rows: Selection, near: Neighbors, norms: np.ndarray
-) -> list[Result]:
-    paths, cams, marks = picture_paths(snapshot, rows), rows.coarse(), rows.marks
-    return [
-        Result(
-            name,
-            rows.labels[place],
-            paths[place],
-            float(near.distances[place]),
-            float(near.similarities[place]),
-            None if cams is None else cams[place],
-            float(norms[place]),
-            marks[place] if snapshot.marked else None,
-        )
-        for place, name in enumerate(rows.ids)
-    ]
 
 
 def _maps(weights: Sequence[np.ndarray], query: Query) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -235,52 +198,45 @@ def _check_grids(snapshot: Snapshot, query: Query) -> None:
             )
 
 
-def _finite_norms(snapshot: Snapshot, norms: np.ndarray) -> np.ndarray:
+def _stored(
+    snapshot: Snapshot, rows: Selection, layer: int
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Return a layer's stored fields, unpacked, and the L2 norms of its weights `[n]`."""
+    encoding, fields = snapshot.encodings[layer], rows.fields(layer)
+    unpacked = encoding.unpack(fields)
+    norms = encoding.norms(unpacked)
     if not all(map(math.isfinite, norms.tolist())):
         raise IndexFormatError(
             f"{snapshot.index.path}: stored weights hold a NaN or an infinity; `embedcam verify` "
             "says which file is damaged"
         )
-    return norms
-
-
-def _norms(snapshot: Snapshot, rows: Selection) -> np.ndarray:
-    """Return the L2 norms of the first layer's stored weights of rows, `[n]`."""
-    encoding = snapshot.encodings[0]
-    return _finite_norms(snapshot, encoding.norms(encoding.unpack(rows.fields(0))))
+    return fields, unpacked, norms
 
 
 def _transferred(
     snapshot: Snapshot, rows: Selection, distances: np.ndarray, mode: str, query: Query | None
-) -> Transfer:
-    """Return a query's weights from those of rows at squared distances.
+) -> tuple[list[np.ndarray], np.ndarray, tuple[float, float] | tuple[None, None]]:
+    """Return weights `[K]` by layer, norms of the first layer's `[n]`, and trust with its low.
 
     Without a query the rows are a result and its rival, whose weights are subtracted.
     """
+    layers = [_stored(snapshot, rows, number) for number in range(len(snapshot.encodings))]
     weights: list[np.ndarray] = []
-    first_norms = np.zeros(0)
-    trust: tuple[float, float] | tuple[None, None] = (None, None)
-    for number, encoding in enumerate(snapshot.encodings):
-        fields = rows.fields(number)
-        unpacked = encoding.unpack(fields)
-        norms = _finite_norms(snapshot, encoding.norms(unpacked))
-        if query is None:
-            shares = rival_coefficients(norms)
-        else:
-            shares = coefficients(norms, distances, mode)
-        combined = encoding.combine(unpacked, shares)
-        if query is None and norms.all() and np.linalg.norm(combined) <= SAME_WEIGHTS:
-            combined = np.zeros_like(combined)  # A map of rounding would look like evidence.
-        weights.append(combined)
-        if number > 0:
+    for encoding, (_, unpacked, norms) in zip(snapshot.encodings, layers, strict=True):
+        if query is not None:
+            weights.append(encoding.combine(unpacked, coefficients(norms, distances, mode)))
             continue
-        first_norms = norms
-        calibration = snapshot.calibrations.get("one" if len(distances) == 1 else "several")
-        if calibration is not None and query is not None:
-            # What overflows, of weights that are no honest index's, is not trusted.
-            with np.errstate(over="ignore", invalid="ignore"):
-                raw = signed_cams(encoding.decode(fields), query.activations[0])
-                norm = float(np.linalg.norm(combined))
-                seen = evidence(raw, shares, norm, distances)
-            trust = calibration.trust(seen, float(np.min(distances)))
-    return weights, first_norms, trust
+        difference = encoding.combine(unpacked, rival_coefficients(norms))
+        if norms.all() and np.linalg.norm(difference) <= SAME_WEIGHTS:
+            difference = np.zeros_like(difference)  # A map of rounding would look like evidence.
+        weights.append(difference)
+    fields, _, norms = layers[0]
+    calibration = snapshot.calibrations.get("one" if len(distances) == 1 else "several")
+    if calibration is None or query is None:
+        return weights, norms, (None, None)
+    # What overflows, of weights that are no honest index's, is not trusted.
+    with np.errstate(over="ignore", invalid="ignore"):
+        raw = signed_cams(snapshot.encodings[0].decode(fields), query.activations[0])
+        shares = coefficients(norms, distances, mode)
+        seen = evidence(raw, shares, float(np.linalg.norm(weights[0])), distances)
+    return weights, norms, calibration.trust(seen, float(np.min(distances)))

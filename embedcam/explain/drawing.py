@@ -35,11 +35,13 @@ def tiles(explanation: Explanation, side: int | None = None) -> tuple[Tile, list
     query = Tile(
         explanation.image, explanation.cam, explanation.extent, "query", note, warning=warning
     )
-    if side is None:
-        return query, [_tile(explanation, one) for one in explanation.results()]
-    return shrunk(query, side), [
-        shrunk(_tile(explanation, one), side) for one in explanation.results()
-    ]
+    if side is not None:
+        query = shrunk(query, side)
+    results = []
+    for one in explanation.results():
+        tile = _tile(explanation, one)
+        results.append(tile if side is None else shrunk(tile, side))
+    return query, results
 
 
 def _tile(explanation: Explanation, result: Result) -> Tile:
@@ -53,19 +55,13 @@ def _tile(explanation: Explanation, result: Result) -> Tile:
         except EmbedcamError:
             # A map over the wrong part of a picture would be worse than one beside it.
             picture = None
-    name = result.id.rpartition("/")[2]
-    words = [] if result.label is None else [result.label]
-    if explanation.prototypes:
-        name = _short_name(explanation, name)
-        if result.label is not None:
-            name, words = result.label, [name]
+    name, words = _short_name(explanation, result.id), []
+    if result.label is not None:
+        pair = (result.label, name) if explanation.prototypes else (name, result.label)
+        name, words = pair[0], [pair[1]]
     words.append(f"distance {result.distance:.3f}")
-    if result is explanation.asked:
-        words.append("asked for")
-    if result is explanation.rival:
-        words.append("its rival")
-    if changed:
-        words.append(CHANGED)
+    words += ["asked for"] * (result is explanation.asked)
+    words += ["its rival"] * (result is explanation.rival) + [CHANGED] * changed
     # Maps are drawn with weights of length 1.
     cam = result.cam if not result.norm or result.cam is None else result.cam / result.norm
     return Tile(picture, cam, extent, name, "\n".join(words), changed=changed)
@@ -104,8 +100,7 @@ def _map_note(explanation: Explanation) -> str:
 def may_follow(path: str, root: Path | None, only_below: bool) -> bool:
     """Return whether a picture is read whose path is what an index says, whoever wrote it.
 
-    `root` and `only_below` as `Explanation` has them. The test is one of names: links that lie
-    below the root are the reader's own, and followed.
+    By names alone: links below the root are the reader's own, and followed.
     """
     if not path or root is None:
         return bool(path)

@@ -6,8 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
 
 import numpy as np
 
@@ -16,8 +15,8 @@ from .._files import ProcessLock
 from ..errors import ImageError, InputError
 from ..images import MAX_PIXELS, FileState, file_state, read_image
 from ..index import Index
-from ..index.matching import TEN
-from ..index.neighbors import check_rival, check_wanted, find_neighbors
+from ..index.calibration import TEN
+from ..index.search import check_rival, check_wanted, find_neighbors
 from ..ops import coefficients
 from ..preprocess import AnyPreprocess, Network
 from .answer import Fallback, answer, picture_paths, without_file
@@ -35,6 +34,15 @@ if TYPE_CHECKING:
     Vector = np.ndarray[tuple[int], np.dtype[Any]]
     Vectors = np.ndarray[tuple[int, int], np.dtype[Any]]
 
+    class _Options(TypedDict, total=False):
+        size: tuple[int, int] | None
+        grid: tuple[int, int] | None
+        n_neighbors: int | None
+        result: str | None
+        above: str | None
+        detail_activations: Features | None
+
+
 __all__ = ["Explainer", "Explanation", "Fallback"]
 
 TRUSTED_FROM = 0.5
@@ -45,10 +53,8 @@ _LOG = logging.getLogger("embedcam")
 class Explainer:
     """Explains queries against an index.
 
-    Any number of threads may share one; the answers are those of one thread. In a forked child it
-    opens its files again and leaves torch and FAISS one thread there; start worker processes with
-    "spawn" where you can, each with an `Explainer` of its own: one is not pickled. It logs to the
-    logger "embedcam".
+    Any number of threads may share one. In a forked child it opens its files again and leaves torch
+    and FAISS one thread; it is not pickled. It logs to the logger "embedcam".
 
     Parameters
     ----------
@@ -75,17 +81,12 @@ class Explainer:
         Pictures of more pixels are not read, neither queries' nor indexed images'.
     detail
         2 shows every query to the network once more at twice the side and joins both maps: finer,
-        and surer of two objects, for about four more embeddings and four times the activations'
-        memory. Search and trust stay those of the first pass.
+        for about four more embeddings. Search and trust stay those of the first pass.
 
     Raises
     ------
-    NetworkMismatch
-        The network is not the index's.
-    IndexFormatError
-        No index, or a broken one.
-    InputError
-        An argument that cannot be used.
+    NetworkMismatch, IndexFormatError, InputError
+        Another network, no index or a broken one, or an argument that cannot be used.
     """
 
     def __init__(
@@ -107,9 +108,9 @@ class Explainer:
         self.max_pixels, self.fallback = max_pixels, fallback
         coefficients(np.ones(1), np.ones(1), transfer)
         self.transfer, self.trusted_from = transfer, number("trusted_from", trusted_from, 0, 1)
+        if onnx is not None and network is not None:
+            raise InputError("give the network, or onnx, the same as a file; not both")
         if onnx is not None:
-            if network is not None:
-                raise InputError("give the network, or onnx, the same as a file; not both")
             from ..onnx import OnnxNetwork
 
             network = onnx if isinstance(onnx, OnnxNetwork) else OnnxNetwork(onnx)
@@ -119,12 +120,7 @@ class Explainer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __reduce__(self) -> Any:
@@ -161,11 +157,9 @@ class Explainer:
     def reload(self, *, verify: bool = False) -> bool:
         """Serve the version of the index that lies there now; return whether it is another one.
 
-        In one step: a request in flight ends with the version it began with, whose files are let go
-        with the last of them. The network is held against the new version; what cannot be served
-        raises, and the old version is served on. `fallback` stays; its recipe should be that of the
-        new one. An open index that the explainer was handed is left alone, and the new version is
-        the explainer's own.
+        A request in flight ends with the version it began with. What cannot be served raises, and
+        the old version is served on. `fallback` stays. An open index that the explainer was handed
+        is left alone, and the new version is the explainer's own.
 
         Parameters
         ----------
@@ -209,29 +203,24 @@ class Explainer:
         result
             Id of one image of the index: *what in my query matched this one*. Its weights alone are
             transferred, and pictures show it first. By the default target they are mostly its
-            label's: what speaks for the label.
+            label's.
         above
             Id of a rival of `result`: *what in my query speaks for the result rather than the
-            rival*. The map is drawn with the difference of both stored weights, each brought to
-            length 1; it is empty where these are equal, as those of one label may be. Its trust is
-            None, for none is calibrated, and `fallback` is not called.
+            rival*, drawn with the difference of both stored weights, each brought to length 1. Its
+            trust is None, and `fallback` is not called.
         neighbors
             Ids that another search engine found, instead of searching.
         exclude_query
-            Where the index holds the file that `image` names, leave it out of the results. The same
-            file alone, by whatever path: copies of it still come back.
+            Leave the file that `image` names, by whatever path, out of the results, not its copies.
         detail
             1 or 2, see `Explainer`; None takes the explainer's.
 
         Raises
         ------
-        ImageError
-            A picture that cannot be read.
+        ImageError, NetworkError
+            A picture that cannot be read, or of which the network makes unusable numbers.
         InputError
-            An unknown or removed id, a rival without a result or that is the result itself, or an
-            argument that cannot be used.
-        NetworkError
-            The network makes numbers of it that cannot be computed with.
+            An unknown or removed id, or an argument that cannot be used.
         """
         return self.explain_batch(
             [image],
@@ -268,9 +257,8 @@ class Explainer:
             Where the queries' pictures lie, for `exclude_query` where they are not given as paths;
             None for those that lie nowhere.
         larger
-            With detail 2, the network's inputs at twice the side, `[3 2H 2W]` each, where the
-            queries are the network's inputs; None makes them of the pictures, and resizes inputs
-            that came without one.
+            With detail 2, the network's inputs at twice the side, `[3 2H 2W]` each; None makes them
+            of the pictures, and resizes inputs that came without one.
         """
         snapshot = self._now()
         if isinstance(images, str | bytes):
@@ -294,13 +282,8 @@ class Explainer:
         embedding: Vector | Sequence[float],
         activations: Features,
         *,
-        size: tuple[int, int] | None = None,
         neighbors: Sequence[str] | None = None,
-        grid: tuple[int, int] | None = None,
-        n_neighbors: int | None = None,
-        result: str | None = None,
-        above: str | None = None,
-        detail_activations: Features | None = None,
+        **options: Unpack[_Options],
     ) -> Explanation: ...
 
     @overload
@@ -309,13 +292,8 @@ class Explainer:
         embedding: Vectors | Sequence[Vector] | Sequence[Sequence[float]],
         activations: Features,
         *,
-        size: tuple[int, int] | None = None,
         neighbors: Sequence[Sequence[str]] | None = None,
-        grid: tuple[int, int] | None = None,
-        n_neighbors: int | None = None,
-        result: str | None = None,
-        above: str | None = None,
-        detail_activations: Features | None = None,
+        **options: Unpack[_Options],
     ) -> list[Explanation]: ...
 
     def explain_features(
@@ -355,8 +333,7 @@ class Explainer:
         Returns
         -------
         Explanation or list of Explanation
-            A list for a batch. Type checkers know which by the array's number of axes, and take it
-            for `Any` where they do not know that.
+            A list for a batch.
 
         Raises
         ------
@@ -385,34 +362,25 @@ class Explainer:
 
     def picture_file(self, id: str) -> Path | None:
         """Return where an indexed image's picture lies; None where its path is not followed."""
-        snapshot = self._now()
-        (path,) = picture_paths(snapshot, snapshot.index.select([snapshot.index.position(id)]))
-        followed = may_follow(path, snapshot.root or Path(), snapshot.only_below)
-        return Path(path) if followed else None
+        now = self._now()
+        (path,) = picture_paths(now, now.index.select([now.index.position(id)]))
+        return Path(path) if may_follow(path, now.root or Path(), now.only_below) else None
 
     def file_state(self, id: str) -> FileState | None:
-        """Return what became of an indexed image's file since the build.
-
-        "same", "changed" or "missing"; None where the index keeps no mark of it, or its path is not
-        to be followed (`picture_file`).
-        """
+        """Return "same", "changed" or "missing" of an indexed image's file; None where unknown."""
         path, index = self.picture_file(id), self._now().index
-        if path is None:
-            return None
-        return file_state(path, index.select([index.position(id)]).marks[0])
+        return (
+            None if path is None else file_state(path, index.select([index.position(id)]).marks[0])
+        )
 
     def picture(self, id: str) -> Image.Image:
         """Return the picture of an indexed image, upright, or raise ImageError."""
         path = self.picture_file(id)
-        if path is None:
+        if path is None or not path.exists():
+            missing = "the index names no picture of it below the folder of its images"
             raise ImageError(
-                f"{id}: the index names no picture of it below the folder of its images; give "
-                "images=, the folder they lie in now"
-            )
-        if not path.exists():
-            raise ImageError(
-                f"{path}: does not exist; give images= (--images), the folder the indexed images "
-                "lie in now"
+                (f"{path}: does not exist" if path else f"{id}: {missing}")
+                + "; give images= (--images), the folder the indexed images lie in now"
             )
         return read_image(path, max_pixels=self.max_pixels)
 
@@ -436,10 +404,7 @@ class Explainer:
         above: str | None,
         files: Sequence[str | Path | None] | None = None,
     ) -> list[Explanation]:
-        """Search for all queries at once, or take the neighbors named, and answer each.
-
-        With `files` each query's own file is left out of its neighbors.
-        """
+        """Search for all queries at once, or take the neighbors named, and answer each."""
         if not queries:
             return []
         # Match is calibrated on ten neighbors, however many are shown.
@@ -447,14 +412,11 @@ class Explainer:
         if neighbors is not None:
             wanted = n_searched = len(snapshot.index)
         embeddings = np.stack([query.embedding for query in queries])
-        near = find_neighbors(
-            snapshot.index, embeddings, n_searched + (files is not None), neighbors
-        )
+        more = n_searched + (files is not None)
+        near = find_neighbors(snapshot.index, embeddings, more, neighbors)
         if files is not None:
-            near = [
-                without_file(snapshot, one, file, n_searched)
-                for one, file in zip(near, files, strict=True)
-            ]
+            pairs = zip(near, files, strict=True)
+            near = [without_file(snapshot, one, file, n_searched) for one, file in pairs]
         return [
             answer(self, snapshot, query, one, wanted, result, above)
             for query, one in zip(queries, near, strict=True)

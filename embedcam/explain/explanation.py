@@ -35,6 +35,17 @@ class Result:
     norm: float | None
     mark: np.ndarray | None = None
 
+    @classmethod
+    def of(cls, ids: Sequence[str], *columns: Sequence[Any] | np.ndarray | None) -> list[Result]:
+        """Return a record each of the fields' columns `[n]`; None of columns that are unknown."""
+        filled: list[Sequence[Any] | np.ndarray] = []
+        for column in columns:
+            values = [None] * len(ids) if column is None else column
+            if isinstance(values, np.ndarray) and values.ndim == 1:
+                values = values.tolist()
+            filled.append(values)
+        return [cls(*fields) for fields in zip(ids, *filled, strict=True)]
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
@@ -45,16 +56,14 @@ class Explanation:
     cam
         The query's map, `[H W]` float32 >= 0, at the size asked for: what is drawn.
     signed_cam
-        The same before its ReLU, `[H W]` float32: what speaks against is negative. Ranks and
-        thresholds of it do not depend on how maps are drawn. Of several layers the negative part is
-        the deepest one's; of a `method` it is the method's own map.
+        The same before its ReLU: what speaks against is negative, of several layers by the deepest
+        one. Ranks and thresholds of it do not depend on how maps are drawn.
     weights
-        The transferred channel weights, `[K]` float32, or `[K h w]` of an index that keeps them by
-        position; with `method` that method's own, and zeros where it has none.
+        The transferred channel weights, `[K]` float32, or `[K h w]` by position; with `method`
+        that method's own, and zeros where it has none.
     features
-        The activations averaged under the map on the layer's grid, `[K]` float32, see
-        `ops.attended`: what the query shows where it matched, to predict from. With detail 2 those
-        of the query shown larger, of several layers the deepest one's; under an empty map the mean.
+        The activations averaged under the map, `[K]` float32, see `ops.attended`: what the query
+        shows where it matched, to predict from; under an empty map their mean.
     ids, labels, paths
         Of the neighbors, nearest first; in the order given where they were named.
     distances, similarities
@@ -67,30 +76,28 @@ class Explanation:
         "mean" or "distance".
     extent
         The rectangle of the query picture that the map covers, (x0, y0, x1, y1) in pixels of the
-        upright picture; outside it there is no evidence. None where the picture is unknown.
+        upright picture; None where the picture is unknown.
     image, preprocess
         The query picture, upright, and what was shown to the network of the neighbors', or None.
     root, only_below
         Folder that `paths` were joined to, None where they are the caller's own. A path that climbs
-        out of it ("..") is not followed, and with `only_below` no absolute one that lies elsewhere:
-        its picture counts as not found.
+        out of it is not followed, and with `only_below` no absolute one that lies elsewhere.
     neighbor_norms
         L2 norm of each neighbor's stored weights, `[n]`, or None. Pictures divide by it, so that
-        results that share a color scale are compared by weights of one length.
+        results on one color scale are compared by weights of one length.
     method
         Title of the method that made the query's map itself; empty where weights were transferred.
     layer_weights
         The weights of every layer by its name, or None.
     trust, trust_low
         The correlation to be expected, in [0, 1], of the signed map with the one computed on the
-        query itself by the index's own target (which `fallback` draws), and what nine in ten such
-        maps reach; calibrated with transfer "mean" from one neighbor and from five. Also where
-        `direct` they are the transfer's. None where the index holds no calibration.
+        query itself, and what nine in ten such maps reach; also where `direct` those of the
+        transfer. None where the index holds no calibration.
     trusted_from
         `trust_low` from which the explanation counts as `trusted`.
     direct
-        The transfer was not trusted, and the weights were computed on the query itself. `trusted`
-        is then True whatever `trust` is. It answers for the results that came back, right or wrong.
+        The transfer was not trusted, and the weights were computed on the query itself, for the
+        results that came back, right or wrong.
     asked, rival
         The images that `result` and `above` named; pictures show them first. With a rival the
         weights are the result's less the rival's, each of length 1 before, and `trust` is None.
@@ -101,13 +108,11 @@ class Explanation:
     max_pixels
         Pictures of more pixels are not read, and count as not found.
     marks
-        Of the files of the neighbors' pictures when the index was built, uint32 `[n 4]`, or None
-        where unknown. A map is not drawn over a picture that is another now.
+        Of the files of the neighbors' pictures when the index was built, uint32 `[n 4]`, or None.
     match
         The probability, in [0, 1], that the first result is of the query's kind, from the distances
-        and labels of the ten nearest, however many are shown: whether the result is right, where
-        trust says whether the map is. Without labels: how usual the distance of the first is among
-        the indexed images. None where the index holds no calibration.
+        and labels of the ten nearest; without labels, how usual its distance is among the indexed
+        images. None where the index holds no calibration.
     """
 
     cam: np.ndarray
@@ -144,14 +149,9 @@ class Explanation:
 
     @property
     def doubtful(self) -> bool:
-        """Whether the first result is rather not of the query's kind: match is below 0.5.
-
-        Without labels half of all usual queries lie below that; there from 0.2. What a named image
-        has to say is not in doubt for what came first: False with `result`.
-        """
-        if self.asked is not None or self.match is None:
-            return False
-        return self.match < (0.5 if self.labels and self.labels[0] is not None else 0.2)
+        """Whether match is below 0.5, without labels below 0.2; False with `result`."""
+        least = 0.5 if self.labels and self.labels[0] is not None else 0.2
+        return self.asked is None and self.match is not None and self.match < least
 
     @property
     def match_in_words(self) -> str:
@@ -162,10 +162,7 @@ class Explanation:
 
     @property
     def trusted(self) -> bool | None:
-        """Whether the map can be relied on; None where the index holds no calibration.
-
-        True also where the weights were computed on the query (`direct`), however low `trust` is.
-        """
+        """Whether the map can be relied on, as always where `direct`; None without calibration."""
         if self.trust_low is None:
             return None
         return self.direct or self.trust_low >= self.trusted_from
@@ -215,15 +212,11 @@ class Explanation:
 
     @property
     def told_apart(self) -> tuple[str, str] | None:
-        """What the map speaks for and what it is told from, where a rival was named; else None.
-
-        The labels where one image's weights are its whole label's, else the ids.
-        """
+        """The ids of the image named and its rival, or their labels where these are `shared`."""
         if self.asked is None or self.rival is None:
             return None
         one, other = self.asked.label, self.rival.label
-        by_label = self.shared and not self.method and one != other
-        if by_label and one is not None and other is not None:
+        if self.shared and not self.method and one and other and one != other:
             return one, other
         return self.asked.id, self.rival.id
 
@@ -298,14 +291,10 @@ class Explanation:
 
     def neighbors(self) -> list[Result]:
         """Return the neighbors, a record each, in the order of `ids`."""
-        unknown = [None] * len(self.ids)
-        norms = unknown if self.neighbor_norms is None else self.neighbor_norms.tolist()
-        columns = (
-            self.ids, self.labels, self.paths, self.distances.tolist(), self.similarities.tolist(),
-            unknown if self.neighbor_cams is None else self.neighbor_cams, norms,
-            unknown if self.marks is None else self.marks,
+        return Result.of(
+            self.ids, self.labels, self.paths, self.distances, self.similarities,
+            self.neighbor_cams, self.neighbor_norms, self.marks,
         )  # fmt: skip
-        return [Result(*fields) for fields in zip(*columns, strict=True)]
 
     def results(self) -> list[Result]:
         """Return all that pictures show, the images that were named first."""
@@ -333,10 +322,8 @@ class Explanation:
         """Return plain lists and numbers, ready for JSON; all but the weights and the pictures.
 
         "file" of a neighbor is what became of its picture's file since the build: "same",
-        "changed", "missing", or null where the index keeps no mark of it. "trusted" is true, too,
-        where the weights were computed on the query ("direct"): "trust" is then the low one of the
-        transfer that was not taken. "result" and "rival" are the images that were named, as one of
-        "neighbors" is described, else null. "why_empty" is a sentence where the map is "empty".
+        "changed", "missing", or null where unknown. "trusted" is true, too, where "direct".
+        "result" and "rival" are the images that were named, else null.
 
         Parameters
         ----------
@@ -348,23 +335,20 @@ class Explanation:
         features
             With "features", K numbers.
         """
-        maps = {"cam": self.cam, **({"signed_cam": self.signed_cam} if signed else {})}
+        names = ["cam", "signed_cam"] if signed else ["cam"]
+        maps = {name: getattr(self, name) for name in names}
+        if size is not None:
+            maps = {name: area_average(one, size) for name, one in maps.items()}
+        if features:
+            maps["features"] = self.features
         return {
-            **{
-                name: _rounded(one if size is None else area_average(one, size))
-                for name, one in maps.items()
-            },
-            **({"features": _rounded(self.features)} if features else {}),
+            **{name: _rounded(one) for name, one in maps.items()},
             "empty": self.empty,
             "why_empty": self.why_empty,
             "extent": None if self.extent is None else list(self.extent),
             "transfer": self.transfer,
-            # Of the query's map; the neighbors' are the index's own.
             "method": self.method or None,
-            "match": self.match,
-            "trust": self.trust,
-            "trust_low": self.trust_low,
-            "trusted": self.trusted,
+            **{name: getattr(self, name) for name in ("match", "trust", "trust_low", "trusted")},
             "direct": self.direct,
             "explained": list(self.explained),
             "result": self._record(self.asked),
@@ -393,7 +377,7 @@ def small_size(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _rounded(cam: np.ndarray) -> list[Any]:
-    """Return a map as lists of numbers with the digits a float32 holds, not a double's."""
+    """Return lists of numbers with the digits a float32 holds, not a double's."""
     shortest: list[Any] = np.asarray(cam, np.float32).astype("U").astype(float).tolist()
     return shortest
 

@@ -1,12 +1,9 @@
-"""Queries: from pictures, or from features that a caller has, to what maps are drawn of.
-
-The network is an object that was handed in, so that torch is not needed here.
-"""
+"""Queries: from pictures, or from features that a caller has, to what maps are drawn of."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,19 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """One query with its features.
+    """One query with its features; `activations` are of each layer, deepest first."""
 
-    `embedding` is `[D]`, `activations` are `[K H W]` of each layer, deepest first; `size` is the
-    (height, width) of its map, None for the layer's grid; `picture`, `inputs` `[3 H W]` and `file`
-    are None where unknown; `finer` are the activations of the query shown larger.
-    """
-
-    embedding: np.ndarray
-    activations: Sequence[np.ndarray]
-    size: tuple[int, int] | None = None
+    embedding: np.ndarray  # [D]
+    activations: Sequence[np.ndarray]  # [K H W] each
+    finer: Sequence[np.ndarray] | None = None  # of the query shown larger
+    size: tuple[int, int] | None = None  # (height, width) of its map; None for the layer's grid
     picture: Image.Image | None = None
-    inputs: Inputs | None = None
-    finer: Sequence[np.ndarray] | None = None
+    inputs: Inputs | None = None  # [3 H W]
 
 
 def embed(
@@ -57,10 +49,7 @@ def embed(
     detail: int = 1,
     larger: Sequence[Inputs] | None = None,
 ) -> list[Query]:
-    """Return the queries of pictures or the network's inputs, by one forward pass.
-
-    `larger` are the inputs at twice the side for detail 2; None makes them.
-    """
+    """Return queries by one forward pass; `larger` are inputs at twice the side for detail 2."""
     prepared = [prepare(image, snapshot.preprocess, max_pixels) for image in images]
     batch = stacked([inputs for _, inputs in prepared])
     if detail > 1:
@@ -77,18 +66,21 @@ def embed(
     except EmbeddingError as error:
         raise error.named([query_name(one, row) for row, one in enumerate(images)]) from None
     check_outputs(embeddings, *activations, *(finer or ()))
-    height, width = batch.shape[-2:]
+    size = (int(batch.shape[-2]), int(batch.shape[-1]))
     return [
-        Query(
-            embeddings[row],
-            [maps[row] for maps in activations],
-            (int(height), int(width)),
-            picture,
-            inputs,
-            None if finer is None else [maps[row] for maps in finer],
+        Query(*features, size, picture, inputs)
+        for features, (picture, inputs) in zip(
+            _each(embeddings, activations, finer), prepared, strict=True
         )
-        for row, (picture, inputs) in enumerate(prepared)
     ]
+
+
+def _each(
+    embeddings: np.ndarray, activations: list[np.ndarray], finer: list[np.ndarray] | None
+) -> Iterator[tuple[np.ndarray, list[np.ndarray], list[np.ndarray] | None]]:
+    for row, embedding in enumerate(embeddings):
+        fine = None if finer is None else [maps[row] for maps in finer]
+        yield embedding, [maps[row] for maps in activations], fine
 
 
 def of_features(
@@ -113,16 +105,7 @@ def of_features(
                     "larger"
                 )
     size = None if size is None else check_sides("size", size)
-    queries = [
-        Query(
-            vector,
-            [layer[row] for layer in maps],
-            size,
-            finer=None if finer is None else [layer[row] for layer in finer],
-        )
-        for row, vector in enumerate(vectors)
-    ]
-    return queries, single
+    return [Query(*features, size) for features in _each(vectors, maps, finer)], single
 
 
 def prepare(
@@ -155,10 +138,7 @@ def query_name(image: QueryLike, row: int) -> str:
 def larger_input(
     picture: Image.Image | None, inputs: Inputs, preprocess: AnyPreprocess | None
 ) -> np.ndarray:
-    """Return a query's input at twice the side, float32 `[3 2H 2W]`.
-
-    Inputs are resized where the picture is unknown, or its preparation is the caller's own.
-    """
+    """Return a query's input at twice the side, float32 `[3 2H 2W]`; resized where need be."""
     if picture is not None and isinstance(preprocess, Preprocess):
         height, width = preprocess.size
         shorter = None if preprocess.resize_to is None else 2 * preprocess.resize_to
@@ -168,10 +148,9 @@ def larger_input(
 
 
 def finer_activations(snapshot: Snapshot, batch: np.ndarray) -> list[np.ndarray]:
-    """Return the activations `[B K 2h 2w]` of each layer of inputs at twice the side `[B 3 2H 2W]`.
+    """Return each layer's activations `[B K 2h 2w]` of inputs at twice the side `[B 3 2H 2W]`.
 
-    A network of one input size sees the four quarters of each, laid side by side again; the sizes
-    it refused are remembered, so that they are not tried for every query.
+    A network of one input size sees the four quarters of each; the size it refused is remembered.
     """
     height, width = batch.shape[2:]
     if (height, width) not in snapshot.refused_sizes:
@@ -208,9 +187,9 @@ def _forward(snapshot: Snapshot, batch: Inputs) -> tuple[np.ndarray, list[np.nda
 def _check_larger(larger: Sequence[Inputs], inputs: tuple[int, ...], detail: int) -> None:
     count, channels, height, width = inputs
     expected = (channels, 2 * height, 2 * width)
-    shapes = [tuple(getattr(one, "shape", ())) for one in larger]
     if detail == 1:
         raise InputError("larger is of a finer map; give detail=2 with it, or leave it out")
+    shapes = [tuple(getattr(one, "shape", ())) for one in larger]
     if shapes != [expected] * count:
         raise InputError(
             f"larger has the shapes {shapes[:3]}; expected {count} of {list(expected)}, the "

@@ -23,12 +23,8 @@ _LOG = logging.getLogger("embedcam")
 class Snapshot:
     """An open index with the network it was built with.
 
-    Attributes: `layers`, `channels` and `encodings` of each layer, deepest first; `calibrations`
-    of trust and `matches` of match, by "one" and "several"; `preprocess`, None where unknown;
-    `root`, the folder of the indexed images; `only_below`, whether the caller named that folder;
-    `place`, where the next version is looked for; `refused_sizes`, inputs the network did not take.
-
-    Raises IndexFormatError, NetworkMismatch or InputError where it cannot serve.
+    `layers`, `channels` and `encodings` are deepest first, `calibrations` of trust and `matches` by
+    "one" and "several" neighbors; `place` is where the next version is looked for.
     """
 
     def __init__(
@@ -43,12 +39,12 @@ class Snapshot:
     ) -> None:
         manifest = index.manifest
         self.index, self.place, self.owned, self.process = index, place, owned, os.getpid()
-        self._given = network, images
-        self.network: Network | None
+        self._opened_with = network, images
+        self.network: Network | None = None
         if before is not None and _same_network(index, before.index):
             self.network = before.network
-        else:
-            self.network = None if network is None else admitted(index, network)
+        elif network is not None:
+            self.network = admitted(index, network)
         stored_root = manifest.images_root
         self.root = images or (None if stored_root is None else Path(stored_root))
         self.only_below = images is not None
@@ -63,8 +59,13 @@ class Snapshot:
         self.preprocess = None if manifest.network is None else manifest.network.preprocess
         if self.network is not None and self.network.preprocess is not None:
             self.preprocess = self.network.preprocess
-        if before is None or before.marked:
-            self._say_unmarked()
+        unmarked = not self.marked and (before is None or before.marked)
+        if unmarked and any(index.select(index.live_positions()[:1]).paths):
+            _LOG.warning(
+                "%s keeps no marks of its images' files, so whether a picture was replaced since "
+                "the build cannot be told; `embedcam build --refit` adds them",
+                index.path,
+            )
         if before is None and manifest.has_earlier_trust:
             _LOG.warning(
                 "%s holds a calibration of trust by an earlier definition, which is not read; "
@@ -102,7 +103,7 @@ class Snapshot:
         """
         after = self._again(self.index.n_threads)
         try:
-            if after.version == self.version:
+            if after.index.manifest.manifest_sha256 == self.index.manifest.manifest_sha256:
                 after.index.close()
                 return None
             after.index.load()
@@ -127,11 +128,6 @@ class Snapshot:
             kept.process = os.getpid()
             return kept
 
-    @property
-    def version(self) -> str:
-        """Return the SHA-256 of the manifest, which holds those of all files."""
-        return str(self.index.manifest.manifest_sha256)
-
     def describe(self) -> str:
         """Return words for a log."""
         return f"generation {self.index.manifest.generation} with {len(self.index)} images"
@@ -152,22 +148,11 @@ class Snapshot:
 
     def _again(self, n_threads: int | None) -> Self:
         with_faiss, place = self.index.with_faiss, self.place
-        return self.open(place, *self._given, place, self, with_faiss, n_threads)
-
-    def _say_unmarked(self) -> None:
-        if not self.marked and any(self.index.select(self.index.live_positions()[:1]).paths):
-            _LOG.warning(
-                "%s keeps no marks of its images' files, so whether a picture was replaced since "
-                "the build cannot be told; `embedcam build --refit` adds them",
-                self.index.path,
-            )
+        return self.open(place, *self._opened_with, place, self, with_faiss, n_threads)
 
 
 def shared_of(manifest: Manifest) -> str | None:
-    """Return what of their weights the images of a label share; None where it is little.
-
-    Of labels that are numbers no two images need share one.
-    """
+    """Return what of their weights the images of a label share; None where it is little."""
     return SHARED.get(manifest.target) if manifest.near_share is None else None
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Literal, TypeVar
@@ -27,41 +27,31 @@ Outcome = tuple[np.ndarray, tuple[int, int], np.ndarray] | ImageError
 
 @dataclass
 class Batch:
-    """Some consecutive images of the positions asked for, without those that cannot be read.
+    """Some consecutive images of the positions asked for, without those that cannot be read."""
 
-    `positions` are indices into the source, int64 `[b]`; `images` preprocessed, float32 `[b 3 H
-    W]`; `sizes` (width, height) of the upright originals, int64 `[b 2]`; `marks` of the files
-    before they were read (`ImageSource.mark`), uint32 `[b 4]`, zeros where they were not asked for;
-    `errors` (position, message) of the images left out.
-    """
-
-    positions: np.ndarray
-    images: np.ndarray
-    sizes: np.ndarray
-    marks: np.ndarray
-    errors: list[tuple[int, str]] = field(default_factory=list)
+    positions: np.ndarray  # indices into the source, int64 [b]
+    images: np.ndarray  # preprocessed, float32 [b 3 H W]
+    sizes: np.ndarray  # (width, height) of the upright originals, int64 [b 2]
+    marks: np.ndarray  # of the files before they were read, uint32 [b 4]; zeros if not asked for
+    errors: list[tuple[int, str]] = field(default_factory=list)  # (position, message), left out
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def without(self, rows: Sequence[int], reasons: Sequence[str]) -> Batch:
         """Return the batch without some of its rows, which are among its errors then."""
-        kept = np.ones(len(self), bool)
-        kept[list(rows)] = False
         left_out = zip(self.positions[list(rows)].tolist(), reasons, strict=True)
-        arrays = {name: getattr(self, name)[kept] for name in ("images", "sizes", "marks")}
-        errors = sorted([*self.errors, *left_out])
-        return Batch(self.positions[kept], **arrays, errors=errors)
+        names = ("positions", "images", "sizes", "marks")
+        kept = {name: np.delete(getattr(self, name), list(rows), axis=0) for name in names}
+        return replace(self, **kept, errors=sorted([*self.errors, *left_out]))
 
 
 def embed(
     batch: Batch, source: ImageSource, run: Callable[[np.ndarray], T], on_error: str
 ) -> tuple[Batch, T | None]:
-    """Run a network on a batch's images `[b 3 H W]`, without those whose embedding is unusable.
+    """Run a network on a batch, without the images of which `run` raises EmbeddingError.
 
-    `run` raises EmbeddingError of those; `on_error` "fail" raises it with the image's name, "skip"
-    leaves the image out and reports it in `Batch.errors`. Return the batch that was run, and what
-    came of it; None where no image is left.
+    `on_error` "fail" raises it. Return the batch that was run, and what came of it, None of none.
     """
     while len(batch):
         names = [source.name(position) for position in batch.positions.tolist()]
@@ -84,7 +74,7 @@ def default_workers() -> int:
 def load_batches(
     source: ImageSource,
     positions: Sequence[int] | np.ndarray,
-    preprocess: Prepare,
+    preprocess: Prepare | None,
     batch_size: int,
     *,
     workers: int | None = None,
@@ -93,25 +83,27 @@ def load_batches(
 ) -> Generator[Batch, None, None]:
     """Read and preprocess images, a batch at a time, in the order of `positions`.
 
-    Batch j covers positions[j * batch_size : (j + 1) * batch_size], whatever could be read of it,
-    so that an unreadable image moves no other. `workers` threads read ahead by about one batch;
-    0 reads in the calling thread. Closing the generator stops them. `on_error` "fail" raises the
-    ImageError of the first unreadable image; "skip" leaves it out and reports it in `Batch.errors`.
-    Any other exception, such as a transform's own, is raised. `marked` takes the marks of the
-    files, which reads each of them twice.
+    Batch j covers positions[j * batch_size : (j + 1) * batch_size], whatever could be read of it.
+    `workers` threads read ahead by about one batch; 0 reads in the calling thread. `on_error`
+    "fail" raises the ImageError of the first unreadable image, "skip" leaves it out and reports it
+    in `Batch.errors`. `marked` takes the marks of the files, which reads each of them twice.
     """
     wanted = np.asarray(positions)
     if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iu"):
         raise InputError(f"positions: expected whole numbers [n], given {wanted.dtype}")
     wanted = wanted.astype(np.int64)
     if wanted.size and (wanted.min() < 0 or wanted.max() >= len(source)):
-        raise InputError(
-            f"positions: {wanted.min()} to {wanted.max()} given, "
-            f"the source has {len(source)} images"
-        )
+        ends = f"{wanted.min()} to {wanted.max()}"
+        raise InputError(f"positions: {ends} given, the source has {len(source)} images")
     batch_size = whole("batch_size", batch_size, 1)
     workers = default_workers() if workers is None else whole("workers", workers)
     one_of("on_error", on_error, ("fail", "skip"))
+    if preprocess is None:
+        raise InputError(
+            "the network has no preprocessing, so images cannot be turned into its input; give "
+            "EmbeddingNetwork(..., preprocess=Preprocess(...)), or let the function that makes it "
+            "return (module, Preprocess.imagenet(224))"
+        )
     prepare = partial(_prepare, source, preprocess, marked)
     outcomes = (prepare(position) for position in wanted.tolist())
     if workers:
@@ -122,7 +114,6 @@ def load_batches(
 
 
 def _prepare(source: ImageSource, preprocess: Prepare, marked: bool, position: int) -> Outcome:
-    """Return the input of one image, or why there is none; other exceptions get its name."""
     try:
         # Before it is read: a file that changes meanwhile must not pass for the one that was read.
         mark = source.mark(position) if marked else np.array(NO_MARK, np.uint32)
@@ -142,7 +133,6 @@ def _prepare(source: ImageSource, preprocess: Prepare, marked: bool, position: i
 def _threaded(
     prepare: Callable[[int], Outcome], positions: np.ndarray, workers: int, ahead: int
 ) -> Generator[Outcome, None, None]:
-    """Yield outcomes in order, with at most `ahead` images in the making or waiting."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="embedcam-images")
     waiting: deque[Future[Outcome]] = deque()
     try:
@@ -169,8 +159,7 @@ def _batches(
             part = positions[start : start + batch_size].tolist()
             loaded: list[tuple[int, np.ndarray, tuple[int, int], np.ndarray]] = []
             errors: list[tuple[int, str]] = []
-            some: Iterator[Outcome] = islice(outcomes, len(part))
-            for position, outcome in zip(part, some, strict=True):
+            for position, outcome in zip(part, islice(outcomes, len(part)), strict=True):
                 if isinstance(outcome, ImageError):
                     if on_error == "fail":
                         raise outcome
@@ -184,11 +173,11 @@ def _batches(
                         "or crop"
                     )
                 loaded.append((position, *outcome))
-            arrays = [array for _, array, _, _ in loaded]
+            places, arrays, sizes, marks = zip(*loaded, strict=True) if loaded else ((),) * 4
             yield Batch(
-                positions=np.array([one[0] for one in loaded], dtype=np.int64),
-                images=np.stack(arrays) if arrays else np.zeros((0, *(shape or (3, 0, 0))), "f4"),
-                sizes=np.array([one[2] for one in loaded], dtype=np.int64).reshape(-1, 2),
-                marks=np.array([one[3] for one in loaded], dtype=np.uint32).reshape(-1, 4),
-                errors=errors,
+                np.array(places, np.int64),
+                np.stack(arrays) if arrays else np.zeros((0, *(shape or (3, 0, 0))), "f4"),
+                np.array(sizes, np.int64).reshape(-1, 2),
+                np.array(marks, np.uint32).reshape(-1, 4),
+                errors,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,12 +38,11 @@ class DatasetSource(ImageSource):
         dataset: Any,
         items: Sequence[Item],
         root: Path | None,
-        lock: threading.Lock | None,
+        lock: AbstractContextManager[object],
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__(items, root, max_pixels=max_pixels)
-        self._dataset = dataset
-        self._lock = lock
+        self._dataset, self._lock = dataset, lock
 
     def open(self, position: int) -> Image.Image:
         """Return the item's picture, upright and RGB, or raise ImageError that names it."""
@@ -50,11 +50,8 @@ class DatasetSource(ImageSource):
         if reason is not None:
             raise ImageError(reason)
         try:
-            if self._lock is None:
+            with self._lock:
                 item = self._dataset[position]
-            else:
-                with self._lock:
-                    item = self._dataset[position]
         except _BROKEN as error:
             if ran_out(error):
                 raise
@@ -86,10 +83,9 @@ def from_dataset(
     Parameters
     ----------
     dataset
-        Of pictures, (picture, label) pairs, or rows as Hugging Face's data sets have them:
-        dictionaries with the picture under "image" (or img, picture, photo), the label under
-        "label" (or labels, class). A picture is anything `read_image` takes, or a tensor
-        `[1|3 H W]` (uint8, or floats in [0, 1]).
+        Of pictures, (picture, label) pairs, or dictionaries with the picture under "image" (or img,
+        picture, photo), the label under "label" (or labels, class). A picture is anything
+        `read_image` takes, or a tensor `[1|3 H W]` (uint8, or floats in [0, 1]).
     ids
         Default the paths below `dataset.root` where the data set lists its files (`samples`, as
         torchvision's ImageFolder does), else "0", "1", ...
@@ -102,20 +98,18 @@ def from_dataset(
     max_pixels
         More than this many pixels are refused.
     """
+    kind = type(dataset).__name__
     if isinstance(dataset, Mapping):
-        named = ", ".join(map(str, list(dataset)[:3]))
-        raise InputError(
-            f"{type(dataset).__name__}: is a dictionary ({cut(named, 80)}), not a data set; give "
-            "one of those it holds"
-        )
+        named = cut(", ".join(map(str, list(dataset)[:3])), 80)
+        raise InputError(f"{kind}: is a dictionary ({named}); give one of the data sets it holds")
     try:
         n_items = len(dataset)
     except TypeError:
         raise InputError(
-            f"{type(dataset).__name__}: has no length; give a data set with len() and positions"
+            f"{kind}: has no length; give a data set with len() and positions"
         ) from None
     if n_items == 0:
-        raise InputError(f"{type(dataset).__name__}: the data set is empty")
+        raise InputError(f"{kind}: the data set is empty")
     root, paths = _dataset_paths(dataset, n_items)
     names = list(ids) if ids is not None else paths or [str(i) for i in range(n_items)]
     if len(names) != n_items:
@@ -125,12 +119,11 @@ def from_dataset(
             raise InputError(f"ids: {short(name)} given; an id is a string that is not empty")
     columns = names, paths or [""] * n_items, _dataset_labels(dataset, n_items, labels)
     items = [Item(escaped(name), path, label) for name, path, label in zip(*columns, strict=True)]
-    lock = None if thread_safe else threading.Lock()
+    lock = nullcontext() if thread_safe else threading.Lock()
     return DatasetSource(dataset, items, root, lock, max_pixels)
 
 
 def _dataset_paths(dataset: Any, n_items: int) -> tuple[Path | None, list[str] | None]:
-    """Return the root and relative paths of a data set that lists its files, as ImageFolder."""
     samples, root = getattr(dataset, "samples", None), getattr(dataset, "root", None)
     if not isinstance(samples, list) or len(samples) != n_items or root is None:
         return None, None
@@ -186,7 +179,6 @@ def _read_labels(dataset: Any, n_items: int) -> Iterator[object]:
 
 
 def _label_name(value: Any, classes: Any) -> str | None:
-    """Return a label as a string; whole numbers by the data set's class names."""
     if value is None or isinstance(value, str):
         return value or None
     if getattr(value, "ndim", None) == 0:  # a numpy or torch scalar
@@ -208,7 +200,6 @@ def _label_name(value: Any, classes: Any) -> str | None:
 
 
 def _picture(item: Any) -> Any:
-    """Return what `read_image` takes, of a data set's item."""
     picture = item[0] if isinstance(item, tuple | list) and item else item
     if isinstance(picture, Mapping) and not picture.keys() <= _UNDECODED:
         column = next((name for name in _PICTURES if name in picture), None)

@@ -1,8 +1,4 @@
-"""Labels that are numbers: read from their text, and who is near and who is far in value.
-
-An image's positives are the images whose numbers are nearest to its own, its negatives those whose
-numbers are farthest from it; both are intervals of the images in the order of value.
-"""
+"""Labels that are numbers: read from their text, and who is near and who is far in value."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -70,11 +66,9 @@ class Values:
     Its positives are all others within r, its negatives all from R on that are no positives: images
     of one value are on one side together.
 
-    `order` holds the positions of the labelled images, rising in value, `[n]`; `ranks` the place of
-    every image in it, `[N]`, -1 of those without a number, and of those from whom no image is
-    farther than their positives: they count as unlabelled. `near` and `far` are by rank the first
-    and last place but one of the interval that the positives and the image itself fill, and of the
-    one that no negative lies in, `[n 2]`.
+    `order` `[n]` holds the positions of the labelled images, rising in value; `ranks` `[N]` the
+    place of every image in it, -1 of those without a number or without negatives. `near` and `far`
+    `[n 2]` are by rank the half-open intervals of the positives and of all that is no negative.
     """
 
     def __init__(self, values: np.ndarray, positives: float, negatives: float) -> None:
@@ -107,15 +101,10 @@ class Values:
         """Return the distance in value from each image to the `count`-th nearest other, `[n]`."""
         x, ranks = self._sorted, np.arange(len(self._sorted))
         low, high = np.maximum(ranks - count, 0), np.minimum(ranks, len(x) - 1 - count)
-
-        def radius(start: np.ndarray) -> np.ndarray:
-            farther: np.ndarray = np.maximum(x - x[start], x[start + count] - x)
-            return farther
-
         # Of count + 1 images in a row: the farther left they begin, the farther the left end is.
         best = _first(low, high, lambda start: x[start + count] - x >= x - x[start])
-        nearest: np.ndarray = np.minimum(radius(best), radius(np.maximum(best - 1, low)))
-        return nearest
+        starts = np.stack([best, np.maximum(best - 1, low)])
+        return np.asarray(np.maximum(x - x[starts], x[starts + count] - x).min(0))
 
     def _interval(self, inside: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """Return the ranks around each whose distance is inside, `[n 2]`, the end excluded."""

@@ -20,11 +20,11 @@ def progress_of(
 ) -> Iterator[Advance]:
     """Show how far a stage of a job is, while it runs; yield what is told how many more are done.
 
-    A `total` of 0 is not counted, which no bar shows; None is unknown. `shown` True shows a bar,
-    False nothing; None a bar on a terminal or in a notebook, and elsewhere a line of the logger
-    `embedcam.progress` every half minute.
+    A `total` of 0 is not counted, None is unknown. `shown` True shows a bar, False nothing; None a
+    bar on a terminal or in a notebook, elsewhere a log line every half minute.
     """
-    wanted = shown if shown is not None else _terminal() or _notebook()
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    wanted = shown if shown is not None else terminal or _notebook()
     if wanted and total != 0:
         try:
             from tqdm.auto import tqdm
@@ -41,12 +41,7 @@ def progress_of(
         yield advance
 
 
-def _terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
-
-
 def _notebook() -> bool:
-    """Return whether this is a notebook's kernel; its error stream is no terminal."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return shell is not None and "IPKernelApp" in shell.config
 

@@ -3,13 +3,10 @@
 What becomes of pictures that are not plain 8-bit RGB:
 
 - EXIF orientation is applied; a broken EXIF block counts as none.
-- Grey, palette, CMYK and YCbCr are converted; color profiles are ignored, as networks' training
-  pipelines ignore them.
-- Transparency is composed on white.
-- 16 bits a channel are scaled to 8 (65535 becomes 255), not clipped; where a file says that zero is
-  white, or that one level is transparent, that is so.
+- Grey, palette, CMYK and YCbCr are converted, transparency is composed on white; color profiles
+  are ignored, as networks' training pipelines ignore them.
+- 16 bits a channel are scaled to 8 (65535 becomes 255), not clipped.
 - Of an animation or a multi-page file the first picture is taken.
-- Text beside the pixels is not read where it is too long for Pillow.
 - HEIC and HEIF need pillow-heif, the extra `embedcam[heic]`.
 """
 
@@ -123,11 +120,11 @@ def read_image(
     path = os.fspath(source)
     try:
         return _read_file(path, name or path, max_pixels)
-    except ImageTooLarge:
-        raise
-    except ImageError:
-        # Another thread may have had all the memory for that moment.
-        return _read_file(path, name or path, max_pixels)
+    except ImageError as error:
+        if isinstance(error, ImageTooLarge):
+            raise
+    # Another thread may have had all the memory for that moment.
+    return _read_file(path, name or path, max_pixels)
 
 
 def why_missing(path: str) -> str:
@@ -153,29 +150,26 @@ def file_mark(path: str | os.PathLike[str]) -> np.ndarray:
     """Return the mark of a file as it is now, uint32 `[4]`; `NO_MARK` for what cannot be read.
 
     Its size modulo 2^32; the CRC-32 of its time of change (nanoseconds, as a little-endian int64);
-    and the BLAKE2b-64 of its bytes, the lower half first, 0 for a file above `MAX_HASHED`. The
-    size is taken before a byte is read, so a file that changes meanwhile is seen to have changed.
+    and the BLAKE2b-64 of its bytes, the lower half first, 0 for a file above `MAX_HASHED`.
     """
     content = bytes(8)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a named pipe would wait for ever
             return np.array(NO_MARK, np.uint32)
         with open(path, "rb") as stream:
+            # Before a byte is read: a file that changes meanwhile is seen to have changed.
             status = os.fstat(stream.fileno())
             if status.st_size <= MAX_HASHED:
                 content = hashlib.file_digest(stream, _digest).digest()
     except (OSError, ValueError):
         return np.array(NO_MARK, np.uint32)
-    time = zlib.crc32(status.st_mtime_ns.to_bytes(8, "little", signed=True))
-    size = status.st_size % (1 << 32)
-    return np.array([size, time, *np.frombuffer(content, "<u4")], np.uint32)
+    return np.array([*_size_and_time(status), *np.frombuffer(content, "<u4")], np.uint32)
 
 
 def file_state(path: str | os.PathLike[str], mark: np.ndarray) -> FileState | None:
     """Return whether the file at a path is the one that was marked; None where it was not.
 
-    Size and time tell at once that it is. With another time alone its bytes decide: copying a
-    collection changes times and no picture.
+    With another time alone its bytes decide: copying a collection changes times and no picture.
     """
     if not np.any(mark):
         return None
@@ -185,16 +179,20 @@ def file_state(path: str | os.PathLike[str], mark: np.ndarray) -> FileState | No
         return "missing"
     if not stat.S_ISREG(status.st_mode):
         return "missing"
-    size, time, *content = mark.tolist()
-    if status.st_size % (1 << 32) != size:
-        return "changed"
-    if zlib.crc32(status.st_mtime_ns.to_bytes(8, "little", signed=True)) == time:
+    marked, content = tuple(mark[:2].tolist()), mark[2:].tolist()
+    now = _size_and_time(status)
+    if now == marked:
         return "same"
-    if not any(content):
+    if now[0] != marked[0] or not any(content):
         return "changed"
     times = status.st_mtime_ns, status.st_ctime_ns
-    now = _content(os.fspath(path), *status[1:3], status.st_size, *times)
-    return "same" if now == content else "changed"
+    hashed = _content(os.fspath(path), *status[1:3], status.st_size, *times)
+    return "same" if hashed == content else "changed"
+
+
+def _size_and_time(status: os.stat_result) -> tuple[int, int]:
+    time = status.st_mtime_ns.to_bytes(8, "little", signed=True)
+    return status.st_size % (1 << 32), zlib.crc32(time)
 
 
 @lru_cache(maxsize=4096)
@@ -259,12 +257,8 @@ def _without_text(stream: IO[bytes]) -> IO[bytes]:
 
 
 def _open_header(name: str, stream: IO[bytes]) -> ImageFile:
-    """Return the image with only its header read.
-
-    `Image.open` without its check for decompression bombs: that check warns or raises by a global
-    setting and does not tell the size, and warnings cannot be caught safely beside other threads.
-    The size is checked by `_check_size` instead, before a pixel is decoded.
-    """
+    # `Image.open` without its check for decompression bombs, which warns or raises by a global
+    # setting; warnings cannot be caught safely beside other threads. See `_check_size`.
     Image.init()
     prefix = stream.read(16)
     refusals, missing = [], ""
@@ -303,8 +297,7 @@ def _open_header(name: str, stream: IO[bytes]) -> ImageFile:
 
 
 def _open_heif(name: str, stream: IO[bytes]) -> ImageFile:
-    """By pillow-heif's plugin itself, which is not registered with Pillow for everyone else."""
-    try:
+    try:  # the plugin itself, which is not registered with Pillow for everyone else
         from pillow_heif import HeifImageFile
     except ImportError:
         raise ImageError(
@@ -317,7 +310,6 @@ def _open_heif(name: str, stream: IO[bytes]) -> ImageFile:
 
 
 def _finish(name: str, image: Image.Image, max_pixels: int) -> Image.Image:
-    """Decode, convert to RGB and turn upright."""
     _check_size(name, image.size, max_pixels)
     try:
         # The level that a PNG calls transparent, in the depth that its pixels are decoded to.
@@ -363,9 +355,8 @@ def _check_size(name: str, size: Any, max_pixels: int) -> None:
 
 
 def _not_for_memory(name: str, error: Exception, pixels: int) -> None:
-    """Raise where a picture may only have found too little memory: it is not a broken one."""
-    # Not asked of the error: some decoders call it a broken stream, and a crafted picture may ask
-    # for more memory than any machine has.
+    # Not asked of the error: some decoders call too little memory a broken stream, and a crafted
+    # picture may ask for more than any machine has.
     if not memory.is_left(_BYTES_A_PIXEL * pixels):
         raise MemoryError(f"{name}: there was too little memory to decode it") from error
 
@@ -385,7 +376,6 @@ def _to_rgb(name: str, image: Image.Image) -> Image.Image:
 
 
 def _wide_values(name: str, image: Image.Image) -> np.ndarray:
-    """Return the values of a one-channel picture of more than 8 bits, uint16 or float `[H W]`."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})  # TIFF has tags
     inverted = tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO  # Pillow sees to it up to 8 bits
     if image.mode == "F":
@@ -404,7 +394,6 @@ def _wide_values(name: str, image: Image.Image) -> np.ndarray:
 
 
 def _eight_bits(name: str, values: np.ndarray) -> np.ndarray:
-    """Return uint8 `[H W 3]` of an array that `read_image` takes; transparency lies on white."""
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)):
         raise ImageError(
             f"{name}: expected an array [H W], [H W 3] or [H W 4], given {list(values.shape)}"

@@ -1,8 +1,6 @@
-"""What images there are: a folder or a CSV as a list of items with stable ids.
+"""What images there are: a folder (by id, in code points) or a CSV (as written), with stable ids.
 
-An id is a string that names one image for as long as the collection lives: its path below the
-folder, with "/" between the parts, or what the CSV says. A folder is ordered by id (code points),
-a CSV as it is written, so that arrays made beside it stay aligned.
+An id is the image's path below the folder, "/" between the parts, or what the CSV says.
 """
 
 from __future__ import annotations
@@ -28,7 +26,6 @@ from .number_labels import check_number
 from .reading import (
     EXTENSIONS,
     MAX_PIXELS,
-    NO_MARK,
     FileState,
     file_mark,
     file_state,
@@ -53,20 +50,14 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """What lies in a folder beside its images, or was not wanted of a list; counted.
+    """What lies in a folder beside its images, or was not wanted of a list; counted."""
 
-    `endings` counts files of unknown kinds by their ending in lower case, "" for none, most first;
-    `hidden` names that begin with a dot; `empty` folders that hold no file; `excluded` the files,
-    folders and lines of a list that each pattern of `exclude` left out.
-    """
-
-    endings: dict[str, int] = field(default_factory=dict)
-    hidden: int = 0
-    empty: int = 0
-    excluded: dict[str, int] = field(default_factory=dict)
+    endings: dict[str, int] = field(default_factory=dict)  # of unknown kinds, most first
+    hidden: int = 0  # names that begin with a dot
+    empty: int = 0  # folders that hold no file
+    excluded: dict[str, int] = field(default_factory=dict)  # what each pattern left out
 
     def __str__(self) -> str:
-        """Return it in words; empty where nothing was left out."""
         said = [f"{n:,} {ending or 'without an ending'}" for ending, n in self.endings.items()]
         if len(said) > 10:
             said[10:] = [f"{sum([*self.endings.values()][10:]):,} of {len(said) - 10} other kinds"]
@@ -77,11 +68,9 @@ class LeftOut:
 
 
 class ImageSource:
-    """Images on disk, in a fixed order.
+    """Images on disk, in a fixed order, with paths relative to `root`.
 
-    `items` are the images, `root` the folder that their paths are relative to, or None; `left_out`
-    is what lies beside them and was not taken, `notes` says what looks like a mistake, a sentence
-    each; `numbers` is whether the labels are numbers, not classes.
+    `notes` says what looks like a mistake, a sentence each; `numbers` whether labels are numbers.
     """
 
     def __init__(
@@ -155,9 +144,7 @@ class ImageSource:
 
     def mark(self, position: int) -> np.ndarray:
         """Return the file's mark, see `file_mark`; zeros for what is no file."""
-        if not self.items[position].path:
-            return np.array(NO_MARK, np.uint32)
-        return file_mark(self._file(position))
+        return file_mark(self._file(position) if self.items[position].path else "")
 
     def state(self, position: int, mark: np.ndarray) -> FileState | None:
         """Return whether the file is the one that was marked; see `file_state`."""
@@ -186,18 +173,16 @@ def find_images(
 
     Images are told by the extension (see `EXTENSIONS`); hidden files and folders are left out. The
     source's `left_out` counts what was not taken, its `notes` say what looks like a mistake. Links
-    are followed; a folder that is reached twice is read once, under its own name if it has one. A
-    file that turns out to be no image is reported when it is read.
+    are followed; a folder that is reached twice is read once.
 
     Parameters
     ----------
     path
         The folder, or the CSV file.
     labels
-        "folders" takes the first folder below `path` as the label, "subfolders" the one below that,
-        as of train/owls/1.jpg; "none" gives no labels; "auto" takes folders where the images lie in
-        some, and none where they lie flat. For a CSV "auto" takes its label column, and "numbers"
-        too, as numbers in place of classes: near ones are alike.
+        "folders" takes the first folder below `path` as the label, "subfolders" the one below that;
+        "none" gives no labels; "auto" takes folders where the images lie in some. For a CSV "auto"
+        takes its label column, and "numbers" too, as numbers: near ones are alike.
     max_pixels
         More than this many pixels are refused before they are decoded.
     exclude
@@ -211,19 +196,14 @@ def find_images(
     root = Path(path)
     if root.is_dir():
         if labels == "numbers":
-            raise InputError(
-                f'{root}: labels="numbers" takes the label column of a CSV, and this is a folder; '
-                "give a CSV with the columns path,label"
+            takes = (
+                f'{root}: labels="numbers" takes the label column of a CSV, and this is a folder'
             )
+            raise InputError(f"{takes}; give a CSV with the columns path,label")
         walk = _Walk(root, patterns)
         items = _folder_items(root, sorted(walk), labels, str(walk.left_out()))
-        return ImageSource(
-            items,
-            root,
-            max_pixels=max_pixels,
-            left_out=walk.left_out(),
-            notes=[*_of_lists(root), *_of_parts(root, items)],
-        )
+        notes, left_out = [*_of_lists(root), *_of_parts(root, items)], walk.left_out()
+        return ImageSource(items, root, max_pixels=max_pixels, left_out=left_out, notes=notes)
     if root.suffix.lower() == ".csv" and root.is_file():
         if labels in ("folders", "subfolders"):
             raise InputError(
@@ -231,17 +211,12 @@ def find_images(
             )
         counts = Counter(dict.fromkeys(patterns, 0))
         items = list(_csv_items(root, labels, counts))
-        left_out = LeftOut(excluded=dict(counts))
+        left_out, numbers = LeftOut(excluded=dict(counts)), labels == "numbers"
         return ImageSource(
-            items,
-            root.parent,
-            max_pixels=max_pixels,
-            left_out=left_out,
-            numbers=labels == "numbers",
+            items, root.parent, max_pixels=max_pixels, left_out=left_out, numbers=numbers
         )
-    if root.exists():
-        raise InputError(f"{root}: expected a folder of images or a .csv file")
-    raise InputError(f"{root}: {why_missing(str(path))}; give a folder of images or a .csv file")
+    problem = "is no folder and no .csv file" if root.exists() else why_missing(str(path))
+    raise InputError(f"{root}: {problem}; give a folder of images or a .csv file")
 
 
 def escaped(text: str) -> str:
@@ -266,15 +241,15 @@ def _folder_items(root: Path, paths: list[str], labels: Labels, left_out: str) -
             f"{root}: {len(shallow)} images such as {short(escaped(shallow[0]))} lie beside the "
             'class folders; move them into one, or take labels="none"'
         )
+    names = map(escaped, paths)
     return [
         Item(name, path, name.split("/")[depth - 1] if depth else None)
-        for path in paths
-        for name in [escaped(path)]
+        for name, path in zip(names, paths, strict=True)
     ]
 
 
 def _of_lists(root: Path) -> list[str]:
-    """Say that a CSV in the folder lists pictures and labels, which its folders are not."""
+    """Return notes on CSVs in the folder that list pictures and labels."""
     notes = []
     for file in sorted(file for file in root.glob("*.csv") if file.is_file())[:3]:
         with suppress(OSError, UnicodeDecodeError), file.open(encoding="utf-8-sig") as lines:
@@ -292,17 +267,14 @@ def _of_parts(root: Path, items: Sequence[Item]) -> list[str]:
         return []
     one = len(splits) == 1
     named, what = " and ".join(splits), "a part" if one else "parts"
-    below = {
-        parts[1] for item in items if len(parts := item.id.split("/")) > 2 and parts[0] in splits
-    }
+    paths = [item.id.split("/") for item in items]
+    below = sorted({parts[1] for parts in paths if len(parts) > 2 and parts[0] in splits})
     if not below:
+        label, looks, it = ("label", "looks", "it") if one else ("labels", "look", "them")
         return [
-            f"the label{'' if one else 's'} {named} look{'s' if one else ''} like {what} of a data "
-            f'set; labels="none" leaves {"it" if one else "them"} out'
+            f'the {label} {named} {looks} like {what} of a data set; labels="none" leaves {it} out'
         ]
-    some = ", ".join(cut(name, 80) for name in sorted(below)[:3]) + (
-        ", ..." if len(below) > 3 else ""
-    )
+    some = ", ".join([cut(name, 80) for name in below[:3]] + ["..."] * (len(below) > 3))
     most = next((label for label in splits if label.lower().startswith("train")), splits[0])
     return [
         f"the label{' is' if one else 's are'} {named}, {what} of a data set by the name; for the "
@@ -311,7 +283,7 @@ def _of_parts(root: Path, items: Sequence[Item]) -> list[str]:
 
 
 class _Walk:
-    """Walks the paths below `root`, "/" between the parts, of files with an image's extension."""
+    """The paths below `root`, "/" between the parts, of files with an image's extension."""
 
     def __init__(self, root: Path, exclude: Sequence[str]) -> None:
         self._root, self._hidden, self._empty = root, 0, 0
@@ -319,7 +291,6 @@ class _Walk:
         self._excluded = Counter(dict.fromkeys(exclude, 0))
 
     def left_out(self) -> LeftOut:
-        """Return what was not yielded so far."""
         endings = sorted(self._endings.items(), key=lambda pair: (-pair[1], pair[0]))
         return LeftOut(dict(endings), self._hidden, self._empty, dict(self._excluded))
 
@@ -362,7 +333,7 @@ class _Walk:
 
 
 def _is_excluded(counts: Counter[str], *names: str) -> bool:
-    """Return whether a pattern fits one of the names; it is counted."""
+    """Count a pattern that fits one of the names; return whether one does."""
     for pattern in counts:
         if any(fnmatchcase(name, pattern.rstrip("/")) for name in names):
             counts[pattern] += 1
@@ -381,21 +352,18 @@ def _csv_items(path: Path, labels: Labels, exclude: Counter[str]) -> Iterator[It
     lines: dict[str, int] = {}
     wanted = ["path"] if labels == "none" else ["path", "label"]
     for line, row in csv_rows(path, wanted, "path,label[,id]"):
-        if not row["path"]:
-            raise InputError(f"{path}, line {line}: the path is empty")
         where = row["path"]
+        if not where or not row.get("id", where):
+            empty = "id is empty; leave out the column or fill it" if where else "path is empty"
+            raise InputError(f"{path}, line {line}: the {empty}")
         where = where if is_url(where) else relative_path(where, path.parent)
         id = row.get("id", where)
-        if not id:
-            raise InputError(
-                f"{path}, line {line}: the id is empty; leave out the column or fill it"
-            )
         other = lines.setdefault(id, line)
         if other != line:
+            hint = "" if "id" in row else ", so add a column id or remove one of the lines"
             raise InputError(
                 f"{path}: lines {other} and {line} have the same id {short(id)}; ids must be "
-                "unique"
-                + ("" if "id" in row else ", so add a column id or remove one of the lines")
+                f"unique{hint}"
             )
         parts = where.split("/")
         above = ("/".join(parts[:end]) for end in range(1, len(parts) + 1))
@@ -413,8 +381,7 @@ def csv_rows(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield (line number, row) of a CSV that has the columns `wanted`, else raise InputError.
 
-    It is UTF-8, its fields divided by commas, semicolons or tabs; blanks around the fields, and a
-    name's case, mean nothing. `expected` is its header, for messages.
+    It is UTF-8 with commas, semicolons or tabs; `expected` is its header, for messages.
     """
     refuse_device(path)
     try:
@@ -423,7 +390,11 @@ def csv_rows(
             stream.seek(0)
             divider = max(",;\t", key=lambda one: _columns(header, one, wanted))
             reader = csv.reader(stream, strict=True, delimiter=divider, skipinitialspace=True)
-            columns = [_known(name, wanted) for name in next(reader, [])]
+            columns = list(map(str.strip, next(reader, [])))
+            known = {
+                name: name.lower() for name in columns if name.lower() in (*wanted, *_OPTIONAL)
+            }
+            columns = [known.get(name, name) for name in columns]
             _check_header(path, columns, wanted, expected)
             for row in reader:
                 if not any(map(str.strip, row)):
@@ -443,32 +414,22 @@ def csv_rows(
 
 
 def _columns(header: str, divider: str, wanted: Sequence[str]) -> int:
-    """Return how many of the wanted columns a header names."""
     names = [name.strip(' "').lower() for name in re.split(f"[{divider}\r\n]", header)]
     return sum(name in names for name in wanted)
 
 
-def _known(name: str, wanted: Sequence[str]) -> str:
-    """Return a column's name, in lower case where that is one that means something."""
-    lower = name.strip().lower()
-    return lower if lower in (*wanted, *_OPTIONAL) else name.strip()
-
-
 def _check_header(path: Path, columns: list[str], wanted: Sequence[str], expected: str) -> None:
     missing = [column for column in wanted if column not in columns]
+    header = cut(",".join(columns), 80) or "an empty file"
     if missing:
-        raise InputError(
-            f"{path}: the header lacks {' and '.join(missing)}; expected {expected}, "
-            f"found {cut(','.join(columns), 80) or 'an empty file'}"
-        )
+        lacks = " and ".join(missing)
+        raise InputError(f"{path}: the header lacks {lacks}; expected {expected}, found {header}")
     named = [*filter(None, columns)]  # a spreadsheet may leave several without a name
     if len(set(named)) != len(named):
-        raise InputError(f"{path}: the header names a column twice: {cut(','.join(columns), 80)}")
+        raise InputError(f"{path}: the header names a column twice: {header}")
 
 
 def relative_path(path: str, root: Path) -> str:
     """Return a path relative to `root` where it lies below it, else absolute; "/" between parts."""
-    base = os.path.abspath(root)
-    absolute = os.path.normpath(os.path.join(base, path))
-    below = os.path.join(base, "")
-    return Path(absolute.removeprefix(below)).as_posix()
+    base = os.path.join(os.path.abspath(root), "")
+    return Path(os.path.normpath(os.path.join(base, path)).removeprefix(base)).as_posix()

@@ -6,22 +6,18 @@ checks.
 """
 
 from .faiss_files import check_factory
-from .joining import check_fitted, check_parts, check_tombstones
-from .locking import lock
-from .manifest import FORMAT_VERSION
+from .manifest import FORMAT_VERSION, Manifest
 from .parts import PartData, check_ids, quantize_coarse
-from .query import EmbeddingRows
-from .reader import REMOVED, Index
-from .records import Manifest
-from .search import Neighbors, nearest
-from .selection import Selection
-from .verify import Report, verify
+from .reader import REMOVED, Index, Selection, Stored
+from .search import EmbeddingRows, Neighbors, nearest
+from .verify import Verification, check_fitted, check_parts, check_tombstones, verify
 from .writer import (
     ADD_INSTEAD,
     append,
     check_target,
     compact,
     create,
+    lock,
     put_calibrations,
     rebuild_faiss,
     remove,
@@ -37,8 +33,9 @@ __all__ = [
     "Neighbors",
     "PartData",
     "REMOVED",
-    "Report",
     "Selection",
+    "Stored",
+    "Verification",
     "append",
     "check_factory",
     "check_fitted",
@@ -50,8 +47,8 @@ __all__ = [
     "create",
     "lock",
     "nearest",
-    "quantize_coarse",
     "put_calibrations",
+    "quantize_coarse",
     "rebuild_faiss",
     "remove",
     "sweep",

@@ -1,60 +1,55 @@
-"""How far a transferred map can be trusted: evidence at hand, and the calibration that reads it.
+"""Trust, how well a map fits, and match, whether a result is right: evidence and what reads it.
 
-Arrays only, so that a service needs neither torch nor scikit-learn for it; `embedcam.trust` fits
-it. Trust is an expected correlation: of the signed map that transferred weights draw with the one
-that is computed on the query itself, by the index's own target (`targets.query_cotangent`).
+Arrays only, so that a service needs neither torch nor scikit-learn; `embedcam.offline` fits both.
 """
 
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
 from ..errors import InputError
+from ..images.number_labels import Reach, number_of
+
+if TYPE_CHECKING:
+    from .manifest import Manifest
 
 EVIDENCE = (
-    "map agreement",
-    "weight agreement",
-    "mean nearness",
-    "nearness",
-    "peak",
-    "positive share",
+    "map agreement",  # mean correlation of each neighbor's signed map with the transferred one
+    "weight agreement",  # L2 norm of the mean of the neighbors' unit weight vectors
+    "mean nearness",  # minus the mean of the Euclidean distances
+    "nearness",  # minus the smallest
+    "peak",  # log of the signed map's largest magnitude over its standard deviation
+    "positive share",  # of the signed map's magnitude
 )
-"""What is looked at; with a single neighbour only what follows the agreements."""
+"""Evidence of trust; with a single neighbor only what follows the agreements."""
 ALONE = 3
-"""Place of the first evidence that a single neighbour has: there its nearness is the mean's."""
-_LARGEST = sys.float_info.max
+"""Place of the first evidence that a single neighbor has: there its nearness is the mean's."""
+TEN = 10
+"""Neighbors that match looks at, however many are shown."""
+FALLEN = 1.15
+"""Times `far`, of squared distances, beyond which nothing matches: noise and blank pictures lie
+farther, and near nothing that was indexed a label says nothing."""
+_MATCH_EVIDENCE = 4
 
 
 def evidence(raw: np.ndarray, shares: np.ndarray, norm: float, distances: np.ndarray) -> np.ndarray:
-    """What predicts how well transferred weights draw a query.
+    """Return `EVIDENCE` of how well transferred weights draw a query, `[6]`; of one neighbor `[3]`.
 
-    - *map agreement*: mean correlation of each neighbour's signed map with the transferred one;
-    - *weight agreement*: L2 norm of the mean of the neighbours' unit weight vectors;
-    - *mean nearness*, *nearness*: minus the Euclidean distances' mean and minimum;
-    - *peak*: log of the signed map's largest magnitude over its standard deviation;
-    - *positive share*: of the signed map's magnitude.
-
-    Args:
-        raw: each neighbour's signed map sum_k w_k A_k of the query, `[n h w]`.
-        shares: what each is multiplied by, see `transfer.coefficients`, `[n]`.
-        norm: L2 norm of the combined weights.
-        distances: squared Euclidean distances to the query, `[n]`.
-
-    Returns:
-        float64 `[6]`, or `[3]` for one neighbour; finite.
+    `raw` are the neighbors' signed maps sum_k w_k A_k of the query `[n h w]`, `shares` what each is
+    multiplied by `[n]`, `norm` that of the combined weights, `distances` squared `[n]`.
     """
     raw = np.asarray(raw, np.float64)
     signed = np.tensordot(np.asarray(shares, np.float64), raw, 1)
     magnitudes, total = np.abs(signed), float(signed.sum())
     size, largest = float(magnitudes.sum()), float(magnitudes.max())
-    centred = signed - total / signed.size
-    spread = math.sqrt(float(np.vdot(centred, centred)) / signed.size)
+    centered = signed - total / signed.size
+    spread = math.sqrt(float(np.vdot(centered, centered)) / signed.size)
     # A map that varies by its rounding alone has no peak.
     peak = math.log(largest / spread) if spread > 1e-6 * largest else 0.0
     shape = [peak, (size + total) / (2 * size) if size > 0 else 0.0]
@@ -67,31 +62,121 @@ def evidence(raw: np.ndarray, shares: np.ndarray, norm: float, distances: np.nda
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pearson correlation of each row `[... n]` of float64 with `[n]`, `[...]`; 0 of a constant."""
+    """Return Pearson's correlation of rows `[... n]` of float64 with `[n]`, 0 of a constant."""
     a, b = a - a.mean(-1, keepdims=True), b - b.mean()
     size = np.sqrt((a * a).sum(-1) * (b @ b))
-    return np.divide(a @ b, size, out=np.zeros_like(size), where=size > 0)
+    correlations: np.ndarray = np.divide(a @ b, size, out=np.zeros_like(size), where=size > 0)
+    return correlations
+
+
+def match_evidence(distances: np.ndarray, same: np.ndarray) -> np.ndarray:
+    """Return what predicts whether the first of n results is of the query's kind.
+
+    With d_i the Euclidean distances and 1 / d_i^2 their weights (equal where one is 0: those at
+    distance 0 alone count): *nearness* and *mean nearness*, minus the first's distance and minus
+    the mean of all; *share*, the weighted share of the results with the first's label, the first
+    left out; *gap*, how much nearer the first is than the nearest of another label,
+    1 - d_1 / d_other, at least 0 (the farthest stands in where all have its label).
+
+    `distances` are squared `[n]`, `same` says which are of the first one's kind `[n]`; returned are
+    `[4]`, or `[1]` for one result.
+    """
+    # Of ten numbers, in Python: done before NumPy has begun.
+    apart = [math.sqrt(value) for value in np.asarray(distances, np.float64).tolist()]
+    if len(apart) == 1:
+        return np.array([-apart[0]])
+    rest = list(zip(apart[1:], np.asarray(same, bool)[1:].tolist(), strict=True))
+    nearest = min(one for one, _ in rest)
+    weights = [(nearest / one) ** 2 if nearest > 0 else float(one == 0) for one, _ in rest]
+    agreeing = sum(weight for weight, (_, is_same) in zip(weights, rest, strict=True) if is_same)
+    others = [one for one, is_same in rest if not is_same]
+    other = min(others) if others else max(one for one, _ in rest)
+    gap = max(0.0, 1 - apart[0] / other) if other > 0 else 0.0
+    return np.array([-apart[0], -sum(apart) / len(apart), agreeing / sum(weights), gap])
+
+
+def alike(one: str | None, others: Sequence[str | None], reach: Reach = ((), ())) -> np.ndarray:
+    """Return which labels `[n]` are of one's kind: equal, or as near in value as `reach` says."""
+    if one is None:
+        return np.zeros(len(others), bool)
+    if not reach[0]:
+        return np.array([other == one for other in others], bool)
+    value = number_of(one)
+    apart = np.abs(np.array([number_of(other) for other in others]) - value)
+    return np.asarray(apart <= np.interp(value, *reach))
+
+
+def kinship(manifest: "Manifest") -> Callable[[str, str], bool]:
+    """Return what says whether two labels are of one kind in an index.
+
+    Numbers of which nothing was calibrated are never of two kinds.
+    """
+    if manifest.near_share is None:
+        return lambda one, other: one == other
+    calibration = (manifest.match_calibration or {}).get("several")
+    if calibration is None:
+        return lambda one, other: True
+    reach = calibration.reach
+    return lambda one, other: bool(alike(one, [other], reach)[0])
+
+
+class _Numbers:
+    """A record of numbers and tuples of them, written to a manifest and read with suspicion."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for a manifest; what is empty by default and is empty stays out."""
+        values: dict[str, Any] = asdict(self)  # type: ignore[call-overload]
+        optional = [one.name for one in fields(self) if one.default is not MISSING]  # type: ignore[arg-type]
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value or name not in optional
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the record of plain values, none of which is believed before it is checked.
+
+        Raises `InputError` where something lacks, is no finite number or does not fit.
+        """
+        taken: dict[str, Any] = {}
+        for field in fields(cls):  # type: ignore[arg-type]
+            value: Any = values.get(field.name) if isinstance(values, Mapping) else None
+            if value is None and field.default is not MISSING:
+                value = []
+            one = field.type if field.type in (int, float) else None
+            numbers = [value] if one else value
+            if not isinstance(numbers, list) or not all(map(_is_finite, numbers)):
+                raise InputError(f"the calibration's {field.name} should hold finite numbers")
+            if one is int and (value != int(value) or not 1 <= value < 1 << 48):
+                raise InputError(f"the calibration's {field.name} should be a whole number from 1")
+            taken[field.name] = one(value) if one else tuple(map(float, numbers))
+        record = cls(**taken)
+        if not record._fits():
+            raise InputError("the calibration's numbers do not fit together")
+        return record
+
+    def _fits(self) -> bool:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """From evidence to trust, for explanations by one neighbour or by several.
+class Calibration(_Numbers):
+    """From evidence to trust, the correlation of the map to expect with the query's own.
 
-    The score is a linear function of the standardised evidence; knots join scores to expected
+    The score is a linear function of the standardized evidence; knots join scores to expected
     correlations and to their 10th percentiles, neither ever falling, linear in between. Beyond the
     largest distance that was calibrated both fall linearly, to 0 at twice that distance.
 
-    Args:
-        mean: of the evidence, `[F]`.
-        scale: its standard deviations, `[F]`, > 0.
-        linear: `[F]`.
-        intercept: of the score.
-        scores: of the knots, rising.
-        correlations: of the knots, in [0, 1], never falling.
-        lows: 10th percentiles of the knots, likewise.
-        largest_distance: squared Euclidean, of the nearest neighbours of the calibrated images.
-        neighbors: how many neighbours the calibrated images were explained by.
-        images: how many images were calibrated with.
+    Parameters
+    ----------
+    mean, scale, linear : of the evidence its means, its standard deviations > 0, and the score's
+        coefficients, `[F]`.
+    intercept : of the score.
+    scores, correlations, lows : of the knots, none ever falling; the latter two in [0, 1].
+    largest_distance : squared Euclidean, of the nearest neighbors of the calibrated images.
+    neighbors : how many neighbors the calibrated images were explained by.
+    images : how many images were calibrated with.
     """
 
     mean: tuple[float, ...]
@@ -106,97 +191,130 @@ class Calibration:
     images: int
 
     def score(self, evidence: np.ndarray) -> np.ndarray:
-        """The score of evidence `[... F]`, `[...]`."""
+        """Return the score of evidence `[... F]`, `[...]`."""
         mean, scale, linear = self._arrays[:3]
-        found: np.ndarray = self.intercept + ((evidence - mean) / scale) @ linear
-        return found
+        return np.asarray(self.intercept + ((evidence - mean) / scale) @ linear)
 
     @cached_property
     def _arrays(self) -> tuple[np.ndarray, ...]:
-        """What every query needs, as arrays: a conversion takes longer than the sums."""
-        fields = (self.mean, self.scale, self.linear, self.scores, self.correlations, self.lows)
-        return tuple(np.array(one) for one in fields)
+        # What every query needs: a conversion takes longer than the sums.
+        values = (self.mean, self.scale, self.linear, self.scores, self.correlations, self.lows)
+        return tuple(np.array(one) for one in values)
 
     def trust(self, evidence: np.ndarray, nearest: float) -> tuple[float, float]:
         """Return the expected correlation and its 10th percentile, both in [0, 1].
 
-        Args:
-            evidence: of one query, `[F]`.
-            nearest: squared distance to the nearest neighbour.
+        Of a query's evidence `[F]` and the squared distance to its nearest neighbor.
         """
         # Of a forged calibration: what overflows is not to be trusted, and is no number to show.
         with np.errstate(over="ignore", invalid="ignore"):
             score = self.score(evidence)
             near = float(fall(np.asarray(nearest, np.float64), self.largest_distance))
             scores, *knots = self._arrays[3:]
-            found = [float(np.interp(score, scores, one)) * near for one in knots]
-        expected, low = np.nan_to_num(found, nan=0.0).tolist()
+            values = [float(np.interp(score, scores, one)) * near for one in knots]
+        expected, low = np.nan_to_num(values, nan=0.0).tolist()
         return expected, min(expected, low)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a manifest."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
-        """From plain values, none of which is believed before it is checked.
-
-        Raises:
-            InputError: something lacks, is no finite number or does not fit.
-        """
-        taken = numbers_of(cls, values)
-        width = len(taken["mean"])
-        known = (len(EVIDENCE), len(EVIDENCE) - ALONE)
-        fits = (
-            width == known[taken["neighbors"] == 1]
-            and len(taken["scale"]) == len(taken["linear"]) == width
-            and len(taken["scores"]) == len(taken["correlations"]) == len(taken["lows"]) >= 1
-            and min(taken["scale"]) > 0
-            and all(0 <= value <= 1 for value in (*taken["correlations"], *taken["lows"]))
-            and all(map(rising, (taken["scores"], taken["correlations"], taken["lows"])))
-            and taken["largest_distance"] >= 0
+    def _fits(self) -> bool:
+        width = len(self.mean)
+        return (
+            width == (len(EVIDENCE) - ALONE if self.neighbors == 1 else len(EVIDENCE))
+            and len(self.scale) == len(self.linear) == width
+            and len(self.scores) == len(self.correlations) == len(self.lows) >= 1
+            and min(self.scale) > 0
+            and all(0 <= value <= 1 for value in (*self.correlations, *self.lows))
+            and all(map(_is_rising, (self.scores, self.correlations, self.lows)))
+            and self.largest_distance >= 0
         )
-        if not fits:
-            raise InputError("the calibration's numbers do not fit together")
-        return cls(**taken)
 
 
-def numbers_of(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a calibration, a record of numbers and tuples of them, from plain values.
+@dataclass(frozen=True)
+class MatchCalibration(_Numbers):
+    """From the results of a query to the probability that the first is of its kind.
 
-    Raises:
-        InputError: one lacks, is no finite number, or no whole number from 1 where a count is due.
+    With labels: a logistic function of the standardized evidence. Without: the share of the indexed
+    images whose own nearest image is at least as far away as the query's, so that usual queries lie
+    around 1/2 and it only falls with distance. Beyond `far` both fall linearly, to 0 at 1.15 times
+    it.
+
+    Parameters
+    ----------
+    mean, scale, linear : of the evidence its means, its standard deviations > 0, and the
+        coefficients, `[F]`; empty without labels.
+    intercept : of the logistic function.
+    distances, shares : of the knots, squared Euclidean and rising; of the images whose nearest is
+        at least as far, in [0, 1] and never rising.
+    far : squared distance from which match falls to 0.
+    neighbors, images : how many results and how many images it was fitted with.
+    values, reaches : of labels that are numbers, see `number_labels.Reach`; of classes empty.
     """
-    taken: dict[str, Any] = {}
-    for name, expected in kind.__annotations__.items():
-        value: Any = values.get(name) if isinstance(values, Mapping) else None
-        several = expected not in (int, float)
-        numbers = value if several else [value]
-        if not isinstance(numbers, list) or not all(map(_finite, numbers)):
-            raise InputError(f"the calibration's {name} should hold finite numbers")
-        if expected is int and (value != int(value) or not 1 <= value < 1 << 48):
-            raise InputError(f"the calibration's {name} should be a whole number from 1")
-        taken[name] = tuple(map(float, numbers)) if several else expected(value)
-    return taken
+
+    mean: tuple[float, ...]
+    scale: tuple[float, ...]
+    linear: tuple[float, ...]
+    intercept: float
+    distances: tuple[float, ...]
+    shares: tuple[float, ...]
+    far: float
+    neighbors: int
+    images: int
+    values: tuple[float, ...] = ()
+    reaches: tuple[float, ...] = ()
+
+    @property
+    def reach(self) -> Reach:
+        """How far from a value its kind goes; of classes empty."""
+        return self.values, self.reaches
+
+    def match(self, distances: np.ndarray, labels: Sequence[str | None]) -> float:
+        """Return the probability in [0, 1] that the first result is of the query's kind.
+
+        Of squared `distances` of the results `[n]`, the first one first, and their labels.
+        """
+        first = float(distances[0])
+        if not self.mean or labels[0] is None:
+            expected = float(np.interp(first, self.distances, self.shares))
+        else:
+            same = alike(labels[0], labels, self.reach)
+            seen = match_evidence(distances, same).tolist()
+            terms = zip(seen, self.mean, self.scale, self.linear, strict=True)
+            score = self.intercept + sum((one - m) / s * w for one, m, s, w in terms)
+            # Of a forged calibration: what is no number is no match.
+            bounded = max(-700.0, min(score, 700.0))
+            expected = 0.0 if math.isnan(score) else 1 / (1 + math.exp(-bounded))
+        return expected * float(fall(np.asarray(first), self.far, FALLEN))
+
+    def _fits(self) -> bool:
+        width = len(self.mean)
+        return (
+            width in (0, 1 if self.neighbors == 1 else _MATCH_EVIDENCE)
+            and len(self.scale) == len(self.linear) == width
+            and all(value > 0 for value in self.scale)
+            and len(self.distances) == len(self.shares) >= 1
+            and all(0 <= value <= 1 for value in self.shares)
+            and _is_rising(self.distances)
+            and _is_rising(self.shares[::-1])
+            and self.distances[0] >= 0
+            and self.far >= 0
+            and len(self.values) == len(self.reaches)
+            and _is_rising(self.values)
+            and all(value >= 0 for value in self.reaches)
+        )
 
 
 def fall(distances: np.ndarray, largest: float, until: float = 2.0) -> np.ndarray:
-    """1 up to the largest calibrated distance, then linearly to 0 at `until` times it, `[...]`."""
+    """Return 1 up to the largest distance, then linearly less, 0 at `until` times it, `[...]`."""
     if largest <= 0:
         return np.where(distances > 0, 0.0, 1.0)
     with np.errstate(over="ignore"):
         return np.clip((until - distances / largest) / (until - 1), 0, 1)
 
 
-def _finite(value: Any) -> bool:
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     # Compared, not converted: a whole number of JSON may have more digits than a float holds.
-    return plain and -_LARGEST <= value <= _LARGEST
+    return is_number and -sys.float_info.max <= value <= sys.float_info.max
 
 
-def rising(values: tuple[float, ...]) -> bool:
-    """Whether no value is below the one before it."""
+def _is_rising(values: tuple[float, ...]) -> bool:
     return all(a <= b for a, b in pairwise(values))

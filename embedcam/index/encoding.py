@@ -1,9 +1,7 @@
-"""How weights are kept in an index: top-m, low-rank or dense, or by position. NumPy only.
+"""Encodings: how weights are kept in an index. Top-m, low-rank, dense, or by position.
 
-Every encoding says which fields it keeps for each image (`fields`), which arrays it keeps once
-(`fitted`), and turns weights `[n K]` into rows of those fields and back. Half-precision values lie
-beside one float32 scale an image (its largest magnitude), so that weights of 1e-4, the usual size
-for embeddings, keep their eleven bits.
+Half-precision values lie beside one float32 scale an image (its largest magnitude), so that weights
+of 1e-4, the usual size for embeddings, keep their eleven bits.
 """
 
 from abc import ABC, abstractmethod
@@ -13,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from .._checks import one_of, whole
 from ..errors import InputError
 
 Rows = Mapping[str, np.ndarray]
@@ -31,48 +30,51 @@ class Field:
 
 
 class Encoding(ABC):
-    """Weights `[n K]` <-> rows of fields. Subclasses: `TopM`, `LowRank`, `Dense`, `ByPosition`."""
+    """Turns weights `[n K]` into rows of the `fields` kept for each image, and back.
+
+    `fitted` are arrays kept once. Subclasses: `TopM`, `LowRank`, `Dense`, `ByPosition`.
+    """
 
     name: ClassVar[str]
     n_channels: int
     dtype: str
     fields: dict[str, Field]
     fitted: dict[str, np.ndarray]
+    parameters: ClassVar[tuple[str, ...]] = ("dtype",)
+    """Of the constructor, what a description names beside K and the fitted arrays."""
     grid: tuple[int, int] | None = None
     """(H, W) where weights belong to positions, too: they are then `[n K H W]`."""
     uses_embedding = False
     """True where the code is derived from the stored embedding and nothing is kept beside it."""
 
-    @abstractmethod
     def spec(self) -> dict[str, Any]:
-        """What `from_spec` needs beside the channel count and the fitted arrays; JSON-able."""
+        """Return what `from_spec` needs beside K and the fitted arrays; JSON-able."""
+        return {"name": self.name} | {key: getattr(self, key) for key in self.parameters}
 
     @abstractmethod
     def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of `fields` for weights `[n K]`."""
+        """Return rows of `fields` for weights `[n K]`."""
 
     @abstractmethod
     def decode(self, rows: Rows) -> np.ndarray:
-        """Weights `[n K]` float32, missing channels zero."""
+        """Return weights `[n K]` float32, missing channels zero."""
 
     def unpack(self, rows: Rows) -> np.ndarray:
-        """What `norms` and `combine` work on, float32 `[n C]`: the weights, or what makes them."""
+        """Return what `norms` and `combine` take, float32 `[n C]`: weights, or what makes them."""
         return self.decode(rows)
 
     def norms(self, unpacked: np.ndarray) -> np.ndarray:
-        """L2 norm of each decoded weight vector, `[n]` float64, from what `unpack` returned."""
+        """Return the L2 norm of each weight vector, `[n]` float64, from what `unpack` returned."""
         exact = unpacked.astype(np.float64)
         exact *= exact
-        squares: np.ndarray = exact.sum(axis=1)
-        return np.sqrt(squares)
+        return np.asarray(np.sqrt(exact.sum(axis=1)))
 
     def combine(self, unpacked: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-        """sum_i coefficients_i * weights_i, `[K]` float32, from what `unpack` returned."""
-        combined: np.ndarray = coefficients.astype(np.float32, copy=False) @ unpacked
-        return combined
+        """Return sum_i coefficients_i * weights_i, `[K]`, from what `unpack` returned."""
+        return np.asarray(coefficients.astype(np.float32, copy=False) @ unpacked)
 
     def bytes_per_image(self) -> int:
-        """Bytes kept for each image."""
+        """Return the bytes kept for each image."""
         return sum(
             np.dtype(f.dtype).itemsize * int(np.prod(f.shape, dtype=int))
             for f in self.fields.values()
@@ -85,42 +87,36 @@ class Dense(Encoding):
     name = "dense"
 
     def __init__(self, n_channels: int, dtype: str = "float16") -> None:
-        self.n_channels, self.dtype = _channels(n_channels), _dtype(dtype)
-        self.fitted = {}
+        self.n_channels, self.fitted = whole("n_channels", n_channels, 1), {}
+        self.dtype = one_of("dtype", dtype, DTYPES)
         self.fields = {"values": Field(dtype, (n_channels,)), **_scale_field(dtype)}
 
-    def spec(self) -> dict[str, Any]:  # noqa: D102
-        return {"name": self.name, "dtype": self.dtype}
-
-    def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:  # noqa: D102
+    def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Return rows of `fields` for weights `[n K]`."""
         return _pack("values", _checked(weights, self.n_channels), self.dtype)
 
-    def decode(self, rows: Rows) -> np.ndarray:  # noqa: D102
+    def decode(self, rows: Rows) -> np.ndarray:
+        """Return weights `[n K]` float32."""
         return _unpack(rows, "values")
 
 
 class TopM(Encoding):
     """The paper's encoding: the M largest channels and their values, the others dropped.
 
-    Args:
-        n_channels: K.
-        m: channels kept, 1..K (the paper keeps 50).
-        by: "signed" keeps the largest values (the paper), "magnitude" the largest |values|.
-        dtype: of the values.
+    `by` "signed" keeps the largest values (the paper, 50 of them), "magnitude" the largest in size.
     """
 
     name = "top-m"
+    parameters = ("m", "by", "dtype")
 
     def __init__(
         self, n_channels: int, m: int = 50, by: str = "signed", dtype: str = "float16"
     ) -> None:
-        self.n_channels, self.dtype = _channels(n_channels), _dtype(dtype)
-        if by not in ("signed", "magnitude"):
-            raise InputError(f"top-m by {by!r} is unknown; use 'signed' or 'magnitude'")
+        self.n_channels, self.fitted = whole("n_channels", n_channels, 1), {}
+        self.dtype = one_of("dtype", dtype, DTYPES)
         if not 1 <= m <= n_channels:
             raise InputError(f"m = {m} channels of {n_channels}: m must be 1 to {n_channels}")
-        self.m, self.by = int(m), by
-        self.fitted = {}
+        self.m, self.by = int(m), one_of("by", by, ("signed", "magnitude"))
         index_type = "uint16" if n_channels <= 1 << 16 else "uint32"
         self.fields = {
             "channels": Field(index_type, (m,)),
@@ -128,10 +124,8 @@ class TopM(Encoding):
             **_scale_field(dtype),
         }
 
-    def spec(self) -> dict[str, Any]:  # noqa: D102
-        return {"name": self.name, "m": self.m, "by": self.by, "dtype": self.dtype}
-
-    def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:  # noqa: D102
+    def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
+        """Return rows of `fields` for weights `[n K]`."""
         weights = _checked(weights, self.n_channels)
         rank = np.abs(weights) if self.by == "magnitude" else weights
         # A stable sort, so that ties fall to the lower channel on every machine.
@@ -140,7 +134,8 @@ class TopM(Encoding):
         kept = _pack("values", values, self.dtype)
         return {"channels": channels.astype(self.fields["channels"].dtype), **kept}
 
-    def decode(self, rows: Rows) -> np.ndarray:  # noqa: D102
+    def decode(self, rows: Rows) -> np.ndarray:
+        """Return weights `[n K]` float32."""
         values = _unpack(rows, "values")
         weights = np.zeros((len(values), self.n_channels), np.float32)
         np.put_along_axis(weights, rows["channels"].astype(np.int64), values, axis=1)
@@ -154,15 +149,16 @@ class LowRank(Encoding):
     principal components the basis is orthonormal and the code the projection of weights - offset.
     With `codes="embedding"` the code is the image's stored embedding and no field is kept at all.
 
-    Args:
-        basis: `[R K]`.
-        offset: `[K]`.
-        origin: "head" (codes are given, not projected) or "pca" (orthonormal rows).
-        codes: "stored" or "embedding".
-        dtype: of stored codes.
+    Parameters
+    ----------
+    basis, offset : `[R K]` and `[K]`.
+    origin : "head" (codes are given, not projected) or "pca" (orthonormal rows).
+    codes : "stored" or "embedding".
+    dtype : of stored codes.
     """
 
     name = "low-rank"
+    parameters: ClassVar[tuple[str, ...]] = ("rank", "origin", "codes", "dtype")
 
     def __init__(
         self,
@@ -178,83 +174,68 @@ class LowRank(Encoding):
                 f"basis {list(basis.shape)} and offset {list(offset.shape)} do not belong "
                 "together; expected [R K] and [K]"
             )
-        if origin not in ("head", "pca") or codes not in ("stored", "embedding"):
-            raise InputError(f"low-rank with origin {origin!r} and codes {codes!r} is unknown")
-        self.n_channels, self.dtype = basis.shape[1], _dtype(dtype)
-        self.rank, self.origin, self.codes = basis.shape[0], origin, codes
+        self.dtype = one_of("dtype", dtype, DTYPES)
+        self.origin = one_of("origin", origin, ("head", "pca"))
+        self.codes = one_of("codes", codes, ("stored", "embedding"))
+        self.rank, self.n_channels = basis.shape
         self.fitted = {"basis": basis, "offset": offset}
         self._scale = _multiple_of_identity(basis)
-        self._known_products: _Products | None = None
+        self._products: _Products | None = None
         self.uses_embedding = codes == "embedding"
         stored = {"codes": Field(dtype, (self.rank,)), **_scale_field(dtype)}
         self.fields = {} if self.uses_embedding else stored
 
-    def spec(self) -> dict[str, Any]:  # noqa: D102
-        return {
-            "name": self.name,
-            "rank": self.rank,
-            "origin": self.origin,
-            "codes": self.codes,
-            "dtype": self.dtype,
-        }
-
     def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Codes of weights `[n K]` by projection; only for an orthonormal (PCA) basis."""
+        """Return codes of weights `[n K]` by projection; only for an orthonormal (PCA) basis."""
         weights = _checked(weights, len(self.fitted["offset"]))
         if self.origin != "pca":
             raise InputError("codes in the head's own basis are dy/dz: give them to encode_codes")
         return self.encode_codes((weights - self.fitted["offset"]) @ self.fitted["basis"].T)
 
     def encode_codes(self, codes: np.ndarray) -> dict[str, np.ndarray]:
-        """Rows of given codes `[n R]`."""
+        """Return rows of codes `[n R]`."""
         return {} if self.uses_embedding else _pack("codes", _checked(codes, self.rank), self.dtype)
 
-    def decode(self, rows: Rows) -> np.ndarray:  # noqa: D102
+    def decode(self, rows: Rows) -> np.ndarray:
+        """Return weights `[n K]` float32."""
         codes = self.stored_codes(rows)
         spread = codes @ self.fitted["basis"] if self._scale is None else codes * self._scale
-        decoded: np.ndarray = spread + self.fitted["offset"]
-        return decoded
+        return np.asarray(spread + self.fitted["offset"])
 
     def unpack(self, rows: Rows) -> np.ndarray:
-        """The codes; where the basis is a multiple of the identity, the weights themselves."""
+        """Return the codes; with a multiple of the identity as basis the weights themselves."""
         return self.stored_codes(rows) if self._scale is None else self.decode(rows)
 
     def combine(self, unpacked: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-        """Averages the codes and decodes once: the same sum, R numbers a neighbour instead of K."""
+        """Average the codes and decode once: the same sum, R numbers a neighbor instead of K."""
         mixed = super().combine(unpacked, coefficients)
         if self._scale is not None:
             return mixed
-        combined: np.ndarray = mixed @ self.fitted["basis"]
-        combined += np.float32(coefficients.sum()) * self.fitted["offset"]
-        return combined
+        return np.asarray(
+            mixed @ self.fitted["basis"] + np.float32(coefficients.sum()) * self.fitted["offset"]
+        )
 
     def norms(self, unpacked: np.ndarray) -> np.ndarray:
-        """From the codes and products of the basis with itself, without decoding."""
+        """Return norms from the codes and products of the basis with itself, without decoding."""
         if self._scale is not None:
             return super().norms(unpacked)
         if self.rank > len(self.fitted["offset"]):
             # Products `[R R]` would take more memory than the basis, and more time than decoding.
             return super().norms(unpacked @ self.fitted["basis"] + self.fitted["offset"])
         codes = unpacked.astype(np.float64)
+        # No cached_property: until Python 3.12 a child forked meanwhile would wait for its lock.
+        self._products = self._products or self._multiplied()
         gram, along, squared = self._products
         mixed = codes if gram is None else codes @ gram
         if along is not None:
             mixed = mixed + along
         squares = (mixed * codes).sum(axis=1) + squared
-        return np.sqrt(np.maximum(squares, 0))
-
-    @property
-    def _products(self) -> _Products:
-        # No cached_property: until Python 3.12 a child forked meanwhile would wait for its lock.
-        known = self._known_products
-        if known is None:
-            known = self._known_products = self._multiplied()
-        return known
+        return np.asarray(np.sqrt(np.maximum(squares, 0)))
 
     def _multiplied(self) -> _Products:
-        """What |c B + o|^2 needs: B B^T `[R R]`, 2 B o `[R]` and |o|^2, in double precision.
+        """Return what |c B + o|^2 needs: B B^T `[R R]`, 2 B o `[R]` and |o|^2, in float64.
 
-        None for a product that changes nothing: of orthonormal rows, of an offset of zeros.
+        None stands for a product that changes nothing: of orthonormal rows, of a zero offset.
         """
         basis, offset = (self.fitted[name].astype(np.float64) for name in ("basis", "offset"))
         gram = basis @ basis.T
@@ -266,21 +247,18 @@ class LowRank(Encoding):
         )
 
     def stored_codes(self, rows: Rows) -> np.ndarray:
-        """The codes `[n R]` that multiply the basis, as float32."""
+        """Return the codes `[n R]` that multiply the basis, as float32."""
         return np.asarray(rows["embedding"]) if self.uses_embedding else _unpack(rows, "codes")
 
 
 class ByPosition(LowRank):
     """Weights `[n K H W]`, one a channel and position, as principal components of both together.
 
-    Args:
-        basis: `[R K*H*W]`, orthonormal.
-        offset: `[K*H*W]`.
-        grid: (H, W).
-        dtype: of the codes.
+    The basis is `[R K*H*W]`, orthonormal, the offset `[K*H*W]`.
     """
 
     name = "by-position"
+    parameters = ("rank", "dtype")
 
     def __init__(
         self, basis: np.ndarray, offset: np.ndarray, grid: tuple[int, int], dtype: str = "float16"
@@ -294,39 +272,28 @@ class ByPosition(LowRank):
                 f"{grid[0]} x {grid[1]}"
             )
 
-    def spec(self) -> dict[str, Any]:  # noqa: D102
-        return {"name": self.name, "rank": self.rank, "dtype": self.dtype}
-
     def encode(self, weights: np.ndarray) -> dict[str, np.ndarray]:
-        """Codes of weights `[n K H W]` by projection."""
+        """Return rows of `fields` for weights `[n K]`."""
         return super().encode(np.reshape(weights, (len(weights), -1)))
 
     def decode(self, rows: Rows) -> np.ndarray:
-        """Weights `[n K H W]` float32."""
+        """Return weights `[n K]` float32."""
         return self._placed(super().decode(rows))
 
     def combine(self, unpacked: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-        """The same of the averaged codes, `[K H W]`."""
+        """Return sum_i coefficients_i * weights_i, `[K H W]`."""
         return self._placed(super().combine(unpacked, coefficients))
 
     def _placed(self, weights: np.ndarray) -> np.ndarray:
-        assert self.grid is not None
-        return weights.reshape(*weights.shape[:-1], self.n_channels, *self.grid)
+        return weights.reshape(*weights.shape[:-1], self.n_channels, *(self.grid or ()))
 
 
 def from_spec(
     spec: Mapping[str, Any], n_channels: int, fitted: Rows, grid: Sequence[int] | None = None
 ) -> Encoding:
-    """The encoding that an index's manifest describes.
+    """Return the encoding that `Encoding.spec`, K and the arrays kept once describe.
 
-    Args:
-        spec: what `Encoding.spec` returned.
-        n_channels: K.
-        fitted: arrays kept once (`basis`, `offset` for low-rank and by-position).
-        grid: (H, W) of the layer, which by-position needs; None where it is not known.
-
-    Raises:
-        InputError: an unknown encoding, or arrays that do not fit the description.
+    By-position needs the layer's grid (H, W). What does not fit the description is an `InputError`.
     """
     kind = spec.get("name")
     try:
@@ -355,29 +322,25 @@ def from_spec(
 
 
 def fit_pca(sample: np.ndarray, rank: int, dtype: str = "float16") -> LowRank:
-    """Low-rank encoding from the principal components of a sample of weight vectors.
+    """Fit a low-rank encoding to the principal components of a sample of weights `[n K]`.
 
-    Args:
-        sample: weights `[n K]`, n >= 1.
-        rank: R wanted; fewer where the sample spans fewer dimensions (always at least 1).
-        dtype: of the stored codes.
+    Its rank is smaller where the sample spans fewer dimensions, and at least 1.
     """
     if len(sample) == 0:
         raise InputError("a low-rank basis needs at least one weight vector to be fitted on")
     sample = _checked(sample, sample.shape[-1]).astype(np.float64)
-    if rank < 1:
-        raise InputError(f"rank = {rank} is too small; give at least 1")
+    rank = whole("rank", rank, 1)
     offset = sample.mean(axis=0)
-    centred = sample - offset
-    n, channels = centred.shape
+    centered = sample - offset
+    n, channels = centered.shape
     # The smaller of the two Gram matrices has the same non-zero spectrum.
-    gram = centred @ centred.T if n < channels else centred.T @ centred
+    gram = centered @ centered.T if n < channels else centered.T @ centered
     values, vectors = np.linalg.eigh(gram)
     spanned = int((values > values[-1] * max(n, channels) * np.finfo(np.float64).eps).sum())
     kept = max(1, min(rank, spanned))
     basis = vectors[:, ::-1][:, :kept].T
     if n < channels:
-        basis = basis @ centred
+        basis = basis @ centered
         lengths = np.linalg.norm(basis, axis=1, keepdims=True)
         basis = np.divide(basis, lengths, out=np.zeros_like(basis), where=lengths > 0)
     # Eigenvectors have no sign of their own: make the largest entry positive.
@@ -386,13 +349,13 @@ def fit_pca(sample: np.ndarray, rank: int, dtype: str = "float16") -> LowRank:
 
 
 def fit_by_position(sample: np.ndarray, rank: int, dtype: str = "float16") -> ByPosition:
-    """The encoding of weights by position, from a sample of them `[n K H W]`; see `fit_pca`."""
+    """Fit the encoding of weights by position to a sample `[n K H W]`; see `fit_pca`."""
     fitted = fit_pca(sample.reshape(len(sample), -1), rank).fitted
     return ByPosition(fitted["basis"], fitted["offset"], sample.shape[2:], dtype)
 
 
 def _multiple_of_identity(basis: np.ndarray) -> np.float32 | None:
-    """s where the basis is s times the identity matrix."""
+    # s where the basis is s times the identity matrix.
     if basis.shape[0] != basis.shape[1]:
         return None
     scale: np.float32 = basis[0, 0]
@@ -412,7 +375,7 @@ def _unpack(rows: Rows, field: str) -> np.ndarray:
     values = np.asarray(rows[field])
     if values.dtype == np.float32:
         return values
-    return values.astype(np.float32) * np.asarray(rows["scales"])[:, None]
+    return np.asarray(values.astype(np.float32) * rows["scales"][:, None])
 
 
 def _scale_field(dtype: str) -> dict[str, Field]:
@@ -427,15 +390,3 @@ def _checked(values: np.ndarray, width: int) -> np.ndarray:
         bad = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
         raise InputError(f"row {bad} holds a NaN or an infinity; weights must be finite")
     return values
-
-
-def _channels(n_channels: int) -> int:
-    if n_channels < 1:
-        raise InputError(f"{n_channels} channels: an encoding needs at least 1")
-    return int(n_channels)
-
-
-def _dtype(dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} cannot be stored; use one of {', '.join(DTYPES)}")
-    return dtype

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from .._files import fresh, replace
-from ..errors import InputError, cut, short
-from .files import ArrayLike, blocks, broken, open_checked, sha256_of
-from .search import metric_code, threads
+from .._checks import one_of
+from .._files import ProcessLock, fresh, replace
+from ..errors import IndexFormatError, InputError, cut, short
+from .arrays import ArrayLike, block_rows, broken, open_checked, sha256_of
+from .manifest import Manifest
 
 REBUILD = "the file is derived, make it again with `embedcam compact --rebuild-faiss`"
 EF_SEARCH = 64
@@ -33,30 +34,16 @@ _MOST_EMPTY = 1 << 20
 
 
 def check_factory(factory: str, width: int, n_images: int, metric: str = "l2") -> None:
-    """Refuse a factory string that cannot serve so many images, before anything is computed.
-
-    Raises:
-        InputError: not a FAISS factory string, or one that needs more images for its training.
-    """
+    """Refuse a factory string that cannot serve so many images, before anything is computed."""
     _refuse_few(factory, _training_need(_make(factory, width, metric, n_images)), n_images)
 
 
 def build(
-    factory: str,
-    embeddings: Any,
-    metric: str,
-    training: np.ndarray | None = None,
+    factory: str, embeddings: Any, metric: str, training: np.ndarray | None = None
 ) -> tuple[Any, int]:
-    """A FAISS index over embeddings `[N D]`, the same bytes every time.
+    """Return a FAISS index over embeddings `[N D]`, and how many rows it was trained on.
 
-    Args:
-        factory: FAISS's factory string.
-        embeddings: every row, numbered by position.
-        metric: "l2" or "ip".
-        training: rows that may be trained on; None for all of them.
-
-    Returns:
-        The index, and how many rows it was trained on (0 where it needs no training).
+    The same bytes every time; `training` are the rows that may be trained on, None for all.
     """
     total, width = embeddings.shape
     rows = np.arange(total) if training is None else training
@@ -64,54 +51,37 @@ def build(
     trained_on = 0
     with threads(1), _as_input_error(factory):
         if not index.is_trained:
-            check_factory(factory, width, len(rows), metric)
+            _refuse_few(factory, _training_need(index), len(rows))
             sample = _sample(rows, max(1 << 16, 256 * _training_need(index)))
             index.train(np.asarray(embeddings[sample], np.float32))
             trained_on = len(sample)
-        add(index, embeddings)
+        _add(index, embeddings)
     if index.ntotal != total:
         raise InputError(f"the FAISS factory {factory!r} keeps {index.ntotal} of {total} rows")
     return index, trained_on
 
 
-def add(index: Any, embeddings: ArrayLike) -> None:
-    """Add rows, in blocks; graphs that cannot grow (NSG) need all of them at once."""
-    if "NSG" in type(index).__name__ or "NNDescent" in type(index).__name__:
-        if len(everything := np.asarray(embeddings[:], np.float32)):
-            index.add(np.ascontiguousarray(everything))
-        return
-    for _, block in blocks(embeddings):
-        index.add(np.ascontiguousarray(block, np.float32))
-
-
 def grow(index: Any, embeddings: ArrayLike, start: int, factory: str) -> None:
-    """Add the rows from `start` on to an index that holds those before; training stays."""
-
-    class Tail:
-        shape = (embeddings.shape[0] - start, *embeddings.shape[1:])
-        dtype = embeddings.dtype
-
-        def __getitem__(self, rows: slice) -> np.ndarray:
-            low, high, _ = rows.indices(self.shape[0])
-            return embeddings[start + low : start + high]
-
+    """Add the rows from `start` on to an index, which keeps those before; training stays."""
     with threads(1), _as_input_error(factory):
-        if "NSG" in type(index).__name__:
+        if start == 0 or "NSG" in type(index).__name__:  # a graph that cannot grow
             index.reset()
-            add(index, embeddings)
-        else:
-            add(index, Tail())
+            start = 0
+        _add(index, embeddings, start)
 
 
-def refill(index: Any, embeddings: ArrayLike, factory: str) -> None:
-    """Replace every row, keeping what was trained."""
-    with threads(1), _as_input_error(factory):
-        index.reset()
-        add(index, embeddings)
+def _add(index: Any, embeddings: ArrayLike, start: int = 0) -> None:
+    # In blocks; graphs that cannot grow (NSG) need all of them at once.
+    total, name = embeddings.shape[0], type(index).__name__
+    at_once = "NSG" in name or "NNDescent" in name
+    step = max(total - start, 1) if at_once else block_rows(embeddings)
+    for first in range(start, total, step):
+        rows = embeddings[first : min(first + step, total)]
+        index.add(np.ascontiguousarray(rows, np.float32))
 
 
 def search_settings(index: Any) -> dict[str, int]:
-    """Sensible search parameters, to be recorded: nprobe for IVF, ef for HNSW."""
+    """Return sensible search parameters, to be recorded: nprobe for IVF, ef for HNSW."""
     settings = {}
     for piece in _pieces(index):
         name = type(piece).__name__
@@ -123,7 +93,7 @@ def search_settings(index: Any) -> dict[str, int]:
 
 
 def parameters(index: Any, nprobe: int, ef_search: int) -> Any:
-    """FAISS search parameters for an index and what it wraps; None where it takes none."""
+    """Return FAISS search parameters for an index and what it wraps; None where it takes none."""
     import faiss
 
     options: Any = faiss  # its keyword arguments are added at run time, unseen by type checkers
@@ -142,11 +112,7 @@ def parameters(index: Any, nprobe: int, ef_search: int) -> Any:
 
 
 def write_faiss(root: Path, index: Any, name: str) -> dict[str, Any]:
-    """Write a FAISS file durably; returns its size and checksum.
-
-    Raises:
-        OSError: it cannot be written whole, as on a full disk; nothing has its name then.
-    """
+    """Write a FAISS file durably, and return its entry; nothing has its name where that fails."""
     import faiss
 
     callbacks: Any = faiss  # made at run time, unseen by type checkers
@@ -167,95 +133,139 @@ def write_faiss(root: Path, index: Any, name: str) -> dict[str, Any]:
             reason = f"FAISS cannot write its file ({_brief(error)})"
             raise OSError(errno.EIO, reason, str(unfinished)) from error
         file.flush()
-        if (found := os.fstat(file.fileno()).st_size) != written:
-            reason = f"holds {found} of {written} bytes after writing"
+        if (size := os.fstat(file.fileno()).st_size) != written:
+            reason = f"holds {size} of {written} bytes after writing"
             raise OSError(errno.EIO, reason, str(unfinished))
     replace(unfinished, root / name)
-    return {"file": name, "bytes": written, "sha256": digest.hexdigest()}
+    entry = {"file": name, "bytes": written, "sha256": digest.hexdigest()}
+    return {**entry, "version": faiss.__version__}
 
 
-def open_faiss(root: Path, manifest: dict[str, Any]) -> int:
-    """A descriptor of the FAISS file, its size and header checked; it survives a `compact`."""
-    entry = manifest["faiss"]
-    descriptor = open_checked(root, entry["file"], entry["bytes"], REBUILD)
-    try:
-        _check_header(root, manifest, os.pread(descriptor, _HEADER.size + 8, 0))
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+class FaissFile:
+    """The FAISS file of an index: checked when it is opened, loaded by whoever first needs it.
+
+    Loaded once for all threads. The descriptor survives a `compact` and is closed with it.
+    """
+
+    descriptor: int | None = None
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        entry = manifest.faiss
+        if entry is None:
+            raise InputError(f"{root}: built without FAISS")
+        self._root, self._manifest, self._entry = root, manifest, entry
+        self._lock = ProcessLock()
+        self._loaded: Any = None
+        self.descriptor = open_checked(root, entry.file, entry.bytes, REBUILD)
+        self._check_header(os.pread(self.descriptor, _HEADER.size + 8, 0))
+
+    def __del__(self) -> None:
+        if self.descriptor is not None:
+            self.close()
+
+    def __enter__(self) -> "FaissFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def loaded(self) -> Any:
+        """Return the FAISS index; Flat and IVF are mapped, so that a million rows load at once."""
+        loaded = self._loaded
+        if loaded is None:
+            with self._lock:
+                loaded = self._loaded = self.read() if self._loaded is None else self._loaded
+        return loaded
+
+    def close(self) -> None:
+        """Let go of the file; a search that has begun ends with what it took."""
+        # Under the lock: a number closed while another thread loads may come to name another file.
+        with self._lock:
+            descriptor, self.descriptor, self._loaded = self.descriptor, None, None
+            if descriptor is not None:
+                os.close(descriptor)
+
+    def read(self, mapped: bool = True) -> Any:
+        """Read the file anew; all of it, its checksum compared, where it is not to be `mapped`.
+
+        What is written next gets a checksum of its own, and FAISS aborts the process where a mapped
+        index is added to.
+        """
+        import faiss
+
+        descriptor, manifest = self.descriptor, self._manifest
+        if descriptor is None:
+            raise InputError(f"{self._root}: the index is closed; open it again")
+        kind = os.pread(descriptor, 4, 0)
+        # Sizes inside a file other than Flat cannot be checked from outside, so its bytes are.
+        if (kind not in _FLAT or not mapped) and sha256_of(descriptor) != self._entry.sha256:
+            raise self._broken("does not match its checksum")
+        flags = 0
+        if mapped and kind in _MAPPED:
+            flags = getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
+        try:
+            # By descriptor: `compact` may have taken the name away since the index was opened.
+            index = faiss.read_index(f"/dev/fd/{descriptor}", flags)
+        except RuntimeError as error:
+            raise self._broken(f"FAISS refuses it ({_brief(error)})") from error
+        self._check_size(index.d, index.ntotal)
+        if index.metric_type != metric_code(manifest.metric):
+            raise self._broken(f"was not made for the metric {manifest.metric}")
+        return index
+
+    def _check_header(self, head: bytes) -> None:
+        manifest, size = self._manifest, self._entry.bytes
+        if len(head) < _HEADER.size:
+            raise self._broken(f"is no FAISS file with its {size} bytes")
+        kind, width, rows, _, _, trained, metric = _HEADER.unpack_from(head)
+        if not re.fullmatch(rb"I[A-Za-z0-9]{3}", kind):
+            raise self._broken(f"begins with {kind!r}, so it is no FAISS index")
+        self._check_size(width, rows)
+        if metric != metric_code(manifest.metric) or trained != 1:
+            raise self._broken(f"was not made for the metric {manifest.metric}")
+        if kind in _FLAT:
+            numbers = struct.unpack_from("<Q", head, _HEADER.size)[0] if len(head) > 44 else -1
+            fits = numbers == width * rows and size == _HEADER.size + 8 + 4 * numbers
+            if _FLAT[kind] != metric or not fits:
+                raise self._broken("its header does not go with its size")
+
+    def _check_size(self, width: int, rows: int) -> None:
+        expected = self._manifest.embedding.width, self._manifest.counts.rows
+        if (width, rows) != expected:
+            raise self._broken(
+                f"holds {rows} vectors of width {width}; the index has {expected[1]} of "
+                f"{expected[0]}"
+            )
+
+    def _broken(self, what: str) -> IndexFormatError:
+        return broken(self._root, self._entry.file, what, REBUILD)
 
 
-def load_faiss(root: Path, manifest: dict[str, Any], descriptor: int, mapped: bool = True) -> Any:
-    """Read a checked FAISS file; Flat and IVF are mapped, so that a million rows load at once.
+def metric_code(metric: str) -> int:
+    """Return FAISS's number for a metric."""
+    return ("ip", "l2").index(one_of("metric", metric, ("l2", "ip")))
 
-    Args:
-        root: the index directory.
-        manifest: of the index.
-        descriptor: from `open_faiss`.
-        mapped: False reads all of it, for a change; its checksum is then always compared, because
-            what is written next gets a checksum of its own.
 
-    Raises:
-        IndexFormatError: the file is not the one that the manifest describes.
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Run FAISS on `count` OpenMP threads (None: as it is), put back afterwards.
+
+    OpenMP keeps the number for each thread that computes, so no other thread sees it change.
     """
     import faiss
 
-    entry = manifest["faiss"]
-    kind = os.pread(descriptor, 4, 0)
-    # Sizes inside a file other than Flat cannot be checked from outside, so its bytes are.
-    if (kind not in _FLAT or not mapped) and sha256_of(descriptor) != entry["sha256"]:
-        raise broken(root, entry["file"], "does not match its checksum", REBUILD)
-    flags = 0
-    if mapped and kind in _MAPPED:
-        flags = getattr(faiss, "IO_FLAG_MMAP_IFC", 0)
+    before = faiss.omp_get_max_threads()
+    if count is not None:
+        faiss.omp_set_num_threads(count)
     try:
-        # By descriptor: `compact` may have taken the name away since the index was opened.
-        index = faiss.read_index(f"/dev/fd/{descriptor}", flags)
-    except RuntimeError as error:
-        raise broken(root, entry["file"], f"FAISS refuses it ({_brief(error)})", REBUILD) from error
-    width, rows = manifest["embedding"]["width"], manifest["counts"]["rows"]
-    if (index.d, index.ntotal, index.metric_type) != (width, rows, metric_code(manifest["metric"])):
-        raise broken(
-            root,
-            entry["file"],
-            f"holds {index.ntotal} vectors of width {index.d}; the index has {rows} of {width}",
-            REBUILD,
-        )
-    return index
-
-
-def _check_header(root: Path, manifest: dict[str, Any], head: bytes) -> None:
-    name, size = manifest["faiss"]["file"], manifest["faiss"]["bytes"]
-    width, rows = manifest["embedding"]["width"], manifest["counts"]["rows"]
-    if len(head) < _HEADER.size:
-        raise broken(root, name, f"is no FAISS file with its {size} bytes", REBUILD)
-    kind, found_width, found_rows, _, _, trained, metric = _HEADER.unpack_from(head)
-    if not re.fullmatch(rb"I[A-Za-z0-9]{3}", kind):
-        raise broken(root, name, f"begins with {kind!r}, so it is no FAISS index", REBUILD)
-    if (found_width, found_rows) != (width, rows):
-        raise broken(
-            root,
-            name,
-            f"holds {found_rows} vectors of width {found_width}; the index has {rows} of {width}",
-            REBUILD,
-        )
-    if metric != metric_code(manifest["metric"]) or trained != 1:
-        raise broken(root, name, f"was not made for the metric {manifest['metric']}", REBUILD)
-    if kind in _FLAT:
-        numbers = struct.unpack_from("<Q", head, _HEADER.size)[0] if len(head) > 44 else -1
-        if (
-            _FLAT[kind] != metric
-            or numbers != width * rows
-            or size != _HEADER.size + 8 + 4 * numbers
-        ):
-            raise broken(root, name, "its header does not go with its size", REBUILD)
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
 def _make(factory: str, width: int, metric: str, n_images: int) -> Any:
     import faiss
 
-    _refuse_huge(factory)
     _refuse_many(factory, n_images)
     with _as_input_error(factory):
         index = faiss.index_factory(width, factory, metric_code(metric))
@@ -269,33 +279,29 @@ def _make(factory: str, width: int, metric: str, n_images: int) -> Any:
     return index
 
 
-def _refuse_huge(factory: str) -> None:
-    """Refuse what FAISS takes memory for before it looks at it, or the stack: numbers, lengths."""
-    if len(factory) > _MOST_LETTERS:
-        raise InputError(
-            f"the FAISS factory {short(factory)} cannot be used ({len(factory):,} letters are more "
-            f"than {_MOST_LETTERS}); 'Flat' always can"
-        )
-    for kind, digits in re.findall(r"(HNSW|NSG|NNDescent)?([0-9]+)", factory):
-        most = _MOST_LINKS if kind else _MOST
-        if len(digits) > 9 or int(digits) > most:
-            raise InputError(
-                f"the FAISS factory {short(factory)} cannot be used ({kind}{cut(digits, 20)} is "
-                f"more than {kind}{most}); 'Flat' always can"
-            )
+def _refused(factory: str, why: str) -> InputError:
+    return InputError(
+        f"the FAISS factory {short(factory)} cannot be used ({why}); 'Flat' always can"
+    )
 
 
 def _refuse_many(factory: str, n_images: int) -> None:
-    """Refuse lists and codes that so few images cannot fill, before FAISS takes gigabytes."""
+    # What FAISS takes memory for before it looks at it, or the stack.
+    if len(factory) > _MOST_LETTERS:
+        raise _refused(factory, f"{len(factory):,} letters are more than {_MOST_LETTERS}")
+    for kind, digits in re.findall(r"(HNSW|NSG|NNDescent)?([0-9]+)", factory):
+        most = _MOST_LINKS if kind else _MOST
+        if len(digits) > 9 or int(digits) > most:
+            raise _refused(factory, f"{kind}{cut(digits, 20)} is more than {kind}{most}")
+
+    # Lists and codes that so few images cannot fill, before FAISS takes gigabytes.
     lists = [int(digits) for digits in re.findall(r"IVF([0-9]+)", factory)]
     codes = [1 << int(bits) for bits in re.findall(r"(?<![A-Z])PQ[0-9]+x([0-9]{1,2})", factory)]
     _refuse_few(factory, max([0, *lists, *codes]), n_images)
     for number, bits in re.findall(r"IMI([0-9]{1,3})x([0-9]{1,3})", factory):
         if 1 << int(number) * int(bits) > max(_MOST_EMPTY, 16 * n_images):
-            raise InputError(
-                f"the FAISS factory {short(factory)} cannot be used (2^{int(number) * int(bits)} "
-                f"lists are too many for {n_images} images); 'Flat' always can"
-            )
+            lists_of = f"2^{int(number) * int(bits)} lists are too many for {n_images} images"
+            raise _refused(factory, lists_of)
 
 
 def _refuse_few(factory: str, needed: int, n_images: int) -> None:
@@ -307,7 +313,7 @@ def _refuse_few(factory: str, needed: int, n_images: int) -> None:
 
 
 def _pieces(index: Any) -> Iterator[Any]:
-    """The index and those it wraps, outermost first."""
+    """Yield the index and those it wraps, outermost first."""
     import faiss
 
     index = faiss.downcast_index(index)
@@ -318,7 +324,7 @@ def _pieces(index: Any) -> Iterator[Any]:
 
 
 def _training_need(index: Any) -> int:
-    """Fewest vectors that the index can be trained on."""
+    # The fewest vectors that the index can be trained on.
     import faiss
 
     if index.is_trained:
@@ -347,13 +353,10 @@ def _as_input_error(factory: str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         why = "it takes more memory than there is" if isinstance(error, MemoryError) else None
-        raise InputError(
-            f"the FAISS factory {short(factory)} cannot be used ({why or _brief(error)}); 'Flat' "
-            "always can"
-        ) from error
+        raise _refused(factory, why or _brief(error)) from error
 
 
 def _brief(error: Exception) -> str:
-    """FAISS's reason without the function signature and source line before it."""
+    # FAISS's reason without the function signature and source line before it.
     text = " ".join(str(error).split())
     return re.sub(r"^Error in .*?\.(?:cpp|h):\d+: ", "", text)[:200]

@@ -1,12 +1,7 @@
-"""Which network an index was built with: recorded once, checked whenever the two meet.
+"""Identity of the network that an index was built with, checked whenever the two meet.
 
-An `Identity` is a SHA-256 of the parameters, the settings that change what they compute, and a
-*probe*: what the network makes of one fixed synthetic picture. The digest says whether the
-parameters are the same bytes; the probe says whether they do the same, and so admits compiled,
-exported and half-precision networks, whose parameters have other names or bytes.
-
-Arrays only, so that a service without torch can ask; `embedcam.fingerprint` takes the identity of a
-torch network.
+The digest says whether the parameters are the same bytes; the *probe*, what the network makes of
+one synthetic picture, whether they do the same, as in a compiled, exported or half-precision form.
 """
 
 import json
@@ -27,6 +22,18 @@ ALIKE = 2e-2
 _MAX_WIDTH = 1 << 20
 
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "parameters_sha256": (str,),
+    "layer": (str,),
+    "preprocess": (dict, type(None)),
+    "normalize": (bool,),
+    "output": (str, int, type(None)),
+    "layout": (str,),
+    "precision": (str,),
+    "name": (str, type(None)),
+}
+
+
 class NetworkWarning(EmbedcamWarning):
     """A network was admitted that is not, byte for byte, the one of the index."""
 
@@ -35,14 +42,11 @@ class NetworkWarning(EmbedcamWarning):
 class Identity:
     """What tells one network from another.
 
-    parameters_sha256: of the sorted state dict: names without wrappers' prefixes, dtypes, shapes,
-        bytes; counters of batch norms left out.
-    layer, preprocess, normalize: must be equal.
-    structure_sha256: of names, dtypes and shapes alone; the same structure with other bytes is
-        another training, not another form of the same network.
-    output, layout, precision, name: recorded for people; the probe decides.
-    probe_embedding: float32 `[D]`, the embedding of the synthetic picture.
-    probe_pooled: float32 `[K]`, the mean over positions of its activations.
+    Layer, preprocess and normalize must be equal; the parameters' digest is of the sorted state
+    dict (names without wrappers' prefixes, dtypes, shapes, bytes; no counters of batch norms), the
+    structure's of the same without the bytes: with other bytes it is another training. The probe
+    is the synthetic picture's embedding `[D]` and the mean of its activations `[K]`, float32; it
+    decides about the rest, which is recorded for people.
     """
 
     parameters_sha256: str
@@ -58,30 +62,16 @@ class Identity:
     structure_sha256: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the probe's arrays, ready for JSON."""
-        return {
-            "parameters_sha256": self.parameters_sha256,
-            "layer": self.layer,
-            "preprocess": self.preprocess,
-            "normalize": self.normalize,
-            "output": self.output,
-            "layout": self.layout,
-            "precision": self.precision,
-            "name": self.name,
-            "structure_sha256": self.structure_sha256,
-        }
+        """Return everything but the probe's arrays, ready for JSON."""
+        return {key: getattr(self, key) for key in (*_KINDS, "structure_sha256")}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The probe: `probe_embedding` float32 `[D]` and `probe_pooled` float32 `[K]`."""
+        """Return `probe_embedding` float32 `[D]` and `probe_pooled` float32 `[K]`."""
         return {"probe_embedding": self.probe_embedding, "probe_pooled": self.probe_pooled}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Self:
-        """The identity that `to_dict` and `arrays` described.
-
-        Raises:
-            IndexFormatError: a value is missing or of a wrong kind.
-        """
+        """Return the identity that `to_dict` and `arrays` described, refused where it lacks one."""
         for key, kinds in _KINDS.items():
             if key not in values:
                 raise IndexFormatError(f"the network's identity has no {key!r}; verify the index")
@@ -98,50 +88,31 @@ class Identity:
         )
 
 
-_KINDS: dict[str, tuple[type, ...]] = {
-    "parameters_sha256": (str,),
-    "layer": (str,),
-    "preprocess": (dict, type(None)),
-    "normalize": (bool,),
-    "output": (str, int, type(None)),
-    "layout": (str,),
-    "precision": (str,),
-    "name": (str, type(None)),
-}
-
-
 def _probe_array(arrays: Mapping[str, np.ndarray], key: str) -> np.ndarray:
-    found = arrays.get(key)
-    good = isinstance(found, np.ndarray) and found.ndim == 1 and found.dtype.kind == "f"
-    if not good or found is None or not 0 < found.size <= _MAX_WIDTH:
+    array = arrays.get(key, np.empty(0))
+    if array.ndim != 1 or array.dtype.kind != "f" or not 0 < array.size <= _MAX_WIDTH:
         raise IndexFormatError(
             f"the network's identity has no usable {key}: expected a row of floats; verify the "
             "index"
         )
-    if not np.isfinite(found).all():
+    if not np.isfinite(array).all():
         raise IndexFormatError(f"the network's {key} holds NaN or infinity; verify the index")
-    return np.asarray(found, dtype=np.float32)
+    return np.asarray(array, dtype=np.float32)
 
 
 def compare(stored: Identity, given: Identity) -> None:
-    """Refuse a network that is not the one an index was built with.
+    """Refuse a network that is not the one an index was built with, by a `NetworkMismatch`.
 
-    The same parameters in the same precision may differ in the probe by 1e-3, relative, and so may
-    other parameters of the same structure; other forms of the network (compiled, exported, half
-    precision, autocast) by 2e-2, both with a `NetworkWarning`.
-
-    Raises:
-        NetworkMismatch: naming the index's value and the network's.
+    The same parameters in the same precision may differ in the probe by `SAME`, and so may other
+    parameters of the same structure; other forms of the network (compiled, exported, half
+    precision, autocast) by `ALIKE`, both with a `NetworkWarning`.
     """
     _refuse_settings(stored, given)
     same = stored.parameters_sha256 == given.parameters_sha256
     precise = same and stored.precision == given.precision
     # Of the same structure and precision, and yet other bytes: trained differently.
-    retrained = (
-        not same
-        and stored.precision == given.precision
-        and stored.structure_sha256 == given.structure_sha256
-    )
+    alike = stored.structure_sha256 == given.structure_sha256
+    retrained = not same and stored.precision == given.precision and alike
     allowed = SAME if precise or retrained else ALIKE
     difference, what = max(
         (_difference(a, b), key)
@@ -172,7 +143,7 @@ def compare(stored: Identity, given: Identity) -> None:
 
 
 def _refuse_another(stored: Identity, given: Identity) -> None:
-    """Name both networks where they are others by name and by structure."""
+    # Both are named where they are others by name and by structure.
     known = stored.name and given.name and stored.structure_sha256 and given.structure_sha256
     if known and stored.name != given.name and stored.structure_sha256 != given.structure_sha256:
         raise NetworkMismatch(
@@ -190,46 +161,42 @@ def _refuse_settings(stored: Identity, given: Identity) -> None:
     }
     for key, step in advice.items():
         old, new = getattr(stored, key), getattr(given, key)
-        if old != new:
-            _refuse_another(stored, given)
-            old, new = _differing(old, new)
-            changed = [name for name in ("size", "resize") if isinstance(old, dict) and name in old]
-            if changed and set(old) <= {"size", "resize", "resize_to"}:
-                old, new = ({name: of[name] for name in changed} for of in (old, new))
-                options = " and ".join(f"--{name}" for name in changed)
-                names = ", ".join(f"{name}=" for name in changed)
-                raise NetworkMismatch(
-                    f"this is not the input of the index, which was built with {_shown(old)}, and "
-                    f"given is {_shown(new)}; leave out {options} ({names}), give the network that "
-                    "preprocess, or build the index again with this one"
-                )
+        if old == new:
+            continue
+        _refuse_another(stored, given)
+        changed: list[str] = []
+        if isinstance(old, dict) and isinstance(new, dict):
+            # Only the entries that differ, so that a message shows what matters.
+            differ = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            if set(differ) <= {"size", "resize", "resize_to"}:
+                changed = [name for name in ("size", "resize") if name in differ]
+            old, new = ({name: of.get(name) for name in changed or differ} for of in (old, new))
+        before, now = (
+            json.dumps(one) if isinstance(one, dict) else repr(one) for one in (old, new)
+        )
+        if changed:
+            options = " and ".join(f"--{name}" for name in changed)
+            names = ", ".join(f"{name}=" for name in changed)
             raise NetworkMismatch(
-                f"this is not the network of the index: its {key} is {_shown(old)}, given is one "
-                f"with {_shown(new)}; {step}, or build the index again"
+                f"this is not the input of the index, which was built with {before}, and given is "
+                f"{now}; leave out {options} ({names}), give the network that preprocess, or build "
+                "the index again with this one"
             )
-
-
-def _differing(old: Any, new: Any) -> tuple[Any, Any]:
-    """Of two dicts only the entries that differ, so that a message shows what matters."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return old, new
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return {key: old.get(key) for key in keys}, {key: new.get(key) for key in keys}
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict) else repr(value)
+        raise NetworkMismatch(
+            f"this is not the network of the index: its {key} is {before}, given is one with "
+            f"{now}; {step}, or build the index again"
+        )
 
 
 def _values(identity: Identity, what: str) -> str:
-    """The first numbers of a probe array, to be compared by eye."""
+    # The first numbers of a probe array, to be compared by eye.
     array = identity.probe_embedding if what == "embedding" else identity.probe_pooled
     first = ", ".join(f"{value:.4g}" for value in array[:3])
     return f"{array.size} numbers: {first}, ..."
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
-    """|a - b| / |a|, infinite for arrays of different sizes."""
+    # |a - b| / |a|, infinite for arrays of different sizes.
     if a.shape != b.shape:
         return float("inf")
     size = float(np.linalg.norm(a.astype(np.float64)))

@@ -1,28 +1,35 @@
-"""Nearest neighbours by exact values: FAISS proposes candidates, the embeddings decide."""
+"""Nearest neighbors by exact values: FAISS proposes candidates, the embeddings decide."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .._checks import LARGEST, check_vectors, whole
 from ..errors import InputError
-from .files import ArrayLike, blocks
+from .arrays import ArrayLike, blocks, broken
+from .faiss_files import REBUILD, metric_code, parameters, threads
+from .manifest import SearchSettings
+
+if TYPE_CHECKING:
+    from .reader import Index
 
 SLACK = 16
-"""Candidates beyond k, so that rounding inside FAISS cannot push out a true neighbour."""
+"""Candidates beyond k, so that rounding inside FAISS cannot push out a true neighbor."""
+N_NEGATIVES = 50
+_GATHERED = 8 << 20
+"""Numbers of candidates' embeddings ranked at once: about 64 MiB as float64."""
 
 
-@dataclass(frozen=True)
-class Neighbors:
+class Neighbors(NamedTuple):
     """The k nearest rows of each query, nearest first.
 
-    Attributes:
-        positions: int64 `[B k]`, rows of the index.
-        distances: float32 `[B k]`, squared Euclidean: smaller is nearer.
-        similarities: float32 `[B k]`, inner products: larger is nearer.
+    Attributes
+    ----------
+    positions : int64 `[B k]`, rows of the index.
+    distances : float32 `[B k]`, squared Euclidean: smaller is nearer.
+    similarities : float32 `[B k]`, inner products: larger is nearer.
     """
 
     positions: np.ndarray
@@ -30,18 +37,14 @@ class Neighbors:
     similarities: np.ndarray
 
     def first(self, count: int | None) -> "Neighbors":
-        """The first `count` of one query's results `[n]`; all of them for None."""
-        return Neighbors(self.positions[:count], self.distances[:count], self.similarities[:count])
+        """Return the first `count` of one query's results `[n]`; all of them for None."""
+        return Neighbors(*(values[:count] for values in self))
 
     @classmethod
     def of(
         cls, positions: np.ndarray, distances: np.ndarray, similarities: np.ndarray
     ) -> "Neighbors":
-        """Neighbours from exact values, float64.
-
-        Raises:
-            InputError: a value beyond float32, of stored embeddings whose numbers are too large.
-        """
+        """Return neighbors from exact values, float64, refused where one is beyond float32."""
         with np.errstate(over="ignore"):
             values = distances.astype(np.float32), similarities.astype(np.float32)
         if not all(np.isfinite(one).all() for one in values):
@@ -52,48 +55,32 @@ class Neighbors:
         return cls(positions, *values)
 
 
-def check_queries(queries: np.ndarray, width: int, normalized: bool = False) -> np.ndarray:
-    """Queries as float32 `[B D]`.
+class EmbeddingRows:
+    """Embeddings of an index, or of some of its rows, as one array-like `[n D]`."""
 
-    Raises:
-        InputError: another shape, or vectors that `check_vectors` refuses.
-    """
+    def __init__(self, index: "Index", positions: np.ndarray | None = None) -> None:
+        self.index, self._positions = index, positions
+        self.shape = (index.n_rows if positions is None else len(positions), index.width)
+        self.dtype = np.dtype(np.float32)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        if isinstance(rows, slice):
+            rows = np.arange(*rows.indices(self.shape[0]))
+        return self.index.embeddings(rows if self._positions is None else self._positions[rows])
+
+
+def check_queries(queries: np.ndarray, width: int, normalized: bool = False) -> np.ndarray:
+    """Return queries as float32 `[B D]`, refused where they are no such numbers."""
     try:
-        found = np.asarray(queries)
+        vectors = np.asarray(queries)
     except ValueError as error:  # rows of several lengths
         raise InputError(f"queries cannot be read as numbers [B {width}] ({error})") from error
-    if found.ndim != 2 or found.shape[1] != width or found.dtype.kind not in "fiu":
+    if vectors.ndim != 2 or vectors.shape[1] != width or vectors.dtype.kind not in "fiu":
         raise InputError(
-            f"queries of shape {list(found.shape)} and type {found.dtype}; expected numbers "
+            f"queries of shape {list(vectors.shape)} and type {vectors.dtype}; expected numbers "
             f"[B {width}]"
         )
-    return np.ascontiguousarray(check_vectors(found, normalized))
-
-
-def rank(
-    queries: np.ndarray, candidates: np.ndarray, vectors: np.ndarray, k: int, metric: str
-) -> Neighbors:
-    """The k best of each query's candidates by exact values; ties fall to the lower position.
-
-    Args:
-        queries: `[B D]`.
-        candidates: positions `[B C]`; -1 marks none.
-        vectors: `[B C D]`, the candidates' embeddings (anything where there is none).
-        k: results wanted; each query must have that many candidates.
-        metric: "l2" or "ip".
-    """
-    wide = queries.astype(np.float64)[:, None]
-    vectors = vectors.astype(np.float64)
-    similarities = np.matmul(vectors, wide.transpose(0, 2, 1))[..., 0]
-    vectors -= wide  # in place: differences, so that an exact match has a distance of exactly 0
-    distances = np.einsum("bcd,bcd->bc", vectors, vectors)
-    scores = np.where(candidates < 0, np.inf, distances if metric == "l2" else -similarities)
-    best = np.lexsort((candidates, scores), axis=1)[:, :k]
-
-    def take(values: np.ndarray) -> np.ndarray:
-        return np.take_along_axis(values, best, axis=1)
-
-    return Neighbors.of(take(candidates).astype(np.int64), take(distances), take(similarities))
+    return np.ascontiguousarray(check_vectors(vectors, normalized))
 
 
 def nearest(
@@ -104,17 +91,20 @@ def nearest(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> Neighbors:
-    """Exact nearest rows by brute force, in blocks; the same result for any batching.
+    """Find exact nearest rows by brute force, in blocks; the same result for any batching.
 
-    Args:
-        embeddings: `[N D]`, may be a memory map.
-        queries: `[B D]`.
-        n_neighbors: k; N where there are fewer rows.
-        metric: "l2" or "ip".
-        progress: called with the number of queries just finished.
+    Parameters
+    ----------
+    embeddings : `[N D]`, may be a memory map.
+    queries : `[B D]`.
+    n_neighbors : k; N where there are fewer rows.
+    metric : "l2" or "ip".
+    progress : called with the number of queries just finished.
 
-    Raises:
-        InputError: wrong shapes, non-finite queries, an unknown metric, or no rows at all.
+    Raises
+    ------
+    InputError
+        Wrong shapes, non-finite queries, an unknown metric, or no rows at all.
     """
     total, width = embeddings.shape
     queries = check_queries(queries, width)
@@ -123,31 +113,116 @@ def nearest(
         raise InputError("there are no embeddings to search")
     kind = metric_code(metric)
     fetch = min(total, k + SLACK)
-    # Exact ranking gathers [rows fetch D] float64: keep that below about 64 MiB.
-    step = max(1, min(4096, (8 << 20) // (fetch * width)))
-    found = []
-    for start in range(0, len(queries), step):
-        batch = queries[start : start + step]
+    step = max(1, min(4096, _GATHERED // (fetch * width)))
+
+    def ranked(batch: np.ndarray) -> Neighbors:
         candidates = _knn(embeddings, batch, fetch, kind)
         rows, where = np.unique(candidates, return_inverse=True)
-        vectors = _rows(embeddings, rows)[where.reshape(candidates.shape)]
-        found.append(rank(batch, candidates, vectors, k, metric))
+        vectors = np.asarray(embeddings[rows], np.float32)[where.reshape(candidates.shape)]
+        neighbors = rank(batch, candidates, vectors, k, metric)
         if progress is not None:
             progress(len(batch))
-    return join(found, k)
+        return neighbors
+
+    return in_batches(ranked, queries, step)
 
 
-def join(found: list[Neighbors], k: int) -> Neighbors:
-    """Results of consecutive batches as one."""
-    empty = Neighbors(
-        np.empty((0, k), np.int64), np.empty((0, k), np.float32), np.empty((0, k), np.float32)
-    )
-    return Neighbors(
-        *(
-            np.concatenate([getattr(f, name) for f in [empty, *found]])
-            for name in ("positions", "distances", "similarities")
+def without_itself(neighbors: Neighbors, rows: np.ndarray) -> Neighbors:
+    """Return the neighbors `[B k]` without each query's own row `[B]`, `[B k-1]`.
+
+    Where many are alike a row may not be among its neighbors: then the farthest goes.
+    """
+    kept = neighbors.positions != rows[:, None]
+    kept[kept.all(axis=1), -1] = False
+    shape = len(rows), neighbors.positions.shape[1] - 1
+    return Neighbors(*(values[kept].reshape(shape) for values in neighbors))
+
+
+def search(
+    index: "Index", queries: np.ndarray, n_neighbors: int, nprobe: int | None = None
+) -> Neighbors:
+    """Return the nearest live rows of queries `[B D]`; see `Index.search`."""
+    queries = check_queries(queries, index.width, index.normalized)
+    k = min(whole("n_neighbors", n_neighbors, 1), index.n_rows - len(index.tombstones))
+    if index.manifest.faiss is None:
+        raise InputError(
+            "this index was built without FAISS; give neighbors= ids that your own search "
+            "found, or give it one with `embedcam compact --rebuild-faiss Flat`"
         )
+    if nprobe is not None:
+        nprobe = whole("nprobe", nprobe, 1)
+    if k == 0:
+        raise InputError("every image of this index has been removed; add images first")
+    loaded = None if index.faiss_file is None else index.faiss_file.loaded()
+    # OpenMP's threads are not there in a forked child.
+    alone = len(queries) == 1 or index.process != os.getpid()
+    step = max(1, _GATHERED // ((k + SLACK) * index.width))
+    with threads(1 if alone else index.n_threads):
+        return in_batches(lambda some: _search_batch(index, loaded, some, k, nprobe), queries, step)
+
+
+def _search_batch(
+    index: "Index", loaded: Any, queries: np.ndarray, k: int, nprobe: int | None
+) -> Neighbors:
+    # Removed rows are not known to FAISS, whatever its type, so candidates are asked for until
+    # enough live ones are among them; what an approximate index cannot reach, brute force finds.
+    settings = index.manifest.faiss.search if index.manifest.faiss else SearchSettings()
+    probes, effort = nprobe or settings.nprobe or 1, settings.ef_search or 1
+    candidates = np.full((len(queries), k), -1, np.int64)
+    todo = np.arange(len(queries))
+    fetch = min(index.n_rows, k + SLACK)
+    while loaded is not None and len(todo):
+        options = parameters(loaded, probes, max(effort, fetch))
+        _, rows = loaded.search(queries[todo], fetch, params=options)
+        wider = max(fetch - candidates.shape[1], 0)
+        candidates = np.pad(candidates, ((0, 0), (0, wider)), constant_values=-1)
+        candidates[todo] = _only_live(index, rows)
+        todo = np.flatnonzero((candidates >= 0).sum(axis=1) < k)
+        if fetch == index.n_rows:
+            break
+        # Removed rows took the places, or IVF's lists were short: look further.
+        fetch, probes = min(index.n_rows, 2 * fetch), 2 * probes
+    if len(todo):
+        alive = index.live_positions()
+        exact = nearest(EmbeddingRows(index, alive), queries[todo], k, index.metric)
+        candidates[todo] = -1
+        candidates[todo, :k] = alive[exact.positions]
+    # Removed rows leave gaps: the columns that are used come first, the others go.
+    candidates = -np.sort(-candidates, axis=1)
+    candidates = candidates[:, : int((candidates >= 0).sum(axis=1).max(initial=k))]
+    vectors = index.embeddings(np.maximum(candidates, 0).reshape(-1))
+    return rank(
+        queries, candidates, vectors.reshape(*candidates.shape, index.width), k, index.metric
     )
+
+
+def rank(
+    queries: np.ndarray, candidates: np.ndarray, vectors: np.ndarray, k: int, metric: str
+) -> Neighbors:
+    """Return the k best of each query's candidates by exact values; ties to the lower position.
+
+    Of queries `[B D]`, candidates `[B C]`, at least k each (-1 marks none), and their `[B C D]`.
+    """
+    wide = queries.astype(np.float64)[:, None]
+    vectors = vectors.astype(np.float64)
+    similarities = np.matmul(vectors, wide.transpose(0, 2, 1))[..., 0]
+    vectors -= wide  # in place: differences, so that an exact match has a distance of exactly 0
+    distances = np.einsum("bcd,bcd->bc", vectors, vectors)
+    scores = np.where(candidates < 0, np.inf, distances if metric == "l2" else -similarities)
+    best = np.lexsort((candidates, scores), axis=1)[:, :k]
+
+    values = (candidates.astype(np.int64), distances, similarities)
+    return Neighbors.of(*(np.take_along_axis(one, best, axis=1) for one in values))
+
+
+def in_batches(
+    search: Callable[[np.ndarray], Neighbors], queries: np.ndarray, step: int
+) -> Neighbors:
+    """Search for queries `[B D]`, `step` at a time, and join the results."""
+    if len(queries) <= step:
+        return search(queries)
+    batches = [search(queries[i : i + step]) for i in range(0, len(queries), step)]
+    return Neighbors(*map(np.concatenate, zip(*batches, strict=True)))
 
 
 def _knn(embeddings: ArrayLike, queries: np.ndarray, fetch: int, kind: int) -> np.ndarray:
@@ -168,29 +243,98 @@ def _knn(embeddings: ArrayLike, queries: np.ndarray, fetch: int, kind: int) -> n
     return positions
 
 
-def _rows(embeddings: Any, rows: np.ndarray) -> np.ndarray:
-    return np.asarray(embeddings[rows], np.float32)
+def _only_live(index: "Index", rows: np.ndarray) -> np.ndarray:
+    if rows.size and rows.max() >= index.n_rows and index.manifest.faiss:
+        file = index.manifest.faiss.file
+        raise broken(index.path, file, "returns rows out of range", REBUILD)
+    if not len(index.tombstones):
+        return rows
+    alive = index.live(np.maximum(rows, 0).reshape(-1)).reshape(rows.shape)
+    return np.where(alive & (rows >= 0), rows, -1)
 
 
-def metric_code(metric: str) -> int:
-    """FAISS's number for a metric."""
-    if metric not in ("l2", "ip"):
-        raise InputError(f"metric {metric!r} is unknown; use 'l2' or 'ip'")
-    return 1 if metric == "l2" else 0
+# A query's neighbors: searched, or those that another search engine named
 
 
-@contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """FAISS on `count` OpenMP threads (None: as it is), put back afterwards.
+def find_neighbors(
+    index: "Index",
+    embeddings: np.ndarray,
+    n_neighbors: int,
+    named: Sequence[Sequence[str]] | None,
+) -> list[Neighbors]:
+    """Return for each query `[B D]` its neighbors: searched, or those that were named."""
+    if named is None:
+        return [
+            Neighbors(*one) for one in zip(*search(index, embeddings, n_neighbors), strict=True)
+        ]
+    return [
+        named_neighbors(index, embedding, ids)
+        for embedding, ids in zip(embeddings, named, strict=True)
+    ]
 
-    OpenMP keeps the number for each thread that computes, so no other thread sees it change.
+
+def named_neighbors(index: "Index", embedding: np.ndarray, ids: Sequence[str]) -> Neighbors:
+    """Return named images beside a query `[D]`, in the order named."""
+    if isinstance(ids, str):
+        raise InputError(f"expected a list of ids as neighbours, got the string {ids!r}")
+    if len(ids) == 0:
+        raise InputError("no neighbour was given; name at least one id")
+    if not all(isinstance(name, str) for name in ids):
+        kinds = ", ".join(sorted({type(name).__name__ for name in ids}))
+        raise InputError(f"ids are strings, as in `index.ids`; given {kinds}")
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if list(ids).count(name) > 1)
+        raise InputError(f"the neighbour {twice!r} was given twice; name each id once")
+    positions = index.positions(ids)
+    stored = index.embeddings(positions).astype(np.float64)
+    difference = stored - embedding
+    distances = np.einsum("nd,nd->n", difference, difference)
+    return Neighbors.of(positions, distances, stored @ embedding)
+
+
+def draw_negatives(
+    candidates: np.ndarray,
+    near: Iterable[str | None],
+    labels_of: Callable[[np.ndarray], Sequence[str | None]],
+) -> np.ndarray:
+    """Draw at most `N_NEGATIVES` seeded random images that are not labelled as the neighbors are.
+
+    From `candidates` `[n]`, n >= 1, all but the neighbors, whose labels are `near`; where all that
+    are drawn have one of these, it does not matter.
     """
-    import faiss
+    count = min(8 * N_NEGATIVES, len(candidates))
+    sample = np.random.default_rng(0).choice(candidates, count, False)
+    known = {label for label in near if label is not None}
+    apart = np.array([label not in known for label in labels_of(sample)])
+    return (sample[apart] if apart.any() else sample)[:N_NEGATIVES]
 
-    before = faiss.omp_get_max_threads()
-    if count is not None:
-        faiss.omp_set_num_threads(count)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
+
+def check_wanted(
+    n_neighbors: int | None,
+    neighbors: Sequence[Sequence[str]] | None,
+    n_queries: int,
+    default: int,
+) -> int:
+    """Return how many neighbors are to be searched for; a number and names both are refused."""
+    if neighbors is not None:
+        if n_neighbors is not None:
+            raise InputError("give n_neighbors to search, or neighbors to name them, not both")
+        if isinstance(neighbors, str) or len(neighbors) != n_queries:
+            raise InputError(
+                f"neighbors holds {len(neighbors)} lists of ids for {n_queries} queries; give "
+                "one list for each"
+            )
+    return default if n_neighbors is None else whole("n_neighbors", n_neighbors, 1)
+
+
+def check_rival(result: str | None, above: str | None) -> None:
+    """Refuse a rival that goes with no result, or is the result itself."""
+    if above is None:
+        return
+    if result is None:
+        raise InputError(
+            f"above = {above!r} is a rival, and no result was named; give result, the image that "
+            "is to be told from it"
+        )
+    if result == above:
+        raise InputError(f"above = {above!r} is the result itself; name another image")

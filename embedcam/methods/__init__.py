@@ -1,7 +1,6 @@
 """The method zoo: every class activation method, on embedding networks, with a target.
 
-Each is a function `method(subject, **options) -> MethodOutput` whose options are declared in its
-signature; `recipe.registry` lists them, `cam_for` draws with any of them.
+Each is a function `method(subject, **options) -> MethodOutput` that declares its options.
 """
 
 from .direct import (

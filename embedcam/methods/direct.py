@@ -42,16 +42,15 @@ class MethodMap:
     Attributes
     ----------
     cam, grid_cam
-        The map at the input's size, float32 `[H W]`, or `[B H W]` for a batch, over positions
-        `[B L]`, and before it was resized. >= 0 but for the two guided methods, not normalized.
+        Float32 map at the input's size, `[H W]` or `[B H W]` (over positions `[B L]`), and before
+        it was resized. >= 0 but for the two guided methods, not normalized.
     weights, layer_weights
-        Channel weights float32 `[K]` or `[B K]`, of HiResCAM by position, `[K h w]` or `[B K h w]`;
-        those of each layer by its name, for methods of several. None for methods that have none.
+        Channel weights `[K]` or `[B K]` (of HiResCAM `[K h w]`), or those of each layer by its
+        name; None for methods that have none.
     method, passes
         Its entry in `METHODS`, and the forward and backward passes spent.
     image, extent
-        The upright picture it was made of, where that was one picture, and the rectangle of it that
-        the map covers, as `plot` takes it; else None.
+        The upright picture and the crop box of it that the map covers; None but for one picture.
     """
 
     cam: np.ndarray
@@ -64,7 +63,6 @@ class MethodMap:
     extent: Extent | None = None
 
     def __repr__(self) -> str:
-        """Return the method and the sizes; the arrays would fill the screen."""
         size, grid = (" x ".join(map(str, one.shape)) for one in (self.cam, self.grid_cam))
         shape = () if self.weights is None else self.weights.shape
         channels = f"{shape[-3 if len(shape) > 2 else -1]:,}" if shape else "no"
@@ -93,29 +91,14 @@ class MethodMap:
         ax: "Axes | None" = None,
         title: str | None = None,
     ) -> "Image.Image | Axes":
-        """Draw the map over its picture, at the picture's size.
+        """Draw the map over a picture (path, bytes, PIL, `uint8 [H W 3]`; None: grey), at its size.
 
-        Parameters
-        ----------
-        picture
-            A path, bytes, a PIL image or `uint8 [H W 3]`; None draws on grey.
-        extent
-            (x0, y0, x1, y1) in pixels of the picture that the map covers, as
-            `network.preprocess.extent(width, height)` says; None for all of it.
-        max_pixels
-            A picture of more pixels is refused.
-        ax, title
-            Matplotlib axes to draw into, which are returned, and a caption above them.
-
-        Raises
-        ------
-        InputError
-            A batch, or a map over positions; a title without axes.
+        `extent` is the crop box (x0, y0, x1, y1) of the map, in the picture's pixels; None: all.
+        With matplotlib axes `ax` it is drawn into them, `title` above; they are returned.
         """
-        if not self._one_picture:
+        if self.cam.ndim != 2 or self.grid_cam.ndim != 2:
             raise InputError(
-                f"the map is {list(self.cam.shape)}, and one [H W] is drawn; draw those of a batch "
-                "one by one with embedcam.render.overlay"
+                f"the map is {list(self.cam.shape)}, and one [H W] is drawn; use render.overlay"
             )
         if picture is None:
             canvas = Image.new("RGB", self.cam.shape[::-1], (128, 128, 128))
@@ -129,14 +112,9 @@ class MethodMap:
         return overlay(canvas, self.cam, extent, signed=signed)
 
     def _repr_html_(self) -> str | None:
-        """Return the map over its picture for notebooks; of a batch or over positions nothing."""
-        if not self._one_picture:
+        if self.cam.ndim != 2 or self.grid_cam.ndim != 2:
             return None
         return in_notebook(self.plot(self.image, self.extent), self.method.title)
-
-    @property
-    def _one_picture(self) -> bool:
-        return self.cam.ndim == 2 and self.grid_cam.ndim == 2
 
     def save(
         self,
@@ -146,13 +124,7 @@ class MethodMap:
         *,
         max_pixels: int = MAX_PIXELS,
     ) -> Path:
-        """Write the picture of `plot`; the file's ending chooses the format.
-
-        Raises
-        ------
-        InputError
-            As `plot`, or a file that cannot be written.
-        """
+        """Write the picture of `plot`; the file's ending chooses the format."""
         image = self.plot(picture, extent, max_pixels=max_pixels)
         try:
             image.save(path)
@@ -190,20 +162,17 @@ def cam_for(
         picture (path, bytes, PIL image, `uint8 [H W 3]`) or a list of them, preprocessed as the
         network says. With layout "bkl" always a batch: `[B C L]` or `[B L]`.
     target
-        A score of the embedding: `Similarity`, `TripletMargin`, `NegativeDistance`, `ClassProxy`,
-        `PairContribution`, `Coordinate`, or a function from embeddings `[B D]` to scores `[B]`.
+        A target such as `Similarity`, or a function from embeddings `[B D]` to scores `[B]`.
     method
         A name in `METHODS`.
     norm
-        The gradient "through" the L2 norm or "around" it. A cosine does not change with the length,
-        so with it both differ by a factor only.
+        The gradient "through" the L2 norm or "around" it; of a cosine both differ by a factor only.
     size
         (H, W) of the map, over positions a number; None takes the input's.
     batch_size
-        Inputs a forward pass; changes nothing beyond float rounding. None takes 8 on a CPU, where
-        they fit its caches, and 32 elsewhere.
+        Inputs a forward pass; changes nothing beyond float rounding. None: 8 on a CPU, else 32.
     seed
-        Of everything random; each image of a batch draws the same.
+        Of everything random, >= 0; each image of a batch draws the same.
     fill
         What masked pixels become, and the baseline: "mean", "black", "blur", a number or a tensor.
     progress
@@ -211,7 +180,7 @@ def cam_for(
     max_pixels
         A picture of more pixels is refused.
     **options
-        The method's own, see its function.
+        The method's own, listed in docs/methods.md.
 
     Raises
     ------
@@ -233,9 +202,8 @@ def cam_for(
             f"norm 'around' changes the gradient, and {entry.title} never asks for one; leave it "
             "out"
         )
-    if batch_size is None:
-        batch_size = inputs_a_pass(network.device)
-    batch_size = whole("batch_size", batch_size, 1)
+    usual = inputs_a_pass(network.device)
+    batch_size = whole("batch_size", usual if batch_size is None else batch_size, 1)
     over_positions = network.layout_options[0] == "bkl"
     if size is not None:
         one_number = over_positions and isinstance(size, int | np.integer)
@@ -253,7 +221,6 @@ def cam_for(
                 ) as subject:  # fmt: skip
                     parts.append(_drawn(subject, run_method(subject, entry, **options), size))
             except EmbeddingError as error:
-                # Of a changed picture, perhaps: its place is that among many of one picture.
                 if not isinstance(images, str | os.PathLike):
                     raise
                 raise error.of_one(os.fspath(images)) from None
@@ -307,16 +274,9 @@ def weights_for(subject: Subject, method: WeightMethod | PositionMethod, **optio
 
 
 def checked_options(method: Method, options: dict[str, Any]) -> dict[str, Any]:
-    """Return a method's own options as its function's annotations declare them.
-
-    Raises
-    ------
-    InputError
-        An option that the method does not have, or a value it does not take.
-    """
+    """Return a method's own options, checked as its function's annotations declare them."""
     parameters = list(inspect.signature(method.load()).parameters.values())[1:]
-    known = {parameter.name: parameter.annotation for parameter in parameters}
-    checked = {}
+    known, checked = {one.name: one.annotation for one in parameters}, {}
     for name, value in options.items():
         if name not in known:
             listed = f"its options are {', '.join(known)}" if known else "it has no options"
@@ -333,8 +293,7 @@ def _inputs(
 ) -> tuple[Tensor, bool, Image.Image | None]:
     """Return the batch of inputs, whether it was one alone, and that one where it was a picture."""
     over_positions = network.layout_options[0] == "bkl"
-    kind = str(getattr(images, "dtype", ""))
-    if isinstance(images, Tensor | np.ndarray) and ("float" in kind or over_positions):
+    if isinstance(images, Tensor | np.ndarray) and ("float" in str(images.dtype) or over_positions):
         batch = torch.as_tensor(images)
         # Signals have one axis less than pictures, tables and words one less than signals: a single
         # one of those cannot be told from a batch of the next, so positions always come in batches.
@@ -366,8 +325,7 @@ def _inputs(
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
-    array: np.ndarray = tensor.detach().float().cpu().numpy()
-    return array
+    return np.asarray(tensor.detach().float().cpu())
 
 
 class FunctionTarget(Target):
@@ -377,7 +335,7 @@ class FunctionTarget(Target):
         self.function = function
 
     def score(self, embeddings: Any) -> Any:
-        """Return y `[B]`, one finite number an image."""
+        """Return y `[B]`, refusing anything but one finite number an image."""
         scores = self.function(embeddings)
         if not isinstance(scores, Tensor) or scores.shape != embeddings.shape[:1]:
             what = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
@@ -386,10 +344,7 @@ class FunctionTarget(Target):
                 f"one score an image, a tensor [{len(embeddings)}]"
             )
         if not bool(torch.isfinite(scores).all()):
-            raise InputError(
-                "the target returned a NaN or an infinity; a score must be a number for every "
-                "embedding"
-            )
+            raise InputError("the target returned a NaN or an infinity; give finite scores")
         return scores
 
     def cotangents(self, embeddings: Any) -> tuple[Any, None]:
@@ -399,8 +354,8 @@ class FunctionTarget(Target):
             score = self.score(leaf)
             if not score.requires_grad:
                 raise InputError(
-                    "the target's score does not depend on the embedding, or was cut from it "
-                    "(detach, numpy); compute it with torch from the embeddings it is given"
+                    "the target's score does not depend on the embedding, or was cut from it; "
+                    "compute it with torch from the embeddings it is given, without detach"
                 )
             gradient = torch.autograd.grad(score.sum(), leaf, allow_unused=True)[0]
         return (torch.zeros_like(embeddings) if gradient is None else gradient)[:, None], None
@@ -422,8 +377,7 @@ class DirectWeights:
     """Weights of a query by the recipe's own method and target, with the query as anchor.
 
     Its neighbors are the positives and stand for its label, which a query has none of; seeded
-    random other images are the negatives, see `targets.query_cotangent`. Through the head alone
-    where the method is Grad-CAM's kind; works inside inference mode too.
+    random other images are the negatives. Works inside inference mode too.
 
     Parameters
     ----------
@@ -434,18 +388,17 @@ class DirectWeights:
     def __init__(self, network: EmbeddingNetwork, recipe: Recipe) -> None:
         if not isinstance(network, EmbeddingNetwork) or not isinstance(recipe, Recipe):
             raise InputError(
-                "DirectWeights takes the index's network and recipe, an EmbeddingNetwork and a "
-                f"Recipe; given {type(network).__name__} and {type(recipe).__name__}"
+                "DirectWeights takes the index's network and recipe; given "
+                f"{type(network).__name__} and {type(recipe).__name__}"
             )
         self.network, self.recipe = network, recipe
 
     def weights(
         self, inputs: Any, positives: np.ndarray, negatives: np.ndarray
     ) -> Sequence[np.ndarray]:
-        """Return weights `[K]` of each layer, in the manifest's order.
+        """Return weights `[K]` of each layer, in the manifest's order, for one input `[3 H W]`.
 
-        `inputs` is the network's, `[3 H W]`; `positives` `[P D]` are embeddings of the neighbors,
-        `negatives` `[Q D]` of other images.
+        `positives` `[P D]` are embeddings of the neighbors, `negatives` `[Q D]` of other images.
         """
         recipe, entry, options = self.recipe, self.recipe.entry, self.recipe.method_options
         if isinstance(entry, LayersMethod):

@@ -1,9 +1,6 @@
-"""Methods whose weights come from gradients at one layer.
+"""Methods whose weights or maps come from gradients, or from a decomposition of the activations."""
 
-CAM, Grad-CAM, Grad-CAM++, XGrad-CAM, Smooth Grad-CAM++, Integrated Grad-CAM, Eigen-CAM and
-EigenGrad-CAM.
-"""
-
+from collections.abc import Iterable
 from typing import Annotated
 
 import numpy as np
@@ -13,25 +10,19 @@ from torch import Tensor
 from .._options import Setting
 from ..errors import InputError, NetworkError
 from ..ops import cam as draw
+from ..ops import normalize, resize
 from . import weights as closed_forms
-from .masks import fill_of
-from .subject import MethodOutput, Subject
+from .masking import fill_of
+from .subject import Count, Layers, MethodOutput, Subject
 
 # Gradients held at once: noisy inputs times triplets.
 _AT_ONCE = 256
 _LARGE = 100
 """Channels or positions, whichever are fewer, from which iterating beats a decomposition."""
-Count = Annotated[int, Setting(kind=int, least=1, most=1_000_000)]
 
 
 def cam(subject: Subject) -> MethodOutput:
-    """CAM: w = W^T dy/dz for pooled activations -> linear W -> z (Zhou et al. 2016, eq. 1 and 2).
-
-    Exact: the bias drops out, and whatever affine follows the pooling (a batch norm, a second
-    linear map) is folded into W. Grad-CAM's weights are these divided by Z = H W. A class score is
-    one row of W; a target of an embedding mixes the rows by dy/dz. Where the pooled vector is
-    itself the embedding, W is the identity.
-    """
+    """CAM: w = W^T dy/dz for pooling -> linear W -> z (Zhou et al. 2016, eq. 1 and 2)."""
     features = subject.features
     if not subject.network.head_kind.affine:
         raise NetworkError(
@@ -43,20 +34,14 @@ def cam(subject: Subject) -> MethodOutput:
 
 
 def gradcam(subject: Subject) -> MethodOutput:
-    """Grad-CAM: w = (1/Z) sum_ij G_ij (Selvaraju et al. 2017, eq. 1).
-
-    Linear in the target: over triplets it is one backward pass with the mean cotangent.
-    """
+    """Grad-CAM: w = (1/Z) sum_ij G_ij (Selvaraju et al. 2017, eq. 1)."""
     return MethodOutput(closed_forms.gradcam(subject.gradients))
 
 
 def gradcam_plus_plus(subject: Subject) -> MethodOutput:
-    """Grad-CAM++: w = sum_ij a_ij ReLU(G_ij), a = 1 / (2 + S G), S = sum_ij A_ij.
+    """Grad-CAM++: w = sum_ij ReLU(G) / (2 + S G), S = sum_ij max(A, 0) (Chattopadhay et al. 2018).
 
-    See `weights.gradcam_plus_plus`. Not linear in the target, so the weights of each triplet are
-    averaged, not the gradients. The factor exp(y) of the paper's derivation is left out: it would
-    weigh triplets, and cancels for one target. Behind a global average pool in closed form, else
-    one product through the head for each triplet.
+    Not linear in the target, so the weights of each triplet are averaged, not the gradients.
     """
     network, head = subject.network, subject.head
     each, used = subject.cotangents(head.features)
@@ -74,13 +59,10 @@ def gradcam_plus_plus(subject: Subject) -> MethodOutput:
 
 
 def xgradcam(subject: Subject) -> MethodOutput:
-    """XGrad-CAM: w = sum_ij (A_ij / sum A) G_ij (Fu et al. 2020, eq. 8).
-
-    Behind average pooling it is Grad-CAM. The weight is 0 where activations sum to zero, or cancel
-    to the rounding of their sum, whose inverse would be noise. A negative sum is taken as it is.
-    """
+    """XGrad-CAM: w = sum_ij (A_ij / sum A) G_ij (Fu et al. 2020, eq. 8)."""
     gradients, activations = subject.gradients, subject.activations
     sums, sizes = activations.sum((-2, -1)), activations.abs().sum((-2, -1))
+    # Of activations that cancel to the rounding of their sum the inverse would be noise.
     real = sums.abs() > activations[0, 0].numel() * torch.finfo(sums.dtype).eps * sizes
     return MethodOutput((activations * gradients).sum((-2, -1)) / torch.where(real, sums, 1) * real)
 
@@ -91,16 +73,10 @@ def smooth_gradcam_plus_plus(
     samples: Count = 25,
     sigma: Annotated[float, Setting(kind=float, least=0)] = 0.15,
 ) -> MethodOutput:
-    """Smooth Grad-CAM++: w = sum_ij a ReLU(m1), a = m2 / (2 m2 + (sum_ij A) m3), >= 0.
+    """Smooth Grad-CAM++: w = sum_ij a ReLU(m1), a = m2 / (2 m2 + S m3).
 
-    Omeiza et al. 2019, eq. 6-8; m1, m2, m3 are the means of G, G^2 and G^3 over `samples` noisy
-    inputs (each one forward, and one backward a triplet), A is the clean image's. `sigma` is the
-    noise's standard deviation as a share of the image's own range max X - min X. Each triplet has
-    its own weights, which are then averaged. With sigma 0 it is Grad-CAM++.
-
-    Departures: the paper prints m1 in a's numerator, which is no Grad-CAM++ even without noise; m2
-    stands there. The sum over A takes positive activations, as Grad-CAM++ does. Where m3 < 0 the
-    fraction has a pole, so its denominator is at least m2 and a at most 1. Where m2 = 0, a = 0.
+    Omeiza et al. 2019, eq. 6-8; m_n is the mean of G^n over `samples` inputs with noise of
+    `sigma` (max X - min X).
     """
     _refuse_words(subject, "Smooth Grad-CAM++ adds noise to its input")
     # The clean image is not differentiated, so its forward need keep no graph.
@@ -141,13 +117,7 @@ def _moments(subject: Subject, row: int, samples: int, sigma: float) -> list[Ten
 def integrated_gradcam(subject: Subject, *, steps: Count = 20) -> MethodOutput:
     """Integrated Grad-CAM: mean over t of ReLU(sum_k alpha_k(t) (A_k(t) - A_k(0))).
 
-    Sattarzadeh et al. 2021, eq. 6, as a Riemann sum; t runs over 1/m, ..., 1 (m = `steps`) along
-    the line from the baseline to the image, alpha_k(t) = mean_ij G(t). The baseline is the
-    subject's fill: the paper's black picture is "black", its blurred one "blur". It is not
-    differentiated and may be embedded as zeros. m + 1 forward passes, m backward.
-
-    The weights are ours: mean over t of alpha_k(t), drawn with the image's own A, so that an index
-    can hold them; the paper's map is in `maps`, zero where the image is its baseline.
+    Sattarzadeh et al. 2021, eq. 6; t = 1/m ... 1 (m = `steps`) from the fill to the image.
     """
     _refuse_words(subject, "Integrated Grad-CAM mixes its input with a baseline")
     last = closed_forms.gradcam(subject.gradients)
@@ -180,28 +150,14 @@ def _refuse_words(subject: Subject, what: str) -> None:
 
 
 def eigencam(subject: Subject) -> MethodOutput:
-    """Eigen-CAM: w = v_1 of A = U S V^T, A as `[HW K]`; map A v_1 (Muhammad and Yeasin 2020).
-
-    The paper's eq. 3 to 5, not centered. v_1 has length 1, and 0 where all activations are 0. It
-    ignores the target: it shows what stands out.
-
-    Departures: the paper does not say which of v_1 and -v_1 to take; here the one with which the
-    map sums to at least 0. The map goes through a ReLU, which changes nothing where A >= 0.
-    """
+    """Eigen-CAM: w = v_1 of A = U S V^T, A as `[HW K]` (Muhammad and Yeasin 2020, eq. 3-5)."""
     return MethodOutput(_first_direction(subject.activations.flatten(2).mT))
 
 
 def eigengradcam(subject: Subject) -> MethodOutput:
-    """EigenGrad-CAM: v_1 of E = G A, elementwise, as `[HW K]`; map ReLU(E v_1) (pytorch-grad-cam).
+    """EigenGrad-CAM: v_1 of E = G A as `[HW K]`; map ReLU(E v_1) (pytorch-grad-cam).
 
-    Weight form: w = mean_ij(G) * v_1, which draws the same map where G is the same at all positions
-    (average pooling) and approximates it elsewhere. v_1's sign makes E v_1 sum to at least 0.
-    Whatever the sign, the map tells strong from weak rather than for from against: a channel with a
-    negative gradient has a negative column in E, gets a v_1 entry of the opposite sign to those of
-    the positive ones, and so *adds* to the map.
-
-    Departures: pytorch-grad-cam centers E first, and takes whichever sign its decomposition
-    returns.
+    Weights mean_ij(G) * v_1 draw the same map behind average pooling and approximate it elsewhere.
     """
     gradients, activations = subject.gradients, subject.activations
     evidence = (gradients * activations).flatten(2).mT
@@ -211,10 +167,8 @@ def eigengradcam(subject: Subject) -> MethodOutput:
 
 
 def oriented(directions: Tensor, maps: Tensor) -> Tensor:
-    """Return directions `[B K]` with the sign that makes their maps `[B Z]` sum to at least 0.
-
-    Where the sum vanishes to rounding, the entry of largest magnitude in the map decides.
-    """
+    """Return directions `[B K]` with the sign that makes their maps `[B Z]` sum to at least 0."""
+    # Where the sum vanishes to rounding, the entry of largest magnitude decides.
     sums, size = maps.sum(-1), maps.abs().sum(-1)
     rounding = maps.shape[-1] * torch.finfo(maps.dtype).eps
     largest = maps.gather(-1, maps.abs().argmax(-1, keepdim=True))[:, 0]
@@ -223,18 +177,13 @@ def oriented(directions: Tensor, maps: Tensor) -> Tensor:
 
 
 def _first_direction(matrices: Tensor) -> Tensor:
-    """Return the first right singular vector of each `[B Z K]`, oriented; 0 for a matrix of 0.
-
-    Of small matrices from the Gram matrix of the smaller side: the first vector of it is as exact
-    as that of a full decomposition, since squaring the singular values spreads the first two apart
-    as much as it squares the rounding. Of large ones by Lanczos iteration (ARPACK).
-    """
-    # Activations of half precision reach 6e4 and gradients 1e-20, whose squares single precision
-    # does not hold.
+    """Return the first right singular vector of each `[B Z K]`, oriented; 0 for a matrix of 0."""
+    # Half precision reaches from 1e-20 to 6e4, whose squares single precision does not hold.
     scale = matrices.abs().amax((-2, -1), keepdim=True)
     scaled = matrices / torch.where(scale > 0, scale, 1)
     upright = matrices.shape[2] <= matrices.shape[1]
     tall = scaled if upright else scaled.mT
+    # Squaring spreads the first two singular values as far apart as it spreads the rounding.
     if tall.shape[2] > _LARGE:
         short = torch.stack([_iterated(one) for one in tall])
     else:
@@ -253,12 +202,115 @@ def _iterated(tall: Tensor) -> Tensor:
     gram = LinearOperator(
         (matrix.shape[1],) * 2, matvec=lambda x: matrix.T @ (matrix @ x), dtype=matrix.dtype
     )
-    # A fixed start, so that the same activations give the same bits; random, so that it is not
-    # orthogonal to what is looked for.
+    # Fixed, for the same bits; random, so as not to be orthogonal to what is looked for.
     start = np.random.default_rng(0).standard_normal((matrix.shape[1],)).astype(matrix.dtype)
     try:
         return torch.as_tensor(eigsh(gram, k=1, which="LA", v0=start)[1][:, 0]).to(tall)
     except ArpackError:
-        # Not converged in time, as where nothing is dominant.
-        vectors: Tensor = torch.linalg.eigh(tall.mT @ tall)[1]
+        vectors: Tensor = torch.linalg.eigh(tall.mT @ tall)[1]  # nothing is dominant
         return vectors[:, -1]
+
+
+GAMMA = 2.0
+"""Of tanh(gamma M / max M), which lifts the maps of shallow layers (Jiang et al. 2021, eq. 9)."""
+
+
+def hirescam(subject: Subject) -> MethodOutput:
+    """HiResCAM: ReLU(sum_k G_k A_k), weights G `[B K h w]` (Draelos and Carin 2020, eq. 2)."""
+    gradients = subject.gradients
+    return MethodOutput(gradients, _product(gradients, subject.activations))
+
+
+def layercam(subject: Subject, *, layers: Layers = None, shallow: Layers = None) -> MethodOutput:
+    """Layer-CAM: M = ReLU(sum_k ReLU(G_k) A_k) (Jiang et al. 2021, eq. 6-7).
+
+    Of several `layers` the maximum of tanh(2 M / max M) where `shallow` (None: a grid more than
+    twice as fine as the deepest's) and M / max M elsewhere (eq. 9); one alone is not scaled.
+    """
+    if layers is None:
+        if shallow is not None:
+            raise InputError(
+                f"shallow = {shallow!r} says which of several layers are shallow; give layers= too"
+            )
+        gradients = subject.gradients
+        return MethodOutput(maps=_product(gradients.clamp(min=0), subject.activations))
+    maps, deepest = _maps_of_layers(subject, layers, positive=True)
+    if len(maps) == 1 and not shallow:
+        return MethodOutput(maps=_fused(subject, maps.values()))
+    if shallow is None:
+        height, width = maps[deepest].shape[-2:]
+        lifted = {n for n, m in maps.items() if m.shape[-2] > 2 * height or m.shape[-1] > 2 * width}
+    else:
+        lifted = set(shallow)
+        if unknown := [name for name in shallow if name not in maps]:
+            names, known = (", ".join(map(repr, one)) for one in (unknown, maps))
+            raise InputError(f"shallow names {names}; give a list of some of the layers {known}")
+
+    def scaled(name: str) -> Tensor:
+        largest = maps[name].amax((-2, -1), keepdim=True)
+        shares = maps[name] / torch.where(largest > 0, largest, 1)
+        return torch.tanh(GAMMA * shares) if name in lifted else shares
+
+    return MethodOutput(maps=_fused(subject, map(scaled, maps)))
+
+
+def zoomcam(subject: Subject, *, layers: Layers = None) -> MethodOutput:
+    """Zoom-CAM: maximum over layers of U(N(ReLU(sum_k A_k G_k))) (Shi et al. 2020, eq. 4-6)."""
+    if layers is None:
+        gradients = subject.gradients
+        return MethodOutput(maps=normalize(_product(gradients, subject.activations)))
+    maps, _ = _maps_of_layers(subject, layers, positive=False)
+    return MethodOutput(maps=_fused(subject, map(normalize, maps.values())))
+
+
+def guided_backprop(subject: Subject) -> MethodOutput:
+    """Guided Backpropagation: dy/dX, at each ReLU only where input and gradient are positive.
+
+    Springenberg et al. 2015, section 3.4; summed over the input's channels, of BOTH signs.
+    """
+    return MethodOutput(maps=_guided(subject))
+
+
+def guided_gradcam(subject: Subject) -> MethodOutput:
+    """Guided Backpropagation times U(Grad-CAM), signed (Selvaraju et al. 2017, sec. 3.2)."""
+    gradients = subject.gradients
+    coarse = draw(closed_forms.gradcam(gradients), subject.activations)
+    return MethodOutput(maps=_guided(subject) * resize(coarse, _size(subject)))
+
+
+def _guided(subject: Subject) -> Tensor:
+    gradient = subject.input_gradient(guided=True)
+    if subject.network.layout == "bkl":
+        # [B C L] or [B L]: one row of positions.
+        gradient = gradient.reshape(len(gradient), -1, 1, gradient.shape[-1])
+    return gradient.sum(1)
+
+
+def _product(gradients: Tensor, activations: Tensor) -> Tensor:
+    return (gradients * activations).sum(1).clamp(min=0)
+
+
+def _maps_of_layers(
+    subject: Subject, layers: tuple[str, ...], positive: bool
+) -> tuple[dict[str, Tensor], str]:
+    """Return each layer's map `[B h w]` by its name, and the name of the deepest."""
+    with subject.several(layers) as run:
+        subject.passes.head_backwards += len(subject)
+        gradients = run.vjp(subject.mean_cotangents(run.features))
+        maps = {
+            name: _product(gradient.clamp(min=0) if positive else gradient, activations)
+            for name, gradient, activations in zip(
+                run.layers, gradients, run.activations, strict=True
+            )
+        }
+        return maps, run.layers[run.depth.index(max(run.depth))]
+
+
+def _fused(subject: Subject, maps: Iterable[Tensor]) -> Tensor:
+    size = _size(subject)
+    return torch.stack([resize(one, size) for one in maps]).amax(0)
+
+
+def _size(subject: Subject) -> tuple[int, int]:
+    sides = subject.images.shape
+    return (1 if subject.network.layout == "bkl" else sides[-2], sides[-1])

@@ -1,7 +1,6 @@
-"""Methods that score groups of channels in place of channels: Group-, Cluster- and Cosine-CAM.
+"""Methods that score groups of channels: Group-, Cluster- and Cosine-CAM, one forward a group.
 
-Each needs one forward pass a group. A channel that belongs to no group, and every channel of a
-group whose map is flat, has weight 0: such a map hides nothing of the picture, or everything.
+Channels of no group, and of a group whose map is flat, have weight 0.
 """
 
 from typing import Annotated
@@ -12,9 +11,8 @@ from torch import Tensor
 
 from .._options import Setting
 from ..network import Features
-from .gradients import Count
-from .masks import blurred, fill_of, flat, map_scores, pictures_only
-from .subject import MethodOutput, Subject
+from .masking import blurred, fill_of, flat, map_scores, pictures_only
+from .subject import Count, MethodOutput, Subject
 from .weights import gradcam as gradcam_weights
 
 PERCENTILE = 70.0
@@ -40,18 +38,8 @@ def groupcam(
 ) -> MethodOutput:
     """Group-CAM: map ReLU(sum_g w_g H_g), w_g = ReLU(y(X M_g + B (1 - M_g)) - y(B)).
 
-    H_g = ReLU(sum_{k in g} alpha_k A_k), its small values set to 0, with alpha Grad-CAM's weights;
-    M_g = N(U(H_g)); B = the blurred picture (51 px, sigma 50), whatever `fill` says (Zhang et al.
-    2021, arXiv 2103.13859, section 3). The weight form is w_g alpha_k: the same map but for the
-    ReLU inside H_g and the cut. Groups are `contiguous`, or alpha_k A_k clustered.
-
-    The cut keeps what is larger than the percentile of H_g's own values, before it is resized.
-    Default 70, as in the paper and the first published code, which also weighted M_g and not H_g;
-    the later published code has no cut: percentile=None.
-
-    Where H_g is flat (all of it cut or negative, too) w_g is 0; where every group is, the map is 0.
-    So is a gain within the rounding of the scores, and the map of a picture of one color.
-    Passes: one backward through the head; 2 forwards and one for each group that is not flat.
+    H_g = ReLU(sum_{k in g} alpha_k A_k) cut at its `percentile`, M_g = N(U(H_g)), B the blurred
+    picture (Zhang et al. 2021, arXiv 2103.13859, section 3). The weight form is w_g alpha_k.
     """
     pictures_only(subject, "Group-CAM")
     alphas = gradcam_weights(subject.gradients)
@@ -79,24 +67,10 @@ def clustercam(
     ] = "difference",
     weighing: Annotated[str, Setting(kind=str, choices=("equal", "scored"))] = "equal",
 ) -> MethodOutput:
-    """Cluster-CAM: map ReLU(N(M_b) - N(M_s)), the best and the worst group of channels.
+    """Cluster-CAM: map ReLU(N(M_b) - N(M_s)), M_g = the mean of A_k over a cluster of maps.
 
-    M_g = the mean of A_k over a cluster g of channel maps; the group with the largest
-    y(X m_g + F (1 - m_g)), m_g = N(U(M_g)), is the cognition-base b, that with the least the
-    cognition-scissors s; F is the subject's fill (Feng et al. 2023, arXiv 2302.01642). No gradient
-    is taken. N puts both on one scale, or the size of the groups would decide. The weight form is
-    one scale a group, 1 / (|g| (max M_g - min M_g)), negative for the scissors: the same map but
-    for the offsets min M_g of N.
-
-    With `weighing="scored"` as in tetutaro/class_activation_mapping: maps alpha_k A_k of Grad-CAM's
-    alpha are clustered, scored against the blurred picture, the scores scaled to unit length, and
-    the map is ReLU(v M_b - (1 - v) M_s) with v the base's score, without N; the weight form is
-    exact. It takes a gradient, and view "scissors" is ReLU((1 - v) M_s).
-
-    Flat channels are in no group; with one group base and scissors are the same, and the difference
-    is 0; with none all is 0, and "scored" so it is where no group gains more than rounding, as in a
-    picture of one color. Of groups that score alike the one with the first channel is taken.
-    Passes: 1 forward and one for each group; "scored" one more, and a backward through the head.
+    b and s have the largest and the least y(X m + F (1 - m)), m = N(U(M_g)) (Feng et al. 2023,
+    arXiv 2302.01642). "scored": ReLU(v M_b - (1 - v) M_s) (tetutaro/class_activation_mapping).
     """
     pictures_only(subject, "Cluster-CAM")
     scored = weighing == "scored"
@@ -128,19 +102,8 @@ def clustercam(
 def cosinecam(subject: Subject, *, n_clusters: Count = 8) -> MethodOutput:
     """Cosine-CAM: map ReLU(sum_g s_g M_g), M_g = the mean of alpha_k A_k over a group.
 
-    Groups by k-means over the maps alpha_k A_k, each scaled to length 1 and not centered, so that
-    direction alone decides, and the sign of alpha_k with it; s_g = y(X m_g + B (1 - m_g)) - y(B),
-    m_g = N(U(M_g)), B = the blurred picture (51 px, sigma 50) whatever `fill` says; s is scaled to
-    length 1 (tetutaro/class_activation_mapping; no paper). The weight form s_g alpha_k / |g| draws
-    the very map.
-
-    That code clusters the rows of the left singular vectors of the maps centered by their common
-    mean, takes the number of groups by an elbow, weights by XGrad-CAM's alpha, and scores logits of
-    a sigmoid; here the maps themselves are clustered, alpha is Grad-CAM's, and y the target's.
-
-    Flat maps are in no group; where no group scores otherwise than the blurred picture, beyond
-    rounding, all is 0, as it is for a picture of one color.
-    Passes: one backward through the head; 2 forwards and one for each group that is not flat.
+    Groups by k-means over alpha_k A_k at length 1; s_g = y(X m_g + B (1 - m_g)) - y(B), scaled to
+    length 1 (tetutaro/class_activation_mapping). The weight form s_g alpha_k / |g| is exact.
     """
     pictures_only(subject, "Cosine-CAM")
     alphas = gradcam_weights(subject.gradients)
@@ -161,12 +124,10 @@ def _mixed(weights: Tensor, maps: Tensor) -> Tensor:
 
 
 def _shares(member: Tensor) -> Tensor:
-    """Return membership as shares of a mean, each group's summing to 1."""
     return member / member.sum(1, keepdim=True)
 
 
 def _cut(maps: Tensor, percentile: float | None) -> Tensor:
-    """Keep only what is larger than each map's own percentile; the rest 0."""
     if percentile is None:
         return maps
     # What exceeds the interpolated percentile is just what exceeds the value below it, and that
@@ -179,8 +140,7 @@ def _cut(maps: Tensor, percentile: float | None) -> Tensor:
 def _gains(subject: Subject, row: int, maps: Tensor) -> Tensor:
     """Return y of a blurred picture made clear through each map, less y of it blurred, `[n]`.
 
-    0 for flat maps, where the picture is of one color and so its own blur, and where a difference
-    is the rounding of the scores: scaled to length 1, that would be a map at full strength.
+    0 for flat maps and pictures, and where a difference is the rounding of the scores.
     """
     picture, seen = subject.images[row], ~flat(maps)
     if not seen.any() or flat(picture).all():
@@ -205,7 +165,6 @@ def _size_of_terms(subject: Subject, row: int) -> Tensor:
 
 
 def _unit(values: Tensor) -> Tensor:
-    """Return a vector at length 1; of zeros: as it is."""
     length = torch.linalg.vector_norm(values)
     return values / torch.where(length > 0, length, 1)
 
@@ -240,12 +199,8 @@ def contiguous(maps: Tensor, groups: int) -> Tensor:
 def clustered(maps: Tensor, clusters: int, how: str, seed: int, *, unit: bool = False) -> Tensor:
     """Return the membership `[g K]`, zeros and ones, of channels whose maps `[K h w]` are alike.
 
-    `how` is "kmeans" (Lloyd, k-means++, 10 starts), "spectral" (normalized cuts of the affinity
-    exp(-d^2 / (2 median d^2)) over Euclidean distances d) or "agglomerative" (Ward), scikit-learn's
-    in float64, so that the outcome does not depend on threads beyond rounding. `unit` scales each
-    map to length 1 first, so that shape alone decides, and sign. Groups are in the order of their
-    first channel. Flat maps say nothing about where and are in none; maps that are equal (to 1e-6
-    of the largest value) are one point with a count, never parted, so there may be fewer groups.
+    `how` is "kmeans", "spectral" (normalized cuts) or "agglomerative" (Ward); `unit` scales maps
+    to length 1 first. Flat ones are in no group, equal ones (to 1e-6 of the largest) never parted.
     """
     rows = maps.detach().flatten(1).double().cpu().numpy()
     seen = np.flatnonzero(~flat(maps).cpu().numpy())
@@ -277,7 +232,6 @@ def _labels(rows: np.ndarray, clusters: int, how: str, random: np.random.RandomS
         return_inverse=True,
         return_counts=True,
     )
-    # Points in the order they appear.
     order = np.argsort(first)
     which = np.argsort(order)[which.reshape(-1)]
     points, counts = rows[first[order]], counts[order]
@@ -308,12 +262,10 @@ def _spectral(points: np.ndarray, clusters: int, random: np.random.RandomState) 
     distances = np.maximum(squares[:, None] + squares[None] - 2 * points @ points.T, 0)
     np.fill_diagonal(distances, 0)
     usual = np.median(distances[~np.eye(len(points), dtype=bool)])
-    # Half of all pairs may be near to each other and the rest far: then the mean is the scale.
-    usual = usual if usual > 0 else distances.mean()
+    usual = usual if usual > 0 else distances.mean()  # where half of all pairs coincide
     # No two points are wholly apart, or the graph would fall into pieces.
     affinity = np.maximum(np.exp(-distances / (2 * usual)), 1e-12)
     embedded = spectral_embedding(
         affinity, n_components=clusters, random_state=random, drop_first=False
     )
-    scaled: np.ndarray = embedded / np.abs(embedded).max()
-    return scaled
+    return np.asarray(embedded / np.abs(embedded).max())

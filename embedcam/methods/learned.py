@@ -1,9 +1,6 @@
 """LFI-CAM and the Attention Branch Network: networks with a trained branch, and their maps.
 
-Each wraps a trunk (images -> A `[B K H W]`) and a head (A -> embedding), and is trained like any
-embedding network: `examples/train_attention.py` shows it. `EmbeddingNetwork(module, "trunk")` makes
-it one that embedcam explains, by 'lficam' or 'abn', which ignore the target, and by every other
-method.
+`examples/train_attention.py` trains them; `EmbeddingNetwork(module, "trunk")` explains them.
 """
 
 from collections.abc import Iterator
@@ -34,14 +31,8 @@ class LFINetwork(nn.Module):
         f  = head(A (1 + M))                                [B D]
 
     Lee et al., ICCV 2021. grey is the mean over the input's channels, U bilinear to H x W, N
-    min-max to [0, 1] of each map by itself, a flat one to zeros: a flat A_k shows FIN nothing, and
-    where M is flat A stays as it is. FIN (`fin`) is four 3 x 3 convolutions, batch norm and ReLU
-    between them, trained with the rest by whatever trains the embedding; S and M do not depend on
-    what an image is compared with.
-
-    Departures of the authors' code: it takes the minimum and maximum of M over the whole batch, so
-    that an image's map depends on its company, leaves N(A) out, and cuts M from the graph, so that
-    FIN is never trained. Here each image is by itself and FIN learns through M.
+    min-max to [0, 1] of each map by itself, a flat one to zeros. FIN (`fin`), four 3 x 3
+    convolutions with batch norm and ReLU between them, is trained with the rest.
 
     Parameters
     ----------
@@ -60,8 +51,7 @@ class LFINetwork(nn.Module):
         self.trunk, self.head = trunk, head
         layers: list[nn.Module] = []
         for inputs in (n_channels, width, width):
-            # The batch norm that follows has an offset of its own.
-            layers.append(nn.Conv2d(inputs, width, 3, padding=1, bias=False))
+            layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False)]
             layers += [nn.BatchNorm2d(width), nn.ReLU()]
         self.fin = nn.Sequential(*layers, nn.Conv2d(width, n_channels, 3, padding=1))
 
@@ -112,12 +102,7 @@ class ABNetwork(nn.Module):
         M  = sigmoid(batch norm(conv3x3(E)))                [B H W]
         f  = head(stage(A (1 + M)))                         [B D']
 
-    Fukui et al., CVPR 2019. Both f and g are trained, each by the loss of the embedding: g teaches
-    the branch to see what tells images apart, f to look there. M does not depend on what an image
-    is compared with. It is a sigmoid: never 0, and about 1/2 where the branch is undecided.
-
-    Departures: with classes g are their scores, here it is an embedding. The authors' code has a
-    batch norm and a ReLU around the 1 x 1 convolution and another one before the mean; left out.
+    Fukui et al., CVPR 2019. Both f and g are trained, each by the loss of the embedding.
 
     Parameters
     ----------
@@ -146,9 +131,7 @@ class ABNetwork(nn.Module):
         self.branch = at_stride_one(stage) if branch is None else branch
         self.evidence = nn.Conv2d(n_channels, embedding_size, 1)
         self.look = nn.Sequential(
-            nn.Conv2d(embedding_size, 1, 3, padding=1, bias=False),
-            nn.BatchNorm2d(1),
-            nn.Sigmoid(),
+            nn.Conv2d(embedding_size, 1, 3, padding=1, bias=False), nn.BatchNorm2d(1), nn.Sigmoid()
         )
 
     def forward(self, images: Tensor) -> Tensor:
@@ -172,19 +155,14 @@ class ABNetwork(nn.Module):
         if attention.shape[-2:] != activations.shape[-2:]:
             raise NetworkError(
                 f"the branch makes {list(attention.shape[-2:])} of the trunk's "
-                f"{list(activations.shape[-2:])} positions, and its map must cover each of them: "
-                "the stage shrinks its input by more than strides; give branch=, a module that "
-                "keeps H x W"
+                f"{list(activations.shape[-2:])} positions and must keep each of them; give "
+                "branch=, a module that keeps H x W"
             )
         return attention, evidence.mean((-2, -1))
 
 
 def at_stride_one(stage: nn.Module) -> nn.Module:
-    """Return a copy of a stage whose convolutions and pools have stride 1, with its own weights.
-
-    A ResNet's `layer4` keeps H x W then. Pools without padding still shrink their input a little,
-    which `ABNetwork` refuses.
-    """
+    """Return a copy of a stage whose convolutions and pools have stride 1, with its own weights."""
     copied = deepcopy(stage)
     for part in copied.modules():
         if isinstance(part, _STRIDED):
@@ -196,12 +174,7 @@ Learned = TypeVar("Learned", LFINetwork, ABNetwork)
 
 
 def lficam(subject: Subject) -> MethodOutput:
-    """LFI-CAM: w = S, the importance the branch gives each channel (Lee et al. 2021).
-
-    One forward; the branch alone is asked again. The map ReLU(sum_k S_k A_k) is the paper's M
-    before its min-max normalization N. S is > 0, of sum 1; where every A_k is flat, so that FIN
-    sees nothing, it is what FIN says of nothing.
-    """
+    """LFI-CAM: w = S, the importance the branch gives each channel (Lee et al. 2021)."""
     network = subject.network
     learned = _learned(network, LFINetwork, "LFI-CAM")
     if not _is_output_of(network, learned.trunk):
@@ -212,26 +185,23 @@ def lficam(subject: Subject) -> MethodOutput:
     activations = subject.activations
     with _computing_as(network):
         importance = learned.importance(
-            _as_input(network, subject.images), _as_input(network, activations)
+            *(one.to(network.device, network.dtype) for one in (subject.images, activations))
         )
     return MethodOutput(importance.to(activations.dtype))
 
 
 def abn(subject: Subject) -> MethodOutput:
-    """ABN: the branch's own map M, `[B H W]` in (0, 1) (Fukui et al. 2019, section 3.2).
-
-    Not normalized: a sigmoid is about 1/2 where the branch is undecided. One forward; the branch
-    alone is asked again, behind the trunk where the layer explained is not the trunk's output.
-    """
+    """ABN: the branch's own map M, `[B H W]` in (0, 1) (Fukui et al. 2019, section 3.2)."""
     network = subject.network
     learned = _learned(network, ABNetwork, "ABN")
     activations = subject.activations  # first: it refuses training mode and unfit inputs
     with _computing_as(network):
         if _is_output_of(network, learned.trunk):
-            attention, _ = learned.attention(_as_input(network, activations))
+            attention, _ = learned.attention(activations.to(network.device, network.dtype))
         else:
             subject.passes.forwards += len(subject)
-            _, attention, _ = learned.attend(_as_input(network, subject.images))
+            images = subject.images.to(network.device, network.dtype)
+            _, attention, _ = learned.attend(images)
     return MethodOutput(maps=attention.to(activations.dtype))
 
 
@@ -248,8 +218,7 @@ def _learned(network: EmbeddingNetwork, kind: type[Learned], title: str) -> Lear
     what = type(module).__name__ if network.hooked else "network given as trunk and head"
     raise NetworkError(
         f"{title} draws what a trained branch says, and this {what} has none; wrap trunk and head "
-        f"in embedcam.methods.learned.{kind.__name__}, train it as examples/train_attention.py "
-        "does, and explain EmbeddingNetwork(module, 'trunk')"
+        f"in embedcam.methods.learned.{kind.__name__}, train it as examples/train_attention.py does"
     )
 
 
@@ -261,13 +230,9 @@ def _is_output_of(network: EmbeddingNetwork, trunk: nn.Module) -> bool:
     return layer is trunk
 
 
-def _as_input(network: EmbeddingNetwork, tensor: Tensor) -> Tensor:
-    return tensor.to(network.device, network.dtype)
-
-
 @contextmanager
 def _computing_as(network: EmbeddingNetwork) -> Iterator[None]:
-    """Compute without gradients, in the network's own precision, whatever surrounds the call."""
+    """Compute without gradients in the network's own precision, whatever surrounds the call."""
     kind, chosen = network.device.type, network.autocast
     with torch.inference_mode(False), torch.no_grad():
         if chosen is None and not torch.is_autocast_enabled(kind):

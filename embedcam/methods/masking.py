@@ -1,21 +1,149 @@
-"""Methods that take channels away, or show only theirs: Score-CAM, Ablation-CAM and Poly-CAM."""
+"""Methods that mask pixels or take channels away, and watch the score; masks and fills.
 
-from collections.abc import Iterator
-from typing import Annotated
+Score-CAM, Ablation-CAM and Poly-CAM weigh channels; RISE, LIME and SBSM know nothing of the layer
+and draw maps at the size of the input.
+"""
 
+import math
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .._checks import check_sides, one_of, whole
 from .._options import Setting
 from ..errors import InputError, NetworkError
 from ..network.gradients import listed, not_finite
 from ..ops import sharpen
-from .elementwise import Layers
-from .masks import fill_of, flat, map_scores, pictures_only
-from .subject import MethodOutput, Subject
+from ..recipe.registry import FILLS
+from .subject import Layers, MethodOutput, Subject
 
-# Numbers of activations put through the head at once, whatever a batch of inputs is: they are small
-# beside a picture, and each piece may cost a run of the trunk.
+BLUR_SIZE, BLUR_SIGMA = 51, 50.0
+
+
+def fill_like(image: Tensor, fill: Any, preprocess: Any = None) -> Tensor:
+    """Return what masked pixels of one input become, of its shape `[C H W]`.
+
+    "mean" is 0, the mean color; "black" -mean/std of the `preprocess`; "blur" the blurred image; a
+    number, tensor or array as it is, broadcast.
+    """
+    if isinstance(fill, Tensor | np.ndarray | np.generic | int | float) and not isinstance(
+        fill, bool | np.bool_
+    ):
+        return _numbers(fill, image)
+    if not isinstance(fill, str) or fill not in FILLS:
+        raise InputError(
+            f"fill = {fill!r} is unknown; use {', '.join(FILLS)}, a number, a tensor or an array"
+        )
+    if fill == "mean":
+        return torch.zeros_like(image)
+    if image.ndim != 3:
+        raise InputError(
+            f"fill {fill!r} is for pictures [C H W], and this network's inputs are "
+            f"{list(image.shape)}; use 'mean' or a number"
+        )
+    if fill == "blur":
+        return blurred(image)
+    mean, std = (getattr(preprocess, name, None) for name in ("mean", "std"))
+    if mean is None or std is None:
+        raise InputError(
+            "fill 'black' is -mean/std of the preprocessing, and this network has none that says "
+            "them; use 'mean', 'blur' or a number"
+        )
+    return _numbers((-image.new_tensor(mean) / image.new_tensor(std))[:, None, None], image)
+
+
+def fill_of(subject: Subject, row: int) -> Tensor:
+    """Return the subject's fill for one of its images, `[C H W]`."""
+    return fill_like(subject.images[row], subject.fill, subject.network.preprocess)
+
+
+def _numbers(fill: Any, image: Tensor) -> Tensor:
+    try:
+        numbers = fill if isinstance(fill, Tensor) else torch.as_tensor(np.asarray(fill).copy())
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"fill is an array of {np.asarray(fill).dtype}, which torch does not read; give float32"
+        ) from error
+    if numbers.is_complex():
+        raise InputError(f"fill is of {numbers.dtype}; give real numbers")
+    try:
+        whole = numbers.to(image).expand_as(image)
+    except RuntimeError as error:
+        fits = [len(image), *[1] * (image.ndim - 1)]
+        raise InputError(
+            f"fill has shape {list(numbers.shape)}, which does not broadcast to one input "
+            f"{list(image.shape)}; give a number, or a tensor such as {fits}"
+        ) from error
+    if not bool(torch.isfinite(whole).all()):
+        raise InputError(
+            f"fill holds NaN or infinity in {image.dtype}, the input's precision; give finite ones"
+        )
+    return whole
+
+
+def blurred(image: Tensor, size: int = BLUR_SIZE, sigma: float = BLUR_SIGMA) -> Tensor:
+    """Blur `[C H W]`, Gaussian with reflected borders; the kernel shrinks to fit small inputs."""
+    for axis in (-2, -1):
+        reach = min(size // 2, image.shape[axis] - 1)
+        offsets = torch.arange(-reach, reach + 1, dtype=image.dtype, device=image.device)
+        kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
+        kernel = kernel / kernel.sum()
+        padding = (0, 0, reach, reach) if axis == -2 else (reach, reach, 0, 0)
+        shape = (1, 1, -1, 1) if axis == -2 else (1, 1, 1, -1)
+        padded = F.pad(image[None], padding, mode="reflect")[0][:, None]
+        image = F.conv2d(padded, kernel.reshape(shape))[:, 0]
+    return image
+
+
+def unit_masks(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return m = N(U(A)): maps `[n h w]` resized, min-max to [0, 1]; flat ones become zeros."""
+    resized = F.interpolate(maps[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+    low, high = resized.amin((-2, -1), keepdim=True), resized.amax((-2, -1), keepdim=True)
+    span = high - low
+    uneven = (span > 0) & ~flat(maps)[:, None, None]
+    return (resized - low) / torch.where(span > 0, span, 1) * uneven
+
+
+def flat(maps: Tensor) -> Tensor:
+    """Return which of the maps `[... h w]` have one value everywhere, `[...]`."""
+    return maps.amin((-2, -1)) == maps.amax((-2, -1))
+
+
+def pictures_only(subject: Subject, title: str) -> None:
+    """Refuse inputs without a height and a width, whose regions cannot be masked."""
+    if subject.network.layout_options[0] == "bkl" or subject.images.ndim != 4:
+        raise NetworkError(
+            f"{title} masks regions of a picture [C H W], and this network's inputs are "
+            f"{list(subject.images.shape[1:])}; use 'ablationcam'"
+        )
+
+
+def masked_scores(
+    subject: Subject, row: int, shown: Tensor, hidden: Tensor, total: int,
+    masks: Callable[[slice], Tensor],
+) -> Tensor:  # fmt: skip
+    """Return y `[total]` of X m + F (1 - m), `masks` making m `[n H W]` of each slice."""
+    pieces = (hidden + (shown - hidden) * masks(part)[:, None] for part in subject.batches(total))
+    return subject.scores(row, pieces)
+
+
+def map_scores(subject: Subject, row: int, maps: Tensor, shown: Tensor, hidden: Tensor) -> Tensor:
+    """Return y `[n]` of `shown` over `hidden` through N(U(map)) `[n h w]`; 0 for flat maps."""
+    scores = maps.new_zeros(len(maps))
+    seen = ~flat(maps)
+    if seen.any():
+        uneven, size = maps[seen], (shown.shape[-2], shown.shape[-1])
+        scores[seen] = masked_scores(
+            subject, row, shown, hidden, len(uneven), lambda part: unit_masks(uneven[part], size)
+        ).to(scores)
+    return scores
+
+
+# Numbers of activations put through the head at once; each piece may cost a run of the trunk.
 _AT_ONCE = 1 << 24
 
 
@@ -27,22 +155,11 @@ def scorecam(
 ) -> MethodOutput:
     """Score-CAM: w_k = f(X m_k) - f(X_b), m_k = N(U(A_k)) (Wang et al. 2020, definitions 2 and 3).
 
-    The paper's algorithm 1 also puts the K scores through a softmax: `weights="softmax"`, of
-    w / `temperature`. It is not the default because scores of embeddings span little, cosines at
-    most 2 and in practice a few tenths, while the softmax is over hundreds of channels: every
-    weight comes out near 1 / K, the map is the mean activation whatever the target, and the
-    baseline cancels. Raw weights are mostly of one sign too, so their map keeps much of the mean
-    activation; a softmax with a temperature of the size of the scores' spread (about 0.1 for
-    cosines) keeps least of it. The authors' code has neither baseline nor softmax over channels.
-
-    Masked pixels fade to the subject's fill, which is also the baseline X_b: X m + X_b (1 - m).
-    A flat channel masks nothing in particular: its weight is 0, it is not put through the network
-    and is left out of the softmax. At most K + 2 forward passes an image.
+    The baseline X_b is the fill; `weights="softmax"` is algorithm 1's, of w / `temperature`.
     """
     if weights == "raw" and temperature != 1:
         raise InputError(
-            f"temperature = {temperature!r} divides the scores before a softmax; give "
-            "weights='softmax' with it"
+            f"temperature = {temperature!r} is for a softmax; give weights='softmax' with it"
         )
     pictures_only(subject, "Score-CAM")
     activations = subject.activations
@@ -63,18 +180,7 @@ def scorecam(
 def ablationcam(subject: Subject) -> MethodOutput:
     """Ablation-CAM: w_k = y - y_k, y_k with channel k set to 0 (Desai and Ramaswamy 2020, eq. 3).
 
-    Behind average pooling and an affine head z = W p + b the ablated head outputs are z - p_k W_k,
-    and no pass at all is needed beyond the one for the activations; elsewhere the activations go
-    through the head alone, one pass a channel, in pieces of some 16 million numbers; unless trunk
-    and head were given as functions, each piece takes a run of the trunk too. A channel that is 0
-    everywhere has weight 0 and is not asked for. Works over positions (layout "bkl") too.
-
-    Departure: the paper divides by y. A margin or a negative distance can be 0 or negative, where
-    the division blows the map up or flips it; where y > 0 the maps are the same up to scale.
-
-    Where a channel is the only one that is not 0, nothing is left of the activations; a head that
-    makes NaN or infinity of nothing is taken to give zeros: no evidence. So is an embedding of
-    length 0, of which a cosine is not defined. Any other ablated embedding must be finite.
+    In closed form z - p_k W_k behind average pooling and an affine head, else by the head alone.
     """
     features = subject.features
     subject.passes.forwards += subject.network.check_tokens(subject.images)
@@ -97,11 +203,9 @@ def ablationcam(subject: Subject) -> MethodOutput:
 def _affine_head(subject: Subject) -> Tensor | None:
     """Return W `[D K]`, where the head is affine behind average pooling."""
     try:
-        # Takes the time of a few passes, once a network, and can save K passes an image.
         kind = subject.network.head_kind
     except NetworkError:
-        # A network that the probe picture does not fit can still run on its own inputs.
-        return None
+        return None  # a network that the probe picture does not fit still runs on its own inputs
     if not kind.affine:
         return None
     return torch.as_tensor(kind.matrix, device=subject.activations.device).to(subject.activations)
@@ -152,38 +256,21 @@ def polycam(
     variant: Annotated[str, Setting(kind=str, choices=("plus", "minus", "both"))] = "both",
     baseline: Annotated[bool, Setting(kind=bool)] = True,
 ) -> MethodOutput:
-    """Poly-CAM: from the deepest layer up, P = R, then P = L(R) U(P), L(R) = R / U(D(R)).
+    """Poly-CAM: from the deepest layer up P = R, then R / U(D(R)) U(P), R = ReLU(sum_k w_k A_k).
 
-    R = ReLU(sum_k w_k A_k) of each layer; D resizes bilinearly to the size of P, U back to R's:
-    L(R) is how R differs within the positions of P. With m = N(U(A_k)), F the subject's fill, and X
-    seen through m being X m + F (1 - m):
-
-        plus    w_k = y(X through m) - y(F)
-        minus   w_k = ReLU(y(X) - y(X through 1 - m))
-        both    w_k = ReLU(y(X through m) - y(F) + y(X) - y(X through 1 - m))
-
-    (Englebert, Cornu and De Vleeschouwer 2022, arXiv 2204.13359, PCAM+, PCAM- and PCAM+-.) The
-    paper's y is a probability, about 0 where nothing is seen, and has no y(F) (`baseline=False`); a
-    similarity may be anything there, and without the baseline a negative one gives a map of zeros.
-    The published code masks with U(N(A_k)), N by the 0.1 and 99.9 percentiles, and scales the final
-    map; here N is min-max and the map is not scaled.
-
-    `layers` come in any order: where they ran says which is deepest. A flat channel has weight 0;
-    where U(D(R)) is 0 (to the rounding of max R), L(R) is 0. With one layer the map is R.
-    Passes: 1 forward, one of F an image, and one, with "both" two, for each channel of every layer
-    that is not flat: shallow layers with few channels are cheap, but every layer counts.
+    With m = N(U(A_k)) "plus" w_k = y(X through m) - y(F), "minus" ReLU(y(X) - y(X through 1 - m)),
+    "both" ReLU of their sum (Englebert, Cornu and De Vleeschouwer 2022, arXiv 2204.13359).
     """
     if not layers:
         raise InputError(
             f"Poly-CAM draws from several layers and layers = {layers!r}; give their names, such "
-            "as layers=['layer1', 'layer2', 'layer3', 'layer4']: nothing sharpens the map of one"
+            "as layers=['layer1', 'layer2', 'layer3', 'layer4']"
         )
     pictures_only(subject, "Poly-CAM")
     with subject.several(layers) as run:
         names, depth, activations = run.layers, run.depth, run.activations
         embedding = run.features.embedding
-    rows = range(len(subject))
-    nothing = [0.0 for _ in rows]
+    rows, nothing = range(len(subject)), [0.0] * len(subject)
     if variant != "minus" and baseline:
         nothing = [float(subject.scores(row, [fill_of(subject, row)[None]])) for row in rows]
     weights: dict[str, Tensor] = {}
@@ -208,3 +295,183 @@ def polycam(
         layer_map = (weights[names[place]][:, :, None, None] * of_layer).sum(1).clamp(min=0)
         maps = layer_map if maps is None else sharpen(layer_map, maps)
     return MethodOutput(maps=maps, layers={name: weights[name] for name in names})
+
+
+KINDS = ("grid", "slic")
+# The windows of published implementations of SBSM: 50 pixels every 20, on pictures of 224.
+_WINDOW, _STRIDE = 50 / 224, 20 / 224
+_Samples = Annotated[int, Setting(kind=int, least=2, most=1_000_000)]
+_Positive = Annotated[float, Setting(kind=float, above=0)]
+
+
+def rise(
+    subject: Subject,
+    *,
+    masks: _Samples = 2000,
+    cells: Annotated[int, Setting(kind=int, least=1, most=256)] = 7,
+    probability: Annotated[float, Setting(kind=float, above=0, below=1)] = 0.5,
+) -> MethodOutput:
+    """RISE: ReLU(sum_i (f(X M_i) - mean f) M_i / (n p)) (Petsiuk et al. 2018, eq. 6).
+
+    M_i: `cells` x `cells`, each 1 with `probability` p, enlarged bilinearly, cropped at random.
+    """
+    pictures_only(subject, "RISE")
+    like, (height, width) = subject.features.embedding, subject.images.shape[-2:]
+    cell = (math.ceil(height / cells), math.ceil(width / cells))
+    generator = subject.generator()
+    is_shown = torch.rand(masks, cells, cells, generator=generator) < probability
+    rows = torch.randint(cell[0], (masks,), generator=generator)
+    columns = torch.randint(cell[1], (masks,), generator=generator)
+    shown, offsets = is_shown.to(like), torch.stack([rows, columns], 1).tolist()
+    large = ((cells + 1) * cell[0], (cells + 1) * cell[1])
+
+    def masks_of(part: slice) -> Tensor:
+        whole = F.interpolate(shown[part][:, None], large, mode="bilinear")[:, 0]
+        pairs = zip(whole, offsets[part], strict=True)
+        return torch.stack([one[y : y + height, x : x + width] for one, (y, x) in pairs])
+
+    maps = like.new_zeros(len(subject), height, width)
+    for row, image in enumerate(subject.images):
+        scores = masked_scores(subject, row, image, fill_of(subject, row), masks, masks_of)
+        shifted = scores - scores[0]  # exactly 0 where all are equal
+        above = shifted - shifted.mean()
+        for part in subject.batches(masks):
+            maps[row] += torch.tensordot(above[part], masks_of(part), 1)
+    return MethodOutput(maps=(maps / (masks * probability)).clamp(min=0))
+
+
+def lime(
+    subject: Subject,
+    *,
+    samples: _Samples = 1000,
+    superpixels: Any = "grid",
+    segments: Annotated[int, Setting(kind=int, least=1, most=1_000_000)] = 50,
+    kernel: _Positive = 0.25,
+    ridge: _Positive = 1.0,
+) -> MethodOutput:
+    """LIME: a ridge regression of f on which superpixels are present (Ribeiro et al. 2016, eq. 1).
+
+    `superpixels` are "grid", "slic" (scikit-image), both about `segments`, or labels `[H W]`.
+    """
+    pictures_only(subject, "LIME")
+    maps = subject.features.embedding.new_zeros(len(subject), *subject.images.shape[-2:])
+    for row, image in enumerate(subject.images):
+        labels = superpixels_of(image, superpixels, segments)
+        count = int(labels.max()) + 1
+        present = torch.randint(2, (samples, count), generator=subject.generator())
+        present[0] = 1
+        masks = present.to(maps)
+
+        def masks_of(part: slice, masks: Tensor = masks, labels: Tensor = labels) -> Tensor:
+            return masks[part][:, labels]
+
+        scores = masked_scores(subject, row, image, fill_of(subject, row), samples, masks_of)
+        maps[row] = _ridge(present, scores, kernel, ridge).to(maps)[labels]
+    return MethodOutput(maps=maps.clamp(min=0))
+
+
+def _ridge(present: Tensor, scores: Tensor, kernel: float, penalty: float) -> Tensor:
+    """Return the coefficients `[d]` of the scores `[n]` on presence `[n d]`."""
+    from sklearn.linear_model import Ridge
+
+    vectors = present.double().numpy()
+    distance = 1 - (vectors.mean(1) ** 0.5)  # the cosine of m ones among d to d ones is sqrt(m / d)
+    weights = torch.exp(-(torch.from_numpy(distance) ** 2) / kernel**2).numpy()
+    # Around the first score: equal scores then give coefficients of exactly 0.
+    values = (scores - scores[0]).double().cpu().numpy()
+    fitted = Ridge(alpha=penalty).fit(vectors, values, sample_weight=weights)
+    return torch.from_numpy(fitted.coef_)
+
+
+def sbsm(subject: Subject, *, window: Any = None, stride: Any = None) -> MethodOutput:
+    """SBSM: sum_i max(y - y_i, 0) (1 - M_i) / sum_i (1 - M_i) (Dong et al. 2019).
+
+    M_i is 0 in window i, y_i the score with it filled. `window` and `stride` are (height, width)
+    in pixels, or one number; None: 50/224 and 20/224 of the picture.
+    """
+    pictures_only(subject, "SBSM")
+    embeddings, size = subject.features.embedding, (*subject.images.shape[-2:],)
+    sides, steps = _pair("window", window, size, _WINDOW), _pair("stride", stride, size, _STRIDE)
+    if sides[0] > size[0] or sides[1] > size[1]:
+        raise InputError(
+            f"window = {sides[0]} x {sides[1]} is larger than the picture, {size[0]} x {size[1]} "
+            "pixels; give a smaller one"
+        )
+    # Which rows, and which columns, each window covers: [n H] and [n W].
+    rows, columns = (
+        _covered(*axis).to(embeddings) for axis in zip(size, sides, steps, strict=True)
+    )
+    across = len(columns)
+
+    def masks_of(part: slice) -> Tensor:
+        each = torch.arange(part.start, part.stop, device=rows.device)
+        return 1 - rows[each // across][:, :, None] * columns[each % across][:, None]
+
+    maps = embeddings.new_zeros(len(subject), *size)
+    covering, total = rows.sum(0)[:, None] * columns.sum(0), len(rows) * across
+    for row, image in enumerate(subject.images):
+        scores = masked_scores(subject, row, image, fill_of(subject, row), total, masks_of)
+        drops = (subject.score(row) - scores).clamp(min=0).reshape(len(rows), across)
+        maps[row] = rows.mT @ drops.to(maps) @ columns / covering.clamp(min=1)
+    return MethodOutput(maps=maps)
+
+
+def _covered(side: int, window: int, stride: int) -> Tensor:
+    """Return which pixels of a side each window covers, `[n side]`."""
+    starts = list(range(0, side - window + 1, stride))
+    if starts[-1] < side - window:
+        starts.append(side - window)
+    begin, pixel = torch.tensor(starts)[:, None], torch.arange(side)
+    return (begin <= pixel) & (pixel < begin + window)
+
+
+def _pair(name: str, value: Any, size: tuple[int, ...], share: float) -> tuple[int, int]:
+    if value is None:
+        return max(1, round(size[0] * share)), max(1, round(size[1] * share))
+    if isinstance(value, tuple | list):
+        return check_sides(name, value)
+    return (whole(name, value, 1),) * 2
+
+
+def superpixels_of(image: Tensor, kind: Any, wanted: int) -> Tensor:
+    """Return labels 0 .. d - 1 of the pixels `[H W]` of an image `[C H W]`, d about `wanted`."""
+    size = (image.shape[1], image.shape[2])
+    if isinstance(kind, str):
+        one_of("superpixels", kind, KINDS)
+        labels = grid(*size, wanted) if kind == "grid" else _slic(image, wanted)
+    else:
+        labels = np.asarray(kind.cpu() if isinstance(kind, Tensor) else kind)
+        if labels.shape != size or labels.dtype.kind not in "iu":
+            raise InputError(
+                f"superpixels are {list(labels.shape)} of {labels.dtype}; expected a label, a "
+                f"whole number, for each pixel [{size[0]} {size[1]}], or 'grid' or 'slic'"
+            )
+    # Without gaps, so that every label is a column of the regression that something moves.
+    numbered = np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
+    return torch.from_numpy(numbered).to(image.device)
+
+
+def grid(height: int, width: int, wanted: int) -> np.ndarray:
+    """Return a grid of nearly square regions, about `wanted`, at most one a pixel."""
+    side = (height * width / wanted) ** 0.5
+    rows, columns = (min(n, max(1, round(n / side))) for n in (height, width))
+    of_row, of_column = np.arange(height) * rows // height, np.arange(width) * columns // width
+    return np.asarray(of_row[:, None] * columns + of_column)
+
+
+def _slic(image: Tensor, wanted: int) -> np.ndarray:
+    """Return SLIC's regions of the image scaled to [0, 1], in Lab where it has three channels."""
+    try:
+        from skimage.segmentation import slic
+    except ImportError as error:
+        raise InputError(
+            "superpixels = 'slic' needs scikit-image, which is not installed; "
+            "pip install embedcam[lime], or use superpixels='grid'"
+        ) from error
+    pixels = image.double().cpu().numpy().transpose(1, 2, 0)
+    pixels = (pixels - pixels.min()) / (np.ptp(pixels) or 1)
+    # Unsmoothed (sigma 0), pixel noise breaks the regions into specks that are merged, down to one.
+    lab = len(image) == 3
+    return np.asarray(
+        slic(pixels, wanted, sigma=1, convert2lab=lab, channel_axis=-1, start_label=0)
+    )

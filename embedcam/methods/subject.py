@@ -1,19 +1,18 @@
 """What a method works on: a network, a batch of inputs, a target, and the passes between them.
 
-Methods ask a `Subject` for activations, gradients and scores and never run a network themselves:
-passes are counted, batches cut, progress shown and the norm treated in one place. Ask for gradients
-before activations: a forward that is to be differentiated serves both.
+Ask for gradients before activations: a forward that is to be differentiated serves both.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import Annotated, Self
 
 import torch
 from torch import Tensor
 
 from .._checks import one_of, whole
+from .._options import Setting
 from ..errors import NetworkError, RecipeError
 from ..network import (
     EmbeddingNetwork,
@@ -23,20 +22,22 @@ from ..network import (
     input_gradient,
     several_pass,
 )
-from ..targets import NORMS, Target, head_cotangent
+from ..recipe import NORMS
+from ..targets import Target, head_cotangent
 
 Progress = Callable[[int], object]
 """Called with how many inputs or activations went through the network or its head."""
 Fill = str | float | Tensor
-"""What masked pixels become, and the baseline; see `masks.fill_like`."""
+"""What masked pixels become, and the baseline; see `masking.fill_like`."""
+Count = Annotated[int, Setting(kind=int, least=1, most=1_000_000)]
+Layers = Annotated[tuple[str, ...] | None, Setting(kind=tuple, optional=True)]
 
 
 @dataclass
 class MethodOutput:
     """What a method returns: weights `[B K]` or by position `[B K h w]`, maps `[B h w]`, or both.
 
-    Without maps they are ReLU(sum_k w_k A_k). A method of several layers has weights `[B K_l]` of
-    each by its name.
+    Without maps they are ReLU(sum_k w_k A_k). `layers` are the weights of several, by their names.
     """
 
     weights: Tensor | None = None
@@ -59,17 +60,14 @@ class Passes:
 
 def inputs_a_pass(device: torch.device, most: int = 32) -> int:
     """Return how many masked or noisy inputs go through a network at once, at most `most`."""
-    # MobileNetV2 takes less than half the time an input on a CPU that it takes in batches of 32:
-    # its results still fit the caches. Other devices want large batches.
+    # Results that fit the caches halve MobileNetV2's time on a CPU; other devices want more.
     return min(most, 8) if device.type == "cpu" else most
 
 
 class Subject:
-    """A batch of inputs `[B C H W]` of a network, explained with respect to a target.
+    """A batch of inputs `[B C H W]`, `[B C L]` or `[B L]`, explained with respect to a target.
 
-    `images` are preprocessed; with layout "bkl" `[B C L]` or `[B L]`. `batch_size` cuts what a
-    method makes of them (masks, noise, steps) and changes nothing beyond float rounding. Every
-    image of a batch draws the same random numbers. `passes` continues a count.
+    `batch_size` cuts what a method makes of them (masks, noise, steps); `passes` continues a count.
     """
 
     def __init__(
@@ -91,20 +89,18 @@ class Subject:
         self.norm = one_of("norm", norm, NORMS)
         self.batch_size = whole("batch_size", batch_size, 1)
         self.seed = whole("seed", seed, 0, (1 << 63) - 1)
-        self.passes = Passes() if passes is None else passes
+        self.passes = passes or Passes()
         self.progress: Progress = progress or (lambda n: None)
         self._head: HeadPass | None = None
         self._channels_last = True
 
     def __len__(self) -> int:
-        """Return B."""
         return len(self.images)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Free the graph of the head."""
         if self._head is not None:
             self._head.close()
             self._head = None
@@ -112,8 +108,6 @@ class Subject:
     def _ran(self, inputs: int) -> None:
         self.passes.forwards += inputs
         self.progress(inputs)
-
-    # The images themselves
 
     @cached_property
     def features(self) -> Features:
@@ -144,12 +138,10 @@ class Subject:
         head = self.head
         return self.vjp(head, self.mean_cotangents(self.features))
 
-    # Scores and derivatives
-
     def cotangents(self, features: Features, row: int | None = None) -> tuple[Tensor, Tensor]:
         """Return dy/dz of each triplet `[n S D]` (S = 1 but for triplets) and which count `[n S]`.
 
-        The target is that of one `row`, or with None each input's own: they are the images.
+        The target is that of one `row`, or with None each input's own.
         """
         target = self.target if row is None else self.target.at(row)
         holds_norm = self.norm == "around" or target.holds_norm
@@ -184,10 +176,9 @@ class Subject:
     def differentiate(
         self, inputs: Tensor, row: int, *, each: bool = False
     ) -> tuple[Features, Tensor]:
-        """Run other inputs `[n C H W]`, at most a batch, with the target of one image.
+        """Run inputs `[n C H W]`, at most a batch, with the target of one image.
 
-        Returns their features and G `[n K H W]`, or with `each` one of every triplet
-        `[S n K H W]`.
+        Returns their features and G `[n K H W]`, or with `each` one of every triplet `[S n K H W]`.
         """
         with self.network.head_pass(inputs) as head:
             features = head.features
@@ -223,10 +214,7 @@ class Subject:
         return self.target.at(row).score(self.features.embedding[row : row + 1])
 
     def scores(self, row: int, inputs: Iterable[Tensor]) -> Tensor:
-        """Return y `[total]` of inputs in pieces `[n C H W]` with the target of one image.
-
-        Each piece is at most a batch (`batches` cuts), and one at a time is in memory.
-        """
+        """Return y `[total]` of inputs in pieces `[n C H W]` with the target of one image."""
         target, scores = self.target.at(row), []
         for piece in inputs:
             scores.append(target.score(self._embedding(piece)))
@@ -242,8 +230,6 @@ class Subject:
             except NetworkError:
                 self._channels_last = False  # a module that takes views of contiguous memory only
         return self.network.forward(piece, allow_zero=True).embedding
-
-    # Cutting and random numbers
 
     def batches(self, total: int) -> Iterator[slice]:
         """Yield 0 .. total in slices of at most a batch."""

@@ -1,8 +1,7 @@
-"""Grad-CAM and Grad-CAM++ channel weights of a target, averaged over triplets.
+"""Grad-CAM and Grad-CAM++ channel weights `[B K]` of a target, averaged over triplets.
 
-Grad-CAM's weights are linear in the cotangent: their mean over S triplets is ONE backward pass with
-the mean cotangent. Grad-CAM++'s are not, and each triplet has its own. Gradients G = dy/dA and
-activations A are `[B K H W]`, weights `[B K]`, Z = H W.
+Grad-CAM's are linear in the cotangent: their mean over triplets is ONE backward pass with the mean
+cotangent. Grad-CAM++'s are not, and each triplet has its own. G = dy/dA, A are `[B K H W]`.
 """
 
 from typing import Protocol
@@ -26,12 +25,9 @@ def gradcam(gradients: Tensor) -> Tensor:
 
 
 def gradcam_plus_plus(gradients: Tensor, activations: Tensor) -> Tensor:
-    """Return w_k = sum_ij a_ij ReLU(G_ij), a = 1 / (2 + S_k G), >= 0.
+    """Return w_k = sum_ij ReLU(G_ij) / (2 + S_k ReLU(G_ij)), S_k = sum_ij max(A, 0), >= 0.
 
-    Chattopadhay et al. 2018, eq. 10 and 19: the paper's a = G^2 / (2 G^2 + S_k G^3) with G^2
-    cancelled. S_k = sum_ij A_ij^k over the positive activations, as the paper assumes A >= 0;
-    2 + S_k G >= 2 then holds wherever G > 0. No epsilon: embedding gradients are about 1e-4, and
-    one near their square decides the result.
+    Chattopadhay et al. 2018, eq. 10 and 19, with G^2 cancelled: no epsilon, as G is about 1e-4.
     """
     positive = gradients.clamp(min=0)
     sums = activations.clamp(min=0).sum((-2, -1), keepdim=True)
@@ -58,11 +54,10 @@ def weights_from_pooled(
     positions: int,
     method: str,
 ) -> Tensor:
-    """Return averaged weights of a batch from its pooled vectors alone, without a forward pass.
+    """Return averaged weights from means of A and max(A, 0) over `positions`, `[B K]`: no forward.
 
-    Those are the means of A and of max(A, 0) over `positions`, `[B K]`. `head_cotangents` are dy/dz
-    `[B D]`, or `[B S D]` for Grad-CAM++ of triplets, of which `used` `[B S]` count (None: all).
-    `method` is "cam", "gradcam" or "gradcam++".
+    `head_cotangents` are dy/dz `[B D]`, or `[B S D]` for Grad-CAM++ of triplets, of which `used`
+    `[B S]` count (None: all). `method` is "cam", "gradcam" or "gradcam++".
     """
     if method == "cam":
         return network.pooled_vjp(pooled, head_cotangents)
@@ -86,10 +81,7 @@ def weights_from_pooled(
 def weights_from_head(
     head_pass: HeadPass, head_cotangents: Tensor, used: Tensor | None, method: str
 ) -> Tensor:
-    """Return averaged weights of a batch by vector-Jacobian products through the head alone.
-
-    `head_cotangents`, `used` and `method` ("gradcam" or "gradcam++") as `weights_from_pooled`.
-    """
+    """Return averaged weights by the head's vector-Jacobian products; see `weights_from_pooled`."""
     activations = head_pass.features.activations
     if method == "gradcam":
         return gradcam(head_pass.vjp(head_cotangents))
@@ -103,7 +95,5 @@ def weights_from_head(
     return total / counted.sum(1).clamp(min=1)[:, None]
 
 
-def _counted(head_cotangents: Tensor, used: Tensor | None) -> Tensor:
-    if used is None:
-        return head_cotangents.new_ones(head_cotangents.shape[:2], dtype=torch.bool)
-    return used
+def _counted(cotangents: Tensor, used: Tensor | None) -> Tensor:
+    return cotangents.new_ones(cotangents.shape[:2], dtype=torch.bool) if used is None else used

@@ -1,7 +1,6 @@
 """How good maps, rankings and retrieval are: pure functions over arrays, NumPy in and out.
 
-Nothing here runs a network, sharpens a map or leaves an image out unsaid. What is not a number
-never comes out: bad input is an `InputError`, and what a map without energy scores is said.
+Bad input is an `InputError`; what is not a number never comes out.
 """
 
 from .faithfulness import (
@@ -16,7 +15,6 @@ from .faithfulness import (
     removal_masks,
     score_drops,
 )
-from .intervals import PairedDifference, bootstrap_interval, paired_difference
 from .localisation import (
     average_precision,
     best_iou,
@@ -31,7 +29,15 @@ from .localisation import (
     pixel_auc,
     pointing_hit,
 )
-from .maps import correlations, cosines, map_iou, rank_correlations
+from .maps import (
+    PairedDifference,
+    bootstrap_interval,
+    correlations,
+    cosines,
+    map_iou,
+    paired_difference,
+    rank_correlations,
+)
 from .retrieval import map_at_r, precision_at_r, recall_at_k, recalls_at
 
 __all__ = [

@@ -1,11 +1,9 @@
 """A map beside the place it should mark.
 
-Maps are `[B H W]`, regions `inside` too: booleans, or the covered part of each pixel in [0, 1];
-each function returns `[B]` float64 in [0, 1] and raises `InputError` for shapes that differ, an
-empty batch, a NaN or an infinity. A map without energy marks no place and counts as a uniform map,
-which scores what chance does: the region's share of the area. Sharpening a map, an offset or any
-other increasing change of its values raises energy and shares without knowing more; `pixel_auc`,
-`average_precision` and `hottest_precision` are of a signed map's order alone and do not change.
+Maps are `[B H W]`, regions `inside` too: booleans, or the covered part of each pixel in [0, 1].
+Functions return `[B]` float64 in [0, 1]. A map without energy counts as uniform, and scores what
+chance does. Sharpening raises energy and shares; `pixel_auc`, `average_precision` and
+`hottest_precision` are of a signed map's order alone and do not change.
 """
 
 import math
@@ -33,10 +31,9 @@ def energy_share(maps: ArrayLike, inside: ArrayLike) -> np.ndarray:
 
 
 def equal_area_share(maps: ArrayLike, inside: ArrayLike, other: ArrayLike) -> np.ndarray:
-    """Return the share of a region in the energy of two, each brought to the same area.
+    """Return mean inside / (mean inside + mean other): an object does not win by its size.
 
-    mean inside / (mean inside + mean other): a larger object does not win by its size. 0.5 where
-    the map has no energy in either, or one of them is empty.
+    0.5 where the map has no energy in either region, or one of them is empty.
     """
     drawn, inside = maps_and_regions(maps, inside)
     drawn, other = maps_and_regions(drawn, other)
@@ -52,23 +49,19 @@ def equal_area_share(maps: ArrayLike, inside: ArrayLike, other: ArrayLike) -> np
 
 
 def pointing_hit(maps: ArrayLike, inside: ArrayLike) -> np.ndarray:
-    """Return whether each map's largest value lies inside, the pointing game (Zhang et al. 2018).
+    """Return whether the largest value lies inside, the pointing game (Zhang et al. 2018).
 
-    Of several largest pixels each counts the same: the score is the share of them that is inside.
-    There is no margin around the region: widen `inside` for one.
+    Of several largest pixels it is the share that is inside.
     """
     maps, inside = maps_and_regions(maps, inside)
     largest = maps == maps.max((1, 2), keepdims=True)
-    hits: np.ndarray = (largest * inside).sum((1, 2)) / largest.sum((1, 2))
-    return hits
+    return np.asarray((largest * inside).sum((1, 2)) / largest.sum((1, 2)))
 
 
 def pixel_auc(maps: ArrayLike, inside: ArrayLike, outside: ArrayLike | None = None) -> np.ndarray:
     """Return the area under the ROC curve of a signed map's pixels: inside against `outside`.
 
-    The chance that a pixel drawn from inside has a larger value than one from outside (None: all
-    the rest), equal values counting half: 0.5 for a map that knows nothing, and where either region
-    is empty.
+    None takes all the rest; equal values count half; 0.5 where either region is empty.
     """
     maps, inside = maps_and_regions(maps, inside, signed=True)
     other = 1 - inside
@@ -85,9 +78,7 @@ def pixel_auc(maps: ArrayLike, inside: ArrayLike, outside: ArrayLike | None = No
 def average_precision(maps: ArrayLike, inside: ArrayLike) -> np.ndarray:
     """Return the average precision of a signed map's pixels as a search for those of a region.
 
-    Precision is read after each step of equal values, the largest first, and weighted by the recall
-    that the step adds, without interpolation. A map that knows nothing scores the region's share of
-    the area, and every map scores 0 where the region is empty.
+    Read after each step of equal values, without interpolation; 0 where the region is empty.
     """
     maps, inside = maps_and_regions(maps, inside, signed=True)
     scores = np.zeros(len(maps))
@@ -101,11 +92,9 @@ def average_precision(maps: ArrayLike, inside: ArrayLike) -> np.ndarray:
 def hottest_precision(
     maps: ArrayLike, inside: ArrayLike, fraction: float | None = None
 ) -> np.ndarray:
-    """Return the share of a signed map's hottest pixels that lies in a region.
+    """Return the share of a signed map's hottest `fraction` of pixels that lies in a region.
 
-    `fraction` of the pixels, in (0, 1], are hottest; None takes the region's own area, so that a
-    perfect map scores 1 (and 0 where it is empty). Equal values at the border of the hottest count
-    in part, so no rule of reading order decides.
+    None takes the region's own area; equal values at the border of the hottest count in part.
     """
     maps, inside = maps_and_regions(maps, inside, signed=True)
     pixels = maps[0].size
@@ -133,17 +122,15 @@ def iou_at(maps: ArrayLike, inside: ArrayLike, threshold: float) -> np.ndarray:
     maps, inside = maps_and_regions(maps, inside)
     marked = _marked(maps, threshold)
     both = (marked * inside).sum((1, 2))
-    iou: np.ndarray = both / np.where(marked, 1.0, inside).sum((1, 2))
-    return iou
+    return np.asarray(both / np.where(marked, 1.0, inside).sum((1, 2)))
 
 
 def best_iou(
     maps: ArrayLike, inside: ArrayLike, thresholds: Sequence[float] = THRESHOLDS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return each map's best `iou_at` of several thresholds, and the threshold that gives it.
+    """Return each map's best `iou_at` of several thresholds, and the first that gives it.
 
-    Of equally good thresholds the one given first. It looks at the answer: a bound on what a
-    threshold could do, not a threshold to use.
+    It looks at the answer: a bound on what a threshold could do, not a threshold to use.
     """
     tried = np.array([share_of("threshold", value) for value in thresholds])
     if not len(tried):
@@ -161,29 +148,22 @@ def _marked(maps: np.ndarray, threshold: float) -> np.ndarray:
     """Return which pixels are >= threshold * max; all of a map without energy, by the same rule."""
     even = evened(maps)
     limits = share_of("threshold", threshold) * even.max((1, 2), keepdims=True)
-    marked: np.ndarray = even >= limits
-    return marked
+    return np.asarray(even >= limits)
 
 
 def _ious(even: np.ndarray, inside: np.ndarray, rising: np.ndarray) -> np.ndarray:
-    """Return `iou_at` of one map for every threshold `[n]`, from one look at each pixel.
-
-    A pixel's level is how many thresholds it passes, by the very comparisons of `_marked`.
-    """
+    """Return `iou_at` of one map for every threshold `[n]`, from one look at each pixel."""
+    # A pixel's level is how many thresholds it passes, by the very comparisons of `_marked`.
     levels = np.searchsorted(rising * even.max(), even.ravel(), side="right")
     bins = len(rising) + 1
     pixels = np.bincount(levels, minlength=bins)
     covered = np.bincount(levels, inside.ravel(), minlength=bins)
     marked, both = (counts[::-1].cumsum()[::-1][1:] for counts in (pixels, covered))
-    ious: np.ndarray = both / (marked + covered.cumsum()[:-1])
-    return ious
+    return np.asarray(both / (marked + covered.cumsum()[:-1]))
 
 
 def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:
-    """Return a box x0, y0, x1, y1 as the covered part of each pixel, `[H W]` in [0, 1].
-
-    In pixels of the map of `size` (H, W), edges between pixels; parts outside are cut.
-    """
+    """Return the part of each pixel, `[H W]` in [0, 1], that a box x0, y0, x1, y1 covers."""
     if len(box) != 4 or any(math.isnan(edge) for edge in box):
         raise InputError(f"box {box} must be four numbers: x0, y0, x1, y1 in pixels of the map")
     x0, y0, x1, y1 = box
@@ -191,18 +171,14 @@ def box_mask(box: tuple[float, float, float, float], size: tuple[int, int]) -> n
     columns = np.arange(whole("width", size[1], 1))
     down = np.clip(np.minimum(rows + 1, y1) - np.maximum(rows, y0), 0, 1)
     across = np.clip(np.minimum(columns + 1, x1) - np.maximum(columns, x0), 0, 1)
-    covered: np.ndarray = down[:, None] * across[None, :]
-    return covered
+    return np.asarray(down[:, None] * across[None, :])
 
 
 def box_from_map(maps: ArrayLike, threshold: float = 0.2) -> np.ndarray:
-    """Return the tight box `[B 4]` around the largest connected part of a map, cut at a share.
+    """Return the box `[B 4]` around the largest connected part of a map (Zhou et al., CVPR 2016).
 
-    x0, y0, x1, y1 in pixels, edges between pixels. Weakly supervised localization as in Zhou et al.
-    (CVPR 2016): a fifth of the map's largest value as the threshold, and the box that covers the
-    largest connected component. Pixels that touch at a corner are connected; of equally large
-    components the one that begins first, row by row, is taken. A map without energy, like a uniform
-    one, gives the whole picture.
+    Pixels x0, y0, x1, y1, cut at `threshold` of the largest value; corners connect, of equally
+    large parts the first in reading order is taken. A map without energy gives the whole picture.
     """
     boxes = [_largest_part(one) for one in _marked(drawn_maps(maps), threshold)]
     return np.array(boxes, np.float64)
@@ -226,16 +202,11 @@ def box_iou(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     sides = np.clip(pair[:, :, 1].min(1) - pair[:, :, 0].max(1), 0, None)
     both = sides.prod(1)
     either = (pair[:, :, 1] - pair[:, :, 0]).prod(2).sum(1) - both
-    iou: np.ndarray = np.clip(both / np.where(either > 0, either, 1), 0, 1)
-    return iou
+    return np.asarray(np.clip(both / np.where(either > 0, either, 1), 0, 1))
 
 
 def localisation_accuracy(boxes: ArrayLike, truth: ArrayLike, least: float = 0.5) -> float:
-    """Return the share of boxes `[B 4]` that overlap the true one with an IoU of `least` or more.
-
-    The half is that of weakly supervised localization (Zhou et al., CVPR 2016), there counted only
-    where the class is right too; an embedding has no class, so the box alone counts.
-    """
+    """Return the share of boxes `[B 4]` with an IoU of `least` or more (Zhou et al., CVPR 2016)."""
     return float((box_iou(boxes, truth) >= share_of("least", least)).mean())
 
 

@@ -1,10 +1,13 @@
-"""What comes in, checked and brought near 1; pixels in order; two maps compared."""
+"""Arrays checked and brought near 1; pixels in order; two maps, or two methods, compared."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from .._checks import number, whole
 from ..errors import InputError
 
 
@@ -39,17 +42,14 @@ def alike(first: ArrayLike, second: ArrayLike, what: str, axes: str) -> list[np.
 
 def drawn_maps(maps: ArrayLike) -> np.ndarray:
     """Return maps `[B H W]` as float64, finite and >= 0."""
-    try:
-        array = np.asarray(maps, np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"maps must be an array of numbers [B H W]; {error}") from error
     # Said before `finite` could, as of a map the sign is the likelier mistake.
-    if not (array >= 0).all():
+    array = np.asarray(maps)
+    if array.dtype.kind in "biuf" and not (array >= 0).all():
         raise InputError(
             "a map must be >= 0 everywhere; got a NaN or a negative value: "
             "give it as ReLU leaves it, not a signed map"
         )
-    return finite(array, "maps", "B H W")
+    return finite(maps, "maps", "B H W")
 
 
 def maps_and_regions(
@@ -75,20 +75,15 @@ def maps_and_regions(
 def evened(values: np.ndarray) -> np.ndarray:
     """Return each row `[B ...]` times a power of two, its largest magnitude in [0.5, 1) or 0.
 
-    A power of two changes no digit, so what does not depend on scale keeps every bit, while squares
-    and sums of extreme values neither overflow nor vanish.
+    No digit changes, while squares and sums of extreme values neither overflow nor vanish.
     """
     axes = tuple(range(1, values.ndim))
     _, exponent = np.frexp(np.abs(values).max(axes, keepdims=True))
-    scaled: np.ndarray = np.ldexp(values, -exponent)
-    return scaled
+    return np.asarray(np.ldexp(values, -exponent))
 
 
 def pixel_ranks(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return flat positions `[B H*W]`, the largest value first, and each pixel's place `[B H W]`.
-
-    Ties go by position, row by row; the same map always goes the same way.
-    """
+    """Return positions `[B H*W]`, the largest first, ties in order, and places `[B H W]`."""
     order = np.argsort(-maps.reshape(len(maps), -1), axis=1, kind="stable")
     ranks = np.empty_like(order)
     np.put_along_axis(ranks, order, np.arange(order.shape[1])[None], axis=1)
@@ -113,19 +108,12 @@ def cosines(a: ArrayLike, b: ArrayLike) -> np.ndarray:
 
 
 def correlations(a: ArrayLike, b: ArrayLike) -> np.ndarray:
-    """Return Pearson's correlation of two maps `[B H W]` of any sign over their pixels, `[B]`.
-
-    0 where either is constant.
-    """
+    """Return Pearson's correlation of two maps `[B H W]` of any sign, `[B]`; 0 of a constant."""
     return _cosines(*(_centered(one.reshape(len(one), -1)) for one in alike(a, b, "maps", "B H W")))
 
 
 def rank_correlations(a: ArrayLike, b: ArrayLike) -> np.ndarray:
-    """Return Spearman's rank correlation of two maps `[B H W]` of any sign, `[B]`.
-
-    Equal pixels share their mean rank. The correlation that any increasing change of a map's values
-    leaves alone; 0 where either is constant.
-    """
+    """Return Spearman's rank correlation of two maps `[B H W]`, `[B]`; 0 of a constant."""
     from scipy.stats import rankdata
 
     ranks = (rankdata(m.reshape(len(m), -1), axis=1) for m in alike(a, b, "maps", "B H W"))
@@ -133,12 +121,9 @@ def rank_correlations(a: ArrayLike, b: ArrayLike) -> np.ndarray:
 
 
 def map_iou(a: ArrayLike, b: ArrayLike, fraction: float) -> np.ndarray:
-    """Return the intersection over union of the top pixels of two maps `[B H W]`, `[B]`.
+    """Return the IoU of the first `fraction` of pixels of two maps `[B H W]`, `[B]`.
 
-    A map's top pixels are the first `fraction` of them (the nearest whole number, at least one) in
-    order of decreasing value, ties broken by position, less those at the map's own smallest value:
-    the zeros of two sparse maps are no evidence that both mean the same place. So a constant map
-    has none, and scores 0.
+    Less those at a map's smallest value: the zeros of two sparse maps are no agreement.
     """
     pair = alike(a, b, "maps", "B H W")
     count = pixel_count(share_of("fraction", fraction), pair[0][0].size)
@@ -146,13 +131,12 @@ def map_iou(a: ArrayLike, b: ArrayLike, fraction: float) -> np.ndarray:
         (pixel_ranks(maps)[1] < count) & (maps > maps.min((1, 2), keepdims=True)) for maps in pair
     )
     either = (first | second).sum((1, 2))
-    overlap: np.ndarray = (first & second).sum((1, 2)) / np.maximum(either, 1)
-    return overlap
+    return np.asarray((first & second).sum((1, 2)) / np.maximum(either, 1))
 
 
 def _centered(rows: np.ndarray) -> np.ndarray:
-    """Return rows less their mean; a constant row exactly zero, whatever its mean rounds to."""
     rows = evened(rows)
+    # A constant row is exactly zero, whatever its mean rounds to.
     constant = rows.max(1, keepdims=True) == rows.min(1, keepdims=True)
     return np.where(constant, 0, rows - rows.mean(1, keepdims=True))
 
@@ -161,5 +145,55 @@ def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = evened(a), evened(b)
     # Apart under the root: their product could vanish where neither does.
     norms = np.sqrt((a * a).sum(1)) * np.sqrt((b * b).sum(1))
-    cosine: np.ndarray = np.clip((a * b).sum(1) / np.where(norms > 0, norms, 1), -1, 1)
-    return cosine
+    return np.asarray(np.clip((a * b).sum(1) / np.where(norms > 0, norms, 1), -1, 1))
+
+
+BLOCK = 2**20
+"""Resampled values held at once: 16 MB with their positions."""
+
+
+class PairedDifference(NamedTuple):
+    """Mean of a - b, its interval, and the share with a > b, equal pairs counting a half."""
+
+    mean: float
+    low: float
+    high: float
+    win_rate: float
+
+
+def bootstrap_interval(
+    values: ArrayLike,
+    statistic: Callable[..., np.ndarray] = np.mean,
+    level: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of `[N]` figures of images or scenes (Efron 1979).
+
+    `statistic` is called with `axis=1` on `[d N]`; `level` is the coverage, in (0, 1).
+    """
+    # Not scipy.stats.bootstrap, whose other random numbers would change every reported interval.
+    values = finite(values, "values", "N")
+    level = number("level", level, above=0, below=1)
+    generator = np.random.default_rng(seed)
+    count, step = whole("draws", draws, 1), max(1, BLOCK // len(values))
+    resampled = [
+        statistic(values[generator.integers(0, len(values), (rows, len(values)))], axis=1)
+        for start in range(0, count, step)
+        for rows in [min(step, count - start)]
+    ]
+    low, high = np.quantile(np.concatenate(resampled), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_difference(
+    a: ArrayLike, b: ArrayLike, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> PairedDifference:
+    """Return the mean difference of two methods' figures `[N]` of the same images in one order.
+
+    Pairs are resampled: what is hard about an image is hard for both, and cancels.
+    """
+    first, second = alike(a, b, "values", "N")
+    low, high = bootstrap_interval(first - second, level=level, draws=draws, seed=seed)
+    wins = (first > second).mean() + (first == second).mean() / 2
+    return PairedDifference(float((first - second).mean()), low, high, float(wins))

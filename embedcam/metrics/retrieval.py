@@ -1,9 +1,7 @@
 """How well embeddings retrieve their own label; nearness is squared Euclidean distance.
 
-Embeddings are `[N D]`, labels `[N]`, numbers or strings. With a `gallery` `[G D]` and its labels
-that is searched, else every image queries all others, never itself. Of equally near ones the one
-stored first comes first. Every function raises `InputError` for shapes that do not go together, a
-NaN or an infinity.
+Embeddings are `[N D]`, labels `[N]`. A `gallery` `[G D]` with its labels is searched, else every
+image queries all others. Of equally near ones the one stored first comes first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,10 +23,7 @@ def recall_at_k(
     gallery: ArrayLike | None = None,
     gallery_labels: ArrayLike | None = None,
 ) -> float:
-    """Return the share of images with one of their own label among their k nearest others.
-
-    k is 1 to N - 1 (to G with a gallery). An image alone with its label misses.
-    """
+    """Return the share of images with one of their own label among their k nearest others."""
     return recalls_at(embeddings, labels, [k], gallery, gallery_labels)[k]
 
 
@@ -69,9 +64,7 @@ def map_at_r(
 ) -> float:
     """Return the mean average precision at R (Musgrave et al., ECCV 2020).
 
-    For a query with R others of its label: 1/R times the sum over i = 1..R of the precision among
-    the i nearest where the i-th is of its label, 0 where not; then the mean over queries. An image
-    alone with its label has R = 0 and is left out, unlike in `recall_at_k`, where it misses.
+    An image alone with its label is left out; in `recall_at_k` it misses.
     """
     search = _Search(embeddings, labels, gallery, gallery_labels)
     scores: list[float] = []
@@ -79,8 +72,8 @@ def map_at_r(
         scores += precision_at_r(distances, alike)[alike.any(1)].tolist()
     if not scores:
         raise InputError(
-            f"none of {search.queries} images has another of its label, and mAP@R has nothing to "
-            "average; check that the labels are classes, not ids"
+            f"none of {search.queries} images has another of its label, so there is no mAP@R; give "
+            "labels that are classes, not ids"
         )
     return float(np.mean(scores))
 
@@ -88,8 +81,7 @@ def map_at_r(
 def precision_at_r(distances: ArrayLike, alike: ArrayLike) -> np.ndarray:
     """Return the average precision at R of single queries, whose mean is `map_at_r`, `[B]`.
 
-    Distances `[B N]`, smaller is nearer, infinite for what takes no part; `alike` says which of the
-    N are of the query's label, booleans `[B N]`. 0 for a query without any.
+    Distances `[B N]`, infinite for what takes no part; `alike` `[B N]`: which are of its label.
     """
     rows, same = np.asarray(distances, np.float64), np.asarray(alike)
     if rows.ndim != 2 or rows.shape != same.shape or same.dtype != bool:
@@ -130,15 +122,11 @@ class _Search:
         if gallery is not None and gallery_labels is not None:
             searched, self._gallery_labels = _labelled(gallery, gallery_labels, "gallery", "G")
         if searched.shape[1] != vectors.shape[1]:
-            raise InputError(
-                f"embeddings {list(vectors.shape)} and a gallery {list(searched.shape)} differ in "
-                "width; take both from one network"
-            )
+            shapes = f"embeddings {list(vectors.shape)} and a gallery {list(searched.shape)}"
+            raise InputError(f"{shapes} differ in width; take both from one network")
         if (self._labels.dtype.kind in "US") != (self._gallery_labels.dtype.kind in "US"):
-            raise InputError(
-                f"labels of type {self._labels.dtype} and gallery labels of type "
-                f"{self._gallery_labels.dtype} never match; give both as strings or as numbers"
-            )
+            kinds = f"labels of type {self._labels.dtype} and {self._gallery_labels.dtype}"
+            raise InputError(f"{kinds} never match; give both as strings or as numbers")
         # A power of two: which is nearer stays, and squares of extreme values stay numbers.
         _, exponent = np.frexp(max(np.abs(vectors).max(), np.abs(searched).max()))
         self._embeddings = np.ldexp(vectors, -exponent)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import NetworkError
 from ..index.identity import NetworkWarning
 from .layers import near_misses
+from .module import message_of
 
 # How training scripts wrap a state dict, and what wrappers write before each name.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -43,24 +44,21 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    expected = "expected a state dict of named tensors, perhaps under 'state_dict' or 'model'"
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
             break
     if not isinstance(content, Mapping) or not content:
-        raise NetworkError(
-            f"weights {path} hold a {type(content).__name__}; expected a state dict of named "
-            "tensors, perhaps under 'state_dict' or 'model'"
-        )
+        raise NetworkError(f"weights {path} hold a {type(content).__name__}; {expected}")
     other = [key for key, value in content.items() if not isinstance(value, Tensor)]
     if other:
         raise NetworkError(
             f"weights {path} hold {len(other)} entries that are not tensors ({_some(other)}); "
-            "expected a state dict, perhaps under 'state_dict' or 'model'"
+            f"{expected}"
         )
-    state = {str(key): value for key, value in content.items()}
     # torch.compile writes its own anywhere, others before all names, whatever else is before them.
-    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    state = {str(key).replace("_orig_mod.", ""): value for key, value in content.items()}
     while all(key.startswith(_PREFIX) for key in state):
         state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
     return {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
@@ -69,12 +67,7 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
 def load_state(
     module: nn.Module, state: Mapping[str, Tensor], dropped: Sequence[str], source: str
 ) -> None:
-    """Put a state dict into a module, all or nothing, in the module's own dtypes.
-
-    All names may stand behind one prefix (Lightning's `model.`), beside others, which are left out
-    with a warning; those that begin with a `dropped` name were cut off, and counters of batch norms
-    may be missing. `source` is what messages call the state.
-    """
+    """Put a state dict into a module, all or nothing; names that begin with a `dropped` one go."""
     wanted = module.state_dict()
     state = _fitted_names(state, wanted, source)
     extra = [k for k in state if k not in wanted and not k.startswith(tuple(dropped))]
@@ -84,19 +77,12 @@ def load_state(
         for k in wanted
         if k in state and state[k].shape != wanted[k].shape
     ]
-    if extra or missing or unlike:
+    problems = {"missing": missing, "unexpected": extra, "of another shape": unlike}
+    if any(problems.values()):
         hint = near_misses(extra[0], missing, 1) if extra and missing else ""
         if 2 * len(missing) > len(wanted):
             hint = "; these are another network's weights: give this one's, or name the other"
-        said = [
-            f"{len(keys)} {what} ({_some(keys)})"
-            for what, keys in (
-                ("missing", missing),
-                ("unexpected", extra),
-                ("of another shape", unlike),
-            )
-            if keys
-        ]
+        said = [f"{len(k)} {what} ({_some(k)})" for what, k in problems.items() if k]
         raise NetworkError(f"{source} do not fit the network: {', '.join(said)}{hint}")
     fitting = {key: value.to(wanted[key].dtype) for key, value in state.items() if key in wanted}
     module.load_state_dict(fitting, strict=False)
@@ -106,16 +92,13 @@ def _fitted_names(
     state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
     """Return a state without the one prefix behind which most of the module's names stand."""
-
-    def behind(prefix: str) -> int:
-        return sum(f"{prefix}{key}" in state for key in wanted)
-
     parts = [key.split(".") for key in state]
     prefixes = {".".join(p[:n]) + "." for p in parts for n in range(1, min(len(p), 5))}
     # Sorted, the shortest first: the same choice each time.
-    best = max(["", *sorted(prefixes, key=lambda prefix: (len(prefix), prefix))], key=behind)
-    if not best:
-        return dict(state)
+    best = max(
+        ["", *sorted(prefixes, key=lambda prefix: (len(prefix), prefix))],
+        key=lambda prefix: sum(f"{prefix}{key}" in state for key in wanted),
+    )
     left = [key for key in state if not key.startswith(best)]
     if left:
         warnings.warn(
@@ -127,10 +110,7 @@ def _fitted_names(
 
 
 def read_affine(path: str | Path, width: int | None) -> nn.Linear:
-    """Return an affine head from a `.safetensors` file: `weight [D K']` and perhaps `bias [D]`.
-
-    `width` is K', what the network without the head returns; None if that is not known.
-    """
+    """Return an affine head `weight [D K']`, perhaps `bias [D]`; `width` is K', None if unknown."""
     path = Path(path)
     _refuse_missing(path, "head")
     from safetensors import SafetensorError, safe_open
@@ -148,20 +128,17 @@ def read_affine(path: str | Path, width: int | None) -> nn.Linear:
         ) from error
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise NetworkError(f"head {path} holds NaN or infinity; save it again from training")
-    weight = tensors["weight"]
-    linear = nn.Linear(weight.shape[1], weight.shape[0], "bias" in tensors, device="meta")
+    width, depth = tensors["weight"].shape
+    linear = nn.Linear(depth, width, "bias" in tensors, device="meta")
     linear.load_state_dict(tensors, assign=True)
     return linear
 
 
 def _check_affine(path: Path, kinds: dict[str, tuple[list[int], str]], width: int | None) -> None:
     """Refuse wrong names, shapes and dtypes, before any number is read."""
-    unknown = sorted(set(kinds) - {"weight", "bias"})
-    if "weight" not in kinds or unknown:
-        raise NetworkError(
-            f"head {path} holds {_some(sorted(kinds)) or 'nothing'}; expected weight "
-            f"[D {width or 'K'}] and perhaps bias [D]"
-        )
+    wanted = f"expected weight [D {width or 'K'}] and perhaps bias [D]"
+    if "weight" not in kinds or set(kinds) - {"weight", "bias"}:
+        raise NetworkError(f"head {path} holds {_some(sorted(kinds)) or 'nothing'}; {wanted}")
     shape = kinds["weight"][0]
     if len(shape) != 2 or 0 in shape or shape[1] != (width or shape[1]):
         given = "" if width is None else f", for the {width} numbers of the network's embedding"
@@ -184,5 +161,4 @@ def _some(names: Sequence[Any], count: int = 3) -> str:
 
 
 def _short(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0][:120].rstrip(". ")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return f"{type(error).__name__}: {message_of(error)}".rstrip(": ")

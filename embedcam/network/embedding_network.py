@@ -19,11 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._checks import check_sides
 from ..errors import InputError, NetworkError
 from ..index.identity import Identity, compare
-from ..preprocess import Embedded, HeadMatrix, from_transform, refuse_random
+from ..preprocess import AnyPreprocess, Embedded, HeadMatrix, from_transform, refuse_random
 from ..preprocess.probe import probe_inputs
-from .gradients import Features, HeadPass, SeveralRun, at_least_single, make_features
+from .gradients import Features, HeadPass, SeveralRun, make_features
 from .head import HeadAlone, HeadKind, NetworkHead, tolerance_of
-from .hooks import with_positions
 from .layers import Images, LayoutName, OutputChoice, check_options, describe_choice, find_layer
 from .module import (
     Parts,
@@ -42,7 +41,7 @@ from .module import (
     refuse_parts,
     uncompiled,
 )
-from .runner import LayoutOptions, Runner, copied
+from .runner import LayoutOptions, Runner, copied, with_positions
 
 DEFAULT_INPUT_SIZE = (224, 224)
 # Runs of one picture that show chance which leaves most embeddings as they are.
@@ -53,8 +52,7 @@ class EmbeddingNetwork:
     """A module that turns images into embeddings, and the layer whose activations explain them.
 
     Concurrent calls are safe. Hooks do not fire inside compiled modules: compile trunk and head
-    separately and use `from_parts`. `spec`, where `load_network` made the network, holds what loads
-    it again.
+    separately and use `from_parts`. `spec`, of `load_network`, holds what loads it again.
 
     Parameters
     ----------
@@ -70,8 +68,8 @@ class EmbeddingNetwork:
     normalize
         L2-normalize the embedding. Part of an index's identity.
     output
-        Which part of the module's output is the embedding: None for a tensor, the first of a tuple
-        or the only entry of a dict; a name, a position, or a function.
+        Which part of the output is the embedding: None for a tensor, the first of a tuple or the
+        only entry of a dict; a name, a position, or a function.
     layout, grid, prefix_tokens
         "auto", "bkhw", "bhwk", "btk", or "bkl" for 1-D convolutions, whose inputs are signals
         `[B C L]`, tables `[B L]` or the numbers of words `[B L]`; (H, W) of tokens, when the
@@ -130,8 +128,10 @@ class EmbeddingNetwork:
                 f"device={device!r} is no torch device; give one such as 'cpu' or 'cuda'"
             ) from error
         check_options(layout, grid, prefix_tokens, output)
-        self.preprocess: Any = None if preprocess is None else from_transform(preprocess)
-        refuse_random(self.preprocess)
+        self.preprocess: AnyPreprocess | None = None
+        if preprocess is not None:
+            self.preprocess = from_transform(preprocess)
+            refuse_random(self.preprocess)
         hooked = module
         if trunk is None:
             dotted, hooked = find_layer(module, layer)
@@ -144,14 +144,14 @@ class EmbeddingNetwork:
             module,
             self.layer,
             hooked,
-            trunk=trunk,
-            head=head,
-            output=output,
-            layout_options=(layout, grid, prefix_tokens),
-            input_size=None if input_size is None else check_sides("input_size", input_size),
-            device=place,
-            autocast=autocast,
-            channels_last=channels_last,
+            trunk,
+            head,
+            output,
+            (layout, grid, prefix_tokens),
+            None if input_size is None else check_sides("input_size", input_size),
+            place,
+            autocast,
+            channels_last,
         )
         self._head = NetworkHead(self.runner)
         self._reached = self._steady = self._sound = False
@@ -168,9 +168,8 @@ class EmbeddingNetwork:
     ) -> Self:
         """Return a network given as trunk (images -> activations) and head (-> embedding).
 
-        No hooks: each may be compiled, exported, or a plain function. `layer` is what to call the
-        trunk's output, `module` holds the parameters where both are functions; settings are those
-        of the constructor.
+        No hooks: each may be compiled, exported, or a plain function. `layer` names the trunk's
+        output, `module` holds the parameters of functions; settings are the constructor's.
         """
         refuse_parts(trunk, head, whole=False)
         parts = Parts(trunk, head) if module is None else module
@@ -256,7 +255,7 @@ class EmbeddingNetwork:
         return probe_inputs(count, self.preprocess, size, self.runner.channels)
 
     @contextmanager
-    def _probing(self) -> Iterator[None]:
+    def probing(self) -> Iterator[None]:
         """Say of a failure inside that it was with an input of embedcam's own making."""
         try:
             yield
@@ -275,8 +274,7 @@ class EmbeddingNetwork:
     def forward(self, images: Images, *, allow_zero: bool = False) -> Features:
         """Return embeddings and activations of preprocessed images `[B C H W]`; no gradients.
 
-        With `allow_zero` an output of zeros is embedded as zeros, not refused: what is left of a
-        masked picture may be nothing.
+        With `allow_zero` zeros are embedded as zeros: of a masked picture nothing may be left.
 
         Raises
         ------
@@ -307,9 +305,9 @@ class EmbeddingNetwork:
     def head_pass(self, images: Images, *, twice: bool = False) -> HeadPass:
         """Return a forward that is differentiable from the layer on; in inference mode too.
 
-        `twice` is for `HeadPass.jvp`: attention is then computed by formulas that torch can
-        differentiate twice, a little slower. Raises as `forward`, and where the layer's output, or
-        that of all its patch tokens, never reaches the embedding.
+        `twice` is for `HeadPass.jvp`: attention is computed by formulas that can be differentiated
+        twice. Raises as `forward`, and where the layer's output, or that of all its patch tokens,
+        never reaches the embedding.
         """
 
         def cut(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -339,19 +337,17 @@ class EmbeddingNetwork:
         """Run once, hooked at several layers; see `several_pass`, and `forward_layers` without."""
         return self.runner.call_layers(images, layers, differentiable)
 
+    def traceable(self, layers: Sequence[str]) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
+        """Return images -> z `[B D]` and layers' `[B K H W]`, for exporters; nothing is checked."""
+        return self.runner.traceable(self.probe_images(), layers)
+
     def forward_layers(
         self, images: Images, layers: Sequence[str]
     ) -> tuple[Features, list[Tensor]]:
-        """Return features as `forward`, and activations `[B K H W]` of several layers, in order.
-
-        The features' own are those of the last layer.
-        """
+        """Return features as `forward`, of the last layer, and activations `[B K H W]` of all."""
         run = self.run_several(images, layers, differentiable=False)
         with no_gradients():
-            maps = [
-                at_least_single(layout.to_maps(raw)).contiguous()
-                for layout, raw in zip(run.layouts, run.kept, strict=True)
-            ]
+            maps = run.activations()
             return make_features(run.batch, run.z, maps[-1], self.normalize), maps
 
     def run_from_input(
@@ -372,20 +368,14 @@ class EmbeddingNetwork:
     # Checks
 
     def check_tokens(self, images: Images) -> int:
-        """Refuse a layer whose patch tokens never reach the embedding, as `head_pass` does.
-
-        For whoever asks for no gradient. Returns how many of the images were run: at most one.
-        """
+        """Refuse a layer whose patch tokens reach nothing; returns how many images were run."""
         if self._reached or self.layout in ("bkhw", "bhwk", "bkl"):
             return 0
         self.head_pass(images[:1]).close()
         return 1
 
     def check(self, gradients: bool = True) -> None:
-        """Run probe pictures once, so that what cannot be explained says so before work.
-
-        `gradients`: derivatives of the embedding will be asked for, and must not be zero.
-        """
+        """Run probe pictures, so that what cannot be explained (with `gradients`) says so early."""
         if self._sound:
             return
         self.check_steady()
@@ -403,12 +393,12 @@ class EmbeddingNetwork:
                 "every map would be blank; give the output before it (output=), or normalize=False"
             )
         if maps.shape[2] * maps.shape[3] == 1 and not self.runner.over_positions:
-            near = ""
+            names: list[str] = []
             if self.hooked:
                 with no_gradients(), self.runner.precision():
                     batch = self.runner.prepare(probes)
                     names = with_positions(self.module, batch, self.layer)
-                near = f", such as {names[-1]!r}" if names else ""
+            near = f", such as {names[-1]!r}" if names else ""
             size = " x ".join(str(side) for side in probes.shape[2:])
             raise NetworkError(
                 f"layer {self.layer!r} has one position for an input of {size}, so every map would "
@@ -417,15 +407,12 @@ class EmbeddingNetwork:
         self._sound = gradients
 
     def check_steady(self) -> None:
-        """Refuse a network whose embedding depends on the rest of its batch, or on chance.
-
-        A probe picture is run alone, again, and in a batch with another one; found out once.
-        """
+        """Refuse an embedding that depends on the rest of its batch, or on chance; asked once."""
         if self._steady or self.runner.over_positions:
             return
         probes = self.probe_images(2)
         with full_float32(self.device):
-            with self._probing():
+            with self.probing():
                 alone = self.forward(probes[:1])
             allowed = tolerance_of(self.autocast or self.dtype, self.device)
             random = RandomOperations()
@@ -462,28 +449,22 @@ class EmbeddingNetwork:
         """Whether the module's own output always has length 1."""
         return self.head_kind.unit_norm
 
+    def warm_up(self) -> None:
+        """Find out once what later questions need: what the head is."""
+        self._head.kind(self._ask)
+
     @property
     def pooled_replay(self) -> bool:
-        """Whether `pooled_vjp` can be used: the head is pooled, and affine or known as a function.
-
-        A head that is pooled but neither is to be treated as any other head.
-        """
+        """Whether `pooled_vjp` can be used: the head is pooled, and affine or a function."""
         return self.head_kind.pooled and self._head.replays
 
     def pooled_vjp(self, pooled: Images, cotangents: Images) -> Any:
-        """Return dy/dp `[B K]` or `[B S K]` of a pooled head, without images.
-
-        p `[B K]` is the mean of the activations over positions, the cotangents are dy/dz before
-        normalization, `[B D]` or `[B S D]`. An array comes back for an array.
-        """
+        """Return dy/dp `[B (S) K]` of a pooled head for p `[B K]` and dy/dz `[B (S) D]`."""
         gradient = self._head.vjp(self.head_kind, pooled, cotangents)
         return gradient.cpu().numpy() if isinstance(pooled, np.ndarray) else gradient
 
     def head_alone(self, image: Images, most: int | None = None) -> HeadAlone:
-        """Return the head of one input `[1 C H W]` as a function of the activations.
-
-        Where the image must be repeated, at most `most` go at once.
-        """
+        """Return the head of one input `[1 C H W]` alone; at most `most` copies go at once."""
         return self._head.alone(image, most)
 
     def head_outputs(self, image: Images, activations: Tensor) -> Tensor:
@@ -499,7 +480,7 @@ class EmbeddingNetwork:
         """Return two prepared probes, and the layer's output for the first."""
         with no_gradients(), self.runner.precision(False):
             pictures = self.runner.prepare(self._probes())
-            with self._probing():
+            with self.probing():
                 _, raw = self.runner.call(pictures[:1], lambda raw: (raw, raw.clone()), 1)
         return pictures, raw
 
@@ -517,11 +498,11 @@ class EmbeddingNetwork:
 
 def _difference(one: Features, other: Features) -> float:
     """Return |a - b| / |a| of the first embeddings, or of the pooled activations if larger."""
-    largest = 0.0
-    for first, second in (
-        (one.embedding[0].double(), other.embedding[0].double()),
-        (one.activations[0].double().mean((1, 2)), other.activations[0].double().mean((1, 2))),
-    ):
-        size = float(torch.linalg.vector_norm(first))
-        largest = max(largest, float(torch.linalg.vector_norm(first - second)) / (size or 1.0))
-    return largest
+
+    def parts(features: Features) -> tuple[Tensor, Tensor]:
+        return features.embedding[0].double(), features.activations[0].double().mean((1, 2))
+
+    return max(
+        float(torch.linalg.vector_norm(a - b)) / (float(torch.linalg.vector_norm(a)) or 1.0)
+        for a, b in zip(parts(one), parts(other), strict=True)
+    )

@@ -53,15 +53,18 @@ class SeveralRun:
     layouts: list[Layout]
     depth: list[int]
 
+    def activations(self) -> list[Tensor]:
+        """Return `[B K H W]` of each layer, without a graph."""
+        return [
+            at_least_single(layout.to_maps(raw.detach())).contiguous()
+            for raw, layout in zip(self.kept, self.layouts, strict=True)
+        ]
+
 
 def make_features(
     images: Tensor, z: Tensor, maps: Tensor, normalize: bool, allow_zero: bool = False
 ) -> Features:
-    """Return the features of a pass: z `[B D]`, maps `[B K H W]`.
-
-    Images with NaN are an `InputError`, embeddings and maps with it an `EmbeddingError`, as is a z
-    of zeros that is to be normalized, unless `allow_zero`.
-    """
+    """Return the features of z `[B D]` and maps `[B K H W]`, all finite, no z of length zero."""
     norm = torch.linalg.vector_norm(z, dim=1)
     # In Python: for one query, five small tensor operations cost more than the division.
     lengths = norm.tolist()
@@ -82,19 +85,17 @@ def _refuse_bad(images: Tensor, norm: Tensor, maps: Tensor, zero_too: bool) -> N
             f"images at positions {listed(bad_images)} of the batch hold NaN or infinity; "
             "check their preprocessing"
         )
-    precise = "or compute in float32"
+    step, precise = "or use normalize=False", "or compute in float32"
+    zero, bad_maps = (norm == 0) & zero_too, ~torch.isfinite(maps.flatten(1)).all(1)
     causes = (
         (~torch.isfinite(norm), "the embedding holds NaN or infinity", precise),
-        ((norm == 0) & zero_too, "the embedding is zero and cannot be normalised",
-         "or use normalize=False"),
-        (~torch.isfinite(maps.flatten(1)).all(1), "the layer's activations hold NaN or infinity",
-         precise),
-    )  # fmt: skip
+        (zero, "the embedding is zero and cannot be normalised", step),
+        (bad_maps, "the layer's activations hold NaN or infinity", precise),
+    )
     bad = [(flags.nonzero().flatten().tolist(), what, step) for flags, what, step in causes]
-    bad = [one for one in bad if one[0]]
-    if bad:
+    if any(rows for rows, _, _ in bad):
         # The first picture's cause, however large the batch is.
-        rows, what, step = min(bad, key=lambda one: one[0][0])
+        rows, what, step = min((one for one in bad if one[0]), key=lambda one: one[0][0])
         advice = f"leave the picture out, or check the network's weights, {step}"
         raise EmbeddingError(what, advice, rows, len(norm))
 
@@ -120,10 +121,7 @@ def at_least_single(values: Tensor) -> Tensor:
 def derivatives(
     z: Tensor, inputs: Sequence[Tensor], cotangents: Tensor, since: str, keep: bool = True
 ) -> tuple[Tensor | None, ...]:
-    """Return what comes back to each input from cotangents `[n D]` at z; None where nothing does.
-
-    `since` names the inputs in messages; `keep` holds the graph for another use.
-    """
+    """Return what comes back to inputs from cotangents `[n D]` at z; None where nothing does."""
     what = f"the derivative of what follows {since}"
     with user_code(what, advice="take a layer behind the step that has no derivative"):
         # autograd.grad, never backward: no parameter's .grad is touched.
@@ -133,11 +131,7 @@ def derivatives(
 
 
 def half_scale(cotangents: Tensor) -> Tensor:
-    """Return `[B 1]`: by what to multiply cotangents `[B D]` before they go back in half precision.
-
-    Gradients of embeddings are about 1e-4 and would lose their digits there. A power of two and its
-    inverse are exact.
-    """
+    """Return powers of two `[B 1]`, by which cotangents `[B D]` keep digits in half precision."""
     largest = cotangents.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
     return torch.exp2(8 - torch.log2(largest).ceil())
 
@@ -160,9 +154,8 @@ def dead_tokens(layer: str, module: nn.Module) -> NetworkError:
     nearest = before_attention(module)
     advice = f", {nearest!r}" if nearest and nearest != layer else ""
     return NetworkError(
-        f"the patch tokens of layer {layer!r} never reach the embedding (their gradient is zero): "
-        "after the last attention only the class token counts; take the layer before its "
-        f"attention{advice}"
+        f"the patch tokens of layer {layer!r} never reach the embedding: after the last attention "
+        f"only the class token counts; take the layer before its attention{advice}"
     )
 
 
@@ -202,24 +195,21 @@ class _Graph:
             raise unreachable(", ".join(self._names))
         c = c.clone() if c.is_inference() else c
         half = any(raw.dtype == torch.float16 for raw in kept)
-        scale = half_scale(c) if half else None
+        scale = half_scale(c) if half else torch.ones_like(c[:, :1])
         since = f"{'layer' if len(kept) == 1 else 'layers'} {', '.join(map(repr, self._names))}"
-        raws = derivatives(z, kept, c if scale is None else c * scale, since)
         gradients = []
-        for name, layout, raw in zip(self._names, self._layouts, raws, strict=True):
+        for name, layout, raw in zip(
+            self._names, self._layouts, derivatives(z, kept, c * scale, since), strict=True
+        ):
             if raw is None:
                 raise unreachable(name)
             maps = at_least_single(layout.to_maps(raw))
-            maps = maps if scale is None else maps / scale[:, :, None, None]
-            gradients.append(maps.contiguous())
+            gradients.append((maps / scale[:, :, None, None] if half else maps).contiguous())
         return gradients
 
 
 class HeadPass(_Graph):
-    """One forward of B images that can be differentiated from the layer on, as often as wanted.
-
-    Holds the head's graph until it is dropped or closed (`with` closes it).
-    """
+    """One forward of B images that can be differentiated from the layer on, until it is closed."""
 
     def __init__(
         self, features: Features, z: Tensor, leaf: Tensor, layout: Layout, layer: str
@@ -234,10 +224,7 @@ class HeadPass(_Graph):
             return self._back(cotangents)[0]
 
     def jvp(self, tangents: Images) -> Tensor:
-        """Return how z moves with the activations, to first order: dz/dA dA, `[B D]`.
-
-        The pass must have been made with `twice=True`. Prefix tokens stay as they are.
-        """
+        """Return dz/dA dA `[B D]`, prefix tokens as they are; the pass is of `twice=True`."""
         z, (leaf,) = self._open()
         with torch.inference_mode(False), torch.enable_grad():
             moved = torch.as_tensor(tangents, device=leaf.device).to(leaf.dtype)
@@ -249,7 +236,9 @@ class HeadPass(_Graph):
                 )
             try:
                 if self._twice is None:
-                    self._twice = self._backwards(z, leaf)
+                    # dz/dA^T u is linear in u: its derivative towards u is dz/dA.
+                    u = torch.zeros_like(z, requires_grad=True)
+                    self._twice = u, torch.autograd.grad(z, leaf, u, create_graph=True)[0]
                 u, back = self._twice
                 raw = self.layout.to_raw(moved, torch.zeros_like(leaf))
                 outcome = torch.autograd.grad(back, u, raw, retain_graph=True)[0]
@@ -260,16 +249,6 @@ class HeadPass(_Graph):
                     f"({message}); make the pass with twice=True, or take a layer behind that step"
                 ) from error
         return at_least_single(outcome)
-
-    def _backwards(self, z: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
-        """Return u `[B D]` and dz/dA^T u, linear in u: its derivative towards u is dz/dA."""
-        if not z.requires_grad:
-            raise unreachable(self.layer)
-        u = torch.zeros_like(z, requires_grad=True)
-        back = torch.autograd.grad(z, leaf, u, create_graph=True, allow_unused=True)[0]
-        if back is None:
-            raise unreachable(self.layer)
-        return u, back
 
     def close(self) -> None:
         """Free the graph; the features stay."""
@@ -303,10 +282,7 @@ class SeveralPass(_Graph):
         super().__init__(run.z, run.kept, run.layouts, run.names)
         self.layers, self.depth, self._module = run.names, run.depth, module
         with no_gradients():
-            self.activations = [
-                at_least_single(layout.to_maps(raw.detach())).contiguous()
-                for raw, layout in zip(run.kept, run.layouts, strict=True)
-            ]
+            self.activations = run.activations()
             last = self.activations[-1]
             self.features = make_features(run.batch, run.z.detach(), last, normalize)
 
@@ -358,7 +334,6 @@ def replay_vjp(replay: Callable[[Tensor], Tensor], pooled: Tensor, cotangents: T
 # At the input
 
 _RELU = (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_)
-_BOUNDED = (F.hardtanh, F.hardtanh_)
 _IN_PLACE = (F.relu_, torch.relu_, Tensor.relu_, F.hardtanh_)
 # Where `inplace` stands among the arguments of those that have it.
 _INPLACE_AT = {F.relu: 1, F.relu6: 1, F.hardtanh: 3}
@@ -409,15 +384,13 @@ def _top_of(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> float | None:
     """Return where a rectifier is cut off above, infinity for a plain one; None for the rest."""
-    if func in _RELU:
-        return math.inf
-    if func is F.relu6:
-        return 6.0
-    if func in _BOUNDED:
-        low = args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)
-        high = args[2] if len(args) > 2 else kwargs.get("max_val", 1.0)
-        return float(high) if low == 0 else None
-    return None
+    if func in _RELU or func is F.relu6:
+        return 6.0 if func is F.relu6 else math.inf
+    if func not in (F.hardtanh, F.hardtanh_):
+        return None
+    low = args[1] if len(args) > 1 else kwargs.get("min_val", -1.0)
+    high = args[2] if len(args) > 2 else kwargs.get("max_val", 1.0)
+    return float(high) if low == 0 else None
 
 
 def input_gradient(

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..errors import EmbedcamError, InputError, NetworkError
 from .gradients import at_least_single, derivatives, replay_vjp, unreachable
-from .hooks import run_head
 from .layers import Images, Layout, choose_embedding
 from .module import no_gradients
-from .runner import Runner
+from .runner import Runner, run_head
 
 # Scale and sign (0: both) of the random activations. Signed ones tell a ReLU or a power mean from a
 # mean, different scales a normalization or a saturating unit from an affine map.
@@ -36,9 +35,9 @@ class HeadKind:
     pooled: it sees activations only through p, their mean over positions.
     affine: it is z = W p + b; implies `pooled`.
     matrix: W `[D K]`, if affine; float64 for a float64 network, else float32.
-    identity: W is the identity: the embedding is p itself (plus perhaps a constant).
+    identity: the embedding is p itself, plus perhaps a constant.
     unit_norm: its output always has length 1: the module normalizes by itself.
-    uses_positions: a shift of the activations makes it largely another output: it does not pool.
+    uses_positions: a shift of the activations makes it largely another output.
     """
 
     pooled: bool
@@ -52,10 +51,8 @@ class HeadKind:
 class HeadAlone:
     """The head of one input as a function of the activations; `inputs` counts what the trunk saw.
 
-    The trunk sees one picture and the head a batch, which most modules allow; where one does not,
-    the picture is repeated, at most `most` at once. A head given as a function is called by itself
-    where it needs nothing else of the trunk. While it is asked what it is (`asking`), gradients are
-    the caller's choice and nothing is cast.
+    The trunk sees one picture and the head a batch; where a module does not allow that, the picture
+    is repeated. While it is asked what it is, gradients are the caller's and nothing is cast.
     """
 
     def __init__(
@@ -79,8 +76,12 @@ class HeadAlone:
         with torch.inference_mode(False):
             maps = maps.to(self._pictures.device)
             if self._function is not None:
-                raw = self._layout.to_raw(maps, maps)
-                return run_function(self._runner, self._function, raw, len(maps))
+                with no_gradients(), self._runner.precision():
+                    raw = self._layout.to_raw(maps, maps)
+                    # A copy: the head may begin with an in-place unit.
+                    raw = raw.to(self._runner.plain_dtype, copy=True)
+                    output = run_head(self._function, raw)
+                    return at_least_single(choose_embedding(output, self._runner.output, len(maps)))
             one = self._pictures[picture : picture + 1]
             if not self._repeat:
                 try:
@@ -103,16 +104,6 @@ class HeadAlone:
 
         with no_gradients(), self._runner.precision(not self._asking):
             return self._runner.call(images, inject, len(maps))[0]
-
-
-def run_function(
-    runner: Runner, head: Callable[[Tensor], object], raw: Tensor, count: int
-) -> Tensor:
-    """Return z `[n D]` of a head given as a function, on activations in the layer's layout."""
-    with no_gradients(), runner.precision():
-        # A copy: the head may begin with an in-place unit.
-        output = run_head(head, raw.to(runner.plain_dtype, copy=True))
-        return at_least_single(choose_embedding(output, runner.output, count))
 
 
 class NetworkHead:
@@ -142,16 +133,27 @@ class NetworkHead:
         layout = self._runner.read_layout(pictures[:1], raw)
         maps, dtype = layout.to_maps(raw), self._runner.state.dtype
         run = HeadAlone(self._runner, pictures, layout, asking=True)
-        kind = find_head_kind(
-            run,
-            (maps.shape[1], maps.shape[2], maps.shape[3]),
-            dtype=dtype,
-            device=maps.device,
-            has_prefix=layout.prefix > 0,
-        )
+        shape = (maps.shape[1], maps.shape[2], maps.shape[3])
+        kind = find_head_kind(run, shape, dtype, maps.device, layout.prefix > 0)
         if self._runner.head is not None and kind.pooled and not kind.affine:
-            self._replays = _agrees(run, self._replay, maps, tolerance_of(dtype, maps.device))
+            self._replays = self._agrees(run, maps, tolerance_of(dtype, maps.device))
         return kind
+
+    def _agrees(self, run: HeadAlone, maps: Tensor, tolerance: float) -> bool:
+        """Return whether the head, a function of pooled vectors, gives the network's own z."""
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        several = torch.cat([maps, -3 * maps])
+        with torch.no_grad():
+            expected = run(several)
+            try:
+                replayed = self._replay(several.mean((2, 3)))
+            # A head made for larger grids just cannot be replayed.
+            except EmbedcamError:
+                return False
+            if replayed.shape != expected.shape:
+                return False
+            allowed = tolerance * torch.linalg.vector_norm(expected, dim=1)
+            return bool((_distance(replayed, expected) <= allowed).all())
 
     def alone(self, image: Images, most: int | None) -> HeadAlone:
         """Return the head of one input `[1 C H W]` as a function of the activations."""
@@ -166,13 +168,16 @@ class NetworkHead:
 
     def vjp(self, kind: HeadKind, pooled: Images, cotangents: Images) -> Tensor:
         """Return dy/dp `[B K]` or `[B S K]` for p `[B K]` and dy/dz `[B D]` or `[B S D]`."""
+        runner = self._runner
         if not self.replays:
-            raise self._not_pooled()
-        device, dtype = self._runner.device, self._runner.state.dtype
-        single = torch.float64 if dtype == torch.float64 else torch.float32
+            raise NetworkError(
+                f"what follows layer {runner.layer!r} is not a function of the pooled "
+                "activations; use head_pass(images).vjp"
+            )
+        single = torch.float64 if runner.state.dtype == torch.float64 else torch.float32
         with no_gradients():
-            p = torch.as_tensor(pooled, device=device).to(single)
-            c = torch.as_tensor(cotangents, device=device).to(single)
+            p = torch.as_tensor(pooled, device=runner.device).to(single)
+            c = torch.as_tensor(cotangents, device=runner.device).to(single)
             if p.ndim != 2 or c.ndim not in (2, 3) or len(c) != len(p):
                 raise InputError(
                     f"pooled {list(p.shape)} and cotangents {list(c.shape)} do not belong "
@@ -184,44 +189,18 @@ class NetworkHead:
                 if self._matrix is None or self._matrix.device != c.device:
                     self._matrix = torch.as_tensor(kind.matrix, device=c.device)
                 return c @ self._matrix.to(c.dtype)
-            with self._runner.precision():
+            with runner.precision():
                 every = c.clone() if c.ndim == 3 else c.clone()[:, None]
                 gradient = replay_vjp(self._replay, p.clone(), every)
             return gradient if c.ndim == 3 else gradient[:, 0]
 
     def _replay(self, pooled: Tensor) -> Tensor:
         """Return z `[n D]` of pooled activations `[n K]`, by the head on a grid of one position."""
-        runner = self._runner
-        if runner.head is None or runner.layout is None:
-            raise self._not_pooled()
-        raw = runner.layout.one_position(pooled.to(runner.state.dtype))
-        output = run_head(runner.head, raw)
-        return at_least_single(choose_embedding(output, runner.output, len(pooled)))
-
-    def _not_pooled(self) -> NetworkError:
-        return NetworkError(
-            f"what follows layer {self._runner.layer!r} is not a function of the pooled "
-            "activations; use head_pass(images).vjp"
-        )
-
-
-def _agrees(
-    run: HeadAlone, replay: Callable[[Tensor], Tensor], maps: Tensor, tolerance: float
-) -> bool:
-    """Return whether the head, a function of pooled vectors, gives the network's own z."""
-    maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-    several = torch.cat([maps, -3 * maps])
-    with torch.no_grad():
-        expected = run(several)
-        try:
-            replayed = replay(several.mean((2, 3)))
-        # A head made for larger grids just cannot be replayed.
-        except EmbedcamError:
-            return False
-        if replayed.shape != expected.shape:
-            return False
-        allowed = tolerance * torch.linalg.vector_norm(expected, dim=1)
-        return bool((_distance(replayed, expected) <= allowed).all())
+        head, layout = self._runner.head, self._runner.layout
+        if head is None or layout is None:
+            raise unreachable(self._runner.layer)
+        output = run_head(head, layout.one_position(pooled.to(self._runner.state.dtype)))
+        return at_least_single(choose_embedding(output, self._runner.output, len(pooled)))
 
 
 # What a head is
@@ -238,16 +217,11 @@ def tolerance_of(dtype: torch.dtype, device: torch.device) -> float:
 def find_head_kind(
     run: HeadAlone,
     shape: tuple[int, int, int],
-    *,
     dtype: torch.dtype,
     device: torch.device,
-    has_prefix: bool = False,
+    has_prefix: bool,
 ) -> HeadKind:
-    """Ask a deterministic head of activations (K, H, W) whether it is pooled and affine.
-
-    A head that uses prefix tokens is not pooled. With parameters in half precision the comparison
-    is at 4e-2, enough to tell kinds of heads apart.
-    """
+    """Ask a deterministic head of activations (K, H, W) whether it is pooled and affine."""
     tolerance = tolerance_of(dtype, device)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     draws = _random_activations(shape, compute, device)
@@ -257,7 +231,7 @@ def find_head_kind(
     if pooled and large:
         pooled, z = _is_pooled(run, draws, tolerance)
     unit_norm = _near(torch.linalg.vector_norm(z, dim=1), 1.0, max(tolerance, 1e-3))
-    if pooled and has_prefix:
+    if pooled and has_prefix:  # a head that uses prefix tokens is not pooled
         with torch.no_grad():
             moved = _distance(run(draws, shake=True), z)
         pooled = bool((moved <= tolerance * torch.linalg.vector_norm(z, dim=1)).all())
@@ -316,27 +290,22 @@ def _alike(
 def _affine_products(
     run: HeadAlone, draws: Tensor, tolerance: float
 ) -> list[tuple[Tensor, Tensor]] | None:
-    """Return random cotangents c `[D]` and W^T c `[K]`; None if the head has no one Jacobian W.
-
-    It must be the same at every position, draw and picture. Random cotangents stand for all: two
-    different Jacobians agree on them with probability zero.
-    """
+    """Return random cotangents c `[D]` and W^T c `[K]`; None if no one Jacobian W is seen."""
     products: list[tuple[Tensor, Tensor]] = []
-    positions = draws.shape[2] * draws.shape[3]
     for picture in range(2):
         maps = draws.clone().requires_grad_()
         z = run(maps, picture=picture)
         if not z.requires_grad:
             return None
-        generator = torch.Generator().manual_seed(1)
-        rows = torch.randn(2, z.shape[1], generator=generator)
+        rows = torch.randn(2, z.shape[1], generator=torch.Generator().manual_seed(1))
         for number, cotangent in enumerate(rows.to(z.device, z.dtype)):
-            gradient = _gradient(z, maps, cotangent.expand_as(z))
+            (gradient,) = derivatives(z, [maps], cotangent.expand_as(z), "the layer")
             if gradient is None or not bool(torch.isfinite(gradient).all()):
                 return None
             if len(products) <= number:
                 products.append((cotangent, gradient[0].sum((1, 2))))
-            expected = (products[number][1] / positions)[None, :, None, None].expand_as(gradient)
+            each = products[number][1] / (draws.shape[2] * draws.shape[3])
+            expected = each[None, :, None, None].expand_as(gradient)
             allowed = tolerance * torch.linalg.vector_norm(expected.flatten(1), dim=1)
             if not bool((_distance(gradient.flatten(1), expected.flatten(1)) <= allowed).all()):
                 return None
@@ -350,21 +319,16 @@ def _matrix(
     count = max(1, min(64, _CHUNK_NUMBERS // int(np.prod(shape))))
     maps = torch.ones(count, *shape, dtype=dtype, device=device, requires_grad=True)
     z = run(maps)
-    width = z.shape[1]
-    rows = torch.empty(width, shape[0], dtype=dtype)
-    for start in range(0, width, count):
-        stop = min(start + count, width)
+    rows = []
+    for start in range(0, z.shape[1], count):
+        places = torch.arange(min(count, z.shape[1] - start))
         cotangents = torch.zeros_like(z)
-        cotangents[torch.arange(stop - start), torch.arange(start, stop)] = 1
-        gradient = _gradient(z, maps, cotangents)
+        cotangents[places, start + places] = 1
+        (gradient,) = derivatives(z, [maps], cotangents, "the layer")
         if gradient is None:
             raise unreachable("the layer")
-        rows[start:stop] = gradient.sum((2, 3))[: stop - start].cpu()
-    return rows.numpy()
-
-
-def _gradient(z: Tensor, maps: Tensor, cotangents: Tensor) -> Tensor | None:
-    return derivatives(z, [maps], cotangents, "the layer")[0]
+        rows.append(gradient.sum((2, 3))[: len(places)].cpu())
+    return torch.cat(rows).numpy()
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

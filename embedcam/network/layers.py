@@ -45,10 +45,7 @@ def near_misses(word: str, known: Iterable[str], count: int = 4) -> str:
 
 
 def find_layer(module: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
-    """Return (dotted name, module) of a layer given either way, wrappers' prefixes optional.
-
-    Raises `NetworkError` where there is none, or it lies inside a compiled module.
-    """
+    """Return (dotted name, module) of a layer given either way, wrappers' prefixes optional."""
     named = dict(module.named_modules())
     if isinstance(layer, nn.Module):
         name = next((name for name, part in named.items() if part is layer), None)
@@ -60,11 +57,18 @@ def find_layer(module: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Modul
             )
     elif isinstance(layer, str):
         bare = {bare_name(name): name for name in reversed(named)}
-        name = layer if layer in named else bare.get(layer) or _other_name(module, named, layer)
+        name = layer if layer in named else bare.get(layer)
+        if name is None:
+            with suppress(AttributeError):  # another name of a layer that has several
+                part = module.get_submodule(layer)
+                name = next((name for name, known in named.items() if known is part), None)
         if not name:
+            children = [name for name, _ in module.named_children()]
+            more = ", ..." if len(children) > 12 else ""
+            parts = f"; its parts are {', '.join(children[:12])}{more}" if children else ""
             raise NetworkError(
                 f"{type(module).__name__} has no layer {layer!r}"
-                f"{near_misses(layer, [name for name in bare if name]) or _parts(module)}"
+                f"{near_misses(layer, [name for name in bare if name]) or parts}"
             )
     else:
         raise InputError(f"layer={layer!r} is neither a name nor a module of the network")
@@ -78,24 +82,10 @@ def find_layers(module: nn.Module, layers: Sequence[str]) -> list[tuple[str, nn.
         raise InputError("give a list of layers, such as ['layer3', 'layer4']")
     pairs = [find_layer(module, layer) for layer in layers]
     bare = [(bare_name(name), part) for name, part in pairs]
-    names = [name for name, _ in bare]
-    if len(set(names)) < len(names):
-        raise InputError(f"a layer is given twice among {', '.join(names)}; name each once")
+    if len(dict(bare)) < len(bare):
+        names = ", ".join(name for name, _ in bare)
+        raise InputError(f"a layer is given twice among {names}; name each once")
     return bare
-
-
-def _parts(module: nn.Module, most: int = 12) -> str:
-    names = [name for name, _ in module.named_children()]
-    more = ", ..." if len(names) > most else ""
-    return f"; its parts are {', '.join(names[:most])}{more}" if names else ""
-
-
-def _other_name(module: nn.Module, named: dict[str, nn.Module], layer: str) -> str | None:
-    """Return the first name of a layer that has several, given one of the others."""
-    with suppress(AttributeError):
-        part = module.get_submodule(layer)
-        return next((name for name, known in named.items() if known is part), None)
-    return None
 
 
 def _refuse_compiled(named: dict[str, nn.Module], layer: str) -> None:
@@ -111,29 +101,23 @@ def _refuse_compiled(named: dict[str, nn.Module], layer: str) -> None:
         part = named[".".join(parts[:depth])]
         if inside or getattr(part, "_compiled_call_impl", None) is not None:
             raise NetworkError(
-                f"layer {bare_name(layer)!r} lies inside a compiled module, where hooks do not "
-                "fire; give the module as it was before torch.compile, or compile trunk and head "
-                "separately and use EmbeddingNetwork.from_parts"
+                f"layer {bare_name(layer)!r} lies inside a compiled module, where hooks fail; "
+                "give the module before torch.compile, or EmbeddingNetwork.from_parts(trunk, head)"
             )
 
 
 def before_attention(module: nn.Module) -> str | None:
     """Return the name of the normalization before a transformer's last attention, if any."""
     named = dict(module.named_modules())
-    attentions = [
-        name for name, part in named.items() if "attention" in type(part).__name__.lower()
-    ]
+    attentions = [n for n, part in named.items() if "attention" in type(part).__name__.lower()]
     # The outermost of nested attention modules stands beside the block's normalization.
-    outermost = [
-        name for name in attentions if not any(name.startswith(f"{other}.") for other in attentions)
-    ]
+    outermost = [n for n in attentions if not any(n.startswith(f"{o}.") for o in attentions)]
     if not outermost:
         return None
     block = outermost[-1].rpartition(".")[0]
-    for name, part in named[block].named_children():
-        if "norm" in type(part).__name__.lower():
-            return bare_name(f"{block}.{name}" if block else name)
-    return None
+    children = named[block].named_children()
+    norm = next((n for n, part in children if "norm" in type(part).__name__.lower()), None)
+    return None if norm is None else bare_name(f"{block}.{norm}" if block else norm)
 
 
 # How a layer's output is laid out
@@ -194,6 +178,7 @@ def resolve(
 ) -> Layout:
     """Return the layout of a layer's output for `images`, held against what the user said of it."""
     shape = tuple(raw.shape)
+    returned = f"layer {layer!r} returned {list(shape)}"
     if raw.ndim not in (3, 4):
         raise NetworkError(
             f"layer {layer!r} returned a tensor {list(shape)}; expected [B K H W], [B H W K] or "
@@ -201,15 +186,14 @@ def resolve(
         )
     if shape[1 if kind == "tbk" else 0] != len(images):
         raise NetworkError(
-            f"layer {layer!r} returned {list(shape)} for a batch of {len(images)}; expected the "
-            "batch as first dimension: choose a layer that keeps images apart, or say "
-            "layout='tbk' of tokens that come before it"
+            f"{returned} for a batch of {len(images)}; expected the batch as first dimension: "
+            "choose a layer that keeps images apart, or say layout='tbk' of tokens before it"
         )
     if kind == "bkl":
         if len(shape) != 3 or grid is not None or prefix is not None:
             raise NetworkError(
-                f"layer {layer!r} returned {list(shape)}, but layout='bkl' says [B K L], channels "
-                "over positions, without grid= or prefix_tokens="
+                f"{returned}, but layout='bkl' says [B K L], channels over positions, without "
+                "grid= or prefix_tokens="
             )
         return Layout("bkl", (1, shape[2]))
     size = (int(images.shape[-2]), int(images.shape[-1]))
@@ -219,10 +203,9 @@ def resolve(
         kind = "bhwk" if last and not _same_aspect(shape[2:4], size) else "bkhw"
         kind = "btk" if raw.ndim == 3 else kind
     if (kind in _ORDERS) != (raw.ndim == 3):
-        expected = "three dimensions" if kind in _ORDERS else "four dimensions"
         raise NetworkError(
-            f"layer {layer!r} returned {list(shape)}, but layout={kind!r} says {expected}; "
-            'leave layout="auto" or choose another layer'
+            f"{returned}, but layout={kind!r} says {'three' if kind in _ORDERS else 'four'} "
+            'dimensions; leave layout="auto" or choose another layer'
         )
     if kind in _ORDERS:
         count = shape[_ORDERS[kind].index(1)]
@@ -230,8 +213,8 @@ def resolve(
     height, width = shape[1:3] if kind == "bhwk" else shape[2:4]
     if grid is not None and tuple(grid) != (height, width):
         raise NetworkError(
-            f"layer {layer!r} returned {list(shape)}, read as {kind} with a grid of "
-            f"{height} x {width}, but grid={_by(grid)} was given; leave grid= out or set layout="
+            f"{returned}, read as {kind} with a grid of {height} x {width}, but grid={_by(grid)} "
+            "was given; leave grid= out or set layout="
         )
     return Layout(kind, (height, width))
 
@@ -242,11 +225,7 @@ def axes_told(
     size: tuple[int, int],
     layer: str,
 ) -> str:
-    """Return the layout that a layer shows by its outputs for two inputs of other sizes.
-
-    `shapes` are of the outputs, the second empty where no other size was taken; `batches` counts
-    the inputs; `size` is (H, W) of the first. "auto" where the first shape alone tells.
-    """
+    """Return the layout that outputs for two sizes show; "auto" if the first one alone tells."""
     first, second = shapes
     if len(second) == len(first):
         moved = {place for place in range(1, len(first)) if first[place] != second[place]}
@@ -268,13 +247,10 @@ def axes_told(
 
 def smaller(size: tuple[int, int]) -> list[tuple[int, int]]:
     """Return sizes of about half: as it comes, and in steps that networks ask for."""
-    sizes: list[tuple[int, int]] = []
-    for step in (1, 32, 14):
-        height, width = (-(-side // (2 * step)) * step for side in size)
-        fits = all(side % step == 0 for side in size) and (height, width) != tuple(size)
-        if fits and (height, width) not in sizes:
-            sizes.append((height, width))
-    return sizes
+    steps = [step for step in (1, 32, 14) if all(side % step == 0 for side in size)]
+    height, width = size
+    halves = [(-(-height // (2 * n)) * n, -(-width // (2 * n)) * n) for n in steps]
+    return [half for half in dict.fromkeys(halves) if half != tuple(size)]
 
 
 def _same_aspect(grid: Sequence[int], size: tuple[int, int]) -> bool:
@@ -293,15 +269,14 @@ def _tokens(
     layer: str,
 ) -> Layout:
     if grid is not None:
-        h, w = grid
-        before = count - h * w
+        before = count - grid[0] * grid[1]
         if before < 0 or (prefix is not None and before != prefix):
             said = "" if prefix is None else f" and prefix_tokens={prefix}"
             raise NetworkError(
                 f"layer {layer!r} returned {count} tokens, but grid={_by(grid)}{said} makes "
-                f"{h * w + (prefix or 0)}; correct grid= or prefix_tokens="
+                f"{count - before + (prefix or 0)}; correct grid= or prefix_tokens="
             )
-        return Layout("btk", (h, w), before)
+        return Layout("btk", grid, before)
     prefixes = range(min(MAX_PREFIX + 1, count)) if prefix is None else [prefix]
     for exact in (True, False):
         for candidate in prefixes:
@@ -320,11 +295,10 @@ def _grid(count: int, size: tuple[int, int], exact: bool) -> tuple[int, int] | N
     height, width = size
     for h in (h for h in range(1, count + 1) if count % h == 0):
         w = count // h
-        if exact:
-            if h * width == w * height and height % h == 0:
-                return h, w
-            continue
-        for patch in {height // h, -(-height // h), width // w, -(-width // w)} - {0}:
+        if exact and h * width == w * height and height % h == 0:
+            return h, w
+        sides = {height // h, -(-height // h), width // w, -(-width // w)} - {0}
+        for patch in () if exact else sides:
             down, up = (height // patch, width // patch), (-(-height // patch), -(-width // patch))
             if (h, w) in (down, up):
                 return h, w
@@ -389,8 +363,7 @@ def _values(output: Any) -> list[Any]:
 def choose_embedding(output: Any, choice: OutputChoice, batch: int | None) -> Tensor:
     """Return the embedding `[B D]` in what a network's forward returned.
 
-    `choice` None takes a tensor, the first of a tuple, the only one of a dict or dataclass, or
-    `pooler_output`; a str is a key or attribute, an int a position, a callable gets the output.
+    Without a `choice`: a tensor, the first of a tuple, the only one of a dict, or `pooler_output`.
     """
     value = _chosen(output, choice)
     if not isinstance(value, Tensor):
@@ -399,29 +372,28 @@ def choose_embedding(output: Any, choice: OutputChoice, batch: int | None) -> Te
             f"{by} returned {type(value).__name__}; expected the embedding, a tensor [B D]"
         )
     if value.is_complex() or value.layout != torch.strided:
+        real = "torch.view_as_real(out).flatten(1)" if value.is_complex() else "out.to_dense()"
         raise NetworkError(
             f"the network's output is a tensor of {_numbers(value)}; expected an embedding of real "
-            "numbers, such as output=lambda out: "
-            f"{'torch.view_as_real(out).flatten(1)' if value.is_complex() else 'out.to_dense()'}"
+            f"numbers, such as output=lambda out: {real}"
         )
     if value.ndim > 2 and all(side == 1 for side in value.shape[2:]):
         value = value.flatten(1)
     if value.ndim != 2 or value.shape[1] == 0 or (batch and value.shape[0] != batch):
         images = "" if batch is None else f" for a batch of {batch}"
         raise NetworkError(
-            f"the network's output is {list(value.shape)}{images}; expected an "
-            "embedding [B D]: choose it with output=, a name, a position or a function such as "
-            "lambda out: out.last_hidden_state[:, 0]"
+            f"the network's output is {list(value.shape)}{images}; expected an embedding [B D]: "
+            "choose it with output=, such as lambda out: out.last_hidden_state[:, 0]"
         )
     return value
 
 
 def _chosen(output: Any, choice: OutputChoice) -> Any:
-    if choice is None and isinstance(output, Tensor):
-        return output
     if callable(choice):
         with user_code(f"output={describe_choice(choice)}", advice=_OUTPUT):
             return choice(output)
+    if choice is None and isinstance(output, Tensor):
+        return output
     named = _named(output)
     if isinstance(choice, str):
         if isinstance(output, Mapping) and choice in output:
@@ -439,18 +411,18 @@ def _chosen(output: Any, choice: OutputChoice) -> Any:
                 f"output={choice} is beyond the {len(values)} values that the network returned"
             )
         return values[choice]
-    if named is not None:
-        if len(named) == 1:
-            return next(iter(named.values()))
-        if _POOLED in named and set(named) <= {_POOLED, *_UNPOOLED}:
-            return named[_POOLED]
-        # Of several, the first that is one vector an image.
-        likely = [name for name, value in named.items() if value.ndim == 2] or [*named, ""]
-        raise NetworkError(
-            f"the network returned {type(output).__name__} with {', '.join(named)}; say which is "
-            f"the embedding, e.g. output={likely[0]!r}"
-        )
-    return output[0] if isinstance(output, tuple | list) and output else output
+    if named is None:
+        return output[0] if isinstance(output, tuple | list) and output else output
+    if len(named) == 1:
+        return next(iter(named.values()))
+    if _POOLED in named and set(named) <= {_POOLED, *_UNPOOLED}:
+        return named[_POOLED]
+    # Of several, the first that is one vector an image.
+    likely = [name for name, value in named.items() if value.ndim == 2] or [*named, ""]
+    raise NetworkError(
+        f"the network returned {type(output).__name__} with {', '.join(named)}; say which is "
+        f"the embedding, e.g. output={likely[0]!r}"
+    )
 
 
 def _named(output: Any) -> dict[str, Tensor] | None:
@@ -490,10 +462,7 @@ def check_options(
 
 
 def check_images(images: Images, positions: bool = False) -> Tensor:
-    """Return preprocessed images as a tensor `[B C H W]` of floats.
-
-    With `positions` they are signals `[B C L]`, tables `[B L]` or the numbers of words `[B L]`.
-    """
+    """Return images `[B C H W]`, or with `positions` signals, tables or words, as a tensor."""
     if isinstance(images, np.ndarray):
         # torch warns about arrays it could write to though it should not.
         images = torch.from_numpy(images if images.flags.writeable else images.copy())

@@ -1,6 +1,7 @@
 """`load_network`: a network by name, ready to embed and to be explained."""
 
 import importlib
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,15 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_sides
+from .._checks import check_sides, one_of
 from ..errors import InputError, NetworkError
 from ..preprocess import AnyPreprocess, Preprocess, from_transform
 from ..preprocess.probe import probe_inputs
 from .checkpoints import load_state, read_affine, read_state
 from .embedding_network import DEFAULT_INPUT_SIZE, EmbeddingNetwork
-from .hooks import with_positions
 from .layers import LayoutName, choose_embedding, near_misses
-from .module import input_channels, module_device, no_gradients, user_code
+from .module import input_channels, message_of, module_device, no_gradients, user_code
+from .runner import with_positions
 
 Sides = tuple[int, int] | None
 PathLike = str | Path | None
@@ -96,10 +97,9 @@ def load_network(
     NetworkError, InputError
         In one sentence, with the next step.
     """
+    arguments = dict(locals())
     if isinstance(autocast, str):
-        if autocast not in _AUTOCAST:
-            raise InputError(f"autocast = {autocast!r} is unknown; use 'bf16', 'fp16' or 'off'")
-        autocast = _AUTOCAST[autocast]
+        autocast = _AUTOCAST[one_of("autocast", autocast, _AUTOCAST)]
     if not isinstance(network, str):
         raise InputError(
             f"network is a {type(network).__name__}; expected {_FORMS}, or "
@@ -121,14 +121,7 @@ def load_network(
     else:
         product = _call_factory(source, name)
         if isinstance(product, EmbeddingNetwork):
-            moved = None if device is None or torch.device(device) == product.device else device
-            return _as_made(
-                product, network, weights=weights, head=head, layer=layer, size=size, resize=resize,
-                output=output, layout=None if layout == "auto" else layout, grid=grid,
-                prefix_tokens=prefix_tokens, preprocess=preprocess, autocast=autocast,
-                normalize=None if normalize else False, channels_last=channels_last or None,
-                device=moved,
-            )  # fmt: skip
+            return _as_made(product, {**arguments, "autocast": autocast})
         loaded = _from_factory(product, network, weights, head, output)
     if loaded.trunk is not None and layer in (None, PARTS_LAYER):
         layer = PARTS_LAYER
@@ -162,21 +155,15 @@ def load_network(
         channels_last=channels_last,
         name=network,
     )
+    del arguments["preprocess"], arguments["device"]
     result.spec = {
-        "network": network,
+        **arguments,
         "weights": None if weights is None else str(weights),
         "head": None if head is None else str(head),
         "layer": result.layer,
-        "normalize": normalize,
         "size": None if sides is None else list(sides),
-        "resize": resize,
-        "output": output,
-        "layout": layout,
         "grid": None if grid is None else list(grid),
-        "prefix_tokens": prefix_tokens,
         "autocast": next((k for k, kind in _AUTOCAST.items() if kind and kind == autocast), None),
-        "channels_last": channels_last,
-        "seed": seed,
     }
     return result
 
@@ -185,14 +172,13 @@ def _no_network(network: str) -> NetworkError:
     from torchvision import models
 
     package, _, function = network.rpartition(".")
+    advice = f"give {_FORMS}"
     if package and find_spec(package.partition(".")[0]) is not None:
-        return NetworkError(
-            f"{network!r} is not a network; write {package}:{function}, with a colon before "
-            "the function"
-        )
-    known = [f"torchvision:{name}" for name in models.list_models(module=models)]
-    near = near_misses(f"torchvision:{network}", known, 2)
-    return NetworkError(f"{network!r} is not a network; give {_FORMS}{near}")
+        advice = f"write {package}:{function}, with a colon before the function"
+    else:
+        known = [f"torchvision:{name}" for name in models.list_models(module=models)]
+        advice += near_misses(f"torchvision:{network}", known, 2)
+    return NetworkError(f"{network!r} is not a network; {advice}")
 
 
 def _resized(
@@ -203,9 +189,8 @@ def _resized(
         return preprocess
     if not isinstance(preprocess, Preprocess):
         raise InputError(
-            "size and resize change the network's own preprocessing, and it has none that is "
-            "known; leave them out and give preprocess=, or let the function that makes it return "
-            "(module, Preprocess.imagenet(224))"
+            "size and resize change the network's preprocessing, and none is known; give "
+            "preprocess=, or let the function for it return (module, Preprocess.imagenet(224))"
         )
     size, mode = sides or preprocess.size, resize or preprocess.resize
     if mode == "squash":
@@ -229,11 +214,10 @@ def _fetched(build: Callable[[], nn.Module], network: str) -> Any:
         return build()
     # Offline, a library may raise anything from URLError to its own kinds.
     except Exception as error:
-        message = str(error).strip().partition("\n")[0][:120]
         raise NetworkError(
-            f"the pretrained weights of {network} could not be fetched "
-            f"({type(error).__name__}: {message}); give a file with --weights FILE, or random ones "
-            "with --weights random"
+            f"the pretrained weights of {network} could not be fetched ({type(error).__name__}: "
+            f"{message_of(error)}); give a file with --weights FILE, or random ones with --weights "
+            "random"
         ) from error
 
 
@@ -247,9 +231,8 @@ def _load_weights(module: nn.Module, weights: PathLike, dropped: list[str]) -> N
 
 def _last_relu(module: nn.Module) -> str:
     """Return the last convolution's ReLU, before the max pooling halves its grid (VGG, AlexNet)."""
-    named = module.named_modules()
-    units = [str(name) for name, part in named if isinstance(part, nn.ReLU)]
-    return [name for name in units if name.startswith("features.")][-1]
+    units = [name for name, part in module.named_modules() if isinstance(part, nn.ReLU)]
+    return [str(name) for name in units if name.startswith("features.")][-1]
 
 
 def _last_norm_before_attention(module: nn.Module) -> str:
@@ -261,19 +244,13 @@ def _last_norm_before_attention(module: nn.Module) -> str:
 class Family:
     """A family of torchvision's networks.
 
-    layer: dotted name of the layer to explain, or a function finding it.
-    classifier: dotted name of the last linear layer (SqueezeNet: of the whole classifier).
-    head: whether pooling and the rest of the classifier follow `layer` as
-        `classifier(avgpool(activations))` with something non-affine in between.
+    layer: dotted name of the layer to explain, or a function finding it; classifier: of the last
+    linear layer; head: whether `classifier(avgpool(activations))` follows, not affine.
     """
 
     layer: str | Callable[[nn.Module], str]
     classifier: str
     head: bool = False
-
-    def default_layer(self, module: nn.Module) -> str:
-        """Return the dotted name of the layer to explain."""
-        return self.layer if isinstance(self.layer, str) else self.layer(module)
 
 
 FAMILIES: dict[str, Family] = {
@@ -294,8 +271,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def family_of(name: str) -> Family:
-    """Return the family of a torchvision model."""
+def _family_of(name: str) -> Family:
     from torchvision import models
 
     known = models.list_models(module=models)
@@ -315,7 +291,7 @@ def _from_torchvision(
 ) -> Loaded:
     from torchvision import models
 
-    family = family_of(name)
+    family = _family_of(name)
     default = models.get_model_weights(name).DEFAULT
     build, side = models.get_model, {}
     if name.startswith("vit_"):
@@ -344,7 +320,7 @@ def _from_torchvision(
             _replace(module, family.classifier, linear)
     # Not a closure: a copy of the network calls its own module's parts.
     function = partial(_classified, module) if family.head else None
-    layer = family.default_layer(module)
+    layer = family.layer if isinstance(family.layer, str) else family.layer(module)
     return Loaded(module, layer, from_transform(default.transforms()), function)
 
 
@@ -490,9 +466,17 @@ def _call_factory(source: str, name: str) -> Any:
         return target()
 
 
-def _as_made(product: EmbeddingNetwork, network: str, **settings: Any) -> EmbeddingNetwork:
+def _as_made(product: EmbeddingNetwork, arguments: dict[str, Any]) -> EmbeddingNetwork:
     """Return a factory's own `EmbeddingNetwork`, which settles everything by itself."""
-    settled = sorted(key for key, value in settings.items() if value is not None)
+    network, device = arguments["network"], arguments["device"]
+    if device is not None and torch.device(device) == product.device:
+        arguments["device"] = None
+    free = ("network", "seed")
+    settled = sorted(
+        name
+        for name, parameter in inspect.signature(load_network).parameters.items()
+        if name not in free and arguments[name] != parameter.default
+    )
     if settled:
         raise InputError(
             f"{network} returns an EmbeddingNetwork, which settles {', '.join(settled)} itself; "

@@ -38,8 +38,7 @@ def refuse_module(module: object) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise NetworkError(
             f"the network is a TorchScript module ({kind}), whose layers cannot be watched; give "
-            "the module it was made from, or its two halves as EmbeddingNetwork.from_parts(trunk, "
-            "head)"
+            "the one it was made from, or its halves as EmbeddingNetwork.from_parts(trunk, head)"
         )
     if any(base.__name__ == "SentenceTransformer" for base in type(module).__mro__):
         raise NetworkError(
@@ -76,9 +75,7 @@ def refuse_parts(
 ) -> None:
     """Refuse what cannot be called, and a trunk alone; of a whole module both may be missing."""
     for part, role in ((trunk, "trunk"), (head, "head")):
-        if part is None and whole:
-            continue
-        if not callable(part) or isinstance(part, type):
+        if (part is not None or not whole) and (not callable(part) or isinstance(part, type)):
             raise InputError(f"{role} is {_kind(part)}; expected something to call")
     if trunk is not None and head is None:
         raise InputError(
@@ -93,12 +90,13 @@ def _kind(value: object) -> str:
 
 def refuse_elsewhere(module: nn.Module, device: torch.device | None) -> None:
     """Refuse a module without values, or not where it is said to be: it is never moved."""
-    if any(tensor.is_meta for tensor in _tensors(module)):
+    places = {tensor.device: None for tensor in _tensors(module)}
+    if any(place.type == "meta" for place in places):
         raise NetworkError(
             "the network's parameters are on the 'meta' device, so they have no values; call "
             "module.to_empty(device='cpu') and load its weights first"
         )
-    place = next((tensor.device for tensor in _tensors(module)), device)
+    place = next(iter(places), device)
     if device is None or place is None:
         return
     if place.type != device.type or device.index not in (None, place.index):
@@ -139,14 +137,13 @@ class ModuleState:
         modal = [part for one in modules for part in one.modules() if isinstance(part, _MODAL)]
         self._with_mode = [*modules, *modal]
         places = [
-            (value, (part, name))
+            (value.is_floating_point(), (part, name))
             for part in modules[0].modules()
             for name, value in part.named_parameters(recurse=False)
         ]
-        floating = [place for value, place in places if value.is_floating_point()]
         # The part and the name, not the parameter: loading weights may put another in its place.
-        self._first = places[0][1] if places else None
-        self._first_floating = floating[0] if floating else None
+        self._first = next((place for _, place in places), None)
+        self._first_floating = next((place for floating, place in places if floating), None)
 
     @property
     def device(self) -> torch.device:
@@ -208,11 +205,7 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 @contextmanager
 def no_gradients() -> Iterator[None]:
-    """Run without gradients and never in inference mode, also where the caller is in it.
-
-    A network may keep a tensor of its first forward: made in inference mode, it could never take
-    part in a gradient again.
-    """
+    """Run without gradients and never in inference mode, whose tensors can never have one."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -251,10 +244,7 @@ def bare_name(name: str) -> str:
 
 
 def hash_parameters(module: nn.Module, with_bytes: bool = True) -> str:
-    """Return the SHA-256 of a state dict: names sorted, dtypes, shapes and perhaps bytes.
-
-    Left out are wrappers' prefixes and `num_batches_tracked`, which computes nothing.
-    """
+    """Return the SHA-256 of a state dict, names sorted and without wrappers' prefixes."""
     state = {key: value for key, value in module.state_dict().items() if torch.is_tensor(value)}
     names = {key: bare_name(key) for key in state}
     if len(set(names.values())) < len(names):
@@ -283,11 +273,7 @@ def user_code(
     images: Tensor | None = None,
     advice: str = "call it by itself on a tensor of that shape to see the whole of it",
 ) -> Iterator[None]:
-    """Report an exception of the user's own code as a `NetworkError`, kept as its cause.
-
-    Errors of embedcam's own and those of memory pass; a wrong number of channels is an
-    `InputError`. The part of `module` that failed and the shape of `images` are named.
-    """
+    """Report an exception of the user's own code as a `NetworkError`; memory's and ours pass."""
     try:
         yield
     except EmbedcamError:
@@ -358,10 +344,8 @@ def by_chance(operations: set[str], off: float, allowed: float) -> NetworkError:
     """Return the error for a network that embeds one picture otherwise each time."""
     cause = "something in it depends on chance or on what ran before"
     if operations:
-        cause = (
-            f"it draws random numbers ({', '.join(sorted(operations)[:3])}), as a dropout that is "
-            "always on does"
-        )
+        names = ", ".join(sorted(operations)[:3])
+        cause = f"it draws random numbers ({names}), as a dropout that is always on does"
     return NetworkError(
         f"the same picture run twice gives embeddings that differ by {off:.2g} (allowed: "
         f"{allowed:g}): {cause}; switch that off in eval mode, as in F.dropout(x, p, self.training)"
@@ -373,13 +357,10 @@ def by_batch(module: nn.Module, off: float, allowed: float) -> NetworkError:
     cause = "something mixes the pictures of a batch, such as a norm by the batch's statistics"
     for name, part in module.named_modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.running_mean is None:
-            cause = (
-                f"{name!r} ({type(part).__name__}) keeps no running statistics and norms by those "
-                "of the batch"
-            )
+            kind = type(part).__name__
+            cause = f"{name!r} ({kind}) keeps no running statistics and norms by the batch's"
             break
     return NetworkError(
         f"a picture alone and beside another gives embeddings that differ by {off:.2g} (allowed: "
-        f"{allowed:g}): {cause}; make each picture's embedding its own, as batch norm with "
-        "track_running_stats=True in eval mode does"
+        f"{allowed:g}): {cause}; make each its own, as batch norm with running statistics does"
     )

@@ -1,7 +1,13 @@
-"""`Runner`: how a module is run: what goes in, in which precision, hooked where, read how."""
+"""`Runner`: how a module is run: what goes in, in which precision, hooked where, read how.
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+The only file that registers hooks, and the one that calls the user's code.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +16,6 @@ from torch import Tensor, nn
 from .._files import ProcessLock
 from ..errors import EmbedcamError, NetworkError
 from .gradients import SeveralRun, at_least_single
-from .hooks import Change, run_hooked, run_layers, run_parts, watch
 from .layers import (
     Images,
     Layout,
@@ -20,56 +25,205 @@ from .layers import (
     check_images,
     choose_embedding,
     find_layers,
+    first_tensor,
+    replace_first,
     resolve,
     smaller,
 )
-from .module import ModuleState, input_channels, no_gradients, uncompiled
+from .module import ModuleState, bare_name, input_channels, no_gradients, uncompiled, user_code
 
+Change = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""A layer's output -> what to keep of it, and what to hand on."""
 LayoutOptions = tuple[LayoutName, tuple[int, int] | None, int | None]
 """Layout, grid and prefix tokens, as they were given."""
 
 
+class ForwardHook:
+    """Sees a layer's output once, keeps one tensor of it and decides what goes on."""
+
+    def __init__(self, layer: str, change: Change) -> None:
+        self.layer, self.change = layer, change
+        self.calls = 0
+        self._kept: Tensor | None = None
+        self._thread = threading.get_ident()
+
+    def take(self, output: Any) -> Any:
+        """Return the output to go on with."""
+        self.calls += 1
+        if self.calls > 1:
+            return output
+        self._kept, onward = self.change(first_tensor(output, self.layer))
+        return replace_first(output, onward)
+
+    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
+        """Take the output of the layer's call, in the thread that is run for."""
+        # Another thread may be running the same module for somebody else.
+        return self.take(output) if threading.get_ident() == self._thread else None
+
+    @property
+    def kept(self) -> Tensor:
+        """What was kept; a `NetworkError` where the layer was called never or more than once."""
+        if self._kept is None:
+            raise NetworkError(
+                f"layer {self.layer!r} is never called in a forward; choose one that is, or give "
+                "the network as two functions with EmbeddingNetwork.from_parts"
+            )
+        if self.calls > 1:
+            raise NetworkError(
+                f"layer {self.layer!r} is called {self.calls} times in one forward, so its output "
+                "is not one thing; choose a layer that is called once, such as the block around it"
+            )
+        return self._kept
+
+
+@contextmanager
+def _registered(hooks: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    handles = []
+    try:
+        for part, hook in hooks:
+            handles.append(part.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _run_whole(module: nn.Module, images: Tensor) -> Any:
+    with user_code(f"the network ({type(module).__name__})", module, images):
+        return module(images.clone())  # which it may change in place
+
+
+def run_head(head: Callable[[Any], Any], activations: Any) -> Any:
+    """Return what a head given as a function makes of activations in the layer's own layout."""
+    shown = activations if isinstance(activations, Tensor) else None
+    with user_code(f"the head ({_named(head)})", head, shown):
+        return head(activations)
+
+
+def _named(part: object) -> str:
+    return getattr(part, "__qualname__", type(part).__name__)
+
+
+def _run_hooked(
+    module: nn.Module,
+    layers: Sequence[tuple[str, nn.Module]],
+    images: Tensor,
+    change: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Any, list[Tensor]]:
+    """Return what the module returned, and what `change(place, output)` kept of each layer's."""
+    hooks = [ForwardHook(name, partial(change, place)) for place, (name, _) in enumerate(layers)]
+    with _registered([(part, hook) for (_, part), hook in zip(layers, hooks, strict=True)]):
+        output = _run_whole(module, images)
+    return output, [hook.kept for hook in hooks]
+
+
+def _run_parts(
+    trunk: Callable[[Tensor], Any],
+    head: Callable[[Any], Any],
+    layer: str,
+    images: Tensor,
+    change: Change,
+) -> tuple[Any, Tensor]:
+    """Return the same of a network given as two functions, without any hook."""
+    hook = ForwardHook(layer, change)
+    with user_code(f"the trunk ({_named(trunk)})", trunk, images):
+        raw = trunk(images.clone())
+    output = run_head(head, hook.take(raw))
+    return output, hook.kept
+
+
+def _run_layers(
+    module: nn.Module,
+    layers: Sequence[tuple[str, nn.Module]],
+    images: Tensor,
+    differentiable: bool,
+) -> tuple[Any, list[Tensor], list[int]]:
+    """Return the output, each layer's own, and the layers' places in the order they ran."""
+    order: list[int] = []
+
+    def keep(place: int, raw: Tensor) -> tuple[Tensor, Tensor]:
+        order.append(place)
+        if not differentiable:
+            return raw.clone(), raw
+        # Behind the first, a layer's output is part of the graph already.
+        kept = raw if raw.requires_grad else raw.detach().clone().requires_grad_()
+        torch.set_grad_enabled(True)  # until the end of the caller's context
+        return kept, kept.clone()  # what follows may begin with an in-place unit
+
+    output, kept = _run_hooked(module, layers, images, keep)
+    return output, kept, [order.index(place) for place in range(len(layers))]
+
+
+def _watch(
+    module: nn.Module, parts: Mapping[str, nn.Module], images: Tensor
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that parts return in one run, in order; those before a failure count."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    thread = threading.get_ident()
+
+    def look(name: str, output: Any) -> None:
+        if threading.get_ident() == thread:
+            with suppress(NetworkError):
+                shapes.setdefault(name, tuple(first_tensor(output, name).shape))
+
+    hooks = [
+        (part, lambda *seen, name=name: look(name, seen[2]))
+        for name, part in parts.items()
+        if not isinstance(part, torch.jit.ScriptModule)  # it takes no hooks
+    ]
+    with _registered(hooks), suppress(EmbedcamError):
+        _run_whole(module, images)
+    return shapes
+
+
+def with_positions(module: nn.Module, images: Tensor, before: str | None = None) -> list[str]:
+    """Return the names of layers with several positions, in the order they run, up to `before`."""
+    shapes = _watch(module, {bare_name(n): part for n, part in module.named_modules() if n}, images)
+    names = list(shapes)
+    names = names[: names.index(before)] if before in names else names
+    return [
+        name
+        for name in names
+        if len(shape := shapes[name]) in (3, 4)
+        and shape[0] == len(images)
+        and (shape[1] > 1 if len(shape) == 3 else max(shape[2:]) > 1)
+    ]
+
+
+@dataclass(eq=False)
 class Runner:
     """Runs a module hooked at its layer, or a trunk and a head, and reads what they return.
 
-    Remembers what inputs and outputs showed: the input's size, the layer's layout, which axes of a
-    layer are positions, and in which type a trunk returns one plain tensor.
+    Remembers the input's size, layouts, and in which type a trunk returns one plain tensor.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        layer: str,
-        hooked: nn.Module,
-        *,
-        trunk: Callable[[Tensor], Any] | None,
-        head: Callable[[Any], Any] | None,
-        output: OutputChoice,
-        layout_options: LayoutOptions,
-        input_size: tuple[int, int] | None,
-        device: torch.device | None,
-        autocast: torch.dtype | None,
-        channels_last: bool,
-    ) -> None:
-        self.module, self.layer, self.hooked = module, layer, hooked
-        self.trunk, self.head = trunk, head
-        self.output, self.layout_options, self.input_size = output, layout_options, input_size
-        self.autocast, self.channels_last = autocast, channels_last
-        self.channels = input_channels(module)
-        self.layout: Layout | None = None
-        self.example: Tensor | None = None
-        self.plain_dtype: torch.dtype | None = None
+    module: nn.Module
+    layer: str
+    hooked: nn.Module
+    trunk: Callable[[Tensor], Any] | None
+    head: Callable[[Any], Any] | None
+    output: OutputChoice
+    layout_options: LayoutOptions
+    input_size: tuple[int, int] | None
+    told_device: torch.device | None
+    autocast: torch.dtype | None
+    channels_last: bool
+    layout: Layout | None = None
+    example: Tensor | None = None
+    plain_dtype: torch.dtype | None = None
+    lock: ProcessLock = field(default_factory=ProcessLock)
+    _last_layout: tuple[tuple[torch.Size, torch.Size], Layout] | None = None
+    _told: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.channels = input_channels(self.module)
         run_by = [part for part in self.parts or () if isinstance(part, nn.Module)]
-        self.state = ModuleState([module, *run_by])
-        self.lock = ProcessLock()
-        self._device = device
-        self._last_layout: tuple[tuple[torch.Size, torch.Size], Layout] | None = None
-        self._told: dict[str, str] = {}
+        self.state = ModuleState([self.module, *run_by])
 
     @property
     def device(self) -> torch.device:
         """Where images are sent: where the parameters are, unless told at construction."""
-        return self._device or self.state.device
+        return self.told_device or self.state.device
 
     @property
     def parts(self) -> tuple[Callable[[Tensor], Any], Callable[[Any], Any]] | None:
@@ -121,11 +275,13 @@ class Runner:
                     self.plain_dtype = output.dtype if isinstance(output, Tensor) else None
                 return output
 
-            output, kept = run_parts(run_trunk, head, self.layer, images, change)
+            output, kept = _run_parts(run_trunk, head, self.layer, images, change)
         else:
             layer = [(self.layer, self.hooked)]
             with self.lock:
-                output, (kept,) = run_hooked(self.module, layer, images, lambda _, raw: change(raw))
+                output, (kept,) = _run_hooked(
+                    self.module, layer, images, lambda _, raw: change(raw)
+                )
         return at_least_single(choose_embedding(output, self.output, batch)), kept
 
     def call_layers(
@@ -140,7 +296,7 @@ class Runner:
             )
         with no_gradients(), self.precision(), self.lock:
             batch = self.prepare(images)
-            output, kept, depth = run_layers(self.module, named, batch, differentiable)
+            output, kept, depth = _run_layers(self.module, named, batch, differentiable)
             z = at_least_single(choose_embedding(output, self.output, len(batch)))
         names = [name for name, _ in named]
         layouts = [self._layout_of(name, raw, batch) for name, raw in zip(names, kept, strict=True)]
@@ -149,27 +305,22 @@ class Runner:
     def traceable(
         self, probe: Images, layers: Sequence[str]
     ) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
-        """Return images -> z `[B D]` and the layers' `[B K H W]`, by tensor operations alone.
-
-        For exporters; nothing of input or output is checked. One run on the probe finds out how
-        the layers are laid out. Of trunk and head the only layer is the network's own.
-        """
+        """Return images -> z `[B D]`, layers' `[B K H W]`, laid out as on the probe; no checks."""
         if self.parts is not None and list(layers) == [self.layer]:
             with no_gradients(), self.precision(False):
                 batch = self.prepare(probe)
-                _, raw = self.call(batch, unchanged, 1)
+                _, raw = self.call(batch, lambda raw: (raw, raw), 1)
             layouts = [self.read_layout(batch, raw)]
         else:
             layouts = self.call_layers(probe, layers, differentiable=False).layouts
 
         def run(images: Tensor) -> tuple[Tensor, list[Tensor]]:
             if self.parts is not None:
-                output, kept = run_parts(*self.parts, self.layer, images, copied)
+                output, kept = _run_parts(*self.parts, self.layer, images, copied)
                 raws = [kept]
             else:
-                output, raws, _ = run_layers(
-                    self.module, find_layers(self.module, layers), images, False
-                )
+                named = find_layers(self.module, layers)
+                output, raws, _ = _run_layers(self.module, named, images, False)
             z = at_least_single(choose_embedding(output, self.output, None))
             return z, [layout.to_maps(raw) for layout, raw in zip(layouts, raws, strict=True)]
 
@@ -213,16 +364,13 @@ class Runner:
         with no_gradients(), self.precision(), uncompiled(), self.lock:
             if self.parts is None:
                 parts = dict(find_layers(self.module, [layer]))
-                return watch(self.module, parts, images).get(layer, ())
+                return _watch(self.module, parts, images).get(layer, ())
             with suppress(EmbedcamError):
-                _, kept = run_parts(self.parts[0], lambda raw: raw, layer, images, unchanged)
+                kept = _run_parts(
+                    self.parts[0], lambda raw: raw, layer, images, lambda raw: (raw, raw)
+                )[1]
                 return tuple(kept.shape)
         return ()
-
-
-def unchanged(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Keep the layer's output itself."""
-    return raw, raw
 
 
 def copied(raw: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,13 @@
 """OFFLINE: a network and its images -> an index on disk. Resumable, and the same bytes each time.
 
-    embed -> weights -> fit the encoding -> encode and draw own maps -> write
-
-Each arrow is a set of finished chunks in a scratch folder inside the index's own, so a job killed
-at any moment goes on where it stopped. `explain` never imports this room: they meet on disk.
+A job is a plan (what is to be done), shards (ranges of chunks, each a file in a checkpoint inside
+the index's folder), and a merge (reductions, encoding, calibrations, one commit). A job killed at
+any moment goes on where it stopped.
 """
 
-from .changes import Changes
+from .build import SCRATCH_GB, add_images, build_index, calibrate_index, indexed_images
 from .features import build_from_features
-from .jobs import SCRATCH_GB, add_images, build_index, calibrate_index, indexed_images
-from .report import BuildReport
+from .report import BuildReport, Changes
 
 __all__ = [
     "SCRATCH_GB",

@@ -1,6 +1,6 @@
 """The cotangent of each anchor under a recipe: from cached embeddings alone, no forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,9 +9,9 @@ import numpy as np
 
 from ..errors import InputError
 from ..images.number_labels import label_values
+from ..recipe import WHITENED
 from ..recipe.recipe import Recipe
 from ..targets import (
-    WHITENED,
     Whitened,
     centred_cotangent,
     margin_cotangent,
@@ -19,10 +19,15 @@ from ..targets import (
     whitening,
     with_own,
 )
-from .classes import label_codes
-from .neighborhoods import NearestOthers
-from .number_triplets import NumberSampler
-from .triplets import Triplets, TripletSampler, active, given_triplets
+from .triplets import (
+    NearestOthers,
+    NumberSampler,
+    Triplets,
+    TripletSampler,
+    active,
+    check_given,
+    label_codes,
+)
 
 _BLOCK = 1 << 14
 
@@ -30,15 +35,9 @@ _BLOCK = 1 << 14
 def coded_labels(
     recipe: Recipe, labels: Sequence[str | None], names: Sequence[str]
 ) -> np.ndarray | None:
-    """Labels as a recipe takes them: integer codes of classes `[N]`, or numbers, float64 `[N]`.
+    """Return integer codes of classes `[N]`, or numbers, float64 `[N]`, as the recipe takes them.
 
-    Args:
-        recipe: says which.
-        labels: `[N]`.
-        names: of the images, for messages.
-
-    Raises:
-        InputError: a label that should be a number and is none.
+    `names` are the images', for the InputError of a label that should be a number and is none.
     """
     if recipe.labels == "numbers":
         return label_values(labels, names)
@@ -49,10 +48,8 @@ def coded_labels(
 class Cotangents:
     """What a batch of anchors is differentiated along, at the embedding f.
 
-    Args:
-        values: `[a D]`, the mean over the triplets that count, or `[a S D]`, one a triplet.
-        used: with `[a S D]`, the triplets that count, `[a S]` booleans.
-        counts: triplets that count, `[a]`; with the centred target 1.
+    `values` are `[a D]`, the mean over the triplets that count, or `[a S D]`, one a triplet, with
+    `used` `[a S]`; `counts` are the triplets that count, `[a]`; with the centred target 1.
     """
 
     values: np.ndarray
@@ -61,14 +58,9 @@ class Cotangents:
 
 
 class AnchorCotangents:
-    """Cotangents of anchors under a recipe.
+    """Cotangents of anchors under a recipe, from all embeddings f `[N D]` and their mean `[D]`.
 
-    Args:
-        recipe: target, method, sampling, hinge and seed.
-        embeddings: f of every image, `[N D]`.
-        labels: `[N]` as `coded_labels` gives them, or None.
-        mean: mean embedding `[D]`, for the centred target and part.
-        given: the user's own triplets `[N S 2]`, with sampling "given".
+    `labels` are as `coded_labels` gives them, `given` the user's own triplets `[N S 2]`.
 
     The *whitened* targets measure the margin where the collection is alike in all directions, as
     Fisher's discriminant does: with C the covariance of the embeddings and
@@ -98,68 +90,82 @@ class AnchorCotangents:
         mean: np.ndarray,
         given: np.ndarray | None = None,
     ) -> None:
-        self.recipe, self.embeddings, self.mean, self.given = recipe, embeddings, mean, given
-        self.sampler: TripletSampler | None = None
-        takes = recipe.sampling == "given" and recipe.resolved_target == "margin"
-        if (given is not None) != takes:
+        self.recipe, self.embeddings, self.mean = recipe, embeddings, mean
+        self._of: Callable[[np.ndarray], Cotangents]
+        target = recipe.resolved_target
+        if (given is not None) != (recipe.sampling == "given" and target == "margin"):
             raise InputError(
                 "an array of triplets goes with target 'margin' and sampling 'given', and with "
                 "nothing else; give both or neither"
             )
-        if given is not None:
+        if target == "centred":
+            self._of = self._centred
+        elif given is not None:
             # All of them, once: a look at every triplet for every batch would take hours.
-            given_triplets(np.arange(0), given, len(embeddings))
-        if recipe.resolved_target != "centred" and given is None:
-            drawn: dict[str, Any] = {
-                "sampling": recipe.resolved_sampling,
-                "n_triplets": recipe.n_triplets,
-                "margin": recipe.margin,
-                "seed": recipe.seed,
-            }
-            nearest = NearestOthers(embeddings)
-            if labels is None or recipe.labels == "classes":
-                self.sampler = TripletSampler(embeddings, labels, nearest, **drawn)
+            check_given(given, len(embeddings))
+            self._pairs, self._of = given, self._of_given
+        else:
+            self.sampler = _sampler(recipe, embeddings, labels)
+            if target in WHITENED:
+                self._of = self._whitened
             else:
-                drawn |= {"positives": recipe.positives, "negatives": recipe.negatives}
-                self.sampler = NumberSampler(embeddings, labels, nearest, **drawn)
+                exact = recipe.resolved_sampling == "all"
+                self._of = self._of_all if exact else self._of_drawn
 
     def of(self, anchors: np.ndarray) -> Cotangents:
-        """Cotangents of the anchors at positions `[a]`."""
-        anchors = np.asarray(anchors, np.int64)
-        if self.recipe.resolved_target == "centred":
-            values = centred_cotangent(np.asarray(self.embeddings[anchors]), self.mean)
-            return Cotangents(values, None, np.ones(len(anchors), np.int64))
-        if self.recipe.resolved_target in WHITENED:
-            return self._whitened(anchors)
-        if self.sampler is not None and self.recipe.resolved_sampling == "all":
-            difference, counts = self.sampler.mean_difference(anchors)
-            return Cotangents(2 * difference, None, counts)
-        return self._of_triplets(self._triplets(anchors))
+        """Return the cotangents of the anchors at positions `[a]`."""
+        return self._of(np.asarray(anchors, np.int64))
+
+    def _centred(self, anchors: np.ndarray) -> Cotangents:
+        values = centred_cotangent(np.asarray(self.embeddings[anchors]), self.mean)
+        return Cotangents(values, None, np.ones(len(anchors), np.int64))
+
+    def _of_all(self, anchors: np.ndarray) -> Cotangents:
+        difference, counts = self.sampler.mean_difference(anchors)
+        return Cotangents(2 * difference, None, counts)
+
+    def _of_drawn(self, anchors: np.ndarray) -> Cotangents:
+        return self._of_triplets(self.sampler.draw(anchors))
+
+    def _of_given(self, anchors: np.ndarray) -> Cotangents:
+        pairs = np.asarray(self._pairs[anchors], np.int64)
+        return self._of_triplets(Triplets(anchors, pairs[..., 0], pairs[..., 1]))
+
+    def _of_triplets(self, triplets: Triplets) -> Cotangents:
+        used = np.ones(triplets.positives.shape, bool)
+        if self.recipe.hinge:
+            used = active(triplets, self.embeddings, self.recipe.margin)
+        counts = used.sum(1)
+        positives = np.asarray(self.embeddings[triplets.positives])
+        negatives = np.asarray(self.embeddings[triplets.negatives])
+        if self.recipe.per_triplet:
+            return Cotangents(margin_cotangent(positives, negatives), used, counts)
+        share = (used / np.maximum(counts, 1)[:, None]).astype(positives.dtype)[:, None]
+        return Cotangents(
+            margin_cotangent((share @ positives)[:, 0], (share @ negatives)[:, 0]), None, counts
+        )
 
     def _whitened(self, anchors: np.ndarray) -> Cotangents:
-        """A whitened target: what the images of each anchor's label share, and its own part."""
-        assert self.sampler is not None
         counts = np.empty(len(anchors), np.int64)
         values = np.empty((len(anchors), self.embeddings.shape[1]))
-        shared = self.sampler.labelled(anchors)
-        if shared.any():
-            values[shared], counts[shared] = self._of_labels(anchors[shared])
+        labelled = self.sampler.labelled(anchors)
+        if labelled.any():
+            values[labelled], counts[labelled] = self._of_labels(anchors[labelled])
         alone = self._amounts(labelled=False)
-        values[~shared], counts[~shared] = self._margins(anchors[~shared], alone)
+        values[~labelled], counts[~labelled] = self._margins(anchors[~labelled], alone)
         if self.recipe.resolved_target == "distinctive":
             centred = centred_cotangent(np.asarray(self.embeddings[anchors]), self.mean)
             for of_label in (True, False):
-                rows = shared == of_label
-                own = self._amounts(labelled=of_label).own
-                values[rows] = with_own(values[rows], centred[rows], own)
+                rows = labelled == of_label
+                share = self._amounts(labelled=of_label).own
+                values[rows] = with_own(values[rows], centred[rows], share)
         return Cotangents(values.astype(np.float32), None, counts)
 
     def _of_labels(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the images of each anchor's label share, `[a D]`, and of how many triplets it is."""
-        assert self.sampler is not None
-        classes = self.sampler.classes
-        if classes is None:
+        """Return what images of each anchor's label share, `[a D]`, and of how many triplets."""
+        if not self.sampler.by_class:
             return self._margins(anchors, self._amounts(labelled=True))
+        classes = self.sampler.classes
         codes = classes.codes[anchors]
         sums = self._class_sums[classes.shared[codes]]
         counts = self.sampler.mean_difference(anchors)[1]
@@ -169,9 +175,7 @@ class AnchorCotangents:
         return Whitened.of(self.recipe.resolved_target, self.recipe.norm, labelled)
 
     def _margins(self, places: np.ndarray, amounts: Whitened) -> tuple[np.ndarray, np.ndarray]:
-        """A times the margin's cotangent, by a share of the norm's Jacobian, `[n D]` float64; and
-        of how many triplets each is."""
-        assert self.sampler is not None
+        """Return A times the margin's cotangent, `[n D]` float64, and of how many triplets."""
         difference, counts = self.sampler.mean_difference(places, amounts.borrowed)
         own = np.asarray(self.embeddings[places])
         return whitened_cotangent(2 * difference, own, self._matrix, amounts.jacobian), counts
@@ -179,8 +183,6 @@ class AnchorCotangents:
     @cached_property
     def _class_sums(self) -> np.ndarray:
         """Sums of the whitened cotangents over the images of each shared label, `[L D]`."""
-        assert self.sampler is not None
-        assert self.sampler.classes is not None
         amounts = self._amounts(labelled=True)
         return self.sampler.classes.sums(
             lambda places: self._margins(places, amounts)[0], self.embeddings.shape[1]
@@ -197,23 +199,16 @@ class AnchorCotangents:
             squares += block.T @ block
         return whitening(squares / n, total / n, self._amounts(labelled=True).ridge)
 
-    def _triplets(self, anchors: np.ndarray) -> Triplets:
-        if self.sampler is not None:
-            return self.sampler.draw(anchors)
-        assert self.given is not None
-        pairs = np.asarray(self.given[anchors], np.int64)
-        return Triplets(anchors, pairs[..., 0], pairs[..., 1])
 
-    def _of_triplets(self, triplets: Triplets) -> Cotangents:
-        used = np.ones(triplets.positives.shape, bool)
-        if self.recipe.hinge:
-            used = active(triplets, self.embeddings, self.recipe.margin)
-        counts = used.sum(1)
-        positives = np.asarray(self.embeddings[triplets.positives])
-        negatives = np.asarray(self.embeddings[triplets.negatives])
-        if self.recipe.per_triplet:
-            return Cotangents(margin_cotangent(positives, negatives), used, counts)
-        share = (used / np.maximum(counts, 1)[:, None]).astype(positives.dtype)[:, None]
-        return Cotangents(
-            margin_cotangent((share @ positives)[:, 0], (share @ negatives)[:, 0]), None, counts
-        )
+def _sampler(recipe: Recipe, embeddings: np.ndarray, labels: np.ndarray | None) -> TripletSampler:
+    sampling: dict[str, Any] = {
+        "sampling": recipe.resolved_sampling,
+        "n_triplets": recipe.n_triplets,
+        "margin": recipe.margin,
+        "seed": recipe.seed,
+    }
+    nearest = NearestOthers(embeddings)
+    if labels is None or recipe.labels == "classes":
+        return TripletSampler(embeddings, labels, nearest, **sampling)
+    shares = {"positives": recipe.positives, "negatives": recipe.negatives}
+    return NumberSampler(embeddings, labels, nearest, **shares, **sampling)

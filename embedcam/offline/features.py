@@ -1,4 +1,4 @@
-"""OFFLINE, without images: an index from embeddings and pooled activations that already exist."""
+"""An index from embeddings and pooled activations that already exist; no image is read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,23 +8,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import wrong_number
+from .._checks import check_sides, wrong_number
 from ..errors import InputError, RecipeError
 from ..index import PartData, check_target, create
-from ..index.encoding import LowRank
 from ..index.identity import ALIKE, Identity
-from ..methods.weights import weights_from_pooled
 from ..network import EmbeddingNetwork
 from ..network.checkpoints import read_affine
 from ..recipe.recipe import Recipe
-from ..targets import head_cotangent
-from .assembly import described, header, make_encoding, sample_places
-from .checks import check_amounts, disk_errors, warn_of_norm
-from .classes import alone
+from .build import _Stages
 from .cotangents import AnchorCotangents, coded_labels
-from .match_fit import calibrate_match
-from .passes import POOLED_METHODS, is_exact
-from .report import BuildReport, Stages, label_counts, number_range
+from .match import calibrate_match
+from .merge import header, layer_entry, make_encoding, sample_places
+from .plan import check_amounts, disk_errors, warn_of_norm
+from .report import BuildReport, labels_of
+from .strategies import POOLED_METHODS, HeadCodes, PooledClosedForm, is_exact
+from .triplets import alone
 
 BLOCK = 1024
 AGREEMENT = 1e-3
@@ -37,21 +35,25 @@ UNIT = 1e-5
 class AffineHead:
     """z = W p + b behind a global average pool.
 
-    Args:
-        matrix: W, float32 `[D K]`.
-        bias: b, `[D]`, or None.
+    Attributes
+    ----------
+    matrix
+        W, float32 `[D K]`.
+    bias
+        b, `[D]`, or None.
     """
 
     matrix: np.ndarray
     bias: np.ndarray | None = None
 
     def output(self, pooled: np.ndarray) -> np.ndarray:
-        """z `[n D]` of pooled activations `[n K]`."""
+        """Return z `[n D]` of pooled activations `[n K]`."""
         z = pooled @ self.matrix.T
-        return z if self.bias is None else z + self.bias
+        output: np.ndarray = z if self.bias is None else z + self.bias
+        return output
 
     def pooled_vjp(self, pooled: Tensor, cotangents: Tensor) -> Tensor:
-        """dy/dp, which is W^T dy/dz wherever it is asked for."""
+        """Return dy/dp, which is W^T dy/dz wherever it is asked for."""
         return cotangents @ torch.from_numpy(self.matrix).to(cotangents)
 
 
@@ -78,24 +80,41 @@ def build_from_features(
     Such an index has no own maps (they need activations). Named `network`, it can be queried with
     pictures; without, with `Explainer.explain_features` alone.
 
-    Args:
-        embeddings: `[N D]`; with `normalize` of unit length or not.
-        pooled: mean of the layer's activations over positions, `[N K]`.
-        path: folder of the index.
-        recipe: the choices.
-        grid: (H, W) of the layer.
-        head: the affine head; None means the embedding is the pooled vector itself (D = K).
-        normalize: whether the index's embeddings are L2-normalised.
-        ids: of the images; None numbers them.
-        labels: of the images, or None; texts of numbers with a recipe of labels "numbers".
-        positive_pooled: mean of max(A, 0), `[N K]`; Grad-CAM++ needs it where A can be negative.
-        triplets: with sampling "given": `[N S 2]`.
-        network: whose identity to record; its layer, head and grid must be those of the features.
-        replace: redo a finished index.
-        progress: a bar; None shows it on a terminal or in a notebook, else logs how far it is.
+    Parameters
+    ----------
+    embeddings
+        `[N D]`; with `normalize` of unit length or not.
+    pooled
+        Mean of the layer's activations over positions, `[N K]`.
+    path
+        Folder of the index.
+    recipe
+        The choices.
+    grid
+        (H, W) of the layer.
+    head
+        The affine head; None means the embedding is the pooled vector itself (D = K).
+    normalize
+        Whether the index's embeddings are L2-normalised.
+    ids
+        Of the images; None numbers them.
+    labels
+        Of the images, or None; texts of numbers with a recipe of labels "numbers".
+    positive_pooled
+        Mean of max(A, 0), `[N K]`; Grad-CAM++ needs it where A can be negative.
+    triplets
+        With sampling "given": `[N S 2]`.
+    network
+        Whose identity to record; its layer, head and grid must be those of the features.
+    replace
+        Redo a finished index.
+    progress
+        A bar; None shows it on a terminal or in a notebook, else logs how far it is.
 
-    Raises:
-        InputError: shapes that do not fit, NaN, or features that the head does not connect.
+    Raises
+    ------
+    InputError
+        Shapes that do not fit, NaN, or features that the head does not connect.
     """
     recipe, path = recipe or Recipe(), Path(path)
     check_target(path, replace)
@@ -105,140 +124,88 @@ def build_from_features(
             f"{' or '.join(map(repr, POOLED_METHODS))}, or build from the images"
         )
     warn_of_norm(recipe, normalize, 2)
-    features = _checked(recipe, embeddings, pooled, positive_pooled, head, normalize, grid)
-    n, width = features.embeddings.shape
+    embeddings, pooled = _matrix("embeddings", embeddings), _matrix("pooled", pooled)
+    grid = check_sides("grid", grid)
+    head = head or _identity_head(embeddings, pooled)
+    embeddings, lengths = _agreeing(
+        embeddings, _checked_output(head, embeddings, pooled), normalize
+    )
+    positive = _positive(recipe, pooled, positive_pooled)
+    (n, width), n_channels = embeddings.shape, pooled.shape[1]
     names = [str(i) for i in range(n)] if ids is None else [str(one) for one in ids]
     kept_labels: list[str | None] = [None] * n if labels is None else list(labels)
     if not len(names) == len(kept_labels) == n:
         raise InputError(f"{n} embeddings came with {len(names)} ids and {len(kept_labels)} labels")
-    n_channels = features.pooled.shape[1]
     check_amounts(recipe, names, kept_labels, width, n_channels, triplets)
-    identity = None if network is None else _identity(network, features)
-    mean = features.embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
+    identity = None if network is None else _identity(network, head, normalize, grid)
+    mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
     codes = coded_labels(recipe, kept_labels, names)
-    anchors = AnchorCotangents(recipe, features.embeddings, codes, mean, triplets)
-    exact = is_exact(recipe, features.head.matrix, normalize)
-    encoding = make_encoding(
-        recipe,
-        features.head.matrix if exact else None,
-        features.grid,
-        mean,
-        normalize,
-        lambda: features.weights(anchors, sample_places(n, recipe.seed), False)[0],
-        n_channels=n_channels,
-    )
+    anchors = AnchorCotangents(recipe, embeddings, codes, mean, triplets)
+    exact, processor = is_exact(recipe, head.matrix, normalize), torch.device("cpu")
+    strategy = PooledClosedForm(head, recipe, normalize, processor)
+    if exact:
+        strategy = HeadCodes(head.matrix, False, head, recipe, normalize, processor)
+    arrays = {
+        "embedding": embeddings,
+        "length": lengths,
+        "pooled": pooled,
+        "positive_pooled": positive,
+    }
+
+    def weights(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        cotangents = anchors.of(places)
+        some = {name: values[places] for name, values in arrays.items()}
+        rows = slice(0, len(places))
+        found = strategy.weigh(pooled, {**some, "grid": np.array(grid)}, rows, cotangents)
+        return found["weights"], cotangents.counts
+
+    def sample() -> np.ndarray:
+        places = sample_places(n, recipe.seed)
+        blocks = range(0, len(places), BLOCK)
+        return np.concatenate([weights(places[start : start + BLOCK])[0] for start in blocks])
+
+    matrix = head.matrix if exact else None
+    encoding = make_encoding(recipe, matrix, grid, mean, normalize, sample, n_channels)
     fields = {name: np.empty((n, *f.shape), f.dtype) for name, f in encoding.fields.items()}
     counts = np.empty(n, np.uint32)
-    stages = Stages(progress)
+    stages = _Stages(progress)
     with stages("weights", n) as tick:
         for start in range(0, n, BLOCK):
             places = np.arange(start, min(start + BLOCK, n))
-            weights, used = features.weights(anchors, places, exact)
-            if exact and isinstance(encoding, LowRank):
-                rows = encoding.encode_codes(weights)
-            else:
-                rows = encoding.encode(weights)
-            for name, values in rows.items():
-                fields[name][places] = values
+            values, used = weights(places)
+            n_positions = grid[0] * grid[1]
+            rows, _ = strategy.encode(encoding, values, embeddings[places], mean, n_positions)
+            for name, stored in rows.items():
+                fields[name][places] = stored
             counts[places] = np.minimum(used, np.iinfo(np.uint32).max)
             tick(len(places))
-    part = PartData(names, kept_labels, [""] * n, features.embeddings, counts, [fields], [None])
-    about = header(
-        recipe,
-        None if network is None or identity is None else described(network, identity),
-        None,
-        width,
-        normalize,
-        "given" if network is None else network.layer,
-        features.grid,
-        encoding,
-        None,
-        given=triplets,
-    )
+    part = PartData(names, kept_labels, [""] * n, embeddings, counts, [fields], [None])
+    described, layer, shared = None, "given", {"embedding_mean": mean}
+    if network is not None and identity is not None:
+        described, layer = {**identity.to_dict(), "loading": network.spec}, network.layer
+        shared |= identity.arrays()
+    entry = layer_entry(layer, grid, encoding, None)
+    about = header(recipe, described, None, width, normalize, [entry], given=triplets)
     about["match_calibration"] = calibrate_match(
-        features.embeddings, kept_labels, recipe.metric, recipe.seed, recipe.near
+        embeddings, kept_labels, recipe.metric, recipe.seed, recipe.near
     )
-    shared = {"embedding_mean": mean, **({} if identity is None else identity.arrays())}
     with stages("write"), disk_errors(path):
         create(path, about, [encoding.fitted], shared, part, replace=replace)
-    by_label = codes is not None and recipe.resolved_target != "centred" and triplets is None
-    n_single = int(alone(codes).sum()) if by_label and codes is not None else 0
+    n_single = 0
+    if codes is not None and recipe.resolved_target != "centred" and triplets is None:
+        n_single = int(alone(codes).sum())
+    by_class, n_unlabelled, numbers = labels_of(kept_labels, recipe.labels)
     n_empty = int((counts == 0).sum())
     return BuildReport(
-        path,
-        n,
-        [],
-        n_single,
-        n_empty,
-        stages.seconds,
-        *label_counts(kept_labels, recipe.labels),
-        numbers=number_range(kept_labels, recipe.labels),
+        path, n, [], n_single, n_empty, stages.seconds, by_class, n_unlabelled, numbers=numbers
     )
-
-
-@dataclass(frozen=True)
-class _Features:
-    """Features found to fit together.
-
-    Args:
-        recipe: the choices.
-        head: z of the pooled vectors.
-        embeddings: f, `[N D]`.
-        lengths: |z|, `[N]`.
-        pooled, positive: `[N K]`.
-        normalize: whether f = z / |z|.
-        grid: (H, W).
-    """
-
-    recipe: Recipe
-    head: AffineHead
-    embeddings: np.ndarray
-    lengths: np.ndarray
-    pooled: np.ndarray
-    positive: np.ndarray
-    normalize: bool
-    grid: tuple[int, int]
-
-    def weights(
-        self, anchors: AnchorCotangents, places: np.ndarray, exact: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Averaged weights `[n K]`, or dy/dz `[n D]` where exact, and the triplets that counted."""
-        weights, counts = [], []
-        for start in range(0, len(places), BLOCK):
-            rows = places[start : start + BLOCK]
-            found = anchors.of(rows)
-            at_head = head_cotangent(
-                found.values,
-                self.embeddings[rows],
-                self.lengths[rows],
-                self.recipe.head_norm,
-                self.normalize,
-            ).astype(np.float32)
-            counts.append(found.counts)
-            if exact:
-                weights.append(at_head)
-                continue
-            averaged = weights_from_pooled(
-                self.head,
-                torch.from_numpy(self.pooled[rows]),
-                torch.from_numpy(self.positive[rows]),
-                torch.from_numpy(at_head),
-                None if found.used is None else torch.from_numpy(found.used),
-                self.grid[0] * self.grid[1],
-                self.recipe.method,
-            )
-            weights.append(averaged.numpy())
-        return np.concatenate(weights), np.concatenate(counts)
 
 
 def read_array(path: str | Path) -> np.ndarray:
-    """An array from a `.npy` file, memory-mapped; never unpickled.
-
-    Raises:
-        InputError: not readable as one array.
-    """
+    """Read an array from a `.npy` file, memory-mapped; never unpickled."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        return array
     except FileNotFoundError as error:
         raise InputError(f"{path}: there is no such file; give a .npy array") from error
     except (OSError, ValueError, EOFError) as error:
@@ -248,7 +215,7 @@ def read_array(path: str | Path) -> np.ndarray:
 
 
 def read_head(path: str | Path) -> AffineHead:
-    """An affine head from a safetensors file with `weight [D K]` and perhaps `bias [D]`."""
+    """Read an affine head from a safetensors file with `weight [D K]` and perhaps `bias [D]`."""
     affine = read_affine(path, None)
     bias = None if affine.bias is None else affine.bias.detach().numpy()
     return AffineHead(affine.weight.detach().numpy(), bias)
@@ -256,12 +223,10 @@ def read_head(path: str | Path) -> AffineHead:
 
 def _matrix(name: str, values: np.ndarray) -> np.ndarray:
     values = np.asarray(values)
-    if values.ndim != 2 or values.dtype.kind != "f":
+    if values.ndim != 2 or values.dtype.kind != "f" or 0 in values.shape:
         raise InputError(
             f"{name} is {values.dtype} of shape {list(values.shape)}; expected floats [N width]"
         )
-    if 0 in values.shape:
-        raise InputError(f"{name} is empty, {list(values.shape)}; expected floats [N width]")
     _check_numbers(name, values)
     return values.astype(np.float32, copy=False)
 
@@ -272,32 +237,22 @@ def _check_numbers(name: str, values: np.ndarray) -> None:
         raise InputError(f"{name}: row {wrong[0]} {wrong[1]}")
 
 
-def _checked(
-    recipe: Recipe,
-    embeddings: np.ndarray,
-    pooled: np.ndarray,
-    positive_pooled: np.ndarray | None,
-    head: AffineHead | None,
-    normalize: bool,
-    grid: tuple[int, int],
-) -> _Features:
-    embeddings, pooled = _matrix("embeddings", embeddings), _matrix("pooled", pooled)
-    if len(grid) != 2 or any(int(side) != side or side < 1 for side in grid):
-        raise InputError(f"grid = {grid!r}; give (H, W) of the layer, such as (7, 7)")
-    head = head or _identity_head(embeddings, pooled)
-    z = _checked_head(head, embeddings, pooled)
-    lengths = np.linalg.norm(z, axis=1)
-    given = np.linalg.norm(embeddings, axis=1)
+def _agreeing(
+    embeddings: np.ndarray, z: np.ndarray, normalize: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return f `[N D]` and |z| `[N]` of embeddings that are what the head makes, z `[N D]`."""
+    lengths, norms = np.linalg.norm(z, axis=1), np.linalg.norm(embeddings, axis=1)
     if normalize:
-        if not (np.minimum(lengths, given) > 0).all():
-            row = int(np.minimum(lengths, given).argmin())
+        if not (np.minimum(lengths, norms) > 0).all():
+            row = int(np.minimum(lengths, norms).argmin())
             raise InputError(f"embedding {row} has length 0, so it has no direction")
         z = z / lengths[:, None]
-        if (np.abs(given - 1) > UNIT).any():
-            embeddings = embeddings / given[:, None]
-    made = np.linalg.norm(z, axis=1)
+        if (np.abs(norms - 1) > UNIT).any():
+            embeddings = embeddings / norms[:, None]
+    expected = np.linalg.norm(z, axis=1)
     # Relative to each, but near 0 an embedding is all rounding.
-    off = np.linalg.norm(z - embeddings, axis=1) / np.maximum(made, 1e-3 * made.max() + 1e-30)
+    least = 1e-3 * expected.max() + 1e-30
+    off = np.linalg.norm(z - embeddings, axis=1) / np.maximum(expected, least)
     if off.max() > AGREEMENT:
         worst = int(off.argmax())
         raise InputError(
@@ -305,32 +260,29 @@ def _checked(
             f"activations (allowed: {AGREEMENT:g}); give the head that belongs to these features, "
             "and say whether the embeddings are L2-normalised"
         )
-    positive = _positive(recipe, pooled, positive_pooled)
-    height, breadth = (int(side) for side in grid)
-    return _Features(
-        recipe, head, embeddings, lengths, pooled, positive, normalize, (height, breadth)
-    )
+    return embeddings, lengths
 
 
-def _identity(network: EmbeddingNetwork, features: _Features) -> Identity:
-    """The identity of the network, found to be one that these features can be of."""
-    identity, kind = network.identity(), network.head_kind
+def _identity(
+    network: EmbeddingNetwork, head: AffineHead, normalize: bool, grid: tuple[int, int]
+) -> Identity:
+    """Return the identity of the network, if these features can be its."""
+    identity, matrix = network.identity(), network.head_kind.matrix
     activations = network.forward(network.probe_images()).activations
-    shape = None if kind.matrix is None else list(kind.matrix.shape)
-    said = {
-        "normalize": (features.normalize, network.normalize),
-        "grid": (list(features.grid), list(activations.shape[2:])),
-        "head": (list(features.head.matrix.shape), shape),
+    shape = None if matrix is None else list(matrix.shape)
+    facts = {
+        "normalize": (normalize, network.normalize),
+        "grid": (list(grid), list(activations.shape[2:])),
+        "head": (list(head.matrix.shape), shape),
     }
-    for what, (mine, its) in said.items():
+    for what, (mine, its) in facts.items():
         if mine != its:
             raise InputError(
                 f"the features have {what} {mine} and the network {its}; give the network and "
                 "layer that the features were computed with"
             )
-    matrix = features.head.matrix
-    assert kind.matrix is not None
-    off = float(np.linalg.norm(kind.matrix - matrix)) / max(float(np.linalg.norm(matrix)), 1e-30)
+    length = max(float(np.linalg.norm(head.matrix)), 1e-30)
+    off = float(np.linalg.norm(np.asarray(matrix) - head.matrix)) / length
     if off > ALIKE:
         raise InputError(
             f"the features' head is off by {off:.2g} from the network's (allowed: {ALIKE:g}); "
@@ -348,8 +300,8 @@ def _identity_head(embeddings: np.ndarray, pooled: np.ndarray) -> AffineHead:
     return AffineHead(np.eye(pooled.shape[1], dtype=np.float32))
 
 
-def _checked_head(head: AffineHead, embeddings: np.ndarray, pooled: np.ndarray) -> np.ndarray:
-    """z `[N D]` as the head makes it."""
+def _checked_output(head: AffineHead, embeddings: np.ndarray, pooled: np.ndarray) -> np.ndarray:
+    """Return z `[N D]` as the head makes it."""
     expected = (embeddings.shape[1], pooled.shape[1])
     bias = expected[:1] if head.bias is None else head.bias.shape
     if head.matrix.shape != expected or bias != expected[:1] or len(embeddings) != len(pooled):
@@ -367,6 +319,7 @@ def _checked_head(head: AffineHead, embeddings: np.ndarray, pooled: np.ndarray) 
 
 
 def _positive(recipe: Recipe, pooled: np.ndarray, given: np.ndarray | None) -> np.ndarray:
+    """Return the mean of max(A, 0), `[N K]`, where the method needs it."""
     if recipe.method != "gradcam++":
         return pooled
     if given is not None:

@@ -1,42 +1,91 @@
-"""What a job tells the user: how far it is while it runs, a report when it is done."""
+"""What a job tells the user, and how a collection differs from its index."""
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Self
 
-from ..errors import cut
-from ..images import LeftOut
+from ..errors import InputError, cut
+from ..images import DatasetSource, ImageSource, LeftOut
 from ..images.number_labels import number_of
-from ..images.progress import progress_of
+from ..images.progress import Advance
+from ..index import Index
 from ..render import Table, drawn_blocks
-from .changes import Changes
 
 _SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How a collection differs from its index; ids, in the order of the collection or the index.
+
+    Attributes
+    ----------
+    new
+        Of images that the index did not hold.
+    changed
+        Of those with another file, label or path than were indexed.
+    vanished
+        Of those that are there no more, or cannot be read any more.
+    n_same
+        Images that are as they were.
+    n_unmarked
+        Those of them of whose files the index keeps no mark, so that a change is not seen.
+    """
+
+    new: list[str]
+    changed: list[str]
+    vanished: list[str]
+    n_same: int
+    n_unmarked: int
+
+    @property
+    def gone(self) -> list[str]:
+        """Ids whose rows are to be removed."""
+        return [*self.changed, *self.vanished]
+
+    def without(self, unreadable: set[str]) -> Self:
+        """Return the same once it is known which images could not be read."""
+        return replace(
+            self,
+            new=[name for name in self.new if name not in unreadable],
+            changed=[name for name in self.changed if name not in unreadable],
+            vanished=[*self.vanished, *(name for name in self.changed if name in unreadable)],
+        )
 
 
 @dataclass(frozen=True)
 class BuildReport:
     """What a build did.
 
-    Attributes:
-        path: the index.
-        n_images: images indexed by this job.
-        skipped: (id, reason) of images that could not be read, or not embedded.
-        n_single: of these images, those alone in their class, those without a label among them:
-            their positives are their nearest neighbours. 0 where labels draw nothing.
-        n_without_triplets: images whose every triplet was satisfied: their weights are zero.
-        seconds: wall time of each stage.
-        labels: how many of these images have each label, by its name; empty where labels are
-            numbers.
-        n_unlabelled: of these images, those without a label.
-        left_out: what lies beside the images and was not taken.
-        notes: what looks like a mistake, a sentence each.
-        changes: what an update found new, changed and vanished; None of other jobs.
-        numbers: the least and the largest label where labels are numbers, else None.
+    Attributes
+    ----------
+    path
+        The index.
+    n_images
+        Images indexed by this job.
+    skipped
+        (id, reason) of images that could not be read, or not embedded.
+    n_single
+        Of these images, those alone in their class, those without a label among them: their
+        positives are their nearest neighbors. 0 where labels draw nothing.
+    n_without_triplets
+        Images whose every triplet was satisfied: their weights are zero.
+    seconds
+        Wall time of each stage.
+    labels
+        How many of these images have each label, by its name; empty where labels are numbers.
+    n_unlabelled
+        Of these images, those without a label.
+    left_out
+        What lies beside the images and was not taken.
+    notes
+        What looks like a mistake, a sentence each.
+    changes
+        What an update found new, changed and vanished; None of other jobs.
+    numbers
+        The least and the largest label where labels are numbers, else None.
     """
 
     path: Path
@@ -53,13 +102,12 @@ class BuildReport:
     numbers: tuple[float, float] | None = None
 
     def taken(self) -> list[str]:
-        """What was taken and what was not, a line each."""
-        said = [f"labels: {self._labels_line()}"] if self.n_images else []
+        """Return what was taken and what was not, a line each."""
+        lines = [f"labels: {self._labels_line()}"] if self.n_images else []
         not_taken = self._not_taken()
-        return [*said, *([f"not taken: {not_taken}"] if not_taken else []), *self.notes]
+        return [*lines, *([f"not taken: {not_taken}"] if not_taken else []), *self.notes]
 
     def _repr_html_(self) -> str:
-        """A table for notebooks."""
         rows: list[tuple[str, object]] = [
             ("index", self.path),
             ("images", f"{self.n_images:,}"),
@@ -94,36 +142,81 @@ class BuildReport:
         return f"{len(self.labels):,} ({few}), of {each} {images} each{without}"
 
 
-def label_counts(labels: Iterable[str | None], kind: str = "classes") -> tuple[dict[str, int], int]:
-    """How many images have each label, by its name (of numbers nothing), and how many have none."""
+def labels_of(
+    labels: Iterable[str | None], kind: str
+) -> tuple[dict[str, int], int, tuple[float, float] | None]:
+    """Return the images of each class, those without a label, and the range of number labels."""
     counts = Counter(labels)
     n_unlabelled = counts.pop(None, 0)
-    if kind == "numbers":
-        return {}, n_unlabelled
-    return {name: counts[name] for name in sorted(filter(None, counts))}, n_unlabelled
+    if kind != "numbers":
+        return {name: counts[name] for name in sorted(filter(None, counts))}, n_unlabelled, None
+    values = [number_of(label) for label in counts]
+    return {}, n_unlabelled, (min(values), max(values)) if values else None
 
 
-def number_range(labels: Iterable[str | None], kind: str) -> tuple[float, float] | None:
-    """The least and the largest of labels that are numbers; None of classes, or without any."""
-    values = [number_of(label) for label in labels if label is not None]
-    return (min(values), max(values)) if values and kind == "numbers" else None
+def changes_since(index: Index, source: ImageSource, tick: Advance) -> tuple[Changes, list[int]]:
+    """Return how a whole collection differs from its index, and places of what is new or changed.
 
-
-class Stages:
-    """Times named stages, and shows how far they are.
-
-    Args:
-        progress: see `progress_of`.
+    Images that were added from other folders are left alone.
     """
+    _check_root(index, source)
+    rows = index.select(index.live_positions())
+    listed = zip(rows.ids, rows.paths, rows.labels, rows.marks, strict=True)
+    known = {name: (path, label, mark) for name, path, label, mark in listed}
+    new, changed, places, n_unmarked = list[str](), list[str](), list[int](), 0
+    for place, item in enumerate(source.items):
+        tick(1)
+        if item.id not in known:
+            new.append(item.id)
+            places.append(place)
+            continue
+        path, label, mark = known.pop(item.id)
+        state = source.state(place, mark)
+        if (path, label) != (item.path, item.label) or state not in ("same", None):
+            changed.append(item.id)
+            places.append(place)
+        else:
+            n_unmarked += state is None
+    # Absolute paths are of images that were added from elsewhere.
+    left = [(name, path) for name, (path, _, _) in known.items() if path]
+    vanished = [name for name, path in left if not Path(path).is_absolute()]
+    n_known = len(source) - len(new)
+    _check_alike(index, source, n_known, len(changed))
+    return Changes(new, changed, vanished, n_known - len(changed), n_unmarked), places
 
-    def __init__(self, progress: bool | None) -> None:
-        self._progress = progress
-        self.seconds: dict[str, float] = {}
 
-    @contextmanager
-    def __call__(self, stage: str, n_images: int = 0) -> Iterator[Callable[[int], Any]]:
-        """Yields what is to be told how many images were dealt with."""
-        start = time.perf_counter()
-        with progress_of(stage, n_images, shown=self._progress) as advance:
-            yield advance
-        self.seconds[stage] = time.perf_counter() - start
+def _check_root(index: Index, source: ImageSource) -> None:
+    if isinstance(source, DatasetSource):
+        raise InputError(
+            "a data set has no files to compare; update from a folder or a CSV: find_images(...)"
+        )
+    stored = index.manifest.images_root
+    root = None if source.root is None else str(source.root.resolve())
+    if stored is None:
+        raise InputError(
+            f"{index.path}: was not built from a folder or a CSV, so there is nothing to compare "
+            "with; add images without --update (update=True)"
+        )
+    if root != stored:
+        raise InputError(
+            f"{index.path}: was built from {stored}, and {root} is given; update it from there, "
+            "add images of another folder without --update (update=True), or redo the index with "
+            "--refit (replace=True) where its images were moved"
+        )
+
+
+def _check_alike(index: Index, source: ImageSource, n_known: int, n_changed: int) -> None:
+    """Refuse a list that would replace all that the index holds."""
+    instead = "redo the index with --refit (replace=True) if it is to be replaced"
+    if len(index) and not n_known:
+        raise InputError(
+            f"{index.path}: none of its {len(index):,} images is among the {len(source):,} given; "
+            f"give the whole collection, or {instead}"
+        )
+    bare = all(label is None for label in index.labels[index.live_positions()])
+    if n_known and n_changed == n_known and bare != all(label is None for label in source.labels):
+        has, come = ("no labels", "with labels") if bare else ("labels", "without")
+        raise InputError(
+            f"{index.path}: has {has}, and the images given come {come}; give the labels "
+            f"(--labels) that it was built with, or {instead}"
+        )

@@ -6,14 +6,17 @@ anchor's triplets do not depend on batches, on workers, or on where a killed bui
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from ..errors import InputError, RecipeError
-from ..recipe.recipe import SAMPLINGS
-from .classes import Classes
+from ..errors import InputError
+from ..images.number_labels import Values
+from ..index import nearest
+from ..index.search import SLACK, rank
 
 BLOCK = 1024
 """Anchors that share a generator."""
@@ -23,6 +26,13 @@ N_EXCLUDED = 100
 """Without labels: negatives are drawn from outside this many nearest images."""
 N_HARD = 50
 """`hard`: negatives are drawn from this many nearest images of other labels."""
+EXACT = 1 << 13
+"""Images up to which every one is compared with all others for its nearest."""
+LIST, PROBES, TRAINED, ROUNDS = 512, 16, 64, 10
+"""Images a list, lists looked at, images a centroid is trained on, and rounds of it."""
+_SUMMED = _ADDED = 1 << 14
+_GATHERED = 8 << 20
+"""Numbers of candidates' embeddings held at once."""
 
 Nearest = Callable[[np.ndarray, int], np.ndarray]
 """(anchor positions [a], k) -> positions [a k] of each anchor's nearest other images, in order."""
@@ -37,22 +47,60 @@ class Triplets:
     negatives: np.ndarray
 
 
+class Classes:
+    """Group images by label: `order` lists positions class by class.
+
+    `shared` is each class's number among those of two images or more, -1 for an image alone.
+    """
+
+    def __init__(self, codes: np.ndarray) -> None:
+        _, self.codes = np.unique(codes, return_inverse=True)
+        self.order = np.argsort(self.codes, kind="stable")
+        self.sizes = np.bincount(self.codes)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.ranks = np.empty(len(self.codes), np.int64)
+        self.ranks[self.order] = np.arange(len(self.codes)) - self.starts[self.codes[self.order]]
+        self.shared = np.where(self.sizes > 1, np.cumsum(self.sizes > 1) - 1, -1)
+
+    def sums(self, rows: Callable[[np.ndarray], np.ndarray], width: int) -> np.ndarray:
+        """Sum `rows(positions)` `[b width]` over each shared class, float64 `[C width]`.
+
+        Images alone have no sum: a collection that is mostly without labels would take as many
+        numbers as its embeddings, in doubles.
+        """
+        sums = np.zeros((int((self.sizes > 1).sum()), width))
+        shared = np.flatnonzero(self.sizes[self.codes] > 1)
+        for start in range(0, len(shared), _SUMMED):
+            places = shared[start : start + _SUMMED]
+            np.add.at(sums, self.shared[self.codes[places]], rows(places))
+        return sums
+
+
+def label_codes(labels: list[str | None]) -> np.ndarray | None:
+    """Return labels as integers `[N]`, one without a label a class of its own; None without any."""
+    if all(label is None for label in labels):
+        return None
+    known = {label: code for code, label in enumerate(sorted({s for s in labels if s is not None}))}
+    free = iter(range(len(known), len(known) + len(labels)))
+    return np.array([next(free) if label is None else known[label] for label in labels], np.int64)
+
+
+def alone(labels: np.ndarray) -> np.ndarray:
+    """Return which images are alone with their code, or have no number, `[N]` booleans."""
+    if labels.dtype.kind == "f":
+        without: np.ndarray = np.isnan(labels)
+        return without
+    classes = Classes(labels)
+    single: np.ndarray = classes.sizes[classes.codes] == 1
+    return single
+
+
 class TripletSampler:
-    """Draws S triplets for each anchor.
+    """Draw S triplets for each anchor, by integer labels `[N]` or, without them, by nearness.
 
-    Args:
-        embeddings: `[N D]` of every image that may be drawn.
-        labels: integer labels `[N]`, or None: then nearness stands in for them.
-        sampling: "random" (with replacement), "semihard" (D(a,p) < D(a,n) < D(a,p) + margin, else
-            the nearest beyond; Schroff et al. 2015), "hard" (negatives from the 50 nearest images
-            of other labels) or "all" (no draw: `mean_difference` is exact).
-        n_triplets: S, >= 1.
-        margin: of semihard.
-        seed: of every draw.
-        nearest: finds neighbours; asked only where needed.
-
-    Raises:
-        InputError: too few images, or a single class.
+    `sampling` is "random" (with replacement), "semihard" (D(a,p) < D(a,n) < D(a,p) + margin, else
+    the nearest beyond; Schroff et al. 2015), "hard" (negatives from the 50 nearest images of other
+    labels) or "all" (no draw: `mean_difference` is exact).
     """
 
     def __init__(
@@ -66,158 +114,132 @@ class TripletSampler:
         margin: float = 0.2,
         seed: int = 0,
     ) -> None:
-        if sampling not in SAMPLINGS:
-            raise RecipeError(
-                f"sampling {sampling!r} is unknown; use one of {', '.join(SAMPLINGS)}"
-            )
-        if n_triplets < 1:
-            raise InputError(f"{n_triplets} triplets an image: give at least 1")
         if len(embeddings) < 3:
             raise InputError(
                 f"{len(embeddings)} images are too few for triplets, which take an anchor, a "
                 "positive and a negative; give at least 3, or use the target 'centred'"
             )
-        if labels is not None and np.shape(labels) != (len(embeddings),):
-            raise InputError(
-                f"{len(embeddings)} embeddings came with labels of shape {list(np.shape(labels))}; "
-                f"expected [{len(embeddings)}]"
-            )
         self.embeddings, self.nearest = embeddings, nearest
         self.sampling, self.n_triplets = sampling, n_triplets
         self.margin, self.seed = margin, seed
-        self.classes = None if labels is None else Classes(np.asarray(labels))
-        if self.classes is not None and len(self.classes.sizes) == 1:
+        self.by_class = labels is not None
+        # Without labels every image is alone in its class.
+        self.classes = Classes(np.arange(len(embeddings)) if labels is None else labels)
+        if len(self.classes.sizes) == 1:
             raise InputError(
                 f"all {len(embeddings)} images have one label, so there are no negatives; give "
                 "images of at least two labels, build without labels, or use the target 'centred'"
             )
 
     def draw(self, anchors: np.ndarray) -> Triplets:
-        """S triplets for each anchor position `[a]`; the same for an anchor in whatever company."""
+        """Draw S triplets for anchor positions `[a]`, the same for an anchor in any company."""
         anchors = np.asarray(anchors, np.int64)
         uniform = self._uniform(anchors)
-        positives = self._positives(anchors, uniform[..., 0])
+        positives, negatives = np.empty((2, *uniform.shape[:2]), np.int64)
+        known = self.labelled(anchors)
+        positives[known] = self._labelled_positives(anchors[known], uniform[known, :, 0])
+        if not known.all():
+            near, excluded = self._neighborhoods(anchors[~known])
+            places = pick(uniform[~known, :, 0], near.shape[1])
+            positives[~known] = np.take_along_axis(near, places, axis=1)
         if self.sampling == "semihard":
             negatives = self._semihard(anchors, positives, uniform[..., 1])
         elif self.sampling == "hard":
             negatives = self._hard(anchors, uniform[..., 1])
         else:
-            negatives = self._random_negatives(anchors, uniform[..., 1])
+            negatives[known] = self._labelled_negatives(anchors[known], uniform[known, :, 1])
+            if not known.all():
+                excluded = np.concatenate([anchors[~known][:, None], excluded], axis=1)
+                n = len(self.embeddings)
+                negatives[~known] = outside(uniform[~known, :, 1], excluded, n)
         return Triplets(anchors, positives, negatives)
 
     def mean_difference(
         self, anchors: np.ndarray, borrowed: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Mean of f_p - f_n over *every* possible triplet, in closed form from class sums.
+        """Return the mean of f_p - f_n over *every* triplet, float32 `[a D]`, and their number.
 
-        Args:
-            anchors: positions `[a]`.
-            borrowed: b: the mean positive of an anchor in a label of n <= b images, 1 < n, is
-                (b - n + 1) / 2b the mean of its nearest images, and the rest the label's.
-
-        Returns:
-            The means `[a D]` float32, and how many triplets each stands for, `[a]` int64.
+        With `borrowed` = b the mean positive of an anchor in a class of n <= b images, 1 < n, is
+        (b - n + 1) / 2b the mean of its nearest images, and the rest the class's.
         """
         anchors = np.asarray(anchors, np.int64)
-        total = self._total
-        n = len(self.embeddings)
-        if self.classes is None:
-            near, far = self._neighbourhoods(anchors)
-            outside = n - 1 - far.shape[1]
-            own = np.asarray(self.embeddings[anchors], np.float64)
+        difference = np.empty((len(anchors), self.embeddings.shape[1]), np.float32)
+        counts, known = np.empty(len(anchors), np.int64), self.labelled(anchors)
+        if known.any():
+            by_label = self._labelled_difference(anchors[known], borrowed)
+            difference[known], counts[known] = by_label
+        if not known.all():
+            near, excluded = self._neighborhoods(anchors[~known])
+            n_outside = len(self.embeddings) - 1 - excluded.shape[1]
+            own = np.asarray(self.embeddings[anchors[~known]], np.float64)
             p_mean = self._gathered_mean(near)
-            n_sum = total - own - far.shape[1] * self._gathered_mean(far)
-            counts = np.full(len(anchors), near.shape[1] * outside)
-            return (p_mean - n_sum / outside).astype(np.float32), counts
-        codes = self.classes.codes[anchors]
-        sizes = self.classes.sizes[codes]
-        own = np.asarray(self.embeddings[anchors], np.float64)
-        sums, shared = own.copy(), sizes > 1
-        sums[shared] = self._class_sums[self.classes.shared[codes[shared]]]
-        p_mean = np.divide(
-            sums - own, (sizes - 1)[:, None], out=np.zeros_like(own), where=sizes[:, None] > 1
-        )
-        few = (sizes > 1) & (sizes <= borrowed)
-        if few.any():
-            share = ((borrowed - sizes[few] + 1) / (2 * borrowed))[:, None]
-            near = self._gathered_mean(self._lonely_positives(anchors[few]))
-            p_mean[few] += share * (near - p_mean[few])
-        n_count = n - sizes
-        found = (p_mean - (total - sums) / n_count[:, None]).astype(np.float32)
-        counts = (sizes - 1) * n_count
-        alone = sizes == 1
-        if alone.any():
-            found[alone], counts[alone] = self._lonely_difference(anchors[alone])
-        return found, counts
+            mean = p_mean if excluded is near else self._gathered_mean(excluded)
+            n_sum = self._total - own - excluded.shape[1] * mean
+            difference[~known] = p_mean - n_sum / n_outside
+            counts[~known] = near.shape[1] * n_outside
+        return difference, counts
 
     def labelled(self, anchors: np.ndarray) -> np.ndarray:
-        """Which anchors have positives and negatives by their labels, `[a]` booleans."""
-        if self.classes is None:
-            return np.zeros(len(anchors), bool)
-        found: np.ndarray = self.classes.sizes[self.classes.codes[anchors]] > 1
-        return found
+        """Return which anchors have positives and negatives by their labels, `[a]` booleans."""
+        shared: np.ndarray = self.classes.sizes[self.classes.codes[anchors]] > 1
+        return shared
 
-    def _lonely_difference(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`mean_difference` of images that no label gives positives."""
-        near = self._lonely_positives(anchors)
-        p_mean, count = self._gathered_mean(near), near.shape[1]
-        outside = len(self.embeddings) - 1 - count
-        own = np.asarray(self.embeddings[anchors], np.float64)
-        n_sum = self._total - own - count * p_mean
-        return (p_mean - n_sum / outside).astype(np.float32), np.full(len(near), count * outside)
+    def _labelled_positives(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        codes = self.classes.codes[anchors]
+        step = pick(uniform, self.classes.sizes[codes][:, None] - 1)
+        step += step >= self.classes.ranks[anchors][:, None]
+        positives: np.ndarray = self.classes.order[self.classes.starts[codes][:, None] + step]
+        return positives
+
+    def _labelled_negatives(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        codes = self.classes.codes[anchors]
+        start, size = self.classes.starts[codes][:, None], self.classes.sizes[codes][:, None]
+        step = pick(uniform, len(self.embeddings) - size)
+        negatives: np.ndarray = self.classes.order[step + np.where(step >= start, size, 0)]
+        return negatives
+
+    def _labelled_difference(
+        self, anchors: np.ndarray, borrowed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        codes = self.classes.codes[anchors]
+        sizes, sums = self.classes.sizes[codes], self._class_sums[self.classes.shared[codes]]
+        p_mean = (sums - np.asarray(self.embeddings[anchors], np.float64)) / (sizes - 1)[:, None]
+        few = sizes <= borrowed
+        if few.any():
+            share = ((borrowed - sizes[few] + 1) / (2 * borrowed))[:, None]
+            near = self._gathered_mean(self._nearest_few(anchors[few]))
+            p_mean[few] += share * (near - p_mean[few])
+        n_negatives = len(self.embeddings) - sizes
+        difference = p_mean - (self._total - sums) / n_negatives[:, None]
+        return difference.astype(np.float32), (sizes - 1) * n_negatives
+
+    def _negatives_of(self, anchor: np.ndarray) -> np.ndarray:
+        """Return all negatives of one anchor `[1]`, rising."""
+        if self.labelled(anchor)[0]:
+            return np.flatnonzero(self.classes.codes != self.classes.codes[anchor[0]])
+        keep = np.ones(len(self.embeddings), bool)
+        keep[anchor] = False
+        keep[self._neighborhoods(anchor)[1][0]] = False
+        return np.flatnonzero(keep)
 
     def _uniform(self, anchors: np.ndarray) -> np.ndarray:
-        """Numbers in [0, 1), `[a S 2]`, from the generator of each anchor's block."""
-        drawn = np.empty((len(anchors), self.n_triplets, 2))
+        """Return numbers in [0, 1), `[a S 2]`, from the generator of each anchor's block."""
+        uniform = np.empty((len(anchors), self.n_triplets, 2))
         blocks = anchors // BLOCK
         for block in np.unique(blocks):
             here = blocks == block
             generator = np.random.Generator(np.random.Philox(key=[self.seed, int(block)]))
             # Anchor after anchor, so that the first rows do not depend on how many follow.
             last = int(anchors[here].max()) % BLOCK + 1
-            rows = generator.random((last, self.n_triplets, 2))
-            drawn[here] = rows[anchors[here] % BLOCK]
-        return drawn
-
-    def _positives(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        if self.classes is None:
-            near, _ = self._neighbourhoods(anchors)
-            return np.take_along_axis(near, pick(uniform, near.shape[1]), axis=1)
-        codes = self.classes.codes[anchors]
-        others = self.classes.sizes[codes] - 1
-        step = pick(uniform, np.maximum(others, 1)[:, None])
-        step += step >= self.classes.ranks[anchors][:, None]
-        step = np.minimum(step, others[:, None])
-        positives = self.classes.order[self.classes.starts[codes][:, None] + step]
-        alone = others == 0
-        if alone.any():
-            near = self._lonely_positives(anchors[alone])
-            chosen = np.take_along_axis(near, pick(uniform[alone], near.shape[1]), axis=1)
-            positives[alone] = chosen
-        return positives
-
-    def _random_negatives(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        n = len(self.embeddings)
-        if self.classes is None:
-            _, far = self._neighbourhoods(anchors)
-            return outside(uniform, np.concatenate([anchors[:, None], far], axis=1), n)
-        codes = self.classes.codes[anchors]
-        start, size = self.classes.starts[codes][:, None], self.classes.sizes[codes][:, None]
-        step = pick(uniform, n - size)
-        negatives = self.classes.order[step + np.where(step >= start, size, 0)]
-        alone = size[:, 0] == 1
-        if alone.any():
-            near = self._lonely_positives(anchors[alone])
-            excluded = np.concatenate([anchors[alone][:, None], near], axis=1)
-            negatives[alone] = outside(uniform[alone], excluded, n)
-        return negatives
+            uniform[here] = generator.random((last, self.n_triplets, 2))[anchors[here] % BLOCK]
+        return uniform
 
     def _hard(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         negatives = np.empty(uniform.shape, np.int64)
         for row, distances, candidates in self._candidates(anchors):
             count = min(N_HARD, len(candidates))
-            nearest = _nearest_of(distances[candidates], count)
-            negatives[row] = candidates[nearest][pick(uniform[row], count)]
+            hardest = _nearest_of(distances[candidates], count)
+            negatives[row] = candidates[hardest][pick(uniform[row], count)]
         return negatives
 
     def _semihard(
@@ -232,13 +254,12 @@ class TripletSampler:
             beyond = np.searchsorted(ranked, to_positives + self.margin, side="left")
             # An empty window is widened to the nearest beyond; past the last, to the farthest.
             first = np.minimum(first, len(ranked) - 1)
-            width = np.maximum(beyond - first, 1)
-            ranks = first + pick(uniform[row], width)
+            ranks = first + pick(uniform[row], np.maximum(beyond - first, 1))
             negatives[row] = candidates[_at_rank(to_negatives, ranked, ranks)]
         return negatives
 
     def _candidates(self, anchors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """For each anchor: its row, its squared distance to every image, and its negatives."""
+        """Yield each anchor's row, its squared distance to every image, and its negatives."""
         everything = np.asarray(self.embeddings)
         for row, anchor in enumerate(anchors):
             # One product an anchor, so that its rounding does not depend on the others' company.
@@ -246,63 +267,191 @@ class TripletSampler:
             distances = squares + squares[anchor] - 2 * (everything @ everything[anchor])
             yield row, np.maximum(distances, 0), self._negatives_of(anchors[row : row + 1])
 
-    def _negatives_of(self, anchor: np.ndarray) -> np.ndarray:
-        """All negatives of one anchor `[1]`, rising."""
-        keep = np.ones(len(self.embeddings), bool)
-        keep[anchor] = False
-        if self.classes is None:
-            keep[self._neighbourhoods(anchor)[1][0]] = False
-        elif not self.labelled(anchor)[0]:
-            keep[self._lonely_positives(anchor)[0]] = False
-        else:
-            keep &= self.classes.codes != self.classes.codes[anchor[0]]
-        return np.flatnonzero(keep)
+    def _neighborhoods(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the images positives come from, and those no negative comes from, `[a ...]`.
 
-    def _neighbourhoods(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Without labels: the images positives come from, and those no negative comes from.
-
-        Small sets have smaller neighbourhoods: at least half of the other images stay negatives.
+        Without any label small sets have smaller neighborhoods: at least half stay negatives.
         """
-        n = len(self.embeddings)
-        near = max(1, min(N_POSITIVES, (n - 1) // 3))
-        far = max(near, min(N_EXCLUDED, (n - 1) // 2))
-        found = self.nearest(anchors, far)
-        return found[:, :near], found
+        if self.by_class:
+            near = self._nearest_few(anchors)
+            return near, near
+        n_excluded = max(self._n_near, min(N_EXCLUDED, (len(self.embeddings) - 1) // 2))
+        excluded = self.nearest(anchors, n_excluded)
+        return excluded[:, : self._n_near], excluded
 
-    def _lonely_positives(self, anchors: np.ndarray) -> np.ndarray:
-        """Positives of an image alone in its class: its nearest images, whatever their label."""
-        n = len(self.embeddings)
-        return self.nearest(anchors, max(1, min(N_POSITIVES, (n - 1) // 3)))
+    def _nearest_few(self, anchors: np.ndarray) -> np.ndarray:
+        return self.nearest(anchors, self._n_near)
+
+    @property
+    def _n_near(self) -> int:
+        return max(1, min(N_POSITIVES, (len(self.embeddings) - 1) // 3))
 
     def _gathered_mean(self, positions: np.ndarray) -> np.ndarray:
-        return np.asarray(self.embeddings[positions], np.float64).mean(axis=1)
+        means: np.ndarray = np.asarray(self.embeddings[positions], np.float64).mean(axis=1)
+        return means
 
     @cached_property
     def _squares(self) -> np.ndarray:
-        return np.einsum("nd,nd->n", self.embeddings, self.embeddings)
+        squares: np.ndarray = np.einsum("nd,nd->n", self.embeddings, self.embeddings)
+        return squares
 
     @cached_property
     def _total(self) -> np.ndarray:
-        return self.embeddings.sum(axis=0, dtype=np.float64)
+        total: np.ndarray = self.embeddings.sum(axis=0, dtype=np.float64)
+        return total
 
     @cached_property
     def _class_sums(self) -> np.ndarray:
-        assert self.classes is not None
         return self.classes.sums(lambda rows: self.embeddings[rows], self.embeddings.shape[1])
 
 
-def given_triplets(anchors: np.ndarray, pairs: np.ndarray, n_images: int) -> Triplets:
-    """Triplets from the user's own array.
+class NumberSampler(TripletSampler):
+    """Draw triplets, or take the mean over all of them, by numbers `[N]` in place of classes.
 
-    Args:
-        anchors: positions `[a]`.
-        pairs: `[N S 2]` positions of (positive, negative) for every image.
-        n_images: N.
-
-    Raises:
-        InputError: wrong shape, positions out of range, or an anchor that is its own positive or
-            negative.
+    Near values are positives, far ones negatives, by the shares of `number_labels.Values`. Images
+    without a number (NaN) stand in no other image's triplets; the nearest images are their
+    positives.
     """
+
+    def __init__(
+        self,
+        embeddings: np.ndarray,
+        values: np.ndarray,
+        nearest: Nearest,
+        *,
+        positives: float,
+        negatives: float,
+        **sampling: Any,
+    ) -> None:
+        super().__init__(embeddings, None, nearest, **sampling)
+        self.values = Values(values, positives, negatives)
+
+    def labelled(self, anchors: np.ndarray) -> np.ndarray:
+        """Return which anchors have a number that others are far from, `[a]` booleans."""
+        known: np.ndarray = self.values.ranks[anchors] >= 0
+        return known
+
+    def _labelled_difference(
+        self, anchors: np.ndarray, borrowed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        ranks = self.values.ranks[anchors]
+        near, far = self.values.near[ranks], self.values.far[ranks]
+        n_near = near[:, 1] - near[:, 0] - 1
+        n_far = len(self.values.order) - (far[:, 1] - far[:, 0])
+        p_sum = self._between(near) - np.asarray(self.embeddings[anchors], np.float64)
+        n_sum = self._sums[-1] - self._between(far)
+        difference = p_sum / n_near[:, None] - n_sum / n_far[:, None]
+        return difference.astype(np.float32), n_near * n_far
+
+    def _labelled_positives(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        ranks = self.values.ranks[anchors][:, None]
+        start, stop = np.split(self.values.near[ranks[:, 0]], 2, axis=1)
+        place = start + pick(uniform, stop - start - 1)
+        positives: np.ndarray = self.values.order[place + (place >= ranks)]
+        return positives
+
+    def _labelled_negatives(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        start, stop = np.split(self.values.far[self.values.ranks[anchors]], 2, axis=1)
+        place = pick(uniform, len(self.values.order) - (stop - start))
+        negatives: np.ndarray = self.values.order[place + np.where(place >= start, stop - start, 0)]
+        return negatives
+
+    def _neighborhoods(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        near = self._nearest_few(anchors)
+        return near, near
+
+    def _negatives_of(self, anchor: np.ndarray) -> np.ndarray:
+        rank = self.values.ranks[anchor[0]]
+        if rank < 0:
+            return super()._negatives_of(anchor)
+        return np.sort(np.delete(self.values.order, slice(*self.values.far[rank])))
+
+    def _between(self, interval: np.ndarray) -> np.ndarray:
+        """Return sums of the embeddings whose ranks lie in each interval `[a 2]`, `[a D]`."""
+        sums: np.ndarray = self._sums[interval[:, 1]] - self._sums[interval[:, 0]]
+        return sums
+
+    @cached_property
+    def _sums(self) -> np.ndarray:
+        """Return sums of the embeddings of all images before each rank, float64 `[n + 1, D]`."""
+        ordered = np.asarray(self.embeddings[self.values.order])
+        sums = np.zeros((len(ordered) + 1, ordered.shape[1]))
+        np.cumsum(ordered, axis=0, dtype=np.float64, out=sums[1:])
+        return sums
+
+
+class NearestOthers:
+    """Find the nearest other images of images `[N D]`; the same for an image in any company.
+
+    Exact among up to `exact` images. Among more an inverted file proposes candidates and exact
+    distances rank them, so that an image costs the same however many there are; now and then one
+    of the k is missed, and a farther one stands in for it.
+    """
+
+    def __init__(self, embeddings: np.ndarray, exact: int = EXACT) -> None:
+        self.embeddings, self.exact = embeddings, exact
+
+    def __call__(self, anchors: np.ndarray, k: int) -> np.ndarray:
+        """Return positions `[a k]` of the k nearest others, by squared distance and position."""
+        anchors = np.asarray(anchors, np.int64)
+        if len(self.embeddings) <= max(self.exact, k + 1):
+            queries = np.asarray(self.embeddings[anchors])
+            positions = nearest(self.embeddings, queries, k + 1).positions
+        else:
+            step = max(1, _GATHERED // ((k + 1 + SLACK) * self.embeddings.shape[1]))
+            parts = [anchors[start : start + step] for start in range(0, len(anchors), step)]
+            positions = np.concatenate([self._proposed(part, k) for part in parts])
+        # A duplicate may stand before the anchor itself, or push it out of the list.
+        rows = zip(anchors, positions, strict=True)
+        return np.stack([row[row != anchor][:k] for anchor, row in rows])
+
+    def _proposed(self, anchors: np.ndarray, k: int) -> np.ndarray:
+        """Return the k + 1 nearest of the inverted file's candidates; where too few, of all."""
+        queries = np.ascontiguousarray(self.embeddings[anchors], np.float32)
+        with _row_by_row():
+            candidates = self._lists.search(queries, k + 1 + SLACK)[1]
+        positions = np.empty((len(anchors), k + 1), np.int64)
+        full = candidates[:, k] >= 0
+        if full.any():
+            some = candidates[full]
+            # Where there are fewer than asked for, `rank` leaves out what is not there.
+            vectors = np.asarray(self.embeddings[np.maximum(some, 0)])
+            positions[full] = rank(queries[full], some, vectors, k + 1, "l2").positions
+        if not full.all():
+            positions[~full] = nearest(self.embeddings, queries[~full], k + 1).positions
+        return positions
+
+    @cached_property
+    def _lists(self) -> Any:
+        """Every embedding in eight bits a number, in lists by its nearest centroid."""
+        import faiss
+
+        n, width = self.embeddings.shape
+        n_lists = max(1, n // LIST)
+        lists: Any = faiss.index_factory(width, f"IVF{n_lists},SQ8")
+        lists.cp.niter, lists.nprobe = ROUNDS, min(PROBES, n_lists)
+        sample = np.sort(np.random.default_rng(0).permutation(n)[: TRAINED * n_lists])
+        lists.train(np.ascontiguousarray(self.embeddings[sample], np.float32))
+        for start in range(0, n, _ADDED):
+            lists.add(np.ascontiguousarray(self.embeddings[start : start + _ADDED], np.float32))
+        return lists
+
+
+@contextmanager
+def _row_by_row() -> Iterator[None]:
+    """Compare queries with centroids one by one: products of many would round by their number."""
+    import faiss
+
+    before = faiss.cvar.distance_compute_blas_threshold
+    faiss.cvar.distance_compute_blas_threshold = 1 << 30
+    try:
+        yield
+    finally:
+        faiss.cvar.distance_compute_blas_threshold = before
+
+
+def check_given(pairs: np.ndarray, n_images: int) -> None:
+    """Refuse the user's own (positive, negative) places unless they are `[N S 2]` and sensible."""
     pairs = np.asarray(pairs)
     if pairs.ndim != 3 or pairs.shape[0] != n_images or pairs.shape[2] != 2 or not pairs.shape[1]:
         raise InputError(
@@ -311,20 +460,19 @@ def given_triplets(anchors: np.ndarray, pairs: np.ndarray, n_images: int) -> Tri
         )
     if pairs.dtype.kind not in "iu" or pairs.min() < 0 or pairs.max() >= n_images:
         raise InputError(f"triplets must be whole numbers from 0 to {n_images - 1}")
-    if (pairs == np.arange(n_images)[:, None, None]).any():
-        own = int(np.flatnonzero((pairs == np.arange(n_images)[:, None, None]).any((1, 2)))[0])
-        raise InputError(f"image {own} is its own positive or negative; name two other images")
+    if (own := (pairs == np.arange(n_images)[:, None, None]).any((1, 2))).any():
+        raise InputError(
+            f"image {int(own.argmax())} is its own positive or negative; name two other images"
+        )
     if (same := (pairs[..., 0] == pairs[..., 1]).any(1)).any():
         raise InputError(
-            f"image {int(np.flatnonzero(same)[0])} has a triplet whose positive is its negative, "
+            f"image {int(same.argmax())} has a triplet whose positive is its negative, "
             "which says nothing; name two different images"
         )
-    chosen = pairs[anchors].astype(np.int64)
-    return Triplets(np.asarray(anchors, np.int64), chosen[..., 0], chosen[..., 1])
 
 
 def pairs_digest(pairs: np.ndarray) -> str:
-    """SHA-256 of given triplets `[N S 2]`, whatever type of whole numbers they are kept in."""
+    """Return SHA-256 of given triplets `[N S 2]`, whatever type of whole numbers they have."""
     pairs = np.asarray(pairs)
     digest = hashlib.sha256(repr(pairs.shape).encode())
     for start in range(0, len(pairs), 1 << 14):
@@ -333,30 +481,45 @@ def pairs_digest(pairs: np.ndarray) -> str:
 
 
 def active(triplets: Triplets, embeddings: np.ndarray, margin: float) -> np.ndarray:
-    """Triplets whose hinge is *not* satisfied: D(a,p) - D(a,n) + margin > 0, `[a S]` booleans.
+    """Return which triplets' hinge is *not* satisfied: D(a,p) - D(a,n) + margin > 0, `[a S]`.
 
     The others have zero gradient; they are no evidence and must not be averaged in.
     """
     anchors = np.asarray(embeddings[triplets.anchors])[:, None]
     to_positives = _squared(anchors, np.asarray(embeddings[triplets.positives]))
     to_negatives = _squared(anchors, np.asarray(embeddings[triplets.negatives]))
-    return to_positives - to_negatives + margin > 0
+    unsatisfied: np.ndarray = to_positives - to_negatives + margin > 0
+    return unsatisfied
 
 
 def pick(uniform: np.ndarray, count: np.ndarray | int) -> np.ndarray:
-    """Uniform numbers in [0, 1) to whole numbers in 0 .. count - 1."""
-    return np.minimum((uniform * count).astype(np.int64), np.asarray(count) - 1)
+    """Turn uniform numbers in [0, 1) into whole numbers in 0 .. count - 1."""
+    whole: np.ndarray = np.minimum((uniform * count).astype(np.int64), np.asarray(count) - 1)
+    return whole
+
+
+def outside(uniform: np.ndarray, excluded: np.ndarray, n: int) -> np.ndarray:
+    """Pick from 0 .. n - 1 without each row's excluded positions."""
+    excluded = np.sort(excluded, axis=1)
+    picks = pick(uniform, n - excluded.shape[1])
+    # The k-th free position is k plus the number of excluded ones at or before it.
+    free_before = excluded - np.arange(excluded.shape[1])
+    rows = zip(free_before, picks, strict=True)
+    free: np.ndarray = picks + np.stack(
+        [np.searchsorted(row, pick, side="right") for row, pick in rows]
+    )
+    return free
 
 
 def _nearest_of(distances: np.ndarray, count: int) -> np.ndarray:
-    """Places of the `count` smallest distances, ties by place, without sorting the others."""
+    """Return places of the `count` smallest distances, ties by place, sorting only those."""
     kth = np.partition(distances, count - 1)[count - 1]
     within = np.flatnonzero(distances <= kth)
     return within[np.argsort(distances[within], kind="stable")[:count]]
 
 
 def _at_rank(distances: np.ndarray, ranked: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-    """Places of the distances of these ranks, ties by place, `ranked` being all of them sorted."""
+    """Return places of the distances of these ranks, ties by place; `ranked` is them sorted."""
     values = ranked[ranks]
     # Sorting numbers alone is many times faster than sorting places by them.
     tied = ranks - np.searchsorted(ranked, values, side="left")
@@ -364,21 +527,7 @@ def _at_rank(distances: np.ndarray, ranked: np.ndarray, ranks: np.ndarray) -> np
     return np.array([np.flatnonzero(distances == value)[k] for value, k in pairs], np.int64)
 
 
-def outside(uniform: np.ndarray, excluded: np.ndarray, n: int) -> np.ndarray:
-    """Uniform picks from 0 .. n - 1 without each row's excluded positions."""
-    excluded = np.sort(excluded, axis=1)
-    picks = pick(uniform, n - excluded.shape[1])
-    # The k-th free position is k plus the number of excluded ones at or before it.
-    free_before = excluded - np.arange(excluded.shape[1])
-    jumps = np.stack(
-        [
-            np.searchsorted(row, pick, side="right")
-            for row, pick in zip(free_before, picks, strict=True)
-        ]
-    )
-    return picks + jumps
-
-
 def _squared(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     difference = np.asarray(a, np.float32) - np.asarray(b, np.float32)
-    return np.einsum("...d,...d->...", difference, difference)
+    squares: np.ndarray = np.einsum("...d,...d->...", difference, difference)
+    return squares

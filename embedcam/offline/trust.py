@@ -1,23 +1,30 @@
 """How far transfers can be trusted, learned from indexed images that play queries.
 
-Each image of a sample is left out of the index: it is none of its own neighbours, and where weights
+Each image of a sample is left out of the index: it is none of its own neighbors, and where weights
 are a closed form of the embeddings it has no part in its label's statistics either. What can be
-seen of the map that its neighbours' weights draw is held against how well that map agrees with the
+seen of the map that its neighbors' weights draw is held against how well that map agrees with the
 one computed on the image itself, by the very target that `DirectWeights` computes.
 """
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from ..index.calibration import Calibration
-from ..index.files import ArrayLike
-from ..index.neighbors import draw_negatives
-from ..index.search import nearest
+from ..errors import ImageError, InputError
+from ..images import Batch
+from ..images.progress import Advance
+from ..index.arrays import ArrayLike
+from ..index.calibration import Calibration, correlation, evidence
+from ..index.encoding import Encoding, LowRank
+from ..index.search import draw_negatives, nearest
+from ..methods import DirectWeights
+from ..network import EmbeddingNetwork
+from ..ops import coefficients, drawn_and_signed, signed_cams
 from ..recipe.recipe import Recipe
 from ..targets import head_cotangent, query_cotangent
 from .cotangents import AnchorCotangents, coded_labels
@@ -27,14 +34,25 @@ SAMPLE = 512
 LEAST = 40
 """Images from which a calibration is fitted; fewer say nothing that holds elsewhere."""
 COUNTS = {"one": 1, "several": 5}
-"""Neighbours that each calibration is fitted with."""
+"""Neighbors that each calibration is fitted with."""
 LEFT_OUT = 10
 """Of so many images at most one is left out at a time."""
 FOLDS = 5
 _LOW = 0.1
 _BIN = 40
 """Images behind one 10th percentile, at least."""
+_SHARE = 8
+"""One of so many images plays a query where it takes a gradient of its own."""
 _MAPPED, _BLOCK = 1 << 16, 1 << 12
+
+Rows = Callable[[int, np.ndarray], dict[str, np.ndarray]]
+"""Fields of a layer's encoding at some rows, with "embedding" where it uses that."""
+
+
+def in_closed_form(recipe: Recipe, network: EmbeddingNetwork) -> bool:
+    """Return whether weights are W^T dy/dz, so that a smaller index has them at once."""
+    affine = network.head_kind.matrix is not None
+    return affine and recipe.method == "gradcam" and recipe.sampling != "given"
 
 
 def sample_rows(n_rows: int, seed: int, most: int = SAMPLE) -> np.ndarray:
@@ -44,18 +62,32 @@ def sample_rows(n_rows: int, seed: int, most: int = SAMPLE) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(n_rows)[:most])
 
 
+def trust_rows(n_rows: int, recipe: Recipe, network: EmbeddingNetwork) -> np.ndarray:
+    """Draw rows that play queries; fewer where each takes a gradient beside its forward pass."""
+    most = SAMPLE if in_closed_form(recipe, network) else min(SAMPLE, max(LEAST, n_rows // _SHARE))
+    return sample_rows(n_rows, recipe.seed, most)
+
+
+@dataclass(frozen=True)
+class View:
+    """What a sampled image is drawn with.
+
+    `maps` are the activations of each layer, deepest first, `[K h w]`; where `mixed`, combinations
+    of them by the head's matrix, `[D h w]`. `inputs` `[3 H W]` is None where no gradient is needed.
+    """
+
+    maps: Sequence[np.ndarray]
+    mixed: bool = False
+    inputs: np.ndarray | None = None
+
+
 @dataclass(frozen=True)
 class LeftOut:
-    """An indexed image as a query that was never indexed.
+    """An indexed image (row) as a query that was never indexed.
 
-    Attributes:
-        row: of the image.
-        near: rows of its nearest images, nearest first, `[n]`.
-        distances: theirs, squared, `[n]`.
-        negatives: rows of other images.
-        codes: dy/dz of those near in an index without it, `[n D]`; None where weights are no
-            closed form.
-        own: dy/dz at the image as the fallback has it, `[D]`; None likewise.
+    `near` are rows of its nearest images `[n]`, with squared `distances`, `negatives` rows of other
+    images. In closed form `codes` are dy/dz of those near in an index without it, `[n D]`, and
+    `direct` is dy/dz at the image as the fallback has it, `[D]`.
     """
 
     row: int
@@ -63,7 +95,101 @@ class LeftOut:
     distances: np.ndarray
     negatives: np.ndarray
     codes: np.ndarray | None = None
-    own: np.ndarray | None = None
+    direct: np.ndarray | None = None
+
+
+def calibrate_trust(
+    recipe: Recipe,
+    network: EmbeddingNetwork,
+    encodings: Sequence[Encoding],
+    fields: Rows,
+    embeddings: ArrayLike,
+    labels: Sequence[str | None],
+    rows: np.ndarray,
+    views: Iterator[View],
+    tick: Advance,
+) -> dict[str, Any] | None:
+    """Let some of an index's images (`rows`, drawn as `views`) query the rest.
+
+    Returns calibrations by name, as the manifest keeps them, or None of too few images.
+    """
+    if not len(rows):
+        return None
+    closed, normalized = in_closed_form(recipe, network), network.normalize
+    sample = leave_out(recipe, embeddings, labels, rows, closed_form=closed, normalized=normalized)
+    fallback = None if closed else DirectWeights(network, recipe)
+    direct: Sequence[np.ndarray]
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in COUNTS}
+    agreed: dict[str, list[float]] = {name: [] for name in COUNTS}
+    for place, view in enumerate(views):
+        for name, left_out in sample.items():
+            one = left_out[place]
+            if fallback is None:
+                norms, factors, direct = _by_codes(one, view, network, encodings[0])
+            else:
+                norms = factors = [
+                    layer.decode(fields(number, one.near)) for number, layer in enumerate(encodings)
+                ]
+                others = embeddings[one.near], embeddings[one.negatives]
+                direct = fallback.weights(view.inputs, *others)
+            shares = [_shares(weights, one.distances) for weights in norms]
+            mixed = [np.tensordot(*pair, 1) for pair in zip(shares, factors, strict=True)]
+            transferred, expected = (
+                drawn_and_signed(each, view.maps)[1].astype(np.float64).ravel()
+                for each in (mixed, direct)
+            )
+            norm = float(np.linalg.norm(np.tensordot(shares[0], norms[0], 1)))
+            raw = signed_cams(factors[0], view.maps[0])
+            seen[name].append(evidence(raw, shares[0], norm, one.distances))
+            agreed[name].append(float(correlation(transferred, expected)))
+        tick(1)
+    return {
+        name: fit_calibration(
+            np.array(seen[name]),
+            np.array(agreed[name]),
+            np.array([one.distances.min() for one in sample[name]]),
+            neighbors=count,
+            seed=recipe.seed,
+        ).to_dict()
+        for name, count in COUNTS.items()
+    }
+
+
+def _shares(weights: np.ndarray, distances: np.ndarray) -> np.ndarray:
+    flat = weights.reshape(len(weights), -1).astype(np.float64)
+    return coefficients(np.linalg.norm(flat, axis=1), distances)
+
+
+def _by_codes(
+    one: LeftOut, view: View, network: EmbeddingNetwork, encoding: Encoding
+) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+    """Return the neighbors' weights, what multiplies the maps instead, and the image's own."""
+    matrix: Any = network.head_kind.matrix
+    codes: Any = one.codes
+    direct: Any = one.direct
+    weights = codes @ matrix
+    if view.mixed:
+        return [weights], [codes], [direct]
+    if not (isinstance(encoding, LowRank) and encoding.origin == "head"):
+        weights = encoding.decode(encoding.encode(weights))
+    return [weights], [weights], [direct @ matrix]
+
+
+def forwarded(
+    network: EmbeddingNetwork, layers: Sequence[str], batches: Generator[Batch, None, None]
+) -> Iterator[View]:
+    """Yield views of images by a forward pass; `layers` are those of an index that has several."""
+    with closing(batches):
+        for batch in batches:
+            for _, reason in batch.errors:
+                raise ImageError(f"{reason}; it could be read before, so run the command again")
+            if len(layers) > 1:
+                activations = network.forward_layers(batch.images, layers)[1]
+            else:
+                activations = [network.forward(batch.images).activations]
+            for row in range(len(batch)):
+                maps = [each[row].float().cpu().numpy() for each in activations]
+                yield View(maps, inputs=np.asarray(batch.images[row]))
 
 
 def leave_out(
@@ -77,78 +203,69 @@ def leave_out(
 ) -> dict[str, list[LeftOut]]:
     """Leave each row of a sample out of the index, a few at a time, and search with it.
 
-    Args:
-        recipe: the index's.
-        embeddings: of all images, `[N D]`; an array, a memory map, or rows gathered on demand.
-        labels: theirs, `[N]`.
-        rows: of the sample, `[n]`.
-        closed_form: weights are W^T dy/dz, so that they can be had for the smaller index.
-        normalized: whether embeddings are z / |z|.
-
-    Returns:
-        By the names of `COUNTS`, the sample in order.
+    Returns the sample in order, by the names of `COUNTS`; with codes where `closed_form`.
     """
     total, names = embeddings.shape[0], np.array([*labels, None], object)[:-1]
     n_parts = min(len(rows), math.ceil(LEFT_OUT * len(rows) / total))
     part_of = np.random.default_rng(recipe.seed).permutation(len(rows)) % n_parts
-    found: dict[tuple[str, int], LeftOut] = {}
+    sample: dict[tuple[str, int], LeftOut] = {}
     for part in range(n_parts):
         out = rows[part_of == part]
         rest = np.setdiff1d(np.arange(total), out)
-        smaller = _Smaller(recipe, _taken(embeddings, rest), names[rest], closed_form, normalized)
-        for name, count in COUNTS.items():
-            for one in smaller.queries(np.asarray(embeddings[out]), count):
-                row, near, others = int(out[one.row]), rest[one.near], rest[one.negatives]
-                found[name, row] = replace(one, row=row, near=near, negatives=others)
-    return {name: [found[name, int(row)] for row in rows] for name in COUNTS}
-
-
-class _Smaller:
-    """An index without a few of its images, which query it."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        embeddings: np.ndarray,
-        labels: np.ndarray,
-        closed_form: bool,
-        normalized: bool,
-    ) -> None:
-        self.recipe, self.embeddings, self.labels = recipe, embeddings, labels
-        self.normalized, self.anchors = normalized, None
+        vectors, queries = _taken(embeddings, rest), np.asarray(embeddings[out])
+        anchors = None
         if closed_form:
-            mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
-            codes = coded_labels(recipe, labels.tolist(), [""] * len(labels))
-            self.anchors = AnchorCotangents(recipe, embeddings, codes, mean)
+            mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
+            codes = coded_labels(recipe, names[rest].tolist(), [""] * len(rest))
+            anchors = AnchorCotangents(recipe, vectors, codes, mean)
+        for name, count in COUNTS.items():
+            for row, one in zip(
+                out, _search(recipe, vectors, names[rest], queries, count), strict=True
+            ):
+                if anchors is not None:
+                    one = _with_codes(one, recipe, vectors, anchors, queries[one.row], normalized)
+                near, negatives = rest[one.near], rest[one.negatives]
+                sample[name, row] = replace(one, row=int(row), near=near, negatives=negatives)
+    return {name: [sample[name, row] for row in rows] for name in COUNTS}
 
-    def queries(self, vectors: np.ndarray, count: int) -> Iterator[LeftOut]:
-        """Search with each of `[n D]`; rows are of this index, and of the vectors."""
-        seen = nearest(self.embeddings, vectors, count, self.recipe.metric)
-        every = np.arange(len(self.embeddings))
-        for row, (near, apart) in enumerate(zip(seen.positions, seen.distances, strict=True)):
-            others = draw_negatives(
-                np.delete(every, near), self.labels[near], lambda at: self.labels[at].tolist()
-            )
-            one = LeftOut(row, near, apart, others)
-            yield one if self.anchors is None else self._with_codes(one, vectors[row])
 
-    def _with_codes(self, one: LeftOut, own: np.ndarray) -> LeftOut:
-        assert self.anchors is not None
-        target, norm = self.recipe.resolved_target, self.recipe.norm
-        near, others = self.embeddings[one.near], self.embeddings[one.negatives]
-        values = query_cotangent(target, norm, own, near, others)
-        codes = self._at_head(self.anchors.of(one.near).values, near)
-        return replace(one, codes=codes, own=self._at_head(values[None], own[None])[0])
+def _search(
+    recipe: Recipe, vectors: np.ndarray, labels: np.ndarray, queries: np.ndarray, count: int
+) -> Iterator[LeftOut]:
+    """Yield what each query `[n D]` finds; rows are of these vectors, and of the queries."""
+    neighbors = nearest(vectors, queries, count, recipe.metric)
+    every = np.arange(len(vectors))
+    for row, near in enumerate(neighbors.positions):
+        negatives = draw_negatives(
+            np.delete(every, near), labels[near], lambda at: labels[at].tolist()
+        )
+        yield LeftOut(row, near, neighbors.distances[row], negatives)
 
-    def _at_head(self, values: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
-        """dy/dz but for |z|: every map's weights are scaled to length 1, or its map is alone."""
-        lengths, norm = np.ones(len(values), np.float32), self.recipe.head_norm
-        found: np.ndarray = head_cotangent(values, embeddings, lengths, norm, self.normalized)
-        return found.astype(np.float32)
+
+def _with_codes(
+    one: LeftOut,
+    recipe: Recipe,
+    vectors: np.ndarray,
+    anchors: AnchorCotangents,
+    query: np.ndarray,
+    normalized: bool,
+) -> LeftOut:
+    def at_head(values: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
+        # But for |z|: every map's weights are scaled to length 1, or its map is alone.
+        lengths = np.ones(len(values), np.float32)
+        codes: np.ndarray = head_cotangent(
+            values, embeddings, lengths, recipe.head_norm, normalized
+        )
+        return codes.astype(np.float32)
+
+    near, others = vectors[one.near], vectors[one.negatives]
+    values = query_cotangent(recipe.resolved_target, recipe.norm, query, near, others)
+    codes = at_head(anchors.of(one.near).values, near)
+    return replace(one, codes=codes, direct=at_head(values[None], query[None])[0])
 
 
 def _taken(embeddings: ArrayLike, rows: np.ndarray) -> np.ndarray:
-    """Those rows; of a large collection in a file of their own, not in memory."""
+    """Return those rows; of a large collection in a file of their own, not in memory."""
     if len(rows) < _MAPPED:
         return np.asarray(embeddings[rows])
     with tempfile.TemporaryFile() as file:
@@ -168,18 +285,11 @@ def fit_calibration(
 ) -> Calibration:
     """Fit scores by ridge regression, and what they are worth by centred isotonic regression.
 
-    What a score is worth is fitted with scores of images that the ridge regression did not see: the
-    mean correlation, and 10th percentiles of at least 40 images of like scores.
-
-    Args:
-        evidence: of the images explained by their neighbours, `[n F]`, see `calibration.evidence`.
-        correlations: of the transferred signed map with the directly computed one, `[n]`.
-        nearest: squared distance of each image's nearest neighbour, `[n]`.
-        neighbors: how many explained an image.
-        seed: of the folds.
-
-    Raises:
-        InputError: fewer than 40 images, or arrays that do not fit or are not finite.
+    From evidence `[n F]` of images explained by so many `neighbors`, correlations `[n]` of the
+    transferred signed map with the directly computed one, and squared distances `[n]` of the
+    nearest neighbors. What a score is worth is fitted with scores of images that the ridge
+    regression did not see: the mean correlation, and 10th percentiles of at least 40 images of
+    like scores.
     """
     evidence, y = np.asarray(evidence, np.float64), np.asarray(correlations, np.float64)
     if len(evidence) < LEAST:
@@ -209,13 +319,13 @@ def fit_calibration(
         correlations=worth,
         lows=_lows(unseen, y, scores),
         largest_distance=float(np.max(nearest)),
-        neighbors=int(neighbors),
+        neighbors=neighbors,
         images=len(y),
     )
 
 
 def _ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
-    """Coefficients `[F]` and intercept; the penalty chosen by leave-one-out error."""
+    """Fit coefficients `[F]` and intercept; the penalty chosen by leave-one-out error."""
     from sklearn.linear_model import RidgeCV
 
     centre, spread = x.mean(0), x.std(0)
@@ -226,7 +336,7 @@ def _ridge(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _isotonic(scores: np.ndarray, y: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Knots of the rising function that fits best: scores, and what they are worth in [0, 1].
+    """Fit knots of the best rising function: scores, and what they are worth in [0, 1].
 
     Each pool of the fit is one knot, at its mean score, so that what lies between is told apart:
     centred isotonic regression (Oron & Flournoy 2017).
@@ -240,7 +350,7 @@ def _isotonic(scores: np.ndarray, y: np.ndarray) -> tuple[tuple[float, ...], tup
 
 
 def _lows(scores: np.ndarray, y: np.ndarray, knots: Sequence[float]) -> tuple[float, ...]:
-    """10th percentile of the correlations of like scores, never falling, at the knots."""
+    """Return 10th percentiles of the correlations of like scores, never falling, at the knots."""
     bins = np.array_split(np.argsort(scores, kind="stable"), max(1, len(y) // _BIN))
     centres = np.array([scores[some].mean() for some in bins])
     lows = np.array([np.quantile(y[some], _LOW) for some in bins])

@@ -1,18 +1,33 @@
-"""`OnnxNetwork`: a network in an ONNX file, as an `Explainer` takes it."""
+"""`OnnxNetwork`: a network in an ONNX file, as an `Explainer` takes it.
+
+What the file says of itself is in its `metadata_props`:
+
+    embedcam.version   of the embedcam that wrote it
+    embedcam.network   JSON: the network's identity, as an index's manifest has it
+    embedcam.layers    JSON: names of the layers behind `activations`, `activations_1`, ...
+    embedcam.head      JSON: {"kind": "identity" | "affine" | "other", "bias": base64 or null}
+
+A head that is pooled and affine is z = W p + b, p the mean of the activations over positions and z
+the embedding before any normalization. W is the identity where the kind says so; else the basis
+of an index whose encoding has the origin "head", times the number of positions of its `grid` (the
+basis is dz/dA). b is float32, little-endian, base64.
+"""
 
 from __future__ import annotations
 
+import base64
 import copy
 import hashlib
+import json
 import math
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from ..errors import EmbeddingError, InputError, NetworkError, NetworkMismatch
+from ..errors import EmbeddingError, IndexFormatError, InputError, NetworkError, NetworkMismatch
 from ..index.identity import Identity, compare
 from ..preprocess import (
     AnyPreprocess,
@@ -22,11 +37,99 @@ from ..preprocess import (
     preprocess_from_dict,
 )
 from ..preprocess.probe import probe_inputs
-from .described import Described, Head
-from .session import PROBE_SECONDS, PROVIDERS, Session
+from .session import AGAIN, PROBE_SECONDS, PROVIDERS, Session
 
 _ANY_SIDE = 224
 ACTIVATIONS, EMBEDDING = "activations", "embedding"
+HEAD_KINDS = ("identity", "affine", "other")
+PREFIX = "embedcam."
+_KEYS = ("version", "network", "layers", "head")
+_MAX_CHARACTERS = 16 << 20
+_MAX_WIDTH = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """What follows the layer: one of `HEAD_KINDS`, and b, float32 `[D]`, None for "other"."""
+
+    kind: str
+    bias: np.ndarray | None = None
+
+    def to_dict(self) -> dict[str, str | None]:
+        """Return it ready for JSON."""
+        if self.bias is None:
+            return {"kind": self.kind, "bias": None}
+        raw = np.ascontiguousarray(self.bias, "<f4").tobytes()
+        return {"kind": self.kind, "bias": base64.b64encode(raw).decode("ascii")}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Return what `to_dict` described; a ValueError for anything else."""
+        if not isinstance(values, dict) or values.get("kind") not in HEAD_KINDS:
+            raise ValueError(f"the head is none of {', '.join(HEAD_KINDS)}")
+        kind, text = values["kind"], values.get("bias")
+        if (kind == "other") != (text is None):
+            raise ValueError(f"a head of kind {kind!r} {'has no' if text else 'needs a'} bias")
+        if text is None:
+            return cls(kind)
+        if not isinstance(text, str):
+            raise ValueError("the head's bias is no text")
+        raw = base64.b64decode(text, validate=True)
+        if not 0 < len(raw) <= 4 * _MAX_WIDTH or len(raw) % 4:
+            raise ValueError(f"the head's bias has {len(raw)} bytes")
+        bias = np.frombuffer(raw, "<f4").astype(np.float32)
+        if not np.isfinite(bias).all():
+            raise ValueError("the head's bias holds NaN or infinity")
+        return cls(kind, bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Described:
+    """An ONNX file's own description; `network` is the identity's settings, without the probe."""
+
+    version: str
+    network: dict[str, Any]
+    layers: tuple[str, ...]
+    head: Head
+
+    def to_props(self) -> dict[str, str]:
+        """Return texts for `metadata_props`."""
+        return {
+            f"{PREFIX}version": self.version,
+            f"{PREFIX}network": json.dumps(self.network, sort_keys=True, allow_nan=False),
+            f"{PREFIX}layers": json.dumps(list(self.layers)),
+            f"{PREFIX}head": json.dumps(self.head.to_dict()),
+        }
+
+    @classmethod
+    def from_props(cls, props: Mapping[str, str], path: object) -> Self | None:
+        """Return what `to_props` wrote, or a `NetworkError`; None of another program's file."""
+        texts = {key: props[PREFIX + key] for key in _KEYS if PREFIX + key in props}
+        if not texts:
+            return None
+        try:
+            missing = [key for key in _KEYS if key not in texts]
+            if missing:
+                raise ValueError(f"{PREFIX}{missing[0]} is missing")
+            if sum(map(len, texts.values())) > _MAX_CHARACTERS:
+                raise ValueError(f"it has more than {_MAX_CHARACTERS:,} characters")
+            network, layers = json.loads(texts["network"]), json.loads(texts["layers"])
+            if not isinstance(network, dict):
+                raise ValueError("the network is no object")
+            # One number stands for the probe, which is the file's to compute.
+            probe = np.zeros(1, np.float32)
+            Identity.from_dict(network, {"probe_embedding": probe, "probe_pooled": probe})
+            if not isinstance(layers, list) or not 0 < len(layers) == len(set(map(str, layers))):
+                raise ValueError("the layers are no list of names")
+            if layers[0] != network["layer"] or not all(isinstance(name, str) for name in layers):
+                raise ValueError(f"the layers {layers} do not begin with {network['layer']!r}")
+            head = Head.from_dict(json.loads(texts["head"]))
+        except (ValueError, RecursionError, IndexFormatError) as error:
+            said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise NetworkError(
+                f"{path}: what it says of its network cannot be believed ({said}); {AGAIN}"
+            ) from error
+        return cls(texts["version"], network, tuple(layers), head)
 
 
 class OnnxNetwork:
@@ -35,8 +138,7 @@ class OnnxNetwork:
     Concurrent calls are safe. A child made by fork opens the file again, on one thread.
 
     `described` is what the file says of itself, None in another program's; `layer`, `normalize`,
-    `name` and `head` follow from it; `layers` are those whose activations it gives, the network's
-    own first.
+    `name`, `head` and `layers`, the network's own first, follow from it.
 
     Parameters
     ----------
@@ -60,6 +162,7 @@ class OnnxNetwork:
     """
 
     differentiable: ClassVar[bool] = False
+    autocast: ClassVar[None] = None
 
     def __init__(
         self,
@@ -121,19 +224,18 @@ class OnnxNetwork:
         """
         if layers is None:
             return self._run(images, self._maps[:1])
-        missing = [name for name in layers if name not in self.layers]
-        if missing or isinstance(layers, str) or not layers:
+        if isinstance(layers, str) or not layers or not set(layers) <= set(self.layers):
             raise InputError(
                 f"{self.path} gives the activations of {', '.join(self.layers) or 'one layer'}; "
                 f"asked for {layers!r}"
             )
         return self._run(images, [self._maps[self.layers.index(name)] for name in layers])
 
-    def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix:
-        """Return the head, its matrix from an index where it is not the identity.
+    def warm_up(self) -> None:
+        """Do nothing: the file says what its head is."""
 
-        Raises `InputError` where it is not average pooling and affine.
-        """
+    def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix:
+        """Return the head, its matrix from an index; `InputError` where it is not pooled affine."""
         if self.head is None or self.head.kind == "other":
             raise InputError(
                 f"receipts need the head by itself, and {self.path} has none that is average "
@@ -151,11 +253,7 @@ class OnnxNetwork:
         return self._identity(self.described.network)
 
     def for_index(self, stored: Identity, layers: Sequence[str]) -> Self:
-        """Return this network as the one of an index, or raise `NetworkMismatch`.
-
-        Another program's file says neither its layer nor its settings: it is given the index's, and
-        the probe decides, with a warning, as for any network of other parameters.
-        """
+        """Return this network as that of an index; one without a description takes its settings."""
         network = self
         if self.described is not None:
             compare(stored, self.identity())
@@ -165,29 +263,27 @@ class OnnxNetwork:
             network.layers = (layers[0],)
             if self.preprocess is None and stored.preprocess is not None:
                 network.preprocess = preprocess_from_dict(stored.preprocess)
+            with open(self.path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
             settings = {
                 **stored.to_dict(),
-                "parameters_sha256": _sha256(self.path),
+                "parameters_sha256": digest,
                 "structure_sha256": "an ONNX file's is not known",
                 "precision": "ONNX",
             }
             compare(stored, network._identity(settings))
-        missing = [name for name in layers if name not in network.layers]
-        if missing:
+        if not set(layers) <= set(network.layers):
             raise NetworkMismatch(
                 f"this is not the network of the index: {self.path} gives the activations of "
-                f"{', '.join(network.layers)}, and the index draws with {', '.join(layers)}; write "
-                "it again with `embedcam export`"
+                f"{', '.join(network.layers)}, and the index draws with {', '.join(layers)}; "
+                f"{AGAIN}"
             )
         return network
 
     def _identity(self, settings: dict[str, Any]) -> Identity:
         embedded = self._run(self.probe_images(), self._maps[:1], PROBE_SECONDS)
-        pooled = embedded.activations[0][0].mean((1, 2), dtype=np.float64)
-        probe = {
-            "probe_embedding": embedded.embedding[0],
-            "probe_pooled": pooled.astype(np.float32),
-        }
+        pooled = embedded.activations[0][0].mean((1, 2), dtype=np.float64).astype(np.float32)
+        probe = {"probe_embedding": embedded.embedding[0], "probe_pooled": pooled}
         if self.preprocess is not None:
             settings = {**settings, "preprocess": self.preprocess.to_dict()}
         return Identity.from_dict(settings, probe)
@@ -213,15 +309,16 @@ class OnnxNetwork:
         batch = self._checked(images)
         # A file whose batch is fixed at one picture takes them one at a time.
         single = self.batch == 1 and len(batch) > 1
-        pieces = [batch[row : row + 1] for row in range(len(batch))] if single else [batch]
+        pieces = np.split(batch, len(batch)) if single else [batch]
         runs = [self._session.run([*names, self._embedding], piece, seconds) for piece in pieces]
-        outputs = [np.concatenate(one) for one in zip(*runs, strict=True)] if single else runs[0]
-        *maps, embedding = outputs
+        *maps, embedding = (
+            [np.concatenate(one) for one in zip(*runs, strict=True)] if single else runs[0]
+        )
         fine = embedding.ndim == 2 and len(embedding) == len(batch) and embedding.shape[1] > 0
-        for one in maps:
-            fine = fine and one.ndim == 4 and len(one) == len(batch) and 0 not in one.shape
-        if not fine:
-            shown = ", ".join(str(list(one.shape)) for one in outputs)
+        if not fine or any(
+            one.ndim != 4 or len(one) != len(batch) or 0 in one.shape for one in maps
+        ):
+            shown = ", ".join(str(list(one.shape)) for one in (*maps, embedding))
             raise NetworkError(
                 f"{self.path}: gives {shown} for {len(batch)} images; expected activations "
                 "[B K H W] and an embedding [B D]"
@@ -233,20 +330,18 @@ class OnnxNetwork:
     def _lengths(
         self, batch: np.ndarray, maps: np.ndarray | None, embedding: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return the embedding `[B D]` and its length `[B]` before normalization, if known.
-
-        `maps` are the network's own layer's, if they were asked for.
-        """
+        """Return the embedding `[B D]` and its length `[B]` before normalization, if known."""
         lengths = np.sqrt(np.einsum("bd,bd->b", embedding, embedding, dtype=np.float64))
-        if not np.isfinite(lengths).all() or (self.normalize and not lengths.all()):
-            if not np.isfinite(batch).all():
-                raise InputError("the images hold NaN or infinity; check their preprocessing")
-            bad = ~np.isfinite(lengths) | ((lengths == 0) & bool(self.normalize))
-            raise self._unusable("the embedding is zero or not finite and cannot be used", bad)
-        if maps is not None and not math.isfinite(float(maps.sum())):
+        bad = ~np.isfinite(lengths) | ((lengths == 0) & bool(self.normalize))
+        what = "the embedding is zero or not finite and cannot be used"
+        if bad.any() and not np.isfinite(batch).all():
+            raise InputError("the images hold NaN or infinity; check their preprocessing")
+        if not bad.any() and maps is not None and not math.isfinite(float(maps.sum())):
             bad = ~np.isfinite(maps.reshape(len(maps), -1)).all(1)
-            if bad.any():
-                raise self._unusable("the layer's activations hold NaN or infinity", bad)
+            what = "the layer's activations hold NaN or infinity"
+        if bad.any():
+            advice = f"leave the picture out, or check the weights in {self.path}"
+            raise EmbeddingError(what, advice, np.flatnonzero(bad).tolist(), len(bad))
         if self.normalize is False:
             return embedding, lengths.astype(np.float32)
         if self.normalize and self.described is None:
@@ -256,10 +351,6 @@ class OnnxNetwork:
             return embedding, None
         z = maps.mean((2, 3), dtype=np.float64) + self.head.bias
         return embedding, np.linalg.norm(z, axis=1).astype(np.float32)
-
-    def _unusable(self, what: str, bad: np.ndarray) -> EmbeddingError:
-        advice = f"leave the picture out, or check the weights in {self.path}"
-        return EmbeddingError(what, advice, np.flatnonzero(bad).tolist(), len(bad))
 
     def _checked(self, images: Any) -> np.ndarray:
         try:
@@ -272,7 +363,7 @@ class OnnxNetwork:
                 f"images are {list(batch.shape)} of {batch.dtype}; expected preprocessed floats "
                 "[B 3 H W], at least one"
             )
-        _, *wanted = self._session.shape
+        wanted = self._session.shape[1:]
         if any(n not in (None, m) for n, m in zip(wanted, batch.shape[1:], strict=True)):
             shown = " ".join("any" if n is None else str(n) for n in wanted)
             raise InputError(
@@ -285,8 +376,3 @@ class OnnxNetwork:
 def output_name(place: int) -> str:
     """Return the name of a layer's output: `activations`, then `activations_1`, ..."""
     return ACTIVATIONS if place == 0 else f"{ACTIVATIONS}_{place}"
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -20,16 +20,11 @@ MAX_BYTES = (1 << 31) - 1
 """One protobuf holds no more; a file that has its numbers in others beside it is refused."""
 PROBE_SECONDS = 60.0
 """A run that is not at its end by then is stopped, where a network is asked for the first time."""
-_AGAIN = "write it again with `embedcam export`"
+AGAIN = "write it again with `embedcam export`"
 
 
 class Session:
-    """One file, its one input and its outputs. Concurrent runs are safe.
-
-    A child made by fork has none of ONNX Runtime's threads: it opens the file again on its first
-    run, on one thread. `threads` are those that one run computes on; None leaves it to ONNX
-    Runtime, which takes every core.
-    """
+    """One file, its one input and its outputs. Concurrent runs are safe, forks' on one thread."""
 
     def __init__(
         self,
@@ -67,10 +62,7 @@ class Session:
     def run(
         self, names: Sequence[str], images: np.ndarray, seconds: float | None = None
     ) -> list[np.ndarray]:
-        """Return those outputs of a batch float32 `[B C H W]`, as float32.
-
-        After so many seconds the run is stopped, between two operations; None: never.
-        """
+        """Return those outputs of a batch `[B C H W]`, float32; stopped after so many seconds."""
         session = self._session if os.getpid() == self._pid else self._opened_again()
         options, stopped = _onnxruntime().RunOptions(), threading.Event()
 
@@ -90,12 +82,11 @@ class Session:
             if stopped.is_set():
                 raise NetworkError(
                     f"{self.path}: was not at its end after {seconds:g} s on the probe picture, "
-                    "and was stopped; it may never end: give a file that you trust, or a faster "
-                    "machine"
+                    "and was stopped; give a file that you trust, or a faster machine"
                 ) from error
             raise NetworkError(
                 f"{self.path}: ONNX Runtime cannot run it on images {list(images.shape)} "
-                f"({_message(error)}); {_AGAIN}"
+                f"({_message(error)}); {AGAIN}"
             ) from error
         finally:
             timer.cancel()
@@ -133,7 +124,7 @@ class Session:
             )
         except Exception as error:
             raise NetworkError(
-                f"{self.path}: ONNX Runtime cannot read it ({_message(error)}); {_AGAIN}"
+                f"{self.path}: ONNX Runtime cannot read it ({_message(error)}); {AGAIN}"
             ) from error
 
 
@@ -203,7 +194,7 @@ def refuse_external(path: Path) -> None:
     except OSError as error:
         raise NetworkError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise NetworkError(f"{path}: ONNX Runtime cannot read it ({error}); {_AGAIN}") from error
+        raise NetworkError(f"{path}: ONNX Runtime cannot read it ({error}); {AGAIN}") from error
     if external:
         raise NetworkError(
             f"{path}: keeps numbers in other files, which are not opened; write it in one piece, "
@@ -230,14 +221,14 @@ def _fields(data: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int, 
     at = start
     while at < stop:
         key, at = _varint(data, at, stop)
-        wire = key & 7
+        first, wire = at, key & 7
         if wire == 0:
-            first, (_, at) = at, _varint(data, at, stop)
+            at = _varint(data, at, stop)[1]
         elif wire == 2:
             size, first = _varint(data, at, stop)
             at = first + size
         elif wire in (1, 5):
-            first, at = at, at + (8 if wire == 1 else 4)
+            at += 8 if wire == 1 else 4
         else:
             raise ValueError("it is no protobuf")
         if at > stop:
@@ -247,10 +238,7 @@ def _fields(data: mmap.mmap, start: int, stop: int) -> Iterator[tuple[int, int, 
 
 def _varint(data: mmap.mmap, at: int, stop: int) -> tuple[int, int]:
     value = 0
-    for place in range(10):
-        if at + place >= stop:
-            break
-        byte = data[at + place]
+    for place, byte in enumerate(data[at : min(at + 10, stop)]):
         value |= (byte & 0x7F) << (7 * place)
         if byte < 0x80:
             return value, at + place + 1

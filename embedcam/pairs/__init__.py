@@ -2,12 +2,12 @@
 
 from .explainer import PairExplainer, check_same, mean_of
 from .receipt import Comparison, Line, Link, Receipt, Shown, make_comparison, make_receipt
-from .sides import DifferentiatedSide, Evidence, PooledSide, Side
+from .sides import Contributions, DifferentiatedSide, PooledSide, Side
 
 __all__ = [
     "Comparison",
     "DifferentiatedSide",
-    "Evidence",
+    "Contributions",
     "Line",
     "Link",
     "PairExplainer",

@@ -19,7 +19,6 @@ from .sides import DifferentiatedSide, PooledSide, Side, matrix_of
 if TYPE_CHECKING:
     from ..explain.explainer import Explainer
     from ..explain.queries import Inputs, QueryLike
-    from ..images import FileState
     from ..index import Index
     from ..preprocess import HeadMatrix
 
@@ -30,9 +29,8 @@ _SAME = 0.99
 class PairExplainer:
     """Explains pairs: a query and one of its results, or two results of one query.
 
-    The pictures of both are forwarded together. Behind average pooling and an affine head a receipt
-    is exact and needs neither a gradient nor torch; behind another head each picture is one head
-    pass.
+    Behind average pooling and an affine head a receipt is exact and needs neither a gradient nor
+    torch; behind another head each picture is one head pass.
 
     Parameters
     ----------
@@ -74,10 +72,8 @@ class PairExplainer:
 
         Raises
         ------
-        ImageError
-            A picture that cannot be read, or is not the one that was indexed.
-        InputError
-            An unknown or removed id.
+        ImageError, InputError
+            A picture that cannot be read or is not the one indexed; an unknown or removed id.
         """
         return self.receipts(query, [result], centred=centred)[0]
 
@@ -94,28 +90,22 @@ class PairExplainer:
         except EmbeddingError as error:
             names = [query_name(one, row) for row, one in enumerate([query, *results])]
             raise error.named(names) from None
-        (query_shown, _), *shown = opened
         mean = mean_of(index, centred)
         for result, side in zip(results, theirs, strict=True):
             if isinstance(result, str):
                 check_same(index, result, side)
+        shown = [picture for picture, _ in opened]
         return [
             make_receipt(
-                ours, side, mean, centred=centred, query_shown=query_shown, result_shown=picture
+                ours, side, mean, centred=centred, query_shown=shown[0], result_shown=picture
             )
-            for side, (picture, _) in zip(theirs, shown, strict=True)
+            for side, picture in zip(theirs, shown[1:], strict=True)
         ]
 
     def above(
         self, query: QueryLike, result: QueryLike, rival: QueryLike, *, centred: bool = True
     ) -> Comparison:
-        """Return why the result came above the rival; arguments as for `receipt`.
-
-        Raises
-        ------
-        InputError
-            As `receipt`, or both are the same image.
-        """
+        """Return why the result came above the rival; arguments and errors as for `receipt`."""
         if isinstance(result, str) and result == rival:
             raise InputError(f"the result and its rival are both {result!r}; name two images")
         first, second = self.receipts(query, [result, rival], centred=centred)
@@ -124,18 +114,13 @@ class PairExplainer:
     def head(self, index: Index) -> HeadMatrix | None:
         """Return the head by an index of the explainer; None where it is not pooled and affine."""
         known = self._head
-        if known is None or known[0]() is not index:
-            # With its index, which is not held by it: another version may keep the matrix
-            # otherwise, or not at all.
+        if known is None or known[0]() is not index:  # Another version may keep it otherwise.
             head = self.network.affine_head(lambda: matrix_of(index))
             known = self._head = (weakref.ref(index), head)
         return known[1]
 
     def sides(self, index: Index, inputs: Sequence[Inputs]) -> list[Side]:
-        """Return what receipts are made of, by `make_receipt`, of the network's inputs `[3 H W]`.
-
-        Those of one size are forwarded together.
-        """
+        """Return what receipts are made of, of inputs `[3 H W]`; those of one size go together."""
         head = self.head(index)
         if head is None:
             return [self._differentiated(one, row) for row, one in enumerate(inputs)]
@@ -143,8 +128,8 @@ class PairExplainer:
         for shape in {tuple(one.shape) for one in inputs}:
             places = [place for place, one in enumerate(inputs) if tuple(one.shape) == shape]
             with _placed(places):
-                embedded = self.network.embed(stacked([inputs[place] for place in places]))
-            embeddings, norms, (maps,) = embedded
+                batch = stacked([inputs[place] for place in places])
+                embeddings, norms, (maps,) = self.network.embed(batch)
             check_outputs(embeddings, maps)
             for row, place in enumerate(places):
                 norm = 1.0
@@ -155,11 +140,14 @@ class PairExplainer:
 
     def _open(self, image: QueryLike, by_id: bool = False) -> tuple[Shown, Inputs]:
         """Return how a picture is drawn, and the network's input `[3 H W]`."""
-        name, label = "", None
+        name, label, index = "", None, self.explainer.index
         if by_id and isinstance(image, str):
-            index = self.explainer.index
             name, label = image, index.labels[index.position(image)]
-            check_medoid(index, image, self.explainer.file_state(image))
+            if index.manifest.is_compressed and self.explainer.file_state(image) == "changed":
+                raise ImageError(
+                    f"{name}: the picture in the middle of this prototype was replaced since it "
+                    "was indexed; index it again, and compress that"
+                )
             image = self.explainer.picture(image)
         picture, inputs = self.explainer.prepared(image)
         extent = None
@@ -176,7 +164,7 @@ class PairExplainer:
 
 @contextmanager
 def _placed(places: Sequence[int]) -> Iterator[None]:
-    """Have errors of a batch speak of the places its pictures have among all of them."""
+    """Name rows of errors by the places that a batch's pictures have among all of them."""
     try:
         yield
     except EmbeddingError as error:
@@ -196,22 +184,9 @@ def mean_of(index: Index, centred: bool) -> np.ndarray:
     return np.asarray(index.fitted("embedding_mean"), np.float64)
 
 
-def check_medoid(index: Index, name: str, state: FileState | None) -> None:
-    """Refuse a prototype whose picture was replaced: no stored embedding is that picture's."""
-    if index.manifest.is_compressed and state == "changed":
-        raise ImageError(
-            f"{name}: the picture in the middle of this prototype was replaced since it was "
-            "indexed; index it again, and compress that"
-        )
-
-
 def check_same(index: Index, name: str, side: Side) -> None:
-    """Refuse the picture of an image that is another than was indexed, by its embedding.
-
-    A prototype is the mean of several images, and is no picture's embedding: it is not compared.
-    Its receipt is of the picture in its middle, whose similarity it divides.
-    """
-    if index.manifest.is_compressed:
+    """Refuse the picture of an image that is another than was indexed, by its embedding."""
+    if index.manifest.is_compressed:  # A prototype's embedding is a mean, no picture's.
         return
     stored = index.embeddings([index.position(name)])[0].astype(np.float64)
     lengths = np.linalg.norm(stored) * np.linalg.norm(side.embedding)

@@ -4,16 +4,14 @@ The similarity of a query f and a result f' is f . f'. With m the mean embedding
 
     f . f'  =  f . m  +  f . (f' - m)
 
-the first part is what the query has in common with the average image; the second is what matches
-*this* result, and it is divided among the query's positions and channels. The same with the roles
-changed divides it among the result's. (`centred=False` divides f . f' itself: the positions that
-are bright in any picture then take most of it.)
+the first part is what the query has in common with the average image; the second, what matches
+*this* result, is divided among the query's positions and channels, and likewise among the result's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -25,7 +23,7 @@ from ..errors import InputError
 from ..explain.drawing import save_picture
 from ..preprocess import Extent
 from ..render import Mark, Tile, draw_on_axes, in_notebook, receipt_picture
-from .sides import Evidence, Side, evidence_of
+from .sides import Contributions, Side, evidence_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,48 +55,41 @@ class Link:
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """How to draw one picture of a receipt.
+    """How to draw one picture of a receipt; `name` and `label` are of an indexed image."""
 
-    `image` is upright, None where unknown; `extent` the rectangle of it that the network saw,
-    (x0, y0, x1, y1) in pixels; `name` and `label` are of an indexed image.
-    """
-
-    image: Image.Image | None = None
-    extent: Extent | None = None
+    image: Image.Image | None = None  # upright
+    extent: Extent | None = None  # of it what the network saw, (x0, y0, x1, y1) in pixels
     name: str = ""
     label: str | None = None
+
+
+_UNKNOWN = Shown()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Receipt:
     """Why a query and one result are similar.
 
-    `similarity` is f . f', the inner product of the embeddings. `query` and `result` are what each
-    side gives to it: of either `cells.sum() + shared + remainder` is the similarity, and so is
-    `channels.sum() + ...`. `exact` is whether the contributions are exact (the head is average
-    pooling and affine), or one vector-Jacobian product of the head on each side; the remainder then
-    holds what is not of first order. `centred` is whether what the average image shares, by its
-    embedding `mean` `[D]`, was put apart. `query_shown` and `result_shown` are the pictures.
+    `similarity` is f . f', and `query` and `result` are what each side gives to it: of either
+    `cells.sum() + shared + remainder`, and `channels.sum() + ...`, is the similarity. Where not
+    `exact` (the head is more than average pooling and affine), the remainder holds what is not of
+    first order. `centred` is whether what the average image shares, `mean` `[D]`, was put apart.
     """
 
     similarity: float
-    query: Evidence
-    result: Evidence
+    query: Contributions
+    result: Contributions
     exact: bool
     centred: bool
     sides: tuple[Side, Side]
     mean: np.ndarray
-    query_shown: Shown = field(default_factory=Shown)
-    result_shown: Shown = field(default_factory=Shown)
+    query_shown: Shown = _UNKNOWN
+    result_shown: Shown = _UNKNOWN
 
     @property
     def channels(self) -> np.ndarray:
-        """What each channel gives, `[K]`: the mean of both sides.
-
-        `channels.sum() + shared + remainder` is the similarity.
-        """
-        mean: np.ndarray = (self.query.channels + self.result.channels) / 2
-        return mean
+        """What each channel gives, `[K]`: the mean of both sides."""
+        return np.asarray((self.query.channels + self.result.channels) / 2)
 
     @property
     def shared(self) -> float:
@@ -107,7 +98,7 @@ class Receipt:
 
     @property
     def remainder(self) -> float:
-        """What no channel accounts for, see `Evidence`: the mean of both sides."""
+        """What no channel accounts for: the mean of both sides."""
         return (self.query.remainder + self.result.remainder) / 2
 
     def lines(self, n: int = 10) -> list[Line]:
@@ -122,10 +113,9 @@ class Receipt:
     def point(self, row: int, column: int, of: Which = "query") -> np.ndarray:
         """Return what one position matches, `[H' W']` on the other picture's grid, signed.
 
-        Of both positions' vectors (what each alone gives to the embedding) an equal share of the
-        mean embedding is taken; the contribution is the product of what is left. Over all pairs the
-        contributions sum to (f - m) . (f' - m), but for the remainders. `row` and `column` count
-        from 0 on the position's own grid, that `of` the "query" or of the "result".
+        The product of both positions' vectors (what each alone gives to the embedding), each less
+        its share of the mean embedding: over all pairs (f - m) . (f' - m), but for the remainders.
+        `row` and `column` count from 0 on the grid `of` the "query" or of the "result".
         """
         if of not in ("query", "result"):
             raise InputError(f'of = {of!r}; a cell is of the "query" or of the "result"')
@@ -138,24 +128,19 @@ class Receipt:
         return self._matched(other, self._vectors(side, [row * width + column])[0])
 
     def matrix(self) -> np.ndarray:
-        """Return `point` of every position, `[H W H' W']`.
-
-        Where not `exact`, of as many head passes as positions.
-        """
+        """Return `point` of every position, `[H W H' W']`; a head pass each where not `exact`."""
         grids = [side.activations.shape[1:] for side in self.sides]
         vectors = [
             self._vectors(side, range(height * width))
             for side, (height, width) in zip(self.sides, grids, strict=True)
         ]
-        pairs: np.ndarray = (vectors[0] @ vectors[1].T).reshape(*grids[0], *grids[1])
-        return pairs
+        return np.asarray((vectors[0] @ vectors[1].T).reshape(*grids[0], *grids[1]))
 
     def links(self, n: int = 5) -> list[Link]:
-        """Return the best matching positions, best first.
+        """Return the best matching positions, best first, each position in one link at most.
 
-        A position is in one link at most, and a link that runs beside a better one (both ends next
-        to its ends) is left out: it says the same. Where the receipt is not `exact`, links begin
-        only at the query's 16 positions that give most.
+        A link beside a better one (both ends next to its ends) is left out. Where not `exact`,
+        links begin only at the query's 16 positions that give most.
         """
         n = whole("links", n)
         query, result = self.sides
@@ -183,12 +168,8 @@ class Receipt:
 
     def to_dict(self, lines: int = 10, links: int = 5) -> dict[str, Any]:
         """Return plain lists and numbers, ready for JSON; without pictures."""
-        return {
-            "similarity": self.similarity,
-            "exact": self.exact,
-            "centred": self.centred,
-            "shared": self.shared,
-            "remainder": self.remainder,
+        names = ("similarity", "exact", "centred", "shared", "remainder")
+        return {name: getattr(self, name) for name in names} | {
             **_channel_dicts(self.channels, lines),
             "query": _evidence_dict(self.query, self.query_shown),
             "result": _evidence_dict(self.result, self.result_shown),
@@ -230,7 +211,7 @@ class Receipt:
             ],
             title=title,
             note="Red speaks for the match, blue against it; each map has its own scale. Links "
-            "join the cells that match best. " + _how(self.exact),
+            "join the cells that match best. " + _HOW[self.exact],
         )
 
     def save(self, path: str | Path, **choices: Any) -> Path:
@@ -248,12 +229,9 @@ class Receipt:
         )
 
     def _vectors(self, side: Side, cells: Sequence[int]) -> np.ndarray:
-        height, width = side.activations.shape[1:]
-        vectors: np.ndarray = side.cell_vectors(cells) - self.mean / (height * width)
-        return vectors
+        return np.asarray(side.cell_vectors(cells) - self.mean / side.activations[0].size)
 
     def _matched(self, other: Side, vector: np.ndarray) -> np.ndarray:
-        """Return `[H' W']` for a position's vector `[D]`."""
         _, cells = other.products(vector)
         return cells - float(vector @ self.mean) / cells.size
 
@@ -263,16 +241,14 @@ class Comparison:
     """Why one result came above another.
 
     `score` is half of D(f, f'') - D(f, f'), D squared Euclidean, f' the result and f'' the rival;
-    for embeddings of length 1, and where the index ranks by inner products, the difference of the
-    similarities. Positive: the result is nearer. `query` is what the query's positions and channels
-    give to it: positive where it speaks for the result, negative for the rival. `cells.sum() +
-    remainder` is the score, and `lengths` is part of that remainder: what the embeddings' own
-    lengths give, (|f''|^2 - |f'|^2) / 2: of two equally similar results the shorter is nearer. 0
-    for inner products. `result` and `rival` are the receipts of either with the query.
+    for embeddings of length 1 and inner products the difference of the similarities. `query` is
+    what the query gives to it, negative where it speaks for the rival: `cells.sum() + remainder` is
+    the score. `lengths` is the part of the remainder that the embeddings' own lengths give,
+    (|f''|^2 - |f'|^2) / 2, 0 for inner products. `result` and `rival` are their receipts.
     """
 
     score: float
-    query: Evidence
+    query: Contributions
     result: Receipt
     rival: Receipt
     lengths: float = 0.0
@@ -334,7 +310,7 @@ class Comparison:
             headings=["Query", "Result", "Rival"],
             title=title,
             note="In all three red speaks for the result, blue for the rival: the maps of the two "
-            "show what in them matches the query. Each map has its own scale. " + _how(self.exact),
+            "show what in them matches the query. Each map has its own scale. " + _HOW[self.exact],
         )
 
     def save(self, path: str | Path, **choices: Any) -> Path:
@@ -355,23 +331,18 @@ def make_receipt(
     mean: np.ndarray,
     *,
     centred: bool = True,
-    query_shown: Shown | None = None,
-    result_shown: Shown | None = None,
+    query_shown: Shown = _UNKNOWN,
+    result_shown: Shown = _UNKNOWN,
 ) -> Receipt:
     """Return the receipt of a pair behind one head, with the index's mean embedding `[D]`."""
     apart = np.asarray(mean, np.float64) if centred else np.zeros(len(mean))
     similarity = float(query.embedding @ result.embedding)
-    return Receipt(
-        similarity,
+    gives = (
         evidence_of(query, result.embedding, similarity, apart),
         evidence_of(result, query.embedding, similarity, apart),
-        query.exact and result.exact,
-        centred,
-        (query, result),
-        apart,
-        query_shown or Shown(),
-        result_shown or Shown(),
     )
+    exact, sides = query.exact and result.exact, (query, result)
+    return Receipt(similarity, *gives, exact, centred, sides, apart, query_shown, result_shown)
 
 
 def make_comparison(query: Side, result: Receipt, rival: Receipt, metric: str) -> Comparison:
@@ -391,14 +362,12 @@ def _top_lines(channels: np.ndarray, n: int) -> list[Line]:
 
 
 def _rest(channels: np.ndarray, lines: Sequence[Line]) -> float:
-    """Return what the channels without a line of their own give together."""
     return float(channels.sum() - sum(line.contribution for line in lines))
 
 
 def _amounts(
     channels: np.ndarray, n: int, remainder: float, exact: bool
 ) -> list[tuple[str, float]]:
-    """Return n channels, all the others together, and the remainder where it is not rounding."""
     lines = _top_lines(channels, n)
     amounts = [(f"channel {line.channel}", line.contribution) for line in lines]
     if len(channels) > len(lines):
@@ -410,15 +379,10 @@ def _amounts(
 
 def _channel_dicts(channels: np.ndarray, n: int) -> dict[str, Any]:
     lines = _top_lines(channels, n)
-    return {
-        "channels": [
-            {"channel": line.channel, "contribution": line.contribution} for line in lines
-        ],
-        "other_channels": _rest(channels, lines),
-    }
+    return {"channels": [asdict(line) for line in lines], "other_channels": _rest(channels, lines)}
 
 
-def _evidence_dict(evidence: Evidence, shown: Shown) -> dict[str, Any]:
+def _evidence_dict(evidence: Contributions, shown: Shown) -> dict[str, Any]:
     return {
         "id": shown.name,
         "label": shown.label,
@@ -429,20 +393,19 @@ def _evidence_dict(evidence: Evidence, shown: Shown) -> dict[str, Any]:
     }
 
 
-def _how(exact: bool) -> str:
-    if exact:
-        return "Contributions are exact: behind average pooling and an affine head all add up."
-    return "Contributions are of first order; what is not is the last amount."
+_HOW = {
+    True: "Contributions are exact: behind average pooling and an affine head all add up.",
+    False: "Contributions are of first order; what is not is the last amount.",
+}
 
 
-def _tile(evidence: Evidence, shown: Shown, rival: bool = False) -> Tile:
-    """Return a picture with what in it speaks for (red) and against; a rival's the other way."""
+def _tile(evidence: Contributions, shown: Shown, rival: bool = False) -> Tile:
     cells = -evidence.cells if rival else evidence.cells
     name, label = shown.name.rpartition("/")[2] or "query", shown.label or ""
     return Tile(shown.image, cells, shown.extent, name, label, signed=True)
 
 
-def _center(cell: tuple[int, int], evidence: Evidence, shown: Shown) -> tuple[float, float]:
+def _center(cell: tuple[int, int], evidence: Contributions, shown: Shown) -> tuple[float, float]:
     """Return the middle of a position as shares of the picture's width and height."""
     height, width = evidence.cells.shape
     x, y = (cell[1] + 0.5) / width, (cell[0] + 0.5) / height

@@ -1,10 +1,9 @@
 """One picture of a pair, and what each of its positions and channels gives to its embedding.
 
 A head turns activations A `[K H W]` into z `[D]`, and the embedding is f = z / |z| (or z itself).
-Behind average pooling and an affine head z = W p + b all is exact and follows from the activations;
-elsewhere it is of first order in A, by products with the head's Jacobian. |z| is held constant on
-purpose: differentiating through it makes the contributions of all channels sum to zero where the
-head has no bias, for the cosine does not change when all of them grow alike.
+Behind average pooling and an affine head z = W p + b all is exact; elsewhere it is of first order
+in A, by products with the head's Jacobian. |z| is held constant on purpose: differentiated through,
+all contributions sum to zero where the head has no bias.
 """
 
 from __future__ import annotations
@@ -25,33 +24,22 @@ if TYPE_CHECKING:
 
 
 class Side(Protocol):
-    """One picture of a pair.
+    """One picture of a pair."""
 
-    `activations` are `[K H W]` float32, `embedding` is f, `[D]` float64, `norm` |z| where f is
-    z / |z|, else 1; `exact` says whether products are exact, not of first order.
-    """
-
-    activations: np.ndarray
-    embedding: np.ndarray
-    norm: float
-    exact: bool
+    activations: np.ndarray  # [K H W] float32
+    embedding: np.ndarray  # f, [D] float64
+    norm: float  # |z| where f is z / |z|, else 1
+    exact: bool  # not of first order alone
 
     def products(self, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return what each channel `[K]` and position `[H W]` gives to y = f . direction `[D]`.
-
-        Sums over positions and over channels of dy/dA * A.
-        """
+        """Return the sums of dy/dA * A by channel `[K]` and position `[H W]`, y = f . direction."""
 
     def cell_vectors(self, cells: Sequence[int]) -> np.ndarray:
         """Return what positions, counted row by row, alone give to the embedding, `[n D]`."""
 
 
 class PooledSide(Side):
-    """A picture behind average pooling and an affine head: everything from its activations.
-
-    Of activations A `[K H W]`, the embedding f `[D]`, its norm |z| (1 where f is not normalised),
-    and the matrix W `[D K]`, None for the identity.
-    """
+    """A picture behind average pooling and an affine head W `[D K]`, None for the identity."""
 
     exact = True
 
@@ -84,8 +72,7 @@ class PooledSide(Side):
         """Return vectors as `Side` says."""
         chosen = self._flat[:, list(cells)]
         embedded = chosen if self._matrix is None else self._matrix @ chosen
-        vectors: np.ndarray = embedded.T.astype(np.float64) / self._scale
-        return vectors
+        return np.asarray(embedded.T.astype(np.float64) / self._scale)
 
 
 class DifferentiatedSide(Side):
@@ -121,13 +108,12 @@ class DifferentiatedSide(Side):
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class Contributions:
     """What one picture's activations give to a score.
 
-    `cells` is of each position, `[H W]`, `channels` of each channel, `[K]`, signed; `shared` the
-    part of the score that the picture has with the average image too; `remainder` what neither
-    accounts for: the head's bias, and beyond an affine head what is not of first order. The sum of
-    `cells` (or of `channels`), `shared` and `remainder` is the score.
+    Of each position `cells` `[H W]`, of each channel `channels` `[K]`, signed; `shared` is what it
+    has with the average image too, `remainder` the head's bias and what is not of first order.
+    `cells.sum()` (or `channels.sum()`), `shared` and `remainder` add up to the score.
     """
 
     cells: np.ndarray
@@ -138,17 +124,11 @@ class Evidence:
 
 def evidence_of(
     side: Side, direction: np.ndarray, score: float, mean: np.ndarray | None
-) -> Evidence:
-    """Return what a picture gives to the score y = f . direction + constants.
-
-    The average embedding `mean` is taken from the direction `[D]` first; what it takes away,
-    f . mean, is `shared`. None takes nothing.
-    """
+) -> Contributions:
+    """Return what a picture gives to f . direction + constants, less the average embedding's."""
     direction = direction.astype(np.float64)
-    shared = 0.0
-    if mean is not None:
-        shared = float(side.embedding @ mean)
-        direction = direction - mean
+    shared = 0.0 if mean is None else float(side.embedding @ mean)
+    direction = direction if mean is None else direction - mean
     with np.errstate(over="ignore", invalid="ignore"):
         channels, cells = side.products(direction)
     if not (np.isfinite(cells).all() and np.isfinite(channels).all()):
@@ -156,23 +136,18 @@ def evidence_of(
             "a receipt overflows: the activations, with what the head makes of them, go beyond "
             "float32; check the network's weights"
         )
-    return Evidence(cells, channels, shared, float(score - shared - channels.sum()))
+    return Contributions(cells, channels, shared, float(score - shared - channels.sum()))
 
 
 def matrix_of(index: Index) -> np.ndarray:
     """Return W `[D K]` of a head z = W p + b, by an index whose encoding has the origin "head"."""
-    encoding = index.encoding()
-    if not isinstance(encoding, LowRank) or encoding.origin != "head":
+    encoding, positions = index.encoding(), index.manifest.layers[0].cells
+    from_head = isinstance(encoding, LowRank) and encoding.origin == "head"
+    if not from_head or positions is None:
+        lacks = "the number of the layer's positions" if from_head else "the head's matrix"
         raise InputError(
-            "receipts need the head's matrix, which neither the ONNX file nor the index's "
-            f"encoding ({encoding.name}) holds; give the network instead of its ONNX file"
+            f"receipts need {lacks}, which neither the ONNX file nor the index (encoding "
+            f"{encoding.name}) holds; give the network instead of its ONNX file"
         )
     # The basis is dz/dA: the matrix divided by the number of positions.
-    positions = index.manifest.layers[0].cells
-    if positions is None:
-        raise InputError(
-            "receipts need the number of the layer's positions, which this index does not hold; "
-            "give the network instead of its ONNX file"
-        )
-    basis: np.ndarray = encoding.fitted["basis"]
-    return basis * np.float32(positions)
+    return np.asarray(encoding.fitted["basis"] * np.float32(positions))

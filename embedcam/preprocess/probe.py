@@ -1,7 +1,6 @@
 """One fixed synthetic picture: what a network is asked about itself.
 
-Whole-number arithmetic only, so that the picture is the same on every machine and with every
-version of every library.
+Whole-number arithmetic only: the same on every machine, with every version of every library.
 """
 
 from collections.abc import Callable
@@ -15,11 +14,7 @@ PROBE_SIZE = (240, 320)
 
 
 def probe_picture(index: int = 0) -> np.ndarray:
-    """Return the synthetic picture of that number: uint8 `[240 320 3]`.
-
-    Slopes, blocks and fine texture, differing in every channel, so that filters of every size have
-    something to answer to.
-    """
+    """Return the synthetic picture of that number, uint8 `[240 320 3]`: slopes and texture."""
     height, width = PROBE_SIZE
     y, x = np.mgrid[0:height, 0:width].astype(np.int64)
     channels = []
@@ -37,11 +32,7 @@ def probe_inputs(
     size: tuple[int, int],
     channels: int = 3,
 ) -> np.ndarray:
-    """Return the first pictures as a network's input: float32 `[count C H W]`.
-
-    Without `preprocess` they are sampled to `size` = (H, W), scaled to [-2, 2], and red, green and
-    blue repeated to so many channels.
-    """
+    """Return pictures as inputs, float32 `[count C H W]`; in [-2, 2] where not preprocessed."""
     pictures = [probe_picture(index) for index in range(count)]
     if preprocess is not None:
         return np.stack([preprocess(Image.fromarray(picture)) for picture in pictures])

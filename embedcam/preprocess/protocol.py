@@ -27,10 +27,7 @@ class Embedded(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class HeadMatrix:
-    """A pooled and affine head: z = W p + b of the mean p of the activations over positions.
-
-    matrix: W `[D K]`, None for the identity; bias: b `[D]`, None where it is not known.
-    """
+    """A pooled affine head: z = W p + b, W `[D K]` or None for the identity, b `[D]` if known."""
 
     matrix: np.ndarray | None
     bias: np.ndarray | None = None
@@ -51,6 +48,10 @@ class Network(Protocol):
     preprocess: AnyPreprocess | None
     name: str | None
 
+    @property
+    def autocast(self) -> object:
+        """The type it computes in where that is not its parameters'; None for those."""
+
     def embed(self, images: Any, layers: Sequence[str] | None = None) -> Embedded:
         """Embed preprocessed images `[B C H W]`; activations are its own layer's, or of these."""
 
@@ -65,6 +66,9 @@ class Network(Protocol):
 
     def for_index(self, stored: Identity, layers: Sequence[str]) -> Self:
         """Return the network as the one of an index, or raise `NetworkMismatch`."""
+
+    def warm_up(self) -> None:
+        """Find out once what later questions need."""
 
     def affine_head(self, stored_matrix: Callable[[], np.ndarray]) -> HeadMatrix | None:
         """Return the head, None where it is another; a matrix not held is asked of an index."""

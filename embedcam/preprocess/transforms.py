@@ -6,6 +6,7 @@ side, crop the center, scale to [0, 1], normalize), or of a plain resize ("squas
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +15,7 @@ from typing import Any, Final, Literal, Self
 import numpy as np
 from PIL import Image
 
-from .._checks import one_of, whole
+from .._checks import as_array, one_of, whole
 from ..errors import EmbedcamError, ImageError, InputError
 from .probe import probe_inputs
 
@@ -37,10 +38,6 @@ RESAMPLING: Final = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _KIND: Final = "standard"
-
-
-def _side(name: str, value: object) -> int:
-    return whole(f"preprocess: {name}", value, 1, MAX_SIDE)
 
 
 def _channels(name: str, value: object) -> tuple[float, ...]:
@@ -101,36 +98,41 @@ class Preprocess:
         size: object = self.size
         if isinstance(size, str | bytes) or not isinstance(size, Sequence) or len(size) != 2:
             raise InputError(f"preprocess: size is {size!r}; give (height, width) in pixels")
-        sides = tuple(_side(f"size[{place}]", side) for place, side in enumerate(size))
-        object.__setattr__(self, "size", sides)
+        sides = [
+            whole(f"preprocess: size[{place}]", side, 1, MAX_SIDE)
+            for place, side in enumerate(size)
+        ]
         one_of("preprocess: resize", self.resize, ("squash", "crop"))
-        if self.resize == "crop":
-            if self.resize_to is None:
-                raise InputError(
-                    'preprocess: resize="crop" needs resize_to, the shorter side in pixels before '
-                    "the crop (256 for a crop of 224)"
-                )
-            object.__setattr__(self, "resize_to", _side("resize_to", self.resize_to))
-        elif self.resize_to is not None:
+        one_of("preprocess: interpolation", self.interpolation, RESAMPLING)
+        if self.resize == "crop" and self.resize_to is None:
+            raise InputError(
+                'preprocess: resize="crop" needs resize_to, the shorter side in pixels before the '
+                "crop (256 for a crop of 224)"
+            )
+        if self.resize == "squash" and self.resize_to is not None:
             raise InputError(
                 f'preprocess: resize="squash" cuts nothing off, so resize_to={self.resize_to} has '
                 'no meaning; leave it out, or take resize="crop"'
             )
-        one_of("preprocess: interpolation", self.interpolation, RESAMPLING)
-        object.__setattr__(self, "mean", _channels("mean", self.mean))
-        object.__setattr__(self, "std", _channels("std", self.std))
-        if len(self.mean) != len(self.std):
+        shorter = self.resize_to
+        if shorter is not None:
+            shorter = whole("preprocess: resize_to", shorter, 1, MAX_SIDE)
+        mean, std = _channels("mean", self.mean), _channels("std", self.std)
+        if len(mean) != len(std):
             raise InputError(
-                f"preprocess: mean is of {len(self.mean)} channels and std of {len(self.std)}; "
-                "give one number a channel in both"
+                f"preprocess: mean is of {len(mean)} channels and std of {len(std)}; give one "
+                "number a channel in both"
             )
-        if min(self.std) <= 0:
-            raise InputError(f"preprocess: std is {self.std}; each must be above 0")
+        if min(std) <= 0:
+            raise InputError(f"preprocess: std is {std}; each must be above 0")
+        checked = {"size": tuple(sides), "resize_to": shorter, "mean": mean, "std": std}
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def imagenet(cls, size: int = 224, *, resize: Literal["squash", "crop"] = "crop") -> Self:
         """Return ImageNet's usual: shorter side to 256/224 of `size`, center crop of `size`."""
-        side = _side("size", size)
+        side = whole("preprocess: size", size, 1, MAX_SIDE)
         resize_to = round(side * 256 / 224) if resize == "crop" else None
         return cls(size=(side, side), resize=resize, resize_to=resize_to)
 
@@ -161,9 +163,8 @@ class Preprocess:
     def extent(self, width: int, height: int) -> Extent:
         """Return the rectangle (x0, y0, x1, y1) of a picture that the network sees.
 
-        In pixels of the oriented original, as floats: pixel i covers [i, i + 1]. The network's
-        input [H W] is this rectangle, stretched evenly. It reaches beyond the picture where the
-        crop was padded.
+        Evenly stretched, in pixels of the original: pixel i covers [i, i + 1]. It reaches
+        beyond the picture where the crop was padded.
         """
         _refuse_empty(width, height)
         if self.resize == "squash":
@@ -187,17 +188,15 @@ class Preprocess:
         long_side = int(self.resize_to * longer / shorter)
         if self.resize_to * long_side > MAX_RESIZED_PIXELS:
             raise ImageError(
-                f"a picture of {width} x {height} pixels is too long and thin: with its shorter "
-                f"side at {self.resize_to} it has more than {MAX_RESIZED_PIXELS} pixels; "
-                'take resize="squash"'
+                f"a picture of {width} x {height} pixels is too long and thin: resized it has more "
+                f'than {MAX_RESIZED_PIXELS} pixels; take resize="squash"'
             )
         return (self.resize_to, long_side) if width <= height else (long_side, self.resize_to)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything `from_dict` needs, ready for JSON."""
         values = asdict(self).items()
-        lists = {name: list(value) if isinstance(value, tuple) else value for name, value in values}
-        return {"kind": _KIND, **lists}
+        return {"kind": _KIND, **{k: list(v) if isinstance(v, tuple) else v for k, v in values}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -210,11 +209,11 @@ class Preprocess:
         if kind != _KIND:
             raise InputError(f'preprocess: kind is {kind!r}; known are "{_KIND}" and "custom"')
         known = [field.name for field in fields(cls)]
-        unknown = sorted(str(key) for key in values if key not in known and key != "kind")
+        unknown = sorted(str(key) for key in values if key not in (*known, "kind"))
         missing = [name for name in known if name not in values]
-        wrong = (("unknown settings", unknown), ("missing settings", missing))
-        problems = [f"{what} {', '.join(names)}" for what, names in wrong if names]
-        if problems:
+        if unknown or missing:
+            wrong = (("unknown settings", unknown), ("missing settings", missing))
+            problems = [f"{what} {', '.join(names)}" for what, names in wrong if names]
             raise InputError(f"preprocess: {'; '.join(problems)} (expected {', '.join(known)})")
         return cls(**{name: values[name] for name in known})
 
@@ -233,9 +232,8 @@ def _not_ours(name: object) -> str:
 class CustomPreprocess:
     """A caller's own transform: an oriented RGB picture in, `[C H W]` numbers out.
 
-    An index records its name, not its code: opening the index elsewhere takes the same transform.
-    Without `rectangle`, a function (width, height) -> (x0, y0, x1, y1), the network is taken to see
-    the whole picture.
+    An index records its name, not its code. Without `rectangle`, a function (width, height) ->
+    (x0, y0, x1, y1), the network is taken to see the whole picture.
     """
 
     transform: Callable[[Image.Image], Any]
@@ -262,8 +260,7 @@ class CustomPreprocess:
                 f"preprocess {self.name} failed with {type(error).__name__}: {message}; give a "
                 "transform that takes a PIL picture and returns an array or tensor [C H W]"
             ) from error
-        detach = getattr(output, "detach", None)
-        values = np.asarray(output if detach is None else detach().cpu().numpy())
+        values = as_array(output) if hasattr(output, "detach") else np.asarray(output)
         last = values.ndim == 3 and values.shape[2] in (1, 3) and values.shape[0] not in (1, 3)
         if values.ndim != 3 or values.size == 0 or last:
             raise InputError(
@@ -299,16 +296,17 @@ class CustomPreprocess:
 AnyPreprocess = Preprocess | CustomPreprocess
 
 
-def refuse_random(preprocess: AnyPreprocess | None) -> None:
+def refuse_random(preprocess: AnyPreprocess) -> None:
     """Refuse a caller's own transform that makes another input each time of one picture."""
     if not isinstance(preprocess, CustomPreprocess):
         return
     steps = getattr(preprocess.transform, "transforms", None)
-    steps = steps if isinstance(steps, list | tuple) else []
     # A flip in one of two pictures would pass a trial too often.
-    random = any(type(step).__name__.startswith("Random") for step in steps)
+    random = isinstance(steps, list | tuple) and any(
+        type(step).__name__.startswith("Random") for step in steps
+    )
     first, second = (probe_inputs(1, preprocess, (1, 1)) for _ in range(2))
-    if random or first.shape != second.shape or (first != second).any():
+    if random or not np.array_equal(first, second):
         raise InputError(
             f"preprocess {preprocess.name}: gives another input each time it sees one picture; "
             "give the transform that is used for evaluation, without random steps"
@@ -323,22 +321,16 @@ def custom(
 ) -> CustomPreprocess:
     """Wrap a function of an oriented RGB picture that returns a tensor or array `[C H W]`.
 
-    `extent` is a function (width, height) -> (x0, y0, x1, y1) of what the network sees; default
-    all.
+    `extent` is a function (width, height) -> (x0, y0, x1, y1) of what the network sees, else all.
     """
-    kind = type(transform)
-    qualified = getattr(transform, "__qualname__", None)
-    where = f"{transform.__module__ if qualified else kind.__module__}"
-    name = f"{where}.{qualified or kind.__qualname__}" if name is None else name
+    if name is None:
+        named: Any = transform if hasattr(transform, "__qualname__") else type(transform)
+        name = f"{named.__module__}.{named.__qualname__}"
     return CustomPreprocess(transform, name, extent)
 
 
 def preprocess_from_dict(values: Mapping[str, Any]) -> AnyPreprocess:
-    """Return what `to_dict` described; of a caller's own transform only what its name allows.
-
-    It cannot be called, and has an extent only if that is the whole picture; what is missing is an
-    `InputError` that asks for the transform.
-    """
+    """Return what `to_dict` described; a caller's own transform cannot be called, and says so."""
     if not isinstance(values, Mapping) or values.get("kind") != "custom":
         return Preprocess.from_dict(values)
     name, extent = values.get("name"), values.get("extent")
@@ -352,3 +344,149 @@ def preprocess_from_dict(values: Mapping[str, Any]) -> AnyPreprocess:
         raise InputError(_not_ours(name))
 
     return CustomPreprocess(unknown, str(name or ""), unknown if extent == "own" else None)
+
+
+# What a transform of torchvision, timm or transformers amounts to, told by its parts
+
+
+def from_transform(transform: Any, *, name: str | None = None) -> AnyPreprocess:
+    """Return the `Preprocess` a transform amounts to, or the transform wrapped as a custom one.
+
+    Recognized without importing their libraries: torchvision's weights and their presets, a Compose
+    of [Grayscale] [Resize] [CenterCrop] ToTensor [Normalize] (in v2 ToImage and ToDtype), and
+    Hugging Face's image processors. What crops in a way of its own is an `InputError`.
+    """
+    if isinstance(transform, Preprocess | CustomPreprocess):
+        return transform
+    if isinstance(transform, type):
+        raise InputError(
+            f"preprocess: given the class {transform.__name__}; give an instance of it, such as "
+            f"{transform.__name__}(...)"
+        )
+    if callable(getattr(transform, "transforms", None)):  # torchvision's weights
+        transform = transform.transforms()
+    processor = getattr(transform, "image_processor", transform)
+    if hasattr(processor, "image_mean") and hasattr(processor, "do_resize"):
+        return _from_processor(processor, name)
+    preset = ("crop_size", "resize_size", "mean", "std", "interpolation")
+    if all(hasattr(transform, attribute) for attribute in preset):
+        values = [getattr(transform, attribute) for attribute in preset]
+        crop, resize, mean, std, interpolation = values
+        recognized = _recognized(resize, crop, interpolation, mean, std)
+    else:
+        recognized = _from_chain(getattr(transform, "transforms", None))
+    if recognized is not None:
+        return recognized
+    if not callable(transform):
+        raise InputError(
+            f"preprocess: expected a transform, given {transform!r:.100}; give Preprocess(...), a "
+            "torchvision transform, a Hugging Face image processor or a function of a picture"
+        )
+    return custom(transform, name=name)
+
+
+def _recognized(
+    resize: Any, crop: Any, interpolation: Any, mean: Any, std: Any
+) -> Preprocess | None:
+    """Return the preprocessing of a resize and a crop in pixels; None for what does more."""
+    shorter, sides = ([n] if isinstance(n, int) else list(n or ()) for n in (resize, crop))
+    sides = sides * 2 if len(sides) == 1 else sides
+    method = _interpolation(interpolation)
+    squash = len(shorter) == 2
+    if method is None or not shorter or (sides not in ([], shorter) if squash else not sides):
+        return None
+    size, resize_to = (shorter, None) if squash else (sides, shorter[0])
+    mean, std = (tuple(float(number) for number in each) for each in (mean, std))
+    return Preprocess(tuple(size), "squash" if squash else "crop", resize_to, method, mean, std)
+
+
+def _interpolation(mode: Any) -> str | None:
+    """Return Pillow's name of an `InterpolationMode`, its value, or a Pillow constant."""
+    if isinstance(mode, int) and not isinstance(mode, bool):
+        return next((name for name, value in RESAMPLING.items() if value == mode), None)
+    name = str(getattr(mode, "value", mode))
+    name = "nearest" if name == "nearest-exact" else name
+    return name if name in RESAMPLING else None
+
+
+def _from_chain(steps: Any) -> Preprocess | None:
+    """Return what a Compose is whose steps are all known, once each and in the usual order."""
+    order = ("Grayscale", "Resize", "CenterCrop", "ToTensor", "Normalize")
+    if not isinstance(steps, Sequence) or not steps:
+        return None
+    names, steps = _as_first_version(steps)
+    if names != [name for name in order if name in names] or "ToTensor" not in names:
+        return None
+    gray, resize, crop, _, normalize = map(dict(zip(names, steps, strict=True)).get, order)
+    if resize is None or getattr(resize, "max_size", None) is not None:
+        return None
+    if gray is not None and gray.num_output_channels != 1:
+        return None
+    count = 3 if gray is None else 1
+    mean, std = [0.0] * count, [1.0] * count
+    if normalize is not None:
+        mean, std = list(normalize.mean), list(normalize.std)
+    if len(mean) != count or len(std) != count:
+        return None
+    size = None if crop is None else crop.size
+    return _recognized(resize.size, size, resize.interpolation, mean, std)
+
+
+def _as_first_version(steps: Sequence[Any]) -> tuple[list[str], list[Any]]:
+    """Return names and steps, with what amounts to ToTensor under that name."""
+    kept = list(steps)
+    names = [type(step).__name__.replace("MaybeToTensor", "ToTensor") for step in steps]
+    for place, pair in enumerate(itertools.pairwise(names)):
+        if pair in (("ToImage", "ToDtype"), ("PILToTensor", "ConvertImageDtype")):
+            scaling = steps[place + 1]
+            single = str(getattr(scaling, "dtype", "")) == "torch.float32"
+            if single and getattr(scaling, "scale", True):
+                names[place : place + 2] = ["ToTensor"]
+                del kept[place]
+            break
+    return names, kept
+
+
+def _from_processor(processor: Any, name: str | None) -> AnyPreprocess:
+    """Return what a Hugging Face image processor amounts to; custom where it does more."""
+
+    def setting(key: str, default: Any = None) -> Any:
+        return getattr(processor, key, default)
+
+    cropped, share = bool(setting("do_center_crop")), setting("crop_pct")  # ConvNeXt's own share
+    more = ("do_pad", "do_flip_channel_order", "rescale_offset")
+    scale = setting("rescale_factor", 1 / 255) if setting("do_rescale", True) else math.nan
+    plain = abs(scale - 1 / 255) < 1e-9 and setting("do_resize") and share is None
+    if plain and not any(map(setting, more)):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+        if setting("do_normalize", True):
+            mean, std = processor.image_mean, processor.image_std
+        crop = _sides_of(setting("crop_size")) if cropped else None
+        size = _sides_of(setting("size"))
+        recognized = _recognized(size, crop, setting("resample"), mean, std)
+        if recognized is not None:
+            return recognized
+    kind = type(processor).__name__
+    if cropped or share is not None:
+        raise InputError(
+            f"preprocess: {kind} crops pictures in a way that cannot be read from its settings; "
+            "give Preprocess(size=..., resize='crop', resize_to=..., mean=..., std=...), or "
+            "embedcam.preprocess.custom(function, extent=...)"
+        )
+
+    def process(image: Any) -> Any:
+        return processor(images=image, return_tensors="np")["pixel_values"][0]
+
+    return custom(process, name=name or f"{type(processor).__module__}.{kind}")
+
+
+def _sides_of(size: Any) -> list[int] | None:
+    """Return [shorter side] or [H, W] of a processor's size; None for what it else may be."""
+    if isinstance(size, int):
+        return [size, size]
+    names = ("height", "width", "shortest_edge", "longest_edge")
+    sides = size if isinstance(size, Mapping) else {key: getattr(size, key, None) for key in names}
+    height, width, shortest, longest = map(sides.get, names)
+    if height and width:
+        return [int(height), int(width)]
+    return [int(shortest)] if shortest and not longest else None

@@ -80,7 +80,7 @@ class MapMethod(Method):
 
 
 FILLS = ("mean", "black", "blur")
-"""What masked pixels may become, by name; `methods.masks.fill_like` says what each is."""
+"""What masked pixels may become, by name; `methods.masking.fill_like` says what each is."""
 
 _EACH = "its gradient differs from position to position, so no one number a channel draws its map"
 _PIXELS = "it works on pixels and never sees the layer's channels"
@@ -98,15 +98,15 @@ METHODS: dict[str, Method] = {
         WeightMethod("xgradcam", "XGrad-CAM", "Fu et al., BMVC 2020", "gradients:xgradcam"),
         WeightMethod("integratedgradcam", "Integrated Grad-CAM", "Sattarzadeh et al., ICASSP 2021",
                      "gradients:integrated_gradcam", own_map=True, filled=True),
-        PositionMethod("hirescam", "HiResCAM", "Draelos and Carin, 2020", "elementwise:hirescam"),
-        MapMethod("layercam", "Layer-CAM", "Jiang et al., TIP 2021", "elementwise:layercam",
+        PositionMethod("hirescam", "HiResCAM", "Draelos and Carin, 2020", "gradients:hirescam"),
+        MapMethod("layercam", "Layer-CAM", "Jiang et al., TIP 2021", "gradients:layercam",
                   several=True, nearest="gradcam", why=_EACH),
-        MapMethod("zoomcam", "Zoom-CAM", "Shi et al., ICPR 2020", "elementwise:zoomcam",
+        MapMethod("zoomcam", "Zoom-CAM", "Shi et al., ICPR 2020", "gradients:zoomcam",
                   several=True, nearest="gradcam", why=_EACH),
         MapMethod("guidedbackprop", "Guided Backpropagation", "Springenberg et al., ICLR 2015",
-                  "elementwise:guided_backprop", nearest="gradcam", why=_PIXELS),
+                  "gradients:guided_backprop", nearest="gradcam", why=_PIXELS),
         MapMethod("guidedgradcam", "Guided Grad-CAM", "Selvaraju et al., ICCV 2017",
-                  "elementwise:guided_gradcam", nearest="gradcam", why=_PIXELS),
+                  "gradients:guided_gradcam", nearest="gradcam", why=_PIXELS),
         WeightMethod("eigencam", "Eigen-CAM", "Muhammad and Yeasin, IJCNN 2020",
                      "gradients:eigencam", targeted=False),
         WeightMethod("eigengradcam", "EigenGrad-CAM", "pytorch-grad-cam",
@@ -123,11 +123,11 @@ METHODS: dict[str, Method] = {
                      "grouping:cosinecam", seeded=True, own_map=True),
         LayersMethod("polycam", "Poly-CAM", "Englebert et al., 2022", "masking:polycam",
                      several=True, scored=True, filled=True),
-        MapMethod("rise", "RISE", "Petsiuk et al., BMVC 2018", "pixels:rise", seeded=True,
+        MapMethod("rise", "RISE", "Petsiuk et al., BMVC 2018", "masking:rise", seeded=True,
                   scored=True, filled=True, nearest="scorecam", why=_PIXELS),
-        MapMethod("lime", "LIME", "Ribeiro et al., KDD 2016", "pixels:lime", seeded=True,
+        MapMethod("lime", "LIME", "Ribeiro et al., KDD 2016", "masking:lime", seeded=True,
                   scored=True, filled=True, nearest="scorecam", why=_PIXELS),
-        MapMethod("sbsm", "SBSM", "Dong et al., CVPR Workshops 2019", "pixels:sbsm",
+        MapMethod("sbsm", "SBSM", "Dong et al., CVPR Workshops 2019", "masking:sbsm",
                   scored=True, filled=True, nearest="scorecam", why=_PIXELS),
         WeightMethod("lficam", "LFI-CAM", "Lee et al., ICCV 2021", "learned:lficam",
                      targeted=False, trained=True),

@@ -24,8 +24,8 @@ from ..explain.explanation import Explanation, small_size
 from ..images import MAX_PIXELS, ImageSource
 from ..images.batches import default_workers
 from ..images.progress import progress_of
-from ..index.matching import kinship
-from ..index.neighbors import check_rival
+from ..index.calibration import kinship
+from ..index.search import check_rival
 from ..render import Row, Tile, shrunk
 from ..render.page import Look, page_foot, page_head, page_row
 from .folder import FEATURES, LINES, PAGE, Finished, Folder, check_folder, open_folder
@@ -135,7 +135,7 @@ def write_report(
         "fallback": None if explainer.fallback is None else type(explainer.fallback).__name__,
         "images": os.path.abspath(explainer.root) + (" alone" if explainer.only_below else ""),
         "network": type(explainer.network).__name__,
-        "autocast": str(getattr(explainer.network, "autocast", None)),
+        "autocast": str(explainer.network.autocast),
         "scale": scale,
         "side": whole("side", side, 1),
         "title": title,

@@ -362,7 +362,7 @@ class Pipeline:
             upload = Upload(await self.in_thread(encoded, Image.fromarray(noise), PNG))
             picture, why = await self.explain(upload, self.n_neighbors, side=PROBE_SIDE)
             # What the head is, which receipts need, is found once, in many passes.
-            await self.ask(self._head_kinds, None, self.reading(upload))
+            await self.ask(self._warmed_up, None, self.reading(upload))
             # The first overlay loads the colors.
             await self.in_thread(overlaid, replace(picture.small, cam=why.cam))
         except Exception:
@@ -370,8 +370,9 @@ class Pipeline:
             return
         self.set_ready(True)
 
-    def _head_kinds(self, _: None, inputs: Sequence[Any]) -> list[Any]:
-        return [getattr(self.network, "head_kind", None)] * len(inputs)
+    def _warmed_up(self, _: None, inputs: Sequence[Any]) -> list[None]:
+        self.network.warm_up()
+        return [None] * len(inputs)
 
     def set_ready(self, is_ready: bool) -> None:
         """Say whether requests can be answered."""

@@ -1,6 +1,5 @@
 """What is explained: targets, as scores of an embedding (objects) and as cotangents there."""
 
-from ..recipe import NORMS, TARGETS, WHITENED
 from .cotangents import (
     Whitened,
     centred_cotangent,
@@ -24,9 +23,6 @@ from .scores import (
 )
 
 __all__ = [
-    "NORMS",
-    "TARGETS",
-    "WHITENED",
     "ClassProxy",
     "Coordinate",
     "Direction",

@@ -1,7 +1,7 @@
 """Cotangents of the targets an index is built with, through the L2 norm or around it.
 
-Plain arithmetic that works on NumPy arrays and on tensors alike. A cotangent is the gradient of the
-target y with respect to the anchor's embedding f, everything else held constant.
+A cotangent is the gradient of the target y with respect to the anchor's embedding f. NumPy arrays
+and tensors alike.
 """
 
 from dataclasses import dataclass
@@ -23,29 +23,17 @@ _UNIT = 4e-3
 
 
 def margin_cotangent(positives: Array, negatives: Array) -> Array:
-    """Return the cotangent of the triplet margin y = D(a, n) - D(a, p): 2 (f_p - f_n), `[... D]`.
-
-    D is squared Euclidean; minus the gradient of the triplet loss (Chen et al., WACV 2020, eq. 1):
-    positive where more of a channel makes the anchor more like its positives and less like its
-    negatives. y is linear in f_p and f_n, so means over the same triplets do.
-    """
+    """Return 2 (f_p - f_n) `[... D]` of y = D(a, n) - D(a, p) (Chen et al., WACV 2020, eq. 1)."""
     return 2 * (positives - negatives)
 
 
 def centred_cotangent(reference: Array, mean: Array) -> Array:
-    """Return the cotangent of the centered target y = f . (f_r - mean(f)): f_r - mean(f).
-
-    Needs neither labels nor sampling. In an index the reference f_r `[... D]` of an image is the
-    image itself, and `mean` `[D]` that of the images the index was fitted on.
-    """
+    """Return f_r - mean(f) `[... D]` of the centered target y = f . (f_r - mean(f))."""
     return reference - mean
 
 
 def through_norm(cotangent: Array, embedding: Array, length: Array) -> Array:
-    """Return dy/dz for f = z / |z|: (c - f (f . c)) / |z|, the gradient *through* the L2 norm.
-
-    c `[... D]` is the cotangent at f, `length` |z| > 0, `[...]`. *Around* the norm dy/dz = c.
-    """
+    """Return dy/dz = (c - f (f . c)) / |z| for f = z / |z|, c `[... D]` at f, `length` |z|."""
     along = (embedding * cotangent).sum(-1)[..., None]
     through: Array = (cotangent - embedding * along) / length[..., None]
     return through
@@ -54,10 +42,9 @@ def through_norm(cotangent: Array, embedding: Array, length: Array) -> Array:
 def head_cotangent(
     cotangent: Array, embedding: Array, length: Array, norm: str, normalized: bool
 ) -> Array:
-    """Return dy/dz of the head's output, shaped as the cotangent c at f.
+    """Return dy/dz of the head's output for c `[B D]` or `[B S D]` at f `[B D]`, |z| `[B]`.
 
-    c is `[B D]`, or `[B S D]`, one a triplet; f is `[B D]` and |z| `[B]`. Around the norm, and
-    where f is not normalized, dy/dz is c.
+    Around the norm, and where f is not normalized, dy/dz is c.
     """
     if not normalized or norm == "around":
         return cotangent
@@ -93,24 +80,22 @@ class Whitened:
 def whitening(squares: np.ndarray, mean: np.ndarray, ridge: float) -> np.ndarray:
     """Return A = (C + ridge tr(C) / D I)^-1, `[D D]`; without any spread the identity.
 
-    C is `squares`, the mean of f f^T over the embeddings, float64 `[D D]`, less mean mean^T.
+    C is `squares`, the mean of f f^T, float64 `[D D]`, less mean mean^T.
     """
     width = len(mean)
     covariance = squares - np.outer(mean, mean)
     spread = float(np.trace(covariance)) / width
     if spread <= 1e-12 * float(np.trace(squares)) / width:
         return np.eye(width)
-    inverse: np.ndarray = np.linalg.inv(covariance + ridge * spread * np.eye(width))
-    return inverse
+    return np.asarray(np.linalg.inv(covariance + ridge * spread * np.eye(width)))
 
 
 def whitened_cotangent(
     margin: np.ndarray, embeddings: np.ndarray, matrix: np.ndarray, jacobian: float
 ) -> np.ndarray:
-    """Return c = A m less `jacobian` of its part along f: c - jacobian f (f . c), `[n D]` float64.
+    """Return c - `jacobian` f (f . c), c = A m of margins' cotangents, `[n D]` float64.
 
-    m are cotangents of the margin, f the embeddings, both `[n D]`, A as `whitening` gives it. An f
-    that is not of unit length was not normalized and keeps all of c.
+    An f that is not of unit length was not normalized and keeps all of c.
     """
     return _partly_through(margin.astype(np.float64) @ matrix, embeddings, jacobian)
 
@@ -120,9 +105,7 @@ def query_cotangent(
 ) -> np.ndarray:
     """Return the cotangent, float32 `[D]`, of a target in `TARGETS` at a query f `[D]`.
 
-    A query has no label: its neighbors, `positives` `[P D]`, stand for its kind. The margin against
-    other images, `negatives` `[Q D]`, or the whitened one as for an image that shares its label;
-    both together stand for the collection where a target asks for its mean or covariance.
+    Its neighbors `[P D]` stand for the label it has none of, other images `[Q D]` for the rest.
     """
     others = np.concatenate([positives, negatives]).astype(np.float64)
     mean = others.mean(0)
@@ -144,30 +127,23 @@ def with_own(kind: np.ndarray, centered: np.ndarray, own: float) -> np.ndarray:
 
 
 def _whitened_by_few(margin: np.ndarray, centered: np.ndarray, ridge: float) -> np.ndarray:
-    """Return A m `[D]`, see `whitening`, for the covariance of a few rows `[n D]` of mean 0.
-
-    By Woodbury's identity: a matrix `[D D]` takes hundreds of times longer.
-    """
+    """Return A m `[D]` for the covariance of few rows `[n D]`, by Woodbury's identity."""
     n, width = centered.shape
     shift = ridge * float((centered * centered).sum()) / n / width
     if shift <= 0:
         return margin
     within = np.linalg.solve(n * shift * np.eye(n) + centered @ centered.T, centered @ margin)
-    whitened: np.ndarray = (margin - centered.T @ within) / shift
-    return whitened
+    return np.asarray((margin - centered.T @ within) / shift)
 
 
 def _partly_through(cotangents: np.ndarray, embeddings: np.ndarray, jacobian: float) -> np.ndarray:
-    """Take a share of the norm's Jacobian: c - jacobian f (f . c), `[n D]` float64."""
     if not jacobian:
         return cotangents
     f = np.asarray(embeddings, np.float64)
     unit = np.abs((f * f).sum(-1, keepdims=True) - 1) < _UNIT
-    through: np.ndarray = cotangents - jacobian * unit * f * (f * cotangents).sum(-1, keepdims=True)
-    return through
+    return np.asarray(cotangents - jacobian * unit * f * (f * cotangents).sum(-1, keepdims=True))
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
-    unit: np.ndarray = rows / np.where(lengths > 0, lengths, 1)
-    return unit
+    return np.asarray(rows / np.where(lengths > 0, lengths, 1))

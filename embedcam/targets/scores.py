@@ -1,8 +1,7 @@
 """Targets as objects: a score y for every embedding, in place of the class score of a classifier.
 
-References that are given once, `[D]`, serve every image of a batch; given as `[B D]` each image has
-its own, and `at(row)` is the target of one image alone: a batch means what one at a time means.
-Scores and cotangents come in the library, precision and place of the embeddings.
+A reference `[D]` serves every image of a batch; given as `[B D]` each image has its own. Scores and
+cotangents come in the library, precision and place of the embeddings.
 """
 
 from abc import ABC, abstractmethod
@@ -19,19 +18,15 @@ from .cotangents import Array
 class Target(ABC):
     """A score of an embedding, and its derivative.
 
-    Subclasses name in `single` how many axes each of their references has for one image; one axis
-    more is one reference an image of the batch. One with a single cotangent an image implements
-    `cotangent`, another `cotangents`.
+    Subclasses name in `single` how many axes a reference has for one image; one axis more is one an
+    image. They implement `cotangent`, or `cotangents` where there are several an image.
     """
 
     single: ClassVar[dict[str, int]] = {}
     holds_norm: ClassVar[bool] = False
     """Whether |z| is a constant: dy/dz is then c / |z|, neither through the norm nor around it."""
-
-    @property
-    def parts(self) -> int:
-        """S, how many triplets the score is a mean of; 1 for other targets."""
-        return 1
+    parts: int = 1
+    """S, how many triplets the score is a mean of; 1 for other targets."""
 
     @abstractmethod
     def score(self, embeddings: Array) -> Array:
@@ -42,10 +37,7 @@ class Target(ABC):
         raise NotImplementedError
 
     def cotangents(self, embeddings: Array) -> tuple[Array, np.ndarray | None]:
-        """Return dy/df at embeddings `[B D]` of each triplet, and which of them count.
-
-        `[B S D]`, S = 1 but for triplets, whose mean is y's own; booleans `[B S]` (None: all).
-        """
+        """Return dy/df of each triplet, `[B S D]`, and which count, `[B S]` (None: all)."""
         return self.cotangent(embeddings)[:, None], None
 
     def at(self, row: int | slice) -> Self:
@@ -62,16 +54,15 @@ class Target(ABC):
         """Refuse references that do not fit embeddings `[batch width]`; None: not known yet."""
         for name, axes in self.single.items():
             value = getattr(self, name)
-            if value is None or name == "used":
+            if name == "used":
                 continue
             fits = value.ndim == axes or (value.ndim == axes + 1 and len(value) == batch)
             if not fits or width not in (None, value.shape[-1]):
-                expected = " ".join(["S"] * (axes - 1) + [str(width or "D")])
+                expected = ("S " if axes == 2 else "") + str(width or "D")
                 embeds = "" if width is None else f"this network embeds in {width} numbers, so "
                 raise InputError(
                     f"{type(self).__name__}: {name} has shape {list(value.shape)}; {embeds}give "
-                    f"[{expected}] for every image, or [{batch} {expected}], one for each of the "
-                    f"{batch} images"
+                    f"[{expected}], or [{batch} {expected}], one for each of the {batch} images"
                 )
 
 
@@ -98,11 +89,7 @@ class TripletMargin(Target):
             )
         if self.positives.ndim == 1:
             self.positives, self.negatives = self.positives[None], self.negatives[None]
-
-    @property
-    def parts(self) -> int:
-        """S."""
-        return int(self.positives.shape[-2])
+        self.parts = int(self.positives.shape[-2])
 
     def score(self, embeddings: Array) -> Array:
         """Return y `[B]`."""
@@ -120,8 +107,6 @@ class TripletMargin(Target):
 class Direction(Target):
     """y = f . c, the mean over the directions that count: any target that is linear in f.
 
-    The margin of any set of triplets is one, up to a constant: c = 2 (mean f_p - mean f_n).
-
     Parameters
     ----------
     directions
@@ -137,23 +122,18 @@ class Direction(Target):
         if self.directions.ndim == 1:
             self.directions = self.directions[None]
         self.used = None if used is None else np.asarray(used, bool)
-
-    @property
-    def parts(self) -> int:
-        """S."""
-        return int(self.directions.shape[-2])
+        self.parts = int(self.directions.shape[-2])
 
     def score(self, embeddings: Array) -> Array:
         """Return y `[B]`; 0 where no direction counts."""
         each = _dot(embeddings[:, None], _like(self.directions, embeddings))
-        mean: Array
         if self.used is None:
-            mean = each.mean(-1)
-        else:
-            counted = _like(self.used.astype(np.float64), embeddings)
-            total = counted.sum(-1)
-            mean = _dot(each, counted) / (total + (total == 0))
-        return mean
+            mean: Array = each.mean(-1)
+            return mean
+        counted = _like(self.used.astype(np.float64), embeddings)
+        total = counted.sum(-1)
+        weighted: Array = _dot(each, counted) / (total + (total == 0))
+        return weighted
 
     def cotangents(self, embeddings: Array) -> tuple[Array, np.ndarray | None]:
         """Return the directions, `[B S D]`."""
@@ -164,10 +144,18 @@ class Direction(Target):
 
 
 class _Referenced(Target):
-    """A target of one reference f_r, `[D]` or `[B D]`."""
+    """y = f . f_r of one reference f_r, `[D]` or `[B D]`."""
 
     single: ClassVar[dict[str, int]] = {"reference": 1}
     reference: np.ndarray
+
+    def score(self, embeddings: Array) -> Array:
+        """Return y `[B]`."""
+        return _dot(embeddings, _like(self.reference, embeddings))
+
+    def cotangent(self, embeddings: Array) -> Array:
+        """Return f_r for each embedding."""
+        return _like(self.reference, embeddings) + 0 * embeddings
 
 
 class Similarity(_Referenced):
@@ -189,12 +177,12 @@ class Similarity(_Referenced):
 
     def score(self, embeddings: Array) -> Array:
         """Return y `[B]`."""
-        dot = _dot(embeddings, _like(self.reference, embeddings))
+        dot = super().score(embeddings)
         return dot if self.kind == "dot" else dot / _lengths(embeddings)
 
     def cotangent(self, embeddings: Array) -> Array:
         """Return f_r; of the cosine (f_r - f^ (f^ . f_r)) / |f|, f^ = f / |f| and |f_r| = 1."""
-        reference = _like(self.reference, embeddings) + 0 * embeddings
+        reference = super().cotangent(embeddings)
         if self.kind == "dot":
             return reference
         lengths = _lengths(embeddings)[:, None]
@@ -226,7 +214,7 @@ class NegativeDistance(_Referenced):
         return 2 * (_like(self.reference, embeddings) - embeddings)
 
 
-class ClassProxy(Target):
+class ClassProxy(_Referenced):
     """y = f . p_c, p_c the normalized mean of the class's normalized embeddings.
 
     EmbeddingCAM (arXiv 2402.00909); a single point is its own proxy.
@@ -237,31 +225,19 @@ class ClassProxy(Target):
         Embeddings of the class, `[n D]` or `[D]`.
     """
 
-    single: ClassVar[dict[str, int]] = {"proxy": 1}
-
     def __init__(self, points: Any) -> None:
         points = _reference("points", points)
         if points.ndim > 2:
             raise InputError(f"points have shape {list(points.shape)}; expected [n D] or [D]")
         several = _unit("points", points if points.ndim == 2 else points[None])
-        self.proxy = _unit("the mean of points", several.mean(0))
-
-    def score(self, embeddings: Array) -> Array:
-        """Return y `[B]`."""
-        return _dot(embeddings, _like(self.proxy, embeddings))
-
-    def cotangent(self, embeddings: Array) -> Array:
-        """Return p_c."""
-        return _like(self.proxy, embeddings) + 0 * embeddings
+        self.reference = self.proxy = _unit("the mean of points", several.mean(0))
 
 
-class PairContribution(_Referenced):
+class PairContribution(Similarity):
     """y = z . z' / (|z| |z'|) with both norms held constant: contributions that add up to y.
 
-    The idea of SFAM (arXiv 2506.01636), not its printed formula. Where the embedding is the pooled
-    vector itself, channel k contributes z_k z'_k / (|z| |z'|); they add up to the mean of CAM's map
-    (the sum of Grad-CAM's) before its ReLU. Through the norm the contributions of a cosine would
-    sum to zero instead.
+    After SFAM (arXiv 2506.01636). Behind plain pooling channel k contributes z_k z'_k / (|z| |z'|):
+    they add up to the mean of CAM's map before its ReLU. Through the norm they would sum to zero.
 
     Parameters
     ----------
@@ -272,11 +248,7 @@ class PairContribution(_Referenced):
     holds_norm: ClassVar[bool] = True
 
     def __init__(self, reference: Any) -> None:
-        self.reference = _unit("reference", _reference("reference", reference))
-
-    def score(self, embeddings: Array) -> Array:
-        """Return y `[B]`: the cosine."""
-        return _dot(embeddings, _like(self.reference, embeddings)) / _lengths(embeddings)
+        super().__init__(reference)
 
     def cotangent(self, embeddings: Array) -> Array:
         """Return z' / (|z'| |f|)."""
@@ -333,19 +305,16 @@ def _unit(name: str, vectors: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     if not (lengths > 0).all():
         raise InputError(f"{name} holds a vector of length 0, which points nowhere")
-    unit: np.ndarray = vectors / lengths
-    return unit
+    return np.asarray(vectors / lengths)
 
 
 def _like(reference: np.ndarray, embeddings: Array) -> Array:
-    """Return the reference in the embeddings' library, precision and place."""
     if isinstance(embeddings, np.ndarray):
         return np.asarray(reference, embeddings.dtype)
     return embeddings.new_tensor(reference)
 
 
 def _one_each(triplets: Array, embeddings: Array) -> Array:
-    """Return the same triplets for every embedding, `[S D]` or `[B S D]` -> `[B S D]`."""
     each: Array = triplets + 0 * embeddings[:, None]
     return each
 
@@ -356,7 +325,6 @@ def _dot(a: Array, b: Array) -> Array:
 
 
 def _lengths(embeddings: Array) -> Array:
-    """Return |f| `[B]`, and 1 for a vector of zeros, which is like nothing: its cosine is 0."""
     lengths: Array = _dot(embeddings, embeddings) ** 0.5
     lengths = lengths + (lengths == 0)
     return lengths

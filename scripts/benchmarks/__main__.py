@@ -42,7 +42,6 @@ Section = Callable[[argparse.Namespace, Path], Iterator[str]]
 
 
 def _each(report: Callable[..., str], rounds: int) -> Section:
-    """Report each network, so many times the rounds."""
     return lambda o, folder: (report(name, rounds * o.rounds, folder) for name in o.network)
 
 
@@ -102,7 +101,6 @@ def main() -> None:
 
 
 def preface(options: argparse.Namespace) -> str:
-    """Say what the figures were measured with."""
     return (
         "# What it costs\n\n"
         f"`python -m scripts.benchmarks {' '.join(options.sections)}`: random weights, synthetic "

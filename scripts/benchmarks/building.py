@@ -18,8 +18,8 @@ from embedcam.images import ImageSource, load_batches
 from embedcam.index import rebuild_faiss
 from embedcam.index.encoding import fit_pca
 from embedcam.methods.weights import gradcam
-from embedcam.offline.assembly import SAMPLE
-from embedcam.offline.passes import is_exact
+from embedcam.offline.merge import SAMPLE
+from embedcam.offline.strategies import is_exact
 from embedcam.recipe.recipe import Recipe
 
 from .cases import fresh, frozen_network, gem_network, linear_network, write_pictures
@@ -44,7 +44,6 @@ class Subject:
 
 
 def subjects(name: str, folder: Path, heads: Sequence[str]) -> list[Subject]:
-    """The embeddings a build is measured for."""
     both = ("gradcam", "gradcam++")
     made = {
         "frozen": lambda: Subject("frozen pooled vector", frozen_network(name), both, POOLED_BAR),
@@ -208,7 +207,6 @@ def _ratio_rows(
 
 
 def _exact(subject: Subject, method: str) -> bool:
-    """Whether the code is dy/dz in the head's own matrix, so that nothing is fitted."""
     return is_exact(Recipe(method=method), subject.network.head_kind.matrix)
 
 
@@ -240,7 +238,6 @@ def once_for_an_index(
 
 
 def _loop_row(runs: Runs, build: float, rounds: int) -> list[str]:
-    """Milliseconds an image of a build and of both loops; `build` in seconds an image."""
     network, batch = runs.subject.network, runs.batch
     places = np.arange(min(batch, len(runs.source)))
     images = next(load_batches(runs.source, places, network.preprocess, batch)).images

@@ -1,8 +1,6 @@
 """What evaluating costs: the metrics' own time, memory, and the same metrics of torch-cam."""
 
 import csv
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import closing
 from functools import partial
@@ -14,7 +12,6 @@ import torch
 from torch import Tensor
 
 from embedcam import EmbeddingNetwork, Recipe, build_index, evaluate_index, find_images
-from embedcam.cli import main
 from embedcam.images import ImageSource
 from embedcam.methods.weights import gradcam
 from embedcam.metrics import average_drop, average_increase, curve_area, deletion_steps
@@ -22,7 +19,7 @@ from embedcam.ops import cam, normalize, resize
 from embedcam.targets import head_cotangent
 
 from .cases import SIZE, frozen_network, write_pictures
-from .timing import Case, Ratio, alternate, compared, table, verdict
+from .timing import Case, Ratio, alternate, compared, peak_of, table, verdict
 from .zoo import Score
 
 SHARE_BAR, MEMORY_BAR, PEER_BAR = 0.2, 1.1, 1.0
@@ -62,7 +59,6 @@ def share_report(networks: list[str], images: int, rounds: int, folder: Path) ->
 def seconds(
     path: Path, source: ImageSource, network: EmbeddingNetwork, boxes: Path
 ) -> dict[str, float]:
-    """Where the time of one evaluation goes."""
     samples = {name: max(1, len(source) // part) for name, part in PARTS.items()}
     found = evaluate_index(path, source, network, boxes=boxes, progress=False, **samples)
     spent: dict[str, float] = found.summary["seconds"]
@@ -92,15 +88,10 @@ def memory_report(name: str, few: int, many: int, folder: Path) -> str:
     peaks = {}
     for count in (few, many):
         given = write_queries(folder / f"queries-{count}.csv", source, count)
-        code = (
-            "from scripts.benchmarks.evaluating import peak; "
-            f"print(peak({str(path)!r}, {str(given)!r}, {str(folder)!r}))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
-        )  # fmt: skip
-        peaks[count] = float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
+        arguments = ["evaluate", str(path), "--images", str(given), "--quiet",
+                     "--html", f"{folder}/page.html", "--csv", f"{folder}/numbers.csv",
+                     "--faithfulness", "1", "--scenes", "5", "--fidelity", "5"]  # fmt: skip
+        peaks[count] = peak_of(f"from embedcam.cli import main\nassert not main({arguments})")
     over = peaks[many] / peaks[few]
     return (
         f"\n## Peak memory of an evaluation, {name}\n\n`embedcam evaluate` with a page and a table "
@@ -120,19 +111,6 @@ def write_queries(path: Path, source: ImageSource, count: int) -> Path:
             item = source.items[number % len(source)]
             writer.writerow((source.root.resolve() / item.path, item.label, f"query-{number}"))
     return path
-
-
-def peak(path: str, given: str, folder: str) -> float:
-    """Largest resident set in MB after one evaluation."""
-    code = main(
-        ["evaluate", path, "--images", given, "--quiet", "--html", f"{folder}/page.html", "--csv",
-         f"{folder}/numbers.csv", "--faithfulness", "1", "--scenes", "5", "--fidelity", "5"]
-    )  # fmt: skip
-    if code:
-        raise SystemExit(code)
-    # Not getrusage's, which a child inherits from the process that started it.
-    status = Path("/proc/self/status").read_text()
-    return float(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 # -------------------------------------------------------------------- peers

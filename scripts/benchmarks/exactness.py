@@ -58,7 +58,6 @@ def subjects() -> list[Subject]:
 
 
 def report(anchors: int, triplets: int, chosen: list[Subject] | None = None) -> str:
-    """The table."""
     rows = []
     for subject in subjects() if chosen is None else chosen:
         for dtype, bar in BARS.items():
@@ -81,7 +80,6 @@ def report(anchors: int, triplets: int, chosen: list[Subject] | None = None) -> 
 
 
 def _shake(module: nn.Module) -> None:
-    """Move the parameters off what single precision can hold."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -92,7 +90,6 @@ def _shake(module: nn.Module) -> None:
 def largest_difference(
     subject: Subject, method: str, normalize: bool, dtype: torch.dtype, n: int, triplets: int
 ) -> float:
-    """max over images of |w - w_ref| / |w_ref|."""
     network = EmbeddingNetwork(
         subject.module, subject.layer, normalize=normalize, input_size=(subject.size, subject.size)
     )

@@ -14,7 +14,7 @@ from embedcam.index import PartData, create, quantize_coarse
 from embedcam.index.encoding import Encoding, LowRank, fit_pca
 from embedcam.methods.weights import gradcam
 from embedcam.offline import calibrate_index
-from embedcam.offline.assembly import header
+from embedcam.offline.merge import header, layer_entry
 from embedcam.ops import cam, resize
 from embedcam.recipe.recipe import Recipe
 from embedcam.targets import head_cotangent
@@ -56,7 +56,8 @@ def make_index(
     identity = network.identity()
     described = header(
         Recipe(method=method), {**identity.to_dict(), "loading": None}, None, width,
-        network.normalize, network.layer, (grid[0], grid[1]), encoding, coarse,
+        network.normalize,
+        [layer_entry(network.layer, (grid[0], grid[1]), encoding, coarse)],
     )  # fmt: skip
     part = PartData(
         ids=[f"folder/{row:06d}.jpg" for row in range(rows)],
@@ -128,7 +129,6 @@ class Query:
 
 
 def explain_report(name: str, rounds: int, folder: Path) -> str:
-    """Ratio to embedding at batch 1."""
     rows = []
     for title, network in (
         ("frozen pooled vector", frozen_network(name)),
@@ -198,7 +198,6 @@ def peers_report(name: str, rounds: int, folder: Path) -> str:
 def _pytorch_grad_cam(
     network: EmbeddingNetwork, image: Tensor, embedding: np.ndarray
 ) -> Callable[[], Any] | None:
-    """Its Grad-CAM with a similarity target, as its own documentation has it; None if missing."""
     try:
         from pytorch_grad_cam import GradCAM
     except ImportError:

@@ -140,5 +140,4 @@ def report(rows: int, queries: int, folder: Path) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Median, and smallest to largest."""
     return f"{np.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"

@@ -13,7 +13,7 @@ import numpy as np
 
 from embedcam.index import Index, PartData, create, quantize_coarse, rebuild_faiss
 from embedcam.index.encoding import Encoding, LowRank, TopM, fit_pca
-from embedcam.offline.assembly import header
+from embedcam.offline.merge import header, layer_entry
 from embedcam.recipe.recipe import Recipe
 
 from .timing import Case, alternate, milliseconds, ratio, table, verdict
@@ -55,7 +55,7 @@ def make_index(
     clusters: int = 1000,
     trust: dict[str, Any] | None = None,
 ) -> Path:
-    """An index of clustered unit vectors and random weights, never whole in memory."""
+    """An index of clustered unit vectors and random weights, its arrays never whole in memory."""
     arrays = {
         "vectors": _mapped(folder / "vectors", "f4", (rows, WIDTH)),
         "maps": _mapped(folder / "maps", "u1", (rows, *GRID)),
@@ -76,42 +76,28 @@ def make_index(
         )
         for name, values in _fields(encoding, n, rng).items():
             arrays[name][part] = values
+    paths = [f"images/{row:08d}.jpg" for row in range(rows)]
     data = PartData(
-        ids=Numbered(rows, "images/{:08d}.jpg"),
-        labels=Numbered(rows, "class {}", 1000),
-        paths=Numbered(rows, "images/{:08d}.jpg"),
+        ids=paths,
+        labels=[f"class {row % 1000}" for row in range(rows)],
+        paths=paths,
         embeddings=arrays["vectors"],
         triplets_used=np.full(rows, 50, np.uint32),
         fields=[{name: arrays[name] for name in encoding.fields}],
         coarse=[(arrays["maps"], arrays["scales"])],
     )
     described = header(
-        Recipe(faiss=factory), None, None, WIDTH, True, "features", GRID, encoding, GRID
+        Recipe(faiss=factory),
+        None,
+        None,
+        WIDTH,
+        True,
+        [layer_entry("features", GRID, encoding, GRID)],
     )
     if trust is not None:
         described["trust_calibration"] = trust
     create(path, described, [encoding.fitted], {"embedding_mean": centres[0]}, data)
     return path
-
-
-class Numbered:
-    """n strings that are made when they are asked for."""
-
-    def __init__(self, count: int, form: str, period: int | None = None) -> None:
-        self.count, self.form, self.period = count, form, period or count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, at: int | slice) -> str | list[str]:
-        if isinstance(at, slice):
-            return [self[place] for place in range(*at.indices(self.count))]
-        if not 0 <= at < self.count:
-            raise IndexError(at)
-        return self.form.format(at % self.period)
-
-    def __iter__(self) -> Iterator[str]:
-        return (self.form.format(place % self.period) for place in range(self.count))
 
 
 def near(centres: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -122,7 +108,6 @@ def near(centres: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def encodings(channels: int = CHANNELS, rank: int = 128, m: int = 50) -> dict[str, Encoding]:
-    """The two whose bytes have a bar."""
     rng = np.random.default_rng(0)
     sample = rng.standard_normal((2 * rank, channels), np.float32)
     return {f"top-{m}": TopM(channels, m), f"rank {rank}": fit_pca(sample, rank)}

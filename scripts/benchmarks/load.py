@@ -133,14 +133,12 @@ def scans(number: int) -> bytes:
 
 
 def animation(frames: int) -> bytes:
-    """A GIF of thousands of frames."""
     whole = data_of(Image.new("P", (40, 30), 1), "GIF")
     start = whole.rindex(b"\x2c")
     return whole[:start] + whole[start:-1] * frames + whole[-1:]
 
 
 def pages(number: int) -> bytes:
-    """A TIFF of many pages."""
     held = io.BytesIO()
     first, *rest = [Image.new("L", (40, 30), page % 256) for page in range(number)]
     first.save(held, "TIFF", save_all=True, append_images=rest)
@@ -148,7 +146,6 @@ def pages(number: int) -> bytes:
 
 
 def archive() -> bytes:
-    """A JPEG that is a ZIP archive as well."""
     held = io.BytesIO()
     with zipfile.ZipFile(held, "w") as packed:
         packed.writestr("evil.py", "import os")
@@ -160,7 +157,6 @@ SVG = b"""<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY x SYSTEM "file:///etc/pas
 
 
 def data_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    """The picture as a file."""
     held = io.BytesIO()
     image.save(held, kind, **options)
     return held.getvalue()

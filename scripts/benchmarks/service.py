@@ -104,7 +104,6 @@ def serve(name: str, threads: int | None, folder: Path, told: Connection) -> Non
 
 
 def section(port: int, concurrency: int, options: argparse.Namespace, bodies: list[bytes]) -> str:
-    """The table of one concurrency."""
     sizes = _answer_sizes(port, bodies)
     took: dict[str, list[float]] = {name: [] for name in CASES}
     for number in range(1 + options.rounds):
@@ -142,7 +141,6 @@ def report(concurrency: int, took: Mapping[str, np.ndarray]) -> str:
 
 
 def preface(options: argparse.Namespace, about: str) -> str:
-    """What the figures were measured with."""
     return (
         "# What explaining adds to a service\n\n"
         f"`python -m scripts.benchmarks service`: {options.network} with random weights and a "
@@ -156,7 +154,6 @@ def preface(options: argparse.Namespace, about: str) -> str:
 
 
 def pictures(folder: Path) -> list[bytes]:
-    """Uploads: JPEG files of 640 x 480."""
     bodies = []
     for path in sorted(write_pictures(folder / "queries", QUERIES).rglob("*.jpg")):
         held = io.BytesIO()
@@ -166,7 +163,6 @@ def pictures(folder: Path) -> list[bytes]:
 
 
 def _answer_sizes(port: int, bodies: list[bytes]) -> int:
-    """Bytes of an answer of /explain, once the server is there."""
     until = time.monotonic() + 120
     while True:
         try:

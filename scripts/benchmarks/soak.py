@@ -118,7 +118,6 @@ class Soak:
                         self.seconds.append(took)
 
     def _drip(self) -> None:
-        """A byte at a time, until the server has had enough."""
         head = b"POST /explain HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\n"
         while not self._over.is_set():
             with socket.create_connection(("127.0.0.1", self.port), timeout=60) as client:
@@ -144,7 +143,6 @@ class Soak:
 
 
 def good_calls() -> list[Call]:
-    """Requests that are to succeed."""
     rng = np.random.default_rng(0)
     bodies = []
     for side in (224, 640, 1200, 4000):
@@ -221,7 +219,6 @@ def hostile_calls() -> list[Call]:
 
 
 def build(folder: Path) -> None:
-    """An index of 200 pictures."""
     from embedcam import build_index, find_images, load_network
 
     write_pictures(folder / "photos", 200)
@@ -230,7 +227,6 @@ def build(folder: Path) -> None:
 
 
 def until_ready(port: int) -> None:
-    """Wait for the server."""
     until = time.monotonic() + 120
     while time.monotonic() < until:
         try:
@@ -244,7 +240,6 @@ def until_ready(port: int) -> None:
 
 
 def resident(process: int) -> int:
-    """Bytes of it that lie in memory."""
     pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

@@ -1,6 +1,8 @@
 """Timing by turns, and the tables that come of it."""
 
 import gc
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +38,6 @@ class Case:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Collect what there is, then nothing until the end."""
     gc.collect()
     was = gc.isenabled()
     gc.disable()
@@ -84,7 +85,6 @@ def ratio(seconds: np.ndarray, base: np.ndarray) -> Ratio:
 
 
 def verdict(value: float, bar: float | None, *, at_least: bool = False) -> str:
-    """ "met", "not met" or "", with the bar."""
     if bar is None:
         return ""
     met = value >= bar if at_least else value <= bar
@@ -93,7 +93,6 @@ def verdict(value: float, bar: float | None, *, at_least: bool = False) -> str:
 
 
 def milliseconds(seconds: np.ndarray) -> str:
-    """Median, and smallest to largest."""
     low, middle, high = (1e3 * float(f(seconds)) for f in (np.min, np.median, np.max))
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
@@ -114,8 +113,18 @@ def compared(
     return rows
 
 
+def peak_of(code: str) -> float:
+    """Run Python code in a process of its own; its largest resident set in MB, NaN if it failed."""
+    # Not getrusage's, which a child inherits from the process that started it.
+    asked = "\nprint(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
+    done = subprocess.run(
+        [sys.executable, "-c", code + asked],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    return float(done.stdout.split()[-1]) / 1024 if done.returncode == 0 else float("nan")
+
+
 def written(text: str, output: Path | None) -> None:
-    """Write Markdown where it was asked for."""
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")

@@ -1,7 +1,5 @@
 """Every method beside the same one of pytorch-grad-cam and torch-cam, and online beside itself."""
 
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +16,7 @@ from embedcam.recipe.registry import WeightMethod
 
 from .cases import SIZE, frozen_network, query_input
 from .explaining import make_index
-from .timing import Case, alternate, milliseconds, ratio, table, verdict
+from .timing import Case, alternate, milliseconds, peak_of, ratio, table, verdict
 
 GRADCAM_BAR, MEMORY_BAR, SVD_BAR = 2.5, 0.25, 3
 SLOW = ("scorecam", "ablationcam")
@@ -98,7 +96,6 @@ def _beside_peers(name: str, model: str, rounds: int) -> list[list[Any]]:
 def _peers(
     name: str, network: EmbeddingNetwork, image: Tensor, reference: Tensor, batch: int = 32
 ) -> dict[str, Callable[[], Any]]:
-    """The same method of other packages, where they are installed."""
     found: dict[str, Callable[[], Any]] = {}
     layer = network.module.get_submodule(network.layer)
     scored = Score(network, reference).eval()
@@ -169,14 +166,10 @@ def decomposition_report(rounds: int) -> str:
 
 def memory_report(model: str) -> str:
     """Peak memory of Score-CAM in a process of its own, beside pytorch-grad-cam's."""
-    grown = {}
-    for which in ("none", "embedcam", "embedcam, 16", "pytorch-grad-cam"):
-        code = f"from scripts.benchmarks.zoo import peak; print(peak({model!r}, {which!r}))"
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
-        )  # fmt: skip
-        grown[which] = float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
+    grown = {
+        which: peak_of(f"from scripts.benchmarks.zoo import once\nonce({model!r}, {which!r})")
+        for which in ("none", "embedcam", "embedcam, 16", "pytorch-grad-cam")
+    }
     own, alike, peer = (
         grown[which] - grown["none"] for which in ("embedcam", "embedcam, 16", "pytorch-grad-cam")
     )
@@ -189,8 +182,8 @@ def memory_report(model: str) -> str:
     )
 
 
-def peak(model: str, which: str) -> float:
-    """Largest resident set in MB after one Score-CAM (or, with "none", one embedding)."""
+def once(model: str, which: str) -> None:
+    """Compute one Score-CAM or, with "none", one embedding."""
     network, image = frozen_network(model), query_input()
     reference = network.forward(image[None]).embedding[0].roll(1)
     if which.startswith("embedcam"):
@@ -198,9 +191,6 @@ def peak(model: str, which: str) -> float:
         cam_for(network, image, Similarity(reference), "scorecam", batch_size=batch, progress=False)
     elif which != "none":
         _peers("scorecam", network, image, reference, batch=16)[which]()
-    # Not getrusage's, which a child inherits from the process that started it.
-    status = Path("/proc/self/status").read_text()
-    return float(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 def online_report(model: str, rounds: int, folder: Path) -> str:

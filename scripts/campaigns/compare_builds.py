@@ -136,7 +136,6 @@ def built(checkout: Path, photos: Path, out: Path) -> dict[str, dict[str, str]]:
 
 
 def main() -> int:
-    """Compare two checkouts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", type=Path, help="a checkout of the commit before")
     parser.add_argument("new", type=Path, nargs="?", default=Path(__file__).parents[2])

@@ -97,7 +97,6 @@ def foreign(victim: Victim) -> Done:
 
 
 def replaced(victim: Victim) -> Done:
-    """A file by something else."""
     file, how = victim.file(), victim.rng.choice(("nothing", "a pipe", "a folder", "a link", "out"))
     if how == "out":
         file.rename(victim.outside / "moved")
@@ -127,14 +126,12 @@ def folder_replaced(victim: Victim) -> Done:
 
 
 def edited(victim: Victim) -> Done:
-    """The manifest, without another checksum."""
     manifest, place, value = _edit(victim, victim.manifest())
     write(victim.path, {**manifest, "manifest_sha256": victim.manifest()["manifest_sha256"]})
     return Done(f"{place} = {value}, not sealed", may_differ(place))
 
 
 def forged(victim: Victim) -> Done:
-    """The manifest, sealed again."""
     manifest, place, value = _edit(victim, victim.manifest())
     write(victim.path, manifest)
     return Done(f"{place} = {value}", may_differ(place))
@@ -193,7 +190,6 @@ def _put(file: Path, data: bytes, what: str) -> Done:
 
 
 def _lines(manifest: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """The arrays of an index: path, name and line in the manifest."""
     lines = [
         (f"{holder['directory']}/{name}", name, line)
         for holder in (*manifest["parts"], manifest["fitted"])
@@ -207,7 +203,6 @@ def _lines(manifest: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
 def _put_array(
     victim: Victim, manifest: dict[str, Any], path: str, line: dict[str, Any], array: np.ndarray
 ) -> None:
-    """Write an array and, with its checksum in its line, the manifest."""
     (victim.path / path).write_bytes(array.tobytes())
     line["sha256"] = hashlib.sha256(array.tobytes()).hexdigest()
     write(victim.path, sealed(manifest))
@@ -223,7 +218,6 @@ Forbid = Callable[[np.ndarray, random.Random], str]
 
 
 def _forbidden(name: str) -> Forbid | None:
-    """What puts values into an array that the format forbids; None where it forbids none."""
     stem = name.removeprefix("layer0.").removeprefix("layer1.").rpartition(".")[0]
     if stem.endswith(".offsets"):
         return _one_of(2**63, 2**64 - 1, 2**32, 10**6)

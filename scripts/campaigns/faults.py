@@ -80,24 +80,13 @@ def caught(checkout: Path, words: str, chosen: list[str]) -> bool:
         for word in words.split()
         for file in sorted((checkout / "tests").glob(f"test_*{word}*.py"))
     ]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:warnings",
-        *dict.fromkeys(files),
-    ]
-    done = subprocess.run(
-        command, cwd=checkout, capture_output=True, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": "."}
-    )
+    command = [sys.executable, "-m", "pytest", "-qx", "-pno:warnings", *dict.fromkeys(files)]
+    environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": "."}
+    done = subprocess.run(command, cwd=checkout, capture_output=True, env=environment)
     return done.returncode == 1
 
 
 def main() -> int:
-    """Plant every fault."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", nargs="?", type=Path, default=Path(__file__).parents[2])
     parser.add_argument("--tests", default="", help="test files to run in place of those named")

@@ -63,7 +63,6 @@ def begin(job: Job, folder: Path, kill_before: int = -1) -> int:
 
 
 def was_killed(pid: int) -> bool:
-    """Wait for a child; whether it was killed."""
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
         return True

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import embedcam.offline.passes as passes
+import embedcam.offline.plan as plan
 from embedcam import EmbeddingNetwork, Explainer, Preprocess, Recipe, find_images, write_report
 from embedcam.errors import IndexFormatError
 from embedcam.images import ImageSource
@@ -233,7 +233,6 @@ class Campaign:
         return was_killed(pid)
 
     def _check(self, name: str, kind: Kind, folder: Path) -> bool:
-        """Look at what a kill left; whether the job was done."""
         mark = "report.json" if name == "report" else "manifest.json"
         start, whole = self._place(name, "start"), self._place(name, "whole")
         new = (whole / mark).read_bytes()
@@ -272,7 +271,7 @@ def main() -> int:
     # A fork of a process that has used several threads waits for ever.
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-    passes.CHUNK = 4
+    plan.CHUNK = 4
     os.fsync = KILLER.step  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(prefix="embedcam-kills-") as name:
         campaign = Campaign(Path(name), options.seed)

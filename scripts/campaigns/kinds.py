@@ -49,7 +49,6 @@ def _built(path: Path, recipe: Recipe, labelled: bool = True, unit: bool = True)
 
 
 def _changed(path: Path) -> None:
-    """Two parts and removed rows, some of them behind the fit."""
     _built(path, Recipe(encoding="top-m", m=3, faiss="Flat"))
     with Index.open(path) as index:
         rows = index.select(np.arange(7))
@@ -71,7 +70,6 @@ def _compressed(path: Path) -> None:
 
 
 def _two_layers(path: Path) -> None:
-    """Two layers, own maps, a network that loads by name, trust, and fields of both encodings."""
     _built(path.with_name("one"), Recipe(encoding="low-rank", rank=3))
     rng = np.random.default_rng(5)
     with Index.open(path.with_name("one")) as index:
@@ -115,41 +113,30 @@ def _two_layers(path: Path) -> None:
             {**layer, "name": "features.18", "coarse_grid": [2, 3]},
             {**layer, "name": "features.10", "grid": [4, 4], "cells": 16},
         ],
-        "trust_calibration": {"one": _calibration(3, 1), "several": _calibration(6, 5)},
-        "match_calibration": {"one": _match(1, 1), "several": _match(4, 10)},
+        "trust_calibration": {
+            "one": _calibration(3, 1, **TRUST),
+            "several": _calibration(6, 5, **TRUST),
+        },
+        "match_calibration": {
+            "one": _calibration(1, 1, **MATCH),
+            "several": _calibration(4, 10, **MATCH),
+        },
     }
     probe = {"probe_embedding": np.ones(WIDTH, "f4"), "probe_pooled": np.ones(CHANNELS, "f4")}
     fitted = [encoding.fitted, encoding.fitted]
     create(path, header, fitted, {**shared, **probe}, part)
 
 
-def _calibration(width: int, neighbors: int) -> dict[str, Any]:
-    return {
-        "mean": [0.1] * width,
-        "scale": [1.5] * width,
-        "linear": [0.2] * width,
-        "intercept": 0.5,
-        "scores": [-1.0, 0.0, 1.0],
-        "correlations": [0.1, 0.4, 0.9],
-        "lows": [0.0, 0.2, 0.7],
-        "largest_distance": 1.5,
-        "neighbors": neighbors,
-        "images": 42,
-    }
+def _calibration(width: int, neighbors: int, **curves: Any) -> dict[str, Any]:
+    vectors = {"mean": [0.1] * width, "scale": [1.5] * width, "linear": [0.2] * width}
+    return {**vectors, "intercept": 0.5, **curves, "neighbors": neighbors, "images": 42}
 
 
-def _match(width: int, neighbors: int) -> dict[str, Any]:
-    return {
-        "mean": [0.1] * width,
-        "scale": [1.5] * width,
-        "linear": [0.2] * width,
-        "intercept": 0.5,
-        "distances": [0.1, 0.5, 0.9],
-        "shares": [0.9, 0.5, 0.1],
-        "far": 1.5,
-        "neighbors": neighbors,
-        "images": 42,
-    }
+TRUST = {
+    "scores": [-1.0, 0.0, 1.0], "correlations": [0.1, 0.4, 0.9], "lows": [0.0, 0.2, 0.7],
+    "largest_distance": 1.5,
+}  # fmt: skip
+MATCH = {"distances": [0.1, 0.5, 0.9], "shares": [0.9, 0.5, 0.1], "far": 1.5}
 
 
 KINDS: dict[str, Callable[[Path], None]] = {

@@ -76,7 +76,6 @@ def run(campaign: Campaign, count: int, until: float) -> tuple[Counter[tuple[str
 
 
 def table(counts: Counter[tuple[str, str]]) -> str:
-    """Damage by outcome, as Markdown."""
     columns = (REFUSED, SAME, NAMED, FAILED)
     rows = [*DAMAGE, *sorted({damage for damage, _ in counts} - set(DAMAGE))]
     lines = [f"| damage | mutants | {' | '.join(columns)} |", "|---|---:|---:|---:|---:|---:|"]

@@ -88,7 +88,6 @@ class Expected:
 
 
 def judged(path: Path, expected: Expected, free: Sequence[str] = ()) -> Outcome:
-    """What becomes of an index; in this process."""
     refused, other = {}, False
     for name, step in expected.steps(path).items():
         try:
@@ -141,7 +140,6 @@ def in_child(work: Callable[[Callable[[Any], None]], None]) -> list[Any]:
 
 
 def _limited(work: Callable[[], None]) -> None:
-    """Run in a child: with little memory beyond what it has, and nothing printed."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + MEMORY_BYTES
@@ -193,7 +191,6 @@ def _info(path: Path) -> Answers:
 
 
 def _settings(path: Path) -> Answers:
-    """What loads the network and builds again, as far as it can be read without either."""
     with Index.open(path, with_faiss=False) as index:
         Recipe.of_index(index.manifest)
         if index.manifest.network is not None:

@@ -81,7 +81,6 @@ def changed(manifest: dict[str, Any], place: Place, value: Any) -> dict[str, Any
 
 
 def write(path: Path, manifest: dict[str, Any]) -> None:
-    """Put a manifest in place, whatever it says."""
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -1,6 +1,7 @@
 """Experiments: what docs/results/ was measured by.
 
     python -m scripts.experiments truth DATA/birds20 DATA/objects24 DATA/natural --weights FILE
+    python -m scripts.experiments frontier DATA/birds20 DATA/objects24 DATA/natural --weights FILE
     python -m scripts.experiments trust DATA/birds20 DATA/objects24 DATA/natural/single --weights FILE
     python -m scripts.experiments match DATA/birds20 DATA/objects24 DATA/natural/single --weights FILE
     python -m scripts.experiments pairs DATA/birds20 DATA/objects24 --weights FILE
@@ -19,7 +20,16 @@ from pathlib import Path
 
 from embedcam import EmbedcamError
 
-EXPERIMENTS = ("truth", "trust", "match", "pairs", "positions", "attended", "unlabelled")
+EXPERIMENTS = (
+    "truth",
+    "frontier",
+    "trust",
+    "match",
+    "pairs",
+    "positions",
+    "attended",
+    "unlabelled",
+)
 
 
 def main(given: list[str] | None = None) -> None:

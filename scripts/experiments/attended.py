@@ -54,7 +54,6 @@ class Scenes:
 
 
 def value(scene: Scene) -> float:
-    """What the only digit says."""
     return float(scene.digits[0].label)
 
 
@@ -65,7 +64,6 @@ def height(scene: Scene) -> float:
 
 
 def total(scene: Scene) -> float:
-    """The sum of the digits."""
     return float(sum(int(digit.label) for digit in scene.digits))
 
 
@@ -211,7 +209,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> Iterator[str]:
-    """Yield a table a price."""
     torch.set_num_threads(1)
     kept: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for seed in range(options.seeds):

@@ -153,7 +153,6 @@ class Cache:
         return array
 
     def _read(self, name: str) -> np.ndarray | None:
-        """Return the array of that name; None where it is missing or was cut short."""
         if self.folder is None:
             return None
         try:
@@ -262,7 +261,6 @@ def figure(values: np.ndarray) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a Markdown table."""
     lines = [list(head), ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 

@@ -23,9 +23,9 @@ import numpy as np
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 
-from embedcam.index.matching import TEN, MatchCalibration
+from embedcam.index.calibration import TEN, MatchCalibration
 from embedcam.index.search import nearest
-from embedcam.offline.match_fit import calibrate_match
+from embedcam.offline.match import calibrate_match
 
 from .data import (
     SIZE,
@@ -51,7 +51,6 @@ arguments = data_arguments
 
 
 def measure(options: argparse.Namespace) -> Iterator[str]:
-    """Yield one table of all folders."""
     network = frozen_network(options.weights)
     strange = [
         unit(forward(network, pictures_of(pixels), MADE, (SIZE, SIZE), "noise").pooled)
@@ -121,6 +120,5 @@ def noise() -> Iterator[np.ndarray]:
 
 
 def blank() -> Iterator[np.ndarray]:
-    """Yield pictures of one color."""
     for color in np.random.default_rng(0).integers(0, 256, (MADE, 3)):
         yield np.broadcast_to(color, (SIZE, SIZE, 3))

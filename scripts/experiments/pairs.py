@@ -73,7 +73,6 @@ def scene_pairs(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scene_picture(pictures: Pictures, left: int, right: int) -> Image.Image:
-    """Paste two pictures side by side."""
     scene = Image.new("RGB", (2 * SIZE, SIZE))
     for place, one in enumerate((left, right)):
         scene.paste(squashed(pictures.paths[one]), (place * SIZE, 0))
@@ -104,7 +103,6 @@ def _scores(
     scenes: np.ndarray,
     pairs: tuple[np.ndarray, np.ndarray],
 ) -> dict[str, list]:
-    """Return by what was measured AUC and share of each scene; of a best match its share alone."""
     wide = matrix.astype(np.float64)
     embeddings = unit(gallery.mean((2, 3)) @ matrix.T)
     mean = embeddings.mean(0)

@@ -110,7 +110,6 @@ class Handwriting:
 
 
 def split(seed: int) -> tuple[Handwriting, Handwriting, Handwriting]:
-    """To train on, to index and to ask with."""
     pixels, labels = load_digits(return_X_y=True)
     ink = resize(pixels.reshape(-1, 8, 8).astype(np.float32) / 16, (DIGIT, DIGIT))
     order = np.random.default_rng([seed, 0]).permutation(len(ink))
@@ -258,7 +257,6 @@ def drawn(asked: list[Scene], maps: dict[str, np.ndarray]) -> Image.Image:
 
 
 def measured(options: argparse.Namespace) -> Iterator[str]:
-    """Yield the table of each head."""
     for head in HEADS:
         cells: dict[str, dict[bool, list[np.ndarray]]] = {}
         recalls, n_bytes = [], {}

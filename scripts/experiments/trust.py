@@ -28,7 +28,7 @@ from embedcam.explain.answer import negatives_for
 from embedcam.index import put_calibrations
 from embedcam.index.calibration import correlation
 from embedcam.network import EmbeddingNetwork
-from embedcam.offline.calibrating import View, calibrate_trust, trust_rows
+from embedcam.offline.trust import View, calibrate_trust, trust_rows
 from embedcam.ops import drawn_and_signed
 from embedcam.targets import head_cotangent, query_cotangent
 
@@ -122,7 +122,6 @@ def direct_weights(index: Index, embedding: np.ndarray, ids: list[str]) -> np.nd
 
 
 def figures(found: np.ndarray, strange: np.ndarray) -> list[float]:
-    """What the columns say of one index."""
     trust, low, true, joined = found.T
     trusted = low >= 0.5
     return [
@@ -140,7 +139,6 @@ HEAD = (
 
 
 def measured(name: str, one: Set, other: Set, network: EmbeddingNetwork) -> str:
-    """The table of one set."""
     lines: list[list[str]] = []
     for case in CASES:
         runs: dict[int, list[list[float]]] = {1: [], 5: []}

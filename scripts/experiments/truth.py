@@ -24,7 +24,7 @@ from typing import Any
 from embedcam import METHODS, EmbeddingNetwork, Recipe, build_index, evaluate_index
 from embedcam.evaluate.report import intro, tables
 from embedcam.images import ImageSource
-from embedcam.targets import WHITENED
+from embedcam.recipe import WHITENED
 
 from .data import (
     data_arguments,
@@ -101,7 +101,6 @@ Table = Iterator[tuple[str, dict[str, Any]]]
 
 
 def _recipes(options: argparse.Namespace) -> Table:
-    """Yield targets and norms, and the encodings of the default."""
     made = {}
     for norm in ("through", "around"):
         for method in ("gradcam", "gradcam++"):
@@ -121,7 +120,6 @@ def _recipes(options: argparse.Namespace) -> Table:
 
 
 def _targets(options: argparse.Namespace) -> Table:
-    """Yield the targets that the default was chosen among."""
     made = {
         f"{target}, {norm}": Recipe(target=target, norm=norm)
         for target in ("margin", "centred", *WHITENED)
@@ -131,7 +129,6 @@ def _targets(options: argparse.Namespace) -> Table:
 
 
 def _methods(options: argparse.Namespace) -> Table:
-    """Yield every method that draws with one layer, on the query itself."""
     names = [n for n, one in METHODS.items() if not one.trained and n != "polycam"]
     sizes = {"limit": options.pictures, "faithfulness": options.pictures}
     sizes["scenes"] = min(options.scenes, options.pictures)
@@ -139,7 +136,6 @@ def _methods(options: argparse.Namespace) -> Table:
 
 
 def _transfer(options: argparse.Namespace) -> Table:
-    """Yield one and five neighbors, by mean and by distance."""
     measures = ("localisation", "fidelity")
     for count, transfer in ((1, "mean"), (5, "mean"), (5, "distance")):
         choices = {"measures": measures, "n_neighbors": count, "transfer": transfer, "examples": 0}

@@ -18,7 +18,7 @@ import torch
 
 from embedcam import Recipe, build_from_features
 from embedcam.offline.cotangents import AnchorCotangents
-from embedcam.offline.neighborhoods import NearestOthers
+from embedcam.offline.triplets import NearestOthers
 
 from .data import table
 
@@ -35,7 +35,6 @@ def vectors(n: int) -> np.ndarray:
 
 
 def measured(n: int) -> list[str]:
-    """A row of the table."""
     made = vectors(n)
     with tempfile.TemporaryDirectory() as folder:
         begun = time.process_time()
@@ -58,7 +57,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> Iterator[str]:
-    """Yield the table."""
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     head = ("images", "CPU s", "CPU ms an image", "agreement")

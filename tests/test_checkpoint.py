@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcam.errors import InputError
-from embedcam.offline.scratch import Scratch, finished_job, remove
+from embedcam.offline.checkpoint import Checkpoint, finished_job, remove_checkpoint
 
 ARRAYS = {
     "a": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -18,8 +18,8 @@ ARRAYS = {
 }
 
 
-def kept(path, key="k") -> Scratch:
-    scratch = Scratch(path, key)
+def kept(path, key="k") -> Checkpoint:
+    scratch = Checkpoint(path, key)
     scratch.write("stage", 3, ARRAYS)
     return scratch
 
@@ -31,23 +31,23 @@ def test_arrays_come_back_as_they_were(tmp_path) -> None:
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], array)
     assert not found["a"].flags.writeable
-    assert list(Scratch(tmp_path / "s", "k").read("stage", 3, "c")) == ["c"]
+    assert list(Checkpoint(tmp_path / "s", "k").read("stage", 3, "c")) == ["c"]
 
 
 def test_the_same_key_finds_its_chunks_and_another_an_empty_folder(tmp_path) -> None:
     kept(tmp_path / "s")
-    assert Scratch(tmp_path / "s", "k").intact("stage", 3)
-    assert not Scratch(tmp_path / "s", "k").intact("stage", 4)
-    assert not Scratch(tmp_path / "s", "other").intact("stage", 3)
+    assert Checkpoint(tmp_path / "s", "k").intact("stage", 3)
+    assert not Checkpoint(tmp_path / "s", "k").intact("stage", 4)
+    assert not Checkpoint(tmp_path / "s", "other").intact("stage", 3)
     assert os.listdir(tmp_path / "s") == ["key.json"]
-    assert not Scratch(tmp_path / "s", "k").intact("stage", 3)
+    assert not Checkpoint(tmp_path / "s", "k").intact("stage", 3)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"key": 3}', "{}"])
 def test_a_folder_whose_key_cannot_be_read_is_emptied(tmp_path, text) -> None:
     kept(tmp_path / "s")
     (tmp_path / "s" / "key.json").write_text(text)
-    assert not Scratch(tmp_path / "s", "k").intact("stage", 3)
+    assert not Checkpoint(tmp_path / "s", "k").intact("stage", 3)
 
 
 @settings(max_examples=150)
@@ -64,7 +64,7 @@ def test_a_chunk_with_any_byte_changed_or_cut_is_dropped(tmp_path_factory, data)
     else:
         content[place] ^= 1 << data.draw(st.integers(0, 7))
     file.write_bytes(content)
-    scratch = Scratch(folder, "k")
+    scratch = Checkpoint(folder, "k")
     if scratch.intact("stage", 3):  # a change that says the same, as in the listing's blanks
         found = scratch.read("stage", 3)
         assert all(np.array_equal(found[name], ARRAYS[name]) for name in ARRAYS)
@@ -97,12 +97,12 @@ def test_writing_again_replaces_and_leftovers_go(tmp_path) -> None:
     assert list(scratch.read("stage", 3)) == ["a"]
     (tmp_path / "s" / "stage-0000004.tmp").mkdir()
     (tmp_path / "s" / "promise.json.tmp").write_text("{")
-    Scratch(tmp_path / "s", "k")
+    Checkpoint(tmp_path / "s", "k")
     assert sorted(os.listdir(tmp_path / "s")) == ["key.json", "stage-0000003"]
 
 
 def test_arrays_on_disk_are_claimed_before_they_are_written(tmp_path, monkeypatch) -> None:
-    scratch = Scratch(tmp_path / "s", "k")
+    scratch = Checkpoint(tmp_path / "s", "k")
     array = scratch.array("x", "float32", (1000, 30))
     assert array.shape == (1000, 30)
     assert not array.any()
@@ -123,20 +123,20 @@ def test_a_job_is_remembered_until_its_folder_is_gone(tmp_path) -> None:
     path = tmp_path / "s"
     assert finished_job(path, 3) is None
     scratch = kept(path)
-    scratch.promise("job", 3)
+    scratch.mark_commit("job", 3)
     assert finished_job(path, 3) == "job"
     assert finished_job(path, 2) is None
     (path / "promise.json").write_text("{")
     assert finished_job(path, 3) is None
-    scratch.remove()
+    remove_checkpoint(scratch.path)
     assert not path.exists()
-    remove(path)
+    remove_checkpoint(path)
 
 
 def test_what_is_remembered_is_deleted_last(tmp_path, monkeypatch) -> None:
     scratch = kept(tmp_path / "s")
     scratch.array("x", "uint8", (3,))
-    scratch.promise("job", 1)
+    scratch.mark_commit("job", 1)
     left: list[list[str]] = []
     unlink = os.unlink
 
@@ -145,7 +145,7 @@ def test_what_is_remembered_is_deleted_last(tmp_path, monkeypatch) -> None:
         unlink(name, **options)
 
     monkeypatch.setattr(os, "unlink", watched)
-    scratch.remove()
+    remove_checkpoint(scratch.path)
     assert not (tmp_path / "s").exists()
     assert left[-1] == ["promise.json"]
     assert all("promise.json" in names for names in left)

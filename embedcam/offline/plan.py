@@ -1,30 +1,39 @@
-"""What a job refuses before it embeds an image, and what it says when the disk gives up."""
+"""What one build does: images, recipe, strategy, batches; and what it refuses before it begins."""
 
 import errno
 import hashlib
+import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from .._checks import one_of, whole
 from ..errors import EmbedcamError, ImageError, InputError, NetworkMismatch, RecipeError
-from ..images import ImageSource, embed, load_batches
+from ..images import Batch, ImageSource, embed, load_batches
 from ..index import Index, check_factory
 from ..index.encoding import Encoding, LowRank, TopM
 from ..index.identity import Identity
 from ..methods import Subject, run_method
-from ..methods.masks import fill_like
+from ..methods.masking import fill_like
 from ..network import EmbeddingNetwork
 from ..recipe.recipe import Recipe, RecipeWarning
 from ..recipe.registry import PositionMethod
 from ..targets import Direction
+from .checkpoint import Checkpoint
 from .cotangents import AnchorCotangents, coded_labels
+from .strategies import POOLED_METHODS, Layers, Strategy
 from .trust import LEAST
 
+CHUNK = 256
+"""Images a chunk, at least; a kill loses at most one chunk of work."""
+_CHUNKS = 3
+"""Version of what the chunks hold: older ones are not used again."""
 _DISK_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -36,18 +45,108 @@ _DISK_ERRORS = {
 }
 
 
+@dataclass(frozen=True)
+class Plan:
+    """One build's inputs, and the checkpoint that keeps its unfinished work.
+
+    `on_unreadable` is "fail" or "skip"; `workers` threads decode images.
+    """
+
+    network: EmbeddingNetwork
+    source: ImageSource
+    recipe: Recipe
+    strategy: Strategy
+    checkpoint: Checkpoint
+    batch_size: int
+    workers: int | None
+    on_unreadable: str
+
+    @property
+    def chunk_size(self) -> int:
+        """Images a chunk."""
+        return chunk_size(self.batch_size, self.recipe.method)
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks of the whole source."""
+        return -(-len(self.source) // self.chunk_size)
+
+    def positions(self, chunk: int) -> np.ndarray:
+        """Return places in the source of a chunk's images."""
+        start = chunk * self.chunk_size
+        return np.arange(start, min(start + self.chunk_size, len(self.source)))
+
+    def batches(
+        self, positions: np.ndarray, *, marked: bool = False
+    ) -> Generator[Batch, None, None]:
+        """Load batches of images at these places in the source, `marked` with their files'."""
+        return load_batches(
+            self.source,
+            positions,
+            self.network.preprocess,
+            self.batch_size,
+            workers=self.workers,
+            on_error="fail" if self.on_unreadable == "fail" else "skip",
+            marked=marked,
+        )
+
+    def embedded(self, chunk: int) -> np.ndarray:
+        """Return places in the source of a finished chunk's images that could be embedded."""
+        return np.array(self.checkpoint.column("embed", chunk, "positions"))
+
+    def unusable(self, chunk: int) -> list[tuple[str, str]]:
+        """Return (id, reason) of a finished chunk's images that cannot be read or embedded."""
+        text = bytes(self.checkpoint.column("embed", chunk, "errors"))
+        return [(self.source.items[position].id, message) for position, message in json.loads(text)]
+
+    def columns(self, stage: str, name: str) -> list[np.ndarray]:
+        """Return one array of every chunk in which at least one image could be embedded."""
+        return [self.checkpoint.column(stage, chunk, name) for chunk in self.filled()]
+
+    def filled(self) -> list[int]:
+        """Return the chunks in which at least one image could be embedded."""
+        return [chunk for chunk in range(self.n_chunks) if len(self.embedded(chunk))]
+
+
+def chunk_size(batch_size: int, method: str) -> int:
+    """Return images a chunk: whole batches, so that resuming repeats them; one of slow methods."""
+    return batch_size if method not in POOLED_METHODS else -(-CHUNK // batch_size) * batch_size
+
+
+def job_digest(
+    recipe: Recipe,
+    identity: Identity,
+    source: ImageSource,
+    files: list[str],
+    batch_size: int,
+    *choices: Any,
+) -> str:
+    """Return a digest of everything the chunks of a job depend on."""
+    digest = hashlib.sha256(recipe.resolved.digest().encode())
+    root = None if source.root is None else str(source.root.resolve())
+    digest.update(json.dumps([identity.to_dict(), root], sort_keys=True).encode())
+    for item, file in zip(source.items, files, strict=True):
+        digest.update(json.dumps([item.id, item.path, item.label, file]).encode())
+    # The probe speaks for code that parameters do not show, to the bit: so do the chunks.
+    probe = [array for _, array in sorted(identity.arrays().items())]
+    # A picture that was skipped for its size may be read by another limit.
+    choices += (chunk_size(batch_size, recipe.method), source.max_pixels)
+    for choice in (_CHUNKS, torch.__version__, np.__version__, *probe, *choices):
+        data = choice.tobytes() if isinstance(choice, np.ndarray) else repr(choice).encode()
+        digest.update(data + b"\0")
+    return digest.hexdigest()
+
+
 def check_options(
     source: ImageSource, network: EmbeddingNetwork, batch_size: int, unreadable: str, gb: float
 ) -> None:
     """Refuse options that no job can work with."""
     if len(source) == 0:
         raise InputError("there are no images to index; give a folder or a CSV that names some")
-    if unreadable not in ("fail", "skip"):
-        raise InputError(f"on_unreadable = {unreadable!r}; use 'fail' or 'skip'")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size = {batch_size!r}; give a whole number from 1")
+    one_of("on_unreadable", unreadable, ("fail", "skip"))
+    whole("batch_size", batch_size, 1)
     if not gb >= 0:
-        raise InputError(f"scratch_gb = {gb!r}; give 0 or more")
+        raise InputError(f"scratch_gb = {gb!r}; give a number of at least 0")
     if network.preprocess is None:
         raise InputError(
             "the network has no preprocessing, so images cannot be turned into its input; give "
@@ -62,7 +161,7 @@ def check_options(
 
 
 def check_norm(recipe: Recipe, network: EmbeddingNetwork) -> None:
-    """Refuse `around` for a module that normalises by itself."""
+    """Refuse norm "around" for a module that normalises by itself."""
     if recipe.norm == "around" and network.already_normalized:
         raise RecipeError(
             "norm 'around' needs the embedding before its L2 norm, and this module normalises its "
@@ -93,13 +192,7 @@ def check_amounts(
 ) -> None:
     """Refuse what the encoding, FAISS or the triplets could only refuse after all the work.
 
-    Args:
-        recipe: the choices.
-        names: of the images, `[N]` if all can be read.
-        labels: theirs, `[N]`.
-        width: D.
-        n_channels: K.
-        given: the user's triplets, or None.
+    `names` and `labels` are of N images, if all can be read; `given` are the user's own triplets.
     """
     if recipe.encoding == "top-m":
         TopM(n_channels, recipe.m, recipe.by, recipe.dtype)
@@ -111,7 +204,7 @@ def check_amounts(
 
 
 def head_note(recipe: Recipe, network: EmbeddingNetwork) -> str | None:
-    """What to know of a head that does not pool, a sentence; None of others."""
+    """Return what to know of a head that does not pool, a sentence; None of others."""
     if not network.head_kind.uses_positions:
         return None
     what = f"what follows layer {network.layer!r} does not pool: where a thing lies counts"
@@ -129,13 +222,7 @@ def head_note(recipe: Recipe, network: EmbeddingNetwork) -> str | None:
 
 
 def check_method(recipe: Recipe, network: EmbeddingNetwork) -> None:
-    """Refuse a method that this network cannot do, before any image is embedded.
-
-    Raises:
-        RecipeError: weights by position, of a head that pools.
-        InputError: options that the method does not have, or values they do not take.
-        NetworkError: CAM without an affine head, or a trained branch that is not there.
-    """
+    """Refuse a method, or options, that this network cannot do, before any image is embedded."""
     if isinstance(recipe.entry, PositionMethod) and network.head_kind.pooled:
         raise RecipeError(
             f"behind average pooling {recipe.entry.title} is Grad-CAM, whose weights belong to "
@@ -147,9 +234,9 @@ def check_method(recipe: Recipe, network: EmbeddingNetwork) -> None:
         options["layers"] = list(recipe.layers)
     if recipe.fill != "mean":
         fill_like(inputs[0], recipe.fill, network.preprocess)
-    whole = recipe.method == "cam" or recipe.entry.trained
-    width = network.forward(inputs).embedding.shape[1] if whole else 1
-    kind = Subject if whole else _Rehearsal
+    runs = recipe.method == "cam" or recipe.entry.trained
+    width = network.forward(inputs).embedding.shape[1] if runs else 1
+    kind = Subject if runs else _Rehearsal
     with kind(network, inputs, Direction(np.zeros(width))) as subject, suppress(_FirstPass):
         run_method(subject, recipe.entry, **options)
 
@@ -159,7 +246,7 @@ class _FirstPass(Exception):  # noqa: N818 - an event, caught above
 
 
 class _Rehearsal(Subject):
-    """Runs nothing: a method of a thousand passes is not to be run for its options' sake."""
+    """A subject that runs nothing: a thousand passes are not for checking options."""
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
         raise _FirstPass
@@ -169,29 +256,25 @@ class _Rehearsal(Subject):
     differentiate = several = scores = _refuse
 
 
-def layers_of(network: EmbeddingNetwork, recipe: Recipe) -> tuple[tuple[str, tuple[int, int]], ...]:
-    """Names and grids of the layers a method of several draws with, deepest first; else nothing.
-
-    Raises:
-        RecipeError: the deepest is not the network's own.
-        NetworkError: a layer that cannot be tapped.
-    """
+def layers_of(network: EmbeddingNetwork, recipe: Recipe) -> Layers:
+    """Return names and grids of a recipe's layers, the deepest, the network's own, first."""
     if not recipe.layers:
         return ()
     run = network.run_several(network.probe_images(), recipe.layers, differentiable=False)
     order = sorted(range(len(run.names)), key=lambda place: -run.depth[place])
-    found = tuple((run.names[place], run.layouts[place].grid) for place in order)
-    if found[0][0] != network.layer:
+    layers = tuple((run.names[place], run.layouts[place].grid) for place in order)
+    deepest = layers[0][0]
+    if deepest != network.layer:
         raise RecipeError(
-            f"the deepest of layers = {list(recipe.layers)!r} is {found[0][0]!r}, and the network "
+            f"the deepest of layers = {list(recipe.layers)!r} is {deepest!r}, and the network "
             f"explains {network.layer!r}; name that one as the deepest, or load the network with "
-            f"layer {found[0][0]!r}"
+            f"layer {deepest!r}"
         )
-    return found
+    return layers
 
 
 def files_digest(fingerprints: Sequence[str]) -> str:
-    """SHA-256 over what tells of each indexed image's file whether it changed, in order."""
+    """Return SHA-256 over what tells of each image's file whether it changed, in order."""
     return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()
 
 
@@ -204,25 +287,15 @@ def same_index(
     own_maps: bool,
     trust: bool,
     given: str | None,
-    embeds: EmbeddingNetwork,
+    network: EmbeddingNetwork,
 ) -> list[tuple[str, str]]:
     """Refuse to call a finished index done where another one was asked for.
 
-    Args:
-        index: the finished one.
-        recipe, identity, source, own_maps, trust: what is asked for.
-        files: fingerprint of each image of the source.
-        given: digest of the user's own triplets, or None.
-        embeds: the network itself.
-
-    Returns:
-        (id, reason) of images that are not in it because they cannot be read or embedded.
-
-    Raises:
-        InputError: naming what differs.
+    `files` are fingerprints of the source's images, `given` the digest of the user's own triplets.
+    Returns (id, reason) of images that are not in it because they cannot be read or embedded.
     """
     manifest = index.manifest
-    unusable = _unusable(source, set(index.ids[index.live_positions()]), embeds)
+    unusable = _unusable(source, set(index.ids[index.live_positions()]), network)
     checks = {
         "recipe": manifest.recipe_sha256 == recipe.resolved.digest(),
         "network": index.identity is not None and index.identity.to_dict() == identity.to_dict(),
@@ -232,11 +305,11 @@ def same_index(
         "array of given triplets": manifest.triplets.sha256 == given,
     }
     differs = [what for what, same in checks.items() if not same]
-    said = [f"another {' and '.join(differs)}"] if differs else []
-    said += _other_images(index, source, files, unusable)
-    if said:
+    words = [f"another {' and '.join(differs)}"] if differs else []
+    words += _other_images(index, source, files, unusable)
+    if words:
         raise InputError(
-            f"{index.path} holds a finished index with {', and with '.join(said)}; choose "
+            f"{index.path} holds a finished index with {', and with '.join(words)}; choose "
             "another folder, add images with `embedcam add`, or redo it with --refit (replace=True)"
         )
     return list((unusable or {}).values())
@@ -248,45 +321,42 @@ def _other_images(
     files: Sequence[str],
     unusable: Mapping[int, tuple[str, str]] | None,
 ) -> list[str]:
-    """How the images of an index differ from those of a source that can be used."""
+    """Return how the images of an index differ from those of a source that can be used."""
     counts, live = index.manifest.counts, index.live_positions()
     added = counts.added_after_fit
     removed = index.manifest.fit.images - (counts.live - added)
     changes = [f"{n:,} {how} since" for n, how in ((added, "added"), (removed, "removed")) if n]
     if changes:
         return [f"another list of images ({', '.join(changes)})"]
-    places = [p for p in range(len(source)) if p not in (unusable or {})]
+    places = [place for place in range(len(source)) if place not in (unusable or {})]
     items = [source.items[place] for place in places]
     listed = list(zip(index.ids[live], index.paths[live], strict=True))
     if unusable is None or [(item.id, item.path) for item in items] != listed:
         return ["another list of images"]
-    said = []
-    if [item.label for item in items] != list(index.labels[live]):
-        said.append("other labels")
+    relabelled = [item.label for item in items] != list(index.labels[live])
     stored = index.manifest.images.files_sha256 if index.manifest.images else None
-    if stored is not None and stored != files_digest([files[place] for place in places]):
-        said.append("image files changed since")
-    return said
+    changed = stored is not None and stored != files_digest([files[place] for place in places])
+    return ["other labels"] * relabelled + ["image files changed since"] * changed
 
 
 def _unusable(
     source: ImageSource, known: set[str], network: EmbeddingNetwork
 ) -> dict[int, tuple[str, str]] | None:
-    """(id, reason) of the images that are not known, by place; None if one of them can be used."""
+    """Return (id, reason) of images not known, by place; None if one of them can be used."""
     places = [place for place, item in enumerate(source.items) if item.id not in known]
-    found: dict[int, tuple[str, str]] = {}
+    unusable: dict[int, tuple[str, str]] = {}
     batches = load_batches(source, places, network.preprocess, 1, workers=0, on_error="skip")
     with closing(batches):
         for read in batches:
             batch, _ = embed(read, source, network.forward, "skip")
             if len(batch):
                 return None
-            found |= {place: (source.items[place].id, why) for place, why in batch.errors}
-    return found
+            unusable |= {place: (source.items[place].id, why) for place, why in batch.errors}
+    return unusable
 
 
 def check_addable(recipe: Recipe, encoding: Encoding, network: EmbeddingNetwork) -> bool:
-    """Refuse additions that the index's encoding cannot take; whether its codes are dy/dz."""
+    """Refuse additions the index's encoding cannot take; return whether its codes are dy/dz."""
     if recipe.sampling == "given" and recipe.resolved_target == "margin":
         raise InputError(
             "this index was built from given triplets, which say nothing about new images; build "
@@ -319,7 +389,7 @@ def check_new(index: Index, source: ImageSource) -> None:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """A full or unwritable disk as one sentence; what is finished stays, and is used again."""
+    """Say of a full or unwritable disk what to do; what is finished stays, and is used again."""
     try:
         yield
     except OSError as error:

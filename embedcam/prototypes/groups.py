@@ -7,6 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
+from ..images.progress import Advance
+
 _FULL = 4e9
 """Products of one pass of full k-means (images x groups x numbers) beyond which batches do."""
 _BATCH = 4096
@@ -16,11 +18,7 @@ _BLOCK_ROWS = 1 << 15
 
 @dataclass(frozen=True)
 class Groups:
-    """A division of n rows into G groups, none of them empty.
-
-    Args:
-        of: number of each row's group, 0 .. G - 1, int64 `[n]`.
-    """
+    """A division of n rows into G groups, none empty: `of` numbers each row's, int64 `[n]`."""
 
     of: np.ndarray
 
@@ -45,7 +43,8 @@ class Groups:
     @cached_property
     def firsts(self) -> np.ndarray:
         """Lowest row of each group, int64 `[G]`."""
-        return self.order[self.ends - self.sizes]
+        first_rows: np.ndarray = self.order[self.ends - self.sizes]
+        return first_rows
 
 
 def group(
@@ -53,19 +52,13 @@ def group(
     labels: Sequence[str | None] | None,
     wanted: int,
     seed: int,
-    tick: Callable[[int], object],
+    tick: Advance,
 ) -> Groups:
-    """Divide images by k-means on their embeddings.
+    """Divide images `[n D]` by k-means into `wanted` groups, with labels so many in each label.
 
     Groups are numbered by their first row; with labels, label after label (sorted, images without
-    one last), so that the same images in the same order give the same numbers.
-
-    Args:
-        embeddings: float32 `[n D]`.
-        labels: `[n]`, to divide each label by itself; None divides all images together.
-        wanted: groups in all, or with labels in each; images that are alike make fewer.
-        seed: of k-means, 0 .. 2^32 - 1.
-        tick: told how many images were dealt with.
+    one last), so that the same images in the same order give the same numbers. Images that are
+    alike make fewer.
     """
     if labels is None:
         of = _kmeans(embeddings, wanted, seed)
@@ -85,15 +78,9 @@ def group(
 def sums_of_groups(
     groups: Groups, fetch: Callable[[np.ndarray], np.ndarray], width: int
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Sums over each group's rows, a block of rows at a time.
+    """Yield a first group's number, and sums `[g C]` of it and the next ones; all G in order.
 
-    Args:
-        groups: G groups of n rows.
-        fetch: gives `[b C]` for rows `[b]`.
-        width: C.
-
-    Yields:
-        (number of the first group, sums float64 `[g C]` of it and the next ones), all G in order.
+    `fetch` gives `[b C]`, C = width, for rows `[b]`; it is asked for a block of rows at a time.
     """
     step = min(_BLOCK_ROWS, max(1, _BLOCK_NUMBERS // max(width, 1)))
     carried: np.ndarray | None = None
@@ -112,7 +99,7 @@ def sums_of_groups(
 
 
 def _kmeans(vectors: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """Group of each vector `[n]`, numbered by first row; fewer than wanted where vectors repeat."""
+    """Return the group of each vector `[n]`, numbered by first row."""
     if wanted >= len(vectors):
         return np.arange(len(vectors))
     if wanted == 1:
@@ -129,8 +116,8 @@ def _kmeans(vectors: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     # gives the same groups. Repeated vectors make fewer groups, which is no fault.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = method.fit(vectors).labels_
-    _, first, numbers = np.unique(found, return_index=True, return_inverse=True)
+        labels = method.fit(vectors).labels_
+    _, first, numbers = np.unique(labels, return_index=True, return_inverse=True)
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
     of: np.ndarray = rank[numbers.reshape(-1)]

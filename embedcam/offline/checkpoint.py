@@ -1,9 +1,4 @@
-"""Unfinished work on disk: chunks of arrays that a killed job finds again.
-
-A scratch folder belongs to one key, the digest of everything its content depends on; another key
-empties it. A chunk appears by one rename, with a checksum of each array, so that a chunk cut short
-by a power failure is computed again rather than believed.
-"""
+"""Unfinished work on disk: chunks of arrays that a killed job finds again."""
 
 import json
 import os
@@ -29,20 +24,16 @@ from .._files import (
 from ..errors import InputError
 
 _KEY = "key.json"
-_PROMISE = "promise.json"
+_COMMIT = "promise.json"
 _LISTING = "arrays.json"
 _MOST = 16 << 20
 
 
-class Scratch:
-    """Chunks of named arrays under a folder.
+class Checkpoint:
+    """Keep chunks of named arrays in a folder that belongs to one key; another key empties it.
 
-    Args:
-        path: the folder; created where missing.
-        key: digest of everything the chunks depend on. A folder of another key is emptied first.
-
-    Raises:
-        InputError: a link, or something else than a folder.
+    The key is a digest of everything the chunks depend on. A chunk appears by one rename, with a
+    checksum of each array, so that one cut short by a power failure is computed again.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -64,12 +55,8 @@ class Scratch:
             else:
                 leftover.unlink()
 
-    def has(self, stage: str, chunk: int) -> bool:
-        """Whether the chunk was finished, by its listing; its bytes are checked by `read`."""
-        return (self._folder(stage, chunk) / _LISTING).exists()
-
     def write(self, stage: str, chunk: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keep the arrays; visible all at once."""
+        """Keep the arrays of a chunk; they become visible all at once."""
         folder = self._folder(stage, chunk)
         remove_tree(folder)
         unfinished = folder.with_suffix(UNFINISHED)
@@ -77,39 +64,41 @@ class Scratch:
         listing = {}
         for name, array in arrays.items():
             array = np.ascontiguousarray(array)
-            (unfinished / f"{name}.bin").write_bytes(array.data if array.size else b"")
+            (unfinished / f"{name}.bin").write_bytes(_bytes_of(array))
             listing[name] = {
                 "dtype": array.dtype.str,
                 "shape": list(array.shape),
-                "crc32": zlib.crc32(array.data if array.size else b""),
+                "crc32": zlib.crc32(_bytes_of(array)),
             }
         _write_text(unfinished / _LISTING, json.dumps([listing, _crc_of(listing)]))
         os.replace(unfinished, folder)
 
     def read(self, stage: str, chunk: int, *names: str) -> dict[str, np.ndarray]:
-        """The named arrays of a finished chunk (all of them where none is named), memory-mapped."""
+        """Return the named arrays of a finished chunk (all where none is named), memory-mapped."""
         folder = self._folder(stage, chunk)
         listing = _read_listing(folder)
         return {name: _open(folder / f"{name}.bin", listing[name]) for name in names or listing}
 
+    def column(self, stage: str, chunk: int, name: str) -> np.ndarray:
+        """Return one array of a finished chunk, memory-mapped."""
+        return self.read(stage, chunk, name)[name]
+
     def intact(self, stage: str, chunk: int) -> bool:
-        """Whether an earlier run's chunk is whole, checksums included; a broken one is dropped."""
-        if not self.has(stage, chunk):
-            return False
+        """Return whether an earlier run's chunk is whole, checksums included, or drop it."""
         folder = self._folder(stage, chunk)
-        try:
-            listing = _read_listing(folder)
-            arrays = self.read(stage, chunk)
-            if all(zlib.crc32(arrays[n].data if arrays[n].size else b"") == listing[n]["crc32"]
-                   for n in listing):  # fmt: skip
+        if not (folder / _LISTING).exists():
+            return False
+        with suppress(OSError, ValueError):
+            listing, arrays = _read_listing(folder), self.read(stage, chunk)
+            if all(
+                zlib.crc32(_bytes_of(arrays[name])) == listing[name]["crc32"] for name in arrays
+            ):
                 return True
-        except (OSError, ValueError):
-            pass
         remove_tree(folder)
         return False
 
     def array(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A writable array on disk, zero at first; for results too large to hold."""
+        """Return a writable array on disk, zero at first, for results too large to hold."""
         if 0 in shape:
             return np.zeros(shape, dtype)
         path = self.path / f"{name}.array"
@@ -124,18 +113,14 @@ class Scratch:
                 claim(file.fileno(), 0, size)
         return np.memmap(path, np.dtype(dtype), "r+", shape=shape)
 
-    def remove(self) -> None:
-        """Delete the folder with everything in it."""
-        remove(self.path)
-
-    def promise(self, job: str, generation: int) -> None:
+    def mark_commit(self, job: str, generation: int) -> None:
         """Note durably, just before it happens, that this job becomes that generation."""
-        with written(self.path / _PROMISE) as file:
+        with written(self.path / _COMMIT) as file:
             file.write(json.dumps({"job": job, "generation": generation}).encode())
         sync_folder(self.path.parent)
 
     def free_bytes(self) -> int:
-        """Free space where the folder lies."""
+        """Return the free space where the folder lies."""
         return shutil.disk_usage(self.path).free
 
     def _folder(self, stage: str, chunk: int) -> Path:
@@ -149,26 +134,22 @@ class Scratch:
 
 
 def finished_job(path: Path, generation: int) -> str | None:
-    """The job whose scratch folder this is, if it became that generation and then was killed."""
+    """Return the job of a checkpoint that became that generation and then was killed, or None."""
     try:
-        found = _read_json(path, _PROMISE)
-        return str(found["job"]) if found["generation"] == generation else None
+        marker = _read_json(path, _COMMIT)
+        return str(marker["job"]) if marker["generation"] == generation else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def remove(path: Path) -> None:
-    """Delete a scratch folder, what `finished_job` reads last, so that a kill loses no trace."""
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, the commit marker last, so that a kill loses no trace."""
     with suppress(OSError):
-        remove_tree(path, last=_PROMISE)
+        remove_tree(path, last=_COMMIT)
 
 
 def _read_json(folder: Path, name: str) -> Any:
-    """What a file says, which may be a stranger's.
-
-    Raises:
-        OSError, ValueError: it is missing, or is not what was written.
-    """
+    """Return what a file says, which may be a stranger's; raise OSError or ValueError."""
     try:
         is_folder(folder)
         return json.loads(read_regular(folder, name, _MOST))
@@ -187,13 +168,15 @@ def _open(path: Path, entry: Mapping[str, Any]) -> np.ndarray:
 
 
 def _read_listing(folder: Path) -> dict[str, Any]:
-    try:
+    with suppress(ValueError, TypeError):
         listing, crc = _read_json(folder, _LISTING)
         if _crc_of(listing) == crc:
             return dict(listing)
-    except (ValueError, TypeError):
-        pass
     raise InputError(f"{folder / _LISTING}: was altered; run the same command again")
+
+
+def _bytes_of(array: np.ndarray) -> memoryview | bytes:
+    return array.data if array.size else b""
 
 
 def _crc_of(listing: object) -> int:

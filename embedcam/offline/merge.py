@@ -1,0 +1,314 @@
+"""From the finished chunks of a plan to an index: embeddings, encoding, stored maps, header."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from ..images.progress import Advance
+from ..images.sources import relative_path
+from ..index import Index, PartData
+from ..index.encoding import Dense, Encoding, LowRank, TopM, fit_by_position, fit_pca
+from ..recipe.recipe import Recipe
+from ..recipe.registry import PositionMethod
+from .plan import Plan
+from .shard import map_chunk
+from .strategies import HeadCodes, is_derived, weights_of_layer
+from .triplets import pairs_digest
+from .trust import View, calibrate_trust, forwarded, in_closed_form, trust_rows
+
+SAMPLE, NUMBERS = 2048, 1 << 25
+"""Weights that a basis is fitted on, at most: images, and numbers in all (but `rank` images)."""
+_BLOCK, _VIEWED = 1 << 14, 64
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What the embedding pass gave.
+
+    `positions` `[n]` are places in the source of the images that could be used, `embeddings`
+    `[N D]` those of the images in the index already, then theirs, on disk; `skipped` are
+    (id, reason) of the others.
+    """
+
+    positions: np.ndarray
+    embeddings: np.ndarray
+    skipped: list[tuple[str, str]]
+    n_cropped: int
+
+    @property
+    def n_before(self) -> int:
+        """Images that are in the index already."""
+        return len(self.embeddings) - len(self.positions)
+
+    @property
+    def new(self) -> np.ndarray:
+        """Embeddings of the new images alone, `[n D]`."""
+        return self.embeddings[self.n_before :]
+
+
+def gather(plan: Plan, index: Index | None, live: np.ndarray) -> Embedded:
+    """Collect the chunks of the embedding pass behind the index's `live` rows."""
+    chunks = range(plan.n_chunks)
+    skipped = [one for chunk in chunks for one in plan.unusable(chunk)]
+    positions = np.concatenate([plan.embedded(chunk) for chunk in chunks])
+    if not len(positions):
+        first = skipped[0][1]
+        raise InputError(f"none of the {len(skipped)} images could be used; the first: {first}")
+    new = plan.columns("embed", "embedding")
+    shape = (len(live) + len(positions), new[0].shape[1])
+    embeddings = plan.checkpoint.array("embeddings", "float32", shape)
+    if index is not None:
+        for start in range(0, len(live), _BLOCK):
+            rows = live[start : start + _BLOCK]
+            embeddings[start : start + len(rows)] = index.embeddings(rows)
+    np.concatenate(new, out=embeddings[len(live) :])
+    n_cropped = sum(int(plan.checkpoint.column("embed", c, "cropped")[0]) for c in chunks)
+    return Embedded(positions, embeddings, skipped, n_cropped)
+
+
+def fit_encodings(plan: Plan, mean: np.ndarray) -> list[Encoding]:
+    """Return the encoding of each layer of a new index, fitted where it has something to fit."""
+    strategy = plan.strategy
+    matrix = strategy.matrix if isinstance(strategy, HeadCodes) else None
+    encodings = []
+    for number in range(max(1, len(strategy.layers))):
+        name = weights_of_layer(number)
+        # Only mapped: of an array that long, nothing but its shape is looked at.
+        width = plan.columns("weights", name)[0].shape[1]
+        sample = partial(_sample, plan, name)
+        grid, normalize = grid_of(plan), plan.network.normalize
+        encodings.append(make_encoding(plan.recipe, matrix, grid, mean, normalize, sample, width))
+    return encodings
+
+
+def make_encoding(
+    recipe: Recipe,
+    matrix: np.ndarray | None,
+    grid: tuple[int, int],
+    mean: np.ndarray,
+    normalize: bool,
+    sample: Callable[[], np.ndarray],
+    n_channels: int,
+) -> Encoding:
+    """Return the encoding a recipe asks for.
+
+    `matrix` is W `[D K]` where dy/dz in it is the whole weight vector; `sample` gives weights
+    `[n K]`, or `[n K H W]`, to fit on, and is not asked where nothing is fitted.
+    """
+    if matrix is not None:
+        basis = matrix / np.prod(grid)
+        # dy/dz is then embedding - mean: nothing that is not stored already.
+        derived = is_derived(recipe, normalize)
+        offset = -mean @ basis if derived else np.zeros(basis.shape[1])
+        return LowRank(basis, offset, "head", "embedding" if derived else "stored", recipe.dtype)
+    if recipe.encoding == "low-rank":
+        by_position = isinstance(recipe.entry, PositionMethod)
+        return (fit_by_position if by_position else fit_pca)(sample(), recipe.rank, recipe.dtype)
+    if recipe.encoding == "dense":
+        return Dense(n_channels, recipe.dtype)
+    return TopM(n_channels, recipe.m, recipe.by, recipe.dtype)
+
+
+def sample_places(n: int, seed: int, most: int = SAMPLE) -> np.ndarray:
+    """Draw which of n weight vectors a basis is fitted on: all, or a seeded sample, in order."""
+    if n <= most:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).permutation(n)[:most])
+
+
+def _sample(plan: Plan, name: str) -> np.ndarray:
+    """Return weights of a seeded sample of the images, `[n ...]`, of the layer of that name."""
+    arrays = plan.columns("weights", name)
+    starts = np.cumsum([0, *map(len, arrays)])
+    most = max(plan.recipe.rank, min(SAMPLE, NUMBERS // arrays[0][0].size))
+    places = sample_places(int(starts[-1]), plan.recipe.seed, most)
+    owner = np.searchsorted(starts, places, side="right") - 1
+    return np.concatenate([array[places[owner == c] - starts[c]] for c, array in enumerate(arrays)])
+
+
+def encode(
+    plan: Plan,
+    encodings: Sequence[Encoding],
+    embedded: Embedded,
+    mean: np.ndarray,
+    with_maps: bool,
+    root: Path | None,
+) -> PartData:
+    """Return the images of the chunks as one part of an index; paths are relative to `root`."""
+    n, strategy = len(embedded.positions), plan.strategy
+    marks = np.concatenate(plan.columns("embed", "marks"))
+    items = [plan.source.items[position] for position in embedded.positions]
+    fields = [
+        {
+            name: plan.checkpoint.array(f"{name}{number or ''}", field.dtype, (n, *field.shape))
+            for name, field in encoding.fields.items()
+        }
+        for number, encoding in enumerate(encodings)
+    ]
+    counts, scales = np.zeros(n, np.uint32), np.zeros(n, np.float32)
+    height, width = grid_of(plan)
+    map_shape = (n, *strategy.map_grid((height, width)))
+    maps = plan.checkpoint.array("maps", "uint8", map_shape) if with_maps else None
+    done = 0
+    for chunk in plan.filled():
+        arrays = plan.checkpoint.read("weights", chunk)
+        rows = slice(done, done + len(arrays["counts"]))
+        factors = []
+        for number, encoding in enumerate(encodings):
+            weights = np.asarray(arrays[weights_of_layer(number)])
+            encoded, multiplier = strategy.encode(
+                encoding, weights, embedded.new[rows], mean, height * width
+            )
+            factors.append(multiplier)
+            for name, values in encoded.items():
+                fields[number][name][rows] = values
+        counts[rows] = np.minimum(arrays["counts"], np.iinfo(np.uint32).max)
+        if maps is not None:
+            maps[rows], scales[rows] = map_chunk(plan, chunk, factors[0])
+        done = rows.stop
+    return PartData(
+        ids=[item.id for item in items],
+        labels=[item.label for item in items],
+        paths=[_stored_path(item.path, plan.source.root, root) for item in items],
+        embeddings=embedded.new,
+        triplets_used=counts,
+        fields=[dict(one) for one in fields],
+        coarse=[None if maps is None else (maps, scales), *[None] * (len(encodings) - 1)],
+        marks=marks if marks.any() else None,
+    )
+
+
+def _stored_path(path: str, root: Path | None, index_root: Path | None) -> str:
+    """Return a source's path as an index keeps it: relative to the index's root if below it."""
+    if not path or root == index_root:
+        return path
+    absolute = str((root or Path()).resolve() / path)
+    return absolute if index_root is None else relative_path(absolute, index_root.resolve())
+
+
+def grid_of(plan: Plan) -> tuple[int, int]:
+    """Return (H, W) of the layer, the same for every image of a build."""
+    grids = {tuple(grid.tolist()) for grid in plan.columns("embed", "grid")}
+    if len(grids) != 1:
+        listed = ", ".join(f"{h} x {w}" for h, w in sorted(grids))
+        raise InputError(
+            f"the layer's grid differs between images ({listed}); use a preprocessing that gives "
+            "every image the same size"
+        )
+    height, width = grids.pop()
+    return height, width
+
+
+def calibrate_build(
+    plan: Plan, encodings: Sequence[Encoding], embedded: Embedded, part: PartData, tick: Advance
+) -> dict[str, Any] | None:
+    """Calibrate trust for a new index, with the activations that its build cached."""
+    rows = trust_rows(len(part), plan.recipe, plan.network)
+
+    def fields(layer: int, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        stored = {name: np.asarray(array)[chosen] for name, array in part.fields[layer].items()}
+        return {**stored, "embedding": embedded.new[chosen]}
+
+    return calibrate_trust(
+        plan.recipe,
+        plan.network,
+        encodings,
+        fields,
+        embedded.new,
+        part.labels,
+        rows,
+        _views(plan, embedded, rows),
+        tick,
+    )
+
+
+def _views(plan: Plan, embedded: Embedded, rows: np.ndarray) -> Iterator[View]:
+    """Yield views of the rows from cached activations, or where these are missing by a forward."""
+    closed, strategy, first = in_closed_form(plan.recipe, plan.network), plan.strategy, 0
+    for chunk in range(plan.n_chunks):
+        n = len(plan.embedded(chunk))
+        chosen = rows[(rows >= first) & (rows < first + n)] - first
+        if len(chosen):
+            arrays = plan.checkpoint.read(strategy.stage, chunk)
+            if not closed or "activations" not in arrays:
+                batches = plan.batches(embedded.positions[first + chosen])
+                yield from forwarded(plan.network, [name for name, _ in strategy.layers], batches)
+            else:
+                # A block at a time: NumPy widens halves twenty times slower than torch does.
+                for start in range(0, len(chosen), _VIEWED):
+                    some = chosen[start : start + _VIEWED]
+                    halves = torch.from_numpy(np.array(arrays["activations"][some])).float()
+                    for maps, peak in zip(halves.numpy(), arrays["peaks"][some], strict=True):
+                        yield View([maps * np.float32(peak)], strategy.mixed)
+        first += n
+
+
+def header(
+    recipe: Recipe,
+    network: dict[str, Any] | None,
+    root: Path | None,
+    width: int,
+    normalize: bool,
+    layers: list[dict[str, Any]],
+    *,
+    files: str | None = None,
+    given: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Return what the manifest of a new index says; see index/README.md.
+
+    `layers` are as `layer_entry` has them, `files` the digest of the files that were read, `given`
+    the user's own triplets `[N S 2]`.
+    """
+    images = {"root": None if root is None else str(root.resolve()), "files_sha256": files}
+    return {
+        "recipe": recipe.resolved.to_dict(),
+        "network": network,
+        "images": None if root is None and files is None else images,
+        "libraries": {"torch": torch.__version__.split("+")[0]},
+        "embedding": {"width": width, "normalized": normalize},
+        "metric": recipe.metric,
+        "method": recipe.method,
+        "target": recipe.resolved_target,
+        "norm": recipe.norm,
+        "triplets": _evidence(recipe, given),
+        "layers": layers,
+    }
+
+
+def layer_entry(
+    name: str, grid: tuple[int, int], encoding: Encoding, coarse: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Return what the manifest says of one layer."""
+    return {
+        "name": name,
+        "channels": encoding.n_channels,
+        "grid": list(grid),
+        "cells": grid[0] * grid[1],
+        "encoding": encoding.spec(),
+        "coarse_grid": None if coarse is None else list(coarse),
+    }
+
+
+def _evidence(recipe: Recipe, given: np.ndarray | None) -> dict[str, Any]:
+    """Return the triplets behind the weights; a count of 0 says that none were drawn."""
+    sampling, count = recipe.resolved_sampling, recipe.n_triplets
+    if recipe.resolved_target == "centred":
+        sampling, count = "none", 0
+    elif sampling == "all":
+        count = 0
+    elif given is not None:
+        count = given.shape[1]
+    about = {
+        "sampling": sampling,
+        "count": count,
+        "hinge": recipe.hinge,
+        "margin": recipe.margin,
+        "seed": recipe.seed,
+    }
+    return about if given is None else {**about, "sha256": pairs_digest(given)}

@@ -1,0 +1,213 @@
+"""A range of chunks of a plan: images embedded, then weighed, into chunk files of the checkpoint.
+
+A finished chunk of an earlier run is not computed again. Chunks depend on nothing but the plan
+and, for weights, the embeddings of all images, so that ranges of them may be computed apart.
+"""
+
+import itertools
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+
+from ..errors import EmbeddingError, ImageError
+from ..images import Batch, embed
+from ..images.progress import Advance
+from .cotangents import AnchorCotangents
+from .plan import Plan
+from .strategies import maps_of, stored_maps, to_numpy
+
+log = logging.getLogger(__name__)
+
+CROPPED = 0.25
+"""Share of a picture from which on a build says that the crop leaves it out."""
+
+
+def embed_chunks(plan: Plan, tick: Advance, chunks: range | None = None) -> None:
+    """Write chunks `embed`: positions, marks, embeddings, lengths, what weights need, errors."""
+    chunks = range(plan.n_chunks) if chunks is None else chunks
+    todo = [chunk for chunk in chunks if not _is_embedded(plan, chunk)]
+    n_images = sum(len(plan.positions(chunk)) for chunk in chunks)
+    done = n_images - sum(len(plan.positions(chunk)) for chunk in todo)
+    if done:
+        log.info("going on: %s of %s images are embedded", f"{done:,}", f"{n_images:,}")
+    tick(done)
+    if not todo:
+        return
+    # One stream over all chunks, so that decoding runs ahead across their borders.
+    places = np.concatenate([plan.positions(chunk) for chunk in todo])
+    with closing(plan.batches(places, marked=True)) as stream:
+        for chunk in todo:
+            n = len(plan.positions(chunk))
+            batches = itertools.islice(stream, -(-n // plan.batch_size))
+            plan.checkpoint.write("embed", chunk, _embed(plan, batches, n, tick))
+
+
+def _is_embedded(plan: Plan, chunk: int) -> bool:
+    """Return whether an earlier run's chunk serves; with skipped images not where that fails."""
+    intact = plan.checkpoint.intact("embed", chunk)
+    return intact and (plan.on_unreadable == "skip" or not plan.unusable(chunk))
+
+
+def _embed(plan: Plan, batches: Iterable[Batch], n: int, tick: Advance) -> dict[str, np.ndarray]:
+    rows, errors, refused = _Rows(n), list[tuple[int, str]](), list[int]()
+    grid, n_cropped = (0, 0), 0
+    for read in batches:
+        batch, features = embed(read, plan.source, plan.network.forward, plan.on_unreadable)
+        refused += np.setdiff1d(read.positions, batch.positions).tolist()
+        errors += batch.errors
+        n_cropped += sum(_is_cropped(plan.network.preprocess, *size) for size in batch.sizes)
+        if features is not None:
+            activations = features.activations
+            grid = (activations.shape[2], activations.shape[3])
+            rows.add(
+                {
+                    "positions": batch.positions,
+                    "marks": batch.marks,
+                    "embedding": to_numpy(features.embedding),
+                    "length": to_numpy(features.norm),
+                    **plan.strategy.embedded(activations),
+                }
+            )
+        tick(len(batch.positions) + len(batch.errors))
+    text = json.dumps([[int(position), message] for position, message in errors])
+    return {
+        "positions": np.empty(0, np.int64),
+        **rows.arrays(),
+        "grid": np.array(grid),
+        "errors": np.frombuffer(text.encode(), np.uint8),
+        "refused": np.array(refused, np.int64),
+        "cropped": np.array([n_cropped]),
+    }
+
+
+def _is_cropped(preprocess: Any, width: int, height: int) -> bool:
+    """Return whether a centre crop leaves out more than `CROPPED` of a picture."""
+    if getattr(preprocess, "resize", None) != "crop":
+        return False
+    x0, y0, x1, y1 = preprocess.extent(int(width), int(height))
+    seen = (min(x1, width) - max(x0, 0)) * (min(y1, height) - max(y0, 0))
+    return bool(seen < (1 - CROPPED) * width * height)
+
+
+def weigh_chunks(
+    plan: Plan, anchors: AnchorCotangents, offset: int, tick: Advance, chunks: range | None = None
+) -> None:
+    """Write chunks `weights`: averaged weights, counts of triplets, and cached activations.
+
+    `offset` is the place of the first chunk's first image among the anchors' embeddings.
+    """
+    chunks = range(plan.n_chunks) if chunks is None else chunks
+    sizes = {chunk: len(plan.embedded(chunk)) for chunk in chunks}
+    done = {chunk for chunk in chunks if sizes[chunk] and plan.checkpoint.intact("weights", chunk)}
+    if done:
+        n_done, n = sum(sizes[chunk] for chunk in done), sum(sizes.values())
+        log.info("going on: weights of %s of %s images are done", f"{n_done:,}", f"{n:,}")
+    for chunk, n in sizes.items():
+        if n and chunk not in done:
+            places = np.arange(offset, offset + n)
+            plan.checkpoint.write("weights", chunk, _weigh(plan, chunk, anchors, places, tick))
+        else:
+            tick(n)
+        offset += n
+
+
+def _weigh(
+    plan: Plan, chunk: int, anchors: AnchorCotangents, places: np.ndarray, tick: Advance
+) -> dict[str, np.ndarray]:
+    embedded, kept = plan.checkpoint.read("embed", chunk), _Rows(len(places))
+    looks: Iterator[np.ndarray]
+    if plan.strategy.stage == "embed":
+        starts = range(0, len(places), plan.batch_size)
+        looks = (np.empty((len(places[i : i + plan.batch_size]), 0), "f4") for i in starts)
+    else:
+        looks = read_again(plan, chunk)
+    for images in looks:
+        rows = slice(kept.n_done, kept.n_done + len(images))
+        try:
+            cotangents = anchors.of(places[rows])
+            arrays = plan.strategy.weigh(images, embedded, rows, cotangents)
+        except EmbeddingError as error:
+            # A method may have run changed pictures, so that its rows are not the batch's.
+            first, last = (plan.source.name(int(embedded["positions"][rows][at])) for at in (0, -1))
+            name = first if len(images) == 1 else f"one of the images {first} to {last}"
+            raise error.of_one(name) from None
+        kept.add({**arrays, "counts": cotangents.counts})
+        tick(len(images))
+    return kept.arrays()
+
+
+def read_again(plan: Plan, chunk: int) -> Iterator[np.ndarray]:
+    """Yield the inputs of a finished chunk once more, composed as in the first pass, to the bit.
+
+    An image that could be read then and cannot now, or the other way round, is an ImageError.
+    """
+    expected = plan.embedded(chunk)
+    refused = plan.checkpoint.column("embed", chunk, "refused")
+    with closing(plan.batches(plan.positions(chunk))) as batches:
+        for read in batches:
+            rows = np.flatnonzero(np.isin(read.positions, refused))
+            batch, reasons = read.without(rows.tolist(), [""] * len(rows)), dict(read.errors)
+            for position in [*batch.positions.tolist(), *reasons]:
+                if (position in reasons) == (position in expected):
+                    why = reasons.get(position, f"{plan.source.name(position)}: can be read now")
+                    raise ImageError(
+                        f"{why}; its file changed during the build, so run the build again"
+                    )
+            if len(batch):
+                yield batch.images
+
+
+def map_chunk(plan: Plan, chunk: int, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each image's stored map `[n h w]` as bytes with one scale, of a finished chunk.
+
+    `factors` multiply the cached activations: the stored weights, decoded, `[n K]` or `[n K H W]`,
+    or the codes of `HeadCodes`, `[n D]`.
+    """
+    if plan.strategy.layers:
+        arrays = plan.checkpoint.read("weights", chunk, "own", "own_scales")
+        return np.asarray(arrays["own"]), np.asarray(arrays["own_scales"])
+    maps, scales, done = [], [], 0
+    for cached in _activations(plan, chunk):
+        stop = done + len(cached["peaks"])
+        some, some_scales = stored_maps(maps_of(factors[done:stop], cached))
+        maps.append(some)
+        scales.append(some_scales)
+        done = stop
+    return np.concatenate(maps), np.concatenate(scales)
+
+
+def _activations(plan: Plan, chunk: int) -> Iterator[dict[str, np.ndarray]]:
+    """Yield a chunk's cached activations, a batch at a time; by one more forward without."""
+    arrays = plan.checkpoint.read(plan.strategy.stage, chunk)
+    if "activations" not in arrays:
+        for images in read_again(plan, chunk):
+            yield plan.strategy.cached(plan.network.forward(images).activations)
+        return
+    for start in range(0, len(arrays["peaks"]), plan.batch_size):
+        rows = slice(start, start + plan.batch_size)
+        yield {name: arrays[name][rows] for name in ("activations", "peaks")}
+
+
+class _Rows:
+    """Arrays of at most n rows filled batch by batch, so that no second copy is ever made."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.n_done = n, 0
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def add(self, rows: dict[str, np.ndarray]) -> None:
+        """Add rows of every array, the same number of each."""
+        stop = self.n_done + len(next(iter(rows.values())))
+        for name, array in rows.items():
+            if name not in self._arrays:
+                self._arrays[name] = np.empty((self.n, *array.shape[1:]), array.dtype)
+            self._arrays[name][self.n_done : stop] = array
+        self.n_done = stop
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the rows so far."""
+        return {name: array[: self.n_done] for name, array in self._arrays.items()}

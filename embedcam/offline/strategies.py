@@ -1,0 +1,330 @@
+"""How a build finds weights: behind the pooled vector, by the head's derivative, or by the zoo.
+
+A strategy is asked twice: what to keep of a batch's activations as images are embedded, and for
+the weights once all embeddings are known. It also knows how weights become rows of an encoding,
+and what an image's stored map is drawn from.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import closing
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..index import quantize_coarse
+from ..index.encoding import Encoding, LowRank
+from ..methods import Subject, inputs_a_pass, run_method, weights_for
+from ..methods.weights import PooledHead, weights_from_head, weights_from_pooled
+from ..network import EmbeddingNetwork
+from ..ops import area_average, cam
+from ..recipe.recipe import Recipe
+from ..recipe.registry import PositionMethod, WeightMethod
+from ..targets import Direction, head_cotangent
+from .cotangents import Cotangents
+
+POOLED_METHODS = ("cam", "gradcam", "gradcam++")
+"""Methods whose weights, behind a global average pool, are functions of the pooled vector."""
+_CELLS = 64
+"""Positions of a stored map, at most."""
+
+Arrays = Mapping[str, np.ndarray]
+Layers = tuple[tuple[str, tuple[int, int]], ...]
+"""Names and grids of the layers a method of several draws with, deepest first."""
+
+
+class Strategy(ABC):
+    """Find the weights of images."""
+
+    stage = "weights"
+    """The pass that caches activations: "embed" where no second look at the images is needed."""
+    caches = False
+    """Whether activations are cached for the images' stored maps."""
+    layers: Layers = ()
+    mixed = False
+    """Whether cached activations are the head's D combinations of the K channels."""
+
+    def __init__(self, recipe: Recipe, normalize: bool, device: torch.device) -> None:
+        self.recipe, self.normalize, self.device = recipe, normalize, device
+
+    def embedded(self, activations: Tensor) -> dict[str, np.ndarray]:
+        """Return what the embedding pass keeps of a batch's activations `[B K H W]`."""
+        return {}
+
+    @abstractmethod
+    def weigh(
+        self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
+    ) -> dict[str, np.ndarray]:
+        """Return weights of some rows of an embedded chunk, and cached activations."""
+
+    def encode(
+        self,
+        encoding: Encoding,
+        weights: np.ndarray,
+        embeddings: np.ndarray,
+        mean: np.ndarray,
+        n_positions: int,
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return rows of the encoding's fields, and what they say multiplies cached activations."""
+        rows = encoding.encode(weights)
+        return rows, encoding.decode(rows)
+
+    def cached(self, activations: Tensor) -> dict[str, np.ndarray]:
+        """Return activations for stored maps, `[B C H W]` in half precision, and peaks `[B]`."""
+        # Divided by the peak, so that neither large nor tiny ones leave half precision's range.
+        peaks = activations.abs().amax((1, 2, 3))
+        safe = torch.where(peaks > 0, peaks, 1)[:, None, None, None]
+        halves = (activations / safe).to(torch.float16)
+        return {"activations": to_numpy(halves), "peaks": to_numpy(peaks.float())}
+
+    def map_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Return the grid of stored maps of a layer `grid`; of several the shallowest decides."""
+        return coarse_grid(self.layers[-1][1] if self.layers else grid)
+
+    def _at_head(
+        self, embedded: Arrays, rows: slice, cotangents: Cotangents
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return dy/dz, and which triplets count."""
+        values = head_cotangent(
+            cotangents.values,
+            np.array(embedded["embedding"][rows]),
+            np.array(embedded["length"][rows]),
+            self.recipe.head_norm,
+            self.normalize,
+        )
+        used = None if cotangents.used is None else torch.from_numpy(cotangents.used)
+        at_head = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self.device)
+        return at_head, used if used is None else used.to(self.device)
+
+
+class PooledClosedForm(Strategy):
+    """Weights as a function of the pooled vector, which stands in for a second look."""
+
+    stage = "embed"
+
+    def __init__(
+        self, head: PooledHead, recipe: Recipe, normalize: bool, device: torch.device
+    ) -> None:
+        super().__init__(recipe, normalize, device)
+        self.head = head
+
+    def embedded(self, activations: Tensor) -> dict[str, np.ndarray]:
+        """Return the pooled vectors, and cached activations."""
+        arrays = {"pooled": to_numpy(activations.mean((-2, -1)))}
+        if self.recipe.method == "gradcam++":
+            arrays["positive_pooled"] = to_numpy(activations.clamp(min=0).mean((-2, -1)))
+        return arrays | (self.cached(activations) if self.caches else {})
+
+    def weigh(
+        self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
+    ) -> dict[str, np.ndarray]:
+        """Return weights `[n K]`; no image is looked at."""
+        at_head, used = self._at_head(embedded, rows, cotangents)
+        pooled, positive = (
+            torch.from_numpy(np.array(embedded[name][rows])).to(self.device)
+            for name in ("pooled", "positive_pooled" if "positive_pooled" in embedded else "pooled")
+        )
+        n_positions, method = int(np.prod(embedded["grid"])), self.recipe.method
+        return {
+            "weights": to_numpy(
+                weights_from_pooled(self.head, pooled, positive, at_head, used, n_positions, method)
+            )
+        }
+
+
+class HeadCodes(PooledClosedForm):
+    """dy/dz, the code of Grad-CAM in the matrix W `[D K]` of an affine head: W^T dy/dz / Z."""
+
+    def __init__(
+        self,
+        matrix: np.ndarray,
+        identity: bool,
+        head: PooledHead,
+        recipe: Recipe,
+        normalize: bool,
+        device: torch.device,
+    ) -> None:
+        super().__init__(head, recipe, normalize, device)
+        self.matrix, self.mixed = matrix, not identity
+
+    def weigh(
+        self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
+    ) -> dict[str, np.ndarray]:
+        """Return dy/dz `[n D]`."""
+        return {"weights": to_numpy(self._at_head(embedded, rows, cotangents)[0])}
+
+    def encode(
+        self,
+        encoding: Encoding,
+        weights: np.ndarray,
+        embeddings: np.ndarray,
+        mean: np.ndarray,
+        n_positions: int,
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return rows of codes, and what they say multiplies W A."""
+        if not isinstance(encoding, LowRank):
+            raise TypeError("codes of a head are kept by a low-rank encoding")
+        rows = encoding.encode_codes(weights)
+        codes = embeddings - mean if encoding.uses_embedding else encoding.stored_codes(rows)
+        return rows, codes / n_positions
+
+    def cached(self, activations: Tensor) -> dict[str, np.ndarray]:
+        """Return W A: a stored map needs the D combinations, not all K channels."""
+        if self.mixed:
+            matrix = torch.from_numpy(self.matrix).to(activations)
+            activations = torch.einsum("dk,bkhw->bdhw", matrix, activations)
+        return super().cached(activations)
+
+
+class HeadDerivative(Strategy):
+    """Weights by vector-Jacobian products through the head alone, after one more forward."""
+
+    def __init__(self, network: EmbeddingNetwork, recipe: Recipe) -> None:
+        super().__init__(recipe, network.normalize, network.device)
+        self.network = network
+
+    def weigh(
+        self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
+    ) -> dict[str, np.ndarray]:
+        """Return weights `[n K]`, and cached activations."""
+        at_head, used = self._at_head(embedded, rows, cotangents)
+        with closing(self.network.head_pass(images)) as head_pass:
+            weights = weights_from_head(head_pass, at_head, used, self.recipe.method)
+            activations = head_pass.features.activations.detach()
+        cached = self.cached(activations) if self.caches else {}
+        return {"weights": to_numpy(weights), **cached}
+
+
+class ZooMethod(Strategy):
+    """Weights by any method of the zoo of one layer, by some `[n K H W]` by position."""
+
+    def __init__(self, network: EmbeddingNetwork, recipe: Recipe, batch_size: int) -> None:
+        super().__init__(recipe, network.normalize, network.device)
+        self.network, self.batch_size = network, batch_size
+
+    def weigh(
+        self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
+    ) -> dict[str, np.ndarray]:
+        """Return weights, and cached activations."""
+        entry = self.recipe.entry
+        if not isinstance(entry, WeightMethod | PositionMethod):
+            raise TypeError(f"{entry.title} has no weights of one layer")
+        with self._subject(images, cotangents) as subject:
+            weights = weights_for(subject, entry, **self.recipe.method_options)
+            activations = subject.activations.detach()
+        cached = self.cached(activations) if self.caches else {}
+        return {"weights": to_numpy(weights), **cached}
+
+    def _subject(self, images: np.ndarray, cotangents: Cotangents) -> Subject:
+        """Return a batch with its target as one direction an image, or a triplet.
+
+        The margin is affine in the anchor's embedding, so the mean over triplets is one direction,
+        and no method asks for more than differences of scores.
+        """
+        values = cotangents.values if cotangents.values.ndim == 3 else cotangents.values[:, None]
+        # A module that normalises itself knows no way but through the norm.
+        norm = "through" if self.network.already_normalized else self.recipe.head_norm
+        return Subject(
+            self.network,
+            torch.from_numpy(images).to(self.device),
+            Direction(values, cotangents.used),
+            norm=norm,
+            batch_size=inputs_a_pass(self.device, self.batch_size),
+            seed=self.recipe.seed % (1 << 63),
+            fill=self.recipe.fill,
+        )
+
+
+class SeveralLayers(ZooMethod):
+    """Weights of each of several layers, and the stored maps they make together."""
+
+    def __init__(
+        self, network: EmbeddingNetwork, recipe: Recipe, batch_size: int, layers: Layers
+    ) -> None:
+        super().__init__(network, recipe, batch_size)
+        self.layers = layers
+
+    def weigh(
+        self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
+    ) -> dict[str, np.ndarray]:
+        """Return weights by layer, and stored maps."""
+        names = [name for name, _ in self.layers]
+        with self._subject(images, cotangents) as subject:
+            options = self.recipe.method_options
+            result = run_method(subject, self.recipe.entry, layers=names, **options)
+        if result.layers is None or result.maps is None:
+            raise TypeError(f"{self.recipe.entry.title} has no weights of several layers")
+        weights = {
+            weights_of_layer(number): to_numpy(result.layers[name])
+            for number, name in enumerate(names)
+        }
+        stored, scales = stored_maps(to_numpy(result.maps.float()))
+        return {**weights, "own": stored, "own_scales": scales}
+
+
+def strategy_for(
+    network: EmbeddingNetwork, recipe: Recipe, *, exact: bool, layers: Layers, batch_size: int
+) -> Strategy:
+    """Return the strategy of a network and a recipe; `exact` keeps dy/dz in place of weights."""
+    if layers:
+        return SeveralLayers(network, recipe, batch_size, layers)
+    if recipe.method not in POOLED_METHODS:
+        return ZooMethod(network, recipe, batch_size)
+    kind, normalize, device = network.head_kind, network.normalize, network.device
+    if exact and kind.matrix is not None:
+        return HeadCodes(kind.matrix, kind.identity, network, recipe, normalize, device)
+    if network.pooled_replay:
+        return PooledClosedForm(network, recipe, normalize, device)
+    return HeadDerivative(network, recipe)
+
+
+def is_derived(recipe: Recipe, normalize: bool) -> bool:
+    """Return whether dy/dz is the stored embedding less the mean: centred, not through a norm."""
+    return recipe.resolved_target == "centred" and (recipe.norm == "around" or not normalize)
+
+
+def is_exact(recipe: Recipe, matrix: np.ndarray | None, normalize: bool = True) -> bool:
+    """Return whether dy/dz in the head's own matrix W `[D K]`, None without one, is all there is.
+
+    Grad-CAM behind a pooled affine head is W^T dy/dz / Z, also averaged over triplets. A code that
+    is derived from the stored embedding takes no room, whatever its width.
+    """
+    if matrix is None or recipe.encoding != "low-rank" or recipe.method != "gradcam":
+        return False
+    return is_derived(recipe, normalize) or len(matrix) <= recipe.rank
+
+
+def weights_of_layer(number: int) -> str:
+    """Return the name of a layer's array in a chunk of weights."""
+    return "weights" if number == 0 else f"weights{number}"
+
+
+def stored_maps(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return coarse maps as bytes `[n h w]` with one scale each: map = bytes * scale / 255."""
+    return quantize_coarse(area_average(maps, coarse_grid(maps.shape[1:])))
+
+
+def maps_of(weights: np.ndarray, cached: Arrays) -> np.ndarray:
+    """Draw maps `[n H W]` of some cached activations by what multiplies them."""
+    # NumPy widens halves twenty times slower than torch does.
+    activations = torch.from_numpy(np.array(cached["activations"])).float().numpy()
+    # Times the peaks afterwards: a map scales with its activations.
+    maps = cam(np.asarray(weights, np.float32), activations)
+    scaled: np.ndarray = maps * np.asarray(cached["peaks"])[:, None, None]
+    return scaled
+
+
+def coarse_grid(grid: tuple[int, ...]) -> tuple[int, int]:
+    """Return the layer's own grid, or the largest of its shape with at most 64 positions."""
+    height, width = grid
+    if height * width <= _CELLS:
+        return height, width
+    shrink = (_CELLS / (height * width)) ** 0.5
+    rows = max(1, min(height, _CELLS, int(height * shrink)))
+    return rows, max(1, min(width, _CELLS // rows, round(width * shrink) or 1))
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """Return a tensor as an array in main memory."""
+    return tensor.detach().cpu().numpy()

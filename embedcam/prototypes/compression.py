@@ -1,0 +1,528 @@
+"""A small index out of a large one: k-means prototypes with merged weights, and what that loses."""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .._checks import whole
+from ..errors import IndexFormatError, InputError
+from ..images.progress import Advance, progress_of
+from ..index import (
+    Index,
+    PartData,
+    check_fitted,
+    check_parts,
+    check_target,
+    check_tombstones,
+    create,
+    nearest,
+)
+from ..index.arrays import wrong_embeddings
+from ..index.encoding import Encoding, LowRank, Rows
+from ..index.search import rank, without_itself
+from ..ops import transfer
+from .groups import Groups, group, sums_of_groups
+
+SAMPLE = 1000
+"""Images that are left out to measure what is lost, at most."""
+COUNTS = (1, 5)
+"""Neighbors that weights are transferred from; fewer where there are fewer."""
+_STEP = 32
+_DIGITS = 6
+_LENGTH = 1e-6
+"""A mean of unit vectors shorter than this points nowhere: its members cancel."""
+_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """What a compression did.
+
+    Attributes
+    ----------
+    path
+        The new index.
+    n_images
+        Live images of the index it was made of.
+    n_prototypes
+        Rows of the new one.
+    compressed
+        What its manifest says of itself, `fidelity` included; see index/README.md.
+    bytes
+        Of the new index; those of the old one are `compressed["from_bytes"]`.
+    seconds
+        Wall time.
+    """
+
+    path: Path
+    n_images: int
+    n_prototypes: int
+    compressed: dict[str, Any]
+    bytes: int
+    seconds: float
+
+
+def compress(
+    index: Index | str | Path,
+    path: str | Path,
+    prototypes: int,
+    *,
+    per_class: bool = False,
+    seed: int = 0,
+    replace: bool = False,
+    progress: bool | None = None,
+) -> CompressReport:
+    """Write a small index of prototypes, and measure what is lost.
+
+    A prototype is the mean embedding of a k-means group of images (of unit length again where the
+    index is normalised) with the mean of their decoded channel weights. Its path and own map are
+    those of its medoid, the member nearest to it; its label is the one that all members share, else
+    None. The new index is searched and explained like any other; its FAISS type is Flat.
+
+    Parameters
+    ----------
+    index
+        An open index or its folder; it is only read.
+    path
+        Folder of the new index: missing, empty, or holding an unfinished one.
+    prototypes
+        How many, 1 to the number of live images; with `per_class` for each label. Images that are
+        alike and labels of fewer images make fewer, and the batches in which a large index is
+        divided can leave a few empty.
+    per_class
+        Divide each label by itself, so that every prototype has its label; images without one are
+        divided by themselves.
+    seed
+        Of k-means and of the sample that the loss is measured on, 0 to 2^32 - 1.
+    replace
+        Swap a finished index of prototypes at `path` for the new one, once that is whole; who reads
+        the old one goes on with it. An index of images is never replaced.
+    progress
+        Bars; None shows them on a terminal or in a notebook, else logs how far it is.
+
+    Raises
+    ------
+    InputError
+        A number out of range, no labels with `per_class`, a folder that holds something else, or an
+        index that holds prototypes already.
+    IndexFormatError
+        No index, or a file that does not match its checksum.
+    """
+    began, path = time.perf_counter(), Path(path)
+    with ExitStack() as stack:
+        if not isinstance(index, Index):
+            index = stack.enter_context(Index.open(index, with_faiss=False))
+        _check(index, path, prototypes, seed, replace)
+        live = index.live_positions()
+        # Of numbers a group shares none.
+        numbers = index.manifest.near_share is not None
+        labels = [None] * len(live) if numbers else list(index.labels[live])
+        if per_class and all(label is None for label in labels):
+            why = "the labels are numbers" if numbers else "no image has a label"
+            raise InputError(
+                f"{index.path}: {why}, so prototypes cannot be made for each; leave out "
+                "--per-class (per_class=False)"
+            )
+        check_tombstones(index)
+        check_parts(index)
+        check_fitted(index)
+        bars = partial(progress_of, shown=progress)
+        vectors = index.embeddings(live)
+        if (what := wrong_embeddings(vectors, index.normalized)) is not None:
+            raise IndexFormatError(
+                f"{index.path}: of the embeddings, {what}; `embedcam verify` says which file is "
+                "damaged"
+            )
+        with bars("group", len(live)) as tick:
+            groups = group(vectors, labels if per_class else None, prototypes, seed, tick)
+        sample = sample_rows(len(live), seed)
+        with bars("merge", len(index.layers) * len(live)) as tick:
+            merged = _Prototypes(index, vectors, labels, groups, sample, tick)
+        with bars("measure", len(sample)) as tick:
+            lost = _fidelity(merged, sample, tick)
+        about = {
+            "from_rows": len(live),
+            "from_bytes": index.manifest.named_bytes,
+            "prototypes": prototypes,
+            "rows": len(groups),
+            "per_class": per_class,
+            "seed": seed,
+            "fidelity": lost,
+        }
+        fitted = [encoding.fitted for encoding in merged.encodings]
+        # Flat whatever the index had: lists and graphs are for many rows.
+        create(
+            path,
+            _header(merged, about),
+            fitted,
+            index.shared(),
+            _part(merged, per_class),
+            factory="Flat",
+            replace=replace,
+        )
+    with Index.open(path, with_faiss=False) as small:
+        size = small.manifest.named_bytes
+    seconds = time.perf_counter() - began
+    return CompressReport(path, len(live), len(groups), about, size, seconds)
+
+
+def _check(index: Index, path: Path, prototypes: int, seed: int, replace: bool) -> None:
+    index.refuse_prototypes("compress the index it was made of, with another number")
+    if not len(index):
+        raise InputError(f"{index.path}: every image was removed; there is nothing to compress")
+    whole("prototypes", prototypes, 1, len(index))
+    whole("seed", seed, 0, 2**32 - 1)
+    if (path / "manifest.json").exists():
+        with Index.open(path, with_faiss=False) as there:
+            merged = there.manifest.is_compressed
+        if not merged:
+            raise InputError(
+                f"{path}: holds an index of images, which prototypes do not replace; choose "
+                "another folder"
+            )
+        if not replace:
+            raise InputError(
+                f"{path}: holds a finished index of prototypes; --replace (replace=True) swaps it "
+                "for the new one, or choose another folder"
+            )
+    check_target(path, replace)
+
+
+def ids_of(names: Sequence[str | None], per_class: bool) -> list[str]:
+    """Name prototypes "prototype-0001" ..., or in each label "LABEL/0001" ...: all different."""
+    if not per_class:
+        return [f"prototype-{number:04d}" for number in range(1, len(names) + 1)]
+    ids, last = [], dict[str | None, int]()
+    for name in names:
+        last[name] = last.get(name, 0) + 1
+        # Without a slash, so that no label can make the same.
+        ids.append(("prototype-" if name is None else f"{name}/") + f"{last[name]:04d}")
+    return ids
+
+
+def sample_rows(n: int, seed: int) -> np.ndarray:
+    """Draw which of n rows are left out in turn: all, or a seeded sample, rising."""
+    if n <= SAMPLE:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).permutation(n)[:SAMPLE])
+
+
+class _Prototypes:
+    """What the groups of an index's n live rows hold, and what they would hold without one row.
+
+    `embeddings` `[G D]` are of unit length where the index is normalised, `medoids` `[G]` rows of
+    the members nearest to them, `names` their labels; by layer `encodings` and `fields`.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        vectors: np.ndarray,
+        labels: Sequence[str | None],
+        groups: Groups,
+        sample: np.ndarray,
+        tick: Advance,
+    ) -> None:
+        self.index, self.live = index, index.live_positions()
+        self.vectors, self.labels, self.groups = vectors, labels, groups
+        self._kept = np.unique(groups.of[sample])
+        """Groups whose sums are kept, for what a row of the sample is left out of."""
+        self.names = [labels[row] for row in groups.firsts]
+        for label, number in zip(labels, groups.of, strict=True):
+            if self.names[number] != label:
+                self.names[number] = None
+        self.embeddings, self._sums = self._merged_embeddings()
+        self.medoids = self._nearest_members()
+        self.encodings = [
+            _encoding_of_prototypes(index.encoding(layer), index.normalized)
+            for layer in range(len(index.layers))
+        ]
+        self.fields: list[dict[str, np.ndarray]] = []
+        self._weight_sums: list[np.ndarray] = []
+        for layer in range(len(index.layers)):
+            fields, sums = self._merged_weights(layer, tick)
+            self.fields.append(fields)
+            self._weight_sums.append(sums)
+
+    def weights(self, prototypes: np.ndarray, layer: int) -> np.ndarray:
+        """Return decoded weights of prototypes `[n]`, float32 `[n K]`."""
+        return self.encodings[layer].decode(self.rows(prototypes, layer))
+
+    def rows(self, prototypes: np.ndarray | slice, layer: int) -> dict[str, np.ndarray]:
+        """Return the fields of some prototypes, with what some encodings decode them with."""
+        fields = {name: values[prototypes] for name, values in self.fields[layer].items()}
+        return {**fields, "embedding": self.embeddings[prototypes]}
+
+    def embeddings_without(self, rows: np.ndarray) -> np.ndarray:
+        """Return embeddings of each row's prototype without it, `[b D]`; of groups of one any."""
+        means = self._without(rows, self._sums, self.vectors[rows])
+        instead = self.embeddings[self.groups.of[rows]]
+        return _as_stored(means, instead, self.index.normalized)
+
+    def weights_without(self, rows: np.ndarray, layer: int) -> np.ndarray:
+        """Return weights of each row's prototype without it, as they would be stored, `[b K]`."""
+        fields, encoding = self.index.select(self.live[rows]).fields(layer), self.encodings[layer]
+        share = _numbers_of(self.index.encoding(layer), fields)
+        means = self._without(rows, self._weight_sums[layer], share)
+        encoded = _encode(encoding, means)
+        return encoding.decode({**encoded, "embedding": means.astype(np.float32)})
+
+    def _without(self, rows: np.ndarray, sums: np.ndarray, share: np.ndarray) -> np.ndarray:
+        own = self.groups.of[rows]
+        rest = np.maximum(self.groups.sizes[own] - 1, 1)[:, None]
+        means: np.ndarray = (
+            sums[np.searchsorted(self._kept, own)] - share.astype(np.float64)
+        ) / rest
+        return means
+
+    def _merged_embeddings(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean embeddings, and the kept sums.
+
+        A group of one is its member, to the bit. Where the members of a normalised index cancel,
+        the first of them stands for all.
+        """
+        groups, width = self.groups, self.vectors.shape[1]
+        embeddings, kept = self.vectors[groups.firsts], np.empty((len(self._kept), width))
+        for start, sums in sums_of_groups(groups, lambda rows: self.vectors[rows], width):
+            some = slice(start, start + len(sums))
+            alone, sizes = embeddings[some], groups.sizes[some, None]
+            means = _as_stored(sums / sizes, alone, self.index.normalized)
+            embeddings[some] = np.where(sizes > 1, means, alone)
+            self._keep(kept, start, sums)
+        return embeddings, kept
+
+    def _nearest_members(self) -> np.ndarray:
+        distances = np.empty(len(self.vectors))
+        for start in range(0, len(self.vectors), _ROWS):
+            some = slice(start, start + _ROWS)
+            near = self.embeddings[self.groups.of[some]].astype(np.float64)
+            distances[some] = ((self.vectors[some] - near) ** 2).sum(1)
+        nearest_first = np.lexsort((distances, self.groups.of))  # stable: ties to the first row
+        medoids: np.ndarray = nearest_first[self.groups.ends - self.groups.sizes]
+        return medoids
+
+    def _merged_weights(
+        self, layer: int, tick: Advance
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Return fields of mean weights, encoded as the index encodes them, and the kept sums.
+
+        The mean is taken over decoded weights (of low-rank ones over the codes, which is the same).
+        """
+        source, encoding = self.index.encoding(layer), self.encodings[layer]
+        width = source.rank if isinstance(source, LowRank) else source.n_channels
+
+        def fetch(rows: np.ndarray) -> np.ndarray:
+            tick(len(rows))
+            return _numbers_of(source, self.index.select(self.live[rows]).fields(layer))
+
+        fields = {
+            name: np.empty((len(self.groups), *field.shape), field.dtype)
+            for name, field in encoding.fields.items()
+        }
+        kept = np.empty((len(self._kept), width))
+        for start, sums in sums_of_groups(self.groups, fetch, width):
+            some = slice(start, start + len(sums))
+            for name, values in _encode(encoding, sums / self.groups.sizes[some, None]).items():
+                fields[name][some] = values
+            self._keep(kept, start, sums)
+        if encoding is source:
+            # As they stand: signed top-m would lose the negative values it kept.
+            alone = np.flatnonzero(self.groups.sizes == 1)
+            for start in range(0, len(alone), _ROWS):
+                few = alone[start : start + _ROWS]
+                rows = self.index.select(self.live[self.groups.firsts[few]]).fields(layer)
+                for name, values in fields.items():
+                    values[few] = rows[name]
+        return fields, kept
+
+    def _keep(self, kept: np.ndarray, start: int, sums: np.ndarray) -> None:
+        """Write those of the sums of groups `start` .. that are kept."""
+        here = slice(*np.searchsorted(self._kept, (start, start + len(sums))))
+        kept[here] = sums[self._kept[here] - start]
+
+
+def _as_stored(means: np.ndarray, instead: np.ndarray, normalized: bool) -> np.ndarray:
+    """Return means `[g D]` as an index keeps them; `instead` where one has no direction."""
+    if not normalized:
+        return means.astype(np.float32)
+    lengths = np.linalg.norm(means, axis=1, keepdims=True)
+    units = means / np.where(lengths > _LENGTH, lengths, 1)
+    return np.where(lengths > _LENGTH, units, instead).astype(np.float32)
+
+
+def _encoding_of_prototypes(encoding: Encoding, normalized: bool) -> Encoding:
+    """Return how merged weights are kept: as the index keeps them, in the same fitted basis.
+
+    Codes that are the stored embedding itself are linear in it, but a mean that was made a unit
+    vector again is no longer the mean of the codes: they are then stored beside it.
+    """
+    if isinstance(encoding, LowRank) and encoding.uses_embedding and normalized:
+        basis, offset = encoding.fitted["basis"], encoding.fitted["offset"]
+        return LowRank(basis, offset, encoding.origin, "stored", encoding.dtype)
+    return encoding
+
+
+def _numbers_of(encoding: Encoding, rows: Rows) -> np.ndarray:
+    """Return what a mean is taken over, `[n C]`: codes of low-rank weights, else the weights."""
+    return encoding.stored_codes(rows) if isinstance(encoding, LowRank) else encoding.decode(rows)
+
+
+def _encode(encoding: Encoding, numbers: np.ndarray) -> dict[str, np.ndarray]:
+    if isinstance(encoding, LowRank):
+        return encoding.encode_codes(numbers)
+    return encoding.encode(numbers)
+
+
+def _part(merged: _Prototypes, per_class: bool) -> PartData:
+    index, medoids = merged.index, merged.live[merged.medoids]
+    used = np.bincount(merged.groups.of, weights=index.triplets_used(merged.live))
+    return PartData(
+        ids=ids_of(merged.names, per_class),
+        labels=merged.names,
+        paths=index.paths[medoids],
+        embeddings=merged.embeddings,
+        triplets_used=np.minimum(used, np.iinfo(np.uint32).max).astype(np.uint32),
+        fields=merged.fields,
+        coarse=[_maps_of_medoids(merged, layer) for layer in range(len(index.layers))],
+        marks=index.select(medoids).marks if index.marked else None,
+    )
+
+
+def _maps_of_medoids(merged: _Prototypes, layer: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the medoids' stored maps, bytes `[G h w]` and scales `[G]`, or None without any.
+
+    Pictures divide a result's map by the length of its stored weights. The scales are therefore
+    those of the medoid's weights brought to the length of the merged ones: the map that is drawn is
+    the one that the medoid itself has in the index it came from.
+    """
+    index, columns = merged.index, merged.index.layers[layer].coarse
+    if columns is None:
+        return None
+    medoids = merged.live[merged.medoids]
+    rows, n = index.select(medoids), len(medoids)
+    own = _lengths(index.encoding(layer), lambda some: index.select(medoids[some]).fields(layer), n)
+    lengths = _lengths(merged.encodings[layer], lambda some: merged.rows(some, layer), n)
+    factors = np.where(own > 0, lengths / np.where(own > 0, own, 1), 1)
+    maps, scales = (rows.array(column) for column in columns)
+    return maps, (scales * factors).astype(np.float32)
+
+
+def _lengths(encoding: Encoding, fetch: Callable[[slice], Rows], n: int) -> np.ndarray:
+    """Return norms of weights `[n]`, a block at a time."""
+    blocks = (slice(start, start + _ROWS) for start in range(0, n, _ROWS))
+    return np.concatenate([encoding.norms(encoding.unpack(fetch(some))) for some in blocks])
+
+
+def _header(merged: _Prototypes, about: dict[str, Any]) -> dict[str, Any]:
+    """Return how the source's rows were made, and what became of them."""
+    manifest = merged.index.manifest.to_dict()
+    same = ("recipe", "network", "embedding", "metric", "method", "target", "norm", "triplets")
+    images = manifest.get("images")
+    return {
+        **{key: manifest.get(key) for key in same},
+        # The digest is of the files of all images, which are no longer the rows.
+        "images": None if images is None else {**images, "files_sha256": None},
+        "libraries": manifest["libraries"],
+        "layers": [
+            {**layer, "encoding": encoding.spec()}
+            for layer, encoding in zip(manifest["layers"], merged.encodings, strict=True)
+        ],
+        "fitted_on": manifest["fit"]["images"],
+        "compressed": about,
+    }
+
+
+def _fidelity(merged: _Prototypes, sample: np.ndarray, tick: Advance) -> dict[str, Any]:
+    """Measure how near transferred weights come to an image's own, before and after.
+
+    Every image of the sample is left out: of the full index itself, and of its own prototype its
+    share. Otherwise a prototype of few images would be praised for repeating the very image that
+    is asked for, which no query finds in an index.
+
+    Returns "images", those of the sample that have weights of their own and a neighbor; "cosine"
+    by number of neighbors, and "recall_at_1" over the labelled images: each {"index",
+    "prototypes", "loss"}, means in [-1, 1] and their difference, or None where nothing could be
+    compared. A cosine is the mean over the index's layers.
+    """
+    cosines: list[np.ndarray] = []
+    hits: list[tuple[bool, bool]] = []
+    if len(merged.vectors) == 1:
+        sample = sample[:0]  # a single image has no other to be explained by
+    vectors, metric = merged.vectors, merged.index.metric
+    neighbors = nearest(vectors, vectors[sample], max(COUNTS) + 1, metric)
+    from_all = without_itself(neighbors, sample).positions
+    for start in range(0, len(sample), _STEP):
+        rows, of_index = sample[start : start + _STEP], from_all[start : start + _STEP]
+        of_prototypes = _nearest_prototypes(merged, rows)
+        cosines.append(_cosines(merged, rows, of_index, of_prototypes))
+        for row, first, second in zip(rows, of_index, of_prototypes, strict=True):
+            label = merged.labels[row]
+            if label is not None:
+                hits.append((merged.labels[first[0]] == label, merged.names[second[0]] == label))
+        tick(len(rows))
+    compared = np.concatenate([np.empty((0, len(COUNTS), 2)), *cosines])
+    compared = compared[~np.isnan(compared).any((1, 2))]
+    return {
+        "images": len(compared),
+        "cosine": {str(k): _loss(compared[:, at]) for at, k in enumerate(COUNTS)},
+        "recall_at_1": _loss(np.array(hits, float).reshape(-1, 2)),
+    }
+
+
+def _loss(pairs: np.ndarray) -> dict[str, float] | None:
+    """Return means of `[n 2]`, from all images and from prototypes, and what was lost."""
+    if not len(pairs):
+        return None
+    index, prototypes = (round(float(mean), _DIGITS) for mean in pairs.mean(axis=0))
+    return {"index": index, "prototypes": prototypes, "loss": round(index - prototypes, _DIGITS)}
+
+
+def _nearest_prototypes(merged: _Prototypes, rows: np.ndarray) -> list[np.ndarray]:
+    """Return the nearest prototypes of each row; its own stands without it, or not at all."""
+    own, queries = merged.groups.of[rows], merged.vectors[rows]
+    vectors, metric = merged.embeddings, merged.index.metric
+    neighbors = nearest(vectors, queries, max(COUNTS) + 1, metric)
+    others = without_itself(neighbors, own).positions
+    shared = merged.groups.sizes[own] > 1
+    candidates = np.concatenate([others, np.where(shared, own, -1)[:, None]], axis=1)
+    places = np.concatenate([vectors[others], merged.embeddings_without(rows)[:, None]], axis=1)
+    ranked = rank(queries, candidates, places, candidates.shape[1], metric)
+    return [one[one >= 0][: max(COUNTS)] for one in ranked.positions]
+
+
+def _cosines(
+    merged: _Prototypes,
+    rows: np.ndarray,
+    from_all: np.ndarray,
+    from_prototypes: Sequence[np.ndarray],
+) -> np.ndarray:
+    """Return cosines with the rows' own weights, `[b counts 2]`; NaN where a row has none."""
+    index, live, total = merged.index, merged.live, np.zeros((len(rows), len(COUNTS), 2))
+    n_layers = len(merged.encodings)
+    for layer in range(n_layers):
+        own, left_out = index.weights(live[rows], layer), merged.weights_without(rows, layer)
+        for at, row in enumerate(rows):
+            of_index = index.weights(live[from_all[at]], layer)
+            of_prototypes = merged.weights(from_prototypes[at], layer)
+            of_prototypes[from_prototypes[at] == merged.groups.of[row]] = left_out[at]
+            for place, count in enumerate(COUNTS):
+                for side, weights in enumerate((of_index[:count], of_prototypes[:count])):
+                    flat = weights.reshape(len(weights), -1)
+                    transferred = transfer(flat, np.zeros(len(flat)))
+                    total[at, place, side] += _cosine(transferred, own[at].ravel())
+    return total / n_layers
+
+
+def _cosine(transferred: np.ndarray, own: np.ndarray) -> float:
+    """Return a number in [-1, 1], 0 where nothing was transferred, NaN without own weights."""
+    a, b = transferred.astype(np.float64), own.astype(np.float64)
+    lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
+    if not b.any():
+        return np.nan
+    return float(a @ b) / lengths if lengths else 0.0

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from index_samples import header_of
 
 from embedcam.index import PartData, append, create, quantize_coarse, remove, verify
 from embedcam.index.encoding import ByPosition, Encoding, LowRank, TopM
@@ -68,18 +69,13 @@ def main(path: Path, marked: bool = False, by_position: bool = False) -> None:
             ([2, 3], None), strict=True,
         )
     ]  # fmt: skip
-    header = {
-        "recipe": {"method": "gradcam", "seed": 0},
-        "network": {"name": "golden", "layer": "features.18"},
-        "images": {"root": "pictures"},
-        "embedding": {"width": WIDTH, "normalized": True},
-        "metric": "l2",
-        "method": "gradcam",
-        "target": "margin",
-        "norm": "through",
-        "triplets": {"sampling": "random", "count": 50, "hinge": False, "margin": 0.2, "seed": 0},
-        "layers": layers,
-    }
+    header = header_of(
+        encodings()[0],
+        WIDTH,
+        network={"name": "golden", "layer": "features.18"},
+        images={"root": "pictures"},
+        layers=layers,
+    )
     shared = {
         "embedding_mean": np.full(WIDTH, 0.25, np.float32),
         "probe_embedding": np.array([1, 0, 0, 0], np.float32),

@@ -1,6 +1,6 @@
 """Checks: a value is of the wanted kind, or one sentence says what was given and what is expected.
 
-Importing this file loads nothing heavy: the checks of arrays import NumPy where they run.
+The checks of arrays import NumPy where they run.
 """
 
 from __future__ import annotations
@@ -56,11 +56,10 @@ def number(
     except (TypeError, ValueError, OverflowError):
         converted = math.nan
     fits = math.isfinite(converted) and least <= converted <= most
-    fits = fits and (above is None or converted > above) and (below is None or converted < below)
-    if not fits:
-        wanted = f"a number {interval(least, most, above, below)}".rstrip()
-        raise error(f"{name} = {short(value)}; give {wanted}")
-    return converted
+    if fits and (above is None or converted > above) and (below is None or converted < below):
+        return converted
+    wanted = f"a number {interval(least, most, above, below)}".rstrip()
+    raise error(f"{name} = {short(value)}; give {wanted}")
 
 
 def interval(
@@ -108,9 +107,6 @@ def check_sides(name: str, sides: Any) -> tuple[int, int]:
     raise InputError(f"{name} = {sides!r}; give (height, width), whole numbers of at least 1")
 
 
-# What a query may be
-
-
 def check_features(
     embedding: Any,
     activations: Any,
@@ -121,8 +117,7 @@ def check_features(
 ) -> tuple[np.ndarray, np.ndarray, bool]:
     """Return features of queries as float32 `[B D]` and `[B K H W]`, and whether it was one alone.
 
-    Given are an embedding `[D]` or `[B D]` of `width` numbers, of length 1 where `normalized`, and
-    activations `[K H W]` or `[B K H W]` of `channels`, or tokens `[T K]` or `[B T K]` on a `grid`.
+    Embeddings may be `[D]` too; activations `[K H W]`, or tokens `[T K]`, `[B T K]` on a `grid`.
     """
     import numpy as np
 
@@ -138,8 +133,7 @@ def check_features(
     maps = _on_grid(maps, channels, grid, list(np.shape(activations)))
     if len(maps) != len(vectors):
         raise InputError(f"{len(vectors)} embeddings came with {len(maps)} activations")
-    wrong = wrong_number(maps)
-    if wrong is not None:
+    if (wrong := wrong_number(maps)) is not None:
         raise InputError(f"the activations of query {wrong[0]} {wrong[1]}")
     return check_vectors(vectors, normalized), maps.astype(np.float32, copy=False), single
 
@@ -148,8 +142,7 @@ def check_vectors(vectors: np.ndarray, normalized: bool) -> np.ndarray:
     """Return embeddings of queries `[B D]` as float32; each of length 1 where `normalized`."""
     import numpy as np
 
-    wrong = wrong_number(vectors)
-    if wrong is not None:
+    if (wrong := wrong_number(vectors)) is not None:
         raise InputError(f"the embedding of query {wrong[0]} {wrong[1]}")
     vectors = vectors.astype(np.float32, copy=False)
     lengths = np.linalg.norm(vectors, axis=1)
@@ -167,16 +160,12 @@ def check_outputs(embeddings: np.ndarray, *activations: np.ndarray) -> None:
     """Raise NetworkError where embeddings `[B D]` or a layer's activations cannot be used."""
     named = [("embedding", embeddings), *(("activations", maps) for maps in activations)]
     for name, values in named:
-        wrong = wrong_number(values)
-        if wrong is not None:
+        if (wrong := wrong_number(values)) is not None:
             raise NetworkError(f"the network's {name} of query {wrong[0]} {wrong[1]}")
 
 
 def wrong_number(values: np.ndarray) -> tuple[int, str] | None:
-    """Return the first row of `[n ...]` that cannot be computed with, and why; None without one.
-
-    That is a row with a NaN, an infinity or a number beyond `LARGEST`.
-    """
+    """Return the first row with a NaN, an infinity or more than `LARGEST`, and which; or None."""
     import numpy as np
 
     if _usable(values):
@@ -247,10 +236,7 @@ def _on_grid(
 
 
 def as_array(values: Any, kind: Any = None) -> np.ndarray:
-    """Return an array, or a tensor on any device, as an array; of another type where one is named.
-
-    Nothing is copied that need not be.
-    """
+    """Return an array, or a tensor of any device, as an array; of that `kind` if any."""
     import numpy as np
 
     array: np.ndarray = values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()

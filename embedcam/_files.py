@@ -1,7 +1,7 @@
 """Files: opened without following links, written whole or not at all, locked, and removed.
 
-What a stranger's index or report names is his choice. Below the folder that the user gave, which
-may be a link itself, no link is followed: each folder on the way is opened from the one above it.
+Below the folder that the user gave, which may be a link itself, no link is followed: names in an
+index or a report are a stranger's, so each folder on the way is opened from the one above it.
 What is written is synced before it gets its name, and its name before anything counts on it.
 """
 
@@ -30,13 +30,10 @@ class NotPlain(Exception):  # noqa: N818 - reads as the fact it states
     """What lies at a place cannot be what should; says why, as the end of a sentence."""
 
 
-# Opening
-
-
 def open_regular(root: Path, name: str) -> int:
-    """Open a regular file below `root` for reading, reached without following a link.
+    """Return a descriptor for reading a regular file below `root`; raise NotPlain of all else.
 
-    What is no plain file, there or on the way, is `NotPlain`; an `OSError` names the whole path.
+    An OSError, where it is missing or cannot be read, names the whole path.
     """
     above, _, last = name.rpartition("/")
     try:
@@ -57,7 +54,7 @@ def open_regular(root: Path, name: str) -> int:
 
 
 def read_regular(root: Path, name: str, most: int) -> bytes:
-    """Return the bytes of a regular file below `root`, which has at most `most`."""
+    """Return the bytes of a regular file below `root`; raise NotPlain of more than `most`."""
     with open(open_regular(root, name), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -66,7 +63,7 @@ def read_regular(root: Path, name: str, most: int) -> bytes:
 
 
 def is_folder(path: Path) -> bool:
-    """Return whether a folder lies at a place; what is neither a folder nor nothing is refused."""
+    """Return whether a folder lies at a place; raise NotPlain of a link or something else."""
     try:
         kind = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -96,19 +93,14 @@ def _folder_below(root: Path, name: str, flags: int) -> Iterator[int]:
                 raise NotPlain("is no plain name below its folder")
             kind = os.stat(step, dir_fd=descriptor, follow_symlinks=False).st_mode
             if not stat.S_ISDIR(kind):
-                link = stat.S_ISLNK(kind)
-                raise NotPlain(
-                    "lies behind a symbolic link" if link else "lies below what is no folder"
-                )
+                what = "behind a symbolic link" if stat.S_ISLNK(kind) else "below what is no folder"
+                raise NotPlain(f"lies {what}")
             below = os.open(step, flags, dir_fd=descriptor)
             os.close(descriptor)
             descriptor = below
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-# Writing
 
 
 @contextmanager
@@ -144,10 +136,10 @@ def written(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: str | Path, content: str | bytes) -> Path:
-    """Write a file in place of another, whole or not at all.
+    """Write a file in place of another, whole or not at all, or raise InputError.
 
     A link stays one: what it leads to is replaced. What is no plain file (a pipe, `/dev/stdout`) is
-    written to as it is. What cannot be written is an `InputError`.
+    written to as it is.
     """
     path = Path(path)
     data = content.encode("utf-8", "replace") if isinstance(content, str) else content
@@ -196,9 +188,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def held(descriptor: int, path: Path, busy: EmbedcamError) -> Iterator[None]:
-    """Hold the lock of an open file, which is closed at the end; the kernel frees it at death.
+    """Hold the lock of an open file, closed at the end; the kernel lets go when its holder dies.
 
-    `busy` is raised where another process or thread holds it; `path` names it in messages.
+    `busy` is raised where another process or thread holds it; `path` is what messages name.
     """
     import fcntl  # here, so that what only reads works where there is no flock
 
@@ -209,20 +201,16 @@ def held(descriptor: int, path: Path, busy: EmbedcamError) -> Iterator[None]:
             raise busy from error
         except OSError as error:
             raise InputError(
-                f"{path}: its file system cannot lock files ({error.strerror or error}), and "
-                "without a lock two writers could spoil it; write to a folder on a local disk, "
-                "and copy that here when it is finished"
+                f"{path}: its file system cannot lock files ({error.strerror or error}), so two "
+                "writers could spoil it; write to a folder on a local disk, and copy that here"
             ) from error
         yield
     finally:
         os.close(descriptor)
 
 
-# Removing
-
-
 def remove_tree(path: Path, last: str = "") -> None:
-    """Delete a folder, no link itself, with everything in it, the entry `last` after all others."""
+    """Delete a folder, no link itself, and all in it, the entry `last` at last; gone is fine."""
     try:
         descriptor = os.open(path, _READ)
     except FileNotFoundError:
@@ -230,20 +218,15 @@ def remove_tree(path: Path, last: str = "") -> None:
     try:
         for name in sorted(os.listdir(descriptor), key=last.__eq__):
             kind = os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_mode
-            if stat.S_ISDIR(kind):
-                shutil.rmtree(name, dir_fd=descriptor)
-            else:
-                os.unlink(name, dir_fd=descriptor)
+            remove = shutil.rmtree if stat.S_ISDIR(kind) else os.unlink  # of a link, the link
+            remove(name, dir_fd=descriptor)
     finally:
         os.close(descriptor)
     os.rmdir(path)
 
 
 def remove_files(root: Path, ours: re.Pattern[str], named: Collection[str] = ()) -> None:
-    """Delete the plain files right in a folder whose names are ours and are not `named`.
-
-    What cannot be deleted stays for the next time.
-    """
+    """Delete the plain files right in a folder with names that are ours and not `named`."""
     with suppress(OSError), _folder_below(root, "", _READ) as descriptor:
         _remove_at(descriptor, ours, named)
 
@@ -251,10 +234,9 @@ def remove_files(root: Path, ours: re.Pattern[str], named: Collection[str] = ())
 def remove_folders(
     root: Path, name: str, ours: re.Pattern[str], files: re.Pattern[str], named: Collection[str]
 ) -> None:
-    """Delete the folders in `root/name` whose names are ours and are not `named`.
+    """Delete the folders in `root/name` with names that are ours and not `named`.
 
     Of each, the plain files with names that fit `files`; a folder that holds anything else stays.
-    Nothing happens where `root/name` is missing or a link.
     """
     with suppress(OSError, NotPlain), _folder_below(root, name, _READ) as descriptor:
         for entry in os.listdir(descriptor):
@@ -300,11 +282,9 @@ class ProcessLock:
 
 
 def compute_on_one_thread() -> None:
-    """Set torch to one thread, where this process has it: for a forked child.
+    """Keep torch, where this process has it, to one thread: for a forked child.
 
-    The parent's OpenMP threads are not there any more, and a child that hands them work waits for
-    ever. FAISS is told at every search, see `embedcam.index.Index`.
+    A child that hands work to the parent's OpenMP threads, which it has not, waits for ever.
     """
-    torch = sys.modules.get("torch")
-    if torch is not None:
+    if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)

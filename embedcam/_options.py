@@ -1,29 +1,21 @@
-"""Settings: each is declared once, with its type, default, range and help.
+"""Settings: each is declared once; its checks, its option on the command line and TOML follow.
 
-A frozen dataclass whose fields are made by `setting` is the declaration. Its checks (`check`), its
-options on the command line (`add_options`, `chosen`) and its tables in TOML (`from_tables`) follow.
-Importing this file loads nothing heavy.
+A class whose attributes are made by `setting`, mostly a frozen dataclass, is the declaration.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ._checks import interval, nearest_of, number, one_of, whole
 from .errors import EmbedcamError, InputError, short
 
-Check = Callable[[str, Any], Any]
-"""Returns a value as it is kept, or raises an `InputError` that begins with the name."""
 
-
-@dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One setting's declaration.
+    """One setting's declaration; as a class's attribute it reads as its default.
 
     Attributes
     ----------
@@ -37,22 +29,21 @@ class Setting:
         Names it chooses among, or a function that gives them; empty for any text.
     metavar, help : str
         What `--help` shows; without help the command line does not offer the setting.
-    flag : str
-        The option's name where it is not the field's; of a boolean that is on by default, the
-        option that turns it off.
-    letter : str
-        A short name of the option, such as "-n".
-    read : callable
-        Turns the command line's text into the value, or raises; None reads by `kind`.
-    check : callable
-        Takes the place of the check by `kind`.
+    flag, letter : str
+        The option's name where it is not the field's (of a boolean that is on by default, the
+        option that turns it off), and a short one such as "-n".
+    read, check : callable
+        `read(text)` in place of reading the command line's text by `kind`; `check(name, value)`,
+        which returns the value as it is kept or raises, in place of the check by `kind`.
     repeated : bool
         The option may be given several times; the value is the list of all.
     table, entry : str
         Where the setting stands in TOML; the entry's name where it is not the field's.
     """
 
-    kind: type
+    # No dataclass: importing that takes longer than all else that `--help` does.
+    kind: type = str
+    default: Any = None
     optional: bool = False
     least: float = -math.inf
     most: float = math.inf
@@ -64,10 +55,18 @@ class Setting:
     flag: str = ""
     letter: str = ""
     read: Callable[[str], Any] | None = None
-    check: Check | None = None
+    check: Callable[[str, Any], Any] | None = None
     repeated: bool = False
     table: str = ""
     entry: str = ""
+
+    def __init__(self, **declared: Any) -> None:
+        if unknown := declared.keys() - Setting.__annotations__:
+            raise TypeError(f"a setting has no {', '.join(sorted(unknown))}")
+        vars(self).update(declared)
+
+    def __get__(self, record: object, owner: type) -> Any:
+        return self.default
 
     @property
     def known(self) -> tuple[str, ...]:
@@ -87,9 +86,8 @@ class Setting:
             most = None if self.most == math.inf else int(self.most)
             return whole(name, value, int(max(self.least, -(1 << 62))), most, error=error)
         if self.kind is float:
-            return number(
-                name, value, self.least, self.most, above=self.above, below=self.below, error=error
-            )
+            ends = {"above": self.above, "below": self.below}
+            return number(name, value, self.least, self.most, **ends, error=error)
         if self.kind is bool and not isinstance(value, bool):
             raise error(f"{name} = {short(value)}; give true or false")
         if self.kind is tuple:
@@ -109,7 +107,7 @@ class Setting:
         return names
 
     def from_text(self, text: str) -> Any:
-        """Return what the command line's text stands for; `check` still checks choices."""
+        """Return what the command line's text stands for; `checked` still checks choices."""
         if self.read is None and self.kind not in (int, float):
             return tuple(filter(None, text.split(","))) if self.kind is tuple else text
         try:
@@ -121,36 +119,21 @@ class Setting:
             raise argparse.ArgumentTypeError(str(error) if self.read else wrong) from None
 
 
-def setting(
-    default: Any,
-    metavar: str | None = None,
-    help: str = "",
-    *,
-    kind: type | None = None,
-    **declared: Any,
-) -> Any:
-    """Declare a field of a dataclass as a setting.
-
-    `default` None makes it optional and wants a `kind`; `declared` are attributes of `Setting`.
-    """
-    declaration = Setting(
-        kind=kind or type(default), optional=default is None, metavar=metavar, help=help, **declared
-    )
-    return dataclasses.field(default=default, metadata={"setting": declaration})
+def setting(default: Any, metavar: str | None = None, help: str = "", **declared: Any) -> Any:
+    """Declare an attribute of a class as a setting; default None makes it optional, of a `kind`."""
+    what = {"kind": type(default), "optional": default is None, **declared}
+    return Setting(default=default, metavar=metavar, help=help, **what)
 
 
-def settings_of(record: Any) -> dict[str, Setting]:
-    """Return the settings that a dataclass, or an instance of one, declares, by name."""
-    return {
-        field.name: field.metadata["setting"]
-        for field in dataclasses.fields(record)
-        if "setting" in field.metadata
-    }
+def settings_of(record: type) -> dict[str, Setting]:
+    """Return the settings that a class and those above it declare, by name."""
+    places = [vars(one) for one in reversed(record.__mro__)]
+    return {n: value for place in places for n, value in place.items() if type(value) is Setting}
 
 
 def check(record: Any, error: type[EmbedcamError] = InputError) -> None:
     """Check every setting of a frozen dataclass and keep it as its kind; for `__post_init__`."""
-    for name, declaration in settings_of(record).items():
+    for name, declaration in settings_of(type(record)).items():
         value = declaration.checked(name, getattr(record, name), error)
         object.__setattr__(record, name, value)
 
@@ -162,23 +145,23 @@ def add_options(
     tables: Container[str] | None = None,
     help: str = "{}",
 ) -> None:
-    """Add the options of a dataclass's settings to a parser or a group of one.
+    """Add options to a parser or a group of one, for the settings of a class.
 
     Those named, or all others of the `tables` (None for any) that the parser does not have yet.
-    What is not given stays None, so that the dataclass's defaults, and what a file says, hold;
-    `help` may say more around the "{}" of the setting's own.
+    What is not given stays None, so that the class's defaults, and what a file says, hold; `help`
+    may say more around the "{}" of the setting's own.
     """
     declared = settings_of(record)
     for name in names or declared:
-        one, default = declared[name], getattr(record, name)
-        flag = _flag(name, one)
+        one = declared[name]
+        flag = "--" + (one.flag or name).replace("_", "-")
         there = not names and flag in group._option_string_actions
         if not one.help or there or (tables is not None and one.table not in tables):
             continue
         flags = [one.letter, flag] if one.letter else [flag]
         more: dict[str, Any] = {"default": None, "help": help.format(one.help)}
         if one.kind is bool:
-            more["action"] = "store_false" if default else "store_true"
+            more["action"] = "store_false" if one.default else "store_true"
         else:
             more |= {"type": one.from_text, "metavar": one.metavar}
             more["action"] = "append" if one.repeated else "store"
@@ -187,12 +170,8 @@ def add_options(
         group.add_argument(*flags, **more)
 
 
-def _flag(name: str, declaration: Setting) -> str:
-    return "--" + (declaration.flag or name).replace("_", "-")
-
-
 def chosen(options: argparse.Namespace, record: type) -> dict[str, Any]:
-    """Return the settings of a dataclass that the command line was given, by name."""
+    """Return the settings of a class that the command line was given, by name."""
     flags = {name: one.flag or name for name, one in settings_of(record).items() if one.help}
     named = {name: getattr(options, flag, None) for name, flag in flags.items()}
     return {name: value for name, value in named.items() if value is not None}
@@ -216,10 +195,7 @@ def from_tables(
     error: type[EmbedcamError],
     others: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Return the settings that TOML tables, as `tomllib` reads them, hold, by name.
-
-    Each setting names its `table`; tables called as the `others` are passed over.
-    """
+    """Return the settings of TOML tables, by name; tables called as the `others` are passed by."""
     entries: dict[str, dict[str, str]] = {name: {} for name in others}
     for name, declaration in settings_of(record).items():
         entries.setdefault(declaration.table, {})[declaration.entry or name] = name

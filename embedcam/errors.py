@@ -16,8 +16,6 @@ A message says what was given, what was expected, and what to do next. It is one
 """
 
 import errno
-import json
-import logging
 import mmap
 import re
 import sys
@@ -28,8 +26,8 @@ from unicodedata import category
 
 MESSAGE = 2_000
 _QUOTED = 60
+# Drawn as nothing, though Unicode counts them among letters and marks.
 _UNSEEN_LETTERS = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0]")
-"""Drawn as nothing, though Unicode counts them among letters and marks."""
 
 
 def printable(text: str) -> str:
@@ -48,9 +46,8 @@ def cut(text: str, most: int = MESSAGE) -> str:
     """Return the text, or both its ends around "..." where it is longer than `most`."""
     if len(text) <= most:
         return text
-    kept = most - 3
-    tail = 2 * kept // 5
-    return f"{text[: kept - tail]}...{text[len(text) - tail :]}"
+    tail = 2 * (most - 3) // 5
+    return f"{text[: most - 3 - tail]}...{text[len(text) - tail :]}"
 
 
 def sentence(text: str, most: int = MESSAGE) -> str:
@@ -96,6 +93,8 @@ def say(text: str) -> None:
 
 def as_json(values: Any, indent: int | None = None) -> str:
     """Return JSON of ASCII letters that can be seen."""
+    import json  # here, since `--help` needs none
+
     # One control character that JSON lets through: DEL.
     return json.dumps(values, indent=indent, allow_nan=False).replace("\x7f", "\\u007f")
 
@@ -103,18 +102,6 @@ def as_json(values: Any, indent: int | None = None) -> str:
 def show_json(values: Any, *, indent: int | None = None, flush: bool = False) -> None:
     """Print JSON for machines."""
     show(*as_json(values, indent).split("\n"), flush=flush)
-
-
-class PrintableLines(logging.Formatter):
-    """Format log records for a person: only tracebacks have several lines."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record, printable."""
-        return "\n".join(map(printable, super().format(record).split("\n")))
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
-        """Return the message, on one line."""
-        return sentence(super().formatMessage(record))
 
 
 _BRIEF = Repr()
@@ -158,11 +145,7 @@ class NetworkError(EmbedcamError):
 
 
 class EmbeddingError(NetworkError):
-    """Embeddings or activations of some pictures that cannot be used.
-
-    `what` is wrong with them, `advice` what to do next, `rows` their places in the batch, and
-    `size` the number of its pictures; of one alone no place is named.
-    """
+    """Embeddings or activations that cannot be used, of the pictures at `rows` of a batch."""
 
     def __init__(self, what: str, advice: str, rows: Sequence[int], size: int) -> None:
         self.what, self.advice, self.rows = what, advice, list(rows)
@@ -215,10 +198,7 @@ _LESS = {"batch_size": "a smaller --batch-size", "workers": "fewer --workers"}
 
 
 def ran_out(error: BaseException | None) -> bool:
-    """Return whether an exception, or one that led to it, tells of too little memory.
-
-    Such a failure says nothing about a picture, a network or a file.
-    """
+    """Return whether an exception, or one that led to it, tells of too little memory."""
     seen = set[int]()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

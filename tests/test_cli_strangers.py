@@ -1,6 +1,5 @@
 """The command line on what strangers wrote, and on what nobody should have typed."""
 
-import io
 import json
 import logging
 import sys
@@ -123,8 +122,6 @@ DEEP = "a=" + "[" * 5_000 + "]" * 5_000
         (2, "[network] weights = 'a\\x00b' holds a NUL, which no name can",
             ["--recipe", "nul.toml"]),
         (2, "/dev/zero: is a device; give a file", ["--recipe", "/dev/zero"]),
-        (2, "triplets = 1000000000; give a whole number from 1 to 1,000,000",
-            ["--triplets", "1000000000"]),
         (2, "'²' is no number and no .npy file", ["--triplets", "²"]),
         (2, "'HNSW99999999' cannot be used (HNSW99999999 is more than HNSW1024); 'Flat' always "
             "can", ["--faiss", "HNSW99999999"]),
@@ -147,17 +144,6 @@ def test_what_can_be_typed_is_refused_in_one_sentence(
     found, out, err = say("build", "photos", tmp_path / "i", *NAMED, *more)
     assert (found, out, len(err.splitlines())) == (code, "", 1), err
     assert said in err
-
-
-def test_options_of_methods_are_bounded(say: Say) -> None:
-    asked = ("explain", "fine", "photos/0/0.png", "--method", "rise", "--option")
-    for given, said in (
-        ("cells=99999999", "cells = 99999999; give a whole number from 1 to 256"),
-        ("masks=100000000000", "masks = 100000000000; give a whole number from 2 to 1,000,000"),
-        ("masks=1", "masks = 1; give a whole number from 2 to 1,000,000"),
-    ):
-        code, _, err = say(*asked, given)
-        assert (code, err) == (2, f"embedcam: {said}\n")
 
 
 def test_devices_are_not_read_to_their_end(say: Say, tmp_path: Path) -> None:
@@ -235,12 +221,3 @@ def test_trust_stands_beside_the_results(say: Say, tmp_path: Path) -> None:
     assert replace(doubted, direct=True).trust_in_words == "trust 0.31: computed on the query"
     assert repr(replace(why, trust=None)).endswith(", ...>")
     assert "  trust " not in say("explain", "fine", query)[1]
-
-
-def test_a_terminal_that_cannot_show_a_letter_sees_its_number(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
-    monkeypatch.setattr(sys, "stderr", shown)
-    assert main(["info", "gibt-es-nicht-\N{LATIN SMALL LETTER A WITH DIAERESIS}"]) == 5
-    assert b"gibt-es-nicht-\\xe4: there is no index" in shown.buffer.getvalue()  # type: ignore[attr-defined]

@@ -30,9 +30,6 @@ def explained(index: str, result: str) -> object:
     return Explainer(index, network, n_neighbors=2).explain(QUERY, result=result)
 
 
-# --- one result
-
-
 def test_images_of_a_label_that_share_an_answer_are_said_to(say: Say) -> None:
     assert explained("shared", "2/3.png").tiles()[0].subcaption == "what here speaks for\n2"
     assert explained("margin", "2/3.png").tiles()[0].subcaption == "what here matched\n3.png"
@@ -147,9 +144,6 @@ def test_a_result_among_the_nearest_is_shown_once(say: Say) -> None:
     assert explained("margin", "0/0.png").to_dict()["result"]["id"] == "0/0.png"
 
 
-# --- pictures
-
-
 def test_that_no_picture_was_written_is_said(say: Say) -> None:
     note = "note: no picture was written; -o why.png draws one\n"
     assert say("explain", "margin", QUERY)[2] == note
@@ -204,9 +198,6 @@ def test_a_folder_for_pictures_is_made_when_there_are_some(say: Say, tmp_path: P
     assert [file.name for file in (tmp_path / "pairs").iterdir()] == ["0.png"]
 
 
-# --- ids
-
-
 def test_ids_are_listed_and_their_list_is_named(say: Say) -> None:
     expected = [f"{label}/{number}.png" for label in range(3) for number in range(4)]
     code, out, _ = say("info", "margin", "--ids")
@@ -238,9 +229,6 @@ def test_ids_of_an_empty_index(say: Say, tmp_path: Path) -> None:
     assert say("remove", tmp_path / "i", ids[0])[0] == 0
     assert say("info", tmp_path / "i", "--ids")[1] == ""
     assert json.loads(say("info", tmp_path / "i", "--ids", "--json")[1]) == []
-
-
-# --- builds and additions
 
 
 def test_only_new_images_are_added_where_asked(say: Say, tmp_path: Path) -> None:

@@ -88,7 +88,6 @@ def test_methods_and_recipes_are_columns(say: Say, here: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("code", "message", "arguments"),
     [
-        (2, "required: --images", []),
         (2, "nowhere: does not exist", ["--images", "nowhere"]),
         (2, "empty: contains no images", ["--images", "empty"]),
         (2, "beyond.csv, line 2: the box 10, 10, 400, 30 reaches beyond its picture of 48 x 40",
@@ -106,9 +105,6 @@ def test_methods_and_recipes_are_columns(say: Say, here: Path, tmp_path: Path) -
          ["--images", "queries", "--indexed", "nowhere"]),
         (2, "measures = 'energy' is unknown; known: retrieval, ",
          ["--images", "queries", "--measures", "energy"]),
-        (2, "'2' is not a number between 0 and 1", ["--images", "queries", "--removed", "2"]),
-        (2, "'0' is not a whole number", ["--images", "queries", "--steps", "0"]),
-        (2, "did you mean --boxes?", ["--images", "queries", "--boxs", "boxes.csv"]),
         (4, "not the network of the index",
          ["--images", "queries", "--weights", "random", "--layer", "conv"]),
     ],

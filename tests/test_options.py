@@ -12,13 +12,10 @@ from embedcam._options import (
     chosen,
     from_tables,
     setting,
-    settings_of,
 )
-from embedcam.cli import options
 from embedcam.cli.parser import parser
 from embedcam.errors import EmbedcamError, InputError, RecipeError
 from embedcam.evaluate.settings import Settings
-from embedcam.index.encoding import DTYPES
 from embedcam.recipe import recipe as recipes
 from embedcam.service import limits
 
@@ -63,7 +60,6 @@ def test_options_are_read_by_kind_and_what_is_not_given_is_not_chosen() -> None:
     ("name", "text", "value", "wanted"),
     [
         ("whole", "0", 0, "a whole number from 1 to 9"),
-        ("whole", "1.5", 1.5, "a whole number from 1 to 9"),
         ("whole", "x", True, "a whole number from 1 to 9"),
         ("share", "1", 1, "a number between 0 and 1"),
         ("share", "nan", float("nan"), "a number between 0 and 1"),
@@ -137,7 +133,7 @@ class MoreLimits(limits.Limits):
 @pytest.mark.parametrize(
     ("kind", "command", "place", "words"),
     [
-        (MoreRecipe, "build", "embedcam.recipe.Recipe", ["build", "i"]),
+        (MoreRecipe, "build", "embedcam.recipe.choices.Choices", ["build", "i"]),
         (MoreSettings, "evaluate", "embedcam.evaluate.settings.Settings",
          ["evaluate", "i", "--images", "p"]),
         (MoreLimits, "serve", "embedcam.service.limits.Limits", ["serve", "i"]),
@@ -166,10 +162,3 @@ def test_a_recipe_s_new_entry_is_read_from_toml(tmp_path, monkeypatch) -> None:
     (tmp_path / "r.toml").write_text("[weights]\nglwo = 0.25\n")
     with pytest.raises(RecipeError, match="did you mean 'glow'"):
         recipes.read_toml(tmp_path / "r.toml")
-
-
-def test_every_command_has_its_options_and_names_have_one_spelling() -> None:
-    assert recipes.DTYPES == DTYPES
-    for name in ("measures", "fill", "transfer"):
-        assert settings_of(Settings)[name].known
-    assert callable(options.build)

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import embedcam
+from embedcam.cli.serving import PrintableLines
 from embedcam.errors import (
     EmbedcamError,
     ImageTooLarge,
     InputError,
-    PrintableLines,
     as_json,
     cut,
     printable,

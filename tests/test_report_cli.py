@@ -94,7 +94,6 @@ def test_stopped_and_run_again_it_goes_on(
         (2, "leave out --method rise", ["queries", "--report", "OUT", "--method", "rise"]),
         (2, "--batch-size is of a report", ["photos/0/0.png", "--batch-size", "3"]),
         (2, "queries: holds something else (broken.jpg)", ["queries", "--report", "queries"]),
-        (2, "my.index: holds something else", ["queries", "--report", "my.index"]),
         (2, "give one folder, one CSV or pictures", ["queries", "photos", "--report", "OUT"]),
         (3, "nothing.png: does not exist", ["nothing.png", "--report", "OUT"]),
         (2, "nothing.csv: does not exist", ["nothing.csv", "--report", "OUT"]),

@@ -1,14 +1,11 @@
 """One command from its arguments to its exit code, and how what goes wrong is said."""
 
-import logging
 import os
 import re
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import (
@@ -33,7 +30,7 @@ EXIT_CODES: dict[type[Exception], int] = {
 """The first class that fits an error gives the exit code; 0 is success, 130 an interruption."""
 UNEXPECTED = 70
 _FOR_COMMAND_LINE = (
-    # What messages say to callers from Python, in brackets behind the option.
+    # In brackets behind the option.
     (
         r" \((?:(?:(?:replace|update|exclude_query)=True|per_class=False|layer=|size=|resize=)"
         r"(?:, )?)+\)",
@@ -46,8 +43,6 @@ _FOR_COMMAND_LINE = (
     (r"\bexclude=", "--exclude"),
 )
 """Arguments that messages name to callers from Python, and what the command line has for them."""
-_JOBS = ("embedcam.offline.shard", "embedcam.progress")
-"""Loggers that say how far a job is."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,8 +79,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         warnings.filterwarnings("always", module=r"embedcam\.")
         warnings.showwarning = _show_warning
         try:
-            with INTERRUPTS, _log_as_notes(options):
-                options.run(options)
+            with INTERRUPTS:
+                from .output import logged_as_notes  # nothing heavy before a command is known
+
+                with logged_as_notes(options):
+                    options.run(options)
                 if sys.stdout is not None:
                     sys.stdout.flush()  # a reader that has gone away is met here, not at exit
                 if INTERRUPTS.met:
@@ -103,12 +101,6 @@ def _run(arguments: Sequence[str] | None) -> int:
     return 0
 
 
-def note(options: Namespace, text: str) -> None:
-    """Print something worth knowing on the error stream, so that output stays clean."""
-    if not options.quiet:
-        say(for_command_line(text))
-
-
 def for_command_line(text: str) -> str:
     """Return a message in the words of the command line, where it names arguments of Python."""
     for argument, option in _FOR_COMMAND_LINE:
@@ -124,6 +116,7 @@ def _interrupted(options: Namespace) -> int:
 
 def _is_kept(options: Namespace) -> bool:
     """Return whether running the command again finds work that was done before."""
+    from pathlib import Path
 
     def unfinished(index: Path) -> bool:
         return any(index.glob(".building/*/arrays.json"))
@@ -181,37 +174,3 @@ def _discard_output() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
-
-
-@contextmanager
-def _log_as_notes(options: Namespace) -> Iterator[None]:
-    """Print warnings, and how far a job is, as notes; a service's log has all of it already."""
-    if options.command == "serve":
-        yield
-        return
-    notes, log = _Notes(options), logging.getLogger("embedcam")
-    levels = {name: logging.getLogger(name).level for name in _JOBS}
-    log.addHandler(notes)
-    for name in _JOBS:
-        logging.getLogger(name).setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(notes)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
-
-class _Notes(logging.Handler):
-    def __init__(self, options: Namespace) -> None:
-        super().__init__(logging.INFO)
-        self._options = options
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether a record is a warning or of a job."""
-        return record.levelno >= logging.WARNING or record.name in _JOBS
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print a record, and remember that it was said."""
-        self._options.said = (*getattr(self._options, "said", ()), record.getMessage())
-        note(self._options, record.getMessage())

@@ -8,10 +8,9 @@ from typing import Any
 
 from .._options import chosen
 from ..errors import InputError, show, show_json
-from .command_line import note
 from .networks import torch_network
 from .online import check_folder
-from .output import columns, images_of, naming_skip
+from .output import columns, images_of, naming_skip, note
 
 
 def evaluate(options: Namespace) -> None:

@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +49,6 @@ _text, _whole = partial(setting, None, kind=str), partial(setting, None, kind=in
 _hw = partial(setting, None, "HxW", kind=tuple, read=sides_of)
 
 
-@dataclass(frozen=True)
 class NetworkSettings:
     """How a network is loaded: the options of a command, and a recipe's table `[network]`."""
 
@@ -75,7 +73,6 @@ class NetworkSettings:
     seed: int = setting(0)
 
 
-@dataclass(frozen=True)
 class ImageSettings:
     """Which images are taken: the options of a command, and a recipe's table `[images]`."""
 

@@ -12,7 +12,6 @@ from ..errors import InputError, RecipeError, printable, reason, show_json
 from ..images.progress import progress_of
 from ..recipe import WHITENED, Recipe
 from ..recipe.recipe import read_toml, shipped_recipe
-from .command_line import note
 from .networks import ImageSettings, NetworkSettings, load_named, network_of_index, torch_network
 from .output import (
     counted,
@@ -21,6 +20,7 @@ from .output import (
     images_of,
     listing_ids,
     naming_skip,
+    note,
     size_text,
     some_of,
 )
@@ -106,12 +106,10 @@ def remove(options: Namespace) -> None:
         step = "nothing to do" if len(ids) == 1 else "leave it out; nothing was removed"
         raise InputError(f"{known}{gone}; {step}") from error
     left = _n_images(options.index)
-    emit(
-        options,
-        {"removed": removed, "images": left},
-        f"{options.index}: {counted(removed, 'image')} removed, {left:,} left; "
-        "`embedcam compact` drops their bytes",
+    text = (
+        f"{counted(removed, 'image')} removed, {left:,} left; `embedcam compact` drops their bytes"
     )
+    emit(options, {"removed": removed, "images": left}, f"{options.index}: {text}")
 
 
 def _n_images(path: str) -> int:
@@ -141,26 +139,17 @@ def compact(options: Namespace) -> None:
     with progress_of("compacting", shown=_shown(options)):
         dropped = compact_parts(options.index, rebuild_faiss=again is not None and (again or True))
     left = _n_images(options.index)
-    emit(
-        options,
-        {"dropped": dropped, "images": left},
-        f"{options.index}: compact; {counted(dropped, 'removed image')} dropped, {left:,} left",
-    )
+    text = f"compact; {counted(dropped, 'removed image')} dropped, {left:,} left"
+    emit(options, {"dropped": dropped, "images": left}, f"{options.index}: {text}")
 
 
 def compress(options: Namespace) -> None:
     """Write a small index of prototypes, and say what is lost."""
     from ..prototypes import compress as compress_index
 
-    report = compress_index(
-        options.index,
-        options.output,
-        options.prototypes,
-        per_class=options.per_class,
-        seed=options.seed,
-        replace=options.replace,
-        progress=_shown(options),
-    )
+    asked = {name: getattr(options, name) for name in ("per_class", "seed", "replace")}
+    places = options.index, options.output, options.prototypes
+    report = compress_index(*places, **asked, progress=_shown(options))
     about = report.compressed
     lines = [
         f"{report.path}: {counted(report.n_prototypes, 'prototype')} of "
@@ -204,12 +193,9 @@ def export(options: Namespace) -> None:
     with Index.open(options.index, with_faiss=False) as index:
         network = torch_network(options, index.manifest)
         report = export_onnx(index, network, options.output, progress=_shown(options))
-    emit(
-        options,
-        {**asdict(report), "path": str(report.path)},
-        f"{report.path}: {size_text(report.bytes)}, layer {', '.join(report.layers)}, "
-        f"{report.head} head; off from torch by {report.difference:.1g}; {report.seconds:.1f} s",
-    )
+    text = f"{size_text(report.bytes)}, layer {', '.join(report.layers)}, {report.head} head"
+    text += f"; off from torch by {report.difference:.1g}; {report.seconds:.1f} s"
+    emit(options, {**asdict(report), "path": str(report.path)}, f"{report.path}: {text}")
 
 
 def demo(options: Namespace) -> None:
@@ -402,7 +388,7 @@ def _changes(options: Namespace, changes: Any) -> str:
             f"note: {counted(changes.n_unmarked, 'image')} of the index without a mark of the "
             "file, so whether one changed cannot be told; `embedcam build --refit` adds marks",
         )
-    kinds = (("new", changes.new), ("changed", changes.changed), ("vanished", changes.vanished))
-    told = [f"{len(ids):,} {what} ({some_of(ids)})" for what, ids in kinds if ids]
+    kinds = {what: getattr(changes, what) for what in ("new", "changed", "vanished")}
+    told = [f"{len(ids):,} {what} ({some_of(ids)})" for what, ids in kinds.items() if ids]
     same = f"{changes.n_same:,} as before"
     return f"{', '.join(told)}; {same}," if told else f"nothing to update, {same},"

@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,8 @@ from ..images.reading import why_missing
 from ..ops import attended
 from ..recipe import Recipe
 from ..recipe.registry import LayersMethod, Method, find_method
-from .command_line import note
 from .networks import check_onnx, query_network
-from .output import columns, counted, images_of, listing_ids, some_of
+from .output import columns, counted, images_of, listing_ids, note, some_of
 
 if TYPE_CHECKING:
     from ..explain import Explainer, Explanation
@@ -74,6 +73,7 @@ def _tell(
     from ..render import Row, page
 
     records, rows = [], []
+    # Sets that keep the order.
     results, lost, changed = dict[str, None](), dict[str, None](), dict[str, None]()
     for query, picture, explanation in zip(options.queries, pictures, explanations, strict=True):
         _note_doubts(options, query, explanation)
@@ -208,9 +208,6 @@ def _check_above(options: Namespace) -> None:
         raise InputError(f"--above {options.above} is the result itself; name another image")
 
 
-# A map that is not transferred
-
-
 def _method(options: Namespace) -> Method | None:
     """Return the method that was asked for, refused before a network is loaded."""
     if options.method is None:
@@ -237,9 +234,8 @@ def trust_options(options: Namespace, index: "Index", network: Any) -> dict[str,
             "fewer than 40 images, or of prototypes), so no transfer is found wanting; leave out "
             f"--fallback and --trusted-from, or run embedcam calibrate {index.path}"
         )
-    trust: dict[str, Any] = {}
-    if options.trusted_from is not None:
-        trust["trusted_from"] = options.trusted_from
+    threshold = options.trusted_from
+    trust: dict[str, Any] = {} if threshold is None else {"trusted_from": threshold}
     if options.fallback:
         from ..methods import DirectWeights
 
@@ -257,8 +253,8 @@ def _by_method(
 ) -> "Explanation":
     """Return an explanation with its query's map made by a method, from the query's own passes.
 
-    The target is the cosine similarity to the result it is explained by; of several results, to
-    the mean of their normalised embeddings; with a rival, how much farther that is.
+    The target is the cosine similarity to the result it is explained by (of several, to their
+    mean); with a rival, how much farther that is.
     """
     from ..methods import cam_for
     from ..targets import ClassProxy, Similarity, Target, TripletMargin
@@ -268,12 +264,10 @@ def _by_method(
     if explanation.rival is not None:
         rival = index.embeddings(index.positions([explanation.rival.id]))
         target = TripletMargin(vectors, np.asarray(rival))
-    chosen_options = dict(options.option or ())
-    if options.fill is not None:
-        chosen_options["fill"] = options.fill
+    more = dict(options.option or ()) | ({"fill": options.fill} if options.fill else {})
     if isinstance(method, LayersMethod):
-        chosen_options["layers"] = index.manifest.layer_names
-        if len(chosen_options["layers"]) < 2:
+        more["layers"] = index.manifest.layer_names
+        if len(more["layers"]) < 2:
             raise InputError(
                 f"{method.title} draws with several layers and this index has one; call "
                 "embedcam.cam_for(..., layers=[...])"
@@ -285,7 +279,7 @@ def _by_method(
         method.name,
         progress=False if options.quiet else None,
         max_pixels=explanation.max_pixels,
-        **chosen_options,
+        **more,
     )
     inputs = network.preprocess(explanation.image)[None]
     activations = network.forward(inputs).activations[0].cpu().numpy()
@@ -303,9 +297,6 @@ def _by_method(
     )
 
 
-# Files that are read, and files that are written
-
-
 def check_images(folder: str | None) -> None:
     """Refuse a folder of the indexed images that is none."""
     if folder is not None and not Path(folder).is_dir():
@@ -320,6 +311,11 @@ def check_folder(file: Path) -> None:
         raise InputError(f"{file}: there is no folder {file.parent}; make it first")
 
 
+def _check_there(query: str) -> None:
+    if not Path(query).exists():
+        raise ImageError(f"{query}: {why_missing(query)}")
+
+
 def _check_queries(queries: Sequence[str]) -> None:
     for query in queries:
         if Path(query).is_dir():
@@ -330,8 +326,7 @@ def _check_queries(queries: Sequence[str]) -> None:
                 f"{query}: is a folder; name the pictures in it, as in {example}, or give "
                 "--report FOLDER"
             )
-        if not Path(query).exists():
-            raise ImageError(f"{query}: {why_missing(query)}")
+        _check_there(query)
 
 
 def _pattern_in(folder: Path) -> str | None:
@@ -410,22 +405,16 @@ def _lines(query: str, picture: Path | None, explanation: "Explanation") -> list
     labels = [label or "" for label in explanation.labels]
     remarks = dict.fromkeys(explanation.changed(), CHANGED)
     named = [("rival", explanation.rival), ("asked", explanation.asked)]
-    extra = list[tuple[str, float, str, str]]()
+    extra = list[tuple[object, float, str, str]]()
     for word, one in named:
         if one is not None and one.id in explanation.ids:
             remarks[one.id] = ", ".join(filter(None, (word, remarks.get(one.id))))
         elif one is not None:
             extra.insert(0, (word, one.distance, one.id, one.label or ""))
-    places = zip(
-        map(str, range(1, len(labels) + 1)),
-        explanation.distances,
-        explanation.ids,
-        labels,
-        strict=True,
-    )
+    places = zip(count(1), explanation.distances, explanation.ids, labels, strict=False)
     # Three places, so that a column can be compared; a tiny distance by its first digits.
     table = [
-        [word, f"{away:.3f}" if away == 0 or away >= 1e-3 else f"{away:.3g}", name, label,
+        [str(word), f"{away:.3f}" if away == 0 or away >= 1e-3 else f"{away:.3g}", name, label,
          remarks.get(name, "")]
         for word, away, name, label in [*extra, *places]
     ]  # fmt: skip
@@ -442,9 +431,6 @@ def _lines(query: str, picture: Path | None, explanation: "Explanation") -> list
     # What casts doubt on all that follows is read first.
     lines = (match, *shown) if explanation.doubtful else (*shown, match)
     return [head, *(f"  {line}" for line in filter(None, (*lines, explanation.trust_in_words)))]
-
-
-# A report: a folder of queries on one page
 
 
 def _report_queries(options: Namespace) -> ImageSource | None:
@@ -483,8 +469,7 @@ def _report_queries(options: Namespace) -> ImageSource | None:
     for query in options.queries:
         if Path(query).is_dir():
             raise InputError(f"{query}: is a folder; give one folder, one CSV or pictures")
-        if not Path(query).exists():
-            raise ImageError(f"{query}: {why_missing(query)}")
+        _check_there(query)
     items = [Item(query, query) for query in options.queries]
     return ImageSource(items, max_pixels=options.max_pixels or MAX_PIXELS)
 
@@ -526,9 +511,6 @@ def _queries_of(number: int) -> str:
     return f"{number:,} quer{'y' if number == 1 else 'ies'}"
 
 
-# A pair
-
-
 def compare(options: Namespace) -> None:
     """Tell why a query and a result match, or why the result came above a rival."""
     from ..explain.explainer import Explainer
@@ -539,8 +521,7 @@ def compare(options: Namespace) -> None:
     check_onnx(options)
     (picture,) = _plan_pictures(options.output, [options.query])
     check_images(options.images)
-    if not Path(options.query).exists():
-        raise ImageError(f"{options.query}: {why_missing(options.query)}")
+    _check_there(options.query)
     ids = [name for name in (options.result, options.above) if name is not None]
     with Index.open(options.index) as index:
         with listing_ids(options.index):

@@ -33,14 +33,12 @@ def adder(group: _ActionsContainer) -> Callable[..., None]:
             more |= {"metavar": last, "type": read}
         else:
             flags.append(last)
-            more |= {} if "choices" in more else {"action": "store_true"}
+            # The first choice is the default.
+            first = {"default": more["choices"][0]} if "choices" in more else {}
+            more |= first or {"action": "store_true"}
         group.add_argument(*flags, help=text, **more)
 
     return add
-
-
-def _group(command: ArgumentParser, *title: str) -> Callable[..., None]:
-    return adder(command.add_argument_group(*title))
 
 
 def _index(command: ArgumentParser) -> Callable[..., None]:
@@ -68,17 +66,8 @@ def _online(command: ArgumentParser) -> None:
     add("--onnx FILE", "the network as `embedcam export` wrote it, run without torch", path)
 
 
-def _results(add: Callable[..., None]) -> None:
-    add("-n --n-neighbors N", "results a query (default 5)", POSITIVE)
-
-
 def _transfer(add: Callable[..., None]) -> None:
-    add(
-        "--transfer",
-        "how neighbours count (default mean)",
-        choices=("mean", "distance"),
-        default="mean",
-    )
+    add("--transfer", "how neighbours count (default mean)", choices=("mean", "distance"))
     add(
         "--trusted-from T",
         "correlation that nine in ten such maps must reach to count as trusted (default 0.5)",
@@ -89,7 +78,7 @@ def _transfer(add: Callable[..., None]) -> None:
 
 def build(command: ArgumentParser) -> None:
     """Declare the options of `embedcam build`."""
-    from ..recipe import Recipe
+    from ..recipe.choices import Choices
 
     adder(command)("images IMAGES", "folder or CSV", path, nargs="?")
     add = _index(command)
@@ -101,14 +90,15 @@ def build(command: ArgumentParser) -> None:
     add("--refit", "redo a finished index")
     _network(command)
     group = command.add_argument_group("weights")
-    add_options(group, Recipe, "method", "layers", "fill", "options")
-    add_options(group, Recipe, tables=("weights",))
+    add_options(group, Choices, "method", "layers", "fill", "options")
+    add_options(group, Choices, tables=("weights",))
     group = command.add_argument_group("storage")
-    add_options(group, Recipe)
+    add_options(group, Choices)
     adder(group)("--no-own-maps", "keep no maps of the images")
     adder(group)("--no-trust", "calibrate neither trust nor match")
     _work(command)
-    add = _group(command, "from features instead of images", "the layer's HxW is given by --grid")
+    title = "from features instead of images", "the layer's HxW is given by --grid"
+    add = adder(command.add_argument_group(*title))
     add("--embeddings FILE", ".npy [N D]")
     add("--pooled FILE", ".npy [N K]: mean activations")
     add("--positive-pooled FILE", ".npy [N K]: mean of max(A, 0)")
@@ -186,7 +176,7 @@ def compare(command: ArgumentParser) -> None:
 
 def explain(command: ArgumentParser) -> None:
     """Declare the options of `embedcam explain`."""
-    from ..recipe import Recipe
+    from ..recipe.choices import Choices
 
     add = _index(command)
     add("queries IMAGE", "query pictures", path, nargs="+")
@@ -209,7 +199,7 @@ def explain(command: ArgumentParser) -> None:
         "labels",
         help="of a report, which begins with results of another label: {}",
     )
-    _results(add)
+    add("-n --n-neighbors N", "results a query (default 5)", POSITIVE)
     _transfer(add)
     add("--result ID", "explain by this one image of the index")
     add(
@@ -218,7 +208,6 @@ def explain(command: ArgumentParser) -> None:
         "about four more embeddings",
         type=int,
         choices=(1, 2),
-        default=1,
     )
     add("--above ID", "with --result: what speaks for the result rather than for this image")
     add(
@@ -226,7 +215,7 @@ def explain(command: ArgumentParser) -> None:
         "compute the query's map itself, by any method (scorecam, rise, ...), in "
         "place of transferred weights",
     )
-    add_options(command, Recipe, "fill", "options")
+    add_options(command, Choices, "fill", "options")
     add(
         "--neighbors IDS",
         "ids found elsewhere, comma-separated or repeated, instead of a search",
@@ -236,12 +225,7 @@ def explain(command: ArgumentParser) -> None:
         "--exclude-query",
         "where INDEX holds IMAGE, the same file and not a copy, leave it out of the results",
     )
-    add(
-        "--scale",
-        "of the results' colours (default joint)",
-        choices=("joint", "each"),
-        default="joint",
-    )
+    add("--scale", "of the results' colours (default joint)", choices=("joint", "each"))
     _online(command)
     add_options(command, ImageSettings, "exclude", "max_pixels")
     _network(command)
@@ -260,7 +244,7 @@ def serve(command: ArgumentParser) -> None:
         path,
         action="append",
     )
-    _results(add)
+    add("-n --n-neighbors N", "results a query (default 5)", POSITIVE)
     _transfer(add)
     _online(command)
     group = command.add_argument_group(

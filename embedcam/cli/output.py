@@ -1,5 +1,6 @@
 """How things are printed; and the commands that only tell: info and verify."""
 
+import logging
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,21 +16,64 @@ from ..errors import (
     NetworkError,
     as_json,
     printable,
+    say,
     sentence,
     show,
     show_json,
 )
 from ..images.progress import progress_of
 from ..recipe import METHODS
-from .command_line import note
+from .command_line import for_command_line
 
 if TYPE_CHECKING:
     from ..images import ImageSource
     from ..images.sources import Labels
     from ..index import Index, Manifest
 
+_JOBS = ("embedcam.offline.shard", "embedcam.progress")
+"""Loggers that say how far a job is."""
 _CELL = 400
 _PIECE = 1 << 16
+
+
+def note(options: Namespace, text: str) -> None:
+    """Print something worth knowing on the error stream, so that output stays clean."""
+    if not options.quiet:
+        say(for_command_line(text))
+
+
+@contextmanager
+def logged_as_notes(options: Namespace) -> Iterator[None]:
+    """Print warnings, and how far a job is, as notes; a service's log has all of it already."""
+    if options.command == "serve":
+        yield
+        return
+    notes, log = _Notes(options), logging.getLogger("embedcam")
+    levels = {name: logging.getLogger(name).level for name in _JOBS}
+    log.addHandler(notes)
+    for name in _JOBS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(notes)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+class _Notes(logging.Handler):
+    def __init__(self, options: Namespace) -> None:
+        super().__init__(logging.INFO)
+        self._options = options
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is a warning or of a job."""
+        return record.levelno >= logging.WARNING or record.name in _JOBS
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record, and remember that it was said."""
+        self._options.said = (*getattr(self._options, "said", ()), record.getMessage())
+        note(self._options, record.getMessage())
 
 
 def emit(options: Namespace, values: Mapping[str, Any], *lines: str) -> None:

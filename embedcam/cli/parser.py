@@ -1,6 +1,7 @@
 """What can be said on the command line. Nothing heavy is imported until a command runs."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -8,7 +9,6 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import cut, say
-from .examples import EXAMPLES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -71,12 +71,23 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
+def examples() -> dict[str, str]:
+    """Return what `--help` ends with, by command; "" is of all of them."""
+    file = os.path.join(os.path.dirname(__file__), "templates", "examples.txt")
+    with open(file, encoding="utf-8") as opened:
+        sections = opened.read().removeprefix("== ").split("\n== ")
+    # A command's text ends in one line end, as the help of argparse wants it.
+    pairs = [section.partition("\n")[::2] for section in sections]
+    return {name: f"{text.rstrip()}\n" for name, text in pairs}
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the whole command line."""
+    epilogs = examples()
     top = _Parser(
         prog="embedcam",
         description="Why did this image come back? Class activation maps for embedding networks.",
-        epilog=EXAMPLES[""],
+        epilog=epilogs[""],
     )
     top.add_argument("--version", action="version", version=f"embedcam {__version__}")
     commands = top.add_subparsers(metavar="COMMAND", dest="command", parser_class=_Command)
@@ -86,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
             usage=f"embedcam {name} [options] {positionals}",
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
-            epilog=EXAMPLES[name],
+            epilog=epilogs[name],
         )
         command.set_defaults(run=_deferred(where), resumes=name in ("build", "add", "demo"))
         command.declare = _declaration(name)

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 
 from .._options import chosen
-from ..errors import PrintableLines, show, show_json
+from ..errors import printable, sentence, show, show_json
 from ..images import MAX_PIXELS
 from ..service import check_installed
-from .command_line import note
 from .networks import check_onnx, query_network
 from .online import check_images, trust_options
-from .output import counted
+from .output import counted, note
 
 
 def serve(options: Namespace) -> None:
@@ -87,3 +86,15 @@ def _announce(options: Namespace, bound: socket.socket, images: int) -> None:
             f"note: other machines reach {options.host}, and nobody is asked for a password: put a "
             "proxy before it that does",
         )
+
+
+class PrintableLines(logging.Formatter):
+    """Format log records for a person: only tracebacks have several lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record, printable."""
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the library's name
+        """Return the message, on one line."""
+        return sentence(super().formatMessage(record))

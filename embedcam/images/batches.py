@@ -74,7 +74,7 @@ def default_workers() -> int:
 def load_batches(
     source: ImageSource,
     positions: Sequence[int] | np.ndarray,
-    preprocess: Prepare | None,
+    preprocess: Prepare,
     batch_size: int,
     *,
     workers: int | None = None,
@@ -98,12 +98,6 @@ def load_batches(
     batch_size = whole("batch_size", batch_size, 1)
     workers = default_workers() if workers is None else whole("workers", workers)
     one_of("on_error", on_error, ("fail", "skip"))
-    if preprocess is None:
-        raise InputError(
-            "the network has no preprocessing, so images cannot be turned into its input; give "
-            "EmbeddingNetwork(..., preprocess=Preprocess(...)), or let the function that makes it "
-            "return (module, Preprocess.imagenet(224))"
-        )
     prepare = partial(_prepare, source, preprocess, marked)
     outcomes = (prepare(position) for position in wanted.tolist())
     if workers:

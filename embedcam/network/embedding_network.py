@@ -249,6 +249,16 @@ class EmbeddingNetwork:
         compare(stored, self.identity())
         return self
 
+    def require_preprocess(self) -> AnyPreprocess:
+        """Return the preprocessing, or an `InputError` where the network was given none."""
+        if self.preprocess is None:
+            raise InputError(
+                "the network has no preprocessing, so images cannot be turned into its input; give "
+                "EmbeddingNetwork(..., preprocess=Preprocess(...)), or let the function that makes "
+                "it return (module, Preprocess.imagenet(224))"
+            )
+        return self.preprocess
+
     def probe_images(self, count: int = 1) -> np.ndarray:
         """Return the synthetic pictures as this network's input, float32 `[count C H W]`."""
         size = self.runner.input_size or DEFAULT_INPUT_SIZE

@@ -380,7 +380,8 @@ def calibrate_index(
             check_addable(recipe, encodings[0], network)
             rows = trust_rows(len(live), recipe, network)
             source = indexed_images(index, images)
-            batches = load_batches(source, rows, network.preprocess, batch_size, workers=workers)
+            preprocess = network.require_preprocess()
+            batches = load_batches(source, rows, preprocess, batch_size, workers=workers)
             layers = manifest.layer_names
             with _Stages(progress)("trust", len(rows)) as tick:
                 calibrations["trust"] = calibrate_trust(

@@ -83,7 +83,7 @@ class Plan:
         return load_batches(
             self.source,
             positions,
-            self.network.preprocess,
+            self.network.require_preprocess(),
             self.batch_size,
             workers=self.workers,
             on_error="fail" if self.on_unreadable == "fail" else "skip",
@@ -147,12 +147,7 @@ def check_options(
     whole("batch_size", batch_size, 1)
     if not gb >= 0:
         raise InputError(f"scratch_gb = {gb!r}; give a number of at least 0")
-    if network.preprocess is None:
-        raise InputError(
-            "the network has no preprocessing, so images cannot be turned into its input; give "
-            "EmbeddingNetwork(..., preprocess=Preprocess(...)), or let the function that makes it "
-            "return (module, Preprocess.imagenet(224))"
-        )
+    network.require_preprocess()
     if unreadable == "fail":
         # Known without a look at the files: said before hours of work, not after.
         reasons = (source.refused(position) for position in range(len(source)))
@@ -345,7 +340,9 @@ def _unusable(
     """Return (id, reason) of images not known, by place; None if one of them can be used."""
     places = [place for place, item in enumerate(source.items) if item.id not in known]
     unusable: dict[int, tuple[str, str]] = {}
-    batches = load_batches(source, places, network.preprocess, 1, workers=0, on_error="skip")
+    batches = load_batches(
+        source, places, network.require_preprocess(), 1, workers=0, on_error="skip"
+    )
     with closing(batches):
         for read in batches:
             batch, _ = embed(read, source, network.forward, "skip")

@@ -1,110 +1,36 @@
-"""The choices that make an index what it is, checked together; read from and written to TOML."""
+"""The recipe of an index: its choices checked together, read from TOML and from an index."""
 
 import hashlib
 import json
-import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
-from .._checks import nearest_of, one_of
+from .._checks import nearest_of
 from .._files import refuse_device
-from .._options import check, from_tables, setting
-from ..errors import EmbedcamWarning, InputError, RecipeError, short
-from .registry import (
-    FILLS,
-    METHODS,
-    LayersMethod,
-    Method,
-    PositionMethod,
-    bare_name,
-    storable_methods,
-    why_not_storable,
-)
+from .._options import check, from_tables
+from ..errors import EmbedcamWarning, RecipeError, short
+from .choices import N_TRIPLETS, WHITENED, Choices
+from .registry import METHODS, LayersMethod, Method, PositionMethod
 
 if TYPE_CHECKING:
     from ..index import Manifest
-
-TARGETS = ("margin", "centred", "discriminant", "distinctive")
-WHITENED = ("discriminant", "distinctive")
-"""Targets that measure the margin in whitened embeddings, over every triplet."""
-NORMS = ("through", "around")
-SAMPLINGS = ("random", "semihard", "hard", "all")
-ENCODINGS = ("low-rank", "top-m", "dense")
-DTYPES = ("float16", "float32")
-METRICS = ("l2", "ip")
-LABELS = ("classes", "numbers")
-N_TRIPLETS, MOST_TRIPLETS = 50, 1_000_000
-"""S where none is asked for (Chen et al., WACV 2020)."""
 
 
 class RecipeWarning(EmbedcamWarning):
     """Choices that are allowed and rarely wise."""
 
 
-def _method(name: str, value: Any) -> str:
-    bare = bare_name(value) if isinstance(value, str) else ""
-    if bare in METHODS and not METHODS[bare].storable:
-        raise InputError(f"{name} = {bare!r}: {why_not_storable(METHODS[bare])}")
-    return bare if bare in METHODS else one_of(name, value, storable_methods())
-
-
-def _pairs(name: str, options: Any) -> tuple[tuple[str, Any], ...]:
-    """Return options as pairs in the order of their names: one set of choices is one recipe."""
-    try:
-        pairs = dict(options)
-    except (TypeError, ValueError):
-        pairs = {"": None}
-    for key, value in pairs.items():
-        plain = type(value) in (bool, int, str, NoneType)
-        plain |= type(value) is float and math.isfinite(value)
-        if not isinstance(key, str) or not key or not plain:
-            raise InputError(
-                f"{name} = {short(options)}; give a table of the method's options, each a number, "
-                "a text or a truth value, such as { samples = 50 }"
-            )
-    return tuple(sorted(pairs.items()))
-
-
-def _pair(text: str) -> tuple[str, Any]:
-    """Return NAME=VALUE, the value a number, true, false, none or words."""
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise InputError(f"{text!r} is not NAME=VALUE, such as samples=50")
-    for kind in (int, float):
-        try:
-            return name, kind(value)
-        except ValueError:
-            pass
-    return name, {"true": True, "false": False, "none": None}.get(value.lower(), value)
-
-
-def _count_or_file(text: str) -> int | str:
-    try:
-        return text if text.endswith(".npy") else int(text)
-    except ValueError:
-        raise InputError(
-            f"{short(text)} is no number and no .npy file of shape [N S 2]; for all there are, use "
-            "--sampling all"
-        ) from None
-
-
-_weights, _stored = partial(setting, table="weights"), partial(setting, table="encoding")
-
-
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Choices):
     """What is computed and how it is stored. The defaults are what measured best.
 
     Parameters
     ----------
     method : str
-        Any of `registry.storable_methods()`, which yield channel weights, or, for pictures that
-        are all aligned, weights by position: "hirescam".
+        One that yields channel weights, by name; of aligned pictures also "hirescam".
     target : str
         "margin" (triplets), "centred" (needs neither labels nor sampling), "distinctive" (what
         sets an image's kind, and a little the image itself, apart from the rest), "discriminant"
@@ -118,18 +44,15 @@ class Recipe:
         "given", or "auto": "all" where it has a closed form (no hinge, and a method that sees the
         mean of the triplets) and no number of triplets is asked for, else "random".
     triplets : int, optional
-        S, triplets drawn for each image; None draws 50 where triplets are drawn.
-    hinge : bool
-        Leave out triplets that the margin already satisfies.
-    margin : float
-        Of the hinge and of semihard sampling.
+        S, triplets drawn for each image; None draws 50 (Chen et al., WACV 2020).
+    hinge, margin : bool, float
+        Leave out triplets that the margin satisfies; the margin, also of semihard sampling.
     seed : int
         Of every draw.
     layers : tuple of str
         The layers that a method of several layers draws with, the deepest one the network's own.
     fill : str
-        What a masking method shows in place of masked pixels, and its baseline: "mean", "black"
-        or "blur".
+        What a masking method shows in place of masked pixels: "mean", "black" or "blur".
     options : mapping
         The method's own, such as {"samples": 50}; kept as pairs in order.
     encoding : str
@@ -140,10 +63,8 @@ class Recipe:
         Top-m by "signed" value (the paper) or by "magnitude".
     dtype : str
         Of stored weights, "float16" or "float32".
-    faiss : str
-        FAISS factory string; "none" leaves searching to others.
-    metric : str
-        "l2" (squared) or "ip" (inner product).
+    faiss, metric : str
+        FAISS factory string, "none" leaves searching to others; "l2" (squared) or "ip".
     labels : str
         "classes", or "numbers": an image's positives are the images nearest to it in value, its
         negatives those farthest from it. A source whose labels are numbers makes it "numbers".
@@ -157,75 +78,8 @@ class Recipe:
         Choices that mean nothing, alone or together.
     """
 
-    method: str = _weights(
-        "gradcam",
-        "NAME",
-        "gradcam (default), gradcam++, scorecam, ...: any that yields channel weights",
-        check=_method,
-    )
-    target: str = _weights(
-        "auto",
-        "NAME",
-        "auto (default: distinctive where it has a closed form, else margin), margin, "
-        "distinctive, discriminant or centred",
-        choices=("auto", *TARGETS),
-    )
-    norm: str = _weights("through", "WAY", "through (default) or around the L2 norm", choices=NORMS)
-    sampling: str = _weights(
-        "auto",
-        "NAME",
-        "auto (default), all, random, semihard or hard",
-        choices=("auto", *SAMPLINGS, "given"),
-    )
-    triplets: int | None = _weights(
-        None,
-        "S|FILE",
-        "S for each image (default 50), or a .npy file [N S 2]",
-        kind=int,
-        least=1,
-        most=MOST_TRIPLETS,
-        read=_count_or_file,
-    )
-    hinge: bool = _weights(False, help="leave out triplets that the margin satisfies")
-    margin: float = _weights(0.2, "X", "of hinge and semihard (default 0.2)", above=0)
-    seed: int = _weights(0, "N", "of all sampling (default 0)", least=0, most=(1 << 64) - 1)
-    layers: tuple[str, ...] = _weights(
-        (),
-        "NAMES",
-        "of a method of several layers, such as layer2,layer3,layer4; the last is the one "
-        "the network explains, named as a build prints it",
-    )
-    fill: str = _weights(
-        "mean",
-        "WHAT",
-        "what a masking method puts in place of masked pixels: mean (default), black or blur",
-        choices=FILLS,
-    )
-    options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = _weights(
-        (),
-        "NAME=VALUE",
-        "an option of the method, such as samples=50; may be repeated",
-        flag="option",
-        read=_pair,
-        repeated=True,
-        check=_pairs,
-    )
-    encoding: str = _stored(
-        "low-rank", "NAME", "low-rank (default), top-m or dense", choices=ENCODINGS, entry="name"
-    )
-    rank: int = _stored(128, "R", "R of low-rank (default 128)", least=1)
-    m: int = _stored(50, "M", "M of top-m (default 50)", least=1, flag="top_m")
-    by: str = _stored(
-        "signed", "WHAT", "top-m by signed (default) or magnitude", choices=("signed", "magnitude")
-    )
-    dtype: str = _stored("float16", "NAME", "float16 (default) or float32", choices=DTYPES)
-    faiss: str = setting(
-        "Flat", "FACTORY", "FAISS factory string (default Flat), or none", table="search"
-    )
-    metric: str = setting("l2", "NAME", "l2 (default) or ip", choices=METRICS, table="search")
-    labels: str = _weights("classes", choices=LABELS)
-    positives: float = _weights(0.1, above=0, most=1)
-    negatives: float = _weights(0.5, above=0, most=1)
+    # What is declared above, as the dataclass's own.
+    __annotations__ = Choices.__annotations__
 
     def __post_init__(self) -> None:
         check(self, RecipeError)
@@ -348,7 +202,7 @@ class Recipe:
     @property
     def per_triplet(self) -> bool:
         """Return whether the method is not linear in the target: each triplet is seen apart."""
-        return bool(getattr(self.entry, "per_triplet", False))
+        return self.entry.per_triplet
 
     @property
     def n_triplets(self) -> int:
@@ -424,10 +278,7 @@ def shipped_recipe(name: str) -> Path:
 
 
 def read_toml(path: str | Path) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
-    """Return a file's recipe, and its tables `[images]` and `[network]` as they stand.
-
-    Raises RecipeError: unreadable, not TOML, or with entries that mean nothing.
-    """
+    """Return a file's recipe, and its tables `[images]` and `[network]` as they stand."""
     path = Path(path)
     refuse_device(path)
     try:

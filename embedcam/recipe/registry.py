@@ -1,23 +1,18 @@
 """Every method on one screen: its name, where its formula was published, and what it yields.
 
-Whether a method can be put in an index is its type: a `WeightMethod` yields one number a channel,
-which an index keeps and transfers to queries; a `LayersMethod` yields such a vector for each of
-several layers, and an index keeps them all; a `PositionMethod` yields one number a channel and
-position, which an index keeps for pictures that are aligned; a `MapMethod` yields nothing but a
-map. Names and places only: the formulas are in `embedcam.methods` and are loaded on first use.
+Names and places only: the formulas are in `embedcam.methods` and are loaded on first use. No
+dataclass here and in `choices`: importing that takes longer than all else that `--help` does.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """A class activation method, by its name in the papers (lower case, without hyphens)."""
 
     name: str
@@ -37,7 +32,18 @@ class Method:
     """What it masks, or begins its steps from, takes the fill that is asked for."""
     trained: bool = False
     """It needs a branch of its own that was trained (`methods.learned`)."""
-    storable: ClassVar[bool] = False
+    per_triplet: bool = False
+    """Not linear in the target, so weights are averaged over triplets."""
+    own_map: bool = False
+    """The paper's map is more than its weights draw: `cam_for` shows it, an index the weights'."""
+    nearest: str = ""
+    """Of a method that no index can hold, the nearest that one can, and `why` not."""
+    why: str = ""
+
+    @property
+    def storable(self) -> bool:
+        """Return whether an index can hold it."""
+        return not isinstance(self, MapMethod)
 
     def load(self) -> Callable[..., Any]:
         """Return the function: `function(subject, **options) -> MethodOutput`."""
@@ -46,37 +52,20 @@ class Method:
         return method
 
 
-@dataclass(frozen=True)
 class WeightMethod(Method):
-    """Yields channel weights `[B K]`: an index can hold them."""
-
-    per_triplet: bool = False
-    """Not linear in the target, so weights are averaged over triplets."""
-    own_map: bool = False
-    """The paper's map is more than its weights draw: `cam_for` shows it, an index the weights'."""
-    storable: ClassVar[bool] = True
+    """Yields channel weights `[B K]`, which an index keeps and transfers to queries."""
 
 
-@dataclass(frozen=True)
 class LayersMethod(Method):
-    """Yields one weight vector a layer, and a map made of all of them: an index can hold them."""
-
-    storable: ClassVar[bool] = True
+    """Yields one weight vector for each of several layers; an index keeps them all."""
 
 
-@dataclass(frozen=True)
 class PositionMethod(Method):
-    """Yields weights by position `[B K H W]`: an index keeps their principal components."""
-
-    storable: ClassVar[bool] = True
+    """Yields weights by position `[B K H W]`; an index keeps their principal components."""
 
 
-@dataclass(frozen=True)
 class MapMethod(Method):
-    """Yields a map and no weights: `why` not, and which storable method comes `nearest`."""
-
-    nearest: str = ""
-    why: str = ""
+    """Yields a map and no weights, so that no index can hold it."""
 
 
 FILLS = ("mean", "black", "blur")
@@ -145,15 +134,14 @@ def find_method(name: str) -> Method:
     bare = bare_name(name)
     if bare in METHODS:
         return METHODS[bare]
-    near = get_close_matches(bare, METHODS, 3, 0.5)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "known:"
-    listed = "" if near else f" {', '.join(METHODS)}"
-    raise InputError(f"method {name!r} is unknown; {hint}{listed}")
+    near = " or ".join(map(repr, get_close_matches(bare, METHODS, 3, 0.5)))
+    hint = f"did you mean {near}?" if near else f"known: {', '.join(METHODS)}"
+    raise InputError(f"method {name!r} is unknown; {hint}")
 
 
 def bare_name(name: str) -> str:
     """Return a printed name as `METHODS` has it: "Grad-CAM" -> "gradcam"."""
-    return name.lower().replace("-", "").replace("_", "").replace(" ", "")
+    return name.lower().translate(dict.fromkeys(map(ord, "-_ ")))
 
 
 def storable_methods() -> tuple[str, ...]:
@@ -163,8 +151,7 @@ def storable_methods() -> tuple[str, ...]:
 
 def why_not_storable(method: Method) -> str:
     """Return one sentence on why an index cannot hold a method, naming the nearest it can."""
-    why, nearest = (method.why, method.nearest) if isinstance(method, MapMethod) else ("", "")
     return (
-        f"{method.title} cannot be put in an index: {why}; the nearest method that can is "
-        f"{nearest!r}"
+        f"{method.title} cannot be put in an index: {method.why}; the nearest method that can is "
+        f"{method.nearest!r}"
     )

@@ -34,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from embedcam import EmbeddingNetwork, Explainer
     from embedcam.evaluate import Evaluation
     from embedcam.images import ImageSource
@@ -165,3 +167,39 @@ def evaluation(site: Path, network: "EmbeddingNetwork") -> "Evaluation":
     from evaluate_samples import run
 
     return run(site, network, boxes=site / "boxes.csv")
+
+
+@pytest.fixture(scope="session")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of twelve small pictures, for services."""
+    from service_client import built
+
+    return built(tmp_path_factory.mktemp("service"))
+
+
+@pytest.fixture
+def service() -> "Iterator[Callable[..., FastAPI]]":
+    """Make applications, which are closed in the end."""
+    from embedcam.service import create_app
+
+    apps: list[FastAPI] = []
+
+    def make(explainer: "Explainer", **settings: object) -> "FastAPI":
+        apps.append(create_app(explainer, **settings))
+        return apps[-1]
+
+    yield make
+    for app in apps:
+        app.state.pipeline.close()
+
+
+@pytest.fixture(scope="module")
+def app(index: Path) -> "Iterator[FastAPI]":
+    """The service over `index`."""
+    from service_client import explainer
+
+    from embedcam.service import create_app
+
+    app = create_app(explainer(index))
+    yield app
+    app.state.pipeline.close()

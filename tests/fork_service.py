@@ -11,7 +11,6 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from embedcam.errors import IndexFormatError
 warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
-def computed_with_two(explainer: Explainer) -> None:
+def computed_with_two(explainer):
     """Leave OpenMP pools of two threads behind, of torch and of FAISS, in this very thread."""
     torch.set_num_threads(2)
     faiss.omp_set_num_threads(2)
@@ -42,7 +41,7 @@ def computed_with_two(explainer: Explainer) -> None:
     explainer.explain_batch([picture(0, 1), picture(1, 2)])
 
 
-def child(run: Callable[[], None]) -> None:
+def child(run):
     """Run in a forked child, and fail if that fails."""
     pid = os.fork()
     if pid == 0:
@@ -58,7 +57,7 @@ def child(run: Callable[[], None]) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "a child failed"
 
 
-def answers(explainer: Explainer) -> list[np.ndarray]:
+def answers(explainer):
     """Of every way to ask, as arrays; forward passes and searches large enough for two threads."""
     pictures = [picture(n % 3, 70 + n) for n in range(64)]
     found = explainer.explain_batch(pictures)
@@ -70,21 +69,21 @@ def answers(explainer: Explainer) -> list[np.ndarray]:
     return [np.stack([one.cam.sum() for one in found]), found[0].cam, np.array(ids)]
 
 
-def alike(found: list[np.ndarray], expected: list[np.ndarray]) -> None:
+def alike(found, expected):
     # One thread adds up in another order than two.
     for mine, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, other, rtol=1e-4, atol=1e-6)
 
 
-def open_descriptors() -> set[int]:
+def open_descriptors():
     return {int(name) for name in os.listdir("/proc/self/fd")}
 
 
-def explains(folder: Path, explainer: Explainer) -> None:
+def explains(folder, explainer):
     """A child explains as its parent does, from an index of its own, on one thread."""
     expected, inherited = answers(explainer), explainer.index
 
-    def run() -> None:
+    def run():
         alike(answers(explainer), expected)
         assert explainer.index is not inherited
         assert explainer.index.n_threads == 1
@@ -97,14 +96,14 @@ def explains(folder: Path, explainer: Explainer) -> None:
     alike(answers(explainer), expected)
 
 
-def in_threads(folder: Path, explainer: Explainer) -> None:
+def in_threads(folder, explainer):
     """Threads of a child share what the first of them opened."""
     expected = answers(explainer)
 
-    def run() -> None:
+    def run():
         seen, start = [], threading.Barrier(4)
 
-        def ask() -> None:
+        def ask():
             start.wait(10)
             alike(answers(explainer), expected)
             seen.append(explainer.index)
@@ -120,11 +119,11 @@ def in_threads(folder: Path, explainer: Explainer) -> None:
     child(run)
 
 
-def locks_held(folder: Path, explainer: Explainer) -> None:
+def locks_held(folder, explainer):
     """What another thread of the parent held during the fork, a child does not wait for."""
     expected, held, go_on = answers(explainer), threading.Event(), threading.Event()
 
-    def hold() -> None:
+    def hold():
         faiss_file = explainer.index.faiss_file
         assert faiss_file is not None
         with explainer._lock, explainer.network.runner.lock, faiss_file._lock:
@@ -141,11 +140,11 @@ def locks_held(folder: Path, explainer: Explainer) -> None:
         holding.join()
 
 
-def searches(index: Index, queries: np.ndarray, expected: np.ndarray) -> None:
+def searches(index, queries, expected):
     np.testing.assert_array_equal(index.search(queries, 5).positions, expected)
 
 
-def index_alone(folder: Path, explainer: Explainer) -> None:
+def index_alone(folder, explainer):
     """An index without an explainer, FAISS loaded before the fork or after it."""
     for early in (True, False):
         with Index.open(folder / "index") as index:
@@ -158,18 +157,18 @@ def index_alone(folder: Path, explainer: Explainer) -> None:
             child(partial(searches, index, queries, expected))
 
 
-def reloads(folder: Path, explainer: Explainer) -> None:
+def reloads(folder, explainer):
     """A child takes what lies there when it first asks, and reloads for itself."""
     place = folder / "current"
     place.symlink_to(folder / "index")
     served = Explainer(place, explainer.network)
     served.explain(picture(0, 1))
 
-    def switch(name: str) -> None:
+    def switch(name):
         (folder / "next").symlink_to(folder / name)
         os.replace(folder / "next", place)
 
-    def run() -> None:
+    def run():
         assert len(served.index) == 41
         switch("index")
         assert served.reload()
@@ -186,7 +185,7 @@ def reloads(folder: Path, explainer: Explainer) -> None:
     switch("nothing")
     before = answers(served)
 
-    def runs_on() -> None:
+    def runs_on():
         descriptors = open_descriptors()
         alike(answers(served), before)
         assert open_descriptors() == descriptors

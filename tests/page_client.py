@@ -5,9 +5,8 @@ import io
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,23 +28,23 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 SIDE = 96
 
 
-def browser_path() -> str | None:
+def browser_path():
     """Where a Chromium lies, or None."""
     return next((found for name in NAMES if (found := shutil.which(name))), None)
 
 
-def network() -> EmbeddingNetwork:
+def network():
     """The demonstration's, untrained and small: maps of 6 x 6."""
     made = initialise(channels=24, embedding_size=8, seed=3).eval()
     return EmbeddingNetwork(made, LAYER, preprocess=digits_preprocess(48), name="digits")
 
 
-def scene(number: int, split: Any = "query") -> Image.Image:
+def scene(number, split="query"):
     """One of the demonstration's scenes."""
     return Image.fromarray(SceneMaker(0, SIDE).scene(split, number).pixels)
 
 
-def scenes_index(folder: Path) -> Explainer:
+def scenes_index(folder):
     """Thirty scenes, labelled by their digit."""
     for number in range(30):
         path = folder / "scenes" / str(number % 10) / f"{number:03d}.png"
@@ -57,7 +56,7 @@ def scenes_index(folder: Path) -> Explainer:
     return Explainer(folder / "index", made)
 
 
-def wide(number: int = 3) -> bytes:
+def wide(number=3):
     """A query that is wider than high, as a file."""
     pixels = np.asarray(scene(number, "pair"))
     return data_of(Image.fromarray(pixels[16:80]))
@@ -66,12 +65,12 @@ def wide(number: int = 3) -> bytes:
 class Service:
     """A running service; `stop` and `start` keep its port."""
 
-    def __init__(self, explainer: Explainer, **settings: Any) -> None:
+    def __init__(self, explainer, **settings):
         self._make: Callable[[], Any] = lambda: create_app(explainer, **settings)
         self._port = 0
         self.start()
 
-    def start(self) -> None:
+    def start(self):
         """Begin to answer."""
         self.app = self._make()
         bound = bind("127.0.0.1", self._port)
@@ -86,14 +85,14 @@ class Service:
             time.sleep(0.01)
         raise AssertionError("the service did not become ready")
 
-    def stop(self) -> None:
+    def stop(self):
         """Answer no more."""
         self._server.should_exit = True
         self._thread.join()
 
 
 @contextmanager
-def served(explainer: Explainer, **settings: Any) -> Iterator[Service]:
+def served(explainer, **settings):
     """A service that ends with the test."""
     service = Service(explainer, **settings)
     try:
@@ -105,7 +104,7 @@ def served(explainer: Explainer, **settings: Any) -> Iterator[Service]:
 class Page:
     """A page that is looked at, and everything it said and asked for."""
 
-    def __init__(self, page: Any, address: str) -> None:
+    def __init__(self, page, address):
         self.page, self.address = page, address
         self.complaints: list[str] = []
         self.asked: list[str] = []
@@ -115,11 +114,11 @@ class Page:
         page.goto(address)
         self.wait("document.getElementById('about').textContent !== ''")
 
-    def wait(self, script: str, given: Any = None) -> None:
+    def wait(self, script, given=None):
         """Until a script is true. Playwright's own waiting needs `eval`, which the page forbids."""
         self.until(lambda: bool(self.page.evaluate(script, given)), script)
 
-    def until(self, true: Callable[[], bool], what: str = "") -> None:
+    def until(self, true, what=""):
         """Until something is true, for twenty seconds at most."""
         for _ in range(1000):
             if true():
@@ -127,12 +126,12 @@ class Page:
             self.page.wait_for_timeout(20)
         raise AssertionError(f"never true: {what}")
 
-    def pick(self, data: bytes, name: str = "query.png") -> None:
+    def pick(self, data, name="query.png"):
         """A file by the picker; returns at once."""
         kind = "image/png" if name.endswith("png") else "text/plain"
         self.page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": data})
 
-    def settle(self, cards: int = 5) -> None:
+    def settle(self, cards=5):
         """Until results, pictures and receipts are there."""
         self.page.wait_for_selector("body[data-stage=answered]")
         self.wait(
@@ -142,26 +141,26 @@ class Page:
             cards,
         )
 
-    def ask(self, data: bytes) -> None:
+    def ask(self, data):
         """A picture, and everything of its answer."""
         self.pick(data)
         self.settle()
 
-    def text(self, selector: str) -> str:
+    def text(self, selector):
         """What is written there."""
         return str(self.page.inner_text(selector))
 
-    def texts(self, selector: str) -> list[str]:
+    def texts(self, selector):
         """What is written in each of them."""
         return list(self.page.locator(selector).all_inner_texts())
 
-    def pixels(self, selector: str) -> np.ndarray:
+    def pixels(self, selector):
         """What is drawn on a canvas, `[H W 4]`."""
         drawn = self.page.eval_on_selector(selector, "(canvas) => canvas.toDataURL()")
         data = base64.b64decode(drawn.partition(",")[2])
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
 
-    def style(self, selector: str, name: str, pseudo: str | None = None) -> str:
+    def style(self, selector, name, pseudo=None):
         """A computed property."""
         return str(
             self.page.eval_on_selector(
@@ -171,7 +170,7 @@ class Page:
             )
         )
 
-    def problems(self) -> list[str]:
+    def problems(self):
         """Of every image, button and field that cannot be told by its name, a line."""
         return list(self.page.evaluate(_PROBLEMS))
 

@@ -23,10 +23,10 @@ from embedcam.report import LINES, PAGE
 from embedcam.report.folder import Folder
 
 
-def whole_or_none(reference: Path):
+def whole_or_none(reference):
     """The page and the lines of a killed report: those of the one that was let finish, or none."""
 
-    def check(folder: Path) -> str | None:
+    def check(folder):
         for name in (LINES, PAGE):
             file = folder / name
             if file.exists() and file.read_bytes() != (reference / name).read_bytes():
@@ -38,7 +38,7 @@ def whole_or_none(reference: Path):
     return check
 
 
-def main() -> None:
+def main():
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
     warnings.simplefilter("ignore", DeprecationWarning)  # of forks, from Python 3.12 on
@@ -51,7 +51,7 @@ def main() -> None:
     (base / "queries/broken.png").write_text("a letter")
     explainer, source = Explainer(index, network), find_images(base / "queries", "none")
 
-    def report(folder: Path) -> None:
+    def report(folder):
         write_report(explainer, source, folder, batch_size=4, side=48, progress=False)
 
     check = whole_or_none(base / "reference")
@@ -60,7 +60,7 @@ def main() -> None:
     for point in (1, 9, len(source), len(source) + 1, 2 * len(source) - 1, 2 * len(source)):
         seen = []
 
-        def killing(folder: Folder, position: int, point=point, seen=seen) -> object:
+        def killing(folder, position, point=point, seen=seen):
             seen.append(position)
             if len(seen) == point:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -3,14 +3,13 @@
 import asyncio
 import io
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
-from build_samples import dense, pictures, toy
+import pytest
+from build_samples import dense, pictures, quicken, toy
 from PIL import Image
 
 from embedcam import Explainer, build_index
@@ -18,31 +17,34 @@ from embedcam import Explainer, build_index
 BOUNDARY = "a-boundary"
 
 
-def built(folder: Path, **settings: Any) -> Path:
+def built(folder, **settings):
     """An index of twelve small pictures in three folders, `folder`/photos."""
     source = pictures(folder / "photos")
     index = folder / "photos.index"
-    build_index(source, toy().network, index, **{"recipe": dense(), "progress": False, **settings})
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch)
+        settings = {"recipe": dense(), "progress": False, **settings}
+        build_index(source, toy().network, index, **settings)
     return index
 
 
-def explainer(index: Path, **settings: Any) -> Explainer:
+def explainer(index, **settings):
     return Explainer(index, toy().network, **settings)
 
 
-def picture(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
+def picture(seed=0, size=(40, 30)):
     """Noise of (width, height) `size`."""
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     return Image.fromarray(pixels)
 
 
-def data_of(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+def data_of(image, kind="PNG", **options):
     held = io.BytesIO()
     image.save(held, kind, **options)
     return held.getvalue()
 
 
-def form(data: bytes, name: str = "image", filename: str = 'filename="query.png"') -> bytes:
+def form(data, name="image", filename='filename="query.png"'):
     """A form of one file."""
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"; {filename}\r\n'
     return (
@@ -61,11 +63,11 @@ class Reply:
     headers: dict[str, str]
     body: bytes
 
-    def json(self) -> Any:
+    def json(self):
         return json.loads(self.body)
 
     @property
-    def error(self) -> tuple[int, str]:
+    def error(self):
         """Status and code of a refusal, which is checked to be nothing but one sentence."""
         assert self.headers["content-type"] == "application/json"
         body = self.json()
@@ -78,20 +80,20 @@ class Reply:
         return self.status, body["error"]["code"]
 
     @property
-    def message(self) -> str:
+    def message(self):
         return str(self.json()["error"]["message"])
 
-    def image(self) -> Image.Image:
+    def image(self):
         return Image.open(io.BytesIO(self.body))
 
 
 async def send(
-    app: Any,
-    method: str,
-    target: str,
-    body: bytes | Iterable[bytes | float] = b"",
-    headers: dict[str, str] | None = None,
-) -> Reply:
+    app,
+    method,
+    target,
+    body=b"",
+    headers=None,
+):
     """One request as uvicorn would hand it on.
 
     Args:
@@ -126,7 +128,7 @@ async def send(
     sent: list[dict[str, Any]] = []
     taken = iter(pieces)
 
-    async def receive() -> dict[str, Any]:
+    async def receive():
         for piece in taken:
             if isinstance(piece, bytes):
                 return {"type": "http.request", "body": piece, "more_body": piece is not last}
@@ -135,7 +137,7 @@ async def send(
             await asyncio.sleep(3600)
         return {"type": "http.disconnect"}
 
-    async def keep(message: dict[str, Any]) -> None:
+    async def keep(message):
         sent.append(message)
 
     await app(scope, receive, keep)
@@ -145,21 +147,21 @@ async def send(
     return Reply(start["status"], names, b"".join(part.get("body", b"") for part in rest))
 
 
-def ask(app: Any, method: str, target: str, body: Any = b"", **headers: str) -> Reply:
+def ask(app, method, target, body=b"", **headers):
     """One request by itself; `content_type=` becomes Content-Type."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     return asyncio.run(send(app, method, target, body, named))
 
 
-def post(app: Any, target: str, data: bytes, **headers: str) -> Reply:
+def post(app, target, data, **headers):
     """A picture as the body itself."""
     return ask(app, "POST", target, data, **{"content_type": "image/png", **headers})
 
 
-def awake(app: Any) -> Any:
+def awake(app):
     """The application without its lifespan, for clients that begin and end it with each request."""
 
-    async def call(scope: Any, receive: Any, send: Any) -> None:
+    async def call(scope, receive, send):
         if scope["type"] != "lifespan":
             await app(scope, receive, send)
             return

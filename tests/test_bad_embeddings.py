@@ -93,9 +93,7 @@ ZERO = r"c1/blank\.png: the embedding is zero and cannot be normalised; leave th
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 32])
-def test_a_build_names_the_first_and_skips_both(
-    folder: Path, index: Path, tmp_path: Path, batch_size: int
-) -> None:
+def test_a_build_names_the_first_and_skips_both(folder, index, tmp_path, batch_size) -> None:
     source = find_images(folder)
 
     def build(path: Path, **options: object) -> object:
@@ -132,9 +130,7 @@ def test_activations_that_are_not_finite_count_the_same(folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("method", ["scorecam", "gradcam++"])
-def test_passes_that_read_pictures_again_leave_them_out(
-    folder: Path, tmp_path: Path, method: str
-) -> None:
+def test_passes_that_read_pictures_again_leave_them_out(folder, tmp_path, method) -> None:
     recipe = Recipe(method=method, encoding="dense", sampling="random", triplets=2)
     report = build_index(find_images(folder), network(), tmp_path / "i", recipe, batch_size=4,
                          on_unreadable="skip", progress=False, scratch_gb=0)  # fmt: skip
@@ -224,9 +220,7 @@ def say(
     sys.modules.pop("bad_factory", None)
 
 
-def test_the_command_line_names_what_helps(
-    say: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
-) -> None:
+def test_the_command_line_names_what_helps(say, folder, tmp_path) -> None:
     code, _, err = say("build", folder, tmp_path / "i", "--exclude", "white.png", "--quiet")
     assert code == 4
     assert err.endswith("blank.png: the embedding is zero and cannot be normalised; leave the "
@@ -246,9 +240,7 @@ def test_the_command_line_names_what_helps(
     assert json.loads(again[1])["left_out"]["excluded"] == {"white.png": 1}
 
 
-def test_a_limit_of_pixels_wherever_pictures_are_read(
-    say: Callable[..., tuple[int, str, str]], folder: Path, index: Path, tmp_path: Path
-) -> None:
+def test_a_limit_of_pixels_wherever_pictures_are_read(say, folder, index, tmp_path) -> None:
     good, low = folder / "c0/0.png", ("--max-pixels", 399)
     message = "has 20 x 20 pixels, above the limit of 399; raise --max-pixels if you trust it"
     for command in (
@@ -275,9 +267,7 @@ def test_a_limit_of_pixels_wherever_pictures_are_read(
         explainer.picture("c0/0.png")
 
 
-def test_images_without_a_label_are_said_apart_from_those_alone(
-    say: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
-) -> None:
+def test_images_without_a_label_are_said_apart_from_those_alone(say, folder, tmp_path) -> None:
     lines = ["path,label"] + [
         f"{folder}/c{n % 3}/{n}.png,{'' if n < 3 else 'alone' if n == 3 else n % 3}"
         for n in range(12)

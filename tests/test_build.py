@@ -35,9 +35,6 @@ HALF = 2.0**-10
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-# ------------------------------------------------------------------ values
-
-
 def telling_margin(it, source) -> float:
     """A margin that satisfies some of the hinges of the triplets drawn, and not others."""
     f = it.network.forward(inputs(it, source)).embedding.numpy()
@@ -120,17 +117,6 @@ def test_the_centred_target_needs_no_labels(tmp_path, source, kind, method) -> N
         assert index.triplets_used(live).tolist() == [1] * 12
 
 
-def test_given_triplets_are_used_as_they_are(tmp_path, source) -> None:
-    recipe, it = dense(sampling="given"), toy()
-    rows = np.arange(12)
-    given = np.stack([(rows[:, None] + [3, 6]) % 12, (rows[:, None] + [1, 2]) % 12], -1)
-    build_index(source, it.network, tmp_path / "i", recipe, triplets=given)
-    with opened(tmp_path / "i") as (index, live):
-        expected, counts = literal_weights(it, source, recipe, index.embeddings(live), given)
-        assert off(index.weights(live), expected) < 2e-5
-        assert index.triplets_used(live).tolist() == counts.tolist() == [2] * 12
-
-
 @pytest.mark.parametrize("kind", ["affine", "identity"])
 @pytest.mark.parametrize("norm", ["through", "around"])
 def test_exact_low_rank_is_dense_to_half_rounding(tmp_path, source, kind, norm) -> None:
@@ -198,9 +184,6 @@ def test_a_head_wider_than_the_rank_takes_principal_components(tmp_path, source)
     build_index(source, toy().network, tmp_path / "i", Recipe(triplets=4, rank=WIDTH - 1))
     with opened(tmp_path / "i") as (index, _):
         assert index.encoding().spec()["origin"] == "pca"
-
-
-# ------------------------------------------------------------------ own maps
 
 
 ENCODINGS = {
@@ -272,9 +255,6 @@ def test_the_coarse_grid_keeps_the_shape_in_64_cells(grid, coarse) -> None:
     assert found[1] <= grid[1]
 
 
-# ------------------------------------------------------------------ forwards
-
-
 @pytest.mark.parametrize(
     ("kind", "method", "most"),
     [
@@ -305,9 +285,6 @@ def test_each_image_is_forwarded_once_behind_a_pool_else_twice(
     assert [seen.count(one) for one in wanted] == [most] * 12
     probes = len(seen) - most * 12
     assert probes < 40  # however many images there are
-
-
-# ------------------------------------------------------------------ determinism
 
 
 @pytest.mark.parametrize("kind", ["affine", "other"])

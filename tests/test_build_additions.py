@@ -42,9 +42,6 @@ def broken(tmp_path) -> ImageSource:
     return broken_pictures(tmp_path / "pictures")
 
 
-# ------------------------------------------------------------------ additions
-
-
 @pytest.fixture
 def grown(tmp_path):
     """A built index of twelve images, and six more."""

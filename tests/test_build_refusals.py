@@ -37,18 +37,12 @@ from embedcam.offline.checkpoint import Checkpoint
 from embedcam.preprocess import custom
 from embedcam.recipe.recipe import Recipe, RecipeWarning
 
-HALF = 2.0**-10
-
-
 pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
 def broken(tmp_path) -> ImageSource:
     return broken_pictures(tmp_path / "pictures")
-
-
-# ------------------------------------------------------------------ unreadable images
 
 
 def test_an_unreadable_image_stops_the_build_with_its_path(tmp_path, broken) -> None:
@@ -153,9 +147,6 @@ def test_given_triplets_keep_to_their_images_when_one_is_skipped(tmp_path, broke
         build_index(
             broken, it.network, tmp_path / "j", recipe, triplets=given, on_unreadable="skip"
         )
-
-
-# ------------------------------------------------------------------ too little, too few, too early
 
 
 def counted_refusal(tmp_path, source, error, match, *, network=None, recipe=None, **options):
@@ -294,9 +285,6 @@ def test_a_grid_that_changes_between_images_is_a_sentence(tmp_path, source, smal
         build_index(source, it.network, tmp_path / "i", DENSE, batch_size=4, workers=0)
 
 
-# ------------------------------------------------------------------ finished and unfinished
-
-
 def test_a_finished_index_is_not_built_again(tmp_path, source) -> None:
     it = toy()
     build_index(source, it.network, tmp_path / "i", DENSE)
@@ -322,13 +310,6 @@ def test_a_finished_index_of_something_else_is_not_called_done(tmp_path, source)
         given = {"source": source, "network": toy().network, "recipe": DENSE, **options}
         with pytest.raises(InputError, match=match + ".*--refit"):
             build_index(path=tmp_path / "i", **given)
-
-
-def test_skipped_images_do_not_make_a_finished_index_another(tmp_path, broken) -> None:
-    for _ in range(2):
-        report = build_index(broken, toy().network, tmp_path / "i", DENSE, on_unreadable="skip")
-        assert [name for name, _ in report.skipped] == BAD
-    assert report.n_images == 0
 
 
 def test_replace_swaps_a_finished_index_for_readers_to_come(tmp_path, source) -> None:

@@ -278,9 +278,6 @@ def test_an_index_follows_whatever_becomes_of_its_folder(photos: Path, seed: int
     assert verify(photos.with_name("i")).ok
 
 
-# ------------------------------------------------------------------ the command
-
-
 @pytest.fixture
 def say(
     photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

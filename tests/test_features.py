@@ -1,22 +1,9 @@
 """An index from features that already exist: the same as from the images they were made of."""
 
 import numpy as np
-import oracles
 import pytest
 import torch
-from build_samples import (
-    DENSE,
-    Mean,
-    Toy,
-    dense,
-    drawn,
-    everything,
-    inputs,
-    off,
-    opened,
-    pictures,
-    toy,
-)
+from build_samples import DENSE, Mean, Toy, dense, everything, inputs, off, opened, pictures, toy
 from safetensors.torch import save_file
 
 from embedcam.errors import InputError, NetworkError, RecipeError
@@ -98,20 +85,6 @@ def test_features_in_files_give_the_index_of_their_images(
         assert all(getattr(a.manifest, key) == getattr(b.manifest, key) for key in same)
         one, other = a.manifest.layers[0], b.manifest.layers[0]
         assert one == other
-
-
-def test_the_weights_are_the_literal_loops(tmp_path, source) -> None:
-    it, recipe = toy(), dense(method="gradcam++")
-    from_features(it, source, tmp_path / "i", recipe)
-    activations = it.network.forward(inputs(it, source)).activations
-    with opened(tmp_path / "i") as (index, live):
-        f = index.embeddings(live)
-        triplets = drawn(recipe, f, source.labels)
-        for row in range(12):
-            expected, _ = oracles.averaged_weights(
-                it.head, activations[row], f[row], f, triplets[row].tolist(), method="gradcam++"
-            )
-            assert off(index.weights(live)[row], expected) < 2e-5
 
 
 def test_blocks_change_nothing(tmp_path, source, monkeypatch) -> None:

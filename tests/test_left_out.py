@@ -54,9 +54,7 @@ def test_what_a_folder_holds_besides_is_counted(mixed: Path) -> None:
         (["*.bmp"], ["a/1.png", "a/2.PNG", "b/3.png", "b/small/4.png"], {"*.bmp": 0}),
     ],
 )
-def test_patterns_leave_out_files_and_folders(
-    mixed: Path, patterns: list[str], left: list[str], counted: dict[str, int]
-) -> None:
+def test_patterns_leave_out_files_and_folders(mixed, patterns, left, counted) -> None:
     source = find_images(mixed, "none", exclude=patterns)
     assert source.ids == left
     assert source.left_out.excluded == counted
@@ -85,9 +83,7 @@ def test_exclude_takes_patterns_alone(mixed: Path) -> None:
         (["c0/train/1", "c1/train/2"], ""),
     ],
 )  # fmt: skip
-def test_labels_that_are_splits_are_pointed_out(
-    tmp_path: Path, names: list[str], note: str
-) -> None:
+def test_labels_that_are_splits_are_pointed_out(tmp_path, names, note) -> None:
     for name in names:
         write(tmp_path / f"{name}.png")
     said = find_images(tmp_path).notes

@@ -31,7 +31,7 @@ from embedcam.index.calibration import MatchCalibration, alike, kinship, match_e
 from embedcam.offline import indexed_images
 from embedcam.offline.cotangents import AnchorCotangents
 from embedcam.offline.match import calibrate_match
-from embedcam.offline.triplets import NearestOthers, NumberSampler, label_codes
+from embedcam.offline.triplets import NearestOthers, TripletSampler, label_codes
 from embedcam.offline.trust import leave_out
 
 N, D = 26, 4
@@ -145,7 +145,7 @@ def test_the_default_target_is_that_margin_whitened_with_the_images_own_part() -
 @pytest.mark.parametrize("kind", ["different", "some"])
 def test_draws_are_of_the_near_and_the_far(kind, sampling) -> None:
     values, rows = prices(kind), table()
-    sampler = NumberSampler(
+    sampler = TripletSampler(
         rows, values, NearestOthers(rows), positives=0.2, negatives=0.5, sampling=sampling,
         n_triplets=400,
     )  # fmt: skip
@@ -287,9 +287,7 @@ def run(capsys, shop: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     sys.modules.pop("cli_toy_network", None)
 
 
-def test_a_csv_of_prices_is_built_explained_matched_and_added_to(
-    run: Run, shop: Path, tmp_path: Path
-) -> None:
+def test_a_csv_of_prices_is_built_explained_matched_and_added_to(run, shop, tmp_path) -> None:
     index = tmp_path / "index"
     code, _, noted = run("build", "prices.csv", index, "--labels", "numbers", *NAMED)
     assert code == 0, noted
@@ -372,9 +370,7 @@ def test_an_evaluation_takes_numbers_for_no_classes(shop: Path, tmp_path: Path) 
         ("-inf", "the label '-inf' is not a finite number"),
     ],
 )
-def test_a_label_that_is_no_number_is_refused_with_its_line(
-    run: Run, tmp_path: Path, label: str, said: str
-) -> None:
+def test_a_label_that_is_no_number_is_refused_with_its_line(run, tmp_path, label, said) -> None:
     listed = tmp_path / "bad.csv"
     listed.write_text(f"path,label\na.png,1\nb.png,{label}\n")
     code, _, noted = run("build", listed, tmp_path / "i", "--labels", "numbers", *NAMED)

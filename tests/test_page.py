@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 from urllib.parse import urlencode
@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 from build_samples import dense, pictures, quicken, toy
-from page_client import FLAGS, Page, Service, browser_path, scenes_index, served, wide
+from page_client import FLAGS, Page, browser_path, scenes_index, served, wide
 from service_client import built, data_of, picture
 
 from embedcam import Explainer, PairExplainer, build_index
@@ -23,20 +23,20 @@ QUERY = wide()
 
 
 @pytest.fixture(scope="module")
-def explainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Explainer]:
+def explainer(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         quicken(patch)
         yield scenes_index(tmp_path_factory.mktemp("page"))
 
 
 @pytest.fixture(scope="module")
-def service(explainer: Explainer) -> Iterator[Service]:
+def service(explainer):
     with served(explainer) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser():
     with sync_api.sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         yield started
@@ -47,12 +47,12 @@ Look = Callable[..., Page]
 
 
 @pytest.fixture
-def look(browser: Any, service: Service) -> Iterator[Look]:
+def look(browser, service):
     """Opens the page; in the end nothing was complained of, and no other machine was asked."""
     seen: list[tuple[Page, bool]] = []
     with ExitStack() as stack:
 
-        def opened(at: Service = service, *, refused: bool = False, **settings: Any) -> Page:
+        def opened(at=service, *, refused=False, **settings):
             settings.setdefault("viewport", {"width": 1280, "height": 800})
             context = browser.new_context(**settings)
             stack.callback(context.close)
@@ -78,18 +78,18 @@ TRANSFER = """(bytes) => {
 }"""
 
 
-def transfer(page: Page) -> Any:
+def transfer(page):
     return page.page.evaluate_handle(TRANSFER, base64.b64encode(QUERY).decode())
 
 
-def numbers(page: Page, selector: str) -> list[float]:
+def numbers(page, selector):
     return [float(text.replace("\N{MINUS SIGN}", "-")) for text in page.texts(selector)]
 
 
 # --- a picture comes in ---
 
 
-def test_a_picture_is_dropped(look: Look, explainer: Explainer) -> None:
+def test_a_picture_is_dropped(look, explainer):
     page = look()
     assert page.text("#intake h2") == "Why did this image come back?"
     assert page.text("#about") == "30 images"
@@ -111,7 +111,7 @@ def test_a_picture_is_dropped(look: Look, explainer: Explainer) -> None:
     assert page.problems() == []
 
 
-def test_a_picture_is_pasted(look: Look) -> None:
+def test_a_picture_is_pasted(look):
     page = look()
     page.page.evaluate(
         """(data) => document.dispatchEvent(
@@ -121,7 +121,7 @@ def test_a_picture_is_pasted(look: Look) -> None:
     page.settle()
 
 
-def test_maps_are_drawn_as_python_draws_them(look: Look, explainer: Explainer) -> None:
+def test_maps_are_drawn_as_python_draws_them(look, explainer):
     page = look()
     page.ask(QUERY)
     why = explainer.explain(QUERY)
@@ -142,7 +142,7 @@ def test_maps_are_drawn_as_python_draws_them(look: Look, explainer: Explainer) -
         np.testing.assert_allclose(drawn[..., :3][strong], colours, atol=4)
 
 
-def test_colours_are_python_s(look: Look) -> None:
+def test_colours_are_python_s(look):
     page = look()
     cam = np.linspace(-1, 1, 24).reshape(4, 6)
     filled = """async ([values, both]) => {
@@ -167,7 +167,7 @@ def test_colours_are_python_s(look: Look) -> None:
 # --- what is asked of it ---
 
 
-def test_a_point_is_clicked(look: Look, explainer: Explainer, record_property: Any) -> None:
+def test_a_point_is_clicked(look, explainer, record_property):
     page = look()
     page.ask(QUERY)
     before = page.pixels(".card:nth-child(2) canvas")
@@ -194,9 +194,7 @@ def test_a_point_is_clicked(look: Look, explainer: Explainer, record_property: A
     assert page.page.is_hidden("#back")
 
 
-def test_a_point_where_receipts_are_of_first_order(
-    look: Look, tmp_path_factory: Any, monkeypatch: Any
-) -> None:
+def test_a_point_where_receipts_are_of_first_order(look, tmp_path_factory, monkeypatch):
     quicken(monkeypatch)
     folder = tmp_path_factory.mktemp("other")
     made = toy("other").network
@@ -218,7 +216,7 @@ def test_a_point_where_receipts_are_of_first_order(
         assert "first order" in page.text("#panel")
 
 
-def test_a_result_is_hovered(look: Look, explainer: Explainer) -> None:
+def test_a_result_is_hovered(look, explainer):
     page = look()
     page.ask(QUERY)
     assert page.text("#panel-title") == "Ask why"
@@ -250,7 +248,7 @@ def test_a_result_is_hovered(look: Look, explainer: Explainer) -> None:
 
 
 @pytest.mark.parametrize("what", [".name", ".far", ".pick", ".caption"])
-def test_anywhere_on_a_result_opens_its_receipt(look: Look, what: str) -> None:
+def test_anywhere_on_a_result_opens_its_receipt(look, what):
     page = look()
     page.ask(QUERY)
     page.page.hover(f".card:nth-child(3) {what}")
@@ -261,7 +259,7 @@ def test_anywhere_on_a_result_opens_its_receipt(look: Look, what: str) -> None:
     assert page.text("#panel-title") == "Why result 4 matches"
 
 
-def test_two_results_are_compared(look: Look, explainer: Explainer) -> None:
+def test_two_results_are_compared(look, explainer):
     page = look()
     page.ask(QUERY)
     page.page.click(".card:nth-child(4) .pick")
@@ -301,7 +299,7 @@ def test_two_results_are_compared(look: Look, explainer: Explainer) -> None:
     assert page.page.locator(".pick[aria-pressed=true]").count() == 0
 
 
-def test_two_results_are_told_apart_by_the_stored_weights(look: Look, explainer: Explainer) -> None:
+def test_two_results_are_told_apart_by_the_stored_weights(look, explainer):
     page = look()
     page.ask(QUERY)
     for place in (2, 4):
@@ -325,7 +323,7 @@ def test_two_results_are_told_apart_by_the_stored_weights(look: Look, explainer:
     assert page.problems() == []
 
 
-def test_the_result_becomes_the_query(look: Look) -> None:
+def test_the_result_becomes_the_query(look):
     page = look()
     page.ask(QUERY)
     wanted = page.texts(".card .id")[1]
@@ -337,7 +335,7 @@ def test_the_result_becomes_the_query(look: Look) -> None:
     assert page.page.url == f"{page.address}/#{urlencode({'id': wanted})}"
 
 
-def test_one_of_the_index_is_tried(look: Look, explainer: Explainer) -> None:
+def test_one_of_the_index_is_tried(look, explainer):
     page = look()
     page.page.wait_for_selector("#tries .try")
     names = page.page.eval_on_selector_all(".try img", "(all) => all.map((one) => one.alt)")
@@ -351,7 +349,7 @@ def test_one_of_the_index_is_tried(look: Look, explainer: Explainer) -> None:
     assert page.page.url == f"{page.address}/#{urlencode({'id': wanted})}"
 
 
-def test_an_address_is_an_indexed_query(look: Look, explainer: Explainer) -> None:
+def test_an_address_is_an_indexed_query(look, explainer):
     page = look()
     first, second = explainer.index.ids[4], explainer.index.ids[17]
     nearest = "(id) => document.querySelector('.card .id')?.textContent === id"
@@ -383,7 +381,7 @@ def test_an_address_is_an_indexed_query(look: Look, explainer: Explainer) -> Non
         "0/../../healthz?", "\u202e", "x" * 3000, "'\");alert(1)//",
     ],
 )  # fmt: skip
-def test_a_strange_address_is_an_id_that_no_image_has(look: Look, name: str) -> None:
+def test_a_strange_address_is_an_id_that_no_image_has(look, name):
     page = look(refused=True)
     page.page.goto(f"{page.address}/#{urlencode({'id': name})}")
     page.page.wait_for_selector("#problem")
@@ -396,7 +394,7 @@ def test_a_strange_address_is_an_id_that_no_image_has(look: Look, name: str) -> 
     page.ask(QUERY)  # and the page goes on
 
 
-def test_how_many_and_how_strong(look: Look) -> None:
+def test_how_many_and_how_strong(look):
     page = look()
     page.ask(QUERY)
     assert float(page.style("#query-shot canvas", "opacity")) == pytest.approx(0.7)
@@ -410,7 +408,7 @@ def test_how_many_and_how_strong(look: Look) -> None:
     page.settle(3)
 
 
-def test_a_finer_map_is_asked_for(look: Look, explainer: Explainer) -> None:
+def test_a_finer_map_is_asked_for(look, explainer):
     page = look()
     page.ask(QUERY)
     before = page.pixels("#query-shot canvas")
@@ -426,14 +424,14 @@ def test_a_finer_map_is_asked_for(look: Look, explainer: Explainer) -> None:
 # --- for everybody ---
 
 
-def test_with_the_keyboard_alone(look: Look) -> None:
+def test_with_the_keyboard_alone(look):
     page = look()
     keys, choosers = page.page.keyboard, list[Any]()
     # Well before it is needed: the browser may otherwise open a dialog of its own.
     page.page.on("filechooser", lambda one: choosers.append(one))
     focused = lambda what: page.page.evaluate(f"document.activeElement.{what}")  # noqa: E731
 
-    def tab_to(selector: str) -> None:
+    def tab_to(selector):
         for _ in range(30):
             keys.press("Tab")
             if page.page.evaluate("(one) => document.activeElement.matches(one)", selector):
@@ -473,13 +471,13 @@ def test_with_the_keyboard_alone(look: Look) -> None:
     page.wait("document.getElementById('status').textContent.includes('nearer')")
 
 
-def luminance(colour: str) -> float:
+def luminance(colour):
     parts = [float(one) / 255 for one in colour[colour.index("(") + 1 : -1].split(",")[:3]]
     linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def contrast(page: Page, ink: str, paper: str) -> float:
+def contrast(page, ink, paper):
     """WCAG's, of two colours of the style sheet."""
     found = page.page.evaluate(
         """(names) => names.map((name) => {
@@ -497,7 +495,7 @@ def contrast(page: Page, ink: str, paper: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark(look: Look, scheme: str) -> None:
+def test_light_and_dark(look, scheme):
     page = look(color_scheme=scheme)
     dark = lambda: luminance(page.style("body", "backgroundColor")) < 0.1  # noqa: E731
     assert dark() == (scheme == "dark")
@@ -515,7 +513,7 @@ def test_light_and_dark(look: Look, scheme: str) -> None:
     assert dark() == (scheme != "dark")
 
 
-def test_a_narrow_window(look: Look) -> None:
+def test_a_narrow_window(look):
     page = look(viewport={"width": 360, "height": 720}, has_touch=True, reduced_motion="reduce")
     assert page.problems() == []
     page.ask(QUERY)
@@ -534,10 +532,10 @@ def test_a_narrow_window(look: Look) -> None:
 # --- what is not as it should be ---
 
 
-def altered(page: Page, change: Callable[[Any], None]) -> None:
+def altered(page, change):
     """Answers of /explain as another index would give them."""
 
-    def handle(route: Any) -> None:
+    def handle(route):
         answer = route.fetch()
         body = answer.json()
         change(body)
@@ -546,7 +544,7 @@ def altered(page: Page, change: Callable[[Any], None]) -> None:
     page.page.route("**/explain?*", handle)
 
 
-def test_what_is_not_to_be_trusted_says_so(look: Look) -> None:
+def test_what_is_not_to_be_trusted_says_so(look):
     page = look()
     altered(page, lambda body: body.update(trust=0.21, trusted=False, direct=False))
     page.ask(QUERY)
@@ -561,7 +559,7 @@ def test_what_is_not_to_be_trusted_says_so(look: Look) -> None:
     assert page.page.is_hidden("#trust")
 
 
-def test_a_replaced_picture_says_so_and_has_no_map_over_it(look: Look) -> None:
+def test_a_replaced_picture_says_so_and_has_no_map_over_it(look):
     page = look()
     altered(page, lambda body: body["neighbors"][1].update(file="changed"))
     page.ask(QUERY)
@@ -579,13 +577,13 @@ def test_a_replaced_picture_says_so_and_has_no_map_over_it(look: Look) -> None:
     assert page.problems() == []
 
 
-def test_names_are_text_whatever_they_hold(look: Look) -> None:
+def test_names_are_text_whatever_they_hold(look):
     page = look(viewport={"width": 360, "height": 720})
     nasty = (
         "<img src=x onerror=document.title='owned'><script>1</script>\u202e\0\ud800" + "x" * 3000
     )
 
-    def rename(body: Any) -> None:
+    def rename(body):
         body["neighbors"][0]["label"] = nasty
 
     altered(page, rename)
@@ -596,7 +594,7 @@ def test_names_are_text_whatever_they_hold(look: Look) -> None:
     assert page.problems() == []
 
 
-def test_a_text_file_is_refused_kindly(look: Look) -> None:
+def test_a_text_file_is_refused_kindly(look):
     page = look(refused=True)
     page.ask(QUERY)
     page.pick(b"dear search engine", "letter.txt")
@@ -614,7 +612,7 @@ def test_a_text_file_is_refused_kindly(look: Look) -> None:
     assert page.page.is_hidden("#problem")
 
 
-def test_a_service_that_is_busy_or_gone(look: Look, explainer: Explainer) -> None:
+def test_a_service_that_is_busy_or_gone(look, explainer):
     with served(explainer) as service:
         page = look(service, refused=True)
         page.page.wait_for_load_state("networkidle")  # the pictures to try have come
@@ -636,7 +634,7 @@ def test_a_service_that_is_busy_or_gone(look: Look, explainer: Explainer) -> Non
         page.settle()
 
 
-def test_pictures_that_went(look: Look, tmp_path: Any, monkeypatch: Any) -> None:
+def test_pictures_that_went(look, tmp_path, monkeypatch):
     quicken(monkeypatch)
     index = built(tmp_path)
     with served(Explainer(index, toy().network)) as service:
@@ -653,7 +651,7 @@ def test_pictures_that_went(look: Look, tmp_path: Any, monkeypatch: Any) -> None
         assert page.page.locator("#panel .sum").count() == 1
 
 
-def test_an_index_without_own_maps(look: Look, tmp_path: Any, monkeypatch: Any) -> None:
+def test_an_index_without_own_maps(look, tmp_path, monkeypatch):
     quicken(monkeypatch)
     index = built(tmp_path, own_maps=False)
     with served(Explainer(index, toy().network)) as service:

@@ -59,9 +59,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("choices", [{}, {"norm": "around"}, {"hinge": True, "margin": 0.5}])
-def test_stored_weights_are_the_mean_gradient_of_every_triplet(
-    kind: str, choices: dict[str, object], tmp_path: Path
-) -> None:
+def test_stored_weights_are_the_mean_gradient_of_every_triplet(kind, choices, tmp_path) -> None:
     made_of, source = toy(kind), pictures(tmp_path / "photos")
     recipe = Recipe(**{**SAMPLED.to_dict(), **choices})
     build_index(source, made_of.network, tmp_path / "index", recipe, batch_size=5, progress=False)
@@ -79,9 +77,7 @@ def test_stored_weights_are_the_mean_gradient_of_every_triplet(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_by_the_default_target_they_are_the_gradient_along_its_cotangent(
-    kind: str, tmp_path: Path
-) -> None:
+def test_by_the_default_target_they_are_the_gradient_along_its_cotangent(kind, tmp_path) -> None:
     made_of, source = toy(kind), pictures(tmp_path / "photos")
     build_index(source, made_of.network, tmp_path / "index", POSITIONS, progress=False)
     activations = activations_of(made_of, source)
@@ -229,9 +225,7 @@ def test_a_query_of_another_grid_and_a_finer_map_are_refused(built: Path) -> Non
             explainer.explain(query, detail=2)
 
 
-def test_a_build_says_what_a_head_that_does_not_pool_means(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_build_says_what_a_head_that_does_not_pool_means(tmp_path, caplog) -> None:
     source = pictures(tmp_path / "photos")
     said = {}
     for name, kind, recipe in (

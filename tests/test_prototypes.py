@@ -79,9 +79,7 @@ def unit(vector: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("normalized", [True, False])
-def test_embeddings_and_weights_are_means_of_their_members(
-    tmp_path: Path, kind: str, normalized: bool
-) -> None:
+def test_embeddings_and_weights_are_means_of_their_members(tmp_path, kind, normalized) -> None:
     source = clustered(tmp_path / "a", kind, normalized=normalized)
     remove(source, ["image-0003", "image-0010", "image-0029"])
     report = compress(source, tmp_path / "b", 6)
@@ -121,7 +119,7 @@ def test_embeddings_and_weights_are_means_of_their_members(
 
 
 def test_codes_derived_from_embeddings_are_stored_where_means_are_made_unit_vectors(
-    tmp_path: Path,
+    tmp_path,
 ) -> None:
     for normalized, codes in ((True, "stored"), (False, "embedding")):
         source = clustered(tmp_path / f"a{codes}", "embedding", normalized=normalized)
@@ -138,9 +136,7 @@ def test_codes_derived_from_embeddings_are_stored_where_means_are_made_unit_vect
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("metric", ["l2", "ip"])
-def test_as_many_prototypes_as_images_are_the_images(
-    tmp_path: Path, kind: str, metric: str
-) -> None:
+def test_as_many_prototypes_as_images_are_the_images(tmp_path, kind, metric) -> None:
     source = clustered(tmp_path / "a", kind, metric=metric)
     remove(source, ["image-0004"])
     report = compress(source, tmp_path / "b", 29)
@@ -304,9 +300,7 @@ def close_to(found: dict[str, Any], by: float = 2e-3) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("per_class", [False, True])
 @pytest.mark.parametrize("wanted", [1, 4])
-def test_fidelity_is_what_a_literal_loop_measures(
-    tmp_path: Path, kind: str, per_class: bool, wanted: int
-) -> None:
+def test_fidelity_is_what_a_literal_loop_measures(tmp_path, kind, per_class, wanted) -> None:
     labels = [None if row % 7 == 6 else f"class {row % 3}" for row in range(30)]
     source = clustered(tmp_path / "a", kind, labels=labels)
     remove(source, ["image-0007", "image-0020"])
@@ -350,9 +344,7 @@ def test_one_image_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
     assert found == {"images": 0, "cosine": {"1": None, "5": None}, "recall_at_1": None}
 
 
-def test_the_sample_is_seeded_and_at_most_a_thousand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sample_is_seeded_and_at_most_a_thousand(tmp_path, monkeypatch) -> None:
     assert compression.SAMPLE == 1000
     assert compression.sample_rows(1000, 3).tolist() == list(range(1000))
     assert len(set(compression.sample_rows(5000, 3).tolist())) == 1000
@@ -414,9 +406,7 @@ def test_groups_are_those_of_k_means(full: float, monkeypatch: pytest.MonkeyPatc
     assert (np.diff(groups.firsts) > 0).all()
 
 
-def test_large_indexes_are_divided_batch_by_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_indexes_are_divided_batch_by_batch(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(groups_module, "_FULL", 0)
     source = clustered(tmp_path / "a", n=60)
     for name in ("b", "c"):
@@ -560,9 +550,7 @@ def test_bars_are_shown_where_asked_for(tmp_path: Path, capsys: pytest.CaptureFi
         (3, {"seed": 1 << 32}, "seed = 4294967296; give a whole number"),
     ],
 )
-def test_numbers_that_cannot_be(
-    tmp_path: Path, wanted: Any, options: dict[str, Any], message: str
-) -> None:
+def test_numbers_that_cannot_be(tmp_path, wanted, options, message) -> None:
     with pytest.raises(InputError, match=message):
         compress(clustered(tmp_path / "a"), tmp_path / "b", wanted, **options)
     assert not (tmp_path / "b").exists()
@@ -662,9 +650,7 @@ def test_what_was_cut_short_is_done_again(tmp_path: Path, monkeypatch: pytest.Mo
         (("fidelity", "recall_at_1", "index"), 7.5, "compressed.fidelity.recall_at_1.index is 7.5"),
     ],
 )
-def test_what_a_manifest_says_of_prototypes_is_checked(
-    tmp_path: Path, place: tuple[str, ...], value: Any, message: str
-) -> None:
+def test_what_a_manifest_says_of_prototypes_is_checked(tmp_path, place, value, message) -> None:
     compress(clustered(tmp_path / "a"), tmp_path / "b", 5)
     manifest = json.loads((tmp_path / "b/manifest.json").read_text())
     holder = manifest

@@ -13,22 +13,19 @@ from rounding import assert_same_picture
 from embedcam.errors import InputError
 from embedcam.ops import resize
 from embedcam.render import (
-    Look,
     PageLink,
     Row,
     Table,
     Tile,
-    colormap,
+    draw_on_axes,
     overlay,
     page,
-    page_foot,
-    page_head,
-    page_row,
     panel,
     shrunk,
-    stretch,
     top_value,
 )
+from embedcam.render.overlay import colormap, stretch
+from embedcam.render.page import Look, page_foot, page_head, page_row
 from embedcam.render.tiles import shorten, wrap
 
 GREY = 100
@@ -518,15 +515,57 @@ def test_without_matplotlib_the_default_colours_are_the_same_and_others_are_refu
     code = (
         "import sys; sys.modules['matplotlib'] = None;"
         "import embedcam.render as r, numpy as np; from PIL import Image;"
+        "from embedcam.render.overlay import colormap;"
         "from embedcam.errors import InputError;"
         "p = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8);"
         "cam = np.arange(12.0).reshape(3, 4); image = Image.fromarray(p);"
         "out = r.panel(r.Tile(image, cam, caption='owls/1.jpg'), []);"
         "assert out.size[0] > 500 and len(out.getcolors(1 << 20)) > 1000;"
         "sys.stdout.buffer.write(r.overlay(image, cam).tobytes());\n"
-        "try: r.colormap(cam, 'viridis')\n"
+        "try: colormap(cam, 'viridis')\n"
         "except InputError as error: sys.stderr.write(str(error))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert_same_picture(np.frombuffer(done.stdout, np.uint8).reshape(40, 60, 3), drawn)
     assert b"'viridis' is matplotlib's, which is not installed; take inferno" in done.stderr
+
+
+def test_maps_are_drawn_into_axes_with_words_as_text(tmp_path):
+    from matplotlib import pyplot, rc_context
+
+    figure, (left, right) = pyplot.subplots(1, 2)
+    image = photo()
+    mapped = Tile(image, np.eye(3), (5, 0, 50, 40))
+    assert draw_on_axes(left, mapped, "Why & <what>") is left
+    drawn = np.asarray(left.images[0].get_array())
+    np.testing.assert_array_equal(drawn, np.asarray(mapped.drawn(image.size, 1.0)[1]))
+    draw_on_axes(right, Tile(None, -np.eye(3), signed=True), "b")
+    with rc_context({"svg.fonttype": "none", "pdf.fonttype": 42}):
+        figure.savefig(tmp_path / "a.svg")
+        figure.savefig(tmp_path / "a.pdf")
+    pyplot.close(figure)
+    assert "Why &amp; &lt;what&gt;</text>" in (tmp_path / "a.svg").read_text()
+    assert b"/Font" in (tmp_path / "a.pdf").read_bytes()
+    with pytest.raises(InputError, match="ax = 'here'; give the Axes that matplotlib's"):
+        draw_on_axes("here", mapped)
+
+
+def test_everything_that_is_plotted_is_plotted_into_axes(explainer):
+    from matplotlib.figure import Figure
+    from photo_samples import picture
+
+    from embedcam import PairExplainer, cam_for
+
+    query = picture(0, 1)
+    pairs, (one, other) = PairExplainer(explainer), explainer.index.ids[:2]
+    for plotted in (
+        explainer.explain(query),
+        pairs.receipt(query, one),
+        pairs.above(query, one, other),
+        cam_for(explainer.network, query, lambda embedding: embedding.sum(1)),
+    ):
+        ax = Figure().subplots()
+        assert plotted.plot(ax=ax, title="a caption") is ax
+        assert (ax.get_title(), len(ax.images)) == ("a caption", 1)
+    with pytest.raises(InputError, match="title = 'a' is drawn into matplotlib axes; give ax"):
+        plotted.plot(title="a")

@@ -6,10 +6,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +14,12 @@ import torch
 from build_samples import everything, quicken
 from photo_samples import CROP, SIDE, build, network_of, picture, write_photos
 
-from embedcam import EmbeddingNetwork, Explainer, Explanation, Index, find_images, write_report
+from embedcam import Explainer, Explanation, Index, find_images, write_report
 from embedcam.errors import ImageError, InputError
 from embedcam.images import ImageSource, Item, from_dataset
 from embedcam.index import remove
 from embedcam.preprocess import custom
-from embedcam.render import Look, Row, page_row
+from embedcam.render.page import Look, Row, page_row
 from embedcam.report import LINES, PAGE
 from embedcam.report import report as job_room
 from embedcam.report.report import finished, open_query
@@ -32,29 +29,29 @@ BROKEN = "1/broken.png"
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick(monkeypatch):
     quicken(monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def network() -> EmbeddingNetwork:
+def network():
     return network_of(preprocess=CROP)
 
 
 @pytest.fixture(scope="module")
-def built(network: EmbeddingNetwork, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(network, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     return build(write_photos(folder / "photos"), folder / "my.index", network)
 
 
 @pytest.fixture
-def explainer(built: Path, network: EmbeddingNetwork) -> Iterator[Explainer]:
+def explainer(built, network):
     with Index.open(built) as index:
         yield Explainer(index, network, n_neighbors=3)
 
 
 @pytest.fixture(scope="module")
-def queries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def queries(tmp_path_factory):
     """Seven pictures in folders, one of them larger than the page shows it, and one broken file."""
     folder = tmp_path_factory.mktemp("queries")
     for number in range(7):
@@ -65,21 +62,24 @@ def queries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
+@pytest.fixture
+def source(queries):
+    return find_images(queries, "none")
+
+
+def records(folder):
     return [json.loads(line) for line in (folder / LINES).read_text().splitlines()]
 
 
-def told(explanation: Explanation) -> dict[str, Any]:
+def told(explanation):
     return json.loads(json.dumps(explanation.to_dict((14, 14))))
 
 
 # --- what is written -----------------------------------------------------------------------------
 
 
-def test_the_lines_are_what_explain_finds(
-    explainer: Explainer, queries: Path, tmp_path: Path
-) -> None:
-    found = write_report(explainer, find_images(queries, "none"), tmp_path / "out", batch_size=1)
+def test_the_lines_are_what_explain_finds(explainer, queries, tmp_path, source):
+    found = write_report(explainer, source, tmp_path / "out", batch_size=1)
     assert found.path == tmp_path / "out" / PAGE
     assert (found.n_queries, found.n_new, found.n_untrusted, found.n_empty) == (8, 8, 0, 0)
     assert [name for name, _ in found.unreadable] == [BROKEN]
@@ -94,10 +94,7 @@ def test_the_lines_are_what_explain_finds(
     assert written[-1]["error"].startswith(f"{queries / BROKEN}: is not an image of a known kind")
 
 
-def test_a_batch_changes_nothing_beyond_rounding(
-    explainer: Explainer, queries: Path, tmp_path: Path
-) -> None:
-    source = find_images(queries, "none")
+def test_a_batch_changes_nothing_beyond_rounding(explainer, tmp_path, source):
     for size in (1, 3, 50):
         write_report(explainer, source, tmp_path / str(size), batch_size=size)
     one, three, all_ = (records(tmp_path / str(size)) for size in (1, 3, 50))
@@ -112,10 +109,7 @@ def test_a_batch_changes_nothing_beyond_rounding(
 
 
 @pytest.mark.parametrize("scale", ["joint", "each"])
-def test_the_page_shows_what_explain_draws(
-    explainer: Explainer, queries: Path, tmp_path: Path, scale: Any
-) -> None:
-    source = find_images(queries, "none")
+def test_the_page_shows_what_explain_draws(explainer, queries, tmp_path, scale, source):
     write_report(explainer, source, tmp_path / "out", batch_size=1, scale=scale, side=64)
     page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
     look = Look(scale, 64, quality=80, long=True)
@@ -144,10 +138,7 @@ def test_the_page_shows_what_explain_draws(
     assert "<script" not in page
 
 
-def test_one_result_or_named_neighbours_explain_every_query(
-    explainer: Explainer, queries: Path, tmp_path: Path
-) -> None:
-    source = find_images(queries, "none")
+def test_one_result_or_named_neighbours_explain_every_query(explainer, queries, tmp_path, source):
     write_report(explainer, source, tmp_path / "a", batch_size=1, result="2/3.png", n_neighbors=2)
     expected = told(explainer.explain(queries / "0/0.png", result="2/3.png", n_neighbors=2))
     assert expected.items() <= records(tmp_path / "a")[0].items()
@@ -170,9 +161,7 @@ def test_one_result_or_named_neighbours_explain_every_query(
     assert "transferred from 2/3.png, 0/1.png" in (tmp_path / "b" / PAGE).read_text()
 
 
-def test_a_csv_and_a_data_set_are_sources_too(
-    explainer: Explainer, queries: Path, tmp_path: Path
-) -> None:
+def test_a_csv_and_a_data_set_are_sources_too(explainer, queries, tmp_path):
     (tmp_path / "q.csv").write_text(f"id,path\nx,{queries}/0/0.png\ny,{queries}/0/0.png\ngone,no\n")
     write_report(explainer, find_images(tmp_path / "q.csv", "none"), tmp_path / "a")
     x, y, gone = records(tmp_path / "a")
@@ -187,8 +176,8 @@ def test_a_csv_and_a_data_set_are_sources_too(
     assert p == told(explainer.explain(picture(0, 1)))
 
 
-def test_a_query_without_an_embedding_stops_nothing(tmp_path: Path) -> None:
-    def input_of(image: Any) -> np.ndarray:
+def test_a_query_without_an_embedding_stops_nothing(tmp_path):
+    def input_of(image):
         return np.asarray(image.resize((SIDE, SIDE)), np.float32).transpose(2, 0, 1) / 255
 
     network = network_of(preprocess=custom(input_of, name="plain"))
@@ -213,21 +202,21 @@ def test_a_query_without_an_embedding_stops_nothing(tmp_path: Path) -> None:
     assert whole[1].items() <= written[2].items()
 
 
-def test_notes_of_maps_that_are_empty_or_not_trusted(explainer: Explainer, queries: Path) -> None:
-    source, look = find_images(queries, "none"), Look(side=48, long=True)
+def test_notes_of_maps_that_are_empty_or_not_trusted(explainer, queries, source):
+    look = Look(side=48, long=True)
     opened = open_query(source, 0, explainer.preprocess, 48)
     found = explainer.explain(queries / "0/0.png")
-    shown = finished(source, 0, opened, replace(found, trust=0.31, trust_low=0.2), look)
+    shown = finished(source, look, False, 0, opened, replace(found, trust=0.31, trust_low=0.2))
     assert "below 0.20 with a map computed on the query itself." in shown.row
     assert "not to be trusted" in shown.row
     assert json.loads(shown.line)["trusted"] is False
-    shown = finished(source, 0, opened, replace(found, cam=np.zeros_like(found.cam)), look)
+    shown = finished(source, look, False, 0, opened, replace(found, cam=np.zeros_like(found.cam)))
     assert "Its map is empty: nothing in it speaks for these results." in shown.row
-    assert "not to be trusted" not in finished(source, 0, opened, found, look).row
+    assert "not to be trusted" not in finished(source, look, False, 0, opened, found).row
 
 
-def test_the_overview_begins_with_results_of_another_label_then_the_least_match() -> None:
-    def record(query: str, label: str | None, found: str, match: float | None) -> str:
+def test_the_overview_begins_with_results_of_another_label_then_the_least_match():
+    def record(query, label, found, match):
         near = {"id": "n", "label": found, "distance": 0.5}
         kept = {"match": match, "trust": 0.5, "trusted": True, "direct": False, "empty": False}
         return json.dumps({"query": query, "label": label, "neighbors": [near], **kept})
@@ -256,7 +245,7 @@ def test_the_overview_begins_with_results_of_another_label_then_the_least_match(
     assert overview.caption == "All queries, the least likely matches first"
 
 
-def test_the_overview_begins_with_what_is_least_trusted() -> None:
+def test_the_overview_begins_with_what_is_least_trusted():
     known = [
         Fact(0, "a", None, "n/1", "owl", 0.5, 0.9, True),
         Fact(1, "b", None, "n/2", None, 0.25, 0.2, False),
@@ -288,7 +277,7 @@ def test_the_overview_begins_with_what_is_least_trusted() -> None:
     assert blocks([Fact(0, "a", None, "x")]) == []
 
 
-def test_the_intro_says_how_the_maps_were_made(explainer: Explainer) -> None:
+def test_the_intro_says_how_the_maps_were_made(explainer):
     options = {"result": None, "neighbors": None, "n_neighbors": 1, "transfer": "distance"}
     options["trusted_from"] = 0.4
     known = [Fact(0, "a", None, "x", None, 0.5, 0.5, True)]
@@ -304,11 +293,11 @@ def test_the_intro_says_how_the_maps_were_made(explainer: Explainer) -> None:
 # --- stopped, and gone on with -------------------------------------------------------------------
 
 
-def stopped_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> Callable[[], None]:
+def stopped_after(monkeypatch, batches):
     """The user interrupts when so many batches are explained; returns what undoes it."""
     explain, seen = Explainer.explain_batch, []
 
-    def counted(self: Explainer, *given: Any, **asked: Any) -> Any:
+    def counted(self, *given, **asked):
         if len(seen) == batches:
             raise KeyboardInterrupt
         seen.append(1)
@@ -318,10 +307,7 @@ def stopped_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> Callable[[],
     return lambda: monkeypatch.setattr(Explainer, "explain_batch", explain)
 
 
-def test_an_interrupted_report_goes_on_to_the_same_bytes(
-    explainer: Explainer, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = find_images(queries, "none")
+def test_an_interrupted_report_goes_on_to_the_same_bytes(explainer, tmp_path, monkeypatch, source):
     whole = write_report(explainer, source, tmp_path / "whole", batch_size=2)
     again = stopped_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
@@ -336,10 +322,7 @@ def test_an_interrupted_report_goes_on_to_the_same_bytes(
     assert found.unreadable == whole.unreadable
 
 
-def test_a_finished_report_is_left_as_it_is(
-    explainer: Explainer, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = find_images(queries, "none")
+def test_a_finished_report_is_left_as_it_is(explainer, tmp_path, monkeypatch, source):
     first = write_report(explainer, source, tmp_path / "out")
     before = (tmp_path / "out" / PAGE).stat().st_mtime_ns
     stopped_after(monkeypatch, 0)
@@ -348,10 +331,7 @@ def test_a_finished_report_is_left_as_it_is(
     assert not (tmp_path / "out/.finished").exists()
 
 
-def test_what_was_altered_is_explained_anew(
-    explainer: Explainer, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = find_images(queries, "none")
+def test_what_was_altered_is_explained_anew(explainer, tmp_path, monkeypatch, source):
     write_report(explainer, source, tmp_path / "whole", batch_size=4)
     again = stopped_after(monkeypatch, 1)
     with pytest.raises(KeyboardInterrupt):
@@ -363,19 +343,17 @@ def test_what_was_altered_is_explained_anew(
     assert everything(tmp_path / "out") == everything(tmp_path / "whole")
 
 
-def test_another_report_is_never_mixed_in(
-    built: Path, network: EmbeddingNetwork, queries: Path, tmp_path: Path
-) -> None:
+def test_another_report_is_never_mixed_in(built, network, queries, tmp_path):
     index = shutil.copytree(built, tmp_path / "index")
     own = shutil.copytree(queries, tmp_path / "queries")
     out = tmp_path / "out"
 
-    def report(where: Path = index, **asked: Any) -> Any:
+    def report(where=index, **asked):
         choices = {name: asked.pop(name) for name in ("transfer", "images") if name in asked}
         explainer = Explainer(where, network, n_neighbors=3, **choices)
         return write_report(explainer, find_images(own, "none"), out, **asked)
 
-    def refused(message: str, *given: Any, **asked: Any) -> None:
+    def refused(message, *given, **asked):
         before = everything(out)
         with pytest.raises(InputError) as caught:
             report(*given, **asked)
@@ -414,22 +392,19 @@ def test_another_report_is_never_mixed_in(
 
 
 def test_an_index_that_is_exchanged_meanwhile_is_not_mixed_in(
-    explainer: Explainer, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    explainer, tmp_path, monkeypatch, source
+):
     versions = iter([{"generation": n, "sha256": ""} for n in (1, 1, 2)])
     monkeypatch.setattr(job_room, "_version", lambda _: next(versions))
     with pytest.raises(InputError, match="given another version of its index while the report"):
-        write_report(explainer, find_images(queries, "none"), tmp_path / "out", batch_size=2)
+        write_report(explainer, source, tmp_path / "out", batch_size=2)
     assert len(list((tmp_path / "out/.finished").iterdir())) == 2
 
 
 # --- refused -------------------------------------------------------------------------------------
 
 
-def test_folders_that_hold_something_else(
-    explainer: Explainer, queries: Path, tmp_path: Path
-) -> None:
-    source = find_images(queries, "none")
+def test_folders_that_hold_something_else(explainer, queries, tmp_path, source):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file: is a file; a report is a folder, so give another"):
         write_report(explainer, source, tmp_path / "file")
@@ -444,27 +419,25 @@ def test_folders_that_hold_something_else(
     assert sorted(everything(tmp_path / "out")) == [LINES, PAGE, "report.json"]
 
 
-def test_one_writer_at_a_time(explainer: Explainer, queries: Path, tmp_path: Path) -> None:
+def test_one_writer_at_a_time(explainer, tmp_path, source):
     (tmp_path / "out").mkdir()
     holder = os.open(tmp_path / "out", os.O_RDONLY)
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="out: another process is writing this report; wait"):
-            write_report(explainer, find_images(queries, "none"), tmp_path / "out")
+            write_report(explainer, source, tmp_path / "out")
     finally:
         os.close(holder)
-    assert write_report(explainer, find_images(queries, "none"), tmp_path / "out").n_new == 8
+    assert write_report(explainer, source, tmp_path / "out").n_new == 8
 
 
-def test_a_full_disk_is_one_sentence(
-    explainer: Explainer, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(source: Path, target: Path) -> None:
+def test_a_full_disk_is_one_sentence(explainer, tmp_path, monkeypatch, source):
+    def full(source, target):
         if target.name == PAGE:
             raise OSError(errno.ENOSPC, "No space left on device", str(target))
         rename(source, target)
 
-    rename, source = os.replace, find_images(queries, "none")
+    rename = os.replace
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.raises(
@@ -476,10 +449,8 @@ def test_a_full_disk_is_one_sentence(
     assert sorted(everything(tmp_path / "out")) == [LINES, PAGE, "report.json"]
 
 
-def test_arguments_that_cannot_be_used(
-    built: Path, explainer: Explainer, queries: Path, tmp_path: Path
-) -> None:
-    source, out = find_images(queries, "none"), tmp_path / "out"
+def test_arguments_that_cannot_be_used(built, explainer, tmp_path, source):
+    out = tmp_path / "out"
     for message, given in {
         "batch_size = 0; give a whole number of at least 1": {"batch_size": 0},
         "side = 1.5; give a whole number of at least 1": {"side": 1.5},
@@ -501,13 +472,11 @@ def test_arguments_that_cannot_be_used(
 # --- many queries --------------------------------------------------------------------------------
 
 
-def test_no_more_than_a_batch_is_held(
-    explainer: Explainer, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_more_than_a_batch_is_held(explainer, queries, tmp_path, monkeypatch):
     items = [Item(str(n), f"0/{2 * (n % 4)}.png") for n in range(24)]
     explain, alive, most = Explainer.explain_batch, weakref.WeakSet[Explanation](), [0]
 
-    def watched(self: Explainer, *given: Any, **asked: Any) -> list[Explanation]:
+    def watched(self, *given, **asked):
         most[0] = max(most[0], len(alive))
         found = explain(self, *given, **asked)
         assert all(one.image is None for one in found)  # no picture of full size
@@ -521,10 +490,7 @@ def test_no_more_than_a_batch_is_held(
     assert most[0] <= 3
 
 
-def test_a_bar_where_it_is_wanted(
-    explainer: Explainer, queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = find_images(queries, "none")
+def test_a_bar_where_it_is_wanted(explainer, tmp_path, capsys, source):
     write_report(explainer, source, tmp_path / "a", progress=True)
     assert "8/8" in capsys.readouterr().err
     write_report(explainer, source, tmp_path / "b")  # no terminal
@@ -533,22 +499,22 @@ def test_a_bar_where_it_is_wanted(
 
 
 def test_what_is_at_fault_for_every_query_stops_the_report(
-    explainer: Explainer, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def thin(self: Any, *size: int) -> Any:
+    explainer, queries, tmp_path, monkeypatch, source
+):
+    def thin(self, *size):
         raise ImageError("a picture of 9 x 9 pixels is too long and thin")
 
     monkeypatch.setattr(type(CROP), "extent", thin)
-    opened = open_query(find_images(queries, "none"), 0, explainer.preprocess, 48)
+    opened = open_query(source, 0, explainer.preprocess, 48)
     assert opened == f"{queries}/0/0.png: a picture of 9 x 9 pixels is too long and thin"
     wrong = custom(lambda image: np.zeros((2, 3)), name="wrong")
     with pytest.raises(InputError, match=r"0\.png: preprocess wrong: expected an array \[C H W\]"):
-        open_query(find_images(queries, "none"), 0, wrong, 48)
+        open_query(source, 0, wrong, 48)
     monkeypatch.undo()
 
-    def broken(self: Explainer, *given: Any, **asked: Any) -> Any:
+    def broken(self, *given, **asked):
         raise InputError("the index holds no image but the neighbours")
 
     monkeypatch.setattr(Explainer, "explain_batch", broken)
     with pytest.raises(InputError, match="no image but the neighbours"):
-        write_report(explainer, find_images(queries, "none"), tmp_path / "out")
+        write_report(explainer, source, tmp_path / "out")

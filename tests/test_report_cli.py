@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from build_samples import everything
-from cli_samples import NAMED, Say
+from cli_samples import NAMED
 from photo_samples import picture
 
 from embedcam import Explainer, find_images, load_network, write_report
@@ -14,7 +14,7 @@ from embedcam.cli import main
 
 
 @pytest.fixture(scope="module", autouse=True)
-def here(cli_folder: Path) -> Path:
+def here(cli_folder):
     """A working folder with an index, queries, and a module with its network."""
     folder = cli_folder
     (folder / "queries/deep/er").mkdir(parents=True)
@@ -26,11 +26,11 @@ def here(cli_folder: Path) -> Path:
 
 
 @pytest.fixture
-def say(say: Say) -> Say:
+def say(say):
     return partial(say, "explain", "my.index")
 
 
-def test_a_folder_of_queries_is_one_page(say: Say, tmp_path: Path) -> None:
+def test_a_folder_of_queries_is_one_page(say, tmp_path):
     out = tmp_path / "out"
     code, told, noted = say("queries", "--report", out, "-n", 2, "--batch-size", 2)
     assert (code, told) == (0, f"{out}/index.html: 6 queries\n")
@@ -47,7 +47,7 @@ def test_a_folder_of_queries_is_one_page(say: Say, tmp_path: Path) -> None:
     )
 
 
-def test_pictures_and_a_csv_are_queries_too(say: Say, tmp_path: Path) -> None:
+def test_pictures_and_a_csv_are_queries_too(say, tmp_path):
     named = ["photos/1/1.png", "queries/deep/er/1.png"]
     code, told, noted = say(*named, "--report", tmp_path / "a", "--scale", "each")
     assert (code, told, noted) == (0, f"{tmp_path}/a/index.html: 2 queries\n", "")
@@ -61,12 +61,10 @@ def test_pictures_and_a_csv_are_queries_too(say: Say, tmp_path: Path) -> None:
     assert json.loads(line)["cam"] == lines[0]["cam"]
 
 
-def test_stopped_and_run_again_it_goes_on(
-    say: Say, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_and_run_again_it_goes_on(say, tmp_path, monkeypatch):
     explain, seen = Explainer.explain_batch, []
 
-    def stop(self: Explainer, *given: object, **asked: object) -> object:
+    def stop(self, *given, **asked):
         if len(seen) == 2:
             raise KeyboardInterrupt
         seen.append(1)
@@ -101,23 +99,12 @@ def test_stopped_and_run_again_it_goes_on(
     ],
 )
 def test_what_is_refused_before_the_network_is_loaded(
-    refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str, words: list
-) -> None:
-    def never(*_: object, **__: object) -> None:
+    refused, tmp_path, monkeypatch, code, message, words
+):
+    def never(*_, **__):
         raise AssertionError("the network was loaded")
 
     monkeypatch.setattr("embedcam.network.load_network", never)
     out = tmp_path / "out"
     refused(code, message, *(out if word == "OUT" else word for word in words))
     assert not out.exists()
-
-
-def test_another_report_in_the_folder_is_one_sentence(say: Say, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert say("queries", "--report", out)[0] == 0
-    code, told, said = say("queries", "--report", out, "-n", 2)
-    assert (code, told) == (2, "")
-    assert said == (
-        f"embedcam: {out}: holds a report with n_neighbors = 5, and 2 is asked for; give a new "
-        "folder, or delete this one\n"
-    )

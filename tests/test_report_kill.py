@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def test_a_killed_report_run_again_ends_in_the_same_bytes(tmp_path: Path) -> None:
+def test_a_killed_report_run_again_ends_in_the_same_bytes(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     script = Path(__file__).with_name("report_killer.py")
     done = subprocess.run(

@@ -3,7 +3,6 @@
 Well-formed and malformed ones, few and seeded; what exactly is answered is tested elsewhere.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,7 +34,7 @@ PICTURES = st.builds(
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def app(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         quicken(patch)
         index = built(tmp_path_factory.mktemp("contract"))
@@ -46,22 +45,20 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def description(app: Any) -> Any:
+def description(app):
     for kind in RAW_TYPES:  # bytes at random are no picture, and are refused as they should be
         schemathesis.openapi.media_type(kind, PICTURES)
     return schemathesis.openapi.from_asgi("/openapi.json", awake(app))
 
 
 @pytest.mark.parametrize(("mode", "method", "path"), CASES)
-def test_answers_keep_to_the_description(
-    description: Any, mode: GenerationMode, method: str, path: str
-) -> None:
+def test_answers_keep_to_the_description(description, mode, method, path):
     operation, seen = description[path][method], list[int]()
     known = st.sampled_from([None, "c0/000.png", "c1/004.png"])
 
     @given(st.data())
     @settings(max_examples=12, suppress_health_check=list(HealthCheck))
-    def check(data: Any) -> None:
+    def check(data):
         fixed: dict[str, Any] = {}
         # Of ids at random there is none.
         name = data.draw(known) if mode is GenerationMode.POSITIVE else None

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def started(*arguments: str) -> "subprocess.Popen[str]":
+def started(*arguments):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
         [sys.executable, "-W", "error", *arguments],
@@ -29,7 +28,7 @@ def started(*arguments: str) -> "subprocess.Popen[str]":
     )
 
 
-def told_by(process: "subprocess.Popen[str]") -> str:
+def told_by(process):
     try:
         told, _ = process.communicate(timeout=120)
     finally:
@@ -39,12 +38,12 @@ def told_by(process: "subprocess.Popen[str]") -> str:
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def index(tmp_path_factory):
     return tmp_path_factory.mktemp("examples") / "my.index"
 
 
 @pytest.fixture(scope="module")
-def told(index: Path) -> Iterator[dict[str, str]]:
+def told(index):
     """What each prints; they run at the same time."""
     options = {"service_features": ["--index", str(index)]}
     running = {
@@ -57,7 +56,7 @@ def told(index: Path) -> Iterator[dict[str, str]]:
             process.kill()
 
 
-def test_a_service_with_its_own_features(told: dict[str, str], index: Path) -> None:
+def test_a_service_with_its_own_features(told, index):
     found, *cam, named = told["service_features"].splitlines()
     assert found.startswith("found: violin/")
     assert found.count("violin/") == 5
@@ -74,7 +73,7 @@ def test_a_service_with_its_own_features(told: dict[str, str], index: Path) -> N
     assert told_by(again) == told["service_features"]
 
 
-def test_threads_and_a_reload(told: dict[str, str]) -> None:
+def test_threads_and_a_reload(told):
     logged, changed, answered, gone = told["threads"].splitlines()
     assert logged.startswith("embedcam: ")
     assert logged.endswith(
@@ -85,5 +84,5 @@ def test_threads_and_a_reload(told: dict[str, str]) -> None:
     assert gone.endswith("in answers after the change: False")
 
 
-def test_spawned_workers(told: dict[str, str]) -> None:
+def test_spawned_workers(told):
     assert told["workers"] == "12 of 12 queries found their kind, in workers\n"

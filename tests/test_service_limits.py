@@ -3,49 +3,39 @@
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from build_samples import SIDE, quicken
 from hypothesis import given
 from hypothesis import strategies as st
-from service_client import ask, built, data_of, explainer, picture, post, send
+from service_client import ask, data_of, explainer, picture, post, send
 
 from embedcam.errors import InputError, NetworkError
-from embedcam.service import Limits, create_app
+from embedcam.service import Limits
 from embedcam.service.pipeline import Batcher
 
 QUERY = data_of(picture(3))
 PNG = {"content-type": "image/png"}
 
 
-@pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        quicken(patch)
-        yield built(tmp_path_factory.mktemp("limits"))
-
-
 # --- batches ---
 
 
-def gathered(app: Any, *bodies: bytes, target: str = "/explain") -> list[Any]:
-    async def all_of_them() -> list[Any]:
+def gathered(app, *bodies, target="/explain"):
+    async def all_of_them():
         return await asyncio.gather(*(send(app, "POST", target, body, PNG) for body in bodies))
 
     return asyncio.run(all_of_them())
 
 
-def test_pictures_together_are_answered_as_each_alone(index: Path) -> None:
+def test_pictures_together_are_answered_as_each_alone(index, service):
     queries = [data_of(picture(seed)) for seed in range(6)]
-    alone = create_app(explainer(index), limits=Limits(batch=1))
+    alone = service(explainer(index), limits=Limits(batch=1))
     each = [post(alone, "/explain", query).json() for query in queries]
-    together = create_app(explainer(index), limits=Limits(batch=6, batch_seconds=30))
+    together = service(explainer(index), limits=Limits(batch=6, batch_seconds=30))
     for found, expected in zip(gathered(together, *queries), each, strict=True):
         body = found.json()
         assert [one["id"] for one in body["neighbors"]] == [
@@ -55,60 +45,55 @@ def test_pictures_together_are_answered_as_each_alone(index: Path) -> None:
     text = ask(together, "GET", "/metrics").body.decode()
     assert "embedcam_batch_pictures_count 1.0" in text
     assert "embedcam_batch_pictures_sum 6.0" in text
-    for app in (alone, together):
-        app.state.pipeline.close()
 
 
-def test_a_bad_picture_fails_alone(index: Path) -> None:
-    app = create_app(explainer(index), limits=Limits(batch=4, batch_seconds=0.5))
+def test_a_bad_picture_fails_alone(index, service):
+    app = service(explainer(index), limits=Limits(batch=4, batch_seconds=0.5))
     found = gathered(app, QUERY, b"no picture", QUERY, QUERY[:200])
     assert [one.status for one in found] == [200, 422, 200, 422]
     assert found[0].json() == found[2].json()
-    app.state.pipeline.close()
 
 
-def test_a_picture_the_network_cannot_embed_fails_alone(index: Path) -> None:
+def test_a_picture_the_network_cannot_embed_fails_alone(index, service):
     """Only the batch as a whole tells: each of it is tried again by itself."""
     why = explainer(index)
     forward, sizes = why.network.forward, list[int]()
 
-    def picky(images: Any, **options: Any) -> Any:
+    def picky(images, **options):
         sizes.append(len(images))
         if any(float(image[0].std()) == 0 for image in images):
             raise NetworkError("the embedding of image 1 is zero")
         return forward(images, **options)
 
     why.network.forward = picky
-    app = create_app(why, limits=Limits(batch=3, batch_seconds=30))
+    app = service(why, limits=Limits(batch=3, batch_seconds=30))
     flat = data_of(picture().point(lambda _: 9))
     found = gathered(app, QUERY, flat, QUERY, target="/search")
     assert [one.status for one in found] == [200, 422, 200]
     assert found[1].error == (422, "no_embedding")
     assert sizes == [3, 1, 1, 1]
-    app.state.pipeline.close()
 
 
-def test_different_settings_go_apart(index: Path) -> None:
-    app = create_app(explainer(index), limits=Limits(batch=8, batch_seconds=0.2))
+def test_different_settings_go_apart(index, service):
+    app = service(explainer(index), limits=Limits(batch=8, batch_seconds=0.2))
 
-    async def mixed() -> list[Any]:
+    async def mixed():
         targets = ["/explain?n_neighbors=1", "/explain?n_neighbors=2", "/explain?n_neighbors=1"]
         return await asyncio.gather(*(send(app, "POST", one, QUERY, PNG) for one in targets))
 
     found = [reply.json()["neighbors"] for reply in asyncio.run(mixed())]
     assert [len(one) for one in found] == [1, 2, 1]
-    app.state.pipeline.close()
 
 
 class Recorder:
     """Answers a number with its double, and keeps what came together."""
 
-    def __init__(self, hold: threading.Event | None = None) -> None:
+    def __init__(self, hold=None):
         self.batches: list[tuple[Any, list[int]]] = []
         self.hold = hold
         self.begun = threading.Event()
 
-    def __call__(self, settings: Any, inputs: Any) -> list[int]:
+    def __call__(self, settings, inputs):
         self.begun.set()
         if self.hold is not None:
             assert self.hold.wait(20)
@@ -118,12 +103,12 @@ class Recorder:
         return [2 * int(one) for one in inputs]
 
 
-def submitted(batcher: Batcher, answer: Any, settings: Any, number: int) -> Future[Any]:
+def submitted(batcher, answer, settings, number):
     with batcher.announced() as submit:
         return submit(answer, settings, np.array(number))
 
 
-def test_one_alone_does_not_wait() -> None:
+def test_one_alone_does_not_wait():
     batcher = Batcher(8, seconds=60)
     start = time.monotonic()
     assert submitted(batcher, Recorder(), "a", 4).result(20) == 8
@@ -131,7 +116,7 @@ def test_one_alone_does_not_wait() -> None:
     batcher.close()
 
 
-def test_one_waits_for_what_was_announced_and_no_longer() -> None:
+def test_one_waits_for_what_was_announced_and_no_longer():
     recorder = Recorder()
     batcher = Batcher(8, seconds=60)
     with ExitStack() as open_ones:
@@ -147,14 +132,14 @@ def test_one_waits_for_what_was_announced_and_no_longer() -> None:
     batcher.close()
 
 
-def test_one_waits_so_long_at_most() -> None:
+def test_one_waits_so_long_at_most():
     batcher = Batcher(8, seconds=0.01)
     with batcher.announced():
         assert submitted(batcher, Recorder(), "a", 1).result(20) == 2
     batcher.close()
 
 
-def test_a_batch_has_a_size() -> None:
+def test_a_batch_has_a_size():
     hold, sizes = threading.Event(), list[int]()
     recorder = Recorder(hold)
     batcher = Batcher(3, seconds=0, batched=sizes.append)
@@ -168,7 +153,7 @@ def test_a_batch_has_a_size() -> None:
     assert sizes == [1, 3, 3, 1]
 
 
-def test_what_was_given_up_is_not_worked_on() -> None:
+def test_what_was_given_up_is_not_worked_on():
     hold = threading.Event()
     recorder = Recorder(hold)
     batcher = Batcher(1, seconds=0)
@@ -184,7 +169,7 @@ def test_what_was_given_up_is_not_worked_on() -> None:
     batcher.close()
 
 
-def test_closing_answers_what_waits() -> None:
+def test_closing_answers_what_waits():
     hold = threading.Event()
     recorder = Recorder(hold)
     batcher = Batcher(1, seconds=60)
@@ -200,8 +185,8 @@ def test_closing_answers_what_waits() -> None:
     batcher.close()
 
 
-def test_a_fault_reaches_everyone_it_met() -> None:
-    def broken(settings: Any, inputs: Any) -> list[int]:
+def test_a_fault_reaches_everyone_it_met():
+    def broken(settings, inputs):
         raise MemoryError("out of it")
 
     batcher = Batcher(2, seconds=0)
@@ -215,7 +200,7 @@ def test_a_fault_reaches_everyone_it_met() -> None:
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(-3, 9)), max_size=12), st.integers(1, 4)
 )
-def test_everyone_gets_the_answer_of_their_own(jobs: list[tuple[str, int]], most: int) -> None:
+def test_everyone_gets_the_answer_of_their_own(jobs, most):
     batcher = Batcher(most, seconds=0)
     recorder = Recorder()
     futures = [submitted(batcher, recorder, settings, number) for settings, number in jobs]
@@ -231,19 +216,19 @@ def test_everyone_gets_the_answer_of_their_own(jobs: list[tuple[str, int]], most
 # --- too many, too slow, too long ---
 
 
-def test_too_many_at_once(index: Path) -> None:
+def test_too_many_at_once(index, service):
     why = explainer(index)
     hold, begun, explain = threading.Event(), threading.Event(), why.explain_batch
 
-    def slow(*given: Any, **options: Any) -> Any:
+    def slow(*given, **options):
         begun.set()
         assert hold.wait(60)
         return explain(*given, **options)
 
     why.explain_batch = slow  # type: ignore[method-assign]
-    app = create_app(why, limits=Limits(concurrency=2, batch=1))
+    app = service(why, limits=Limits(concurrency=2, batch=1))
 
-    async def crowd() -> None:
+    async def crowd():
         inside = [asyncio.create_task(send(app, "POST", "/explain", QUERY, PNG)) for _ in range(2)]
         await asyncio.to_thread(begun.wait, 20)
         for target in ("/explain", "/search"):
@@ -262,39 +247,37 @@ def test_too_many_at_once(index: Path) -> None:
     app.state.pipeline.close()
 
 
-def test_an_answer_that_takes_too_long(index: Path) -> None:
+def test_an_answer_that_takes_too_long(index, service):
     why = explainer(index)
     hold, explain = threading.Event(), why.explain_batch
 
-    def slow(*given: Any, **options: Any) -> Any:
+    def slow(*given, **options):
         assert hold.wait(60)
         return explain(*given, **options)
 
     why.explain_batch = slow  # type: ignore[method-assign]
-    app = create_app(why, limits=Limits(seconds=0.05, concurrency=1))
+    app = service(why, limits=Limits(seconds=0.05, concurrency=1))
     for _ in range(3):  # the place is given back
         found = post(app, "/explain", QUERY)
         assert found.error == (503, "too_slow")
         assert found.headers["retry-after"] == "5"
     hold.set()
     assert post(app, "/search", QUERY).status in (200, 503)
-    app.state.pipeline.close()
 
 
 @pytest.mark.parametrize("tail", [[60.0], [b"", 60.0], [QUERY[:90], 60.0]])
-def test_an_upload_that_takes_too_long(index: Path, tail: list[Any]) -> None:
-    app = create_app(explainer(index), limits=Limits(seconds=0.05, concurrency=1))
+def test_an_upload_that_takes_too_long(index, tail, service):
+    app = service(explainer(index), limits=Limits(seconds=0.05, concurrency=1))
     for _ in range(2):
         found = ask(app, "POST", "/explain", tail, content_type="image/png", content_length="99999")
         assert found.error == (408, "slow_upload")
         assert found.headers["connection"] == "close"
     assert post(app, "/healthz", b"").error == (405, "unknown_method")
-    app.state.pipeline.close()
 
 
 @pytest.mark.parametrize("declared", [True, False])
-def test_a_body_over_the_limit(index: Path, declared: bool) -> None:
-    app = create_app(explainer(index), limits=Limits(body_bytes=len(QUERY)))
+def test_a_body_over_the_limit(index, declared, service):
+    app = service(explainer(index), limits=Limits(body_bytes=len(QUERY)))
     headers = {"content_type": "image/png"}
     pieces = [QUERY[:100], QUERY[100:], b"x" * 1000]
     length = (
@@ -305,14 +288,13 @@ def test_a_body_over_the_limit(index: Path, declared: bool) -> None:
     assert f"longer than {len(QUERY)} bytes" in found.message
     assert "connection" not in found.headers  # all of it was taken, so the next request may come
     assert ask(app, "POST", "/explain", pieces[:2], **headers).status == 200
-    app.state.pipeline.close()
 
 
-def test_an_endless_body_is_not_kept(index: Path) -> None:
-    app = create_app(explainer(index), limits=Limits(body_bytes=1000))
+def test_an_endless_body_is_not_kept(index, service):
+    app = service(explainer(index), limits=Limits(body_bytes=1000))
     taken = 0
 
-    def endless() -> Iterator[bytes]:
+    def endless():
         nonlocal taken
         while True:
             taken += 1
@@ -322,46 +304,34 @@ def test_an_endless_body_is_not_kept(index: Path) -> None:
     assert found.error == (413, "body_too_long")
     assert found.headers["connection"] == "close"
     assert taken < 100
-    app.state.pipeline.close()
 
 
-def test_nothing_is_taken_from_a_client_that_asks_first(index: Path) -> None:
+def test_nothing_is_taken_from_a_client_that_asks_first(index, service):
     """`Expect: 100-continue`: the refusal comes before the body."""
-    app = create_app(explainer(index), limits=Limits(body_bytes=10))
+    app = service(explainer(index), limits=Limits(body_bytes=10))
     found = ask(app, "POST", "/explain", [60.0], content_length="99", expect="100-continue",
                 content_type="image/png")  # fmt: skip
     assert found.error == (413, "body_too_long")
     assert found.headers["connection"] == "close"
-    app.state.pipeline.close()
 
 
-def test_a_client_that_goes_away(index: Path) -> None:
-    app = create_app(explainer(index))
+def test_a_client_that_goes_away(index, service):
+    app = service(explainer(index))
     found = ask(app, "POST", "/explain", [], content_length="5", content_type="image/png")
     assert found.error == (400, "cut_off")
-    app.state.pipeline.close()
 
 
-def test_more_pixels_than_the_limit(index: Path) -> None:
-    app = create_app(explainer(index), limits=Limits(pixels=40 * 30 - 1))
+def test_more_pixels_than_the_limit(index, service):
+    app = service(explainer(index), limits=Limits(pixels=40 * 30 - 1))
     found = post(app, "/explain", QUERY)
     assert found.error == (413, "too_many_pixels")
     assert "more than 1199 pixels" in found.message
     assert post(app, "/explain", data_of(picture(0, (40, 29)))).status == 200
-    app.state.pipeline.close()
 
 
-def test_the_default_number_of_results_keeps_to_the_limit(index: Path) -> None:
-    app = create_app(explainer(index, n_neighbors=9), limits=Limits(n_neighbors=4))
+def test_the_default_number_of_results_keeps_to_the_limit(index, service):
+    app = service(explainer(index, n_neighbors=9), limits=Limits(n_neighbors=4))
     assert len(post(app, "/explain", QUERY).json()["neighbors"]) == 4
     found = post(app, "/explain?n_neighbors=5", QUERY)
     assert found.error == (422, "unusable_parameter")
     assert found.message == "n_neighbors: input should be less than or equal to 4"
-    app.state.pipeline.close()
-
-
-def test_a_small_index_gives_what_it_has(index: Path) -> None:
-    app = create_app(explainer(index))
-    assert len(post(app, "/search?n_neighbors=100", QUERY).json()["neighbors"]) == 12
-    assert SIDE == 16
-    app.state.pipeline.close()

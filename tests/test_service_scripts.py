@@ -2,7 +2,6 @@
 
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from scripts.benchmarks import load, service, soak
 
 
-def test_ratios_with_and_without_the_client() -> None:
+def test_ratios_with_and_without_the_client():
     took = {
         "search": np.full(100, 100.0),
         "search again (A/A)": np.full(100, 100.0),
@@ -33,28 +32,28 @@ def test_ratios_with_and_without_the_client() -> None:
     assert cells["null"][1:3] == ["20.0", "0.200"]
 
 
-def test_growth_of_memory() -> None:
+def test_growth_of_memory():
     held = [10e6] * 25 + [100e6] * 24 + [900e6] + [200e6] * 25 + [104e6] * 25
     memory = [(float(gone), int(one)) for gone, one in enumerate(held)]
     first, last, ratio = soak.growth(memory)
     assert (first, last, ratio) == (100, 104, pytest.approx(1.04))
 
 
-def test_every_hostile_request_is_to_be_refused() -> None:
+def test_every_hostile_request_is_to_be_refused():
     good, bad = soak.good_calls(), soak.hostile_calls()
     assert all(call.expected == (200,) for call in good)
     assert all(400 <= status < 500 for call in bad for status in call.expected)
     assert not {call.name for call in good} & {call.name for call in bad}
 
 
-def test_a_closed_loop_sends_each_request_once() -> None:
+def test_a_closed_loop_sends_each_request_once():
     seen: list[str] = []
     at_once, most, lock = 0, 0, threading.Lock()
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_POST(self) -> None:
+        def do_POST(self):
             nonlocal at_once, most
             with lock:
                 at_once += 1
@@ -68,7 +67,7 @@ def test_a_closed_loop_sends_each_request_once() -> None:
             self.end_headers()
             self.wfile.write(b"ok")
 
-        def log_message(self, *_: Any) -> None:
+        def log_message(self, *_):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ QUERY = data_of(picture(3))
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def here(tmp_path_factory):
     """A working folder with an index and the module of its network."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "served_toy_network.py").write_text(NETWORK)
@@ -73,7 +72,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 class Served:
     """A running `embedcam serve`."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder, *options):
         self.folder = folder
         source = str(Path(embedcam.__file__).parents[1])
         self.process = subprocess.Popen(
@@ -87,9 +86,7 @@ class Served:
         self.port = int(self.told["address"].rpartition(":")[2])
         self._until_ready()
 
-    def ask(
-        self, method: str, path: str, body: bytes | None = None, **headers: str
-    ) -> tuple[int, dict[str, str], bytes]:
+    def ask(self, method, path, body=None, **headers):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         with closing(connection):
             named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -97,16 +94,16 @@ class Served:
             found = connection.getresponse()
             return found.status, {k.lower(): v for k, v in found.getheaders()}, found.read()
 
-    def explain(self) -> tuple[int, dict[str, str], bytes]:
+    def explain(self):
         return self.ask("POST", "/explain", QUERY, content_type="image/png")
 
-    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+    def end(self, number=signal.SIGTERM):
         """Its exit code, and what it wrote to the error stream."""
         self.process.send_signal(number)
         _, said = self.process.communicate(timeout=60)
         return self.process.returncode, said
 
-    def _until_ready(self) -> None:
+    def _until_ready(self):
         until = time.monotonic() + 60
         while time.monotonic() < until:
             try:
@@ -122,7 +119,7 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, *options: str) -> Iterator[Served]:
+def served(folder, *options):
     running = Served(folder, *options)
     try:
         yield running
@@ -132,7 +129,7 @@ def served(folder: Path, *options: str) -> Iterator[Served]:
         running.process.communicate()
 
 
-def test_a_server_answers_and_finishes_what_was_begun(here: Path) -> None:
+def test_a_server_answers_and_finishes_what_was_begun(here):
     with served(here, "-n", "3") as running:
         assert running.told == {
             "address": f"http://127.0.0.1:{running.port}", "index": "my.index", "images": 12,
@@ -230,7 +227,7 @@ REFUSED: dict[bytes, tuple[int, str]] = {
 }
 
 
-def _everything(client: socket.socket) -> bytes:
+def _everything(client):
     """What comes until the other side closes."""
     found = b""
     while more := client.recv(65536):
@@ -238,7 +235,7 @@ def _everything(client: socket.socket) -> bytes:
     return found
 
 
-def _check_refusal(answer: bytes, status: int, code: str) -> None:
+def _check_refusal(answer, status, code):
     """One answer, as every refusal looks, after which the connection was closed."""
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(f"HTTP/1.1 {status} ".encode()), answer[:200]
@@ -254,7 +251,7 @@ def _check_refusal(answer: bytes, status: int, code: str) -> None:
     assert told["message"]
 
 
-def _raw_requests(running: Served) -> None:
+def _raw_requests(running):
     """What a client library would not send."""
     for what, request in BROKEN.items():
         with socket.create_connection(("127.0.0.1", running.port), timeout=30) as client:
@@ -294,20 +291,20 @@ def _raw_requests(running: Served) -> None:
         assert b"Traceback" not in answer
 
 
-async def empty(scope: Any, receive: Any, send: Any) -> None:
+async def empty(scope, receive, send):
     await send({"type": "http.response.start", "status": 204, "headers": []})
     await send({"type": "http.response.body", "body": b""})
 
 
 @pytest.fixture
-def begun(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def begun(monkeypatch):
     """The servers of this process, once they are begun."""
     kept: list[Any] = []
     monkeypatch.setattr(server.uvicorn, "Server", lambda config: _Kept(config, kept))
     return kept
 
 
-def until_started(begun: list[Any]) -> None:
+def until_started(begun):
     until = time.monotonic() + 20
     while not (begun and begun[0].started):
         assert time.monotonic() < until
@@ -315,8 +312,8 @@ def until_started(begun: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_end_it_quietly(begun: list[Any], number: int) -> None:
-    def interrupt() -> None:
+def test_signals_end_it_quietly(begun, number):
+    def interrupt():
         until_started(begun)
         os.kill(os.getpid(), number)
 
@@ -329,7 +326,7 @@ def test_signals_end_it_quietly(begun: list[Any], number: int) -> None:
 
 
 @contextmanager
-def running(app: Any, begun: list[Any]) -> Iterator[Any]:
+def running(app, begun):
     """A server in a thread; where it listens."""
     bound = server.bind("127.0.0.1", 0)
     address = bound.getsockname()
@@ -344,7 +341,7 @@ def running(app: Any, begun: list[Any]) -> Iterator[Any]:
     assert not thread.is_alive()
 
 
-def test_a_slow_head_is_not_waited_for(begun: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_head_is_not_waited_for(begun, monkeypatch):
     monkeypatch.setattr(server, "HEADER_SECONDS", 0.3)
     with running(empty, begun) as address:
         for head in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n"):
@@ -363,12 +360,12 @@ def test_a_slow_head_is_not_waited_for(begun: list[Any], monkeypatch: pytest.Mon
 LARGE = bytes(8_000_000)
 
 
-async def large(scope: Any, receive: Any, send: Any) -> None:
+async def large(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": LARGE})
 
 
-def asking(address: Any, times: int = 1) -> socket.socket:
+def asking(address, times=1):
     """A client with little room for what it asked for."""
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -379,9 +376,7 @@ def asking(address: Any, times: int = 1) -> socket.socket:
 
 
 @pytest.mark.parametrize("times", [1, 300], ids=["one request", "pipelined"])
-def test_a_client_that_never_reads_is_let_go(
-    begun: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: Any, times: int
-) -> None:
+def test_a_client_that_never_reads_is_let_go(begun, monkeypatch, caplog, times):
     monkeypatch.setattr(server, "READ_SECONDS", 0.3)
     with running(large, begun) as address, asking(address, times):
         held = begun[0].server_state.connections
@@ -397,9 +392,7 @@ def test_a_client_that_never_reads_is_let_go(
     assert "a client did not read its answer for 0.3 s: closed" in caplog.text
 
 
-def test_a_client_that_reads_slowly_gets_it_all(
-    begun: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_client_that_reads_slowly_gets_it_all(begun, monkeypatch):
     monkeypatch.setattr(server, "READ_SECONDS", 0.5)
     with running(large, begun) as address, asking(address) as client:
         taken, start = 0, time.monotonic()
@@ -410,9 +403,7 @@ def test_a_client_that_reads_slowly_gets_it_all(
             time.sleep(max(0.0, start + 2 * taken / len(LARGE) - time.monotonic()))
 
 
-def test_who_comes_when_all_connections_are_taken_is_told(
-    begun: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_comes_when_all_connections_are_taken_is_told(begun, monkeypatch):
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 1)
     with running(empty, begun) as address, asking(address) as first:
         assert first.recv(1000).startswith(b"HTTP/1.1 204")
@@ -423,7 +414,7 @@ def test_who_comes_when_all_connections_are_taken_is_told(
 
 
 class _Kept(server.uvicorn.Server):
-    def __init__(self, config: Any, kept: list[Any]) -> None:
+    def __init__(self, config, kept):
         super().__init__(config)
         kept.append(self)
 
@@ -432,15 +423,15 @@ class _Kept(server.uvicorn.Server):
 
 
 @pytest.fixture
-def say(here: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    def run(*words: str) -> tuple[int, str]:
+def say(here, capsys):
+    def run(*words):
         code = main(["serve", *words])
         return code, capsys.readouterr().err
 
     return run
 
 
-def test_a_port_that_is_taken(say: Any) -> None:
+def test_a_port_that_is_taken(say):
     with closing(server.bind("127.0.0.1", 0)) as other:
         other.listen()
         port = str(other.getsockname()[1])
@@ -461,7 +452,7 @@ def test_a_port_that_is_taken(say: Any) -> None:
             2,
             "--images nowhere: there is no such folder; give the one the indexed images lie in",
         ),
-        (["my.index", "--port", "70000"], 2, "port 70000: give a whole number from 0 to 65535"),
+        (["my.index", "--port", "70000"], 2, "port = 70000; give a whole number from 0 to 65,535"),
         (["my.index", "--port", "-1"], 2, "'-1' is not a whole number of at least 0"),
         (["my.index", "--host", "no.such.host.invalid"], 6, "no.such.host.invalid port 8000"),
         (["my.index", "--port", "0"], 2, "if you trust it, say so with --network"),
@@ -470,7 +461,7 @@ def test_a_port_that_is_taken(say: Any) -> None:
         (["my.index", "--port", "0", "--fallback", *NAMED], 2, "holds no calibration of trust"),
     ],
 )
-def test_what_the_command_refuses(say: Any, words: list[str], code: int, said: str) -> None:
+def test_what_the_command_refuses(say, words, code, said):
     found, told = say(*words)
     assert found == code
     assert said in told
@@ -478,9 +469,7 @@ def test_what_the_command_refuses(say: Any, words: list[str], code: int, said: s
 
 
 @pytest.mark.parametrize("missing", ["fastapi", "uvicorn", "python_multipart", "prometheus_client"])
-def test_a_missing_extra_is_one_sentence(
-    say: Any, monkeypatch: pytest.MonkeyPatch, missing: str
-) -> None:
+def test_a_missing_extra_is_one_sentence(say, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     assert say("my.index", *NAMED) == (
         2,
@@ -491,7 +480,7 @@ def test_a_missing_extra_is_one_sentence(
         _ = embedcam.service.create_app
 
 
-def test_limits_of_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_limits_of_the_command(here, monkeypatch, capsys):
     seen: list[Any] = []
     monkeypatch.setattr(server, "serve", lambda *given, **named: seen.append((given, named)))
     words = [
@@ -524,7 +513,7 @@ def test_limits_of_the_command(here: Path, monkeypatch: pytest.MonkeyPatch, caps
         ),
     ],
 )
-def test_names_the_service_goes_by(options: list[str], hosts: list[str] | None) -> None:
+def test_names_the_service_goes_by(options, hosts):
     from embedcam.cli.parser import parser
     from embedcam.cli.serving import _hosts
 
@@ -533,8 +522,8 @@ def test_names_the_service_goes_by(options: list[str], hosts: list[str] | None) 
         assert _hosts(said, bound) == hosts
 
 
-def test_numpy_has_one_thread_while_it_serves() -> None:
-    def threads() -> set[int]:
+def test_numpy_has_one_thread_while_it_serves():
+    def threads():
         found = threadpoolctl.threadpool_info()
         return {one["num_threads"] for one in found if one["user_api"] == "blas"}
 
@@ -545,7 +534,7 @@ def test_numpy_has_one_thread_while_it_serves() -> None:
         assert threads() == before
 
 
-def test_addresses_are_for_a_browser() -> None:
+def test_addresses_are_for_a_browser():
     with closing(server.bind("0.0.0.0", 0)) as bound:
         assert server.address_of(bound) == f"http://127.0.0.1:{bound.getsockname()[1]}"
         assert not server.is_loopback(bound)
@@ -553,7 +542,7 @@ def test_addresses_are_for_a_browser() -> None:
         assert server.is_loopback(bound)
 
 
-def test_hanging_up_loads_the_index_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_hanging_up_loads_the_index_again(caplog):
     done = threading.Event()
     with server._signals(done.set):
         os.kill(os.getpid(), signal.SIGHUP)
@@ -561,7 +550,7 @@ def test_hanging_up_loads_the_index_again(caplog: pytest.LogCaptureFixture) -> N
     with server._signals(None):  # and does no harm where nothing can be loaded again
         os.kill(os.getpid(), signal.SIGHUP)
 
-    def fail() -> None:
+    def fail():
         raise InputError("the index is gone")
 
     server._reloaded(fail)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from build_samples import Toy, built, inputs, interrupt, opened, pictures, toy
+from build_samples import built, inputs, interrupt, opened, pictures, toy
 from test_index_corrupt import edit
 from test_trust import literal_correlation, literal_evidence, literal_trust
 
@@ -21,6 +21,8 @@ from embedcam.offline import build as jobs
 from embedcam.offline import calibrate_index
 from embedcam.offline.trust import LEAST, fit_calibration, leave_out, sample_rows
 from embedcam.ops import cam, resize, sharpen, signed_cam
+
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -38,28 +40,55 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("kind", ["affine", "identity"])
-@pytest.mark.parametrize("own_maps", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "name", "own_maps"),
+    [("affine", "low-rank", True), ("affine", "low-rank", False), ("identity", "low-rank", True),
+     ("identity", "low-rank", False), ("affine", "top-m", True), ("affine", "centred", True),
+     ("affine", "margin", True)],
+)  # fmt: skip
 def test_a_build_calibrates_what_indexes_without_the_queries_answer(
-    quick: None,
-    source: ImageSource,
-    tmp_path: Path,
-    kind: str,
-    own_maps: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    source, tmp_path, kind, name, own_maps, monkeypatch
 ) -> None:
-    check_in_smaller_indexes(source, toy(kind), tmp_path, Recipe(), own_maps, monkeypatch)
-
-
-@pytest.mark.parametrize("name", ["top-m", "centred", "margin"])
-def test_so_does_every_recipe_of_a_closed_form(
-    quick: None,
-    source: ImageSource,
-    tmp_path: Path,
-    name: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    check_in_smaller_indexes(source, toy("affine"), tmp_path, RECIPES[name], True, monkeypatch)
+    """Of each closed form; an index is built without each tenth of the images, and asked."""
+    recipe, made_of = RECIPES[name], toy(kind)
+    kept = noted(monkeypatch)
+    built(source, made_of, tmp_path / "index", recipe, own_maps=own_maps)
+    part = np.random.default_rng(0).permutation(48) % 10
+    images, found = inputs(made_of, source), {1: {}, 5: {}}
+    for number in range(10):
+        rest = source.only(np.flatnonzero(part != number).tolist())
+        path = built(rest, made_of, tmp_path / str(number), recipe, trust=False, own_maps=own_maps)
+        with opened(path) as (index, _):
+            fallback = DirectWeights(made_of.network, Recipe.of_index(index.manifest))
+            explainer = Explainer(index, made_of.network)
+            for row in np.flatnonzero(part == number):
+                activations = made_of.network.forward(images[row][None]).activations[0].numpy()
+                for count, rows in found.items():
+                    explained = explainer.explain(images[row], n_neighbors=count)
+                    near, labels = index.positions(explained.ids), index.labels
+                    others = draw_negatives(
+                        np.setdiff1d(np.arange(len(index)), near), labels[near],
+                        lambda at, labels=labels: labels[at],
+                    )  # fmt: skip
+                    weights = index.weights(near)
+                    lengths = np.linalg.norm(weights, axis=1)
+                    shares = np.ones(1) if count == 1 else 1 / count / lengths
+                    raw = np.tensordot(weights, activations, 1)
+                    (own,) = fallback.weights(
+                        images[row], index.embeddings(near), index.embeddings(others)
+                    )
+                    drawn = np.tensordot(shares, raw, 1).ravel().tolist()
+                    direct = np.tensordot(own, activations, 1).ravel().tolist()
+                    norm = float(np.linalg.norm(shares @ weights))
+                    rows[row] = (
+                        literal_evidence(raw, shares, norm, explained.distances),
+                        literal_correlation(drawn, direct),
+                    )
+    for count, rows in found.items():
+        seen, agreed = kept[count]
+        np.testing.assert_allclose(seen, [rows[row][0] for row in range(48)], atol=5e-3)
+        np.testing.assert_allclose(agreed, [rows[row][1] for row in range(48)], atol=5e-3)
+        assert np.std(agreed) > 0.005
 
 
 @pytest.mark.parametrize(
@@ -68,12 +97,7 @@ def test_so_does_every_recipe_of_a_closed_form(
      ("affine", "eigencam")],
 )  # fmt: skip
 def test_elsewhere_the_stored_weights_are_held_against_direct_ones(
-    quick: None,
-    source: ImageSource,
-    tmp_path: Path,
-    kind: str,
-    name: str,
-    monkeypatch: pytest.MonkeyPatch,
+    source, tmp_path, kind, name, monkeypatch
 ) -> None:
     """Where weights are no closed form those near keep what they store of the whole index."""
     made_of, kept = toy(kind), noted(monkeypatch)
@@ -122,58 +146,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[np.ndarray, np.nda
     return kept
 
 
-def check_in_smaller_indexes(
-    source: ImageSource,
-    made_of: Toy,
-    folder: Path,
-    recipe: Recipe,
-    own_maps: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """An index is built without each tenth of the images, and asked with them."""
-    kept = noted(monkeypatch)
-    built(source, made_of, folder / "index", recipe, own_maps=own_maps)
-    part = np.random.default_rng(0).permutation(48) % 10
-    images, found = inputs(made_of, source), {1: {}, 5: {}}
-    for number in range(10):
-        rest = source.only(np.flatnonzero(part != number).tolist())
-        path = built(rest, made_of, folder / str(number), recipe, trust=False, own_maps=own_maps)
-        with opened(path) as (index, _):
-            fallback = DirectWeights(made_of.network, Recipe.of_index(index.manifest))
-            explainer = Explainer(index, made_of.network)
-            for row in np.flatnonzero(part == number):
-                activations = made_of.network.forward(images[row][None]).activations[0].numpy()
-                for count, rows in found.items():
-                    explained = explainer.explain(images[row], n_neighbors=count)
-                    near, labels = index.positions(explained.ids), index.labels
-                    others = draw_negatives(
-                        np.setdiff1d(np.arange(len(index)), near), labels[near],
-                        lambda at, labels=labels: labels[at],
-                    )  # fmt: skip
-                    weights = index.weights(near)
-                    lengths = np.linalg.norm(weights, axis=1)
-                    shares = np.ones(1) if count == 1 else 1 / count / lengths
-                    raw = np.tensordot(weights, activations, 1)
-                    (own,) = fallback.weights(
-                        images[row], index.embeddings(near), index.embeddings(others)
-                    )
-                    drawn = np.tensordot(shares, raw, 1).ravel().tolist()
-                    direct = np.tensordot(own, activations, 1).ravel().tolist()
-                    norm = float(np.linalg.norm(shares @ weights))
-                    rows[row] = (
-                        literal_evidence(raw, shares, norm, explained.distances),
-                        literal_correlation(drawn, direct),
-                    )
-    for count, rows in found.items():
-        seen, agreed = kept[count]
-        np.testing.assert_allclose(seen, [rows[row][0] for row in range(48)], atol=5e-3)
-        np.testing.assert_allclose(agreed, [rows[row][1] for row in range(48)], atol=5e-3)
-        assert np.std(agreed) > 0.005
-
-
-def test_maps_of_several_layers_are_compared_as_they_are_explained(
-    quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_maps_of_several_layers_are_compared_as_they_are_explained(tmp_path, monkeypatch) -> None:
     from test_methods_index import LAYERS, dense, layered
 
     kept = noted(monkeypatch)
@@ -212,9 +185,7 @@ def test_maps_of_several_layers_are_compared_as_they_are_explained(
             assert np.std(expected) > 0.01
 
 
-def test_too_few_images_calibrate_nothing_and_so_can_the_user(
-    quick: None, source: ImageSource, tmp_path: Path
-) -> None:
+def test_too_few_images_calibrate_nothing_and_so_can_the_user(source, tmp_path) -> None:
     few = pictures(tmp_path / "few", n=LEAST - 1)
     for name, images, options in (("few", few, {}), ("none", source, {"trust": False})):
         made_of = toy()
@@ -227,7 +198,7 @@ def test_too_few_images_calibrate_nothing_and_so_can_the_user(
 
 
 def test_an_index_without_the_calibration_asked_for_is_not_called_complete(
-    quick: None, source: ImageSource, tmp_path: Path
+    source, tmp_path
 ) -> None:
     made_of = toy()
     path = built(source, made_of, tmp_path / "index", trust=False)
@@ -243,9 +214,7 @@ def test_an_index_without_the_calibration_asked_for_is_not_called_complete(
         built(few, made_of, tmp_path / "small")
 
 
-def test_an_explanation_says_how_far_to_trust_it(
-    quick: None, source: ImageSource, tmp_path: Path
-) -> None:
+def test_an_explanation_says_how_far_to_trust_it(source, tmp_path) -> None:
     made_of = toy()
     path = built(source, made_of, tmp_path / "index")
     queries = inputs(made_of, source)
@@ -279,7 +248,7 @@ def test_an_explanation_says_how_far_to_trust_it(
             Explainer(path, trusted_from=wrong)
 
 
-def test_where_all_images_have_one_label_none_is_strange(quick: None, tmp_path: Path) -> None:
+def test_where_all_images_have_one_label_none_is_strange(tmp_path: Path) -> None:
     made_of, alike = toy(), pictures(tmp_path / "photos", n=42, classes=1)
     path = built(alike, made_of, tmp_path / "index", Recipe(target="centred", norm="around"))
     with Index.open(path) as index:
@@ -290,9 +259,7 @@ def test_where_all_images_have_one_label_none_is_strange(quick: None, tmp_path: 
     assert found.largest_distance == pytest.approx(float(near.max()), rel=1e-3)
 
 
-def test_what_is_added_leaves_the_calibration(
-    quick: None, source: ImageSource, tmp_path: Path
-) -> None:
+def test_what_is_added_leaves_the_calibration(source, tmp_path) -> None:
     made_of = toy()
     path = built(source, made_of, tmp_path / "index")
     with Index.open(path) as index:
@@ -305,9 +272,7 @@ def test_what_is_added_leaves_the_calibration(
         assert index.manifest.trust_calibration == before
 
 
-def test_an_index_with_a_broken_calibration_is_refused(
-    quick: None, source: ImageSource, tmp_path: Path
-) -> None:
+def test_an_index_with_a_broken_calibration_is_refused(source, tmp_path) -> None:
     path = built(source, toy(), tmp_path / "index")
     with Index.open(path) as index:
         good = index.manifest.to_dict()["trust_calibration"]
@@ -330,7 +295,7 @@ def test_an_index_with_a_broken_calibration_is_refused(
 
 
 def test_an_earlier_trust_is_not_read_and_the_note_names_what_calibrates_it_again(
-    quick: None, source: ImageSource, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    source, tmp_path, caplog
 ) -> None:
     made_of = toy("affine")
     path = built(source, made_of, tmp_path / "index")
@@ -362,7 +327,7 @@ def test_an_earlier_trust_is_not_read_and_the_note_names_what_calibrates_it_agai
 
 
 def test_what_changes_while_it_is_calibrated_is_not_vouched_for(
-    quick: None, source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source, tmp_path, monkeypatch
 ) -> None:
     path = built(source, toy("affine"), tmp_path / "index")
     fit = jobs.calibrate_match
@@ -379,7 +344,7 @@ def test_what_changes_while_it_is_calibrated_is_not_vouched_for(
         assert index.manifest.match_calibration["several"].images == 48
 
 
-def test_of_inner_products_the_nearest_counts_not_the_first(quick: None, tmp_path: Path) -> None:
+def test_of_inner_products_the_nearest_counts_not_the_first(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     vectors = generator.normal(size=(60, 8)) * generator.uniform(0.1, 5, (60, 1))
     recipe = Recipe(metric="ip", target="margin")
@@ -400,9 +365,7 @@ def test_of_inner_products_the_nearest_counts_not_the_first(quick: None, tmp_pat
     assert largest == pytest.approx(max(float(one.distances.min()) for one in expected))
 
 
-def test_what_cannot_be_calibrated_again_says_why(
-    quick: None, source: ImageSource, tmp_path: Path
-) -> None:
+def test_what_cannot_be_calibrated_again_says_why(source, tmp_path) -> None:
     made_of = toy("affine")
     path = built(pictures(tmp_path / "few", n=LEAST - 1), made_of, tmp_path / "index")
     with pytest.raises(InputError, match=r"39 images calibrate no trust; add images .* least 40"):
@@ -416,7 +379,7 @@ def test_what_cannot_be_calibrated_again_says_why(
     assert (whole / "manifest.json").read_bytes() == before
 
 
-def test_a_build_is_the_same_bytes_again(quick: None, source: ImageSource, tmp_path: Path) -> None:
+def test_a_build_is_the_same_bytes_again(source: ImageSource, tmp_path: Path) -> None:
     kept = []
     for name, batch in (("a", 32), ("b", 32), ("c", 5)):
         path = built(source, toy("other"), tmp_path / name, batch_size=batch)
@@ -428,11 +391,7 @@ def test_a_build_is_the_same_bytes_again(quick: None, source: ImageSource, tmp_p
 
 @pytest.mark.parametrize("own_maps", [True, False])
 def test_a_build_that_is_stopped_while_it_calibrates_goes_on(
-    quick: None,
-    source: ImageSource,
-    tmp_path: Path,
-    own_maps: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    source, tmp_path, own_maps, monkeypatch
 ) -> None:
     made_of, given_ = toy("other"), {"own_maps": own_maps, "progress": False}
     passes = [0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from PIL import Image
@@ -13,10 +13,13 @@ from PIL import Image
 from ..images import MAX_PIXELS, FileState, file_state
 from ..ops import area_average
 from ..preprocess import AnyPreprocess, Extent
-from ..render import Tile, in_notebook
+from ..render import Tile, draw_on_axes, in_notebook
 from ..render.tiles import Scale
 from . import drawing
 from .drawing import may_follow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +227,15 @@ class Explanation:
             f"{len(self.ids)} neighbours: {_some(self.ids)}{'; ' * bool(trust)}{trust}>"
         )
 
-    def plot(self, *, scale: Scale = "joint", title: str | None = None) -> Image.Image:
+    @overload
+    def plot(
+        self, *, scale: Scale = ..., title: str | None = ..., ax: None = ...
+    ) -> Image.Image: ...
+    @overload
+    def plot(self, *, scale: Scale = ..., title: str | None = ..., ax: Axes) -> Axes: ...
+    def plot(
+        self, *, scale: Scale = "joint", title: str | None = None, ax: Axes | None = None
+    ) -> Image.Image | Axes:
         """Draw the query and its results, each with its map, as one picture.
 
         Parameters
@@ -234,7 +245,12 @@ class Explanation:
             strong; "each" gives every result its own.
         title
             Heading.
+        ax
+            Matplotlib axes to draw the query with its map into, alone, `title` above it; they are
+            returned. Words stay vectors in SVG and PDF.
         """
+        if ax is not None:
+            return draw_on_axes(ax, Tile(self.image, self.cam, self.extent), title)
         return drawing.plot(self, scale, title)
 
     def save(self, path: str | Path, *, scale: Scale = "joint", title: str | None = None) -> Path:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -23,9 +23,12 @@ from ..ops import cam, resize
 from ..preprocess import Extent
 from ..recipe.recipe import Recipe
 from ..recipe.registry import LayersMethod, Method, PositionMethod, WeightMethod, find_method
-from ..render import in_notebook, overlay
+from ..render import Tile, draw_on_axes, in_notebook, overlay
 from ..targets import Direction, Target, TripletMargin, query_cotangent
 from .subject import MethodOutput, Passes, Subject, inputs_a_pass
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class MethodWarning(EmbedcamWarning):
@@ -65,12 +68,33 @@ class MethodMap:
         channels = f"{shape[-3 if len(shape) > 2 else -1]:,}" if shape else "no"
         return f"<MethodMap: {self.method.title}, {size} from {grid}, {channels} channel weights>"
 
+    @overload
     def plot(
-        self, picture: Any = None, extent: Extent | None = None, *, max_pixels: int = MAX_PIXELS
-    ) -> Image.Image:
+        self, picture: Any = ..., extent: Extent | None = ..., *, max_pixels: int = ...
+    ) -> Image.Image: ...
+    @overload
+    def plot(
+        self,
+        picture: Any = ...,
+        extent: Extent | None = ...,
+        *,
+        max_pixels: int = ...,
+        ax: "Axes",
+        title: str | None = ...,
+    ) -> "Axes": ...
+    def plot(
+        self,
+        picture: Any = None,
+        extent: Extent | None = None,
+        *,
+        max_pixels: int = MAX_PIXELS,
+        ax: "Axes | None" = None,
+        title: str | None = None,
+    ) -> "Image.Image | Axes":
         """Draw the map over a picture (path, bytes, PIL, `uint8 [H W 3]`; None: grey), at its size.
 
         `extent` is the crop box (x0, y0, x1, y1) of the map, in the picture's pixels; None: all.
+        With matplotlib axes `ax` it is drawn into them, `title` above; they are returned.
         """
         if self.cam.ndim != 2 or self.grid_cam.ndim != 2:
             raise InputError(
@@ -80,7 +104,12 @@ class MethodMap:
             canvas = Image.new("RGB", self.cam.shape[::-1], (128, 128, 128))
         else:
             canvas = read_image(picture, max_pixels=max_pixels)
-        return overlay(canvas, self.cam, extent, signed=bool((self.cam < 0).any()))
+        signed = bool((self.cam < 0).any())
+        if ax is not None:
+            return draw_on_axes(ax, Tile(canvas, self.cam, extent, signed=signed), title)
+        if title is not None:
+            raise InputError(f"title = {title!r} is drawn into matplotlib axes; give ax, too")
+        return overlay(canvas, self.cam, extent, signed=signed)
 
     def _repr_html_(self) -> str | None:
         if self.cam.ndim != 2 or self.grid_cam.ndim != 2:

@@ -1,4 +1,4 @@
-"""What a method works on: a network, a batch of inputs, a target, and the passes between them.
+"""Subject of a method: a network, a batch of inputs, a target, and the passes between them.
 
 Ask for gradients before activations: a forward that is to be differentiated serves both.
 """
@@ -28,14 +28,14 @@ from ..targets import Target, head_cotangent
 Progress = Callable[[int], object]
 """Called with how many inputs or activations went through the network or its head."""
 Fill = str | float | Tensor
-"""What masked pixels become, and the baseline; see `masking.fill_like`."""
+"""Fill of masked pixels, and the baseline; see `masking.fill_like`."""
 Count = Annotated[int, Setting(kind=int, least=1, most=1_000_000)]
 Layers = Annotated[tuple[str, ...] | None, Setting(kind=tuple, optional=True)]
 
 
 @dataclass
 class MethodOutput:
-    """What a method returns: weights `[B K]` or by position `[B K h w]`, maps `[B h w]`, or both.
+    """Result of a method: weights `[B K]` or by position `[B K h w]`, maps `[B h w]`, or both.
 
     Without maps they are ReLU(sum_k w_k A_k). `layers` are the weights of several, by their names.
     """
@@ -47,7 +47,7 @@ class MethodOutput:
 
 @dataclass
 class Passes:
-    """What was spent: inputs through the whole network, activations through the head alone.
+    """Count of inputs through the whole network, activations through the head alone.
 
     And images differentiated from the embedding back to the layer, or to the input.
     """
@@ -65,7 +65,7 @@ def inputs_a_pass(device: torch.device, most: int = 32) -> int:
 
 
 class Subject:
-    """A batch of inputs `[B C H W]`, `[B C L]` or `[B L]`, explained with respect to a target.
+    """Batch of inputs `[B C H W]`, `[B C L]` or `[B L]`, explained with respect to a target.
 
     `batch_size` cuts what a method makes of them (masks, noise, steps); `passes` continues a count.
     """

@@ -1,4 +1,4 @@
-"""How good maps, rankings and retrieval are: pure functions over arrays, NumPy in and out.
+"""Measures of maps, rankings and retrieval: pure functions over arrays, NumPy in and out.
 
 Bad input is an `InputError`; what is not a number never comes out.
 """

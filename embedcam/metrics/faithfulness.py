@@ -1,4 +1,4 @@
-"""Whether a map marks what the network used: what to remove, and what the scores after it say.
+"""Faithfulness of a map: which pixels to remove, and what the scores after it say.
 
 A caller removes pixels by the masks made here, runs its network, and hands back the scores or
 similarities, where larger is more like.

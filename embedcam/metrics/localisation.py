@@ -1,4 +1,4 @@
-"""A map beside the place it should mark.
+"""Localization: a map beside the place it should mark.
 
 Maps are `[B H W]`, regions `inside` too: booleans, or the covered part of each pixel in [0, 1].
 Functions return `[B]` float64 in [0, 1]. A map without energy counts as uniform, and scores what

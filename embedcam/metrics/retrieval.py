@@ -1,4 +1,4 @@
-"""How well embeddings retrieve their own label; nearness is squared Euclidean distance.
+"""Retrieval of an embedding's own label; nearness is squared Euclidean distance.
 
 Embeddings are `[N D]`, labels `[N]`. A `gallery` `[G D]` with its labels is searched, else every
 image queries all others. Of equally near ones the one stored first comes first.

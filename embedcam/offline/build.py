@@ -1,10 +1,7 @@
 """The jobs: build an index, add images to one, and calibrate one. Each is plan, shard, merge."""
 
+import dataclasses
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,6 @@ import numpy as np
 
 from ..errors import InputError
 from ..images import MAX_PIXELS, ImageSource, Item, load_batches
-from ..images.progress import Advance, progress_of
 from ..index import (
     ADD_INSTEAD,
     EmbeddingRows,
@@ -25,6 +21,7 @@ from ..index import (
     remove,
     sweep,
 )
+from ..index.arrays import ArrayLike
 from ..index.identity import Identity
 from ..network import EmbeddingNetwork
 from ..recipe.recipe import Recipe
@@ -57,10 +54,10 @@ from .plan import (
     same_index,
     warn_of_norm,
 )
-from .report import BuildReport, Changes, changes_since, labels_of
+from .report import BuildReport, Changes, Stages, changes_since, report_of
 from .shard import embed_chunks, weigh_chunks
-from .strategies import is_exact, strategy_for
-from .triplets import alone, pairs_digest
+from .strategies import Layers, is_exact, strategy_for
+from .triplets import pairs_digest
 from .trust import LEAST, calibrate_trust, forwarded, trust_rows
 
 log = logging.getLogger(__name__)
@@ -133,7 +130,9 @@ def build_index(
     EmbedcamError
         The disk is full or cannot be written; what is finished is used again.
     """
-    recipe, path = _for_labels(recipe or Recipe(), source), Path(path)
+    recipe, path = recipe or Recipe(), Path(path)
+    if source.numbers:
+        recipe = dataclasses.replace(recipe, labels="numbers")
     check_options(source, network, batch_size, on_unreadable, scratch_gb)
     network.check(gradients=not recipe.entry.scored)
     check_norm(recipe, network)
@@ -152,8 +151,8 @@ def build_index(
     files = [source.fingerprint(position) for position in range(len(source))]
     given = None if triplets is None else pairs_digest(triplets)
     job = job_digest(recipe, identity, source, files, batch_size, own_maps, given)
+    stages, generation = Stages(progress), 1
     with disk_errors(path), lock(path):
-        generation = 1
         if (path / "manifest.json").exists():
             with Index.open(path) as index:
                 generation = index.manifest.generation + 1
@@ -163,24 +162,21 @@ def build_index(
                     )
                     log.info("%s holds these images already", path)
                     return BuildReport(path, 0, skipped, left_out=source.left_out)
-        strategy = strategy_for(network, recipe, exact=exact, layers=layers, batch_size=batch_size)
         checkpoint = Checkpoint(path / _CHECKPOINT, job)
-        plan = Plan(
-            network, source, recipe, strategy, checkpoint, batch_size, workers, on_unreadable
+        options = (batch_size, workers, on_unreadable)
+        plan = _plan(
+            network, source, recipe, checkpoint, options, exact, layers, own_maps * scratch_gb
         )
-        strategy.caches = own_maps and _may_cache(plan, scratch_gb)
-        stages = _Stages(progress)
-        with stages("embed", len(source)) as tick:
-            embed_chunks(plan, tick)
-        embedded, labels, mean = _weigh(plan, stages, triplets)
+        _embed(plan, stages)
+        embedded, codes, mean = _weigh(plan, stages, triplets)
         with stages("encode"):
             encodings = fit_encodings(plan, mean)
             part = encode(plan, encodings, embedded, mean, own_maps, source.root)
         calibrations: dict[str, Any] = {"trust_calibration": None}
         if trust:
-            with stages("trust", len(trust_rows(len(part), recipe, network))) as tick:
+            with stages("trust", len(trust_rows(len(part), recipe, network))) as progressed:
                 calibrations["trust_calibration"] = calibrate_build(
-                    plan, encodings, embedded, part, tick
+                    plan, encodings, embedded, part, progressed
                 )
         with stages("write"):
             if trust:
@@ -188,14 +184,15 @@ def build_index(
                     embedded.new, part.labels, recipe.metric, recipe.seed, recipe.near
                 )
             grid = grid_of(plan)
-            coarse = strategy.map_grid(grid) if own_maps else None
-            entries = [layer_entry(network.layer, grid, encodings[0], coarse)]
+            coarse = plan.strategy.map_grid(grid) if own_maps else None
+            entries = [
+                layer_entry(name, own_grid, encoding, coarse if number == 0 else None)
+                for number, ((name, own_grid), encoding) in enumerate(
+                    zip([(network.layer, grid), *layers[1:]], encodings, strict=True)
+                )
+            ]
             if note is not None:
                 entries[0]["uses_positions"] = True
-            entries += [
-                layer_entry(name, own, encoding, None)
-                for (name, own), encoding in zip(layers[1:], encodings[1:], strict=True)
-            ]
             about = header(
                 recipe,
                 {**identity.to_dict(), "loading": network.spec},
@@ -212,9 +209,7 @@ def build_index(
             create(path, {**about, **calibrations}, fitted, shared, part, replace=generation > 1)
         remove_checkpoint(checkpoint.path)
     notes = [] if note is None else [note]
-    return _report(
-        plan, path, embedded, labels, np.asarray(part.triplets_used), stages, notes, fresh=True
-    )
+    return _report(plan, path, embedded, codes, part.triplets_used, stages, notes, new=True)
 
 
 def add_images(
@@ -269,13 +264,18 @@ def add_images(
         index.refuse_prototypes(ADD_INSTEAD)
         encodings = [index.encoding(number) for number in range(len(index.layers))]
         recipe = Recipe.of_index(manifest)
-        _check_labels(recipe, source)
+        if source.numbers and recipe.labels != "numbers":
+            raise InputError(
+                'this index\'s labels are classes and those given are numbers; take labels="auto" '
+                "(--labels auto), or build an index of numbers"
+            )
+        coded_labels(recipe, source.labels, source.ids)
         network.for_index(_identity_of(index))
-        stages, live = _Stages(progress), index.live_positions()
+        stages, live = Stages(progress), index.live_positions()
         changes, gone = None, list[str]()
         if update:
-            with stages("compare", len(source)) as tick:
-                changes, places = changes_since(index, source, tick)
+            with stages("compare", len(source)) as progressed:
+                changes, places = changes_since(index, source, progressed)
             gone = changes.gone
             if not places:
                 _tidied(index)
@@ -291,23 +291,21 @@ def add_images(
             return BuildReport(path, 0, [], left_out=source.left_out)
         if not update:
             check_new(index, source)
-        layer = manifest.layers[0]
+        layer, root = manifest.layers[0], manifest.images_root
         with_maps = layer.coarse_grid is not None
-        strategy = strategy_for(network, recipe, exact=exact, layers=layers, batch_size=batch_size)
         checkpoint = Checkpoint(path / _CHECKPOINT, f"{job} {manifest.manifest_sha256}")
-        plan = Plan(
-            network, source, recipe, strategy, checkpoint, batch_size, workers, on_unreadable
+        options = (batch_size, workers, on_unreadable)
+        plan = _plan(
+            network, source, recipe, checkpoint, options, exact, layers, with_maps * scratch_gb
         )
-        strategy.caches = with_maps and _may_cache(plan, scratch_gb)
-        with stages("embed", len(source)) as tick:
-            embed_chunks(plan, tick)
+        _embed(plan, stages)
         if changes is not None:
-            skipped = [one for chunk in range(plan.n_chunks) for one in plan.unusable(chunk)]
+            skipped = plan.skipped()
             changes = changes.without({name for name, _ in skipped})
             if len(skipped) == len(source):
                 remove_checkpoint(checkpoint.path)
                 return _removed(path, changes, source, skipped, stages)
-        embedded, labels, mean = _weigh(plan, stages, None, index, live)
+        embedded, codes, mean = _weigh(plan, stages, None, index, live)
         if grid_of(plan) != tuple(layer.grid or ()):
             raise InputError(
                 f"the layer's grid is {list(grid_of(plan))} for these images and "
@@ -315,15 +313,13 @@ def add_images(
                 "built with"
             )
         with stages("encode"):
-            root = manifest.images_root
-            stored_root = None if root is None else Path(root)
-            part = encode(plan, encodings, embedded, mean, with_maps, stored_root)
+            part = encode(plan, encodings, embedded, mean, with_maps, Path(root) if root else None)
         with stages("write"):
             checkpoint.mark_commit(job, manifest.generation + 1)
             append(path, part, removing=gone)
         remove_checkpoint(checkpoint.path)
-    report = _report(plan, path, embedded, labels, np.asarray(part.triplets_used), stages, [])
-    return replace(report, changes=changes)
+    report = _report(plan, path, embedded, codes, part.triplets_used, stages, [])
+    return dataclasses.replace(report, changes=changes)
 
 
 def calibrate_index(
@@ -337,32 +333,8 @@ def calibrate_index(
 ) -> dict[str, int]:
     """Calibrate match, and with the network trust, for the images an index holds now.
 
-    Weights stay as they are. Match needs no pictures; trust forwards a sample of them.
-
-    Parameters
-    ----------
-    path
-        Folder of the index.
-    network
-        The one it was built with; None calibrates match alone.
-    images
-        Folder the pictures lie in now; None takes the one they were built from.
-    batch_size, workers, progress
-        As for `build_index`.
-
-    Returns
-    -------
-    dict
-        With how many images each of "match" and "trust" was calibrated.
-
-    Raises
-    ------
-    InputError
-        Too few images; an index of prototypes, or one of features asked for trust.
-    NetworkMismatch
-        The network is not the index's.
-    ImageError
-        A picture of the sample cannot be read.
+    Weights stay as they are. Match needs no pictures; trust forwards a sample of them, from the
+    folder they were built from or `images`. Returns how many images each was calibrated with.
     """
     path = Path(path)
     with Index.open(path, with_faiss=False) as index:
@@ -382,8 +354,7 @@ def calibrate_index(
             source = indexed_images(index, images)
             preprocess = network.require_preprocess()
             batches = load_batches(source, rows, preprocess, batch_size, workers=workers)
-            layers = manifest.layer_names
-            with _Stages(progress)("trust", len(rows)) as tick:
+            with Stages(progress)("trust", len(rows)) as progressed:
                 calibrations["trust"] = calibrate_trust(
                     recipe,
                     network,
@@ -392,8 +363,8 @@ def calibrate_index(
                     embeddings,
                     labels,
                     rows,
-                    forwarded(network, layers, batches),
-                    tick,
+                    forwarded(network, manifest.layer_names, batches),
+                    progressed,
                 )
     counts = {}
     for what, calibration in calibrations.items():
@@ -412,12 +383,8 @@ def calibrate_index(
 def indexed_images(
     index: Index, root: str | Path | None = None, *, max_pixels: int = MAX_PIXELS
 ) -> ImageSource:
-    """Return the images of an open index as a source, for a refit (`replace=True`).
-
-    `root` is the folder they lie in now; None takes the one they were built from.
-    """
-    instead = "refit the index it was compressed from, and compress that again"
-    index.refuse_prototypes(instead)
+    """Return the images of an open index as a source for a refit; `root` where they lie now."""
+    index.refuse_prototypes("refit the index it was compressed from, and compress that again")
     live = index.live_positions()
     listed = zip(index.ids[live], index.paths[live], index.labels[live], strict=True)
     items = [Item(name, path, label) for name, path, label in listed]
@@ -426,54 +393,18 @@ def indexed_images(
             "the index does not know where its images lie (it was built from a data set or from "
             "features), so it cannot be refitted from them; build it again from its source"
         )
-    stored = index.manifest.images_root
-    chosen = root if root is not None else stored
-    return ImageSource(
-        items,
-        None if chosen is None else Path(chosen),
-        max_pixels=max_pixels,
-        numbers=index.manifest.near_share is not None,
-    )
-
-
-class _Stages:
-    """Wall times of named stages, which show how far they are."""
-
-    def __init__(self, progress: bool | None) -> None:
-        self._progress = progress
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str, n_images: int = 0) -> Iterator[Advance]:
-        start = time.perf_counter()
-        with progress_of(stage, n_images, shown=self._progress) as advance:
-            yield advance
-        self.seconds[stage] = time.perf_counter() - start
-
-
-def _for_labels(recipe: Recipe, source: ImageSource) -> Recipe:
-    """Return the recipe, of numbers where the source's labels are numbers."""
-    return replace(recipe, labels="numbers") if source.numbers else recipe
-
-
-def _check_labels(recipe: Recipe, source: ImageSource) -> None:
-    """Refuse labels of new images that an index cannot take, before any is embedded."""
-    if source.numbers and recipe.labels != "numbers":
-        raise InputError(
-            'this index\'s labels are classes and those given are numbers; take labels="auto" '
-            "(--labels auto), or build an index of numbers"
-        )
-    coded_labels(recipe, source.labels, source.ids)
+    chosen = index.manifest.images_root if root is None else root
+    folder, numbers = chosen and Path(chosen), index.manifest.near_share is not None
+    return ImageSource(items, folder or None, max_pixels=max_pixels, numbers=numbers)
 
 
 def _identity_of(index: Index) -> Identity:
-    stored = index.identity
-    if stored is None:
+    if index.identity is None:
         raise InputError(
             "this index was built from features alone and does not know its network; build it "
             "again with all images"
         )
-    return stored
+    return index.identity
 
 
 def _tidied(index: Index) -> str | None:
@@ -487,54 +418,64 @@ def _tidied(index: Index) -> str | None:
     return job
 
 
-def _may_cache(plan: Plan, scratch_gb: float) -> bool:
-    """Return whether activations are cached on disk, in half precision, between the passes."""
-    if plan.strategy.layers:
-        return False  # a method of several layers makes the stored maps along with its weights
-    network = plan.network
-    activations = network.forward(network.probe_images()).activations
-    per_image = plan.strategy.cached(activations)["activations"].size
-    needed = 2 * per_image * len(plan.source)
-    fits = needed <= min(scratch_gb * 1e9, 0.8 * plan.checkpoint.free_bytes())
-    if not fits and scratch_gb:
-        log.warning(
-            "keeping the activations of all images would take %.1f GB, more than allowed; the "
-            "images' own maps take one more forward pass instead",
-            needed / 1e9,
-        )
-    return fits
+def _plan(
+    network: EmbeddingNetwork,
+    source: ImageSource,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    options: tuple[int, int | None, str],
+    exact: bool,
+    layers: Layers,
+    cached_gb: float,
+) -> Plan:
+    """Return a plan; activations for stored maps are cached where they take at most `cached_gb`."""
+    strategy = strategy_for(network, recipe, exact=exact, layers=layers, batch_size=options[0])
+    if cached_gb and not layers:  # several layers make the stored maps along with their weights
+        activations = network.forward(network.probe_images()).activations
+        needed = 2 * strategy.cached(activations)["activations"].size * len(source)
+        strategy.caches = needed <= min(cached_gb * 1e9, 0.8 * checkpoint.free_bytes())
+        if not strategy.caches:
+            log.warning(
+                "keeping the activations of all images would take %.1f GB, more than allowed; the "
+                "images' own maps take one more forward pass instead",
+                needed / 1e9,
+            )
+    return Plan(network, source, recipe, strategy, checkpoint, *options)
+
+
+def _embed(plan: Plan, stages: Stages) -> None:
+    with stages("embed", len(plan.source)) as progressed:
+        embed_chunks(plan, progressed)
 
 
 def _weigh(
     plan: Plan,
-    stages: _Stages,
+    stages: Stages,
     triplets: np.ndarray | None,
     index: Index | None = None,
     live: np.ndarray | None = None,
 ) -> tuple[Embedded, np.ndarray | None, np.ndarray]:
-    """Weigh all chunks; return labels `[N]` of live and new images and the mean embedding, too."""
-    live = np.empty(0, np.int64) if live is None else live
-    embedded = gather(plan, index, live)
+    """Weigh all chunks; return codes of the labels `[N]`, live images first, and the mean, too."""
+    embedded = gather(plan, index, np.empty(0, np.int64) if live is None else live)
     items = [plan.source.items[position] for position in embedded.positions]
     labels, names = [item.label for item in items], [item.id for item in items]
-    if index is None:
+    if index is None or live is None:
         mean = embedded.embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
     else:
         rows = index.select(live)
         labels, names = [*rows.labels, *labels], [*rows.ids, *names]
         mean = index.fitted("embedding_mean")
     codes = coded_labels(plan.recipe, labels, names)
-    given = None if triplets is None else _without_skipped(triplets, embedded, plan.source)
-    anchors = AnchorCotangents(plan.recipe, embedded.embeddings, codes, mean, given)
-    with stages("weights", len(embedded.positions)) as tick:
-        weigh_chunks(plan, anchors, embedded.n_before, tick)
+    if triplets is not None and embedded.skipped:
+        triplets = _without_skipped(triplets, embedded, plan.source)
+    anchors = AnchorCotangents(plan.recipe, embedded.embeddings, codes, mean, triplets)
+    with stages("weights", len(embedded.positions)) as progressed:
+        weigh_chunks(plan, anchors, embedded.n_before, progressed)
     return embedded, codes, mean
 
 
 def _without_skipped(triplets: np.ndarray, embedded: Embedded, source: ImageSource) -> np.ndarray:
     """Return given triplets as places among the images that could be read."""
-    if not embedded.skipped:
-        return triplets
     new_place = np.full(len(source), -1)
     new_place[embedded.positions] = np.arange(len(embedded.positions))
     kept: np.ndarray = new_place[np.asarray(triplets)[embedded.positions]]
@@ -552,7 +493,7 @@ def _removed(
     changes: Changes,
     source: ImageSource,
     skipped: list[tuple[str, str]],
-    stages: _Stages,
+    stages: Stages,
 ) -> BuildReport:
     """Carry out an update that has nothing to add."""
     if changes.gone:
@@ -566,35 +507,22 @@ def _report(
     plan: Plan,
     path: Path,
     embedded: Embedded,
-    labels: np.ndarray | None,
-    triplets_used: np.ndarray,
-    stages: _Stages,
+    codes: np.ndarray | None,
+    triplets_used: ArrayLike,
+    stages: Stages,
     notes: list[str],
     *,
-    fresh: bool = False,
+    new: bool = False,
 ) -> BuildReport:
-    """Return what was done; `labels` are codes of old and new images."""
-    n_single, recipe, n = 0, plan.recipe, len(embedded.positions)
-    if labels is not None and recipe.resolved_target != "centred" and recipe.sampling != "given":
-        n_single = int(alone(labels)[embedded.n_before :].sum())
     notes = [*plan.source.notes, *notes]
     if embedded.n_cropped:
         notes.append(
-            f"the crop leaves out more than a quarter of {embedded.n_cropped:,} of {n:,} "
-            "pictures" + ('; resize="squash" shows all of each' if fresh else "")
+            f"the crop leaves out more than a quarter of {embedded.n_cropped:,} of "
+            f"{len(embedded.positions):,} pictures"
+            + ('; resize="squash" shows all of each' if new else "")
         )
-    names = [plan.source.items[position].label for position in embedded.positions]
-    by_class, n_unlabelled, numbers = labels_of(names, recipe.labels)
-    return BuildReport(
-        path,
-        n,
-        embedded.skipped,
-        n_single,
-        int((triplets_used == 0).sum()),
-        stages.seconds,
-        by_class,
-        n_unlabelled,
-        plan.source.left_out,
-        notes,
-        numbers=numbers,
+    labels = [plan.source.items[position].label for position in embedded.positions]
+    report = report_of(path, plan.recipe, labels, codes, triplets_used, stages)
+    return dataclasses.replace(
+        report, skipped=embedded.skipped, left_out=plan.source.left_out, notes=notes
     )

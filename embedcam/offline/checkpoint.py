@@ -149,7 +149,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def _read_json(folder: Path, name: str) -> Any:
-    """Return what a file says, which may be a stranger's; raise OSError or ValueError."""
+    """Return what a file says, which may be hostile; raise OSError or ValueError."""
     try:
         is_folder(folder)
         return json.loads(read_regular(folder, name, _MOST))

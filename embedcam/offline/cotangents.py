@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -20,8 +19,8 @@ from ..targets import (
     with_own,
 )
 from .triplets import (
+    Classes,
     NearestOthers,
-    NumberSampler,
     Triplets,
     TripletSampler,
     active,
@@ -35,10 +34,7 @@ _BLOCK = 1 << 14
 def coded_labels(
     recipe: Recipe, labels: Sequence[str | None], names: Sequence[str]
 ) -> np.ndarray | None:
-    """Return integer codes of classes `[N]`, or numbers, float64 `[N]`, as the recipe takes them.
-
-    `names` are the images', for the InputError of a label that should be a number and is none.
-    """
+    """Return integer codes of classes, or float64 numbers, `[N]`; `names` are for an InputError."""
     if recipe.labels == "numbers":
         return label_values(labels, names)
     return label_codes(list(labels))
@@ -49,7 +45,7 @@ class Cotangents:
     """What a batch of anchors is differentiated along, at the embedding f.
 
     `values` are `[a D]`, the mean over the triplets that count, or `[a S D]`, one a triplet, with
-    `used` `[a S]`; `counts` are the triplets that count, `[a]`; with the centred target 1.
+    `used` `[a S]`; `counts` `[a]` are how many count; with the centred target 1.
     """
 
     values: np.ndarray
@@ -62,24 +58,19 @@ class AnchorCotangents:
 
     `labels` are as `coded_labels` gives them, `given` the user's own triplets `[N S 2]`.
 
-    The *whitened* targets measure the margin where the collection is alike in all directions, as
+    *Whitened* targets measure the margin where the collection is alike in all directions, as
     Fisher's discriminant does: with C the covariance of the embeddings and
     A = (C + r tr(C) / D I)^-1, an image's is A times its margin's cotangent, less a share j of what
-    the norm's Jacobian takes away (j = 1 is through the norm, 0 around it).
+    the norm's Jacobian takes away. With r, j and the other amounts from `Whitened`:
 
-    - *discriminant*: r = 1, j = 1, and the mean of these over the images of a label.
-    - *distinctive*, the default: r = 10, j = 1/2, the mean over the images of a label scaled to
-      length 1, plus 0.2 of the image's own centred direction f - mean(f) at length 1, so that
-      every image has an answer of its own. An image alone in its label or without one asks what its
-      nearest images share, at j = 1, plus 1.5 of its own direction. A label of n <= 10 images
-      borrows: its images' positives are (10 - n + 1) / 20 their nearest images, whatever those are.
+    - *discriminant*: the mean of these over the images of a label.
+    - *distinctive*, the default: that mean at length 1, plus 0.2 of the image's own centered
+      direction f - mean(f) at length 1. An image alone in its label or without one asks what its
+      nearest images share, plus 1.5 of its own direction; small labels borrow from their nearest.
 
-    Of labels that are numbers no two images need share one: in place of a label's mean stands the
-    image's own, of the images near it and far from it in value.
-
-    Norm "around" sets j to 0. These cotangents are at the head already: nothing is taken through
-    the norm again, see `Recipe.head_norm`. The numbers were chosen on three sets of photographs,
-    see docs/results/frontier.md.
+    Of labels that are numbers, the image's own stands in place of a label's mean. These cotangents
+    are at the head already: nothing is taken through the norm again, see `Recipe.head_norm`. The
+    numbers were chosen on three sets of photographs, see docs/results/frontier.md.
     """
 
     def __init__(
@@ -92,6 +83,8 @@ class AnchorCotangents:
     ) -> None:
         self.recipe, self.embeddings, self.mean = recipe, embeddings, mean
         self._of: Callable[[np.ndarray], Cotangents]
+        # Sums of the whitened cotangents over the images of each shared label, `[L D]`.
+        self._label_sums: np.ndarray | None = None
         target = recipe.resolved_target
         if (given is not None) != (recipe.sampling == "given" and target == "margin"):
             raise InputError(
@@ -105,12 +98,23 @@ class AnchorCotangents:
             check_given(given, len(embeddings))
             self._pairs, self._of = given, self._of_given
         else:
-            self.sampler = _sampler(recipe, embeddings, labels)
+            self.sampler = TripletSampler(
+                embeddings,
+                labels,
+                NearestOthers(embeddings),
+                sampling=recipe.resolved_sampling,
+                n_triplets=recipe.n_triplets,
+                margin=recipe.margin,
+                seed=recipe.seed,
+                positives=recipe.positives,
+                negatives=recipe.negatives,
+            )
             if target in WHITENED:
                 self._of = self._whitened
+            elif recipe.resolved_sampling == "all":
+                self._of = self._of_all
             else:
-                exact = recipe.resolved_sampling == "all"
-                self._of = self._of_all if exact else self._of_drawn
+                self._of = lambda anchors: self._of_triplets(self.sampler.draw(anchors))
 
     def of(self, anchors: np.ndarray) -> Cotangents:
         """Return the cotangents of the anchors at positions `[a]`."""
@@ -123,9 +127,6 @@ class AnchorCotangents:
     def _of_all(self, anchors: np.ndarray) -> Cotangents:
         difference, counts = self.sampler.mean_difference(anchors)
         return Cotangents(2 * difference, None, counts)
-
-    def _of_drawn(self, anchors: np.ndarray) -> Cotangents:
-        return self._of_triplets(self.sampler.draw(anchors))
 
     def _of_given(self, anchors: np.ndarray) -> Cotangents:
         pairs = np.asarray(self._pairs[anchors], np.int64)
@@ -163,13 +164,15 @@ class AnchorCotangents:
 
     def _of_labels(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return what images of each anchor's label share, `[a D]`, and of how many triplets."""
-        if not self.sampler.by_class:
+        classes = self.sampler.groups
+        if not isinstance(classes, Classes):
             return self._margins(anchors, self._amounts(labelled=True))
-        classes = self.sampler.classes
+        if self._label_sums is None:
+            amounts, width = self._amounts(labelled=True), self.embeddings.shape[1]
+            self._label_sums = classes.sums(lambda some: self._margins(some, amounts)[0], width)
         codes = classes.codes[anchors]
-        sums = self._class_sums[classes.shared[codes]]
-        counts = self.sampler.mean_difference(anchors)[1]
-        return sums / classes.sizes[codes][:, None], counts
+        means = self._label_sums[classes.shared[codes]] / classes.sizes[codes][:, None]
+        return means, self.sampler.mean_difference(anchors)[1]
 
     def _amounts(self, *, labelled: bool) -> Whitened:
         return Whitened.of(self.recipe.resolved_target, self.recipe.norm, labelled)
@@ -181,14 +184,6 @@ class AnchorCotangents:
         return whitened_cotangent(2 * difference, own, self._matrix, amounts.jacobian), counts
 
     @cached_property
-    def _class_sums(self) -> np.ndarray:
-        """Sums of the whitened cotangents over the images of each shared label, `[L D]`."""
-        amounts = self._amounts(labelled=True)
-        return self.sampler.classes.sums(
-            lambda places: self._margins(places, amounts)[0], self.embeddings.shape[1]
-        )
-
-    @cached_property
     def _matrix(self) -> np.ndarray:
         """A of all embeddings, `[D D]`."""
         n, width = self.embeddings.shape
@@ -198,17 +193,3 @@ class AnchorCotangents:
             total += block.sum(0)
             squares += block.T @ block
         return whitening(squares / n, total / n, self._amounts(labelled=True).ridge)
-
-
-def _sampler(recipe: Recipe, embeddings: np.ndarray, labels: np.ndarray | None) -> TripletSampler:
-    sampling: dict[str, Any] = {
-        "sampling": recipe.resolved_sampling,
-        "n_triplets": recipe.n_triplets,
-        "margin": recipe.margin,
-        "seed": recipe.seed,
-    }
-    nearest = NearestOthers(embeddings)
-    if labels is None or recipe.labels == "classes":
-        return TripletSampler(embeddings, labels, nearest, **sampling)
-    shares = {"positives": recipe.positives, "negatives": recipe.negatives}
-    return NumberSampler(embeddings, labels, nearest, **shares, **sampling)

@@ -15,14 +15,12 @@ from ..index.identity import ALIKE, Identity
 from ..network import EmbeddingNetwork
 from ..network.checkpoints import read_affine
 from ..recipe.recipe import Recipe
-from .build import _Stages
 from .cotangents import AnchorCotangents, coded_labels
 from .match import calibrate_match
 from .merge import header, layer_entry, make_encoding, sample_places
 from .plan import check_amounts, disk_errors, warn_of_norm
-from .report import BuildReport, labels_of
+from .report import BuildReport, Stages, report_of
 from .strategies import POOLED_METHODS, HeadCodes, PooledClosedForm, is_exact
-from .triplets import alone
 
 BLOCK = 1024
 AGREEMENT = 1e-3
@@ -33,24 +31,15 @@ UNIT = 1e-5
 
 @dataclass(frozen=True)
 class AffineHead:
-    """z = W p + b behind a global average pool.
-
-    Attributes
-    ----------
-    matrix
-        W, float32 `[D K]`.
-    bias
-        b, `[D]`, or None.
-    """
+    """z = W p + b behind a global average pool; W is float32 `[D K]`, b `[D]` or None."""
 
     matrix: np.ndarray
     bias: np.ndarray | None = None
 
     def output(self, pooled: np.ndarray) -> np.ndarray:
         """Return z `[n D]` of pooled activations `[n K]`."""
-        z = pooled @ self.matrix.T
-        output: np.ndarray = z if self.bias is None else z + self.bias
-        return output
+        z: np.ndarray = pooled @ self.matrix.T
+        return z if self.bias is None else z + self.bias
 
     def pooled_vjp(self, pooled: Tensor, cotangents: Tensor) -> Tensor:
         """Return dy/dp, which is W^T dy/dz wherever it is asked for."""
@@ -96,20 +85,15 @@ def build_from_features(
         The affine head; None means the embedding is the pooled vector itself (D = K).
     normalize
         Whether the index's embeddings are L2-normalised.
-    ids
-        Of the images; None numbers them.
-    labels
-        Of the images, or None; texts of numbers with a recipe of labels "numbers".
+    ids, labels
+        Of the images; None numbers them, or leaves them without a label. With a recipe of labels
+        "numbers" their texts.
     positive_pooled
         Mean of max(A, 0), `[N K]`; Grad-CAM++ needs it where A can be negative.
-    triplets
-        With sampling "given": `[N S 2]`.
     network
         Whose identity to record; its layer, head and grid must be those of the features.
-    replace
-        Redo a finished index.
-    progress
-        A bar; None shows it on a terminal or in a notebook, else logs how far it is.
+    triplets, replace, progress
+        As for `build_index`.
 
     Raises
     ------
@@ -126,25 +110,33 @@ def build_from_features(
     warn_of_norm(recipe, normalize, 2)
     embeddings, pooled = _matrix("embeddings", embeddings), _matrix("pooled", pooled)
     grid = check_sides("grid", grid)
-    head = head or _identity_head(embeddings, pooled)
-    embeddings, lengths = _agreeing(
-        embeddings, _checked_output(head, embeddings, pooled), normalize
-    )
-    positive = _positive(recipe, pooled, positive_pooled)
     (n, width), n_channels = embeddings.shape, pooled.shape[1]
-    names = [str(i) for i in range(n)] if ids is None else [str(one) for one in ids]
+    if head is None and width != n_channels:
+        raise InputError(
+            f"embeddings have {width} numbers and pooled activations {n_channels}; give the affine "
+            "head that leads from one to the other"
+        )
+    head = head or AffineHead(np.eye(n_channels, dtype=np.float32))
+    z = _checked_output(head, embeddings, pooled)
+    embeddings, lengths = _agreeing(embeddings, z, normalize)
+    positive = _positive(recipe, pooled, positive_pooled)
+    names = [str(one) for one in (range(n) if ids is None else ids)]
     kept_labels: list[str | None] = [None] * n if labels is None else list(labels)
     if not len(names) == len(kept_labels) == n:
         raise InputError(f"{n} embeddings came with {len(names)} ids and {len(kept_labels)} labels")
     check_amounts(recipe, names, kept_labels, width, n_channels, triplets)
-    identity = None if network is None else _identity(network, head, normalize, grid)
     mean = embeddings.mean(axis=0, dtype=np.float64).astype(np.float32)
+    described, layer, shared = None, "given", {"embedding_mean": mean}
+    if network is not None:
+        identity = _identity(network, head, normalize, grid)
+        described, layer = {**identity.to_dict(), "loading": network.spec}, network.layer
+        shared |= identity.arrays()
     codes = coded_labels(recipe, kept_labels, names)
     anchors = AnchorCotangents(recipe, embeddings, codes, mean, triplets)
     exact, processor = is_exact(recipe, head.matrix, normalize), torch.device("cpu")
-    strategy = PooledClosedForm(head, recipe, normalize, processor)
+    strategy = PooledClosedForm(recipe, normalize, processor, head)
     if exact:
-        strategy = HeadCodes(head.matrix, False, head, recipe, normalize, processor)
+        strategy = HeadCodes(recipe, normalize, processor, head, head.matrix, mixed=True)
     arrays = {
         "embedding": embeddings,
         "length": lengths,
@@ -153,11 +145,10 @@ def build_from_features(
     }
 
     def weights(places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        cotangents = anchors.of(places)
+        cotangents, rows = anchors.of(places), slice(0, len(places))
         some = {name: values[places] for name, values in arrays.items()}
-        rows = slice(0, len(places))
-        found = strategy.weigh(pooled, {**some, "grid": np.array(grid)}, rows, cotangents)
-        return found["weights"], cotangents.counts
+        weighed = strategy.weigh(pooled, {**some, "grid": np.array(grid)}, rows, cotangents)
+        return weighed["weights"], cotangents.counts
 
     def sample() -> np.ndarray:
         places = sample_places(n, recipe.seed)
@@ -167,9 +158,8 @@ def build_from_features(
     matrix = head.matrix if exact else None
     encoding = make_encoding(recipe, matrix, grid, mean, normalize, sample, n_channels)
     fields = {name: np.empty((n, *f.shape), f.dtype) for name, f in encoding.fields.items()}
-    counts = np.empty(n, np.uint32)
-    stages = _Stages(progress)
-    with stages("weights", n) as tick:
+    counts, stages = np.empty(n, np.uint32), Stages(progress)
+    with stages("weights", n) as progressed:
         for start in range(0, n, BLOCK):
             places = np.arange(start, min(start + BLOCK, n))
             values, used = weights(places)
@@ -178,12 +168,8 @@ def build_from_features(
             for name, stored in rows.items():
                 fields[name][places] = stored
             counts[places] = np.minimum(used, np.iinfo(np.uint32).max)
-            tick(len(places))
+            progressed(len(places))
     part = PartData(names, kept_labels, [""] * n, embeddings, counts, [fields], [None])
-    described, layer, shared = None, "given", {"embedding_mean": mean}
-    if network is not None and identity is not None:
-        described, layer = {**identity.to_dict(), "loading": network.spec}, network.layer
-        shared |= identity.arrays()
     entry = layer_entry(layer, grid, encoding, None)
     about = header(recipe, described, None, width, normalize, [entry], given=triplets)
     about["match_calibration"] = calibrate_match(
@@ -191,14 +177,7 @@ def build_from_features(
     )
     with stages("write"), disk_errors(path):
         create(path, about, [encoding.fitted], shared, part, replace=replace)
-    n_single = 0
-    if codes is not None and recipe.resolved_target != "centred" and triplets is None:
-        n_single = int(alone(codes).sum())
-    by_class, n_unlabelled, numbers = labels_of(kept_labels, recipe.labels)
-    n_empty = int((counts == 0).sum())
-    return BuildReport(
-        path, n, [], n_single, n_empty, stages.seconds, by_class, n_unlabelled, numbers=numbers
-    )
+    return report_of(path, recipe, kept_labels, codes, counts, stages)
 
 
 def read_array(path: str | Path) -> np.ndarray:
@@ -224,9 +203,8 @@ def read_head(path: str | Path) -> AffineHead:
 def _matrix(name: str, values: np.ndarray) -> np.ndarray:
     values = np.asarray(values)
     if values.ndim != 2 or values.dtype.kind != "f" or 0 in values.shape:
-        raise InputError(
-            f"{name} is {values.dtype} of shape {list(values.shape)}; expected floats [N width]"
-        )
+        shape = list(values.shape)
+        raise InputError(f"{name} is {values.dtype} of shape {shape}; expected floats [N width]")
     _check_numbers(name, values)
     return values.astype(np.float32, copy=False)
 
@@ -289,15 +267,6 @@ def _identity(
             "give the network that the features were computed with"
         )
     return identity
-
-
-def _identity_head(embeddings: np.ndarray, pooled: np.ndarray) -> AffineHead:
-    if embeddings.shape[1] != pooled.shape[1]:
-        raise InputError(
-            f"embeddings have {embeddings.shape[1]} numbers and pooled activations "
-            f"{pooled.shape[1]}; give the affine head that leads from one to the other"
-        )
-    return AffineHead(np.eye(pooled.shape[1], dtype=np.float32))
 
 
 def _checked_output(head: AffineHead, embeddings: np.ndarray, pooled: np.ndarray) -> np.ndarray:

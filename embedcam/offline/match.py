@@ -30,8 +30,7 @@ def calibrate_match(
 ) -> dict[str, Any] | None:
     """Fit match for "one" result and for "several", as a manifest keeps them; None of too few.
 
-    `embeddings` `[N D]` are of all live images. With `near` labels are numbers, and the first
-    result is of a query's kind where it is as near in value as this share of the images.
+    With `near` labels are numbers, alike where as near in value as this share of the images.
     """
     total = embeddings.shape[0]
     if total < LEAST_MATCH:
@@ -77,14 +76,13 @@ def fit_logistic(
 ) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, ...], float]:
     """Fit a logistic function to evidence `[n F]`, with an L2 penalty of 1/2 |linear|^2.
 
-    Returns mean and scale of the evidence, linear coefficients, intercept. The penalty keeps them
-    finite where all are right, the prior counts one right and one wrong more.
+    Returns mean and scale of the evidence, linear coefficients, intercept.
     """
     from sklearn.linear_model import LogisticRegression
 
     mean, scale = evidence.mean(axis=0), evidence.std(axis=0)
     scale = np.where(scale > 1e-9, scale, 1.0)
-    # One right and one wrong image of average evidence.
+    # The prior: one right and one wrong image of average evidence.
     x = np.concatenate([(evidence - mean) / scale, np.zeros((2, evidence.shape[1]))])
     model = LogisticRegression(solver="newton-cholesky", tol=1e-10)
     model.fit(x, np.array([*right, True, False]))

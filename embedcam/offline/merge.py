@@ -32,8 +32,7 @@ class Embedded:
     """What the embedding pass gave.
 
     `positions` `[n]` are places in the source of the images that could be used, `embeddings`
-    `[N D]` those of the images in the index already, then theirs, on disk; `skipped` are
-    (id, reason) of the others.
+    `[N D]` of the images in the index already, then theirs; `skipped` (id, reason) of the others.
     """
 
     positions: np.ndarray
@@ -54,8 +53,7 @@ class Embedded:
 
 def gather(plan: Plan, index: Index | None, live: np.ndarray) -> Embedded:
     """Collect the chunks of the embedding pass behind the index's `live` rows."""
-    chunks = range(plan.n_chunks)
-    skipped = [one for chunk in chunks for one in plan.unusable(chunk)]
+    chunks, skipped = range(plan.n_chunks), plan.skipped()
     positions = np.concatenate([plan.embedded(chunk) for chunk in chunks])
     if not len(positions):
         first = skipped[0][1]
@@ -74,15 +72,13 @@ def gather(plan: Plan, index: Index | None, live: np.ndarray) -> Embedded:
 
 def fit_encodings(plan: Plan, mean: np.ndarray) -> list[Encoding]:
     """Return the encoding of each layer of a new index, fitted where it has something to fit."""
-    strategy = plan.strategy
+    strategy, normalize = plan.strategy, plan.network.normalize
     matrix = strategy.matrix if isinstance(strategy, HeadCodes) else None
     encodings = []
-    for number in range(max(1, len(strategy.layers))):
-        name = weights_of_layer(number)
-        # Only mapped: of an array that long, nothing but its shape is looked at.
+    for name in map(weights_of_layer, range(max(1, len(strategy.layers)))):
         width = plan.columns("weights", name)[0].shape[1]
         sample = partial(_sample, plan, name)
-        grid, normalize = grid_of(plan), plan.network.normalize
+        grid = grid_of(plan)
         encodings.append(make_encoding(plan.recipe, matrix, grid, mean, normalize, sample, width))
     return encodings
 
@@ -96,10 +92,9 @@ def make_encoding(
     sample: Callable[[], np.ndarray],
     n_channels: int,
 ) -> Encoding:
-    """Return the encoding a recipe asks for.
+    """Return the encoding a recipe asks for; `sample` gives weights `[n K ...]` to fit on.
 
-    `matrix` is W `[D K]` where dy/dz in it is the whole weight vector; `sample` gives weights
-    `[n K]`, or `[n K H W]`, to fit on, and is not asked where nothing is fitted.
+    `matrix` is W `[D K]` where dy/dz in it is the whole weight vector.
     """
     if matrix is not None:
         basis = matrix / np.prod(grid)
@@ -117,8 +112,6 @@ def make_encoding(
 
 def sample_places(n: int, seed: int, most: int = SAMPLE) -> np.ndarray:
     """Draw which of n weight vectors a basis is fitted on: all, or a seeded sample, in order."""
-    if n <= most:
-        return np.arange(n)
     return np.sort(np.random.default_rng(seed).permutation(n)[:most])
 
 
@@ -152,8 +145,8 @@ def encode(
         for number, encoding in enumerate(encodings)
     ]
     counts, scales = np.zeros(n, np.uint32), np.zeros(n, np.float32)
-    height, width = grid_of(plan)
-    map_shape = (n, *strategy.map_grid((height, width)))
+    grid = grid_of(plan)
+    map_shape = (n, *strategy.map_grid(grid))
     maps = plan.checkpoint.array("maps", "uint8", map_shape) if with_maps else None
     done = 0
     for chunk in plan.filled():
@@ -163,7 +156,7 @@ def encode(
         for number, encoding in enumerate(encodings):
             weights = np.asarray(arrays[weights_of_layer(number)])
             encoded, multiplier = strategy.encode(
-                encoding, weights, embedded.new[rows], mean, height * width
+                encoding, weights, embedded.new[rows], mean, grid[0] * grid[1]
             )
             factors.append(multiplier)
             for name, values in encoded.items():
@@ -178,7 +171,7 @@ def encode(
         paths=[_stored_path(item.path, plan.source.root, root) for item in items],
         embeddings=embedded.new,
         triplets_used=counts,
-        fields=[dict(one) for one in fields],
+        fields=list(fields),
         coarse=[None if maps is None else (maps, scales), *[None] * (len(encodings) - 1)],
         marks=marks if marks.any() else None,
     )
@@ -206,7 +199,11 @@ def grid_of(plan: Plan) -> tuple[int, int]:
 
 
 def calibrate_build(
-    plan: Plan, encodings: Sequence[Encoding], embedded: Embedded, part: PartData, tick: Advance
+    plan: Plan,
+    encodings: Sequence[Encoding],
+    embedded: Embedded,
+    part: PartData,
+    progressed: Advance,
 ) -> dict[str, Any] | None:
     """Calibrate trust for a new index, with the activations that its build cached."""
     rows = trust_rows(len(part), plan.recipe, plan.network)
@@ -224,7 +221,7 @@ def calibrate_build(
         part.labels,
         rows,
         _views(plan, embedded, rows),
-        tick,
+        progressed,
     )
 
 
@@ -260,11 +257,7 @@ def header(
     files: str | None = None,
     given: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Return what the manifest of a new index says; see index/README.md.
-
-    `layers` are as `layer_entry` has them, `files` the digest of the files that were read, `given`
-    the user's own triplets `[N S 2]`.
-    """
+    """Return what the manifest of a new index says (index/README.md); `files` is a digest."""
     images = {"root": None if root is None else str(root.resolve()), "files_sha256": files}
     return {
         "recipe": recipe.resolved.to_dict(),
@@ -297,16 +290,11 @@ def layer_entry(
 
 def _evidence(recipe: Recipe, given: np.ndarray | None) -> dict[str, Any]:
     """Return the triplets behind the weights; a count of 0 says that none were drawn."""
-    sampling, count = recipe.resolved_sampling, recipe.n_triplets
-    if recipe.resolved_target == "centred":
-        sampling, count = "none", 0
-    elif sampling == "all":
-        count = 0
-    elif given is not None:
-        count = given.shape[1]
+    centred, sampling = recipe.resolved_target == "centred", recipe.resolved_sampling
+    n_drawn = recipe.n_triplets if given is None else given.shape[1]
     about = {
-        "sampling": sampling,
-        "count": count,
+        "sampling": "none" if centred else sampling,
+        "count": 0 if centred or sampling == "all" else n_drawn,
         "hinge": recipe.hinge,
         "margin": recipe.margin,
         "seed": recipe.seed,

@@ -62,19 +62,14 @@ class Plan:
     on_unreadable: str
 
     @property
-    def chunk_size(self) -> int:
-        """Images a chunk."""
-        return chunk_size(self.batch_size, self.recipe.method)
-
-    @property
     def n_chunks(self) -> int:
         """Chunks of the whole source."""
-        return -(-len(self.source) // self.chunk_size)
+        return -(-len(self.source) // chunk_size(self.batch_size, self.recipe.method))
 
     def positions(self, chunk: int) -> np.ndarray:
         """Return places in the source of a chunk's images."""
-        start = chunk * self.chunk_size
-        return np.arange(start, min(start + self.chunk_size, len(self.source)))
+        size = chunk_size(self.batch_size, self.recipe.method)
+        return np.arange(chunk * size, min((chunk + 1) * size, len(self.source)))
 
     def batches(
         self, positions: np.ndarray, *, marked: bool = False
@@ -98,6 +93,10 @@ class Plan:
         """Return (id, reason) of a finished chunk's images that cannot be read or embedded."""
         text = bytes(self.checkpoint.column("embed", chunk, "errors"))
         return [(self.source.items[position].id, message) for position, message in json.loads(text)]
+
+    def skipped(self) -> list[tuple[str, str]]:
+        """Return (id, reason) of all images that cannot be read or embedded."""
+        return [one for chunk in range(self.n_chunks) for one in self.unusable(chunk)]
 
     def columns(self, stage: str, name: str) -> list[np.ndarray]:
         """Return one array of every chunk in which at least one image could be embedded."""
@@ -185,10 +184,7 @@ def check_amounts(
     n_channels: int,
     given: np.ndarray | None,
 ) -> None:
-    """Refuse what the encoding, FAISS or the triplets could only refuse after all the work.
-
-    `names` and `labels` are of N images, if all can be read; `given` are the user's own triplets.
-    """
+    """Refuse what the encoding, FAISS or the triplets could only refuse after all the work."""
     if recipe.encoding == "top-m":
         TopM(n_channels, recipe.m, recipe.by, recipe.dtype)
     if recipe.faiss.lower() != "none":
@@ -284,19 +280,18 @@ def same_index(
     given: str | None,
     network: EmbeddingNetwork,
 ) -> list[tuple[str, str]]:
-    """Refuse to call a finished index done where another one was asked for.
+    """Refuse a finished index where another was asked for; return (id, reason) of unusable images.
 
     `files` are fingerprints of the source's images, `given` the digest of the user's own triplets.
-    Returns (id, reason) of images that are not in it because they cannot be read or embedded.
     """
     manifest = index.manifest
     unusable = _unusable(source, set(index.ids[index.live_positions()]), network)
+    enough, calibrated = manifest.fit.images >= LEAST, manifest.trust_calibration is not None
     checks = {
         "recipe": manifest.recipe_sha256 == recipe.resolved.digest(),
         "network": index.identity is not None and index.identity.to_dict() == identity.to_dict(),
         "choice of own maps": (manifest.layers[0].coarse_grid is not None) == own_maps,
-        "choice of trust": (manifest.trust_calibration is not None)
-        == (trust and manifest.fit.images >= LEAST),
+        "choice of trust": calibrated == (trust and enough),
         "array of given triplets": manifest.triplets.sha256 == given,
     }
     differs = [what for what, same in checks.items() if not same]

@@ -1,17 +1,24 @@
 """What a job tells the user, and how a collection differs from its index."""
 
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
+import numpy as np
+
 from ..errors import InputError, cut
 from ..images import DatasetSource, ImageSource, LeftOut
 from ..images.number_labels import number_of
-from ..images.progress import Advance
+from ..images.progress import Advance, progress_of
 from ..index import Index
+from ..index.arrays import ArrayLike
+from ..recipe.recipe import Recipe
 from ..render import Table, drawn_blocks
+from .triplets import alone
 
 _SHOWN = 10
 
@@ -20,18 +27,9 @@ _SHOWN = 10
 class Changes:
     """How a collection differs from its index; ids, in the order of the collection or the index.
 
-    Attributes
-    ----------
-    new
-        Of images that the index did not hold.
-    changed
-        Of those with another file, label or path than were indexed.
-    vanished
-        Of those that are there no more, or cannot be read any more.
-    n_same
-        Images that are as they were.
-    n_unmarked
-        Those of them of whose files the index keeps no mark, so that a change is not seen.
+    `changed` have another file, label or path than were indexed; `vanished` are there no more, or
+    cannot be read any more. Of `n_same` images that are as they were the index keeps no mark of
+    `n_unmarked` files, so that a change of those is not seen.
     """
 
     new: list[str]
@@ -142,30 +140,63 @@ class BuildReport:
         return f"{len(self.labels):,} ({few}), of {each} {images} each{without}"
 
 
-def labels_of(
-    labels: Iterable[str | None], kind: str
-) -> tuple[dict[str, int], int, tuple[float, float] | None]:
-    """Return the images of each class, those without a label, and the range of number labels."""
-    counts = Counter(labels)
+class Stages:
+    """Wall times of named stages, which show how far they are."""
+
+    def __init__(self, progress: bool | None) -> None:
+        self._progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str, n_images: int = 0) -> Iterator[Advance]:
+        """Time a stage and show its progress; yield what is told how many more are done."""
+        start = time.perf_counter()
+        with progress_of(stage, n_images, shown=self._progress) as advance:
+            yield advance
+        self.seconds[stage] = time.perf_counter() - start
+
+
+def report_of(
+    path: Path,
+    recipe: Recipe,
+    labels: Sequence[str | None],
+    codes: np.ndarray | None,
+    triplets_used: ArrayLike,
+    stages: Stages,
+) -> BuildReport:
+    """Return what a job did with images of these labels; `codes` end with theirs."""
+    counts, n_single, numbers = Counter(labels), 0, None
     n_unlabelled = counts.pop(None, 0)
-    if kind != "numbers":
-        return {name: counts[name] for name in sorted(filter(None, counts))}, n_unlabelled, None
-    values = [number_of(label) for label in counts]
-    return {}, n_unlabelled, (min(values), max(values)) if values else None
+    if codes is not None and recipe.resolved_target != "centred" and recipe.sampling != "given":
+        n_single = int(alone(codes)[len(codes) - len(labels) :].sum())
+    by_class = {name: counts[name] for name in sorted(filter(None, counts))}
+    if recipe.labels == "numbers":
+        values, by_class = [number_of(label) for label in counts], {}
+        numbers = (min(values), max(values)) if values else None
+    return BuildReport(
+        path,
+        len(labels),
+        [],
+        n_single,
+        int((np.asarray(triplets_used) == 0).sum()),
+        stages.seconds,
+        by_class,
+        n_unlabelled,
+        numbers=numbers,
+    )
 
 
-def changes_since(index: Index, source: ImageSource, tick: Advance) -> tuple[Changes, list[int]]:
-    """Return how a whole collection differs from its index, and places of what is new or changed.
-
-    Images that were added from other folders are left alone.
-    """
+def changes_since(
+    index: Index, source: ImageSource, progressed: Advance
+) -> tuple[Changes, list[int]]:
+    """Return how a collection differs from its index, and places of what is new or changed."""
     _check_root(index, source)
     rows = index.select(index.live_positions())
     listed = zip(rows.ids, rows.paths, rows.labels, rows.marks, strict=True)
     known = {name: (path, label, mark) for name, path, label, mark in listed}
     new, changed, places, n_unmarked = list[str](), list[str](), list[int](), 0
     for place, item in enumerate(source.items):
-        tick(1)
+        progressed(1)
         if item.id not in known:
             new.append(item.id)
             places.append(place)
@@ -177,7 +208,7 @@ def changes_since(index: Index, source: ImageSource, tick: Advance) -> tuple[Cha
             places.append(place)
         else:
             n_unmarked += state is None
-    # Absolute paths are of images that were added from elsewhere.
+    # Absolute paths are of images that were added from elsewhere, which are left alone.
     left = [(name, path) for name, (path, _, _) in known.items() if path]
     vanished = [name for name, path in left if not Path(path).is_absolute()]
     n_known = len(source) - len(new)

@@ -26,15 +26,17 @@ CROPPED = 0.25
 """Share of a picture from which on a build says that the crop leaves it out."""
 
 
-def embed_chunks(plan: Plan, tick: Advance, chunks: range | None = None) -> None:
+def embed_chunks(plan: Plan, progressed: Advance, chunks: range | None = None) -> None:
     """Write chunks `embed`: positions, marks, embeddings, lengths, what weights need, errors."""
     chunks = range(plan.n_chunks) if chunks is None else chunks
-    todo = [chunk for chunk in chunks if not _is_embedded(plan, chunk)]
+    done_chunks = {chunk for chunk in chunks if plan.checkpoint.intact("embed", chunk)}
+    if plan.on_unreadable == "fail":  # what an earlier run skipped fails now
+        done_chunks = {chunk for chunk in done_chunks if not plan.unusable(chunk)}
+    todo = [chunk for chunk in chunks if chunk not in done_chunks]
     n_images = sum(len(plan.positions(chunk)) for chunk in chunks)
-    done = n_images - sum(len(plan.positions(chunk)) for chunk in todo)
-    if done:
+    if done := sum(len(plan.positions(chunk)) for chunk in done_chunks):
         log.info("going on: %s of %s images are embedded", f"{done:,}", f"{n_images:,}")
-    tick(done)
+    progressed(done)
     if not todo:
         return
     # One stream over all chunks, so that decoding runs ahead across their borders.
@@ -43,16 +45,12 @@ def embed_chunks(plan: Plan, tick: Advance, chunks: range | None = None) -> None
         for chunk in todo:
             n = len(plan.positions(chunk))
             batches = itertools.islice(stream, -(-n // plan.batch_size))
-            plan.checkpoint.write("embed", chunk, _embed(plan, batches, n, tick))
+            plan.checkpoint.write("embed", chunk, _embed(plan, batches, n, progressed))
 
 
-def _is_embedded(plan: Plan, chunk: int) -> bool:
-    """Return whether an earlier run's chunk serves; with skipped images not where that fails."""
-    intact = plan.checkpoint.intact("embed", chunk)
-    return intact and (plan.on_unreadable == "skip" or not plan.unusable(chunk))
-
-
-def _embed(plan: Plan, batches: Iterable[Batch], n: int, tick: Advance) -> dict[str, np.ndarray]:
+def _embed(
+    plan: Plan, batches: Iterable[Batch], n: int, progressed: Advance
+) -> dict[str, np.ndarray]:
     rows, errors, refused = _Rows(n), list[tuple[int, str]](), list[int]()
     grid, n_cropped = (0, 0), 0
     for read in batches:
@@ -72,7 +70,7 @@ def _embed(plan: Plan, batches: Iterable[Batch], n: int, tick: Advance) -> dict[
                     **plan.strategy.embedded(activations),
                 }
             )
-        tick(len(batch.positions) + len(batch.errors))
+        progressed(len(batch.positions) + len(batch.errors))
     text = json.dumps([[int(position), message] for position, message in errors])
     return {
         "positions": np.empty(0, np.int64),
@@ -94,7 +92,11 @@ def _is_cropped(preprocess: Any, width: int, height: int) -> bool:
 
 
 def weigh_chunks(
-    plan: Plan, anchors: AnchorCotangents, offset: int, tick: Advance, chunks: range | None = None
+    plan: Plan,
+    anchors: AnchorCotangents,
+    offset: int,
+    progressed: Advance,
+    chunks: range | None = None,
 ) -> None:
     """Write chunks `weights`: averaged weights, counts of triplets, and cached activations.
 
@@ -109,14 +111,16 @@ def weigh_chunks(
     for chunk, n in sizes.items():
         if n and chunk not in done:
             places = np.arange(offset, offset + n)
-            plan.checkpoint.write("weights", chunk, _weigh(plan, chunk, anchors, places, tick))
+            plan.checkpoint.write(
+                "weights", chunk, _weigh(plan, chunk, anchors, places, progressed)
+            )
         else:
-            tick(n)
+            progressed(n)
         offset += n
 
 
 def _weigh(
-    plan: Plan, chunk: int, anchors: AnchorCotangents, places: np.ndarray, tick: Advance
+    plan: Plan, chunk: int, anchors: AnchorCotangents, places: np.ndarray, progressed: Advance
 ) -> dict[str, np.ndarray]:
     embedded, kept = plan.checkpoint.read("embed", chunk), _Rows(len(places))
     looks: Iterator[np.ndarray]
@@ -136,7 +140,7 @@ def _weigh(
             name = first if len(images) == 1 else f"one of the images {first} to {last}"
             raise error.of_one(name) from None
         kept.add({**arrays, "counts": cotangents.counts})
-        tick(len(images))
+        progressed(len(images))
     return kept.arrays()
 
 
@@ -164,20 +168,17 @@ def read_again(plan: Plan, chunk: int) -> Iterator[np.ndarray]:
 def map_chunk(plan: Plan, chunk: int, factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return each image's stored map `[n h w]` as bytes with one scale, of a finished chunk.
 
-    `factors` multiply the cached activations: the stored weights, decoded, `[n K]` or `[n K H W]`,
-    or the codes of `HeadCodes`, `[n D]`.
+    `factors` multiply the cached activations: decoded weights `[n K]` or `[n K H W]`, or codes.
     """
     if plan.strategy.layers:
         arrays = plan.checkpoint.read("weights", chunk, "own", "own_scales")
         return np.asarray(arrays["own"]), np.asarray(arrays["own_scales"])
-    maps, scales, done = [], [], 0
+    rows = _Rows(len(factors))
     for cached in _activations(plan, chunk):
-        stop = done + len(cached["peaks"])
-        some, some_scales = stored_maps(maps_of(factors[done:stop], cached))
-        maps.append(some)
-        scales.append(some_scales)
-        done = stop
-    return np.concatenate(maps), np.concatenate(scales)
+        some = factors[rows.n_done : rows.n_done + len(cached["peaks"])]
+        maps, scales = stored_maps(maps_of(some, cached))
+        rows.add({"maps": maps, "scales": scales})
+    return rows.arrays()["maps"], rows.arrays()["scales"]
 
 
 def _activations(plan: Plan, chunk: int) -> Iterator[dict[str, np.ndarray]]:

@@ -8,6 +8,7 @@ and what an image's stored map is drawn from.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -34,19 +35,22 @@ Layers = tuple[tuple[str, tuple[int, int]], ...]
 """Names and grids of the layers a method of several draws with, deepest first."""
 
 
+@dataclass
 class Strategy(ABC):
-    """Find the weights of images."""
+    """Find the weights of images.
 
+    `caches` says whether activations are cached for the images' stored maps, `mixed` whether those
+    are the head's D combinations of the K channels.
+    """
+
+    recipe: Recipe
+    normalize: bool
+    device: torch.device
+    layers: Layers = field(default=(), kw_only=True)
+    mixed: bool = field(default=False, kw_only=True)
+    caches = False
     stage = "weights"
     """The pass that caches activations: "embed" where no second look at the images is needed."""
-    caches = False
-    """Whether activations are cached for the images' stored maps."""
-    layers: Layers = ()
-    mixed = False
-    """Whether cached activations are the head's D combinations of the K channels."""
-
-    def __init__(self, recipe: Recipe, normalize: bool, device: torch.device) -> None:
-        self.recipe, self.normalize, self.device = recipe, normalize, device
 
     def embedded(self, activations: Tensor) -> dict[str, np.ndarray]:
         """Return what the embedding pass keeps of a batch's activations `[B K H W]`."""
@@ -98,16 +102,12 @@ class Strategy(ABC):
         return at_head, used if used is None else used.to(self.device)
 
 
+@dataclass
 class PooledClosedForm(Strategy):
     """Weights as a function of the pooled vector, which stands in for a second look."""
 
+    head: PooledHead
     stage = "embed"
-
-    def __init__(
-        self, head: PooledHead, recipe: Recipe, normalize: bool, device: torch.device
-    ) -> None:
-        super().__init__(recipe, normalize, device)
-        self.head = head
 
     def embedded(self, activations: Tensor) -> dict[str, np.ndarray]:
         """Return the pooled vectors, and cached activations."""
@@ -126,27 +126,17 @@ class PooledClosedForm(Strategy):
             for name in ("pooled", "positive_pooled" if "positive_pooled" in embedded else "pooled")
         )
         n_positions, method = int(np.prod(embedded["grid"])), self.recipe.method
-        return {
-            "weights": to_numpy(
-                weights_from_pooled(self.head, pooled, positive, at_head, used, n_positions, method)
-            )
-        }
+        weights = weights_from_pooled(
+            self.head, pooled, positive, at_head, used, n_positions, method
+        )
+        return {"weights": to_numpy(weights)}
 
 
+@dataclass
 class HeadCodes(PooledClosedForm):
     """dy/dz, the code of Grad-CAM in the matrix W `[D K]` of an affine head: W^T dy/dz / Z."""
 
-    def __init__(
-        self,
-        matrix: np.ndarray,
-        identity: bool,
-        head: PooledHead,
-        recipe: Recipe,
-        normalize: bool,
-        device: torch.device,
-    ) -> None:
-        super().__init__(head, recipe, normalize, device)
-        self.matrix, self.mixed = matrix, not identity
+    matrix: np.ndarray
 
     def weigh(
         self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
@@ -177,12 +167,11 @@ class HeadCodes(PooledClosedForm):
         return super().cached(activations)
 
 
+@dataclass
 class HeadDerivative(Strategy):
     """Weights by vector-Jacobian products through the head alone, after one more forward."""
 
-    def __init__(self, network: EmbeddingNetwork, recipe: Recipe) -> None:
-        super().__init__(recipe, network.normalize, network.device)
-        self.network = network
+    network: EmbeddingNetwork
 
     def weigh(
         self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
@@ -196,12 +185,12 @@ class HeadDerivative(Strategy):
         return {"weights": to_numpy(weights), **cached}
 
 
+@dataclass
 class ZooMethod(Strategy):
     """Weights by any method of the zoo of one layer, by some `[n K H W]` by position."""
 
-    def __init__(self, network: EmbeddingNetwork, recipe: Recipe, batch_size: int) -> None:
-        super().__init__(recipe, network.normalize, network.device)
-        self.network, self.batch_size = network, batch_size
+    network: EmbeddingNetwork
+    batch_size: int
 
     def weigh(
         self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
@@ -217,11 +206,8 @@ class ZooMethod(Strategy):
         return {"weights": to_numpy(weights), **cached}
 
     def _subject(self, images: np.ndarray, cotangents: Cotangents) -> Subject:
-        """Return a batch with its target as one direction an image, or a triplet.
-
-        The margin is affine in the anchor's embedding, so the mean over triplets is one direction,
-        and no method asks for more than differences of scores.
-        """
+        """Return a batch with its target as one direction an image, or a triplet."""
+        # The margin is affine in the anchor's embedding: the mean over triplets is one direction.
         values = cotangents.values if cotangents.values.ndim == 3 else cotangents.values[:, None]
         # A module that normalises itself knows no way but through the norm.
         norm = "through" if self.network.already_normalized else self.recipe.head_norm
@@ -238,12 +224,6 @@ class ZooMethod(Strategy):
 
 class SeveralLayers(ZooMethod):
     """Weights of each of several layers, and the stored maps they make together."""
-
-    def __init__(
-        self, network: EmbeddingNetwork, recipe: Recipe, batch_size: int, layers: Layers
-    ) -> None:
-        super().__init__(network, recipe, batch_size)
-        self.layers = layers
 
     def weigh(
         self, images: np.ndarray, embedded: Arrays, rows: slice, cotangents: Cotangents
@@ -267,16 +247,14 @@ def strategy_for(
     network: EmbeddingNetwork, recipe: Recipe, *, exact: bool, layers: Layers, batch_size: int
 ) -> Strategy:
     """Return the strategy of a network and a recipe; `exact` keeps dy/dz in place of weights."""
+    shared, kind = (recipe, network.normalize, network.device, network), network.head_kind
     if layers:
-        return SeveralLayers(network, recipe, batch_size, layers)
+        return SeveralLayers(*shared, batch_size, layers=layers)
     if recipe.method not in POOLED_METHODS:
-        return ZooMethod(network, recipe, batch_size)
-    kind, normalize, device = network.head_kind, network.normalize, network.device
+        return ZooMethod(*shared, batch_size)
     if exact and kind.matrix is not None:
-        return HeadCodes(kind.matrix, kind.identity, network, recipe, normalize, device)
-    if network.pooled_replay:
-        return PooledClosedForm(network, recipe, normalize, device)
-    return HeadDerivative(network, recipe)
+        return HeadCodes(*shared, kind.matrix, mixed=not kind.identity)
+    return PooledClosedForm(*shared) if network.pooled_replay else HeadDerivative(*shared)
 
 
 def is_derived(recipe: Recipe, normalize: bool) -> bool:
@@ -285,11 +263,9 @@ def is_derived(recipe: Recipe, normalize: bool) -> bool:
 
 
 def is_exact(recipe: Recipe, matrix: np.ndarray | None, normalize: bool = True) -> bool:
-    """Return whether dy/dz in the head's own matrix W `[D K]`, None without one, is all there is.
-
-    Grad-CAM behind a pooled affine head is W^T dy/dz / Z, also averaged over triplets. A code that
-    is derived from the stored embedding takes no room, whatever its width.
-    """
+    """Return whether dy/dz in the head's own matrix W `[D K]`, if it has one, is all there is."""
+    # Grad-CAM behind a pooled affine head is W^T dy/dz / Z, also averaged over triplets. A code
+    # that is derived from the stored embedding takes no room, whatever its width.
     if matrix is None or recipe.encoding != "low-rank" or recipe.method != "gradcam":
         return False
     return is_derived(recipe, normalize) or len(matrix) <= recipe.rank

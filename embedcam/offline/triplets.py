@@ -50,6 +50,8 @@ class Triplets:
 class Classes:
     """Group images by label: `order` lists positions class by class.
 
+    As in `Values`, `ranks` are the places in it of the images that share a label, -1 of others, and
+    `near` is by rank the interval of its label, which is `far`, too: no negative lies in it.
     `shared` is each class's number among those of two images or more, -1 for an image alone.
     """
 
@@ -57,17 +59,18 @@ class Classes:
         _, self.codes = np.unique(codes, return_inverse=True)
         self.order = np.argsort(self.codes, kind="stable")
         self.sizes = np.bincount(self.codes)
-        self.starts = np.cumsum(self.sizes) - self.sizes
-        self.ranks = np.empty(len(self.codes), np.int64)
-        self.ranks[self.order] = np.arange(len(self.codes)) - self.starts[self.codes[self.order]]
+        ends = np.cumsum(self.sizes)
+        of_rank = self.codes[self.order]
+        self.near = self.far = np.stack([ends - self.sizes, ends], axis=1)[of_rank]
+        self.ranks = np.full(len(self.codes), -1)
+        known = self.sizes[of_rank] > 1
+        self.ranks[self.order[known]] = np.flatnonzero(known)
         self.shared = np.where(self.sizes > 1, np.cumsum(self.sizes > 1) - 1, -1)
 
     def sums(self, rows: Callable[[np.ndarray], np.ndarray], width: int) -> np.ndarray:
-        """Sum `rows(positions)` `[b width]` over each shared class, float64 `[C width]`.
-
-        Images alone have no sum: a collection that is mostly without labels would take as many
-        numbers as its embeddings, in doubles.
-        """
+        """Sum `rows(positions)` `[b width]` over each shared class, float64 `[C width]`."""
+        # Images alone have none: a collection mostly without labels would take as many numbers as
+        # its embeddings, in doubles.
         sums = np.zeros((int((self.sizes > 1).sum()), width))
         shared = np.flatnonzero(self.sizes[self.codes] > 1)
         for start in range(0, len(shared), _SUMMED):
@@ -87,20 +90,19 @@ def label_codes(labels: list[str | None]) -> np.ndarray | None:
 
 def alone(labels: np.ndarray) -> np.ndarray:
     """Return which images are alone with their code, or have no number, `[N]` booleans."""
-    if labels.dtype.kind == "f":
-        without: np.ndarray = np.isnan(labels)
-        return without
-    classes = Classes(labels)
-    single: np.ndarray = classes.sizes[classes.codes] == 1
-    return single
+    without: np.ndarray = (
+        np.isnan(labels) if labels.dtype.kind == "f" else Classes(labels).ranks < 0
+    )
+    return without
 
 
 class TripletSampler:
-    """Draw S triplets for each anchor, by integer labels `[N]` or, without them, by nearness.
+    """Draw S triplets for each anchor, by labels `[N]` or, without them, by nearness.
 
-    `sampling` is "random" (with replacement), "semihard" (D(a,p) < D(a,n) < D(a,p) + margin, else
-    the nearest beyond; Schroff et al. 2015), "hard" (negatives from the 50 nearest images of other
-    labels) or "all" (no draw: `mean_difference` is exact).
+    Labels are integer codes, or float numbers: near values are positives, far ones negatives, by
+    the shares of `Values`. `sampling` is "random" (with replacement), "semihard" (D(a,p) < D(a,n) <
+    D(a,p) + margin, else the nearest beyond; Schroff et al. 2015), "hard" (negatives from the 50
+    nearest images of other labels) or "all" (no draw: `mean_difference` is exact).
     """
 
     def __init__(
@@ -113,33 +115,48 @@ class TripletSampler:
         n_triplets: int = 50,
         margin: float = 0.2,
         seed: int = 0,
+        positives: float = 0.0,
+        negatives: float = 0.0,
     ) -> None:
-        if len(embeddings) < 3:
+        n = len(embeddings)
+        if n < 3:
             raise InputError(
-                f"{len(embeddings)} images are too few for triplets, which take an anchor, a "
-                "positive and a negative; give at least 3, or use the target 'centred'"
+                f"{n} images are too few for triplets, which take an anchor, a positive and a "
+                "negative; give at least 3, or use the target 'centred'"
             )
         self.embeddings, self.nearest = embeddings, nearest
         self.sampling, self.n_triplets = sampling, n_triplets
         self.margin, self.seed = margin, seed
-        self.by_class = labels is not None
-        # Without labels every image is alone in its class.
-        self.classes = Classes(np.arange(len(embeddings)) if labels is None else labels)
-        if len(self.classes.sizes) == 1:
-            raise InputError(
-                f"all {len(embeddings)} images have one label, so there are no negatives; give "
-                "images of at least two labels, build without labels, or use the target 'centred'"
-            )
+        self.groups: Classes | Values
+        if labels is not None and labels.dtype.kind == "f":
+            self.groups = Values(labels, positives, negatives)
+        else:
+            # Without labels every image is alone in its class.
+            self.groups = Classes(np.arange(n) if labels is None else labels)
+            if len(self.groups.sizes) == 1:
+                raise InputError(
+                    f"all {n} images have one label, so there are no negatives; give images of at "
+                    "least two labels, build without labels, or use the target 'centred'"
+                )
+        # Without any label small sets have smaller neighborhoods: at least half stay negatives.
+        self._n_near = max(1, min(N_POSITIVES, (n - 1) // 3))
+        self._n_excluded = max(self._n_near, min(N_EXCLUDED, (n - 1) // 2))
+        if labels is not None:
+            self._n_excluded = self._n_near
 
     def draw(self, anchors: np.ndarray) -> Triplets:
         """Draw S triplets for anchor positions `[a]`, the same for an anchor in any company."""
         anchors = np.asarray(anchors, np.int64)
-        uniform = self._uniform(anchors)
+        uniform, groups = self._uniform(anchors), self.groups
         positives, negatives = np.empty((2, *uniform.shape[:2]), np.int64)
         known = self.labelled(anchors)
-        positives[known] = self._labelled_positives(anchors[known], uniform[known, :, 0])
+        ranks = groups.ranks[anchors[known]]
+        start, stop = np.split(groups.near[ranks], 2, axis=1)
+        place = start + pick(uniform[known, :, 0], stop - start - 1)
+        positives[known] = groups.order[place + (place >= ranks[:, None])]
         if not known.all():
-            near, excluded = self._neighborhoods(anchors[~known])
+            excluded = self.nearest(anchors[~known], self._n_excluded)
+            near = excluded[:, : self._n_near]
             places = pick(uniform[~known, :, 0], near.shape[1])
             positives[~known] = np.take_along_axis(near, places, axis=1)
         if self.sampling == "semihard":
@@ -147,7 +164,9 @@ class TripletSampler:
         elif self.sampling == "hard":
             negatives = self._hard(anchors, uniform[..., 1])
         else:
-            negatives[known] = self._labelled_negatives(anchors[known], uniform[known, :, 1])
+            start, stop = np.split(groups.far[ranks], 2, axis=1)
+            place = pick(uniform[known, :, 1], len(groups.order) - (stop - start))
+            negatives[known] = groups.order[place + np.where(place >= start, stop - start, 0)]
             if not known.all():
                 excluded = np.concatenate([anchors[~known][:, None], excluded], axis=1)
                 n = len(self.embeddings)
@@ -169,58 +188,53 @@ class TripletSampler:
             by_label = self._labelled_difference(anchors[known], borrowed)
             difference[known], counts[known] = by_label
         if not known.all():
-            near, excluded = self._neighborhoods(anchors[~known])
+            excluded = self.nearest(anchors[~known], self._n_excluded)
+            near = excluded[:, : self._n_near]
             n_outside = len(self.embeddings) - 1 - excluded.shape[1]
-            own = np.asarray(self.embeddings[anchors[~known]], np.float64)
+            vectors = np.asarray(self.embeddings[anchors[~known]], np.float64)
             p_mean = self._gathered_mean(near)
-            mean = p_mean if excluded is near else self._gathered_mean(excluded)
-            n_sum = self._total - own - excluded.shape[1] * mean
+            same = self._n_excluded == self._n_near
+            mean = p_mean if same else self._gathered_mean(excluded)
+            n_sum = self._total - vectors - excluded.shape[1] * mean
             difference[~known] = p_mean - n_sum / n_outside
             counts[~known] = near.shape[1] * n_outside
         return difference, counts
 
     def labelled(self, anchors: np.ndarray) -> np.ndarray:
         """Return which anchors have positives and negatives by their labels, `[a]` booleans."""
-        shared: np.ndarray = self.classes.sizes[self.classes.codes[anchors]] > 1
-        return shared
-
-    def _labelled_positives(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        codes = self.classes.codes[anchors]
-        step = pick(uniform, self.classes.sizes[codes][:, None] - 1)
-        step += step >= self.classes.ranks[anchors][:, None]
-        positives: np.ndarray = self.classes.order[self.classes.starts[codes][:, None] + step]
-        return positives
-
-    def _labelled_negatives(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        codes = self.classes.codes[anchors]
-        start, size = self.classes.starts[codes][:, None], self.classes.sizes[codes][:, None]
-        step = pick(uniform, len(self.embeddings) - size)
-        negatives: np.ndarray = self.classes.order[step + np.where(step >= start, size, 0)]
-        return negatives
+        known: np.ndarray = self.groups.ranks[anchors] >= 0
+        return known
 
     def _labelled_difference(
         self, anchors: np.ndarray, borrowed: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        codes = self.classes.codes[anchors]
-        sizes, sums = self.classes.sizes[codes], self._class_sums[self.classes.shared[codes]]
-        p_mean = (sums - np.asarray(self.embeddings[anchors], np.float64)) / (sizes - 1)[:, None]
-        few = sizes <= borrowed
+        groups, ranks = self.groups, self.groups.ranks[anchors]
+        near, far = groups.near[ranks], groups.far[ranks]
+        n_near = near[:, 1] - near[:, 0] - 1
+        n_far = len(groups.order) - (far[:, 1] - far[:, 0])
+        if isinstance(groups, Classes):
+            near_sum = far_sum = self._sums[groups.shared[groups.codes[anchors]]]
+            total, few = self._total, n_near < borrowed
+        else:
+            near_sum, far_sum = (
+                self._sums[one[:, 1]] - self._sums[one[:, 0]] for one in (near, far)
+            )
+            total, few = self._sums[-1], np.zeros(len(anchors), bool)
+        p_mean = (near_sum - np.asarray(self.embeddings[anchors], np.float64)) / n_near[:, None]
         if few.any():
-            share = ((borrowed - sizes[few] + 1) / (2 * borrowed))[:, None]
-            near = self._gathered_mean(self._nearest_few(anchors[few]))
-            p_mean[few] += share * (near - p_mean[few])
-        n_negatives = len(self.embeddings) - sizes
-        difference = p_mean - (self._total - sums) / n_negatives[:, None]
-        return difference.astype(np.float32), (sizes - 1) * n_negatives
+            share = ((borrowed - n_near[few]) / (2 * borrowed))[:, None]
+            nearest = self._gathered_mean(self.nearest(anchors[few], self._n_near))
+            p_mean[few] += share * (nearest - p_mean[few])
+        difference = p_mean - (total - far_sum) / n_far[:, None]
+        return difference.astype(np.float32), n_near * n_far
 
-    def _negatives_of(self, anchor: np.ndarray) -> np.ndarray:
-        """Return all negatives of one anchor `[1]`, rising."""
-        if self.labelled(anchor)[0]:
-            return np.flatnonzero(self.classes.codes != self.classes.codes[anchor[0]])
-        keep = np.ones(len(self.embeddings), bool)
-        keep[anchor] = False
-        keep[self._neighborhoods(anchor)[1][0]] = False
-        return np.flatnonzero(keep)
+    def _negatives_of(self, anchor: int) -> np.ndarray:
+        """Return all negatives of one anchor, rising."""
+        rank = self.groups.ranks[anchor]
+        if rank >= 0:
+            return np.sort(np.delete(self.groups.order, slice(*self.groups.far[rank])))
+        near = self.nearest(np.array([anchor]), self._n_excluded)[0]
+        return np.delete(np.arange(len(self.embeddings)), [anchor, *near])
 
     def _uniform(self, anchors: np.ndarray) -> np.ndarray:
         """Return numbers in [0, 1), `[a S 2]`, from the generator of each anchor's block."""
@@ -237,8 +251,10 @@ class TripletSampler:
     def _hard(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
         negatives = np.empty(uniform.shape, np.int64)
         for row, distances, candidates in self._candidates(anchors):
-            count = min(N_HARD, len(candidates))
-            hardest = _nearest_of(distances[candidates], count)
+            to_negatives, count = distances[candidates], min(N_HARD, len(candidates))
+            kth = np.partition(to_negatives, count - 1)[count - 1]
+            within = np.flatnonzero(to_negatives <= kth)  # only these are sorted
+            hardest = within[np.argsort(to_negatives[within], kind="stable")[:count]]
             negatives[row] = candidates[hardest][pick(uniform[row], count)]
         return negatives
 
@@ -247,44 +263,22 @@ class TripletSampler:
     ) -> np.ndarray:
         negatives = np.empty(uniform.shape, np.int64)
         for row, distances, candidates in self._candidates(anchors):
-            to_negatives = distances[candidates]
-            to_positives = distances[positives[row]]
+            to_negatives, to_positives = distances[candidates], distances[positives[row]]
             ranked = np.sort(to_negatives)
-            first = np.searchsorted(ranked, to_positives, side="right")
-            beyond = np.searchsorted(ranked, to_positives + self.margin, side="left")
             # An empty window is widened to the nearest beyond; past the last, to the farthest.
-            first = np.minimum(first, len(ranked) - 1)
+            first = np.minimum(np.searchsorted(ranked, to_positives, "right"), len(ranked) - 1)
+            beyond = np.searchsorted(ranked, to_positives + self.margin, "left")
             ranks = first + pick(uniform[row], np.maximum(beyond - first, 1))
             negatives[row] = candidates[_at_rank(to_negatives, ranked, ranks)]
         return negatives
 
     def _candidates(self, anchors: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield each anchor's row, its squared distance to every image, and its negatives."""
-        everything = np.asarray(self.embeddings)
+        everything, squares = np.asarray(self.embeddings), self._squares
         for row, anchor in enumerate(anchors):
             # One product an anchor, so that its rounding does not depend on the others' company.
-            squares = self._squares
             distances = squares + squares[anchor] - 2 * (everything @ everything[anchor])
-            yield row, np.maximum(distances, 0), self._negatives_of(anchors[row : row + 1])
-
-    def _neighborhoods(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the images positives come from, and those no negative comes from, `[a ...]`.
-
-        Without any label small sets have smaller neighborhoods: at least half stay negatives.
-        """
-        if self.by_class:
-            near = self._nearest_few(anchors)
-            return near, near
-        n_excluded = max(self._n_near, min(N_EXCLUDED, (len(self.embeddings) - 1) // 2))
-        excluded = self.nearest(anchors, n_excluded)
-        return excluded[:, : self._n_near], excluded
-
-    def _nearest_few(self, anchors: np.ndarray) -> np.ndarray:
-        return self.nearest(anchors, self._n_near)
-
-    @property
-    def _n_near(self) -> int:
-        return max(1, min(N_POSITIVES, (len(self.embeddings) - 1) // 3))
+            yield row, np.maximum(distances, 0), self._negatives_of(anchor)
 
     def _gathered_mean(self, positions: np.ndarray) -> np.ndarray:
         means: np.ndarray = np.asarray(self.embeddings[positions], np.float64).mean(axis=1)
@@ -301,80 +295,11 @@ class TripletSampler:
         return total
 
     @cached_property
-    def _class_sums(self) -> np.ndarray:
-        return self.classes.sums(lambda rows: self.embeddings[rows], self.embeddings.shape[1])
-
-
-class NumberSampler(TripletSampler):
-    """Draw triplets, or take the mean over all of them, by numbers `[N]` in place of classes.
-
-    Near values are positives, far ones negatives, by the shares of `number_labels.Values`. Images
-    without a number (NaN) stand in no other image's triplets; the nearest images are their
-    positives.
-    """
-
-    def __init__(
-        self,
-        embeddings: np.ndarray,
-        values: np.ndarray,
-        nearest: Nearest,
-        *,
-        positives: float,
-        negatives: float,
-        **sampling: Any,
-    ) -> None:
-        super().__init__(embeddings, None, nearest, **sampling)
-        self.values = Values(values, positives, negatives)
-
-    def labelled(self, anchors: np.ndarray) -> np.ndarray:
-        """Return which anchors have a number that others are far from, `[a]` booleans."""
-        known: np.ndarray = self.values.ranks[anchors] >= 0
-        return known
-
-    def _labelled_difference(
-        self, anchors: np.ndarray, borrowed: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        ranks = self.values.ranks[anchors]
-        near, far = self.values.near[ranks], self.values.far[ranks]
-        n_near = near[:, 1] - near[:, 0] - 1
-        n_far = len(self.values.order) - (far[:, 1] - far[:, 0])
-        p_sum = self._between(near) - np.asarray(self.embeddings[anchors], np.float64)
-        n_sum = self._sums[-1] - self._between(far)
-        difference = p_sum / n_near[:, None] - n_sum / n_far[:, None]
-        return difference.astype(np.float32), n_near * n_far
-
-    def _labelled_positives(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        ranks = self.values.ranks[anchors][:, None]
-        start, stop = np.split(self.values.near[ranks[:, 0]], 2, axis=1)
-        place = start + pick(uniform, stop - start - 1)
-        positives: np.ndarray = self.values.order[place + (place >= ranks)]
-        return positives
-
-    def _labelled_negatives(self, anchors: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        start, stop = np.split(self.values.far[self.values.ranks[anchors]], 2, axis=1)
-        place = pick(uniform, len(self.values.order) - (stop - start))
-        negatives: np.ndarray = self.values.order[place + np.where(place >= start, stop - start, 0)]
-        return negatives
-
-    def _neighborhoods(self, anchors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        near = self._nearest_few(anchors)
-        return near, near
-
-    def _negatives_of(self, anchor: np.ndarray) -> np.ndarray:
-        rank = self.values.ranks[anchor[0]]
-        if rank < 0:
-            return super()._negatives_of(anchor)
-        return np.sort(np.delete(self.values.order, slice(*self.values.far[rank])))
-
-    def _between(self, interval: np.ndarray) -> np.ndarray:
-        """Return sums of the embeddings whose ranks lie in each interval `[a 2]`, `[a D]`."""
-        sums: np.ndarray = self._sums[interval[:, 1]] - self._sums[interval[:, 0]]
-        return sums
-
-    @cached_property
     def _sums(self) -> np.ndarray:
-        """Return sums of the embeddings of all images before each rank, float64 `[n + 1, D]`."""
-        ordered = np.asarray(self.embeddings[self.values.order])
+        """Sums over each shared class `[C D]`, or over all images before each rank `[n + 1, D]`."""
+        if isinstance(self.groups, Classes):
+            return self.groups.sums(lambda rows: self.embeddings[rows], self.embeddings.shape[1])
+        ordered = np.asarray(self.embeddings[self.groups.order])
         sums = np.zeros((len(ordered) + 1, ordered.shape[1]))
         np.cumsum(ordered, axis=0, dtype=np.float64, out=sums[1:])
         return sums
@@ -384,8 +309,7 @@ class NearestOthers:
     """Find the nearest other images of images `[N D]`; the same for an image in any company.
 
     Exact among up to `exact` images. Among more an inverted file proposes candidates and exact
-    distances rank them, so that an image costs the same however many there are; now and then one
-    of the k is missed, and a farther one stands in for it.
+    distances rank them: now and then one of the k is missed, and a farther one stands in for it.
     """
 
     def __init__(self, embeddings: np.ndarray, exact: int = EXACT) -> None:
@@ -481,10 +405,8 @@ def pairs_digest(pairs: np.ndarray) -> str:
 
 
 def active(triplets: Triplets, embeddings: np.ndarray, margin: float) -> np.ndarray:
-    """Return which triplets' hinge is *not* satisfied: D(a,p) - D(a,n) + margin > 0, `[a S]`.
-
-    The others have zero gradient; they are no evidence and must not be averaged in.
-    """
+    """Return which triplets' hinge is *not* satisfied: D(a,p) - D(a,n) + margin > 0, `[a S]`."""
+    # The others have zero gradient: they are no evidence and must not be averaged in.
     anchors = np.asarray(embeddings[triplets.anchors])[:, None]
     to_positives = _squared(anchors, np.asarray(embeddings[triplets.positives]))
     to_negatives = _squared(anchors, np.asarray(embeddings[triplets.negatives]))
@@ -503,19 +425,8 @@ def outside(uniform: np.ndarray, excluded: np.ndarray, n: int) -> np.ndarray:
     excluded = np.sort(excluded, axis=1)
     picks = pick(uniform, n - excluded.shape[1])
     # The k-th free position is k plus the number of excluded ones at or before it.
-    free_before = excluded - np.arange(excluded.shape[1])
-    rows = zip(free_before, picks, strict=True)
-    free: np.ndarray = picks + np.stack(
-        [np.searchsorted(row, pick, side="right") for row, pick in rows]
-    )
-    return free
-
-
-def _nearest_of(distances: np.ndarray, count: int) -> np.ndarray:
-    """Return places of the `count` smallest distances, ties by place, sorting only those."""
-    kth = np.partition(distances, count - 1)[count - 1]
-    within = np.flatnonzero(distances <= kth)
-    return within[np.argsort(distances[within], kind="stable")[:count]]
+    rows = zip(excluded - np.arange(excluded.shape[1]), picks, strict=True)
+    return np.stack([pick + np.searchsorted(row, pick, side="right") for row, pick in rows])
 
 
 def _at_rank(distances: np.ndarray, ranked: np.ndarray, ranks: np.ndarray) -> np.ndarray:

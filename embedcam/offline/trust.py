@@ -10,12 +10,12 @@ import math
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..errors import ImageError, InputError
+from ..errors import ImageError
 from ..images import Batch
 from ..images.progress import Advance
 from ..index.arrays import ArrayLike
@@ -82,20 +82,20 @@ class View:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class HeldOut:
     """An indexed image (row) as a query that was never indexed.
 
     `near` are rows of its nearest images `[n]`, with squared `distances`, `negatives` rows of other
     images. In closed form `codes` are dy/dz of those near in an index without it, `[n D]`, and
-    `direct` is dy/dz at the image as the fallback has it, `[D]`.
+    `direct` is dy/dz at the image as the fallback has it, `[D]`; else both are empty.
     """
 
     row: int
     near: np.ndarray
     distances: np.ndarray
     negatives: np.ndarray
-    codes: np.ndarray | None = None
-    direct: np.ndarray | None = None
+    codes: np.ndarray
+    direct: np.ndarray
 
 
 def calibrate_trust(
@@ -107,12 +107,9 @@ def calibrate_trust(
     labels: Sequence[str | None],
     rows: np.ndarray,
     views: Iterator[View],
-    tick: Advance,
+    progressed: Advance,
 ) -> dict[str, Any] | None:
-    """Let some of an index's images (`rows`, drawn as `views`) query the rest.
-
-    Returns calibrations by name, as the manifest keeps them, or None of too few images.
-    """
+    """Return calibrations by name from images (`rows`) that query the rest; None of too few."""
     if not len(rows):
         return None
     closed, normalized = in_closed_form(recipe, network), network.normalize
@@ -142,7 +139,7 @@ def calibrate_trust(
             raw = signed_cams(factors[0], view.maps[0])
             seen[name].append(evidence(raw, shares[0], norm, one.distances))
             agreed[name].append(float(correlation(transferred, expected)))
-        tick(1)
+        progressed(1)
     return {
         name: fit_calibration(
             np.array(seen[name]),
@@ -161,18 +158,16 @@ def _shares(weights: np.ndarray, distances: np.ndarray) -> np.ndarray:
 
 
 def _by_codes(
-    one: LeftOut, view: View, network: EmbeddingNetwork, encoding: Encoding
+    one: HeldOut, view: View, network: EmbeddingNetwork, encoding: Encoding
 ) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
     """Return the neighbors' weights, what multiplies the maps instead, and the image's own."""
     matrix: Any = network.head_kind.matrix
-    codes: Any = one.codes
-    direct: Any = one.direct
-    weights = codes @ matrix
+    weights = one.codes @ matrix
     if view.mixed:
-        return [weights], [codes], [direct]
+        return [weights], [one.codes], [one.direct]
     if not (isinstance(encoding, LowRank) and encoding.origin == "head"):
         weights = encoding.decode(encoding.encode(weights))
-    return [weights], [weights], [direct @ matrix]
+    return [weights], [weights], [one.direct @ matrix]
 
 
 def forwarded(
@@ -200,7 +195,7 @@ def leave_out(
     *,
     closed_form: bool,
     normalized: bool,
-) -> dict[str, list[LeftOut]]:
+) -> dict[str, list[HeldOut]]:
     """Leave each row of a sample out of the index, a few at a time, and search with it.
 
     Returns the sample in order, by the names of `COUNTS`; with codes where `closed_form`.
@@ -208,60 +203,41 @@ def leave_out(
     total, names = embeddings.shape[0], np.array([*labels, None], object)[:-1]
     n_parts = min(len(rows), math.ceil(LEFT_OUT * len(rows) / total))
     part_of = np.random.default_rng(recipe.seed).permutation(len(rows)) % n_parts
-    sample: dict[tuple[str, int], LeftOut] = {}
+    sample: dict[tuple[str, int], HeldOut] = {}
+
+    def at_head(values: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        # But for |z|: every map's weights are scaled to length 1, or its map is alone.
+        ones = np.ones(len(values), np.float32)
+        codes: np.ndarray = head_cotangent(values, vectors, ones, recipe.head_norm, normalized)
+        return codes.astype(np.float32)
+
     for part in range(n_parts):
         out = rows[part_of == part]
         rest = np.setdiff1d(np.arange(total), out)
         vectors, queries = _taken(embeddings, rest), np.asarray(embeddings[out])
-        anchors = None
+        rest_names, every = names[rest], np.arange(len(rest))
+        names_at = rest_names.__getitem__
         if closed_form:
             mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
-            codes = coded_labels(recipe, names[rest].tolist(), [""] * len(rest))
-            anchors = AnchorCotangents(recipe, vectors, codes, mean)
+            coded = coded_labels(recipe, rest_names.tolist(), [""] * len(rest))
+            anchors = AnchorCotangents(recipe, vectors, coded, mean)
         for name, count in COUNTS.items():
-            for row, one in zip(
-                out, _search(recipe, vectors, names[rest], queries, count), strict=True
+            neighbors = nearest(vectors, queries, count, recipe.metric)
+            for row, query, near, distances in zip(
+                out, queries, neighbors.positions, neighbors.distances, strict=True
             ):
-                if anchors is not None:
-                    one = _with_codes(one, recipe, vectors, anchors, queries[one.row], normalized)
-                near, negatives = rest[one.near], rest[one.negatives]
-                sample[name, row] = replace(one, row=int(row), near=near, negatives=negatives)
+                negatives = draw_negatives(np.delete(every, near), rest_names[near], names_at)
+                codes = direct = np.empty(0, np.float32)
+                if closed_form:
+                    close, others = vectors[near], vectors[negatives]
+                    codes = at_head(anchors.of(near).values, close)
+                    target = recipe.resolved_target
+                    values = query_cotangent(target, recipe.norm, query, close, others)
+                    direct = at_head(values[None], query[None])[0]
+                sample[name, row] = HeldOut(
+                    int(row), rest[near], distances, rest[negatives], codes, direct
+                )
     return {name: [sample[name, row] for row in rows] for name in COUNTS}
-
-
-def _search(
-    recipe: Recipe, vectors: np.ndarray, labels: np.ndarray, queries: np.ndarray, count: int
-) -> Iterator[LeftOut]:
-    """Yield what each query `[n D]` finds; rows are of these vectors, and of the queries."""
-    neighbors = nearest(vectors, queries, count, recipe.metric)
-    every = np.arange(len(vectors))
-    for row, near in enumerate(neighbors.positions):
-        negatives = draw_negatives(
-            np.delete(every, near), labels[near], lambda at: labels[at].tolist()
-        )
-        yield LeftOut(row, near, neighbors.distances[row], negatives)
-
-
-def _with_codes(
-    one: LeftOut,
-    recipe: Recipe,
-    vectors: np.ndarray,
-    anchors: AnchorCotangents,
-    query: np.ndarray,
-    normalized: bool,
-) -> LeftOut:
-    def at_head(values: np.ndarray, embeddings: np.ndarray) -> np.ndarray:
-        # But for |z|: every map's weights are scaled to length 1, or its map is alone.
-        lengths = np.ones(len(values), np.float32)
-        codes: np.ndarray = head_cotangent(
-            values, embeddings, lengths, recipe.head_norm, normalized
-        )
-        return codes.astype(np.float32)
-
-    near, others = vectors[one.near], vectors[one.negatives]
-    values = query_cotangent(recipe.resolved_target, recipe.norm, query, near, others)
-    codes = at_head(anchors.of(one.near).values, near)
-    return replace(one, codes=codes, direct=at_head(values[None], query[None])[0])
 
 
 def _taken(embeddings: ArrayLike, rows: np.ndarray) -> np.ndarray:
@@ -283,22 +259,13 @@ def fit_calibration(
     neighbors: int,
     seed: int = 0,
 ) -> Calibration:
-    """Fit scores by ridge regression, and what they are worth by centred isotonic regression.
+    """Fit scores by ridge regression, and what they are worth by centered isotonic regression.
 
     From evidence `[n F]` of images explained by so many `neighbors`, correlations `[n]` of the
-    transferred signed map with the directly computed one, and squared distances `[n]` of the
-    nearest neighbors. What a score is worth is fitted with scores of images that the ridge
-    regression did not see: the mean correlation, and 10th percentiles of at least 40 images of
-    like scores.
+    transferred map with the computed one, and squared distances `[n]` of the nearest neighbors.
     """
-    evidence, y = np.asarray(evidence, np.float64), np.asarray(correlations, np.float64)
-    if len(evidence) < LEAST:
-        raise InputError(f"{len(evidence)} images calibrate no trust; give at least {LEAST}")
-    if not len(evidence) == len(y) == len(nearest):
-        raise InputError("evidence, correlations and distances must be of the same images")
-    for values in (evidence, y, nearest):
-        if not np.isfinite(values).all():
-            raise InputError("evidence or correlations hold NaN or infinity; give finite numbers")
+    # What a score is worth is fitted with scores of images that the ridge regression did not see.
+    y = correlations
     mean, scale = evidence.mean(0), evidence.std(0)
     scale = np.where(scale > 1e-12 * (1 + np.abs(mean)), scale, 1.0)
     x = (evidence - mean) / scale

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from PIL import Image
@@ -22,8 +22,11 @@ from .._checks import whole
 from ..errors import InputError
 from ..explain.drawing import save_picture
 from ..preprocess import Extent
-from ..render import Mark, Tile, in_notebook, receipt_picture
+from ..render import Mark, Tile, draw_on_axes, in_notebook, receipt_picture
 from .sides import Contributions, Side, evidence_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _PROBED = 16
 """Positions of the query that links begin at, where each costs a pass through the head."""
@@ -176,8 +179,23 @@ class Receipt:
             ],
         }
 
-    def plot(self, *, lines: int = 10, links: int = 5, title: str | None = None) -> Image.Image:
-        """Draw both pictures with their maps, the best matching positions, and the sum."""
+    @overload
+    def plot(
+        self, *, lines: int = ..., links: int = ..., title: str | None = ..., ax: None = ...
+    ) -> Image.Image: ...
+    @overload
+    def plot(
+        self, *, lines: int = ..., links: int = ..., title: str | None = ..., ax: Axes
+    ) -> Axes: ...
+    def plot(
+        self, *, lines: int = 10, links: int = 5, title: str | None = None, ax: Axes | None = None
+    ) -> Image.Image | Axes:
+        """Draw both pictures with their maps, the best matching positions, and the sum.
+
+        With matplotlib axes `ax`, the query's map alone is drawn into them; they are returned.
+        """
+        if ax is not None:
+            return draw_on_axes(ax, _tile(self.query, self.query_shown), title)
         return receipt_picture(
             [_tile(self.query, self.query_shown), _tile(self.result, self.result_shown)],
             self.amounts(lines),
@@ -268,8 +286,19 @@ class Comparison:
             "rival": _evidence_dict(self.rival.result, self.rival.result_shown),
         }
 
-    def plot(self, *, lines: int = 10, title: str | None = None) -> Image.Image:
-        """Draw the query and both results with their maps, and the sum, as one picture."""
+    @overload
+    def plot(self, *, lines: int = ..., title: str | None = ..., ax: None = ...) -> Image.Image: ...
+    @overload
+    def plot(self, *, lines: int = ..., title: str | None = ..., ax: Axes) -> Axes: ...
+    def plot(
+        self, *, lines: int = 10, title: str | None = None, ax: Axes | None = None
+    ) -> Image.Image | Axes:
+        """Draw the query and both results with their maps, and the sum, as one picture.
+
+        With matplotlib axes `ax`, the query's map alone is drawn into them; they are returned.
+        """
+        if ax is not None:
+            return draw_on_axes(ax, _tile(self.query, self.query_shown), title)
         receipts = (self.result, self.rival)
         results = [_tile(one.result, one.result_shown, one is self.rival) for one in receipts]
         for tile, receipt in zip(results, receipts, strict=True):

@@ -1,6 +1,7 @@
 """A small index out of a large one: k-means prototypes with merged weights, and what that loses."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -46,16 +47,12 @@ class CompressReport:
 
     Attributes
     ----------
-    path
-        The new index.
+    path, n_prototypes, bytes
+        The new index, its rows and its size; the old one's is `compressed["from_bytes"]`.
     n_images
         Live images of the index it was made of.
-    n_prototypes
-        Rows of the new one.
     compressed
         What its manifest says of itself, `fidelity` included; see index/README.md.
-    bytes
-        Of the new index; those of the old one are `compressed["from_bytes"]`.
     seconds
         Wall time.
     """
@@ -136,16 +133,15 @@ def compress(
         vectors = index.embeddings(live)
         if (what := wrong_embeddings(vectors, index.normalized)) is not None:
             raise IndexFormatError(
-                f"{index.path}: of the embeddings, {what}; `embedcam verify` says which file is "
-                "damaged"
+                f"{index.path}: of the embeddings, {what}; `embedcam verify` names the damaged file"
             )
-        with bars("group", len(live)) as tick:
-            groups = group(vectors, labels if per_class else None, prototypes, seed, tick)
+        with bars("group", len(live)) as progressed:
+            groups = group(vectors, labels if per_class else None, prototypes, seed, progressed)
         sample = sample_rows(len(live), seed)
-        with bars("merge", len(index.layers) * len(live)) as tick:
-            merged = _Prototypes(index, vectors, labels, groups, sample, tick)
-        with bars("measure", len(sample)) as tick:
-            lost = _fidelity(merged, sample, tick)
+        with bars("merge", len(index.layers) * len(live)) as progressed:
+            merged = _Prototypes(index, vectors, labels, groups, sample, progressed)
+        with bars("measure", len(sample)) as progressed:
+            lost = _fidelity(merged, sample, progressed)
         about = {
             "from_rows": len(live),
             "from_bytes": index.manifest.named_bytes,
@@ -155,21 +151,13 @@ def compress(
             "seed": seed,
             "fidelity": lost,
         }
+        header, part = _header(merged, about), _part(merged, per_class)
         fitted = [encoding.fitted for encoding in merged.encodings]
         # Flat whatever the index had: lists and graphs are for many rows.
-        create(
-            path,
-            _header(merged, about),
-            fitted,
-            index.shared(),
-            _part(merged, per_class),
-            factory="Flat",
-            replace=replace,
-        )
+        create(path, header, fitted, index.shared(), part, factory="Flat", replace=replace)
     with Index.open(path, with_faiss=False) as small:
-        size = small.manifest.named_bytes
-    seconds = time.perf_counter() - began
-    return CompressReport(path, len(live), len(groups), about, size, seconds)
+        n_bytes = small.manifest.named_bytes
+    return CompressReport(path, len(live), len(groups), about, n_bytes, time.perf_counter() - began)
 
 
 def _check(index: Index, path: Path, prototypes: int, seed: int, replace: bool) -> None:
@@ -198,9 +186,9 @@ def ids_of(names: Sequence[str | None], per_class: bool) -> list[str]:
     """Name prototypes "prototype-0001" ..., or in each label "LABEL/0001" ...: all different."""
     if not per_class:
         return [f"prototype-{number:04d}" for number in range(1, len(names) + 1)]
-    ids, last = [], dict[str | None, int]()
+    ids, last = [], Counter[str | None]()
     for name in names:
-        last[name] = last.get(name, 0) + 1
+        last[name] += 1
         # Without a slash, so that no label can make the same.
         ids.append(("prototype-" if name is None else f"{name}/") + f"{last[name]:04d}")
     return ids
@@ -208,16 +196,14 @@ def ids_of(names: Sequence[str | None], per_class: bool) -> list[str]:
 
 def sample_rows(n: int, seed: int) -> np.ndarray:
     """Draw which of n rows are left out in turn: all, or a seeded sample, rising."""
-    if n <= SAMPLE:
-        return np.arange(n)
     return np.sort(np.random.default_rng(seed).permutation(n)[:SAMPLE])
 
 
 class _Prototypes:
     """What the groups of an index's n live rows hold, and what they would hold without one row.
 
-    `embeddings` `[G D]` are of unit length where the index is normalised, `medoids` `[G]` rows of
-    the members nearest to them, `names` their labels; by layer `encodings` and `fields`.
+    `embeddings` `[G D]` are of unit length where the index is normalised, `medoids` `[G]` positions
+    in the index of the members nearest to them, `names` their labels.
     """
 
     def __init__(
@@ -227,28 +213,23 @@ class _Prototypes:
         labels: Sequence[str | None],
         groups: Groups,
         sample: np.ndarray,
-        tick: Advance,
+        progressed: Advance,
     ) -> None:
         self.index, self.live = index, index.live_positions()
         self.vectors, self.labels, self.groups = vectors, labels, groups
+        # Groups whose sums are kept, for what a row of the sample is left out of.
         self._kept = np.unique(groups.of[sample])
-        """Groups whose sums are kept, for what a row of the sample is left out of."""
         self.names = [labels[row] for row in groups.firsts]
         for label, number in zip(labels, groups.of, strict=True):
             if self.names[number] != label:
                 self.names[number] = None
-        self.embeddings, self._sums = self._merged_embeddings()
-        self.medoids = self._nearest_members()
-        self.encodings = [
-            _encoding_of_prototypes(index.encoding(layer), index.normalized)
-            for layer in range(len(index.layers))
-        ]
+        self._merge_embeddings()
+        self.medoids = self.live[self._nearest_members()]
+        self.encodings: list[Encoding] = []
         self.fields: list[dict[str, np.ndarray]] = []
         self._weight_sums: list[np.ndarray] = []
         for layer in range(len(index.layers)):
-            fields, sums = self._merged_weights(layer, tick)
-            self.fields.append(fields)
-            self._weight_sums.append(sums)
+            self._merge_weights(layer, progressed)
 
     def weights(self, prototypes: np.ndarray, layer: int) -> np.ndarray:
         """Return decoded weights of prototypes `[n]`, float32 `[n K]`."""
@@ -270,32 +251,27 @@ class _Prototypes:
         fields, encoding = self.index.select(self.live[rows]).fields(layer), self.encodings[layer]
         share = _numbers_of(self.index.encoding(layer), fields)
         means = self._without(rows, self._weight_sums[layer], share)
-        encoded = _encode(encoding, means)
-        return encoding.decode({**encoded, "embedding": means.astype(np.float32)})
+        return encoding.decode({**_encode(encoding, means), "embedding": means.astype(np.float32)})
 
     def _without(self, rows: np.ndarray, sums: np.ndarray, share: np.ndarray) -> np.ndarray:
-        own = self.groups.of[rows]
-        rest = np.maximum(self.groups.sizes[own] - 1, 1)[:, None]
-        means: np.ndarray = (
-            sums[np.searchsorted(self._kept, own)] - share.astype(np.float64)
-        ) / rest
+        numbers = self.groups.of[rows]
+        rest = np.maximum(self.groups.sizes[numbers] - 1, 1)[:, None]
+        left = sums[np.searchsorted(self._kept, numbers)] - share.astype(np.float64)
+        means: np.ndarray = left / rest
         return means
 
-    def _merged_embeddings(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return mean embeddings, and the kept sums.
-
-        A group of one is its member, to the bit. Where the members of a normalised index cancel,
-        the first of them stands for all.
-        """
+    def _merge_embeddings(self) -> None:
+        # A group of one is its member, to the bit. Where the members of a normalised index cancel,
+        # the first of them stands for all.
         groups, width = self.groups, self.vectors.shape[1]
-        embeddings, kept = self.vectors[groups.firsts], np.empty((len(self._kept), width))
+        self.embeddings = self.vectors[groups.firsts]
+        self._sums = np.empty((len(self._kept), width))
         for start, sums in sums_of_groups(groups, lambda rows: self.vectors[rows], width):
             some = slice(start, start + len(sums))
-            alone, sizes = embeddings[some], groups.sizes[some, None]
+            alone, sizes = self.embeddings[some], groups.sizes[some, None]
             means = _as_stored(sums / sizes, alone, self.index.normalized)
-            embeddings[some] = np.where(sizes > 1, means, alone)
-            self._keep(kept, start, sums)
-        return embeddings, kept
+            self.embeddings[some] = np.where(sizes > 1, means, alone)
+            self._keep(self._sums, start, sums)
 
     def _nearest_members(self) -> np.ndarray:
         distances = np.empty(len(self.vectors))
@@ -304,21 +280,21 @@ class _Prototypes:
             near = self.embeddings[self.groups.of[some]].astype(np.float64)
             distances[some] = ((self.vectors[some] - near) ** 2).sum(1)
         nearest_first = np.lexsort((distances, self.groups.of))  # stable: ties to the first row
-        medoids: np.ndarray = nearest_first[self.groups.ends - self.groups.sizes]
-        return medoids
+        members: np.ndarray = nearest_first[self.groups.ends - self.groups.sizes]
+        return members
 
-    def _merged_weights(
-        self, layer: int, tick: Advance
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Return fields of mean weights, encoded as the index encodes them, and the kept sums.
-
-        The mean is taken over decoded weights (of low-rank ones over the codes, which is the same).
-        """
-        source, encoding = self.index.encoding(layer), self.encodings[layer]
+    def _merge_weights(self, layer: int, progressed: Advance) -> None:
+        """Encode the mean of decoded weights, or of the codes of low-rank ones: it is the same."""
+        source = encoding = self.index.encoding(layer)
+        if isinstance(source, LowRank) and source.uses_embedding and self.index.normalized:
+            # Codes that are the stored embedding itself are linear in it, but a mean made a unit
+            # vector again is no longer the mean of the codes: they are stored beside it.
+            basis, offset = source.fitted["basis"], source.fitted["offset"]
+            encoding = LowRank(basis, offset, source.origin, "stored", source.dtype)
         width = source.rank if isinstance(source, LowRank) else source.n_channels
 
         def fetch(rows: np.ndarray) -> np.ndarray:
-            tick(len(rows))
+            progressed(len(rows))
             return _numbers_of(source, self.index.select(self.live[rows]).fields(layer))
 
         fields = {
@@ -339,7 +315,9 @@ class _Prototypes:
                 rows = self.index.select(self.live[self.groups.firsts[few]]).fields(layer)
                 for name, values in fields.items():
                     values[few] = rows[name]
-        return fields, kept
+        self.encodings.append(encoding)
+        self.fields.append(fields)
+        self._weight_sums.append(kept)
 
     def _keep(self, kept: np.ndarray, start: int, sums: np.ndarray) -> None:
         """Write those of the sums of groups `start` .. that are kept."""
@@ -356,18 +334,6 @@ def _as_stored(means: np.ndarray, instead: np.ndarray, normalized: bool) -> np.n
     return np.where(lengths > _LENGTH, units, instead).astype(np.float32)
 
 
-def _encoding_of_prototypes(encoding: Encoding, normalized: bool) -> Encoding:
-    """Return how merged weights are kept: as the index keeps them, in the same fitted basis.
-
-    Codes that are the stored embedding itself are linear in it, but a mean that was made a unit
-    vector again is no longer the mean of the codes: they are then stored beside it.
-    """
-    if isinstance(encoding, LowRank) and encoding.uses_embedding and normalized:
-        basis, offset = encoding.fitted["basis"], encoding.fitted["offset"]
-        return LowRank(basis, offset, encoding.origin, "stored", encoding.dtype)
-    return encoding
-
-
 def _numbers_of(encoding: Encoding, rows: Rows) -> np.ndarray:
     """Return what a mean is taken over, `[n C]`: codes of low-rank weights, else the weights."""
     return encoding.stored_codes(rows) if isinstance(encoding, LowRank) else encoding.decode(rows)
@@ -380,7 +346,7 @@ def _encode(encoding: Encoding, numbers: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _part(merged: _Prototypes, per_class: bool) -> PartData:
-    index, medoids = merged.index, merged.live[merged.medoids]
+    index, medoids = merged.index, merged.medoids
     used = np.bincount(merged.groups.of, weights=index.triplets_used(merged.live))
     return PartData(
         ids=ids_of(merged.names, per_class),
@@ -395,21 +361,19 @@ def _part(merged: _Prototypes, per_class: bool) -> PartData:
 
 
 def _maps_of_medoids(merged: _Prototypes, layer: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the medoids' stored maps, bytes `[G h w]` and scales `[G]`, or None without any.
-
-    Pictures divide a result's map by the length of its stored weights. The scales are therefore
-    those of the medoid's weights brought to the length of the merged ones: the map that is drawn is
-    the one that the medoid itself has in the index it came from.
-    """
+    """Return the medoids' stored maps, bytes `[G h w]` and scales `[G]`, or None without any."""
     index, columns = merged.index, merged.index.layers[layer].coarse
     if columns is None:
         return None
-    medoids = merged.live[merged.medoids]
-    rows, n = index.select(medoids), len(medoids)
-    own = _lengths(index.encoding(layer), lambda some: index.select(medoids[some]).fields(layer), n)
+    medoids, n = merged.medoids, len(merged.medoids)
+    # Pictures divide a result's map by the length of its stored weights: with the medoid's scaled
+    # to that of the merged ones, the map that is drawn is the one the medoid has in its own index.
+    before = _lengths(
+        index.encoding(layer), lambda some: index.select(medoids[some]).fields(layer), n
+    )
     lengths = _lengths(merged.encodings[layer], lambda some: merged.rows(some, layer), n)
-    factors = np.where(own > 0, lengths / np.where(own > 0, own, 1), 1)
-    maps, scales = (rows.array(column) for column in columns)
+    factors = np.where(before > 0, lengths / np.where(before > 0, before, 1), 1)
+    maps, scales = (index.select(medoids).array(column) for column in columns)
     return maps, (scales * factors).astype(np.float32)
 
 
@@ -438,18 +402,14 @@ def _header(merged: _Prototypes, about: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fidelity(merged: _Prototypes, sample: np.ndarray, tick: Advance) -> dict[str, Any]:
+def _fidelity(merged: _Prototypes, sample: np.ndarray, progressed: Advance) -> dict[str, Any]:
     """Measure how near transferred weights come to an image's own, before and after.
 
-    Every image of the sample is left out: of the full index itself, and of its own prototype its
-    share. Otherwise a prototype of few images would be praised for repeating the very image that
-    is asked for, which no query finds in an index.
-
     Returns "images", those of the sample that have weights of their own and a neighbor; "cosine"
-    by number of neighbors, and "recall_at_1" over the labelled images: each {"index",
-    "prototypes", "loss"}, means in [-1, 1] and their difference, or None where nothing could be
-    compared. A cosine is the mean over the index's layers.
+    by number of neighbors, and "recall_at_1" over the labelled images; see `_loss`.
     """
+    # Every image of the sample is left out, of the full index and of its own prototype: otherwise
+    # a prototype of few images would be praised for repeating the very image that is asked for.
     cosines: list[np.ndarray] = []
     hits: list[tuple[bool, bool]] = []
     if len(merged.vectors) == 1:
@@ -462,10 +422,9 @@ def _fidelity(merged: _Prototypes, sample: np.ndarray, tick: Advance) -> dict[st
         of_prototypes = _nearest_prototypes(merged, rows)
         cosines.append(_cosines(merged, rows, of_index, of_prototypes))
         for row, first, second in zip(rows, of_index, of_prototypes, strict=True):
-            label = merged.labels[row]
-            if label is not None:
+            if (label := merged.labels[row]) is not None:
                 hits.append((merged.labels[first[0]] == label, merged.names[second[0]] == label))
-        tick(len(rows))
+        progressed(len(rows))
     compared = np.concatenate([np.empty((0, len(COUNTS), 2)), *cosines])
     compared = compared[~np.isnan(compared).any((1, 2))]
     return {
@@ -485,12 +444,12 @@ def _loss(pairs: np.ndarray) -> dict[str, float] | None:
 
 def _nearest_prototypes(merged: _Prototypes, rows: np.ndarray) -> list[np.ndarray]:
     """Return the nearest prototypes of each row; its own stands without it, or not at all."""
-    own, queries = merged.groups.of[rows], merged.vectors[rows]
+    of_rows, queries = merged.groups.of[rows], merged.vectors[rows]
     vectors, metric = merged.embeddings, merged.index.metric
     neighbors = nearest(vectors, queries, max(COUNTS) + 1, metric)
-    others = without_itself(neighbors, own).positions
-    shared = merged.groups.sizes[own] > 1
-    candidates = np.concatenate([others, np.where(shared, own, -1)[:, None]], axis=1)
+    others = without_itself(neighbors, of_rows).positions
+    shared = merged.groups.sizes[of_rows] > 1
+    candidates = np.concatenate([others, np.where(shared, of_rows, -1)[:, None]], axis=1)
     places = np.concatenate([vectors[others], merged.embeddings_without(rows)[:, None]], axis=1)
     ranked = rank(queries, candidates, places, candidates.shape[1], metric)
     return [one[one >= 0][: max(COUNTS)] for one in ranked.positions]
@@ -502,11 +461,11 @@ def _cosines(
     from_all: np.ndarray,
     from_prototypes: Sequence[np.ndarray],
 ) -> np.ndarray:
-    """Return cosines with the rows' own weights, `[b counts 2]`; NaN where a row has none."""
+    """Return cosines with the rows' own weights, means over the layers, `[b counts 2]`."""
     index, live, total = merged.index, merged.live, np.zeros((len(rows), len(COUNTS), 2))
     n_layers = len(merged.encodings)
     for layer in range(n_layers):
-        own, left_out = index.weights(live[rows], layer), merged.weights_without(rows, layer)
+        direct, left_out = index.weights(live[rows], layer), merged.weights_without(rows, layer)
         for at, row in enumerate(rows):
             of_index = index.weights(live[from_all[at]], layer)
             of_prototypes = merged.weights(from_prototypes[at], layer)
@@ -515,7 +474,7 @@ def _cosines(
                 for side, weights in enumerate((of_index[:count], of_prototypes[:count])):
                     flat = weights.reshape(len(weights), -1)
                     transferred = transfer(flat, np.zeros(len(flat)))
-                    total[at, place, side] += _cosine(transferred, own[at].ravel())
+                    total[at, place, side] += _cosine(transferred, direct[at].ravel())
     return total / n_layers
 
 

@@ -43,8 +43,8 @@ class Groups:
     @cached_property
     def firsts(self) -> np.ndarray:
         """Lowest row of each group, int64 `[G]`."""
-        first_rows: np.ndarray = self.order[self.ends - self.sizes]
-        return first_rows
+        rows: np.ndarray = self.order[self.ends - self.sizes]
+        return rows
 
 
 def group(
@@ -52,17 +52,15 @@ def group(
     labels: Sequence[str | None] | None,
     wanted: int,
     seed: int,
-    tick: Advance,
+    progressed: Advance,
 ) -> Groups:
     """Divide images `[n D]` by k-means into `wanted` groups, with labels so many in each label.
 
-    Groups are numbered by their first row; with labels, label after label (sorted, images without
-    one last), so that the same images in the same order give the same numbers. Images that are
-    alike make fewer.
+    Groups are numbered by their first row; with labels, label after label (sorted, None last).
     """
     if labels is None:
         of = _kmeans(embeddings, wanted, seed)
-        tick(len(of))
+        progressed(len(of))
         return Groups(of)
     of, before = np.empty(len(labels), np.int64), 0
     codes = {label: code for code, label in enumerate(sorted({x for x in labels if x is not None}))}
@@ -71,7 +69,7 @@ def group(
         rows = np.flatnonzero(coded == code)
         of[rows] = before + _kmeans(embeddings[rows], wanted, seed)
         before = int(of[rows].max()) + 1
-        tick(len(rows))
+        progressed(len(rows))
     return Groups(of)
 
 
@@ -120,5 +118,4 @@ def _kmeans(vectors: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     _, first, numbers = np.unique(labels, return_index=True, return_inverse=True)
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
-    of: np.ndarray = rank[numbers.reshape(-1)]
-    return of
+    return rank[numbers.reshape(-1)]

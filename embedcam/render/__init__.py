@@ -3,47 +3,36 @@
 Pillow draws; matplotlib lends fonts and all color maps but the default ones, and may be missing.
 """
 
-from .overlay import colormap, overlay, scale_box, stretch
-from .page import (
-    Block,
-    Chart,
-    Look,
-    Notice,
-    PageLink,
-    Row,
-    Table,
-    drawn_blocks,
-    in_notebook,
-    page,
-    page_foot,
-    page_head,
-    page_row,
+from .overlay import overlay
+from .page import Block, Chart, Notice, PageLink, Row, Table, drawn_blocks, in_notebook, page
+from .tiles import (
+    CHANGED,
+    Mark,
+    Tile,
+    draw_on_axes,
+    panel,
+    receipt_picture,
+    shrunk,
+    top_value,
 )
-from .tiles import CHANGED, Mark, Tile, panel, receipt_picture, shrunk, top_value
 
 __all__ = [
     "CHANGED",
     "Block",
     "Chart",
-    "PageLink",
-    "Look",
     "Mark",
     "Notice",
+    "PageLink",
     "Row",
     "Table",
     "Tile",
-    "colormap",
+    "draw_on_axes",
     "drawn_blocks",
     "in_notebook",
     "overlay",
     "page",
-    "page_foot",
-    "page_head",
-    "page_row",
     "panel",
     "receipt_picture",
-    "scale_box",
     "shrunk",
-    "stretch",
     "top_value",
 ]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -34,8 +34,7 @@ _DASHES: Final = ("", "7 4", "2 4", "9 3 2 3", "4 3", "12 4")
 """Lines are told apart without their colors, too."""
 
 
-@dataclass(frozen=True)
-class PageLink:
+class PageLink(NamedTuple):
     """A word of a table that leads to a row of the same page, by the row's anchor."""
 
     words: str
@@ -155,6 +154,8 @@ def page_head(
 
     maps: any of them has a map, so that colors need a legend; cropped: of any map, `Tile.cropped`.
     """
+    from markupsafe import Markup
+
     look = look or Look()
     at = np.linspace(0, 1, 9)
     stops = [
@@ -165,7 +166,7 @@ def page_head(
         "head.html",
         title=title,
         intro=intro,
-        blocks=[_block(block) for block in _grouped(tables)],
+        blocks=[Markup(block) for block in drawn_blocks(tables)],
         charted=any(isinstance(block, Chart) for block in tables),
         long=look.long,
         maps=maps,
@@ -216,14 +217,23 @@ def page_foot() -> str:
 
 
 def drawn_blocks(blocks: Sequence[Block]) -> list[str]:
-    """Return blocks as HTML; charts that follow one another stand side by side.
-
-    Raises
-    ------
-    InputError
-        A chart without points, or with one that is not finite.
-    """
-    return [_block(block) for block in _grouped(blocks)]
+    """Return blocks as HTML; charts that follow one another stand side by side."""
+    html: list[str] = []
+    for charted, run in groupby(blocks, lambda block: isinstance(block, Chart)):
+        if charted:
+            charts = [_plotted(block) for block in run if isinstance(block, Chart)]
+            html.append(_written("block.html", charts=charts))
+            continue
+        for block in run:
+            if isinstance(block, Table):
+                numeric = [
+                    all(_is_number(row[place]) for row in block.rows if place < len(row))
+                    for place in range(len(block.header))
+                ]
+                html.append(_written("block.html", table=block, numeric=numeric))
+            else:
+                html.append(_written("block.html", notice=block))
+    return html
 
 
 def in_notebook(picture: Image.Image, alt: str) -> str:
@@ -244,34 +254,6 @@ def _jpeg(picture: Image.Image, quality: int) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
-def _grouped(blocks: Sequence[Block]) -> list[Table | Notice | list[Chart]]:
-    grouped: list[Table | Notice | list[Chart]] = []
-    for block in blocks:
-        if not isinstance(block, Chart):
-            grouped.append(block)
-        elif grouped and isinstance(grouped[-1], list):
-            grouped[-1].append(block)
-        else:
-            grouped.append([block])
-    return grouped
-
-
-def _block(block: Table | Notice | list[Chart]) -> Markup:
-    from markupsafe import Markup
-
-    if isinstance(block, Table):
-        numeric = [
-            all(_is_number(row[place]) for row in block.rows if place < len(row))
-            for place in range(len(block.header))
-        ]
-        text = _written("block.html", table=block, numeric=numeric)
-    elif isinstance(block, Notice):
-        text = _written("block.html", notice=block)
-    else:
-        text = _written("block.html", charts=[_plotted(chart) for chart in block])
-    return Markup(text)
-
-
 def _plotted(chart: Chart) -> dict[str, Any]:
     """Return where the lines and ticks of a chart lie, in units of its drawing."""
     points = [point for line in chart.lines.values() for point in line]
@@ -279,13 +261,14 @@ def _plotted(chart: Chart) -> dict[str, Any]:
         raise InputError(f"chart {chart.title!r} has no points, or some that are not finite")
     x_ticks, y_ticks = (ticks(min(values), max(values)) for values in zip(*points, strict=True))
 
+    def place(value: float, ends: list[float], start: int, end: int) -> float:
+        return start + (value - ends[0]) / (ends[-1] - ends[0]) * (end - start)
+
     def across(x: float) -> float:
-        share = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
+        return place(x, x_ticks, _LEFT, _WIDTH - _RIGHT)
 
     def down(y: float) -> float:
-        share = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
+        return place(y, y_ticks, _HEIGHT - _BOTTOM, _TOP)
 
     return {
         "chart": chart,
@@ -294,11 +277,11 @@ def _plotted(chart: Chart) -> dict[str, Any]:
         "lines": [
             {
                 "name": name,
-                "color": place % len(_DASHES),
-                "dash": _DASHES[place % len(_DASHES)],
+                "color": number % len(_DASHES),
+                "dash": _DASHES[number % len(_DASHES)],
                 "points": " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in line),
             }
-            for place, (name, line) in enumerate(chart.lines.items())
+            for number, (name, line) in enumerate(chart.lines.items())
         ],
     }
 
@@ -339,9 +322,7 @@ def _environment() -> Environment:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=True,
-        finalize=lambda value: (
-            clean(value) if type(value) is str and not value.isprintable() else value
-        ),
+        finalize=lambda value: clean(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -360,5 +341,5 @@ def _breakable(words: object) -> Markup:
 
 
 def _paragraphs(text: str) -> list[str]:
-    blocks = [" ".join(block.split()) for block in text.replace("\r", "").split("\n\n")]
-    return [block for block in blocks if block]
+    blocks = (" ".join(block.split()) for block in text.replace("\r", "").split("\n\n"))
+    return list(filter(None, blocks))

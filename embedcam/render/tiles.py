@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from .._checks import whole
-from ..errors import InputError, ran_out
+from ..errors import InputError, ran_out, short
 from .overlay import (
     ALPHA,
     COLORMAP,
@@ -25,6 +25,9 @@ from .overlay import (
     paint,
     scale_box,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Scale = Literal["joint", "each"]
 Font = tuple[int, bool]
@@ -141,8 +144,8 @@ def _draw_frame(picture: Image.Image, box: Extent) -> None:
 
 
 def shrunk(tile: Tile, side: int) -> Tile:
-    """Return the tile with its picture at `side` pixels on the longest side; it draws the same."""
-    if tile.image is None:
+    """Return the tile with a picture of at most `side` pixels a side; it draws the same."""
+    if tile.image is None or max(tile.image.size) <= side:
         return tile
     size, box = tile.fitted(side, side), checked_box(tile.extent, *tile.image.size)
     extent = scale_box(box, tile.image.size, size)
@@ -151,11 +154,7 @@ def shrunk(tile: Tile, side: int) -> Tile:
 
 def top_value(tiles: Iterable[Tile]) -> float:
     """Return the largest value of the tiles' maps, the end of a common color scale; 0 for none."""
-    top = 0.0
-    for tile in tiles:
-        if tile.cam is not None:
-            top = max(top, float(np.abs(tile.cam).max()))
-    return top
+    return max((float(np.abs(t.cam).max()) for t in tiles if t.cam is not None), default=0.0)
 
 
 def top_values(query: Tile, results: Sequence[Tile], scale: str) -> tuple[float, list[float]]:
@@ -180,6 +179,19 @@ def scale_note(query_top: float, result_tops: Sequence[float], scale: Scale) -> 
     return f"Results share one colour scale. The query's map has its own.{nothing}"
 
 
+def draw_on_axes(ax: Axes, tile: Tile, title: str | None = None) -> Axes:
+    """Draw a tile's picture with its map into matplotlib axes, `title` above; return the axes."""
+    if not hasattr(ax, "imshow"):
+        raise InputError(f"ax = {short(ax)}; give the Axes that matplotlib's subplots returns")
+    size = tile.fitted(512, 512) if tile.image is None else tile.image.size
+    plain, mapped = tile.drawn(size, top_value([tile]))
+    ax.imshow(np.asarray(plain if mapped is None else mapped))
+    ax.set_axis_off()
+    if title:
+        ax.set_title(clean(title))
+    return ax
+
+
 # Words
 
 
@@ -200,6 +212,8 @@ def font_of(size: int, bold: bool = False) -> ImageFont.FreeTypeFont | ImageFont
 
 def clean(text: str) -> str:
     """Return text that can be drawn and encoded: no control characters, no lone surrogates."""
+    if text.isprintable():
+        return text
     text = text.encode("utf-8", "replace").decode("utf-8")
     return "".join([c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text])
 
@@ -208,7 +222,7 @@ def shorten(
     text: str, room: float, length: Callable[[str], float] = len, *, middle: bool = False
 ) -> str:
     """Return the text, or as much of its beginning (of both ends: `middle`) as fits, with "…"."""
-    text = text if text.isprintable() else clean(text)
+    text = clean(text)
 
     def shorter(kept: int) -> str:
         tail = (kept + 1) // 2 if middle else 0
@@ -225,7 +239,7 @@ def wrap(text: str, font: Font, width: int) -> list[str]:
     """Return lines of at most `width` pixels, broken between words."""
     lines: list[str] = []
     length = font_of(*font).getlength
-    for word in (text if text.isprintable() else clean(text)).split():
+    for word in clean(text).split():
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and length(longer) <= width:
             lines[-1] = longer
@@ -260,7 +274,7 @@ class Canvas:
             self.text(_MARGIN, line, font, color, advance)
 
     def stroke(self, draw: Callable[..., object], **how: object) -> None:
-        """Draw over the pictures, after what came before: a method of `ImageDraw`."""
+        """Draw over the pictures by a method of `ImageDraw`, after what came before."""
         self._strokes.append(partial(draw, **how))
 
     def pictures(
@@ -301,16 +315,11 @@ class Canvas:
             shown = {"picture not found" if tile.image is None else "": plain}
             self.pictures(x, (side, height), {**shown, "no map": mapped} if maps else shown)
             self.y += 6
-            lines = tile.subcaption.split("\n") if tile.subcaption else []
-            for place, text in enumerate([tile.caption, *lines] if tile.caption else lines):
-                is_name = place == 0 and bool(tile.caption)
-                font, color = (_CAPTION, _INK) if is_name else (_TEXT, _QUIET)
-                length = font_of(*font).getlength
-                if not text.isprintable() or length(text) > side:
-                    text = shorten(text, side, length, middle=is_name)
-                write = partial(ImageDraw.ImageDraw.text, xy=(x, self.y), text=text, fill=color)
-                self._strokes.append(partial(write, font=font_of(*font)))
-                self.y += _LEADING
+            lines = [(tile.caption, _CAPTION, _INK, True)] if tile.caption else []
+            words = tile.subcaption.split("\n") if tile.subcaption else []
+            for text, font, color, middle in [*lines, *((w, _TEXT, _QUIET, False) for w in words)]:
+                text = shorten(text, side, font_of(*font).getlength, middle=middle)
+                self.text(x, text, font, color, _LEADING)
             end = max(end, self.y)
         self.y = end
         return frames

@@ -87,8 +87,7 @@ def check_folder(path: str | Path) -> None:
 def open_folder(path: Path, about: Mapping[str, Any]) -> Iterator[Folder]:
     """Yield a report's folder, made where missing, held against other writers meanwhile.
 
-    Everything in it depends on `about`: `index`, `queries`, `options` and `embedcam`. Raises
-    InputError where another report, or something else, lies there, or another process writes it.
+    Raises InputError where a report `about` something else lies there, or another process writes.
     """
     check_folder(path)
     with _disk(path):
@@ -108,7 +107,7 @@ def open_folder(path: Path, about: Mapping[str, Any]) -> Iterator[Folder]:
         folder = Folder(path, wanted)
         with _disk(path):
             if known is None:
-                folder.mark({})
+                folder.mark()
             try:
                 is_folder(path / _FINISHED)
             except NotPlain as error:
@@ -146,7 +145,7 @@ class Folder:
         with _disk(self.path):
             for position, one in queries.items():
                 text = json.dumps(asdict(one))
-                target = self.path / _FINISHED / _row_name(position)
+                target = self._place_of(position)
                 unfinished = target.with_name(target.name + UNFINISHED)
                 with fresh(unfinished) as file:
                     file.write(f"{self._proof(position, text)}\n{text}".encode())
@@ -157,7 +156,7 @@ class Folder:
         """Return what was kept of a query; an altered file is dropped and InputError raised."""
         kept = self._read(position)
         if kept is None:
-            file = self.path / _FINISHED / _row_name(position)
+            file = self._place_of(position)
             raise InputError(f"{file}: was altered; run the same command again")
         return kept
 
@@ -172,15 +171,11 @@ class Folder:
         with _disk(self.path), written(self.path / name) as file:
             yield file
 
-    def complete_with(self, sums: Mapping[str, str]) -> None:
-        """Say that the report is complete, with the digests of its files."""
-        with _disk(self.path):
-            self.mark({_FILES: dict(sums)})
-
-    def mark(self, more: Mapping[str, Any]) -> None:
-        """Write what the report depends on, and more."""
+    def mark(self, sums: Mapping[str, str] | None = None) -> None:
+        """Write what the report depends on; with the digests of its files it is complete."""
+        more = {} if sums is None else {_FILES: sums}
         text = json.dumps({**self._about, **more}, indent=1, sort_keys=True) + "\n"
-        with written(self.path / _MARK) as file:
+        with _disk(self.path), written(self.path / _MARK) as file:
             file.write(text.encode())
 
     def tidy(self) -> None:
@@ -189,12 +184,16 @@ class Folder:
         with suppress(OSError):  # it holds what is not ours
             os.rmdir(self.path / _FINISHED)
 
+    def _place_of(self, position: int) -> Path:
+        return self.path / _FINISHED / f"{position:08d}.json"
+
     def _proof(self, position: int, text: str) -> str:
         return hashlib.sha256(f"{self._job} {position}\n{text}".encode()).hexdigest()
 
     def _read(self, position: int) -> Finished | None:
-        name = f"{_FINISHED}/{_row_name(position)}"
+        file = self._place_of(position)
         try:
+            name = f"{_FINISHED}/{file.name}"
             check, _, text = read_regular(self.path, name, _MOST).decode().partition("\n")
             if check == self._proof(position, text):
                 return Finished(**json.loads(text))
@@ -203,12 +202,8 @@ class Folder:
         except (ValueError, TypeError, NotPlain):
             pass
         with _disk(self.path):
-            (self.path / name).unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
         return None
-
-
-def _row_name(position: int) -> str:
-    return f"{position:08d}.json"
 
 
 def _digest_of(path: Path, name: str) -> str | None:
@@ -246,25 +241,20 @@ def _read_mark(path: Path) -> dict[str, Any] | None:
 
 def _difference(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     """Return what a folder holds in place of what is asked for."""
-
-    def both(entry: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        held_entry = known.get(entry)
-        return held_entry if isinstance(held_entry, dict) else {}, wanted[entry]
-
-    was, now = both("index")
-    if was != now:
-        old, new = was.get("generation"), now["generation"]
+    entries = [(known.get(name), wanted[name]) for name in ("index", "queries", "options")]
+    index, queries, options = [(was if isinstance(was, dict) else {}, now) for was, now in entries]
+    if index[0] != index[1]:
+        old, new = (one.get("generation") for one in index)
         if old != new:
             return f"a report of generation {old} of the index, which is at generation {new}"
         return "a report of another index"
-    was, now = both("queries")
-    if was != now:
-        if was.get("count") != now["count"]:
-            return f"a report of {was.get('count')} queries, and {now['count']} are given now"
+    if queries[0] != queries[1]:
+        old, new = (one.get("count") for one in queries)
+        if old != new:
+            return f"a report of {old} queries, and {new} are given now"
         return "a report of other queries, or of the same before their files changed"
-    was, now = both("options")
-    for name in {**was, **now}:
-        old, new = was.get(name, False), now.get(name, False)
+    for name in {**options[0], **options[1]}:
+        old, new = (one.get(name, False) for one in options)
         if old != new:
             return f"a report with {name} = {old!r}, and {new!r} is asked for"
     return f"a report of embedcam {known.get('embedcam')}, and this is {wanted.get('embedcam')}"

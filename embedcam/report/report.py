@@ -8,8 +8,10 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -24,7 +26,8 @@ from ..images.batches import default_workers
 from ..images.progress import progress_of
 from ..index.calibration import kinship
 from ..index.search import check_rival
-from ..render import Look, Row, Tile, page_foot, page_head, page_row, shrunk
+from ..render import Row, Tile, shrunk
+from ..render.page import Look, page_foot, page_head, page_row
 from .folder import FEATURES, LINES, PAGE, Finished, Folder, check_folder, open_folder
 from .words import Fact, anchor, blocks, facts, intro, note_of
 
@@ -38,8 +41,8 @@ SIDE: Final = 200
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a report holds.
+class WrittenReport:
+    """A report that was written.
 
     Attributes
     ----------
@@ -77,7 +80,7 @@ def write_report(
     title: str = "Why did these come back?",
     batch_size: int = 16,
     progress: bool | None = None,
-) -> Report:
+) -> WrittenReport:
     """Explain many queries on one page; run again after an interruption, it goes on.
 
     Writes `index.html`, self-contained, and `explanations.jsonl`, a line a query: `query` (its id),
@@ -145,22 +148,10 @@ def write_report(
         options["max_pixels"] = explainer.max_pixels
     whole("batch_size", batch_size, 1)
     look = Look(scale, side, quality=80, long=True)
-    asked = {
-        "n_neighbors": n_neighbors,
-        "result": result,
-        "above": above,
-        "exclude_query": exclude_query,
-    }
-    about = {
-        "embedcam": __version__,
-        "index": _version(explainer),
-        "queries": _described(source),
-        "options": options,
-    }
-
-    def row(position: int, one: Opened | str, why: Explanation | str) -> Finished:
-        return finished(source, position, one, why, look, features)
-
+    asked = dict(n_neighbors=n_neighbors, result=result, above=above, exclude_query=exclude_query)
+    version, queries = _version(explainer), _described(source)
+    about = dict(embedcam=__version__, index=version, queries=queries, options=options)
+    row = partial(finished, source, look, features)
     with open_folder(Path(folder), about) as place:
         n_new = 0
         if not place.complete:
@@ -175,10 +166,13 @@ def write_report(
             bar = progress_of(
                 "explain", len(source), "queries", shown=progress, done=len(source) - n_new
             )
-            with _threads() as pool, bar as advance:
+            with ExitStack() as stack, bar as advance:
+                pool = ThreadPoolExecutor(default_workers(), thread_name_prefix="embedcam-report")
+                # What waits is dropped when the job is stopped.
+                stack.callback(pool.shutdown, wait=True, cancel_futures=True)
                 for batch, opened in _opened(explainer, source, pool, ahead, side):
                     found = explain_opened(explainer, opened, asked, neighbors)
-                    if _version(explainer) != about["index"]:
+                    if _version(explainer) != version:
                         raise InputError(
                             "the explainer was given another version of its index while the report "
                             "was written; give a new folder for a report of that one"
@@ -191,7 +185,7 @@ def write_report(
             known = facts(place.lines(), kinship(index.manifest))
         place.tidy()
     explained = [one for one in known if one.error is None]
-    return Report(
+    return WrittenReport(
         place.path / PAGE,
         len(known),
         n_new,
@@ -216,30 +210,14 @@ def _described(source: ImageSource) -> dict[str, Any]:
     return {"count": len(source), "sha256": digest.hexdigest()}
 
 
-@contextmanager
-def _threads() -> Iterator[ThreadPoolExecutor]:
-    """Yield threads that decode and draw; what waits is dropped when the job is stopped."""
-    pool = ThreadPoolExecutor(default_workers(), thread_name_prefix="embedcam-report")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
 # One query
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A query that could be read; of its picture only a small one is kept, as many must fit.
+    """A query that could be read: its input `[3 H W]`, crop box in the full picture, and file.
 
-    Attributes
-    ----------
-    name : what messages call it
-    inputs : for the network, `[3 H W]`
-    small : its picture at the size of the page
-    extent : crop box, what the network sees of it in pixels of the full picture
-    file : where it lies, or None
+    Of its picture only a small one, as the page shows it, is kept: many must fit.
     """
 
     name: str
@@ -261,10 +239,9 @@ def _opened(
     def begin(batch: range) -> Iterator[Opened | str]:
         return pool.map(lambda place: open_query(source, place, explainer.preprocess, side), batch)
 
-    waiting = [begin(batch) for batch in batches[:1]]
-    for number, batch in enumerate(batches):
-        opened = list(waiting.pop())
-        waiting += [begin(following) for following in batches[number + 1 : number + 2]]
+    waiting = begin(batches[0]) if batches else iter(())
+    for batch, following in zip_longest(batches, batches[1:], fillvalue=range(0)):
+        opened, waiting = list(waiting), begin(following)
         yield batch, opened
 
 
@@ -328,11 +305,11 @@ def _named(name: str, message: str) -> str:
 
 def finished(
     source: ImageSource,
+    look: Look,
+    features: bool,
     position: int,
     opened: Opened | str,
     found: Explanation | str,
-    look: Look,
-    features: bool = False,
 ) -> Finished:
     """Return what is kept of a query: its row of the page and its line of JSON."""
     item = source.items[position]
@@ -392,5 +369,5 @@ def _assemble(
         for position in range(count):
             put(file, PAGE, place.read(position).row)
         put(file, PAGE, page_foot())
-    place.complete_with({name: digest.hexdigest() for name, digest in sums.items()})
+    place.mark({name: digest.hexdigest() for name, digest in sums.items()})
     return known

@@ -37,8 +37,7 @@ class Fact:
     empty: bool = False
     changed: bool = False
     match: float | None = None
-    asked: str | None = None
-    """The query's own label."""
+    asked: str | None = None  # the query's own label
     other: bool = False
 
 
@@ -50,18 +49,17 @@ def facts(lines: Iterable[str], kin: Callable[[str, str], bool] = eq) -> list[Fa
 def _fact(position: int, record: Mapping[str, Any], kin: Callable[[str, str], bool]) -> Fact:
     if "error" in record:
         return Fact(position, record["query"], record["error"])
-    nearest = record["neighbors"][0]
+    nearest, asked = record["neighbors"][0], record.get("label")
     return Fact(
         position,
         record["query"],
         nearest=nearest["id"],
         label=nearest["label"],
         distance=nearest["distance"],
-        match=record.get("match"),
-        asked=record.get("label"),
-        other=None not in (record.get("label"), nearest["label"])
-        and not kin(record["label"], nearest["label"]),
+        asked=asked,
+        other=None not in (asked, nearest["label"]) and not kin(str(asked), nearest["label"]),
         changed=any(one.get("file") == "changed" for one in record["neighbors"]),
+        match=record.get("match"),
         **{name: record[name] for name in ("trust", "trusted", "direct", "empty")},
     )
 
@@ -131,7 +129,7 @@ def blocks(known: Sequence[Fact]) -> list[Block]:
         return shown
     # What is most in doubt first: another label, then match and trust, unknown ones before all.
     ordered = sorted(
-        explained, key=lambda one: (not one.other, _known(one.match), _known(one.trust))
+        explained, key=lambda one: (not one.other, *map(_known, (one.match, one.trust)))
     )
     wrong = [one for one in ordered if one.other]
     title = "All queries"

@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -15,7 +17,6 @@ from ..errors import EmbedcamError, ImageError, InputError
 from ..images import read_image
 from ..index import Index
 from ..pairs import (
-    Comparison,
     PairExplainer,
     Receipt,
     Shown,
@@ -25,20 +26,11 @@ from ..pairs import (
     make_receipt,
     mean_of,
 )
+from . import schemas
 from .errors import HTTPProblem, choose
 from .explain import BODY, PROBLEMS
-from .pictures import JSON, PNG, WEBP, Prepared, encoded, prepare, small_box
-from .pipeline import Pipeline, check_apart, find_live
-from .schemas import (
-    CompareAnswer,
-    Contrast,
-    Evidence,
-    PairReceipt,
-    built,
-    route,
-    size_of,
-    written,
-)
+from .pictures import JSON, PNG, WEBP, Prepared, encoded, prepare
+from .pipeline import Pipeline, check_ids, find_live
 
 logger = logging.getLogger("embedcam.service")
 
@@ -91,9 +83,9 @@ def router(pipeline: Pipeline) -> APIRouter:
     @routes.post(
         "/compare",
         operation_id="compare",
-        **route(
+        **schemas.route(
             "Why this picture and an image match, or why one image came above another",
-            CompareAnswer,
+            schemas.CompareAnswer,
             *(404, 406, 409, 501, *PROBLEMS),
             parameters=CompareParameters,
             drawn=(PNG, WEBP),
@@ -103,90 +95,86 @@ def router(pipeline: Pipeline) -> APIRouter:
     )
     async def compare(request: Request, asked: Annotated[CompareParameters, Query()]) -> Response:
         maker.check()
-        kind = choose(request, (JSON, PNG, WEBP))
-        ids = _checked_ids(pipeline.index, asked.result, asked.rival)
+        kind, index, rival = choose(request, (JSON, PNG, WEBP)), pipeline.index, asked.rival
+        check_ids(index, asked.result, rival)
         if kind != JSON and (len(asked.result) > 1 or asked.cell is not None):
             said = (
                 "a picture shows the receipt of one result, or of it and a rival; ask for "
                 "application/json for more"
             )
             raise HTTPProblem(422, "not_drawable", said)
+        told: list[schemas.PairReceipt] = []
+        kept: list[Receipt] = []
         left = MAX_PAIRS
 
-        def told(picture: Prepared, receipt: Receipt) -> PairReceipt | None:
-            """Write a receipt, with its `pairs` while there is room; a drawn one is drawn later."""
+        def tell(picture: Prepared, receipt: Receipt) -> schemas.PairReceipt:
+            """Write a receipt, with its `pairs` while there is room."""
             nonlocal left
-            if kind != JSON:
-                return None
             numbers = receipt.query.cells.size * receipt.result.cells.size
             fits = receipt.exact and numbers <= left
             left -= numbers * fits
             shown = receipt.to_dict(asked.lines, asked.links)
             pairs = receipt.matrix().reshape(receipt.query.cells.size, -1) if fits else None
-            return built(
-                PairReceipt,
-                shown,
-                **{name: shown["result"][name] for name in ("id", "label")},
-                **_picture(picture),
-                query=built(Evidence, shown["query"]),
-                result=built(Evidence, shown["result"]),
+            return schemas.built(
+                schemas.PairReceipt,
+                {**shown, "id": shown["result"]["id"], "label": shown["result"]["label"]},
+                **schemas.shown_box(picture.size, picture.extent),
+                query=schemas.built(schemas.Evidence, shown["query"]),
+                result=schemas.built(schemas.Evidence, shown["result"]),
                 pairs=None if pairs is None else rounded(pairs),
                 point=asked.point_of(receipt),
             )
 
         async with pipeline.uploaded(request) as upload:
             side = None if kind == JSON else DRAWN_SIDE
-            index, read = pipeline.index, pipeline.reading(upload, side)
-            query = await pipeline.ask(maker.sides, index, read)
-            receipts, kept = await maker.receipts(
-                index, query, ids, told, asked.centred, side, keep=kind != JSON or bool(asked.rival)
-            )
+            read = pipeline.reading(upload, side)
+            query, query_side = await pipeline.ask(maker.sides, index, read)
+
+            def settle(name: str, picture: Prepared, its_side: Side) -> None:
+                (label,) = index.select([find_live(index, name)]).labels
+                try:
+                    check_same(index, name, its_side)
+                except ImageError:
+                    raise _changed() from None
+                receipt = make_receipt(
+                    query_side,
+                    its_side,
+                    mean_of(index, asked.centred),
+                    centred=asked.centred,
+                    query_shown=Shown(query.small.image, query.small.extent),
+                    result_shown=Shown(picture.small.image, picture.small.extent, name, label),
+                )
+                if kind == JSON:
+                    told.append(tell(picture, receipt))
+                # Others are let go of: of first order, one holds the graph of its picture's head.
+                if kind != JSON or rival is not None:
+                    kept.append(receipt)
 
             def body() -> bytes:
                 # A pass of the head where receipts are of first order.
-                compared = asked.rival is not None
-                why = (
-                    make_comparison(query[1], kept[0], kept[1], index.metric) if compared else None
-                )
-                if kind == JSON:
-                    return _written(query[0], receipts, why, asked.lines)
+                why, contrast = None, None
+                if rival is not None:
+                    why = make_comparison(query_side, kept[0], kept[1], index.metric)
+                if kind != JSON:
+                    if why is not None:
+                        return encoded(why.plot(lines=asked.lines), kind)
+                    return encoded(kept[0].plot(lines=asked.lines, links=asked.links), kind)
                 if why is not None:
-                    return encoded(why.plot(lines=asked.lines), kind)
-                return encoded(kept[0].plot(lines=asked.lines, links=asked.links), kind)
+                    shown = why.to_dict(asked.lines)
+                    cells = shown["query"]["cells"]
+                    contrast = schemas.built(schemas.Contrast, shown, query=cells)
+                box = schemas.shown_box(query.size, query.extent)
+                answer = schemas.CompareAnswer(**box, receipts=told, contrast=contrast)
+                return schemas.written(answer)
 
+            ids = [*asked.result, *([] if rival is None else [rival])]
+            # Each is a piece of work by itself: a request that has taken too long ends with it.
+            async for name, picture, its_side in maker.indexed(index, ids, side):
+                await pipeline.in_thread(settle, name, picture, its_side)
             answer = await pipeline.in_thread(body)
         return Response(answer, media_type=kind, headers={"Vary": "Accept"})
 
     return routes
-
-
-def _checked_ids(index: Index, results: list[str], rival: str | None) -> list[str]:
-    """Return the images to compare with; each is in the index, and named once."""
-    ids = [*results, *([] if rival is None else [rival])]
-    for name in ids:
-        find_live(index, name)
-    if len(set(results)) < len(results):
-        raise HTTPProblem(422, "repeated_result", "result: names an image twice; name each once")
-    if rival is not None and len(results) > 1:
-        said = "rival: goes with one result; leave the other results out"
-        raise HTTPProblem(422, "too_many_results", said)
-    check_apart(results[0], rival)
-    return ids
-
-
-def _picture(picture: Prepared) -> dict[str, Any]:
-    return {"picture": size_of(picture.size), "extent": list(picture.extent)}
-
-
-def _written(
-    query: Prepared, receipts: Sequence[PairReceipt | None], why: Comparison | None, lines: int
-) -> bytes:
-    contrast = None
-    if why is not None:
-        shown = why.to_dict(lines)
-        contrast = built(Contrast, shown, query=shown["query"]["cells"])
-    told = [one for one in receipts if one is not None]
-    return written(CompareAnswer(**_picture(query), receipts=told, contrast=contrast))
 
 
 def rounded(values: np.ndarray[Any, Any]) -> list[list[float]]:
@@ -204,11 +192,9 @@ class ReceiptMaker:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._pairs: PairExplainer | None
-        try:
+        self._pairs: PairExplainer | None = None
+        with suppress(InputError):
             self._pairs = PairExplainer(pipeline.explainer)
-        except InputError:
-            self._pairs = None
 
     def check(self) -> PairExplainer:
         """Return what explains pairs, or raise HTTPProblem 501 where there is no head to be had."""
@@ -216,52 +202,20 @@ class ReceiptMaker:
             raise _no_receipts()
         return self._pairs
 
-    async def receipts(
-        self,
-        index: Index,
-        query: tuple[Prepared, Side],
-        ids: Sequence[str],
-        tell: Callable[[Prepared, Receipt], PairReceipt | None],
-        centred: bool,
-        side: int | None,
-        *,
-        keep: bool,
-    ) -> tuple[list[PairReceipt | None], list[Receipt]]:
-        """Return what is told of each image's receipt with the query, and the receipts to keep.
+    async def indexed(
+        self, index: Index, ids: Sequence[str], side: int | None
+    ) -> AsyncIterator[tuple[str, Prepared, Side]]:
+        """Yield indexed images' names and pictures, and what the network makes of them.
 
-        Others are let go of: where receipts are of first order, one holds the graph of its
-        picture's head. Each is a piece of work by itself, so that a request that has taken too
-        long ends with the one begun.
+        No more at once than go through the network together, so that others come between.
         """
-        told: list[PairReceipt | None] = []
-        kept: list[Receipt] = []
-
-        def settle(name: str, picture: Prepared, its_side: Side) -> None:
-            (label,) = index.select([find_live(index, name)]).labels
-            try:
-                check_same(index, name, its_side)
-            except ImageError:
-                raise _changed() from None
-            receipt = make_receipt(
-                query[1],
-                its_side,
-                mean_of(index, centred),
-                centred=centred,
-                query_shown=Shown(query[0].small, small_box(query[0]), "", None),
-                result_shown=Shown(picture.small, small_box(picture), name, label),
-            )
-            told.append(tell(picture, receipt))
-            if keep:
-                kept.append(receipt)
-
-        # No more at once than go through the network together, so that others come between.
-        step = self._pipeline.limits.batch
+        step, ask = self._pipeline.limits.batch, self._pipeline.ask
         for start in range(0, len(ids), step):
             part = ids[start : start + step]
-            pictures = await asyncio.gather(*(self._indexed(index, name, side) for name in part))
-            for name, (picture, its_side) in zip(part, pictures, strict=True):
-                await self._pipeline.in_thread(settle, name, picture, its_side)
-        return told, kept
+            reads = [partial(self._read, name, side) for name in part]
+            asked = await asyncio.gather(*(ask(self.sides, index, read) for read in reads))
+            for name, (picture, its_side) in zip(part, asked, strict=True):
+                yield name, picture, its_side
 
     def sides(self, index: Index, inputs: Sequence[Any]) -> list[Side]:
         """Return what the network makes of pictures, for receipts."""
@@ -273,9 +227,6 @@ class ReceiptMaker:
             logger.warning("no receipts: %s", error)
             raise _no_receipts() from None
         return pairs.sides(index, inputs)
-
-    async def _indexed(self, index: Index, name: str, side: int | None) -> tuple[Prepared, Side]:
-        return await self._pipeline.ask(self.sides, index, lambda: self._read(name, side))
 
     def _read(self, name: str, side: int | None) -> Prepared:
         """Return an indexed image's picture, decoded and prepared; what fails names no file."""
@@ -289,25 +240,15 @@ class ReceiptMaker:
                 return prepare(picture, self._pipeline.preprocess, side)
         except EmbedcamError as error:
             logger.warning("an indexed image cannot be read: %s", error)
-        raise HTTPProblem(
-            404,
-            "no_picture",
-            "the picture of a result cannot be read any more, and a receipt needs it; leave it out",
-        )
+        said = "the picture of a result cannot be read any more, and a receipt needs it"
+        raise HTTPProblem(404, "no_picture", f"{said}; leave it out")
 
 
 def _no_receipts() -> HTTPProblem:
-    return HTTPProblem(
-        501,
-        "no_receipts",
-        "receipts need the network's head by itself, which its ONNX file and this index do not "
-        "tell; serve the network instead",
-    )
+    said = "receipts need the network's head by itself, which its ONNX file and this index do not"
+    return HTTPProblem(501, "no_receipts", f"{said} tell; serve the network instead")
 
 
 def _changed() -> HTTPProblem:
-    return HTTPProblem(
-        409,
-        "changed_picture",
-        "the picture of a result has changed since it was indexed; index it again, or leave it out",
-    )
+    said = "the picture of a result has changed since it was indexed"
+    return HTTPProblem(409, "changed_picture", f"{said}; index it again, or leave it out")

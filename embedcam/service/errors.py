@@ -3,7 +3,6 @@
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from fastapi import Request
@@ -12,6 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from .._checks import nearest_of
 from ..errors import (
     EmbedcamError,
     ImageError,
@@ -94,20 +94,15 @@ def _what_is_wrong(errors: Sequence[Any]) -> str:
 
 def only(parameters: type[BaseModel]) -> Callable[[Request], None]:
     """Return a dependency that refuses query parameters of other names, or given twice."""
-    known = list(parameters.model_fields)
-    single = {
-        name for name, field in parameters.model_fields.items() if field.annotation != list[str]
-    }
+    fields = parameters.model_fields
+    single = {name for name, field in fields.items() if field.annotation != list[str]}
 
     def check(request: Request) -> None:
         seen = [name for name, _ in request.query_params.multi_items()]
         for name in seen:
-            if name not in known:
-                near = get_close_matches(name[:64], known, 1)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-                raise HTTPProblem(
-                    422, "unknown_parameter", f"a query parameter means nothing here; {hint}"
-                )
+            if name not in fields:
+                said = f"a query parameter means nothing here; {nearest_of(name[:64], fields)}"
+                raise HTTPProblem(422, "unknown_parameter", said)
             if name in single and seen.count(name) > 1:
                 raise HTTPProblem(422, "repeated_parameter", f"{name}: given twice; give it once")
 
@@ -123,9 +118,13 @@ def choose(request: Request, offers: Sequence[str]) -> str:
     for part in (request.headers.get("accept") or "*/*").split(","):
         kind, *parameters = (word.strip().lower() for word in part.split(";"))
         main, _, sub = kind.partition("/")
-        weights = [text.strip() for name, _, text in (p.partition("=") for p in parameters)
-                   if name.strip() == "q"]  # fmt: skip
-        ranges.append((main, sub, _quality(weights[-1]) if weights else 1.0))
+        pairs = [
+            (name.strip(), text.strip()) for name, _, text in (p.partition("=") for p in parameters)
+        ]
+        weight = dict(pairs).get("q", "1")
+        # What is no number from 0 to 1 counts as 0, for it asks for nothing.
+        number = re.fullmatch(r"[0-9]{1,5}|[0-9]{1,3}\.[0-9]{0,3}|\.[0-9]{1,4}", weight)
+        ranges.append((main, sub, min(float(weight), 1.0) if number else 0.0))
 
     def quality(offer: str) -> float:
         """Return that of the most specific range that covers the offer."""
@@ -142,9 +141,3 @@ def choose(request: Request, offers: Sequence[str]) -> str:
         said = f"this is answered as {' or '.join(offers)}; ask for one of them"
         raise HTTPProblem(406, "no_such_type", said)
     return best
-
-
-def _quality(text: str) -> float:
-    """Return 0 to 1; what is no such number counts as 0, for it asks for nothing."""
-    number = re.fullmatch(r"[0-9]{1,5}|[0-9]{1,3}\.[0-9]{0,3}|\.[0-9]{1,4}", text)
-    return min(float(text), 1.0) if number else 0.0

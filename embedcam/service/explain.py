@@ -1,6 +1,7 @@
 """POST /explain and POST /search: a picture goes in, what it is like and why comes out."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
@@ -9,33 +10,10 @@ from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import Response
 
 from ..explain.explainer import Explanation
-from ..render import Tile
+from . import schemas
 from .errors import choose
-from .pictures import (
-    FORM_TYPE,
-    JSON,
-    PART,
-    PNG,
-    RAW_TYPES,
-    WEBP,
-    Prepared,
-    encoded,
-    overlaid,
-    small_box,
-)
+from .pictures import FORM_TYPE, JSON, PART, PNG, RAW_TYPES, WEBP, Prepared, encoded, overlaid
 from .pipeline import Pipeline
-from .schemas import (
-    BINARY,
-    ExplainAnswer,
-    Match,
-    Neighbor,
-    SearchAnswer,
-    built,
-    route,
-    size_of,
-    urls_of,
-    written,
-)
 
 MAX_CELLS, MAX_SIDE = 224, 1024
 BODY: dict[str, Any] = {
@@ -53,7 +31,7 @@ BODY: dict[str, Any] = {
                 },
                 "encoding": {PART: {"contentType": ", ".join(RAW_TYPES)}},
             },
-            **{kind: BINARY for kind in RAW_TYPES},
+            **{kind: schemas.BINARY for kind in RAW_TYPES},
         },
     }
 }
@@ -101,9 +79,9 @@ def router(pipeline: Pipeline) -> APIRouter:
     @routes.post(
         "/explain",
         operation_id="explain",
-        **route(
+        **schemas.route(
             "Which images are like this picture, and why",
-            ExplainAnswer,
+            schemas.ExplainAnswer,
             *(404, 406, *PROBLEMS),
             parameters=ExplainParameters,
             drawn=(PNG, WEBP),
@@ -128,8 +106,7 @@ def router(pipeline: Pipeline) -> APIRouter:
                 if kind == JSON:
                     prefix = request.scope.get("root_path", "")
                     return _explained(picture, why, asked.map_size, asked.signed, prefix)
-                tile = Tile(picture.small, why.cam, small_box(picture))
-                return encoded(overlaid(tile, asked.picture_size), kind)
+                return encoded(overlaid(replace(picture.small, cam=why.cam)), kind)
 
             answer = await pipeline.in_thread(body)
         return Response(answer, media_type=kind, headers={"Vary": "Accept"})
@@ -137,9 +114,9 @@ def router(pipeline: Pipeline) -> APIRouter:
     @routes.post(
         "/search",
         operation_id="search",
-        **route(
+        **schemas.route(
             "Which images are like this picture, without the why",
-            SearchAnswer,
+            schemas.SearchAnswer,
             *PROBLEMS,
             parameters=SearchParameters,
             openapi_extra=BODY,
@@ -149,9 +126,11 @@ def router(pipeline: Pipeline) -> APIRouter:
         async with pipeline.uploaded(request) as upload:
             picture, rows = await pipeline.search(upload, asked.n_neighbors)
         prefix = request.scope.get("root_path", "")
-        matches = [built(Match, row, **urls_of(prefix, row["id"])) for row in rows]
-        answer = SearchAnswer(picture=size_of(picture.size), neighbors=matches)
-        return Response(written(answer), media_type=JSON)
+        matches = [
+            schemas.built(schemas.Match, row, **schemas.urls_of(prefix, row["id"])) for row in rows
+        ]
+        answer = schemas.SearchAnswer(picture=schemas.size_of(picture.size), neighbors=matches)
+        return Response(schemas.written(answer), media_type=JSON)
 
     return routes
 
@@ -162,19 +141,20 @@ def _explained(
     height, width = why.cam.shape
     shown = why.to_dict((min(map_size, height), min(map_size, width)), signed=signed)
 
-    def neighbor(one: Mapping[str, Any], norm: float | None) -> Neighbor:
+    def neighbor(one: Mapping[str, Any], norm: float | None) -> schemas.Neighbor:
         length = None if norm is None else float(norm)
-        return built(Neighbor, one, norm=length, **urls_of(prefix, one["id"]))
+        return schemas.built(
+            schemas.Neighbor, one, norm=length, **schemas.urls_of(prefix, one["id"])
+        )
 
     count = len(shown["neighbors"])
     norms = [None] * count if why.neighbor_norms is None else why.neighbor_norms
-    answer = built(
-        ExplainAnswer,
+    answer = schemas.built(
+        schemas.ExplainAnswer,
         shown,
-        picture=size_of(picture.size),
-        extent=list(picture.extent),
+        **schemas.shown_box(picture.size, picture.extent),
         result=None if why.asked is None else neighbor(shown["result"], why.asked.norm),
         rival=None if why.rival is None else neighbor(shown["rival"], why.rival.norm),
         neighbors=[neighbor(*pair) for pair in zip(shown["neighbors"], norms, strict=True)],
     )
-    return written(answer)
+    return schemas.written(answer)

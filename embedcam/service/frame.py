@@ -45,37 +45,28 @@ class Frame:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start = time.perf_counter()
-        asked = scope["method"]
+        start, asked = time.perf_counter(), scope["method"]
         # What GET would say, without the body.
         inner: Scope = {**scope, "method": "GET" if asked == "HEAD" else asked}
-        body = _Body(receive, Headers(scope=scope))
-        reply = _Reply(send, body, asked == "HEAD")
+        exchange = _Exchange(scope, receive, send)
         try:
             problem = _two_ways(scope) or self._wrong_host(scope)
-            if problem is None:
-                await self.app(inner, body.receive, reply.send)
-            else:
-                await response_of(problem)(inner, body.receive, reply.send)
+            answer = self.app if problem is None else response_of(problem)
+            await answer(inner, exchange.receive, exchange.send)
         except Exception as error:
-            if reply.status:  # half an answer cannot be taken back
+            if exchange.status:  # half an answer cannot be taken back
                 logger.exception("failed while answering")
                 raise
-            await response_of(error)(inner, body.receive, reply.send)
+            await response_of(error)(inner, exchange.receive, exchange.send)
         finally:
-            took = time.perf_counter() - start
-            self._tell(inner, asked, reply.status, took)
+            self._tell(inner, asked, exchange.status, time.perf_counter() - start)
 
     def _wrong_host(self, scope: Scope) -> HTTPProblem | None:
         host = re.sub(r":[0-9]*$", "", Headers(scope=scope).get("host", "").lower())
         if self.hosts is None or host in self.hosts:
             return None
-        return HTTPProblem(
-            403,
-            "wrong_host",
-            "this service does not go by the name in the Host header; start it with --allow-host "
-            "NAME if it should",
-        )
+        said = "this service does not go by the name in the Host header; start it with --allow-host"
+        return HTTPProblem(403, "wrong_host", f"{said} NAME if it should")
 
     def _tell(self, scope: Scope, method: str, status: int, seconds: float) -> None:
         known = method in ("GET", "HEAD", "POST", "OPTIONS", "PUT", "DELETE", "PATCH")
@@ -107,50 +98,44 @@ def _two_ways(scope: Scope) -> HTTPProblem | None:
     return HTTPProblem(status, code, said, {"Connection": "close"}) if said else None
 
 
-class _Body:
-    """The request's body, and how much of it has been taken."""
+class _Exchange:
+    """A request's body, as far as it has been taken, and the answer on its way."""
 
-    def __init__(self, receive: Receive, headers: Headers) -> None:
-        self._receive, self._started = receive, False
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._receive, self._send = receive, send
+        headers = Headers(scope=scope)
         length = headers.get("content-length", "0")
-        self.left = "transfer-encoding" in headers or length.strip() not in ("", "0")
+        self._left = "transfer-encoding" in headers or length.strip() not in ("", "0")
         self._asks_first = headers.get("expect", "").lower() == "100-continue"
+        self._bare, self._started, self.status = scope["method"] == "HEAD", False, 0
 
     async def receive(self) -> Message:
         self._started = True
         message = await self._receive()
         if message["type"] != "http.request" or not message.get("more_body", False):
-            self.left = False
+            self._left = False
         return message
 
-    async def drain(self) -> None:
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            if self.status != 408:  # it has been waited for long enough
+                await self._drain()
+            headers = MutableHeaders(scope=message)
+            for name, value in HEADERS.items():
+                headers.setdefault(name, value)
+            if self._left:
+                headers["Connection"] = "close"
+        elif self._bare and message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await self._send(message)
+
+    async def _drain(self) -> None:
         """Take what is still coming, for a moment: a client that is sending hears no answer."""
         if self._asks_first and not self._started:
             return
         taken = 0
         with suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_SECONDS):
-                while self.left and taken < _DRAIN_BYTES:
+                while self._left and taken < _DRAIN_BYTES:
                     taken += len((await self.receive()).get("body", b""))
-
-
-class _Reply:
-    """The answer on its way."""
-
-    def __init__(self, send: Send, body: _Body, bare: bool) -> None:
-        self._send, self._body, self._bare = send, body, bare
-        self.status = 0
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            if self.status != 408:  # it has been waited for long enough
-                await self._body.drain()
-            headers = MutableHeaders(scope=message)
-            for name, value in HEADERS.items():
-                headers.setdefault(name, value)
-            if self._body.left:
-                headers["Connection"] = "close"
-        elif self._bare and message["type"] == "http.response.body":
-            message = {**message, "body": b""}
-        await self._send(message)

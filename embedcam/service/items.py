@@ -9,7 +9,6 @@ import logging
 import os
 from contextlib import suppress
 from functools import partial
-from pathlib import Path as File
 from typing import Annotated
 
 import numpy as np
@@ -20,21 +19,13 @@ from starlette.responses import Response
 
 from ..errors import EmbedcamError
 from ..images import read_image
-from ..index import Index
+from ..index import Selection
 from ..preprocess import Extent
-from ..render import Tile, scale_box
+from ..render import Tile, shrunk
+from . import schemas
 from .errors import HTTPProblem, choose
-from .pictures import JPEG, JSON, PNG, WEBP, encoded, overlaid, shrunk
+from .pictures import JPEG, JSON, PNG, WEBP, encoded, overlaid
 from .pipeline import Pipeline, find_live
-from .schemas import (
-    Example,
-    ExamplesAnswer,
-    ItemCam,
-    route,
-    size_of,
-    urls_of,
-    written,
-)
 
 logger = logging.getLogger("embedcam.service")
 
@@ -59,26 +50,23 @@ class ExamplesParameters(BaseModel):
 def router(pipeline: Pipeline) -> APIRouter:
     """Return the three endpoints."""
     routes = APIRouter(tags=["items"])
-    about = partial(route, parameters=ItemParameters)
+    about = partial(schemas.route, parameters=ItemParameters)
     describe_image = about(
         "An indexed image, made small", None, *_PROBLEMS, drawn=(JPEG, WEBP), said="Its pixels."
     )
     words = "An indexed image's own map, as JSON or over the image"
-    describe_cam = about(words, ItemCam, *_PROBLEMS, drawn=(PNG, WEBP))
+    describe_cam = about(words, schemas.ItemCam, *_PROBLEMS, drawn=(PNG, WEBP))
     for described in (describe_image, describe_cam):
         described["responses"][304] = {"description": "It is still what `If-None-Match` names."}
     name_of = Annotated[str, Path(description="Id of an indexed image; it may hold slashes.")]
+    item_parameters = Annotated[ItemParameters, Query()]
 
     @routes.get("/items/{id:path}/image", operation_id="item_image", **describe_image)
-    async def image(
-        request: Request, id: name_of, asked: Annotated[ItemParameters, Query()]
-    ) -> Response:
+    async def image(request: Request, id: name_of, asked: item_parameters) -> Response:
         return await answered(request, id, choose(request, (JPEG, WEBP)), asked.size, False)
 
     @routes.get("/items/{id:path}/cam", operation_id="item_cam", **describe_cam)
-    async def cam(
-        request: Request, id: name_of, asked: Annotated[ItemParameters, Query()]
-    ) -> Response:
+    async def cam(request: Request, id: name_of, asked: item_parameters) -> Response:
         return await answered(request, id, choose(request, (JSON, PNG, WEBP)), asked.size, True)
 
     async def answered(request: Request, id: str, kind: str, size: int, with_map: bool) -> Response:
@@ -91,16 +79,12 @@ def router(pipeline: Pipeline) -> APIRouter:
             return Response(status_code=304, headers=headers)
         return Response(body, media_type=kind, headers=headers)
 
-    @routes.get(
-        "/examples",
-        operation_id="examples",
-        **route(
-            "A few indexed images to search with, from all over the index",
-            ExamplesAnswer,
-            *(403, 422, 500, 503),
-            parameters=ExamplesParameters,
-        ),
+    summary = "A few indexed images to search with, from all over the index"
+    described = schemas.route(
+        summary, schemas.ExamplesAnswer, *(403, 422, 500, 503), parameters=ExamplesParameters
     )
+
+    @routes.get("/examples", operation_id="examples", **described)
     async def examples(request: Request, asked: Annotated[ExamplesParameters, Query()]) -> Response:
         prefix = request.scope.get("root_path", "")
         async with pipeline.admitted():
@@ -119,59 +103,43 @@ def _examples(pipeline: Pipeline, count: int, prefix: str) -> bytes:
     for name, label in zip(rows.ids, rows.labels, strict=True):
         file = pipeline.explainer.picture_file(name)
         if file is not None and file.is_file():
-            items.append(Example(id=name, label=label, **urls_of(prefix, name)))
-    return written(ExamplesAnswer(items=items))
+            items.append(schemas.Example(id=name, label=label, **schemas.urls_of(prefix, name)))
+    return schemas.written(schemas.ExamplesAnswer(items=items))
 
 
 def _item(
     pipeline: Pipeline, id: str, kind: str, size: int, with_map: bool, known: str
 ) -> tuple[bytes | None, str]:
     """Return the body, None where the client has it already, and its tag."""
-    index = pipeline.index
-    position = find_live(index, id)
-    file = pipeline.explainer.picture_file(id)
-    tag = _tag(file, index.manifest.manifest_sha256, id, kind, size, with_map)
-    if tag in known or known == "*":
-        return None, tag
-    picture = _picture(file, pipeline.explainer.max_pixels)
-    if with_map:
-        return _cam(pipeline, index, position, id, picture, kind, size), tag
-    if picture is None:
-        said = "the picture of this image cannot be read any more"
-        raise HTTPProblem(404, "no_picture", said)
-    return encoded(shrunk(picture, size), kind), tag
-
-
-def _tag(file: File | None, *what: object) -> str:
-    """Return what changes when index, file or the question does, and tells none of them."""
-    about = list(what)
+    index, explainer = pipeline.index, pipeline.explainer
+    position, file = find_live(index, id), explainer.picture_file(id)
+    about: list[object] = [index.manifest.manifest_sha256, id, kind, size, with_map]
     with suppress(OSError, ValueError):
         if file is not None:
             status = os.stat(file)
             about += [status.st_size, status.st_mtime_ns]
-    return f'"{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}"'
-
-
-def _picture(file: File | None, max_pixels: int) -> Image.Image | None:
+    # It changes when index, file or the question does, and tells none of them.
+    tag = f'"{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}"'
+    if tag in known or known == "*":
+        return None, tag
+    picture: Image.Image | None = None
     try:
-        return None if file is None else read_image(file, max_pixels=max_pixels)
+        picture = None if file is None else read_image(file, max_pixels=explainer.max_pixels)
     except EmbedcamError as error:
         logger.warning("an indexed image cannot be read: %s", error)
-        return None
+    if with_map:
+        return _cam(pipeline, index.select([position]), picture, kind, size), tag
+    if picture is None:
+        raise HTTPProblem(404, "no_picture", "the picture of this image cannot be read any more")
+    small = shrunk(Tile(picture), size).image or picture
+    return encoded(small, kind), tag
 
 
 def _cam(
-    pipeline: Pipeline,
-    index: Index,
-    position: int,
-    id: str,
-    picture: Image.Image | None,
-    kind: str,
-    size: int,
+    pipeline: Pipeline, row: Selection, picture: Image.Image | None, kind: str, size: int
 ) -> bytes:
     """Return the stored map as JSON, or drawn over the picture."""
-    row = index.select([position])
-    maps = row.coarse()
+    maps, (id,), (label,) = row.coarse(), row.ids, row.labels
     if maps is None:
         raise HTTPProblem(404, "no_map", "the index was built without the images' own maps")
     state = pipeline.explainer.file_state(id)
@@ -181,20 +149,17 @@ def _cam(
         with suppress(EmbedcamError):
             extent = pipeline.preprocess.extent(*picture.size)
     if kind != JSON:
-        tile = Tile(None, maps[0])
-        if picture is not None and extent is not None:
-            small = shrunk(picture, size)
-            box = scale_box(extent, picture.size, small.size)
-            tile = Tile(small, maps[0], box, changed=state == "changed")
-        return encoded(overlaid(tile, size), kind)
-    encoding = index.encoding()
-    answer = ItemCam(
+        shown = None if extent is None else picture
+        tile = Tile(shown, maps[0], extent, changed=state == "changed")
+        return encoded(overlaid(shrunk(tile, size), size), kind)
+    encoding = pipeline.index.encoding()
+    answer = schemas.ItemCam(
         id=id,
-        label=row.labels[0],
+        label=label,
         cam=np.round(maps[0].astype(float), 9).tolist(),
         norm=float(encoding.norms(encoding.unpack(row.fields(0)))[0]),
         file=state,
-        picture=None if picture is None else size_of(picture.size),
+        picture=None if picture is None else schemas.size_of(picture.size),
         extent=None if extent is None else list(extent),
     )
-    return written(answer)
+    return schemas.written(answer)

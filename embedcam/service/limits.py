@@ -11,20 +11,13 @@ class Limits:
 
     Parameters
     ----------
-    body_bytes : int
-        Of a request's body, counted while it comes in.
-    pixels : int
-        Of an uploaded picture, told from its header before any is decoded.
-    n_neighbors : int
-        Results that a request may ask for.
-    seconds : float
-        From the first byte of the body to the answer, at least 0.01.
-    concurrency : int
-        Requests that are worked on at the same time; one more is told to come back.
-    batch : int
-        Pictures that go through the network together.
-    batch_seconds : float
-        How long a picture waits for others that are being read meanwhile.
+    body_bytes : of a request's body, counted while it comes in
+    pixels : of an uploaded picture, told from its header before any is decoded
+    n_neighbors : results that a request may ask for
+    seconds : from the first byte of the body to the answer, at least 0.01
+    concurrency : requests that are worked on at the same time; one more is told to come back
+    batch : pictures that go through the network together
+    batch_seconds : how long a picture waits for others that are being read meanwhile
 
     Raises
     ------

@@ -7,7 +7,7 @@ import io
 import re
 import zipfile
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import python_multipart
@@ -20,13 +20,9 @@ from ..errors import ImageError, ImageTooLarge
 from ..explain.queries import larger_input
 from ..images import read_image
 from ..preprocess import AnyPreprocess, Extent
-from ..render import Tile, scale_box, top_value
-from ..render.tiles import resized
+from ..render import Tile, shrunk, top_value
 from .errors import HTTPProblem
 from .limits import Limits
-
-if TYPE_CHECKING:
-    from python_multipart.multipart import MultipartCallbacks
 
 PART: Final = "image"
 """Name of the form's field that holds the picture."""
@@ -68,16 +64,9 @@ class Upload(NamedTuple):
 
 
 async def read_upload(request: Request, limits: Limits) -> Upload:
-    """Return the whole body, counted while it comes in.
-
-    Raises HTTPProblem: 400 cut off, 408 too slow, 413 too long, 415 or 422 no picture in it.
-    """
-    too_long = HTTPProblem(
-        413,
-        "body_too_long",
-        f"the body is longer than {limits.body_bytes} bytes, which is the limit; send a smaller "
-        "picture",
-    )
+    """Return the whole body, counted while it comes in, or raise HTTPProblem."""
+    said = f"the body is longer than {limits.body_bytes} bytes, which is the limit"
+    too_long = HTTPProblem(413, "body_too_long", f"{said}; send a smaller picture")
     declared = request.headers.get("content-length", "")
     if declared and not re.fullmatch(r"[0-9]{1,18}", declared):
         raise HTTPProblem(400, "unusable_header", "Content-Length: give a whole number of bytes")
@@ -110,19 +99,16 @@ def _boundary(content_type: str) -> str | None:
     if kind == FORM_TYPE:
         boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
         if not boundary:
-            raise _broken_form(
-                f'names no boundary; send multipart/form-data as curl -F "{PART}=@picture.jpg" does'
-            )
+            said = f'names no boundary; send {FORM_TYPE} as curl -F "{PART}=@picture.jpg" does'
+            raise _broken_form(said)
         return boundary.decode("latin-1")
     if kind and kind not in RAW_TYPES:
-        raise HTTPProblem(
-            415,
-            "unusable_type",
+        said = (
             f"this content type holds no picture that can be read; send {FORM_TYPE} with the field "
-            f"{PART!r}, or the picture itself as image/jpeg, image/png, image/webp or another "
-            "pixel format",
-            {"Accept-Post": ", ".join((FORM_TYPE, *RAW_TYPES))},
+            f"{PART!r}, or the picture itself as {', '.join(RAW_TYPES[:3])} or another pixel format"
         )
+        accepted = {"Accept-Post": ", ".join((FORM_TYPE, *RAW_TYPES))}
+        raise HTTPProblem(415, "unusable_type", said, accepted)
     return None
 
 
@@ -131,16 +117,22 @@ def _broken_form(said: str, code: str = "broken_form") -> HTTPProblem:
 
 
 def picture_in(upload: Upload) -> bytes:
-    """Return the bytes of the picture: the body itself, or the one field of the form.
-
-    Raises HTTPProblem 422: a form that is broken, or whose fields are not the picture alone.
-    """
+    """Return the picture's bytes: the body, or a form's one field; raise HTTPProblem without."""
     if upload.boundary is None:
         return upload.body
     form = _Form()
     try:
-        callbacks = form.callbacks()
-        parser = python_multipart.MultipartParser(upload.boundary.encode("latin-1"), callbacks)
+        parser = python_multipart.MultipartParser(
+            upload.boundary.encode("latin-1"),
+            {
+                "on_part_begin": form.begin,
+                "on_header_field": form.add_header,
+                "on_header_value": form.add_value,
+                "on_headers_finished": form.check_name,
+                "on_part_data": form.add_data,
+                "on_end": form.end,
+            },
+        )
         parser.write(upload.body)
         parser.finalize()
     except FormParserError:
@@ -156,56 +148,37 @@ class _Form:
     """Collects the one field there may be; names of files are not looked at."""
 
     def __init__(self) -> None:
-        self.picture = bytearray()
-        self.complete = False
-        self._parts = self._head = 0
-        self._header, self._value, self._disposition = b"", b"", b""
+        self.picture, self.complete = bytearray(), False
+        self._parts = self._length = 0
+        self._name = self._disposition = b""
 
-    def callbacks(self) -> MultipartCallbacks:
-        """Return what the parser calls."""
-        return {
-            "on_part_begin": self._begin,
-            "on_header_field": self._add_header,
-            "on_header_value": self._add_value,
-            "on_header_end": self._end_header,
-            "on_headers_finished": self._check_name,
-            "on_part_data": self._add_data,
-            "on_end": self._end,
-        }
-
-    def _begin(self) -> None:
+    def begin(self) -> None:
         self._parts += 1
         if self._parts > 1:
             raise _broken_form(f"has several fields; send {PART!r} alone, once", "too_many_parts")
 
-    def _add_header(self, data: bytes, start: int, end: int) -> None:
-        self._count(end - start)
-        self._header += data[start:end]
+    def add_header(self, data: bytes, start: int, end: int) -> None:
+        self._name = self._counted(data[start:end]).lower()
 
-    def _add_value(self, data: bytes, start: int, end: int) -> None:
-        self._count(end - start)
-        self._value += data[start:end]
+    def add_value(self, data: bytes, start: int, end: int) -> None:
+        value = self._counted(data[start:end])
+        if self._name == b"content-disposition":
+            self._disposition = value
 
-    def _count(self, length: int) -> None:
-        self._head += length
-        if self._head > MAX_HEAD:
-            raise HTTPProblem(
-                422, "broken_form", f"the form's field has headers of more than {MAX_HEAD} bytes"
-            )
+    def _counted(self, part: bytes) -> bytes:
+        self._length += len(part)
+        if self._length > MAX_HEAD:
+            raise _broken_form(f"has a field with headers of more than {MAX_HEAD} bytes")
+        return part
 
-    def _end_header(self) -> None:
-        if self._header.lower() == b"content-disposition":
-            self._disposition = self._value
-        self._header, self._value = b"", b""
-
-    def _check_name(self) -> None:
+    def check_name(self) -> None:
         if parse_options_header(self._disposition)[1].get(b"name") != PART.encode():
             raise _broken_form(f"has a field of another name; send it as {PART!r}", "unknown_part")
 
-    def _add_data(self, data: bytes, start: int, end: int) -> None:
+    def add_data(self, data: bytes, start: int, end: int) -> None:
         self.picture += data[start:end]
 
-    def _end(self) -> None:
+    def end(self) -> None:
         self.complete = True
 
 
@@ -213,19 +186,14 @@ class _Form:
 class Prepared:
     """A picture, ready for the network.
 
-    Attributes
-    ----------
-    inputs : the network's input, float32 `[3 H W]`
-    size : (width, height) of the upright picture
-    extent : crop box, what the network sees of it in its pixels
-    small : the picture for drawing on, made small; None where nothing is drawn
-    larger : the input at twice the side, `[3 2H 2W]`, for a finer map; None without
+    Its input `[3 H W]`, and `larger` at twice the side for a finer map; its (width, height) and the
+    crop box in it; and `small` to draw on: the picture made small, or one that is not there.
     """
 
     inputs: np.ndarray[Any, Any]
     size: tuple[int, int]
     extent: Extent
-    small: Image.Image | None
+    small: Tile
     larger: np.ndarray[Any, Any] | None = None
 
 
@@ -233,9 +201,8 @@ def prepare(
     picture: Image.Image, preprocess: AnyPreprocess, side: int | None, detail: int = 1
 ) -> Prepared:
     """Return a picture with the network's input, and made small to `side` where it is drawn on."""
-    inputs = preprocess(picture)
-    extent = preprocess.extent(*picture.size)
-    small = None if side is None else shrunk(picture, side)
+    inputs, extent = preprocess(picture), preprocess.extent(*picture.size)
+    small = Tile(None) if side is None else shrunk(Tile(picture, extent=extent), side)
     larger = larger_input(picture, inputs, preprocess) if detail > 1 else None
     return Prepared(inputs, picture.size, extent, small, larger)
 
@@ -259,10 +226,8 @@ def read_picture(data: bytes, pixels: int) -> Image.Image:
         raise HTTPProblem(422, "several_kinds", said)
     width, height = picture.size
     if max(width, height) > MAX_RATIO * min(width, height):
-        raise ImageError(
-            f"the picture: is {width} x {height}; one side may be {MAX_RATIO} times the other at "
-            "most"
-        )
+        said = f"is {width} x {height}; one side may be {MAX_RATIO} times the other at most"
+        raise ImageError(f"the picture: {said}")
     return picture
 
 
@@ -297,22 +262,9 @@ def _count_scans(data: bytes) -> int:
     return scans
 
 
-def shrunk(picture: Image.Image, side: int) -> Image.Image:
-    """Return the picture with its longer side at most `side` pixels; never enlarged."""
-    if max(picture.size) <= side:
-        return picture
-    return resized(picture, Tile(picture).fitted(side, side))
-
-
-def small_box(picture: Prepared) -> Extent:
-    """Return what the network sees, in pixels of the picture that was made small, if it was."""
-    size = picture.size if picture.small is None else picture.small.size
-    return scale_box(picture.extent, picture.size, size)
-
-
-def overlaid(tile: Tile, side: int) -> Image.Image:
+def overlaid(tile: Tile, side: int = 0) -> Image.Image:
     """Return a tile's picture with its map, on its own color scale; `side` of a map by itself."""
-    size = tile.fitted(side, side) if tile.image is None else tile.image.size
+    size = (side, side) if tile.image is None else tile.image.size
     mapped = tile.drawn(size, top_value([tile]))[1]
     if mapped is None:
         raise ValueError("a tile without a map")

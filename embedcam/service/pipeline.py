@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,8 +22,6 @@ from ..errors import EmbedcamError, InputError
 from ..explain.explainer import Explainer, Explanation
 from ..images.batches import default_workers
 from ..index import Index
-from ..preprocess import AnyPreprocess
-from ..render import Tile
 from .errors import HTTPProblem
 from .limits import Limits
 from .pictures import (
@@ -35,7 +34,6 @@ from .pictures import (
     prepare,
     read_picture,
     read_upload,
-    small_box,
 )
 
 logger = logging.getLogger("embedcam.service")
@@ -53,9 +51,8 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 class Batcher:
     """One thread that puts up to `most` pictures of equal wishes through the network together.
 
-    Pictures are decoded before, in other threads, so one that cannot be read meets no other. The
-    first of a batch waits `seconds` for those that were announced; one that is alone goes at once.
-    `batched` is told how many pictures went together.
+    The first of a batch waits `seconds` for those that were announced; one that is alone goes at
+    once. `batched` is told how many pictures went together.
     """
 
     def __init__(
@@ -213,16 +210,21 @@ class Pipeline:
     def __init__(self, explainer: Explainer, limits: Limits) -> None:
         if not isinstance(explainer, Explainer):
             raise InputError(f"a service needs an Explainer; given {type(explainer).__name__}")
+        network, preprocess = explainer.network, explainer.preprocess
+        if network is None or preprocess is None:
+            raise InputError(
+                "a service embeds pictures: give the Explainer the network, with its preprocessing"
+            )
         self.explainer, self.limits = explainer, limits
+        self.network, self.preprocess = network, preprocess
         self._check()
+        self.n_neighbors = min(explainer.n_neighbors, limits.n_neighbors)
         self.concurrency = ConcurrencyLimit(limits.concurrency)
         self.telemetry = Telemetry(lambda: self.concurrency.inside)
-        self.ready = False
-        self._closed = True
+        self.ready, self._closed = False, True
         self.open()
 
     def _check(self) -> None:
-        _ = self.preprocess
         if self.index.manifest.faiss is None:
             raise InputError(
                 f"{self.index.path} was built without FAISS, so a service cannot search it; "
@@ -244,21 +246,6 @@ class Pipeline:
     def index(self) -> Index:
         """The index as it is now; a request asks once and keeps to it."""
         return self.explainer.index
-
-    @property
-    def preprocess(self) -> AnyPreprocess:
-        """How pictures are prepared for the network."""
-        preprocess = self.explainer.preprocess
-        if self.explainer.network is None or preprocess is None:
-            raise InputError(
-                "a service embeds pictures: give the Explainer the network, with its preprocessing"
-            )
-        return preprocess
-
-    @property
-    def n_neighbors(self) -> int:
-        """Results of a request that does not say how many."""
-        return min(self.explainer.n_neighbors, self.limits.n_neighbors)
 
     @asynccontextmanager
     async def admitted(self) -> AsyncIterator[None]:
@@ -324,13 +311,10 @@ class Pipeline:
         side: int | None = None,
     ) -> tuple[Prepared, Explanation]:
         """Return an uploaded picture, explained."""
-        for name in (result, rival):
-            if name is not None:
-                find_live(self.index, name)
+        check_ids(self.index, [] if result is None else [result], rival)
         if rival is not None and result is None:
             said = "rival: goes with a result, and none is named; name it, too"
             raise HTTPProblem(422, "no_result", said)
-        check_apart(result, rival)
         wanted = (n_neighbors, result, rival, detail)
         return await self.ask(self._explained, wanted, self.reading(upload, side, detail))
 
@@ -357,17 +341,14 @@ class Pipeline:
         return await self.ask(self._searched, n_neighbors, self.reading(upload))
 
     def _searched(self, n_neighbors: int, inputs: Sequence[Any]) -> list[list[dict[str, Any]]]:
-        network, index = self.explainer.network, self.index
-        if network is None:
-            raise InputError("the explainer has no network")
-        near = index.search(network.embed(np.stack(inputs)).embedding, n_neighbors)
+        index, names = self.index, ("id", "label", "distance", "similarity")
+        near = index.search(self.network.embed(np.stack(inputs)).embedding, n_neighbors)
         answers = []
         for positions, *scores in zip(
             near.positions, near.distances, near.similarities, strict=True
         ):
             rows = index.select(positions)
             columns = (rows.ids, rows.labels, *(values.tolist() for values in scores))
-            names = ("id", "label", "distance", "similarity")
             answers.append(
                 [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
             )
@@ -383,16 +364,14 @@ class Pipeline:
             # What the head is, which receipts need, is found once, in many passes.
             await self.ask(self._warmed_up, None, self.reading(upload))
             # The first overlay loads the colors.
-            tile = Tile(picture.small, why.cam, small_box(picture))
-            await self.in_thread(overlaid, tile, PROBE_SIDE)
+            await self.in_thread(overlaid, replace(picture.small, cam=why.cam))
         except Exception:
             logger.exception("the network did not answer a probe; the service is not ready")
             return
         self.set_ready(True)
 
     def _warmed_up(self, _: None, inputs: Sequence[Any]) -> list[None]:
-        if self.explainer.network is not None:
-            self.explainer.network.warm_up()
+        self.network.warm_up()
         return [None] * len(inputs)
 
     def set_ready(self, is_ready: bool) -> None:
@@ -401,10 +380,10 @@ class Pipeline:
         self.telemetry.ready.set(is_ready)
 
     def reload(self) -> bool:
-        """Serve the index as it is now, see `Explainer.reload`; not ready while it cannot be.
+        """Serve the index as it is now and return whether it changed; not ready while it cannot be.
 
-        Returns whether another version is served now. Raises InputError where the new version is
-        empty or cannot be searched; and as `Explainer.reload`, which leaves the old one serving.
+        Raises InputError for an index that is empty or cannot be searched, and as
+        `Explainer.reload`, which leaves the old one serving.
         """
         changed = self.explainer.reload()
         try:
@@ -432,7 +411,14 @@ def find_live(index: Index, name: str) -> int:
     return positions[name]
 
 
-def check_apart(result: str | None, rival: str | None) -> None:
-    """Raise HTTPProblem 422 for a rival that is the result itself."""
-    if rival is not None and rival == result:
+def check_ids(index: Index, results: Sequence[str], rival: str | None) -> None:
+    """Raise HTTPProblem unless all images are in the index, and the rival is none of the others."""
+    for name in [*results, *([] if rival is None else [rival])]:
+        find_live(index, name)
+    if len(set(results)) < len(results):
+        raise HTTPProblem(422, "repeated_result", "result: names an image twice; name each once")
+    if rival is not None and len(results) > 1:
+        said = "rival: goes with one result; leave the other results out"
+        raise HTTPProblem(422, "too_many_results", said)
+    if rival in results:
         raise HTTPProblem(422, "same_image", "result and rival are the same image; name two")

@@ -347,6 +347,11 @@ def size_of(size: tuple[int, int]) -> Size:
     return Size(width=size[0], height=size[1])
 
 
+def shown_box(size: tuple[int, int], extent: Sequence[float]) -> dict[str, Any]:
+    """Return a picture's (width, height) and the crop box in it, as answers have them."""
+    return {"picture": size_of(size), "extent": list(extent)}
+
+
 def urls_of(prefix: str, name: str) -> dict[str, str]:
     """Return where an image's picture and map lie, below a path that a proxy serves us under."""
     # Browsers resolve "." and "..", and proxies merge empty parts: such ids keep no slash.

@@ -1,4 +1,4 @@
-"""What is explained: targets, as scores of an embedding (objects) and as cotangents there."""
+"""Targets to explain, as scores of an embedding (objects) and as cotangents there."""
 
 from .cotangents import (
     Whitened,

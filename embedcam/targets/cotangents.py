@@ -19,7 +19,7 @@ Array = TypeVar("Array", NDArray[np.floating], "Tensor")
 """A NumPy array or a torch tensor; what comes in is what goes out."""
 
 _UNIT = 4e-3
-"""How far from 1 the squared length of a normalized embedding may be."""
+"""Distance from 1 that the squared length of a normalized embedding may be."""
 
 
 def margin_cotangent(positives: Array, negatives: Array) -> Array:
@@ -55,7 +55,7 @@ def head_cotangent(
 
 @dataclass(frozen=True)
 class Whitened:
-    """How much of what a whitened target takes."""
+    """Amounts of its parts that a whitened target takes."""
 
     ridge: float
     """r of A = (C + r tr(C) / D I)^-1; the larger, the less is whitened."""

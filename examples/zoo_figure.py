@@ -1,4 +1,4 @@
-"""Every method of the zoo on one query, side by side, with its time and passes, as one picture.
+r"""Every method of the zoo on one query, side by side, with its time and passes, as one picture.
 
     python examples/zoo_figure.py demo-output --output zoo.png
     python examples/zoo_figure.py DATA/birds20 --weights mobilenet_v2_imagenet.safetensors \\

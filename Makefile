@@ -18,7 +18,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m "not campaign and not peers"
 
 test-fast: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) -m core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m core
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL)

@@ -17,13 +17,18 @@ hypothesis.settings.load_profile("embedcam")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 CORE = {
-    "cam", "cotangents", "encoding", "identity", "index_golden", "layers", "matching",
-    "metrics_agreement", "metrics_contrast_free", "metrics_faithfulness", "metrics_imputation",
-    "metrics_intervals", "metrics_localisation", "metrics_retrieval", "options",
-    "oracles_metrics", "preprocess", "printing", "public", "recipe", "rounding", "snapshots",
-    "targets", "targets_scores", "transfer", "triplets", "weights",
+    "cotangents", "encoding", "identity", "index_golden", "layers", "matching", "metrics", "ops",
+    "options", "oracles_metrics", "preprocess", "printing", "public", "recipe", "rounding",
+    "snapshots", "targets", "targets_scores", "triplets", "weights",
 }  # fmt: skip
 """Modules of pure and core tests, which `make test-fast` runs."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the other modules where the core is asked for: importing them takes longer."""
+    name = collection_path.stem.removeprefix("test_")
+    is_other = collection_path.suffix == ".py" and name not in CORE
+    return True if config.option.markexpr == "core" and is_other else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

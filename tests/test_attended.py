@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from photo_samples import CHANNELS, SIDE, build, picture, write_photos
 from test_report import records
-from test_report_cli import Say, here, say  # noqa: F401 - fixtures
+from test_report_cli import here, say  # noqa: F401 - fixtures
 
 from embedcam import EmbeddingNetwork, Explainer, Recipe, find_images, write_report
 from embedcam.explain.queries import larger_input
@@ -148,7 +148,7 @@ def test_json_and_a_report_hold_them_on_request(
     np.testing.assert_array_equal(table[3], np.float32(lines[3]["features"]))
 
 
-def test_the_command_line_gives_them(say: Say, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_line_gives_them(say, tmp_path) -> None:  # noqa: F811
     assert say("photos/0/1.png", "--features") == (
         2, "", "embedcam: --features goes with --json or --report FOLDER; give one of them\n"
     )  # fmt: skip

@@ -88,7 +88,7 @@ def test_a_package_is_in_no_circle_of_imports(package: str) -> None:
 def test_the_layers_are_few() -> None:
     packages = {package_of(file) for file in source_files()}
     assert max(map(layer, packages)) <= MOST_LAYERS
-    entries = [entry for entry in PACKAGE.iterdir() if entry.name != "__pycache__"]
+    entries = [e for e in PACKAGE.iterdir() if e.name not in ("__pycache__", "py.typed")]
     assert len(entries) <= MOST_AT_THE_ROOT, sorted(entry.name for entry in entries)
 
 

@@ -96,3 +96,10 @@ def test_its_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_drawing_of_the_architecture_is_of_these_imports() -> None:
+    from scripts.architecture import drawing
+
+    drawn = (ROOT / "docs" / "images" / "architecture.svg").read_text(encoding="utf-8")
+    assert drawn == drawing(), "run python scripts/architecture.py > docs/images/architecture.svg"

@@ -29,7 +29,7 @@ from .checkpoint import Checkpoint, finished_job, remove_checkpoint
 from .cotangents import AnchorCotangents, coded_labels
 from .match import LEAST_MATCH, calibrate_match
 from .merge import (
-    Embedded,
+    EmbeddedImages,
     calibrate_build,
     encode,
     fit_encodings,
@@ -454,7 +454,7 @@ def _weigh(
     triplets: np.ndarray | None,
     index: Index | None = None,
     live: np.ndarray | None = None,
-) -> tuple[Embedded, np.ndarray | None, np.ndarray]:
+) -> tuple[EmbeddedImages, np.ndarray | None, np.ndarray]:
     """Weigh all chunks; return codes of the labels `[N]`, live images first, and the mean, too."""
     embedded = gather(plan, index, np.empty(0, np.int64) if live is None else live)
     items = [plan.source.items[position] for position in embedded.positions]
@@ -474,7 +474,9 @@ def _weigh(
     return embedded, codes, mean
 
 
-def _without_skipped(triplets: np.ndarray, embedded: Embedded, source: ImageSource) -> np.ndarray:
+def _without_skipped(
+    triplets: np.ndarray, embedded: EmbeddedImages, source: ImageSource
+) -> np.ndarray:
     """Return given triplets as places among the images that could be read."""
     new_place = np.full(len(source), -1)
     new_place[embedded.positions] = np.arange(len(embedded.positions))
@@ -506,7 +508,7 @@ def _removed(
 def _report(
     plan: Plan,
     path: Path,
-    embedded: Embedded,
+    embedded: EmbeddedImages,
     codes: np.ndarray | None,
     triplets_used: ArrayLike,
     stages: Stages,

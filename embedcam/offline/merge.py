@@ -28,7 +28,7 @@ _BLOCK, _VIEWED = 1 << 14, 64
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddedImages:
     """What the embedding pass gave.
 
     `positions` `[n]` are places in the source of the images that could be used, `embeddings`
@@ -51,7 +51,7 @@ class Embedded:
         return self.embeddings[self.n_before :]
 
 
-def gather(plan: Plan, index: Index | None, live: np.ndarray) -> Embedded:
+def gather(plan: Plan, index: Index | None, live: np.ndarray) -> EmbeddedImages:
     """Collect the chunks of the embedding pass behind the index's `live` rows."""
     chunks, skipped = range(plan.n_chunks), plan.skipped()
     positions = np.concatenate([plan.embedded(chunk) for chunk in chunks])
@@ -67,7 +67,7 @@ def gather(plan: Plan, index: Index | None, live: np.ndarray) -> Embedded:
             embeddings[start : start + len(rows)] = index.embeddings(rows)
     np.concatenate(new, out=embeddings[len(live) :])
     n_cropped = sum(int(plan.checkpoint.column("embed", c, "cropped")[0]) for c in chunks)
-    return Embedded(positions, embeddings, skipped, n_cropped)
+    return EmbeddedImages(positions, embeddings, skipped, n_cropped)
 
 
 def fit_encodings(plan: Plan, mean: np.ndarray) -> list[Encoding]:
@@ -128,7 +128,7 @@ def _sample(plan: Plan, name: str) -> np.ndarray:
 def encode(
     plan: Plan,
     encodings: Sequence[Encoding],
-    embedded: Embedded,
+    embedded: EmbeddedImages,
     mean: np.ndarray,
     with_maps: bool,
     root: Path | None,
@@ -201,7 +201,7 @@ def grid_of(plan: Plan) -> tuple[int, int]:
 def calibrate_build(
     plan: Plan,
     encodings: Sequence[Encoding],
-    embedded: Embedded,
+    embedded: EmbeddedImages,
     part: PartData,
     progressed: Advance,
 ) -> dict[str, Any] | None:
@@ -225,7 +225,7 @@ def calibrate_build(
     )
 
 
-def _views(plan: Plan, embedded: Embedded, rows: np.ndarray) -> Iterator[View]:
+def _views(plan: Plan, embedded: EmbeddedImages, rows: np.ndarray) -> Iterator[View]:
     """Yield views of the rows from cached activations, or where these are missing by a forward."""
     closed, strategy, first = in_closed_form(plan.recipe, plan.network), plan.strategy, 0
     for chunk in range(plan.n_chunks):

@@ -51,7 +51,7 @@ def embed_chunks(plan: Plan, progressed: Advance, chunks: range | None = None) -
 def _embed(
     plan: Plan, batches: Iterable[Batch], n: int, progressed: Advance
 ) -> dict[str, np.ndarray]:
-    rows, errors, refused = _Rows(n), list[tuple[int, str]](), list[int]()
+    rows, errors, refused = _Buffers(n), list[tuple[int, str]](), list[int]()
     grid, n_cropped = (0, 0), 0
     for read in batches:
         batch, features = embed(read, plan.source, plan.network.forward, plan.on_unreadable)
@@ -122,7 +122,7 @@ def weigh_chunks(
 def _weigh(
     plan: Plan, chunk: int, anchors: AnchorCotangents, places: np.ndarray, progressed: Advance
 ) -> dict[str, np.ndarray]:
-    embedded, kept = plan.checkpoint.read("embed", chunk), _Rows(len(places))
+    embedded, kept = plan.checkpoint.read("embed", chunk), _Buffers(len(places))
     looks: Iterator[np.ndarray]
     if plan.strategy.stage == "embed":
         starts = range(0, len(places), plan.batch_size)
@@ -173,7 +173,7 @@ def map_chunk(plan: Plan, chunk: int, factors: np.ndarray) -> tuple[np.ndarray, 
     if plan.strategy.layers:
         arrays = plan.checkpoint.read("weights", chunk, "own", "own_scales")
         return np.asarray(arrays["own"]), np.asarray(arrays["own_scales"])
-    rows = _Rows(len(factors))
+    rows = _Buffers(len(factors))
     for cached in _activations(plan, chunk):
         some = factors[rows.n_done : rows.n_done + len(cached["peaks"])]
         maps, scales = stored_maps(maps_of(some, cached))
@@ -193,7 +193,7 @@ def _activations(plan: Plan, chunk: int) -> Iterator[dict[str, np.ndarray]]:
         yield {name: arrays[name][rows] for name in ("activations", "peaks")}
 
 
-class _Rows:
+class _Buffers:
     """Arrays of at most n rows filled batch by batch, so that no second copy is ever made."""
 
     def __init__(self, n: int) -> None:

@@ -54,16 +54,19 @@ def _channels(name: str, value: object) -> tuple[float, ...]:
     return tuple(numbers)
 
 
-def _offset(length: int, window: int) -> int:
+def _offsets(lengths: tuple[int, int], windows: tuple[int, int]) -> list[int]:
     """Return where torchvision's center crop begins; negative where it pads a short side."""
-    if window > length:
-        return -((window - length) // 2)
-    return int(round((length - window) / 2.0))  # noqa: RUF046 - torchvision's own half-to-even
+    offsets = []
+    for length, window in zip(lengths, windows, strict=True):
+        if window > length:
+            offsets.append(-((window - length) // 2))
+        else:  # torchvision's own half-to-even
+            offsets.append(int(round((length - window) / 2.0)))  # noqa: RUF046
+    return offsets
 
 
-def _refuse_empty(width: int, height: int) -> None:
-    if min(width, height) < 1:
-        raise InputError(f"preprocess: a picture of {width} x {height} pixels has no extent")
+def _empty(width: int, height: int) -> InputError:
+    return InputError(f"preprocess: a picture of {width} x {height} pixels has no extent")
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Preprocess:
         if image.size != resized:
             pixels = pixels.resize(resized, RESAMPLING[self.interpolation])
         if self.resize == "crop":
-            left, top = _offset(resized[0], width), _offset(resized[1], height)
+            left, top = _offsets(resized, (width, height))
             # Pillow fills what lies outside the picture with black, as torchvision's padding does.
             pixels = pixels.crop((left, top, left + width, top + height))
         levels = np.asarray(pixels, dtype=np.uint8).reshape(height, width, len(self.mean))
@@ -166,11 +169,12 @@ class Preprocess:
         Evenly stretched, in pixels of the original: pixel i covers [i, i + 1]. It reaches
         beyond the picture where the crop was padded.
         """
-        _refuse_empty(width, height)
+        if min(width, height) < 1:
+            raise _empty(width, height)
         if self.resize == "squash":
             return 0.0, 0.0, float(width), float(height)
         resized = self._resized(width, height)
-        left, top = _offset(resized[0], self.size[1]), _offset(resized[1], self.size[0])
+        left, top = _offsets(resized, (self.size[1], self.size[0]))
         # One division each, last: an edge that is the picture's own comes out exactly.
         return (
             left * width / resized[0],
@@ -276,7 +280,8 @@ class CustomPreprocess:
 
     def extent(self, width: int, height: int) -> Extent:
         """Return what the network sees of a picture, as `Preprocess.extent` says it."""
-        _refuse_empty(width, height)
+        if min(width, height) < 1:
+            raise _empty(width, height)
         if self.rectangle is None:
             return 0.0, 0.0, float(width), float(height)
         x0, y0, x1, y1 = (float(value) for value in self.rectangle(width, height))

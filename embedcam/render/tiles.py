@@ -154,7 +154,7 @@ def shrunk(tile: Tile, side: int) -> Tile:
 
 def top_value(tiles: Iterable[Tile]) -> float:
     """Return the largest value of the tiles' maps, the end of a common color scale; 0 for none."""
-    return max((float(np.abs(t.cam).max()) for t in tiles if t.cam is not None), default=0.0)
+    return max([float(np.abs(t.cam).max()) for t in tiles if t.cam is not None], default=0.0)
 
 
 def top_values(query: Tile, results: Sequence[Tile], scale: str) -> tuple[float, list[float]]:
@@ -222,7 +222,8 @@ def shorten(
     text: str, room: float, length: Callable[[str], float] = len, *, middle: bool = False
 ) -> str:
     """Return the text, or as much of its beginning (of both ends: `middle`) as fits, with "…"."""
-    text = clean(text)
+    if not text.isprintable():
+        text = clean(text)
 
     def shorter(kept: int) -> str:
         tail = (kept + 1) // 2 if middle else 0
@@ -267,6 +268,26 @@ class Canvas:
         draw = partial(ImageDraw.ImageDraw.text, xy=at, text=text, fill=color, font=shown)
         self._strokes.append(partial(draw, anchor=anchor))
         self.y += advance
+
+    def lines(
+        self,
+        x: int,
+        lines: Sequence[str],
+        font: Font,
+        color: Color,
+        room: int,
+        *,
+        middle: bool = False,
+    ) -> None:
+        """Write lines below each other, each shortened to so much room."""
+        shown = font_of(*font)
+        for line in lines:
+            if not line.isprintable() or shown.getlength(line) > room:
+                line = shorten(line, room, shown.getlength, middle=middle)
+            at = x, self.y
+            draw = partial(ImageDraw.ImageDraw.text, xy=at, text=line, fill=color, font=shown)
+            self._strokes.append(partial(draw, anchor="la"))
+            self.y += _LEADING
 
     def paragraph(self, text: str, font: Font, color: Color, advance: int) -> None:
         """Write lines across the page."""
@@ -315,11 +336,10 @@ class Canvas:
             shown = {"picture not found" if tile.image is None else "": plain}
             self.pictures(x, (side, height), {**shown, "no map": mapped} if maps else shown)
             self.y += 6
-            lines = [(tile.caption, _CAPTION, _INK, True)] if tile.caption else []
-            words = tile.subcaption.split("\n") if tile.subcaption else []
-            for text, font, color, middle in [*lines, *((w, _TEXT, _QUIET, False) for w in words)]:
-                text = shorten(text, side, font_of(*font).getlength, middle=middle)
-                self.text(x, text, font, color, _LEADING)
+            if tile.caption:
+                self.lines(x, [tile.caption], _CAPTION, _INK, side, middle=True)
+            if tile.subcaption:
+                self.lines(x, tile.subcaption.split("\n"), _TEXT, _QUIET, side)
             end = max(end, self.y)
         self.y = end
         return frames

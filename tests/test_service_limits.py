@@ -68,9 +68,13 @@ def test_a_picture_the_network_cannot_embed_fails_alone(index, service):
     why.network.forward = picky
     app = service(why, limits=Limits(batch=3, batch_seconds=30))
     flat = data_of(picture().point(lambda _: 9))
-    found = gathered(app, QUERY, flat, QUERY, target="/search")
-    assert [one.status for one in found] == [200, 422, 200]
-    assert found[1].error == (422, "no_embedding")
+    for _ in range(9):  # on a busy machine one may be read after the others have gone
+        sizes.clear()
+        found = gathered(app, QUERY, flat, QUERY, target="/search")
+        assert [one.status for one in found] == [200, 422, 200]
+        assert found[1].error == (422, "no_embedding")
+        if sizes[0] == 3:
+            break
     assert sizes == [3, 1, 1, 1]
 
 

@@ -15,28 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cli_samples import NETWORK
 from photo_samples import picture
 
 FOLDER = Path(__file__).parent / "snapshots"
-NETWORK = """
-import torch
-from torch import nn
-from embedcam import Preprocess
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.relu = nn.Conv2d(3, 8, 5, 4, 2), nn.ReLU()
-        self.linear = nn.Linear(8, 5)
-
-    def forward(self, images):
-        return self.linear(self.relu(self.conv(images)).mean((2, 3)))
-
-def make():
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(4)
-        return Net().eval(), Preprocess(size=(32, 32), resize="crop", resize_to=36)
-"""
 NAMED = ["--network", "snapshot_network:make"]
 COMMANDS = (
     "build", "add", "remove", "compact", "compress", "explain", "serve", "compare", "evaluate",

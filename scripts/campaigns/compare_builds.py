@@ -1,6 +1,6 @@
 """Build small indexes with two checkouts and compare their bytes.
 
-    python scripts/campaigns/compare_builds.py OLD [NEW]
+    python -m scripts.campaigns builds OLD [NEW]
 
 OLD and NEW are checkouts of embedcam (NEW: this one). Every build of `CHOICES` is made by each on
 this machine; the files of the indexes must be equal byte for byte. Prints a line a build; the exit

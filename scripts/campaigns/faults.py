@@ -1,6 +1,6 @@
 """Plant faults in the core, one at a time, and count those that the tests catch.
 
-    python scripts/campaigns/faults.py [CHECKOUT] [--tests "tests/test_a.py tests/test_b.py"]
+    python -m scripts.campaigns faults [CHECKOUT] [--tests "tests/test_a.py tests/test_b.py"]
 
 A fault changes one operator, comparison or number in a function of `CORE`, which is found by its
 name wherever it stands, so that two checkouts can be compared. The package is changed in a copy of

@@ -36,7 +36,7 @@ from embedcam.demo.scenes import Scene, SceneMaker
 from embedcam.demo.settings import DemoSettings
 from embedcam.methods import MethodWarning, cam_for
 from embedcam.methods.learned import ABNetwork, LFINetwork
-from embedcam.metrics import box_mask, energy_share, recall_at_k
+from embedcam.metrics import box_mask, energy_share, pointing_hit, recall_at_k
 from embedcam.network.checkpoints import load_state, read_state
 from embedcam.ops import normalize, resize
 from embedcam.render import overlay
@@ -91,21 +91,11 @@ def held_out(settings: DemoSettings) -> list[Scene]:
 
 def attention(module: nn.Module, settings: DemoSettings, scenes: Sequence[Scene]) -> np.ndarray:
     """Maps `[n h w]` on the layer's own grid."""
-    network = explained(module, settings)
+    network, pixels = explained(module, settings), [scene.pixels for scene in scenes]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MethodWarning)  # it ignores the target, as it should here
-        return np.concatenate(
-            [
-                cam_for(
-                    network,
-                    [scene.pixels for scene in scenes[start : start + 50]],
-                    Coordinate(0),
-                    METHOD[type(module)],
-                    progress=False,
-                ).grid_cam
-                for start in range(0, len(scenes), 50)
-            ]
-        )
+        made = cam_for(network, pixels, Coordinate(0), METHOD[type(module)], progress=False)
+    return made.grid_cam
 
 
 def measure(
@@ -129,14 +119,10 @@ def measure(
     return {
         "recall": recall_at_k(embedding, labels),
         "share": float(energy_share(drawn, boxes).mean()),
-        "peak": float(np.take_along_axis(flat(boxes), flat(drawn).argmax(1)[:, None], 1).mean()),
+        "peak": float(pointing_hit(drawn, boxes).mean()),
         "control": float(energy_share(resize(control, size), boxes).mean()),
         "chance": float(boxes.mean()),
     }
-
-
-def flat(maps: np.ndarray) -> np.ndarray:
-    return maps.reshape(len(maps), -1)
 
 
 def reloaded(module: LFINetwork | ABNetwork, fresh: nn.Module, path: Path) -> nn.Module:
@@ -151,9 +137,8 @@ def picture(
 ) -> Image.Image:
     """A row for each scene: itself, and each column's map over it, every map on its own scale."""
     gap, top = 8, 26
-    sheet = Image.new(
-        "RGB", ((side + gap) * (len(columns) + 1) + gap, top + (side + gap) * len(scenes)), "white"
-    )
+    width, height = (side + gap) * (len(columns) + 1) + gap, top + (side + gap) * len(scenes)
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     for place, name in enumerate(["scene", *(name for name, _ in columns)]):
         draw.text((gap + place * (side + gap), 7), name, (24, 28, 36))
@@ -210,13 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     settings = DemoSettings(
-        seed=given.seed,
-        steps=given.steps,
-        n_train=given.scenes,
-        batch_size=given.batch_size,
-        n_query=200,
-        scene_size=96,
-    )
+        seed=given.seed, steps=given.steps, n_train=given.scenes, batch_size=given.batch_size,
+        n_query=200, scene_size=96,
+    )  # fmt: skip
     run(given.output, settings)
 
 

@@ -89,24 +89,26 @@ def paper(one: Embedded) -> np.ndarray:
     return np.where(weights >= np.sort(weights, axis=1)[:, -50:][:, :1], weights, 0)
 
 
-def by(recipe: Recipe) -> Callable[[Embedded], np.ndarray]:
-    return lambda one: one.weights(recipe)
-
-
-ROWS: dict[str, Callable[[Embedded], np.ndarray]] = {
+ROWS: dict[str, Recipe | Callable[[Embedded], np.ndarray]] = {
     "mean activation": mean_activation,
     "the paper: 50 triplets, top 50": paper,
-    "margin, one triplet, through": by(Recipe(target="margin", triplets=1)),
-    "margin, 50 triplets, through": by(Recipe(target="margin", triplets=50)),
-    "margin, through": by(Recipe(target="margin")),
-    "margin, around": by(Recipe(target="margin", norm="around")),
-    "centred, around": by(Recipe(target="centred", norm="around")),
-    "discriminant, through": by(Recipe(target="discriminant")),
-    "discriminant, around": by(Recipe(target="discriminant", norm="around")),
-    "distinctive, around": by(Recipe(norm="around")),
-    DEFAULT: by(Recipe()),
+    "margin, one triplet, through": Recipe(target="margin", triplets=1),
+    "margin, 50 triplets, through": Recipe(target="margin", triplets=50),
+    "margin, through": Recipe(target="margin"),
+    "margin, around": Recipe(target="margin", norm="around"),
+    "centred, around": Recipe(target="centred", norm="around"),
+    "discriminant, through": Recipe(target="discriminant"),
+    "discriminant, around": Recipe(target="discriminant", norm="around"),
+    "distinctive, around": Recipe(norm="around"),
+    DEFAULT: Recipe(),
 }
 UNLABELED = ("margin, through", "margin, around", "centred, around", "discriminant, through")
+
+
+def weights_of(row: str, one: Embedded) -> np.ndarray:
+    """Return the weights `[N K]` of a row."""
+    made = ROWS[row]
+    return one.weights(made) if isinstance(made, Recipe) else made(one)
 
 
 class Posed:
@@ -132,12 +134,10 @@ class Posed:
             for name, make in (("scenes", scene), ("mirrored", lambda at: scene(at, True)))
         ]
 
-    def scored(
-        self, matrix: np.ndarray | None, row: Callable[[Embedded], np.ndarray]
-    ) -> tuple[str, str]:
+    def scored(self, matrix: np.ndarray | None, row: str) -> tuple[str, str]:
         """Return the figures of one row: of single objects, and of pasted pairs."""
         one = embedded(self.pooled, self.pictures.labels, matrix)
-        weights = row(one)
+        weights = weights_of(row, one)
         maps = resize(_signed(self.activations, weights), (SIZE, SIZE))[:, ::STEP, ::STEP]
         nearest = weights[nearest_alike(one.embeddings, self.pictures.labels, self.first)]
         sides = []
@@ -221,17 +221,13 @@ class Natural:
             grid = _signed(self.activations[asked], drawing)
             if detail == 2:
                 grid = joined(grid, _signed(self.finer[asked], drawing))
-            signed, drawn = (resize(one, (SIZE, SIZE)) for one in (grid, np.maximum(grid, 0)))
             alone, other, boxes = (np.stack(one) for one in list(zip(*some, strict=True))[3:])
-            sparse = np.s_[:, ::STEP, ::STEP]
-            share = equal_area_share(drawn, alone, other)
-            columns.append([
-                *(auc for full in (signed, drawn) for auc in (
-                    pixel_auc(full[sparse], alone[sparse], other[sparse]),
-                    pixel_auc(full[sparse], boxes[sparse]),
-                )),
-                share, (share > 0.5) + 0.5 * (share == 0.5),
-            ])  # fmt: skip
+            sparse, aucs = np.s_[:, ::STEP, ::STEP], []
+            for full in (resize(one, (SIZE, SIZE)) for one in (grid, np.maximum(grid, 0))):
+                aucs.append(pixel_auc(full[sparse], alone[sparse], other[sparse]))
+                aucs.append(pixel_auc(full[sparse], boxes[sparse]))
+            share = equal_area_share(full, alone, other)
+            columns.append([*aucs, share, (share > 0.5) + 0.5 * (share == 0.5)])
         return [self._figure(column) for column in np.concatenate(columns, axis=1)]
 
     def _figure(self, column: np.ndarray) -> str:
@@ -287,44 +283,38 @@ def _signed(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def measure(options: argparse.Namespace) -> Iterator[str]:
     """Yield the tables; folders with `several/` are natural, the others posed."""
-    posed = {
-        (name_of(folder), kind): (one, one.head if kind == "reference" else None)
-        for folder in options.data
-        if not (folder / "several").is_dir()
-        for one in (Posed(folder, options.weights, options.cache),)
-        for kind in ("frozen", "reference")
-    }
+    natural = [folder for folder in options.data if (folder / "several").is_dir()]
+    posed: dict[str, tuple[Posed, np.ndarray | None]] = {}
+    for folder in options.data:
+        if folder not in natural:
+            one = Posed(folder, options.weights, options.cache)
+            posed |= {f"{name_of(folder)}, frozen": (one, None)}
+            posed |= {f"{name_of(folder)}, reference": (one, one.head)}
     if posed:
-        scores = {
-            name: [one.scored(matrix, row) for one, matrix in posed.values()]
-            for name, row in ROWS.items()
-        }
-        head = ("weights", *(", ".join(names) for names in posed))
+        scores = {row: [one.scored(matrix, row) for one, matrix in posed.values()] for row in ROWS}
         for at, title in enumerate(("One object: single", "Two photographs side by side: pasted")):
             rows = [[name, *(pair[at] for pair in pairs)] for name, pairs in scores.items()]
-            yield f"## {title}\n\n{table(head, rows)}"
-    for folder in options.data:
-        if (folder / "several").is_dir():
-            yield from natural_tables(Natural(folder, options.weights, options.cache))
+            yield f"## {title}\n\n{table(('weights', *posed), rows)}"
+    for folder in natural:
+        yield from natural_tables(Natural(folder, options.weights, options.cache))
 
 
 def natural_tables(natural: Natural) -> Iterator[str]:
     """Yield the tables of real pictures: at one view, joined from two, without labels."""
-    default, cosine = natural.one.weights(Recipe()), natural.one.embeddings
-    pictures = len(set(natural.pictures))
+    one, pictures = natural.one, len(set(natural.pictures))
     for detail in (1, 2):
-        rows = [[name, *natural.scored(row(natural.one), detail)] for name, row in ROWS.items()]
+        rows = [[name, *natural.scored(weights_of(name, one), detail)] for name in ROWS]
         rows += [
             ["the default, a rival named: the nearest of d",
-             *natural.scored(default, detail, above=True)],
+             *natural.scored(one.weights(Recipe()), detail, above=True)],
             ["Grad-CAM of the cosine to the result, computed on the query",
-             *natural.scored(cosine, detail, on_query=True)],
+             *natural.scored(one.embeddings, detail, on_query=True)],
         ]  # fmt: skip
         what = "detail 2" if detail == 2 else f"{len(natural.cases)} cases in {pictures} pictures"
         yield f"## Natural, {what}\n\n{table(COLUMNS, rows)}"
-    unlabeled = natural.one._replace(codes=None)
+    unlabeled = one._replace(codes=None)
     rows = [
-        [name, *natural.scored(ROWS[name](unlabeled), 1, NEIGHBORS)]
+        [name, *natural.scored(weights_of(name, unlabeled), 1, NEIGHBORS)]
         for name in (*UNLABELED, DEFAULT)
     ]
     yield f"## Natural, an index without labels, five nearest of c\n\n{table(COLUMNS, rows)}"

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shutil
-from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from build_samples import dense, everything, paint, toy
 from PIL import Image, PngImagePlugin
 from rounding import assert_same_picture
 from service_client import FORM, ask, built, data_of, explainer, form, picture, post, send
+from starlette.requests import Request
 
 from embedcam import Explainer, Index, add_images, build_index, find_images
 from embedcam.errors import InputError
@@ -400,7 +400,7 @@ def test_a_version_that_cannot_be_served_is_not_ready(tmp_path, service):
     index = built(tmp_path)
     made = service(explainer(index))
     pipeline = made.state.pipeline
-    pipeline.set_ready(True)
+    pipeline.ready = True
     with Index.open(index) as opened:
         ids = list(opened.ids)
     remove(index, ids)
@@ -418,7 +418,7 @@ def test_a_version_that_cannot_be_served_is_not_ready(tmp_path, service):
 def test_a_changed_index_is_served_after_a_reload(tmp_path, service):
     why = explainer(built(tmp_path))
     made = service(why)
-    made.state.pipeline.set_ready(True)
+    made.state.pipeline.ready = True
     before = ask(made, "GET", "/readyz").json()
     tag = ask(made, "GET", "/items/c0/000.png/image").headers["etag"]
     paint(tmp_path / "photos", range(12, 15))
@@ -525,9 +525,9 @@ def test_limits_that_nothing_could_pass(limits, said):
 
 
 def test_ids_are_quoted():
-    assert urls_of("", "c0/a b.png")["image_url"] == "/items/c0/a%20b.png/image"
-    assert urls_of("/proxy", "a/../b")["cam_url"] == "/proxy/items/a%2F..%2Fb/cam"
-    assert urls_of("", "\ud800")["cam_url"] == f"/items/{quote('?')}/cam"
+    asked = Request({"type": "http", "root_path": "/proxy"})
+    for name, quoted in (("c0/a b", "c0/a%20b"), ("a/../b", "a%2F..%2Fb"), ("\ud800", "%3F")):
+        assert urls_of(asked, name)["cam_url"] == f"/proxy/items/{quoted}/cam"
 
 
 # --- /examples ---

@@ -14,6 +14,7 @@ from .._files import compute_on_one_thread
 from ..errors import EmbedcamError, InputError
 from ..index import Index, Manifest
 from ..preprocess import Network
+from .drawing import may_follow
 
 SHARED = {"discriminant": "one answer", "distinctive": "most of their answer"}
 """What the images of a label share, by targets that hold labels against each other."""
@@ -45,9 +46,9 @@ class Snapshot:
             self.network = before.network
         elif network is not None:
             self.network = admitted(index, network)
-        stored_root = manifest.images_root
-        self.root = images or (None if stored_root is None else Path(stored_root))
-        self.only_below = images is not None
+        folder = images or manifest.images_root
+        self.root, self.only_below = Path(folder or ""), images is not None
+        self.prefix = str(self.root) if folder else ""
         self.layers = tuple(manifest.layer_names)
         self.channels = tuple(layer.channels for layer in manifest.layers)
         self.encodings = tuple(index.encoding(number) for number in range(len(self.layers)))
@@ -136,6 +137,10 @@ class Snapshot:
         """Close the index, unless it is the caller's."""
         if self.owned:
             self.index.close()
+
+    def follows(self, path: str) -> bool:
+        """Return whether such a file may be read, see `may_follow`."""
+        return may_follow(path, self.root, self.only_below)
 
     def refuse_by_position(self) -> None:
         """Refuse a finer map where weights belong to positions of the network's own input size."""

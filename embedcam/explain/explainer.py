@@ -170,13 +170,18 @@ class Explainer:
             if after is None:
                 return False
             self._snapshot = after
-        _LOG.info("%s: serving %s, after %s", after.place, after.describe(), before.describe())
+        versions = (
+            f"generation {one.index.manifest.generation} with {len(one.index)} images"
+            for one in (after, before)
+        )
+        _LOG.info("%s: serving %s, after %s", after.place, *versions)
         return True
 
     def close(self) -> None:
         """Let go of the index, unless it was handed in; nothing can be asked any more."""
         with self._lock:
-            self._snapshot.close()
+            if self._snapshot.owned:
+                self._snapshot.index.close()
 
     def explain(
         self,
@@ -261,7 +266,11 @@ class Explainer:
         snapshot = self._now()
         if isinstance(images, str | bytes):
             raise InputError("expected a list of queries, got one; use explain()")
-        wanted = self._wanted(n_neighbors, neighbors, len(images), result, above)
+        wanted = self.n_neighbors
+        if n_neighbors is not None or neighbors is not None:
+            wanted = check_wanted(n_neighbors, neighbors, len(images), wanted)
+        if above is not None:
+            check_rival(result, above)
         if len(images) == 0:
             return []
         detail = self.detail if detail is None else whole("detail", detail, 1, 2)
@@ -346,7 +355,8 @@ class Explainer:
                 "smaller one, or Explainer(..., max_pixels=)"
             )
         named = [neighbors] if single and neighbors is not None else neighbors
-        wanted = self._wanted(n_neighbors, named, len(queries), result, above)
+        wanted = check_wanted(n_neighbors, named, len(queries), self.n_neighbors)
+        check_rival(result, above)
         found = answers(self, snapshot, queries, wanted, named, result, above)
         return found[0] if single else found
 
@@ -357,7 +367,7 @@ class Explainer:
     def picture_file(self, id: str) -> Path | None:
         """Return where an indexed image's picture lies; None where its path is not followed."""
         now = self._now()
-        (path,) = picture_paths(now, now.index.paths[[now.index.position(id)]])
+        (path,) = picture_paths(now, now.index.select([now.index.position(id)]).paths)
         return Path(path) if now.follows(path) else None
 
     def file_state(self, id: str) -> FileState | None:
@@ -387,18 +397,3 @@ class Explainer:
             if self._snapshot.process != os.getpid():
                 self._snapshot = self._snapshot.in_child()
             return self._snapshot
-
-    def _wanted(
-        self,
-        n_neighbors: int | None,
-        neighbors: Sequence[Sequence[str]] | None,
-        n_queries: int,
-        result: str | None,
-        above: str | None,
-    ) -> int:
-        """Return how many neighbors are shown; what does not go together is refused."""
-        if above is not None:
-            check_rival(result, above)
-        if n_neighbors is None and neighbors is None:
-            return self.n_neighbors
-        return check_wanted(n_neighbors, neighbors, n_queries, self.n_neighbors)

@@ -21,6 +21,9 @@ from .drawing import may_follow, save_picture
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Json = dict[str, Any]
+"""Plain values by name, ready for JSON."""
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
@@ -282,7 +285,7 @@ class Explanation:
         note = "\n".join(filter(None, [*said, self._map_note()]))
         warning = match if self.doubtful else ""
         query = Tile(self.image, self.cam, self.extent, "query", note, warning=warning)
-        for one in self.results():
+        for one in self._results():
             tile = self._tile(one)
             results.append(tile if side is None else shrunk(tile, side))
         return (query if side is None else shrunk(query, side)), results
@@ -344,36 +347,33 @@ class Explanation:
         """Return ids of the results whose pictures are not where the index says; none are read."""
         return [
             one.id
-            for one in self.results()
-            if one.path and not (self.follows(one.path) and Path(one.path).is_file())
+            for one in self._results()
+            if one.path and not (self._follows(one) and Path(one.path).is_file())
         ]
 
     def changed(self) -> list[str]:
         """Return ids of the results whose pictures are other files now than were indexed."""
-        return [one.id for one in self.results() if self.file_state(one) == "changed"]
+        return [one.id for one in self._results() if self._state(one) == "changed"]
 
-    def neighbors(self) -> list[Result]:
-        """Return the neighbors, a record each, in the order of `ids`."""
-        return Result.of(
-            self.ids, self.labels, self.paths, self.distances, self.similarities,
-            self.neighbor_cams, self.neighbor_norms, self.marks,
-        )  # fmt: skip
+    def _neighbors(self) -> list[Result]:
+        apart, marks = (self.distances, self.similarities), self.marks
+        maps, norms = self.neighbor_cams, self.neighbor_norms
+        return Result.of(self.ids, self.labels, self.paths, *apart, maps, norms, marks)
 
-    def results(self) -> list[Result]:
+    def _results(self) -> list[Result]:
         """Return all that pictures show, the images that were named first."""
         named = [one for one in (self.asked, self.rival) if one is not None]
         names = [one.id for one in named]
-        return named + [one for one in self.neighbors() if one.id not in names]
+        return named + [one for one in self._neighbors() if one.id not in names]
 
-    def file_state(self, result: Result) -> FileState | None:
+    def _follows(self, result: Result) -> bool:
+        return may_follow(result.path, self.root, self.only_below)
+
+    def _state(self, result: Result) -> FileState | None:
         """Return what became of a result's file since the build; None where unknown."""
         if result.mark is None or not result.path:
             return None
-        return file_state(result.path, result.mark) if self.follows(result.path) else "missing"
-
-    def follows(self, path: str) -> bool:
-        """Return whether a result's path may be read, see `may_follow`."""
-        return may_follow(path, self.root, self.only_below)
+        return file_state(result.path, result.mark) if self._follows(result) else "missing"
 
     def to_dict(
         self,
@@ -381,7 +381,7 @@ class Explanation:
         *,
         signed: bool = False,
         features: bool = False,
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Return plain lists and numbers, ready for JSON; all but the weights and the pictures.
 
         "file" of a neighbor is what became of its picture's file since the build: "same",
@@ -416,17 +416,17 @@ class Explanation:
             "explained": list(self.explained),
             "result": self._record(self.asked),
             "rival": self._record(self.rival),
-            "neighbors": [self._record(one) for one in self.neighbors()],
+            "neighbors": [self._record(one) for one in self._neighbors()],
         }
 
-    def _record(self, result: Result | None) -> dict[str, Any] | None:
+    def _record(self, result: Result | None) -> Json | None:
         if result is None:
             return None
         return {
             "id": result.id,
             "label": result.label,
             "path": result.path,
-            "file": self.file_state(result),
+            "file": self._state(result),
             "distance": result.distance,
             "similarity": result.similarity,
             "cam": None if result.cam is None else _rounded(result.cam),

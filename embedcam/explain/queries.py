@@ -55,7 +55,14 @@ def embed(
     if detail > 1:
         snapshot.refuse_by_position()
     if larger is not None:
-        _check_larger(larger, tuple(batch.shape), detail)
+        if detail == 1:
+            raise InputError("larger is of a finer map; give detail=2 with it, or leave it out")
+        shapes, (count, channels, height, width) = [np.shape(one) for one in larger], batch.shape
+        if shapes != [(channels, 2 * height, 2 * width)] * count:
+            raise InputError(
+                f"larger has the shapes {shapes[:3]}; expected {count} of "
+                f"{[channels, 2 * height, 2 * width]}, the network's inputs at twice the side"
+            )
     try:
         embeddings, activations = _forward(snapshot, batch)
         finer = None
@@ -186,19 +193,6 @@ def _forward(snapshot: Snapshot, batch: Inputs) -> tuple[np.ndarray, list[np.nda
     embedding, _, maps = snapshot.network.embed(batch, snapshot.layers)
     single = [one.astype(np.float32, copy=False) for one in (embedding, *maps)]
     return single[0], single[1:]
-
-
-def _check_larger(larger: Sequence[Inputs], inputs: tuple[int, ...], detail: int) -> None:
-    count, channels, height, width = inputs
-    expected = (channels, 2 * height, 2 * width)
-    if detail == 1:
-        raise InputError("larger is of a finer map; give detail=2 with it, or leave it out")
-    shapes = [tuple(getattr(one, "shape", ())) for one in larger]
-    if shapes != [expected] * count:
-        raise InputError(
-            f"larger has the shapes {shapes[:3]}; expected {count} of {list(expected)}, the "
-            "network's inputs at twice the side"
-        )
 
 
 def _checked(

@@ -33,13 +33,13 @@ class Snapshot:
         index: Index,
         network: Network | None,
         images: Path | None,
-        place: Path,
         before: Snapshot | None = None,
         *,
         owned: bool = True,
     ) -> None:
         manifest = index.manifest
-        self.index, self.place, self.owned, self.process = index, place, owned, os.getpid()
+        self.index, self.owned, self.process = index, owned, os.getpid()
+        self.place = Path(os.path.abspath(index.path))
         self._opened_with = network, images
         self.network: Network | None = None
         if before is not None and _same_network(index, before.index):
@@ -81,18 +81,16 @@ class Snapshot:
         index: Index | str | Path,
         network: Network | None,
         images: Path | None,
-        place: Path | None = None,
         before: Snapshot | None = None,
-        with_faiss: bool = True,
         n_threads: int | None = None,
     ) -> Self:
         """Open an index; one that is open already stays the caller's to close."""
         if isinstance(index, Index):
-            place = Path(os.path.abspath(index.path))
-            return cls(index, network, images, place, owned=False)
+            return cls(index, network, images, owned=False)
+        with_faiss = before is None or before.index.with_faiss
         opened = Index.open(index, with_faiss=with_faiss, n_threads=n_threads)
         try:
-            return cls(opened, network, images, place or Path(os.path.abspath(index)), before)
+            return cls(opened, network, images, before)
         except BaseException:
             opened.close()
             raise
@@ -102,7 +100,7 @@ class Snapshot:
 
         Its FAISS file is loaded, so that a broken one is refused and no request waits for it.
         """
-        after = self._again(self.index.n_threads)
+        after = self.open(self.place, *self._opened_with, self, self.index.n_threads)
         try:
             if after.index.manifest.manifest_sha256 == self.index.manifest.manifest_sha256:
                 after.index.close()
@@ -122,21 +120,12 @@ class Snapshot:
         """
         compute_on_one_thread()
         try:
-            return self._again(1)
+            return self.open(self.place, *self._opened_with, self, n_threads=1)
         except EmbedcamError as error:
             _LOG.warning("in a forked child the version of the parent is served on: %s", error)
             kept = copy.copy(self)
             kept.process = os.getpid()
             return kept
-
-    def describe(self) -> str:
-        """Return words for a log."""
-        return f"generation {self.index.manifest.generation} with {len(self.index)} images"
-
-    def close(self) -> None:
-        """Close the index, unless it is the caller's."""
-        if self.owned:
-            self.index.close()
 
     def follows(self, path: str) -> bool:
         """Return whether such a file may be read, see `may_follow`."""
@@ -150,10 +139,6 @@ class Snapshot:
                 "leave out detail (--detail), or use an index of weights by channel, such as of "
                 "'gradcam'"
             )
-
-    def _again(self, n_threads: int | None) -> Self:
-        with_faiss, place = self.index.with_faiss, self.place
-        return self.open(place, *self._opened_with, place, self, with_faiss, n_threads)
 
 
 def shared_of(manifest: Manifest) -> str | None:

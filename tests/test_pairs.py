@@ -273,7 +273,7 @@ def test_a_cell_costs_one_pass_however_often_it_is_asked_for(monkeypatch) -> Non
     [
         ((4, 0), "query", r"cell \(4, 0\) is not on the query's grid of 4 x 4"),
         ((0, -1), "result", r"cell \(0, -1\) is not on the result's grid of 4 x 4"),
-        ((0, 0), "both", 'of = \'both\'; a cell is of the "query" or of the "result"'),
+        ((0, 0), "both", "of = 'both' is unknown; known: query, result"),
     ],
 )
 def test_cells_that_are_not_there(cell, of, says) -> None:
@@ -308,9 +308,9 @@ class TestPairExplainer:
         receipts = pairs.receipts(query, why.ids)
         assert [a.similarity for a in receipts] == pytest.approx(why.similarities, abs=1e-5)
         for place, receipt in enumerate(receipts):
-            assert receipt.result_shown.name == why.ids[place]
-            assert receipt.result_shown.label == why.labels[place]
-            assert receipt.query_shown.image.size == (24, 24)
+            assert receipt.result.shown.name == why.ids[place]
+            assert receipt.result.shown.label == why.labels[place]
+            assert receipt.query.shown.image.size == (24, 24)
 
     def test_an_affine_head_takes_one_pass_and_no_gradient(self, built, monkeypatch) -> None:
         made, explainer, folder = built("affine")
@@ -342,7 +342,7 @@ class TestPairExplainer:
             assert float(stored @ middle.sides[1].embedding) < 0.999
             receipt = PairExplainer(small).receipt(query, name)
             assert receipt.similarity == pytest.approx(middle.similarity, abs=1e-6)
-            assert receipt.result_shown.name == name
+            assert receipt.result.shown.name == name
 
     def test_an_index_without_its_mean(self, built, monkeypatch) -> None:
         _, explainer, folder = built("affine")

@@ -1,22 +1,21 @@
-"""One query answered: its neighbors' weights transferred, trusted or not, and its map drawn."""
+"""Queries answered: neighbors' weights transferred, trusted or not, and the maps drawn."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..errors import IndexFormatError, InputError
-from ..index import Index, Neighbors, Selection
-from ..index.calibration import evidence
-from ..index.search import draw_negatives, named_neighbors
+from ..index import Index, Neighbors, Stored
+from ..index.calibration import TEN
+from ..index.search import draw_negatives, find_neighbors, named_neighbors
 from ..ops import coefficients, picture_maps, rival_coefficients, signed_cams
-from .drawing import may_follow
 from .explanation import Explanation, Result
 from .queries import Query
 from .snapshot import Snapshot
@@ -42,54 +41,81 @@ class Fallback(Protocol):
         """
 
 
-def answer(
+def answers(
+    explainer: Explainer,
+    snapshot: Snapshot,
+    queries: Sequence[Query],
+    n_shown: int,
+    neighbors: Sequence[Sequence[str]] | None,
+    result: str | None,
+    above: str | None,
+    files: Sequence[str | Path | None] | None = None,
+) -> list[Explanation]:
+    """Search for all queries at once, or take the neighbors named, and explain each.
+
+    With `result` that image's weights alone are transferred, less those of its rival `above`; an
+    indexed image whose file is one of the queries' `files` is none of that query's neighbors.
+    """
+    if not queries:
+        return []
+    # Match is calibrated on ten neighbors, however many are shown.
+    n_searched = max(n_shown, TEN) if snapshot.matches else n_shown
+    if neighbors is not None:
+        n_shown = n_searched = len(snapshot.index)
+    embeddings = np.stack([query.embedding for query in queries])
+    found = find_neighbors(snapshot.index, embeddings, n_searched + (files is not None), neighbors)
+    if files is not None:
+        pairs = zip(found, files, strict=True)
+        found = [_without_file(snapshot, near, file, n_searched) for near, file in pairs]
+    named = [] if result is None else [result] if above is None else [result, above]
+    return [
+        _answer(explainer, snapshot, query, near, n_shown, named)
+        for query, near in zip(queries, found, strict=True)
+    ]
+
+
+def _answer(
     explainer: Explainer,
     snapshot: Snapshot,
     query: Query,
     near: Neighbors,
     n_shown: int,
-    result: str | None = None,
-    above: str | None = None,
+    named: Sequence[str],
 ) -> Explanation:
-    """Return the explanation of a query: the first `n_shown` neighbors are shown, all tell match.
-
-    With `result` that image's weights alone are transferred, less those of its rival `above`.
-    """
+    """Explain a query: its first `n_shown` neighbors are shown, and all of them tell match."""
     _check_grids(snapshot, query)
-    index, match = snapshot.index, None
-    rows = index.select(near.positions)
-    labels = rows.labels
-    matching = snapshot.matches.get("one" if len(labels) == 1 else "several")
+    index, match, asked = snapshot.index, None, list[Result]()
+    rows = index.fetch(near.positions, n_shown)
+    matching = snapshot.matches.get("one" if len(rows.labels) == 1 else "several")
     if matching is not None:
-        match = matching.match(near.distances, labels)
-    if n_shown < len(labels):
-        near, labels = near.first(n_shown), labels[:n_shown]
-        rows = index.select(near.positions)
-    used, distances = rows, near.distances
-    if result is not None:
-        pair = [result] if above is None else [result, above]
-        chosen = named_neighbors(index, query.embedding, pair)
-        used, distances = index.select(chosen.positions), chosen.distances
+        match = matching.match(near.distances, rows.labels)
+    near, labels = Neighbors(*(values[:n_shown] for values in near)), rows.labels[:n_shown]
+    used, chosen = rows, near
+    if named:
+        chosen = named_neighbors(index, query.embedding, named)
+        used = index.fetch(chosen.positions)
     # Trust is calibrated for maps that weights add up to, not for their differences.
-    weights, used_norms, (trust, low) = _transferred(
-        snapshot, used, distances, explainer.transfer, query if above is None else None
+    rival = len(named) > 1
+    weights, norms, (trust, low) = _transferred(
+        snapshot, used, chosen.distances, explainer.transfer, None if rival else query
     )
-    norms, named = used_norms, list[Result]()
-    if result is not None:
-        norms = _stored(snapshot, rows, 0)[2]
-        columns = used.labels, picture_paths(snapshot, used), distances, chosen.similarities
-        marks = used.marks if snapshot.marked else None
-        named = Result.of(used.ids, *columns, used.coarse(), used_norms, marks)
+    if named:
+        paths, marks = picture_paths(snapshot, used.paths), used.marks if snapshot.marked else None
+        columns = used.labels, paths, chosen.distances, chosen.similarities
+        asked = Result.of(used.ids, *columns, used.maps, norms, marks)
+        encoding = snapshot.encodings[0]
+        norms = encoding.norms(encoding.unpack(rows.fields[0]))
     direct, fallback = False, explainer.fallback
     doubted = low is not None and low < explainer.trusted_from
     if doubted and fallback is not None and query.inputs is not None:
         direct = True
         _LOG.debug("trust %.2f, one in ten below %.2f: weights computed", trust, low)
-        left_out = [*rows.positions, *used.positions]
+        left_out = [*near.positions, *chosen.positions]
         negatives = negatives_for(index, left_out, [*labels, *used.labels])
-        weights = list(fallback.weights(query.inputs, used.embeddings, negatives))
+        positives = index.embeddings(chosen.positions)
+        weights = list(fallback.weights(query.inputs, positives, negatives))
     cam, signed, features = _maps(weights, query)
-    extent, ids = None, rows.ids
+    extent = None
     if query.picture is not None and snapshot.preprocess is not None:
         extent = snapshot.preprocess.extent(*query.picture.size)
     return Explanation(
@@ -97,18 +123,18 @@ def answer(
         signed_cam=signed,
         weights=weights[0],
         features=features,
-        ids=ids,
+        ids=rows.ids,
         labels=labels,
-        paths=picture_paths(snapshot, rows),
+        paths=picture_paths(snapshot, rows.paths),
         distances=near.distances,
         similarities=near.similarities,
-        neighbor_cams=rows.coarse(),
-        explained=list(ids) if result is None else [result],
+        neighbor_cams=rows.maps,
+        explained=[*named[:1]] or [*rows.ids],
         transfer=explainer.transfer,
         extent=extent,
         image=query.picture,
         preprocess=snapshot.preprocess,
-        root=snapshot.root or Path(),
+        root=snapshot.root,
         only_below=snapshot.only_below,
         neighbor_norms=norms,
         layer_weights=dict(zip(snapshot.layers, weights, strict=True)),
@@ -116,8 +142,8 @@ def answer(
         trust_low=low,
         trusted_from=explainer.trusted_from,
         direct=direct,
-        asked=named[0] if named else None,
-        rival=named[1] if len(named) > 1 else None,
+        asked=asked[0] if asked else None,
+        rival=asked[1] if rival else None,
         shared=snapshot.shared is not None,
         prototypes=snapshot.prototypes,
         max_pixels=explainer.max_pixels,
@@ -126,24 +152,9 @@ def answer(
     )
 
 
-def picture_paths(snapshot: Snapshot, rows: Selection) -> list[str]:
-    """Return where the rows' pictures lie, `[n]`; "" for those that name no file."""
-    root = str(snapshot.root or "")
-    return [os.path.join(root, path) if path else path for path in rows.paths]
-
-
-def without_file(
-    snapshot: Snapshot, near: Neighbors, file: str | Path | None, most: int
-) -> Neighbors:
-    """Return the first `most` of a query's neighbors that are not the query's own file."""
-    paths = picture_paths(snapshot, snapshot.index.select(near.positions))
-    kept = [row for row, path in enumerate(paths) if not _is_file(snapshot, path, file)][:most]
-    if not kept:
-        raise InputError(
-            f"nothing but the query itself comes back ({file}); leave out --exclude-query "
-            "(exclude_query=True), or ask an index of more images"
-        )
-    return Neighbors(near.positions[kept], near.distances[kept], near.similarities[kept])
+def picture_paths(snapshot: Snapshot, paths: Sequence[str]) -> list[str]:
+    """Return where indexed images' pictures lie, `[n]`; "" for those that name no file."""
+    return [os.path.join(snapshot.prefix, path) if path else path for path in paths]
 
 
 def negatives_for(
@@ -163,19 +174,33 @@ def negatives_for(
     return index.embeddings(draw_negatives(live, labels, lambda rows: index.select(rows).labels))
 
 
-def _is_file(snapshot: Snapshot, path: str, file: str | Path | None) -> bool:
-    if file is None or not may_follow(path, snapshot.root or Path(), snapshot.only_below):
-        return False
-    try:
-        return os.path.samefile(path, file)
-    except (OSError, ValueError):
-        return False
+def _without_file(
+    snapshot: Snapshot, near: Neighbors, file: str | Path | None, most: int
+) -> Neighbors:
+    """Return the first `most` of a query's neighbors that are not the query's own file."""
+
+    def is_own(path: str) -> bool:
+        if file is None or not snapshot.follows(path):
+            return False
+        try:
+            return os.path.samefile(path, file)
+        except (OSError, ValueError):
+            return False
+
+    paths = picture_paths(snapshot, snapshot.index.paths[near.positions])
+    kept = [row for row, path in enumerate(paths) if not is_own(path)][:most]
+    if not kept:
+        raise InputError(
+            f"nothing but the query itself comes back ({file}); leave out --exclude-query "
+            "(exclude_query=True), or ask an index of more images"
+        )
+    return Neighbors(*(values[kept] for values in near))
 
 
 def _maps(weights: Sequence[np.ndarray], query: Query) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     with np.errstate(over="ignore", invalid="ignore"):
-        cam, signed, features = picture_maps(weights, query.activations, query.finer, query.size)
-    if not np.isfinite(cam).all():
+        maps = picture_maps(weights, query.activations, query.finer, query.size)
+    if not np.isfinite(maps[0]).all():
         weight, activation = (
             max(float(np.abs(one).max()) for one in arrays)
             for arrays in (weights, query.activations)
@@ -184,7 +209,7 @@ def _maps(weights: Sequence[np.ndarray], query: Query) -> tuple[np.ndarray, np.n
             f"the map overflows: activations up to {activation:.3g} with weights up to "
             f"{weight:.3g} go beyond float32; scale the activations down, or build the index again"
         )
-    return cam, signed, features
+    return maps
 
 
 def _check_grids(snapshot: Snapshot, query: Query) -> None:
@@ -198,45 +223,33 @@ def _check_grids(snapshot: Snapshot, query: Query) -> None:
             )
 
 
-def _stored(
-    snapshot: Snapshot, rows: Selection, layer: int
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Return a layer's stored fields, unpacked, and the L2 norms of its weights `[n]`."""
-    encoding, fields = snapshot.encodings[layer], rows.fields(layer)
-    unpacked = encoding.unpack(fields)
-    norms = encoding.norms(unpacked)
-    if not all(map(math.isfinite, norms.tolist())):
-        raise IndexFormatError(
-            f"{snapshot.index.path}: stored weights hold a NaN or an infinity; `embedcam verify` "
-            "says which file is damaged"
-        )
-    return fields, unpacked, norms
-
-
 def _transferred(
-    snapshot: Snapshot, rows: Selection, distances: np.ndarray, mode: str, query: Query | None
+    snapshot: Snapshot, rows: Stored, distances: np.ndarray, mode: str, query: Query | None
 ) -> tuple[list[np.ndarray], np.ndarray, tuple[float, float] | tuple[None, None]]:
     """Return weights `[K]` by layer, norms of the first layer's `[n]`, and trust with its low.
 
     Without a query the rows are a result and its rival, whose weights are subtracted.
     """
-    layers = [_stored(snapshot, rows, number) for number in range(len(snapshot.encodings))]
-    weights: list[np.ndarray] = []
-    for encoding, (_, unpacked, norms) in zip(snapshot.encodings, layers, strict=True):
-        if query is not None:
-            weights.append(encoding.combine(unpacked, coefficients(norms, distances, mode)))
-            continue
-        difference = encoding.combine(unpacked, rival_coefficients(norms))
-        if norms.all() and np.linalg.norm(difference) <= SAME_WEIGHTS:
-            difference = np.zeros_like(difference)  # A map of rounding would look like evidence.
-        weights.append(difference)
-    fields, _, norms = layers[0]
-    calibration = snapshot.calibrations.get("one" if len(distances) == 1 else "several")
-    if calibration is None or query is None:
-        return weights, norms, (None, None)
+    calibration, shares_of = None, rival_coefficients
+    if query is not None:
+        calibration = snapshot.calibrations.get("one" if len(distances) == 1 else "several")
+        shares_of = partial(coefficients, distances=distances, mode=mode)
+    try:
+        layers = [
+            encoding.transfer(fields, shares_of, decoded=calibration is not None)
+            for encoding, fields in zip(snapshot.encodings, rows.fields, strict=True)
+        ]
+    except IndexFormatError as error:
+        raise IndexFormatError(f"{snapshot.index.path}: {error}") from None
+    weights, first = [layer.weights for layer in layers], layers[0]
+    for place, layer in enumerate(layers if query is None else ()):
+        if layer.norms.all() and np.linalg.norm(layer.weights) <= SAME_WEIGHTS:
+            # A map of rounding would look like evidence.
+            weights[place] = np.zeros_like(layer.weights)
+    if calibration is None or query is None or first.each is None:
+        return weights, first.norms, (None, None)
     # What overflows, of weights that are no honest index's, is not trusted.
     with np.errstate(over="ignore", invalid="ignore"):
-        raw = signed_cams(snapshot.encodings[0].decode(fields), query.activations[0])
-        shares = coefficients(norms, distances, mode)
-        seen = evidence(raw, shares, float(np.linalg.norm(weights[0])), distances)
-    return weights, norms, calibration.trust(seen, float(np.min(distances)))
+        raw = signed_cams(first.each, query.activations[0])
+        length = float(np.linalg.norm(weights[0]))
+        return weights, first.norms, calibration.of_query(raw, first.shares, length, distances)

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypedDict, Unpack, overload
 
 import numpy as np
 
@@ -15,14 +15,12 @@ from .._files import ProcessLock
 from ..errors import ImageError, InputError
 from ..images import MAX_PIXELS, FileState, file_state, read_image
 from ..index import Index
-from ..index.calibration import TEN
-from ..index.search import check_rival, check_wanted, find_neighbors
+from ..index.search import check_rival, check_wanted
 from ..ops import coefficients
 from ..preprocess import AnyPreprocess, Network
-from .answer import Fallback, answer, picture_paths, without_file
-from .drawing import may_follow
+from .answer import Fallback, answers, picture_paths
 from .explanation import Explanation
-from .queries import Query, embed, of_features, prepare
+from .queries import embed, of_features, prepare
 from .snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -31,8 +29,8 @@ if TYPE_CHECKING:
     from ..onnx import OnnxNetwork
     from .queries import Features, Inputs, QueryLike
 
-    Vector = np.ndarray[tuple[int], np.dtype[Any]]
-    Vectors = np.ndarray[tuple[int, int], np.dtype[Any]]
+    Vector = np.ndarray[tuple[int], np.dtype[np.generic]]
+    Vectors = np.ndarray[tuple[int, int], np.dtype[np.generic]]
 
     class _Options(TypedDict, total=False):
         size: tuple[int, int] | None
@@ -123,7 +121,7 @@ class Explainer:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> NoReturn:
         raise InputError(
             "an Explainer is not pickled, for its index is mapped into this process; give a worker "
             "the index's path and make one there: Explainer(path, ...)"
@@ -147,7 +145,7 @@ class Explainer:
     @property
     def root(self) -> Path:
         """Folder that the indexed images' paths are joined to."""
-        return self._now().root or Path()
+        return self._now().root
 
     @property
     def only_below(self) -> bool:
@@ -172,13 +170,18 @@ class Explainer:
             if after is None:
                 return False
             self._snapshot = after
-        _LOG.info("%s: serving %s, after %s", after.place, after.describe(), before.describe())
+        versions = (
+            f"generation {one.index.manifest.generation} with {len(one.index)} images"
+            for one in (after, before)
+        )
+        _LOG.info("%s: serving %s, after %s", after.place, *versions)
         return True
 
     def close(self) -> None:
         """Let go of the index, unless it was handed in; nothing can be asked any more."""
         with self._lock:
-            self._snapshot.close()
+            if self._snapshot.owned:
+                self._snapshot.index.close()
 
     def explain(
         self,
@@ -263,18 +266,20 @@ class Explainer:
         snapshot = self._now()
         if isinstance(images, str | bytes):
             raise InputError("expected a list of queries, got one; use explain()")
-        wanted = check_wanted(n_neighbors, neighbors, len(images), self.n_neighbors)
+        wanted = self.n_neighbors
+        if n_neighbors is not None or neighbors is not None:
+            wanted = check_wanted(n_neighbors, neighbors, len(images), wanted)
         if above is not None:
             check_rival(result, above)
         if len(images) == 0:
             return []
         detail = self.detail if detail is None else whole("detail", detail, 1, 2)
         queries = embed(snapshot, images, self.max_pixels, detail, larger)
-        if exclude_query and files is None:
-            files = [one if isinstance(one, str | Path) else None for one in images]
-        elif not exclude_query:
+        if not exclude_query:
             files = None
-        return self._answers(snapshot, queries, wanted, neighbors, result, above, files)
+        elif files is None:
+            files = [one if isinstance(one, str | Path) else None for one in images]
+        return answers(self, snapshot, queries, wanted, neighbors, result, above, files)
 
     @overload
     def explain_features(
@@ -351,10 +356,9 @@ class Explainer:
             )
         named = [neighbors] if single and neighbors is not None else neighbors
         wanted = check_wanted(n_neighbors, named, len(queries), self.n_neighbors)
-        if above is not None:
-            check_rival(result, above)
-        answers = self._answers(snapshot, queries, wanted, named, result, above)
-        return answers[0] if single else answers
+        check_rival(result, above)
+        found = answers(self, snapshot, queries, wanted, named, result, above)
+        return found[0] if single else found
 
     def prepared(self, image: QueryLike) -> tuple[Image.Image | None, Inputs]:
         """Return a query's picture, None of the network's own input, and the input `[3 H W]`."""
@@ -363,15 +367,15 @@ class Explainer:
     def picture_file(self, id: str) -> Path | None:
         """Return where an indexed image's picture lies; None where its path is not followed."""
         now = self._now()
-        (path,) = picture_paths(now, now.index.select([now.index.position(id)]))
-        return Path(path) if may_follow(path, now.root or Path(), now.only_below) else None
+        (path,) = picture_paths(now, now.index.select([now.index.position(id)]).paths)
+        return Path(path) if now.follows(path) else None
 
     def file_state(self, id: str) -> FileState | None:
         """Return "same", "changed" or "missing" of an indexed image's file; None where unknown."""
         path, index = self.picture_file(id), self._now().index
-        return (
-            None if path is None else file_state(path, index.select([index.position(id)]).marks[0])
-        )
+        if path is None:
+            return None
+        return file_state(path, index.select([index.position(id)]).marks[0])
 
     def picture(self, id: str) -> Image.Image:
         """Return the picture of an indexed image, upright, or raise ImageError."""
@@ -393,31 +397,3 @@ class Explainer:
             if self._snapshot.process != os.getpid():
                 self._snapshot = self._snapshot.in_child()
             return self._snapshot
-
-    def _answers(
-        self,
-        snapshot: Snapshot,
-        queries: Sequence[Query],
-        wanted: int,
-        neighbors: Sequence[Sequence[str]] | None,
-        result: str | None,
-        above: str | None,
-        files: Sequence[str | Path | None] | None = None,
-    ) -> list[Explanation]:
-        """Search for all queries at once, or take the neighbors named, and answer each."""
-        if not queries:
-            return []
-        # Match is calibrated on ten neighbors, however many are shown.
-        n_searched = max(wanted, TEN) if snapshot.matches else wanted
-        if neighbors is not None:
-            wanted = n_searched = len(snapshot.index)
-        embeddings = np.stack([query.embedding for query in queries])
-        more = n_searched + (files is not None)
-        near = find_neighbors(snapshot.index, embeddings, more, neighbors)
-        if files is not None:
-            pairs = zip(near, files, strict=True)
-            near = [without_file(snapshot, one, file, n_searched) for one, file in pairs]
-        return [
-            answer(self, snapshot, query, one, wanted, result, above)
-            for query, one in zip(queries, near, strict=True)
-        ]

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from PIL import Image
 
-from ..images import MAX_PIXELS, FileState, file_state
+from ..errors import EmbedcamError
+from ..images import MAX_PIXELS, FileState, file_state, read_image
 from ..ops import area_average
 from ..preprocess import AnyPreprocess, Extent
-from ..render import Tile, draw_on_axes, in_notebook
+from ..render import CHANGED, Tile, draw_on_axes, in_notebook, panel, shrunk
 from ..render.tiles import Scale
-from . import drawing
-from .drawing import may_follow
+from .drawing import may_follow, save_picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+Json = dict[str, Any]
+"""Plain values by name, ready for JSON."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +39,18 @@ class Result:
     mark: np.ndarray | None = None
 
     @classmethod
-    def of(cls, ids: Sequence[str], *columns: Sequence[Any] | np.ndarray | None) -> list[Result]:
+    def of(
+        cls, ids: Sequence[str], *columns: Sequence[str | None] | np.ndarray | None
+    ) -> list[Result]:
         """Return a record each of the fields' columns `[n]`; None of columns that are unknown."""
-        filled: list[Sequence[Any] | np.ndarray] = []
-        for column in columns:
-            values = [None] * len(ids) if column is None else column
-            if isinstance(values, np.ndarray) and values.ndim == 1:
-                values = values.tolist()
-            filled.append(values)
+        filled = [
+            [None] * len(ids)
+            if column is None
+            else column.tolist()
+            if isinstance(column, np.ndarray) and column.ndim == 1
+            else column
+            for column in columns
+        ]
         return [cls(*fields) for fields in zip(ids, *filled, strict=True)]
 
 
@@ -251,7 +258,8 @@ class Explanation:
         """
         if ax is not None:
             return draw_on_axes(ax, Tile(self.image, self.cam, self.extent), title)
-        return drawing.plot(self, scale, title)
+        query, results = self.tiles()
+        return panel(query, results, scale=scale, title=title)
 
     def save(self, path: str | Path, *, scale: Scale = "joint", title: str | None = None) -> Path:
         """Write the picture of `plot`; the file's ending chooses the format.
@@ -261,7 +269,7 @@ class Explanation:
         InputError
             An ending that names no format, or a place that cannot be written.
         """
-        return drawing.save_picture(lambda: self.plot(scale=scale, title=title), path)
+        return save_picture(lambda: self.plot(scale=scale, title=title), path)
 
     def tiles(self, side: int | None = None) -> tuple[Tile, list[Tile]]:
         """Return the query's and the results' tiles for `render.panel` and `render.page`.
@@ -272,7 +280,65 @@ class Explanation:
             Make each picture at most so many pixels wide and high as soon as it is read, for more
             tiles than memory holds pictures of full size.
         """
-        return drawing.tiles(self, side)
+        match, results = self.match_in_words, []
+        said = [] if self.doubtful or self.asked is not None else [match]
+        note = "\n".join(filter(None, [*said, self._map_note()]))
+        warning = match if self.doubtful else ""
+        query = Tile(self.image, self.cam, self.extent, "query", note, warning=warning)
+        for one in self._results():
+            tile = self._tile(one)
+            results.append(tile if side is None else shrunk(tile, side))
+        return (query if side is None else shrunk(query, side)), results
+
+    def _tile(self, result: Result) -> Tile:
+        picture, extent, changed = None, None, False
+        if may_follow(result.path, self.root, self.only_below):
+            changed = result.mark is not None and file_state(result.path, result.mark) == "changed"
+            try:
+                picture = read_image(result.path, max_pixels=self.max_pixels)
+                if self.preprocess is not None:
+                    extent = self.preprocess.extent(*picture.size)
+            except EmbedcamError:
+                # A map over the wrong part of a picture would be worse than one beside it.
+                picture = None
+        name, words = self._short_name(result.id), []
+        if result.label is not None:
+            pair = (result.label, name) if self.prototypes else (name, result.label)
+            name, words = pair[0], [pair[1]]
+        words.append(f"distance {result.distance:.3f}")
+        words += ["asked for"] * (result is self.asked) + ["its rival"] * (result is self.rival)
+        words += [CHANGED] * changed
+        # Maps are drawn with weights of length 1.
+        cam = result.cam if not result.norm or result.cam is None else result.cam / result.norm
+        return Tile(picture, cam, extent, name, "\n".join(words), changed=changed)
+
+    def _short_name(self, id: str) -> str:
+        name = id.rpartition("/")[2]
+        return f"prototype {name.removeprefix('prototype-')}" if self.prototypes else name
+
+    def _map_note(self) -> str:
+        if self.empty:
+            if self.rival is None:
+                return "no positive evidence\nfor these results"
+            if self.weights.any() or self.method:
+                return "no positive evidence for\nthe result rather than the rival"
+            return "no map: both images\nhave the same weights"
+        if self.method:
+            return f"{self.method}, on the query;\nresults: stored maps"
+        if self.direct:
+            low = f"one in ten below {self.trust_low:.2f}"
+            return f"computed on the query:\ntransfer not trusted ({low})"
+        if self.told_apart is not None and self.asked is not None:
+            one, other = self.told_apart
+            if one == self.asked.id:
+                one, other = self._short_name(one), self._short_name(other)
+            return f"what here speaks for\n{one}\nrather than\n{other}"
+        if self.speaks_for is not None:
+            return f"what here speaks for\n{self.speaks_for}"
+        if len(self.explained) == 1:
+            return f"what here matched\n{self._short_name(self.explained[0])}"
+        words = f"weights of {len(self.explained)} neighbours, {self.transfer}"
+        return "\n".join(filter(None, (words, self.trust_in_words)))
 
     def _repr_html_(self) -> str:
         return in_notebook(self.plot(), f"query and its nearest images: {', '.join(self.ids)}")
@@ -281,36 +347,33 @@ class Explanation:
         """Return ids of the results whose pictures are not where the index says; none are read."""
         return [
             one.id
-            for one in self.results()
-            if one.path and not (self.follows(one.path) and Path(one.path).is_file())
+            for one in self._results()
+            if one.path and not (self._follows(one) and Path(one.path).is_file())
         ]
 
     def changed(self) -> list[str]:
         """Return ids of the results whose pictures are other files now than were indexed."""
-        return [one.id for one in self.results() if self.file_state(one) == "changed"]
+        return [one.id for one in self._results() if self._state(one) == "changed"]
 
-    def neighbors(self) -> list[Result]:
-        """Return the neighbors, a record each, in the order of `ids`."""
-        return Result.of(
-            self.ids, self.labels, self.paths, self.distances, self.similarities,
-            self.neighbor_cams, self.neighbor_norms, self.marks,
-        )  # fmt: skip
+    def _neighbors(self) -> list[Result]:
+        apart, marks = (self.distances, self.similarities), self.marks
+        maps, norms = self.neighbor_cams, self.neighbor_norms
+        return Result.of(self.ids, self.labels, self.paths, *apart, maps, norms, marks)
 
-    def results(self) -> list[Result]:
+    def _results(self) -> list[Result]:
         """Return all that pictures show, the images that were named first."""
         named = [one for one in (self.asked, self.rival) if one is not None]
         names = [one.id for one in named]
-        return named + [one for one in self.neighbors() if one.id not in names]
+        return named + [one for one in self._neighbors() if one.id not in names]
 
-    def file_state(self, result: Result) -> FileState | None:
+    def _follows(self, result: Result) -> bool:
+        return may_follow(result.path, self.root, self.only_below)
+
+    def _state(self, result: Result) -> FileState | None:
         """Return what became of a result's file since the build; None where unknown."""
         if result.mark is None or not result.path:
             return None
-        return file_state(result.path, result.mark) if self.follows(result.path) else "missing"
-
-    def follows(self, path: str) -> bool:
-        """Return whether a result's path may be read, see `may_follow`."""
-        return may_follow(path, self.root, self.only_below)
+        return file_state(result.path, result.mark) if self._follows(result) else "missing"
 
     def to_dict(
         self,
@@ -318,7 +381,7 @@ class Explanation:
         *,
         signed: bool = False,
         features: bool = False,
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Return plain lists and numbers, ready for JSON; all but the weights and the pictures.
 
         "file" of a neighbor is what became of its picture's file since the build: "same",
@@ -353,17 +416,17 @@ class Explanation:
             "explained": list(self.explained),
             "result": self._record(self.asked),
             "rival": self._record(self.rival),
-            "neighbors": [self._record(one) for one in self.neighbors()],
+            "neighbors": [self._record(one) for one in self._neighbors()],
         }
 
-    def _record(self, result: Result | None) -> dict[str, Any] | None:
+    def _record(self, result: Result | None) -> Json | None:
         if result is None:
             return None
         return {
             "id": result.id,
             "label": result.label,
             "path": result.path,
-            "file": self.file_state(result),
+            "file": self._state(result),
             "distance": result.distance,
             "similarity": result.similarity,
             "cam": None if result.cam is None else _rounded(result.cam),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,14 @@ def embed(
     if detail > 1:
         snapshot.refuse_by_position()
     if larger is not None:
-        _check_larger(larger, tuple(batch.shape), detail)
+        if detail == 1:
+            raise InputError("larger is of a finer map; give detail=2 with it, or leave it out")
+        shapes, (count, channels, height, width) = [np.shape(one) for one in larger], batch.shape
+        if shapes != [(channels, 2 * height, 2 * width)] * count:
+            raise InputError(
+                f"larger has the shapes {shapes[:3]}; expected {count} of "
+                f"{[channels, 2 * height, 2 * width]}, the network's inputs at twice the side"
+            )
     try:
         embeddings, activations = _forward(snapshot, batch)
         finer = None
@@ -67,20 +74,24 @@ def embed(
         raise error.named([query_name(one, row) for row, one in enumerate(images)]) from None
     check_outputs(embeddings, *activations, *(finer or ()))
     size = (int(batch.shape[-2]), int(batch.shape[-1]))
-    return [
-        Query(*features, size, picture, inputs)
-        for features, (picture, inputs) in zip(
-            _each(embeddings, activations, finer), prepared, strict=True
-        )
-    ]
+    return _each(embeddings, activations, finer, size, prepared)
 
 
 def _each(
-    embeddings: np.ndarray, activations: list[np.ndarray], finer: list[np.ndarray] | None
-) -> Iterator[tuple[np.ndarray, list[np.ndarray], list[np.ndarray] | None]]:
+    embeddings: np.ndarray,
+    activations: list[np.ndarray],
+    finer: list[np.ndarray] | None,
+    size: tuple[int, int] | None,
+    shown: Sequence[tuple[Image.Image | None, Inputs]] | None = None,
+) -> list[Query]:
+    """Return the queries whose features these are, `[B ...]` each."""
+    queries = []
     for row, embedding in enumerate(embeddings):
+        picture, inputs = (None, None) if shown is None else shown[row]
         fine = None if finer is None else [maps[row] for maps in finer]
-        yield embedding, [maps[row] for maps in activations], fine
+        maps = [maps[row] for maps in activations]
+        queries.append(Query(embedding, maps, fine, size, picture, inputs))
+    return queries
 
 
 def of_features(
@@ -105,7 +116,7 @@ def of_features(
                     "larger"
                 )
     size = None if size is None else check_sides("size", size)
-    return [Query(*features, size) for features in _each(vectors, maps, finer)], single
+    return _each(vectors, maps, finer, size), single
 
 
 def prepare(
@@ -182,19 +193,6 @@ def _forward(snapshot: Snapshot, batch: Inputs) -> tuple[np.ndarray, list[np.nda
     embedding, _, maps = snapshot.network.embed(batch, snapshot.layers)
     single = [one.astype(np.float32, copy=False) for one in (embedding, *maps)]
     return single[0], single[1:]
-
-
-def _check_larger(larger: Sequence[Inputs], inputs: tuple[int, ...], detail: int) -> None:
-    count, channels, height, width = inputs
-    expected = (channels, 2 * height, 2 * width)
-    if detail == 1:
-        raise InputError("larger is of a finer map; give detail=2 with it, or leave it out")
-    shapes = [tuple(getattr(one, "shape", ())) for one in larger]
-    if shapes != [expected] * count:
-        raise InputError(
-            f"larger has the shapes {shapes[:3]}; expected {count} of {list(expected)}, the "
-            "network's inputs at twice the side"
-        )
 
 
 def _checked(

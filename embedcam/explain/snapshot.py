@@ -14,6 +14,7 @@ from .._files import compute_on_one_thread
 from ..errors import EmbedcamError, InputError
 from ..index import Index, Manifest
 from ..preprocess import Network
+from .drawing import may_follow
 
 SHARED = {"discriminant": "one answer", "distinctive": "most of their answer"}
 """What the images of a label share, by targets that hold labels against each other."""
@@ -32,22 +33,22 @@ class Snapshot:
         index: Index,
         network: Network | None,
         images: Path | None,
-        place: Path,
         before: Snapshot | None = None,
         *,
         owned: bool = True,
     ) -> None:
         manifest = index.manifest
-        self.index, self.place, self.owned, self.process = index, place, owned, os.getpid()
+        self.index, self.owned, self.process = index, owned, os.getpid()
+        self.place = Path(os.path.abspath(index.path))
         self._opened_with = network, images
         self.network: Network | None = None
         if before is not None and _same_network(index, before.index):
             self.network = before.network
         elif network is not None:
             self.network = admitted(index, network)
-        stored_root = manifest.images_root
-        self.root = images or (None if stored_root is None else Path(stored_root))
-        self.only_below = images is not None
+        folder = images or manifest.images_root
+        self.root, self.only_below = Path(folder or ""), images is not None
+        self.prefix = str(self.root) if folder else ""
         self.layers = tuple(manifest.layer_names)
         self.channels = tuple(layer.channels for layer in manifest.layers)
         self.encodings = tuple(index.encoding(number) for number in range(len(self.layers)))
@@ -80,18 +81,16 @@ class Snapshot:
         index: Index | str | Path,
         network: Network | None,
         images: Path | None,
-        place: Path | None = None,
         before: Snapshot | None = None,
-        with_faiss: bool = True,
         n_threads: int | None = None,
     ) -> Self:
         """Open an index; one that is open already stays the caller's to close."""
         if isinstance(index, Index):
-            place = Path(os.path.abspath(index.path))
-            return cls(index, network, images, place, owned=False)
+            return cls(index, network, images, owned=False)
+        with_faiss = before is None or before.index.with_faiss
         opened = Index.open(index, with_faiss=with_faiss, n_threads=n_threads)
         try:
-            return cls(opened, network, images, place or Path(os.path.abspath(index)), before)
+            return cls(opened, network, images, before)
         except BaseException:
             opened.close()
             raise
@@ -101,7 +100,7 @@ class Snapshot:
 
         Its FAISS file is loaded, so that a broken one is refused and no request waits for it.
         """
-        after = self._again(self.index.n_threads)
+        after = self.open(self.place, *self._opened_with, self, self.index.n_threads)
         try:
             if after.index.manifest.manifest_sha256 == self.index.manifest.manifest_sha256:
                 after.index.close()
@@ -121,21 +120,16 @@ class Snapshot:
         """
         compute_on_one_thread()
         try:
-            return self._again(1)
+            return self.open(self.place, *self._opened_with, self, n_threads=1)
         except EmbedcamError as error:
             _LOG.warning("in a forked child the version of the parent is served on: %s", error)
             kept = copy.copy(self)
             kept.process = os.getpid()
             return kept
 
-    def describe(self) -> str:
-        """Return words for a log."""
-        return f"generation {self.index.manifest.generation} with {len(self.index)} images"
-
-    def close(self) -> None:
-        """Close the index, unless it is the caller's."""
-        if self.owned:
-            self.index.close()
+    def follows(self, path: str) -> bool:
+        """Return whether such a file may be read, see `may_follow`."""
+        return may_follow(path, self.root, self.only_below)
 
     def refuse_by_position(self) -> None:
         """Refuse a finer map where weights belong to positions of the network's own input size."""
@@ -145,10 +139,6 @@ class Snapshot:
                 "leave out detail (--detail), or use an index of weights by channel, such as of "
                 "'gradcam'"
             )
-
-    def _again(self, n_threads: int | None) -> Self:
-        with_faiss, place = self.index.with_faiss, self.place
-        return self.open(place, *self._opened_with, place, self, with_faiss, n_threads)
 
 
 def shared_of(manifest: Manifest) -> str | None:

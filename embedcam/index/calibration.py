@@ -215,6 +215,12 @@ class Calibration(_Numbers):
         expected, low = np.nan_to_num(values, nan=0.0).tolist()
         return expected, min(expected, low)
 
+    def of_query(
+        self, raw: np.ndarray, shares: np.ndarray, norm: float, distances: np.ndarray
+    ) -> tuple[float, float]:
+        """Return `trust` of a query; arguments as for `evidence`."""
+        return self.trust(evidence(raw, shares, norm, distances), float(np.min(distances)))
+
     def _fits(self) -> bool:
         width = len(self.mean)
         return (

@@ -5,14 +5,14 @@ of 1e-4, the usual size for embeddings, keep their eleven bits.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from .._checks import one_of, whole
-from ..errors import InputError
+from ..errors import IndexFormatError, InputError
 
 Rows = Mapping[str, np.ndarray]
 _Products = tuple[np.ndarray | None, np.ndarray | None, float]
@@ -27,6 +27,15 @@ class Field:
 
     dtype: str
     shape: tuple[int, ...]
+
+
+class Transferred(NamedTuple):
+    """Weights combined from several rows: their norms and shares `[n]`, decoded `each` or None."""
+
+    weights: np.ndarray
+    norms: np.ndarray
+    shares: np.ndarray
+    each: np.ndarray | None
 
 
 class Encoding(ABC):
@@ -72,6 +81,24 @@ class Encoding(ABC):
     def combine(self, unpacked: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
         """Return sum_i coefficients_i * weights_i, `[K]`, from what `unpack` returned."""
         return np.asarray(coefficients.astype(np.float32, copy=False) @ unpacked)
+
+    def transfer(
+        self, rows: Rows, shares_of: Callable[[np.ndarray], np.ndarray], *, decoded: bool = False
+    ) -> Transferred:
+        """Return sum_i c_i weights_i, c what `shares_of` makes of the L2 norms `[n]`."""
+        unpacked = self.unpack(rows)
+        norms = self.norms(unpacked)
+        if not np.isfinite(norms).all():
+            raise IndexFormatError(
+                "stored weights hold a NaN or an infinity; `embedcam verify` says which file is "
+                "damaged"
+            )
+        shares = shares_of(norms)
+        each = self._decoded(unpacked) if decoded else None
+        return Transferred(self.combine(unpacked, shares), norms, shares, each)
+
+    def _decoded(self, unpacked: np.ndarray) -> np.ndarray:
+        return unpacked
 
     def bytes_per_image(self) -> int:
         """Return the bytes kept for each image."""
@@ -198,13 +225,17 @@ class LowRank(Encoding):
 
     def decode(self, rows: Rows) -> np.ndarray:
         """Return weights `[n K]` float32."""
-        codes = self.stored_codes(rows)
-        spread = codes @ self.fitted["basis"] if self._scale is None else codes * self._scale
-        return np.asarray(spread + self.fitted["offset"])
+        return self._decoded(self.unpack(rows))
 
     def unpack(self, rows: Rows) -> np.ndarray:
         """Return the codes; with a multiple of the identity as basis the weights themselves."""
-        return self.stored_codes(rows) if self._scale is None else self.decode(rows)
+        codes = self.stored_codes(rows)
+        return codes if self._scale is None else codes * self._scale + self.fitted["offset"]
+
+    def _decoded(self, unpacked: np.ndarray) -> np.ndarray:
+        if self._scale is not None:
+            return unpacked
+        return np.asarray(unpacked @ self.fitted["basis"] + self.fitted["offset"])
 
     def combine(self, unpacked: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
         """Average the codes and decode once: the same sum, R numbers a neighbor instead of K."""
@@ -221,7 +252,7 @@ class LowRank(Encoding):
             return super().norms(unpacked)
         if self.rank > len(self.fitted["offset"]):
             # Products `[R R]` would take more memory than the basis, and more time than decoding.
-            return super().norms(unpacked @ self.fitted["basis"] + self.fitted["offset"])
+            return super().norms(LowRank._decoded(self, unpacked))
         codes = unpacked.astype(np.float64)
         # No cached_property: until Python 3.12 a child forked meanwhile would wait for its lock.
         self._products = self._products or self._multiplied()
@@ -276,9 +307,8 @@ class ByPosition(LowRank):
         """Return rows of `fields` for weights `[n K]`."""
         return super().encode(np.reshape(weights, (len(weights), -1)))
 
-    def decode(self, rows: Rows) -> np.ndarray:
-        """Return weights `[n K]` float32."""
-        return self._placed(super().decode(rows))
+    def _decoded(self, unpacked: np.ndarray) -> np.ndarray:
+        return self._placed(super()._decoded(unpacked))
 
     def combine(self, unpacked: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
         """Return sum_i coefficients_i * weights_i, `[K H W]`."""

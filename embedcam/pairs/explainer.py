@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,8 @@ import numpy as np
 from .._checks import as_array, check_outputs, stacked
 from ..errors import EmbeddingError, ImageError, InputError
 from ..explain.queries import query_name
-from .receipt import Comparison, Receipt, Shown, make_comparison, make_receipt
-from .sides import DifferentiatedSide, PooledSide, Side, matrix_of
+from .receipt import Comparison, Receipt, make_comparison, make_receipt
+from .sides import DifferentiatedSide, PooledSide, Shown, Side, matrix_of
 
 if TYPE_CHECKING:
     from ..explain.explainer import Explainer
@@ -121,22 +120,35 @@ class PairExplainer:
 
     def sides(self, index: Index, inputs: Sequence[Inputs]) -> list[Side]:
         """Return what receipts are made of, of inputs `[3 H W]`; those of one size go together."""
-        head = self.head(index)
-        if head is None:
-            return [self._differentiated(one, row) for row, one in enumerate(inputs)]
-        sides: dict[int, Side] = {}
-        for shape in {tuple(one.shape) for one in inputs}:
-            places = [place for place, one in enumerate(inputs) if tuple(one.shape) == shape]
-            with _placed(places):
-                batch = stacked([inputs[place] for place in places])
-                embeddings, norms, (maps,) = self.network.embed(batch)
-            check_outputs(embeddings, maps)
-            for row, place in enumerate(places):
-                norm = 1.0
-                if self.network.normalize:
-                    norm = head.norm(maps[row]) if norms is None else float(norms[row])
-                sides[place] = PooledSide(maps[row], embeddings[row], norm, head.matrix)
+        head, sides = self.head(index), dict[int, Side]()
+        together: dict[object, list[int]] = {}
+        for place, one in enumerate(inputs):
+            together.setdefault(place if head is None else tuple(one.shape), []).append(place)
+        for places in together.values():
+            try:
+                made = self._of_batch(head, stacked([inputs[place] for place in places]))
+            except EmbeddingError as error:
+                error.rows = [places[row] for row in error.rows]
+                raise
+            sides.update(zip(places, made, strict=True))
         return [sides[place] for place in range(len(inputs))]
+
+    def _of_batch(self, head: HeadMatrix | None, batch: Inputs) -> list[Side]:
+        if head is None:
+            passed = self.network.head_pass(batch, twice=True)
+            features = passed.features
+            check_outputs(as_array(features.embedding), as_array(features.activations))
+            return [DifferentiatedSide(passed, self.network.normalize)]
+        embeddings, norms, (maps,) = self.network.embed(batch)
+        check_outputs(embeddings, maps)
+        if not self.network.normalize:
+            norms = np.ones(len(maps))
+        elif norms is None:
+            norms = [head.norm(one) for one in maps]
+        return [
+            PooledSide(one, embedding, float(norm), head.matrix)
+            for one, embedding, norm in zip(maps, embeddings, norms, strict=True)
+        ]
 
     def _open(self, image: QueryLike, by_id: bool = False) -> tuple[Shown, Inputs]:
         """Return how a picture is drawn, and the network's input `[3 H W]`."""
@@ -154,22 +166,6 @@ class PairExplainer:
         if picture is not None and self.explainer.preprocess is not None:
             extent = self.explainer.preprocess.extent(*picture.size)
         return Shown(picture, extent, name, label), inputs
-
-    def _differentiated(self, inputs: Inputs, place: int) -> Side:
-        with _placed([place]):
-            passed = self.network.head_pass(stacked([inputs]), twice=True)
-        check_outputs(as_array(passed.features.embedding), as_array(passed.features.activations))
-        return DifferentiatedSide(passed, self.network.normalize)
-
-
-@contextmanager
-def _placed(places: Sequence[int]) -> Iterator[None]:
-    """Name rows of errors by the places that a batch's pictures have among all of them."""
-    try:
-        yield
-    except EmbeddingError as error:
-        error.rows = [places[row] for row in error.rows]
-        raise
 
 
 def mean_of(index: Index, centred: bool) -> np.ndarray:

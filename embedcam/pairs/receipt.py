@@ -10,20 +10,21 @@ the first part is what the query has in common with the average image; the secon
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, ClassVar, Literal, overload
 
 import numpy as np
 from PIL import Image
 
-from .._checks import whole
+from .._checks import one_of, whole
 from ..errors import InputError
 from ..explain.drawing import save_picture
-from ..preprocess import Extent
-from ..render import Mark, Tile, draw_on_axes, in_notebook, receipt_picture
-from .sides import Contributions, Side, evidence_of
+from ..explain.explanation import Json
+from ..render import Mark, draw_on_axes, in_notebook, receipt_picture
+from .sides import NOT_SHOWN, Contributions, Shown, Side, evidence_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +33,12 @@ _PROBED = 16
 """Positions of the query that links begin at, where each costs a pass through the head."""
 _SMALL = 5e-4
 """Remainders that would be shown as 0.000."""
-
-Which = Literal["query", "result"]
+_HOW = {
+    True: "Contributions are exact: behind average pooling and an affine head all add up.",
+    False: "Contributions are of first order; what is not is the last amount.",
+}
+Amounts = list[tuple[str, float]]
+"""Words and a number each."""
 
 
 @dataclass(frozen=True)
@@ -53,73 +58,105 @@ class Link:
     contribution: float
 
 
-@dataclass(frozen=True, eq=False)
-class Shown:
-    """How to draw one picture of a receipt; `name` and `label` are of an indexed image."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Total(ABC):
+    """Parts that add up to a score; `channels` `[K]` is what each channel gives."""
 
-    image: Image.Image | None = None  # upright
-    extent: Extent | None = None  # of it what the network saw, (x0, y0, x1, y1) in pixels
-    name: str = ""
-    label: str | None = None
+    query: Contributions
+    channels: np.ndarray
+    exact: bool
+    _alt: ClassVar[str]
 
+    @abstractmethod
+    def _draw(self, lines: int, links: int, title: str | None) -> Image.Image: ...
 
-_UNKNOWN = Shown()
+    def lines(self, n: int = 10) -> list[Line]:
+        """Return the n channels that give most, by magnitude, largest contribution first."""
+        chosen = np.argsort(-np.abs(self.channels), kind="stable")[: whole("lines", n)]
+        lines = [Line(int(channel), float(self.channels[channel])) for channel in chosen]
+        return sorted(lines, key=lambda line: -line.contribution)
+
+    def _lines(self, n: int) -> tuple[list[Line], float]:
+        """Return the lines, and what all other channels give."""
+        lines = self.lines(n)
+        return lines, float(self.channels.sum() - sum(line.contribution for line in lines))
+
+    def _amounts(self, n: int, left: float) -> Amounts:
+        lines, rest = self._lines(n)
+        amounts = [(f"channel {line.channel}", line.contribution) for line in lines]
+        if (others := len(self.channels) - len(lines)) > 0:
+            amounts.append((f"{others} other channels", rest))
+        if not self.exact or abs(left) >= _SMALL:
+            amounts.append(("the head's bias" if self.exact else "not of first order", left))
+        return amounts
+
+    def _channels(self, n: int) -> Json:
+        lines, rest = self._lines(n)
+        return {"channels": [asdict(line) for line in lines], "other_channels": rest}
+
+    @overload
+    def plot(
+        self, *, lines: int = ..., links: int = ..., title: str | None = ..., ax: None = ...
+    ) -> Image.Image: ...
+    @overload
+    def plot(
+        self, *, lines: int = ..., links: int = ..., title: str | None = ..., ax: Axes
+    ) -> Axes: ...
+    def plot(
+        self, *, lines: int = 10, links: int = 5, title: str | None = None, ax: Axes | None = None
+    ) -> Image.Image | Axes:
+        """Draw the pictures with their maps, and the sum; of a receipt the best `links`, too.
+
+        With matplotlib axes `ax`, the query's map alone is drawn into them; they are returned.
+        """
+        if ax is not None:
+            return draw_on_axes(ax, self.query.tile(), title)
+        return self._draw(lines, links, title)
+
+    def save(
+        self, path: str | Path, *, lines: int = 10, links: int = 5, title: str | None = None
+    ) -> Path:
+        """Write the picture of `plot`; the ending chooses the format."""
+        return save_picture(lambda: self._draw(lines, links, title), path)
+
+    def _repr_html_(self) -> str:
+        return in_notebook(self.plot(), self._alt)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Receipt:
+class Receipt(Total):
     """Why a query and one result are similar.
 
     `similarity` is f . f', and `query` and `result` are what each side gives to it: of either
     `cells.sum() + shared + remainder`, and `channels.sum() + ...`, is the similarity. Where not
     `exact` (the head is more than average pooling and affine), the remainder holds what is not of
     first order. `centred` is whether what the average image shares, `mean` `[D]`, was put apart.
+    `channels`, `shared` and `remainder` are means of both sides.
     """
 
     similarity: float
-    query: Contributions
     result: Contributions
-    exact: bool
+    shared: float
+    remainder: float
     centred: bool
     sides: tuple[Side, Side]
     mean: np.ndarray
-    query_shown: Shown = _UNKNOWN
-    result_shown: Shown = _UNKNOWN
+    _alt = "query and result, and what their similarity is made of"
 
-    @property
-    def channels(self) -> np.ndarray:
-        """What each channel gives, `[K]`: the mean of both sides."""
-        return np.asarray((self.query.channels + self.result.channels) / 2)
-
-    @property
-    def shared(self) -> float:
-        """What both have in common with the average image of the index: the mean of both sides."""
-        return (self.query.shared + self.result.shared) / 2
-
-    @property
-    def remainder(self) -> float:
-        """What no channel accounts for: the mean of both sides."""
-        return (self.query.remainder + self.result.remainder) / 2
-
-    def lines(self, n: int = 10) -> list[Line]:
-        """Return the n channels that give most, by magnitude, largest contribution first."""
-        return _top_lines(self.channels, n)
-
-    def amounts(self, n: int = 10) -> list[tuple[str, float]]:
+    def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the similarity: the average, n channels, all that is left."""
         shared = [("shared with the average", self.shared)] if self.centred else []
-        return shared + _amounts(self.channels, n, self.remainder, self.exact)
+        return shared + self._amounts(n, self.remainder)
 
-    def point(self, row: int, column: int, of: Which = "query") -> np.ndarray:
+    def point(self, row: int, column: int, of: Literal["query", "result"] = "query") -> np.ndarray:
         """Return what one position matches, `[H' W']` on the other picture's grid, signed.
 
         The product of both positions' vectors (what each alone gives to the embedding), each less
         its share of the mean embedding: over all pairs (f - m) . (f' - m), but for the remainders.
         `row` and `column` count from 0 on the grid `of` the "query" or of the "result".
         """
-        if of not in ("query", "result"):
-            raise InputError(f'of = {of!r}; a cell is of the "query" or of the "result"')
         side, other = self.sides if of == "query" else self.sides[::-1]
+        one_of("of", of, ("query", "result"))
         height, width = side.activations.shape[1:]
         if not (0 <= row < height and 0 <= column < width):
             raise InputError(
@@ -166,60 +203,34 @@ class Receipt:
             pairs[row], pairs[:, column] = 0, 0
         return links
 
-    def to_dict(self, lines: int = 10, links: int = 5) -> dict[str, Any]:
+    def to_dict(self, lines: int = 10, links: int = 5) -> Json:
         """Return plain lists and numbers, ready for JSON; without pictures."""
         names = ("similarity", "exact", "centred", "shared", "remainder")
         return {name: getattr(self, name) for name in names} | {
-            **_channel_dicts(self.channels, lines),
-            "query": _evidence_dict(self.query, self.query_shown),
-            "result": _evidence_dict(self.result, self.result_shown),
+            **self._channels(lines),
+            "query": self.query.to_dict(),
+            "result": self.result.to_dict(),
             "links": [
                 {"query": list(a.query), "result": list(a.result), "contribution": a.contribution}
                 for a in (self.links(links) if links else [])
             ],
         }
 
-    @overload
-    def plot(
-        self, *, lines: int = ..., links: int = ..., title: str | None = ..., ax: None = ...
-    ) -> Image.Image: ...
-    @overload
-    def plot(
-        self, *, lines: int = ..., links: int = ..., title: str | None = ..., ax: Axes
-    ) -> Axes: ...
-    def plot(
-        self, *, lines: int = 10, links: int = 5, title: str | None = None, ax: Axes | None = None
-    ) -> Image.Image | Axes:
-        """Draw both pictures with their maps, the best matching positions, and the sum.
-
-        With matplotlib axes `ax`, the query's map alone is drawn into them; they are returned.
-        """
-        if ax is not None:
-            return draw_on_axes(ax, _tile(self.query, self.query_shown), title)
+    def _draw(self, lines: int, links: int, title: str | None) -> Image.Image:
         return receipt_picture(
-            [_tile(self.query, self.query_shown), _tile(self.result, self.result_shown)],
+            [self.query.tile(), self.result.tile()],
             self.amounts(lines),
             ("similarity", self.similarity),
             apart=int(self.centred),
             headings=["Query", "Result"],
             links=[
-                Mark(
-                    _center(link.query, self.query, self.query_shown),
-                    _center(link.result, self.result, self.result_shown),
-                )
+                Mark(self.query.middle(*link.query), self.result.middle(*link.result))
                 for link in self.links(links)
             ],
             title=title,
             note="Red speaks for the match, blue against it; each map has its own scale. Links "
             "join the cells that match best. " + _HOW[self.exact],
         )
-
-    def save(self, path: str | Path, **choices: Any) -> Path:
-        """Write the picture of `plot`, whose arguments are taken; the ending chooses the format."""
-        return save_picture(lambda: self.plot(**choices), path)
-
-    def _repr_html_(self) -> str:
-        return in_notebook(self.plot(), "query and result, and what their similarity is made of")
 
     def __repr__(self) -> str:
         first = ", ".join(f"channel {a.channel}: {a.contribution:+.3f}" for a in self.lines(2))
@@ -237,7 +248,7 @@ class Receipt:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison:
+class Comparison(Total):
     """Why one result came above another.
 
     `score` is half of D(f, f'') - D(f, f'), D squared Euclidean, f' the result and f'' the rival;
@@ -248,63 +259,35 @@ class Comparison:
     """
 
     score: float
-    query: Contributions
     result: Receipt
     rival: Receipt
     lengths: float = 0.0
+    _alt = "query, result and rival, and what tells them apart"
 
-    @property
-    def query_shown(self) -> Shown:
-        """The query's picture."""
-        return self.result.query_shown
-
-    @property
-    def exact(self) -> bool:
-        """As `Receipt.exact`."""
-        return self.result.exact
-
-    def lines(self, n: int = 10) -> list[Line]:
-        """Return the n channels that give most to the score, by magnitude, largest first."""
-        return _top_lines(self.query.channels, n)
-
-    def amounts(self, n: int = 10) -> list[tuple[str, float]]:
+    def amounts(self, n: int = 10) -> Amounts:
         """Return what adds up to the score, in words: n channels, and all that is left."""
-        amounts = _amounts(self.query.channels, n, self.query.remainder - self.lengths, self.exact)
-        lengths = [("the embeddings' lengths", self.lengths)]
-        return amounts + (lengths if abs(self.lengths) >= _SMALL else [])
+        lengths = [("the embeddings' lengths", self.lengths)] if abs(self.lengths) >= _SMALL else []
+        return self._amounts(n, self.query.remainder - self.lengths) + lengths
 
-    def to_dict(self, lines: int = 10) -> dict[str, Any]:
+    def to_dict(self, lines: int = 10) -> Json:
         """Return plain lists and numbers, ready for JSON; without pictures."""
         return {
             "score": self.score,
             "exact": self.exact,
             "similarities": [self.result.similarity, self.rival.similarity],
             "remainder": self.query.remainder,
-            **_channel_dicts(self.query.channels, lines),
-            "query": _evidence_dict(self.query, self.query_shown),
-            "result": _evidence_dict(self.result.result, self.result.result_shown),
-            "rival": _evidence_dict(self.rival.result, self.rival.result_shown),
+            **self._channels(lines),
+            "query": self.query.to_dict(),
+            "result": self.result.result.to_dict(),
+            "rival": self.rival.result.to_dict(),
         }
 
-    @overload
-    def plot(self, *, lines: int = ..., title: str | None = ..., ax: None = ...) -> Image.Image: ...
-    @overload
-    def plot(self, *, lines: int = ..., title: str | None = ..., ax: Axes) -> Axes: ...
-    def plot(
-        self, *, lines: int = 10, title: str | None = None, ax: Axes | None = None
-    ) -> Image.Image | Axes:
-        """Draw the query and both results with their maps, and the sum, as one picture.
-
-        With matplotlib axes `ax`, the query's map alone is drawn into them; they are returned.
-        """
-        if ax is not None:
-            return draw_on_axes(ax, _tile(self.query, self.query_shown), title)
-        receipts = (self.result, self.rival)
-        results = [_tile(one.result, one.result_shown, one is self.rival) for one in receipts]
-        for tile, receipt in zip(results, receipts, strict=True):
+    def _draw(self, lines: int, links: int, title: str | None) -> Image.Image:
+        results = [self.result.result.tile(), self.rival.result.tile(rival=True)]
+        for tile, receipt in zip(results, (self.result, self.rival), strict=True):
             tile.subcaption += f"\nsimilarity {receipt.similarity:.3f}"
         return receipt_picture(
-            [_tile(self.query, self.query_shown), *results],
+            [self.query.tile(), *results],
             self.amounts(lines),
             ("more similar by", self.score),
             headings=["Query", "Result", "Rival"],
@@ -313,15 +296,8 @@ class Comparison:
             "show what in them matches the query. Each map has its own scale. " + _HOW[self.exact],
         )
 
-    def save(self, path: str | Path, **choices: Any) -> Path:
-        """Write the picture of `plot`, as `Receipt.save`."""
-        return save_picture(lambda: self.plot(**choices), path)
-
-    def _repr_html_(self) -> str:
-        return in_notebook(self.plot(), "query, result and rival, and what tells them apart")
-
     def __repr__(self) -> str:
-        names = self.result.result_shown.name, self.rival.result_shown.name
+        names = self.result.result.shown.name, self.rival.result.shown.name
         return f"<Comparison: {names[0]!r} above {names[1]!r} by {self.score:+.3f}>"
 
 
@@ -331,18 +307,26 @@ def make_receipt(
     mean: np.ndarray,
     *,
     centred: bool = True,
-    query_shown: Shown = _UNKNOWN,
-    result_shown: Shown = _UNKNOWN,
+    query_shown: Shown = NOT_SHOWN,
+    result_shown: Shown = NOT_SHOWN,
 ) -> Receipt:
     """Return the receipt of a pair behind one head, with the index's mean embedding `[D]`."""
     apart = np.asarray(mean, np.float64) if centred else np.zeros(len(mean))
     similarity = float(query.embedding @ result.embedding)
-    gives = (
-        evidence_of(query, result.embedding, similarity, apart),
-        evidence_of(result, query.embedding, similarity, apart),
+    ours = evidence_of(query, result.embedding, similarity, apart, query_shown)
+    theirs = evidence_of(result, query.embedding, similarity, apart, result_shown)
+    return Receipt(
+        query=ours,
+        channels=(ours.channels + theirs.channels) / 2,
+        exact=query.exact and result.exact,
+        similarity=similarity,
+        result=theirs,
+        shared=(ours.shared + theirs.shared) / 2,
+        remainder=(ours.remainder + theirs.remainder) / 2,
+        centred=centred,
+        sides=(query, result),
+        mean=apart,
     )
-    exact, sides = query.exact and result.exact, (query, result)
-    return Receipt(similarity, *gives, exact, centred, sides, apart, query_shown, result_shown)
 
 
 def make_comparison(query: Side, result: Receipt, rival: Receipt, metric: str) -> Comparison:
@@ -350,67 +334,5 @@ def make_comparison(query: Side, result: Receipt, rival: Receipt, metric: str) -
     ours, theirs = result.sides[1].embedding, rival.sides[1].embedding
     lengths = float(theirs @ theirs - ours @ ours) / 2 if metric == "l2" else 0.0
     score = result.similarity - rival.similarity + lengths
-    evidence = evidence_of(query, ours - theirs, score, None)
-    return Comparison(score, evidence, result, rival, lengths)
-
-
-def _top_lines(channels: np.ndarray, n: int) -> list[Line]:
-    """Return the n channels of largest magnitude, sorted by contribution, largest first."""
-    chosen = np.argsort(-np.abs(channels), kind="stable")[: whole("lines", n)]
-    lines = [Line(int(channel), float(channels[channel])) for channel in chosen]
-    return sorted(lines, key=lambda line: -line.contribution)
-
-
-def _rest(channels: np.ndarray, lines: Sequence[Line]) -> float:
-    return float(channels.sum() - sum(line.contribution for line in lines))
-
-
-def _amounts(
-    channels: np.ndarray, n: int, remainder: float, exact: bool
-) -> list[tuple[str, float]]:
-    lines = _top_lines(channels, n)
-    amounts = [(f"channel {line.channel}", line.contribution) for line in lines]
-    if len(channels) > len(lines):
-        amounts.append((f"{len(channels) - len(lines)} other channels", _rest(channels, lines)))
-    if not exact or abs(remainder) >= _SMALL:
-        amounts.append(("the head's bias" if exact else "not of first order", remainder))
-    return amounts
-
-
-def _channel_dicts(channels: np.ndarray, n: int) -> dict[str, Any]:
-    lines = _top_lines(channels, n)
-    return {"channels": [asdict(line) for line in lines], "other_channels": _rest(channels, lines)}
-
-
-def _evidence_dict(evidence: Contributions, shown: Shown) -> dict[str, Any]:
-    return {
-        "id": shown.name,
-        "label": shown.label,
-        "cells": evidence.cells.astype(np.float32).tolist(),
-        "shared": evidence.shared,
-        "remainder": evidence.remainder,
-        "extent": None if shown.extent is None else list(shown.extent),
-    }
-
-
-_HOW = {
-    True: "Contributions are exact: behind average pooling and an affine head all add up.",
-    False: "Contributions are of first order; what is not is the last amount.",
-}
-
-
-def _tile(evidence: Contributions, shown: Shown, rival: bool = False) -> Tile:
-    cells = -evidence.cells if rival else evidence.cells
-    name, label = shown.name.rpartition("/")[2] or "query", shown.label or ""
-    return Tile(shown.image, cells, shown.extent, name, label, signed=True)
-
-
-def _center(cell: tuple[int, int], evidence: Contributions, shown: Shown) -> tuple[float, float]:
-    """Return the middle of a position as shares of the picture's width and height."""
-    height, width = evidence.cells.shape
-    x, y = (cell[1] + 0.5) / width, (cell[0] + 0.5) / height
-    if shown.image is None or shown.extent is None:
-        return x, y
-    x0, y0, x1, y1 = shown.extent
-    x, y = (x0 + x * (x1 - x0)) / shown.image.width, (y0 + y * (y1 - y0)) / shown.image.height
-    return min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)
+    evidence = evidence_of(query, ours - theirs, score, None, result.query.shown)
+    return Comparison(evidence, evidence.channels, result.exact, score, result, rival, lengths)

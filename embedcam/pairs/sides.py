@@ -10,17 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
+from PIL import Image
 
 from .._checks import as_array
 from ..errors import InputError, NetworkError
+from ..explain.explanation import Json
 from ..index.encoding import LowRank
+from ..preprocess import Extent
+from ..render import Tile
 
 if TYPE_CHECKING:
     from ..index import Index
+    from ..network.gradients import HeadPass
 
 
 class Side(Protocol):
@@ -80,7 +85,7 @@ class DifferentiatedSide(Side):
 
     exact = False
 
-    def __init__(self, passed: Any, normalize: bool) -> None:
+    def __init__(self, passed: HeadPass, normalize: bool) -> None:
         features = passed.features
         self.activations = as_array(features.activations, np.float32)[0]
         self.embedding = as_array(features.embedding)[0].astype(np.float64)
@@ -108,6 +113,19 @@ class DifferentiatedSide(Side):
 
 
 @dataclass(frozen=True, eq=False)
+class Shown:
+    """How to draw one picture of a receipt; `name` and `label` are of an indexed image."""
+
+    image: Image.Image | None = None  # upright
+    extent: Extent | None = None  # of it what the network saw, (x0, y0, x1, y1) in pixels
+    name: str = ""
+    label: str | None = None
+
+
+NOT_SHOWN = Shown()
+
+
+@dataclass(frozen=True, eq=False)
 class Contributions:
     """What one picture's activations give to a score.
 
@@ -120,10 +138,43 @@ class Contributions:
     channels: np.ndarray
     shared: float
     remainder: float
+    shown: Shown = NOT_SHOWN
+
+    def tile(self, rival: bool = False) -> Tile:
+        """Return the picture with its map; of a `rival` evidence is the other way round."""
+        shown, cells = self.shown, -self.cells if rival else self.cells
+        name, label = shown.name.rpartition("/")[2] or "query", shown.label or ""
+        return Tile(shown.image, cells, shown.extent, name, label, signed=True)
+
+    def middle(self, row: int, column: int) -> tuple[float, float]:
+        """Return the middle of a position as shares of the picture's width and height."""
+        (height, width), image = self.cells.shape, self.shown.image
+        x, y = (column + 0.5) / width, (row + 0.5) / height
+        if image is None or self.shown.extent is None:
+            return x, y
+        x0, y0, x1, y1 = self.shown.extent
+        x, y = (x0 + x * (x1 - x0)) / image.width, (y0 + y * (y1 - y0)) / image.height
+        return min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)
+
+    def to_dict(self) -> Json:
+        """Return plain lists and numbers, ready for JSON."""
+        shown = self.shown
+        return {
+            "id": shown.name,
+            "label": shown.label,
+            "cells": self.cells.astype(np.float32).tolist(),
+            "shared": self.shared,
+            "remainder": self.remainder,
+            "extent": None if shown.extent is None else list(shown.extent),
+        }
 
 
 def evidence_of(
-    side: Side, direction: np.ndarray, score: float, mean: np.ndarray | None
+    side: Side,
+    direction: np.ndarray,
+    score: float,
+    mean: np.ndarray | None,
+    shown: Shown = NOT_SHOWN,
 ) -> Contributions:
     """Return what a picture gives to f . direction + constants, less the average embedding's."""
     direction = direction.astype(np.float64)
@@ -136,7 +187,7 @@ def evidence_of(
             "a receipt overflows: the activations, with what the head makes of them, go beyond "
             "float32; check the network's weights"
         )
-    return Contributions(cells, channels, shared, float(score - shared - channels.sum()))
+    return Contributions(cells, channels, shared, float(score - shared - channels.sum()), shown)
 
 
 def matrix_of(index: Index) -> np.ndarray:

@@ -99,11 +99,8 @@ def test_what_is_refused_leaves_no_hook(layers: Any, error: type[Exception], mes
 
 @pytest.mark.parametrize("layers", [["off"], ["off", "one"]])
 def test_a_layer_that_reaches_nothing_is_named(layers: list[str]) -> None:
-    with (
-        several_pass(EmbeddingNetwork(seeded(Stages), "three"), images(), layers) as made,
-        pytest.raises(NetworkError, match="'off' never reaches the embedding"),
-    ):
-        made.vjp(torch.ones(2, 4))
+    with pytest.raises(NetworkError, match="'off' never reaches the embedding"):
+        several_pass(EmbeddingNetwork(seeded(Stages), "three"), images(), layers)
 
 
 def test_networks_without_other_layers_or_gradients() -> None:
@@ -111,8 +108,7 @@ def test_networks_without_other_layers_or_gradients() -> None:
     with torch.inference_mode():
         constant = EmbeddingNetwork(toy(), "relu")
     for network, layer, message in (
-        (parts, "one", "no layer 'one'"),
-        (parts, "trunk", "given as trunk and head, so no other layer"),
+        (parts, "one", "given as trunk and head, so no other layer"),
         (constant, "relu", r"made inside torch\.inference_mode"),
     ):
         with pytest.raises(NetworkError, match=message):
@@ -125,8 +121,8 @@ def test_patch_tokens_that_reach_nothing_are_refused(kind: torch.dtype | None) -
     network = EmbeddingNetwork(seeded(small_vit), VIT_LAYER, autocast=kind)
     said = rf"patch tokens of layer '{last}' never reach.*before its attention, '{VIT_LAYER}'"
     for layers in ([last], ["conv_proj", last], [last, VIT_LAYER]):
-        with several_pass(network, x, layers) as made, pytest.raises(NetworkError, match=said):
-            made.vjp(torch.randn(1, 10))
+        with pytest.raises(NetworkError, match=said):
+            several_pass(network, x, layers)
     # Where the cotangent says nothing, zeros are the answer.
     with several_pass(network, x, ["conv_proj", VIT_LAYER]) as made:
         assert not any(gradient.any() for gradient in made.vjp(torch.zeros(1, 10)))

@@ -56,15 +56,15 @@ def test_a_bad_picture_fails_alone(index, service):
 def test_a_picture_the_network_cannot_embed_fails_alone(index, service):
     """Only the batch as a whole tells: each of it is tried again by itself."""
     why = explainer(index)
-    forward, sizes = why.network.forward, list[int]()
+    embed, sizes = why.network.embed, list[int]()
 
-    def picky(images, **options):
+    def picky(images, layers=None):
         sizes.append(len(images))
         if any(float(image[0].std()) == 0 for image in images):
             raise NetworkError("the embedding of image 1 is zero")
-        return forward(images, **options)
+        return embed(images, layers)
 
-    why.network.forward = picky
+    why.network.embed = picky
     app = service(why, limits=Limits(batch=3, batch_seconds=30))
     flat = data_of(picture().point(lambda _: 9))
     for _ in range(9):  # on a busy machine one may be read after the others have gone

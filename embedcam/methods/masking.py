@@ -16,7 +16,7 @@ from torch import Tensor
 from .._checks import check_sides, one_of, whole
 from .._options import Setting
 from ..errors import InputError, NetworkError
-from ..network.gradients import listed, not_finite
+from ..network.runner import listed, not_finite
 from ..ops import sharpen
 from ..recipe.registry import FILLS
 from .subject import Layers, MethodOutput, Subject

@@ -10,17 +10,18 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_sides, one_of, whole
 from ..errors import InputError, NetworkError
 from .module import bare_name, user_code
 
 LayoutName = Literal["auto", "bkhw", "bhwk", "btk", "tbk", "bkt", "bkl"]
+Output: TypeAlias = "Tensor | Mapping[str | int, Output] | Sequence[Output] | None"
+"""What a module returns."""
 OutputChoice = str | int | Callable[[Any], Tensor] | None
 Images = np.ndarray | Tensor
 
@@ -30,7 +31,6 @@ _ORDERS = {"btk": (0, 1, 2), "tbk": (1, 0, 2), "bkt": (0, 2, 1)}
 MAX_PREFIX = 16
 # What transformers' models of one tower return.
 _POOLED, _UNPOOLED = "pooler_output", ("last_hidden_state", "hidden_states", "attentions")
-_OUTPUT = "give a function that takes what the network returns and gives the embedding [B D]"
 
 # Finding a layer
 
@@ -312,10 +312,18 @@ def _by(size: Sequence[int]) -> str:
 # The tensors in what a layer or a network returns
 
 
-def first_tensor(output: Any, layer: str) -> Tensor:
-    """Return a layer's activations: its output, or the first tensor of a tuple, list or dict."""
-    values = [output] if isinstance(output, Tensor) else _values(output)
-    first = next((value for value in values if isinstance(value, Tensor)), None)
+def _entries(output: Output) -> dict[str | int, Output]:
+    """Return the values of a dict or dataclass by name, else by position."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return {one.name: getattr(output, one.name) for one in dataclasses.fields(output)}
+    return dict(enumerate(output if isinstance(output, tuple | list) else [output]))
+
+
+def first_tensor(output: Output, layer: str) -> Tensor:
+    """Return a layer's activations: its output, or the first tensor in what it returned."""
+    first = next((one for one in _entries(output).values() if isinstance(one, Tensor)), None)
     if first is None:
         raise NetworkError(
             f"layer {layer!r} returned {type(output).__name__}; expected a tensor, or a tuple, "
@@ -340,32 +348,25 @@ def _numbers(tensor: Tensor) -> str:
     return " ".join(str(kind).removeprefix("torch.") for kind in kinds)
 
 
-def replace_first(output: Any, tensor: Tensor) -> Any:
+def replace_first(output: Output, tensor: Tensor) -> Output:
     """Return the same output with its first tensor replaced."""
     if isinstance(output, Tensor):
         return tensor
-    if isinstance(output, Mapping):
-        changed: Any = type(output)(**output) if dataclasses.is_dataclass(output) else {**output}
-        changed[next(key for key, value in output.items() if isinstance(value, Tensor))] = tensor
-        return changed
-    items = list(output)
-    items[next(i for i, value in enumerate(items) if isinstance(value, Tensor))] = tensor
-    named_tuple = getattr(output, "_fields", None) is not None
-    return type(output)(*items) if named_tuple else type(output)(items)
+    entries = _entries(output)
+    entries[next(key for key, one in entries.items() if isinstance(one, Tensor))] = tensor
+    kind: Callable[..., Output] = type(output)
+    names = getattr(output, "_fields", entries if dataclasses.is_dataclass(output) else None)
+    if names is not None:
+        return kind(**dict(zip(names, entries.values(), strict=True)))
+    return entries if isinstance(output, Mapping) else kind(entries.values())
 
 
-def _values(output: Any) -> list[Any]:
-    if isinstance(output, Mapping):
-        return list(output.values())
-    return list(output) if isinstance(output, tuple | list) else []
-
-
-def choose_embedding(output: Any, choice: OutputChoice, batch: int | None) -> Tensor:
+def choose_embedding(output: Output, choice: OutputChoice, batch: int | None) -> Tensor:
     """Return the embedding `[B D]` in what a network's forward returned.
 
     Without a `choice`: a tensor, the first of a tuple, the only one of a dict, or `pooler_output`.
     """
-    value = _chosen(output, choice)
+    value = output if choice is None and isinstance(output, Tensor) else _chosen(output, choice)
     if not isinstance(value, Tensor):
         by = "the network" if choice is None else f"output={describe_choice(choice)!r}"
         raise NetworkError(
@@ -388,52 +389,43 @@ def choose_embedding(output: Any, choice: OutputChoice, batch: int | None) -> Te
     return value
 
 
-def _chosen(output: Any, choice: OutputChoice) -> Any:
+def _chosen(output: Output, choice: OutputChoice) -> Output:
     if callable(choice):
-        with user_code(f"output={describe_choice(choice)}", advice=_OUTPUT):
+        advice = "give a function that takes what the network returns and gives the embedding [B D]"
+        with user_code(f"output={describe_choice(choice)}", advice=advice):
             return choice(output)
-    if choice is None and isinstance(output, Tensor):
-        return output
-    named = _named(output)
+    entries = _entries(output)
     if isinstance(choice, str):
-        if isinstance(output, Mapping) and choice in output:
-            return output[choice]
-        if not isinstance(output, Tensor) and getattr(output, choice, None) is not None:
-            return getattr(output, choice)
+        attribute: Output = None if isinstance(output, Tensor) else getattr(output, choice, None)
+        if (found := entries.get(choice, attribute)) is not None:
+            return found
+        names = ", ".join(one for one in entries if isinstance(one, str))
         raise NetworkError(
-            f"output={choice!r} is not in what the network returned "
-            f"({type(output).__name__} with {', '.join(named or ()) or 'no names'})"
+            f"output={choice!r} is not in what the network returned ({type(output).__name__} with "
+            f"{names or 'no names'})"
         )
+    values = list(entries.values())
     if isinstance(choice, int):
-        values = [output] if isinstance(output, Tensor) else _values(output)
         if not -len(values) <= choice < len(values):
             raise NetworkError(
                 f"output={choice} is beyond the {len(values)} values that the network returned"
             )
         return values[choice]
-    if named is None:
-        return output[0] if isinstance(output, tuple | list) and output else output
-    if len(named) == 1:
-        return next(iter(named.values()))
+    named = {
+        name: one
+        for name, one in entries.items()
+        if isinstance(name, str) and isinstance(one, Tensor)
+    }
+    if len(named) < 2:
+        return next(iter(named.values()), values[0] if values else output)
     if _POOLED in named and set(named) <= {_POOLED, *_UNPOOLED}:
         return named[_POOLED]
     # Of several, the first that is one vector an image.
-    likely = [name for name, value in named.items() if value.ndim == 2] or [*named, ""]
+    likely = next((name for name, value in named.items() if value.ndim == 2), next(iter(named)))
     raise NetworkError(
         f"the network returned {type(output).__name__} with {', '.join(named)}; say which is "
-        f"the embedding, e.g. output={likely[0]!r}"
+        f"the embedding, e.g. output={likely!r}"
     )
-
-
-def _named(output: Any) -> dict[str, Tensor] | None:
-    """Return the tensors of a dict or dataclass by name; None for what has no names."""
-    if isinstance(output, Mapping):
-        items = {str(key): value for key, value in output.items()}
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        items = {field.name: getattr(output, field.name) for field in dataclasses.fields(output)}
-    else:
-        return None
-    return {name: value for name, value in items.items() if isinstance(value, Tensor)}
 
 
 def describe_choice(choice: OutputChoice) -> str | int | None:
@@ -441,46 +433,3 @@ def describe_choice(choice: OutputChoice) -> str | int | None:
     if callable(choice):
         return getattr(choice, "__qualname__", type(choice).__name__)
     return choice
-
-
-# What is given
-
-
-def check_options(
-    layout: str, grid: tuple[int, int] | None, prefix: int | None, output: OutputChoice
-) -> None:
-    """Refuse options that no layer's output could ever fit."""
-    one_of("layout", layout, get_args(LayoutName))
-    if grid is not None:
-        check_sides("grid", grid)
-    if prefix is not None:
-        whole("prefix_tokens", prefix)
-    if not (output is None or isinstance(output, str | int) or callable(output)):
-        raise InputError(
-            f"output={output!r} cannot choose an embedding; give a name, a position or a function"
-        )
-
-
-def check_images(images: Images, positions: bool = False) -> Tensor:
-    """Return images `[B C H W]`, or with `positions` signals, tables or words, as a tensor."""
-    if isinstance(images, np.ndarray):
-        # torch warns about arrays it could write to though it should not.
-        images = torch.from_numpy(images if images.flags.writeable else images.copy())
-    dimensions = (2, 3) if positions else (4,)
-    if not isinstance(images, Tensor) or images.ndim not in dimensions or 0 in images.shape:
-        what = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
-        if positions:
-            raise InputError(
-                f"the input is {what}; layout='bkl' expects signals [B C L], tables [B L] or the "
-                "numbers of words [B L], at least one"
-            )
-        raise InputError(
-            f"images are {what}; expected preprocessed images [B 3 H W], at least one: add the "
-            "batch dimension to a single image"
-        )
-    if not positions and not images.is_floating_point():
-        raise InputError(
-            f"images are {images.dtype}; expected preprocessed floats: apply the network's "
-            "preprocess first"
-        )
-    return images

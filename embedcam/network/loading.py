@@ -19,9 +19,9 @@ from ..preprocess import AnyPreprocess, Preprocess, from_transform
 from ..preprocess.probe import probe_inputs
 from .checkpoints import load_state, read_affine, read_state
 from .embedding_network import DEFAULT_INPUT_SIZE, EmbeddingNetwork
-from .layers import LayoutName, choose_embedding, near_misses
+from .layers import LayoutName, Output, choose_embedding, near_misses
 from .module import input_channels, message_of, module_device, no_gradients, user_code
-from .runner import with_positions
+from .runner import Head, Trunk, with_positions
 
 Sides = tuple[int, int] | None
 PathLike = str | Path | None
@@ -39,8 +39,8 @@ class Loaded:
     module: nn.Module
     layer: str | None
     preprocess: AnyPreprocess | None = None
-    head: Callable[[Tensor], Any] | None = None
-    trunk: Callable[[Tensor], Any] | None = None
+    head: Head | None = None
+    trunk: Trunk | None = None
     prefix_tokens: int | None = None
 
 
@@ -360,13 +360,13 @@ class _TimmNetwork(nn.Module):
         self.module: Any = module
         self.embedding_head = nn.Identity() if head is None else head
 
-    def forward(self, images: Tensor) -> Any:
+    def forward(self, images: Tensor) -> Output:
         return self.head(self.trunk(images))
 
-    def trunk(self, images: Tensor) -> Any:
+    def trunk(self, images: Tensor) -> Output:
         return self.module.forward_features(images)
 
-    def head(self, activations: Tensor) -> Any:
+    def head(self, activations: Output) -> Output:
         return self.embedding_head(self.module.forward_head(activations))
 
 
@@ -438,7 +438,7 @@ class _WithHead(nn.Module):
         self.training = module.training
         self.module, self.embedding_head, self.output = module, head, output
 
-    def forward(self, images: Tensor) -> Any:
+    def forward(self, images: Tensor) -> Output:
         # Batches are told apart by the embedding: a layer's replaced output may hold more images.
         return self.embedding_head(choose_embedding(self.module(images), self.output, None))
 

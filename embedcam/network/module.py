@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import EmbedcamError, InputError, NetworkError, ran_out, text_of
 
 # Layers that treat a batch differently in training mode: their numbers would mix images.
-_MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+MODAL = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 _LONGEST_MESSAGE = 300
 _ADVICE = {
     "missing 1 required": "embedcam calls it with images alone: give one that takes nothing else",
@@ -106,15 +106,6 @@ def refuse_elsewhere(module: nn.Module, device: torch.device | None) -> None:
         )
 
 
-def refuse_inference(module: nn.Module) -> None:
-    """Refuse parameters made in inference mode, with which autograd can do nothing."""
-    if any(tensor.is_inference() for tensor in _tensors(module)):
-        raise NetworkError(
-            "the network's parameters were made inside torch.inference_mode and cannot be "
-            "differentiated through; make the network outside of it"
-        )
-
-
 # Its place, precision and mode
 
 
@@ -129,62 +120,22 @@ class Parts(nn.Module):
                 self.add_module(name, part)
 
 
-class ModuleState:
-    """A module's place, precision and mode, asked before every run without walking its parts."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._modules = modules
-        modal = [part for one in modules for part in one.modules() if isinstance(part, _MODAL)]
-        self._with_mode = [*modules, *modal]
-        places = [
-            (value.is_floating_point(), (part, name))
-            for part in modules[0].modules()
-            for name, value in part.named_parameters(recurse=False)
-        ]
-        # The part and the name, not the parameter: loading weights may put another in its place.
-        self._first = next((place for _, place in places), None)
-        self._first_floating = next((place for floating, place in places if floating), None)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters or buffers are; the CPU if there are none."""
-        first = _parameter(self._first)
-        return module_device(self._modules[0]) if first is None else first.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the first floating-point parameter; float32 if there is none."""
-        first = _parameter(self._first_floating)
-        return torch.float32 if first is None else first.dtype
-
-    def refuse_training(self) -> None:
-        """Refuse a network that is, or whose batch norm or dropout is, in training mode."""
-        if any(part.training for part in self._with_mode):
-            for module in self._modules:
-                _refuse_training(module)
-
-
-def _parameter(place: tuple[nn.Module, str] | None) -> nn.Parameter | None:
-    return None if place is None else getattr(place[0], place[1], None)
-
-
-def _refuse_training(module: nn.Module) -> None:
-    # An exported graph carries a meaningless flag, and plain layers without a mode do not mind it.
-    modeless = type(module).__name__.startswith("GraphModule") or all(
-        type(part).__module__.startswith("torch.nn.") and not isinstance(part, _MODAL)
-        for part in module.modules()
-    )
-    if module.training and not modeless:
-        raise NetworkError(
-            f"the network ({type(module).__name__}) is in training mode, where batch norm and "
-            "dropout make each embedding depend on the others; call .eval() on it first"
+def refuse_training(modules: Sequence[nn.Module]) -> None:
+    """Refuse a network that is, or whose batch norm or dropout is, in training mode."""
+    for module in modules:
+        # A graph's flag says nothing, and plain layers without a mode do not mind it.
+        modeless = type(module).__name__.startswith("GraphModule") or all(
+            type(part).__module__.startswith("torch.nn.") and not isinstance(part, MODAL)
+            for part in module.modules()
         )
-    for name, part in module.named_modules():
-        if part.training and isinstance(part, _MODAL):
-            raise NetworkError(
-                f"{name!r} ({type(part).__name__}) of the network is in training mode; call "
-                ".eval() on the network first"
-            )
+        wrong = [("the network", module)] if module.training and not modeless else []
+        wrong += [(repr(n), p) for n, p in module.named_modules() if isinstance(p, MODAL)]
+        for name, part in wrong:
+            if part.training:
+                raise NetworkError(
+                    f"{name} ({type(part).__name__}) is in training mode, where batch norm and "
+                    "dropout make each embedding depend on the others; call .eval() on the network"
+                )
 
 
 def input_channels(module: nn.Module) -> int:

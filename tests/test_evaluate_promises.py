@@ -241,12 +241,12 @@ def test_broken_images(site: Path, network: EmbeddingNetwork, tmp_path: Path) ->
         ({"measures": None}, "measures = None; give a list of names"),
         ({"removed": "a fifth"}, "removed = 'a fifth'; give a number between 0 and 1"),
         ({"indexed": "nowhere"}, "nowhere: there is no such folder"),
-        ({"steps": 1025, "measures": ("faithfulness",)}, "whole number, 1 to 1024, the pixels"),
+        ({"steps": 1025, "measures": ("faithfulness",)}, "give a whole number from 1 to 1,024"),
         ({"removed": 0.9999}, "removed = 0.9999 is every one of the 1024 pixels"),
         ({"nothing": 1}, "unexpected keyword argument 'nothing'"),
         ({"settings": Settings(), "steps": 3}, "not both"),
         ({"boxes": "a", "masks": "b"}, "give boxes or masks, not both"),
-        ({"on_unreadable": "maybe"}, 'expected "fail" or "skip"'),
+        ({"on_unreadable": "maybe"}, "on_unreadable = 'maybe' is unknown; known: fail, skip"),
     ],
 )
 def test_choices_that_mean_nothing(

@@ -33,7 +33,7 @@ from embedcam.render.page import drawn_blocks, ticks
 
 NOTHING: dict[str, Any] = {
     "retrieval": {}, "indexed_images": 1, "localisation": {}, "objects": {}, "controls": {},
-    "faithfulness": {}, "sanity": [], "fidelity": {}, "methods": [], "recipes": {},
+    "faithfulness": {}, "sanity": [], "fidelity": {}, "methods": [], "recipes": {}, "sample": 0,
 }  # fmt: skip
 WHOLE = (0.0, 0.0, 40.0, 20.0)
 
@@ -50,7 +50,6 @@ def boxes(folder: Path, *lines: str, header: str = "path,x0,y0,x1,y1") -> Path:
 def test_a_box_on_the_grid_of_a_squashed_and_of_a_cropped_picture(tmp_path: Path) -> None:
     regions = of_boxes(boxes(tmp_path, "a.png,10,5,30,15"), source_of(tmp_path, "a.png", "b.png"))
     assert len(regions) == 1
-    assert (regions.has(0), regions.has(1)) == (True, False)
     found = regions.of(0, (40, 20), WHOLE, (4, 4))
     expected = np.zeros((4, 4))
     expected[1:3, 1:3] = 1
@@ -103,7 +102,6 @@ def test_several_boxes_and_labels(tmp_path: Path) -> None:
     own = owl.of(0, (40, 20), WHOLE, (1, 4))
     np.testing.assert_allclose(own.inside, [[1, 0, 1, 0]])
     assert owl.pixels(0, (40, 20)) == [(0, 0, 10, 20), (20, 0, 30, 20)]
-    assert owl.labels(0) == ["owl", "gull"]
 
 
 def test_paths_relative_to_the_csv_and_ids(tmp_path: Path) -> None:
@@ -152,7 +150,7 @@ def test_masks(tmp_path: Path) -> None:
     Image.fromarray(mask).save(tmp_path / "masks/sub/a.gif")
     source = source_of(tmp_path, "b.jpg", "sub/a.jpg")
     regions = of_masks(tmp_path / "masks", source)
-    assert [regions.has(place) for place in (0, 1)] == [False, True]
+    assert regions.of(0, (40, 20), WHOLE, (4, 4)) is None
     found = regions.of(1, (40, 20), WHOLE, (4, 4))
     expected = np.zeros((4, 4))
     expected[1:3, 1:3] = 1
@@ -216,11 +214,14 @@ def test_shares_of_two_regions() -> None:
     drawn = np.array([[3.0, 1.0, 0.0, 4.0]])
     left, right = np.array([[1.0, 1, 0, 0]]), np.array([[0.0, 1, 1, 0]])
     # What both cover counts for neither; what none covers, not at all.
-    assert shares(drawn, left, right) == (1, 1, 0.5)
-    assert shares(drawn, right, left) == (0, 0, 0.5)
-    assert shares(np.zeros((1, 4)), left, right) == (0.5, 0.5, 0.5)
-    share, right_half, chance = shares(np.ones((1, 4)), np.array([[1.0, 1, 1, 0]]), 1 - left)
-    assert (share, right_half, chance) == (pytest.approx(2 / 3), 1, pytest.approx(2 / 3))
+    assert shares(drawn, left, right) == (1, 0.5)
+    assert shares(drawn, right, left) == (0, 0.5)
+    assert shares(np.zeros((1, 4)), left, right) == (0.5, 0.5)
+    wide = np.array([[1.0, 1, 1, 0]])
+    assert shares(np.ones((1, 4)), wide, 1 - left) == pytest.approx((2 / 3, 2 / 3))
+    for mine in (3.0, 2.0, 1.0):
+        found = Maps(np.array([[[mine, 5.0, 2.0, 0.0]]]), np.zeros((1, 1, 4)))
+        assert told_apart(found, left, right)["right"] == (mine > 2) + 0.5 * (mine == 2)
 
 
 def chance_of(signed: np.ndarray, inside: np.ndarray, outside: np.ndarray) -> float:

@@ -196,5 +196,7 @@ def test_recipes_need_the_indexed_pictures_as_they_were(
     compress(tmp_path / "index", tmp_path / "small", 3)
     (tmp_path / "index").rename(tmp_path / "large")
     (tmp_path / "small").rename(tmp_path / "index")
-    with pytest.raises(InputError, match="prototypes have none; evaluate the index that they were"):
+    with pytest.raises(
+        InputError, match=r"holds prototypes, .*; evaluate the index that they were made from"
+    ):
         run(tmp_path, network, indexed=tmp_path / "moved", **some)

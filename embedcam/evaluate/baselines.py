@@ -35,15 +35,12 @@ def baseline_maps(mapper: Mapper, gallery: Gallery, seed: int, asked: Questions)
     weights = [random_weights(mapper.channels, seed, name) for name in asked.names]
     noise = [np.concatenate(layer) for layer in zip(*weights, strict=True)]
     maps = {MEAN: mean_activation(mapper, asked.seen), RANDOM: mapper.draw(asked.seen, noise)}
-    each = zip(asked.labels, asked.near, asked.left_out, asked.names, strict=True)
+    each = list(zip(asked.labels, asked.near, asked.left_out, asked.names, strict=True))
     wrong = [wrong_rows(gallery, *query[:3], seed, query[3]) for query in each]
-    others = [rows for rows in wrong if rows is not None]
-    if len(others) == len(wrong):
-        maps[WRONG] = mapper.maps(asked.seen, others)
-    each_row = zip(asked.near, asked.left_out, strict=True)
-    moved = [permuted_rows(gallery, near, left_out) for near, left_out in each_row]
-    maps[SHUFFLED_INDEX] = mapper.maps(asked.seen, moved)
-    return maps
+    if all(len(rows) for rows in wrong):
+        maps[WRONG] = mapper.maps(asked.seen, wrong)
+    moved = [permuted_rows(gallery, near, left_out) for _, near, left_out, _ in each]
+    return maps | {SHUFFLED_INDEX: mapper.maps(asked.seen, moved)}
 
 
 def mean_activation(mapper: Mapper, seen: Seen) -> Maps:
@@ -65,13 +62,11 @@ def wrong_rows(
     left_out: Sequence[int],
     seed: int,
     name: str,
-) -> np.ndarray | None:
-    """Return random rows of other labels than the query's, else no neighbors; None without any."""
+) -> np.ndarray:
+    """Return random rows of other labels than the query's, else no neighbors; `[0]` without any."""
     free = ~np.isin(gallery.positions, [*near.tolist(), *left_out])
     other = free & (gallery.codes != gallery.code(label)) if label is not None else free
     rows = gallery.positions[other if other.any() else free]
-    if not len(rows):
-        return None
     return generator(seed, "wrong", name).choice(rows, min(len(near), len(rows)), replace=False)
 
 
@@ -106,32 +101,33 @@ class ShuffledNetwork:
             autocast=network.autocast, channels_last=network.channels_last,
         )  # fmt: skip
         # From the output down, in the order in which modules were registered.
-        groups = [
+        groups = (
             [one for one in part.parameters(recurse=False) if one.numel() > 1]
             for part in module.modules()
-        ]
+        )
         self._groups = [group for group in groups if group][::-1]
         self.count = count = len(self._groups)
         if not count:
             raise EmbedcamError("it has no parameters")
-        steps = {max(1, round(count * step / STAGES)) for step in range(1, STAGES + 1)}
-        self.stages = sorted(steps | {1})
+        self.stages = sorted(
+            {1, *(max(1, round(count * n / STAGES)) for n in range(1, STAGES + 1))}
+        )
         self._kept = [[one.detach().clone() for one in group] for group in self._groups]
         order = torch.Generator().manual_seed(seed % (1 << 63))
         self._other = [[_shuffled(one, order) for one in group] for group in self._kept]
-        self._images = torch.from_numpy(images).to(self.network.device, self.network.dtype)
-        parts = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+        self._images = torch.from_numpy(images).to(network.device, network.dtype)
+        parts = (part for part in module.modules() if isinstance(part, _BatchNorm))
         self._norms = [part for part in parts if part.running_mean is not None]
-        buffers = [one for norm in self._norms for one in (norm.running_mean, norm.running_var)]
+        buffers = (one for norm in self._norms for one in (norm.running_mean, norm.running_var))
         self._buffers = [one for one in buffers if one is not None]
         self._statistics = {0: [one.clone() for one in self._buffers]}
 
     def shuffle(self, modules: int) -> None:
         """Shuffle the first modules from the output, 0 to `count`; others are as they were."""
         with torch.no_grad():
-            for place, group in enumerate(self._groups):
-                values = self._other[place] if place < modules else self._kept[place]
-                for parameter, value in zip(group, values, strict=True):
+            values = self._other[:modules] + self._kept[modules:]
+            for group, some in zip(self._groups, values, strict=True):
+                for parameter, value in zip(group, some, strict=True):
                     parameter.copy_(value)
             if modules not in self._statistics:
                 self._statistics[modules] = self._measure_statistics()
@@ -151,8 +147,7 @@ class ShuffledNetwork:
         momenta = [norm.momentum for norm in self._norms]
         try:
             for norm in self._norms:
-                norm.train()
-                norm.momentum = 1.0
+                norm.train().momentum = 1.0
             self.network.module(self._images)
         except (RuntimeError, ValueError) as error:
             if ran_out(error):
@@ -160,8 +155,7 @@ class ShuffledNetwork:
             return self._statistics[0]
         finally:
             for norm, momentum in zip(self._norms, momenta, strict=True):
-                norm.eval()
-                norm.momentum = momentum
+                norm.eval().momentum = momentum
         return [one.clone() for one in self._buffers]
 
 

@@ -135,9 +135,8 @@ class Clock:
     """Counts where the time goes."""
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(
-            ("reading", "forward", "explaining", "metrics", "methods"), 0.0
-        )
+        names = ("reading", "forward", "explaining", "metrics", "methods")
+        self.seconds = dict.fromkeys(names, 0.0)
 
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
@@ -173,30 +172,27 @@ def localized(maps: "Maps", regions: Sequence[Region], threshold: float) -> list
         "hottest": hottest_precision(signed, inside),
         "area": inside.mean((1, 2)),
     }
-    rows = zip(*(np.asarray(one, float).tolist() for one in values.values()), strict=True)
-    return [dict(zip(values, row, strict=True)) for row in rows]
+    return [{name: float(one[row]) for name, one in values.items()} for row in range(len(drawn))]
 
 
-def shares(drawn: np.ndarray, own: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
-    """Return `own`'s share of a map's energy on either region alone, if it is the half, chance."""
+def shares(drawn: np.ndarray, own: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """Return `own`'s share of a map's energy `[H W]` on either region alone, and chance."""
     alone, others = own * (1 - other), other * (1 - own)
     chance = float(alone.sum() / max((alone + others).sum(), 1e-12))
     mine, theirs = float((drawn * alone).sum()), float((drawn * others).sum())
-    share = mine / (mine + theirs) if mine + theirs > 0 else chance
-    return share, (share > 0.5) + 0.5 * (share == 0.5), chance
+    return mine / (mine + theirs) if mine + theirs > 0 else chance, chance
 
 
 def told_apart(maps: "Maps", own: np.ndarray, other: np.ndarray) -> dict[str, Number]:
     """Return the measures of one map `[1 H W]` between two regions, each without the other."""
     alone, others = (own * (1 - other))[None], (other * (1 - own))[None]
-    share, right, _ = shares(maps.drawn[0], own, other)
-    even = float(equal_area_share(maps.drawn, alone, others)[0])
+    share, even = shares(maps.drawn[0], own, other)[0], equal_area_share(maps.drawn, alone, others)
     numbers: dict[str, Number] = {
         "share": share,
-        "right": float(right),
+        "right": float(np.heaviside(share - 0.5, 0.5)),
         "objects_auc": float(pixel_auc(maps.signed, alone, others)[0]),
-        "even_share": even,
-        "denser": (even > 0.5) + 0.5 * (even == 0.5),
+        "even_share": float(even[0]),
+        "denser": float(np.heaviside(even[0] - 0.5, 0.5)),
     }
     if not np.maximum(own, other).all():
         numbers["rest_auc"] = float(pixel_auc(maps.signed, own[None])[0])
@@ -205,7 +201,9 @@ def told_apart(maps: "Maps", own: np.ndarray, other: np.ndarray) -> dict[str, Nu
 
 def retrieved(label: str | None, labels: Sequence[str | None]) -> dict[str, Number]:
     """Return Recall@k of one query from its neighbors' labels; None without one."""
-    if label is None:
-        return {f"recall_{k}": None for k in KS}
-    hits = [other == label for other in labels]
-    return {f"recall_{k}": float(any(hits[:k])) if len(hits) >= k else None for k in KS}
+    return {
+        f"recall_{k}": float(label in labels[:k])
+        if label is not None and len(labels) >= k
+        else None
+        for k in KS
+    }

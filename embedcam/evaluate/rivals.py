@@ -5,8 +5,8 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -32,14 +32,14 @@ def named_methods(names: Iterable[str]) -> dict[str, Method]:
     """Look methods up, by the names of their columns; refuse those trained with the network."""
     if isinstance(names, str):
         raise InputError(f"methods = {names!r}; give a list of names such as ['gradcam']")
-    methods = [find_method(name) for name in names]
-    for one in methods:
+    methods = {one.title: one for one in map(find_method, names)}
+    for title, one in methods.items():
         if one.trained:
             raise InputError(
-                f"{one.title} draws with a branch that is trained with the network; leave it out "
-                "of methods"
+                f"{title} draws with a branch that is trained with the network; leave it out of "
+                "methods"
             )
-    return {one.title: one for one in methods}
+    return methods
 
 
 def named_recipes(recipes: Recipes) -> dict[str, Recipe]:
@@ -48,17 +48,15 @@ def named_recipes(recipes: Recipes) -> dict[str, Recipe]:
         raise InputError(f"recipes = {str(recipes)!r}; give a list of files such as ['paper.toml']")
     if isinstance(recipes, Mapping):
         by_name = dict(recipes)
-        for name, one in by_name.items():
-            if not isinstance(name, str) or not isinstance(one, Recipe):
-                raise InputError(
-                    f"recipes: {name!r} is a {type(one).__name__}; give a Recipe by its name"
-                )
     else:
         files = [shipped_recipe(str(name)) for name in recipes]
         by_name = {file.stem: read_toml(file)[0] for file in files}
         if len(by_name) < len(files):
             raise InputError("two recipes have one name; rename a file, for names head the columns")
-    for name in by_name:
+    for name, one in by_name.items():
+        if not isinstance(name, str) or not isinstance(one, Recipe):
+            kind = type(one).__name__
+            raise InputError(f"recipes: {name!r} is a {kind}; give a Recipe by its name")
         if name in (TRANSFERRED, *BASELINES):
             raise InputError(f"the recipe {name!r} has the name of a column; give it another")
     return by_name
@@ -70,15 +68,15 @@ def rivals_of(
 ) -> Iterator[dict[str, Draw]]:
     """Yield what draws by each method and each recipe; indexes of recipes are there meanwhile."""
     mapper = work.mapper
-    for one in methods.values():
+    for title, one in methods.items():
         if isinstance(one, LayersMethod) and len(mapper.layers) < 2:
             raise InputError(
-                f"{one.title} draws with several layers and this index has one; leave it out of "
+                f"{title} draws with several layers and this index has one; leave it out of "
                 "methods, or give a recipe that names layers"
             )
-    if twice := sorted(set(methods) & set(recipes)):
-        raise InputError(f"a method and a recipe are both called {twice[0]!r}; rename the recipe")
-    rivals = {name: _by_method(work, one) for name, one in methods.items()}
+        if title in recipes:
+            raise InputError(f"a method and a recipe are both called {title!r}; rename the recipe")
+    rivals = {title: _by_method(work, one) for title, one in methods.items()}
     with ExitStack() as stack:
         source = _indexed_pictures(work) if recipes else ImageSource([])
         for name, recipe in recipes.items():
@@ -91,26 +89,23 @@ def rivals_of(
             except InputError as error:
                 raise InputError(f"the recipe {name!r} builds no index: {error}") from error
             index = stack.enter_context(Index.open(folder))
-            rivals[name] = _by_recipe(
-                mapper, Mapper(index, mapper.network, work.settings, mapper.clock)
-            )
+            other = Mapper(index, mapper.network, work.settings, mapper.clock)
+            rivals[name] = _by_recipe(mapper, other)
         yield rivals
 
 
 def _by_method(work: Work, method: Method) -> Draw:
     mapper = work.mapper
-    options: dict[str, Any] = {}
-    if isinstance(method, LayersMethod):
-        options["layers"] = mapper.layers
+    cam = partial(cam_for, layers=mapper.layers) if isinstance(method, LayersMethod) else cam_for
 
     def draw(asked: Questions) -> Maps:
         seen = asked.seen
         proxies = [ClassProxy(mapper.index.embeddings(rows)).proxy for rows in asked.near]
         with mapper.clock("methods"), warnings.catch_warnings():
             warnings.simplefilter("ignore", MethodWarning)  # the report says it
-            result = cam_for(
+            result = cam(
                 mapper.network, seen.inputs, Similarity(np.stack(proxies)), method.name,
-                seed=work.settings.seed % (1 << 63), progress=False, **options,
+                seed=work.settings.seed % (1 << 63), progress=False,
             )  # fmt: skip
         signed = result.cam
         if _by_weights(method) and result.weights is not None:
@@ -121,9 +116,8 @@ def _by_method(work: Work, method: Method) -> Draw:
 
 
 def _by_weights(method: Method) -> bool:
-    if isinstance(method, PositionMethod):
-        return True
-    return isinstance(method, WeightMethod) and not method.own_map
+    weights = isinstance(method, WeightMethod) and not method.own_map
+    return weights or isinstance(method, PositionMethod)
 
 
 def notes_of(methods: Mapping[str, Method]) -> Iterator[str]:
@@ -149,11 +143,7 @@ def _by_recipe(mapper: Mapper, other: Mapper) -> Draw:
 
 def _indexed_pictures(work: Work) -> ImageSource:
     index, explainer = work.mapper.index, work.mapper.explainer
-    if index.manifest.is_compressed:
-        raise InputError(
-            "recipes are computed for the pictures of the index, and prototypes have none; "
-            "evaluate the index that they were made from"
-        )
+    index.refuse_prototypes("evaluate the index that they were made from")
     selected = index.select(index.live_positions())
     items, lacking = [], []
     for name, label in zip(selected.ids, selected.labels, strict=True):
@@ -168,5 +158,4 @@ def _indexed_pictures(work: Work) -> ImageSource:
             f"{len(selected)} are not to be found as they were, such as {lacking[0]}; say where "
             "they lie now (--indexed, indexed=), or leave recipes out"
         )
-    numbers = index.manifest.near_share is not None
-    return ImageSource(items, max_pixels=work.source.max_pixels, numbers=numbers)
+    return ImageSource(items, max_pixels=work.source.max_pixels, numbers=work.gallery.numbers)

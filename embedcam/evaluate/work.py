@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from ..errors import InputError
 from ..images import Batch, ImageSource, embed, load_batches
 from ..images.progress import Advance, progress_of
 from ..methods.subject import inputs_a_pass
@@ -16,12 +15,10 @@ from .gallery import Gallery, OwnRows
 from .maps import Draw, Mapper, Maps, Questions, Seen
 from .measures import MEAN, TRANSFERRED, Number, columns, localized
 from .regions import Region, Regions
-from .settings import Settings
+from .settings import Record, Settings
 
-Row = dict[str, Any]
-"""The columns of one image, or of one question about a picture of two objects."""
-Rows = dict[int, Row]
-"""Those of the images that could be read, by their position in the source."""
+Rows = dict[int, Record]
+"""The columns of the images that could be read, by their position in the source."""
 
 
 @dataclass
@@ -43,11 +40,7 @@ class Work:
 
     def __post_init__(self) -> None:
         network = self.mapper.network
-        if network.preprocess is None:
-            raise InputError(
-                "the network does not say how pictures are prepared for it; give it preprocess="
-            )
-        self.preprocess = network.preprocess
+        self.preprocess = network.require_preprocess()
         self.batch_size = self.settings.batch_size or inputs_a_pass(network.device)
 
     def wants(self, group: str) -> bool:
@@ -109,12 +102,11 @@ class Work:
 
     def placed(self, batch: Batch, grid: tuple[int, int]) -> list[Region | None]:
         """Return the regions of a batch's images on a grid of (H, W)."""
-        sizes = ((int(width), int(height)) for width, height in batch.sizes.tolist())
         return [
-            self.regions.of(position, size, self.preprocess.extent(*size), grid)
-            if self.regions.has(position)
-            else None
-            for position, size in zip(batch.positions.tolist(), sizes, strict=True)
+            self.regions.of(position, (width, height), self.preprocess.extent(width, height), grid)
+            for position, (width, height) in zip(
+                batch.positions.tolist(), batch.sizes.tolist(), strict=True
+            )
         ]
 
     def located(

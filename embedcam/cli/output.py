@@ -4,7 +4,7 @@ import logging
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,6 @@ from .command_line import for_command_line
 
 if TYPE_CHECKING:
     from ..images import ImageSource
-    from ..images.sources import Labels
     from ..index import Index, Manifest
 
 _JOBS = ("embedcam.offline.shard", "embedcam.progress")
@@ -38,27 +37,31 @@ _PIECE = 1 << 16
 
 def note(options: Namespace, text: str) -> None:
     """Print something worth knowing on the error stream, so that output stays clean."""
-    if not options.quiet:
+    if options.progress is None:
         say(for_command_line(text))
 
 
 @contextmanager
-def logged_as_notes(options: Namespace) -> Iterator[None]:
-    """Print warnings, and how far a job is, as notes; a service's log has all of it already."""
-    if options.command == "serve":
-        yield
-        return
-    notes, log = _Notes(options), logging.getLogger("embedcam")
-    levels = {name: logging.getLogger(name).level for name in _JOBS}
-    log.addHandler(notes)
-    for name in _JOBS:
-        logging.getLogger(name).setLevel(logging.INFO)
+def attached(handler: logging.Handler, levels: Mapping[str, int]) -> Iterator[None]:
+    """Let a handler have embedcam's log, and loggers other levels, meanwhile."""
+    log, before = logging.getLogger("embedcam"), {}
+    log.addHandler(handler)
+    for name, level in levels.items():
+        before[name] = logging.getLogger(name).level
+        logging.getLogger(name).setLevel(level)
     try:
         yield
     finally:
-        log.removeHandler(notes)
-        for name, level in levels.items():
+        log.removeHandler(handler)
+        for name, level in before.items():
             logging.getLogger(name).setLevel(level)
+
+
+def logged_as_notes(options: Namespace) -> AbstractContextManager[None]:
+    """Print warnings, and how far a job is, as notes; a service's log has all of it already."""
+    if options.command == "serve":
+        return nullcontext()
+    return attached(_Notes(options), dict.fromkeys(_JOBS, logging.INFO))
 
 
 class _Notes(logging.Handler):
@@ -85,8 +88,9 @@ def emit(options: Namespace, values: Mapping[str, Any], *lines: str) -> None:
 
 
 def counted(number: int, what: str) -> str:
-    """Return "1 image", "2,000 images"."""
-    return f"{number:,} {what}" + ("" if number == 1 else "s")
+    """Return "1 image", "2,000 images", "3 queries"."""
+    several = f"{what[:-1]}ies" if what.endswith("y") else f"{what}s"
+    return f"{number:,} {what if number == 1 else several}"
 
 
 def some_of(names: Sequence[str]) -> str:
@@ -144,18 +148,17 @@ def listing_ids(index: str) -> Iterator[None]:
         raise InputError(f"{text}; `embedcam info {index} --ids` lists those it has") from error
 
 
-def images_of(
-    options: Namespace, path: str | Path, labels: "Labels", **otherwise: Any
-) -> "ImageSource":
+def images_of(options: Namespace, path: str | Path, **otherwise: Any) -> "ImageSource":
     """Return the images of a folder or a CSV, and say at once what looks wrong.
 
     `otherwise` are arguments of `find_images` for which the options are silent.
     """
     from ..images import find_images
 
-    asked = {"exclude": options.exclude, "max_pixels": options.max_pixels}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    source = find_images(path, labels, **{**otherwise, **asked})
+    for name in ("labels", "exclude", "max_pixels"):
+        if getattr(options, name) is not None:
+            otherwise[name] = getattr(options, name)
+    source = find_images(path, **otherwise)
     options.said = source.notes
     for text in source.notes:
         note(options, f"note: {text}")
@@ -206,7 +209,7 @@ def verify(options: Namespace) -> None:
     """Check every promise of an index; the error names the file and what is wrong."""
     from ..index import Index
 
-    shown = False if options.quiet else None
+    shown = options.progress
     with Index.open(options.index) as index, progress_of("verifying", shown=shown):
         checks = index.verify()
         n_live = len(index)

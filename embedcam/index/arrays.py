@@ -183,9 +183,8 @@ class Column:
 
 def wrong_embeddings(block: np.ndarray, normalized: bool) -> str | None:
     """Return what is wrong with embeddings `[b D]`, or None."""
-    wrong = wrong_number(block)
-    if wrong is not None:
-        return f"row {wrong[0]} {wrong[1]}"
+    if wrong := wrong_number(block):
+        return wrong
     if normalized:
         norms = np.linalg.norm(block.astype(np.float64), axis=1)
         bad = _first(np.abs(norms - 1) > UNIT_TOLERANCE)

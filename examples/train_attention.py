@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 
 from embedcam import EmbeddingNetwork
@@ -132,29 +132,27 @@ def reloaded(module: LFINetwork | ABNetwork, fresh: nn.Module, path: Path) -> nn
     return fresh.eval()
 
 
-def picture(
-    scenes: Sequence[Scene], columns: Sequence[tuple[str, np.ndarray]], side: int = 150
-) -> Image.Image:
-    """A row for each scene: itself, and each column's map over it, every map on its own scale."""
-    gap, top = 8, 26
-    width, height = (side + gap) * (len(columns) + 1) + gap, top + (side + gap) * len(scenes)
-    sheet = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for place, name in enumerate(["scene", *(name for name, _ in columns)]):
-        draw.text((gap + place * (side + gap), 7), name, (24, 28, 36))
+def draw(path: Path, scenes: Sequence[Scene], columns: dict[str, np.ndarray]) -> None:
+    """Draw a row for each scene: itself, and each column's map over it, on its own scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((1.6 * (1 + len(columns)), 1.6 * len(scenes)), layout="constrained")
+    axes = figure.subplots(len(scenes), 1 + len(columns), squeeze=False)
     for row, scene in enumerate(scenes):
-        plain = Image.fromarray(scene.pixels).resize((side, side), Image.Resampling.LANCZOS)
-        drawn = [plain, *(overlay(plain, maps[row]) for _, maps in columns)]
-        for place, one in enumerate(drawn):
-            sheet.paste(one, (gap + place * (side + gap), top + row * (side + gap)))
-    return sheet
+        plain = Image.fromarray(scene.pixels)
+        for axis, maps in zip(axes[row], [None, *columns.values()], strict=True):
+            axis.imshow(plain if maps is None else overlay(plain, maps[row]))
+            axis.set_axis_off()
+    for axis, name in zip(axes[0], ["scene", *columns], strict=True):
+        axis.set_title(name)
+    figure.savefig(path)
 
 
 def run(folder: Path, settings: DemoSettings, n_shown: int = 6, progress: bool = True) -> None:
     """Train both, print what was measured, write weights and picture."""
     folder.mkdir(parents=True, exist_ok=True)
     scenes = held_out(settings)
-    shown, columns = scenes[:n_shown], []
+    columns: dict[str, np.ndarray] = {}
     titles = ("loss", "Recall@1", "energy in box", "peak in box", "control")
     print(f"{'':8}" + "".join(f"{title:>18}" for title in titles) + f"{'chance':>9}")
     for name, make in (("lfi", make_lfi), ("abn", make_abn)):
@@ -176,11 +174,9 @@ def run(folder: Path, settings: DemoSettings, n_shown: int = 6, progress: bool =
             + "".join(f"{f'{one:.3f} > {two:.3f}':>18}" for one, two in figures)
             + f"{after['chance']:>9.3f}   ({seconds:.0f} s)"
         )
-        columns += [
-            (f"{name} {when}", normalize(maps[:n_shown]))
-            for when, maps in (("before", first), ("after", last))
-        ]
-    picture(shown, columns).save(folder / "attention.png")
+        columns[f"{name} before"] = normalize(first[:n_shown])
+        columns[f"{name} after"] = normalize(last[:n_shown])
+    draw(folder / "attention.png", scenes[:n_shown], columns)
     print(f"wrote {folder / 'attention.png'}")
 
 

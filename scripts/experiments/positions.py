@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -227,22 +227,21 @@ def told(maps: np.ndarray, asked: list[Scene]) -> np.ndarray:
     return pixel_auc(maps, inside, other).reshape(2, -1).mean(0)
 
 
-def drawn(asked: list[Scene], maps: dict[str, np.ndarray]) -> Image.Image:
-    """The first scenes: the picture, and by each way the left digit's map and the right one's."""
-    side, top, ways = 128, 20, [way for way in maps if way in METHODS]
-    sheet = Image.new("RGB", (side * (1 + 2 * len(ways)), top + side * 6), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((4, 4), "query", "black")
-    for column, way in enumerate(ways):
-        draw.text((side * (1 + 2 * column) + 4, 4), f"{way}: left, right digit", "black")
-    for row, one in enumerate(asked[:6]):
-        picture = picture_of(one.ink).resize((side, side))
-        sheet.paste(picture, (0, top + side * row))
-        for column, way in enumerate(ways):
-            for half in (0, 1):
-                shown = overlay(picture, np.maximum(maps[way][half * len(asked) + row], 0), None)
-                sheet.paste(shown, (side * (1 + 2 * column + half), top + side * row))
-    return sheet
+def draw(path: Path, asked: list[Scene], maps: dict[str, np.ndarray]) -> None:
+    """Draw the first scenes: the picture, and by each way the left digit's map and the right's."""
+    from matplotlib.figure import Figure
+
+    shown = [(way, half) for way in maps if way in METHODS for half in (0, 1)]
+    figure = Figure((1.3 * (1 + len(shown)), 8), layout="constrained")
+    for axes, row in zip(figure.subplots(6, 1 + len(shown)), range(6), strict=True):
+        picture = picture_of(asked[row].ink)
+        axes[0].imshow(picture)
+        for axis, (way, half) in zip(axes[1:], shown, strict=True):
+            axis.imshow(overlay(picture, np.maximum(maps[way][half * len(asked) + row], 0), None))
+            axis.set_title(f"{way}: {('left', 'right')[half]} digit", fontsize=7)
+        for axis in axes:
+            axis.set_axis_off()
+    figure.savefig(path)
 
 
 def told_of(
@@ -270,7 +269,7 @@ def measured(options: argparse.Namespace) -> Iterator[str]:
                     for way, found in figures.items():
                         cells[way, moved].append(found)
                     if options.figure and (head, seed, moved) == (HEADS[0], 0, False):
-                        drawn(asked, maps).save(options.figure, quality=88)
+                        draw(options.figure, asked, maps)
                 recalls.append(recall(network, explainers["gradcam"].index, asking))
                 for way, explainer in explainers.items():
                     n_bytes[way] = explainer.index.encoding().bytes_per_image()

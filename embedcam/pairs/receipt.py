@@ -22,7 +22,7 @@ from .._checks import whole
 from ..errors import InputError
 from ..explain.drawing import save_picture
 from ..preprocess import Extent
-from ..render import Mark, Tile, draw_on_axes, in_notebook, receipt_picture
+from ..render import Tile, draw_on_axes, in_notebook, receipt_picture
 from .sides import Contributions, Side, evidence_of
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ class Receipt:
             apart=int(self.centred),
             headings=["Query", "Result"],
             links=[
-                Mark(
+                (
                     _center(link.query, self.query, self.query_shown),
                     _center(link.result, self.result, self.result_shown),
                 )

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from build_samples import dense, pictures, quicken, toy
 from page_client import FLAGS, Page, browser_path, scenes_index, served, wide
+from rounding import stretch
 from service_client import built, data_of, picture
 
 from embedcam import Explainer, PairExplainer, build_index
-from embedcam.render.overlay import colormap, stretch
+from embedcam.render.overlay import colormap
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = browser_path()

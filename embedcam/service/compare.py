@@ -2,8 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Literal
 
@@ -92,7 +91,6 @@ def router(pipeline: Pipeline) -> APIRouter:
         ),
     )
     async def compare(request: Request, asked: Annotated[CompareParameters, Query()]) -> Response:
-        maker.check()
         kind, index, rival = choose(request, (JSON, PNG, WEBP)), pipeline.index, asked.rival
         check_ids(index, asked.result, rival)
         if kind != JSON and (len(asked.result) > 1 or asked.cell is not None):
@@ -169,9 +167,14 @@ def router(pipeline: Pipeline) -> APIRouter:
                 return schemas.response(body, kind, {"Vary": "Accept"})
 
             ids = [*asked.result, *([] if rival is None else [rival])]
-            # Each is a piece of work by itself: a request that has taken too long ends with it.
-            async for name, picture, its_side in maker.indexed(index, ids, side):
-                await pipeline.in_thread(settle, name, picture, its_side)
+            # No more at once than go through the network together, so that others come between.
+            for start in range(0, len(ids), pipeline.limits.batch):
+                part = ids[start : start + pipeline.limits.batch]
+                reads = [partial(maker.read, name, side) for name in part]
+                asked_of = (pipeline.ask(maker.sides, index, read) for read in reads)
+                # Each is work by itself: a request that has taken too long ends with it.
+                for name, found in zip(part, await asyncio.gather(*asked_of), strict=True):
+                    await pipeline.in_thread(settle, name, *found)
             return await pipeline.in_thread(answer)
 
     return routes
@@ -188,47 +191,29 @@ def rounded(values: np.ndarray) -> list[list[float]]:
 
 
 class ReceiptMaker:
-    """Makes receipts of pictures: read in the pool, forwards in the network's thread."""
+    """Makes sides of receipts: pictures read in the pool, forwards in the network's thread."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self._pairs: PairExplainer | None = None
-        with suppress(InputError):
-            self._pairs = PairExplainer(pipeline.explainer)
-
-    def check(self) -> PairExplainer:
-        """Return what explains pairs, or raise HTTPProblem 501 where there is no head to be had."""
-        if self._pairs is None:
-            raise _no_receipts()
-        return self._pairs
-
-    async def indexed(
-        self, index: Index, ids: Sequence[str], side: int | None
-    ) -> AsyncIterator[tuple[str, Prepared, Side]]:
-        """Yield indexed images' names and pictures, and what the network makes of them.
-
-        No more at once than go through the network together, so that others come between.
-        """
-        step, ask = self._pipeline.limits.batch, self._pipeline.ask
-        for start in range(0, len(ids), step):
-            part = ids[start : start + step]
-            reads = [partial(self._read, name, side) for name in part]
-            asked = await asyncio.gather(*(ask(self.sides, index, read) for read in reads))
-            for name, (picture, its_side) in zip(part, asked, strict=True):
-                yield name, picture, its_side
 
     def sides(self, index: Index, pictures: Sequence[Prepared]) -> list[Side]:
-        """Return what the network makes of pictures, for receipts."""
-        pairs = self.check()
+        """Return what the network makes of pictures, or raise HTTPProblem 501 without its head."""
         try:
-            pairs.head(index)
+            if self._pairs is None:
+                self._pairs = PairExplainer(self._pipeline.explainer)
+            self._pairs.head(index)
         except InputError as error:
-            # Another version of the index; what is wrong with it names files.
+            # Of a file, or of another version of the index; what is wrong names files.
             logger.warning("no receipts: %s", error)
-            raise _no_receipts() from None
-        return pairs.sides(index, [one.inputs for one in pictures])
+            said = (
+                "receipts need the network's head by itself, which its ONNX file and this index do "
+                "not tell; serve the network instead"
+            )
+            raise HTTPProblem(501, "no_receipts", said) from None
+        return self._pairs.sides(index, [one.inputs for one in pictures])
 
-    def _read(self, name: str, side: int | None) -> Prepared:
+    def read(self, name: str, side: int | None) -> Prepared:
         """Return an indexed image's picture, decoded and prepared; what fails names no file."""
         explainer = self._pipeline.explainer
         try:
@@ -240,11 +225,6 @@ class ReceiptMaker:
             logger.warning("an indexed image cannot be read: %s", error)
         said = "the picture of a result cannot be read any more, and a receipt needs it"
         raise HTTPProblem(404, "no_picture", f"{said}; leave it out")
-
-
-def _no_receipts() -> HTTPProblem:
-    said = "receipts need the network's head by itself, which its ONNX file and this index do not"
-    return HTTPProblem(501, "no_receipts", f"{said} tell; serve the network instead")
 
 
 def _changed() -> HTTPProblem:

@@ -121,7 +121,7 @@ def check_features(
     """
     import numpy as np
 
-    vectors, maps = _numbers("embedding", embedding), _numbers("activations", activations)
+    vectors, maps = as_numbers("embedding", embedding), as_numbers("activations", activations)
     single = vectors.ndim == 1
     if single:
         vectors, maps = vectors[None], maps[None]
@@ -202,7 +202,8 @@ def stacked(inputs: Sequence[Any]) -> Any:
     return batch
 
 
-def _numbers(name: str, values: Any) -> np.ndarray:
+def as_numbers(name: str, values: Any) -> np.ndarray:
+    """Return an array of numbers, or raise InputError."""
     import numpy as np
 
     try:

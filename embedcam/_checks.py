@@ -122,7 +122,7 @@ def check_features(
     """
     import numpy as np
 
-    vectors, maps = _numbers("embedding", embedding), _numbers("activations", activations)
+    vectors, maps = as_numbers("embedding", embedding), as_numbers("activations", activations)
     single = vectors.ndim == 1
     if single:
         vectors, maps = vectors[None], maps[None]
@@ -217,7 +217,8 @@ def stacked(inputs: Sequence[np.ndarray | Tensor]) -> np.ndarray | Tensor:
     return batch
 
 
-def _numbers(name: str, values: ArrayLike) -> np.ndarray:
+def as_numbers(name: str, values: ArrayLike) -> np.ndarray:
+    """Return an array of numbers, or raise InputError."""
     import numpy as np
 
     try:

@@ -224,7 +224,7 @@ def test_an_index_that_does_not_know_its_network_takes_none(file: Path, tmp_path
         ({"embedcam.network": "{"}, "Expecting property name"),
         ({"embedcam.network": "[" * 100_000}, "nested too deeply"),
         ({"embedcam.network": "[]"}, "the network is no object"),
-        ({"embedcam.network": "{}"}, "has no 'parameters_sha256'"),
+        ({"embedcam.network": "{}"}, "parameters_sha256 is missing"),
         ({"embedcam.network": "x" * (17 << 20)}, "more than 16,777,216 characters"),
         ({"embedcam.layers": None}, "embedcam.layers is missing"),
         ({"embedcam.layers": "[]"}, "the layers are no list of names"),

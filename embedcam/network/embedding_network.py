@@ -9,7 +9,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -19,13 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._checks import check_sides, one_of, whole
 from ..errors import InputError, NetworkError
 from ..index.identity import Identity, compare
-from ..preprocess import AnyPreprocess, HeadMatrix, from_transform, refuse_random
+from ..preprocess import AnyPreprocess, HeadMatrix, Transform, from_transform, refuse_random
 from ..preprocess.probe import probe_inputs
 from .gradients import HeadPass
 from .head import HeadAlone, HeadKind, ask_head, pooled_vjp, tolerance_of
-from .layers import Images, LayoutName, OutputChoice, describe_choice, find_layer
+from .layers import TOKENS, Images, LayoutName, OutputChoice, describe_choice, find_layer
 from .module import (
-    Parts,
     RandomOperations,
     advice_of,
     bare_name,
@@ -42,7 +41,9 @@ from .module import (
 )
 from .runner import Features, Head, Runner, Trunk, copied, in_graph, with_positions
 
+Numbers = TypeVar("Numbers", np.ndarray, Tensor)
 DEFAULT_INPUT_SIZE = (224, 224)
+_AUTOCAST = (None, torch.bfloat16, torch.float16)
 # Runs of one picture that show chance which leaves most embeddings as they are.
 _REPEATS = 8
 
@@ -103,23 +104,26 @@ class EmbeddingNetwork(Runner):
         layout: LayoutName = "auto",
         grid: tuple[int, int] | None = None,
         prefix_tokens: int | None = None,
-        preprocess: Any = None,
+        preprocess: Transform | None = None,
         input_size: tuple[int, int] | None = None,
         device: str | torch.device | None = None,
         autocast: torch.dtype | None = None,
         channels_last: bool = False,
         name: str | None = None,
     ) -> None:
-        refuse_parts(trunk, head, whole=True)
+        refuse_parts(trunk, head)
         if trunk is None or not isinstance(module, nn.Module):
             refuse_module(module)
-        for setting, value in (("normalize", normalize), ("channels_last", channels_last)):
-            if not isinstance(value, bool):
-                raise InputError(f"{setting}={value!r}; give True or False")
-        if not isinstance(name, str | None):
-            raise InputError(f"name={name!r}; give a text, or None")
-        if autocast not in (None, torch.bfloat16, torch.float16):
-            raise InputError(f"autocast={autocast!r}; give torch.bfloat16, torch.float16 or None")
+        chooses = output is None or isinstance(output, str | int) or callable(output)
+        for setting, value, fits, expected in (
+            ("normalize", normalize, isinstance(normalize, bool), "True or False"),
+            ("channels_last", channels_last, isinstance(channels_last, bool), "True or False"),
+            ("name", name, isinstance(name, str | None), "a text, or None"),
+            ("autocast", autocast, autocast in _AUTOCAST, "torch.bfloat16, torch.float16 or None"),
+            ("output", output, chooses, "a name, a position or a function"),
+        ):
+            if not fits:
+                raise InputError(f"{setting}={value!r}; give {expected}")
         try:
             place = None if device is None else torch.device(device)
         except (RuntimeError, TypeError) as error:
@@ -127,15 +131,9 @@ class EmbeddingNetwork(Runner):
                 f"device={device!r} is no torch device; give one such as 'cpu' or 'cuda'"
             ) from error
         one_of("layout", layout, get_args(LayoutName))
-        if grid is not None:
-            check_sides("grid", grid)
-        if prefix_tokens is not None:
-            whole("prefix_tokens", prefix_tokens)
-        if not (output is None or isinstance(output, str | int) or callable(output)):
-            raise InputError(
-                f"output={output!r} cannot choose an embedding; give a name, a position or a "
-                "function"
-            )
+        grid = None if grid is None else check_sides("grid", grid)
+        prefix_tokens = None if prefix_tokens is None else whole("prefix_tokens", prefix_tokens)
+        input_size = None if input_size is None else check_sides("input_size", input_size)
         self.preprocess: AnyPreprocess | None = None
         if preprocess is not None:
             self.preprocess = from_transform(preprocess)
@@ -146,10 +144,19 @@ class EmbeddingNetwork(Runner):
             layer = bare_name(dotted)
         refuse_elsewhere(module, place)
         super().__init__(
-            module, str(layer), part, trunk, head, output,
-            None if input_size is None else check_sides("input_size", input_size),
-            place, autocast, channels_last, normalize, (layout, grid, prefix_tokens),
-        )  # fmt: skip
+            module,
+            str(layer),
+            part,
+            trunk,
+            head,
+            output,
+            input_size,
+            place,
+            autocast,
+            channels_last,
+            normalize,
+            (layout, grid, prefix_tokens),
+        )
         self.name = name
         self.spec: dict[str, Any] | None = None
         self._kind: HeadKind | None = None
@@ -170,9 +177,11 @@ class EmbeddingNetwork(Runner):
         No hooks: each may be compiled, exported, or a plain function. `layer` names the trunk's
         output, `module` holds the parameters of functions; settings are the constructor's.
         """
-        refuse_parts(trunk, head, whole=False)
-        parts = Parts(trunk, head) if module is None else module
-        return cls(parts, layer, trunk=trunk, head=head, **settings)
+        if module is None:  # trunk and head side by side, for their parameters; neither changes
+            parts = {"trunk": trunk, "head": head}
+            module = nn.ModuleDict({n: p for n, p in parts.items() if isinstance(p, nn.Module)})
+            module.training = False
+        return cls(module, layer, trunk=trunk, head=head, **settings)
 
     def without_autocast(self) -> Self:
         """Return this network computing in the precision of its parameters."""
@@ -282,7 +291,7 @@ class EmbeddingNetwork(Runner):
 
     def check_tokens(self, images: Images) -> int:
         """Refuse a layer whose patch tokens reach nothing; returns how many images were run."""
-        if self.layer in self.reached or self.layout in ("bkhw", "bhwk", "bkl"):
+        if self.layer in self.reached or self.layout not in ("auto", *TOKENS):
             return 0
         self.head_pass(images[:1]).close()
         return 1
@@ -322,18 +331,17 @@ class EmbeddingNetwork(Runner):
         """Refuse an embedding that depends on the rest of its batch, or on chance; asked once."""
         if self._steady or self.over_positions:
             return
-        probes = self.probe_images(2)
+        probes, random = self.probe_images(2), RandomOperations()
+        allowed = tolerance_of(self.autocast or self.dtype, self.device)
         with full_float32(self.device):
             with self.probing():
                 alone = self.forward(probes[:1])
-            allowed = tolerance_of(self.autocast or self.dtype, self.device)
-            random = RandomOperations()
 
             def run_again() -> None:
                 with uncompiled(), random:
                     again = self.forward(probes[:1])
-                if (off := _difference(alone, again)) > allowed:
-                    raise by_chance(random.names, off, allowed)
+                how = "the same picture run twice"
+                _refuse_difference(alone, again, allowed, how, by_chance(random.names))
 
             run_again()
             # What is drawn may change an embedding only now and then.
@@ -343,10 +351,13 @@ class EmbeddingNetwork(Runner):
                 beside = self.forward(probes)
             except NetworkError:
                 return  # a network of one picture at a time has no batch to depend on
-            if (off := _difference(alone, beside)) > allowed:
+            how, cause = "a picture alone and beside another", by_batch(self.module)
+            try:
+                _refuse_difference(alone, beside, allowed, how, cause)
+            except NetworkError:
                 for _ in range(_REPEATS):  # chance that torch knows nothing of
                     run_again()
-                raise by_batch(self.module, off, allowed)
+                raise
         self._steady = True
 
     # The head
@@ -375,7 +386,7 @@ class EmbeddingNetwork(Runner):
         """Whether `pooled_vjp` can be used: the head is pooled, and affine or a function."""
         return self.head_kind.affine or self.head_kind.replayed
 
-    def pooled_vjp(self, pooled: Images, cotangents: Images) -> Any:
+    def pooled_vjp(self, pooled: Numbers, cotangents: Images) -> Numbers:
         """Return dy/dp `[B (S) K]` of a pooled head for p `[B K]` and dy/dz `[B (S) D]`."""
         gradient = pooled_vjp(self, self.head_kind, pooled, cotangents)
         return gradient.cpu().numpy() if isinstance(pooled, np.ndarray) else gradient
@@ -405,13 +416,17 @@ class EmbeddingNetwork(Runner):
         return torch.cat([example, example.flip(-1)])
 
 
-def _difference(one: Features, other: Features) -> float:
-    """Return |a - b| / |a| of the first embeddings, or of the pooled activations if larger."""
-
-    def parts(features: Features) -> tuple[Tensor, Tensor]:
-        return features.embedding[0].double(), features.activations[0].double().mean((1, 2))
-
-    return max(
-        float(torch.linalg.vector_norm(a - b)) / (float(torch.linalg.vector_norm(a)) or 1.0)
-        for a, b in zip(parts(one), parts(other), strict=True)
-    )
+def _refuse_difference(
+    one: Features, other: Features, allowed: float, how: str, cause: str
+) -> None:
+    """Refuse first embeddings or pooled activations that differ by more than |a - b| / |a|."""
+    off = 0.0
+    for a, b in (
+        (one.embedding[0].double(), other.embedding[0].double()),
+        (one.activations[0].double().mean((1, 2)), other.activations[0].double().mean((1, 2))),
+    ):
+        off = max(off, float((a - b).norm()) / (float(a.norm()) or 1.0))
+    if off > allowed:
+        raise NetworkError(
+            f"{how} gives embeddings that differ by {off:.2g} (allowed: {allowed:g}): {cause}"
+        )

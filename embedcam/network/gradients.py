@@ -15,7 +15,7 @@ from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError, NetworkError
-from .layers import Images, before_attention
+from .layers import TOKENS, Images, before_attention
 from .module import no_gradients, user_code
 from .runner import Features, Run, Runner, at_least_single
 
@@ -114,7 +114,7 @@ class _Graph:
             self._names, self._layouts, self._back(None), strict=True
         ):
             reached = bool(gradient.any())
-            if layout.tokens and not reached:
+            if layout.kind in TOKENS and not reached:
                 nearest = before_attention(module)
                 advice = f", {nearest!r}" if nearest and nearest != name else ""
                 raise NetworkError(

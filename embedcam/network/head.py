@@ -18,7 +18,7 @@ from ..errors import EmbedcamError, InputError, NetworkError
 from .gradients import derivatives, unreachable
 from .layers import Images, Layout, choose_embedding
 from .module import no_gradients
-from .runner import Runner, at_least_single, run_head
+from .runner import Runner, at_least_single, run_part
 
 # Scale and sign (0: both) of the random activations. Signed ones tell a ReLU or a power mean from a
 # mean, different scales a normalization or a saturating unit from an affine map.
@@ -121,7 +121,9 @@ def _embedded(runner: Runner, raw: Tensor, count: int) -> Tensor:
     """Return z `[n D]` of a layer's output, by the head as a function."""
     if runner.head is None:
         raise unreachable(runner.layer)
-    return at_least_single(choose_embedding(run_head(runner.head, raw), runner.output, count))
+    return at_least_single(
+        choose_embedding(run_part(runner.head, "head", raw), runner.output, count)
+    )
 
 
 def _replayed(runner: Runner, layout: Layout, pooled: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ The only file that registers hooks, and the one that calls the user's code.
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 
@@ -38,8 +38,8 @@ from .module import (
     module_device,
     no_gradients,
     refuse_training,
+    tell_failure,
     uncompiled,
-    user_code,
 )
 
 Keep = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -159,27 +159,19 @@ def in_graph(raw: Tensor) -> tuple[Tensor, Tensor]:
     return kept, kept.clone()  # what follows may begin with an in-place unit
 
 
-def _run_whole(module: nn.Module, images: Tensor) -> Output:
-    with user_code(f"the network ({type(module).__name__})", module, images):
-        output: Output = module(images.clone())  # which it may change in place
-    return output
+def run_part(part: Callable[..., Output], what: str, given: Output) -> Output:
+    """Return what the user's network, trunk or head makes of what it is given."""
+    try:
+        return part(given)
+    except (Exception, SystemExit) as error:
+        name = getattr(part, "__qualname__", type(part).__name__)
+        advice = "call it by itself on a tensor of that shape to see the whole of it"
+        tell_failure(error, f"the {what} ({name})", advice, part, given)
+        raise
 
 
-def run_head(head: Head, activations: Output) -> Output:
-    """Return what a head given as a function makes of activations in the layer's own layout."""
-    shown = activations if isinstance(activations, Tensor) else None
-    with user_code(f"the head ({_named(head)})", head, shown):
-        return head(activations)
-
-
-def _named(part: object) -> str:
-    return getattr(part, "__qualname__", type(part).__name__)
-
-
-def _watch(
-    module: nn.Module, parts: Mapping[str, nn.Module], images: Tensor
-) -> dict[str, tuple[int, ...]]:
-    """Return the shapes that parts return in one run, in order; those before a failure count."""
+def with_positions(module: nn.Module, images: Tensor, before: str | None = None) -> list[str]:
+    """Return the names of layers with several positions, in the order they run, up to `before`."""
     shapes: dict[str, tuple[int, ...]] = {}
     thread = threading.get_ident()
 
@@ -188,18 +180,13 @@ def _watch(
             with suppress(NetworkError):
                 shapes.setdefault(name, tuple(first_tensor(output, name).shape))
 
-    with ExitStack() as stack, suppress(EmbedcamError):
-        for name, part in parts.items():
-            if not isinstance(part, torch.jit.ScriptModule):  # it takes no hooks
+    with ExitStack() as stack, suppress(EmbedcamError):  # what ran before a failure counts
+        for dotted, part in module.named_modules():
+            if dotted and not isinstance(part, torch.jit.ScriptModule):  # it takes no hooks
+                name = bare_name(dotted)
                 hook = part.register_forward_hook(lambda *seen, name=name: look(name, seen[2]))
                 stack.enter_context(hook)
-        _run_whole(module, images)
-    return shapes
-
-
-def with_positions(module: nn.Module, images: Tensor, before: str | None = None) -> list[str]:
-    """Return the names of layers with several positions, in the order they run, up to `before`."""
-    shapes = _watch(module, {bare_name(n): part for n, part in module.named_modules() if n}, images)
+        run_part(module, "network", images.clone())
     names = list(shapes)
     return [
         name
@@ -371,23 +358,26 @@ class Runner:
             # torch warns about arrays it could write to though it should not.
             images = torch.from_numpy(images if images.flags.writeable else images.copy())
         positions = self.over_positions
-        dimensions = (2, 3) if positions else (4,)
-        if not isinstance(images, Tensor) or images.ndim not in dimensions or 0 in images.shape:
-            what = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        fits = isinstance(images, Tensor) and 0 not in images.shape
+        if fits and positions:
+            fits = images.ndim in (2, 3)
+        elif fits:
+            fits = images.ndim == 4 and images.is_floating_point()
+        if not fits:
+            what = type(images).__name__
+            if isinstance(images, Tensor):
+                what = f"{list(images.shape)} of {images.dtype}"
+            if positions:
+                raise InputError(
+                    f"the input is {what}; layout='bkl' expects signals [B C L], tables [B L] or "
+                    "the numbers of words [B L], at least one"
+                )
             raise InputError(
-                f"the input is {what}; layout='bkl' expects signals [B C L], tables [B L] or the "
-                "numbers of words [B L], at least one"
-                if positions
-                else f"images are {what}; expected preprocessed images [B 3 H W], at least one: "
-                "add the batch dimension to a single image"
+                f"images are {what}; expected floats [B 3 H W], at least one: add the batch "
+                "dimension to a single image, and apply the network's preprocess first"
             )
         if positions:
             self.example = images[:1] if self.example is None else self.example
-        elif not images.is_floating_point():
-            raise InputError(
-                f"images are {images.dtype}; expected preprocessed floats: apply the network's "
-                "preprocess first"
-            )
         elif self.input_size is None:
             self.channels, self.input_size = images.shape[1], (images.shape[2], images.shape[3])
         # Numbers of words stay whole, in a width that every embedding table takes.
@@ -436,17 +426,16 @@ class Runner:
 
         if self.parts is not None:
             trunk, head = self.parts
-            with user_code(f"the trunk ({_named(trunk)})", trunk, images):
-                raw = trunk(images.clone())
+            raw = run_part(trunk, "trunk", images.clone())  # which it may change in place
             if self.autocast is None or torch.is_autocast_enabled(self.device.type):
                 self.plain_dtype = raw.dtype if isinstance(raw, Tensor) else None
-            output = run_head(head, take(self.layer, raw))
+            output = run_part(head, "head", take(self.layer, raw))
         else:
             with ExitStack() as stack:
                 stack.enter_context(self.lock)
                 for name, part in layers:
                     stack.enter_context(part.register_forward_hook(hook(name)))
-                output = _run_whole(self.module, images)
+                output = run_part(self.module, "network", images.clone())
         for name, _ in layers:
             if not calls[name]:
                 raise NetworkError(
@@ -483,20 +472,19 @@ class Runner:
             more = len(images) == 1 or shape[0] == shape[1]
             few = images[:1].repeat(len(images) + 1 if more else 1, 1, 1, 1)
             size = (int(images.shape[2]), int(images.shape[3]))
-            answers = (
-                self._shape_for(layer, few[:, :, :height, :width].contiguous())
-                for height, width in smaller(size)
-            )
-            answer = next(filter(None, answers), ())
-            self._told[layer] = axes_told((shape, answer), (len(images), len(few)), size, layer)
-        return self._told.get(layer, "auto")
+            seen: list[tuple[int, ...]] = []
 
-    def _shape_for(self, layer: str, images: Tensor) -> tuple[int, ...]:
-        """Return the shape of a layer's output for an input; nothing where it is not taken."""
-        with no_gradients(), self.precision(), uncompiled(), self.lock:
-            if self.parts is None:
-                parts = dict(find_layers(self.module, [layer]))
-                return _watch(self.module, parts, images).get(layer, ())
-            with suppress(EmbedcamError), user_code("the trunk"):
-                return tuple(first_tensor(self.parts[0](images.clone()), layer).shape)
-        return ()
+            def look(raw: Tensor) -> tuple[Tensor, Tensor]:
+                seen.append(tuple(raw.shape))
+                return raw, raw
+
+            for height, width in smaller(size):
+                part = few[:, :, :height, :width].contiguous()
+                # What comes behind the layer may not take the input.
+                with no_gradients(), self.precision(), uncompiled(), suppress(EmbedcamError):
+                    self.call(part, look, None, self.find([layer]))
+                if seen:
+                    break
+            shapes, batches = (shape, seen[0] if seen else ()), (len(images), len(few))
+            self._told[layer] = axes_told(shapes, batches, size, layer)
+        return self._told.get(layer, "auto")

@@ -4,22 +4,24 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .._checks import one_of
 from .._options import setting
 from ..errors import InputError, short
-from .registry import FILLS, METHODS, bare_name, storable_methods, why_not_storable
+from .registry import FILLS, METHODS, bare_name, storable_methods
 
 if TYPE_CHECKING:
     from dataclasses import dataclass
 else:
 
-    def dataclass(**_: object) -> Any:
+    def dataclass(**_):
         """Leave a class as it is: only `Recipe`, below it, is made one."""
         return lambda declaration: declaration
 
 
+Value = bool | int | float | str | None
+"""Of a method's own option."""
 TARGETS = ("margin", "centred", "discriminant", "distinctive")
 WHITENED = ("discriminant", "distinctive")
 """Targets that measure the margin in whitened embeddings, over every triplet."""
@@ -33,14 +35,19 @@ N_TRIPLETS, MOST_TRIPLETS = 50, 1_000_000
 """S where none is asked for (Chen et al., WACV 2020)."""
 
 
-def _method(name: str, value: Any) -> str:
+def _method(name: str, value: object) -> str:
     bare = bare_name(value) if isinstance(value, str) else ""
-    if bare in METHODS and not METHODS[bare].storable:
-        raise InputError(f"{name} = {bare!r}: {why_not_storable(METHODS[bare])}")
-    return bare if bare in METHODS else one_of(name, value, storable_methods())
+    if bare not in METHODS:
+        return one_of(name, value, storable_methods())
+    if not (method := METHODS[bare]).storable:
+        raise InputError(
+            f"{name} = {bare!r}: {method.title} cannot be put in an index: {method.why}; the "
+            f"nearest method that can is {method.nearest!r}"
+        )
+    return bare
 
 
-def _pairs(name: str, options: Any) -> tuple[tuple[str, Any], ...]:
+def _pairs(name: str, options: Mapping[str, Value]) -> tuple[tuple[str, Value], ...]:
     """Return options as pairs in the order of their names: one set of choices is one recipe."""
     try:
         pairs = dict(options)
@@ -57,7 +64,7 @@ def _pairs(name: str, options: Any) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted(pairs.items()))
 
 
-def _pair(text: str) -> tuple[str, Any]:
+def _pair(text: str) -> tuple[str, Value]:
     """Return NAME=VALUE, the value a number, true, false, none or words."""
     name, equals, value = text.partition("=")
     if not name or not equals:
@@ -67,7 +74,8 @@ def _pair(text: str) -> tuple[str, Any]:
             return name, kind(value)
         except ValueError:
             pass
-    return name, {"true": True, "false": False, "none": None}.get(value.lower(), value)
+    words: dict[str, Value] = {"true": True, "false": False, "none": None}
+    return name, words.get(value.lower(), value)
 
 
 def _count_or_file(text: str) -> int | str:
@@ -96,8 +104,8 @@ class Choices:
     target: str = _weights(
         "auto",
         "NAME",
-        "auto (default: distinctive where it has a closed form, else margin), margin, "
-        "distinctive, discriminant or centred",
+        "auto (default: distinctive where it has a closed form, else margin), "
+        "margin, distinctive, discriminant or centred",
         choices=("auto", *TARGETS),
     )
     norm: str = _weights("through", "WAY", "through (default) or around the L2 norm", choices=NORMS)
@@ -122,8 +130,8 @@ class Choices:
     layers: tuple[str, ...] = _weights(
         (),
         "NAMES",
-        "of a method of several layers, such as layer2,layer3,layer4; the last is the one "
-        "the network explains, named as a build prints it",
+        "of a method of several layers, such as layer2,layer3,layer4; the last is the "
+        "one the network explains, named as a build prints it",
     )
     fill: str = _weights(
         "mean",
@@ -131,7 +139,7 @@ class Choices:
         "what a masking method puts in place of masked pixels: mean (default), black or blur",
         choices=FILLS,
     )
-    options: Mapping[str, Any] | tuple[tuple[str, Any], ...] = _weights(
+    options: Mapping[str, Value] | tuple[tuple[str, Value], ...] = _weights(
         (),
         "NAME=VALUE",
         "an option of the method, such as samples=50; may be repeated",

@@ -7,9 +7,12 @@ dataclass here and in `choices`: importing that takes longer than all else that 
 from collections.abc import Callable
 from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from ..methods.subject import MethodOutput
 
 
 class Method(NamedTuple):
@@ -45,10 +48,11 @@ class Method(NamedTuple):
         """Return whether an index can hold it."""
         return not isinstance(self, MapMethod)
 
-    def load(self) -> Callable[..., Any]:
+    def load(self) -> "Callable[..., MethodOutput]":
         """Return the function: `function(subject, **options) -> MethodOutput`."""
         module, _, function = self.where.partition(":")
-        method: Callable[..., Any] = getattr(import_module(f"embedcam.methods.{module}"), function)
+        loaded = import_module(f"embedcam.methods.{module}")
+        method: Callable[..., MethodOutput] = getattr(loaded, function)
         return method
 
 
@@ -147,11 +151,3 @@ def bare_name(name: str) -> str:
 def storable_methods() -> tuple[str, ...]:
     """Return names of the methods an index can hold."""
     return tuple(name for name, method in METHODS.items() if method.storable)
-
-
-def why_not_storable(method: Method) -> str:
-    """Return one sentence on why an index cannot hold a method, naming the nearest it can."""
-    return (
-        f"{method.title} cannot be put in an index: {method.why}; the nearest method that can is "
-        f"{method.nearest!r}"
-    )

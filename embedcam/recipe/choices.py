@@ -26,11 +26,6 @@ TARGETS = ("margin", "centred", "discriminant", "distinctive")
 WHITENED = ("discriminant", "distinctive")
 """Targets that measure the margin in whitened embeddings, over every triplet."""
 NORMS = ("through", "around")
-SAMPLINGS = ("random", "semihard", "hard", "all")
-ENCODINGS = ("low-rank", "top-m", "dense")
-DTYPES = ("float16", "float32")
-METRICS = ("l2", "ip")
-LABELS = ("classes", "numbers")
 N_TRIPLETS, MOST_TRIPLETS = 50, 1_000_000
 """S where none is asked for (Chen et al., WACV 2020)."""
 
@@ -113,7 +108,7 @@ class Choices:
         "auto",
         "NAME",
         "auto (default), all, random, semihard or hard",
-        choices=("auto", *SAMPLINGS, "given"),
+        choices=("auto", "random", "semihard", "hard", "all", "given"),
     )
     triplets: int | None = _weights(
         None,
@@ -149,18 +144,24 @@ class Choices:
         check=_pairs,
     )
     encoding: str = _stored(
-        "low-rank", "NAME", "low-rank (default), top-m or dense", choices=ENCODINGS, entry="name"
+        "low-rank",
+        "NAME",
+        "low-rank (default), top-m or dense",
+        choices=("low-rank", "top-m", "dense"),
+        entry="name",
     )
     rank: int = _stored(128, "R", "R of low-rank (default 128)", least=1)
     m: int = _stored(50, "M", "M of top-m (default 50)", least=1, flag="top_m")
     by: str = _stored(
         "signed", "WHAT", "top-m by signed (default) or magnitude", choices=("signed", "magnitude")
     )
-    dtype: str = _stored("float16", "NAME", "float16 (default) or float32", choices=DTYPES)
+    dtype: str = _stored(
+        "float16", "NAME", "float16 (default) or float32", choices=("float16", "float32")
+    )
     faiss: str = setting(
         "Flat", "FACTORY", "FAISS factory string (default Flat), or none", table="search"
     )
-    metric: str = setting("l2", "NAME", "l2 (default) or ip", choices=METRICS, table="search")
-    labels: str = _weights("classes", choices=LABELS)
+    metric: str = setting("l2", "NAME", "l2 (default) or ip", choices=("l2", "ip"), table="search")
+    labels: str = _weights("classes", choices=("classes", "numbers"))
     positives: float = _weights(0.1, above=0, most=1)
     negatives: float = _weights(0.5, above=0, most=1)

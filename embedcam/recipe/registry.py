@@ -21,27 +21,17 @@ class Method(NamedTuple):
     name: str
     title: str
     source: str
-    where: str
-    """"module:function" below `embedcam.methods`."""
-    seeded: bool = False
-    """It draws random numbers."""
-    targeted: bool = True
-    """False where the map ignores the target: it cannot say what matched."""
-    scored: bool = False
-    """It asks for scores of the embedding and never for a gradient, so the norm changes nothing."""
-    several: bool = False
-    """It can work on several layers at once."""
-    filled: bool = False
-    """What it masks, or begins its steps from, takes the fill that is asked for."""
-    trained: bool = False
-    """It needs a branch of its own that was trained (`methods.learned`)."""
-    per_triplet: bool = False
-    """Not linear in the target, so weights are averaged over triplets."""
-    own_map: bool = False
-    """The paper's map is more than its weights draw: `cam_for` shows it, an index the weights'."""
-    nearest: str = ""
-    """Of a method that no index can hold, the nearest that one can, and `why` not."""
-    why: str = ""
+    where: str  # "module:function" below `embedcam.methods`
+    seeded: bool = False  # it draws random numbers
+    targeted: bool = True  # False where the map ignores the target: it cannot say what matched
+    scored: bool = False  # it asks for scores, never for a gradient: the norm changes nothing
+    several: bool = False  # it can work on several layers at once
+    filled: bool = False  # what it masks, or begins from, takes the fill that is asked for
+    trained: bool = False  # it needs a branch of its own that was trained (`methods.learned`)
+    per_triplet: bool = False  # not linear in the target: weights are averaged over triplets
+    own_map: bool = False  # the map is more than weights draw: `cam_for` shows it, an index not
+    nearest: str = ""  # of a method that no index can hold, the nearest that one can
+    why: str = ""  # and why not
 
     @property
     def storable(self) -> bool:

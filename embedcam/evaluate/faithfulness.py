@@ -14,7 +14,6 @@ from torch import Tensor
 from .._checks import as_array
 from ..errors import NetworkError
 from ..methods.masking import fill_like
-from ..methods.subject import inputs_a_pass
 from ..metrics import (
     cosines,
     curve_area,
@@ -25,27 +24,21 @@ from ..metrics import (
     removal_masks,
     score_drops,
 )
-from ..network import EmbeddingNetwork
 from ..ops import normalize
-from .gallery import Gallery
-from .measures import Clock, Number
-from .settings import Settings
+from .measures import Number
+from .work import Work
 
 
 class Faithfulness:
     """Runs masked queries through the network; keeps each method's curves `[2 S+1]` a query."""
 
-    def __init__(
-        self, network: EmbeddingNetwork, gallery: Gallery, settings: Settings, clock: Clock
-    ) -> None:
-        self.network, self.gallery, self.settings, self.clock = network, gallery, settings, clock
-        self.batch = settings.batch_size or inputs_a_pass(network.device)
-        self.passes = 0
-        self.curves: dict[str, list[np.ndarray]] = {}
+    def __init__(self, work: Work, curves: dict[str, list[np.ndarray]]) -> None:
+        self.network, self.clock = work.mapper.network, work.mapper.clock
+        self.gallery, self.settings, self.batch = work.gallery, work.settings, work.batch_size
+        self.passes, self.curves = 0, curves
         # Convolutions on CPUs run up to 1.6 times as fast on it.
-        self._layout = torch.contiguous_format
-        if network.device.type == "cpu":
-            self._layout = torch.channels_last
+        on_cpu = self.network.device.type == "cpu"
+        self._layout = torch.channels_last if on_cpu else torch.contiguous_format
 
     def __call__(
         self,

@@ -46,6 +46,7 @@ class Gallery:
         self.numbers = index.manifest.near_share is not None
         labels = [None] * len(self) if self.numbers else index.labels[self.positions]
         self._labels = list(dict.fromkeys(label for label in labels if label is not None))
+        self.labeled = bool(self._labels)
         self._codes = {label: code for code, label in enumerate(self._labels)}
         self.codes = np.array([self.code(label) for label in labels], np.int64)
         self._places = np.full(index.n_rows, -1)
@@ -56,11 +57,6 @@ class Gallery:
 
     def __len__(self) -> int:
         return len(self.positions)
-
-    @property
-    def labeled(self) -> bool:
-        """Return whether any image has a label."""
-        return bool(self._labels)
 
     def code(self, label: str | None) -> int:
         """Return the code of a label, -1 for one that the index does not know."""

@@ -220,10 +220,10 @@ def compared(work: Work, rows: Rows) -> tuple[Rows, Compared]:
         return rows, beside
     controls, faithful = work.settings.controls, work.wants("faithfulness")
     shuffled = _shuffled(work, places) if controls else None
-    remove = Faithfulness(work.mapper.network, work.gallery, work.settings, work.mapper.clock)
+    remove = Faithfulness(work, beside.curves)
     with work.bar(len(places), "controls" if controls else "faithfulness") as advance:
-        for batch in work.batches(places):
-            asked = work.questions(batch, work.mapper.see(batch.images))
+        for batch, seen in work.seen(places):
+            asked = work.questions(batch, seen)
             maps = work.draw(asked)
             if not controls:
                 del maps[MEAN]
@@ -234,7 +234,7 @@ def compared(work: Work, rows: Rows) -> tuple[Rows, Compared]:
                 maps |= {} if last is None else {SHUFFLED: last}
             others = {method: some for method, some in maps.items() if method != TRANSFERRED}
             with work.mapper.clock("metrics"):
-                where = work.located(work.placed(batch, asked.seen.size), others)
+                where = work.located(work.placed(batch, seen.size), others)
             for place, position in enumerate(batch.positions.tolist()):
                 row = rows[position] | where[place]
                 row |= {
@@ -242,15 +242,13 @@ def compared(work: Work, rows: Rows) -> tuple[Rows, Compared]:
                 }
                 if faithful:
                     one = {method: some.drawn[place] for method, some in maps.items()}
-                    numbers = remove(
-                        batch.images[place], asked.seen.embeddings[place],
-                        int(asked.near[place][0]), asked.left_out[place][0], one,
-                    )  # fmt: skip
-                    for method, values in numbers.items():
+                    result, own = int(asked.near[place][0]), asked.left_out[place][0]
+                    inputs, embedding = batch.images[place], seen.embeddings[place]
+                    for method, values in remove(inputs, embedding, result, own, one).items():
                         row |= columns(method, values)
                 rows[position] = row
                 advance(1)
-    beside.images, beside.passes, beside.curves = len(places), remove.passes, remove.curves
+    beside.images, beside.passes = len(places), remove.passes
     if shuffled is not None:
         shuffled.shuffle(0)
         beside.modules = shuffled.count
@@ -273,12 +271,12 @@ def _sample(work: Work, rows: Rows) -> np.ndarray:
 
 
 def _shuffled(work: Work, places: np.ndarray) -> ShuffledNetwork | None:
-    some = next(work.batches(places[:MEASURED], None, MEASURED), None)
-    if some is None:
+    first = next(work.seen(places[:MEASURED], None, MEASURED), None)
+    if first is None:
         work.note("no controls: the images could be read before, and no longer can")
         return None
     try:
-        return ShuffledNetwork(work.mapper.network, work.settings.seed, some.images)
+        return ShuffledNetwork(work.mapper.network, work.settings.seed, first[0].images)
     except EmbedcamError as error:
         work.note(f"no network of shuffled parameters as a control: {error}")
         return None

@@ -2,19 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import EmbedcamError, ran_out, reason
 from ..explain.explainer import Explainer, Explanation
-from ..images import MAX_PIXELS
-from ..index import Index
 from ..network import EmbeddingNetwork
 from ..ops import area_average, drawn_and_signed, resize
 from .measures import Clock
-from .settings import Settings
 
 
 @dataclass(frozen=True)
@@ -63,22 +59,11 @@ Draw = Callable[[Questions], Maps]
 
 
 class Mapper:
-    """Draws maps of an index, refusing a network that is not its own."""
+    """Draws maps of an index."""
 
-    def __init__(
-        self,
-        index: Index,
-        network: EmbeddingNetwork,
-        settings: Settings,
-        clock: Clock,
-        images: Path | None = None,
-        max_pixels: int = MAX_PIXELS,
-    ) -> None:
-        self.index, self.network, self.clock = index, network, clock
-        self.explainer = Explainer(
-            index, network, n_neighbors=settings.n_neighbors, transfer=settings.transfer,
-            images=images, max_pixels=max_pixels,
-        )  # fmt: skip
+    def __init__(self, explainer: Explainer, network: EmbeddingNetwork, clock: Clock) -> None:
+        self.explainer, self.network, self.clock = explainer, network, clock
+        self.index = index = explainer.index
         self.layers = index.manifest.layer_names
         self.channels = [layer.channels for layer in index.manifest.layers]
         # Why pairs are squeezed into the size of one picture; empty where they are not.

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import InputError
+from ..explain.explainer import Explainer
 from ..images import ImageSource, Item
 from ..index import Index
 from ..methods import MethodWarning, cam_for
@@ -89,8 +90,8 @@ def rivals_of(
             except InputError as error:
                 raise InputError(f"the recipe {name!r} builds no index: {error}") from error
             index = stack.enter_context(Index.open(folder))
-            other = Mapper(index, mapper.network, work.settings, mapper.clock)
-            rivals[name] = _by_recipe(mapper, other)
+            other = Explainer(index, mapper.network, transfer=work.settings.transfer)
+            rivals[name] = _by_recipe(mapper, Mapper(other, mapper.network, mapper.clock))
         yield rivals
 
 

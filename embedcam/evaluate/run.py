@@ -10,6 +10,7 @@ import numpy as np
 
 from .._checks import one_of
 from ..errors import InputError
+from ..explain.explainer import Explainer
 from ..images import ImageSource
 from ..index import Index
 from ..network import EmbeddingNetwork
@@ -96,12 +97,15 @@ def evaluate_index(
     with nullcontext(index) if isinstance(index, Index) else Index.open(index) as opened:
         regions = Regions(source) if boxes is None else of_boxes(boxes, source)
         regions = regions if masks is None else of_masks(masks, source)
-        mapper = Mapper(opened, network, settings, Clock(), root, source.max_pixels)
+        explainer = Explainer(
+            opened, network, n_neighbors=settings.n_neighbors, transfer=settings.transfer,
+            images=root, max_pixels=source.max_pixels,
+        )  # fmt: skip
         if root is None and opened.manifest.images_root is not None:
             root = Path(opened.manifest.images_root)
         positions = sample(len(source), settings.limit, settings.seed)
         work = Work(
-            settings, source, mapper, Gallery(opened, settings.seed),
+            settings, source, Mapper(explainer, network, Clock()), Gallery(opened, settings.seed),
             OwnRows(opened, source, positions, root), regions, on_unreadable, workers, progress,
         )  # fmt: skip
         with rivals_of(work, wanted, by_name) as work.rivals:

@@ -25,11 +25,10 @@ def summarized(
     others = [*work.rivals, *BASELINES]
     sampled = [row for row in rows if any(f"{method}: empty" in row for method in others)]
     controls = beside_others(sampled, ("localisation", "faithfulness"), others)
-    by_kind = {
-        "pasted pairs": [row for row in questions if row["second"] >= 0],
-        "boxes of several labels": [row for row in questions if row["second"] < 0],
-    }
-    asked = {name: some for name, some in by_kind.items() if some}
+    asked: dict[str, list[Record]] = {}
+    for row in sorted(questions, key=lambda row: row["second"] < 0):
+        kind = "pasted pairs" if row["second"] >= 0 else "boxes of several labels"
+        asked.setdefault(kind, []).append(row)
     beside_each = others if work.settings.controls or work.rivals else ()
     objects: dict[str, Record] = {
         name: {
@@ -234,23 +233,21 @@ def flags(table: Record, what: str) -> list[str]:
     for baseline in BASELINES:
         titles: dict[str, list[str]] = {"worse in": [], "not told apart by": []}
         for name, entry in table.items():
-            difference = entry["differences"].get(baseline)
-            if difference is not None and not difference["beats"]:
-                verdict = "worse in" if difference["worse"] else "not told apart by"
+            found = entry["differences"].get(baseline, {"beats": True})
+            if not found["beats"]:
+                verdict = "worse in" if found["worse"] else "not told apart by"
                 titles[verdict].append(MEASURES[name].title)
-        words = [f"{verdict} {_and(names)}" for verdict, names in titles.items() if names]
-        if words:
+        if words := [f"{verdict} {_and(names)}" for verdict, names in titles.items() if names]:
             sentences.append(f"{TRANSFERRED} beside {baseline} ({what}): {'; '.join(words)}")
     return sentences
 
 
 def beaten(table: Record, what: str) -> list[str]:
     """Return a sentence naming the measures in which the method beats every baseline; or none."""
-    beats = {
-        name: [one["beats"] for other, one in entry["differences"].items() if other in BASELINES]
-        for name, entry in table.items()
-    }
-    names = [MEASURES[name].title for name, each in beats.items() if each and all(each)]
+    names = []
+    for name, entry in table.items():
+        judged = [one["beats"] for other, one in entry["differences"].items() if other in BASELINES]
+        names += [MEASURES[name].title] if judged and all(judged) else []
     return [f"{TRANSFERRED} ({what}): better than every control in {_and(names)}"] if names else []
 
 

@@ -56,32 +56,25 @@ class Work:
         """Show how far a group of measures is."""
         return progress_of(what, total, shown=self.progress)
 
-    def batches(
+    def seen(
         self, positions: np.ndarray, advance: Advance | None = None, batch_size: int | None = None
-    ) -> Iterator[Batch]:
-        """Yield the images at some positions that can be read, a batch at a time."""
+    ) -> Iterator[tuple[Batch, Seen]]:
+        """Yield the images that can be read and embedded, a batch at a time, in one pass each."""
         loaded = load_batches(
             self.source, positions, self.preprocess, batch_size or self.batch_size,
             workers=self.workers, on_error=self.on_unreadable,
         )  # fmt: skip
         while True:
             with self.mapper.clock("reading"):
-                batch = next(loaded, None)
-            if batch is None:
+                read = next(loaded, None)
+            if read is None:
                 return
+            batch, seen = embed(read, self.source, self.mapper.see, self.on_unreadable)
             self.skipped += [message for _, message in batch.errors]
-            if len(batch):
-                yield batch
-            if advance is not None:
-                advance(len(batch) + len(batch.errors))
-
-    def seen(self, positions: np.ndarray, advance: Advance) -> Iterator[tuple[Batch, Seen]]:
-        """Yield the batches that can be embedded, too, each with its forward pass."""
-        for loaded in self.batches(positions, advance):
-            batch, seen = embed(loaded, self.source, self.mapper.see, self.on_unreadable)
-            self.skipped += [one[1] for one in batch.errors if one not in loaded.errors]
             if seen is not None:
                 yield batch, seen
+            if advance is not None:
+                advance(len(read) + len(read.errors))
 
     def questions(self, batch: Batch, seen: Seen) -> Questions:
         """Ask about images: for each its nearest images, itself left out."""

@@ -6,7 +6,6 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from .._files import write_whole
 from ..errors import ImageError, InputError, printable, show, show_json
-from ..images import EXTENSIONS, MAX_PIXELS, ImageSource, Item
+from ..images import MAX_PIXELS, ImageSource, Item
 from ..images.reading import why_missing
 from ..index.search import check_rival
 from ..ops import attended
@@ -40,7 +39,7 @@ def explain(options: Namespace) -> None:
     queries = _report_queries(options)
     if queries is None:
         for query in options.queries:
-            _check_query(query, "name the pictures in it, as in {}, or give --report FOLDER")
+            _check_query(query)
     pictures = _plan_pictures(options.output, options.queries)
     if options.html is not None:
         check_file(options.html, *options.queries)
@@ -304,18 +303,18 @@ def check_file(file: str | Path, *read: str | None) -> None:
             raise InputError(f"{file} is read, and would be replaced; write somewhere else")
 
 
-def _check_query(query: str, advice: str = "") -> None:
-    """Refuse a query that is not there; and, with `advice`, a folder."""
+def _check_query(query: str, many: bool = False) -> None:
+    """Refuse a query that is not there, and a folder: one of many queries, or of pictures."""
+    if Path(query).is_dir() and many:
+        raise InputError(f"{query}: is a folder; give one folder, one CSV or pictures")
+    if Path(query).is_dir():
+        example = Path(query) / "*.jpg"
+        raise ImageError(
+            f"{query}: is a folder; name the pictures in it, as in {example}, or give "
+            "--report FOLDER"
+        )
     if not Path(query).exists():
         raise ImageError(f"{query}: {why_missing(query)}")
-    if advice and Path(query).is_dir():
-        # What a shell would find some of its pictures by, as queries/*.jpg.
-        for depth in ("*", "*/*"):
-            for file in sorted(islice(Path(query).glob(depth), 1000)):
-                if file.suffix.lower() in EXTENSIONS:
-                    example = Path(query) / f"{depth}{file.suffix}"
-                    raise ImageError(f"{query}: is a folder; {advice.format(example)}")
-        raise ImageError(f"{query}: is a folder without a picture in it; name pictures")
 
 
 def _plan_pictures(output: str | None, queries: Sequence[str]) -> Sequence[Path | None]:
@@ -417,9 +416,7 @@ def _report_queries(options: Namespace) -> ImageSource | None:
         if given:
             raise InputError(f"{name} goes with one folder or CSV; leave it out, or the pictures")
     for query in options.queries:
-        if Path(query).is_dir():
-            raise InputError(f"{query}: is a folder; give one folder, one CSV or pictures")
-        _check_query(query)
+        _check_query(query, many=True)
     items = [Item(query, query) for query in options.queries]
     return ImageSource(items, max_pixels=options.max_pixels or MAX_PIXELS)
 

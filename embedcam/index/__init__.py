@@ -8,7 +8,7 @@ checks.
 from .faiss_files import check_factory
 from .manifest import FORMAT_VERSION, Manifest
 from .parts import PartData, check_ids, quantize_coarse
-from .reader import REMOVED, Index, Selection
+from .reader import REMOVED, Index, Selection, Stored
 from .rows import IndexRows
 from .search import Neighbors, nearest
 from .verify import Verification, check_files, verify
@@ -35,6 +35,7 @@ __all__ = [
     "PartData",
     "REMOVED",
     "Selection",
+    "Stored",
     "Verification",
     "append",
     "check_factory",

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Generic, Never, TypeVar, overload
+from typing import Generic, NamedTuple, Never, TypeVar, overload
 
 import numpy as np
 
@@ -159,6 +159,13 @@ class Index:
     def select(self, positions: Positions) -> "Selection":
         """Return some rows, to be fetched field by field; the cheapest way to several fields."""
         return Selection(self._rows, check_positions(positions, self.n_rows))
+
+    def fetch(self, positions: Positions, first: int | None = None) -> "Stored":
+        """Return all that is kept of the `first` rows (None: of all) but embeddings; all labels."""
+        every = self.select(positions)
+        rows = every if first is None else Selection(self._rows, every.positions[:first])
+        fields = [rows.fields(number) for number in range(len(self.layers))]
+        return Stored(rows.ids, rows.paths, every.labels, rows.coarse(), rows.marks, fields)
 
     def embeddings(self, positions: Positions) -> np.ndarray:
         """Return stored embeddings of rows, float32 `[n D]`."""
@@ -339,6 +346,21 @@ def missing(root: Path, manifest: Manifest, error: FileNotFoundError) -> IndexFo
     name = os.path.relpath(error.filename or root, root)
     derived = manifest.faiss is not None and name == manifest.faiss.file
     return broken(root, name, "is missing", *([REBUILD] if derived else []))
+
+
+class Stored(NamedTuple):
+    """What an index keeps of rows, fetched at once by `Index.fetch`.
+
+    Coarse `maps` float32 `[n h w]` (None: none are stored), `marks` uint32 `[n 4]` (zeros: none was
+    taken), and of each layer the `fields` that its encoding decodes.
+    """
+
+    ids: list[str]
+    paths: list[str]
+    labels: list[str | None]
+    maps: np.ndarray | None
+    marks: np.ndarray
+    fields: list[dict[str, np.ndarray]]
 
 
 def check_positions(positions: object, total: int) -> np.ndarray:

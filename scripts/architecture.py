@@ -14,32 +14,60 @@ COLORS = {"offline": "#fde8d7", "explain": "#dcebf7"}
 BOX, GAP, HEIGHT, ROW = 112, 14, 34, 84
 
 
+def imports(file: Path, text: str | None = None) -> set[str]:
+    """Return the dotted names a module imports when it runs, functions included, typing aside."""
+    tree = ast.parse(file.read_text(encoding="utf-8") if text is None else text)
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for child in node.body
+        for inner in ast.walk(child)
+    }
+    names, parts = set[str](), ("embedcam", *file.relative_to(PACKAGE).parent.parts)
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = parts[: len(parts) - node.level + 1] if node.level else ()
+            base = ".".join([*package, *filter(None, [node.module])])
+            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+@cache
+def modules() -> dict[str, list[Path]]:
+    """Return the files of every package and module at embedcam's root."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        if file.parent != PACKAGE or not file.stem.startswith("__"):
+            name = file.relative_to(PACKAGE).with_suffix("").parts[0]
+            found.setdefault(name, []).append(file)
+    return found
+
+
 @cache
 def below() -> dict[str, set[str]]:
     """Return for every package of embedcam the packages that it imports."""
-    files = {
-        file: file.relative_to(PACKAGE).with_suffix("").parts
-        for file in sorted(PACKAGE.rglob("*.py"))
-        if not (file.parent == PACKAGE and file.stem.startswith("__"))
+    names = {name: set().union(*map(imports, files)) for name, files in modules().items()}
+    return {
+        name: {one.split(".")[1] for one in found if one.startswith("embedcam.")}
+        & names.keys() - {name}
+        for name, found in names.items()
     }
-    imports: dict[str, set[str]] = {parts[0]: set() for parts in files.values()}
-    for file, parts in files.items():
-        depth = len(parts) - 1
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        typing_only = {
-            id(inner)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-            for inner in ast.walk(node)
-        }
-        for node in ast.walk(tree):
-            if id(node) in typing_only or not isinstance(node, ast.ImportFrom):
-                continue
-            if node.level != depth + 1:
-                continue
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            imports[parts[0]] |= {name.split(".")[0] for name in names}
-    return {name: (found & imports.keys()) - {name} for name, found in imports.items()}
+
+
+def reached(package: str) -> set[str]:
+    """Return the packages a package reaches through every import, itself included."""
+    found, ahead = set[str](), [package]
+    while ahead:
+        name = ahead.pop()
+        if name not in found:
+            found.add(name)
+            ahead += below()[name]
+    return found
 
 
 @cache
@@ -86,13 +114,6 @@ def drawing() -> str:
             f'<text x="{x + BOX / 2:g}" y="{y + 22:g}" text-anchor="middle">{escape(name)}</text>'
         )
     return "\n".join([*parts, "</svg>\n"])
-
-
-@cache
-def reached(package: str) -> frozenset[str]:
-    """Return all packages below a package."""
-    direct = below()[package]
-    return frozenset(direct).union(*(reached(name) for name in direct))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """LFI-CAM and ABN beside literal loops, as networks that are trained, saved and explained."""
 
 import copy
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -24,8 +22,8 @@ from embedcam.errors import InputError, NetworkError
 from embedcam.methods import MethodMap, MethodWarning, cam_for
 from embedcam.methods.learned import ABNetwork, LFINetwork, at_stride_one
 from embedcam.targets import Coordinate
+from examples import train_attention as script
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "train_attention.py"
 TOLERANCE = 1e-9
 
 
@@ -235,16 +233,6 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
     assert own(images).shape == (1, 3)
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_attention", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 SMALL = DemoSettings(
     input_size=48, scene_size=48, n_train=60, n_query=20, steps=24, batch_size=20, channels=24,
     embedding_size=8,
@@ -252,9 +240,7 @@ SMALL = DemoSettings(
 
 
 @pytest.mark.parametrize("name", ["lfi", "abn"])
-def test_training_lowers_the_loss_and_the_maps_are_the_branchs(
-    script: ModuleType, name: str
-) -> None:
+def test_training_lowers_the_loss_and_the_maps_are_the_branchs(name: str) -> None:
     module = (script.make_lfi if name == "lfi" else script.make_abn)(SMALL).eval()
     untrained = copy.deepcopy(module)
     losses = script.train(module, SMALL, progress=False)
@@ -284,7 +270,7 @@ def test_training_lowers_the_loss_and_the_maps_are_the_branchs(
 
 
 def test_the_script_writes_weights_and_a_picture(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script.run(tmp_path, replace(SMALL, steps=2, n_query=10, n_train=20), 2, progress=False)
     said = capsys.readouterr().out

@@ -1,8 +1,6 @@
 """The example for CLIP and DINOv2, with small random networks."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -10,23 +8,13 @@ import torch
 from PIL import Image
 
 pytest.importorskip("transformers")
+from examples import transformer as example
 
 KINDS = ("dinov2", "clip")
 
 
-@pytest.fixture(scope="module")
-def example() -> ModuleType:
-    path = Path(__file__).parents[1] / "examples" / "transformer.py"
-    spec = importlib.util.spec_from_file_location("transformer_example", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_map_is_grad_cam_of_the_cosine_similarity(example: ModuleType, kind: str) -> None:
+def test_the_map_is_grad_cam_of_the_cosine_similarity(kind: str) -> None:
     network = example.random_network(kind)
     query, other = network.probe_images(2)
     found = example.explain(network, query, other)
@@ -45,7 +33,7 @@ def test_the_map_is_grad_cam_of_the_cosine_similarity(example: ModuleType, kind:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_patches_behind_the_last_attention_are_refused(example: ModuleType, kind: str) -> None:
+def test_patches_behind_the_last_attention_are_refused(kind: str) -> None:
     from embedcam.errors import NetworkError
     from embedcam.network import EmbeddingNetwork
 
@@ -65,7 +53,7 @@ def test_patches_behind_the_last_attention_are_refused(example: ModuleType, kind
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_program_writes_a_picture(
-    example: ModuleType, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     generator = np.random.default_rng(0)
     for name in ("query.png", "other.png"):

@@ -356,6 +356,7 @@ class Explanation:
         return [one.id for one in self.results() if self._state(one) == "changed"]
 
     def neighbors(self) -> list[Result]:
+        """Return the neighbors, nearest first, each as one record."""
         apart, marks = (self.distances, self.similarities), self.marks
         maps, norms = self.neighbor_cams, self.neighbor_norms
         return Result.of(self.ids, self.labels, self.paths, *apart, maps, norms, marks)

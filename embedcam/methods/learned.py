@@ -3,12 +3,9 @@
 `examples/train_attention.py` trains them; `EmbeddingNetwork(module, "trunk")` explains them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from typing import TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -174,12 +171,10 @@ def lficam(subject: Subject) -> MethodOutput:
     network = subject.network
     learned = _learned(network, LFINetwork, "LFI-CAM")
     if not _is_output_of(network, learned.trunk):
-        what = (
-            f"LFI-CAM weighs the trunk's output, and this network explains layer {network.layer!r}"
-        )
+        what = f"LFI-CAM weighs the trunk, and this network explains layer {network.layer!r}"
         raise NetworkError(f"{what}; use EmbeddingNetwork(module, 'trunk')")
     activations = subject.activations
-    with _computing_as(network):
+    with network.runner.precision():
         importance = learned.importance(
             *(one.to(network.device, network.dtype) for one in (subject.images, activations))
         )
@@ -191,7 +186,7 @@ def abn(subject: Subject) -> MethodOutput:
     network = subject.network
     learned = _learned(network, ABNetwork, "ABN")
     activations = subject.activations  # first: it refuses training mode and unfit inputs
-    with _computing_as(network):
+    with network.runner.precision():
         if _is_output_of(network, learned.trunk):
             attention, _ = learned.attention(activations.to(network.device, network.dtype))
         else:
@@ -221,15 +216,3 @@ def _is_output_of(network: EmbeddingNetwork, trunk: nn.Module) -> bool:
     while layer is not trunk and isinstance(trunk, nn.Sequential) and len(trunk):
         trunk = trunk[-1]
     return layer is trunk
-
-
-@contextmanager
-def _computing_as(network: EmbeddingNetwork) -> Iterator[None]:
-    """Compute without gradients in the network's own precision, whatever surrounds the call."""
-    kind, chosen = network.device.type, network.autocast
-    with torch.inference_mode(False), torch.no_grad():
-        if chosen is None and not torch.is_autocast_enabled(kind):
-            yield
-            return
-        with torch.autocast(kind, dtype=chosen, enabled=chosen is not None, cache_enabled=False):
-            yield

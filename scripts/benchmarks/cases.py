@@ -130,9 +130,11 @@ def query_input(seed: int = 0) -> Tensor:
     return torch.randn(3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-def near(centres: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Unit vectors `[n D]` around the centres."""
-    vectors = centres[rng.integers(0, len(centres), n)]
+def near(n: int, seed: int, clusters: int = 1000) -> np.ndarray:
+    """Unit vectors `[n 128]` around the same centres, whatever the seed."""
+    centres = np.random.default_rng(0).standard_normal((clusters, HEAD_WIDTH), np.float32)
+    rng = np.random.default_rng([1, seed])
+    vectors = centres[rng.integers(0, clusters, n)]
     vectors += np.float32(0.7) * rng.standard_normal(vectors.shape, np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 

@@ -39,11 +39,10 @@ class Asked:
         self.apart = {name: Explainer(Index.open(path)) for name, path in paths.items()}
         for one in self.apart.values():
             one.index.search = lambda *_, **__: self.found  # type: ignore[method-assign]
-        rng = np.random.default_rng(1)
         # Enough activations that they are not in the processor's cache already.
-        maps = rng.random((min(count, 200), CHANNELS, *GRID), np.float32)
+        maps = np.random.default_rng(1).random((min(count, 200), CHANNELS, *GRID), np.float32)
         self.queries = []
-        for number, vector in enumerate(near(centres(), count, rng)):
+        for number, vector in enumerate(near(count, 1)):
             found = self.index.search(vector[None], NEIGHBORS)
             ids = self.index.ids[found.positions[0]]
             self.queries.append(Query(vector, maps[number % len(maps)], ids, found))
@@ -81,13 +80,9 @@ class Asked:
         self.index.close()
 
 
-def centres() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((1000, HEAD_WIDTH), np.float32)
-
-
 def make_indexes(rows: int, folder: Path) -> dict[str, Path]:
     """The same rows without and with a calibration of trust."""
-    vectors, encoding = near(centres(), rows, np.random.default_rng(0)), TopM(CHANNELS, KEPT)
+    vectors, encoding = near(rows, 0), TopM(CHANNELS, KEPT)
     return {
         name: write_index(
             folder / f"features-{name}", vectors, encoding, Recipe(faiss="Flat"), GRID, trust=trust

@@ -28,13 +28,13 @@ def _report(title: str, network: EmbeddingNetwork, rounds: int, path: Path) -> s
     pairs = PairExplainer(Explainer(index_of(network, path, rows=100), network))
     first = np.asarray(query_input())
     second = np.ascontiguousarray(first[:, ::-1])
-    made = pairs.receipt(first, second)
+    both, made = np.stack([first, second]), pairs.receipt(first, second)
     base, as_json = "the two forward passes", "receipt, as JSON with 10 lines and 5 links"
     # As the service has it: on few cores BLAS's threads and torch's come to a stop over each other.
     with threadpool_limits(limits=1, user_api="blas"):
         passes = alternate(
             {
-                base: lambda: network.forward(np.stack([first, second])),
+                base: lambda: network.forward(both),
                 "receipt": lambda: pairs.receipt(first, second),
                 as_json: lambda: pairs.receipt(first, second).to_dict(),
             },

@@ -22,6 +22,9 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from ..benchmarks.timing import table
 from .damage import DAMAGE, VALUES, Damage, Victim, placed, places
 from .kinds import KINDS, build_kind
 from .trial import NAMED, OUTCOMES, REFUSED, SAME, Expected, Outcome, in_child, judged
@@ -139,17 +142,11 @@ def mutants() -> int:
             (trial.name.partition(", ")[2], FAILED if outcome.failed else outcome.kind)
             for trial, outcome in made.run(trials, began + options.seconds)
         )
-    print(table(counts))
-    seconds = time.monotonic() - began
-    total, kinds = counts.total(), len(KINDS)
-    print(f"\nseed {options.seed}: {total} mutants of {kinds} indexes in {seconds:.0f} s")
-    return int(any(what == FAILED for _, what in counts))
-
-
-def table(counts: Counter[tuple[str, str]]) -> str:
     columns = (REFUSED, SAME, NAMED, FAILED)
-    lines = [f"| damage | mutants | {' | '.join(columns)} |", "|---|---:|---:|---:|---:|---:|"]
-    rows = [[name, *(counts[name, column] for column in columns)] for name in DAMAGE]
-    rows.append(["all", *(sum(row[at] for row in rows) for at in range(1, 5))])
-    lines += [f"| {name} | {sum(each)} | {' | '.join(map(str, each))} |" for name, *each in rows]
-    return "\n".join(lines)
+    each = np.array([[counts[name, column] for column in columns] for name in DAMAGE])
+    rows = zip((*DAMAGE, "all"), np.vstack([each, each.sum(0)]).tolist(), strict=True)
+    lines = [[name, sum(numbers), *numbers] for name, numbers in rows]
+    print(table(("damage", "mutants", *columns), lines))
+    seconds, total, kinds = time.monotonic() - began, counts.total(), len(KINDS)
+    print(f"seed {options.seed}: {total} mutants of {kinds} indexes in {seconds:.0f} s")
+    return int(any(what == FAILED for _, what in counts))

@@ -39,6 +39,7 @@ from embedcam.offline import add_images, build_index
 from embedcam.prototypes import compress
 from embedcam.report import LINES, PAGE
 
+from ..benchmarks.timing import table
 from .killing import KILLER, begin, everything, in_child, was_killed
 
 SIDE, CHANNELS, WIDTH = 16, 8, 5
@@ -248,8 +249,7 @@ class Campaign:
         )
         rows = [(n, k.kills, k.early, k.late, k.same) for n, k in self.kinds.items()]
         rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
-        lines = (f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * 5, *rows))
-        return "\n".join(lines)
+        return table(head, rows)
 
 
 def main() -> int:

@@ -37,7 +37,7 @@ from embedcam.demo.settings import DemoSettings
 from embedcam.offline.features import AffineHead
 from embedcam.ops import area_average, attended
 
-from .data import table
+from ..benchmarks.timing import table
 
 NEAREST = "no features: the mean of the five nearest"
 N, FOLDS, NEIGHBORS, SIDE = 600, 5, 5, 192

@@ -247,11 +247,6 @@ def figure(values: np.ndarray) -> str:
     return f"{values.mean():.3f} [{low:.3f}, {high:.3f}]"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [list(head), ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def name_of(folder: Path) -> str:
     """Return what a data folder is called: of `natural/single` natural."""
     return folder.parent.name if folder.name == "single" else folder.name

@@ -31,6 +31,7 @@ from embedcam.offline.triplets import label_codes
 from embedcam.ops import joined, resize, signed_cam
 from embedcam.targets import through_norm
 
+from ..benchmarks.timing import table
 from . import truth
 from .data import (
     SIZE,
@@ -39,7 +40,6 @@ from .data import (
     frozen_network,
     read_pictures,
     squashed,
-    table,
     unit,
 )
 

@@ -28,6 +28,7 @@ from embedcam.index.calibration import TEN, MatchCalibration
 from embedcam.index.search import nearest
 from embedcam.offline.match import calibrate_match
 
+from ..benchmarks.timing import table
 from .data import (
     CASES,
     SEEDS,
@@ -40,7 +41,6 @@ from .data import (
     halves,
     mean_and_worst,
     name_of,
-    table,
     unit,
 )
 

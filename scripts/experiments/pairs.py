@@ -26,6 +26,7 @@ from PIL import Image
 from embedcam.metrics import energy_share, pixel_auc
 from embedcam.pairs import PooledSide, make_comparison, make_receipt
 
+from ..benchmarks.timing import table
 from .data import (
     SIZE,
     Pictures,
@@ -35,7 +36,6 @@ from .data import (
     frozen_network,
     reference_head,
     squashed,
-    table,
     unit,
 )
 

@@ -47,7 +47,7 @@ from embedcam.ops import resize, signed_cam
 from embedcam.render import overlay
 from embedcam.targets import Similarity
 
-from .data import table
+from ..benchmarks.timing import table
 from .truth import OBJECTS, evaluated, sources
 
 SIDE, DIGIT, CHANNELS, WIDTH = 32, 16, 96, 32

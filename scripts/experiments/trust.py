@@ -32,6 +32,7 @@ from embedcam.offline.trust import View, calibrate_trust, trust_rows
 from embedcam.ops import drawn_and_signed
 from embedcam.targets import head_cotangent, query_cotangent
 
+from ..benchmarks.timing import table
 from .data import (
     CASES,
     SEEDS,
@@ -44,7 +45,6 @@ from .data import (
     halves,
     mean_and_worst,
     name_of,
-    table,
     unit,
 )
 

@@ -26,6 +26,7 @@ from embedcam.evaluate.report import intro, tables
 from embedcam.images import ImageSource
 from embedcam.recipe import WHITENED
 
+from ..benchmarks.timing import table
 from .data import (
     data_arguments,
     frozen_network,
@@ -33,7 +34,6 @@ from .data import (
     read_pictures,
     reference_head,
     reference_network,
-    table,
 )
 
 OBJECTS = {"measures": ("retrieval", "localisation", "objects"), "examples": 0}

@@ -14,14 +14,13 @@ from PIL import Image
 from embedcam import EmbeddingNetwork, Explainer, Index, Recipe, find_images
 from embedcam.errors import InputError
 from embedcam.evaluate import Evaluation
-from embedcam.evaluate.baselines import ShuffledNetwork, permuted_rows, random_weights, wrong_rows
 from embedcam.evaluate.examples import TRUE_BOX
 from embedcam.evaluate.gallery import Gallery, sample
 from embedcam.evaluate.groups import RESULTS
 from embedcam.evaluate.maps import Mapper
 from embedcam.evaluate.measures import MEASURES
 from embedcam.evaluate.report import tables
-from embedcam.evaluate.summary import beside_others
+from embedcam.evaluate.rivals import ShuffledNetwork, permuted_rows, random_weights, wrong_rows
 from embedcam.explain.answer import negatives_for
 from embedcam.index import remove
 from embedcam.metrics import map_at_r, noisy_linear_imputation, recall_at_k
@@ -423,16 +422,3 @@ def test_without_controls_nothing_is_compared(site: Path, network: EmbeddingNetw
     assert told["faithfulness"]["rank_drop"]["n"] == 3
     # One wholly masked, and 3 + 3 + 3 pictures of one map, of each of three queries.
     assert told["masked_passes"] == 3 * (1 + 3 + 3 + 3)
-
-
-def test_a_control_is_beaten_where_the_whole_interval_is_above_it() -> None:
-    """Of ten images: all a little better; one much better and nine a little worse."""
-    surely, hardly = [0.1] * 10, [2.0] + [-0.1] * 9
-    for differences, beats in ((surely, True), (hardly, False)):
-        rows = [{"energy": 0.5 + d, "random weights: energy": 0.5} for d in differences]
-        told = beside_others(rows, ("localisation",))["energy"]["differences"]["random weights"]
-        assert told["mean"] > 0
-        assert (told["beats"], told["worse"]) == (beats, False)
-        turned = [{"deletion": 0.5 - d, "random weights: deletion": 0.5} for d in differences]
-        less = beside_others(turned, ("faithfulness",))["deletion"]["differences"]
-        assert less["random weights"]["beats"] == beats

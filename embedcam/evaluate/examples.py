@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import zip_longest
+from operator import itemgetter
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -20,10 +21,12 @@ from .work import Rows, Work
 
 SIDE, RESULTS, DASH = 320, 3, 6
 TRUE_BOX, _DARK = (0, 220, 255), (20, 22, 28)
-SCORES: dict[str, Callable[[Record], float]] = {
-    "the AUC of the object against the other": lambda row: row["objects_auc"],
-    "pixel AUC": lambda row: row["auc"],
-    "insertion area less deletion area": lambda row: row["insertion"] - row["deletion"],
+SCORES: dict[str, Callable[[Record], float | None]] = {
+    "the AUC of the object against the other": lambda row: row.get("objects_auc"),
+    "pixel AUC": lambda row: row.get("auc"),
+    "insertion area less deletion area": lambda row: (
+        None if row.get("insertion") is None else row["insertion"] - row["deletion"]
+    ),
 }
 """What rows are ordered by: the first that any of them has."""
 _Shown = tuple[Tile, Questions, str, str]
@@ -62,7 +65,8 @@ class Examples:
     def _ends(self, kind: str, rows: Sequence[Record]) -> Iterator[PageRow]:
         count = self.work.settings.examples
         for by, score in SCORES.items():
-            order = sorted((row for row in rows if _has(row, score)), key=score, reverse=True)
+            scored = [(value, row) for row in rows if (value := score(row)) is not None]
+            order = [row for _, row in sorted(scored, key=itemgetter(0), reverse=True)]
             ends = order[:count], order[max(count, len(order) - count) :][::-1]
             for number, pair in enumerate(zip_longest(*ends), 1):
                 for end, row in zip(("best", "worst"), pair, strict=True):
@@ -147,20 +151,11 @@ class Examples:
             size = ((width + 1) // 2 if left else width // 2, height)
             half = one.transform(size, Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR)
             scene.paste(half, (left, 0))
-        items = [work.source.items[place] for place in places]
-        name = " | ".join(item.id for item in items)
-        left_out, label = work.own_rows.known(places).tolist(), row["label"]
+        (name, left_out), label = work.of_pictures(row), row["label"]
         asked = Questions(seen, near, [left_out], [label], [f"{name} {label}"])
-        other = items[1 - row["side"]].label or ""
+        other = work.source.items[places[1 - row["side"]]].label or ""
         where = f", on the {('left', 'right')[row['side']]};\nbeside it {other}"
         return Tile(scene, caption=name), asked, where, ""
-
-
-def _has(row: Record, score: Callable[[Record], float]) -> bool:
-    try:
-        return bool(score(row) is not None)
-    except (KeyError, TypeError):
-        return False
 
 
 def _shrunk(tile: Tile) -> Tile:

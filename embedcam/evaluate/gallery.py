@@ -1,6 +1,5 @@
 """The index as what is ranked: labels, nearest images, exact ranks, and the queries it holds."""
 
-import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from hashlib import blake2b
@@ -13,6 +12,7 @@ from ..images import ImageSource
 from ..index import Index
 from ..index.search import EmbeddingRows, nearest
 from ..metrics import precision_at_r, rank_of
+from .regions import absolute
 
 SAME = 1e-4
 """Relative squared distance up to which the same id is the same picture, in half precision too."""
@@ -153,13 +153,13 @@ class OwnRows:
         self._index, self._source, self.asked = index, source, len(positions)
         items = [source.items[position] for position in positions.tolist()]
         self._by_id = index.find_live([item.id for item in items])
-        wanted = {_absolute(source.root, item.path) for item in items if item.path}
+        wanted = {absolute(source.root, item.path) for item in items if item.path}
         self._by_path: dict[str, int] = {}
         live = index.live_positions() if root is not None and wanted else positions[:0]
         for start in range(0, len(live), 65536):
             some = live[start : start + 65536]
             for row, path in zip(some.tolist(), index.paths[some], strict=True):
-                if path and (full := _absolute(root, path)) in wanted:
+                if path and (full := absolute(root, path)) in wanted:
                     self._by_path[full] = row
         self._known: dict[int, int] = {}
 
@@ -171,7 +171,7 @@ class OwnRows:
         """Return rows of images, -1 for none; their embeddings `[b D]` settle what is unsure."""
         for position, embedding in zip(positions, embeddings, strict=True):
             item = self._source.items[position]
-            path = _absolute(self._source.root, item.path) if item.path else ""
+            path = absolute(self._source.root, item.path) if item.path else ""
             row = self._by_path.get(path, self._by_id.get(item.id, -1))
             sure = path in self._by_path and not self._index.manifest.is_compressed
             if row >= 0 and not sure:
@@ -180,7 +180,3 @@ class OwnRows:
                     row = -1
             self._known[position] = row
         return self.known(positions)
-
-
-def _absolute(root: object, path: str) -> str:
-    return os.path.abspath(os.path.join(str(root), path) if root is not None else path)

@@ -13,12 +13,12 @@ from ..methods import DirectWeights
 from ..metrics import correlations, rank_correlations
 from ..metrics.maps import pixel_count
 from ..recipe.recipe import Recipe
-from .baselines import SHUFFLED, WRONG, ShuffledNetwork, mean_activation
 from .faithfulness import Faithfulness
 from .gallery import generator, sample
-from .maps import Maps, Questions, Seen, maps_of
-from .measures import KS, MEAN, TRANSFERRED, columns, retrieved, shares, told_apart
+from .maps import Questions, Seen, maps_of
+from .measures import KS, MEAN, TRANSFERRED, Maps, columns, retrieved, shares, told_apart
 from .regions import Region
+from .rivals import SHUFFLED, WRONG, ShuffledNetwork, mean_activation
 from .settings import Record
 from .work import Rows, Work
 
@@ -96,31 +96,28 @@ def of_boxes(work: Work, seen: Seen, region: Region | None, position: int) -> It
     """Ask about ordered pairs of a picture's known labels, by pixels of one of the two alone."""
     by_label = {} if region is None else region.by_label
     known = {name: one for name, one in by_label.items() if len(work.gallery.of_label(name))}
-    left_out = work.own_rows.known([position]).tolist()
     where = {"first": position, "second": -1, "side": -1}
     for label, mine in known.items():
         others = [
             theirs
-            for other, theirs in known.items()
-            if other != label
+            for theirs in known.values()
+            if theirs is not mine
             and min((mine * (1 - theirs)).mean(), (theirs * (1 - mine)).mean()) >= LEAST_AREA
         ]
         if others:
-            name = work.source.items[position].id
-            yield from _asked(work, seen, label, left_out, name, where, mine, others)
+            yield from _asked(work, seen, label, where, mine, others)
 
 
 def _asked(
     work: Work,
     seen: Seen,
     label: str,
-    left_out: list[int],
-    name: str,
     where: Record,
     own: np.ndarray,
     others: Sequence[np.ndarray],
 ) -> list[Record]:
     """Explain a picture by its nearest image of a label, if any; a row for each other region."""
+    name, left_out = work.of_pictures(where)
     rows = work.gallery.of_label(label)
     rows = rows[~np.isin(rows, left_out)]
     if not len(rows):
@@ -165,21 +162,19 @@ def _of_pair(work: Work, pair: tuple[int, int]) -> Iterator[Record]:
     )
     if len(batch) < 2:
         return
-    items = [work.source.items[place] for place in pair]
-    name = " | ".join(item.id for item in items)
     try:
         seen = work.mapper.see_pair(batch.images)
     except EmbeddingError as error:
         if work.on_unreadable == "fail":
+            name, _ = work.of_pictures({"first": pair[0], "second": pair[1]})
             raise error.of_one(name) from None
         return
-    left_out = work.own_rows.known(pair).tolist()
     left = np.zeros(seen.size)
     left[:, : seen.size[1] // 2] = 1
     for side, half in enumerate((left, 1 - left)):
         where = {"first": pair[0], "second": pair[1], "side": side}
-        label = items[side].label or ""
-        yield from _asked(work, seen, label, left_out, name, where, half, [1 - half])
+        label = work.source.items[pair[side]].label or ""
+        yield from _asked(work, seen, label, where, half, [1 - half])
 
 
 def _pairs(work: Work, positions: np.ndarray) -> Iterator[tuple[int, int]]:

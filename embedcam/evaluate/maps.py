@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -10,7 +9,7 @@ from ..errors import EmbedcamError, ran_out, reason
 from ..explain.explainer import Explainer, Explanation
 from ..network import EmbeddingNetwork
 from ..ops import area_average, drawn_and_signed, resize
-from .measures import Clock
+from .measures import Clock, Maps
 
 
 @dataclass(frozen=True)
@@ -32,13 +31,6 @@ class Seen:
         """Return the same for maps on the layer's own grid; of several layers the finest one's."""
         height, width = self.activations[-1].shape[-2:]
         return replace(self, size=(height, width))
-
-
-class Maps(NamedTuple):
-    """Maps of b images `[b H W]`: as a picture shows them, >= 0, and before the ReLU."""
-
-    drawn: np.ndarray
-    signed: np.ndarray
 
 
 @dataclass(frozen=True)

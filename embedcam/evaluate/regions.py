@@ -41,18 +41,14 @@ class Region:
     by_label: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class Regions:
     """Boxes or masks of the images of a source, by their positions; of neither, empty."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        boxes: Mapping[int, Sequence[Box]] | None = None,
-        masks: Mapping[int, Path] | None = None,
-        where: str = "",
-    ) -> None:
-        self._source, self._where = source, where
-        self._boxes, self._masks = boxes or {}, masks or {}
+    _source: ImageSource
+    _boxes: Mapping[int, Sequence[Box]] = field(default_factory=dict)
+    _masks: Mapping[int, Path] = field(default_factory=dict)
+    _where: str = ""
 
     def __len__(self) -> int:
         return len(self._boxes) + len(self._masks)
@@ -118,6 +114,11 @@ class Regions:
         return Region(inside, np.array([box], np.float64))
 
 
+def absolute(root: str | os.PathLike[str] | None, path: str) -> str:
+    """Return a path below a folder, by which the same file is known again."""
+    return os.path.abspath(os.path.join(root or "", path))
+
+
 def of_boxes(path: str | os.PathLike[str], source: ImageSource) -> Regions:
     """Read boxes from a CSV with the columns path,x0,y0,x1,y1[,label][,width,height].
 
@@ -125,18 +126,14 @@ def of_boxes(path: str | os.PathLike[str], source: ImageSource) -> Regions:
     picture of width x height where the line says so.
     """
     file = Path(path)
-    if not file.exists():
-        raise InputError(f"{file}: there is no such file of boxes")
-    root = "" if source.root is None else str(source.root)
     items = list(enumerate(source.items))
     places = {item.id: place for place, item in items}
-    by_file = {os.path.abspath(os.path.join(root, one.path)): n for n, one in items if one.path}
+    by_file = {absolute(source.root, one.path): place for place, one in items if one.path}
     boxes: dict[int, list[Box]] = {}
     unknown: list[str] = []
     for line, row in csv_rows(file, NEEDED, "path,x0,y0,x1,y1[,label][,width,height]"):
         box = _box(f"{file}, line {line}", line, row)
-        full = os.path.abspath(os.path.join(file.parent, row["path"]))
-        place = by_file.get(full, places.get(row["path"]))
+        place = by_file.get(absolute(file.parent, row["path"]), places.get(row["path"]))
         if place is None:
             unknown.append(row["path"])
         else:
@@ -155,7 +152,7 @@ def of_boxes(path: str | os.PathLike[str], source: ImageSource) -> Regions:
             f"{file}: no edge is beyond 1, so these look like shares of the picture; give pixels, "
             "or columns width and height, both 1"
         )
-    return Regions(source, boxes, where=str(file))
+    return Regions(source, boxes, {}, str(file))
 
 
 def of_masks(folder: str | os.PathLike[str], source: ImageSource) -> Regions:
@@ -185,7 +182,7 @@ def of_masks(folder: str | os.PathLike[str], source: ImageSource) -> Regions:
                 f"{root}: {file} is the query itself; give a folder of masks, white on the object"
             )
         _mask(file, source.max_pixels)
-    return Regions(source, masks=masks)
+    return Regions(source, {}, masks)
 
 
 def _mask(file: Path, max_pixels: int) -> Image.Image:

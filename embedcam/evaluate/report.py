@@ -10,8 +10,8 @@ from pathlib import Path
 from .._files import write_whole
 from ..render import Block, Chart, Notice, Table, drawn_blocks, page
 from ..render import Row as PageRow
-from .baselines import BASELINES
 from .measures import MEAN, MEASURES, TRANSFERRED
+from .rivals import BASELINES
 from .settings import Record
 from .summary import LEAST
 
@@ -66,20 +66,12 @@ class Evaluation:
 
     def html(self) -> str:
         """Return the whole report as one self-contained page."""
-        shown: list[Block] = [*tables(self.summary)]
-        heads = ("Beside", "Faithfulness")
-        after = (
-            n for n, one in enumerate(tables(self.summary), 1) if one.caption.startswith(heads)
-        )
-        place = next(after, len(shown))
-        return page(
-            [*self.grid, *self.examples],
-            title="How good are the maps?",
-            intro=intro(self.summary),
-            tables=[
-                *notices(self.summary), *shown[:place], *charts(self.summary), *shown[place:]
-            ],
-        )  # fmt: skip
+        shown, heads = tables(self.summary), ("Beside", "Faithfulness")
+        places = (n for n, one in enumerate(shown, 1) if one.caption.startswith(heads))
+        place = next(places, len(shown))
+        blocks = [*notices(self.summary), *shown[:place], *charts(self.summary), *shown[place:]]
+        rows, title = [*self.grid, *self.examples], "How good are the maps?"
+        return page(rows, title=title, intro=intro(self.summary), tables=blocks)
 
     def save_html(self, path: str | Path) -> Path:
         """Write the report; InputError where it cannot be written."""

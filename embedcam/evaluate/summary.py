@@ -5,9 +5,9 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 import numpy as np
 
 from ..metrics import bootstrap_interval
-from .baselines import BASELINES, SHUFFLED_INDEX
 from .groups import RESULTS, Compared
 from .measures import MEAN, MEASURES, TRANSFERRED
+from .rivals import BASELINES, SHUFFLED_INDEX
 from .settings import Record
 from .work import Work
 

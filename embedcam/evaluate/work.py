@@ -10,11 +10,11 @@ import numpy as np
 from ..images import Batch, ImageSource, embed, load_batches
 from ..images.progress import Advance, progress_of
 from ..methods.subject import inputs_a_pass
-from .baselines import baseline_maps, mean_activation
 from .gallery import Gallery, OwnRows
-from .maps import Draw, Mapper, Maps, Questions, Seen
-from .measures import MEAN, TRANSFERRED, Number, columns, localized
+from .maps import Draw, Mapper, Questions, Seen
+from .measures import MEAN, TRANSFERRED, Maps, Number, columns, localized
 from .regions import Region, Regions
+from .rivals import baseline_maps, mean_activation
 from .settings import Record, Settings
 
 Rows = dict[int, Record]
@@ -84,6 +84,12 @@ class Work:
         items = [self.source.items[position] for position in batch.positions]
         labels, ids = [item.label for item in items], [item.id for item in items]
         return Questions(seen, near, own[:, None].tolist(), labels, ids)
+
+    def of_pictures(self, row: Record) -> tuple[str, list[int]]:
+        """Return the name of the pictures a question is about, and the rows that show them."""
+        places = [place for place in (row["first"], row["second"]) if place >= 0]
+        names = (self.source.items[place].id for place in places)
+        return " | ".join(names), self.own_rows.known(places).tolist()
 
     def draw(self, asked: Questions) -> dict[str, Maps]:
         """Draw each question by every method; the mean activation is always among them."""

@@ -169,8 +169,9 @@ def _parameter(place: tuple[nn.Module, str] | None) -> nn.Parameter | None:
 
 
 def _refuse_training(module: nn.Module) -> None:
-    # An exported graph carries a meaningless flag, and plain layers without a mode do not mind it.
-    modeless = type(module).__name__.startswith("GraphModule") or all(
+    # An exported graph carries a meaningless flag, as a compiled module does in torch 2.4; plain
+    # layers without a mode do not mind it.
+    modeless = type(module).__name__.startswith(("GraphModule", "OptimizedModule")) or all(
         type(part).__module__.startswith("torch.nn.") and not isinstance(part, _MODAL)
         for part in module.modules()
     )

@@ -8,12 +8,14 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from ._checks import interval, nearest_of, number, one_of, whole
 from .errors import EmbedcamError, InputError, Plain, short
 
 T = TypeVar("T")
+Values: TypeAlias = dict[str, Any]
+"""Values of settings by their names, as keyword arguments of what takes them."""
 _KINDS = {bool: "true or false", str: "a text", tuple: "a list of names"}
 
 
@@ -141,7 +143,7 @@ def add_options(
         if not one.help or there or (tables is not None and one.table not in tables):
             continue
         if one.kind is bool:
-            more: dict[str, Any] = {"action": "store_false" if one.default else "store_true"}
+            more: Values = {"action": "store_false" if one.default else "store_true"}
         else:
             choices = one.known if one.choices and one.metavar is None else None
             more = {"type": one.from_text, "metavar": one.metavar, "choices": choices}
@@ -150,14 +152,14 @@ def add_options(
         group.add_argument(*flags, default=None, help=help.format(one.help), **more)
 
 
-def chosen(options: argparse.Namespace, record: type) -> dict[str, Any]:
+def chosen(options: argparse.Namespace, record: type) -> Values:
     """Return the settings of a class that the command line was given, by name."""
     flags = {name: one.flag or name for name, one in settings_of(record).items() if one.help}
     named = {name: getattr(options, flag, None) for name, flag in flags.items()}
     return {name: value for name, value in named.items() if value is not None}
 
 
-def checked_values(record: type, values: Mapping[str, Plain], where: str) -> dict[str, Any]:
+def checked_values(record: type, values: Mapping[str, Plain], where: str) -> Values:
     """Return the values of a table, each checked as the setting of its name; None is left out."""
     declared, kept = settings_of(record), {}
     for name, value in values.items():

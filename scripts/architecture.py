@@ -14,9 +14,10 @@ COLORS = {"offline": "#fde8d7", "explain": "#dcebf7"}
 BOX, GAP, HEIGHT, ROW = 112, 14, 34, 84
 
 
-def imports(file: Path, text: str | None = None) -> set[str]:
+def imports(text: str, file: Path) -> set[str]:
     """Return the dotted names a module imports when it runs, functions included, typing aside."""
-    tree = ast.parse(file.read_text(encoding="utf-8") if text is None else text)
+    names: set[str] = set()
+    tree = ast.parse(text)
     typing_only = {
         id(inner)
         for node in ast.walk(tree)
@@ -24,50 +25,38 @@ def imports(file: Path, text: str | None = None) -> set[str]:
         for child in node.body
         for inner in ast.walk(child)
     }
-    names, parts = set[str](), ("embedcam", *file.relative_to(PACKAGE).parent.parts)
     for node in ast.walk(tree):
         if id(node) in typing_only:
             continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            package = parts[: len(parts) - node.level + 1] if node.level else ()
-            base = ".".join([*package, *filter(None, [node.module])])
-            names |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+            above = file.relative_to(PACKAGE.parent).parts[: -node.level] if node.level else ()
+            base = ".".join([*above, *filter(None, [node.module])])
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
     return names
 
 
 @cache
-def modules() -> dict[str, list[Path]]:
-    """Return the files of every package and module at embedcam's root."""
-    found: dict[str, list[Path]] = {}
-    for file in sorted(PACKAGE.rglob("*.py")):
-        if file.parent != PACKAGE or not file.stem.startswith("__"):
-            name = file.relative_to(PACKAGE).with_suffix("").parts[0]
-            found.setdefault(name, []).append(file)
-    return found
+def modules() -> dict[Path, set[str]]:
+    """Return for every file of embedcam, but for the package's own, the names it imports."""
+    files = sorted(f for f in PACKAGE.rglob("*.py") if f.parent != PACKAGE or f.stem[:2] != "__")
+    return {file: imports(file.read_text(encoding="utf-8"), file) for file in files}
+
+
+def package_of(file: Path) -> str:
+    """Return the entry at the package's root that a file belongs to."""
+    return file.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 @cache
 def below() -> dict[str, set[str]]:
     """Return for every package of embedcam the packages that it imports."""
-    names = {name: set().union(*map(imports, files)) for name, files in modules().items()}
-    return {
-        name: {one.split(".")[1] for one in found if one.startswith("embedcam.")}
-        & names.keys() - {name}
-        for name, found in names.items()
-    }
-
-
-def reached(package: str) -> set[str]:
-    """Return the packages a package reaches through every import, itself included."""
-    found, ahead = set[str](), [package]
-    while ahead:
-        name = ahead.pop()
-        if name not in found:
-            found.add(name)
-            ahead += below()[name]
-    return found
+    found: dict[str, set[str]] = {}
+    for file, names in modules().items():
+        of_ours = {name.split(".")[1] for name in names if name.startswith("embedcam.")}
+        found.setdefault(package_of(file), set()).update(of_ours)
+    return {name: (others & found.keys()) - {name} for name, others in found.items()}
 
 
 @cache
@@ -114,6 +103,13 @@ def drawing() -> str:
             f'<text x="{x + BOX / 2:g}" y="{y + 22:g}" text-anchor="middle">{escape(name)}</text>'
         )
     return "\n".join([*parts, "</svg>\n"])
+
+
+@cache
+def reached(package: str) -> frozenset[str]:
+    """Return all packages below a package."""
+    direct = below()[package]
+    return frozenset(direct).union(*(reached(name) for name in direct))
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def test_ids_are_listed_and_their_list_is_named(say: Say, refused) -> None:
     expected = [f"{label}/{number}.png" for label in range(3) for number in range(4)]
     assert say("info", "margin", "--ids")[1].splitlines() == expected
     assert answer(say, "info", "margin", "--ids") == expected
-    said = "the index has no image 'zebra'; `embedcam info margin --ids` lists those it has\n"
+    said = "the index has no image 'zebra'; `embedcam info INDEX --ids` lists those it has\n"
     for words in (["explain", "margin", QUERY, "--result", "zebra"], ["remove", "margin", "zebra"],
                   ["explain", "margin", QUERY, "--neighbors", "0/0.png,zebra"],
                   ["compare", "margin", QUERY, "zebra"]):  # fmt: skip

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import errors
-from ..errors import EmbedcamError, ImageError, IndexFormatError, NetworkError, say, show
+from ..errors import (
+    EmbedcamError,
+    EmbeddingError,
+    ImageError,
+    IndexFormatError,
+    NetworkError,
+    say,
+    show,
+)
 from .interrupts import INTERRUPTED, INTERRUPTS
 
 EXIT_CODES: dict[type[Exception], int] = {
@@ -35,6 +43,11 @@ _FOR_COMMAND_LINE = (
     (r"\bexclude=", "--exclude"),
     (r"\babove = '([^']*)'", r"--above \1"),
     (r"\bgive result\b", "give --result"),
+    # With what else comes up to a mistyped id.
+    (
+        r"^(the index has no image .*?)(?:; see `index\.ids`)?$",
+        r"\1; `embedcam info INDEX --ids` lists those it has",
+    ),
 )
 """Arguments that messages name to callers from Python, and what the command line has for them."""
 
@@ -94,7 +107,7 @@ def _run(arguments: Sequence[str] | None) -> int:
                 return _interrupted(options)
             if options.debug:
                 raise
-            return _say(errors.told(error, vars(options)))
+            return _say(errors.told(error, vars(options)), _way_out(error, options))
     return 0
 
 
@@ -123,7 +136,18 @@ def _is_kept(options: Namespace) -> bool:
     return recorded != "{}" or any(folder.glob("**/.building/*/arrays.json"))
 
 
-def _say(error: BaseException) -> int:
+def _way_out(error: BaseException, options: Namespace) -> str:
+    """Return words on the option that leaves out a broken image among many."""
+    if options.command not in ("build", "add", "evaluate") or "the build again" in str(error):
+        return ""
+    # Of a probe picture, which is no file, there is nothing to leave out.
+    of_file = isinstance(error, EmbeddingError) and error.is_named
+    left_out = "; --on-unreadable skip leaves such files out"
+    broken = of_file or isinstance(error, ImageError)
+    return left_out if broken and options.on_unreadable != "skip" else ""
+
+
+def _say(error: BaseException, way_out: str = "") -> int:
     """Print one sentence about an error; return its exit code."""
     code = next((c for kind, c in EXIT_CODES.items() if isinstance(error, kind)), UNEXPECTED)
     name, text = type(error).__name__, str(error)
@@ -145,7 +169,7 @@ def _say(error: BaseException) -> int:
         text = " ".join(text.split()) or name
         if code == UNEXPECTED:
             text = f"unexpected {name}: {text}; run again with --debug and report it"
-    say(f"embedcam: {text}")
+    say(f"embedcam: {text}{way_out}")
     return code
 
 

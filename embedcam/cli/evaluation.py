@@ -9,7 +9,7 @@ from .._options import chosen
 from ..errors import InputError, show, show_json
 from .networks import torch_network
 from .online import check_file, check_folder
-from .output import columns, images_of, naming_skip, note
+from .output import columns, images_of, note
 
 if TYPE_CHECKING:
     from ..evaluate.summary import Summary
@@ -42,7 +42,7 @@ def evaluate(options: Namespace) -> None:
         of_boxes(options.boxes, source)
     if options.masks:
         of_masks(options.masks, source)
-    with Index.open(options.index) as index, naming_skip(options):
+    with Index.open(options.index) as index:
         evaluation = evaluate_index(
             index,
             source,

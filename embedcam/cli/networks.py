@@ -5,10 +5,10 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .._checks import check_sides
-from .._options import checked_values, chosen, setting
+from .._options import Values, checked_values, chosen, setting
 from ..errors import InputError, NetworkError, Plain, reason, short
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def query_network(
     return OnnxNetwork(options.onnx)
 
 
-def network_of_index(manifest: "Manifest", asked: Mapping[str, Plain]) -> dict[str, Any]:
+def network_of_index(manifest: "Manifest", asked: Mapping[str, Plain]) -> Values:
     """Return how an index's network is loaded again: as for its build, but for what is `asked`."""
     if manifest.network is None:
         raise InputError(

@@ -4,26 +4,16 @@ import sys
 from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .._files import refuse_device
-from .._options import checked_values, chosen
+from .._options import Values, checked_values, chosen
 from ..errors import InputError, RecipeError, printable, reason, show_json
 from ..images.progress import progress_of
 from ..recipe import WHITENED, Recipe
 from ..recipe.recipe import read_toml, shipped_recipe
 from .networks import ImageSettings, NetworkSettings, load_named, network_of_index, torch_network
-from .output import (
-    counted,
-    emit,
-    fidelity_lines,
-    images_of,
-    listing_ids,
-    naming_skip,
-    note,
-    size_text,
-    some_of,
-)
+from .output import counted, emit, fidelity_lines, images_of, note, size_text, some_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +39,7 @@ def build(options: Namespace) -> None:
         )
 
 
-def _work(options: Namespace, on_unreadable: str = "fail") -> dict[str, Any]:
+def _work(options: Namespace, on_unreadable: str = "fail") -> Values:
     """Return how work is done, for `build_index` and `add_images`."""
     names = ("batch_size", "workers", "scratch_gb", "progress")
     asked = {name: getattr(options, name) for name in names}
@@ -72,37 +62,35 @@ def add(options: Namespace) -> None:
     if known and not len(source):
         report = BuildReport(Path(options.index), 0, [], left_out=source.left_out)
         return _report(options, report, "added")
-    with naming_skip(options):
-        loaded = load_named(network)
-        report = add_images(source, loaded, options.index, update=options.update, **_work(options))
+    loaded = load_named(network)
+    report = add_images(source, loaded, options.index, update=options.update, **_work(options))
     _report(options, report, "added")
 
 
 def remove(options: Namespace) -> None:
     """Remove images by id."""
-    from ..index import REMOVED, Index
+    from ..index import REMOVED
     from ..index import remove as remove_ids
 
     ids = [*options.ids, *(_lines_of(options.file) if options.file else [])]
     if not ids:
         raise InputError("no id was given; name some, or give a file of them with --from")
-    # A folder without an index is refused before a lock file appears in it.
-    Index.open(options.index, with_faiss=False).close()
+    before = _n_images(options.index)
     try:
-        with listing_ids(options.index):
-            removed = remove_ids(options.index, ids)
+        removed = remove_ids(options.index, ids)
     except InputError as error:
         known, gone, _ = str(error).partition(REMOVED)
         if not gone:
             raise
         step = "nothing to do" if len(ids) == 1 else "leave it out; nothing was removed"
         raise InputError(f"{known}{gone}; {step}") from error
-    left = _n_images(options.index)
+    left = before - removed
     told = f"{counted(removed, 'image')} removed, {left:,} left; `embedcam compact` drops their"
     emit(options, {"removed": removed, "images": left}, f"{options.index}: {told} bytes")
 
 
 def _n_images(path: str) -> int:
+    """Count images; a folder without an index is refused before a lock file appears in it."""
     from ..index import Index
 
     with Index.open(path, with_faiss=False) as index:
@@ -121,15 +109,13 @@ def _lines_of(path: str) -> list[str]:
 
 def compact(options: Namespace) -> None:
     """Drop the bytes of removed images."""
-    from ..index import Index
     from ..index import compact as compact_parts
 
-    Index.open(options.index, with_faiss=False).close()  # as in `remove`
+    images = _n_images(options.index)
     with progress_of("compacting", shown=options.progress):
         dropped = compact_parts(options.index, rebuild_faiss=options.rebuild_faiss)
-    left = _n_images(options.index)
-    text = f"compact; {counted(dropped, 'removed image')} dropped, {left:,} left"
-    emit(options, {"dropped": dropped, "images": left}, f"{options.index}: {text}")
+    text = f"compact; {counted(dropped, 'removed image')} dropped, {images:,} left"
+    emit(options, {"dropped": dropped, "images": images}, f"{options.index}: {text}")
 
 
 def compress(options: Namespace) -> None:
@@ -196,12 +182,12 @@ def demo(options: Namespace) -> None:
         show_json(summary, indent=2)
 
 
-def _choices(options: Namespace, again: bool) -> tuple[Recipe, dict[str, Any], dict[str, Any]]:
+def _choices(options: Namespace, again: bool) -> tuple[Recipe, Values, Values]:
     """Return the recipe with the command line's choices over it, and its images and network.
 
     The recipe is the one named, or, where an index is built `again`, its own.
     """
-    recipe, images, network = Recipe(), dict[str, Any](), dict[str, Any]()
+    recipe, images, network = Recipe(), Values(), Values()
     if options.recipe:
         recipe, images, network = read_toml(shipped_recipe(options.recipe))
         images = checked_values(ImageSettings, images, "[images]")
@@ -236,7 +222,7 @@ def _choices(options: Namespace, again: bool) -> tuple[Recipe, dict[str, Any], d
 
 
 def _build_images(
-    options: Namespace, recipe: Recipe, images: dict[str, Any], network: dict[str, Any], again: bool
+    options: Namespace, recipe: Recipe, images: Values, network: Values, again: bool
 ) -> "BuildReport":
     from ..images import MAX_PIXELS
     from ..index import Index
@@ -269,21 +255,20 @@ def _build_images(
     if network.get("layer") is None:
         name = loaded.name or network["network"]
         note(options, f"{name}: explaining layer {loaded.layer} (--layer takes another)")
-    with naming_skip(options):
-        return build_index(
-            source,
-            loaded,
-            options.index,
-            recipe,
-            triplets=_given_triplets(options),
-            own_maps=own_maps,
-            trust=not options.no_trust,
-            replace=options.refit,
-            **_work(options, images.get("on_unreadable", "fail")),
-        )
+    return build_index(
+        source,
+        loaded,
+        options.index,
+        recipe,
+        triplets=_given_triplets(options),
+        own_maps=own_maps,
+        trust=not options.no_trust,
+        replace=options.refit,
+        **_work(options, images.get("on_unreadable", "fail")),
+    )
 
 
-def _build_features(options: Namespace, recipe: Recipe, network: dict[str, Any]) -> "BuildReport":
+def _build_features(options: Namespace, recipe: Recipe, network: Values) -> "BuildReport":
     from ..offline.features import build_from_features, read_array, read_head
 
     if not (options.embeddings and options.pooled and options.grid):

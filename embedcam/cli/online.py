@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .._files import write_whole
+from .._options import Values
 from ..errors import ImageError, InputError, printable, show, show_json
 from ..images import MAX_PIXELS, ImageSource, Item
 from ..images.reading import why_missing
@@ -20,11 +21,10 @@ from ..ops import attended
 from ..recipe import Recipe
 from ..recipe.registry import LayersMethod, Method, find_method
 from .networks import check_onnx, query_network
-from .output import columns, counted, images_of, listing_ids, note, some_of
+from .output import columns, counted, images_of, note, some_of
 
 if TYPE_CHECKING:
     from ..explain import Explainer, Explanation
-    from ..explain.answer import Fallback
     from ..index import Index
     from ..network import EmbeddingNetwork
     from ..onnx import OnnxNetwork
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 def explain(options: Namespace) -> None:
     """Explain query images against an index."""
-    from ..explain.explainer import Explainer
     from ..index import Index
 
     # Whatever can be refused is refused before the network is loaded.
@@ -50,17 +49,8 @@ def explain(options: Namespace) -> None:
         asked = _asked(options, index)
         _note_shared(options, index)
         network = query_network(options, index.manifest)
-        trusted_from, fallback = trust_of(options, index, network)
-        explainer = Explainer(
-            index,
-            network,
-            transfer=options.transfer,
-            images=options.images,
-            max_pixels=options.max_pixels or MAX_PIXELS,
-            detail=options.detail,
-            trusted_from=trusted_from,
-            fallback=fallback,
-        )
+        pixels = options.max_pixels or MAX_PIXELS
+        explainer = explainer_of(options, index, network, index, pixels)
         if queries is not None:
             return _write_report(options, explainer, queries, asked)
         explanations = (explainer.explain(query, **asked) for query in options.queries)
@@ -169,7 +159,7 @@ def _note_shared(options: Namespace, index: "Index") -> None:
     )
 
 
-def _asked(options: Namespace, index: "Index") -> dict[str, Any]:
+def _asked(options: Namespace, index: "Index") -> Values:
     """Return what is asked of every query, ids checked."""
     check_rival(options.result, options.above)
     if options.above is not None and options.fallback:
@@ -179,11 +169,10 @@ def _asked(options: Namespace, index: "Index") -> dict[str, Any]:
         )
     names = ("n_neighbors", "result", "above", "exclude_query")
     asked = {name: getattr(options, name) for name in names}
-    with listing_ids(options.index):
-        index.positions([name for name in (options.result, options.above) if name is not None])
-        if options.neighbors:
-            asked["neighbors"] = list(_ids(index, options.neighbors))
-            index.positions(asked["neighbors"])
+    index.positions([name for name in (options.result, options.above) if name is not None])
+    if options.neighbors:
+        asked["neighbors"] = list(_ids(index, options.neighbors))
+        index.positions(asked["neighbors"])
     return asked
 
 
@@ -211,11 +200,15 @@ def _method(options: Namespace) -> Method | None:
     return method
 
 
-def trust_of(
-    options: Namespace, index: "Index", network: "EmbeddingNetwork | OnnxNetwork"
-) -> "tuple[float, Fallback | None]":
-    """Return what counts as trusted, and the fallback; an index without a calibration has none."""
-    from ..explain.explainer import TRUSTED_FROM
+def explainer_of(
+    options: Namespace,
+    index: "Index",
+    network: "EmbeddingNetwork | OnnxNetwork",
+    place: "Index | str",
+    max_pixels: int,
+) -> "Explainer":
+    """Return what explains by the index, open or to be opened at `place`, as the options say."""
+    from ..explain.explainer import TRUSTED_FROM, Explainer
 
     asked = options.fallback or options.trusted_from is not None
     if asked and index.manifest.trust_calibration is None:
@@ -224,12 +217,22 @@ def trust_of(
             "fewer than 40 images, or of prototypes), so no transfer is found wanting; leave out "
             f"--fallback and --trusted-from, or run embedcam calibrate {index.path}"
         )
-    trusted_from = TRUSTED_FROM if options.trusted_from is None else options.trusted_from
-    if not options.fallback:
-        return trusted_from, None
-    from ..methods import DirectWeights
+    fallback = None
+    if options.fallback:
+        from ..methods import DirectWeights
 
-    return trusted_from, DirectWeights(network, Recipe.of_index(index.manifest))  # type: ignore[arg-type]
+        fallback = DirectWeights(network, Recipe.of_index(index.manifest))  # type: ignore[arg-type]
+    return Explainer(
+        place,
+        network,
+        n_neighbors=options.n_neighbors or 5,
+        transfer=options.transfer,
+        trusted_from=TRUSTED_FROM if options.trusted_from is None else options.trusted_from,
+        fallback=fallback,
+        images=options.images,
+        max_pixels=max_pixels,
+        detail=options.detail,
+    )
 
 
 def _by_method(
@@ -422,7 +425,7 @@ def _report_queries(options: Namespace) -> ImageSource | None:
 
 
 def _write_report(
-    options: Namespace, explainer: "Explainer", queries: ImageSource, asked: dict[str, Any]
+    options: Namespace, explainer: "Explainer", queries: ImageSource, asked: Values
 ) -> None:
     from ..report import write_report
 
@@ -467,8 +470,7 @@ def compare(options: Namespace) -> None:
     check_rival(options.result, options.above)
     ids = [name for name in (options.result, options.above) if name is not None]
     with Index.open(options.index) as index:
-        with listing_ids(options.index):
-            index.positions(ids)
+        index.positions(ids)
         network = query_network(options, index.manifest)
         pixels = options.max_pixels or MAX_PIXELS
         explainer = Explainer(index, network, images=options.images, max_pixels=pixels)

@@ -202,6 +202,7 @@ def serve(command: ArgumentParser) -> None:
     """Declare the options of `embedcam serve`."""
     from ..service.limits import Limits
 
+    command.set_defaults(detail=1)
     add = _common(command, INDEX)
     add("--host NAME", "default 127.0.0.1", default="127.0.0.1")
     add("--port N", "0 takes a free one (default 8000)", WHOLE, default=8000)

@@ -9,18 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import (
-    EmbeddingError,
-    ImageError,
-    InputError,
-    NetworkError,
-    as_json,
-    printable,
-    say,
-    sentence,
-    show,
-    show_json,
-)
+from ..errors import Plain, as_json, printable, say, sentence, show, show_json
 from ..images.progress import progress_of
 from ..recipe import METHODS
 from .command_line import for_command_line
@@ -79,7 +68,7 @@ class _Notes(logging.Handler):
         note(self._options, record.getMessage())
 
 
-def emit(options: Namespace, values: Mapping[str, Any], *lines: str) -> None:
+def emit(options: Namespace, values: Mapping[str, Plain], *lines: str) -> None:
     """Print JSON where asked for, else the lines."""
     if options.json:
         show_json(values, indent=2)
@@ -121,33 +110,6 @@ def columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[st
     ]
 
 
-@contextmanager
-def naming_skip(options: Namespace) -> Iterator[None]:
-    """Let errors of a broken image among many name the option that leaves it out."""
-    try:
-        yield
-    except (ImageError, EmbeddingError) as error:
-        # Of a probe picture, which is no file, there is nothing to leave out.
-        of_probe = isinstance(error, EmbeddingError) and not error.is_named
-        if options.on_unreadable == "skip" or of_probe or "run the build again" in str(error):
-            raise
-        kind = ImageError if isinstance(error, ImageError) else NetworkError
-        raise kind(f"{error}; --on-unreadable skip leaves such files out") from error
-
-
-@contextmanager
-def listing_ids(index: str) -> Iterator[None]:
-    """Let errors of ids name the command that lists them, not what Python has for it."""
-    try:
-        yield
-    except InputError as error:
-        text = str(error)
-        if not text.startswith("the index has no image"):
-            raise
-        text = text.removesuffix("; see `index.ids`")
-        raise InputError(f"{text}; `embedcam info {index} --ids` lists those it has") from error
-
-
 def images_of(options: Namespace, path: str | Path, **otherwise: Any) -> "ImageSource":
     """Return the images of a folder or a CSV, and say at once what looks wrong.
 
@@ -185,12 +147,9 @@ def info(options: Namespace) -> None:
             return _list_ids(options, index)
         manifest = index.manifest
         evidence = _evidence(index)
-    bytes_all, bytes_image, bytes_mark = _bytes(manifest)
     raw = manifest.to_dict()
-    summary = {key: raw.get(key) for key in _TOLD}
-    size = {"bytes": bytes_all, "bytes_an_image": bytes_image, "bytes_a_mark": bytes_mark}
-    summary |= {**evidence, **size}
-    emit(options, summary, options.index, *_lines(manifest, {**evidence, **size}))
+    summary = {**{key: raw.get(key) for key in _TOLD}, **evidence}
+    emit(options, summary, options.index, *_lines(manifest, evidence))
 
 
 def _list_ids(options: Namespace, index: "Index") -> None:
@@ -220,28 +179,29 @@ def verify(options: Namespace) -> None:
     )
 
 
-def _evidence(index: "Index") -> dict[str, int]:
-    """Count labels, images alone in their class, and images without a triplet that counted."""
-    live = index.live_positions()
-    sizes, numbers = Counter(index.labels[live]), index.manifest.near_share is not None
+def _evidence(index: "Index") -> dict[str, float]:
+    """Count labels, images alone in their class, and those without a triplet that counted; bytes.
+
+    An image's bytes are those beyond id, label, path, embedding and mark.
+    """
+    live, manifest = index.live_positions(), index.manifest
+    sizes, numbers = Counter(index.labels[live]), manifest.near_share is not None
     unlabelled = sizes.pop(None, 0)
+    parts = [file for part in manifest.parts for file in part.files.items()]
+    known = ("ids.", "labels.", "paths.", "embeddings.", "marks.")
+    kept = sum(entry.bytes for name, entry in parts if not name.startswith(known))
+    marks = sum(entry.bytes for name, entry in parts if name.startswith("marks."))
+    rows = max(manifest.counts.rows, 1)
     return {
         "labels": len(sizes),
         "unlabelled_images": unlabelled,
         # A number needs no other image that has it.
         "labels_of_one_image": sum(size == 1 for size in sizes.values()) * (not numbers),
         "images_without_evidence": int((index.triplets_used(live) == 0).sum()),
+        "bytes": manifest.named_bytes,
+        "bytes_an_image": round(kept / rows, 1),
+        "bytes_a_mark": round(marks / rows, 1),
     }
-
-
-def _bytes(manifest: "Manifest") -> tuple[int, float, float]:
-    """Return all bytes; an image's, beyond id, label, path, embedding, mark; and its mark's."""
-    parts = [file for part in manifest.parts for file in part.files.items()]
-    known = ("ids.", "labels.", "paths.", "embeddings.", "marks.")
-    kept = sum(entry.bytes for name, entry in parts if not name.startswith(known))
-    marks = sum(entry.bytes for name, entry in parts if name.startswith("marks."))
-    rows = max(manifest.counts.rows, 1)
-    return manifest.named_bytes, round(kept / rows, 1), round(marks / rows, 1)
 
 
 def _lines(manifest: "Manifest", numbers: Mapping[str, float]) -> list[str]:

@@ -35,7 +35,11 @@ class _Command(_Parser):
     declare: Callable[[argparse.ArgumentParser], None] | None = None
     _mixing = False
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        namespace: argparse.Namespace | None = None,
+    ) -> tuple[argparse.Namespace, list[str]]:
         """Parse as argparse does, but refuse what is unknown, and take options anywhere."""
         if self.declare is not None:
             declare, self.declare = self.declare, None

@@ -11,14 +11,13 @@ from ..errors import printable, sentence, show, show_json
 from ..images import MAX_PIXELS
 from ..service import check_installed
 from .networks import check_onnx, query_network
-from .online import check_folder, trust_of
+from .online import check_folder, explainer_of
 from .output import attached, counted, note
 
 
 def serve(options: Namespace) -> None:
     """Explain over HTTP until a signal."""
     check_installed()
-    from ..explain.explainer import Explainer
     from ..index import Index
     from ..service import server
     from ..service.app import create_app
@@ -36,20 +35,11 @@ def serve(options: Namespace) -> None:
         with Index.open(options.index, with_faiss=False) as index:
             bound = stack.enter_context(closing(server.bind(options.host, options.port)))
             network = query_network(options, index.manifest)
-            trusted_from, fallback = trust_of(options, index, network)
-        # Its own to open: after a reload the old version is let go of.
-        explainer = Explainer(
-            options.index,
-            network,
-            n_neighbors=options.n_neighbors or 5,
-            transfer=options.transfer,
-            trusted_from=trusted_from,
-            fallback=fallback,
-            images=options.images,
             # Of an indexed picture: what the index was let hold may be larger than an upload.
-            max_pixels=max(options.max_pixels or 0, MAX_PIXELS),
-        )
-        stack.enter_context(explainer)
+            pixels = max(options.max_pixels or 0, MAX_PIXELS)
+            # Its own to open: after a reload the old version is let go of.
+            explainer = explainer_of(options, index, network, options.index, pixels)
+            stack.enter_context(explainer)
         app = create_app(explainer, limits=limits, hosts=_hosts(options, bound))
         _announce(options, bound, len(explainer.index))
         with attached(log, {"embedcam": level}):

@@ -3,17 +3,22 @@
 Of NumPy arrays or torch tensors, by what both share: services can stay without torch.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from ._checks import one_of
 from .errors import InputError
 
-Array = TypeVar("Array")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = TypeVar("Array", np.ndarray, "Tensor")
 """A NumPy array or a torch tensor; what comes in is what goes out."""
 MODES = ("mean", "distance")
 
@@ -34,31 +39,24 @@ def cam(weights: Array, activations: Array) -> Array:
     array
         The map, `[B H W]` or `[H W]`, >= 0, not normalised.
     """
-    maps: Any = signed_cam(weights, activations)
-    positive: Any = np.maximum(maps, 0) if isinstance(maps, np.ndarray) else maps.clip(min=0)
-    clipped: Array = positive
-    return clipped
+    return signed_cam(weights, activations).clip(min=0)
 
 
 def signed_cam(weights: Array, activations: Array) -> Array:
     """Return the map before its ReLU, sum_k w_k A_k: negative where the picture speaks against."""
-    w: Any = weights
-    maps: Any = activations
-    w_shape, a_shape = tuple(w.shape), tuple(maps.shape)
+    w_shape, a_shape = tuple(weights.shape), tuple(activations.shape)
     signed: Array
     if w_shape == a_shape and len(a_shape) in (3, 4):
-        signed = (w * maps).sum(-3)
+        signed = (weights * activations).sum(-3)
         return signed
-    if len(a_shape) != len(w_shape) + 2 or a_shape[: len(w_shape)] != w_shape or not w_shape:
+    if not w_shape or w_shape != a_shape[:-2]:
         raise InputError(
             f"weights {list(w_shape)} and activations {list(a_shape)} do not belong together; "
             "expected [B K] with [B K H W], or [K] with [K H W], or weights by position of the "
             "activations' own shape"
         )
-    *batch, channels, height, width = a_shape
-    mixed = w.reshape(*batch, 1, channels) @ maps.reshape(*batch, channels, height * width)
-    signed = mixed.reshape(*batch, height, width)
-    return signed
+    signed = weights[..., None, :] @ activations.reshape(*w_shape, -1)
+    return signed.reshape(*w_shape[:-1], *a_shape[-2:])
 
 
 def signed_cams(weights: np.ndarray, activations: np.ndarray) -> np.ndarray:
@@ -85,18 +83,17 @@ def attended(activations: np.ndarray, cam_map: np.ndarray) -> np.ndarray:
     return np.asarray(activations.reshape(len(activations), -1) @ shares.astype(np.float32))
 
 
-def joined(coarse: Array, fine: Array) -> Array:
+def joined(coarse: np.ndarray, fine: np.ndarray) -> np.ndarray:
     """Return signed maps C `[... h w]` and F `[... H W]` of one picture as one, with mean 0.
 
     s_c ((U(C) - mean U(C)) / s_c + (F - mean F) / s_f), s the standard deviations.
     """
-    larger: Any = fine
-    upper, lower = (_centered(one) for one in (resize(coarse, _sides(fine)), fine))
-    spreads = [((one * one).mean((-2, -1))[..., None, None]) ** 0.5 for one in (upper, lower)]
+    pair = resize(coarse, _sides(fine)), fine
+    upper, lower = (one - one.mean((-2, -1), keepdims=True) for one in pair)
+    s_c, s_f = ((one * one).mean((-2, -1), keepdims=True) ** 0.5 for one in (upper, lower))
     # A map that varies by its own rounding alone says nothing, however far it is stretched.
-    flat = spreads[1] <= 1e-6 * abs(larger).mean((-2, -1))[..., None, None]
-    both: Array = upper + lower * (spreads[0] / (spreads[1] + flat)) * ~flat
-    return both
+    flat = s_f <= 1e-6 * np.abs(fine).mean((-2, -1), keepdims=True)
+    return np.asarray(upper + lower * (s_c / (s_f + flat)) * ~flat)
 
 
 def drawn_and_signed(
@@ -142,11 +139,9 @@ def resize(maps: Array, size: tuple[int, int]) -> Array:
     """
     height, width = _checked_size(size)
     h, w = _sides(maps)
-    floats: Any = _floating(maps)
     # Eight bytes a number is float64 in either library.
-    kind = "float64" if floats.itemsize == 8 else "float32"
-    resized: Array = _sandwich(floats, _bilinear(h, height, kind), _bilinear(w, width, kind))
-    return resized
+    kind = "float64" if maps.itemsize == 8 else "float32"
+    return _sandwich(maps, _bilinear(h, height, kind), _bilinear(w, width, kind))
 
 
 def area_average(maps: Array, size: tuple[int, int]) -> Array:
@@ -155,8 +150,7 @@ def area_average(maps: Array, size: tuple[int, int]) -> Array:
     h, w = _sides(maps)
     if height > h or width > w:
         raise InputError(f"a {h} x {w} map cannot be averaged to {height} x {width}; use resize")
-    averaged: Array = _sandwich(_floating(maps), _area(h, height), _area(w, width))
-    return averaged
+    return _sandwich(maps, _area(h, height), _area(w, width))
 
 
 def sharpen(fine: Array, coarse: Array) -> Array:
@@ -165,13 +159,10 @@ def sharpen(fine: Array, coarse: Array) -> Array:
     L(R) = R / U(D(R)), D bilinear down to the size of P and U back up (Englebert et al. 2022): how
     R differs within the positions of P. It is 0 where U(D(R)) is 0 to the rounding of R's largest.
     """
-    size, r = _sides(fine), fine
-    ratio: Any = r
-    around: Any = resize(resize(r, _sides(coarse)), size)
-    largest: Any = _largest(_flat(r))[..., None]
-    least = largest * (2.0**-52 if ratio.itemsize == 8 else 2.0**-23)
-    seen = around > least
-    sharpened: Array = ratio / (around * seen + ~seen) * seen * resize(coarse, size)
+    size, (largest, _) = _sides(fine), _ends(fine)
+    around = resize(resize(fine, _sides(coarse)), size)
+    seen = around > largest * (2.0**-52 if fine.itemsize == 8 else 2.0**-23)
+    sharpened: Array = fine / (around * seen + ~seen) * seen * resize(coarse, size)
     return sharpened
 
 
@@ -180,11 +171,10 @@ def normalize(maps: Array) -> Array:
 
     It hides how strong the evidence is: never use it before comparing maps.
     """
-    floats: Any = _floating(maps)
-    flat = _flat(floats)
-    low = -_largest(-flat)
-    span = _largest(flat) - low
-    scaled: Array = ((flat - low) / (span + (span == 0))).reshape(*floats.shape)
+    floats = _floating(maps)
+    high, low = _ends(floats)
+    span = high - low
+    scaled: Array = (floats - low) / (span + (span == 0))
     return scaled
 
 
@@ -242,29 +232,21 @@ def _of_one_query(norms: list[float], distances: list[float], mode: str) -> list
     return [share and share / total / norm for share, norm in zip(shares, norms, strict=True)]
 
 
-def _centered(maps: Any) -> Any:
-    return maps - maps.mean((-2, -1))[..., None, None]
+def _sides(maps: Array) -> tuple[int, int]:
+    return maps.shape[-2], maps.shape[-1]
 
 
-def _sides(maps: Any) -> tuple[int, int]:
-    height, width = tuple(maps.shape)[-2:]
-    return height, width
-
-
-def _flat(maps: Any) -> Any:
-    *lead, height, width = tuple(maps.shape)
-    return maps.reshape(*lead, height * width)
-
-
-def _floating(maps: Any) -> Any:
+def _floating(maps: Array) -> Array:
     if isinstance(maps, np.ndarray):
         return maps if maps.dtype.kind == "f" else maps.astype(np.float32)
     return maps if maps.is_floating_point() else maps.float()
 
 
-def _largest(flat: Any) -> Any:
-    best = flat.max(-1)
-    return getattr(best, "values", best)[..., None]
+def _ends(maps: Array) -> tuple[Array, Array]:
+    """Return the largest and the smallest number of each map, `[... 1 1]`."""
+    if isinstance(maps, np.ndarray):
+        return maps.max((-2, -1), keepdims=True), maps.min((-2, -1), keepdims=True)
+    return maps.amax((-2, -1), keepdim=True), maps.amin((-2, -1), keepdim=True)
 
 
 def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
@@ -274,12 +256,15 @@ def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def _sandwich(maps: Any, rows: np.ndarray, columns: np.ndarray) -> Any:
+def _sandwich(maps: Array, rows: np.ndarray, columns: np.ndarray) -> Array:
+    maps = _floating(maps)
     if isinstance(maps, np.ndarray):
         kind = maps.dtype if maps.dtype == np.float64 else np.dtype(np.float32)
-        return rows.astype(kind, copy=False) @ maps @ columns.astype(kind, copy=False).T
-    left, right = maps.new_tensor(rows), maps.new_tensor(columns)
-    return left @ maps @ right.mT
+        mixed: np.ndarray = (
+            rows.astype(kind, copy=False) @ maps @ columns.astype(kind, copy=False).T
+        )
+        return mixed
+    return maps.new_tensor(rows) @ maps @ maps.new_tensor(columns).mT
 
 
 @lru_cache(maxsize=256)

@@ -102,13 +102,7 @@ def test_colour_modes(image, kind, expected):
     np.testing.assert_allclose(read.getpixel((0, 0)), expected, atol=1)
 
 
-def test_transparency_that_is_not_a_channel():
-    image = Image.new("RGB", (2, 1), (10, 20, 30))
-    image.putpixel((1, 0), (40, 50, 60))
-    read = np.asarray(read_image(file_of(image, transparency=(10, 20, 30))))
-    np.testing.assert_array_equal(read[0], [[255, 255, 255], [40, 50, 60]])
-    grey = Image.new("L", (1, 1), 5)
-    assert read_image(file_of(grey, transparency=5)).getpixel((0, 0)) == (255, 255, 255)
+def test_transparency_of_a_palette():
     palette = Image.new("P", (1, 1), 0)
     palette.putpalette([1, 2, 3, 4, 5, 6])
     data = file_of(palette, transparency=bytes([0, 255]))
@@ -290,28 +284,25 @@ def test_a_flat_folder_has_no_labels(tmp_path):
     (tmp_path / "empty").mkdir()
     source = find_images(tmp_path)
     assert source.items == (Item("1.png", "1.png", None), Item("2.png", "2.png", None))
-    with pytest.raises(InputError, match='no subfolder to take labels from; take labels="none"'):
-        find_images(tmp_path, "folders")
 
 
-def test_images_beside_class_folders(tmp_path):
-    write(tmp_path / "a/1.png")
-    write(tmp_path / "stray.png")
-    for labels in ("auto", "folders"):
-        with pytest.raises(InputError, match=r"1 images such as 'stray.png' lie beside the class"):
-            find_images(tmp_path, labels)
-    assert find_images(tmp_path, "none").ids == ["a/1.png", "stray.png"]
-
-
-def test_places_without_images(tmp_path):
-    with pytest.raises(InputError, match=r"contains no images \(.avif, .bmp"):
-        find_images(tmp_path)
-    with pytest.raises(InputError, match=r"does not exist; give a folder of images or a .csv"):
-        find_images(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"give a folder of images or a .csv file"):
-        find_images(write(tmp_path / "one.png"))
-    with pytest.raises(InputError, match="labels = 'yes' is unknown; known: auto, folders"):
-        find_images(tmp_path, "yes")
+@pytest.mark.parametrize(
+    ("names", "where", "labels", "message"),
+    [
+        (["1.png"], "", "folders", 'no subfolder to take labels from; take labels="none"'),
+        (["a/1.png", "x.png"], "", "auto", r"1 images such as 'x.png' lie beside the class"),
+        (["a/1.png", "x.png"], "", "folders", r"1 images such as 'x.png' lie beside the class"),
+        ([], "", "auto", r"contains no images \(.avif, .bmp"),
+        ([], "nowhere", "auto", "does not exist; give a folder of images or a .csv"),
+        (["one.png"], "one.png", "auto", "give a folder of images or a .csv file"),
+        ([], "", "yes", "labels = 'yes' is unknown; known: auto, folders"),
+    ],
+)
+def test_folders_that_cannot_be_used(tmp_path, names, where, labels, message):
+    for name in names:
+        write(tmp_path / name)
+    with pytest.raises(InputError, match=message):
+        find_images(tmp_path / where, labels)
 
 
 def test_links_are_followed_and_loops_end(tmp_path):
@@ -434,7 +425,7 @@ def test_csvs_that_cannot_be_used(tmp_path, text, message):
     assert "list.csv" in str(caught.value)
 
 
-def test_csvs_in_another_encoding(tmp_path):
+def test_csvs_asked_for_what_they_are_not(tmp_path):
     with pytest.raises(InputError, match="is not UTF-8 text"):
         find_images(csv_of(tmp_path, "path,label\nä.png,x\n", "latin-1"))
     with pytest.raises(InputError, match="a CSV has a label column"):
@@ -507,7 +498,7 @@ def test_tensors_of_a_data_set():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: from_dataset([]), "data set is empty"),
+        (lambda: from_dataset([]), "list: is empty or has no length"),
         (lambda: from_dataset(iter([])), "has no length"),
         (lambda: from_dataset(Pairs(), ids=["a"]), "ids: 1 given for a data set of 4"),
         (lambda: from_dataset(Pairs(2), ids=["a", "a"]), "images 0 and 1 have the same id 'a'"),

@@ -2,16 +2,19 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from onnx_samples import pooled_model, save
-from photo_samples import build, network_of, picture, write_photos
+from photo_samples import build, network_of, picture, tensor_of, write_photos
+from rounding import same_arrays
 
 from embedcam import Explainer, Index
 from embedcam.onnx import Described, Head
@@ -89,7 +92,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an index, its network as an ONNX file, and a query."""
     folder = tmp_path_factory.mktemp("served")
     network = network_of()
-    build(write_photos(folder / "photos"), folder / "my.index", network)
+    build(write_photos(folder / "photos", each=14), folder / "my.index", network)
     bias = network.module.get_parameter("linear.bias").detach().numpy()
     said = Described("0", network.identity().to_dict(), ("relu",), Head("affine", bias))
     save(pooled_model(network, props=said.to_props()), folder / "network.onnx")
@@ -253,3 +256,69 @@ def test_the_example_is_a_service_without_torch(served: Path) -> None:
     assert odd == [400, {"error": "n_neighbors = 0; give a whole number of at least 1"}]
     assert empty[0] == 413
     assert lost == [404, {"error": "there is only POST /explain"}]
+
+
+KEPT = ("cam", "weights", "distances", "similarities", "neighbor_cams", "neighbor_norms")
+ASK = """
+def ask(explainer, vector, maps):
+    named = {"size": (20, 30), "neighbors": ["0/1.png", "2/2.png"]}
+    rival = {"result": "1/3.png", "above": "0/1.png"}
+    return {
+        "searched": explainer.explain_features(vector, maps),
+        "named": explainer.explain_features(vector, maps, **named),
+        "result": explainer.explain_features(vector, maps, result="1/3.png"),
+        "rival": explainer.explain_features(vector, maps, **rival),
+    }
+"""
+SERVICE = """
+import os
+import numpy as np
+from embedcam import Explainer
+from embedcam.index import remove
+
+data = np.load(told["folder"] + "/features.npz")
+vector, maps = data["embedding"], data["activations"]
+explainer = Explainer(told["folder"] + "/index")
+found = ask(explainer, vector, maps)
+found["batched"] = explainer.explain_features(vector[None], maps[None])[0]
+remove(told["folder"] + "/index", found["searched"].ids[:1])
+assert explainer.reload() and not explainer.reload()
+found["reloaded"] = explainer.explain_features(vector, maps)
+if hasattr(os, "fork"):
+    pid = os.fork()
+    if pid == 0:
+        again = explainer.explain_features(vector, maps)
+        os._exit(int(not np.allclose(again.cam, found["reloaded"].cam, rtol=1e-5)))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+kept = {}
+for name, why in found.items():
+    kept |= {f"{name}.{field}": getattr(why, field) for field in told["kept"]}
+    said = why.ids, why.explained, why.trust
+    kept[name] = json.dumps(said)
+np.savez(told["folder"] + "/found.npz", **kept)
+"""
+
+
+def test_features_are_explained_without_torch(served: Path, tmp_path: Path) -> None:
+    """However asked, after a reload and in a forked child: what is explained with torch."""
+    network = network_of()
+    shutil.copytree(served / "my.index", tmp_path / "index")
+    features = network.forward(tensor_of(picture(1, 77))[None])
+    vector, maps = features.embedding[0].numpy(), features.activations[0].numpy()
+    np.savez(tmp_path / "features.npz", embedding=vector, activations=maps)
+    explainer = Explainer(tmp_path / "index", network)
+    scope: dict[str, Any] = {}
+    exec(ASK, scope)
+    expected = scope["ask"](explainer, vector, maps)
+    expected["batched"] = expected["searched"]
+    assert expected["searched"].trust is not None
+    done = alone(ASK + SERVICE, folder=str(tmp_path), kept=KEPT)
+    assert done.returncode == 0, done.stderr
+    assert explainer.reload()  # the service removed an image
+    expected["reloaded"] = explainer.explain_features(vector, maps)
+    assert expected["reloaded"].ids[0] == expected["searched"].ids[1]
+    found = np.load(tmp_path / "found.npz")
+    for name, why in expected.items():
+        for field in KEPT:
+            assert same_arrays(found[f"{name}.{field}"], np.asarray(getattr(why, field)))
+        assert json.loads(str(found[name])) == [why.ids, why.explained, why.trust]

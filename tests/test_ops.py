@@ -4,7 +4,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sklearn.neighbors import KNeighborsRegressor
@@ -55,6 +55,8 @@ def test_the_map_is_the_loop_over_channels(data) -> None:
     for b in range(B):
         np.testing.assert_allclose(got[b], oracles.cam(w[b], A[b]), atol=1e-10)
         np.testing.assert_allclose(cam(w[b], A[b]), got[b], atol=1e-12)
+        signed = signed_cam(w[b], A[b])
+        np.testing.assert_allclose(np.minimum(signed, 0), -oracles.cam(-w[b], A[b]), atol=1e-10)
 
 
 def test_the_map_by_hand() -> None:
@@ -181,31 +183,7 @@ def test_what_is_given_is_not_changed() -> None:
     np.testing.assert_array_equal(A, before)
 
 
-def test_a_single_bright_cell_lands_where_it_was() -> None:
-    """Half-pixel centres: enlarging n-fold keeps the centre of mass, aligned corners move it."""
-    image = np.zeros((4, 4))
-    image[1, 2] = 1.0
-    big = resize(image, (32, 32))
-    rows, columns = np.mgrid[0:32, 0:32] + 0.5
-    assert (big * rows).sum() / big.sum() == pytest.approx(1.5 * 8)
-    assert (big * columns).sum() / big.sum() == pytest.approx(2.5 * 8)
-
-
-def test_a_map_is_the_relu_of_the_signed_one() -> None:
-    generator = np.random.default_rng(2)
-    weights, activations = generator.normal(size=(2, 5)), generator.normal(size=(2, 5, 3, 4))
-    signed = signed_cam(weights, activations)
-    for image in range(2):
-        for y in range(3):
-            for x in range(4):
-                value = sum(weights[image, k] * activations[image, k, y, x] for k in range(5))
-                assert signed[image, y, x] == pytest.approx(value)
-    assert (signed < 0).any()
-    np.testing.assert_array_equal(cam(weights, activations), np.maximum(signed, 0))
-
-
-@pytest.mark.parametrize("library", ["numpy", "torch"])
-def test_two_views_count_alike_in_the_units_of_the_coarse_one(library: str) -> None:
+def test_two_views_count_alike_in_the_units_of_the_coarse_one() -> None:
     generator = np.random.default_rng(3)
     coarse, fine = 5 + 3 * generator.normal(size=(2, 3)), 40 * generator.normal(size=(4, 6)) - 7
     upper = resize(coarse, (4, 6))
@@ -215,8 +193,7 @@ def test_two_views_count_alike_in_the_units_of_the_coarse_one(library: str) -> N
             first = (upper[y, x] - upper.mean()) / upper.std()
             second = (fine[y, x] - fine.mean()) / fine.std()
             expected[y, x] = upper.std() * (first + second)
-    given = [torch.from_numpy(one) if library == "torch" else one for one in (coarse, fine)]
-    np.testing.assert_allclose(np.asarray(joined(*given)), expected, atol=1e-12)
+    np.testing.assert_allclose(joined(coarse, fine), expected, atol=1e-12)
     scaled = joined(2 * coarse, 1e-3 * fine + 9)
     np.testing.assert_allclose(scaled, 2 * expected, atol=1e-9)
 
@@ -259,15 +236,6 @@ def test_transfer_is_the_loop(mode, given_) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @settings(max_examples=40, deadline=None)
-@given(neighbours())
-def test_one_neighbour_hands_on_its_weights_unscaled(mode, given_) -> None:
-    rows, squared = given_
-    got = transfer(rows[:1], squared[:1], mode)
-    np.testing.assert_array_equal(got, rows[0])
-
-
-@pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=40, deadline=None)
 @given(neighbours(least=2), st.floats(0.125, 16, width=32), st.integers(0, 4), st.randoms())
 def test_order_length_and_unit_do_not_matter(mode, given_, factor, which, random) -> None:
     rows, squared = given_
@@ -291,21 +259,6 @@ def test_transferred_weights_are_no_longer_than_one(mode, given_) -> None:
     assert np.linalg.norm(transfer(*given_, mode)) <= 1 + 1e-5
 
 
-@settings(max_examples=40, deadline=None)
-@given(neighbours(least=2))
-def test_exact_matches_take_all(given_) -> None:
-    rows, squared = given_
-    assume(np.linalg.norm(rows, axis=1).all())
-    squared = np.maximum(squared, 0.25)
-    squared[0] = 0.0
-    wanted = rows[0] / np.linalg.norm(rows[0])
-    np.testing.assert_allclose(transfer(rows, squared, "distance"), wanted, atol=1e-5)
-    # Two of them share it.
-    squared[1] = 0.0
-    wanted = (wanted + rows[1] / np.linalg.norm(rows[1])) / 2
-    np.testing.assert_allclose(transfer(rows, squared, "distance"), wanted, atol=1e-5)
-
-
 @pytest.mark.parametrize("with_match", [False, True])
 def test_distance_is_scikit_learns_convention(with_match) -> None:
     points, rows = RNG.normal(size=(6, 3)), RNG.normal(size=(6, 4))
@@ -318,23 +271,6 @@ def test_distance_is_scikit_learns_convention(with_match) -> None:
         assert euclidean[0, 0] == 0.0
     got = transfer(rows[found[0]], euclidean[0] ** 2, "distance")
     np.testing.assert_allclose(got, wanted, atol=1e-6)
-
-
-def test_the_mean_by_hand() -> None:
-    rows = np.array([[3.0, 4.0], [0.0, -2.0]], np.float32)
-    np.testing.assert_allclose(transfer(rows, np.array([1.0, 9.0])), [0.3, -0.1], rtol=1e-6)
-    # Euclidean distances 1 and 3: shares 3/4 and 1/4
-    np.testing.assert_allclose(
-        transfer(rows, np.array([1.0, 9.0]), "distance"), [0.45, 0.35], rtol=1e-6
-    )
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_neighbour_without_evidence_takes_no_share(mode) -> None:
-    rows = np.array([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0]], np.float32)
-    squared = np.array([1.0, 0.0, 1.0])
-    np.testing.assert_allclose(transfer(rows, squared, mode), [0.3, 0.9], rtol=1e-6)
-    np.testing.assert_array_equal(transfer(rows[[1, 1]], squared[[0, 1]], mode), [0.0, 0.0])
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,7 +1,6 @@
 """Kinds of picture files that are rare, each beside the picture that is right."""
 
 import io
-import os
 import re
 import struct
 import sys
@@ -187,19 +186,6 @@ def test_of_several_frames_the_first_is_taken(kind: str) -> None:
     more = {"lossless": True} if kind == "WEBP" else {}
     frames[0].save(held, kind, save_all=True, append_images=frames[1:], **more)
     np.testing.assert_allclose(read_image(held.getvalue()).getpixel((3, 3)), (255, 0, 0), atol=1)
-
-
-@pytest.mark.parametrize("address", ["https://host/a.jpg", "s3://bucket/a.jpg"])
-def test_an_address_is_said_to_be_one(address: str) -> None:
-    for given in (address, Path(address)):
-        with pytest.raises(ImageError, match="is an address, and only local files are read"):
-            read_image(given)
-
-
-def test_a_folder_that_is_called_like_a_picture(tmp_path: Path) -> None:
-    os.mkdir(tmp_path / "x.jpg")
-    with pytest.raises(ImageError, match=r"x\.jpg: is a folder, not an image"):
-        read_image(tmp_path / "x.jpg")
 
 
 # --- rows of data sets ---

@@ -440,9 +440,9 @@ def small_size(shape: Sequence[int]) -> tuple[int, int]:
     return min(14, height), min(14, width)
 
 
-def _rounded(cam: np.ndarray) -> list[Any]:
+def _rounded(cam: np.ndarray) -> list[float] | list[list[float]]:
     """Return lists of numbers with the digits a float32 holds, not a double's."""
-    shortest: list[Any] = np.asarray(cam, np.float32).astype("U").astype(float).tolist()
+    shortest: list[list[float]] = np.asarray(cam, np.float32).astype("U").astype(float).tolist()
     return shortest
 
 

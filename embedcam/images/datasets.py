@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -20,14 +20,13 @@ _PICTURES = ("image", "img", "picture", "photo")
 """Columns of rows that are taken for the picture, the first there is; `_LABELS` for the label."""
 _LABELS = ("label", "labels", "class", "fine_label")
 _UNDECODED = {"bytes", "path"}
-_BROKEN = (
-    OSError,
-    SyntaxError,
-    EOFError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
-"""Pillow's ways of saying that a file is broken."""
+_BOMBS = Image.DecompressionBombError, Image.DecompressionBombWarning
+_BROKEN = OSError, SyntaxError, EOFError, *_BOMBS
+
+
+class _Dataset(Protocol):
+    def __len__(self) -> int: ...
+    def __getitem__(self, position: Any, /) -> Any: ...
 
 
 class DatasetSource(ImageSource):
@@ -35,7 +34,7 @@ class DatasetSource(ImageSource):
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: _Dataset,
         items: Sequence[Item],
         root: Path | None,
         lock: AbstractContextManager[object],
@@ -49,20 +48,8 @@ class DatasetSource(ImageSource):
         name, reason = self.name(position), self.refused(position)
         if reason is not None:
             raise ImageError(reason)
-        try:
-            with self._lock:
-                item = self._dataset[position]
-        except _BROKEN as error:
-            if ran_out(error):
-                raise
-            raise ImageError(f"{name}: cannot be read ({error})") from error
-        except ValueError as error:
-            if not is_long_text(error):
-                raise
-            raise ImageError(
-                f"{name}: is a PNG with more text beside its pixels than Pillow reads; save it "
-                "again without, or give find_images its folder"
-            ) from error
+        with self._lock:
+            item = _item(self._dataset, position, name)
         return read_image(_picture(item), max_pixels=self.max_pixels, name=name)
 
     def fingerprint(self, position: int) -> str:
@@ -98,18 +85,14 @@ def from_dataset(
     max_pixels
         More than this many pixels are refused.
     """
-    kind = type(dataset).__name__
+    kind, n_items = type(dataset).__name__, 0
     if isinstance(dataset, Mapping):
         named = cut(", ".join(map(str, list(dataset)[:3])), 80)
         raise InputError(f"{kind}: is a dictionary ({named}); give one of the data sets it holds")
-    try:
+    with suppress(TypeError):
         n_items = len(dataset)
-    except TypeError:
-        raise InputError(
-            f"{kind}: has no length; give a data set with len() and positions"
-        ) from None
     if n_items == 0:
-        raise InputError(f"{kind}: the data set is empty")
+        raise InputError(f"{kind}: is empty or has no length; give a data set with len() and items")
     root, paths = _dataset_paths(dataset, n_items)
     names = list(ids) if ids is not None else paths or [str(i) for i in range(n_items)]
     if len(names) != n_items:
@@ -123,7 +106,7 @@ def from_dataset(
     return DatasetSource(dataset, items, root, lock, max_pixels)
 
 
-def _dataset_paths(dataset: Any, n_items: int) -> tuple[Path | None, list[str] | None]:
+def _dataset_paths(dataset: _Dataset, n_items: int) -> tuple[Path | None, list[str] | None]:
     samples, root = getattr(dataset, "samples", None), getattr(dataset, "root", None)
     if not isinstance(samples, list) or len(samples) != n_items or root is None:
         return None, None
@@ -133,7 +116,7 @@ def _dataset_paths(dataset: Any, n_items: int) -> tuple[Path | None, list[str] |
 
 
 def _dataset_labels(
-    dataset: Any, n_items: int, labels: Sequence[object] | Literal["none"] | None
+    dataset: _Dataset, n_items: int, labels: Sequence[object] | Literal["none"] | None
 ) -> list[str | None]:
     if isinstance(labels, str):
         if labels != "none":
@@ -159,23 +142,38 @@ def _dataset_labels(
     return names
 
 
-def _read_labels(dataset: Any, n_items: int) -> Iterator[object]:
+def _item(dataset: _Dataset, position: int, name: str) -> Any:
+    """Return an item; an ImageError where its file is broken, as Pillow says in several ways."""
+    try:
+        return dataset[position]
+    except ValueError as error:
+        if not is_long_text(error):
+            raise
+        raise ImageError(
+            f"{name}: is a PNG with more text beside its pixels than Pillow reads; save it "
+            "again without, or give find_images its folder"
+        ) from error
+    except _BROKEN as error:
+        if ran_out(error):
+            raise
+        raise ImageError(f"{name}: cannot be read ({error})") from error
+
+
+def _read_labels(dataset: _Dataset, n_items: int) -> Iterator[object]:
     """Yield each item's label; an unreadable item has none, and is reported when it is read."""
     for position in range(n_items):
         try:
-            item = dataset[position]
-        except (OSError, SyntaxError, EOFError, ValueError) as error:
-            if ran_out(error) or (isinstance(error, ValueError) and not is_long_text(error)):
-                raise
+            item = _item(dataset, position, "")
+        except ImageError:
             yield None
             continue
         if isinstance(item, Mapping):
             yield next((item[name] for name in _LABELS if name in item), None)
-            continue
-        if not isinstance(item, tuple | list):
+        elif isinstance(item, tuple | list):
+            yield item[1] if len(item) > 1 else None
+        else:
             yield from [None] * (n_items - position)
             return
-        yield item[1] if len(item) > 1 else None
 
 
 def _label_name(value: Any, classes: Any) -> str | None:

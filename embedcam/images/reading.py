@@ -19,8 +19,8 @@ import re
 import stat
 import struct
 import zlib
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import IO, TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
@@ -72,6 +72,7 @@ ImageLike = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarra
 FileState = Literal["same", "changed", "missing"]
 NO_MARK: Final = (0, 0, 0, 0)
 """Of what is no file, or could not be read; no file has it."""
+_hash = partial(hashlib.blake2b, digest_size=8)
 MAX_HASHED: Final = 1 << 28
 """Bytes of a file whose content is looked at; of a larger one size and time have to do."""
 
@@ -160,7 +161,7 @@ def file_mark(path: str | os.PathLike[str]) -> np.ndarray:
             # Before a byte is read: a file that changes meanwhile is seen to have changed.
             status = os.fstat(stream.fileno())
             if status.st_size <= MAX_HASHED:
-                content = hashlib.file_digest(stream, _digest).digest()
+                content = hashlib.file_digest(stream, _hash).digest()
     except (OSError, ValueError):
         return np.array(NO_MARK, np.uint32)
     return np.array([*_size_and_time(status), *np.frombuffer(content, "<u4")], np.uint32)
@@ -200,10 +201,6 @@ def _content(path: str, *_: int) -> list[int]:
     """Return the second half of a file's mark, read once while the folder says the same of it."""
     content: list[int] = file_mark(path)[2:].tolist()
     return content
-
-
-def _digest() -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=8)
 
 
 def _read_file(path: str, name: str, max_pixels: int) -> Image.Image:
@@ -278,7 +275,16 @@ def _open_header(name: str, stream: IO[bytes]) -> ImageFile:
                     # "Not mine", in the decoders' ways of saying so: another one may know it.
                     refusals.append(f"{kind}: {reason(error)}")
         if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIF:
-            return _open_heif(name, stream)
+            try:  # the plugin itself, which is not registered with Pillow for everyone else
+                from pillow_heif import HeifImageFile
+            except ImportError:
+                raise ImageError(
+                    f"{name}: is a HEIC or HEIF picture, which pillow-heif reads; pip install "
+                    '"embedcam[heic]"'
+                ) from None
+            stream.seek(0)
+            opened: ImageFile = HeifImageFile(stream, "")
+            return opened
         if missing:
             raise ImageError(f"{name}: cannot be read ({missing}); pip install -U pillow")
         if refusals:
@@ -294,19 +300,6 @@ def _open_header(name: str, stream: IO[bytes]) -> ImageFile:
         _not_for_memory(name, error, 0)
         raise ImageError(f"{name}: has a broken header ({reason(error)})") from None
     raise ImageError(f"{name}: is not an image of a known kind ({', '.join(FORMATS)}, HEIF)")
-
-
-def _open_heif(name: str, stream: IO[bytes]) -> ImageFile:
-    try:  # the plugin itself, which is not registered with Pillow for everyone else
-        from pillow_heif import HeifImageFile
-    except ImportError:
-        raise ImageError(
-            f"{name}: is a HEIC or HEIF picture, which pillow-heif reads; pip install "
-            '"embedcam[heic]"'
-        ) from None
-    stream.seek(0)
-    opened: ImageFile = HeifImageFile(stream, "")
-    return opened
 
 
 def _finish(name: str, image: Image.Image, max_pixels: int) -> Image.Image:
@@ -343,7 +336,7 @@ def _finish(name: str, image: Image.Image, max_pixels: int) -> Image.Image:
         raise ImageError(f"{name}: cannot be decoded ({words})") from None
 
 
-def _check_size(name: str, size: Any, max_pixels: int) -> None:
+def _check_size(name: str, size: Sequence[int], max_pixels: int) -> None:
     if len(size) != 2 or min(size) < 1:
         raise ImageError(f"{name}: has no pixels ({' x '.join(map(str, size))})")
     width, height = size

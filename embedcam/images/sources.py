@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -48,7 +47,7 @@ class Item:
     label: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LeftOut:
     """What lies in a folder beside its images, or was not wanted of a list; counted."""
 
@@ -56,6 +55,14 @@ class LeftOut:
     hidden: int = 0  # names that begin with a dot
     empty: int = 0  # folders that hold no file
     excluded: dict[str, int] = field(default_factory=dict)  # what each pattern left out
+
+    def excludes(self, *names: str) -> bool:
+        """Count a pattern that fits one of the names; return whether one does."""
+        for pattern in self.excluded:
+            if any(fnmatchcase(name, pattern.rstrip("/")) for name in names):
+                self.excluded[pattern] += 1
+                return True
+        return False
 
     def __str__(self) -> str:
         said = [f"{n:,} {ending or 'without an ending'}" for ending, n in self.endings.items()]
@@ -193,30 +200,31 @@ def find_images(
     patterns = [exclude] if isinstance(exclude, str) else list(exclude)
     if not all(isinstance(pattern, str) and pattern for pattern in patterns):
         raise InputError(f"exclude: expected patterns such as '*.gif', given {short(exclude)}")
-    root = Path(path)
+    root, left_out = Path(path), LeftOut(excluded=dict.fromkeys(patterns, 0))
+    folder, notes, numbers = root, list[str](), labels == "numbers"
     if root.is_dir():
-        if labels == "numbers":
-            takes = (
-                f'{root}: labels="numbers" takes the label column of a CSV, and this is a folder'
+        if numbers:
+            raise InputError(
+                f'{root}: labels="numbers" takes the label column of a CSV, and this is a folder; '
+                "give a CSV with the columns path,label"
             )
-            raise InputError(f"{takes}; give a CSV with the columns path,label")
-        walk = _Walk(root, patterns)
-        items = _folder_items(root, sorted(walk), labels, str(walk.left_out()))
-        notes, left_out = [*_of_lists(root), *_of_parts(root, items)], walk.left_out()
-        return ImageSource(items, root, max_pixels=max_pixels, left_out=left_out, notes=notes)
-    if root.suffix.lower() == ".csv" and root.is_file():
+        paths = sorted(_walk(root, left_out))
+        counts = sorted(left_out.endings.items(), key=lambda pair: (-pair[1], pair[0]))
+        left_out.endings = dict(counts)
+        items = _folder_items(root, paths, labels, left_out)
+        notes = [*_of_lists(root), *_of_parts(root, items)]
+    elif root.suffix.lower() == ".csv" and root.is_file():
         if labels in ("folders", "subfolders"):
             raise InputError(
                 f'{root}: a CSV has a label column; take labels="auto", "numbers" or "none"'
             )
-        counts = Counter(dict.fromkeys(patterns, 0))
-        items = list(_csv_items(root, labels, counts))
-        left_out, numbers = LeftOut(excluded=dict(counts)), labels == "numbers"
-        return ImageSource(
-            items, root.parent, max_pixels=max_pixels, left_out=left_out, numbers=numbers
-        )
-    problem = "is no folder and no .csv file" if root.exists() else why_missing(str(path))
-    raise InputError(f"{root}: {problem}; give a folder of images or a .csv file")
+        items, folder = list(_csv_items(root, labels, left_out)), root.parent
+    else:
+        problem = "is no folder and no .csv file" if root.exists() else why_missing(str(path))
+        raise InputError(f"{root}: {problem}; give a folder of images or a .csv file")
+    return ImageSource(
+        items, folder, max_pixels=max_pixels, left_out=left_out, notes=notes, numbers=numbers
+    )
 
 
 def escaped(text: str) -> str:
@@ -224,9 +232,9 @@ def escaped(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _folder_items(root: Path, paths: list[str], labels: Labels, left_out: str) -> list[Item]:
+def _folder_items(root: Path, paths: list[str], labels: Labels, left_out: LeftOut) -> list[Item]:
     if not paths:
-        there = f"; it holds {left_out}" if left_out else ""
+        there = f"; it holds {left_out}" if str(left_out) else ""
         raise InputError(f"{root}: contains no images ({', '.join(sorted(EXTENSIONS))}){there}")
     flat = [name for name in paths if "/" not in name]
     if labels == "auto":
@@ -265,80 +273,57 @@ def _of_parts(root: Path, items: Sequence[Item]) -> list[str]:
     splits = sorted(label for label in folders if label and label.lower() in _SPLITS)
     if not splits or (len(splits) == 1 and len(folders) > 1):  # a train may be a class
         return []
-    one = len(splits) == 1
-    named, what = " and ".join(splits), "a part" if one else "parts"
+    one, named = len(splits) == 1, " and ".join(splits)
+    label, what = ("label", "a part") if one else ("labels", "parts")
     paths = [item.id.split("/") for item in items]
     below = sorted({parts[1] for parts in paths if len(parts) > 2 and parts[0] in splits})
     if not below:
-        label, looks, it = ("label", "looks", "it") if one else ("labels", "look", "them")
-        return [
-            f'the {label} {named} {looks} like {what} of a data set; labels="none" leaves {it} out'
-        ]
+        looks, it = ("looks", "it") if one else ("look", "them")
+        said = f'the {label} {named} {looks} like {what} of a data set; labels="none" leaves {it}'
+        return [f"{said} out"]
     some = ", ".join([cut(name, 80) for name in below[:3]] + ["..."] * (len(below) > 3))
-    most = next((label for label in splits if label.lower().startswith("train")), splits[0])
+    most = next((name for name in splits if name.lower().startswith("train")), splits[0])
     return [
-        f"the label{' is' if one else 's are'} {named}, {what} of a data set by the name; for the "
+        f"the {label} {'is' if one else 'are'} {named}, {what} of a data set by the name; for the "
         f'labels below ({some}) give {root / most}, or take labels="subfolders"'
     ]
 
 
-class _Walk:
-    """The paths below `root`, "/" between the parts, of files with an image's extension."""
-
-    def __init__(self, root: Path, exclude: Sequence[str]) -> None:
-        self._root, self._hidden, self._empty = root, 0, 0
-        self._endings: Counter[str] = Counter()
-        self._excluded = Counter(dict.fromkeys(exclude, 0))
-
-    def left_out(self) -> LeftOut:
-        endings = sorted(self._endings.items(), key=lambda pair: (-pair[1], pair[0]))
-        return LeftOut(dict(endings), self._hidden, self._empty, dict(self._excluded))
-
-    def __iter__(self) -> Iterator[str]:
-        seen: set[tuple[int, int]] = set()
-        # Links last: a folder is read under its own name, and a loop of links ends.
-        ahead, links = [""], list[str]()
-        while ahead or links:
-            if not ahead:
-                links.sort(reverse=True)
-                ahead.append(links.pop())
-            below = ahead.pop()
-            status = os.stat(self._root / below)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            entries = self._entries(below)
-            self._empty += not entries
-            for entry in entries:
-                name = f"{below}/{entry.name}" if below else entry.name
-                if entry.name.startswith("."):
-                    self._hidden += 1
-                elif _is_excluded(self._excluded, name, entry.name):
-                    continue
-                elif _is_folder(entry):
-                    (links if entry.is_symlink() else ahead).append(name)
-                elif (ending := os.path.splitext(entry.name)[1].lower()) in EXTENSIONS:
-                    yield name
-                else:
-                    self._endings[escaped(cut(ending, 20))] += 1
-
-    def _entries(self, below: str) -> list[os.DirEntry[str]]:
+def _walk(root: Path, left_out: LeftOut) -> Iterator[str]:
+    """Yield the paths of images below `root`, "/" between the parts; count what is left out."""
+    seen: set[tuple[int, int]] = set()
+    # Links last: a folder is read under its own name, and a loop of links ends.
+    ahead, links = [""], list[str]()
+    while ahead or links:
+        if not ahead:
+            links.sort(reverse=True)
+            ahead.append(links.pop())
+        below = ahead.pop()
+        status = os.stat(root / below)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
         try:
-            return list(os.scandir(self._root / below))
+            entries = list(os.scandir(root / below))
         except PermissionError:
             hint = "; exclude= leaves it out" if below else ""
             raise InputError(
-                f"{escaped(str(self._root / below))}: may not be read (permission denied){hint}"
+                f"{escaped(str(root / below))}: may not be read (permission denied){hint}"
             ) from None
-
-
-def _is_excluded(counts: Counter[str], *names: str) -> bool:
-    """Count a pattern that fits one of the names; return whether one does."""
-    for pattern in counts:
-        if any(fnmatchcase(name, pattern.rstrip("/")) for name in names):
-            counts[pattern] += 1
-            return True
-    return False
+        left_out.empty += not entries
+        for entry in entries:
+            name = f"{below}/{entry.name}" if below else entry.name
+            if entry.name.startswith("."):
+                left_out.hidden += 1
+            elif left_out.excludes(name, entry.name):
+                continue
+            elif _is_folder(entry):
+                (links if entry.is_symlink() else ahead).append(name)
+            elif (ending := os.path.splitext(entry.name)[1].lower()) in EXTENSIONS:
+                yield name
+            else:
+                kind = escaped(cut(ending, 20))
+                left_out.endings[kind] = left_out.endings.get(kind, 0) + 1
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -348,7 +333,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _csv_items(path: Path, labels: Labels, exclude: Counter[str]) -> Iterator[Item]:
+def _csv_items(path: Path, labels: Labels, left_out: LeftOut) -> Iterator[Item]:
     lines: dict[str, int] = {}
     wanted = ["path"] if labels == "none" else ["path", "label"]
     for line, row in csv_rows(path, wanted, "path,label[,id]"):
@@ -367,7 +352,7 @@ def _csv_items(path: Path, labels: Labels, exclude: Counter[str]) -> Iterator[It
             )
         parts = where.split("/")
         above = ("/".join(parts[:end]) for end in range(1, len(parts) + 1))
-        if _is_excluded(exclude, id, *parts, *above):
+        if left_out.excludes(id, *parts, *above):
             continue
         if labels == "numbers" and row["label"]:
             check_number(row["label"], f"{path}, line {line}")
@@ -391,11 +376,17 @@ def csv_rows(
             divider = max(",;\t", key=lambda one: _columns(header, one, wanted))
             reader = csv.reader(stream, strict=True, delimiter=divider, skipinitialspace=True)
             columns = list(map(str.strip, next(reader, [])))
-            known = {
-                name: name.lower() for name in columns if name.lower() in (*wanted, *_OPTIONAL)
-            }
-            columns = [known.get(name, name) for name in columns]
-            _check_header(path, columns, wanted, expected)
+            known = (*wanted, *_OPTIONAL)
+            columns = [name.lower() if name.lower() in known else name for name in columns]
+            found = cut(",".join(columns), 80) or "an empty file"
+            if missing := [column for column in wanted if column not in columns]:
+                raise InputError(
+                    f"{path}: the header lacks {' and '.join(missing)}; expected {expected}, found "
+                    f"{found}"
+                )
+            named = [*filter(None, columns)]  # a spreadsheet may leave several without a name
+            if len(set(named)) != len(named):
+                raise InputError(f"{path}: the header names a column twice: {found}")
             for row in reader:
                 if not any(map(str.strip, row)):
                     continue
@@ -416,17 +407,6 @@ def csv_rows(
 def _columns(header: str, divider: str, wanted: Sequence[str]) -> int:
     names = [name.strip(' "').lower() for name in re.split(f"[{divider}\r\n]", header)]
     return sum(name in names for name in wanted)
-
-
-def _check_header(path: Path, columns: list[str], wanted: Sequence[str], expected: str) -> None:
-    missing = [column for column in wanted if column not in columns]
-    header = cut(",".join(columns), 80) or "an empty file"
-    if missing:
-        lacks = " and ".join(missing)
-        raise InputError(f"{path}: the header lacks {lacks}; expected {expected}, found {header}")
-    named = [*filter(None, columns)]  # a spreadsheet may leave several without a name
-    if len(set(named)) != len(named):
-        raise InputError(f"{path}: the header names a column twice: {header}")
 
 
 def relative_path(path: str, root: Path) -> str:

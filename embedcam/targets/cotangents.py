@@ -109,9 +109,8 @@ def query_cotangent(
     """
     others = np.concatenate([positives, negatives]).astype(np.float64)
     mean = others.mean(0)
-    if target == "centred":
-        cotangent = centred_cotangent(query, mean)
-    else:
+    cotangent = query - mean
+    if target != "centred":
         cotangent = margin_cotangent(positives.mean(0), negatives.mean(0))
     if target in WHITENED:
         amounts = Whitened.of(target, norm, labelled=True)

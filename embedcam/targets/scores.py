@@ -4,15 +4,22 @@ A reference `[D]` serves every image of a batch; given as `[B D]` each image has
 cotangents come in the library, precision and place of the embeddings.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .._checks import one_of, whole
 from ..errors import InputError
-from .cotangents import Array
+from .cotangents import Array, through_norm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Given = ArrayLike | Tensor
 
 
 class Target(ABC):
@@ -79,17 +86,15 @@ class TripletMargin(Target):
 
     single: ClassVar[dict[str, int]] = {"positives": 2, "negatives": 2}
 
-    def __init__(self, positives: Any, negatives: Any) -> None:
-        self.positives = _reference("positives", positives)
-        self.negatives = _reference("negatives", negatives)
+    def __init__(self, positives: Given, negatives: Given) -> None:
+        self.positives = np.atleast_2d(_reference("positives", positives))
+        self.negatives = np.atleast_2d(_reference("negatives", negatives))
         if self.positives.shape != self.negatives.shape:
             raise InputError(
                 f"positives {list(self.positives.shape)} and negatives "
                 f"{list(self.negatives.shape)} must have one shape: a triplet has one of each"
             )
-        if self.positives.ndim == 1:
-            self.positives, self.negatives = self.positives[None], self.negatives[None]
-        self.parts = int(self.positives.shape[-2])
+        self.parts = self.positives.shape[-2]
 
     def score(self, embeddings: Array) -> Array:
         """Return y `[B]`."""
@@ -117,12 +122,10 @@ class Direction(Target):
 
     single: ClassVar[dict[str, int]] = {"directions": 2, "used": 1}
 
-    def __init__(self, directions: Any, used: ArrayLike | None = None) -> None:
-        self.directions = _reference("directions", directions)
-        if self.directions.ndim == 1:
-            self.directions = self.directions[None]
+    def __init__(self, directions: Given, used: ArrayLike | None = None) -> None:
+        self.directions = np.atleast_2d(_reference("directions", directions))
         self.used = None if used is None else np.asarray(used, bool)
-        self.parts = int(self.directions.shape[-2])
+        self.parts = self.directions.shape[-2]
 
     def score(self, embeddings: Array) -> Array:
         """Return y `[B]`; 0 where no direction counts."""
@@ -169,7 +172,7 @@ class Similarity(_Referenced):
         "cosine" or "dot".
     """
 
-    def __init__(self, reference: Any, kind: str = "cosine") -> None:
+    def __init__(self, reference: Given, kind: str = "cosine") -> None:
         self.kind = one_of("similarity", kind, ("cosine", "dot"))
         self.reference = _reference("reference", reference)
         if kind == "cosine":
@@ -185,10 +188,8 @@ class Similarity(_Referenced):
         reference = super().cotangent(embeddings)
         if self.kind == "dot":
             return reference
-        lengths = _lengths(embeddings)[:, None]
-        unit: Array = embeddings / lengths
-        across: Array = reference - unit * _dot(unit, reference)[:, None]
-        return across / lengths
+        lengths = _lengths(embeddings)
+        return through_norm(reference, embeddings / lengths[:, None], lengths)
 
 
 class NegativeDistance(_Referenced):
@@ -200,7 +201,7 @@ class NegativeDistance(_Referenced):
         f_r, `[D]` or `[B D]`.
     """
 
-    def __init__(self, reference: Any) -> None:
+    def __init__(self, reference: Given) -> None:
         self.reference = _reference("reference", reference)
 
     def score(self, embeddings: Array) -> Array:
@@ -225,11 +226,11 @@ class ClassProxy(_Referenced):
         Embeddings of the class, `[n D]` or `[D]`.
     """
 
-    def __init__(self, points: Any) -> None:
+    def __init__(self, points: Given) -> None:
         points = _reference("points", points)
         if points.ndim > 2:
             raise InputError(f"points have shape {list(points.shape)}; expected [n D] or [D]")
-        several = _unit("points", points if points.ndim == 2 else points[None])
+        several = _unit("points", np.atleast_2d(points))
         self.reference = self.proxy = _unit("the mean of points", several.mean(0))
 
 
@@ -247,7 +248,7 @@ class PairContribution(Similarity):
 
     holds_norm: ClassVar[bool] = True
 
-    def __init__(self, reference: Any) -> None:
+    def __init__(self, reference: Given) -> None:
         super().__init__(reference)
 
     def cotangent(self, embeddings: Array) -> Array:
@@ -285,11 +286,11 @@ class Coordinate(Target):
         return _like(unit, embeddings) + 0 * embeddings
 
 
-def _reference(name: str, values: Any) -> np.ndarray:
+def _reference(name: str, values: Given) -> np.ndarray:
     """Return references as a float array: finite, at least one."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        values = values.double().numpy() if values.is_floating_point() else values.numpy()
+    if (detach := getattr(values, "detach", None)) is not None:
+        tensor = detach().cpu()
+        values = (tensor.double() if tensor.is_floating_point() else tensor).numpy()
     try:
         array = np.asarray(values, np.float64)
     except (TypeError, ValueError) as error:
@@ -326,5 +327,5 @@ def _dot(a: Array, b: Array) -> Array:
 
 def _lengths(embeddings: Array) -> Array:
     lengths: Array = _dot(embeddings, embeddings) ** 0.5
-    lengths = lengths + (lengths == 0)
-    return lengths
+    divisors: Array = lengths + (lengths == 0)
+    return divisors

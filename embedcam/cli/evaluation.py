@@ -12,7 +12,7 @@ from .online import check_file, check_folder
 from .output import columns, images_of, note
 
 if TYPE_CHECKING:
-    from ..evaluate.summary import Summary
+    from ..evaluate.settings import Record
     from ..render import Table
 
 
@@ -72,7 +72,7 @@ def evaluate(options: Namespace) -> None:
         show(*_lines(summary, intro(summary), tables(summary)))
 
 
-def _lines(summary: "Summary", intro: str, tables: "Sequence[Table]") -> list[str]:
+def _lines(summary: "Record", intro: str, tables: "Sequence[Table]") -> list[str]:
     from ..evaluate.report import ON_ONE_OBJECT
 
     lines = [intro]

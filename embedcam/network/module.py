@@ -98,8 +98,8 @@ def refuse_elsewhere(module: nn.Module, device: torch.device | None) -> None:
 def refuse_training(modules: Sequence[nn.Module]) -> None:
     """Refuse a network that is, or whose batch norm or dropout is, in training mode."""
     for module in modules:
-        # An exported graph carries a meaningless flag, as a compiled module does in torch 2.4; plain
-        # layers without a mode do not mind it.
+        # An exported graph's flag says nothing, nor a compiled module's in torch 2.4; plain layers
+        # without a mode do not mind it.
         modeless = type(module).__name__.startswith(("GraphModule", "OptimizedModule")) or all(
             type(part).__module__.startswith("torch.nn.") and not isinstance(part, MODAL)
             for part in module.modules()

@@ -10,7 +10,8 @@ import numpy as np
 from ..errors import InputError
 from ..images import ImageSource
 from ..index import Index
-from ..index.search import EmbeddingRows, nearest
+from ..index.rows import IndexRows
+from ..index.search import nearest
 from ..metrics import precision_at_r, rank_of
 from .regions import absolute
 
@@ -51,7 +52,7 @@ class Gallery:
         self.codes = np.array([self.code(label) for label in labels], np.int64)
         self._places = np.full(index.n_rows, -1)
         self._places[self.positions] = np.arange(len(self))
-        self._stored: EmbeddingRows | np.ndarray = EmbeddingRows(index, self.positions)
+        self._stored: IndexRows | np.ndarray = IndexRows(index, self.positions)
         if len(self) * index.width * 4 <= HELD:
             self._stored = index.embeddings(self.positions)
 
@@ -97,7 +98,7 @@ class Gallery:
         """Return the `count` of some rows nearest to a query `[D]`, nearest first."""
         if not len(rows):
             return rows
-        stored = EmbeddingRows(self.index, rows)
+        stored = IndexRows(self.index, rows)
         found = nearest(stored, embedding[None], count, self.index.metric)
         return np.asarray(rows[found.positions[0]])
 

@@ -164,7 +164,7 @@ def test_what_cannot_be_compared_or_exported(
 @pytest.mark.parametrize(
     ("message", "options"),
     [
-        ("method 'scorcam' is unknown; did you mean 'scorecam'", ["--method", "scorcam"]),
+        ("method = 'scorcam' is unknown; did you mean 'scorecam'", ["--method", "scorcam"]),
         ("ABN draws with a branch that is trained with the network", ["--method", "abn"]),
         ("Poly-CAM draws with several layers and this index has one", ["--method", "polycam"]),
         ("--fill and --option are a method's; name it with --method", ["--fill", "black"]),

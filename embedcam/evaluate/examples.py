@@ -14,7 +14,7 @@ from ..render import Row as PageRow
 from ..render import Tile, shrunk
 from ..render.overlay import scale_box
 from .gallery import sample
-from .maps import Questions
+from .maps import Question, Questions
 from .measures import MEAN, TRANSFERRED
 from .settings import Record
 from .work import Rows, Work
@@ -132,7 +132,7 @@ class Examples:
         boxes = work.regions.pixels(position, picture.size, row["label"] if about else None)
         tile = _shrunk(Tile(picture, extent=work.preprocess.extent(*picture.size)))
         tile.caption = f"{item.id} {row['label']}" if about else item.id
-        asked = Questions(seen, near, [own.tolist()], [row["label"]], [tile.caption])
+        asked = Questions(seen, [Question(near[0], own.tolist(), row["label"], tile.caption)])
         tile.caption = item.id.rpartition("/")[2]
         tile.image = small = (tile.image or picture).copy()
         for box in boxes:
@@ -152,7 +152,7 @@ class Examples:
             half = one.transform(size, Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR)
             scene.paste(half, (left, 0))
         (name, left_out), label = work.of_pictures(row), row["label"]
-        asked = Questions(seen, near, [left_out], [label], [f"{name} {label}"])
+        asked = Questions(seen, [Question(near[0], left_out, label, f"{name} {label}")])
         other = work.source.items[places[1 - row["side"]]].label or ""
         where = f", on the {('left', 'right')[row['side']]};\nbeside it {other}"
         return Tile(scene, caption=name), asked, where, ""

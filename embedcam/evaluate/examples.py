@@ -60,7 +60,7 @@ class Examples:
         sampled = [row for row in rows.values() if any(f"{name}: empty" in row for name in rivals)]
         pool = boxed or list(each.values()) or sampled
         places = sample(len(pool), 2 * settings.examples, settings.seed)
-        return list(self._drawn(self._compared, [pool[place] for place in places]))
+        return [row for place in places for row in self._attempt(self._compared, pool[place])]
 
     def _ends(self, kind: str, rows: Sequence[Record]) -> Iterator[PageRow]:
         count = self.work.settings.examples
@@ -71,19 +71,16 @@ class Examples:
             for number, pair in enumerate(zip_longest(*ends), 1):
                 for end, row in zip(("best", "worst"), pair, strict=True):
                     title = f"{kind}, {end if count == 1 else f'{end} {number}'} by {by}"
-                    for drawn in self._drawn(self._example, [] if row is None else [row]):
-                        yield replace(drawn, title=title, compact=True)
+                    shown = [] if row is None else self._attempt(self._example, row)
+                    yield from (replace(one, title=title, compact=True) for one in shown)
             if order:
                 return
 
-    def _drawn(
-        self, draw: Callable[[Record], PageRow], rows: Sequence[Record]
-    ) -> Iterator[PageRow]:
-        for row in rows:
-            try:
-                yield draw(row)
-            except EmbedcamError:  # a file that has gone meanwhile is no reason to lose the numbers
-                continue
+    def _attempt(self, draw: Callable[[Record], PageRow], row: Record) -> list[PageRow]:
+        try:
+            return [draw(row)]
+        except EmbedcamError:  # a file that has gone meanwhile is no reason to lose the numbers
+            return []
 
     def _compared(self, row: Record) -> PageRow:
         about = "first" in row

@@ -120,7 +120,7 @@ BUILD = ["build", "photos", "x"]
          [*EXPLAIN, "--onnx", "exported.onnx", "--network", "x:y", "--no-normalize", "--method",
           "rise"]),
         (2, "leave out --fallback", [*EXPLAIN, "--onnx", "exported.onnx", "--fallback"]),
-        (2, "method 'scorcam' is unknown; did you mean 'sc", [*EXPLAIN, "--method", "scorcam"]),
+        (2, "method = 'scorcam' is unknown; did you mean 'sc", [*EXPLAIN, "--method", "scorcam"]),
         (2, "ABN draws with a branch that is trained", [*EXPLAIN, "--method", "abn"]),
         (2, "Poly-CAM draws with several layers and this", [*EXPLAIN, "--method", "polycam"]),
         (2, "--fill and --option are a method's; name it with --method",

@@ -273,19 +273,15 @@ def _of_parts(root: Path, items: Sequence[Item]) -> list[str]:
     splits = sorted(label for label in folders if label and label.lower() in _SPLITS)
     if not splits or (len(splits) == 1 and len(folders) > 1):  # a train may be a class
         return []
-    one, named = len(splits) == 1, " and ".join(splits)
-    label, what = ("label", "a part") if one else ("labels", "parts")
+    looks = f"labels that look like parts of a data set: {' and '.join(splits)}"
     paths = [item.id.split("/") for item in items]
     below = sorted({parts[1] for parts in paths if len(parts) > 2 and parts[0] in splits})
     if not below:
-        looks, it = ("looks", "it") if one else ("look", "them")
-        said = f'the {label} {named} {looks} like {what} of a data set; labels="none" leaves {it}'
-        return [f"{said} out"]
+        return [f'{looks}; labels="none" leaves them out']
     some = ", ".join([cut(name, 80) for name in below[:3]] + ["..."] * (len(below) > 3))
     most = next((name for name in splits if name.lower().startswith("train")), splits[0])
     return [
-        f"the {label} {'is' if one else 'are'} {named}, {what} of a data set by the name; for the "
-        f'labels below ({some}) give {root / most}, or take labels="subfolders"'
+        f'{looks}; for the labels below ({some}) give {root / most}, or take labels="subfolders"'
     ]
 
 

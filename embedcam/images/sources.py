@@ -26,6 +26,7 @@ from .reading import (
     EXTENSIONS,
     MAX_PIXELS,
     FileState,
+    ImageLike,
     file_mark,
     file_state,
     is_url,
@@ -134,12 +135,10 @@ class ImageSource:
 
     def open(self, position: int) -> Image.Image:
         """Return the picture, upright and RGB, or raise ImageError, beginning with its path."""
-        reason = self.refused(position)
-        if reason is not None:
+        if (reason := self.refused(position)) is not None:
             raise ImageError(reason)
-        return read_image(
-            self._file(position), max_pixels=self.max_pixels, name=self.name(position)
-        )
+        held = self._held(position)
+        return read_image(held, max_pixels=self.max_pixels, name=self.name(position))
 
     def fingerprint(self, position: int) -> str:
         """Return what changes when the file does (size and time): for resuming a build."""
@@ -163,6 +162,9 @@ class ImageSource:
         return ImageSource(
             items, self.root, max_pixels=limit, left_out=self.left_out, numbers=self.numbers
         )
+
+    def _held(self, position: int) -> ImageLike:
+        return self._file(position)
 
     def _file(self, position: int) -> Path:
         path = Path(self.items[position].path)
